@@ -1,0 +1,55 @@
+"""afn-ray: the activation strength of every token of a corpus, measured on Ray and read with SQL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from afn_ray.config import RunConfig, config_from
+from afn_ray.errors import (
+    AfnError,
+    ConfigError,
+    CorpusError,
+    IncompleteRun,
+    Interrupted,
+    ModelError,
+    QueryError,
+    ShardError,
+    StoreError,
+)
+
+if TYPE_CHECKING:
+    from afn_ray.job import Estimate, dry_run, run
+    from afn_ray.query import Run, open_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AfnError",
+    "ConfigError",
+    "CorpusError",
+    "Estimate",
+    "IncompleteRun",
+    "Interrupted",
+    "ModelError",
+    "QueryError",
+    "Run",
+    "RunConfig",
+    "ShardError",
+    "StoreError",
+    "__version__",
+    "config_from",
+    "dry_run",
+    "open_run",
+    "run",
+]
+
+_LAZY = {"Estimate": "job", "Run": "query", "dry_run": "job", "open_run": "query", "run": "job"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and DuckDB only for those who use them: ``afn --help`` answers at once."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"afn_ray.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'afn_ray' has no attribute {name!r}")

@@ -1,0 +1,384 @@
+"""The ``afn`` command: parses, calls, prints, and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from afn_ray.config import CHOICES, HINTS, RunConfig, config_from
+from afn_ray.errors import AfnError, ConfigError, Interrupted
+
+if TYPE_CHECKING:
+    from afn_ray.job import Estimate, Event, OnEvent
+
+EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
+LOG_EVERY_S = 10.0
+RUN_HELP = "a run's URI, or a store's for its latest complete run"
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of ``afn``; leaves with the exit code."""
+    args = _parser().parse_args(argv)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        with _terminable():
+            args.call(args)
+        sys.stdout.flush()
+        code = 0
+    except KeyboardInterrupt:
+        errors.print("afn: stopped; the same command resumes", markup=False)
+        code = Interrupted.exit_code
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except AfnError as error:
+        errors.print(f"afn: {_printable(str(error))}", markup=False)
+        code = error.exit_code
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends like Ctrl-C: workers are stopped, scratch files removed, and the exit code says resumable."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _printable(text: str) -> str:
+    """``text`` without control characters: names and texts of the corpus may hold some."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+
+
+# --- grammar ---------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="afn", description="Token Activation Strength of a whole corpus.", epilog=EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+
+    show = commands.add_parser("show", help="what a run is, and its honest summary", epilog=EPILOG)
+    show.add_argument("run", metavar="RUN", help=RUN_HELP)
+    show.add_argument("--json", action="store_true", help="the same as JSON")
+    show.set_defaults(call=_show)
+
+    sql = commands.add_parser(
+        "sql", help="ask a run in SQL", epilog=EPILOG,
+        description="Views: tokens, documents, vocabulary, words, thresholds, shards, run. Without a QUERY, a shell.",
+    )  # fmt: skip
+    sql.add_argument("run", metavar="RUN", help=RUN_HELP)
+    sql.add_argument("query", metavar="QUERY", nargs="?", help="one SQL statement; without it an interactive shell")
+    sql.add_argument("--format", choices=("table", "csv", "json", "parquet"), default="table", help="default: table")
+    sql.add_argument("--out", metavar="FILE", type=Path, help="write there instead of the terminal")
+    sql.add_argument("--max-rows", type=int, default=100, help="rows that a table shows (default: 100; 0 = all)")
+    sql.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a query (default: 60)")
+    sql.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
+    sql.add_argument("--threads", type=int, help="threads of DuckDB (default: one per core)")
+    sql.set_defaults(call=_sql)
+
+    explain = commands.add_parser("explain", help="one text's tokens against a run", epilog=EPILOG)
+    explain.add_argument("run", metavar="RUN", help=RUN_HELP)
+    explain.add_argument("text", metavar="TEXT", help="the text, or - for standard input")
+    explain.add_argument("--layer", type=int, help="layer to show (default: the deepest recorded)")
+    explain.add_argument("--all", action="store_true", help="list every token of a long text")
+    explain.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(call=_explain)
+
+    doctor = commands.add_parser("doctor", help="what works here, and what to do about what does not", epilog=EPILOG)
+    doctor.add_argument("--model", help="model folder, GGUF file or hub name to try (default: the demo's)")
+    doctor.add_argument("--store", help="store to try to write")
+    doctor.add_argument("--address", help="Ray cluster to try (default: RAY_ADDRESS, else a local Ray)")
+    doctor.set_defaults(call=_doctor)
+
+    demo = commands.add_parser(
+        "demo", help="the whole path on real input: MiniLM over the King James verses, about a minute", epilog=EPILOG
+    )
+    demo.add_argument("--store", default="afn-demo", help="folder for the results (default: ./afn-demo)")
+    demo.add_argument("--workers", type=int, help="workers (default: one per core)")
+    demo.set_defaults(call=_demo)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run", help="measure a corpus: plan, do what the store lacks, reduce", epilog=EPILOG,
+        description="Give the same command again to resume; with nothing changed it does nothing.",
+    )  # fmt: skip
+    run.add_argument("corpus", metavar="CORPUS", nargs="*", default=argparse.SUPPRESS, help=_help_of("corpus"))
+    run.add_argument("--config", metavar="FILE", type=Path, help="TOML file with the same keys; flags win")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    run.add_argument("--quiet", action="store_true", help="no progress; errors still show")
+    for field in fields(RunConfig):
+        if field.name == "corpus":
+            continue
+        flag, hint = "--" + field.name.replace("_", "-"), HINTS[field.name]
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_of(field.name)}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction if field.default is True else "store_true"
+        elif field.name in CHOICES:
+            options["choices"] = CHOICES[field.name]
+        else:
+            options["metavar"] = field.name.rsplit("_", 1)[-1].upper()
+            options["type"] = float if hint is float else int if hint in (int, int | None) else str
+        run.add_argument(flag, **options)
+    run.set_defaults(call=_run)
+
+
+def _help_of(name: str) -> str:
+    field = next(f for f in fields(RunConfig) if f.name == name)
+    text = str(field.metadata["help"])
+    if field.default is MISSING or field.default is None or isinstance(field.default, bool):
+        return text
+    return f"{text} (default: {field.default})"
+
+
+def _version() -> str:
+    from afn_ray import __version__
+
+    return __version__
+
+
+# --- commands --------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = {f.name for f in fields(RunConfig)}
+    given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
+    if not given.get("corpus"):
+        given.pop("corpus", None)  # none on the command line: the file's
+    config = config_from(given, args.config)
+    from afn_ray import job
+
+    console = Console(stderr=True, highlight=False)
+    with _progress(console, args.quiet) as on_event:
+        if args.dry_run:
+            estimate = job.dry_run(config, on_event)
+        else:
+            with job.run(config, on_event) as run:
+                uri = run.uri
+    if args.dry_run:
+        _print_estimate(estimate, Console(highlight=False))
+    elif args.quiet:
+        print(uri)
+    else:
+        print(f"\nNext: afn show {_shell(config.store)}\n      afn sql {_shell(config.store)}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from afn_ray import manifest, show
+
+    summary = show.summarise(manifest.find_run(args.run))
+    if args.json:
+        print(json.dumps(show.to_json(summary), indent=1))
+    else:
+        show.render(summary, Console(highlight=False))
+
+
+def _sql(args: argparse.Namespace) -> None:
+    from afn_ray import query, shell
+
+    with query.open_run(
+        args.run, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
+    ) as run:  # fmt: skip
+        if args.query is None:
+            shell.interactive(run)
+            return
+        relation = run.sql(args.query)
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(_output(args.out)) if args.out else None
+            shell.print_result(relation, args.format, out, max_rows=args.max_rows or None)
+
+
+@contextlib.contextmanager
+def _output(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("wb") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from afn_ray import explain
+
+    text = sys.stdin.read() if args.text == "-" else args.text
+    result = explain.explain(args.run, text)
+    if args.html:
+        with _output(args.html) as file:
+            file.write(explain.render_html(result).encode())
+        print(f"{args.html} is written; open it in a browser")
+    elif args.json:
+        print(json.dumps(explain.to_json(result), indent=1, ensure_ascii=False))
+    else:
+        explain.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from afn_ray import doctor
+
+    checks = doctor.check(args.model, args.store, args.address)
+    doctor.render(checks, Console(highlight=False))
+    if failed := [c.name for c in checks if c.ok is False]:
+        raise ConfigError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from afn_ray import demo, manifest, show
+
+    began = time.monotonic()
+    config = demo.demo_config(args.store, args.workers)
+    from afn_ray import job
+
+    console = Console(stderr=True, highlight=False)
+    with _progress(console, quiet=False) as on_event, job.run(config, on_event) as run:
+        uri = run.uri
+    seconds = time.monotonic() - began
+    folder = manifest.find_run(uri)
+    summary = show.summarise(folder)
+    out = Console(highlight=False)
+    out.print(
+        f"\n{summary.info['counts']['tokens']:,} tokens of the King James verses, all-MiniLM-L6-v2; "
+        f"this took {seconds:.0f} s\n"
+    )
+    show.render_thresholds(summary, out)
+    show.render_classes(summary, out)
+    show.render_salient(folder, summary.layers[-1].layer, out)
+    show.render_caution(summary, out)
+    store = _shell(args.store)
+    out.print(f"\nResults: {uri}\n", markup=False, soft_wrap=True)
+    layer = summary.layers[-1].layer
+    query = f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND n > 99 ORDER BY share_high LIMIT 9"
+    for command in (f"show {store}", f"explain {store} 'In the beginning was the Word'", f'sql {store} "{query}"'):
+        out.print(f"Next:  afn {command}", markup=False, soft_wrap=True)
+
+
+def _shell(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+# --- progress --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
+    """Shows events: a live bar on a terminal, else a line when something ends and every ten seconds."""
+    if quiet:
+        yield lambda event: None
+    elif console.is_terminal:
+        with _live(console) as on_event:
+            yield on_event
+    else:
+        yield _log(console)
+
+
+@contextlib.contextmanager
+def _live(console: Console) -> Iterator[OnEvent]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
+               TextColumn("{task.fields[note]}"), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("planning", total=None, note="")
+
+        def on_event(event: Event) -> None:
+            if event.kind in ("planned", "complete"):
+                progress.console.print(_printable(event.message), markup=False, soft_wrap=True)
+            elif event.kind == "hashing":
+                progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
+            elif event.state is not None:
+                state = event.state
+                done = len(state.commits) + len(state.failures)
+                progress.update(task, description="shards", completed=done, total=state.num_shards, note=_note(event))
+            else:
+                progress.update(task, description=event.message, completed=0, total=None, note="")
+
+        yield on_event
+
+
+def _log(console: Console) -> OnEvent:
+    last = 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal last
+        state = event.state
+        if state is None and event.kind != "hashing":
+            console.print(_printable(event.message), markup=False, soft_wrap=True)
+        elif time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            if state is None:
+                console.print(f"{event.message}: {event.done:,} of {event.total:,} files", markup=False)
+            else:
+                done = len(state.commits) + len(state.failures)
+                console.print(f"shards {done}/{state.num_shards}  {_note(event)}", markup=False, soft_wrap=True)
+
+    return on_event
+
+
+def _note(event: Event) -> str:
+    """Documents, tokens per second, padding, time left and failures of a run at work."""
+    assert event.state is not None
+    state, live = event.state, event.state.live
+    rate = live.tokens / state.seconds if state.seconds else 0.0
+    done = len(state.commits) + len(state.failures)
+    parts = [f"{live.documents:,} documents", f"{rate:,.0f} tokens/s"]
+    if live.forward_tokens:
+        parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
+    if done:
+        left = state.seconds / done * (state.num_shards - done)
+        parts.append(f"{left:,.0f} s left" if left < 600 else f"{left / 60:,.0f} min left")
+    if state.retries:
+        parts.append(f"{state.retries} retried")
+    if state.failures:
+        parts.append(f"{len(state.failures)} FAILED")
+    return ", ".join(parts)
+
+
+def _print_estimate(e: Estimate, console: Console) -> None:
+    about = "" if e.documents_exact else "about "
+    todo = e.num_shards - e.num_shards_done
+    speed = f"{e.num_workers} workers of {e.tokens_per_second:,.0f} tokens/s (measured here)"
+    rows = [
+        ("model", f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}"),
+        ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
+        ("corpus", f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files"),
+        ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
+        ("tokens", f"about {e.tokens:,} (from a sample)"),
+        ("store", f"about {e.store_bytes:,} bytes"),
+        ("time", f"about {_duration(e.seconds)}: {speed}"),
+        ("measure", e.measure),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<8} {_printable(value)}", markup=False, soft_wrap=True)
+    for uri in e.skipped:
+        console.print(f"skipped  {_printable(uri)}: its ending is no known format", markup=False, soft_wrap=True)
+    console.print("nothing was done (--dry-run)", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,309 @@
+"""The only door to Ray: workers, dispatch, retry, progress; and the same loop in this process, without Ray."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from afn_ray import model, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError, ShardError
+from afn_ray.manifest import Commit
+from afn_ray.pipeline import Processor, Progress, Task
+from afn_ray.schema import Shard
+
+ATTEMPTS = 2
+"""Tries that a shard gets before it is given up."""
+IN_FLIGHT = 2
+"""Shards handed to one worker at a time: the one it works on and the next."""
+POLL_S = 0.5
+WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Large temporaries come from a heap that is kept instead of fresh pages each time: 1.1 times faster.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+OBJECT_STORE_BYTES = 128 << 20
+"""Of a local Ray: only shards and commits travel through it."""
+
+
+@dataclass(slots=True)
+class State:
+    """How far a run is; counts are of this call, not of what the store had before."""
+
+    num_shards: int
+    num_workers: int = 0
+    commits: dict[str, Commit] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it was given up
+    retries: int = 0
+    live: Progress = field(default_factory=Progress)
+    seconds: float = 0.0  # since the first worker was ready
+
+
+OnState = Callable[[State], None]
+
+
+def process_shards(
+    config: RunConfig, device: str, make_task: Callable[[], Task], shards: Sequence[Shard], on_state: OnState
+) -> State:
+    """Process ``shards``; returns what was committed and what was given up.
+
+    A shard's exception charges that shard, and the second one gives it up; the others go on. Raises at once
+    for what concerns all of them: a model that does not load, a full disk, a corpus that changed.
+    """
+    if config.executor == "inline":
+        return _process_inline(make_task(), shards, on_state)
+    with _ray(config, len(shards), device):
+        return _Dispatcher(make_task(), config, shards, on_state).run()
+
+
+def find_device(config: RunConfig) -> str:
+    """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is here."""
+    if config.executor == "ray" and _address(config) and config.device == "auto":
+        import ray
+
+        with _ray(config, 1, "cpu"):
+            return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    if config.executor == "ray" and _address(config):
+        return config.device
+    return model.choose_device(config.device)
+
+
+def local_device(device: str) -> str:
+    """The device on which to try in this process what workers will do on ``device``."""
+    return device if device == "cpu" else model.choose_device("auto")
+
+
+def count_workers(config: RunConfig, device: str) -> int:
+    """Workers that a run would start, from the config or from what this machine or the cluster has."""
+    if config.executor == "inline":
+        return 1
+    if config.workers is not None:
+        return config.workers
+    if _address(config) is None:
+        return model.count_devices(device)
+    import ray
+
+    with _ray(config, 1, device):
+        return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1)) or 1
+
+
+def _process_inline(task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
+    state = State(len(shards), 1)
+    processor = Processor(task)
+    began = time.monotonic()
+    for shard in shards:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                state.commits[shard.id] = processor.process(shard)
+                break
+            except (ConfigError, Interrupted):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's alone
+                if attempt == ATTEMPTS:
+                    state.failures[shard.id] = _reason(error)
+                else:
+                    state.retries += 1
+        state.live, state.seconds = processor.progress, time.monotonic() - began
+        on_state(state)
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"
+
+
+# --- Ray -------------------------------------------------------------------------------------------------
+
+
+def _address(config: RunConfig) -> str | None:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address
+
+
+@contextmanager
+def _ray(config: RunConfig, num_shards: int, device: str) -> Iterator[None]:
+    """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # an open Ray runs code for whoever reaches it
+    address = _address(config)
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if storage.is_process_memory(config.store):
+            raise ConfigError(
+                "memory:// lives in one process; use --executor inline, or a store that workers can reach"
+            )
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if address is None:
+        cpus = max(os.cpu_count() or 1, config.workers or 0)
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus,
+                    "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"the cluster at {address}" if address else "a local Ray"
+        raise ConfigError(f"{where} cannot be reached: {_reason(error)}; 'afn doctor' tells more") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class _Worker:
+    """What an actor runs: one processor, and a look at its progress while it works."""
+
+    def __init__(self, task: Task) -> None:
+        self._processor = Processor(task)
+
+    def process(self, shard: Shard) -> Commit:
+        return self._processor.process(shard)
+
+    def progress(self) -> Progress:
+        return self._processor.progress
+
+
+class _Dispatcher:
+    """Hands shards to whichever worker is free; every retry is decided here and none by Ray."""
+
+    def __init__(self, task: Task, config: RunConfig, shards: Sequence[Shard], on_state: OnState) -> None:
+        import ray
+
+        self._ray = ray
+        self._waiting = deque(shards)
+        self._charges: dict[str, int] = {}
+        self._on_state = on_state
+        gpu = task.device == "cuda"
+        resources = ray.cluster_resources()
+        wanted = config.workers or int(resources.get("GPU" if gpu else "CPU", 1)) or 1
+        self._state = State(len(shards), min(wanted, len(shards)))
+        actor = ray.remote(
+            num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=-1, max_task_retries=0,
+            concurrency_groups={"look": 1}, runtime_env={"env_vars": WORKER_ENV},
+        )(_Worker)  # fmt: skip
+        self._actors = [actor.remote(task) for _ in range(self._state.num_workers)]
+        self._in_flight: dict[Any, tuple[Any, Shard]] = {}  # task -> actor, shard; oldest first
+        self._starting = {self._look(a): a for a in self._actors}
+        self._ready: list[Any] = []
+
+    def _look(self, actor: Any) -> Any:
+        return actor.progress.options(concurrency_group="look").remote()
+
+    def run(self) -> State:
+        began = 0.0
+        looked: dict[Any, Progress] = {}
+        looks: dict[Any, Any] = {}
+        try:
+            while self._waiting or self._in_flight:
+                self._feed()
+                done, _ = self._ray.wait(
+                    [*self._in_flight, *self._starting, *looks], num_returns=1, timeout=POLL_S, fetch_local=True
+                )
+                for ref in done:
+                    if ref in self._starting:
+                        began = began or time.monotonic()
+                        self._started(ref)
+                    elif ref in looks:
+                        self._looked(looks.pop(ref), ref, looked)
+                    else:
+                        self._finished(ref)
+                for actor in self._ready:
+                    if actor not in looks.values():
+                        looks[self._look(actor)] = actor
+                if began:
+                    self._state.seconds = time.monotonic() - began
+                    self._state.live = _total(looked.values())
+                    self._on_state(self._state)
+                if not done or all(ref not in self._in_flight for ref in done):
+                    time.sleep(POLL_S / 5)
+        finally:
+            for actor in self._actors:
+                self._ray.kill(actor)
+        return self._state
+
+    def _feed(self) -> None:
+        for actor in self._ready:
+            busy = sum(a is actor for a, _ in self._in_flight.values())
+            while self._waiting and busy < IN_FLIGHT:
+                shard = self._waiting.popleft()
+                self._in_flight[actor.process.remote(shard)] = (actor, shard)
+                busy += 1
+
+    def _started(self, ref: Any) -> None:
+        actor = self._starting.pop(ref)
+        try:
+            self._ray.get(ref)
+        except self._ray.exceptions.ActorUnavailableError:
+            self._starting[self._look(actor)] = actor
+            return
+        except self._ray.exceptions.RayError as error:
+            raise _original(error) from None
+        self._ready.append(actor)
+
+    def _looked(self, actor: Any, ref: Any, looked: dict[Any, Progress]) -> None:
+        try:
+            progress: Progress = self._ray.get(ref)
+        except self._ray.exceptions.RayError:
+            return  # a look is no work; the task in flight says what happened
+        last = looked.get(actor)
+        if last is None or progress.tokens >= last.tokens:
+            looked[actor] = progress
+
+    def _finished(self, ref: Any) -> None:
+        actor, shard = self._in_flight.pop(ref)
+        try:
+            self._state.commits[shard.id] = self._ray.get(ref)
+            return
+        except self._ray.exceptions.RayActorError as error:
+            # The worker died: the shard it was working on is charged, the one behind it only goes back.
+            behind = [r for r, (a, _) in self._in_flight.items() if a is actor]
+            for other in behind:
+                self._waiting.appendleft(self._in_flight.pop(other)[1])
+            if actor in self._ready:
+                self._ready.remove(actor)
+                self._starting[self._look(actor)] = actor
+            failure: BaseException = ShardError(f"its worker died: {_reason(error)}")
+        except self._ray.exceptions.RayTaskError as error:
+            failure = _original(error)
+            if isinstance(failure, ConfigError | Interrupted):
+                raise failure from None
+        self._charges[shard.id] = self._charges.get(shard.id, 0) + 1
+        if self._charges[shard.id] >= ATTEMPTS:
+            self._state.failures[shard.id] = _reason(failure)
+        else:
+            self._state.retries += 1
+            self._waiting.append(shard)
+
+
+def _original(error: Any) -> BaseException:
+    """Our own error out of Ray's wrapping, or what Ray says as a ``ModelError``: no worker could start."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException) and not isinstance(cause, AfnError):
+        return cause
+    while cause is not None and not isinstance(cause, AfnError):
+        cause = getattr(cause, "cause", None)
+    return cause if cause is not None else ModelError(f"a worker could not start: {str(error).strip()[-2000:]}")
+
+
+def _total(parts: Any) -> Progress:
+    total = Progress()
+    for p in parts:
+        total.documents += p.documents
+        total.tokens += p.tokens
+        total.forward_tokens += p.forward_tokens
+    return total

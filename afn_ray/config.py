@@ -1,0 +1,164 @@
+"""RunConfig: everything a user can ask of a run, said by flags or by a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from afn_ray.errors import ConfigError
+from afn_ray.schema import ReadOptions
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "format": ("auto", "txt", "jsonl", "csv", "parquet"),
+    "txt_documents": ("file", "line"),
+    "device": ("auto", "cpu", "cuda"),
+    "executor": ("ray", "inline"),
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run: a corpus, a model, a store, and how to go from the first to the last.
+
+    The help of every field is the one that ``afn run --help`` prints. ``ConfigError`` names the field
+    that is wrong, what it holds and what it may hold.
+    """
+
+    corpus: tuple[str, ...] = field(metadata={"help": "files, folders or globs; any fsspec URL"})
+    model: str = field(metadata={"help": "model folder, GGUF file, or hub name"})
+    store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
+    layers: str = _option("2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings")
+    revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
+    dtype: str = _option("auto", "precision of the model: auto is bfloat16 on GPUs, else float32")
+    window_tokens: int | None = _option(None, "tokens in a window; default: the model's context, at most 2048")
+    overlap_tokens: int | None = _option(None, "tokens that neighbouring windows share; default: a quarter window")
+    text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
+    id_column: str | None = _option(None, "column that holds the document id; default: a content hash")
+    format: str = _option("auto", "format of the files; auto goes by their ending")
+    txt_documents: str = _option("file", "a document is one .txt file, or one line of it")
+    offsets: bool = _option(True, "record character offsets (about 1 byte a token)")
+    language: str = _option("en", "language of the function words, ISO 639-1")
+    sink_factor: float = _option(10.0, "a token over this many medians is a sink")
+    max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
+    shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
+    batch_tokens: int = _option(2048, "tokens in one forward pass, padding included")
+    workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
+    device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
+    executor: str = _option("ray", "ray, or inline: in this process, without Ray")
+    address: str | None = _option(None, "Ray cluster to join; default: RAY_ADDRESS, else a local Ray")
+    scratch: str | None = _option(None, "local folder for unfinished files; default: the system's")
+    trust_remote_code: bool = _option(False, "run Python code that comes with the model")
+    allow_pickle: bool = _option(False, "load pickled weights, which can run code, where there are no safetensors")
+    allow_another_measure: bool = _option(False, "let a store that holds one measure take another")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_type(f.name, getattr(self, f.name))
+        if not self.corpus or not all(self.corpus):
+            raise ConfigError("corpus is empty; name at least one file, folder or glob")
+        for name in ("model", "store", "text_column", "language"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} is empty; it must be given")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        for name, least in (
+            ("window_tokens", 8),
+            ("workers", 1),
+            ("batch_tokens", 16),
+            ("shard_bytes", 1024),
+            ("max_document_bytes", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; expected at least {least}")
+        if self.overlap_tokens is not None and self.overlap_tokens < 0:
+            raise ConfigError(f"overlap_tokens is {self.overlap_tokens}; expected 0 or more")
+        if not 1 < self.sink_factor < float("inf"):
+            raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
+        resolve_layers(self.layers, 10_000)  # the grammar; the depth is checked when the model is known
+
+    @property
+    def read_options(self) -> ReadOptions:
+        return ReadOptions(
+            self.format, self.text_column, self.id_column, self.txt_documents, self.max_document_bytes
+        )  # fmt: skip
+
+
+HINTS: dict[str, Any] = get_type_hints(RunConfig)
+
+
+def _check_type(name: str, value: object) -> None:
+    hint = HINTS[name]
+    if name == "corpus":
+        ok = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    elif hint is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is int or hint == int | None:
+        ok = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and hint is not int)
+    else:
+        ok = isinstance(value, hint)
+    if not ok:
+        expected = "a list of strings" if name == "corpus" else getattr(hint, "__name__", str(hint))
+        raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+
+
+def config_from(values: Mapping[str, Any], file: Path | None = None) -> RunConfig:
+    """RunConfig from ``values`` (the flags that were given) over the TOML ``file``; flags win.
+
+    Raises ``ConfigError`` for an unknown key (it lists the known ones), a wrong type or a missing key.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        try:
+            merged = tomllib.loads(file.read_text("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {file} is not TOML: {error}") from error
+    merged.update(values)
+    known = [f.name for f in fields(RunConfig)]
+    if unknown := sorted(set(merged) - set(known)):
+        where = f" in {file}" if file is not None else ""
+        raise ConfigError(f"unknown key{where}: {', '.join(unknown)}; known keys: {', '.join(known)}")
+    corpus = merged.get("corpus")
+    if isinstance(corpus, str):
+        merged["corpus"] = (corpus,)
+    elif isinstance(corpus, list):
+        merged["corpus"] = tuple(corpus)
+    if missing := [name for name in ("corpus", "model", "store") if merged.get(name) is None]:
+        raise ConfigError(f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)")
+    return RunConfig(**merged)
+
+
+def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
+    """Layers that ``spec`` names in a model of ``depth`` blocks, ascending and without repeats.
+
+    A fraction is rounded to the nearest block (2/3 of 12 is 8); ``all`` is 0 to ``depth``; 0 is the
+    embeddings. Raises ``ConfigError`` for what is not a layer, and says which are.
+    """
+    if spec.strip() == "all":
+        return tuple(range(depth + 1))
+    layers: set[int] = set()
+    for part in spec.split(","):
+        try:
+            value = Fraction(part.strip())
+        except (ValueError, ZeroDivisionError):
+            raise ConfigError(
+                f"layers is {spec!r}; expected numbers, fractions of the depth or 'all', as in 8, 2/3 or 0,4,8"
+            ) from None
+        is_share = "/" in part or "." in part
+        layer = int(value * depth + Fraction(1, 2)) if is_share else int(value)
+        if not 0 <= layer <= depth or (is_share and not 0 <= value <= 1):
+            raise ConfigError(f"layer {part.strip()} does not exist; the model has layers 0 (embeddings) to {depth}")
+        layers.add(layer)
+    return tuple(sorted(layers))

@@ -1,0 +1,204 @@
+"""One run from start to finish: plan, do what the store lacks, reduce."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+
+from afn_ray import cluster, corpus, lexicon, manifest, pipeline, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import CorpusError, IncompleteRun
+from afn_ray.query import Run, open_run
+from afn_ray.reduce import reduce_run
+from afn_ray.schema import SPECIAL
+
+SAMPLE_DOCUMENTS = 200
+PILOT_S = 2.0
+BYTES_PER_TOKEN = 6.0
+"""Upper estimate of the store's bytes for a token of one layer, offsets included; each further layer adds 3."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a person who waits wants to see."""
+
+    kind: str  # "hashing", "planned", "starting", "working", "reducing", "complete"
+    message: str
+    state: cluster.State | None = None  # of "working"
+    done: int = 0  # of "hashing": files
+    total: int = 0
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run would do, and about how long it would take."""
+
+    num_files: int
+    skipped: tuple[str, ...]
+    num_documents: int
+    documents_exact: bool
+    num_bytes: int
+    num_shards: int
+    num_shards_done: int  # already in the store
+    tokens: int  # estimated from a sample
+    store_bytes: int  # estimated
+    seconds: float  # of the forward passes, estimated from a pilot on this machine
+    num_workers: int
+    tokens_per_second: float  # of one worker, measured on the pilot
+    model: str
+    layers: tuple[int, ...]
+    depth: int
+    dtype: str
+    device: str
+    window_tokens: int
+    overlap_tokens: int
+    measure: str
+
+
+def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
+    """Measure every token of ``config.corpus`` and return the complete run, ready to be asked.
+
+    A shard that the store has is not done again, so the same call after a crash resumes and after success does
+    nothing. Raises ``ConfigError`` before any work, ``IncompleteRun`` when shards were given up (the others are
+    committed), ``Interrupted`` when the call can be repeated to resume.
+    """
+    began = time.monotonic()
+    config = _normalised(config)
+    lexicon.function_words(config.language)
+    storage.check_writable(config.store)
+    device = cluster.find_device(config)
+    task, measure, files = pipeline.prepare(config, device)
+    begun_ns = time.time_ns()
+    plan = manifest.make_plan(config, _hashing(on_event))
+    folder = manifest.begin_run(config, measure, plan, begun_ns)
+    if folder.info:
+        on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
+        return open_run(folder.uri)
+    commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
+    todo = [s for s in plan.shards if s.id not in commits]
+    on_event(
+        Event("planned", f"{len(plan.files):,} files, {plan.num_bytes:,} bytes, {len(plan.shards):,} shards; "
+                         f"{len(plan.shards) - len(todo):,} are in the store, {len(todo):,} to do")
+    )  # fmt: skip
+    state = cluster.State(0)
+    if todo:
+        on_event(Event("starting", f"starting workers on {device} ({config.executor})"))
+        state = cluster.process_shards(
+            config, device, lambda: task, todo, lambda s: on_event(Event("working", "", state=s))
+        )
+    if state.failures:
+        raise IncompleteRun(_failed(state, plan))
+    commits |= state.commits
+    ordered = [commits[s.id] for s in plan.shards]
+    if not sum(c.counts["tokens"] for c in ordered):
+        raise CorpusError(_no_tokens(ordered))
+    on_event(Event("reducing", "finding the thresholds and the vocabulary"))
+    pieces, readable = pipeline.vocabulary_texts(files)
+    tables = reduce_run(
+        config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable,
+        language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in plan.shards],
+    )  # fmt: skip
+    for name, table in tables.items():
+        manifest.write_table(folder, name, table)
+    totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
+    info = {
+        "measure": {"id": task.measure_id, **measure},
+        "model": {
+            "name": config.model,
+            "type": files.model_type,
+            "depth": files.depth,
+            "hidden_size": files.hidden_size,
+        },
+        "layers": list(task.layers),
+        "config": asdict(config),
+        "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
+        "counts": {"shards": len(ordered), "shards_reused": len(ordered) - len(todo), **totals},
+        "created_at": manifest.created_at(folder),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 1),
+        "made_by": ordered[0].made_by,
+    }
+    folder = manifest.finish_run(folder, info)
+    on_event(Event("complete", f"run {folder.uri} is complete"))
+    return open_run(folder.uri)
+
+
+def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estimate:
+    """What ``run(config)`` would do. Reads the corpus once to plan, tries the model on a sample, writes nothing."""
+    config = _normalised(config)
+    lexicon.function_words(config.language)
+    device = cluster.find_device(config)
+    task, measure, files = pipeline.prepare(config, device)
+    plan = manifest.make_plan(config, _hashing(on_event))
+    done = manifest.find_commits(config.store, task.measure_id, plan.shards)
+    texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
+    processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
+    num_texts, num_tokens, num_chars, seconds = 0, 0, 0, 0.0
+    for begin in range(0, len(texts), 32):
+        started = time.monotonic()
+        measured = processor.measure(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
+        seconds += time.monotonic() - started
+        num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
+        num_texts += len(texts[begin : begin + 32])
+        num_chars += sum(len(t.encode()) for t in texts[begin : begin + 32])
+        if seconds > PILOT_S:
+            break
+    exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
+    share = _text_share(plan, texts[:num_texts])
+    todo_bytes = sum(s.num_bytes for s in plan.shards if s.id not in done)
+    per_byte = share * num_tokens / max(1, num_chars)
+    tokens = round(plan.num_bytes * per_byte)
+    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
+    if not exact and num_texts:
+        documents = max(documents, round(plan.num_bytes * share / (num_chars / num_texts)))
+    rate = num_tokens / seconds if seconds else 0.0
+    workers = min(cluster.count_workers(config, device), max(1, len(plan.shards) - len(done)))
+    bytes_per_token = BYTES_PER_TOKEN + 3.0 * (len(task.layers) - 1) - (0 if config.offsets else 2)
+    return Estimate(
+        len(plan.files), plan.skipped, documents, exact, plan.num_bytes, len(plan.shards), len(done), tokens,
+        round(tokens * bytes_per_token), todo_bytes * per_byte / rate / workers if rate else 0.0, workers, rate,
+        config.model, task.layers, files.depth, task.dtype, device, measure["window_tokens"],
+        measure["overlap_tokens"], task.measure_id,
+    )  # fmt: skip
+
+
+def _text_share(plan: manifest.Plan, texts: list[str]) -> float:
+    """Bytes of text in a byte of corpus: exact sizes over the sample's mean, where documents were counted."""
+    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
+    counted = sum(s.num_bytes for shard in plan.shards for s in shard.slices if s.num_documents >= 0)
+    if not texts or not documents or not counted:
+        return 1.0
+    return sum(len(t.encode()) for t in texts) / len(texts) * documents / counted
+
+
+def _normalised(config: RunConfig) -> RunConfig:
+    """``config`` with the URIs that it is remembered by: absolute ones."""
+    return replace(
+        config, store=storage.absolute(config.store).rstrip("/"), corpus=tuple(map(storage.absolute, config.corpus))
+    )
+
+
+def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
+    return lambda done, total: on_event(Event("hashing", "reading the corpus to plan", done=done, total=total))
+
+
+def _failed(state: cluster.State, plan: manifest.Plan) -> str:
+    where = {s.id: s.slices[0].uri for s in plan.shards}
+    lines = [f"  shard {shard} ({where[shard]}): {reason}" for shard, reason in sorted(state.failures.items())]
+    return (
+        f"{len(state.failures)} of {len(plan.shards)} shards failed {cluster.ATTEMPTS} times and were given up; "
+        "the others are committed, and the same command tries these again:\n" + "\n".join(lines)
+    )
+
+
+def _no_tokens(commits: list[manifest.Commit]) -> str:
+    totals = {k: sum(c.counts[k] for c in commits) for k in ("documents", "empty", "quarantined")}
+    return (
+        f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} empty, "
+        f"{totals['quarantined']} quarantined; the documents tables in the store say why"
+    )

@@ -1,0 +1,354 @@
+"""Plan a run, commit its shards, and say what is done: the store's one mechanism.
+
+Layout of a store::
+
+    shards/<measure>/<shard>/commit.json              the commit; its existence is the truth
+    shards/<measure>/<shard>/<attempt>-<table>.parquet
+    runs/<run>/plan.parquet                           written when the run begins; also what it remembers of files
+    runs/<run>/run.json                               written once, last; its existence means complete
+    runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afn_ray import corpus, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import StoreError
+from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, Shard, fingerprint
+
+IO_THREADS = 16
+TABLES = ("tokens", "documents", "summary")
+RACY_NS = 2_000_000_000
+"""A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
+
+
+# --- plan ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shards of a run, in order, and the files they come from."""
+
+    shards: tuple[Shard, ...]
+    files: tuple[FileInfo, ...]
+    skipped: tuple[str, ...]  # URIs with an ending that is no known format
+    num_hashed: int  # files read to plan; the others were remembered
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(s.num_bytes for s in self.shards)
+
+
+def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
+    """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not read.
+
+    ``on_file(done, total)`` is called as files are hashed. Raises ``CorpusError``.
+    """
+    options = config.read_options
+    files, skipped = corpus.list_files(config.corpus, options)
+    corpus.check_columns(files, options)
+    known = _remembered(config)
+    missing = [f for f in files if f not in known]
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        cuts = pool.map(lambda f: corpus.cut(f, options, config.shard_bytes), missing)
+        for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
+            known[file] = slices
+            if on_file is not None:
+                on_file(done, len(missing))
+    slices = [s for file in files for s in known[file]]
+    groups = group_slices(slices, config.shard_bytes)
+    return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing))
+
+
+def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
+    """Slices in order, small ones together up to ``shard_bytes``.
+
+    A group also ends behind a slice whose path hashes so (one in 16, once the group is a quarter full): where
+    groups end then depends on the files nearby, and a file that comes or goes moves no group far from it.
+    """
+    groups: list[list[FileSlice]] = []
+    current: list[FileSlice] = []
+    size = 0
+    for piece in slices:
+        if current and size + piece.num_bytes > shard_bytes:
+            groups.append(current)
+            current, size = [], 0
+        current.append(piece)
+        size += piece.num_bytes
+        if size >= shard_bytes // 4 and sha256(piece.uri.encode()).digest()[0] % 16 == 0:
+            groups.append(current)
+            current, size = [], 0
+    return [*groups, current] if current else groups
+
+
+def _remembered(config: RunConfig) -> dict[FileInfo, list[FileSlice]]:
+    """What the store's newest run of the same cuts knows of files: their slices, where nothing changed."""
+    known: dict[FileInfo, list[FileSlice]] = {}
+    cuts = _cuts(config)
+    for name in reversed(storage.list_names(storage.join(config.store, "runs"))):
+        data = storage.read_if_there(storage.join(config.store, "runs", name, "plan.parquet"))
+        if data is None:
+            continue
+        table = pq.read_table(pa.BufferReader(data))
+        begun = _plan_header(table)
+        if begun["cuts"] != cuts:
+            continue
+        for row in table.drop_columns(["ordinal", "shard"]).to_pylist():
+            piece = FileSlice(**row)
+            if _trusted(piece.version, begun["begun_ns"]):
+                known.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
+        break
+    return known
+
+
+def _trusted(version: str, hashed_ns: int) -> bool:
+    kind, _, value = version.partition(":")
+    return kind == "etag" or (kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS)
+
+
+def _cuts(config: RunConfig) -> str:
+    """Fingerprint of what decides where files are cut."""
+    return fingerprint([SCHEMA_VERSION, asdict(config.read_options), config.shard_bytes])
+
+
+def _plan_header(table: pa.Table) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads((table.schema.metadata or {})[b"afn"])
+    return header
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """One run in a store; ``info`` is its run.json, empty while it is not complete."""
+
+    uri: str
+    store: str
+    id: str
+    info: dict[str, Any]
+
+
+def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int) -> RunFolder:
+    """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new one.
+
+    ``begun_ns`` is the time before the first file was looked at. Raises ``StoreError`` when the store holds
+    another measure and the config does not allow a second one.
+    """
+    measure_id = fingerprint(measure)
+    held = storage.list_names(storage.join(config.store, "shards"))
+    runs = storage.join(config.store, "runs")
+    names = storage.list_names(runs)
+    if held and measure_id not in held and not config.allow_another_measure:
+        raise StoreError(_other_measure(config.store, names, measure))
+    ask = {"measure": measure_id, "shards": [s.id for s in plan.shards], "language": config.language,
+           "sink_factor": config.sink_factor}  # fmt: skip
+    suffix = fingerprint(ask)[:12]
+    if names and names[-1].endswith(suffix):
+        return _open_folder(config.store, names[-1])
+    created = datetime.now(UTC)
+    name = f"{created:%Y%m%dT%H%M%S}.{created.microsecond // 1000:03d}Z-{suffix}"
+    header = {"cuts": _cuts(config), "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
+              "config": asdict(config), "measure": measure}  # fmt: skip
+    rows = [
+        {"ordinal": i, "shard": shard.id, **asdict(piece)}
+        for i, shard in enumerate(plan.shards)
+        for piece in shard.slices
+    ]
+    table = pa.Table.from_pylist(rows, PLAN_SCHEMA).replace_schema_metadata({"afn": json.dumps(header)})
+    storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
+    return RunFolder(storage.join(runs, name), config.store, name, {})
+
+
+def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
+    message = f"store {store} holds another measure; results of two measures cannot be compared. "
+    for name in reversed(runs):
+        data = storage.read_if_there(storage.join(store, "runs", name, "plan.parquet"))
+        if data is not None:
+            theirs = _plan_header(pq.read_table(pa.BufferReader(data)))["measure"]
+            differs = [
+                f"{k}: the store has {_short(theirs.get(k))}, this run asks for {_short(measure.get(k))}"
+                for k in sorted({*theirs, *measure}) if theirs.get(k) != measure.get(k)
+            ]  # fmt: skip
+            message += "; ".join(differs) + ". "
+            break
+    return message + "Use another --store, or --allow-another-measure to keep both in this one"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _open_folder(store: str, name: str) -> RunFolder:
+    uri = storage.join(store, "runs", name)
+    data = storage.read_if_there(storage.join(uri, "run.json"))
+    return RunFolder(uri, store, name, {} if data is None else _json(data, storage.join(uri, "run.json")))
+
+
+def _json(data: bytes, uri: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise StoreError(f"{uri} is damaged: {error}") from error
+    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+        got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
+        raise StoreError(f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it")
+    return value
+
+
+def find_run(uri: str) -> RunFolder:
+    """The run at ``uri``: a run's own URI, or a store's for its latest complete run.
+
+    Raises ``StoreError`` when there is none, or when the run named is not complete.
+    """
+    uri = storage.absolute(uri).rstrip("/")
+    store, _, name = uri.rpartition("/runs/")
+    if name and "/" not in name and storage.exists(storage.join(uri, "plan.parquet")):
+        run = _open_folder(store, name)
+        if not run.info:
+            raise StoreError(f"run {uri} is not complete; give its 'afn run' command again to finish it")
+        return run
+    names = storage.list_names(storage.join(uri, "runs"))
+    for name in reversed(names):
+        run = _open_folder(uri, name)
+        if run.info:
+            return run
+    if names:
+        raise StoreError(f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun")
+    raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+
+
+def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
+    """Write run.json, which makes the run complete."""
+    body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info}
+    try:
+        storage.write_once(storage.join(run.uri, "run.json"), _json_bytes(body))
+    except storage.AlreadyWritten:
+        return _open_folder(run.store, run.id)  # another process finished the same run with the same tables
+    return RunFolder(run.uri, run.store, run.id, body)
+
+
+def created_at(run: RunFolder) -> str:
+    """When the run began, ISO 8601, UTC."""
+    data = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
+    return str(_plan_header(pq.read_table(pa.BufferReader(data)))["created_at"])
+
+
+def write_table(run: RunFolder, name: str, table: pa.Table) -> None:
+    """Write the run's table ``name``; one that an unfinished reduce left behind is replaced."""
+    uri = storage.join(run.uri, f"{name}.parquet")
+    storage.delete([uri])
+    storage.write_once(uri, _parquet_bytes(table))
+
+
+def read_table(run: RunFolder, name: str) -> pa.Table:
+    """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(run.uri, f"{name}.parquet"))))
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+# --- commits ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One shard's result: the winner's files, row counts, checksums and timings."""
+
+    shard: str
+    attempt: str
+    files: dict[str, dict[str, Any]]  # table -> name, rows, bytes, sha256
+    counts: dict[str, int]
+    seconds: float
+    made_by: dict[str, str]  # device and versions
+
+
+def shard_uri(store: str, measure_id: str, shard: str) -> str:
+    return storage.join(store, "shards", measure_id, shard)
+
+
+def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
+    """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
+    uri = storage.join(shard_uri(store, measure_id, shard), "commit.json")
+    data = storage.read_if_there(uri)
+    if data is None:
+        return None
+    value = _json(data, uri)
+    try:
+        commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
+    except KeyError as error:
+        raise StoreError(f"{uri} is damaged: no {error}") from error
+    names = [str(f.get("name")) for f in commit.files.values()]
+    if commit.shard != shard or sorted(commit.files) != sorted(TABLES) or any("/" in n or n == ".." for n in names):
+        raise StoreError(f"{uri} is damaged: it names shard {commit.shard} and files {names}")
+    return commit
+
+
+def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[str, Commit]:
+    """Commits that the store has of ``shards``, by shard id."""
+    there = set(storage.list_names(storage.join(store, "shards", measure_id)))
+    ids = [s.id for s in shards if s.id in there]
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        found = pool.map(lambda shard: read_commit(store, measure_id, shard), ids)
+        return {c.shard: c for c in found if c is not None}
+
+
+def publish(
+    store: str, measure_id: str, shard: Shard, attempt: str, tables: dict[str, tuple[Path, int]],
+    counts: dict[str, int], seconds: float, made_by: dict[str, str],
+) -> Commit:  # fmt: skip
+    """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard wins.
+
+    Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ from ours:
+    the same shard under the same measure must have the same rows.
+    """
+    folder = shard_uri(store, measure_id, shard.id)
+    files: dict[str, dict[str, Any]] = {}
+    for table, (path, rows) in tables.items():
+        name = f"{attempt}-{table}.parquet"
+        files[table] = {
+            "name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": storage.sha256_file(path),
+        }  # fmt: skip
+        storage.upload(path, storage.join(folder, name))
+    commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
+    body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit),
+            "slices": [asdict(s) for s in shard.slices], "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
+    try:
+        storage.write_once(storage.join(folder, "commit.json"), _json_bytes(body))
+        return commit
+    except storage.AlreadyWritten:
+        winner = read_commit(store, measure_id, shard.id)
+    except StoreError:  # the answer is unknown: the store may have the commit all the same
+        winner = read_commit(store, measure_id, shard.id)
+        if winner is None:
+            raise
+    if winner is None:
+        raise StoreError(f"{folder}/commit.json exists but cannot be read back; is something deleting from the store?")
+    if winner.attempt != attempt:
+        storage.delete([storage.join(folder, str(f["name"])) for f in files.values()])
+        if winner.counts != counts:
+            raise StoreError(f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
+                             "is one worker's model or library different?")  # fmt: skip
+    return winner

@@ -1,0 +1,251 @@
+"""The nouns of the product and the Arrow schemas of its tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Raised when a stored table or the meaning of a stored value changes; part of every measure."""
+
+SPECIAL = 1
+"""``flags`` bit 0: the token was added by the tokenizer's template and has no text."""
+WORD_START = 2
+"""``flags`` bit 1: the token starts a word."""
+REPLACED = 4
+"""``flags`` bit 2: the token covers a U+FFFD that replaced invalid UTF-8 in the source."""
+
+
+def fingerprint(value: object) -> str:
+    """First 128 bits of the SHA-256 of ``value`` as canonical JSON, in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How bytes become documents; part of a shard's identity."""
+
+    format: str  # "auto", "txt", "jsonl", "csv" or "parquet"
+    text_column: str
+    id_column: str | None
+    txt_documents: str  # "file" or "line"
+    max_document_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One file of the corpus as the filesystem lists it."""
+
+    uri: str
+    size: int  # bytes
+    version: str  # etag where the filesystem has one, else the modification time
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """Part of one file: a byte range on line boundaries, a range of Parquet row groups, or the whole file."""
+
+    uri: str
+    size: int  # bytes of the file
+    version: str  # of the file, as in FileInfo
+    format: str  # "txt", "jsonl", "csv" or "parquet"
+    compression: str  # "", "gz", "bz2", "xz" or "zst"
+    start: int  # bytes; row groups for Parquet
+    end: int  # exclusive
+    num_bytes: int  # bytes to read
+    num_documents: int  # exact for Parquet and uncompressed lines, else -1
+    sha256: str  # hex, of the bytes read
+
+    @property
+    def identity(self) -> list[object]:
+        """What the slice's documents are a function of."""
+        return [self.uri, self.format, self.compression, self.start, self.end, self.sha256]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A few slices: the unit of work, retry and commit."""
+
+    id: str  # fingerprint of its slices and of how they are read
+    slices: tuple[FileSlice, ...]
+
+    @classmethod
+    def of(cls, slices: Sequence[FileSlice], options: ReadOptions) -> Shard:
+        identity = {"slices": [s.identity for s in slices], "read": asdict(options)}
+        return cls(fingerprint(identity), tuple(slices))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(s.num_bytes for s in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of the corpus, or the reason why it has no text."""
+
+    source: str  # URI of the file
+    offset: int  # byte of the line in the file; row number for CSV, Parquet and compressed files
+    text: str
+    doc_id: str | None = None  # the corpus's own id, where it has one
+    num_replaced: int = 0  # bytes sequences of invalid UTF-8 that became U+FFFD
+    problem: str | None = None  # why it is quarantined; ``text`` is then empty
+
+
+def strength_column(layer: int) -> str:
+    """Name of the strength column of ``layer``."""
+    return f"strength_{layer}"
+
+
+def tokens_schema(layers: Sequence[int], offsets: bool) -> pa.Schema:
+    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position)."""
+    fields = [
+        pa.field("doc", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("flags", pa.uint8(), nullable=False),
+        pa.field("surface", pa.dictionary(pa.int32(), pa.string())),
+    ]
+    if offsets:
+        fields += [pa.field("start", pa.int32(), nullable=False), pa.field("end", pa.int32(), nullable=False)]
+    fields += [pa.field(strength_column(layer), pa.float32(), nullable=False) for layer in layers]
+    return pa.schema(fields)
+
+
+def documents_schema(layers: Sequence[int]) -> pa.Schema:
+    """Schema of a shard's ``documents`` table; one row for every document read, in order."""
+    return pa.schema(
+        [
+            pa.field("doc", pa.int32(), nullable=False),
+            pa.field("doc_id", pa.string()),  # null: the corpus has none; the view gives the content hash
+            pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            pa.field("offset", pa.int64(), nullable=False),
+            pa.field("n_tokens", pa.int32(), nullable=False),
+            pa.field("n_windows", pa.int32(), nullable=False),
+            pa.field("n_chars", pa.int32(), nullable=False),
+            pa.field("n_replaced", pa.int32(), nullable=False),
+            pa.field("text_sha256", pa.binary(32)),
+            pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            *(pa.field(f"mean_{strength_column(layer)}", pa.float32()) for layer in layers),
+        ]
+    )
+
+
+SUMMARY_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("special", pa.bool_(), nullable=False),
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("n_docs", pa.int64(), nullable=False),
+        pa.field("n_word_start", pa.int64(), nullable=False),
+        pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+        pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
+    ]
+)
+"""A shard's mergeable statistics: per layer and type the lossless histogram of its strengths.
+
+Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram, whose integers
+merge by addition in any order. One Parquet row group per layer.
+"""
+
+HISTOGRAM_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("special", pa.bool_(), nullable=False),
+        pa.field("strength", pa.float32(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+    ]
+)
+"""The run's strengths, each distinct recorded value with its count; special tokens apart."""
+
+THRESHOLDS_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("population", pa.string(), nullable=False),  # "tokens" or "tokens_without_sinks"
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("mean", pa.float64()),
+        pa.field("sd", pa.float64()),
+        pa.field("min", pa.float32()),
+        pa.field("q1", pa.float32()),
+        pa.field("q2", pa.float32()),
+        pa.field("q3", pa.float32()),
+        pa.field("max", pa.float32()),
+        pa.field("n_high", pa.int64(), nullable=False),
+        pa.field("n_sinks", pa.int64(), nullable=False),
+        pa.field("n_special", pa.int64(), nullable=False),
+        pa.field("sink_factor", pa.float64(), nullable=False),
+        pa.field("definition", pa.string(), nullable=False),
+    ]
+)
+
+VOCABULARY_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("token", pa.string(), nullable=False),  # the piece as the tokenizer writes it
+        pa.field("text", pa.string(), nullable=False),  # the piece as a reader writes it
+        pa.field("class", pa.string(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("n_docs", pa.int64(), nullable=False),
+        pa.field("mean", pa.float64(), nullable=False),
+        pa.field("sd", pa.float64(), nullable=False),
+        pa.field("min", pa.float32(), nullable=False),
+        pa.field("q1", pa.float32(), nullable=False),
+        pa.field("q2", pa.float32(), nullable=False),
+        pa.field("q3", pa.float32(), nullable=False),
+        pa.field("max", pa.float32(), nullable=False),
+        pa.field("n_high", pa.int64(), nullable=False),
+        pa.field("share_high", pa.float64(), nullable=False),
+        pa.field("share_high_low", pa.float64(), nullable=False),  # Wilson, 95 %
+        pa.field("share_high_high", pa.float64(), nullable=False),
+        pa.field("idf", pa.float64(), nullable=False),
+    ]
+)
+
+CLASSES = ("content", "function", "fragment", "number", "punctuation", "special")
+"""Classes of a type, in the order in which tables show them."""
+
+SHARDS_SCHEMA = pa.schema(
+    [
+        pa.field("ordinal", pa.int32(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("doc_offset", pa.int64(), nullable=False),  # run-wide doc = doc_offset + doc
+        pa.field("n_documents", pa.int64(), nullable=False),
+        pa.field("n_empty", pa.int64(), nullable=False),
+        pa.field("n_quarantined", pa.int64(), nullable=False),
+        pa.field("n_tokens", pa.int64(), nullable=False),
+        pa.field("n_windows", pa.int64(), nullable=False),
+        pa.field("padding_share", pa.float64(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),  # read from the corpus
+        pa.field("token_bytes", pa.int64(), nullable=False),
+        pa.field("document_bytes", pa.int64(), nullable=False),
+        pa.field("summary_bytes", pa.int64(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("tokens_file", pa.string(), nullable=False),  # relative to the store
+        pa.field("documents_file", pa.string(), nullable=False),
+        pa.field("summary_file", pa.string(), nullable=False),
+    ]
+)
+"""A run's shards in plan order: where their files are and how many rows they hold."""
+
+PLAN_SCHEMA = pa.schema(
+    [
+        pa.field("ordinal", pa.int32(), nullable=False),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("compression", pa.string(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("end", pa.int64(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("num_documents", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
+"""A run's plan: one row per slice, in order."""

@@ -1,0 +1,238 @@
+"""What a run is, and what is true of its measure: the honest summary, as data and as tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from afn_ray import manifest
+from afn_ray.reduce import wilson
+from afn_ray.schema import CLASSES
+
+SALIENT_WORDS = 10
+SALIENT_MIN_N = 20
+"""Words seen less often are not ranked: one occurrence says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassShare:
+    """How often tokens of one class are HIGH at one layer, with Wilson's 95 % interval."""
+
+    layer: int
+    name: str
+    n: int
+    n_high: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """The thresholds of one layer and how far they can be trusted."""
+
+    layer: int
+    thresholds: dict[str, dict[str, Any]]  # population -> row of the thresholds table
+    cv: float  # sd / mean of all tokens but the special ones
+    q3_over_q2: float
+    special_mean: float | None  # mean strength of the special tokens
+    idf_auc: float | None  # how well rarity alone tells HIGH from LOW; 0.5 is not at all
+    classes: tuple[ClassShare, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run's honest summary."""
+
+    uri: str
+    info: dict[str, Any]
+    bytes_per_token: dict[str, float]  # tokens, documents, summary, all
+    padding_share: float
+    layers: tuple[LayerFacts, ...]
+
+
+def summarise(run: manifest.RunFolder) -> Summary:
+    """The summary of a complete run, from its small tables alone."""
+    thresholds = manifest.read_table(run, "thresholds").to_pylist()
+    vocabulary = manifest.read_table(run, "vocabulary")
+    histogram = manifest.read_table(run, "histogram")
+    shards = manifest.read_table(run, "shards")
+    n = max(1, sum(shards["n_tokens"].to_pylist()))
+    size = {t: sum(shards[f"{c}_bytes"].to_pylist()) / n for t, c in
+            (("tokens", "token"), ("documents", "document"), ("summary", "summary"))}  # fmt: skip
+    counts = run.info["counts"]
+    layers = []
+    for layer in run.info["layers"]:
+        rows = {r["population"]: r for r in thresholds if r["layer"] == layer}
+        main = rows["tokens"]
+        words = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
+        strengths = histogram.filter(pc.equal(histogram["layer"], layer))
+        special = strengths.filter(strengths["special"])
+        layers.append(
+            LayerFacts(
+                layer=layer,
+                thresholds=rows,
+                cv=main["sd"] / main["mean"] if main["mean"] else 0.0,
+                q3_over_q2=main["q3"] / main["q2"] if main["q2"] else 0.0,
+                special_mean=_mean(special),
+                idf_auc=_idf_auc(words),
+                classes=_class_shares(layer, words),
+            )
+        )
+    padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
+    return Summary(run.uri, run.info, {**size, "all": sum(size.values())}, max(0.0, padding), tuple(layers))
+
+
+def _mean(rows: Any) -> float | None:
+    n = rows["n"].to_numpy()
+    return float(rows["strength"].to_numpy().astype(np.float64) @ n / n.sum()) if len(n) else None
+
+
+def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
+    classes = np.array(vocabulary["class"].to_pylist())
+    n, n_high = vocabulary["n"].to_numpy(), vocabulary["n_high"].to_numpy()
+    shares = []
+    for name in CLASSES:
+        here = classes == name
+        total, high = int(n[here].sum()), int(n_high[here].sum())
+        if total and name != "special":
+            low, upper = wilson(high, total)
+            shares.append(ClassShare(layer, name, total, high, high / total, float(low), float(upper)))
+    return tuple(shares)
+
+
+def _idf_auc(vocabulary: Any) -> float | None:
+    """Chance that a HIGH token's type is rarer than a LOW token's (ties count half), exactly, from the counts."""
+    normal = np.array(vocabulary["class"].to_pylist()) != "special"
+    idf = vocabulary["idf"].to_numpy()[normal]
+    high = vocabulary["n_high"].to_numpy()[normal].astype(np.float64)
+    low = vocabulary["n"].to_numpy()[normal] - high
+    if not high.sum() or not low.sum():
+        return None
+    _, at = np.unique(idf, return_inverse=True)
+    high, low = np.bincount(at, high), np.bincount(at, low)
+    below = np.cumsum(low) - low
+    return float(high @ (below + low / 2) / (high.sum() * low.sum()))
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The summary as plain values; class shares carry their interval."""
+    return asdict(summary)
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
+    return table
+
+
+def render(summary: Summary, console: Console) -> None:
+    """What the run is, its thresholds, its class shares beside their control, and what to be careful about."""
+    info = summary.info
+    counts, model = info["counts"], info["model"]
+    table = _table(f"Run {info['id']}", "", "", left=2)
+    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
+    table.show_header = False
+    size = summary.bytes_per_token
+    read = counts["documents"] - counts["empty"] - counts["quarantined"]
+    for name, value in (
+        ("where", summary.uri),
+        ("corpus", ", ".join(info["config"]["corpus"])),
+        ("documents", f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
+                      f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files"),
+        ("tokens", f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)"),
+        ("model", f"{model['name']} ({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
+        ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
+        ("size", f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all"),
+        ("padding", f"{summary.padding_share:.1%} of what the model saw was padding or overlap"),
+        ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
+                     f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
+    ):  # fmt: skip
+        table.add_row(name, escape(value))
+    if info["corpus"]["skipped"]:
+        table.add_row("skipped", f"{len(info['corpus']['skipped'])} files with an ending that is no known format")
+    console.print(table)
+    render_thresholds(summary, console)
+    render_classes(summary, console)
+    render_caution(summary, console)
+
+
+def render_thresholds(summary: Summary, console: Console) -> None:
+    """Quartiles of every layer, with and without sinks."""
+    table = _table("Thresholds (a token at or above Q3 is HIGH)", "layer", "of", "tokens", "Q1", "Q2", "Q3", "max",
+                   "CV", "Q3/Q2", "sinks", left=2)  # fmt: skip
+    for facts in summary.layers:
+        for population, row in facts.thresholds.items():
+            if population != "tokens" and not row["n_sinks"]:
+                continue
+            main = population == "tokens"
+            table.add_row(
+                str(facts.layer), "all" if main else "without sinks", f"{row['n']:,}",
+                *(f"{row[q]:.4f}" for q in ("q1", "q2", "q3", "max")), f"{row['sd'] / row['mean']:.3f}",
+                f"{row['q3'] / row['q2']:.3f}", f"{row['n_sinks']:,}" if main else "",
+            )  # fmt: skip
+    console.print(table)
+
+
+def render_classes(summary: Summary, console: Console) -> None:
+    """HIGH share of each class at every layer, the embeddings beside them as the control."""
+    ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
+    if len(ordered) > 4:
+        ordered = [ordered[0], *ordered[-3:]]
+    heads = [f"HIGH at layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in ordered]
+    table = _table("Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads)
+    total = sum(c.n for c in ordered[0].classes)
+    for at, share in enumerate(ordered[0].classes):
+        cells = [facts.classes[at] for facts in ordered]
+        table.add_row(
+            share.name, f"{share.n / total:.1%}", *(f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})" for c in cells)
+        )  # fmt: skip
+    console.print(table)
+
+
+def render_caution(summary: Summary, console: Console) -> None:
+    """What the figures do not say."""
+    lines = []
+    for facts in summary.layers:
+        main = facts.thresholds["tokens"]
+        line = f"Layer {facts.layer}: Q3 lies {facts.q3_over_q2 - 1:.1%} above the median (CV {facts.cv:.2f})"
+        if facts.idf_auc is not None:
+            line += f"; rarity alone tells HIGH from LOW with AUC {facts.idf_auc:.2f} (0.5 = not at all, 1 = always)"
+        if facts.special_mean is not None:
+            line += f"; special tokens have mean {facts.special_mean:.3f}, the others {main['mean']:.3f}"
+        lines.append(line + ".")
+        if main["n_sinks"]:
+            sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
+            lines.append(f"  {sinks}: compare medians, not means.")
+    if all(f.layer != 0 for f in summary.layers):
+        lines.append("Layer 0 was not recorded: add it (--layers 0,...) to see what the embeddings alone explain.")
+    lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
+    console.print("\n".join(["[bold]To be careful about[/bold]", *lines]), highlight=False, soft_wrap=True)
+
+
+def render_salient(run: manifest.RunFolder, layer: int, console: Console) -> None:
+    """Content words that are HIGH most and least surely: ranked by the near end of the interval."""
+    vocabulary = manifest.read_table(run, "vocabulary").to_pylist()
+    words = [r for r in vocabulary if r["layer"] == layer and r["class"] == "content" and r["n"] >= SALIENT_MIN_N]
+    most = sorted(words, key=lambda r: (-r["share_high_low"], -r["n"], r["token_id"]))[:SALIENT_WORDS]
+    least = sorted(words, key=lambda r: (r["share_high_high"], -r["n"], r["token_id"]))[:SALIENT_WORDS]
+    table = _table(
+        f"Content words at layer {layer}, seen {SALIENT_MIN_N} times or more",
+        "most salient", "n", "HIGH", "median", "least salient", "n", "HIGH", "median", left=1,
+    )  # fmt: skip
+    table.columns[4].justify = "left"
+    for a, b in zip(most, least, strict=True):
+        pair = [(escape(r["text"]), f"{r['n']:,}", f"{r['share_high']:.0%}", f"{r['q2']:.3f}") for r in (a, b)]
+        table.add_row(*pair[0], *pair[1])
+    console.print(table)

@@ -1,0 +1,263 @@
+"""The only door to fsspec: list, read, write once, upload, delete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import stringify_path
+
+from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError
+from afn_ray.schema import FileInfo
+
+COPY_BYTES = 1 << 20
+
+
+class AlreadyWritten(AfnError):
+    """The object is there already; a writer before us won."""
+
+
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Filesystem of ``uri`` and the path in it. Credentials come from the environment, never from ``uri``."""
+    if "::" in uri:
+        raise ConfigError(f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)")
+    try:
+        fs, path = fsspec.core.url_to_fs(stringify_path(uri))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{uri!r} cannot be opened: {error}") from error
+    return fs, path
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with ``parts`` below it."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` is on this machine's disk."""
+    return isinstance(open_filesystem(uri)[0], LocalFileSystem)
+
+
+def is_process_memory(uri: str) -> bool:
+    """Whether ``uri`` lives in this process alone, out of reach of workers in others."""
+    return bool(open_filesystem(uri)[0].protocol == "memory")
+
+
+def absolute(uri: str) -> str:
+    """``uri`` in the one form under which it is remembered: absolute, with its protocol unless local."""
+    fs, path = open_filesystem(uri)
+    return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+@contextlib.contextmanager
+def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
+    """Turns the operating system's errors into ours: what happened, where, what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Interrupted(
+                f"no space left while {action} {uri}; make room and run the same command again: it resumes"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            raise kind(f"{action} {uri}: no such file or folder") from error
+        if isinstance(error, PermissionError):
+            raise kind(f"{action} {uri}: permission denied; check owner, mode or credentials") from error
+        raise kind(f"{action} {uri}: {error.strerror or error}") from error
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+        if info.get(key):
+            return f"etag:{str(info[key]).strip(chr(34))}"
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        if info.get(key) is not None:
+            return f"time:{info[key]}"
+    return ""
+
+
+def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
+    name = str(info["name"])
+    uri = name if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(name))
+    if isinstance(fs, LocalFileSystem):
+        return FileInfo(uri, int(info["size"]), f"time:{Path(name).stat().st_mtime_ns}")
+    return FileInfo(uri, int(info["size"] or 0), _version(info))
+
+
+def stat(uri: str) -> FileInfo:
+    """Size and version of one file now. Raises ``CorpusError`` when it is gone or unreadable."""
+    fs, path = open_filesystem(uri)
+    with _named("looking at", uri, CorpusError):
+        fs.invalidate_cache(posixpath.dirname(path))
+        return _file_info(fs, fs.info(path))
+
+
+def find_files(pattern: str) -> list[FileInfo]:
+    """Files that ``pattern`` (a file, a folder with all below it, or a glob) names, sorted by URI.
+
+    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do. Raises
+    ``CorpusError`` when there are none.
+    """
+    fs, path = open_filesystem(pattern)
+    with _named("listing", pattern, CorpusError):
+        if fs.isfile(path):  # a file whose name holds * or [ is still a file
+            found = {path: fs.info(path)}
+        elif any(c in path for c in "*?["):
+            found = {k: v for k, v in fs.glob(path, detail=True).items() if v["type"] == "file"}
+        elif fs.isdir(path):
+            found = {
+                k: v for k, v in fs.find(path, detail=True).items()
+                if not any(p.startswith((".", "_")) for p in posixpath.relpath(k, path).split("/"))
+            }  # fmt: skip
+        else:
+            raise FileNotFoundError(pattern)
+        if not found:
+            raise CorpusError(f"{pattern}: no files match")
+        return sorted((_file_info(fs, info) for info in found.values()), key=lambda f: f.uri)
+
+
+def open_read(uri: str) -> IO[bytes]:
+    """A seekable binary reader of ``uri``, with a small read-ahead buffer."""
+    fs, path = open_filesystem(uri)
+    with _named("opening", uri, CorpusError):
+        file: IO[bytes] = fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(
+            path, "rb", cache_type="readahead", block_size=4 << 20
+        )  # fmt: skip
+        return file
+
+
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes ``start`` to ``end`` (exclusive) of ``uri``; all of it by default. ``StoreError`` if absent."""
+    fs, path = open_filesystem(uri)
+    with _named("reading", uri, StoreError):
+        return bytes(fs.cat_file(path, start=start, end=end))
+
+
+def read_if_there(uri: str) -> bytes | None:
+    """All of ``uri``, or None when there is no such file."""
+    fs, path = open_filesystem(uri)
+    try:
+        with _named("reading", uri, StoreError):
+            return bytes(fs.cat_file(path))
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder at ``uri`` now, past any listing cache."""
+    fs, path = open_filesystem(uri)
+    fs.invalidate_cache(posixpath.dirname(path))
+    return bool(fs.exists(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """Names right below the folder ``uri``, sorted; none when there is no such folder."""
+    fs, path = open_filesystem(uri)
+    fs.invalidate_cache(path)
+    try:
+        return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StoreError(f"listing {uri}: {error.strerror or error}") from error
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def write_once(uri: str, data: bytes) -> None:
+    """Create ``uri`` with ``data``, whole or not at all. Raises ``AlreadyWritten`` when it exists."""
+    fs, path = open_filesystem(uri)
+    with _named("writing", uri, StoreError):
+        if not isinstance(fs, LocalFileSystem):
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                raise AlreadyWritten(uri) from None
+            return
+        # fsspec's local create exposes a partial file; a hard link appears whole and only once.
+        temporary = _write_temporary(Path(path), data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise AlreadyWritten(uri) from None
+        finally:
+            temporary.unlink()
+        _sync_folder(Path(path).parent)
+
+
+def upload(local: Path, uri: str) -> None:
+    """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before its commit."""
+    fs, path = open_filesystem(uri)
+    with _named("writing", uri, StoreError):
+        if not isinstance(fs, LocalFileSystem):
+            fs.put_file(str(local), path)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with local.open("rb") as source, target.open("wb") as sink:
+                while block := source.read(COPY_BYTES):
+                    sink.write(block)
+                sink.flush()
+                os.fsync(sink.fileno())
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def delete(uris: list[str]) -> None:
+    """Remove files; those already gone are no error."""
+    for uri in uris:
+        fs, path = open_filesystem(uri)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+
+def check_writable(uri: str) -> None:
+    """Prove that files can be created below ``uri`` and deleted again. Raises ``StoreError``."""
+    probe = join(uri, f"probe-{uuid.uuid4().hex}")
+    write_once(probe, b"afn-ray asks whether this store can be written; this file can be deleted\n")
+    delete([probe])
+
+
+def _write_temporary(target: Path, data: bytes) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as sink:
+            sink.write(data)
+            sink.flush()
+            os.fsync(sink.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a local file, in hex."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()

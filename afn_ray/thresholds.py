@@ -1,0 +1,183 @@
+"""Lossless histograms of strengths: rounding, exact mergeable statistics, exact quantiles.
+
+Recorded strengths keep 15 bits of mantissa. Non-negative floats sort like their bit patterns, so the upper
+24 bits of a strength are an ordered integer *bin* that is the recorded value itself: a histogram of bins
+loses nothing, adds up in any order, and gives every quantile as an exact order statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+DEFINITION = "inverse CDF: the smallest recorded value with at least q*n values at or below it"
+"""numpy.quantile(method="inverted_cdf") and DuckDB's quantile_disc."""
+
+BIN_BITS = 24
+TYPE_BITS = 31
+SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
+COMPACT_KEYS = 1 << 22
+
+
+def round_strengths(values: Floats) -> Floats:
+    """``values`` rounded to 15 bits of mantissa, half to even; relative error at most 2^-16, -0 becomes +0."""
+    bits = (np.asarray(values, np.float32) + np.float32(0)).view(np.uint32)
+    finite = np.isfinite(values)
+    rounded = (bits + np.uint32(0x7F) + ((bits >> 8) & 1)) & np.uint32(0xFFFFFF00)
+    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32)
+
+
+def to_bins(values: Floats) -> Ints:
+    """Bins of rounded, finite, non-negative strengths."""
+    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 8).astype(np.int64)
+
+
+def to_values(bins: Ints) -> Floats:
+    """Strengths of bins; the inverse of ``to_bins``."""
+    return (bins.astype(np.uint32) << 8).view(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Sorted integer keys and how often each occurs; int64 [n] both."""
+
+    keys: Ints
+    counts: Ints
+
+    @classmethod
+    def of(cls, keys: Ints) -> Histogram:
+        unique, counts = np.unique(keys, return_counts=True)
+        return cls(unique, counts.astype(np.int64))
+
+    @classmethod
+    def merge(cls, parts: Iterable[Histogram]) -> Histogram:
+        """The sum of ``parts``; grows like a binary counter, so that n parts cost n log n and not n squared."""
+        stack: list[Histogram] = []
+        for part in parts:
+            stack.append(part)
+            while len(stack) > 1 and len(stack[-2].keys) <= 2 * len(stack[-1].keys):
+                stack[-2:] = [cls._add(stack[-2:])]
+        return cls._add(stack)
+
+    @classmethod
+    def _add(cls, parts: list[Histogram]) -> Histogram:
+        if len(parts) == 1:
+            return parts[0]
+        keys = np.concatenate([p.keys for p in parts] or [np.empty(0, np.int64)])
+        counts = np.concatenate([p.counts for p in parts] or [np.empty(0, np.int64)])
+        order = np.argsort(keys, kind="stable")
+        keys, counts = keys[order], counts[order]
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        return cls(keys[first], np.add.reduceat(counts, first) if len(first) else counts)
+
+    @property
+    def n(self) -> int:
+        return int(self.counts.sum())
+
+    def quantile_key(self, numerator: int, denominator: int) -> int:
+        """Key at the inverse CDF of ``numerator/denominator``, exactly. The histogram must not be empty."""
+        rank = max(1, -(-self.n * numerator // denominator))
+        return int(self.keys[np.searchsorted(np.cumsum(self.counts), rank)])
+
+
+class Summary:
+    """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied bins."""
+
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self._layers = layers
+        self._strengths: dict[int, list[Histogram]] = {layer: [] for layer in layers}
+        self._docs: list[Histogram] = []
+        self._word_starts: list[Histogram] = []
+
+    def add(
+        self, docs: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8],
+        strengths: dict[int, Floats],
+    ) -> None:  # fmt: skip
+        """Add the tokens of whole documents; ``strengths`` are rounded and finite, [n] per layer."""
+        special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
+        types = special + (token_ids.astype(np.int64) << BIN_BITS)
+        in_docs = np.unique(np.stack([docs.astype(np.int64), types]), axis=1)[1]
+        self._docs.append(Histogram.of(in_docs))
+        self._word_starts.append(Histogram.of(types[(flags & WORD_START) > 0]))
+        for layer in self._layers:
+            parts = self._strengths[layer]
+            parts.append(Histogram.of(types + to_bins(strengths[layer])))
+            if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
+                self._strengths[layer] = [Histogram.merge(parts)]
+
+    def tables(self) -> Iterable[pa.Table]:
+        """One table per layer, as in ``SUMMARY_SCHEMA``."""
+        docs, starts = Histogram.merge(self._docs), Histogram.merge(self._word_starts)
+        for layer in self._layers:
+            merged = Histogram.merge(self._strengths[layer])
+            types = merged.keys >> BIN_BITS
+            first = np.flatnonzero(np.diff(types, prepend=-1))
+            keys = types[first] << BIN_BITS
+            ends = np.append(first, len(types)).astype(np.int32)
+            bins = pa.array((merged.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
+            columns = [
+                pa.array(np.full(len(first), layer, np.int16)),
+                pa.array(keys >= SPECIAL_KEY),
+                pa.array(((keys % SPECIAL_KEY) >> BIN_BITS).astype(np.int32)),
+                pa.array(_look_up(docs, keys)),
+                pa.array(_look_up(starts, keys)),
+                pa.ListArray.from_arrays(pa.array(ends), bins, type=SUMMARY_SCHEMA.field("bins").type),
+                pa.ListArray.from_arrays(
+                    pa.array(ends), pa.array(merged.counts), type=SUMMARY_SCHEMA.field("counts").type
+                ),
+            ]
+            yield pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
+
+
+def _look_up(histogram: Histogram, keys: Ints) -> Ints:
+    """Counts of ``keys``, 0 for those that do not occur."""
+    if not len(histogram.keys):
+        return np.zeros(len(keys), np.int64)
+    at = np.minimum(np.searchsorted(histogram.keys, keys), len(histogram.keys) - 1)
+    return np.where(histogram.keys[at] == keys, histogram.counts[at], 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """One layer's summary of one shard or of many: strengths, document counts and word starts by type."""
+
+    strengths: Histogram  # keys: special, type, bin
+    docs: Histogram  # keys: special, type
+    word_starts: Histogram
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> LayerSummary:
+        """From one layer's rows of ``SUMMARY_SCHEMA``."""
+        table = table.combine_chunks()
+        types = table["special"].to_numpy().astype(np.int64) * SPECIAL_KEY
+        types += table["token_id"].to_numpy().astype(np.int64) << BIN_BITS
+        if not len(types):
+            empty = Histogram(np.empty(0, np.int64), np.empty(0, np.int64))
+            return cls(empty, empty, empty)
+        lists = table["bins"].chunk(0)
+        lengths = np.diff(lists.offsets.to_numpy())
+        bins = lists.flatten().to_numpy().astype(np.int64)
+        counts = table["counts"].chunk(0).flatten().to_numpy()
+        return cls(
+            Histogram(np.repeat(types, lengths) + bins, counts),
+            Histogram(types, table["n_docs"].to_numpy()),
+            Histogram(types, table["n_word_start"].to_numpy()),
+        )
+
+    @classmethod
+    def merge(cls, parts: Iterable[LayerSummary]) -> LayerSummary:
+        held = list(parts)
+        return cls(
+            Histogram.merge(p.strengths for p in held),
+            Histogram.merge(p.docs for p in held),
+            Histogram.merge(p.word_starts for p in held),
+        )

@@ -1,0 +1,245 @@
+"""Texts become tokens, tokens become windows, windows become padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from afn_ray.errors import ConfigError, ModelError
+from afn_ray.schema import REPLACED, SPECIAL, WORD_START
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What the tokenizer puts around every text: [CLS] and [SEP], a BOS, or nothing."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+    @property
+    def num_special(self) -> int:
+        return len(self.prefix) + len(self.suffix)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of some documents, one after the other, each with its template around it.
+
+    Document i holds the rows ``bounds[i]`` to ``bounds[i + 1]``; none when its text has no token at all.
+    """
+
+    bounds: npt.NDArray[np.int64]  # [n_docs + 1]
+    token_ids: Int32  # [n_tokens], as are all below
+    start: Int32  # character offsets into the document's text; special tokens have no width
+    end: Int32
+    flags: npt.NDArray[np.uint8]
+    word_end: Int32  # of tokens that start a word: character offset where the word ends; else 0
+
+    @property
+    def docs(self) -> Int32:
+        """Document of every row, counted from 0."""
+        return np.repeat(np.arange(len(self.bounds) - 1, dtype=np.int32), np.diff(self.bounds))
+
+    @property
+    def positions(self) -> Int32:
+        """Position of every row in its document."""
+        return (np.arange(len(self.token_ids)) - self.bounds[self.docs]).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One forward pass over part of a document: rows ``row`` to ``row + length`` of an ``Encoded``.
+
+    Its inputs are those rows' tokens, but for the template at both ends, and it records the rows
+    ``row + keep_start`` to ``row + keep_end``.
+    """
+
+    row: int
+    length: int
+    keep_start: int
+    keep_end: int
+
+
+class TextEncoder:
+    """A fast tokenizer set up to encode untrusted texts of any length, without truncation or padding."""
+
+    def __init__(self, tokenizer: Tokenizer, pad_id: int | None) -> None:
+        tokenizer.no_truncation()  # tokenizer.json often carries both, for another purpose
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, not a control token
+        self._tokenizer = tokenizer
+        self.pad_id = 0 if pad_id is None else pad_id
+        self.template = self._find_template()
+
+    def _find_template(self) -> Template:
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+        if not text or text != list(range(text[0], text[-1] + 1)):
+            raise ModelError(f"the tokenizer makes {encoding.tokens} of 'a': no text between its special tokens")
+        return Template(tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :]))
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Every type of the vocabulary by id: as the tokenizer writes it, and as a reader does."""
+        size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
+        continuing = getattr(self._tokenizer.model, "continuing_subword_prefix", None) or ""
+        readable = []
+        for i, piece in enumerate(pieces):
+            text = self._tokenizer.decode([i], skip_special_tokens=False) or piece
+            if continuing and text.startswith(continuing) and text != continuing:
+                text = text.removeprefix(continuing)
+            readable.append(text.strip() or text)
+        return pieces, readable
+
+    def encode(self, texts: Sequence[str], replaced: Sequence[bool] | None = None) -> Encoded:
+        """Tokens of ``texts``; ``replaced`` marks those in which U+FFFD stands for invalid UTF-8."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        lengths = np.array([len(e) for e in encodings], np.int64)
+        before, after = len(self.template.prefix), len(self.template.suffix)
+        bounds = np.zeros(len(texts) + 1, np.int64)
+        np.cumsum(np.where(lengths > 0, lengths + before + after, 0), out=bounds[1:])
+        token_ids, start, end, word_end = (np.zeros(bounds[-1], np.int32) for _ in range(4))
+        flags = np.zeros(bounds[-1], np.uint8)
+        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            if not lengths[i]:
+                continue
+            first, last = bounds[i] + before, bounds[i] + before + lengths[i]
+            token_ids[first:last] = encoding.ids
+            spans = np.array(encoding.offsets, np.int32)
+            start[first:last], end[first:last] = spans[:, 0], spans[:, 1]
+            starts = _word_starts(text, encoding.word_ids, spans)
+            flags[first:last] = np.where(starts, WORD_START, 0)
+            heads = np.flatnonzero(starts)
+            word_end[first + heads] = spans[np.append(heads[1:], lengths[i]) - 1, 1]
+            if replaced is not None and replaced[i]:
+                flags[first:last] |= np.array(["�" in text[s:e] for s, e in spans.tolist()]) * np.uint8(REPLACED)
+            token_ids[bounds[i] : first] = self.template.prefix
+            token_ids[last : bounds[i + 1]] = self.template.suffix
+            flags[bounds[i] : first] = flags[last : bounds[i + 1]] = SPECIAL
+            start[last : bounds[i + 1]] = end[last : bounds[i + 1]] = spans[-1, 1]
+        return Encoded(bounds, token_ids, start, end, flags, word_end)
+
+
+def _word_starts(text: str, word_ids: Sequence[int | None], spans: Int32) -> npt.NDArray[np.bool_]:
+    """Which tokens start a word: a new pre-tokenizer word, or white space before or at their first character.
+
+    The second rule serves tokenizers without a pre-tokenizer, for which a whole text is one word.
+    """
+    words = np.array([-1 if w is None else w for w in word_ids], np.int32)
+    starts: npt.NDArray[np.bool_] = np.diff(words, prepend=-2) != 0
+    for i in np.flatnonzero(~starts).tolist():
+        s, e = int(spans[i, 0]), int(spans[i, 1])
+        if (s < e and text[s].isspace()) or (s > 0 and s >= spans[i - 1, 1] and text[s - 1].isspace()):
+            starts[i] = True
+    starts[0] = True
+    return starts
+
+
+def window_sizes(window_tokens: int, overlap_tokens: int | None, template: Template) -> tuple[int, int]:
+    """Tokens of text in a window and tokens that neighbours share. Raises ``ConfigError`` when nothing is left."""
+    width = window_tokens - template.num_special
+    overlap = width // 4 if overlap_tokens is None else overlap_tokens
+    if width < 1 or overlap >= width:
+        raise ConfigError(
+            f"window of {window_tokens} tokens with {template.num_special} special tokens and an overlap of {overlap} "
+            "has no room to move; give a larger window_tokens or a smaller overlap_tokens"
+        )
+    return width, overlap
+
+
+def make_windows(encoded: Encoded, template: Template, width: int, overlap: int, causal: bool) -> list[Window]:
+    """Windows of at most ``width`` text tokens in which every row is recorded exactly once.
+
+    A token is recorded where it sees most context: for encoders neighbours meet in the middle of their
+    overlap, for decoders (``causal``) the earlier window keeps all of it, since only context to the left counts.
+    The last window of a document is moved left until it is full.
+    """
+    before, after = len(template.prefix), len(template.suffix)
+    windows: list[Window] = []
+    for first_row, next_row in zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True):
+        n = next_row - first_row - before - after
+        if n <= 0:
+            continue
+        kept = 0  # text tokens of this document recorded so far
+        begin = 0
+        while True:
+            begin = max(0, min(begin, n - width))
+            end = min(begin + width, n)
+            last = end == n
+            next_begin = max(0, min(begin + width - overlap, n - width))
+            keep_end = n if last else end if causal else (next_begin + end + 1) // 2
+            windows.append(
+                Window(
+                    row=first_row + begin,
+                    length=before + (end - begin) + after,
+                    keep_start=0 if kept == 0 else before + kept - begin,
+                    keep_end=before + keep_end - begin + (after if last else 0),
+                )
+            )
+            kept, begin = keep_end, next_begin
+            if last:
+                break
+    return windows
+
+
+def make_batches(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
+    """Windows sorted by length and cut into batches of at most ``batch_tokens`` with padding (or of one window)."""
+    batches: list[list[Window]] = []
+    current: list[Window] = []
+    for window in sorted(windows, key=lambda w: (w.length, w.row)):
+        if current and window.length * (len(current) + 1) > batch_tokens:
+            batches.append(current)
+            current = []
+        current.append(window)
+    return [*batches, current] if current else batches
+
+
+def batch_inputs(
+    batch: Sequence[Window], encoded: Encoded, encoder: TextEncoder
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Token ids and attention mask of ``batch``, padded on the right; int64 [n_windows, longest]."""
+    template = encoder.template
+    longest = max(w.length for w in batch)
+    ids = np.full((len(batch), longest), encoder.pad_id, np.int64)
+    mask = np.zeros_like(ids)
+    for i, window in enumerate(batch):
+        ids[i, : window.length] = encoded.token_ids[window.row : window.row + window.length]
+        ids[i, : len(template.prefix)] = template.prefix
+        ids[i, window.length - len(template.suffix) : window.length] = template.suffix
+        mask[i, : window.length] = 1
+    return ids, mask
+
+
+def scatter(batch: Sequence[Window], values: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
+    """Put what ``batch`` records of ``values`` [n_layers, n_windows, longest] into ``out`` [n_layers, n_tokens]."""
+    for i, w in enumerate(batch):
+        out[:, w.row + w.keep_start : w.row + w.keep_end] = values[:, i, w.keep_start : w.keep_end]
+
+
+def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:
+    """Per row, the word as written, where a word starts that its tokens' readable texts do not spell; else None.
+
+    A lower-casing tokenizer's "LORD" has a surface, its "lord" has none.
+    """
+    result: list[str | None] = [None] * len(encoded.token_ids)
+    ids = encoded.token_ids.tolist()
+    starts, word_ends, ends = encoded.start.tolist(), encoded.word_end.tolist(), encoded.bounds[1:].tolist()
+    docs = encoded.docs.tolist()
+    heads = np.flatnonzero(encoded.flags & WORD_START).tolist()
+    special = (encoded.flags & SPECIAL).tolist()
+    for head, next_head in zip(heads, [*heads[1:], len(ids)], strict=True):
+        doc = docs[head]
+        stop = min(next_head, ends[doc])
+        while special[stop - 1]:
+            stop -= 1
+        written = texts[doc][starts[head] : word_ends[head]].strip()
+        spelled = readable[ids[head]] if stop == head + 1 else "".join([readable[i] for i in ids[head:stop]])
+        if written != spelled:
+            result[head] = written
+    return result
