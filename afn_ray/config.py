@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "executor": ("ray", "inline"),
 }
+LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -83,8 +86,9 @@ class RunConfig:
                 raise ConfigError(f"{name} is {value}; expected at least {least}")
         if self.overlap_tokens is not None and self.overlap_tokens < 0:
             raise ConfigError(f"overlap_tokens is {self.overlap_tokens}; expected 0 or more")
-        if not 1 < self.sink_factor < float("inf"):
+        if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
+        object.__setattr__(self, "sink_factor", float(self.sink_factor))  # 10 and 10.0 ask for the same run
         resolve_layers(self.layers, 10_000)  # the grammar; the depth is checked when the model is known
 
     @property
@@ -151,6 +155,8 @@ def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in spec.split(","):
         try:
+            if not LAYER.fullmatch(part.strip()):  # Fraction alone would also take exponents, as long as 1e999999999
+                raise ValueError
             value = Fraction(part.strip())
         except (ValueError, ZeroDivisionError):
             raise ConfigError(

@@ -7,9 +7,12 @@ import errno
 import hashlib
 import os
 import posixpath
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, Any
 
 import fsspec
@@ -90,10 +93,10 @@ def _version(info: dict[str, Any]) -> str:
 
 def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
     name = str(info["name"])
-    uri = name if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(name))
     if isinstance(fs, LocalFileSystem):
-        return FileInfo(uri, int(info["size"]), f"time:{Path(name).stat().st_mtime_ns}")
-    return FileInfo(uri, int(info["size"] or 0), _version(info))
+        now = Path(name).stat()
+        return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
+    return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"] or 0), _version(info))
 
 
 def stat(uri: str) -> FileInfo:
@@ -107,25 +110,59 @@ def stat(uri: str) -> FileInfo:
 def find_files(pattern: str) -> list[FileInfo]:
     """Files that ``pattern`` (a file, a folder with all below it, or a glob) names, sorted by URI.
 
-    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do. Raises
-    ``CorpusError`` when there are none.
+    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do. Links are
+    followed. Raises ``CorpusError`` when there are none, and rather than leave out what cannot be listed.
     """
     fs, path = open_filesystem(pattern)
+    local = isinstance(fs, LocalFileSystem)
     with _named("listing", pattern, CorpusError):
-        if fs.isfile(path):  # a file whose name holds * or [ is still a file
-            found = {path: fs.info(path)}
-        elif any(c in path for c in "*?["):
-            found = {k: v for k, v in fs.glob(path, detail=True).items() if v["type"] == "file"}
+        fs.invalidate_cache()
+        if fs.isfile(path):  # a file or folder whose name holds * or [ is still one
+            found = [_file_info(fs, fs.info(path))]
+        elif local and fs.isdir(path):
+            found = [_file_info(fs, {"name": name}) for name in _walk(path)]
         elif fs.isdir(path):
-            found = {
-                k: v for k, v in fs.find(path, detail=True).items()
-                if not any(p.startswith((".", "_")) for p in posixpath.relpath(k, path).split("/"))
-            }  # fmt: skip
+            found = [
+                _file_info(fs, info) for name, info in fs.find(path, detail=True).items()
+                if not any(_is_hidden(part) for part in posixpath.relpath(name, path).split("/"))
+            ]  # fmt: skip
+        elif any(c in path for c in "*?["):
+            found = [
+                _file_info(fs, info) for name, info in fs.glob(path, detail=True).items()
+                if (Path(name).is_file() if local else info["type"] == "file")
+            ]  # fmt: skip
         else:
             raise FileNotFoundError(pattern)
         if not found:
             raise CorpusError(f"{pattern}: no files match")
-        return sorted((_file_info(fs, info) for info in found.values()), key=lambda f: f.uri)
+        for file in found:
+            if not file.uri.isascii() and any("\ud800" <= c <= "\udfff" for c in file.uri):
+                raise CorpusError(f"listing {pattern}: the name of {file.uri!r} is not UTF-8; rename or move the file")
+        return sorted(found, key=lambda f: f.uri)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Files below the local ``folder``. fsspec's own walk leaves out what it may not list, and follows no links."""
+
+    def fail(error: OSError) -> None:
+        raise CorpusError(f"listing {error.filename}: {error.strerror}; a corpus is listed whole or not at all")
+
+    seen: set[str] = set()  # a link may lead back up
+    for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for path in (posixpath.join(base, name) for name in names if not _is_hidden(name)):
+            with _named("looking at", path, CorpusError):
+                if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader for ever
+                    yield path
 
 
 def open_read(uri: str) -> IO[bytes]:
@@ -261,3 +298,87 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a local file, in hex."""
     with path.open("rb") as source:
         return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+# --- reading by name -------------------------------------------------------------------------------------
+
+
+class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Filesystem ``afn://`` that holds exactly the files it was given, each under a name, and never writes.
+
+    DuckDB 2.0 calls seek and read on one file object from many threads, which gives errors and sometimes wrong
+    rows with fsspec's own files. Every read here is positional: no position is shared between threads. A local
+    file must still lie in ``root`` once links are followed; every other access raises ``PermissionError``.
+    """
+
+    protocol = "afn"
+    cachable = False
+
+    def __init__(self, root: str, files: Mapping[str, tuple[str, int]]) -> None:
+        """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable."""
+        super().__init__()
+        self._fs, path = open_filesystem(root)
+        self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
+        self._files = {name: (str(self._fs._strip_protocol(uri)), size) for name, (uri, size) in files.items()}
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode != "rb":
+            self._refuse()
+        target, size = self._find(path)
+        return _PositionalFile(lambda start, end: self._read(target, start, end), size)
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "size": self._find(path)[1], "type": "file"}
+
+    def glob(self, path: str, **options: Any) -> list[str]:
+        return [path] if self._strip_protocol(path) in self._files else []
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        raise PermissionError(f"{path}: the files of a run cannot be listed")
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp(0, UTC)  # DuckDB asks, to see whether its cache holds
+
+    def _find(self, path: str) -> tuple[str, int]:
+        try:
+            return self._files[self._strip_protocol(path)]
+        except KeyError:
+            raise PermissionError(f"{path} is not a file of this run") from None
+
+    def _read(self, target: str, start: int, end: int) -> bytes:
+        if self._local_root is not None:
+            real = os.path.realpath(target)
+            if os.path.commonpath([real, self._local_root]) != self._local_root:
+                raise PermissionError(f"{target} is a link that leaves the store")
+            target = real
+        return bytes(self._fs.cat_file(target, start=start, end=end))
+
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise PermissionError("a run is read-only")
+
+    mkdir = makedirs = rmdir = rm = rm_file = mv = copy = cp_file = put_file = pipe_file = touch = _refuse
+
+
+class _PositionalFile:
+    """A file to read, at a position that every thread has for itself."""
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, threading.local()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
+        self._at.position = base + offset
+        return base + offset
+
+    def tell(self) -> int:
+        return int(getattr(self._at, "position", 0))
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        start = self.tell()
+        end = self._size if num_bytes < 0 else min(start + num_bytes, self._size)
+        data = self._read(start, end) if start < end else b""
+        self._at.position = start + len(data)
+        return data
+
+    def close(self) -> None:
+        """Nothing is held open between reads: a query over thousands of files needs no file descriptors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -105,40 +106,60 @@ class TextEncoder:
         bounds = np.zeros(len(texts) + 1, np.int64)
         np.cumsum(np.where(lengths > 0, lengths + before + after, 0), out=bounds[1:])
         token_ids, start, end, word_end = (np.zeros(bounds[-1], np.int32) for _ in range(4))
-        flags = np.zeros(bounds[-1], np.uint8)
-        for i, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            if not lengths[i]:
-                continue
-            first, last = bounds[i] + before, bounds[i] + before + lengths[i]
-            token_ids[first:last] = encoding.ids
-            spans = np.array(encoding.offsets, np.int32)
-            start[first:last], end[first:last] = spans[:, 0], spans[:, 1]
-            starts = _word_starts(text, encoding.word_ids, spans)
-            flags[first:last] = np.where(starts, WORD_START, 0)
-            heads = np.flatnonzero(starts)
-            word_end[first + heads] = spans[np.append(heads[1:], lengths[i]) - 1, 1]
-            if replaced is not None and replaced[i]:
-                flags[first:last] |= np.array(["�" in text[s:e] for s, e in spans.tolist()]) * np.uint8(REPLACED)
-            token_ids[bounds[i] : first] = self.template.prefix
+        flags = np.full(bounds[-1], SPECIAL, np.uint8)
+
+        # All text tokens of all texts at once; ``rows`` is where they go, between their templates.
+        n = int(lengths.sum())
+        first = np.cumsum(lengths) - lengths  # of each text, among the text tokens
+        text_of = np.repeat(np.arange(len(texts)), lengths)
+        rows = np.arange(n) + (bounds[:-1] + before - first)[text_of]
+        token_ids[rows] = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, n)
+        spans = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int32, 2 * n)
+        start[rows], end[rows] = spans[::2], spans[1::2]
+        words = np.fromiter((-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n)
+        starts = _word_starts(texts, text_of, words, spans[::2], spans[1::2])
+        flags[rows] = starts * np.uint8(WORD_START)
+        heads = np.flatnonzero(starts)
+        word_end[rows[heads]] = spans[1::2][np.append(heads[1:], n) - 1]
+        for i in np.flatnonzero(replaced if replaced is not None else []).tolist():
+            for row in range(bounds[i] + before, bounds[i] + before + lengths[i]):
+                if "\ufffd" in texts[i][start[row] : end[row]]:
+                    flags[row] |= REPLACED
+        for i in np.flatnonzero(lengths).tolist():
+            last = bounds[i + 1] - after
+            token_ids[bounds[i] : bounds[i] + before] = self.template.prefix
             token_ids[last : bounds[i + 1]] = self.template.suffix
-            flags[bounds[i] : first] = flags[last : bounds[i + 1]] = SPECIAL
-            start[last : bounds[i + 1]] = end[last : bounds[i + 1]] = spans[-1, 1]
+            start[last : bounds[i + 1]] = end[last : bounds[i + 1]] = end[last - 1]
         return Encoded(bounds, token_ids, start, end, flags, word_end)
 
 
-def _word_starts(text: str, word_ids: Sequence[int | None], spans: Int32) -> npt.NDArray[np.bool_]:
-    """Which tokens start a word: a new pre-tokenizer word, or white space before or at their first character.
+def _word_starts(
+    texts: Sequence[str], text_of: npt.NDArray[np.int64], words: Int32, start: Int32, end: Int32
+) -> npt.NDArray[np.bool_]:
+    """Which text tokens start a word: the first of a text, a new pre-tokenizer word, or a token with white space
+    before or at its first character.
 
-    The second rule serves tokenizers without a pre-tokenizer, for which a whole text is one word.
+    The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word.
     """
-    words = np.array([-1 if w is None else w for w in word_ids], np.int32)
-    starts: npt.NDArray[np.bool_] = np.diff(words, prepend=-2) != 0
-    for i in np.flatnonzero(~starts).tolist():
-        s, e = int(spans[i, 0]), int(spans[i, 1])
-        if (s < e and text[s].isspace()) or (s > 0 and s >= spans[i - 1, 1] and text[s - 1].isspace()):
-            starts[i] = True
-    starts[0] = True
+    new_text = np.diff(text_of, prepend=-1) != 0
+    starts: npt.NDArray[np.bool_] = new_text | (np.diff(words, prepend=-2) != 0)
+    rest = np.flatnonzero(~starts)
+    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+    origin = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    at: npt.NDArray[np.int64] = origin[text_of[rest]] + start[rest].astype(np.int64)
+    inside = (start[rest] < end[rest]) & _is_space(characters, at)
+    behind = (start[rest] > 0) & (start[rest] >= end[rest - 1]) & _is_space(characters, at - 1)
+    starts[rest] = inside | behind
     return starts
+
+
+_SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
+
+
+def _is_space(characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    if not len(characters):
+        return np.zeros(len(at), bool)
+    return np.isin(characters[np.clip(at, 0, len(characters) - 1)], _SPACES)
 
 
 def window_sizes(window_tokens: int, overlap_tokens: int | None, template: Template) -> tuple[int, int]:

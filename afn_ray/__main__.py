@@ -1,0 +1,5 @@
+"""``python -m afn_ray`` is ``afn``."""
+
+from afn_ray.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""Models, tokenizers and corpora that the tests share; nothing here needs a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+from afn_ray import demo
+from afn_ray.config import RunConfig
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of the real all-MiniLM-L6-v2 weights."""
+    return demo.model_folder()
+
+
+@pytest.fixture(scope="session")
+def verses() -> list[str]:
+    """The King James verses, in order."""
+    with demo.corpus_file().open(encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def save_model(folder: Path, config: Any, seed: int = 0) -> Path:
+    """A model of ``config`` with random weights, large enough gains that its norms differ, in ``folder``."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModel.from_config(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name.lower() and name.endswith("weight"):  # fresh post-LN norms are all sqrt(d)
+                value.copy_(1 + 0.5 * torch.rand_like(value))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """A BERT of 3 layers and 64 positions with MiniLM's tokenizer: fast, and documents soon need windows."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
+    )  # fmt: skip
+    save_model(folder, config)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(minilm / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_bpe(tmp_path_factory: pytest.TempPathFactory, verses: list[str]) -> Path:
+    """Folder with a byte-level BPE tokenizer trained on the verses, as GPT-2 and Llama 3 have."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(verses[:500], trainer)
+    folder = tmp_path_factory.mktemp("byte-bpe")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt(tmp_path_factory: pytest.TempPathFactory, byte_bpe: Path) -> Path:
+    """A GPT-2 of 3 layers and 48 positions: causal, no special tokens, Conv1D instead of linear layers."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny-gpt")
+    save_model(folder, transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=2, n_positions=48))
+    for file in byte_bpe.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, byte_bpe: Path) -> Path:
+    """A Llama of 3 layers with grouped-query attention and a final norm."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    config = transformers.LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=48,
+    )  # fmt: skip
+    save_model(folder, config)
+    for file in byte_bpe.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    """``rows`` as JSON lines; a string is written as it is."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
+    """A config over the tiny BERT, in this process, with small shards; keywords replace any field."""
+
+    def make(**changes: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "corpus": (str(tmp_path / "corpus"),), "model": str(tiny_bert), "store": str(tmp_path / "store"),
+            "executor": "inline", "shard_bytes": 4096, "batch_tokens": 256,
+        }  # fmt: skip
+        return RunConfig(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One local Ray of four logical CPUs for the whole session."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=128 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()

@@ -1,0 +1,733 @@
+"""Every document of a file comes out once, in order, whatever the cut; bad content comes out as a reason."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import random
+import tracemalloc
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afn_ray import corpus, storage
+from afn_ray.errors import CorpusError, Interrupted, ShardError
+from afn_ray.schema import Document, FileInfo, ReadOptions
+
+OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
+IDS = dataclasses.replace(OPTIONS, id_column="id")
+WHOLE = dataclasses.replace(OPTIONS, txt_documents="file")
+BOM = b"\xef\xbb\xbf"
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd,
+}
+
+
+def write(folder: Path, name: str, data: bytes) -> FileInfo:
+    (folder / name).write_bytes(data)
+    return storage.stat(str(folder / name))
+
+
+def remember(data: bytes, ending: str) -> FileInfo:
+    """A file in memory, for what hypothesis tries."""
+    uri = f"memory://corpus/{uuid.uuid4().hex}.{ending}"
+    storage.write_once(uri, data)
+    return storage.stat(uri)
+
+
+def read_all(file: FileInfo, options: ReadOptions = OPTIONS, shard_bytes: int = 1 << 30) -> list[Document]:
+    """Documents over all slices; the counts that slices state must be true."""
+    documents: list[Document] = []
+    for slice in corpus.cut(file, options, shard_bytes):
+        found = list(corpus.read(slice, options))
+        assert slice.num_documents in (-1, len(found))
+        documents += found
+    assert all(d.source == file.uri for d in documents)
+    assert all(d.text == "" for d in documents if d.problem is not None)
+    return documents
+
+
+def texts(documents: Sequence[Document]) -> list[str | None]:
+    """Texts, with None for the quarantined."""
+    return [d.text if d.problem is None else None for d in documents]
+
+
+def one(data: bytes, ending: str, options: ReadOptions = OPTIONS) -> Document:
+    (document,) = read_all(remember(data, ending), options)
+    return document
+
+
+def jsonl(*rows: object) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def parquet(path: Path, columns: dict[str, Any], **how: Any) -> FileInfo:
+    pq.write_table(pa.table(columns), path, **how)
+    return storage.stat(str(path))
+
+
+# --- listing ---------------------------------------------------------------------------------------------
+
+
+def test_list_files_takes_known_endings_once_and_sorted(tmp_path: Path) -> None:
+    known = ["a.txt", "b.JSONL", "c.ndjson.gz", "d.csv.zst", "e.parquet", "f.txt.bz2", "g.csv.xz", "part.gz.parquet"]
+    unknown = ["h.pdf", "i.parquet.gz", "noending", "j.tar.gz"]
+    for name in known + unknown:
+        write(tmp_path, name, b"x")
+    files, skipped = corpus.list_files([str(tmp_path / "*.txt"), str(tmp_path)], OPTIONS)
+    assert [f.uri for f in files] == sorted(str(tmp_path / n) for n in known)
+    assert skipped == sorted(str(tmp_path / n) for n in unknown)
+
+
+def test_list_files_without_a_known_ending_says_what_to_do(tmp_path: Path) -> None:
+    write(tmp_path, "h.pdf", b"x")
+    with pytest.raises(CorpusError, match=r"\.jsonl.*h\.pdf.*--format"):
+        corpus.list_files([str(tmp_path)], OPTIONS)
+    with pytest.raises(CorpusError, match="no such file"):
+        corpus.list_files([str(tmp_path / "absent")], OPTIONS)
+
+
+def test_explicit_format_applies_to_all_and_compression_goes_by_ending(tmp_path: Path) -> None:
+    write(tmp_path, "log", jsonl({"text": "a"}))
+    write(tmp_path, "log.1.gz", gzip.compress(jsonl({"text": "b"})))
+    options = dataclasses.replace(OPTIONS, format="jsonl")
+    files, skipped = corpus.list_files([str(tmp_path)], options)
+    assert skipped == []
+    assert [texts(read_all(f, options)) for f in files] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("name", ["a b.jsonl", "ünï 文.jsonl", "a*[b]?.jsonl", "a#b%20c&d.jsonl"])
+def test_odd_names(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name, jsonl({"text": "x"}))
+    write(tmp_path, "axb.jsonl", jsonl({"text": "not asked for"}))
+    storage.write_once(f"memory://{tmp_path.name}/{name}", jsonl({"text": "x"}))
+    for pattern in (str(tmp_path / name), f"memory://{tmp_path.name}/{name}"):
+        (file,), _ = corpus.list_files([pattern], OPTIONS)
+        assert texts(read_all(file)) == ["x"]
+
+
+# --- cutting ---------------------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    [b"a", b" ", b"    ", b"\t", b"\r", b"\x00", "é".encode(), b"\xc3", b"\xff", BOM, "\ufffd".encode()]
+)
+LINES = st.lists(st.lists(PIECES, max_size=6).map(b"".join), max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LINES, st.booleans(), st.booleans(), st.integers(1, 60), st.integers(1, 20))
+def test_cuts_conserve_documents_and_offsets(
+    lines: list[bytes], bom: bool, ended: bool, shard_bytes: int, block: int
+) -> None:
+    data = BOM * bom + b"\n".join(lines) + b"\n" * ended
+    file = remember(data, "txt")
+    whole = read_all(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "BLOCK_BYTES", max(block, 3))
+        slices = corpus.cut(file, OPTIONS, shard_bytes)
+        assert read_all(file, OPTIONS, shard_bytes) == whole
+    bounds = [0] + [s.end for s in slices]
+    assert [s.start for s in slices] == bounds[:-1] and bounds[-1] == len(data)
+    assert all(s.num_bytes > shard_bytes and data[s.end - 1] == 10 for s in slices[:-1])
+    assert len(slices) == 1 or len(data) > shard_bytes
+    expected = [line for line in data.removeprefix(BOM).split(b"\n") if line.strip()]  # a second BOM is text
+    assert len(whole) == len(expected)
+    for document, line in zip(whole, expected, strict=True):
+        assert data[document.offset : document.offset + len(line)] == line
+        assert document.text == line.removesuffix(b"\r").decode(errors="replace")
+        assert document.num_replaced == document.text.count("\ufffd") - line.count("\ufffd".encode())
+
+
+@settings(max_examples=60, deadline=None)
+@given(LINES, LINES, st.integers(1, 40))
+def test_appending_leaves_full_slices_as_they_were(old: list[bytes], new: list[bytes], shard_bytes: int) -> None:
+    data = b"".join(line + b"\n" for line in old)
+    before = corpus.cut(remember(data, "jsonl"), OPTIONS, shard_bytes)
+    after = corpus.cut(remember(data + b"\n".join(new), "jsonl"), OPTIONS, shard_bytes)
+    full = [s for s in before if s.num_bytes > shard_bytes]
+    assert [s.identity[1:] for s in after[: len(full)]] == [s.identity[1:] for s in full]
+    assert len(full) >= len(before) - 1
+
+
+def test_a_slice_hash_is_that_of_its_bytes() -> None:
+    data = jsonl(*({"text": str(i)} for i in range(100)))
+    slices = corpus.cut(remember(data, "jsonl"), OPTIONS, 300)
+    assert len(slices) > 3
+    for s in slices:
+        assert s.sha256 == hashlib.sha256(data[s.start : s.end]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("ending", "options", "num_documents"),
+    [("csv", OPTIONS, -1), ("jsonl.gz", OPTIONS, -1), ("txt", WHOLE, 1), ("txt.gz", WHOLE, -1)],
+)
+def test_what_cannot_be_cut_is_one_slice(ending: str, options: ReadOptions, num_documents: int) -> None:
+    data = b"text\n" + b"a\n" * 500
+    if ending.endswith("gz"):
+        data = gzip.compress(data)
+    file = remember(data, ending)
+    (slice,) = corpus.cut(file, options, 10)
+    assert (slice.start, slice.end, slice.num_bytes, slice.num_documents) == (0, len(data), len(data), num_documents)
+    assert slice.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "jsonl.gz", "txt.bz2", "csv.xz", "jsonl.zst"])
+def test_an_empty_file_has_no_documents(ending: str) -> None:
+    (slice,) = corpus.cut(remember(b"", ending), OPTIONS, 100)
+    assert (slice.start, slice.end, slice.num_documents) == (0, 0, 0)
+    assert list(corpus.read(slice, OPTIONS)) == []
+
+
+@pytest.mark.parametrize("ending", ["txt", "txt.bz2"])
+def test_an_empty_text_file_is_an_empty_document(ending: str) -> None:
+    document = one(b"", ending, WHOLE)
+    assert (document.text, document.problem) == ("", None)
+
+
+# --- JSONL and text --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"{", "not JSON: "),
+        (b"nonsense", "not JSON: "),
+        (b"\x00", "not JSON: "),
+        (b"[" * 100_000, "not JSON: nested too deeply"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b"[1]", "line is list, expected an object"),
+        (b"null", "line is NoneType, expected an object"),
+        (b'{"body": "x", "b": 1}', "no column 'text'; it has: body, b"),
+        (b'{"text": null}', "text is null"),
+        (b'{"text": NaN}', "text is float, expected a string"),
+        (b'{"text": 3}', "text is int, expected a string"),
+        (b'{"text": ["a"]}', "text is list, expected a string"),
+    ],
+    ids=lambda value: None,
+)
+def test_bad_lines_are_quarantined_and_the_next_is_read(line: bytes, problem: str) -> None:
+    bad, good = read_all(remember(line + b"\n" + jsonl({"text": "good"}), "jsonl"))
+    assert bad.problem is not None and bad.problem.startswith(problem)
+    assert (good.text, good.problem, good.offset) == ("good", None, len(line) + 1)
+
+
+def test_missing_keys_are_listed_in_bounds_and_printable() -> None:
+    row = {"\ud800\n" + "k" * 1000: 1} | {f"k{i}": 1 for i in range(1000)}
+    problem = one(jsonl(row), "jsonl").problem
+    assert problem is not None and len(problem) < 200 and problem.endswith("k8 and 991 more")
+    problem.encode()
+    assert problem.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("found", "doc_id"),
+    [("x", "x"), (7, "7"), (1.5, "1.5"), ("", ""), (None, None), ([1], None), (True, None), ("\ud800", "\ufffd")],
+)
+def test_json_ids(found: object, doc_id: str | None) -> None:
+    document = one(jsonl({"text": "a", "id": found}), "jsonl", IDS)
+    assert (document.doc_id, document.text, document.problem) == (doc_id, "a", None)
+
+
+def test_a_missing_id_is_none_and_a_problem_keeps_its_id() -> None:
+    rows = read_all(remember(jsonl({"text": "a"}, {"id": 9, "text": None}, {"id": 8}), "jsonl"), IDS)
+    assert [(d.doc_id, d.problem is None) for d in rows] == [(None, True), ("9", False), ("8", False)]
+
+
+def test_blank_lines_crlf_and_bom() -> None:
+    data = BOM + b'{"text": "a"}\r\n\r\n \t\n{"text": "b"}\r\n{"text": "c"}'
+    documents = read_all(remember(data, "jsonl"))
+    assert texts(documents) == ["a", "b", "c"]
+    assert all(data[d.offset :].startswith(b'{"text": "%s"' % d.text.encode()) for d in documents)
+    assert texts(read_all(remember(BOM + b"a\r\nb \r\n", "txt"))) == ["a", "b "]
+    assert read_all(remember(BOM, "txt")) == []
+    assert one(BOM + b"a\r\nb\n", "txt", WHOLE).text == "a\r\nb\n"
+
+
+def test_only_what_was_replaced_in_the_text_counts() -> None:
+    row = b'{"other": "\xff\xff", "text": "a\xff\xe2\x82b\xef\xbf\xbd\\ufffd\\ud800\\ud83d\\ude00", "id": "\xff"}'
+    document = one(row, "jsonl", IDS)
+    assert document.text == "a\ufffd\ufffdb\ufffd\ufffd\ufffd\U0001f600"
+    assert (document.num_replaced, document.doc_id) == (3, "\ufffd")
+    document = one(b"a\xffb\xef\xbf\xbd", "txt", WHOLE)
+    assert (document.text, document.num_replaced) == ("a\ufffdb\ufffd", 1)
+
+
+def test_documents_over_the_limit() -> None:
+    options = dataclasses.replace(OPTIONS, max_document_bytes=10)
+    for size, ok in ((5, True), (6, False)):  # two bytes each
+        data = jsonl({"text": "é" * size})
+        document = one(data, "jsonl", options)
+        assert (document.problem is None) == ok
+    assert document.problem == "document of 12 bytes is over max_document_bytes = 10"
+    whole = dataclasses.replace(options, txt_documents="file")
+    assert one(BOM + b"x" * 10, "txt", whole).text == "x" * 10
+    for size in (11, 14, 5000):
+        assert one(b"x" * size, "txt", whole).problem == f"document of {size} bytes is over max_document_bytes = 10"
+    for ending, compress in COMPRESS.items():
+        problem = one(compress(b"x" * 5000), f"txt.{ending}", whole).problem
+        assert problem is not None and "bytes is over max_document_bytes = 10" in problem
+
+
+def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "LINE_BYTES", 4 << 20)
+    options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
+    with (tmp_path / "a.jsonl").open("wb") as sink:
+        sink.write(jsonl({"text": "before"}))
+        for _ in range(40):
+            sink.write(b"x" * (1 << 20))
+        sink.write(b"\n" + b" " * (6 << 20) + b"\n" + jsonl({"text": "after"}))
+    tracemalloc.start()
+    documents = read_all(storage.stat(str(tmp_path / "a.jsonl")), options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+    assert texts(documents) == ["before", None, "after"]
+    assert documents[1].problem == f"line of {40 << 20} bytes is over the limit of {4 << 20}"
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "txt.gz", "csv.gz"])
+def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr(corpus, "LINE_BYTES", 4 << 20)
+    with gzip.open(tmp_path / f"bomb.{ending}", "wb", compresslevel=1) as sink:
+        sink.write(b"text\n")
+        for _ in range(200):
+            sink.write(bytes(1 << 20))
+    file = storage.stat(str(tmp_path / f"bomb.{ending}"))
+    options = dataclasses.replace(WHOLE, max_document_bytes=1000)
+    tracemalloc.start()
+    documents = read_all(file, options)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 48 << 20
+    assert file.size < 1 << 20
+    assert all(d.problem is not None for d in documents) and documents
+
+
+# --- compression -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_of_several_members(ending: str) -> None:
+    rows = [{"text": f"t{i}" * (i % 50), "id": i} for i in range(3000)]
+    halves = [jsonl(*rows[:1500]), b"\n" + jsonl(*rows[1500:])]
+    documents = read_all(remember(b"".join(map(COMPRESS[ending], halves)), f"jsonl.{ending}"), IDS)
+    assert [(d.text, d.doc_id) for d in documents] == [(r["text"], str(r["id"])) for r in rows]
+    assert [d.offset for d in documents] == [i + (i >= 1500) for i in range(3000)]  # line numbers
+    data = BOM + b"text\r\n" + b"".join(b"r%d\r\n" % i for i in range(100))
+    assert texts(read_all(remember(COMPRESS[ending](data), f"csv.{ending}"))) == [f"r{i}" for i in range(100)]
+    assert one(COMPRESS[ending](b"a\nb") + COMPRESS[ending](b"c"), f"txt.{ending}", WHOLE).text == "a\nbc"
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("format", ["jsonl", "csv", "txt"])
+def test_truncated_streams_give_what_is_whole_and_a_reason(ending: str, format: str) -> None:
+    first = {"jsonl": jsonl(*({"text": str(i)} for i in range(50))) + b'{"text": "half'}
+    plain = b"".join(b"%d\n" % i for i in range(50)) + b"hal"
+    head = first.get(format, (b"text\n" if format == "csv" else b"") + plain)
+    tail = COMPRESS[ending](random.Random(0).randbytes(5000).hex().encode())  # one line, hard to compress
+    *good, bad = read_all(remember(COMPRESS[ending](head) + tail[:-3000], f"{format}.{ending}"))
+    assert texts(good) == [str(i) for i in range(50)]
+    assert bad.problem is not None
+    assert bad.problem.startswith(f"truncated or corrupt {ending} stream after 50 documents: ")
+    assert bad.offset == 50
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_long_truncated_stream_gives_every_line_once(ending: str) -> None:
+    rows = [str(i) for i in range(60_000)]  # several reads
+    head = COMPRESS[ending]("\n".join([*rows, "half"]).encode())
+    tail = COMPRESS[ending](random.Random(0).randbytes(5000).hex().encode())
+    *good, bad = read_all(remember(head + tail[:-3000], f"txt.{ending}"))
+    assert texts(good) == rows
+    assert bad.problem is not None and "after 60000 documents" in bad.problem
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_corrupt_streams_are_one_problem(ending: str) -> None:
+    bad = one(b"this is no compressed stream at all", f"jsonl.{ending}")
+    assert bad.problem is not None
+    assert bad.problem.startswith(f"truncated or corrupt {ending} stream after 0 documents: ")
+    bad = one(COMPRESS[ending](b"text " * 999)[:-9], f"txt.{ending}", WHOLE)
+    assert bad.problem is not None and "after 0 documents" in bad.problem
+
+
+# --- CSV -------------------------------------------------------------------------------------------------
+
+CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(CELL, CELL), max_size=12), st.booleans())
+def test_csv_gives_back_what_was_written(rows: list[tuple[str, str]], bom: bool) -> None:
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, quoting=csv.QUOTE_ALL)
+    writer.writerows([("id", "text"), *rows])
+    documents = read_all(remember(BOM * bom + buffer.getvalue().encode(), "csv"), IDS)
+    assert [(d.offset, d.doc_id, d.text) for d in documents] == [(i, a or None, b) for i, (a, b) in enumerate(rows)]
+    assert all(d.problem is None and d.num_replaced == 0 for d in documents)
+
+
+def test_csv_rows_that_are_not_right() -> None:
+    data = b'id,text\n1,a\n2\n3,c,d\n\n4,\n5,x\x00\xff\n\xff,e\n6,"line\r\n\r\nline ""q"""\n7,a\rb\n8,last\n'
+    documents = read_all(remember(data, "csv"), IDS)
+    problems = ["row has 1 fields, the header has 2", "row has 3 fields, the header has 2"]
+    assert texts(documents) == ["a", None, None, "", "x\x00\ufffd", "e", 'line\r\n\r\nline "q"', None, "last"]
+    assert [d.problem for d in documents[1:3]] == problems
+    assert documents[7].problem is not None and documents[7].problem.startswith("not CSV: ")
+    assert [d.num_replaced for d in documents] == [0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert [d.offset for d in documents] == list(range(9))
+    assert documents[5].doc_id == "\ufffd"
+
+
+def test_csv_quote_that_is_not_closed() -> None:
+    *good, bad = read_all(remember(b'text\na\n"b\nc\nd\n', "csv"))
+    assert texts(good) == ["a"]
+    assert bad.problem == "quoted field is not closed before the end of the file"
+
+
+def test_csv_row_over_the_limit_ends_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "LINE_BYTES", 1000)
+    options = dataclasses.replace(OPTIONS, max_document_bytes=100)
+    assert len(read_all(remember(b"text\n" + b"a\n" * 2000, "csv"), options)) == 2000  # of a row, not of the file
+    for row in (b'"' + b"b\n" * 1000 + b'"', b"b" * 2000):
+        documents = read_all(remember(b"text\na\n" + row + b"\nc\n", "csv"), options)
+        assert texts(documents) == ["a", None]
+        assert documents[1].problem is not None and "over the limit of 1000 bytes" in documents[1].problem
+
+
+def test_csv_fields_longer_than_the_module_likes() -> None:
+    assert one(b"text\n" + b"a" * 500_000 + b"\n", "csv").text == "a" * 500_000
+    assert csv.field_size_limit() >= 64 << 20  # raised, never lowered
+    small = dataclasses.replace(OPTIONS, max_document_bytes=10)
+    assert one(b"text\n" + b"a" * 500_000 + b"\n", "csv", small).problem == (
+        "document of 500000 bytes is over max_document_bytes = 10"
+    )
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------
+
+TYPES = [
+    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
+    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+def test_parquet_text_types(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(["a", None, "", "é"])
+    column = column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column.cast(kind)
+    documents = read_all(parquet(tmp_path / "a.parquet", {"text": column, "id": [1, 2, 3, 4]}), IDS)
+    assert texts(documents) == ["a", None, "", "é"]
+    assert documents[1].problem == "text is null"
+    assert [(d.offset, d.doc_id) for d in documents] == [(i, str(i + 1)) for i in range(4)]
+
+
+def test_parquet_invalid_utf8_is_replaced(tmp_path: Path) -> None:
+    raw = pa.array([b"a\xffb", b"\xef\xbf\xbd"])
+    claimed = pa.Array.from_buffers(pa.string(), 2, raw.buffers())  # pyarrow checks nothing
+    for i, column in enumerate((raw, claimed)):
+        documents = read_all(parquet(tmp_path / f"{i}.parquet", {"text": column, "id": column}), IDS)
+        assert [(d.text, d.num_replaced, d.doc_id) for d in documents] == [
+            ("a\ufffdb", 1, "a\ufffdb"), ("\ufffd", 0, "\ufffd"),
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [[1, None], [1.5, 2.5], [["a"], None], [{"a\n": "x"}, None]], ids=str)
+def test_parquet_text_that_is_no_string_is_a_problem_per_row(tmp_path: Path, values: list[Any]) -> None:
+    documents = read_all(parquet(tmp_path / "a.parquet", {"text": values}))
+    assert [d.offset for d in documents] == [0, 1]
+    for problem in (d.problem for d in documents):
+        assert problem is not None and problem.endswith(", expected a string") and problem.isprintable()
+
+
+def test_parquet_ids_of_other_types(tmp_path: Path) -> None:
+    for i, (values, expected) in enumerate([([1.5, None], ["1.5", None]), ([[1], [2]], [None, None])]):
+        documents = read_all(parquet(tmp_path / f"{i}.parquet", {"text": ["a", "b"], "id": values}), IDS)
+        assert [(d.text, d.doc_id) for d in documents] == list(zip("ab", expected, strict=True))
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 3000, 20_000, 1 << 30])
+def test_parquet_is_cut_between_row_groups(tmp_path: Path, shard_bytes: int) -> None:
+    rows = [os.urandom(20).hex() for _ in range(1000)]
+    columns = {"other": [os.urandom(500) for _ in rows], "text": rows, "id": list(range(1000))}
+    file = parquet(tmp_path / "a.parquet", columns, row_group_size=70)
+    slices = corpus.cut(file, IDS, shard_bytes)
+    assert [s.start for s in slices] == [0, *(s.end for s in slices[:-1])] and slices[-1].end == 15
+    assert all(s.num_bytes <= shard_bytes or s.end == s.start + 1 for s in slices)
+    assert len(slices) == {1: 15, 1 << 30: 1}.get(shard_bytes, len(slices))
+    assert sum(s.num_bytes for s in slices) < file.size / 4  # the other column is not read
+    documents = read_all(file, IDS, shard_bytes)
+    assert [(d.text, d.doc_id, d.offset) for d in documents] == [(t, str(i), i) for i, t in enumerate(rows)]
+
+
+def test_parquet_hash_is_of_the_columns_that_are_read(tmp_path: Path) -> None:
+    def hashes(name: str, other: int, last: str, options: ReadOptions = OPTIONS) -> list[str]:
+        columns = {"other": [other] * 30, "text": ["a"] * 29 + [last], "id": ["a"] * 29 + [last]}
+        file = parquet(tmp_path / name, columns, row_group_size=10)
+        return [s.sha256 for s in corpus.cut(file, options, 1)]
+
+    first = hashes("a.parquet", 1, "x")
+    assert hashes("b.parquet", 2, "x") == first
+    assert hashes("c.parquet", 1, "y")[:2] == first[:2]
+    assert hashes("c.parquet", 1, "y")[2] != first[2]
+    by_id = dataclasses.replace(OPTIONS, text_column="id")
+    assert hashes("a.parquet", 1, "x", by_id) != first  # the same bytes under another name
+
+
+def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [os.urandom(5000).hex() for _ in range(40)]
+    file = parquet(tmp_path / "a.parquet", {"text": rows})
+    monkeypatch.setattr(corpus, "BATCH_BYTES", 20_500)
+    with corpus._Source(file.uri, 0, file.size) as source:
+        sizes = [len(t) for t, _ in corpus._batches(pq.ParquetFile(source), 0, OPTIONS)]
+    assert sizes == [2] * 20
+    assert texts(read_all(file)) == rows
+
+
+def test_parquet_rows_that_do_not_come_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
+    monkeypatch.setattr(corpus, "_batches", lambda *_: iter([(["a"] * 3, [None] * 3)]))
+    documents = read_all_inexact(file)
+    assert texts(documents) == ["a", "a", "a", None]
+    assert documents[3].problem == "not a readable Parquet file: row group 0: 2 rows are missing"
+
+
+def test_parquet_that_is_none_is_quarantined(tmp_path: Path) -> None:
+    good = tmp_path / "good.parquet"
+    parquet(good, {"text": ["a"] * 100})
+    data = good.read_bytes()
+    for i, bad in enumerate((b"no parquet", b"PAR1PAR1", data[:-20], b"")):
+        (document,) = read_all(write(tmp_path, f"{i}.parquet", bad))
+        assert document.problem is not None and document.problem.startswith("not a readable Parquet file: ")
+
+
+def test_parquet_with_a_damaged_page_keeps_the_other_row_groups(tmp_path: Path) -> None:
+    columns = {"text": [os.urandom(8).hex() for _ in range(30)]}
+    file = parquet(tmp_path / "a.parquet", columns, row_group_size=10, use_dictionary=False)
+    chunk = pq.read_metadata(file.uri).row_group(1).column(0)
+    data = bytearray(Path(file.uri).read_bytes())
+    data[chunk.data_page_offset : chunk.data_page_offset + 60] = b"\xff" * 60
+    documents = read_all_inexact(write(tmp_path, "b.parquet", bytes(data)))
+    assert [d.offset for d in documents] == [*range(10), 10, *range(20, 30)]
+    problem = documents[10].problem
+    assert problem is not None and problem.startswith("not a readable Parquet file: row group 1: ")
+    assert all(d.problem is None for i, d in enumerate(documents) if i != 10)
+
+
+def read_all_inexact(file: FileInfo) -> list[Document]:
+    return [d for s in corpus.cut(file, OPTIONS, 1 << 30) for d in corpus.read(s, OPTIONS)]
+
+
+def test_parquet_without_rows(tmp_path: Path) -> None:
+    for i, how in enumerate(({}, {"row_group_size": 1})):
+        file = parquet(tmp_path / f"{i}.parquet", {"text": pa.array([], pa.string())}, **how)
+        (slice,) = corpus.cut(file, OPTIONS, 100)
+        assert slice.num_documents == 0
+        assert read_all(file) == []
+
+
+# --- columns ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["txet", "id"])
+def test_cut_and_check_refuse_a_column_that_is_not_there(tmp_path: Path, column: str) -> None:
+    options = IDS if column == "id" else dataclasses.replace(OPTIONS, text_column=column)
+    files = [
+        parquet(tmp_path / "a.parquet", {"text": ["a"], "b": [1]}),
+        write(tmp_path, "a.csv", b"text,b\n1,2\n"),
+        write(tmp_path, "a.csv.gz", gzip.compress(b"text,b\n1,2\n")),
+        write(tmp_path, "a.jsonl", jsonl({"text": "a"}, {"b": 1})),
+    ]
+    for file in files:
+        expected = f"no column '{column}' in .*{Path(file.uri).name}; it has: text, b"
+        with pytest.raises(CorpusError, match=expected):
+            corpus.check_columns([file], options)
+        if "jsonl" not in file.uri:
+            with pytest.raises(CorpusError, match=expected):
+                corpus.cut(file, options, 100)
+
+
+def test_check_columns_lets_pass(tmp_path: Path) -> None:
+    late = [{"b": 1}] * 19
+    files = [
+        write(tmp_path, "0.jsonl", b""),
+        write(tmp_path, "a.jsonl", b"not json\n" + jsonl(*late[:18], {"text": "x"})),
+        write(tmp_path, "a.parquet", b"no parquet"),
+        write(tmp_path, "a.csv", b""),
+        write(tmp_path, "b.csv.gz", b"no gzip"),
+        write(tmp_path, "a.txt", b"text"),
+    ]
+    corpus.check_columns(files, OPTIONS)
+    with pytest.raises(CorpusError):
+        corpus.check_columns([write(tmp_path, "c.jsonl", jsonl(*late, {"b": 2}, {"text": "x"}))], OPTIONS)
+
+
+def test_check_columns_sees_long_lines(tmp_path: Path) -> None:
+    file = write(tmp_path, "a.jsonl", jsonl({"body": "x" * (3 << 20)}))
+    junk = write(tmp_path, "b.jsonl", b"x" * (3 << 20) + b"\n" + jsonl({"body": "x"}))
+    for files in ([file], [junk], [write(tmp_path, "0.jsonl", b""), file]):
+        with pytest.raises(CorpusError, match="it has: body"):
+            corpus.check_columns(files, OPTIONS)
+
+
+# --- change under way ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
+def test_a_file_that_changed_interrupts(tmp_path: Path, name: str, options: ReadOptions) -> None:
+    compress = COMPRESS.get(name.rpartition(".")[2], bytes)
+    (slice,) = corpus.cut(write(tmp_path, name, compress(b'text\n{"text": "a"}\n')), options, 1000)
+    for data in (compress(b'text\n{"text": "b"}\n'), b"te", b""):
+        write(tmp_path, name, data)
+        with pytest.raises(Interrupted, match="changed while the run was reading it; run the same command again"):
+            list(corpus.read(slice, options))
+    (tmp_path / name).unlink()
+    with pytest.raises(Interrupted, match="changed"):
+        list(corpus.read(slice, options))
+
+
+def test_a_file_that_was_touched_or_appended_to_is_read() -> None:
+    data = jsonl({"text": "a"}, {"text": "b"})
+    file = remember(data, "jsonl")
+    (slice,) = corpus.cut(file, OPTIONS, 1000)
+    fs, path = storage.open_filesystem(file.uri)
+    fs.pipe_file(path, data + jsonl({"text": "c"}))
+    assert texts(list(corpus.read(slice, OPTIONS))) == ["a", "b"]
+
+
+def test_a_parquet_file_that_changed_interrupts(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+
+    def rewrite(text: str, other: str) -> FileInfo:
+        file = parquet(path, {"text": [text] * 5, "other": [other] * 5})
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+        return file
+
+    (slice,) = corpus.cut(rewrite("a", "x"), OPTIONS, 100)
+    rewrite("a", "another, of another size")
+    assert texts(list(corpus.read(slice, OPTIONS))) == ["a"] * 5
+    rewrite("b", "x")
+    with pytest.raises(Interrupted):
+        list(corpus.read(slice, OPTIONS))
+    path.write_bytes(b"no parquet")
+    with pytest.raises(Interrupted):
+        list(corpus.read(slice, OPTIONS))
+    path.unlink()
+    with pytest.raises(Interrupted):
+        list(corpus.read(slice, OPTIONS))
+
+    (slice,) = corpus.cut(rewrite("a", "x"), OPTIONS, 100)
+    documents = corpus.read(slice, OPTIONS)
+    next(documents)
+    rewrite("b", "x")  # while it is being read
+    with pytest.raises(Interrupted):
+        list(documents)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if name == "a.parquet":
+        file = parquet(tmp_path / name, {"text": ["a"]})
+    else:
+        file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(jsonl({"text": "a"})))
+    (slice,) = corpus.cut(file, OPTIONS, 1000)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError("the network is down")
+
+    monkeypatch.setattr(storage, "open_read", lambda uri: Failing(b""))
+    with pytest.raises(ShardError, match="the network is down"):
+        list(corpus.read(slice, OPTIONS))
+    with pytest.raises(CorpusError, match="the network is down"):
+        corpus.cut(file, OPTIONS, 1000)
+
+
+# --- samples ---------------------------------------------------------------------------------------------
+
+
+def test_sample_is_spread_over_files(tmp_path: Path) -> None:
+    data = jsonl({"text": "x"}) * 9 + b"not json\n"
+    files = [write(tmp_path, f"{i:02}.jsonl", data) for i in range(20)]
+    found = corpus.sample(files, OPTIONS, 16)
+    assert len(found) == 16 and all(d.problem is None for d in found)
+    sources = sorted({Path(d.source).name for d in found})
+    assert len(sources) == 8 and sources[0] == "00.jsonl" and sources[-1] == "19.jsonl"
+    assert len(corpus.sample(files[:1], OPTIONS, 16)) == 9
+    assert len(corpus.sample(files[:2], OPTIONS, 3)) == 3
+    assert corpus.sample([], OPTIONS, 5) == []
+
+
+def test_sample_gives_what_one_file_lacks_to_the_next(tmp_path: Path) -> None:
+    files = [write(tmp_path, "a.jsonl", b""), write(tmp_path, "b.jsonl", jsonl({"text": "x"}) * 50)]
+    assert len(corpus.sample(files, OPTIONS, 10)) == 10
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.zst", "a.parquet"])
+@pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
+def test_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: ReadOptions) -> None:
+    options = dataclasses.replace(options, max_document_bytes=64 << 20)
+    rows = [os.urandom(500).hex() for _ in range(5000)]
+    if name == "a.parquet":
+        file = parquet(tmp_path / name, {"text": rows, "other": rows[::-1]})
+    else:
+        plain = jsonl(*({"text": r} for r in rows)) if "jsonl" in name else ("\n".join(["text", *rows])).encode()
+        file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(plain))
+    assert file.size > 2 << 20
+    read = 0
+    original = corpus._Source.read
+
+    def counting(self: corpus._Source, size: int = -1, /) -> bytes:
+        nonlocal read
+        data = original(self, size)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr(corpus._Source, "read", counting)
+    monkeypatch.setattr(corpus._Source, "read1", counting)
+    found = corpus.sample([file], options, 100_000)
+    assert 0 < read < 3 << 19 if name != "a.parquet" else 0 < read < 3 << 20
+    if "txt" in name and options is not OPTIONS and options.txt_documents == "file":
+        assert [len(d.text) for d in found] == [1 << 20]
+    else:
+        whole = set(rows) | {"text"}
+        assert len(found) > 500 and all(d.text in whole for d in found)
+
+
+# --- anything at all -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["jsonl", "csv", "txt", "parquet", *(f"jsonl.{c}" for c in COMPRESS)]))
+def test_no_bytes_make_reading_raise(data: bytes, ending: str) -> None:
+    data = b"text\n" * (ending == "csv") + data
+    for document in read_all(remember(data, ending)):
+        document.text.encode()
+        assert document.problem is None or 0 < len(document.problem) <= 600

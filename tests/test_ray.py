@@ -1,0 +1,187 @@
+"""The run on a real local Ray: same rows for any number of workers, and whatever is killed is done again once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import write_jsonl
+
+import afn_ray
+from afn_ray import cluster, demo
+from afn_ray.config import RunConfig
+from afn_ray.errors import IncompleteRun, ModelError, StoreError
+
+MakeConfig = Callable[..., RunConfig]
+pytestmark = pytest.mark.ray
+
+
+def recorded(run: afn_ray.Run) -> tuple[pa.Table, pa.Table, pa.Table, pa.Table]:
+    """All tokens and documents in plan order, and the run's thresholds and vocabulary."""
+    store = run.uri.rsplit("/runs/", 1)[0]
+    shards = pq.read_table(f"{run.uri}/shards.parquet").to_pylist()
+    tokens, documents = (
+        pa.concat_tables([pq.read_table(f"{store}/{s[f'{t}_file']}") for s in shards])
+        .unify_dictionaries()
+        .combine_chunks()
+        for t in ("tokens", "documents")
+    )
+    return tokens, documents, *(pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary"))
+
+
+def plain(tables: tuple[pa.Table, ...]) -> list[list[dict[str, Any]]]:
+    return [t.to_pylist() for t in tables]
+
+
+def test_rows_are_identical_for_one_two_and_four_workers_and_without_ray(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:240]])
+    base = {"corpus": (str(corpus),), "model": str(minilm), "layers": "0,4", "batch_tokens": 2048}
+    with afn_ray.run(make_config(**base)) as run:
+        expected = plain(recorded(run))
+    for workers in (1, 2, 4):
+        config = make_config(**base, executor="ray", workers=workers, store=str(tmp_path / f"store-{workers}"))
+        with afn_ray.run(config) as run:
+            assert plain(recorded(run)) == expected
+
+
+def test_a_run_begun_in_this_process_is_finished_on_ray(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
+    process = cluster.Processor.process
+    done: list[str] = []
+
+    def stop_after_two(self: Any, shard: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(shard.id)
+        return process(self, shard)
+
+    monkeypatch.setattr(cluster.Processor, "process", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        afn_ray.run(make_config(corpus=(str(corpus),)))
+    with afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=2)) as run:
+        assert run.info["counts"]["shards_reused"] == 2
+        assert run.info["counts"]["documents"] == 200
+
+
+class Poisoned(cluster._Worker):
+    """Kills its process at the first try of a shard whose file holds "once", and at every try of "always"."""
+
+    def process(self, shard: Any) -> Any:
+        text = Path(shard.slices[0].uri).read_text()
+        mark = Path(shard.slices[0].uri + ".tried")
+        if "always" in text or ("once" in text and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().process(shard)
+
+
+def poisoned_corpus(folder: Path, **texts: str) -> Path:
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(texts.get(f"n{i}", f"And it was so, number {i}. ") * 40)
+    return folder
+
+
+def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_Worker", Poisoned)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = poisoned_corpus(tmp_path / "corpus", n1="It happened once. ", n4="It happened once more. ")
+    events = []
+    config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
+    with afn_ray.run(config, events.append) as run:
+        assert run.info["counts"]["documents"] == 6
+        assert run.sql("SELECT count(*) FROM (SELECT doc FROM tokens GROUP BY doc)").fetchall() == [(6,)]
+    assert (folder / "1.txt.tried").exists() and (folder / "4.txt.tried").exists()
+    assert max(e.state.retries for e in events if e.state) >= 1
+
+
+def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kept(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_Worker", Poisoned)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = poisoned_corpus(tmp_path / "corpus", n2="It is always so. ")
+    config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
+    with pytest.raises(IncompleteRun, match=r"1 of 6 shards failed 2 times.*\n.*2\.txt.*its worker died"):
+        afn_ray.run(config)
+    assert len(list(Path(config.store).rglob("commit.json"))) == 5
+
+
+class ElsewhereModel(cluster._Worker):
+    """A worker that finds other weights than the driver planned with."""
+
+    def __init__(self, task: Any) -> None:
+        task.identity["model.safetensors"] = "0" * 64
+        super().__init__(task)
+
+
+def test_a_worker_with_another_model_stops_the_run_at_once(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_Worker", ElsewhereModel)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    with pytest.raises(ModelError, match=r"differs on this worker from the one planned: model\.safetensors"):
+        afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=1))
+
+
+def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
+    tmp_path: Path, make_config: MakeConfig, tiny_bert: Path
+) -> None:
+    store, expected = tmp_path / "store", tmp_path / "expected"
+    shared = [str(demo.corpus_file()), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "200000"]
+    command = [sys.executable, "-m", "afn_ray", "run", *shared, "--store", str(store), "--workers", "2"]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list(store.rglob("commit.json"))) < 3:
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < deadline, "no shard was committed in 120 s"
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    time.sleep(3)  # workers notice that their driver is gone; what they commit until then is good
+    before = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
+    with pytest.raises(StoreError, match="holds no complete run"):
+        afn_ray.open_run(str(store))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    after = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
+    assert len(before) < len(after) and before.items() <= after.items()  # only unfinished shards were done
+    straight = [*command[:3], "run", *shared, "--store", str(expected), "--executor", "inline", "--quiet"]
+    assert subprocess.run(straight, timeout=300).returncode == 0
+    with afn_ray.open_run(str(store)) as a, afn_ray.open_run(str(expected)) as b:
+        assert a.info["counts"]["shards_reused"] == len(before)
+        for mine, theirs in zip(recorded(a), recorded(b), strict=True):
+            assert mine.equals(theirs)
+
+
+def test_sigterm_stops_resumable(tmp_path: Path, tiny_bert: Path) -> None:
+    command = [
+        sys.executable, "-m", "afn_ray", "run", str(demo.corpus_file()), "--model", str(tiny_bert),
+        "--store", str(tmp_path / "store"), "--shard-bytes", "100000", "--executor", "inline",
+    ]  # fmt: skip
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("commit.json")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.terminate()
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 75
+    assert "the same command resumes" in err and "Traceback" not in err

@@ -1,0 +1,523 @@
+"""A whole run in this process: what is recorded equals plain Hugging Face, nothing is lost, bad input is named."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import errno
+import gzip
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from conftest import write_jsonl
+
+import afn_ray
+from afn_ray import manifest, pipeline, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
+from afn_ray.schema import REPLACED, SPECIAL, documents_schema, tokens_schema
+
+MakeConfig = Callable[..., RunConfig]
+
+
+def shard_tables(run: afn_ray.Run, table: str) -> list[pa.Table]:
+    """The run's Parquet files of ``table``, in plan order, read without the product's query path."""
+    store = run.uri.rsplit("/runs/", 1)[0]
+    shards = pq.read_table(f"{run.uri}/shards.parquet").to_pylist()
+    return [pq.read_table(f"{store}/{s[f'{table}_file']}") for s in shards]
+
+
+def all_rows(run: afn_ray.Run, table: str) -> list[dict[str, Any]]:
+    """Rows of all shards with their run-wide doc."""
+    rows, first = [], 0
+    for tokens, documents in zip(shard_tables(run, table), shard_tables(run, "documents"), strict=True):
+        rows += [{**row, "doc": row["doc"] + first} for row in tokens.to_pylist()]
+        first += documents.num_rows
+    return rows
+
+
+def reference(folder: Path, texts: list[str], layer: int) -> list[tuple[list[int], np.ndarray]]:
+    """Token ids and norms of ``hidden_states[layer]`` for each text alone: the Hugging Face loop."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    plain = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    result = []
+    for text in texts:
+        ids = tokenizer(text, truncation=False)["input_ids"]
+        with torch.inference_mode():
+            states = plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+        result.append((ids, torch.linalg.vector_norm(states[layer][0], dim=-1).numpy()))
+    return result
+
+
+def test_recorded_strengths_equal_the_hugging_face_loop(
+    tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
+) -> None:
+    texts = verses[::400]
+    write_jsonl(tmp_path / "c.jsonl", [{"id": i, "text": t} for i, t in enumerate(texts)])
+    config = make_config(corpus=(str(tmp_path / "c.jsonl"),), model=str(minilm), layers="all", id_column="id")
+    with afn_ray.run(config) as run:
+        rows = all_rows(run, "tokens")
+        documents = all_rows(run, "documents")
+    assert [d["doc_id"] for d in documents] == [str(i) for i in range(len(texts))]
+    for layer in (0, 1, 4, 6):
+        for doc, (ids, norms) in enumerate(reference(minilm, texts, layer)):
+            mine = [r for r in rows if r["doc"] == doc]
+            assert [r["token_id"] for r in mine] == ids
+            assert [r["position"] for r in mine] == list(range(len(ids)))
+            np.testing.assert_allclose([r[f"strength_{layer}"] for r in mine], norms, rtol=2e-5)
+            means = np.mean([r[f"strength_{layer}"] for r in mine if not r["flags"] & SPECIAL])
+            assert documents[doc][f"mean_strength_{layer}"] == pytest.approx(means, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tiny_bert", "tiny_gpt"])
+def test_long_documents_are_recorded_once_and_at_the_window_with_most_context(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    folder = request.getfixturevalue(kind)
+    texts = [" ".join(verses[a:b]) for a, b in ((0, 10), (10, 11), (11, 40), (40, 43))]
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
+    config = make_config(corpus=(str(corpus),), model=str(folder), layers="2", window_tokens=40, overlap_tokens=9)
+    with afn_ray.run(config) as run:
+        rows = all_rows(run, "tokens")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    plain = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    causal = kind == "tiny_gpt"
+    special = 0 if causal else 1  # one before, one after
+    width = 40 - 2 * special
+    for doc, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
+        mine = [r for r in rows if r["doc"] == doc]
+        assert [r["token_id"] for r in mine] == ids
+        n = len(ids) - 2 * special
+        starts = sorted({max(0, min(b, n - width)) for b in range(0, max(1, n), width - 9)})
+        norms = {}
+        for begin in starts:
+            inner = ids[special : special + n][begin : begin + width]
+            window = ids[:special] + inner + ids[len(ids) - special :]
+            with torch.inference_mode():
+                state = plain(input_ids=torch.tensor([window]), output_hidden_states=True).hidden_states[2][0]
+            norms[begin] = torch.linalg.vector_norm(state, dim=-1).numpy()
+        for token in range(n):
+            seen = {}
+            for begin in starts:
+                if begin <= token < begin + width:
+                    left = np.inf if begin == 0 else token - begin
+                    right = np.inf if begin + width >= n else begin + width - 1 - token
+                    seen[begin] = left if causal else min(left, right)
+            best = max(seen.values())
+            values = [norms[b][special + token - b] for b, context in seen.items() if context == best]
+            got = mine[special + token]["strength_2"]
+            assert any(abs(got - v) <= 3e-5 * v for v in values), (doc, token)
+
+
+def test_offsets_point_back_into_the_text(tmp_path: Path, make_config: MakeConfig) -> None:
+    texts = ["The LORD  said:\tcafé naïve — 東京 🙂 e\u0301 ﬁn", "x" * 300, "Tail   "]
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
+    with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
+        rows = all_rows(run, "tokens")
+        words = run.sql("SELECT doc, text FROM words ORDER BY doc, word").fetchall()
+    vocabulary = transformers.AutoTokenizer.from_pretrained(run.info["config"]["model"])
+    for row in rows:
+        written = texts[row["doc"]][row["start"] : row["end"]]
+        if row["flags"] & SPECIAL:
+            assert written == ""
+        else:
+            piece = vocabulary.convert_ids_to_tokens(row["token_id"]).removeprefix("##")
+            assert piece == "[UNK]" or piece == vocabulary.backend_tokenizer.normalizer.normalize_str(written).strip()
+    assert [w for d, w in words if d == 0][:7] == ["The", "LORD", "said", ":", "café", "naïve", "—"]
+    assert [w for d, w in words if d == 1] == ["x" * 300]
+
+
+def test_thresholds_equal_numpy_and_duckdb_over_the_recorded_values(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:300]])
+    with afn_ray.run(make_config(corpus=(str(corpus),), layers="0,2")) as run:
+        for layer in (0, 2):
+            values = np.concatenate(
+                [
+                    t[f"strength_{layer}"].to_numpy()[(t["flags"].to_numpy() & SPECIAL) == 0]
+                    for t in shard_tables(run, "tokens")
+                ]
+            )
+            expected = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
+            got = run.sql(f"SELECT q1, q2, q3, n FROM thresholds WHERE layer = {layer} AND population = 'tokens'")
+            assert got.fetchall() == [(*map(float, expected), len(values))]
+            query = f"SELECT quantile_disc(strength_{layer}, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
+            assert run.sql(query).fetchall() == [(list(map(float, expected)),)]
+            high = run.sql(f"SELECT sum(n_high) FROM vocabulary WHERE layer = {layer} AND class <> 'special'")
+            assert high.fetchall() == [(int((values >= expected[2]).sum()),)]
+
+
+def test_tables_have_the_promised_schemas_with_and_without_offsets(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
+    for offsets in (True, False):
+        config = make_config(corpus=(str(corpus),), offsets=offsets, store=str(tmp_path / f"store-{offsets}"))
+        with afn_ray.run(config) as run:
+            for table, schema in (("tokens", tokens_schema((2,), offsets)), ("documents", documents_schema((2,)))):
+                assert all(t.schema.equals(schema) for t in shard_tables(run, table))
+            assert ("start" in run.tables()["tokens"]) is offsets
+
+
+def test_every_format_and_compression_gives_the_same_tokens(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    texts = [v for v in verses[:40] if "\n" not in v]
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+    plain = "".join(t + "\n" for t in texts).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(lines))
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(plain))
+    with pa.CompressedOutputStream(str(tmp_path / "a.txt.zst"), "zstd") as out:
+        out.write(plain)
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerows([["n", "text"], *enumerate(texts)])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
+    seen = {}
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.bz2", "a.txt.xz", "a.txt.zst", "a.csv", "a.parquet"):
+        config = make_config(
+            corpus=(str(tmp_path / name),), store=str(tmp_path / f"store-{name}"), txt_documents="line"
+        )
+        with afn_ray.run(config) as run:
+            seen[name] = [(r["doc"], r["position"], r["token_id"]) for r in all_rows(run, "tokens")]
+    assert all(rows == seen["a.jsonl"] for rows in seen.values())
+    assert {doc for doc, _, _ in seen["a.jsonl"]} == set(range(len(texts)))
+
+
+def test_bad_documents_are_quarantined_with_their_reason_and_nothing_is_lost(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    write_jsonl(
+        folder / "a.jsonl",
+        [{"text": "Good one."}, {"text": ""}, {"text": "\u200b\x07"}, '{"text": "broken', '[1]', {"other": 1},
+         {"text": None}, '{"text": NaN}', {"text": 7}, {"text": "[SEP] [CLS]"}, {"text": "x" * 5000}],
+    )  # fmt: skip
+    (folder / "b.txt").write_bytes(b"Good \xff\xfe bytes")
+    (folder / "c.txt").write_bytes(b"")
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "in a stream"}\n' * 2000)[:-20])
+    (folder / "e.parquet").write_bytes(b"no parquet")
+    config = make_config(max_document_bytes=4000)
+    with afn_ray.run(config) as run:
+        documents = all_rows(run, "documents")
+        tokens = all_rows(run, "tokens")
+        counts = run.info["counts"]
+    status = [(Path(d["source"]).name, d["status"]) for d in documents]
+    expected = [
+        "ok", "empty", "empty", "quarantined: not JSON", "quarantined: ", "quarantined: no column 'text'",
+        "quarantined: text is null", "quarantined: text is", "quarantined: text is", "ok",
+        "quarantined: document of 5000 bytes",
+    ]  # fmt: skip
+    of_a = [s for name, s in status if name == "a.jsonl"]
+    assert len(of_a) == len(expected)
+    assert all(got.startswith(want) for got, want in zip(of_a, expected, strict=True)), of_a
+    assert [s for name, s in status if name == "b.txt"] == ["ok"]
+    assert [s for name, s in status if name == "c.txt"] == ["empty"]
+    stream = [s for name, s in status if name == "d.jsonl.gz"]
+    assert stream[-1].startswith("quarantined: truncated") and set(stream[:-1]) <= {"ok"}
+    assert [s[:12] for name, s in status if name == "e.parquet"] == ["quarantined:"]
+    by_doc: dict[int, list[int]] = {}
+    for row in tokens:
+        by_doc.setdefault(row["doc"], []).append(row["position"])
+    for document in documents:
+        assert by_doc.get(document["doc"], []) == list(range(document["n_tokens"]))
+        assert (document["n_tokens"] > 0) is (document["status"] == "ok")
+        assert (document["text_sha256"] is None) is document["status"].startswith("quarantined: ")
+    assert counts["documents"] == len(documents)
+    assert counts["quarantined"] == sum(s.startswith("quarantined") for _, s in status)
+    replaced = next(d for d in documents if d["source"].endswith("b.txt"))
+    assert replaced["n_replaced"] == 2
+    assert sum(bool(r["flags"] & REPLACED) for r in tokens) == sum(
+        r["doc"] == replaced["doc"] and bool(r["flags"] & REPLACED) for r in tokens
+    )
+
+
+def test_strengths_that_are_not_finite_quarantine_their_document(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}])
+    right = pipeline.Processor.measure
+
+    def overflow(self: Any, texts: list[str], replaced: list[bool]) -> Any:
+        measured = right(self, texts, replaced)
+        measured.strengths[:, measured.encoded.bounds[1] + 1] = np.inf
+        return measured
+
+    monkeypatch.setattr(pipeline.Processor, "measure", overflow)
+    with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
+        assert [d["status"] for d in all_rows(run, "documents")] == [
+            "ok", "quarantined: the model gave a strength that is not finite", "ok",
+        ]  # fmt: skip
+        assert {r["doc"] for r in all_rows(run, "tokens")} == {0, 2}
+
+
+def test_the_second_run_does_nothing_and_says_so(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:50]])
+    config = make_config(corpus=(str(corpus),))
+    with afn_ray.run(config) as run:
+        first = run.uri
+    before = {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()}
+    monkeypatch.setattr(pipeline.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded"))
+    events = []
+    with afn_ray.run(config, events.append) as run:
+        assert run.uri == first
+    assert {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()} == before
+    assert next(e.message for e in events if e.kind == "complete").startswith("nothing to do")
+
+
+def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
+    straight = make_config(corpus=(str(corpus),), store=str(tmp_path / "straight"))
+    with afn_ray.run(straight) as run:
+        expected = all_rows(run, "tokens")
+    config = make_config(corpus=(str(corpus),))
+    process = pipeline.Processor.process
+    done: list[str] = []
+
+    def stop_after_two(self: Any, shard: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(shard.id)
+        return process(self, shard)
+
+    monkeypatch.setattr(pipeline.Processor, "process", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        afn_ray.run(config)
+    with pytest.raises(StoreError, match="holds no complete run"):
+        afn_ray.open_run(config.store)
+    again: list[str] = []
+
+    def watch(self: Any, shard: Any) -> Any:
+        again.append(shard.id)
+        return process(self, shard)
+
+    monkeypatch.setattr(pipeline.Processor, "process", watch)
+    with afn_ray.run(config) as run:
+        assert all_rows(run, "tokens") == expected
+        assert run.info["counts"]["shards_reused"] == 2
+    assert len(again) > 2 and not set(again) & set(done)
+
+
+def test_rows_do_not_depend_on_the_order_of_shards(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
+    with afn_ray.run(make_config(corpus=(str(corpus),), store=str(tmp_path / "forward"))) as run:
+        expected = all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")
+    from afn_ray import cluster
+
+    inline = cluster._process_inline
+    monkeypatch.setattr(cluster, "_process_inline", lambda task, shards, call: inline(task, shards[::-1], call))
+    with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
+        assert (all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")) == expected
+
+
+def test_thresholds_and_vocabulary_do_not_depend_on_how_the_corpus_is_cut(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:100]])
+    tables = []
+    for size in (2048, 1 << 20):
+        # One window a batch: batches then do not depend on the cut, and neither do the bits.
+        config = make_config(corpus=(str(corpus),), store=str(tmp_path / f"s{size}"), shard_bytes=size, batch_tokens=16)
+        with afn_ray.run(config) as run:
+            assert (run.info["counts"]["shards"] == 1) is (size > 2048)
+            tables.append([pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary", "histogram")])
+    assert tables[0] == tables[1]
+
+
+def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:120]])
+    config = make_config(corpus=(str(corpus),))
+    process = pipeline.Processor.process
+    tries: dict[str, int] = {}
+    poison: list[str] = []
+
+    def fail(self: Any, shard: Any) -> Any:
+        tries[shard.id] = tries.get(shard.id, 0) + 1
+        poison.append(shard.id) if not poison else None
+        if shard.id == poison[0]:
+            raise RuntimeError("a fault of this shard")
+        return process(self, shard)
+
+    monkeypatch.setattr(pipeline.Processor, "process", fail)
+    with pytest.raises(
+        IncompleteRun, match=r"1 of \d+ shards failed 2 times.*RuntimeError: a fault of this shard"
+    ) as e:
+        afn_ray.run(config)
+    assert poison[0] in str(e.value) and "c.jsonl" in str(e.value)
+    assert tries.pop(poison[0]) == 2 and set(tries.values()) == {1}
+    monkeypatch.setattr(pipeline.Processor, "process", process)
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["shards_reused"] == len(tries)
+
+
+@pytest.mark.parametrize("where", ["scratch", "store"])
+def test_a_full_disk_stops_the_run_resumable_and_leaves_nothing_half_visible(
+    where: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
+    config = make_config(corpus=(str(corpus),), scratch=str(tmp_path / "scratch"))
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if where == "scratch":
+            patch.setattr(pq.ParquetWriter, "write_table", lambda *a, **k: (_ for _ in ()).throw(full))
+        else:
+            real = storage._write_temporary
+            patch.setattr(
+                storage, "_write_temporary",
+                lambda path, data: (_ for _ in ()).throw(full) if path.name == "commit.json" else real(path, data),
+            )  # fmt: skip
+        with pytest.raises(Interrupted, match=r"no space left.*run the same command again: it resumes") as error:
+            afn_ray.run(config)
+        assert error.value.exit_code == 75
+    assert not list(Path(config.store).rglob("commit.json"))
+    assert not list((tmp_path / "scratch").iterdir())
+    with afn_ray.run(config) as run:
+        assert len(all_rows(run, "documents")) == 60
+
+
+def test_a_corpus_that_changes_during_the_run_stops_it_and_the_next_run_plans_anew(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
+    config = make_config(corpus=(str(corpus),))
+    begin = manifest.begin_run
+
+    def change(*args: Any) -> Any:
+        write_jsonl(corpus, [{"text": t} for t in verses[60:130]])
+        return begin(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "begin_run", change)
+        with pytest.raises(Interrupted, match="changed while the run was reading it"):
+            afn_ray.run(config)
+    with afn_ray.run(config) as run:
+        assert len(all_rows(run, "documents")) == 70
+
+
+def test_a_store_of_another_measure_is_refused_and_the_difference_named(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
+    afn_ray.run(make_config(corpus=(str(corpus),))).close()
+    other = {"corpus": (str(corpus),), "layers": "1"}
+    with pytest.raises(StoreError, match=r"another measure.*layers: the store has \[2\], this run asks for \[1\]"):
+        afn_ray.run(make_config(**other))
+    with afn_ray.run(make_config(**other, allow_another_measure=True)) as run:
+        assert run.info["layers"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"corpus": ("/no/such/place",)}, CorpusError, "no such file or folder"),
+        ({"corpus": ("/no/such/*.jsonl",)}, CorpusError, "no files match|no such file"),
+        ({"text_column": "body"}, CorpusError, r"no column 'body'.*it has: id, text"),
+        ({"id_column": "key"}, CorpusError, r"no column 'key'.*it has: id, text"),
+        ({"layers": "4"}, ConfigError, r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3"),
+        ({"model": "/no/model"}, ModelError, "no model at /no/model"),
+        ({"window_tokens": 65}, ModelError, "takes at most 64"),
+        ({"window_tokens": 8, "overlap_tokens": 6}, ConfigError, "has no room to move"),
+        ({"language": "xx"}, ConfigError, "no function words for language 'xx'; known: ar"),
+        ({"store": "/proc/afn"}, StoreError, "writing /proc/afn"),
+        ({"store": "nope://bucket/x"}, ConfigError, "nope"),
+    ],
+)
+def test_a_wrong_request_is_named_before_any_work(
+    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, make_config: MakeConfig
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "text": "hello"}])
+    with pytest.raises(error, match=message):
+        afn_ray.run(make_config(**({"corpus": (str(corpus),)} | changes)))
+    assert not (tmp_path / "store" / "shards").exists()
+
+
+def test_a_corpus_without_any_token_is_an_error(tmp_path: Path, make_config: MakeConfig) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": ""}, {"text": " "}])
+    with pytest.raises(CorpusError, match="no token to measure: 2 documents, 2 empty, 0 quarantined"):
+        afn_ray.run(make_config(corpus=(str(corpus),)))
+
+
+def test_a_store_in_memory_works_in_this_process_and_is_refused_with_workers(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
+    with afn_ray.run(make_config(corpus=(str(corpus),), store="memory://in-memory-store")) as run:
+        assert run.sql("SELECT count(*) FROM documents").fetchall() == [(20,)]
+    with pytest.raises(ConfigError, match="memory:// lives in one process"):
+        afn_ray.run(make_config(corpus=(str(corpus),), store="memory://other", executor="ray"))
+
+
+def test_a_decoder_without_special_tokens_runs(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], tiny_gpt: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:30]])
+    with afn_ray.run(make_config(corpus=(str(corpus),), model=str(tiny_gpt), sink_factor=1.05)) as run:
+        assert run.sql("SELECT count(*) FROM tokens WHERE is_special").fetchall() == [(0,)]
+        (sinks,) = run.sql("SELECT n_sinks FROM thresholds WHERE population = 'tokens'").fetchone()
+        assert sinks > 0
+        assert run.sql("SELECT count(*) FROM tokens WHERE sink_2").fetchall() == [(sinks,)]
+        words = run.sql("SELECT string_agg(text, ' ' ORDER BY word) FROM words WHERE doc = 0").fetchone()[0]
+    assert words == "In the beginning God created the heaven and the earth ."
+
+
+def test_the_dry_run_estimates_and_writes_nothing(tmp_path: Path, make_config: MakeConfig, verses: list[str]) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t, "noise": "x" * 50} for t in verses[:400]])
+    config = make_config(corpus=(str(corpus),))
+    estimate = afn_ray.dry_run(config)
+    assert not Path(config.store).exists()
+    with afn_ray.run(config) as run:
+        counts = run.info["counts"]
+        size = sum(p.stat().st_size for p in Path(config.store).rglob("*tokens.parquet"))
+    assert (estimate.num_documents, estimate.documents_exact) == (400, True)
+    assert estimate.num_shards == counts["shards"] and estimate.num_shards_done == 0
+    assert estimate.num_bytes == corpus.stat().st_size
+    assert estimate.tokens == pytest.approx(counts["tokens"] - counts["special"], rel=0.15)
+    assert size / 4 < estimate.store_bytes < size * 4
+    assert estimate.seconds > 0
+    assert afn_ray.dry_run(config).num_shards_done == counts["shards"]
+
+
+def test_what_a_run_has_is_a_pandas_or_polars_frame_one_call_away(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
+    with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
+        n = run.info["counts"]["tokens"]
+        assert len(run.tokens().df()) == n
+        assert run.tokens().pl().height == n
+        assert run.vocabulary().to_arrow_table().num_rows == run.sql("SELECT count(*) FROM vocabulary").fetchone()[0]
+
+
+def test_a_model_folder_that_moves_keeps_the_measure(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], tiny_bert: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
+    afn_ray.run(make_config(corpus=(str(corpus),))).close()
+    moved = shutil.copytree(tiny_bert, tmp_path / "elsewhere")
+    events = []
+    afn_ray.run(make_config(corpus=(str(corpus),), model=str(moved)), events.append).close()
+    assert events[-1].message.startswith("nothing to do")
