@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("run", metavar="RUN", help=RUN_HELP)
     explain.add_argument("text", metavar="TEXT", help="the text, or - for standard input")
     explain.add_argument("--layer", type=int, help="layer to show (default: the deepest recorded)")
+    explain.add_argument("--model", help="where the run's model is now (default: where it was)")
+    explain.add_argument("--trust-remote-code", action="store_true", help=_help_of("trust_remote_code"))
+    explain.add_argument("--allow-pickle", action="store_true", help=_help_of("allow_pickle"))
     explain.add_argument("--all", action="store_true", help="list every token of a long text")
     explain.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
     explain.add_argument("--json", action="store_true", help="print JSON")
@@ -224,13 +227,19 @@ def _explain(args: argparse.Namespace) -> None:
     from afn_ray import explain
 
     text = sys.stdin.read() if args.text == "-" else args.text
-    result = explain.explain(args.run, text)
+    result = explain.explain(
+        args.run,
+        text,
+        model_name=args.model,
+        trust_remote_code=args.trust_remote_code,
+        allow_pickle=args.allow_pickle,
+    )
     if args.html:
         with _output(args.html) as file:
             file.write(explain.render_html(result).encode())
         print(f"{args.html} is written; open it in a browser")
     elif args.json:
-        print(json.dumps(explain.to_json(result), indent=1, ensure_ascii=False))
+        print(json.dumps(explain.to_json(result), indent=1))
     else:
         explain.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from afn_ray import model, storage
@@ -23,6 +26,8 @@ ATTEMPTS = 2
 IN_FLIGHT = 2
 """Shards handed to one worker at a time: the one it works on and the next."""
 POLL_S = 0.5
+PROBE_S = 60.0
+"""How long a cluster may take to give one CPU to one task when it is only tried."""
 WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -119,7 +124,9 @@ def _process_inline(task: Task, shards: Sequence[Shard], on_state: OnState) -> S
 
 def _reason(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text[-1] if text else 'no message'}{where}"
 
 
 # --- Ray -------------------------------------------------------------------------------------------------
@@ -156,7 +163,7 @@ def _ray(config: RunConfig, num_shards: int, device: str) -> Iterator[None]:
         options["address"] = address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "a local Ray"
         raise ConfigError(f"{where} cannot be reached: {_reason(error)}; 'afn doctor' tells more") from error
     try:
@@ -200,41 +207,50 @@ class _Dispatcher:
         self._in_flight: dict[Any, tuple[Any, Shard]] = {}  # task -> actor, shard; oldest first
         self._starting = {self._look(a): a for a in self._actors}
         self._ready: list[Any] = []
+        self._looks: dict[Any, Any] = {}  # question -> actor
+        self._progress: dict[Any, Progress] = {}  # by actor
 
     def _look(self, actor: Any) -> Any:
         return actor.progress.options(concurrency_group="look").remote()
 
     def run(self) -> State:
         began = 0.0
-        looked: dict[Any, Progress] = {}
-        looks: dict[Any, Any] = {}
         try:
             while self._waiting or self._in_flight:
                 self._feed()
-                done, _ = self._ray.wait(
-                    [*self._in_flight, *self._starting, *looks], num_returns=1, timeout=POLL_S, fetch_local=True
-                )
-                for ref in done:
+                for ref in self._wait([*self._in_flight, *self._starting], POLL_S):
                     if ref in self._starting:
                         began = began or time.monotonic()
                         self._started(ref)
-                    elif ref in looks:
-                        self._looked(looks.pop(ref), ref, looked)
-                    else:
+                    elif ref in self._in_flight:  # not if its worker died with the one before it
                         self._finished(ref)
-                for actor in self._ready:
-                    if actor not in looks.values():
-                        looks[self._look(actor)] = actor
                 if began:
+                    self._look_at_all()
                     self._state.seconds = time.monotonic() - began
-                    self._state.live = _total(looked.values())
                     self._on_state(self._state)
-                if not done or all(ref not in self._in_flight for ref in done):
-                    time.sleep(POLL_S / 5)
         finally:
             for actor in self._actors:
                 self._ray.kill(actor)
         return self._state
+
+    def _wait(self, refs: list[Any], timeout_s: float) -> list[Any]:
+        """All of ``refs`` that are done, after the first is or the time is over."""
+        if not refs:
+            return []
+        # One call would give one ref, in no order: those that end often would starve the others.
+        self._ray.wait(refs, num_returns=1, timeout=timeout_s)
+        done: list[Any] = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+        return done
+
+    def _look_at_all(self) -> None:
+        """Progress inside the shards under way, one question to each worker at a time."""
+        for ref in self._wait(list(self._looks), 0):
+            self._looked(self._looks.pop(ref), ref)
+        asked = list(self._looks.values())
+        for actor in self._ready:
+            if not any(a is actor for a in asked):
+                self._looks[self._look(actor)] = actor
+        self._state.live = _total(self._progress.values())
 
     def _feed(self) -> None:
         for actor in self._ready:
@@ -255,14 +271,14 @@ class _Dispatcher:
             raise _original(error) from None
         self._ready.append(actor)
 
-    def _looked(self, actor: Any, ref: Any, looked: dict[Any, Progress]) -> None:
+    def _looked(self, actor: Any, ref: Any) -> None:
         try:
             progress: Progress = self._ray.get(ref)
         except self._ray.exceptions.RayError:
             return  # a look is no work; the task in flight says what happened
-        last = looked.get(actor)
+        last = self._progress.get(actor)
         if last is None or progress.tokens >= last.tokens:
-            looked[actor] = progress
+            self._progress[actor] = progress
 
     def _finished(self, ref: Any) -> None:
         actor, shard = self._in_flight.pop(ref)
@@ -307,3 +323,27 @@ def _total(parts: Any) -> Progress:
         total.tokens += p.tokens
         total.forward_tokens += p.forward_tokens
     return total
+
+
+def probe(address: str | None) -> str:
+    """Join the Ray at ``address`` or start a local one, run a task on it, and say what it has.
+
+    Raises ``ConfigError`` when there is none, or when its nodes cannot run a task of ours.
+    """
+    with _ray(RunConfig(corpus=("-",), model="-", store="/", address=address), 1, "cpu"):
+        import ray
+
+        try:
+            python = ray.get(ray.remote(num_cpus=1)(_python_version).remote(), timeout=PROBE_S)
+        except ray.exceptions.RayError as error:
+            raise ConfigError(f"Ray answers, but a task failed within {PROBE_S:g} s: {_reason(error)}") from error
+        has = ray.cluster_resources()
+        return (
+            f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPUs and "
+            f"{has.get('GPU', 0):g} GPUs on {len(ray.nodes())} node(s)"
+        )
+
+
+def _python_version() -> str:
+    """Of the node that runs this; a function of ours is pickled by name, so the node has afn-ray if it answers."""
+    return platform.python_version()

@@ -7,15 +7,16 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -128,9 +129,10 @@ def explain(
     if not np.isfinite(strengths).all():
         raise ModelError(f"{config.model} gave a strength that is not finite for this text; a run would quarantine it")
     special = (encoded.flags & SPECIAL) > 0
+    tables = {name: manifest.read_table(run, name) for name in ("thresholds", "histogram", "vocabulary")}
     thresholds, columns = [], []
     for at, layer in enumerate(task.layers):
-        limits, readings = _read_layer(run, layer, encoded.token_ids, special, strengths[at])
+        limits, readings = _read_layer(tables, layer, encoded.token_ids, special, strengths[at])
         thresholds.append(limits)
         columns.append(readings)
     spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
@@ -148,20 +150,20 @@ def explain(
 
 
 def _read_layer(
-    run: manifest.RunFolder, layer: int, token_ids: Any, special: Any, strengths: Any
+    tables: Mapping[str, pa.Table], layer: int, token_ids: Any, special: Any, strengths: Any
 ) -> tuple[Thresholds, list[Reading]]:
-    """Thresholds of ``layer`` and one reading per token; the arrays are [n_tokens]."""
+    """Thresholds of ``layer`` and one reading per token, from the run's tables; the arrays are [n_tokens]."""
     here = pc.field("layer") == layer
-    row = manifest.read_table(run, "thresholds").filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
+    row = tables["thresholds"].filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
-    histogram = manifest.read_table(run, "histogram").filter(here & ~pc.field("special"))
+    histogram = tables["histogram"].filter(here & ~pc.field("special"))
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))
     ranks = at_or_below[np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")] / limits.n
     quartiles = 1 + np.searchsorted(np.array([limits.q1, limits.q2, limits.q3]), strengths, side="right")
     ours = pc.field("token_id").isin(np.unique(token_ids).tolist())
     usual = {
         (r["token_id"], r["class"] == "special"): Usual(r["n"], r["q2"], r["share_high"])
-        for r in manifest.read_table(run, "vocabulary").filter(here & ours).to_pylist()
+        for r in tables["vocabulary"].filter(here & ours).to_pylist()
     }
     return limits, [
         Reading(layer, strength, None, None, None, usual.get((i, s))) if s
@@ -262,21 +264,21 @@ def _cells(token: Token, reading: Reading) -> list[str]:
         f"{reading.strength:.4f}",
         "special" if reading.quartile is None else QUARTILES[reading.quartile],
         "" if reading.rank is None else f"{reading.rank:.1%}",
-        *(("not in the run", "", "0") if usual is None else
+        *(("not in run", "", "0") if usual is None else
           (f"{usual.median:.4f}", "" if token.special else f"{usual.share_high:.0%}", f"{usual.n:,}")),
     ]  # fmt: skip
 
 
-HEADS = ("token", "strength", "quartile", "rank", "usual median", "usually HIGH", "n in run")
+HEADS = ("token", "strength", "quartile", "rank", "median", "HIGH", "n")
 LEGEND = (
-    "rank: share of the run's tokens at or below this strength; usual: the same type in the run. "
-    "Special tokens are apart. Strengths compare within one layer of one model only."
+    "rank: share of the run's tokens at or below this strength. median, HIGH, n: of the same type in the run "
+    "(median strength, share that is HIGH, occurrences). Special tokens are apart. Compare strengths within one "
+    "layer of one model only."
 )
 
 
 def _limits(t: Thresholds) -> dict[int, str]:
-    below = {quartile: f"{quartile}: below {q:.4f}" for quartile, q in ((1, t.q1), (2, t.q2), (3, t.q3))}
-    return {**below, 4: f"4 HIGH: from {t.q3:.4f}"}
+    return {1: f"1 < {t.q1:.4f}", 2: f"2 < {t.q2:.4f}", 3: f"3 < {t.q3:.4f}", 4: f"4 HIGH ≥ {t.q3:.4f}"}
 
 
 # --- terminal --------------------------------------------------------------------------------------------
@@ -292,6 +294,9 @@ def render_terminal(explanation: Explanation, layer: int | None, console: Consol
     The table stops after ``TABLE_ROWS`` unless ``show_all``. Raises ``ConfigError`` for a layer not recorded.
     """
     at = _index(explanation, layer)
+    n = f"{explanation.thresholds[at].n:,}"
+    head = f"{_layer_name(explanation.layers[at])}, against {n} tokens of {_visible(explanation.run)}"
+    console.print(Text(head, "bold"), soft_wrap=True)
     running = Text(overflow="fold")
     for text, token in _running(explanation):
         running.append(text, TERMINAL[token.readings[at].quartile or 1] if token else "")
@@ -300,19 +305,20 @@ def render_terminal(explanation: Explanation, layer: int | None, console: Consol
     for quartile, limits in _limits(explanation.thresholds[at]).items():
         legend.append(" ").append(f" {limits} ", TERMINAL[quartile])
     console.print(legend)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=True, title=f"Layer {explanation.layers[at]}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for i, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if i and head != "quartile" else "left", overflow="fold")
+        justify: JustifyMethod = "left" if head in ("token", "quartile") else "right"
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=i > 0)
     shown = explanation.tokens if show_all else explanation.tokens[:TABLE_ROWS]
     for token in shown:
         reading = token.readings[at]
-        label = Text(_label(token), TERMINAL[reading.quartile or 1])
+        label = Text.assemble((_label(token), TERMINAL[reading.quartile or 1]))  # colours no more than its letters
         table.add_row(label, *_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
     if hidden := len(explanation.tokens) - len(shown):
         console.print(Text(f"  {hidden:,} more tokens are not listed; --all lists them"))
     for note in (LEGEND, *explanation.notes):
-        console.print(Padding(Text(note, "dim"), (0, 2)))
+        console.print(Padding(Text(_visible(note), "dim"), (0, 2)))
 
 
 def _index(explanation: Explanation, layer: int | None) -> int:
@@ -431,7 +437,7 @@ def _layer_name(layer: int) -> str:
 def _title(token: Token, at: int) -> str:
     """What a pointer over a token shows."""
     strength, quartile, rank, median, _, n = _cells(token, token.readings[at])
-    usual = f"usual median {median}, n {n}" if token.readings[at].usual else median
+    usual = f"its type has median {median}, n {n}" if token.readings[at].usual else median
     return _html(f"{_label(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}")
 
 

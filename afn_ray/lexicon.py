@@ -32,14 +32,16 @@ def classify(text: str, *, special: bool, starts_word: bool, language: str) -> s
 
     Unicode categories decide: all symbols and punctuation (P*, S*) is punctuation; digits (N*) with at most
     punctuation around them are a number; marks that no text is left of are punctuation. A piece that mostly
-    continues words is a fragment, whatever it spells.
+    continues words is a fragment, whatever it spells, and so are bytes that make no character of their own.
     """
     if special:
         return "special"
     kinds = {unicodedata.category(c)[0] for c in text}
-    if not kinds & {"L", "M", "N"}:
+    if "\ufffd" in text or (kinds == {"M"} and not starts_word):
+        return "fragment"
+    if not kinds & {"L", "N"}:
         return "punctuation"
-    if "N" in kinds and not kinds & {"L", "M"}:
+    if "L" not in kinds:
         return "number"
     if not starts_word:
         return "fragment"

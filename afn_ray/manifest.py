@@ -99,13 +99,10 @@ def _remembered(config: RunConfig) -> dict[FileInfo, list[FileSlice]]:
     known: dict[FileInfo, list[FileSlice]] = {}
     cuts = _cuts(config)
     for name in reversed(storage.list_names(storage.join(config.store, "runs"))):
-        data = storage.read_if_there(storage.join(config.store, "runs", name, "plan.parquet"))
-        if data is None:
+        plan = _read_plan(config.store, name)
+        if plan is None or plan[1].get("cuts") != cuts:
             continue
-        table = pq.read_table(pa.BufferReader(data))
-        begun = _plan_header(table)
-        if begun["cuts"] != cuts:
-            continue
+        table, begun = plan
         for row in table.drop_columns(["ordinal", "shard"]).to_pylist():
             piece = FileSlice(**row)
             if _trusted(piece.version, begun["begun_ns"]):
@@ -124,9 +121,21 @@ def _cuts(config: RunConfig) -> str:
     return fingerprint([SCHEMA_VERSION, asdict(config.read_options), config.shard_bytes])
 
 
-def _plan_header(table: pa.Table) -> dict[str, Any]:
-    header: dict[str, Any] = json.loads((table.schema.metadata or {})[b"afn"])
-    return header
+def _read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The plan of the run named ``run`` and its header; None when a crash came before it was written."""
+    uri = storage.join(store, "runs", run, "plan.parquet")
+    data = storage.read_if_there(uri)
+    if data is None:
+        return None
+    table = _table(data, uri)
+    return table, json.loads((table.schema.metadata or {}).get(b"afn", b"{}"))
+
+
+def _table(data: bytes, uri: str) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{uri} is damaged: {error}") from error
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -157,8 +166,9 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
     ask = {"measure": measure_id, "shards": [s.id for s in plan.shards], "language": config.language,
            "sink_factor": config.sink_factor}  # fmt: skip
     suffix = fingerprint(ask)[:12]
-    if names and names[-1].endswith(suffix):
-        return _open_folder(config.store, names[-1])
+    begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
+    if (newest := next(begun, "")).endswith(suffix):
+        return _open_folder(config.store, newest)
     created = datetime.now(UTC)
     name = f"{created:%Y%m%dT%H%M%S}.{created.microsecond // 1000:03d}Z-{suffix}"
     header = {"cuts": _cuts(config), "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
@@ -176,9 +186,9 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
 def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
     message = f"store {store} holds another measure; results of two measures cannot be compared. "
     for name in reversed(runs):
-        data = storage.read_if_there(storage.join(store, "runs", name, "plan.parquet"))
-        if data is not None:
-            theirs = _plan_header(pq.read_table(pa.BufferReader(data)))["measure"]
+        plan = _read_plan(store, name)
+        if plan is not None:
+            theirs = plan[1].get("measure", {})
             differs = [
                 f"{k}: the store has {_short(theirs.get(k))}, this run asks for {_short(measure.get(k))}"
                 for k in sorted({*theirs, *measure}) if theirs.get(k) != measure.get(k)
@@ -244,8 +254,10 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
 
 def created_at(run: RunFolder) -> str:
     """When the run began, ISO 8601, UTC."""
-    data = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
-    return str(_plan_header(pq.read_table(pa.BufferReader(data)))["created_at"])
+    plan = _read_plan(run.store, run.id)
+    if plan is None:
+        raise StoreError(f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new run")
+    return str(plan[1].get("created_at", ""))
 
 
 def write_table(run: RunFolder, name: str, table: pa.Table) -> None:
@@ -257,7 +269,8 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> None:
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
     """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(run.uri, f"{name}.parquet"))))
+    uri = storage.join(run.uri, f"{name}.parquet")
+    return _table(storage.read_bytes(uri), uri)
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:
@@ -300,8 +313,10 @@ def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
         commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
     except KeyError as error:
         raise StoreError(f"{uri} is damaged: no {error}") from error
-    names = [str(f.get("name")) for f in commit.files.values()]
-    if commit.shard != shard or sorted(commit.files) != sorted(TABLES) or any("/" in n or n == ".." for n in names):
+    files = commit.files if isinstance(commit.files, dict) else {}
+    names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
+    escapes = any("/" in n or n in ("", ".", "..") for n in names)
+    if commit.shard != shard or set(files) != set(TABLES) or escapes or not isinstance(commit.counts, dict):
         raise StoreError(f"{uri} is damaged: it names shard {commit.shard} and files {names}")
     return commit
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -18,8 +19,12 @@ from afn_ray import manifest, storage
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.schema import REPLACED, SHARDS_SCHEMA, SPECIAL, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA, WORD_START
 
+T = TypeVar("T")
+
 ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
 """SELECT is also FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE; MULTI is PIVOT without an IN list."""
+
+READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 
@@ -28,8 +33,8 @@ VIEWS = {
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
-    "thresholds": "the run's quartiles per layer, with and without sinks",
-    "shards": "where the run's files are and how many rows they hold",
+    "thresholds": "quartiles per layer, with and without sinks",
+    "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
 
@@ -54,12 +59,11 @@ class Result:
     ``QueryError``, and each call has the run's time limit for itself.
     """
 
-    __slots__ = ("_limits", "_relation")
+    __slots__ = ("_ask", "_relation")
 
-    def __init__(
-        self, relation: duckdb.DuckDBPyRelation, limits: Callable[[], AbstractContextManager[None]]
-    ) -> None:  # fmt: skip
-        self._relation, self._limits = relation, limits
+    def __init__(self, relation: duckdb.DuckDBPyRelation, ask: Callable[[Callable[[], Any]], Any]) -> None:
+        """``ask`` calls what reads ``relation``, under the run's limits."""
+        self._relation, self._ask = relation, ask
 
     @property
     def columns(self) -> list[str]:
@@ -72,19 +76,10 @@ class Result:
         return [str(t) for t in self._relation.types]
 
     def to_arrow_reader(self, batch_size: int = 1 << 17) -> pa.RecordBatchReader:
-        """The rows as a stream of Arrow batches; the time limit holds for each batch, not for its reader."""
-        with self._limits():
-            reader = self._relation.to_arrow_reader(batch_size)
-        return pa.RecordBatchReader.from_batches(reader.schema, self._batches(reader))
-
-    def _batches(self, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-        while True:
-            with self._limits():
-                try:
-                    batch = reader.read_next_batch()
-                except StopIteration:
-                    return
-            yield batch
+        """The rows as a stream of Arrow batches; the time limit holds for each batch, not for who reads them."""
+        reader = self._ask(lambda: self._relation.to_arrow_reader(batch_size))
+        batches = iter(lambda: self._ask(lambda: next(reader, None)), None)
+        return pa.RecordBatchReader.from_batches(reader.schema, batches)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") and name != "__arrow_c_stream__":
@@ -94,15 +89,13 @@ class Result:
 
     def _limited(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            with self._limits():
-                value = method(*(_unwrapped(a) for a in args), **options)
-            return Result(value, self._limits) if isinstance(value, duckdb.DuckDBPyRelation) else value
+            value = self._ask(lambda: method(*(_unwrapped(a) for a in args), **options))
+            return Result(value, self._ask) if isinstance(value, duckdb.DuckDBPyRelation) else value
 
         return call
 
     def __repr__(self) -> str:
-        with self._limits():
-            return repr(self._relation)
+        return str(self._ask(lambda: repr(self._relation)))
 
 
 def _unwrapped(value: object) -> object:
@@ -130,7 +123,7 @@ class Run:
         shards = _table(folder, "shards", SHARDS_SCHEMA)
         thresholds = _table(folder, "thresholds", THRESHOLDS_SCHEMA)
         files = {table: _files(folder, shards, table) for table in ("tokens", "documents")}
-        with self._limits(None):
+        with self._plain_errors():
             self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
             self._connection.register_filesystem(
                 storage.ReadOnlyFiles(folder.store, files["tokens"] | files["documents"])
@@ -154,7 +147,7 @@ class Run:
         ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). Raises ``QueryError`` for SQL
         that is wrong or forbidden; the result's methods raise it for a query over its limits.
         """
-        with self._limits(None):
+        with self._plain_errors():
             statements = self._connection.extract_statements(query)
         if len(statements) != 1:
             raise QueryError(f"expected one SQL statement, got {len(statements)}; ask them one by one")
@@ -163,13 +156,17 @@ class Run:
                 f"{kind.name} is not allowed: a run is read-only. Ask with SELECT, FROM, WITH, DESCRIBE, SHOW, "
                 "SUMMARIZE, PIVOT or EXPLAIN; for changes of your own, take rows out with .to_arrow_table() or --format"
             )
-        with self._limits(None):
+        with self._plain_errors():
             cursor = self._connection.cursor()
-            cursor.execute("BEGIN TRANSACTION READ ONLY")
-        with self._limits(cursor):
-            relation = cursor.sql(query, params=parameters)
-        assert relation is not None, query
-        return Result(relation, lambda: self._limits(cursor))
+            cursor.execute(READ_ONLY)
+
+        def relation() -> duckdb.DuckDBPyRelation:
+            try:
+                return cursor.sql(query, params=parameters)
+            except duckdb.ProgrammingError as error:
+                raise _placed(error, cursor, query, parameters) from error
+
+        return Result(self._ask(cursor, relation), partial(self._ask, cursor))
 
     def tokens(self) -> Result:
         """One row per token, in the order of the corpus within a shard."""
@@ -238,34 +235,47 @@ class Run:
             kind = "VIEW" if name in ("tokens", "documents", "words") else "TABLE"
             self._connection.execute(f"COMMENT ON {kind} {name} IS '{comment}'")
 
-    @contextmanager
-    def _limits(self, cursor: duckdb.DuckDBPyConnection | None) -> Iterator[None]:
-        """Stops what runs on ``cursor`` at the time limit, and turns DuckDB's errors into ``QueryError``.
+    def _ask(self, cursor: duckdb.DuckDBPyConnection, call: Callable[[], T]) -> T:
+        """What ``call`` returns; what it runs on ``cursor`` ends at the time limit and at Ctrl-C.
 
-        DuckDB's own max_execution_time would count the time that the reader of a stream takes.
+        It runs in another thread: DuckDB does not always notice a signal, and its own max_execution_time would
+        count the time that the reader of a stream takes.
         """
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            assert cursor is not None
-            cursor.interrupt()
-
-        timer = threading.Timer(self._timeout_s, stop) if cursor is not None else None
-        if timer is not None:
-            timer.daemon = True
-            timer.start()
-        try:
-            yield
-        except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow streams raise their own
-            if late.is_set():
+        with self._plain_errors(), ThreadPoolExecutor(1) as pool:
+            future = pool.submit(call)
+            try:
+                late = not wait([future], self._timeout_s).done
+            finally:
+                while not wait([future], 0).done:  # more than once: an interrupt before the query begins is lost
+                    cursor.interrupt()
+                    wait([future], 0.05)
+            if (error := future.exception()) is None:
+                return future.result()
+            cursor.rollback()  # the error ended the transaction, and the result may be asked again
+            cursor.execute(READ_ONLY)
+            if late:
                 raise QueryError(
                     f"stopped after {self._timeout_s:g} s; ask for less, as in WHERE doc < 1000, or give it more time"
                 ) from error
+            raise error
+
+    @contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow streams have errors of their own
             raise QueryError(_readable(str(error), self._memory_limit)) from error
-        finally:
-            if timer is not None:
-                timer.cancel()
+
+
+def _placed(error: duckdb.Error, cursor: duckdb.DuckDBPyConnection, query: str, parameters: Any) -> duckdb.Error:
+    """``error`` with the line and place in ``query``, which DuckDB gives on executing but not to a lazy relation."""
+    try:
+        cursor.execute(f"EXPLAIN\n{query}", parameters)
+    except duckdb.Error as placed:
+        if str(placed).startswith(str(error)):
+            line = r"(?m)^LINE (\d+)"
+            return type(error)(re.sub(line, lambda m: f"LINE {int(m[1]) - 1:>{len(m[1])}}", str(placed)))
+    return error
 
 
 def _readable(message: str, memory_limit: str) -> str:
@@ -356,7 +366,7 @@ def _read_parquet(names: Mapping[str, object]) -> str:
 
 
 def _exact(value: float | None, kind: str) -> str:
-    # A number without quotes is a DECIMAL first; from text the nearest FLOAT is taken, which is the value itself.
+    # From text the nearest FLOAT is taken, which is the value itself; a bare number would be a DECIMAL first.
     return f"NULL::{kind}" if value is None else f"'{value!r}'::{kind}"
 
 

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from afn_ray import manifest
@@ -79,8 +80,8 @@ def summarise(run: manifest.RunFolder) -> Summary:
             LayerFacts(
                 layer=layer,
                 thresholds=rows,
-                cv=main["sd"] / main["mean"] if main["mean"] else 0.0,
-                q3_over_q2=main["q3"] / main["q2"] if main["q2"] else 0.0,
+                cv=_ratio(main["sd"], main["mean"]),
+                q3_over_q2=_ratio(main["q3"], main["q2"]),
                 special_mean=_mean(special),
                 idf_auc=_idf_auc(words),
                 classes=_class_shares(layer, words),
@@ -88,6 +89,10 @@ def summarise(run: manifest.RunFolder) -> Summary:
         )
     padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
     return Summary(run.uri, run.info, {**size, "all": sum(size.values())}, max(0.0, padding), tuple(layers))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
 
 
 def _mean(rows: Any) -> float | None:
@@ -131,10 +136,22 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.title_justify, table.title_style = "left", "bold"
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
     return table
+
+
+def _print(table: Table, console: Console) -> None:
+    """Prints ``table`` as wide as it is: a terminal that is too narrow wraps it, and no figure is cut short."""
+    table.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    console.print(table, crop=False, no_wrap=True, overflow="ignore")
+
+
+def _figure(value: float) -> str:
+    """``value`` with about five digits."""
+    return f"{value:,.{max(0, 5 - max(1, len(str(int(abs(value))))))}f}"
 
 
 def render(summary: Summary, console: Console) -> None:
@@ -178,27 +195,28 @@ def render_thresholds(summary: Summary, console: Console) -> None:
                 continue
             main = population == "tokens"
             table.add_row(
-                str(facts.layer), "all" if main else "without sinks", f"{row['n']:,}",
-                *(f"{row[q]:.4f}" for q in ("q1", "q2", "q3", "max")), f"{row['sd'] / row['mean']:.3f}",
-                f"{row['q3'] / row['q2']:.3f}", f"{row['n_sinks']:,}" if main else "",
+                str(facts.layer), "all" if main else "no sinks", f"{row['n']:,}",
+                *(_figure(row[q]) for q in ("q1", "q2", "q3", "max")), f"{_ratio(row['sd'], row['mean']):.3f}",
+                f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}" if main else "",
             )  # fmt: skip
-    console.print(table)
+    _print(table, console)
 
 
 def render_classes(summary: Summary, console: Console) -> None:
     """HIGH share of each class at every layer, the embeddings beside them as the control."""
     ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
-    if len(ordered) > 4:
-        ordered = [ordered[0], *ordered[-3:]]
-    heads = [f"HIGH at layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in ordered]
+    shown = ordered[-max(2, (console.width - 20) // 21) :]
+    heads = [f"layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in shown]
     table = _table("Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads)
+    if len(shown) < len(ordered):
+        table.caption, table.caption_justify = f"and {len(ordered) - len(shown)} more layers: afn show --json", "left"
     total = sum(c.n for c in ordered[0].classes)
     for at, share in enumerate(ordered[0].classes):
-        cells = [facts.classes[at] for facts in ordered]
+        cells = [facts.classes[at] for facts in shown]
         table.add_row(
             share.name, f"{share.n / total:.1%}", *(f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})" for c in cells)
         )  # fmt: skip
-    console.print(table)
+    _print(table, console)
 
 
 def render_caution(summary: Summary, console: Console) -> None:
@@ -210,7 +228,7 @@ def render_caution(summary: Summary, console: Console) -> None:
         if facts.idf_auc is not None:
             line += f"; rarity alone tells HIGH from LOW with AUC {facts.idf_auc:.2f} (0.5 = not at all, 1 = always)"
         if facts.special_mean is not None:
-            line += f"; special tokens have mean {facts.special_mean:.3f}, the others {main['mean']:.3f}"
+            line += f"; special tokens have mean {_figure(facts.special_mean)}, the others {_figure(main['mean'])}"
         lines.append(line + ".")
         if main["n_sinks"]:
             sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
@@ -233,6 +251,6 @@ def render_salient(run: manifest.RunFolder, layer: int, console: Console) -> Non
     )  # fmt: skip
     table.columns[4].justify = "left"
     for a, b in zip(most, least, strict=True):
-        pair = [(escape(r["text"]), f"{r['n']:,}", f"{r['share_high']:.0%}", f"{r['q2']:.3f}") for r in (a, b)]
+        pair = [(escape(r["text"]), f"{r['n']:,}", f"{r['share_high']:.0%}", _figure(r["q2"])) for r in (a, b)]
         table.add_row(*pair[0], *pair[1])
-    console.print(table)
+    _print(table, console)

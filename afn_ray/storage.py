@@ -31,6 +31,9 @@ class AlreadyWritten(AfnError):
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Filesystem of ``uri`` and the path in it. Credentials come from the environment, never from ``uri``."""
+    if "://" not in uri:  # a local path may hold anything, fsspec's own marks included
+        local = LocalFileSystem()
+        return local, str(local._strip_protocol(uri))
     if "::" in uri:
         raise ConfigError(f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)")
     try:
@@ -96,7 +99,9 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
     if isinstance(fs, LocalFileSystem):
         now = Path(name).stat()
         return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
-    return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"] or 0), _version(info))
+    if info.get("size") is None:
+        raise CorpusError(f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that tells")
+    return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"]), _version(info))
 
 
 def stat(uri: str) -> FileInfo:

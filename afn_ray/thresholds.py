@@ -30,10 +30,10 @@ COMPACT_KEYS = 1 << 22
 
 def round_strengths(values: Floats) -> Floats:
     """``values`` rounded to 15 bits of mantissa, half to even; relative error at most 2^-16, -0 becomes +0."""
-    bits = (np.asarray(values, np.float32) + np.float32(0)).view(np.uint32)
+    bits = np.asarray(values, np.float32).view(np.uint32)
     finite = np.isfinite(values)
     rounded = (bits + np.uint32(0x7F) + ((bits >> 8) & 1)) & np.uint32(0xFFFFFF00)
-    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32)
+    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32) + np.float32(0)  # -0 becomes +0
 
 
 def to_bins(values: Floats) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -117,10 +118,13 @@ class TextEncoder:
         spans = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int32, 2 * n)
         start[rows], end[rows] = spans[::2], spans[1::2]
         words = np.fromiter((-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n)
-        starts = _word_starts(texts, text_of, words, spans[::2], spans[1::2])
+        characters, origin = _characters(texts)
+        at = origin[text_of]  # of each token's text, among the characters
+        starts = _word_starts(text_of, words, spans[::2], spans[1::2], characters, at)
         flags[rows] = starts * np.uint8(WORD_START)
         heads = np.flatnonzero(starts)
-        word_end[rows[heads]] = spans[1::2][np.append(heads[1:], n) - 1]
+        tails = np.append(heads, n)[1:] - 1  # the last token of each word
+        word_end[rows[heads]] = _with_marks(tails, text_of, spans[::2], spans[1::2], characters, at, origin)
         for i in np.flatnonzero(replaced if replaced is not None else []).tolist():
             for row in range(bounds[i] + before, bounds[i] + before + lengths[i]):
                 if "\ufffd" in texts[i][start[row] : end[row]]:
@@ -133,24 +137,52 @@ class TextEncoder:
         return Encoded(bounds, token_ids, start, end, flags, word_end)
 
 
+def _characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """Code points of all ``texts``, and where each text begins among them, with the end behind the last."""
+    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+    return characters, np.cumsum([0, *map(len, texts)], dtype=np.int64)
+
+
 def _word_starts(
-    texts: Sequence[str], text_of: npt.NDArray[np.int64], words: Int32, start: Int32, end: Int32
-) -> npt.NDArray[np.bool_]:
+    text_of: npt.NDArray[np.int64], words: Int32, start: Int32, end: Int32,
+    characters: npt.NDArray[np.uint32], origin: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_]:  # fmt: skip
     """Which text tokens start a word: the first of a text, a new pre-tokenizer word, or a token with white space
     before or at its first character.
 
-    The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word.
+    The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word. A single space that
+    is a token of its own, as the first piece of a rare word, is part of that word.
     """
     new_text = np.diff(text_of, prepend=-1) != 0
     starts: npt.NDArray[np.bool_] = new_text | (np.diff(words, prepend=-2) != 0)
     rest = np.flatnonzero(~starts)
-    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    origin = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    at: npt.NDArray[np.int64] = origin[text_of[rest]] + start[rest].astype(np.int64)
+    at: npt.NDArray[np.int64] = origin[rest] + start[rest].astype(np.int64)
+    new_character = start[rest] >= end[rest - 1]  # else another piece of the same one
     inside = (start[rest] < end[rest]) & _is_space(characters, at)
-    behind = (start[rest] > 0) & (start[rest] >= end[rest - 1]) & _is_space(characters, at - 1)
-    starts[rest] = inside | behind
+    behind = (start[rest] > 0) & _is_space(characters, at - 1)
+    width = end[rest - 1] - start[rest - 1]  # 0 where the tokenizer trims white space off offsets
+    lone_space = (width <= 1) & (end[rest - 1] == start[rest]) & behind
+    lone_space[lone_space] = (width[lone_space] == 0) | (characters[at[lone_space] - 1] == ord(" "))
+    starts[rest] = new_character & (inside | (behind & ~lone_space))
     return starts
+
+
+def _with_marks(
+    tails: npt.NDArray[np.int64], text_of: npt.NDArray[np.int64], start: Int32, end: Int32,
+    characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64], origin: npt.NDArray[np.int64],
+) -> Int32:  # fmt: skip
+    """Where the words whose last tokens are ``tails`` end: behind the accents that follow, which no token covers
+    when a tokenizer drops them."""
+    ends = end[tails]
+    following = np.minimum(tails + 1, len(text_of) - 1)
+    text_end = np.diff(origin)[text_of[tails]]
+    limits = np.where((following > tails) & (text_of[following] == text_of[tails]), start[following], text_end)
+    open_ended = np.flatnonzero(ends < limits)
+    for i in open_ended[characters[at[tails[open_ended]] + ends[open_ended]] >= 0x300].tolist():
+        first = int(at[tails[i]])
+        while ends[i] < limits[i] and unicodedata.category(chr(characters[first + ends[i]]))[0] == "M":
+            ends[i] += 1
+    return ends
 
 
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
@@ -254,7 +286,7 @@ def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) ->
     docs = encoded.docs.tolist()
     heads = np.flatnonzero(encoded.flags & WORD_START).tolist()
     special = (encoded.flags & SPECIAL).tolist()
-    for head, next_head in zip(heads, [*heads[1:], len(ids)], strict=True):
+    for head, next_head in zip(heads, [*heads, len(ids)][1:], strict=True):
         doc = docs[head]
         stop = min(next_head, ends[doc])
         while special[stop - 1]:

@@ -1,0 +1,192 @@
+"""Flags and TOML say the same, and whatever is wrong is named before any work begins."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import MISSING, asdict, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afn_ray.config import CHOICES, HINTS, RunConfig, config_from, resolve_layers
+from afn_ray.errors import ConfigError
+
+NEEDED: dict[str, Any] = {"corpus": ("a.txt",), "model": "m", "store": "s"}
+KEYS = [f.name for f in fields(RunConfig)]
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+COUNTS = st.integers(1024, 2**40)
+
+
+def _values(name: str) -> st.SearchStrategy[Any]:
+    if name in CHOICES:
+        return st.sampled_from(CHOICES[name])
+    if name == "corpus":
+        return st.lists(NAMES, min_size=1, max_size=3).map(tuple)
+    if name == "layers":
+        return st.sampled_from(["8", "2/3", "0,4,8", "all", "0.5"])
+    if name == "sink_factor":
+        return st.floats(1.5, 1e6) | st.integers(2, 100)
+    return {bool: st.booleans(), int: COUNTS, int | None: COUNTS}.get(HINTS[name], NAMES)
+
+
+REQUESTS = st.fixed_dictionaries(
+    {name: _values(name) for name in NEEDED}, optional={name: _values(name) for name in KEYS if name not in NEEDED}
+)
+
+
+def _toml(values: dict[str, Any]) -> str:
+    """TOML of plain values; its basic strings are JSON's, but for DEL."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(text, value))}]"
+        return (
+            json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            if isinstance(value, str | bool)
+            else repr(value)
+        )
+
+    return "".join(f"{name} = {text(value)}\n" for name, value in values.items())
+
+
+@given(REQUESTS, st.sets(st.sampled_from(KEYS)))
+def test_toml_and_flags_are_two_ways_to_say_the_same(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], in_file: set[str]
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "config.toml"
+    file.write_text(_toml({k: v for k, v in values.items() if k in in_file}), "utf-8")
+    mixed = config_from({k: v for k, v in values.items() if k not in in_file}, file)
+    assert mixed == RunConfig(**values) == config_from(values)
+    assert json.dumps(asdict(mixed)) == json.dumps(asdict(RunConfig(**values)))
+    assert {k: asdict(mixed)[k] for k in values} == values
+
+
+def test_a_whole_number_is_the_same_factor_as_a_decimal_one() -> None:
+    """Runs are told apart by the JSON of what was asked."""
+    assert json.dumps(RunConfig(**NEEDED, sink_factor=10).sink_factor) == "10.0"
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('corpus = "one.txt"\nmodel = "m"\nstore = "s"\nworkers = 3\n')
+    assert config_from({"workers": 5}, file) == RunConfig(corpus=("one.txt",), model="m", store="s", workers=5)
+
+
+def test_an_unknown_key_is_named_and_the_known_ones_are_listed(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("layer = 8\n")
+    with pytest.raises(ConfigError) as caught:
+        config_from(NEEDED, file)
+    assert f"unknown key in {file}: layer;" in str(caught.value)
+    assert str(caught.value).endswith("known keys: " + ", ".join(KEYS))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"a = ", "is not TOML"),
+        (b"a = '\xff'", "is not TOML"),
+        (b"", "missing: corpus, model, store"),
+        (b"corpus = 'x'\nstore = 's'", "missing: model"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = tmp_path / "c.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        config_from({}, file)
+
+
+WRONG_TYPES = {
+    "corpus": (["a"], (1,), "a"), "model": (1, None, True), "layers": (8, None), "sink_factor": ("10", True, None),
+    "workers": (1.0, "1", True), "shard_bytes": (None, 2.0**20, True), "offsets": (1, "yes", None),
+    "revision": (1, False), "id_column": (0,), "trust_remote_code": ("false", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, values in WRONG_TYPES.items() for v in values])
+def test_a_wrong_type_names_key_value_and_type(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(**{**NEEDED, name: value})
+    assert str(caught.value).startswith(f"{name} is {value!r} ({type(value).__name__}); expected ")
+
+
+BOUNDS = {"window_tokens": 8, "workers": 1, "batch_tokens": 16, "shard_bytes": 1024, "max_document_bytes": 1,
+          "overlap_tokens": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "least"), BOUNDS.items())
+def test_every_number_has_a_least_value(name: str, least: int) -> None:
+    assert getattr(RunConfig(**NEEDED, **{name: least}), name) == least
+    with pytest.raises(ConfigError, match=rf"{name} is {least - 1}; expected (at least )?{least}"):
+        RunConfig(**NEEDED, **{name: least - 1})
+
+
+@pytest.mark.parametrize("value", [1, 1.0, 0, -3.0, float("nan"), float("inf"), 10**400])
+def test_a_sink_factor_is_finite_and_over_1(value: float) -> None:
+    with pytest.raises(ConfigError, match="sink_factor"):
+        RunConfig(**NEEDED, sink_factor=value)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_lists_what_it_may_be(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 'no'; expected one of {', '.join(CHOICES[name])}"):
+        RunConfig(**NEEDED, **{name: "no"})
+
+
+@pytest.mark.parametrize("name", ["corpus", "model", "store", "text_column", "language"])
+def test_nothing_that_is_needed_may_be_empty(name: str) -> None:
+    for empty in [(), ("",), ("a", "")] if name == "corpus" else [""]:
+        with pytest.raises(ConfigError, match=f"{name} is empty"):
+            RunConfig(**(NEEDED | {name: empty}))
+
+
+def test_every_field_has_a_help_and_all_but_three_a_default() -> None:
+    assert all(f.metadata["help"] for f in fields(RunConfig))
+    assert [f.name for f in fields(RunConfig) if f.default is MISSING] == ["corpus", "model", "store"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "depth", "layers"),
+    [
+        ("8", 12, (8,)), ("2/3", 12, (8,)), ("2/3", 6, (4,)), ("2/3", 30, (20,)), ("2/3", 1, (1,)),
+        ("0,2/3", 12, (0, 8)), ("all", 3, (0, 1, 2, 3)), (" all ", 1, (0, 1)), ("4,8,12", 12, (4, 8, 12)),
+        ("12, 4,4", 12, (4, 12)), ("0.5", 12, (6,)), ("0.5", 5, (3,)), ("1/1", 12, (12,)), ("0", 12, (0,)),
+        ("0.0", 12, (0,)), ("8,2/3", 12, (8,)),
+    ],
+)  # fmt: skip
+def test_layers_are_numbers_shares_of_the_depth_or_all(spec: str, depth: int, layers: tuple[int, ...]) -> None:
+    assert resolve_layers(spec, depth) == layers
+
+
+@pytest.mark.parametrize("spec", ["13", "-1", "3/2", "-1/3", "1.5", "8.0", "999999999", "8,13"])
+def test_a_layer_that_is_not_there_says_which_are(spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not exist; the model has layers 0 \(embeddings\) to 12"):
+        resolve_layers(spec, 12)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["x", "", ",", "8,", "1/0", "1e9", "5e-1", "1e999999999", "1e-999999999", "9" * 5000, "1/" + "9" * 5000, "1_0",
+     "٣", "nan", "inf", "all,8", "2/3/4", "0x8", "2 / 3"],
+)  # fmt: skip
+def test_what_is_no_layer_is_refused_at_once_and_shows_how_to_say_it(spec: str) -> None:
+    began = time.monotonic()
+    for refuse in (lambda: resolve_layers(spec, 12), lambda: RunConfig(**NEEDED, layers=spec)):
+        with pytest.raises(ConfigError, match=r"expected numbers, fractions of the depth or 'all', as in 8, 2/3"):
+            refuse()
+    assert time.monotonic() - began < 2
+
+
+@given(st.fractions(0, 1, max_denominator=60), st.integers(1, 200))
+def test_a_share_is_the_nearest_layer(share: Fraction, depth: int) -> None:
+    (layer,) = resolve_layers(f"{share.numerator}/{share.denominator}", depth)
+    assert abs(layer - share * depth) <= Fraction(1, 2)

@@ -1,0 +1,382 @@
+"""explain: a text's figures are the run's own, and no text can do anything to a terminal or a page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import sys
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+from rich.console import Console
+
+from afn_ray import explain as module
+from afn_ray import job, manifest
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError, ModelError, StoreError
+from afn_ray.explain import Explanation, explain, render_html, render_terminal, to_json
+from afn_ray.model import VERSIONS
+from afn_ray.schema import SPECIAL
+
+HOSTILE = (
+    "In the [bold]beginning[/bold] \x1b[31mred\x1b[0m \x9b2J \u202egnp.exe "
+    "<script>alert(\"1\")</script> & 'quoted' zeppelin\r\nGod 日本 😀"
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A complete run and what it recorded."""
+
+    folder: manifest.RunFolder
+    texts: list[str]
+    tokens: pa.Table  # ``doc`` is run-wide
+
+    def strengths(self, layer: int) -> Any:
+        """All recorded strengths but those of special tokens."""
+        return self.tokens.filter(pc.bit_wise_and(pc.field("flags"), SPECIAL) == 0)[f"strength_{layer}"].to_numpy()
+
+
+def measure(folder: Path, texts: list[str], **options: Any) -> Corpus:
+    write_jsonl(folder / "corpus.jsonl", [{"text": t} for t in texts])
+    config = RunConfig(corpus=(str(folder / "corpus.jsonl"),), store=str(folder / "store"), executor="inline",
+                       shard_bytes=8192, **options)  # fmt: skip
+    job.run(config).close()
+    run = manifest.find_run(config.store)
+    tables = []
+    for shard in manifest.read_table(run, "shards").to_pylist():
+        table = pq.read_table(Path(run.store) / shard["tokens_file"])
+        doc = pc.add(table["doc"], shard["doc_offset"])
+        tables.append(table.set_column(0, "doc", doc.cast(pa.int64())))
+    return Corpus(run, texts, pa.concat_tables(tables, promote_options="permissive"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, minilm: Path, verses: list[str]) -> Corpus:
+    """250 verses in several shards, and one document of more than one window."""
+    texts = [*verses[:250], " ".join(verses[300:330])]
+    return measure(tmp_path_factory.mktemp("explain"), texts, model=str(minilm), layers="0,2/3")
+
+
+@pytest.fixture(scope="module")
+def hostile(corpus: Corpus) -> Explanation:
+    return explain(corpus.folder.uri, HOSTILE)
+
+
+def printed(explanation: Explanation, layer: int | None = None, *, show_all: bool = False, **options: Any) -> str:
+    console = Console(file=io.StringIO(), highlight=False, **{"width": 100, **options})
+    render_terminal(explanation, layer, console, show_all=show_all)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("doc", [0, 17, 250])
+def test_tokens_and_strengths_are_those_that_the_run_recorded(corpus: Corpus, doc: int) -> None:
+    explanation = explain(corpus.folder.store, corpus.texts[doc])
+    recorded = corpus.tokens.filter(pc.field("doc") == doc).to_pydict()
+    assert len(recorded["doc"]) > (600 if doc == 250 else 8)  # 250 has windows
+    assert [t.token_id for t in explanation.tokens] == recorded["token_id"]
+    assert [t.start for t in explanation.tokens] == recorded["start"]
+    assert [t.end for t in explanation.tokens] == recorded["end"]
+    assert [t.special for t in explanation.tokens] == [bool(f & SPECIAL) for f in recorded["flags"]]
+    assert explanation.layers == (0, 4)
+    for at, layer in enumerate(explanation.layers):
+        got = [t.readings[at].strength for t in explanation.tokens]
+        # another batch has other shapes: the last recorded bit (2^-15) may round the other way
+        np.testing.assert_allclose(got, recorded[f"strength_{layer}"], rtol=2**-14)
+        assert np.mean(np.array(got) == recorded[f"strength_{layer}"]) > 0.8
+    for token in explanation.tokens:
+        assert token.text == ("" if token.special else corpus.texts[doc][token.start : token.end])
+
+
+def test_ranks_quartiles_and_the_usual_are_brute_force_counts(corpus: Corpus) -> None:
+    explanation = explain(corpus.folder.uri, corpus.texts[3] + " A zeppelin appeared.")
+    rows = corpus.tokens.to_pydict()
+    ids, special = np.array(rows["token_id"]), (np.array(rows["flags"]) & SPECIAL) > 0
+    unknown = 0
+    for at, layer in enumerate(explanation.layers):
+        values = corpus.strengths(layer)
+        q1, q2, q3 = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
+        assert (explanation.thresholds[at].q1, explanation.thresholds[at].q3) == (q1, q3)
+        for token in explanation.tokens:
+            reading = token.readings[at]
+            same = np.array(rows[f"strength_{layer}"], np.float32)[(ids == token.token_id) & (special == token.special)]
+            if token.special:
+                assert (reading.quartile, reading.high, reading.rank) == (None, None, None)
+            else:
+                assert reading.rank == np.mean(values <= np.float32(reading.strength))
+                assert reading.quartile == 1 + sum(reading.strength >= q for q in (q1, q2, q3))
+                assert reading.high == (reading.strength >= q3)
+            if reading.usual is None:
+                unknown += 1
+                assert not len(same)
+            else:
+                assert reading.usual.n == len(same)
+                assert reading.usual.median == np.quantile(same, 0.5, method="inverted_cdf")
+                if not token.special:
+                    assert reading.usual.share_high == np.mean(same >= q3)
+    assert unknown >= 2  # the zeppelin, at both layers
+
+
+def test_a_strength_that_equals_a_threshold_lies_above_it(corpus: Corpus) -> None:
+    values = corpus.strengths(4)
+    quantiles = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf").astype(np.float32)
+    below = np.nextafter(quantiles, np.float32(0))
+    strengths = np.concatenate([quantiles, below, [values.min(), values.max(), values.max() * 2, 0]]).astype(np.float32)
+    zeros = np.zeros(len(strengths), np.int32)
+    tables = {name: manifest.read_table(corpus.folder, name) for name in ("thresholds", "histogram", "vocabulary")}
+    limits, readings = module._read_layer(tables, 4, zeros, zeros > 0, strengths)
+    assert [r.quartile for r in readings] == [2, 3, 4, 1, 2, 3, 1, 4, 4, 1]
+    assert [r.high for r in readings] == [r.quartile == 4 for r in readings]
+    ranks = [r.rank for r in readings]
+    for share, at, under in zip((0.25, 0.5, 0.75), ranks[:3], ranks[3:6], strict=True):
+        assert at is not None and under is not None and under < share <= at
+    assert ranks[6:] == [np.mean(values == values.min()), 1.0, 1.0, 0.0]
+    assert limits.n == len(values)
+
+
+def test_the_json_is_plain_and_complete(hostile: Explanation) -> None:
+    value = to_json(hostile)
+    assert json.loads(json.dumps(value, allow_nan=False)) == value
+    assert value["text"] == HOSTILE and len(value["tokens"]) == len(hostile.tokens)
+    assert [r["layer"] for r in value["tokens"][1]["readings"]] == [0, 4]
+
+
+def test_the_run_s_dtype_is_kept_and_ray_is_not_needed(
+    tmp_path: Path, tiny_bert: Path, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = measure(tmp_path, verses[:30], model=str(tiny_bert), dtype="bfloat16")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    explanation = explain(small.folder.uri, verses[0])
+    assert explanation.dtype == "bfloat16" and explanation.notes == ()
+    recorded = small.tokens.filter(pc.field("doc") == 0)["strength_2"].to_numpy()
+    got = [t.readings[0].strength for t in explanation.tokens]
+    np.testing.assert_allclose(got, recorded, rtol=1e-2)
+    with pytest.raises(StoreError, match="neither a store nor a run"):
+        explain(str(tmp_path), "word")
+
+
+def test_byte_level_tokens_show_every_character_once(tmp_path: Path, tiny_gpt: Path, verses: list[str]) -> None:
+    small = measure(tmp_path, verses[:30], model=str(tiny_gpt))
+    text = "  In the 😀😀 beginning\n\n日本 \t God made.  "
+    explanation = explain(small.folder.uri, text)
+    assert len({(t.start, t.end) for t in explanation.tokens}) < len(explanation.tokens)  # one emoji, many tokens
+    assert "".join(part for part, _ in module._running(explanation)) == text
+    assert not any(part[0].isspace() and part.strip() for part, token in module._running(explanation) if token)
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t "])
+def test_a_text_without_tokens_is_refused(corpus: Corpus, text: str) -> None:
+    with pytest.raises(ConfigError, match="no tokens"):
+        explain(corpus.folder.uri, text)
+
+
+# --- the model -------------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
+    corpus: Corpus, minilm: Path, tmp_path: Path
+) -> None:
+    for file in minilm.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    moved = explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path))
+    assert moved.model == str(tmp_path)
+    assert moved.tokens == explain(corpus.folder.uri, "In the beginning").tokens
+    config = json.loads((minilm / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    with pytest.raises(ModelError, match=r"is not the one of run .*these files differ: config\.json"):
+        explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path))
+    with pytest.raises(ModelError, match="no model at"):
+        explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("flag", ["trust_remote_code", "allow_pickle"])
+def test_a_run_cannot_make_its_reader_run_code(corpus: Corpus, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = corpus.folder.info | {"config": corpus.folder.info["config"] | {flag: True, "model": "/evil"}}
+    monkeypatch.setattr(manifest, "find_run", lambda uri: replace(corpus.folder, info=info))
+    monkeypatch.setattr(module.pipeline, "prepare", lambda *_: pytest.fail("looked at the model"))
+    with pytest.raises(ModelError, match=f"give --{flag.replace('_', '-')}"):
+        explain(corpus.folder.uri, "word")
+
+
+def test_notes_say_what_may_move_the_last_digits() -> None:
+    assert module._notes({"device": "cpu", **VERSIONS}, "cpu", "float32") == ()
+    device, libraries = module._notes({"device": "cuda", **VERSIONS, "torch": "2.0.0"}, "cpu", "bfloat16")
+    assert "measured on cuda, this text on cpu" in device and "bfloat16" in device
+    assert f"torch 2.0.0 then, {VERSIONS['torch']} here" in libraries
+
+
+# --- terminal --------------------------------------------------------------------------------------------
+
+
+def test_control_characters_and_markup_reach_no_terminal(hostile: Explanation) -> None:
+    plain = printed(hostile, show_all=True)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", plain)
+    for literal in ("[bold]beginning[/bold]", r"\x1b[31mred", r"\x9b2J", r"\u202egnp"):
+        assert literal in plain
+    coloured = printed(hostile, show_all=True, force_terminal=True, color_system="truecolor")
+    assert "\x1b[31m" not in coloured and "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+
+
+def test_high_tokens_are_marked_without_colour(hostile: Explanation) -> None:
+    output = printed(hostile, force_terminal=True, no_color=True).split("quartile")[0]
+    assert not re.search(r"\x1b\[[0-9;]*[34]8;", output)
+    marked = re.findall(r"\x1b\[1;4m(.+?)\x1b\[0m", output)
+    assert marked == [t for t, token in module._running(hostile) if token and token.readings[-1].high]
+    assert marked
+
+
+def test_the_quartiles_look_different_and_can_be_read(hostile: Explanation) -> None:
+    coloured = printed(hostile, force_terminal=True, color_system="truecolor")
+    styles = {
+        quartile: set(re.findall(rf"\x1b\[([0-9;]+)m {quartile} ", coloured)) for quartile in (2, 3, 4)
+    }  # fmt: skip
+    assert all(len(s) == 1 for s in styles.values()) and len(set.union(*styles.values())) == 3
+    pairs = [*module.LIGHT.values(), *module.DARK.values()]
+    for style in module.TERMINAL.values():
+        if colours := re.findall("#[0-9a-f]{6}", style):
+            pairs.append((colours[0], colours[1]))
+    assert all(contrast(*pair) >= 4.5 for pair in pairs)  # WCAG 2.2, AA
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_long_text_s_table_says_what_it_leaves_out(corpus: Corpus) -> None:
+    explanation = explain(corpus.folder.uri, " ".join(["word"] * 98))
+    assert len(explanation.tokens) == 100
+    rows = [line for line in printed(explanation, 0).splitlines() if line.startswith("  word  ")]
+    assert len(rows) == module.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(explanation, 0)
+    everything = printed(explanation, 0, show_all=True)
+    assert everything.count("\n  word  ") == 98 and "more tokens" not in everything
+
+
+def test_the_table_holds_the_figures(hostile: Explanation) -> None:
+    token = next(t for t in hostile.tokens if t.text == "God")
+    reading = token.readings[1]
+    assert reading.usual is not None and reading.rank is not None
+    lines = [line.split() for line in printed(hostile, 4, show_all=True).splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line}
+    shown = [f"{reading.strength:.4f}", *module.QUARTILES[reading.quartile or 0].split(), f"{reading.rank:.1%}",
+             f"{reading.usual.median:.4f}", f"{reading.usual.share_high:.0%}", str(reading.usual.n)]  # fmt: skip
+    assert rows["God"] == shown
+    unseen = next(t for t in hostile.tokens if t.readings[1].usual is None and t.word_start)
+    assert rows[unseen.text][-4:] == ["not", "in", "run", "0"]
+    assert rows["[CLS]"][1] == "special" and rows["[CLS]"][-1] == "251"
+
+
+def test_a_layer_that_was_not_recorded_is_refused(hostile: Explanation) -> None:
+    with pytest.raises(ConfigError, match="layer 3 was not recorded; the run has 0, 4"):
+        printed(hostile, 3)
+
+
+# --- page ------------------------------------------------------------------------------------------------
+
+VOID = {"meta", "input", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that every element ends where it should; keeps elements, and the texts of paragraphs and style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.running: list[str] = []
+        self.style = ""
+        self._in_text = False
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attrs)) == len(attrs)
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if dict(attrs).get("class") == "text":
+            self._in_text = True
+            self.running.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self._in_text = self._in_text and tag != "p"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_text:
+            self.running[-1] += data
+        elif self.open[-1:] == ["style"]:
+            self.style += data
+
+
+def test_the_page_is_well_formed_escaped_and_alone(hostile: Explanation) -> None:
+    source = render_html(hostile)
+    page = Page(source)
+    visible = HOSTILE.replace("\r\n", "\n").replace("\x1b", r"\x1b").replace("\x9b", r"\x9b")
+    visible = visible.replace("\u202e", r"\u202e")
+    assert page.running == [visible, visible]  # once a layer, to the letter
+    allowed = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "dl", "dt", "dd", "fieldset",
+               "legend", "input", "label", "section", "p", "span", "bdi", "ul", "li", "div", "table", "caption",
+               "thead", "tbody", "tr", "th", "td"}  # fmt: skip
+    assert {tag for tag, _ in page.elements} == allowed
+    attributes = {name for _, attrs in page.elements for name in attrs}
+    assert attributes <= {"lang", "charset", "http-equiv", "content", "name", "type", "id", "checked", "for", "class",
+                          "dir", "title", "aria-label", "scope"}  # fmt: skip
+    assert not re.search(r"https?:|//|url\(|@import|<script|javascript:", source.replace("</", ""))
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", source)
+    titles = [attrs["title"] for _, attrs in page.elements if "title" in attrs]
+    assert any(t is not None and t.startswith('": strength ') for t in titles)
+    assert len(titles) == 2 * sum(not t.special for t in hostile.tokens)
+
+
+def test_the_page_s_policy_forbids_everything_but_its_own_style(hostile: Explanation) -> None:
+    page = Page(render_html(hostile))
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def test_the_page_switches_layers_and_lists_every_token(hostile: Explanation) -> None:
+    page = Page(render_html(hostile))
+    switches = [a for tag, a in page.elements if tag == "input"]
+    assert [s["id"] for s in switches] == ["show-0", "show-4"] and ["checked" in s for s in switches] == [False, True]
+    for layer in (0, 4):
+        assert f"body:has(#show-{layer}:checked) #layer-{layer} {{ display: block; }}" in page.style
+        assert ("section", {"id": f"layer-{layer}"}) in page.elements
+    assert sum(tag == "tr" for tag, _ in page.elements) == 2 * (1 + len(hostile.tokens))
+    one = replace(
+        hostile, layers=(4,), thresholds=hostile.thresholds[1:],
+        tokens=tuple(replace(t, readings=t.readings[1:]) for t in hostile.tokens),
+    )  # fmt: skip
+    assert not any(tag == "input" for tag, _ in Page(render_html(one)).elements)
+
+
+def test_a_text_with_half_a_character_is_measured(corpus: Corpus) -> None:
+    explanation = explain(corpus.folder.uri, "word \udcff word")
+    assert explanation.text == "word \ufffd word"
+    render_html(explanation).encode()
+    printed(explanation).encode()
+
+

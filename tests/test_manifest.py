@@ -1,0 +1,444 @@
+"""What a shard is, whose result counts, and which run is meant."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afn_ray import corpus, manifest, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import Interrupted, StoreError
+from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
+from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
+
+MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
+MEASURE_ID = fingerprint(MEASURE)
+OLD_NS = 1_700_000_000_000_000_000
+
+
+def _slice(uri: str, num_bytes: int, sha256: str = "") -> FileSlice:
+    return FileSlice(uri, num_bytes, "", "txt", "", 0, num_bytes, num_bytes, 1, sha256 or fingerprint(uri))
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A fresh store on each kind of filesystem."""
+    if request.param == "local":
+        yield str(tmp_path / "store")
+    else:
+        uri = f"memory://{uuid.uuid4().hex}"
+        yield uri
+        fs = fsspec.filesystem("memory")
+        if fs.exists(uri):
+            fs.rm(uri, recursive=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A corpus of 60 small JSONL files, 5 texts and one long JSONL file, all old enough to be trusted."""
+    path = tmp_path / "corpus"
+    path.mkdir()
+    for i in range(60):
+        _write(path / f"{i:02}.jsonl", [f"file {i} " + "x" * (i * 7 % 90) for _ in range(3)])
+    for i in range(5):
+        (path / f"t{i}.txt").write_text(f"text {i}")
+    _write(path / "long.jsonl", [f"line {i} " + "y" * 60 for i in range(120)])
+    for file in path.iterdir():
+        os.utime(file, ns=(OLD_NS, OLD_NS))
+    return path
+
+
+def _write(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+@pytest.fixture
+def config(folder: Path, store: str) -> RunConfig:
+    return RunConfig(corpus=(str(folder),), model="m", store=store, shard_bytes=1024)
+
+
+def _ids(plan: Plan) -> list[str]:
+    return [s.id for s in plan.shards]
+
+
+def _begin(config: RunConfig, measure: dict[str, Any] = MEASURE, begun_ns: int | None = None) -> RunFolder:
+    time.sleep(0.002)  # names of runs tell milliseconds
+    return begin_run(config, measure, make_plan(config), time.time_ns() if begun_ns is None else begun_ns)
+
+
+# --- groups of slices ------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(0, 50) | st.integers(0, 3000), max_size=60)
+
+
+@given(SIZES, st.integers(1, 2000))
+def test_groups_lose_nothing_keep_order_and_stay_small(sizes: list[int], shard_bytes: int) -> None:
+    slices = [_slice(f"/corpus/{i}", n) for i, n in enumerate(sizes)]
+    groups = manifest.group_slices(slices, shard_bytes)
+    assert [s for g in groups for s in g] == slices
+    for group in groups:
+        assert group and (len(group) == 1 or sum(s.num_bytes for s in group) <= shard_bytes)
+    for group in groups[:-1]:  # none is left small for no reason
+        following = slices[slices.index(group[-1]) + 1]
+        total = sum(s.num_bytes for s in group)
+        assert total + following.num_bytes > shard_bytes or total >= shard_bytes // 4
+
+
+def test_a_file_that_goes_or_comes_changes_only_groups_nearby() -> None:
+    order = random.Random(3)
+    slices = [_slice(f"/corpus/{i:04}.jsonl", order.randrange(20, 120)) for i in range(2000)]
+    whole = [tuple(g) for g in manifest.group_slices(slices, 1000)]
+    assert 100 < len(whole) < 400
+    changes = []
+    for at in range(0, 2000, 40):
+        fewer = [tuple(g) for g in manifest.group_slices(slices[:at] + slices[at + 1 :], 1000)]
+        new, gone = set(fewer) - set(whole), set(whole) - set(fewer)
+        changes.append(max(len(new), len(gone)))
+        touched = [slices.index(s) for g in gone for s in g]
+        assert min(touched) > at - 60 and max(touched) < at + 300  # of 2000
+    assert sum(changes) / len(changes) < 4
+
+
+# --- plans -----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_covers_the_corpus_and_is_the_same_every_time(config: RunConfig, folder: Path) -> None:
+    plan = make_plan(config)
+    assert [f.uri for f in plan.files] == sorted(map(str, folder.iterdir()))
+    assert plan.num_hashed == len(plan.files) == 66
+    assert plan.num_bytes == sum(f.stat().st_size for f in folder.iterdir())
+    assert len(plan.shards) > 10 and len(set(_ids(plan))) == len(plan.shards)
+    other = replace(config, workers=7, batch_tokens=512, store=config.store + "2", sink_factor=3.0, device="cpu")
+    assert make_plan(other) == plan
+
+
+def test_what_changes_the_documents_changes_the_shards(config: RunConfig) -> None:
+    plans = [
+        make_plan(c) for c in (config, replace(config, txt_documents="line"), replace(config, max_document_bytes=9))
+    ]
+    assert not set(_ids(plans[0])) & set(_ids(plans[1])) and not set(_ids(plans[0])) & set(_ids(plans[2]))
+
+
+def test_files_of_the_last_run_are_not_read_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = make_plan(config)
+    _begin(config)
+    calls: list[str] = []
+    monkeypatch.setattr(corpus, "cut", lambda file, *rest: calls.append(file.uri))
+    again = make_plan(config)
+    assert calls == [] and again.num_hashed == 0
+    assert again.shards == before.shards and again.files == before.files
+
+
+def find_names(config: RunConfig) -> list[str]:
+    return storage.list_names(storage.join(config.store, "runs"))
+
+
+def test_a_touched_file_is_read_again_and_gives_the_same_shards(config: RunConfig, folder: Path) -> None:
+    before = make_plan(config)
+    _begin(config)
+    os.utime(folder / "07.jsonl", ns=(OLD_NS, OLD_NS + 5))
+    again = make_plan(config)
+    assert again.num_hashed == 1
+    assert _ids(again) == _ids(before)
+
+
+def test_a_changed_file_changes_only_its_own_shards(config: RunConfig, folder: Path) -> None:
+    before = make_plan(config)
+    _begin(config)
+    text = (folder / "07.jsonl").read_text()
+    (folder / "07.jsonl").write_text(text.replace("file", "FILE"))
+    again = make_plan(config)
+    assert again.num_hashed == 1
+    differing = [(a, b) for a, b in zip(before.shards, again.shards, strict=True) if a.id != b.id]
+    assert len(differing) == 1
+    assert all(str(folder / "07.jsonl") in [s.uri for s in shard.slices] for shard in differing[0])
+
+
+def test_appending_keeps_the_shards_of_the_full_slices(config: RunConfig, folder: Path) -> None:
+    def of_long(plan: Plan) -> list[str]:
+        return [s.id for s in plan.shards if {p.uri for p in s.slices} == {str(folder / "long.jsonl")}]
+
+    before = make_plan(config)
+    _begin(config)
+    with (folder / "long.jsonl").open("a") as sink:
+        sink.writelines(json.dumps({"text": f"more {i}"}) + "\n" for i in range(100))
+    again = make_plan(config)
+    assert again.num_hashed == 1
+    kept = len(of_long(before)) - 1
+    assert kept >= 5 and of_long(again)[:kept] == of_long(before)[:kept]
+    assert len(of_long(again)) > len(of_long(before))
+
+
+def test_a_file_written_just_before_it_was_hashed_is_not_trusted(config: RunConfig, folder: Path) -> None:
+    begun_ns = OLD_NS + 10 * manifest.RACY_NS
+    for name, behind_ns in (("01.jsonl", 1), ("02.jsonl", manifest.RACY_NS), ("03.jsonl", manifest.RACY_NS + 1)):
+        os.utime(folder / name, ns=(0, begun_ns - behind_ns))
+    os.utime(folder / "04.jsonl", ns=(0, begun_ns + 10**12))  # a clock ahead of ours
+    _begin(config, begun_ns=begun_ns)
+    assert make_plan(config).num_hashed == 3
+    _begin(replace(config, sink_factor=5.0), begun_ns=begun_ns + 10 * manifest.RACY_NS)
+    assert make_plan(config).num_hashed == 1  # what was hashed again long after it was written is
+
+
+@pytest.mark.parametrize(
+    ("version", "trusted"),
+    [("etag:abc", True), ("time:5", True), (f"time:{OLD_NS}", False), ("time:2026-01-01", False), ("", False)],
+)
+def test_versions_that_prove_nothing_are_not_trusted(version: str, trusted: bool) -> None:
+    assert manifest._trusted(version, OLD_NS) is trusted
+
+
+def test_other_cuts_are_not_remembered(config: RunConfig) -> None:
+    _begin(config)
+    assert make_plan(replace(config, shard_bytes=2048)).num_hashed == 66
+    assert make_plan(replace(config, text_column="text", txt_documents="line")).num_hashed == 66
+    assert make_plan(replace(config, language="de", layers="0")).num_hashed == 0
+
+
+def test_progress_of_hashing_is_told(config: RunConfig) -> None:
+    seen: list[tuple[int, int]] = []
+    make_plan(config, lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 66) for i in range(1, 67)]
+
+
+# --- runs ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed_and_a_complete_one_found_again(config: RunConfig) -> None:
+    first = _begin(config)
+    assert first.info == {} and _begin(config) == first
+    done = finish_run(first, {"layers": [8]})
+    assert done.info["layers"] == [8]
+    assert _begin(replace(config, workers=3)) == done
+    assert find_names(config) == [first.id]
+
+
+def test_what_was_asked_before_last_is_a_new_run(config: RunConfig) -> None:
+    a = finish_run(_begin(config), {})
+    b = finish_run(_begin(replace(config, sink_factor=5.0)), {})
+    again = _begin(config)
+    assert again.info == {} and len({a.id, b.id, again.id}) == 3
+    assert find_names(config) == [a.id, b.id, again.id]
+    assert find_run(config.store).id == b.id  # the latest complete one
+    finish_run(again, {})
+    assert find_run(config.store).id == again.id
+
+
+def test_a_run_without_a_plan_is_passed_over(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk was full when the plan was to be written; its folder stays behind on a local disk."""
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        patch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", full)
+        with pytest.raises(Interrupted):
+            _begin(config)
+    run = _begin(config)
+    assert manifest.created_at(run).endswith("+00:00")
+    assert _begin(config) == run and make_plan(config).num_hashed == 0
+
+
+def test_the_plan_is_written_as_rows_in_order(config: RunConfig) -> None:
+    run, plan = _begin(config), make_plan(config)
+    table = manifest.read_table(run, "plan")
+    assert table["shard"].to_pylist() == [s.id for s in plan.shards for _ in s.slices]
+    assert table["uri"].to_pylist() == [p.uri for s in plan.shards for p in s.slices]
+    assert table["ordinal"].to_pylist() == [i for i, s in enumerate(plan.shards) for _ in s.slices]
+
+
+def test_another_measure_is_refused_and_the_difference_is_named(config: RunConfig, tmp_path: Path) -> None:
+    _begin(config)
+    _publish(config.store, make_plan(config).shards[0], "a" * 16, tmp_path)
+    other = {**MEASURE, "dtype": "bfloat16", "layers": list(range(200))}
+    with pytest.raises(StoreError) as caught:
+        _begin(config, other)
+    message = str(caught.value)
+    assert 'dtype: the store has "float32", this run asks for "bfloat16"; ' in message
+    assert "layers: the store has [8], this run asks for [0, 1, " in message and "model" not in message
+    assert "Use another --store, or --allow-another-measure" in message and len(message) < 500
+    allowed = _begin(replace(config, allow_another_measure=True), other)
+    assert allowed.info == {} and len(find_names(config)) == 2
+    assert _begin(config).id != allowed.id  # the first measure needs no leave
+
+
+def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
+    with pytest.raises(StoreError, match="neither a store nor a run"):
+        find_run(store)
+    run = _begin(config)
+    with pytest.raises(StoreError, match="no complete run"):
+        find_run(store)
+    with pytest.raises(StoreError, match=rf"{run.id} is not complete"):
+        find_run(run.uri)
+    finish_run(run, {"layers": [8]})
+    assert find_run(store).info == find_run(run.uri + "/").info == {"schema_version": 1, "id": run.id, "layers": [8]}
+    with pytest.raises(StoreError, match="neither a store nor a run"):
+        find_run(store + "/runs/nothing")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{", "is damaged"),
+        (b"\xff", "is damaged"),
+        (b"[]", "schema version list, expected 1"),
+        (b"{}", "schema version None, expected 1"),
+        (b'{"schema_version": 2}', "schema version 2, expected 1; use the afn-ray that wrote it"),
+    ],
+)
+def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes, says: str) -> None:
+    run = _begin(config)
+    storage.write_once(run.uri + "/run.json", body)
+    for uri in (config.store, run.uri):
+        with pytest.raises(StoreError, match=rf"run\.json.* {says}"):
+            find_run(uri)
+
+
+def test_a_damaged_table_is_named(config: RunConfig) -> None:
+    run = _begin(config)
+    storage.write_once(run.uri + "/thresholds.parquet", b"PAR1 and no more")
+    with pytest.raises(StoreError, match=r"thresholds\.parquet is damaged"):
+        manifest.read_table(run, "thresholds")
+    storage.delete([run.uri + "/plan.parquet"])
+    with pytest.raises(StoreError, match=r"has lost its plan\.parquet"):
+        manifest.created_at(run)
+    storage.write_once(run.uri + "/plan.parquet", b"")
+    with pytest.raises(StoreError, match=r"plan\.parquet is damaged"):
+        make_plan(config)
+
+
+def test_a_table_left_by_an_unfinished_reduce_is_replaced(config: RunConfig) -> None:
+    run = _begin(config)
+    for value in (1, 2):
+        manifest.write_table(run, "thresholds", pa.table({"x": [value]}))
+    assert manifest.read_table(run, "thresholds")["x"].to_pylist() == [2]
+
+
+def test_the_first_to_finish_a_run_wins(config: RunConfig) -> None:
+    run = _begin(config)
+    first = finish_run(run, {"seconds": 1})
+    assert finish_run(run, {"seconds": 2}) == first
+
+
+# --- commits ---------------------------------------------------------------------------------------------
+
+COUNTS = {"documents": 3, "tokens": 9}
+SHARD = Shard.of([_slice("/corpus/a", 5)], ReadOptions("auto", "text", None, "file", 100))
+
+
+def _publish(store: str, shard: Shard, attempt: str, scratch: Path, counts: dict[str, int] = COUNTS) -> Commit:
+    tables = {}
+    for rows, name in enumerate(manifest.TABLES):
+        path = scratch / f"{attempt}-{name}"
+        path.write_bytes(f"{attempt} {name}".encode())
+        tables[name] = (path, rows)
+    return manifest.publish(store, MEASURE_ID, shard, attempt, tables, counts, 1.5, {"device": "cpu"})
+
+
+def _names(store: str) -> list[str]:
+    return storage.list_names(manifest.shard_uri(store, MEASURE_ID, SHARD.id))
+
+
+def test_a_commit_names_files_that_are_there_whole(store: str, tmp_path: Path) -> None:
+    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) is None
+    commit = _publish(store, SHARD, "a" * 16, tmp_path)
+    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == commit
+    assert find_commits(store, MEASURE_ID, [SHARD, replace(SHARD, id="other")]) == {SHARD.id: commit}
+    assert _names(store) == sorted(["commit.json", *(f["name"] for f in commit.files.values())])
+    for rows, (name, file) in enumerate(commit.files.items()):
+        data = storage.read_bytes(f"{manifest.shard_uri(store, MEASURE_ID, SHARD.id)}/{file['name']}")
+        assert data == f"{'a' * 16} {name}".encode() and file["bytes"] == len(data) and file["rows"] == rows
+        (tmp_path / "copy").write_bytes(data)
+        assert storage.sha256_file(tmp_path / "copy") == file["sha256"]
+
+
+def test_the_first_commit_wins_and_the_losers_files_go(store: str, tmp_path: Path) -> None:
+    first = _publish(store, SHARD, "a" * 16, tmp_path)
+    names = _names(store)
+    assert _publish(store, SHARD, "b" * 16, tmp_path) == first
+    assert _names(store) == names
+
+
+def test_attempts_that_disagree_are_an_error_and_the_first_stays(store: str, tmp_path: Path) -> None:
+    first = _publish(store, SHARD, "a" * 16, tmp_path)
+    names = _names(store)
+    with pytest.raises(StoreError, match=r"two attempts at shard .* disagree"):
+        _publish(store, SHARD, "b" * 16, tmp_path, {**COUNTS, "tokens": 10})
+    assert _names(store) == names
+    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == first
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_an_unknown_answer_is_looked_up(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    write_once = storage.write_once
+
+    def unsure(uri: str, data: bytes) -> None:
+        if arrived:
+            write_once(uri, data)
+        raise StoreError("writing: timed out")
+
+    monkeypatch.setattr(storage, "write_once", unsure)
+    if arrived:
+        commit = _publish(store, SHARD, "a" * 16, tmp_path)
+        assert commit.attempt == "a" * 16 and "commit.json" in _names(store) and len(_names(store)) == 4
+    else:
+        with pytest.raises(StoreError, match="timed out"):
+            _publish(store, SHARD, "a" * 16, tmp_path)
+        assert "commit.json" not in _names(store)
+
+
+def test_an_unknown_answer_may_hide_a_rival(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _publish(store, SHARD, "a" * 16, tmp_path)
+
+    def unsure(uri: str, data: bytes) -> None:
+        raise StoreError("writing: timed out")
+
+    monkeypatch.setattr(storage, "write_once", unsure)
+    assert _publish(store, SHARD, "b" * 16, tmp_path) == first
+    assert len(_names(store)) == 4
+
+
+Damage = Callable[[dict[str, Any]], object]
+DAMAGES: dict[str, Damage] = {
+    "goes up": lambda c: c["files"]["tokens"].update(name=".."),
+    "goes elsewhere": lambda c: c["files"]["tokens"].update(name="../../../x.parquet"),
+    "absolute": lambda c: c["files"]["tokens"].update(name="/etc/passwd"),
+    "no name": lambda c: c["files"]["tokens"].update(name=""),
+    "a table less": lambda c: c["files"].pop("summary"),
+    "a table more": lambda c: c["files"].update(x=c["files"]["tokens"]),
+    "no files": lambda c: c.update(files=[]),
+    "files of text": lambda c: c.update(files=dict.fromkeys(manifest.TABLES, "x")),
+    "another shard": lambda c: c.update(shard="0" * 32),
+    "no attempt": lambda c: c.pop("attempt"),
+    "no counts": lambda c: c.update(counts=None),
+    "another version": lambda c: c.update(schema_version=99),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_commit_is_refused(store: str, tmp_path: Path, name: str) -> None:
+    _publish(store, SHARD, "a" * 16, tmp_path)
+    uri = manifest.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json"
+    body = json.loads(storage.read_bytes(uri))
+    DAMAGES[name](body)
+    storage.delete([uri])
+    storage.write_once(uri, json.dumps(body).encode())
+    with pytest.raises(StoreError, match=r"commit\.json (is damaged|has schema version 99)"):
+        find_commits(store, MEASURE_ID, [SHARD])

@@ -1,0 +1,157 @@
+"""Parquet files in the schemas and encodings that were promised."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from afn_ray import records
+from afn_ray.errors import Interrupted
+from afn_ray.records import ShardFiles, make_table
+from afn_ray.schema import SUMMARY_SCHEMA, documents_schema, tokens_schema
+from afn_ray.thresholds import Summary, round_strengths
+
+LAYERS = (0, 8)
+
+
+def _tokens(n: int, offsets: bool) -> pa.Table:
+    random = np.random.default_rng(n)
+    number = np.arange(n)
+    return make_table(
+        {
+            "doc": number // 20, "position": number % 20, "token_id": random.integers(0, 500, n),
+            "flags": np.full(n, 2, np.uint8), "surface": ["LORD" if i % 9 == 0 else None for i in range(n)],
+            "start": number % 20 * 4, "end": number % 20 * 4 + 3,
+            **{f"strength_{k}": round_strengths(random.normal(9, 1, n).astype(np.float32)) for k in LAYERS},
+        },
+        tokens_schema(LAYERS, offsets),
+    )  # fmt: skip
+
+
+def _documents(n: int) -> pa.Table:
+    return make_table(
+        {
+            "doc": range(n), "doc_id": [None, *map(str, range(1, n))], "source": ["a.txt"] * n, "offset": range(n),
+            "n_tokens": [20] * n, "n_windows": [1] * n, "n_chars": [99] * n, "n_replaced": [0] * n,
+            "text_sha256": [bytes(32)] * n, "status": ["ok"] * n, "mean_strength_0": [None, *[1.0] * (n - 1)],
+            "mean_strength_8": [2.0] * n,
+        },
+        documents_schema(LAYERS),
+    )  # fmt: skip
+
+
+def _summary(tokens: pa.Table) -> list[pa.Table]:
+    summary = Summary(LAYERS)
+    columns = [tokens[c].to_numpy() for c in ("doc", "token_id", "flags")]
+    summary.add(*columns, {k: tokens[f"strength_{k}"].to_numpy() for k in LAYERS})
+    return list(summary.tables())
+
+
+def _columns(path: Path) -> dict[str, Any]:
+    """Metadata of the first row group's columns, by name."""
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    return {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, offsets: bool) -> None:
+    tokens, documents = _tokens(5000, offsets), _documents(250)
+    with ShardFiles(tmp_path, LAYERS, offsets) as files:
+        for begin in range(0, 5000, 1000):
+            files.tokens.write(tokens.slice(begin, 1000))
+        files.documents.write(documents)
+        files.write_summary(_summary(tokens))
+    read = {name: pq.read_table(path) for name, (path, _) in files.tables().items()}
+    assert read["tokens"].schema == tokens_schema(LAYERS, offsets)
+    assert read["documents"].schema == documents_schema(LAYERS)
+    assert read["summary"].schema == SUMMARY_SCHEMA
+    for name, table in (("tokens", tokens), ("documents", documents)):
+        assert read[name].to_pylist() == table.to_pylist()
+    assert read["summary"].to_pylist() == pa.concat_tables(_summary(tokens)).to_pylist()
+    assert {name: rows for name, (_, rows) in files.tables().items()} == {k: t.num_rows for k, t in read.items()}
+
+
+def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
+    tokens = _tokens(5000, True)
+    with ShardFiles(tmp_path, LAYERS, True) as files:
+        files.tokens.write(tokens)
+        files.documents.write(_documents(250))
+        files.write_summary(_summary(tokens))
+    expected = {
+        "tokens": {
+            "DELTA_BINARY_PACKED": ["doc", "position", "start", "end"],
+            "RLE_DICTIONARY": ["token_id", "flags", "surface"],
+            "BYTE_STREAM_SPLIT": ["strength_0", "strength_8"],
+        },
+        "documents": {
+            "DELTA_BINARY_PACKED": ["doc", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced"],
+            "RLE_DICTIONARY": ["source", "status"],
+            "BYTE_STREAM_SPLIT": ["mean_strength_0", "mean_strength_8"],
+        },
+        "summary": {
+            "DELTA_BINARY_PACKED": ["bins.list.element"],
+            "RLE_DICTIONARY": ["counts.list.element", "token_id"],
+        },
+    }
+    for name, encodings in expected.items():
+        columns = _columns(tmp_path / f"{name}.parquet")
+        assert {c.compression for c in columns.values()} == {"ZSTD"}
+        for encoding, names in encodings.items():
+            for column in names:
+                assert encoding in columns[column].encodings, (name, column, columns[column].encodings)
+                assert columns[column].has_dictionary_page == (encoding == "RLE_DICTIONARY")
+
+
+def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
+    with ShardFiles(tmp_path, (8,), False) as files:
+        files.tokens.write(_tokens(100_000, False).select(tokens_schema((8,), False).names))
+    assert (tmp_path / "tokens.parquet").stat().st_size / 100_000 < 5.5
+
+
+def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "ROW_GROUP_ROWS", 1000)
+    tokens = _tokens(2500, True)
+    with ShardFiles(tmp_path, LAYERS, True) as files:
+        for begin in range(0, 2500, 250):
+            files.tokens.write(tokens.slice(begin, 250))
+    metadata = pq.ParquetFile(tmp_path / "tokens.parquet").metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1000, 1000, 500]
+
+
+def test_a_layer_is_a_row_group_of_the_summary(tmp_path: Path) -> None:
+    with ShardFiles(tmp_path, LAYERS, True) as files:
+        files.write_summary(_summary(_tokens(500, True)))
+    file = pq.ParquetFile(tmp_path / "summary.parquet")
+    assert [set(file.read_row_group(i)["layer"].to_pylist()) for i in range(file.num_row_groups)] == [{0}, {8}]
+
+
+def test_a_shard_without_tokens_has_three_empty_tables(tmp_path: Path) -> None:
+    with ShardFiles(tmp_path, LAYERS, True) as files:
+        files.tokens.write(_tokens(0, True))
+        files.write_summary(Summary(LAYERS).tables())
+    assert [rows for _, rows in files.tables().values()] == [0, 0, 0]
+    assert pq.read_table(tmp_path / "tokens.parquet").schema == tokens_schema(LAYERS, True)
+
+
+@pytest.mark.parametrize("table", ["tokens", "documents", "summary"])
+def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) -> None:
+    (tmp_path / f"{table}.parquet").symlink_to("/dev/full")
+    tokens = _tokens(20_000, True)
+    with pytest.raises(Interrupted, match=r"make room or give another --scratch.*run the same command again") as caught:  # noqa: SIM117
+        with ShardFiles(tmp_path, LAYERS, True) as files:
+            files.tokens.write(tokens)
+            files.documents.write(_documents(250))
+            files.write_summary(_summary(tokens))
+    assert f"{table}.parquet" in str(caught.value)
+
+
+def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught:
+        ShardFiles(tmp_path / "nowhere", LAYERS, True)
+    assert caught.value.errno == errno.ENOENT

@@ -1,0 +1,331 @@
+"""Thresholds and vocabulary are those of all values at once, however the corpus was cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afn_ray import manifest, storage
+from afn_ray.errors import StoreError
+from afn_ray.records import ShardFiles
+from afn_ray.reduce import reduce_run, wilson
+from afn_ray.schema import (
+    HISTOGRAM_SCHEMA,
+    SHARDS_SCHEMA,
+    SPECIAL,
+    THRESHOLDS_SCHEMA,
+    VOCABULARY_SCHEMA,
+    WORD_START,
+    FileSlice,
+    ReadOptions,
+    Shard,
+)
+from afn_ray.thresholds import DEFINITION, Summary, round_strengths
+
+LAYERS = (0, 8)
+READABLE = ["[CLS]", ".", "the", "lord", "ing", "42", "never"]
+PIECES = ["[CLS]", ".", "the", "lord", "##ing", "42", "never"]
+CLASSES = ["special", "punctuation", "function", "content", "fragment", "number"]
+MEASURE_ID = "m" * 32
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of ``num_docs`` documents; rows sorted by doc."""
+
+    num_docs: int
+    docs: np.ndarray
+    ids: np.ndarray
+    flags: np.ndarray
+    strengths: dict[int, np.ndarray]
+
+    def part(self, begin: int, end: int) -> Tokens:
+        """Documents ``begin`` to ``end``, counted from 0 again."""
+        keep = (self.docs >= begin) & (self.docs < end)
+        return Tokens(
+            end - begin, self.docs[keep] - begin, self.ids[keep], self.flags[keep],
+            {k: v[keep] for k, v in self.strengths.items()},
+        )  # fmt: skip
+
+
+def _corpus(seed: int, num_docs: int, sinks: int = 0, special: bool = True) -> Tokens:
+    """Random documents, some empty; type 3 is sometimes written as a special token too, and 4 continues words."""
+    random = np.random.default_rng(seed)
+    docs, ids, flags = [], [], []
+    for doc in range(num_docs):
+        n = int(random.integers(0, 12)) if doc else 12
+        for at in range(n):
+            token = 0 if special and at == 0 else int(random.choice([1, 2, 2, 2, 3, 3, 4, 5]))
+            docs.append(doc)
+            ids.append(token)
+            is_special = token == 0 or (special and token == 3 and at == 5)
+            flags.append(SPECIAL if is_special else WORD_START if token != 4 or at % 4 == 0 else 0)
+    strengths = {}
+    for layer in LAYERS:
+        values = random.choice([4.0, 5.0, 5.5], len(docs)) + np.round(random.normal(0, 1, len(docs)), layer // 4)
+        values = np.abs(values)
+        values[random.permutation(len(docs))[:sinks]] *= 1000
+        strengths[layer] = round_strengths(values.astype(np.float32))
+    return Tokens(num_docs, np.array(docs, np.int32), np.array(ids, np.int32), np.array(flags, np.uint8), strengths)
+
+
+def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.Commit:
+    """A committed shard with the summary of ``tokens``; its other tables are empty."""
+    scratch = scratch / f"{number}-{len(list(scratch.iterdir()))}"
+    scratch.mkdir()
+    summary = Summary(LAYERS)
+    middle = tokens.num_docs // 2
+    for part in (tokens.part(0, middle), tokens.part(middle, tokens.num_docs)):
+        summary.add(part.docs, part.ids, part.flags, part.strengths)
+    with ShardFiles(scratch, LAYERS, False) as files:
+        files.write_summary(summary.tables())
+    empty = tokens.num_docs - len(np.unique(tokens.docs))
+    counts = {
+        "documents": tokens.num_docs + 1, "empty": empty, "quarantined": 1, "tokens": len(tokens.docs),
+        "special": int((tokens.flags & SPECIAL).sum()), "windows": tokens.num_docs,
+        "forward_tokens": 2 * len(tokens.docs), "chars": 9,
+    }  # fmt: skip
+    piece = FileSlice(f"/c/{number}", 1, "", "txt", "", 0, 1, 1, 1, f"{tokens.num_docs}")
+    shard = Shard.of([piece], ReadOptions("auto", "text", None, "file", 1))
+    return manifest.publish(store, MEASURE_ID, shard, f"{number:016}", files.tables(), counts, 1.0, {})
+
+
+def _reduce(store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any) -> dict[str, pa.Table]:
+    commits = [_commit(store, scratch, number, part) for number, part in enumerate(parts)]
+    asked: dict[str, Any] = {
+        "pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0, "num_bytes": [7] * len(commits)
+    }  # fmt: skip
+    return reduce_run(store, MEASURE_ID, commits, LAYERS, **(asked | changes))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    (tmp_path / "scratch").mkdir()
+    return tmp_path / "scratch"
+
+
+def _quartiles(values: np.ndarray) -> list[float]:
+    return [float(np.quantile(values, q, method="inverted_cdf")) for q in (0.25, 0.5, 0.75)]
+
+
+@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize("special", [True, False])
+def test_thresholds_are_the_order_statistics_of_all_values(
+    store: str, scratch: Path, sinks: int, special: bool
+) -> None:
+    corpus = _corpus(1, 60, sinks, special)
+    table = _reduce(store, scratch, [corpus.part(0, 9), corpus.part(9, 10), corpus.part(10, 60)])["thresholds"]
+    assert table.schema == THRESHOLDS_SCHEMA
+    rows = iter(table.to_pylist())
+    for layer in LAYERS:
+        values = corpus.strengths[layer][corpus.flags & SPECIAL == 0].astype(np.float64)
+        kept = values[values <= 10 * _quartiles(values)[1]]
+        assert bool(len(values) - len(kept)) == bool(sinks)
+        for population, of in (("tokens", values), ("tokens_without_sinks", kept)):
+            row, (q1, q2, q3) = next(rows), _quartiles(of)
+            assert row.pop("mean") == pytest.approx(of.mean(), rel=1e-12)
+            assert row.pop("sd") == pytest.approx(of.std(), rel=1e-9)
+            assert row == {
+                "layer": layer, "population": population, "n": len(of), "min": of.min(), "q1": q1, "q2": q2, "q3": q3,
+                "max": of.max(), "n_high": (of >= q3).sum(), "n_sinks": len(values) - len(kept),
+                "n_special": (corpus.flags & SPECIAL > 0).sum(), "sink_factor": 10.0, "definition": DEFINITION,
+            }  # fmt: skip
+    assert next(rows, None) is None
+
+
+def test_thresholds_and_vocabulary_are_duckdbs(store: str, scratch: Path) -> None:
+    corpus = _corpus(2, 80, 3)
+    tables = _reduce(store, scratch, [corpus.part(0, 30), corpus.part(30, 80)])
+    db = duckdb.connect()
+    for layer in LAYERS:
+        columns = {"doc": corpus.docs, "id": corpus.ids, "special": corpus.flags & SPECIAL > 0,
+                   "strength": corpus.strengths[layer]}  # fmt: skip
+        db.register("rows_of", pa.table(columns))
+        expected = db.execute("SELECT quantile_disc(strength, [0.25, 0.5, 0.75]) FROM rows_of WHERE NOT special")
+        quartiles = expected.fetchall()[0][0]
+        main = next(r for r in tables["thresholds"].to_pylist() if r["layer"] == layer)
+        assert [main["q1"], main["q2"], main["q3"]] == quartiles
+        expected = db.execute(
+            f"""SELECT id, special, count(*), count(DISTINCT doc), min(strength), quantile_disc(strength, 0.25),
+                quantile_disc(strength, 0.5), quantile_disc(strength, 0.75), max(strength),
+                count(*) FILTER (strength >= {quartiles[2]!r})
+                FROM rows_of GROUP BY ALL ORDER BY special, id"""
+        )
+        names = ["token_id", "n", "n_docs", "min", "q1", "q2", "q3", "max", "n_high"]
+        got = [r for r in tables["vocabulary"].to_pylist() if r["layer"] == layer]
+        assert [
+            (r["token_id"], r["class"] == "special", *(r[c] for c in names[1:])) for r in got
+        ] == expected.fetchall()
+
+
+def test_the_vocabulary_is_that_of_all_values(store: str, scratch: Path) -> None:
+    corpus = _corpus(3, 70)
+    tables = _reduce(store, scratch, [corpus.part(0, 20), corpus.part(20, 70)])
+    vocabulary = tables["vocabulary"]
+    assert vocabulary.schema == VOCABULARY_SCHEMA
+    num_docs = len(np.unique(corpus.docs))
+    rows = vocabulary.to_pylist()
+    assert len(rows) == 2 * len(set(zip(corpus.ids.tolist(), (corpus.flags & SPECIAL).tolist(), strict=True)))
+    for row in rows:
+        special = row["class"] == "special"
+        here = (corpus.ids == row["token_id"]) & ((corpus.flags & SPECIAL > 0) == special)
+        values = corpus.strengths[row["layer"]][here].astype(np.float64)
+        q3 = next(t["q3"] for t in tables["thresholds"].to_pylist() if t["layer"] == row["layer"])
+        assert row["class"] == ("special" if special else CLASSES[row["token_id"]])
+        assert (row["token"], row["text"]) == (PIECES[row["token_id"]], READABLE[row["token_id"]])
+        assert row["n"] == len(values)
+        assert row["n_docs"] == len(np.unique(corpus.docs[here]))
+        assert row["n_high"] == (values >= q3).sum()
+        assert row["share_high"] == row["n_high"] / row["n"]
+        assert row["idf"] == pytest.approx(math.log(num_docs / row["n_docs"]))
+        assert row["mean"] == pytest.approx(values.mean()) and row["sd"] == pytest.approx(values.std(), abs=1e-12)
+        assert [row["q1"], row["q2"], row["q3"]] == _quartiles(values)
+        assert (row["min"], row["max"]) == (values.min(), values.max())
+        low, high = _wilson(row["n_high"], row["n"])
+        assert (row["share_high_low"], row["share_high_high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_the_histogram_holds_every_value(store: str, scratch: Path) -> None:
+    corpus = _corpus(4, 40)
+    histogram = _reduce(store, scratch, [corpus.part(0, 11), corpus.part(11, 40)])["histogram"]
+    assert histogram.schema == HISTOGRAM_SCHEMA
+    for layer in LAYERS:
+        for special in (False, True):
+            values, counts = np.unique(
+                corpus.strengths[layer][(corpus.flags & SPECIAL > 0) == special], return_counts=True
+            )
+            rows = [r for r in histogram.to_pylist() if (r["layer"], r["special"]) == (layer, special)]
+            assert [(r["strength"], r["n"]) for r in rows] == list(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+@given(st.lists(st.integers(0, 40), max_size=5), st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_tables_do_not_depend_on_how_the_corpus_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], sinks: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    corpus, bounds = _corpus(5, 40, sinks), sorted({0, 40, *cuts})
+    parts = [corpus.part(a, b) for a, b in pairwise(bounds)]
+    whole, cut = (
+        _reduce(str(folder / name), _made(folder / f"{name}-scratch"), of)
+        for name, of in (("whole", [corpus]), ("cut", parts))
+    )
+    for name in ("thresholds", "histogram", "vocabulary"):
+        assert cut[name].equals(whole[name]), name  # bit by bit
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_shards_say_where_the_run_wide_documents_begin(store: str, scratch: Path) -> None:
+    corpus = _corpus(6, 30)
+    table = _reduce(store, scratch, [corpus.part(0, 5), corpus.part(5, 6), corpus.part(6, 30)])["shards"]
+    assert table.schema == SHARDS_SCHEMA
+    rows = table.to_pylist()
+    assert [r["doc_offset"] for r in rows] == [0, 6, 8]  # each has a document that was quarantined
+    assert [r["n_documents"] for r in rows] == [6, 2, 25]
+    assert sum(r["n_tokens"] for r in rows) == len(corpus.docs)
+    assert all(storage.exists(f"{store}/{r[f'{t}_file']}") for r in rows for t in manifest.TABLES)
+    assert [r["padding_share"] for r in rows] == [0.5] * 3
+
+
+@pytest.mark.parametrize("parts", [[0, 0], [0, 20, 20, 40]])
+def test_shards_and_layers_without_tokens(store: str, scratch: Path, parts: list[int]) -> None:
+    corpus = _corpus(7, 40)
+    cut = [corpus.part(a, b) for a, b in pairwise(parts)]
+    tables = _reduce(store, scratch, cut)
+    assert [r["n"] for r in tables["thresholds"].to_pylist()[:1]] == [
+        (corpus.flags & SPECIAL == 0).sum() if parts[-1] else 0
+    ]
+    if not parts[-1]:
+        assert all(r["q3"] is None and r["n_high"] == 0 for r in tables["thresholds"].to_pylist())
+        assert tables["vocabulary"].num_rows == tables["histogram"].num_rows == 0
+        assert tables["vocabulary"].schema == VOCABULARY_SCHEMA
+
+
+def test_special_tokens_alone_have_no_threshold(store: str, scratch: Path) -> None:
+    corpus = _corpus(8, 5)
+    only = replace(corpus, flags=np.full(len(corpus.docs), SPECIAL, np.uint8))
+    tables = _reduce(store, scratch, [only])
+    assert [(r["n"], r["q3"], r["n_special"]) for r in tables["thresholds"].to_pylist()] == [
+        (0, None, len(only.docs))
+    ] * 4
+    assert {(r["class"], r["n_high"]) for r in tables["vocabulary"].to_pylist()} == {("special", 0)}
+
+
+def test_a_damaged_summary_is_named(store: str, scratch: Path) -> None:
+    commit = _commit(store, scratch, 0, _corpus(9, 10))
+    uri = f"{manifest.shard_uri(store, MEASURE_ID, commit.shard)}/{commit.files['summary']['name']}"
+    data = bytearray(storage.read_bytes(uri))
+    data[len(data) // 2] ^= 1
+    asked: dict[str, Any] = {
+        "pieces": PIECES,
+        "readable": READABLE,
+        "language": "en",
+        "sink_factor": 10.0,
+        "num_bytes": [1],
+    }
+    storage.delete([uri])
+    storage.write_once(uri, bytes(data))
+    with pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"):
+        reduce_run(store, MEASURE_ID, [commit], LAYERS, **asked)
+    storage.delete([uri])
+    with pytest.raises(StoreError, match=r"summary\.parquet: no such file"):
+        reduce_run(store, MEASURE_ID, [commit], LAYERS, **asked)
+
+
+def test_a_summary_of_other_layers_is_refused(store: str, scratch: Path) -> None:
+    commit = _commit(store, scratch, 0, _corpus(9, 10))
+    with pytest.raises(StoreError, match="holds layer 0, expected 7"):
+        reduce_run(
+            store, MEASURE_ID, [commit], (7, 8), pieces=PIECES, readable=READABLE, language="en", sink_factor=10.0,
+            num_bytes=[1],
+        )  # fmt: skip
+
+
+def test_progress_is_told_by_layer(store: str, scratch: Path) -> None:
+    seen: list[int] = []
+    _reduce(store, scratch, [_corpus(9, 10)], on_layer=seen.append)
+    assert seen == list(LAYERS)
+
+
+# --- Wilson's interval -----------------------------------------------------------------------------------
+
+
+def _wilson(k: int, n: int) -> tuple[float, float]:
+    """The two shares p at which k is 1.96 standard errors away: roots of (p - k/n)^2 = z^2 p (1 - p) / n."""
+    z2 = 1.959963984540054**2
+    low, high = np.sort(np.roots([1 + z2 / n, -(2 * k / n + z2 / n), (k / n) ** 2]).real)
+    return float(low), float(high)
+
+
+@given(st.integers(1, 10**6), st.data())
+def test_wilson_solves_its_equation(n: int, data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, n))
+    assert wilson(k, n) == pytest.approx(_wilson(k, n), rel=1e-6, abs=1e-7)
+
+
+def test_wilson_at_its_ends_and_in_a_published_table() -> None:
+    low, high = wilson(np.array([0, 10, 0, 1, 81]), np.array([10, 10, 1, 1, 263]))
+    assert low[0] == low[2] == 0 and high[1] == high[3] == 1
+    assert high[0] == pytest.approx(0.2775, abs=1e-4) and low[1] == pytest.approx(0.7225, abs=1e-4)
+    assert (low[4], high[4]) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))  # Newcombe, 1998
+    assert (low <= high).all()

@@ -1,0 +1,423 @@
+"""One door to files: whole or not at all, once or not at all, and errors that say what to do."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import multiprocessing
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from afn_ray import storage
+from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
+
+BODY_BYTES = 3 << 20  # more than one block, so that a torn write would show
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A fresh folder on each kind of filesystem."""
+    if request.param == "local":
+        yield str(tmp_path)
+    else:
+        uri = f"memory://{uuid.uuid4().hex}"
+        yield uri
+        fs = fsspec.filesystem("memory")
+        if fs.exists(uri):
+            fs.rm(uri, recursive=True)
+
+
+def _left(folder: str) -> list[str]:
+    """Everything below ``folder``, hidden or not, by relative path."""
+    fs, path = storage.open_filesystem(folder)
+    return sorted(name.removeprefix(path).strip("/") for name in fs.find(path))
+
+
+# --- write_once ------------------------------------------------------------------------------------------
+
+
+def _body(writer: int) -> bytes:
+    return bytes([writer]) * BODY_BYTES
+
+
+def _try(uri: str, writer: int, start: Any, wins: Any) -> None:
+    start.wait()
+    try:
+        storage.write_once(uri, _body(writer))
+        wins.put(writer)
+    except storage.AlreadyWritten:
+        wins.put(None)
+
+
+def _race(uri: str, workers: list[Any], queue: Any) -> None:
+    for worker in workers:
+        worker.start()
+    answers = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+    (winner,) = [a for a in answers if a is not None]
+    assert storage.read_bytes(uri) == _body(winner)
+
+
+def test_one_of_eight_threads_wins_and_its_content_is_whole(folder: str) -> None:
+    import queue
+
+    for trial in range(3):
+        uri, start, wins = storage.join(folder, "deep", f"{trial}"), threading.Barrier(8), queue.Queue[int | None]()
+        _race(uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins)
+    assert _left(folder) == ["deep/0", "deep/1", "deep/2"]
+
+
+def test_one_of_four_processes_wins_and_its_content_is_whole(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    uri, start, wins = str(tmp_path / "deep" / "commit.json"), context.Barrier(4), context.Queue()
+    _race(uri, [context.Process(target=_try, args=(uri, w, start, wins)) for w in range(4)], wins)
+    assert _left(str(tmp_path)) == ["deep/commit.json"]
+
+
+def test_a_second_write_is_refused_and_changes_nothing(folder: str) -> None:
+    uri = storage.join(folder, "a")
+    storage.write_once(uri, b"first")
+    with pytest.raises(storage.AlreadyWritten):
+        storage.write_once(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+    assert _left(folder) == ["a"]
+
+
+def test_no_reader_ever_sees_part_of_a_file(tmp_path: Path) -> None:
+    target, seen = tmp_path / "whole", set[int]()
+
+    def look() -> None:
+        while not seen:
+            if target.exists():
+                seen.add(target.stat().st_size)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    storage.write_once(str(target), b"x" * (64 << 20))
+    reader.join(30)
+    assert seen == {64 << 20}
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_an_exception_in_the_middle_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StoreError if isinstance(error, OSError) else type(error)):
+        storage.write_once(str(tmp_path / "a"), b"data")
+    assert _left(str(tmp_path)) == []
+
+
+def _write_and_die(uri: str) -> None:
+    os.fsync = lambda handle: os._exit(9)  # as a kill between writing and linking
+    storage.write_once(uri, b"data")
+
+
+def test_a_killed_writer_leaves_no_final_name(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a")
+    process = multiprocessing.get_context("spawn").Process(target=_write_and_die, args=(uri,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert storage.read_if_there(uri) is None
+    assert all(name.startswith(".") for name in _left(str(tmp_path)))  # hidden: no one takes it for a file
+    storage.write_once(uri, b"again")
+    assert storage.read_bytes(uri) == b"again"
+
+
+# --- upload ----------------------------------------------------------------------------------------------
+
+
+def test_upload_copies_the_file_and_makes_its_folder(folder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    local = tmp_path_factory.mktemp("scratch") / "x"
+    local.write_bytes(_body(7))
+    storage.upload(local, storage.join(folder, "shards", "one", "x"))
+    assert storage.read_bytes(storage.join(folder, "shards", "one", "x")) == _body(7)
+    assert local.exists()
+
+
+def test_upload_that_fails_half_way_removes_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(_body(7))
+    seen: list[int] = []
+
+    def fail(handle: int) -> None:
+        seen.append(os.fstat(handle).st_size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(Interrupted):
+        storage.upload(tmp_path / "x", str(tmp_path / "store" / "x"))
+    assert seen == [BODY_BYTES]
+    assert _left(str(tmp_path / "store")) == []
+
+
+# --- errors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("write", ["write_once", "upload"])
+def test_a_full_disk_can_be_resumed_and_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, write: str
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "x").write_bytes(b"x")
+    monkeypatch.setattr(os, "fsync", full)
+    target = str(tmp_path / "store" / "x")
+    with pytest.raises(Interrupted) as caught:
+        storage.write_once(target, b"x") if write == "write_once" else storage.upload(tmp_path / "x", target)
+    assert "no space left" in str(caught.value) and target in str(caught.value)
+    assert "make room and run the same command again" in str(caught.value)
+    assert caught.value.exit_code == 75
+
+
+def test_a_full_object_store_can_be_resumed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: object, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", full)
+    with pytest.raises(Interrupted, match="make room"):
+        storage.write_once("memory://full/x", b"x")
+
+
+def _denied(*args: object, **kwargs: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_store_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", _denied)
+    with pytest.raises(StoreError, match="permission denied; check owner, mode or credentials"):
+        storage.check_writable(str(tmp_path))
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", _denied)
+    with pytest.raises(StoreError, match="permission denied"):
+        storage.check_writable("memory://denied")
+
+
+def test_a_store_under_proc_or_below_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for store in ("/proc/self/store", str(tmp_path / "file")):
+        with pytest.raises(StoreError, match=store):
+            storage.check_writable(store)
+
+
+def test_a_corpus_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a")
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", _denied)
+        patch.setattr(LocalFileSystem, "_open", _denied)
+        with pytest.raises(CorpusError, match=r"opening .*a\.txt: permission denied"):
+            storage.open_read(str(tmp_path / "a.txt"))
+    with pytest.raises(CorpusError, match="no such file or folder"):
+        storage.open_read(str(tmp_path / "b.txt"))
+    with pytest.raises(CorpusError, match="no such file or folder"):
+        storage.stat(str(tmp_path / "b.txt"))
+
+
+def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"a")
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if str(path).endswith("private"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(CorpusError, match=r"private: Permission denied"):
+        storage.find_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("uri", ["zip://a.txt::/tmp/x.zip", "nosuch://a/b"])
+def test_a_url_that_cannot_be_opened_is_a_wrong_request(uri: str) -> None:
+    with pytest.raises(ConfigError):
+        storage.find_files(uri)
+
+
+# --- reading and listing ---------------------------------------------------------------------------------
+
+
+def test_reading_gives_bytes_ranges_and_none(folder: str) -> None:
+    uri = storage.join(folder, "x")
+    storage.write_once(uri, b"0123456789")
+    assert storage.read_bytes(uri) == storage.read_if_there(uri) == b"0123456789"
+    assert storage.read_bytes(uri, 3, 6) == b"345"
+    with storage.open_read(uri) as source:
+        assert source.seek(4) == 4 and source.read(2) == b"45"
+    absent = storage.join(folder, "y")
+    assert storage.read_if_there(absent) is None
+    assert storage.exists(uri) and not storage.exists(absent)
+    with pytest.raises(StoreError, match="no such file"):
+        storage.read_bytes(absent)
+    storage.delete([uri, absent, uri])
+    assert not storage.exists(uri)
+
+
+def test_read_if_there_does_not_take_an_error_for_absence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", _denied)
+    with pytest.raises(StoreError, match="permission denied"):
+        storage.read_if_there("memory://x/y")
+
+
+def test_list_names_gives_names_right_below_sorted(folder: str) -> None:
+    assert storage.list_names(storage.join(folder, "runs")) == []
+    for name in ("b/x", "a/x/y", "c"):
+        storage.write_once(storage.join(folder, "runs", name), b"")
+    assert storage.list_names(storage.join(folder, "runs")) == ["a", "b", "c"]
+    assert storage.list_names(storage.join(folder, "runs") + "/") == ["a", "b", "c"]
+
+
+def test_check_writable_leaves_nothing(folder: str) -> None:
+    storage.check_writable(folder)
+    assert _left(folder) == []
+
+
+def test_absolute_is_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = str(tmp_path / "a" / "*.txt")
+    assert {storage.absolute(u) for u in ("a/*.txt", "./a/*.txt", whole, f"file://{whole}")} == {whole}
+    assert storage.absolute("memory://x/y") == storage.absolute("memory:///x/y")
+    assert storage.absolute(storage.absolute("memory://x/y")) == storage.absolute("memory://x/y")
+    assert storage.is_local(whole) and not storage.is_process_memory(whole)
+    assert storage.is_process_memory("memory://x") and not storage.is_local("memory://x")
+
+
+def test_join_has_one_slash_between() -> None:
+    assert storage.join("s3://b/", "x", "y") == storage.join("s3://b", "x/y") == "s3://b/x/y"
+
+
+# --- find_files ------------------------------------------------------------------------------------------
+
+NAMES = ("b.txt", "a.txt", "sub/deep/c.txt", "sub/d.jsonl", "a*b[1].txt", "a b#?.txt", "日本.txt")
+HIDDEN = (".hidden.txt", "_SUCCESS", ".git/x.txt", "sub/_tmp/y.txt")
+
+
+def _fill(folder: str, names: tuple[str, ...] = NAMES + HIDDEN) -> None:
+    for name in names:
+        storage.write_once(storage.join(folder, name), name.encode())
+
+
+def _names(folder: str, pattern: str) -> list[str]:
+    found = storage.find_files(storage.join(folder, pattern) if pattern else folder)
+    assert [f.uri for f in found] == sorted({f.uri for f in found})
+    base = storage.absolute(folder)
+    for file in found:
+        if storage.is_local(folder):  # memory's listing and its info write times differently
+            assert file == storage.stat(file.uri)
+        assert file.size == len(storage.read_bytes(file.uri))
+    return [f.uri.removeprefix(base + "/") for f in found]
+
+
+def test_a_folder_gives_all_below_it_but_hidden_files(folder: str) -> None:
+    _fill(folder)
+    assert _names(folder, "") == sorted(NAMES)
+    assert _names(folder, "sub/") == ["sub/d.jsonl", "sub/deep/c.txt"]
+
+
+@pytest.mark.parametrize("name", NAMES + HIDDEN)
+def test_a_name_is_a_file_before_it_is_a_pattern(folder: str, name: str) -> None:
+    _fill(folder)
+    assert _names(folder, name) == [name]
+
+
+def test_globs(folder: str) -> None:
+    _fill(folder, NAMES)
+    assert _names(folder, "?.txt") == ["a.txt", "b.txt"]
+    assert _names(folder, "sub/*") == ["sub/d.jsonl"]
+    assert _names(folder, "**/*.txt") == sorted(n for n in NAMES if n.endswith(".txt"))
+    assert _names(folder, "[b]*.txt") == ["b.txt"]
+
+
+def test_a_folder_is_a_folder_before_it_is_a_pattern(folder: str) -> None:
+    _fill(folder, ("data[1]/x.txt", "data1/y.txt"))
+    assert _names(folder, "data[1]") == ["data[1]/x.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["nothing", "*.csv", "nothing/*.txt", "empty"])
+def test_nothing_that_matches_is_an_error_with_the_pattern(tmp_path: Path, pattern: str) -> None:
+    _fill(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError) as caught:
+        storage.find_files(str(tmp_path / pattern))
+    assert str(tmp_path / pattern) in str(caught.value)
+
+
+def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    _fill(str(other), ("x.txt", "y.txt"))
+    corpus.mkdir()
+    (corpus / "file.txt").symlink_to(other / "x.txt")
+    (corpus / "folder").symlink_to(other)
+    (corpus / "up").symlink_to("..")  # back to where we are: no file twice, no end missed
+    os.mkfifo(corpus / "pipe.txt")
+    assert _names(str(corpus), "*.txt") == ["file.txt"]
+    assert _names(str(corpus), "folder") == ["folder/x.txt", "folder/y.txt"]
+    assert _names(str(corpus), "") == ["file.txt", "folder/x.txt", "folder/y.txt"]
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CorpusError, match=r"gone\.txt: no such file"):
+        storage.find_files(str(tmp_path))
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb"):  # noqa: PTH123
+        pass
+    with pytest.raises(CorpusError, match=r"udcff\.txt' is not UTF-8"):
+        storage.find_files(str(tmp_path))
+
+
+def test_listings_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tomorrow's run in the same process must see tomorrow's files, where the filesystem has a listing cache."""
+    uri = f"memory://{uuid.uuid4().hex}"
+    _fill(uri, ("a.txt",))
+    forgotten: list[object] = []
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda self, path=None: forgotten.append(path))
+    storage.find_files(uri)
+    assert forgotten == [None]
+
+
+def test_a_version_changes_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"a")
+    os.utime(file, ns=(0, 1_700_000_000_123_456_789))
+    assert storage.stat(str(file)).version == "time:1700000000123456789"
+    os.utime(file, ns=(0, 1_700_000_000_123_456_790))
+    assert storage.stat(str(file)).version == "time:1700000000123456790"
+
+
+@pytest.mark.parametrize(
+    ("info", "version"),
+    [
+        ({"ETag": '"abc"', "LastModified": "x"}, "etag:abc"),
+        ({"etag": "W/1", "mtime": 5}, "etag:W/1"),
+        ({"ETag": None, "LastModified": "2026-01-01"}, "time:2026-01-01"),
+        ({"mtime": 0}, "time:0"),
+        ({}, ""),
+    ],
+)
+def test_an_etag_counts_before_a_time(info: dict[str, Any], version: str) -> None:
+    assert storage._version(info) == version
+
+
+def test_sha256_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert storage.sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")

@@ -1,0 +1,368 @@
+"""Every token once, where it sees most; texts are data, and offsets lead back to them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from afn_ray import demo
+from afn_ray.errors import ConfigError, ModelError
+from afn_ray.schema import REPLACED, SPECIAL, WORD_START
+from afn_ray.tokens import (
+    Encoded,
+    Template,
+    TextEncoder,
+    Window,
+    batch_inputs,
+    make_batches,
+    make_windows,
+    scatter,
+    surfaces,
+    window_sizes,
+)
+
+PAD = 999_999
+
+# --- windows and batches ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Documents of so many text tokens, and how they are cut."""
+
+    lengths: list[int]
+    template: Template
+    width: int
+    overlap: int
+    causal: bool
+    batch_tokens: int
+
+    @property
+    def encoded(self) -> Encoded:
+        """Text tokens are numbered from 100 over all documents, so that a value tells where it comes from."""
+        before, after = self.template.prefix, self.template.suffix
+        number = itertools.count(100)
+        rows = [[*before, *(next(number) for _ in range(n)), *after] if n else [] for n in self.lengths]
+        ids = np.array([i for row in rows for i in row], np.int32)
+        bounds = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+        return Encoded(bounds, ids, ids, ids, np.zeros(len(ids), np.uint8), ids)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    width = draw(st.integers(1, 24) | st.sampled_from([128, 510]))
+    overlap = draw(st.integers(0, width - 1))
+    lengths = draw(
+        st.lists(st.integers(0, 80) | st.sampled_from([width, width + 1, 2 * width, 1000, 5000]), max_size=6)
+    )
+    longest = 400 * (width - overlap)  # a stride of one token makes as many windows as tokens
+    return Case(
+        [min(n, longest) for n in lengths],
+        Template(tuple(range(1, 1 + draw(st.integers(0, 2)))), tuple(range(11, 11 + draw(st.integers(0, 2))))),
+        width, overlap, draw(st.booleans()), draw(st.integers(16, 4000)),
+    )  # fmt: skip
+
+
+def _cut(case: Case) -> tuple[Encoded, list[Window]]:
+    encoded = case.encoded
+    return encoded, make_windows(encoded, case.template, case.width, case.overlap, case.causal)
+
+
+@given(cases())
+def test_every_row_is_recorded_exactly_once_from_its_own_input(case: Case) -> None:
+    encoded, windows = _cut(case)
+    encoder = cast(TextEncoder, SimpleNamespace(template=case.template, pad_id=PAD))
+    out = np.full((2, len(encoded.token_ids)), np.nan, np.float32)
+    for batch in make_batches(windows, case.batch_tokens):
+        ids, mask = batch_inputs(batch, encoded, encoder)
+        assert ids.shape == mask.shape == (len(batch), max(w.length for w in batch))
+        assert ((ids == PAD) == (mask == 0)).all()
+        assert [row.sum() for row in mask] == [w.length for w in batch] == [row.argmin() or row.size for row in mask]
+        scatter(batch, np.stack([ids, -ids]).astype(np.float32), out)
+    assert np.array_equal(out, np.stack([encoded.token_ids, -encoded.token_ids]).astype(np.float32))
+    assert sum(w.keep_end - w.keep_start for w in windows) == len(encoded.token_ids)
+
+
+@given(cases())
+def test_a_windows_input_is_the_documents_tokens_inside_the_template(case: Case) -> None:
+    encoded, windows = _cut(case)
+    before, after = list(case.template.prefix), list(case.template.suffix)
+    encoder = cast(TextEncoder, SimpleNamespace(template=case.template, pad_id=PAD))
+    for window in windows:
+        ids = batch_inputs([window], encoded, encoder)[0][0].tolist()
+        text = ids[len(before) : len(ids) - len(after)]
+        assert ids == [*before, *text, *after]
+        assert 1 <= len(text) <= case.width
+        assert text == list(range(text[0], text[0] + len(text)))
+        doc = np.searchsorted(encoded.bounds, window.row, side="right") - 1
+        begin = 100 + sum(case.lengths[:doc])
+        assert begin <= text[0] and text[-1] < begin + case.lengths[doc]
+        assert len(text) == min(case.width, case.lengths[doc])  # full, unless the document is shorter
+
+
+@given(cases())
+@settings(deadline=None)
+def test_a_token_is_recorded_in_the_window_where_it_sees_most(case: Case) -> None:
+    encoded, windows = _cut(case)
+    before, around = len(case.template.prefix), case.template.num_special
+    for doc, n in enumerate(case.lengths):
+        first = int(encoded.bounds[doc])
+        here = [w for w in windows if first <= w.row < encoded.bounds[doc + 1]]
+        spans = [(w.row - first, w.row - first + w.length - around) for w in here]
+        best, got = np.full(n, -1.0), np.full(n, -1.0)
+        for window, (begin, end) in zip(here, spans, strict=True):
+            at = np.arange(begin, end)
+            left = at - begin + (math.inf if begin == 0 else 0)
+            right = end - 1 - at + (math.inf if end == n else 0)
+            sees = left if case.causal else np.minimum(left, right)
+            best[begin:end] = np.maximum(best[begin:end], sees)
+            kept = slice(max(0, window.keep_start - before), min(window.keep_end - before, end - begin))
+            got[begin:end][kept] = sees[kept]
+        assert got.tolist() == best.tolist()
+        assert len(spans) == (1 + max(0, -(-(n - case.width) // (case.width - case.overlap))) if n else 0)
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_batches_keep_their_budget_and_do_not_depend_on_the_order_of_windows(case: Case, order: random.Random) -> None:
+    _, windows = _cut(case)
+    batches = make_batches(windows, case.batch_tokens)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(w.length for w in batch) <= case.batch_tokens
+    for a, b in itertools.pairwise(batches):  # no room was left for the next window
+        assert (len(a) + 1) * b[0].length > case.batch_tokens
+    assert sorted((w for b in batches for w in b), key=lambda w: w.row) == windows
+    shuffled = order.sample(windows, len(windows))
+    assert make_batches(shuffled, case.batch_tokens) == batches
+
+
+def test_window_sizes_leave_room_to_move() -> None:
+    bert, none = Template((101,), (102,)), Template((), ())
+    assert window_sizes(512, None, bert) == (510, 127)
+    assert window_sizes(8, 0, none) == (8, 0)
+    assert window_sizes(8, 5, bert) == (6, 5)
+    for window, overlap in ((8, 6), (2, None), (8, 100), (1, 0)):
+        with pytest.raises(ConfigError, match="has no room to move; give a larger window_tokens or a smaller overlap"):
+            window_sizes(window, overlap, bert)
+
+
+# --- the real WordPiece tokenizer ------------------------------------------------------------------------
+
+FILE = demo.model_folder() / "tokenizer.json"
+MINILM = TextEncoder(Tokenizer.from_file(str(FILE)), 0)
+PIECES, READABLE = MINILM.texts()
+CONTROL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+LETTERS = "aeinorstLORDéÉüßñøÅİﬁżе́дЖΣςαمرحباहिन्दीก漢字日本語カナ한국어"
+OTHERS = ".,;:!?'\"-()[]#@$%&*_/\\+=<>|~^`§«»“”…—٪，。¿0123456789²½Ⅻ①€❤👍🚀🇩\u0301\u0308\ufe0f"
+SPACES = " \t\n\r\u00a0\u2009\u3000"
+DROPPED = "\x00\x07\u200b\u200d\u2060\ufeff\ufffd"
+CHARS = st.sampled_from(LETTERS + OTHERS + SPACES + DROPPED)
+TEXTS = st.lists(
+    st.text(CHARS, max_size=12) | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+    | st.sampled_from([*CONTROL, "##ing", " the LORD ", "👩‍🚀", "naïve"]), max_size=8
+).map("".join)  # fmt: skip
+
+
+def _fold(text: str) -> str:
+    """What uncased BERT keeps of ``text``: lower case, no accents, no control or format characters."""
+    dropped = ("Mn", "Cc", "Cf", "Co")
+    kept = (c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) not in dropped and c != "\ufffd")
+    return "".join(c for c in unicodedata.normalize("NFD", "".join(kept).lower()) if unicodedata.category(c) != "Mn")
+
+
+def _words(encoded: Encoded, doc: int) -> list[tuple[int, int]]:
+    """First row and the one behind the last of every word of ``doc``, by flags alone."""
+    rows = [r for r in range(*encoded.bounds[doc : doc + 2].tolist()) if not encoded.flags[r] & SPECIAL]
+    heads = [r for r in rows if encoded.flags[r] & WORD_START]
+    assert heads[:1] == rows[:1]
+    return list(zip(heads, [*heads[1:], rows[-1] + 1 if rows else 0], strict=False))
+
+
+def _written(encoder: TextEncoder, readable: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
+    """Every word of ``texts`` as the tables have it: its surface, else its tokens' readable texts."""
+    encoded = encoder.encode(texts)
+    surface = surfaces(encoded, texts, readable)
+    assert all(s is None or encoded.flags[r] & WORD_START for r, s in enumerate(surface))
+    result = []
+    for doc in range(len(texts)):
+        result.append([])
+        for head, behind in _words(encoded, doc):
+            spelled = "".join(readable[i] for i in encoded.token_ids[head:behind])
+            assert surface[head] != spelled  # nothing is said twice
+            result[-1].append(spelled if surface[head] is None else surface[head])
+    return result
+
+
+def test_truncation_and_padding_of_tokenizer_json_are_off() -> None:
+    held = json.loads(FILE.read_text("utf-8"))
+    assert held["truncation"]["max_length"] == 128 and held["padding"] is not None  # the trap is really there
+    encoded = MINILM.encode(["word " * 1000, "word"])
+    assert np.diff(encoded.bounds).tolist() == [1002, 3]
+
+
+def test_the_template_is_found() -> None:
+    assert Template((101,), (102,)) == MINILM.template
+    assert MINILM.pad_id == 0
+
+
+@pytest.mark.parametrize("control", CONTROL)
+def test_a_control_token_in_a_text_is_text(control: str) -> None:
+    for text in (control, f"a {control} b", f"{control}{control}", f"a{control}"):
+        encoded = MINILM.encode([text])
+        inside = encoded.token_ids[1:-1]
+        assert MINILM._tokenizer.token_to_id(control) not in inside
+        assert "".join(READABLE[i] for i in inside) == text.replace(" ", "").lower()
+        assert (encoded.flags[1:-1] & SPECIAL == 0).all() and (encoded.flags[[0, -1]] == SPECIAL).all()
+
+
+@given(st.lists(TEXTS, max_size=4))
+@example(["re\u0301sume\u0301 [SEP] 漢字 ab\ufffdcd", "", "İstanbul ﬁn"])
+def test_offsets_lead_back_to_the_text(texts: list[str]) -> None:
+    encoded = MINILM.encode(texts)
+    for doc, text in enumerate(texts):
+        rows = range(*encoded.bounds[doc : doc + 2].tolist())
+        if not rows:
+            assert not any(unicodedata.category(c)[0] in "P" for c in text)
+            continue
+        assert encoded.token_ids[[rows[0], rows[-1]]].tolist() == [101, 102]
+        assert encoded.start[rows[-1]] == encoded.end[rows[-1]] == encoded.end[rows[-2]]
+        assert encoded.positions[rows].tolist() == list(range(len(rows))) and set(encoded.docs[rows]) == {doc}
+        end = 0
+        for row in rows[1:-1]:
+            piece, span = PIECES[encoded.token_ids[row]], (int(encoded.start[row]), int(encoded.end[row]))
+            assert end <= span[1] and 0 <= span[0] < span[1] <= len(text)
+            if piece != "[UNK]":
+                folded, spelled = _fold(text[slice(*span)]), piece if piece == "##" else piece.removeprefix("##")
+                shared = span[0] < end or span[1] > encoded.start[row + 1]  # by pieces of one character, as of 국
+                assert spelled in folded if shared else spelled == folded
+            assert bool(encoded.flags[row] & WORD_START) == (not piece.startswith("##") or piece == "##")
+            end = span[1]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t \u3000", "\x00\x07", "\u200b\ufeff", "\ufffd", "\u0301"])
+def test_a_text_without_tokens_has_no_rows(text: str) -> None:
+    encoded = MINILM.encode([text, "a", text], [True, False, True])
+    assert encoded.bounds.tolist() == [0, 0, 3, 3]
+    assert encoded.docs.tolist() == [1, 1, 1]
+    assert surfaces(encoded, [text, "a", text], READABLE) == [None] * 3
+    assert MINILM.encode([]).bounds.tolist() == [0]
+
+
+def test_replaced_marks_tokens_that_cover_a_replacement_character() -> None:
+    texts = ["ab\ufffdc the", "ab\ufffdc the"]
+    encoded = MINILM.encode(texts, [True, False])
+    marked = [texts[0][encoded.start[r] : encoded.end[r]] for r in np.flatnonzero(encoded.flags & REPLACED)]
+    assert marked == ["ab\ufffdc"]
+    assert encoded.flags[: encoded.bounds[1]].max() == REPLACED | WORD_START
+
+
+PLAIN_TEXTS = st.lists(
+    st.text(st.sampled_from(LETTERS + OTHERS + SPACES), max_size=12)
+    | st.sampled_from(["naïve", "re\u0301sume\u0301 "]),
+    max_size=6,
+).map(lambda parts: "a" + " a".join(parts))  # a mark that follows no letter is in no word
+
+
+@given(st.lists(PLAIN_TEXTS, max_size=3))
+@example(["aRésumé re\u0301sume\u0301 LORD, a❤\ufe0f"])
+def test_the_words_as_written_are_the_text_but_for_white_space(texts: list[str]) -> None:
+    texts = [
+        "".join(c for i, c in enumerate(t) if unicodedata.category(c)[0] != "M" or not t[i - 1].isspace())
+        for t in texts
+    ]
+    assert ["".join(words) for words in _written(MINILM, READABLE, texts)] == ["".join(t.split()) for t in texts]
+
+
+def test_a_lower_casing_tokenizer_has_surfaces_for_capitals_alone() -> None:
+    text = "The LORD said, the Lord's résumé unaffordable"
+    encoded = MINILM.encode([text])
+    shown = {text[encoded.start[r] :].split()[0]: s for r, s in enumerate(surfaces(encoded, [text], READABLE)) if s}
+    assert list(shown.values()) == ["The", "LORD", "Lord", "résumé"]
+
+
+def test_a_tokenizer_that_makes_nothing_of_text_is_refused() -> None:
+    with pytest.raises(ModelError, match="no text between its special tokens"):
+        TextEncoder(Tokenizer(models.BPE()), None)
+
+
+# --- other kinds of tokenizers ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_level(byte_bpe: Path) -> TextEncoder:
+    """As GPT-2 and Llama 3: bytes, white space at the front of words, no special tokens."""
+    return TextEncoder(Tokenizer.from_file(str(byte_bpe / "tokenizer.json")), None)
+
+
+@pytest.fixture(scope="module")
+def metaspace(verses: list[str]) -> TextEncoder:
+    """As Llama 2 and Gemma: a normalizer writes spaces as \u2581, there is no pre-tokenizer, bytes are a fallback."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")  # while it learns: no piece of two words
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<s>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False
+    )
+    tokenizer.train_from_iterator(verses[:400], trainer)
+    return TextEncoder(Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": None})), None)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_words_of_other_tokenizers_start_where_white_space_ends(
+    request: pytest.FixtureRequest, kind: str, verses: list[str]
+) -> None:
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    assert encoder.template == Template((), ())
+    texts = [" ".join(w for w in v.split() if w.isalpha()) for v in verses[:300]]
+    encoded = encoder.encode(texts)
+    assert len(encoded.token_ids) > sum(len(t.split()) for t in texts)  # words have pieces
+    for doc, text in enumerate(texts):
+        words = _words(encoded, doc)
+        got = [text[encoded.start[a] : encoded.end[b - 1]].strip() for a, b in words]
+        assert got == text.split()
+        assert [text[encoded.start[a] : encoded.word_end[a]].strip() for a, _ in words] == text.split()
+    assert _written(encoder, encoder.texts()[1], texts) == [t.split() for t in texts]
+    readable = encoder.texts()[1]
+    for row, surface in enumerate(surfaces(encoded, texts, readable)):  # nothing was folded
+        assert surface is None or readable[encoded.token_ids[row]] in (" ", "\u2581")
+
+
+@given(st.lists(TEXTS, max_size=3))
+@example(["\u3000\u3000 a", "\u2009", "👩‍🚀 \n\n x", "a\u0301 b"])
+@settings(deadline=None)
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_no_text_is_lost_or_said_twice(request: pytest.FixtureRequest, kind: str, texts: list[str]) -> None:
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    encoded = encoder.encode(texts)
+    for doc, (text, words) in enumerate(zip(texts, _written(encoder, encoder.texts()[1], texts), strict=True)):
+        assert "".join("".join(words).split()) == "".join(text.split())
+        spans = [(int(encoded.start[a]), int(encoded.end[b - 1])) for a, b in _words(encoded, doc)]
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))  # a character is in one word only
+        assert all(0 <= a <= b <= len(text) for a, b in spans)
+
+
+def test_the_readable_vocabulary_has_no_marks_of_the_tokenizer(byte_level: TextEncoder, metaspace: TextEncoder) -> None:
+    assert READABLE[MINILM._tokenizer.token_to_id("##ing")] == "ing"
+    assert READABLE[MINILM._tokenizer.token_to_id("[SEP]")] == "[SEP]"
+    assert READABLE[MINILM._tokenizer.token_to_id("#")] == "#"
+    for encoder, piece in ((byte_level, "\u0120the"), (metaspace, "\u2581the")):
+        pieces, readable = encoder.texts()
+        assert readable[pieces.index(piece)] == "the"
+        assert len(pieces) == len(readable) == encoder._tokenizer.get_vocab_size()
