@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from afn_ray import manifest
 from afn_ray.reduce import wilson
@@ -176,7 +176,7 @@ def render(summary: Summary, console: Console) -> None:
         ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
                      f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
     ):  # fmt: skip
-        table.add_row(name, escape(value))
+        table.add_row(name, Text(value))
     if info["corpus"]["skipped"]:
         table.add_row("skipped", f"{len(info['corpus']['skipped'])} files with an ending that is no known format")
     console.print(table)
@@ -251,6 +251,6 @@ def render_salient(run: manifest.RunFolder, layer: int, console: Console) -> Non
     )  # fmt: skip
     table.columns[4].justify = "left"
     for a, b in zip(most, least, strict=True):
-        pair = [(escape(r["text"]), f"{r['n']:,}", f"{r['share_high']:.0%}", _figure(r["q2"])) for r in (a, b)]
+        pair = [(Text(r["text"]), f"{r['n']:,}", f"{r['share_high']:.0%}", _figure(r["q2"])) for r in (a, b)]
         table.add_row(*pair[0], *pair[1])
     _print(table, console)

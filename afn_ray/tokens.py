@@ -222,7 +222,6 @@ def make_windows(encoded: Encoded, template: Template, width: int, overlap: int,
         kept = 0  # text tokens of this document recorded so far
         begin = 0
         while True:
-            begin = max(0, min(begin, n - width))
             end = min(begin + width, n)
             last = end == n
             next_begin = max(0, min(begin + width - overlap, n - width))

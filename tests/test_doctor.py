@@ -58,7 +58,8 @@ def test_all_is_good_here_and_nothing_stays_running(
     monkeypatch.setenv("AFN_TEST_MARK", mark)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with subprocess.Popen(["sleep", "60"]) as sleep:
-        assert running(mark) == ["sleep 60 "]  # it can be seen
+        while running(mark) != ["sleep 60 "]:  # it can be seen, once it runs
+            assert sleep.poll() is None
         sleep.kill()
     checks = by_name(check(str(tiny_bert), str(tmp_path / "new" / "store"), None))
     needed = [checks[name] for name in ("Python", "packages", "Ray", "model")]

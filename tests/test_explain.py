@@ -378,5 +378,3 @@ def test_a_text_with_half_a_character_is_measured(corpus: Corpus) -> None:
     assert explanation.text == "word \ufffd word"
     render_html(explanation).encode()
     printed(explanation).encode()
-
-

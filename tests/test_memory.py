@@ -33,7 +33,7 @@ def test_a_file_of_one_gigabyte_in_one_shard_stays_under_two(tmp_path: Path, tin
     corpus = tmp_path / "big.jsonl"
     junk = "x" * 100_000
     with corpus.open("w") as out:
-        for i in range(10_500):
+        for i in range(10_800):
             out.write(f'{{"noise": "{junk}", "text": "And it came to pass, number {i}."}}\n')
     assert corpus.stat().st_size > 1 << 30
     assert peak_bytes(corpus, tmp_path / "store", tiny_bert) < 1 << 30

@@ -261,6 +261,28 @@ def test_shards_and_layers_without_tokens(store: str, scratch: Path, parts: list
         assert tables["vocabulary"].schema == VOCABULARY_SCHEMA
 
 
+def _one_document(store: str, scratch: Path, ids: list[int], flags: list[int], strengths: list[float]) -> Any:
+    values = dict.fromkeys(LAYERS, np.array(strengths, np.float32))
+    tokens = Tokens(1, np.zeros(len(ids), np.int32), np.array(ids, np.int32), np.array(flags, np.uint8), values)
+    return _reduce(store, scratch, [tokens])
+
+
+def test_a_sink_is_over_and_not_at_so_many_medians(store: str, scratch: Path) -> None:
+    strengths = [1.0, 2.0, 2.0, 20.0, float(round_strengths(np.array([20.001], np.float32))[0])]
+    rows = _one_document(store, scratch, [1] * 5, [WORD_START] * 5, strengths)["thresholds"].to_pylist()
+    assert [(r["population"], r["n"], r["max"], r["n_sinks"]) for r in rows[:2]] == [
+        ("tokens", 5, strengths[4], 1), ("tokens_without_sinks", 4, 20.0, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("starts", "name"), [(2, "content"), (3, "content"), (1, "fragment")])
+def test_a_piece_is_a_fragment_where_it_mostly_continues_words(
+    store: str, scratch: Path, starts: int, name: str
+) -> None:
+    flags = [WORD_START] * starts + [0] * (4 - starts)
+    assert _one_document(store, scratch, [3] * 4, flags, [1.0] * 4)["vocabulary"]["class"].to_pylist() == [name] * 2
+
+
 def test_special_tokens_alone_have_no_threshold(store: str, scratch: Path) -> None:
     corpus = _corpus(8, 5)
     only = replace(corpus, flags=np.full(len(corpus.docs), SPECIAL, np.uint8))

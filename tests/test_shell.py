@@ -162,7 +162,7 @@ def test_text_of_the_corpus_cannot_act_on_the_terminal(run: Run, text: str) -> N
         assert "[red]x[/red] :smile:" in shown or "[red]" not in text
         assert "\\" in shown or "[red]" in text
     out = io.BytesIO()
-    shell.print_result(run.sql(f'PIVOT (SELECT \'{text.replace(chr(0), "")}\' AS k) ON k USING count(*)'), "table", out)
+    shell.print_result(run.sql(f"PIVOT (SELECT '{text.replace(chr(0), '')}' AS k) ON k USING count(*)"), "table", out)
     assert not shell.UNSAFE.search(out.getvalue().decode().replace("\n", ""))
 
 

@@ -175,6 +175,13 @@ def test_no_terminal_loses_a_head_or_a_figure(
     assert sum("no sinks" in line for line in thresholds) == (len(layers) if n_sinks else 0)
 
 
+def test_what_is_wider_than_the_terminal_is_not_cut_short(tmp_path: Path) -> None:
+    rows = [_threshold(8, p, 1.0, 123_456_789) | {"n": 12_345_678_901} for p in ("tokens", "tokens_without_sinks")]
+    text = _shown(_run(tmp_path, (8,), thresholds=rows), 60)
+    assert "…" not in text and tuple(_table(text, "Thresholds")[0].split()) == HEADS
+    assert "12,345,678,901" in text and "123,456,789" in text
+
+
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("layers", [(8,), (0, 8), (0, 4, 8, 12), tuple(range(13)), (1, 2, 3, 4, 5)])
 def test_class_shares_stand_beside_their_control(tmp_path: Path, width: int, layers: tuple[int, ...]) -> None:

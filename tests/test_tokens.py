@@ -249,7 +249,8 @@ def test_offsets_lead_back_to_the_text(texts: list[str]) -> None:
                 folded, spelled = _fold(text[slice(*span)]), piece if piece == "##" else piece.removeprefix("##")
                 shared = span[0] < end or span[1] > encoded.start[row + 1]  # by pieces of one character, as of 국
                 assert spelled in folded if shared else spelled == folded
-            assert bool(encoded.flags[row] & WORD_START) == (not piece.startswith("##") or piece == "##")
+            apart = span[0] > 0 and text[span[0] - 1].isspace()  # a form feed, which BERT drops and reads on
+            assert bool(encoded.flags[row] & WORD_START) == (not piece.startswith("##") or piece == "##" or apart)
             end = span[1]
 
 

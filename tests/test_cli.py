@@ -1,0 +1,151 @@
+"""The command as a user types it, right and wrong: what it prints and the code it leaves with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_jsonl
+
+from afn_ray import cli
+
+
+def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "afn_ray", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> Path:
+    """A store with one complete run of 100 verses, made by flags and a TOML file together."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_jsonl(folder / "verses.jsonl", [{"id": f"v{i}", "text": t} for i, t in enumerate(verses[:100])])
+    (folder / "run.toml").write_text(f'corpus = "{folder}/verses.jsonl"\nmodel = "{tiny_bert}"\nlayers = "all"\n')
+    done = afn(
+        "run", "--config", folder / "run.toml", "--store", folder / "store", "--layers", "0,2", "--executor", "inline",
+        "--id-column", "id",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 files" in done.stderr and "is complete" in done.stderr
+    assert done.stdout.startswith("\nNext: afn show ")
+    return folder / "store"
+
+
+def test_show_prints_the_honest_summary_and_json(store: Path) -> None:
+    text = afn("show", store).stdout
+    for expected in ("100 measured", "Thresholds", "layer 2", "(control)", "rarity alone", "CV"):
+        assert expected in text
+    summary = json.loads(afn("show", store, "--json").stdout)
+    assert [facts["layer"] for facts in summary["layers"]] == [0, 2]
+
+
+@pytest.mark.parametrize("format", ["csv", "json", "parquet"])
+def test_sql_answers_in_every_format(store: Path, format: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    query = "SELECT doc_id, n_tokens FROM documents ORDER BY doc LIMIT 2"
+    assert afn("sql", store, query, "--format", format, "--out", out).returncode == 0
+    if format == "csv":
+        assert list(csv.reader(out.open()))[:2] == [["doc_id", "n_tokens"], ["v0", "13"]]
+    elif format == "json":
+        assert json.loads(out.read_text())[0] == {"doc_id": "v0", "n_tokens": 13}
+    else:
+        assert pq.read_table(out).column_names == ["doc_id", "n_tokens"]
+
+
+def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_wrong_one(store: Path) -> None:
+    done = afn("sql", store, stdin="SELECT 1 AS one;\nSELECT count(*) AS n FROM documents;")
+    assert done.returncode == 0 and "one" in done.stdout and "100" in done.stdout
+    done = afn("sql", store, stdin="SELECT nothing FROM documents;")
+    assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path) -> None:
+    assert "beginning" in afn("explain", store, "In the beginning").stdout
+    tokens = json.loads(afn("explain", store, "-", "--json", stdin="In the beginning\n").stdout)["tokens"]
+    assert [t["piece"] for t in tokens] == ["[CLS]", "in", "the", "beginning", "[SEP]"]
+    done = afn("explain", store, "In the beginning", "--html", tmp_path / "page.html")
+    assert done.returncode == 0 and "<html" in (tmp_path / "page.html").read_text()
+
+
+def test_a_dry_run_prints_the_plan(store: Path, tiny_bert: Path) -> None:
+    corpus = store.parent / "verses.jsonl"
+    done = afn("run", corpus, "--model", tiny_bert, "--store", store / "new", "--executor", "inline", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for expected in ("100 documents", "1, of them 0 in the store and 1 to do", "tokens/s", "nothing was done"):
+        assert expected in done.stdout
+    assert not (store / "new").exists()
+
+
+def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
+    done = afn(
+        "run", "--config", store.parent / "run.toml", "--store", store, "--layers", "0,2", "--id-column", "id"
+    )  # with Ray as its executor, which it then need not start
+    assert done.returncode == 0 and "nothing to do" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run"], "missing: corpus, model, store"),
+        (["run", "x", "--modle", "y"], "unrecognized arguments: --modle"),
+        (["run", "x", "--model", "y", "--store", "z", "--workers", "0"], "workers is 0; expected at least 1"),
+        (["run", "x", "--model", "y", "--store", "z", "--workers", "two"], "invalid int value: 'two'"),
+        (["run", "x", "--model", "y", "--store", "z", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["run", "x", "--model", "y", "--store", "z", "--layers", "eight"], "layers is 'eight'; expected numbers"),
+        (["run", "--config", "nowhere.toml"], "config file nowhere.toml cannot be read"),
+        (["run", "--config", "broken.toml"], "is not TOML"),
+        (["run", "--config", "typo.toml"], "unknown key in typo.toml: modle; known keys: corpus, model, store"),
+        (["run", "no.jsonl", "--model", "{model}", "--store", "s"], "no.jsonl: no such file or folder"),
+        (["run", "c.jsonl", "--model", "no/such", "--store", "s"], "no model 'no/such'"),
+        (["run", "c.jsonl", "--model", "{model}", "--store", "s", "--layers", "9"], "layers 0 (embeddings) to 3"),
+        (["run", "c.jsonl", "--model", "{model}", "--store", "s", "--text-column", "body"], "it has: text"),
+        (["run", "c.jsonl", "--model", "{model}", "--store", "c.jsonl/s"], "c.jsonl/s"),
+        (["run", "c.exe", "--model", "{model}", "--store", "s"], "no file has a known ending"),
+        (["show", "nowhere"], "nowhere is neither a store nor a run"),
+        (["sql", "nowhere", "SELECT 1"], "is neither a store nor a run"),
+        (["sql", "{store}", "SELEC 1"], "syntax error"),
+        (["sql", "{store}", "SELECT * FROM read_text('/etc/passwd')"], "afn:"),
+        (["sql", "{store}", "COPY tokens TO 'x.csv'"], "afn:"),
+        (["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x"], "cannot be written"),
+        (["explain", "{store}", ""], "afn:"),
+        (["explain", "{store}", "hello", "--layer", "7"], "7"),
+        (["doctor", "--model", "/no/model"], "no model at /no/model"),
+        (["unknown"], "invalid choice: 'unknown'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_what_is_typed_wrong_leaves_with_2_and_a_line_that_helps(
+    args: list[str], message: str, tmp_path: Path, store: Path, tiny_bert: Path
+) -> None:
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    (tmp_path / "c.exe").write_text("x")
+    (tmp_path / "broken.toml").write_text("= 1")
+    (tmp_path / "typo.toml").write_text('modle = "x"')
+    if "run" in args[:1] and "{model}" in args:
+        args = [*args, "--executor", "inline"]
+    done = afn(*(a.format(model=tiny_bert, store=store) if "{" in a else a for a in args), cwd=tmp_path)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
+    done = afn("show", "\x1b[31mred")
+    assert done.returncode == 2 and "\x1b" not in done.stderr and "x1b[31mred" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
+    command = f"{sys.executable} -m afn_ray sql {store} 'FROM tokens' --format csv | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+
+
+def test_the_parser_has_no_option_without_help() -> None:
+    (commands,) = (a for a in cli._parser()._actions if a.choices)
+    assert all(a.help for parser in commands.choices.values() for a in parser._actions)

@@ -1,0 +1,85 @@
+"""Frozen surfaces: what users' scripts, SQL and stored data rely on changes only on purpose.
+
+After a change on purpose: ``AFN_FREEZE=1 python -m pytest tests/test_surface.py``, and look at the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import afn_ray
+from afn_ray import cli, schema
+from afn_ray.config import HINTS, RunConfig
+
+FROZEN = Path(__file__).parent / "frozen"
+
+
+def check(name: str, value: Any) -> None:
+    path = FROZEN / f"{name}.json"
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    if os.environ.get("AFN_FREEZE"):
+        path.write_text(text, "utf-8")
+    assert json.loads(text) == json.loads(path.read_text("utf-8"))
+
+
+def columns(arrow: Any) -> list[str]:
+    return [str(field) for field in arrow]
+
+
+def test_public_names() -> None:
+    check("names", sorted(afn_ray.__all__))
+    assert all(getattr(afn_ray, name) is not None for name in afn_ray.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        afn_ray.nothing  # noqa: B018
+
+
+def test_arrow_schemas() -> None:
+    found = {name.lower(): columns(getattr(schema, name)) for name in dir(schema) if name.endswith("_SCHEMA")}
+    found["tokens"] = columns(schema.tokens_schema((4, 8), offsets=True))
+    found["tokens_without_offsets"] = columns(schema.tokens_schema((8,), offsets=False))
+    found["documents"] = columns(schema.documents_schema((4, 8)))
+    check("schemas", {"version": schema.SCHEMA_VERSION, **found})
+
+
+def test_config_keys() -> None:
+    check(
+        "config",
+        {f.name: [str(HINTS[f.name]), None if f.default is MISSING else f.default] for f in fields(RunConfig)},
+    )
+
+
+def test_command_line() -> None:
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = {
+        name: [
+            {"flags": a.option_strings or a.metavar, "help": a.help, "choices": list(a.choices) if a.choices else None}
+            for a in parser._actions
+        ]
+        for name, parser in commands.choices.items()
+    }
+    check("cli", found)
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["sql"], ["explain"], ["doctor"], ["demo"]])
+def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str]) -> None:
+    code = "import sys; sys.argv = ['afn', *sys.argv[1:], '--help']\n" + (
+        "try:\n    from afn_ray.cli import main; main()\nfinally:\n"
+        "    heavy = {'torch', 'ray', 'duckdb', 'transformers'} & set(sys.modules)\n    assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("usage: afn")
+
+
+def test_a_run_in_this_process_imports_no_ray() -> None:
+    code = "import sys, afn_ray.pipeline, afn_ray.cluster, afn_ray.job; assert 'ray' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
