@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from afn_ray.config import CHOICES, HINTS, RunConfig, config_from
-from afn_ray.errors import AfnError, ConfigError, Interrupted
+from afn_ray.errors import AfnError, ConfigError, Interrupted, printable
 
 if TYPE_CHECKING:
     from afn_ray.job import Estimate, Event, OnEvent
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except AfnError as error:
-        errors.print(f"afn: {_printable(str(error))}", markup=False)
+        errors.print("afn:", printable(str(error), keep="\n"), markup=False)
         code = error.exit_code
     sys.exit(code)
 
@@ -60,11 +60,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _printable(text: str) -> str:
-    """``text`` without control characters: names and texts of the corpus may hold some."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 # --- grammar ---------------------------------------------------------------------------------------------
@@ -261,26 +256,24 @@ def _demo(args: argparse.Namespace) -> None:
     from afn_ray import job
 
     console = Console(stderr=True, highlight=False)
-    with _progress(console, quiet=False) as on_event, job.run(config, on_event) as run:
-        uri = run.uri
+    with _progress(console, quiet=False) as on_event:
+        run = job.run(config, on_event)
     seconds = time.monotonic() - began
-    folder = manifest.find_run(uri)
-    summary = show.summarise(folder)
+    summary = show.summarise(manifest.find_run(run.uri))
+    layer = summary.layers[-1].layer
     out = Console(highlight=False)
-    out.print(
-        f"\n{summary.info['counts']['tokens']:,} tokens of the King James verses, all-MiniLM-L6-v2; "
-        f"this took {seconds:.0f} s\n"
-    )
+    tokens = summary.info["counts"]["tokens"]
+    out.print(f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} s\n")
     show.render_thresholds(summary, out)
     show.render_classes(summary, out)
-    show.render_salient(folder, summary.layers[-1].layer, out)
+    with run:
+        show.render_salient(run, layer, out)
     show.render_caution(summary, out)
     store = _shell(args.store)
-    out.print(f"\nResults: {uri}\n", markup=False, soft_wrap=True)
-    layer = summary.layers[-1].layer
     query = f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND n > 99 ORDER BY share_high LIMIT 9"
+    out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)
     for command in (f"show {store}", f"explain {store} 'In the beginning was the Word'", f'sql {store} "{query}"'):
-        out.print(f"Next:  afn {command}", markup=False, soft_wrap=True)
+        out.print(f"Next:    afn {command}", markup=False, soft_wrap=True)
 
 
 def _shell(text: str) -> str:
@@ -315,7 +308,7 @@ def _live(console: Console) -> Iterator[OnEvent]:
 
         def on_event(event: Event) -> None:
             if event.kind in ("planned", "complete"):
-                progress.console.print(_printable(event.message), markup=False, soft_wrap=True)
+                progress.console.print(printable(event.message), markup=False, soft_wrap=True)
             elif event.kind == "hashing":
                 progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
             elif event.state is not None:
@@ -335,7 +328,7 @@ def _log(console: Console) -> OnEvent:
         nonlocal last
         state = event.state
         if state is None and event.kind != "hashing":
-            console.print(_printable(event.message), markup=False, soft_wrap=True)
+            console.print(printable(event.message), markup=False, soft_wrap=True)
         elif time.monotonic() - last >= LOG_EVERY_S:
             last = time.monotonic()
             if state is None:
@@ -381,9 +374,9 @@ def _print_estimate(e: Estimate, console: Console) -> None:
         ("measure", e.measure),
     ]
     for name, value in rows:
-        console.print(f"{name:<8} {_printable(value)}", markup=False, soft_wrap=True)
+        console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
     for uri in e.skipped:
-        console.print(f"skipped  {_printable(uri)}: its ending is no known format", markup=False, soft_wrap=True)
+        console.print(f"skipped  {printable(uri)}: its ending is no known format", markup=False, soft_wrap=True)
     console.print("nothing was done (--dry-run)", markup=False)
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import AfnError, ConfigError
+from afn_ray.errors import AfnError, ConfigError, printable
 
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
@@ -274,16 +274,11 @@ def render(checks: list[Check], console: Console) -> None:
     for head in ("", "check", "found"):
         table.add_column(head, no_wrap=head != "found", overflow="fold")
     for c in checks:
-        found = Text(_printable(c.found))
+        found = Text(printable(c.found, keep="\n"))
         if c.advice:
-            found.append("\n-> " + _printable(c.advice), "bold")
+            found.append("\n-> " + printable(c.advice, keep="\n"), "bold")
         table.add_row(Text(*MARKS[c.ok]), Text(c.name), found)
     console.print(table)
     failed = sum(c.ok is False for c in checks)
     warned = sum(c.ok is None for c in checks)
     console.print(f"  {len(checks)} checks: {failed} failed, {warned} warnings" if failed or warned else "  all good")
-
-
-def _printable(text: str) -> str:
-    """``text`` without control characters; paths and addresses may hold some."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

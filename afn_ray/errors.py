@@ -1,4 +1,4 @@
-"""The errors a caller can act on, sorted by what the caller does next.
+"""The errors a caller can act on, sorted by what the caller does next, and how to print them safely.
 
 ::
 
@@ -14,6 +14,16 @@
 
 Every constructor takes the message alone, so that errors survive pickling between processes.
 """
+
+import re
+
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, rings, recolours or reorders a terminal: control characters and those of direction."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with characters that act on a terminal shown as escapes, those in ``keep`` left as they are."""
+    return UNSAFE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
 class AfnError(Exception):

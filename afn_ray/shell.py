@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import QueryError
+from afn_ray.errors import QueryError, printable
 from afn_ray.query import VIEWS, Result, Run
 
 FORMATS = ("table", "csv", "json", "parquet")
@@ -42,14 +42,6 @@ MAX_CELL = 300
 TEXT_WIDTH = 24
 """Columns of text keep this width before columns are left out of a table."""
 BATCH_ROWS = 1 << 14
-
-UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves the cursor, rings, recolours or reorders a terminal: control characters and those of direction."""
-
-
-def printable(text: str, keep: str = "") -> str:
-    """``text`` with characters that act on a terminal shown as escapes, those in ``keep`` left as they are."""
-    return UNSAFE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
 # --- printing --------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import manifest
+from afn_ray import lexicon, manifest
+from afn_ray.query import Run
 from afn_ray.reduce import wilson
 from afn_ray.schema import CLASSES
 
@@ -239,18 +240,51 @@ def render_caution(summary: Summary, console: Console) -> None:
     console.print("\n".join(["[bold]To be careful about[/bold]", *lines]), highlight=False, soft_wrap=True)
 
 
-def render_salient(run: manifest.RunFolder, layer: int, console: Console) -> None:
-    """Content words that are HIGH most and least surely: ranked by the near end of the interval."""
-    vocabulary = manifest.read_table(run, "vocabulary").to_pylist()
-    words = [r for r in vocabulary if r["layer"] == layer and r["class"] == "content" and r["n"] >= SALIENT_MIN_N]
-    most = sorted(words, key=lambda r: (-r["share_high_low"], -r["n"], r["token_id"]))[:SALIENT_WORDS]
-    least = sorted(words, key=lambda r: (r["share_high_high"], -r["n"], r["token_id"]))[:SALIENT_WORDS]
+@dataclass(frozen=True, slots=True)
+class SalientWord:
+    """One word, whatever its case, and how often the mean strength of its tokens is at or above Q3."""
+
+    text: str
+    n: int
+    n_high: int
+    median: float  # of the words' mean strengths
+    low: float  # Wilson's 95 % interval of the share
+    high: float
+
+
+def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[SalientWord]]:
+    """Content words that are HIGH most surely and least surely: ranked by the near end of the interval.
+
+    A word here is two letters or more, and no function word of the run's language. Reads the run's tokens once.
+    """
+    (q3,) = (t["q3"] for t in run.thresholds().to_arrow_table().to_pylist()
+             if t["layer"] == layer and t["population"] == "tokens")  # fmt: skip
+    strength = f"mean_strength_{int(layer)}"
+    query = f"""
+        SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({strength} >= $q3) AS n_high,
+               quantile_disc({strength}, 0.5) AS median
+        FROM words WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') GROUP BY lower(text) HAVING n >= $least
+    """  # noqa: S608 - the layer is a number
+    rows = run.sql(query, {"q3": q3, "least": SALIENT_MIN_N}).fetchall()
+    functions = lexicon.function_words(run.info["config"]["language"])
+    found = []
+    for word, n, n_high, median in rows:
+        if word not in functions:
+            low, high = wilson(n_high, n)
+            found.append(SalientWord(word, n, n_high, median, float(low), float(high)))
+    most = sorted(found, key=lambda w: (-w.low, -w.n, w.text))[:SALIENT_WORDS]
+    least = sorted(found, key=lambda w: (w.high, -w.n, w.text))[:SALIENT_WORDS]
+    return most, least
+
+
+def render_salient(run: Run, layer: int, console: Console) -> None:
+    """The most and the least salient words, side by side."""
     table = _table(
-        f"Content words at layer {layer}, seen {SALIENT_MIN_N} times or more",
+        f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at or above Q3)",
         "most salient", "n", "HIGH", "median", "least salient", "n", "HIGH", "median", left=1,
     )  # fmt: skip
     table.columns[4].justify = "left"
-    for a, b in zip(most, least, strict=True):
-        pair = [(Text(r["text"]), f"{r['n']:,}", f"{r['share_high']:.0%}", _figure(r["q2"])) for r in (a, b)]
-        table.add_row(*pair[0], *pair[1])
+    for pair in zip(*salient_words(run, layer), strict=True):
+        cells = [(Text(w.text), f"{w.n:,}", f"{w.n_high / w.n:.0%}", _figure(w.median)) for w in pair]
+        table.add_row(*cells[0], *cells[1])
     _print(table, console)

@@ -23,7 +23,7 @@ import transformers
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import manifest, pipeline, records, storage
+from afn_ray import lexicon, manifest, pipeline, records, show, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, tokens_schema
@@ -528,3 +528,32 @@ def test_a_model_folder_that_moves_keeps_the_measure(
     events = []
     afn_ray.run(make_config(corpus=(str(corpus),), model=str(moved)), events.append).close()
     assert events[-1].message.startswith("nothing to do")
+
+
+def test_salient_words_are_those_of_the_tokens_read_one_by_one(
+    tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:300]])
+    with afn_ray.run(make_config(corpus=(str(corpus),), model=str(minilm), layers="0")) as run:
+        most, least = show.salient_words(run, 0)
+        ((q3,),) = run.sql("SELECT q3 FROM thresholds WHERE population = 'tokens'").fetchall()
+        words: dict[str, list[float]] = {}
+        text, values = "", []
+        for row in [*all_rows(run, "tokens"), {"flags": SPECIAL}]:
+            if row["flags"] and text:
+                words.setdefault(text.lower(), []).append(float(np.mean(values)))
+                text, values = "", []
+            if not row["flags"] & SPECIAL:
+                text += verses[row["doc"]][row["start"] : row["end"]]
+                values.append(row["strength_0"])
+    functions = lexicon.function_words("en")
+    shares = {
+        w: np.mean(np.array(v) >= q3)
+        for w, v in words.items()
+        if len(v) >= show.SALIENT_MIN_N and w.isalpha() and len(w) > 1 and w not in functions
+    }
+    assert len(most) == len(least) == show.SALIENT_WORDS <= len(shares)
+    for word in (*most, *least):
+        assert (word.n, word.n_high / word.n) == (len(words[word.text]), shares[word.text])
+        assert word.median == np.quantile(words[word.text], 0.5, method="inverted_cdf")
+    assert min(w.low for w in most) > max(w.low for w in least)

@@ -23,7 +23,7 @@ from prompt_toolkit.output import DummyOutput
 from test_query import ENDLESS, LAYERS, SHARDS, write_run
 
 from afn_ray import shell
-from afn_ray.errors import QueryError
+from afn_ray.errors import UNSAFE, QueryError
 from afn_ray.query import Run, open_run
 
 
@@ -158,12 +158,12 @@ def test_text_of_the_corpus_cannot_act_on_the_terminal(run: Run, text: str) -> N
         out = io.BytesIO()
         shell.print_result(run.sql(sql, {"t": text}), "table", out)
         shown = out.getvalue().decode()
-        assert not shell.UNSAFE.search(shown.replace("\n", ""))
+        assert not UNSAFE.search(shown.replace("\n", ""))
         assert "[red]x[/red] :smile:" in shown or "[red]" not in text
         assert "\\" in shown or "[red]" in text
     out = io.BytesIO()
     shell.print_result(run.sql(f"PIVOT (SELECT '{text.replace(chr(0), '')}' AS k) ON k USING count(*)"), "table", out)
-    assert not shell.UNSAFE.search(out.getvalue().decode().replace("\n", ""))
+    assert not UNSAFE.search(out.getvalue().decode().replace("\n", ""))
 
 
 def test_a_plan_is_printed_as_it_is_drawn(run: Run) -> None:

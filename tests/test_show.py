@@ -86,8 +86,6 @@ def _run(
 def _shown(run: RunFolder, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     show.render(show.summarise(run), console)
-    for layer in run.info["layers"]:
-        show.render_salient(run, layer, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -219,20 +217,3 @@ def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     types = [_type(8, i, t, "content", 50, 10 * i, 1.0) for i, t in enumerate(texts)]
     text = _shown(_run(tmp_path, (8,), types), 100)
     assert "/data/[bold]news[/bold]/*.jsonl" in text and "/models/[red]bert" in text
-    rows = _table(text, "Content words")[1:]
-    assert [row.split()[0] for row in rows] == texts[::-1] and [row.split()[4] for row in rows] == texts
-
-
-def test_salient_words_are_content_words_seen_often_enough(tmp_path: Path) -> None:
-    types = [_type(8, i, f"w{i:02}", "content", 20 + i, i, 1.0) for i in range(30)]
-    types += [
-        _type(8, 90, "rare", "content", show.SALIENT_MIN_N - 1, 19, 1.0),
-        _type(8, 91, "the", "function", 99, 99, 1.0),
-    ]
-    types += [_type(9, 92, "other", "content", 99, 99, 1.0)]
-    console = Console(file=io.StringIO(), width=80)
-    show.render_salient(_run(tmp_path, (8,), types), 8, console)
-    assert isinstance(console.file, io.StringIO)
-    rows = [line.split() for line in _table(console.file.getvalue(), "Content words")[1:]]
-    assert [r[0] for r in rows] == [f"w{i:02}" for i in range(29, 19, -1)]
-    assert [r[4] for r in rows] == [f"w{i:02}" for i in range(10)]

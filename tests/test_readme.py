@@ -1,0 +1,95 @@
+"""Every command and every line of Python in the README runs; the first two blocks are CI's, in fresh environments."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_jsonl
+
+from afn_ray import cli, demo
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minilm: Path) -> Path:
+    """What the README speaks of: a corpus, a model, run.toml, and the demo's store over fewer verses."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "corpus").mkdir()
+    (folder / "path" / "to").mkdir(parents=True)
+    (folder / "path" / "to" / "model").symlink_to(minilm)
+    rows = [{"citation": f"v{i}", "id": i, "text": t} for i, t in enumerate(verses[:300])]
+    write_jsonl(folder / "corpus" / "verses.jsonl", rows)
+    (folder / "run.toml").write_text(blocks("toml")[0])
+    config = demo.demo_config("afn-demo")
+    done = subprocess.run(
+        [sys.executable, "-m", "afn_ray", "run", "corpus", "--store", "afn-demo", "--layers", config.layers,
+         "--model", str(minilm), "--id-column", "citation", "--executor", "inline"],
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_first_two_blocks_are_the_two_commands_of_a_newcomer() -> None:
+    first, second = blocks("sh")[:2]
+    assert 'pip install -c constraints.txt -e ".[demo]" && afn demo' in first
+    assert 'pip install -c constraints.txt -e ".[dev]" && python -m pytest' in second
+
+
+@pytest.mark.ray
+def test_every_other_command_runs_in_order(workplace: Path) -> None:
+    commands = [line for block in blocks("sh")[2:] for line in block.splitlines() if line]
+    assert len(commands) > 8
+    for command in commands:
+        assert command.startswith(("afn ", "python jobs/")), command
+        if not command.startswith("afn "):
+            continue  # the benchmark takes minutes; test_benchmark_measures runs what it is made of
+        done = subprocess.run(
+            [sys.executable, "-m", "afn_ray", *shlex.split(command)[1:]], cwd=workplace, capture_output=True, text=True,
+            timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert done.stdout.strip() or "--out" in command, command
+    assert (workplace / "beginning.html").exists() and (workplace / "thresholds.parquet").exists()
+
+
+def test_the_python_runs(workplace: Path) -> None:
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "share_high" in done.stdout
+
+
+def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
+    (commands,) = (a for a in cli._parser()._actions if a.choices)
+    flags = {flag for parser in commands.choices.values() for a in parser._actions for flag in a.option_strings}
+    prose = re.sub(r"^```.*?^```", "", README.read_text("utf-8"), flags=re.M | re.S)
+    named = set(re.findall(r"`(--[a-z-]+)", prose))
+    assert named and named <= flags, named - flags
+
+
+def test_benchmark_measures(tmp_path: Path) -> None:
+    """The pieces of jobs/benchmark.py, without its minutes: a command's time and its family's memory."""
+    code = (
+        "import json, sys, benchmark\n"
+        "work = 'import time; x = bytes([1]) * (200 << 20); time.sleep(1.5)'\n"
+        "seconds, peak = benchmark.timed([sys.executable, '-c', work])\n"
+        "print(json.dumps([seconds, peak, benchmark.cpu_name()]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(README.parent / "jobs")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    seconds, peak, name = json.loads(done.stdout)
+    assert seconds > 1.5 and 200 << 20 < peak < 400 << 20 and name
