@@ -11,6 +11,7 @@ Layout of a store::
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -179,7 +180,8 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
         for piece in shard.slices
     ]
     table = pa.Table.from_pylist(rows, PLAN_SCHEMA).replace_schema_metadata({"afn": json.dumps(header)})
-    storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
+    with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
+        storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
     return RunFolder(storage.join(runs, name), config.store, name, {})
 
 
@@ -346,7 +348,13 @@ def publish(
         files[table] = {
             "name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": storage.sha256_file(path),
         }  # fmt: skip
-        storage.upload(path, storage.join(folder, name))
+    uris = [storage.join(folder, str(file["name"])) for file in files.values()]
+    try:
+        for uri, (path, _) in zip(uris, tables.values(), strict=True):
+            storage.upload(path, uri)
+    except BaseException:  # nobody refers to them yet, and a full disk needs the room
+        storage.delete(uris)
+        raise
     commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
     body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit),
             "slices": [asdict(s) for s in shard.slices], "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
@@ -362,7 +370,7 @@ def publish(
     if winner is None:
         raise StoreError(f"{folder}/commit.json exists but cannot be read back; is something deleting from the store?")
     if winner.attempt != attempt:
-        storage.delete([storage.join(folder, str(f["name"])) for f in files.values()])
+        storage.delete(uris)
         if winner.counts != counts:
             raise StoreError(f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
                              "is one worker's model or library different?")  # fmt: skip

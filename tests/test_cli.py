@@ -50,7 +50,7 @@ def test_sql_answers_in_every_format(store: Path, format: str, tmp_path: Path) -
     query = "SELECT doc_id, n_tokens FROM documents ORDER BY doc LIMIT 2"
     assert afn("sql", store, query, "--format", format, "--out", out).returncode == 0
     if format == "csv":
-        assert list(csv.reader(out.open()))[:2] == [["doc_id", "n_tokens"], ["v0", "13"]]
+        assert list(csv.reader(out.read_text().splitlines()))[:2] == [["doc_id", "n_tokens"], ["v0", "13"]]
     elif format == "json":
         assert json.loads(out.read_text())[0] == {"doc_id": "v0", "n_tokens": 13}
     else:

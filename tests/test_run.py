@@ -557,3 +557,32 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
         assert (word.n, word.n_high / word.n) == (len(words[word.text]), shares[word.text])
         assert word.median == np.quantile(words[word.text], 0.5, method="inverted_cdf")
     assert min(w.low for w in most) > max(w.low for w in least)
+
+
+def test_single_documents_of_100_megabytes_are_quarantined_and_the_others_measured(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"word " * (20 << 20))
+    with (folder / "b.jsonl").open("wb") as out:
+        out.write(b'{"text": "' + b"word " * (20 << 20) + b'"}\n{"text": "A small one."}\n')
+    with afn_ray.run(make_config()) as run:
+        status = [(d["status"], d["n_tokens"]) for d in all_rows(run, "documents")]
+    assert status[0] == ("quarantined: document of 104857600 bytes is over max_document_bytes = 8388608", 0)
+    assert status[1][0].startswith("quarantined: line of 104857612 bytes is over the limit of")
+    assert status[2] == ("ok", 6)
+
+
+def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
+    tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:1500]])
+    for offsets, limit in ((True, 6), (False, 4)):
+        config = make_config(
+            corpus=(str(corpus),), model=str(minilm), offsets=offsets, shard_bytes=1 << 20, batch_tokens=2048,
+            store=str(tmp_path / f"store-{offsets}"), layers="1",
+        )  # fmt: skip
+        with afn_ray.run(config) as run:
+            ((size,),) = run.sql("SELECT sum(token_bytes) / sum(n_tokens) FROM shards").fetchall()
+        assert size <= limit
