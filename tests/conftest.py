@@ -6,10 +6,12 @@ import json
 import os
 import secrets
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,8 +19,10 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from afn_ray import demo
+from afn_ray import demo, pipeline
 from afn_ray.config import RunConfig
+from afn_ray.manifest import Commit
+from afn_ray.schema import Shard
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +137,34 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
         return RunConfig(**(values | changes))
 
     return make
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
+    """Ctrl-C in this process once ``shards`` are committed; returns the ids of those that were."""
+    process = pipeline.Processor.process
+    done: list[str] = []
+
+    def process_or_stop(self: pipeline.Processor, shard: Shard) -> Commit:
+        if len(done) == shards:
+            raise KeyboardInterrupt
+        done.append(shard.id)
+        return process(self, shard)
+
+    monkeypatch.setattr(pipeline.Processor, "process", process_or_stop)
+    return done
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A fresh folder on each kind of filesystem."""
+    if request.param == "local":
+        yield str(tmp_path / "place")
+    else:
+        uri = f"memory://{uuid.uuid4().hex}"
+        yield uri
+        fs = fsspec.filesystem("memory")
+        if fs.exists(uri):
+            fs.rm(uri, recursive=True)
 
 
 @pytest.fixture(scope="session")

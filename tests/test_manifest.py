@@ -7,8 +7,7 @@ import json
 import os
 import random
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,10 @@ def _slice(uri: str, num_bytes: int, sha256: str = "") -> FileSlice:
     return FileSlice(uri, num_bytes, "", "txt", "", 0, num_bytes, num_bytes, 1, sha256 or fingerprint(uri))
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture
+def store(place: str) -> str:
     """A fresh store on each kind of filesystem."""
-    if request.param == "local":
-        yield str(tmp_path / "store")
-    else:
-        uri = f"memory://{uuid.uuid4().hex}"
-        yield uri
-        fs = fsspec.filesystem("memory")
-        if fs.exists(uri):
-            fs.rm(uri, recursive=True)
+    return place
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from conftest import write_jsonl
+from conftest import stop_after, write_jsonl
 
 import afn_ray
 from afn_ray import cluster, demo
@@ -60,16 +60,7 @@ def test_a_run_begun_in_this_process_is_finished_on_ray(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
-    process = cluster.Processor.process
-    done: list[str] = []
-
-    def stop_after_two(self: Any, shard: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(shard.id)
-        return process(self, shard)
-
-    monkeypatch.setattr(cluster.Processor, "process", stop_after_two)
+    stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         afn_ray.run(make_config(corpus=(str(corpus),)))
     with afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=2)) as run:

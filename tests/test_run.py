@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import write_jsonl
+from conftest import stop_after, write_jsonl
 
 import afn_ray
 from afn_ray import lexicon, manifest, pipeline, records, show, storage
@@ -292,15 +292,7 @@ def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
         expected = all_rows(run, "tokens")
     config = make_config(corpus=(str(corpus),))
     process = pipeline.Processor.process
-    done: list[str] = []
-
-    def stop_after_two(self: Any, shard: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(shard.id)
-        return process(self, shard)
-
-    monkeypatch.setattr(pipeline.Processor, "process", stop_after_two)
+    done = stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         afn_ray.run(config)
     with pytest.raises(StoreError, match="holds no complete run"):

@@ -8,11 +8,9 @@ import multiprocessing
 import os
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -23,17 +21,12 @@ from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
 BODY_BYTES = 3 << 20  # more than one block, so that a torn write would show
 
 
-@pytest.fixture(params=["local", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A fresh folder on each kind of filesystem."""
-    if request.param == "local":
-        yield str(tmp_path)
-    else:
-        uri = f"memory://{uuid.uuid4().hex}"
-        yield uri
-        fs = fsspec.filesystem("memory")
-        if fs.exists(uri):
-            fs.rm(uri, recursive=True)
+@pytest.fixture
+def folder(place: str) -> str:
+    """A fresh folder on each kind of filesystem, there already where that can be."""
+    if "://" not in place:
+        Path(place).mkdir()
+    return place
 
 
 def _left(folder: str) -> list[str]:
