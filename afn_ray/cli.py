@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
         code = 0
     except KeyboardInterrupt:
-        errors.print("afn: stopped; the same command resumes", markup=False)
-        code = Interrupted.exit_code
+        resumable = args.call in (_run, _demo)
+        errors.print("afn: stopped" + ("; the same command resumes" if resumable else ""), markup=False)
+        code = Interrupted.exit_code if resumable else 130
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     sql.add_argument("query", metavar="QUERY", nargs="?", help="one SQL statement; without it an interactive shell")
     sql.add_argument("--format", choices=("table", "csv", "json", "parquet"), default="table", help="default: table")
     sql.add_argument("--out", metavar="FILE", type=Path, help="write there instead of the terminal")
-    sql.add_argument("--max-rows", type=int, default=100, help="rows that a table shows (default: 100; 0 = all)")
+    sql.add_argument("--max-rows", type=_count, default=100, help="rows that a table shows (default: 100; 0 = all)")
     sql.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a query (default: 60)")
     sql.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
     sql.add_argument("--threads", type=int, help="threads of DuckDB (default: one per core)")
@@ -142,6 +143,13 @@ def _add_run(commands: Any) -> None:
             options["type"] = float if hint is float else int if hint in (int, int | None) else str
         run.add_argument(flag, **options)
     run.set_defaults(call=_run)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
 
 
 def _help_of(name: str) -> str:
@@ -211,11 +219,20 @@ def _sql(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _output(path: Path) -> Iterator[Any]:
-    try:
+    """A file that appears whole, once what is written is complete, or not at all."""
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
         with path.open("wb") as file:
             yield file
+        return
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -344,10 +361,12 @@ def _note(event: Event) -> str:
     """Documents, tokens per second, padding, time left and failures of a run at work."""
     assert event.state is not None
     state, live = event.state, event.state.live
+    if not state.num_ready and not state.commits:
+        return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
     rate = live.tokens / state.seconds if state.seconds else 0.0
     done = len(state.commits) + len(state.failures)
     parts = [f"{live.documents:,} documents", f"{rate:,.0f} tokens/s"]
-    if live.forward_tokens:
+    if live.tokens:
         parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
     if done:
         left = state.seconds / done * (state.num_shards - done)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import signal
+import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -18,11 +21,13 @@ from afn_ray import model, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError, ShardError
 from afn_ray.manifest import Commit
-from afn_ray.pipeline import Processor, Progress, Task
+from afn_ray.pipeline import Processor, Progress, Task, sweep_scratch
 from afn_ray.schema import Shard
 
 ATTEMPTS = 2
 """Tries that a shard gets before it is given up."""
+START_DEADLINE_S = 300.0
+"""The run is given up when for so long workers died while they loaded the model, and none got ready."""
 IN_FLIGHT = 2
 """Shards handed to one worker at a time: the one it works on and the next."""
 POLL_S = 0.5
@@ -46,6 +51,7 @@ class State:
 
     num_shards: int
     num_workers: int = 0
+    num_ready: int = 0  # workers that have loaded their model
     commits: dict[str, Commit] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it was given up
     retries: int = 0
@@ -56,30 +62,29 @@ class State:
 OnState = Callable[[State], None]
 
 
-def process_shards(
-    config: RunConfig, device: str, make_task: Callable[[], Task], shards: Sequence[Shard], on_state: OnState
-) -> State:
+def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
     """Process ``shards``; returns what was committed and what was given up.
 
     A shard's exception charges that shard, and the second one gives it up; the others go on. Raises at once
     for what concerns all of them: a model that does not load, a full disk, a corpus that changed.
     """
-    if config.executor == "inline":
-        return _process_inline(make_task(), shards, on_state)
-    with _ray(config, len(shards), device):
-        return _Dispatcher(make_task(), config, shards, on_state).run()
+    try:
+        if config.executor == "inline":
+            return _process_inline(task, shards, on_state)
+        with _ray(config):
+            return _Dispatcher(task, config, shards, on_state).run()
+    finally:
+        sweep_scratch(config)  # workers are killed, not asked
 
 
 def find_device(config: RunConfig) -> str:
     """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is here."""
-    if config.executor == "ray" and _address(config) and config.device == "auto":
-        import ray
-
-        with _ray(config, 1, "cpu"):
-            return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-    if config.executor == "ray" and _address(config):
+    if config.executor == "inline" or _address(config) is None:
+        return model.choose_device(config.device)
+    if config.device != "auto":
         return config.device
-    return model.choose_device(config.device)
+    with _ray(config):
+        return "cuda" if _num_units("cuda") else "cpu"
 
 
 def local_device(device: str) -> str:
@@ -95,14 +100,12 @@ def count_workers(config: RunConfig, device: str) -> int:
         return config.workers
     if _address(config) is None:
         return model.count_devices(device)
-    import ray
-
-    with _ray(config, 1, device):
-        return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1)) or 1
+    with _ray(config):
+        return _num_units(device)
 
 
 def _process_inline(task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
-    state = State(len(shards), 1)
+    state = State(len(shards), 1, 1)
     processor = Processor(task)
     began = time.monotonic()
     for shard in shards:
@@ -138,17 +141,16 @@ def _address(config: RunConfig) -> str | None:
 
 
 @contextmanager
-def _ray(config: RunConfig, num_shards: int, device: str) -> Iterator[None]:
+def _ray(config: RunConfig) -> Iterator[None]:
     """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # an open Ray runs code for whoever reaches it
+    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+        raise ConfigError("memory:// lives in one process; use --executor inline, or a store that workers can reach")
     address = _address(config)
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if storage.is_process_memory(config.store):
-            raise ConfigError(
-                "memory:// lives in one process; use --executor inline, or a store that workers can reach"
-            )
+    if "ray" not in sys.modules:  # Ray reads these once, as it is imported; who imported it before us has chosen
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # an open Ray runs code for whoever reaches it
+        if address is None:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     if ray.is_initialized():
@@ -156,20 +158,30 @@ def _ray(config: RunConfig, num_shards: int, device: str) -> Iterator[None]:
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
-        cpus = max(os.cpu_count() or 1, config.workers or 0)
+        cpus = max(model.count_devices("cpu"), config.workers or 0)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus,
                     "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
     else:
         options["address"] = address
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "a local Ray"
         raise ConfigError(f"{where} cannot be reached: {_reason(error)}; 'afn doctor' tells more") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts with a dump of its stack
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _num_units(device: str) -> int:
+    """GPUs, or CPUs, of the Ray that this process has joined."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 0))
 
 
 class _Worker:
@@ -194,10 +206,16 @@ class _Dispatcher:
         self._ray = ray
         self._waiting = deque(shards)
         self._charges: dict[str, int] = {}
+        self._last_ready = time.monotonic()  # when a worker last had its model, or this began
+        self._model = config.model
         self._on_state = on_state
         gpu = task.device == "cuda"
-        resources = ray.cluster_resources()
-        wanted = config.workers or int(resources.get("GPU" if gpu else "CPU", 1)) or 1
+        units = _num_units(task.device)
+        if not units:
+            raise ConfigError(
+                f"a worker needs one {'GPU' if gpu else 'CPU'}, and this Ray has none; it has {ray.cluster_resources()}"
+            )
+        wanted = config.workers or units
         self._state = State(len(shards), min(wanted, len(shards)))
         actor = ray.remote(
             num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=-1, max_task_retries=0,
@@ -224,10 +242,11 @@ class _Dispatcher:
                         self._started(ref)
                     elif ref in self._in_flight:  # not if its worker died with the one before it
                         self._finished(ref)
+                self._state.num_ready = len(self._ready)
                 if began:
                     self._look_at_all()
                     self._state.seconds = time.monotonic() - began
-                    self._on_state(self._state)
+                self._on_state(self._state)
         finally:
             for actor in self._actors:
                 self._ray.kill(actor)
@@ -252,6 +271,14 @@ class _Dispatcher:
                 self._looks[self._look(actor)] = actor
         self._state.live = _total(self._progress.values())
 
+    def _restart(self, actor: Any) -> None:
+        """Wait for a worker's new process; what was handed to the old one goes back."""
+        for other in [r for r, (a, _) in self._in_flight.items() if a is actor]:
+            self._waiting.appendleft(self._in_flight.pop(other)[1])
+        if any(a is actor for a in self._ready):
+            self._ready = [a for a in self._ready if a is not actor]
+            self._starting[self._look(actor)] = actor
+
     def _feed(self) -> None:
         for actor in self._ready:
             busy = sum(a is actor for a, _ in self._in_flight.values())
@@ -264,12 +291,19 @@ class _Dispatcher:
         actor = self._starting.pop(ref)
         try:
             self._ray.get(ref)
-        except self._ray.exceptions.ActorUnavailableError:
+        except self._ray.exceptions.ActorUnavailableError as error:  # it died, and is started again
+            if not self._ready and time.monotonic() - self._last_ready > START_DEADLINE_S:
+                raise ModelError(
+                    f"no worker could load {self._model} in {START_DEADLINE_S:g} s: each died as it did; is there too "
+                    f"little memory for {len(self._actors)} of them? Give fewer --workers ({_reason(error)})"
+                ) from None
+            time.sleep(POLL_S)
             self._starting[self._look(actor)] = actor
             return
         except self._ray.exceptions.RayError as error:
             raise _original(error) from None
         self._ready.append(actor)
+        self._last_ready = time.monotonic()
 
     def _looked(self, actor: Any, ref: Any) -> None:
         try:
@@ -287,17 +321,15 @@ class _Dispatcher:
             return
         except self._ray.exceptions.RayActorError as error:
             # The worker died: the shard it was working on is charged, the one behind it only goes back.
-            behind = [r for r, (a, _) in self._in_flight.items() if a is actor]
-            for other in behind:
-                self._waiting.appendleft(self._in_flight.pop(other)[1])
-            if actor in self._ready:
-                self._ready.remove(actor)
-                self._starting[self._look(actor)] = actor
             failure: BaseException = ShardError(f"its worker died: {_reason(error)}")
+            self._restart(actor)
         except self._ray.exceptions.RayTaskError as error:
             failure = _original(error)
             if isinstance(failure, ConfigError | Interrupted):
                 raise failure from None
+            if not isinstance(failure, ShardError):  # its process or device may be broken: the next try gets a new one
+                self._ray.kill(actor, no_restart=False)
+                self._restart(actor)
         self._charges[shard.id] = self._charges.get(shard.id, 0) + 1
         if self._charges[shard.id] >= ATTEMPTS:
             self._state.failures[shard.id] = _reason(failure)
@@ -330,7 +362,7 @@ def probe(address: str | None) -> str:
 
     Raises ``ConfigError`` when there is none, or when its nodes cannot run a task of ours.
     """
-    with _ray(RunConfig(corpus=("-",), model="-", store="/", address=address), 1, "cpu"):
+    with _ray(RunConfig(corpus=("-",), model="-", store="/", address=address)):
         import ray
 
         try:

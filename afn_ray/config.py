@@ -24,6 +24,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 
+ANY_DEPTH = 10_000
+"""Of a model that is not known yet: more than any has."""
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -53,7 +57,7 @@ class RunConfig:
     sink_factor: float = _option(10.0, "a token over this many medians is a sink")
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
-    batch_tokens: int = _option(2048, "tokens in one forward pass, padding included")
+    batch_tokens: int = _option(2048, "tokens in one forward pass, padding included; it may move the last bit")
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
     device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
     executor: str = _option("ray", "ray, or inline: in this process, without Ray")
@@ -89,7 +93,7 @@ class RunConfig:
         if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
         object.__setattr__(self, "sink_factor", float(self.sink_factor))  # 10 and 10.0 ask for the same run
-        resolve_layers(self.layers, 10_000)  # the grammar; the depth is checked when the model is known
+        resolve_layers(self.layers, ANY_DEPTH)  # the grammar; the depth is checked when the model is known
 
     @property
     def read_options(self) -> ReadOptions:
@@ -165,6 +169,7 @@ def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
         is_share = "/" in part or "." in part
         layer = int(value * depth + Fraction(1, 2)) if is_share else int(value)
         if not 0 <= layer <= depth or (is_share and not 0 <= value <= 1):
-            raise ConfigError(f"layer {part.strip()} does not exist; the model has layers 0 (embeddings) to {depth}")
+            has = f"; the model has layers 0 (embeddings) to {depth}" if depth < ANY_DEPTH else ""
+            raise ConfigError(f"layer {part.strip()} does not exist{has}")
         layers.add(layer)
     return tuple(sorted(layers))

@@ -414,7 +414,7 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         for text, token in _running(explanation)
     )  # fmt: skip
     limits = _limits(explanation.thresholds[at])
-    legend = "".join(f'<li><span class="q{quartile}">{text}</span></li>' for quartile, text in limits.items())
+    legend = "".join(f'<li><span class="q{quartile}">{_html(text)}</span></li>' for quartile, text in limits.items())
     rows = "\n".join(
         f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(_label(token))}</bdi></span></td>'
         + "".join(f"<td>{cell}</td>" for cell in _cells(token, token.readings[at]))

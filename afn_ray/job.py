@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from afn_ray import cluster, corpus, lexicon, manifest, pipeline, storage
 from afn_ray.config import RunConfig
@@ -88,9 +89,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     state = cluster.State(0)
     if todo:
         on_event(Event("starting", f"starting workers on {device} ({config.executor})"))
-        state = cluster.process_shards(
-            config, device, lambda: task, todo, lambda s: on_event(Event("working", "", state=s))
-        )
+        state = cluster.process_shards(config, task, todo, lambda s: on_event(Event("working", "", state=s)))
     if state.failures:
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
@@ -103,8 +102,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable,
         language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in plan.shards],
     )  # fmt: skip
-    for name, table in tables.items():
-        manifest.write_table(folder, name, table)
+    names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
     info = {
         "measure": {"id": task.measure_id, **measure},
@@ -115,6 +113,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
             "hidden_size": files.hidden_size,
         },
         "layers": list(task.layers),
+        "tables": names,
         "config": asdict(config),
         "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
         "counts": {"shards": len(ordered), "shards_reused": len(ordered) - len(todo), **totals},
@@ -138,24 +137,24 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     done = manifest.find_commits(config.store, task.measure_id, plan.shards)
     texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
     processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
-    num_texts, num_tokens, num_chars, seconds = 0, 0, 0, 0.0
+    num_texts, num_tokens, num_bytes, seconds = 0, 0, 0, 0.0
     for begin in range(0, len(texts), 32):
         started = time.monotonic()
         measured = processor.measure(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
         seconds += time.monotonic() - started
         num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
         num_texts += len(texts[begin : begin + 32])
-        num_chars += sum(len(t.encode()) for t in texts[begin : begin + 32])
+        num_bytes += sum(len(t.encode()) for t in texts[begin : begin + 32])
         if seconds > PILOT_S:
             break
     exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
     share = _text_share(plan, texts[:num_texts])
     todo_bytes = sum(s.num_bytes for s in plan.shards if s.id not in done)
-    per_byte = share * num_tokens / max(1, num_chars)
+    per_byte = share * num_tokens / max(1, num_bytes)
     tokens = round(plan.num_bytes * per_byte)
     documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
     if not exact and num_texts:
-        documents = max(documents, round(plan.num_bytes * share / (num_chars / num_texts)))
+        documents = max(documents, round(plan.num_bytes * share / (num_bytes / num_texts)))
     rate = num_tokens / seconds if seconds else 0.0
     workers = min(cluster.count_workers(config, device), max(1, len(plan.shards) - len(done)))
     bytes_per_token = BYTES_PER_TOKEN + 3.0 * (len(task.layers) - 1) - (0 if config.offsets else 2)
@@ -177,9 +176,13 @@ def _text_share(plan: manifest.Plan, texts: list[str]) -> float:
 
 
 def _normalised(config: RunConfig) -> RunConfig:
-    """``config`` with the URIs that it is remembered by: absolute ones."""
+    """``config`` with the places that it is remembered by, which workers elsewhere see too: absolute ones."""
     return replace(
-        config, store=storage.absolute(config.store).rstrip("/"), corpus=tuple(map(storage.absolute, config.corpus))
+        config,
+        store=storage.absolute(config.store).rstrip("/"),
+        corpus=tuple(map(storage.absolute, config.corpus)),
+        model=storage.absolute(config.model) if Path(config.model).exists() else config.model,
+        scratch=None if config.scratch is None else storage.absolute(config.scratch),
     )
 
 

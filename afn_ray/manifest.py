@@ -27,11 +27,15 @@ import pyarrow.parquet as pq
 
 from afn_ray import corpus, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import StoreError
+from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, Shard, fingerprint
 
 IO_THREADS = 16
 TABLES = ("tokens", "documents", "summary")
+RUN_KEYS: dict[str, type] = {
+    "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
+    "created_at": str, "finished_at": str,
+}  # fmt: skip
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
 
@@ -208,7 +212,13 @@ def _short(value: object) -> str:
 def _open_folder(store: str, name: str) -> RunFolder:
     uri = storage.join(store, "runs", name)
     data = storage.read_if_there(storage.join(uri, "run.json"))
-    return RunFolder(uri, store, name, {} if data is None else _json(data, storage.join(uri, "run.json")))
+    if data is None:
+        return RunFolder(uri, store, name, {})
+    info = _json(data, storage.join(uri, "run.json"))
+    for key, kind in RUN_KEYS.items():
+        if not isinstance(info.get(key), kind):
+            raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info.get(key))}")
+    return RunFolder(uri, store, name, info)
 
 
 def _json(data: bytes, uri: str) -> dict[str, Any]:
@@ -262,16 +272,30 @@ def created_at(run: RunFolder) -> str:
     return str(plan[1].get("created_at", ""))
 
 
-def write_table(run: RunFolder, name: str, table: pa.Table) -> None:
-    """Write the run's table ``name``; one that an unfinished reduce left behind is replaced."""
-    uri = storage.join(run.uri, f"{name}.parquet")
-    storage.delete([uri])
-    storage.write_once(uri, _parquet_bytes(table))
+def write_table(run: RunFolder, name: str, table: pa.Table) -> str:
+    """Write the run's table ``name`` and return its file's name, for ``run.json`` to list.
+
+    Nothing is replaced: a rival's file, or one that an unfinished reduce left behind, is kept where it holds the
+    same, and stands beside ours where it does not.
+    """
+    data = _parquet_bytes(table)
+    file = f"{name}.parquet"
+    try:
+        storage.write_once(storage.join(run.uri, file), data)
+    except storage.AlreadyWritten:
+        if storage.read_bytes(storage.join(run.uri, file)) != data:
+            file = f"{name}-{sha256(data).hexdigest()[:16]}.parquet"
+            with contextlib.suppress(storage.AlreadyWritten):  # named by its content
+                storage.write_once(storage.join(run.uri, file), data)
+    return file
 
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
     """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan."""
-    uri = storage.join(run.uri, f"{name}.parquet")
+    file = run.info.get("tables", {}).get(name, f"{name}.parquet")
+    if not isinstance(file, str) or "/" in file:
+        raise StoreError(f"{run.uri}/run.json is damaged: its table {name} is {file!r}")
+    uri = storage.join(run.uri, file)
     return _table(storage.read_bytes(uri), uri)
 
 
@@ -363,6 +387,9 @@ def publish(
         return commit
     except storage.AlreadyWritten:
         winner = read_commit(store, measure_id, shard.id)
+    except Interrupted:
+        storage.delete(uris)
+        raise
     except StoreError:  # the answer is unknown: the store may have the commit all the same
         winner = read_commit(store, measure_id, shard.id)
         if winner is None:
@@ -371,7 +398,7 @@ def publish(
         raise StoreError(f"{folder}/commit.json exists but cannot be read back; is something deleting from the store?")
     if winner.attempt != attempt:
         storage.delete(uris)
-        if winner.counts != counts:
+        if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:  # padding depends on the batches
             raise StoreError(f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
                              "is one worker's model or library different?")  # fmt: skip
     return winner

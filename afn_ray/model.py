@@ -64,6 +64,8 @@ def find_model(name: str, revision: str | None, *, trust_remote_code: bool, allo
     """
     path = Path(name).expanduser()
     gguf = None
+    if revision is not None and path.exists():
+        raise ModelError(f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out")
     if path.is_dir():
         folder = path.resolve()
     elif path.is_file() and path.suffix == ".gguf":
@@ -203,7 +205,7 @@ class Model:
         self.causal = False  # set by self_check
         self._model = _load(files)
         self._stop = True
-        self._calls = 0
+        self._calls = self._length = 0
         self._reduce: Hidden = lambda hidden: hidden
         self._read: dict[int, torch.Tensor] = {}
         blocks = _find_blocks(self._model, files)
@@ -223,7 +225,22 @@ class Model:
         plain = [self._plain_norms(ids, reduce) for ids in probe]
         self._model.to(device=self.device, dtype=self.dtype)
         if self.device.type == "cpu":
-            _prepack(self._model, self._batch_tokens)
+            replaced = _prepack(self._model, self._batch_tokens)
+            try:
+                self._check(probe, plain, reduce)
+                return
+            except Exception:  # noqa: BLE001 - a model that looks into its linear layers; the plain ones decide
+                for parent, name, layer in replaced:
+                    setattr(parent, name, layer)
+        try:
+            self._check(probe, plain, reduce)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise ModelError(f"{self.files.name} ({self.files.model_type}) failed its self-check: {reason}") from error
+
+    def _check(
+        self, probe: Sequence[Sequence[int]], plain: list[list[npt.NDArray[np.float32]]], reduce: Hidden
+    ) -> None:
         tolerance = TOLERANCE[self.dtype]
         singles = [self.measure(*_pad([ids]), reduce)[:, 0] for ids in probe]
         for expected, got in zip(plain, singles, strict=True):
@@ -252,7 +269,7 @@ class Model:
         return result
 
     def _forward(self, ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> None:
-        self._calls = 0
+        self._calls, self._length = 0, ids.shape[1]
         self._read.clear()
         inputs: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(ids).to(self.device)}
         if not mask.all():  # without padding no mask is needed, and attention without one is faster
@@ -275,7 +292,8 @@ class Model:
             self._keep(self._calls, output[0] if isinstance(output, tuple) else output)
 
     def _keep(self, layer: int, hidden: torch.Tensor) -> None:
-        self._read[layer] = self._reduce(hidden)
+        # Some models pad to a multiple of their attention window.
+        self._read[layer] = self._reduce(hidden[:, : self._length])
         if self._stop and layer == self.layers[-1]:
             raise _Enough
 
@@ -303,7 +321,8 @@ class Model:
         changed = [*ids[:-2], *reversed(ids[-2:])] if ids[-1] != ids[-2] else [*ids[:-1], ids[0]]
         layers, self.layers = self.layers, (last,)
         try:
-            one, other = (self.measure(*_pad([x]), lambda h: h.float().norm(dim=-1))[0, 0, :-2] for x in (ids, changed))
+            # Whole states: norms behind a LayerNorm without a gain are all the same.
+            one, other = (self.measure(*_pad([x]), lambda h: h.float())[0, 0, :-2] for x in (ids, changed))
         finally:
             self.layers = layers
         return bool(np.allclose(one, other, rtol=1e-6, atol=0))
@@ -332,6 +351,8 @@ def _load(files: ModelFiles) -> torch.nn.Module:
             f"model {files.name}: {len(what)} weights are not in its files and would be random: {', '.join(what[:3])}"
         )
     model.eval()
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # keys and values that nobody would read
     model.requires_grad_(False)
     return model  # type: ignore[no-any-return]
 
@@ -395,10 +416,14 @@ class _PackedLinear(torch.nn.Module):
         return result
 
 
-def _prepack(model: torch.nn.Module, batch_tokens: int) -> None:
-    """Replace linear layers by prepacked ones where this build of torch can and the result agrees."""
+def _prepack(model: torch.nn.Module, batch_tokens: int) -> list[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """Replace linear layers by prepacked ones where this build of torch can and the result agrees.
+
+    Returns what was replaced: parent, name, plain layer.
+    """
+    replaced: list[tuple[torch.nn.Module, str, torch.nn.Module]] = []
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return
+        return replaced
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Conv1D):  # GPT-2's linear layer, stored transposed
@@ -415,6 +440,8 @@ def _prepack(model: torch.nn.Module, batch_tokens: int) -> None:
                     expected = functional.linear(probe, weight, bias).float()
                     error = (packed(probe).float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
                 except (RuntimeError, NotImplementedError):  # private operators: another build may refuse
-                    return
+                    return replaced
             if error <= TOLERANCE[weight.dtype]:
+                replaced.append((parent, name, layer))
                 setattr(parent, name, packed)
+    return replaced

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import pyarrow as pa
 
 from afn_ray import corpus, manifest, model, records, tokens
 from afn_ray.config import RunConfig, resolve_layers
-from afn_ray.errors import Interrupted, ModelError
+from afn_ray.errors import ConfigError, ModelError
 from afn_ray.schema import SCHEMA_VERSION, SPECIAL, Document, Shard, fingerprint, strength_column
 from afn_ray.signals import Strength
 from afn_ray.thresholds import Summary, round_strengths
@@ -64,7 +68,7 @@ def prepare(config: RunConfig, device: str) -> tuple[Task, dict[str, Any], model
     _, overlap = tokens.window_sizes(window, config.overlap_tokens, encoder.template)
     measure = {
         "schema_version": SCHEMA_VERSION, "model": files.identity, "model_type": files.model_type,
-        "revision": config.revision, "layers": list(layers), "signals": [Strength.name], "dtype": dtype,
+        "layers": list(layers), "signals": [Strength.name], "dtype": dtype,
         "window_tokens": window, "overlap_tokens": overlap, "offsets": config.offsets,
     }  # fmt: skip
     return Task(config, layers, dtype, device, fingerprint(measure), files.identity), measure, files
@@ -88,6 +92,7 @@ class Processor:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.progress = Progress()
+        sweep_scratch(task.config)
         config = task.config
         files = find_model(config)
         if files.identity != task.identity:
@@ -118,8 +123,8 @@ class Processor:
         )
         summary = Summary(layers)
         documents = (d for piece in shard.slices for d in corpus.read(piece, config.read_options))
-        with tempfile.TemporaryDirectory(prefix="afn-", dir=_scratch_folder(config)) as folder:
-            with records.ShardFiles(Path(folder), layers, config.offsets) as files:
+        with _scratch_folder(config) as folder:
+            with records.ShardFiles(folder, layers, config.offsets) as files:
                 for chunk in _chunks(documents):
                     self._record(chunk, files, summary, counts)
                 files.write_summary(summary.tables())
@@ -133,6 +138,7 @@ class Processor:
         """Strengths of every token of ``texts``, which are encoded, cut into windows and batched together."""
         encoded = self.encoder.encode(texts, replaced)
         windows = tokens.make_windows(encoded, self.encoder.template, self.width, self.overlap, self.model.causal)
+        assert sum(w.keep_end - w.keep_start for w in windows) == len(encoded.token_ids), "every token once"
         strengths = np.full((len(self.task.layers), len(encoded.token_ids)), np.nan, np.float32)
         for batch in tokens.make_batches(windows, self.task.config.batch_tokens):
             ids, mask = tokens.batch_inputs(batch, encoded, self.encoder)
@@ -250,11 +256,27 @@ def _document_means(
     return pa.array((total / np.where(none, 1, n)).astype(np.float32), mask=none)
 
 
-def _scratch_folder(config: RunConfig) -> str | None:
-    if config.scratch is None:
-        return None
+SCRATCH_PREFIX = "afn-scratch-"
+
+
+@contextmanager
+def _scratch_folder(config: RunConfig) -> Iterator[Path]:
+    """A folder for one attempt's unfinished files, locked while its owner lives."""
     try:
-        Path(config.scratch).mkdir(parents=True, exist_ok=True)
+        if config.scratch is not None:
+            Path(config.scratch).mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch)
     except OSError as error:
-        raise Interrupted(f"scratch folder {config.scratch} cannot be made: {error.strerror}") from error
-    return config.scratch
+        raise ConfigError(f"scratch folder {config.scratch or tempfile.gettempdir()}: {error.strerror}") from error
+    with folder as name, (Path(name) / "new-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Path(lock.name).rename(Path(name) / "lock")  # seen only once it is held
+        yield Path(name)
+
+
+def sweep_scratch(config: RunConfig) -> None:
+    """Remove what killed workers left on this machine: scratch folders whose lock nobody holds."""
+    for lock in Path(config.scratch or tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/lock"):
+        with contextlib.suppress(OSError), lock.open() as file:  # held, gone, or somebody else's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)

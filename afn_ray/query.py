@@ -28,6 +28,7 @@ READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 
+MAX_TIMEOUT_S = 1_000_000
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
     "documents": "one row per document read",
@@ -116,8 +117,8 @@ class Run:
     def __init__(
         self, folder: manifest.RunFolder, *, memory_limit: str, threads: int | None, timeout_s: float
     ) -> None:  # fmt: skip
-        if not timeout_s > 0:
-            raise QueryError(f"the time limit is {timeout_s} s; expected more than 0")
+        if not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise QueryError(f"the time limit is {timeout_s} s; expected more than 0 and at most {MAX_TIMEOUT_S}")
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._memory_limit, self._timeout_s = memory_limit, timeout_s
         shards = _table(folder, "shards", SHARDS_SCHEMA)
@@ -389,7 +390,7 @@ def tokens_view(source: str, layers: Sequence[int], thresholds: Mapping[int, Map
             f"CASE WHEN is_special OR {q3} IS NULL THEN NULL WHEN {strength} < {q1} THEN 1 "
             f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS quartile_{k}",
             f"CASE WHEN NOT is_special THEN {strength} >= {q3} END AS high_{k}",
-            f"{strength}::DOUBLE > {_exact(sink, 'DOUBLE')} AS sink_{k}",
+            f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {_exact(sink, 'DOUBLE')} END AS sink_{k}",
         ]
     return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -35,6 +35,12 @@ class ReadOptions:
     id_column: str | None
     txt_documents: str  # "file" or "line"
     max_document_bytes: int
+
+    def identity(self, format: str) -> list[object]:
+        """What of it changes the documents of a file of ``format``."""
+        if format == "txt":
+            return [self.txt_documents, self.max_document_bytes]
+        return [self.text_column, self.id_column, self.max_document_bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +82,7 @@ class Shard:
 
     @classmethod
     def of(cls, slices: Sequence[FileSlice], options: ReadOptions) -> Shard:
-        identity = {"slices": [s.identity for s in slices], "read": asdict(options)}
-        return cls(fingerprint(identity), tuple(slices))
+        return cls(fingerprint([[*s.identity, options.identity(s.format)] for s in slices]), tuple(slices))
 
     @property
     def num_bytes(self) -> int:

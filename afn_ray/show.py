@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray import lexicon, manifest
+from afn_ray.errors import printable
 from afn_ray.query import Run
 from afn_ray.reduce import wilson
 from afn_ray.schema import CLASSES
@@ -137,7 +138,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=Text(printable(title)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.title_justify, table.title_style = "left", "bold"
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
@@ -177,7 +178,7 @@ def render(summary: Summary, console: Console) -> None:
         ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
                      f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
     ):  # fmt: skip
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(printable(value)))
     if info["corpus"]["skipped"]:
         table.add_row("skipped", f"{len(info['corpus']['skipped'])} files with an ending that is no known format")
     console.print(table)
@@ -285,6 +286,6 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
     )  # fmt: skip
     table.columns[4].justify = "left"
     for pair in zip(*salient_words(run, layer), strict=True):
-        cells = [(Text(w.text), f"{w.n:,}", f"{w.n_high / w.n:.0%}", _figure(w.median)) for w in pair]
+        cells = [(Text(printable(w.text)), f"{w.n:,}", f"{w.n_high / w.n:.0%}", _figure(w.median)) for w in pair]
         table.add_row(*cells[0], *cells[1])
     _print(table, console)

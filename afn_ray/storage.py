@@ -263,18 +263,25 @@ def upload(local: Path, uri: str) -> None:
 
 
 def delete(uris: list[str]) -> None:
-    """Remove files; those already gone are no error."""
+    """Remove files that nobody refers to; one that cannot be removed stays, and is no error."""
     for uri in uris:
         fs, path = open_filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             fs.rm_file(path)
 
 
 def check_writable(uri: str) -> None:
     """Prove that files can be created below ``uri`` and deleted again. Raises ``StoreError``."""
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
-    write_once(probe, b"afn-ray asks whether this store can be written; this file can be deleted\n")
-    delete([probe])
+    text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
+    write_once(probe, text)
+    try:
+        write_once(probe, text)
+    except AlreadyWritten:
+        return
+    finally:
+        delete([probe])
+    raise StoreError(f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be safe")
 
 
 def _write_temporary(target: Path, data: bytes) -> Path:

@@ -139,6 +139,13 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
     return make
 
 
+RUN_INFO: dict[str, Any] = {
+    "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {}, "created_at": "",
+    "finished_at": "",
+}  # fmt: skip
+"""The keys that every run.json has."""
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     """Ctrl-C in this process once ``shards`` are committed; returns the ids of those that were."""
     process = pipeline.Processor.process

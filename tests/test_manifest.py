@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pytest
+from conftest import RUN_INFO
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,11 +119,12 @@ def test_a_plan_covers_the_corpus_and_is_the_same_every_time(config: RunConfig, 
     assert make_plan(other) == plan
 
 
-def test_what_changes_the_documents_changes_the_shards(config: RunConfig) -> None:
-    plans = [
-        make_plan(c) for c in (config, replace(config, txt_documents="line"), replace(config, max_document_bytes=9))
-    ]
-    assert not set(_ids(plans[0])) & set(_ids(plans[1])) and not set(_ids(plans[0])) & set(_ids(plans[2]))
+def test_what_changes_the_documents_changes_the_shards_and_nothing_else_does(config: RunConfig) -> None:
+    plan = make_plan(config)
+    assert not set(_ids(plan)) & set(_ids(make_plan(replace(config, max_document_bytes=9))))
+    by_line = set(_ids(make_plan(replace(config, txt_documents="line"))))
+    for shard in plan.shards:
+        assert (shard.id in by_line) is all(piece.format != "txt" for piece in shard.slices)
 
 
 def test_files_of_the_last_run_are_not_read_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,20 +215,20 @@ def test_progress_of_hashing_is_told(config: RunConfig) -> None:
 def test_a_run_is_resumed_and_a_complete_one_found_again(config: RunConfig) -> None:
     first = _begin(config)
     assert first.info == {} and _begin(config) == first
-    done = finish_run(first, {"layers": [8]})
+    done = finish_run(first, RUN_INFO)
     assert done.info["layers"] == [8]
     assert _begin(replace(config, workers=3)) == done
     assert find_names(config) == [first.id]
 
 
 def test_what_was_asked_before_last_is_a_new_run(config: RunConfig) -> None:
-    a = finish_run(_begin(config), {})
-    b = finish_run(_begin(replace(config, sink_factor=5.0)), {})
+    a = finish_run(_begin(config), RUN_INFO)
+    b = finish_run(_begin(replace(config, sink_factor=5.0)), RUN_INFO)
     again = _begin(config)
     assert again.info == {} and len({a.id, b.id, again.id}) == 3
     assert find_names(config) == [a.id, b.id, again.id]
     assert find_run(config.store).id == b.id  # the latest complete one
-    finish_run(again, {})
+    finish_run(again, RUN_INFO)
     assert find_run(config.store).id == again.id
 
 
@@ -277,8 +279,8 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         find_run(store)
     with pytest.raises(StoreError, match=rf"{run.id} is not complete"):
         find_run(run.uri)
-    finish_run(run, {"layers": [8]})
-    assert find_run(store).info == find_run(run.uri + "/").info == {"schema_version": 1, "id": run.id, "layers": [8]}
+    finish_run(run, RUN_INFO)
+    assert find_run(store).info == find_run(run.uri + "/").info == {"schema_version": 1, "id": run.id, **RUN_INFO}
     with pytest.raises(StoreError, match="neither a store nor a run"):
         find_run(store + "/runs/nothing")
 
@@ -290,6 +292,7 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         (b"\xff", "is damaged"),
         (b"[]", "schema version list, expected 1"),
         (b"{}", "schema version None, expected 1"),
+        (b'{"schema_version": 1}', "is damaged: id is null"),
         (b'{"schema_version": 2}', "schema version 2, expected 1; use the afn-ray that wrote it"),
     ],
 )
@@ -314,17 +317,23 @@ def test_a_damaged_table_is_named(config: RunConfig) -> None:
         make_plan(config)
 
 
-def test_a_table_left_by_an_unfinished_reduce_is_replaced(config: RunConfig) -> None:
+def test_a_table_left_by_an_unfinished_reduce_stays_and_run_json_says_which_is_right(config: RunConfig) -> None:
     run = _begin(config)
-    for value in (1, 2):
-        manifest.write_table(run, "thresholds", pa.table({"x": [value]}))
-    assert manifest.read_table(run, "thresholds")["x"].to_pylist() == [2]
+    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]})) == "thresholds.parquet"
+    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]})) == "thresholds.parquet"
+    name = manifest.write_table(run, "thresholds", pa.table({"x": [2]}))
+    assert manifest.read_table(run, "thresholds")["x"].to_pylist() == [1]
+    done = finish_run(run, RUN_INFO | {"tables": {"thresholds": name}})
+    assert manifest.read_table(done, "thresholds")["x"].to_pylist() == [2]
+    escaping = finish_run(_begin(replace(config, sink_factor=3.0)), RUN_INFO | {"tables": {"shards": "../x.parquet"}})
+    with pytest.raises(StoreError, match=r"is damaged: its table shards is '\.\./x\.parquet'"):
+        manifest.read_table(escaping, "shards")
 
 
 def test_the_first_to_finish_a_run_wins(config: RunConfig) -> None:
     run = _begin(config)
-    first = finish_run(run, {"seconds": 1})
-    assert finish_run(run, {"seconds": 2}) == first
+    first = finish_run(run, RUN_INFO | {"seconds": 1})
+    assert finish_run(run, RUN_INFO | {"seconds": 2}) == first
 
 
 # --- commits ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from conftest import stop_after, write_jsonl
 import afn_ray
 from afn_ray import cluster, demo
 from afn_ray.config import RunConfig
-from afn_ray.errors import IncompleteRun, ModelError, StoreError
+from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 
 MakeConfig = Callable[..., RunConfig]
 pytestmark = pytest.mark.ray
@@ -162,10 +162,13 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
             assert mine.equals(theirs)
 
 
-def test_sigterm_stops_resumable(tmp_path: Path, tiny_bert: Path) -> None:
+@pytest.mark.parametrize("executor", ["ray", "inline"])
+def test_sigterm_stops_resumable_and_leaves_no_scratch(executor: str, tmp_path: Path, tiny_bert: Path) -> None:
+    scratch = tmp_path / "scratch"
     command = [
         sys.executable, "-m", "afn_ray", "run", str(demo.corpus_file()), "--model", str(tiny_bert),
-        "--store", str(tmp_path / "store"), "--shard-bytes", "100000", "--executor", "inline",
+        "--store", str(tmp_path / "store"), "--shard-bytes", "100000", "--executor", executor,
+        "--scratch", str(scratch), "--workers", "1",
     ]  # fmt: skip
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -175,4 +178,52 @@ def test_sigterm_stops_resumable(tmp_path: Path, tiny_bert: Path) -> None:
     driver.terminate()
     _, err = driver.communicate(timeout=60)
     assert driver.returncode == 75
-    assert "the same command resumes" in err and "Traceback" not in err
+    assert "the same command resumes" in err and "Traceback" not in err and "SIGTERM" not in err
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello there"}])
+    code = (
+        "import sys, ray, afn_ray\n"
+        "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], workers=1)\n"
+        "print(afn_ray.run(config).info['counts']['documents'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(corpus), str(tiny_bert), str(tmp_path / "store")],
+        capture_output=True, text=True, env=environment, timeout=200,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+class Sick(cluster._Worker):
+    """A worker whose first process cannot process anything, as after a fault of its device."""
+
+    def process(self, shard: Any) -> Any:
+        mark = Path(self._processor.task.config.store).parent / "sick"
+        if not mark.exists():
+            mark.write_text(str(os.getpid()))
+        if mark.read_text() == str(os.getpid()):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().process(shard)
+
+
+def test_a_sick_process_is_replaced_and_does_not_give_up_every_shard(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_Worker", Sick)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = poisoned_corpus(tmp_path / "corpus")
+    config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["documents"] == 6
+
+
+def test_a_ray_without_the_device_is_an_error_and_no_wait(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.model, "choose_device", lambda device: "cuda")
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    with pytest.raises(ConfigError, match=r"needs one GPU, and this Ray has none; it has .*CPU"):
+        afn_ray.run(make_config(corpus=(str(corpus),), executor="ray"))
