@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--store", default="afn-demo", help="folder for the results (default: ./afn-demo)")
     demo.add_argument("--workers", type=int, help="workers (default: one per core)")
     demo.set_defaults(call=_demo)
+    for command in commands.choices.values():
+        command.allow_abbrev = False  # a mistyped flag is an error, as a mistyped key is
     return parser
 
 
@@ -214,7 +216,7 @@ def _sql(args: argparse.Namespace) -> None:
         relation = run.sql(args.query)
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(_output(args.out)) if args.out else None
-            shell.print_result(relation, args.format, out, max_rows=args.max_rows or None)
+            shell.print_result(relation, args.format, out, max_rows=None if args.out else args.max_rows or None)
 
 
 @contextlib.contextmanager

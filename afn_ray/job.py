@@ -123,7 +123,16 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         "made_by": ordered[0].made_by,
     }
     folder = manifest.finish_run(folder, info)
-    on_event(Event("complete", f"run {folder.uri} is complete"))
+    measured = totals["documents"] - totals["empty"] - totals["quarantined"]
+    why = "; their status in the documents view says why" if totals["quarantined"] else ""
+    on_event(
+        Event("complete", f"run {folder.uri} is complete: {totals['tokens']:,} tokens of {measured:,} documents, "
+                          f"{totals['empty']:,} empty, {totals['quarantined']:,} quarantined{why}")
+    )  # fmt: skip
+    if plan.skipped:
+        on_event(
+            Event("complete", f"{len(plan.skipped):,} files skipped for their ending: {', '.join(plan.skipped[:5])}")
+        )
     return open_run(folder.uri)
 
 
