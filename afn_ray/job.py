@@ -176,7 +176,9 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
 
 
 def _text_share(plan: manifest.Plan, texts: list[str]) -> float:
-    """Bytes of text in a byte of corpus: exact sizes over the sample's mean, where documents were counted."""
+    """Bytes of text in a byte of corpus: all of it in text files, else exact sizes over the sample's mean."""
+    if all(s.format == "txt" for shard in plan.shards for s in shard.slices):
+        return 1.0
     documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
     counted = sum(s.num_bytes for shard in plan.shards for s in shard.slices if s.num_documents >= 0)
     if not texts or not documents or not counted:
