@@ -21,6 +21,7 @@ from afn_ray.errors import AfnError, ConfigError, Interrupted, printable
 
 if TYPE_CHECKING:
     from afn_ray.job import Estimate, Event, OnEvent
+    from afn_ray.pipeline import Progress
 
 EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
 LOG_EVERY_S = 10.0
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--store", default="afn-demo", help="folder for the results (default: ./afn-demo)")
     demo.add_argument("--workers", type=int, help="workers (default: one per core)")
     demo.set_defaults(call=_demo)
+    _add_bench(commands)
     for command in commands.choices.values():
         command.allow_abbrev = False  # a mistyped flag is an error, as a mistyped key is
     return parser
@@ -145,6 +147,16 @@ def _add_run(commands: Any) -> None:
             options["type"] = float if hint is float else int if hint in (int, int | None) else str
         run.add_argument(flag, **options)
     run.set_defaults(call=_run)
+
+
+def _add_bench(commands: Any) -> None:
+    from afn_ray import bench
+
+    parser = commands.add_parser(
+        "bench", help="measure this engine on this machine, against what users write instead", epilog=EPILOG
+    )
+    bench.add_commands(parser)
+    parser.set_defaults(call=_bench)
 
 
 def _count(text: str) -> int:
@@ -295,6 +307,12 @@ def _demo(args: argparse.Namespace) -> None:
         out.print(f"Next:    afn {command}", markup=False, soft_wrap=True)
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from afn_ray import bench
+
+    bench.call(args)
+
+
 def _shell(text: str) -> str:
     import shlex
 
@@ -326,7 +344,7 @@ def _live(console: Console) -> Iterator[OnEvent]:
         task = progress.add_task("planning", total=None, note="")
 
         def on_event(event: Event) -> None:
-            if event.kind in ("planned", "complete"):
+            if event.kind in ("planned", "warning", "complete"):
                 progress.console.print(printable(event.message), markup=False, soft_wrap=True)
             elif event.kind == "hashing":
                 progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
@@ -373,11 +391,21 @@ def _note(event: Event) -> str:
     if done:
         left = state.seconds / done * (state.num_shards - done)
         parts.append(f"{left:,.0f} s left" if left < 600 else f"{left / 60:,.0f} min left")
+    if waits := _waits(live):
+        parts.append(waits)
     if state.retries:
         parts.append(f"{state.retries} retried")
     if state.failures:
         parts.append(f"{len(state.failures)} FAILED")
     return ", ".join(parts)
+
+
+def _waits(live: Progress) -> str:
+    """What the models wait for, where that takes a fifth of their time."""
+    if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
+        return ""
+    share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
+    return share + ("the tokenizer: try --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
 
 
 def _print_estimate(e: Estimate, console: Console) -> None:

@@ -11,13 +11,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from afn_ray import model, storage
+from afn_ray import model, precision, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError, ShardError
 from afn_ray.manifest import Commit
@@ -99,15 +99,44 @@ def count_workers(config: RunConfig, device: str) -> int:
     if config.workers is not None:
         return config.workers
     if _address(config) is None:
-        return model.count_devices(device)
+        return _units_for_workers(config, model.count_devices(device), device)
     with _ray(config):
-        return _num_units(device)
+        return _units_for_workers(config, _num_units(device), device)
+
+
+def _units_for_workers(config: RunConfig, units: int, device: str) -> int:
+    """Workers that ``units`` GPUs or CPUs are enough for; tokenizers take CPUs as well."""
+    return units if device == "cuda" else max(1, units // (1 + config.tokenizer_workers))
+
+
+def decide_precision(config: RunConfig, task: Task, texts: Sequence[str]) -> precision.Precision:
+    """``precision.decide`` where the workers' device is: here for a CPU of this machine, else on a worker's place."""
+    if config.executor == "inline" or (_address(config) is None and task.device == "cpu"):
+        return precision.decide(task, texts)
+    with _ray(config):
+        import ray
+
+        gpus = 1 if task.device == "cuda" else 0
+        place = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1, runtime_env={"env_vars": WORKER_ENV})
+        try:
+            decided: precision.Precision = ray.get(place(precision.decide).remote(task, texts))
+        except ray.exceptions.RayError as error:
+            raise _original(error) from None
+        return decided
 
 
 def _process_inline(task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
     state = State(len(shards), 1, 1)
     processor = Processor(task)
     began = time.monotonic()
+    try:
+        _process_all(processor, shards, state, began, on_state)
+    finally:
+        processor.close()
+    return state
+
+
+def _process_all(processor: Processor, shards: Sequence[Shard], state: State, began: float, on_state: OnState) -> None:
     for shard in shards:
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -122,7 +151,6 @@ def _process_inline(task: Task, shards: Sequence[Shard], on_state: OnState) -> S
                     state.retries += 1
         state.live, state.seconds = processor.progress, time.monotonic() - began
         on_state(state)
-    return state
 
 
 def _reason(error: BaseException) -> str:
@@ -158,7 +186,7 @@ def _ray(config: RunConfig) -> Iterator[None]:
         return
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if address is None:
-        cpus = max(model.count_devices("cpu"), config.workers or 0)
+        cpus = max(model.count_devices("cpu"), (config.workers or 1) * (1 + config.tokenizer_workers))
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus,
                     "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
     else:
@@ -215,10 +243,10 @@ class _Dispatcher:
             raise ConfigError(
                 f"a worker needs one {'GPU' if gpu else 'CPU'}, and this Ray has none; it has {ray.cluster_resources()}"
             )
-        wanted = config.workers or units
+        wanted = config.workers or _units_for_workers(config, units, task.device)
         self._state = State(len(shards), min(wanted, len(shards)))
         actor = ray.remote(
-            num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=-1, max_task_retries=0,
+            num_cpus=1 + config.tokenizer_workers, num_gpus=1 if gpu else 0, max_restarts=-1, max_task_retries=0,
             concurrency_groups={"look": 1}, runtime_env={"env_vars": WORKER_ENV},
         )(_Worker)  # fmt: skip
         self._actors = [actor.remote(task) for _ in range(self._state.num_workers)]
@@ -348,13 +376,10 @@ def _original(error: Any) -> BaseException:
     return cause if cause is not None else ModelError(f"a worker could not start: {str(error).strip()[-2000:]}")
 
 
-def _total(parts: Any) -> Progress:
-    total = Progress()
-    for p in parts:
-        total.documents += p.documents
-        total.tokens += p.tokens
-        total.forward_tokens += p.forward_tokens
-    return total
+def _total(parts: Iterable[Progress]) -> Progress:
+    parts = list(parts)
+    sums = {f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Progress) if f.name != "why_padded"}
+    return Progress(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))
 
 
 def probe(address: str | None) -> str:

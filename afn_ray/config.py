@@ -15,7 +15,7 @@ from afn_ray.errors import ConfigError
 from afn_ray.schema import ReadOptions
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
     "format": ("auto", "txt", "jsonl", "csv", "parquet"),
     "txt_documents": ("file", "line"),
     "device": ("auto", "cpu", "cuda"),
@@ -45,7 +45,7 @@ class RunConfig:
     store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
     layers: str = _option("2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings")
     revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
-    dtype: str = _option("auto", "precision of the model: auto is bfloat16 on GPUs, else float32")
+    dtype: str = _option("auto", "of the matrix products; auto: half where a pilot finds it safe, else float32")
     window_tokens: int | None = _option(None, "tokens in a window; default: the model's context, at most 2048")
     overlap_tokens: int | None = _option(None, "tokens that neighbouring windows share; default: a quarter window")
     text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
@@ -57,7 +57,8 @@ class RunConfig:
     sink_factor: float = _option(10.0, "a token over this many medians is a sink")
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
-    batch_tokens: int = _option(2048, "tokens in one forward pass, padding included; it may move the last bit")
+    batch_tokens: int = _option(2048, "tokens in one forward pass, filler included; it may move the last bit")
+    tokenizer_workers: int = _option(0, "tokenizer processes beside each worker; 0: a thread of the worker")
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
     device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
     executor: str = _option("ray", "ray, or inline: in this process, without Ray")
@@ -82,6 +83,7 @@ class RunConfig:
             ("window_tokens", 8),
             ("workers", 1),
             ("batch_tokens", 16),
+            ("tokenizer_workers", 0),
             ("shard_bytes", 1024),
             ("max_document_bytes", 1),
         ):

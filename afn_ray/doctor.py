@@ -237,12 +237,17 @@ def _model(name: str | None) -> Check:
         except ConfigError as error:
             return Check("model", None, "not tried", f"name one with --model, or: {error}")
     began = time.monotonic()
-    task, measure, files = pipeline.prepare(RunConfig(corpus=("-",), model=name, store="-"), choose_device("auto"))
-    pipeline.Processor(task)
+    config = RunConfig(corpus=("-",), model=name, store="-")
+    files = pipeline.find_model(config)
+    task, measure = pipeline.prepare(config, files, choose_device("auto"), "float32")
+    processor = pipeline.Processor(task)
+    processor.close()
+    why = processor.progress.why_padded
+    packing = f"padded ({why})" if why else "packed without padding"
     return Check(
         "model", True,
         f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, {measure['window_tokens']} tokens; "
-        f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, "
+        f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, {packing}, "
         f"{time.monotonic() - began:.1f} s",
     )  # fmt: skip
 

@@ -117,12 +117,13 @@ def explain(
                              f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}")  # fmt: skip
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
-    task, measure, _ = pipeline.prepare(config, device)
+    task, measure = pipeline.prepare(config, pipeline.find_model(config), device, config.dtype)
     if task.measure_id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
     cleaned = SURROGATES.sub("\ufffd", text)  # what is no character, as in the corpus
     processor = pipeline.Processor(task)
     measured = processor.measure([cleaned], [cleaned != text])
+    processor.close()
     encoded, strengths = measured.encoded, measured.strengths
     if not len(encoded.token_ids):
         raise ConfigError("the text has no tokens; give one with at least a word")
@@ -138,7 +139,7 @@ def explain(
     spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
     tokens = tuple(
         Token(
-            "" if special[i] else cleaned[start:end], processor.pieces[token_id], token_id, start, end,
+            "" if special[i] else cleaned[start:end], processor.preparer.pieces[token_id], token_id, start, end,
             bool(special[i]), bool(encoded.flags[i] & WORD_START), tuple(readings[i] for readings in columns),
         )
         for i, ((start, end), token_id) in enumerate(zip(spans, encoded.token_ids.tolist(), strict=True))
@@ -192,7 +193,7 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
 def _notes(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...]:
     notes = []
     if made_by["device"] != device:
-        digits = "third or fourth" if dtype == "bfloat16" else "fifth or a later"
+        digits = "fifth or a later" if dtype == "float32" else "third or fourth"
         notes.append(
             f"The run was measured on {made_by['device']}, this text on {device} (both {dtype}): strengths differ in "
             f"their {digits} digit, and a token close to a threshold can lie on its other side."

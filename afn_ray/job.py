@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from afn_ray import cluster, corpus, lexicon, manifest, pipeline, storage
+from afn_ray import cluster, corpus, lexicon, manifest, pipeline, precision, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun
+from afn_ray.model import ModelFiles
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
-from afn_ray.schema import SPECIAL
+from afn_ray.schema import SPECIAL, fingerprint
 
 SAMPLE_DOCUMENTS = 200
+PILOT_DOCUMENTS = 2000
 PILOT_S = 2.0
 BYTES_PER_TOKEN = 6.0
 """Upper estimate of the store's bytes for a token of one layer, offsets included; each further layer adds 3."""
@@ -25,7 +27,7 @@ BYTES_PER_TOKEN = 6.0
 class Event:
     """Something that a person who waits wants to see."""
 
-    kind: str  # "hashing", "planned", "starting", "working", "reducing", "complete"
+    kind: str  # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "complete"
     message: str
     state: cluster.State | None = None  # of "working"
     done: int = 0  # of "hashing": files
@@ -73,9 +75,12 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
     device = cluster.find_device(config)
-    task, measure, files = pipeline.prepare(config, device)
+    files = pipeline.find_model(config)
+    pipeline.prepare(config, files, device, "float32")  # refuses a layer or window that is not there, before any work
     begun_ns = time.time_ns()
     plan = manifest.make_plan(config, _hashing(on_event))
+    decided = _decide_precision(config, files, device, plan, on_event, keep=True)
+    task, measure = pipeline.prepare(config, files, device, decided.dtype)
     folder = manifest.begin_run(config, measure, plan, begun_ns)
     if folder.info:
         on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
@@ -89,7 +94,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     state = cluster.State(0)
     if todo:
         on_event(Event("starting", f"starting workers on {device} ({config.executor})"))
-        state = cluster.process_shards(config, task, todo, lambda s: on_event(Event("working", "", state=s)))
+        state = cluster.process_shards(config, task, todo, _working(on_event))
     if state.failures:
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
@@ -116,6 +121,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         "tables": names,
         "config": asdict(config),
         "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
+        "precision": decided.to_json(),
         "counts": {"shards": len(ordered), "shards_reused": len(ordered) - len(todo), **totals},
         "created_at": manifest.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -141,8 +147,11 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     config = _normalised(config)
     lexicon.function_words(config.language)
     device = cluster.find_device(config)
-    task, measure, files = pipeline.prepare(config, device)
+    files = pipeline.find_model(config)
+    pipeline.prepare(config, files, device, "float32")
     plan = manifest.make_plan(config, _hashing(on_event))
+    decided = _decide_precision(config, files, device, plan, on_event, keep=False)
+    task, measure = pipeline.prepare(config, files, device, decided.dtype)
     done = manifest.find_commits(config.store, task.measure_id, plan.shards)
     texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
     processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
@@ -156,6 +165,7 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
         num_bytes += sum(len(t.encode()) for t in texts[begin : begin + 32])
         if seconds > PILOT_S:
             break
+    processor.close()
     exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
     share = _text_share(plan, texts[:num_texts])
     todo_bytes = sum(s.num_bytes for s in plan.shards if s.id not in done)
@@ -173,6 +183,42 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
         config.model, task.layers, files.depth, task.dtype, device, measure["window_tokens"],
         measure["overlap_tokens"], task.measure_id,
     )  # fmt: skip
+
+
+def _decide_precision(
+    config: RunConfig, files: ModelFiles, device: str, plan: manifest.Plan, on_event: OnEvent, *, keep: bool
+) -> precision.Precision:
+    """What the store's first run decided, so that every later one measures the same; else a pilot's decision."""
+    task, measure = pipeline.prepare(config, files, device, "float32")
+    if config.dtype == "float32":
+        return precision.decide(task, ())
+    key = fingerprint([measure, config.dtype])
+    stored = manifest.read_pilot(config.store, key)
+    if stored is None:
+        on_event(Event("pilot", "a pilot compares half precision with float32"))
+        sample = corpus.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
+        decided = cluster.decide_precision(config, task, [d.text for d in sample])
+        stored = decided.to_json()
+        if keep:
+            stored = manifest.write_pilot(config.store, key, stored)
+    decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
+    on_event(Event("planned", precision.describe(decided)))
+    return decided
+
+
+def _working(on_event: OnEvent) -> cluster.OnState:
+    """Passes states on, and says once if the model has to be padded."""
+    warned = False
+
+    def on_state(state: cluster.State) -> None:
+        nonlocal warned
+        if state.live.why_padded and not warned:
+            warned = True
+            on_event(Event("warning", "warning: sequences are padded, not packed, which is slower: "
+                                      f"{state.live.why_padded}"))  # fmt: skip
+        on_event(Event("working", "", state=state))
+
+    return on_state
 
 
 def _text_share(plan: manifest.Plan, texts: list[str]) -> float:

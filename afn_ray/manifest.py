@@ -34,7 +34,7 @@ IO_THREADS = 16
 TABLES = ("tokens", "documents", "summary")
 RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
-    "created_at": str, "finished_at": str,
+    "precision": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
@@ -252,6 +252,21 @@ def find_run(uri: str) -> RunFolder:
     if names:
         raise StoreError(f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun")
     raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+
+
+def read_pilot(store: str, key: str) -> dict[str, Any] | None:
+    """What an earlier run in ``store`` decided under ``key``, if one did."""
+    uri = storage.join(store, "pilots", f"{key}.json")
+    data = storage.read_if_there(uri)
+    return None if data is None else _json(data, uri)
+
+
+def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Keep ``value`` for all later runs under ``key``; returns what is kept, ours or a rival's."""
+    uri = storage.join(store, "pilots", f"{key}.json")
+    with contextlib.suppress(storage.AlreadyWritten):
+        storage.write_once(uri, _json_bytes({"schema_version": SCHEMA_VERSION, **value}))
+    return _json(storage.read_bytes(uri), uri)
 
 
 def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:

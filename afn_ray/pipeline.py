@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +25,20 @@ import pyarrow as pa
 from afn_ray import corpus, manifest, model, records, tokens
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, ModelError
+from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import SCHEMA_VERSION, SPECIAL, Document, Shard, fingerprint, strength_column
 from afn_ray.signals import Strength
 from afn_ray.thresholds import Summary, round_strengths
 
-CHUNK_BYTES = 1 << 20
-"""Text encoded and sorted together: 1 MiB is about 250,000 tokens, enough for 1 % of padding."""
+Strengths = npt.NDArray[np.float32]
 
 PROBES = ("A", "The quick brown fox jumps over the lazy dog.", "Strength is a norm; a norm is not a meaning, yet.")
+LONG_PROBE_TOKENS = 640
+"""Of the longest text in the self-check: beyond most attention windows, and soon measured."""
+SUBMITTED = 4
+"""Batches that a GPU is given ahead of the one whose results are taken."""
+WRITTEN_BEHIND = 2
+"""Chunks that wait for the writing thread: bounds memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Task:
 
     config: RunConfig
     layers: tuple[int, ...]
-    dtype: str
+    dtype: str  # of the matrix products
     device: str
     measure_id: str
     identity: dict[str, str]  # of the model's files
@@ -46,32 +55,41 @@ class Task:
 
 @dataclass(slots=True)
 class Progress:
-    """What a worker has done so far; counts only grow."""
+    """What a worker has done so far; counts and seconds only grow."""
 
     documents: int = 0
     tokens: int = 0
-    forward_tokens: int = 0  # with padding and overlaps
+    forward_tokens: int = 0  # with padding, filler and overlaps
+    read_s: float = 0.0  # on the reading thread
+    tokenize_s: float = 0.0  # on the tokenizing thread, or in all tokenizer processes together
+    wait_s: float = 0.0  # the model's, for text
+    model_s: float = 0.0
+    write_s: float = 0.0  # on the writing thread
+    why_padded: str = ""  # empty: sequences are packed without padding
 
 
-def prepare(config: RunConfig, device: str) -> tuple[Task, dict[str, Any], model.ModelFiles]:
-    """The task of ``config``, its measure (everything that changes a value) and the model's files.
+def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str) -> tuple[Task, dict[str, Any]]:
+    """The task of ``config`` and its measure: everything that changes a value.
 
-    ``device``: "cpu" or "cuda", of the workers. Raises ``ModelError`` or ``ConfigError``.
+    ``device``: "cpu" or "cuda", of the workers; ``dtype``: of the products, decided. Raises ``ModelError`` or
+    ``ConfigError``.
     """
-    files = find_model(config)
     layers = resolve_layers(config.layers, files.depth)
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    window = config.window_tokens or min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
+    window = _window_tokens(config, files)
     if window > files.context_tokens:
         raise ModelError(f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}")
-    encoder = tokens.TextEncoder(*model.load_tokenizer(files))
+    encoder = tokens.TextEncoder(model.load_tokenizer(files))
     _, overlap = tokens.window_sizes(window, config.overlap_tokens, encoder.template)
     measure = {
         "schema_version": SCHEMA_VERSION, "model": files.identity, "model_type": files.model_type,
         "layers": list(layers), "signals": [Strength.name], "dtype": dtype,
         "window_tokens": window, "overlap_tokens": overlap, "offsets": config.offsets,
     }  # fmt: skip
-    return Task(config, layers, dtype, device, fingerprint(measure), files.identity), measure, files
+    return Task(config, layers, dtype, device, fingerprint(measure), files.identity), measure
+
+
+def _window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
+    return config.window_tokens or min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
 
 
 def find_model(config: RunConfig) -> model.ModelFiles:
@@ -83,11 +101,15 @@ def find_model(config: RunConfig) -> model.ModelFiles:
 
 def vocabulary_texts(files: model.ModelFiles) -> tuple[list[str], list[str]]:
     """The vocabulary by token id: as the tokenizer writes it, and as a reader does."""
-    return tokens.TextEncoder(*model.load_tokenizer(files)).texts()
+    return tokens.TextEncoder(model.load_tokenizer(files)).texts()
 
 
 class Processor:
-    """A loaded model and tokenizer that turn shards into commits, one after the other."""
+    """A loaded model and tokenizer that turn shards into commits, one after the other.
+
+    Reading, tokenizing and writing have threads of their own (``tokenizer_workers``: processes), a bounded number of
+    chunks before and behind the model.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -102,14 +124,21 @@ class Processor:
             raise ModelError(
                 f"model {config.model} differs on this worker from the one planned: {', '.join(differing)}"
             )
-        self.encoder = tokens.TextEncoder(*model.load_tokenizer(files))
-        window = config.window_tokens or min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
-        self.width, self.overlap = tokens.window_sizes(window, config.overlap_tokens, self.encoder.template)
-        self.pieces, self.readable = self.encoder.texts()
+        tokenizer = model.load_tokenizer(files)
+        encoder = tokens.TextEncoder(tokenizer)
+        window = _window_tokens(config, files)
         self.model = model.Model(files, task.layers, task.dtype, task.device, config.batch_tokens)
-        probes = self.encoder.encode(PROBES)
-        ids = [probes.token_ids[a:b].tolist()[:window] for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)]
-        self.model.prepare([i for i in ids if len(i) > 2], Strength.measure)
+        self.model.prepare(_probes(encoder, window), Strength.measure)
+        self.progress.why_padded = self.model.why_padded or ""
+        recipe = Recipe(
+            tokenizer.to_str(), window, config.overlap_tokens, config.batch_tokens, self.model.causal, self.model.packed
+        )
+        self.preparer = Preparer(recipe, encoder)
+        self._feed = Feed(self.preparer, config.tokenizer_workers)
+
+    def close(self) -> None:
+        """Ends the tokenizer's thread or processes."""
+        self._feed.close()
 
     def process(self, shard: Shard) -> manifest.Commit:
         """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a rival's.
@@ -125,8 +154,7 @@ class Processor:
         documents = (d for piece in shard.slices for d in corpus.read(piece, config.read_options))
         with _scratch_folder(config) as folder:
             with records.ShardFiles(folder, layers, config.offsets) as files:
-                for chunk in _chunks(documents):
-                    self._record(chunk, files, summary, counts)
+                self._measure_and_write(documents, files, summary, counts)
                 files.write_summary(summary.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
             return manifest.publish(
@@ -134,28 +162,56 @@ class Processor:
                 round(time.monotonic() - began, 3), made_by,
             )  # fmt: skip
 
+    def _measure_and_write(
+        self, documents: Iterator[Document], files: records.ShardFiles, summary: Summary, counts: dict[str, int]
+    ) -> None:
+        began = time.monotonic()
+        behind: deque[Future[None]] = deque()
+        with contextlib.closing(self._feed.chunks(documents)) as chunks, ThreadPoolExecutor(1, "afn-write") as writer:
+            for chunk in chunks:
+                self.progress.wait_s += time.monotonic() - began
+                self.progress.read_s += chunk.read_s
+                strengths = self._strengths(chunk.prepared)
+                behind.append(writer.submit(self._record, chunk, strengths, files, summary, counts))
+                if len(behind) > WRITTEN_BEHIND:
+                    behind.popleft().result()
+                began = time.monotonic()
+            for record in behind:
+                record.result()
+
     def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
         """Strengths of every token of ``texts``, which are encoded, cut into windows and batched together."""
-        encoded = self.encoder.encode(texts, replaced)
-        windows = tokens.make_windows(encoded, self.encoder.template, self.width, self.overlap, self.model.causal)
-        assert sum(w.keep_end - w.keep_start for w in windows) == len(encoded.token_ids), "every token once"
-        strengths = np.full((len(self.task.layers), len(encoded.token_ids)), np.nan, np.float32)
-        for batch in tokens.make_batches(windows, self.task.config.batch_tokens):
-            ids, mask = tokens.batch_inputs(batch, encoded, self.encoder)
-            tokens.scatter(batch, self.model.measure(ids, mask, Strength.measure), strengths)
-            self.progress.forward_tokens += ids.size
-            self.progress.tokens += sum(w.keep_end - w.keep_start for w in batch)
-        return Measured(encoded, windows, round_strengths(strengths))
+        prepared = self.preparer.prepare(texts, replaced)
+        return Measured(prepared.encoded, self._strengths(prepared))
+
+    def _strengths(self, prepared: Prepared) -> Strengths:
+        began = time.monotonic()
+        self.progress.tokenize_s += prepared.seconds
+        result = np.full((len(self.task.layers), len(prepared.encoded.token_ids)), np.nan, np.float32)
+        under_way: deque[tuple[tokens.TokenBatch, model.Pending]] = deque()
+
+        def take() -> None:
+            batch, pending = under_way.popleft()
+            result[:, batch.rows] = pending.result()[:, batch.kept]
+            self.progress.tokens += len(batch.rows)
+
+        for batch in prepared.batches:
+            under_way.append((batch, self.model.submit(batch.ids, batch.lengths, Strength.measure)))
+            self.progress.forward_tokens += batch.forward_tokens
+            if self.task.device == "cpu" or len(under_way) > SUBMITTED:
+                take()
+        while under_way:
+            take()
+        self.progress.model_s += time.monotonic() - began
+        return round_strengths(result)
 
     def _record(
-        self, chunk: list[Document], files: records.ShardFiles, summary: Summary, counts: dict[str, int]
+        self, read: Chunk, strengths: Strengths, files: records.ShardFiles, summary: Summary, counts: dict[str, int]
     ) -> None:
-        """Measure one chunk of documents, write its rows and add it to the summary."""
-        before = self.progress.forward_tokens
+        """Write the rows of one chunk and add it to the summary."""
+        began = time.monotonic()
         layers, first_doc = self.task.layers, counts["documents"]
-        texts = [d.text for d in chunk]
-        measured = self.measure(texts, [d.num_replaced > 0 for d in chunk])
-        encoded, strengths = measured.encoded, measured.strengths
+        chunk, prepared, encoded = read.documents, read.prepared, read.prepared.encoded
         n_tokens = np.diff(encoded.bounds)
         bad = np.zeros(len(chunk), bool)
         bad[encoded.docs[~np.isfinite(strengths).all(axis=0)]] = True
@@ -167,16 +223,12 @@ class Processor:
         ]  # fmt: skip
         keep = ~bad[encoded.docs]
         n_tokens = np.where(bad, 0, n_tokens)
-        n_windows = np.bincount(
-            np.searchsorted(encoded.bounds, [w.row for w in measured.windows], side="right") - 1, minlength=len(chunk)
-        )
         by_layer = {layer: strengths[at] for at, layer in enumerate(layers)}
         docs, flags = encoded.docs + np.int32(first_doc), encoded.flags
-        surfaces = tokens.surfaces(encoded, texts, self.readable)
         table = records.make_table(
             {
                 "doc": docs, "position": encoded.positions, "token_id": encoded.token_ids, "flags": flags,
-                "surface": surfaces, "start": encoded.start, "end": encoded.end,
+                "surface": prepared.surfaces, "start": encoded.start, "end": encoded.end,
                 **{strength_column(layer): values for layer, values in by_layer.items()},
             },
             files.tokens.schema,
@@ -193,7 +245,7 @@ class Processor:
                     "source": [d.source for d in chunk],
                     "offset": [d.offset for d in chunk],
                     "n_tokens": n_tokens,
-                    "n_windows": n_windows,
+                    "n_windows": prepared.n_windows,
                     "n_chars": [len(d.text) for d in chunk],
                     "n_replaced": [d.num_replaced for d in chunk],
                     "text_sha256": [
@@ -211,34 +263,30 @@ class Processor:
         for name, value in (
             ("documents", len(chunk)), ("empty", status.count("empty")), ("tokens", int(keep.sum())),
             ("quarantined", sum(s.startswith("quarantined") for s in status)),
-            ("special", int((flags[keep] & SPECIAL).sum())), ("windows", len(measured.windows)),
-            ("forward_tokens", self.progress.forward_tokens - before), ("chars", sum(map(len, texts))),
+            ("special", int((flags[keep] & SPECIAL).sum())), ("windows", int(prepared.n_windows.sum())),
+            ("forward_tokens", sum(b.forward_tokens for b in prepared.batches)),
+            ("chars", sum(len(d.text) for d in chunk)),
         ):  # fmt: skip
             counts[name] += value
         self.progress.documents += len(chunk)
+        self.progress.write_s += time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Tokens of some documents, their windows, and their rounded strengths [n_layers, n_tokens]."""
+    """Tokens of some texts and their rounded strengths [n_layers, n_tokens]."""
 
     encoded: tokens.Encoded
-    windows: list[tokens.Window]
-    strengths: npt.NDArray[np.float32]
+    strengths: Strengths
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Whole documents, together about ``CHUNK_BYTES`` of text: a function of the shard alone."""
-    chunk: list[Document] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document.text) + 64
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _probes(encoder: tokens.TextEncoder, window: int) -> list[list[int]]:
+    """Token sequences for the self-check, each with its template; the last is as long as a window, or nearly."""
+    width = min(window, LONG_PROBE_TOKENS)
+    encoded = encoder.encode([*PROBES, " ".join(PROBES * (1 + width // 16))])
+    suffix = list(encoder.template.suffix)
+    found = [encoded.token_ids[a:b].tolist() for a, b in itertools.pairwise(encoded.bounds)]
+    return [ids if len(ids) <= width else ids[: width - len(suffix)] + suffix for ids in found if len(ids) > 2]
 
 
 def _document_means(

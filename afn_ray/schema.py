@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a stored table or the meaning of a stored value changes; part of every measure."""
 
 SPECIAL = 1

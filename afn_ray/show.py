@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import lexicon, manifest
+from afn_ray import lexicon, manifest, precision
 from afn_ray.errors import printable
 from afn_ray.query import Run
 from afn_ray.reduce import wilson
@@ -172,9 +172,10 @@ def render(summary: Summary, console: Console) -> None:
                       f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files"),
         ("tokens", f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)"),
         ("model", f"{model['name']} ({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
+        ("precision", precision.describe(precision.from_json(info["precision"]))),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
         ("size", f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all"),
-        ("padding", f"{summary.padding_share:.1%} of what the model saw was padding or overlap"),
+        ("padding", f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap"),
         ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
                      f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
     ):  # fmt: skip

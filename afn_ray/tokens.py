@@ -1,9 +1,10 @@
-"""Texts become tokens, tokens become windows, windows become padded batches."""
+"""Texts become tokens, tokens become windows, windows become batches."""
 
 from __future__ import annotations
 
+import bisect
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -71,12 +72,11 @@ class Window:
 class TextEncoder:
     """A fast tokenizer set up to encode untrusted texts of any length, without truncation or padding."""
 
-    def __init__(self, tokenizer: Tokenizer, pad_id: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         tokenizer.no_truncation()  # tokenizer.json often carries both, for another purpose
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, not a control token
         self._tokenizer = tokenizer
-        self.pad_id = 0 if pad_id is None else pad_id
         self.template = self._find_template()
 
     def _find_template(self) -> Template:
@@ -240,38 +240,80 @@ def make_windows(encoded: Encoded, template: Template, width: int, overlap: int,
     return windows
 
 
-def make_batches(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
-    """Windows sorted by length and cut into batches of at most ``batch_tokens`` with padding (or of one window)."""
-    batches: list[list[Window]] = []
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Windows that go through the model together, one behind the other."""
+
+    ids: npt.NDArray[np.int64]  # [n_tokens]; behind the windows may be filler
+    lengths: list[int]  # of the windows
+    kept: npt.NDArray[np.int64]  # which of the batch's tokens are recorded
+    rows: npt.NDArray[np.int64]  # and which row of the ``Encoded`` each of them is
+    forward_tokens: int  # that the model computes, with padding or filler
+
+
+def make_batches(
+    windows: Sequence[Window], encoded: Encoded, encoder: TextEncoder, batch_tokens: int, *, packed: bool
+) -> Iterator[TokenBatch]:
+    """``windows`` in batches of ``batch_tokens``: a function of the windows and the budget alone.
+
+    ``packed``: without padding, for models that keep sequences apart. Every batch is filled up to exactly the budget,
+    so that a window's bits do not depend on its neighbours; only a batch that is the only one stays smaller.
+    Otherwise: neighbours in length, at most the budget with their padding. A window over the budget is a batch alone.
+    """
+    groups = _packs(windows, batch_tokens) if packed else _sorted_groups(windows, batch_tokens)
+    for group in groups:
+        lengths = [w.length for w in group]
+        total = sum(lengths)
+        size = total
+        if packed:  # one sole batch: a power of two, so that few shapes occur
+            size = max(total, batch_tokens if len(groups) > 1 else min(batch_tokens, 1 << (total - 1).bit_length()))
+        ids = np.empty(size, np.int64)
+        first = np.cumsum(lengths) - lengths
+        row = np.array([w.row for w in group])
+        ids[:total] = encoded.token_ids[np.repeat(row - first, lengths) + np.arange(total)]
+        for at, token in enumerate(encoder.template.prefix):
+            ids[first + at] = token
+        for at, token in enumerate(reversed(encoder.template.suffix)):
+            ids[first + lengths - 1 - at] = token
+        ids[total:] = ids[0]  # filler: any token will do
+        start = np.array([w.keep_start for w in group])
+        n_kept = np.array([w.keep_end for w in group]) - start
+        within = np.arange(n_kept.sum()) - np.repeat(np.cumsum(n_kept) - n_kept, n_kept)
+        kept = np.repeat(first + start, n_kept) + within
+        rows = np.repeat(row + start, n_kept) + within
+        yield TokenBatch(ids, lengths, kept, rows, size if packed else len(group) * max(lengths))
+
+
+def _packs(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
+    """Each pack takes the longest window that still fits, again and again: little is left over, and windows of one
+    length lie side by side, where attention takes them together."""
+    by_length: dict[int, list[Window]] = {}
+    for window in sorted(windows, key=lambda w: w.row, reverse=True):
+        by_length.setdefault(window.length, []).append(window)
+    lengths = sorted(by_length)
+    packs = []
+    while lengths:
+        pack, room = [], max(batch_tokens, lengths[-1])
+        while at := bisect.bisect_right(lengths, room):
+            same = by_length[lengths[at - 1]]
+            n = min(len(same), room // lengths[at - 1])
+            room -= n * lengths[at - 1]
+            pack += [same.pop() for _ in range(n)]
+            if not same:
+                del lengths[at - 1]
+        packs.append(pack)
+    return packs
+
+
+def _sorted_groups(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
+    groups: list[list[Window]] = []
     current: list[Window] = []
     for window in sorted(windows, key=lambda w: (w.length, w.row)):
         if current and window.length * (len(current) + 1) > batch_tokens:
-            batches.append(current)
+            groups.append(current)
             current = []
         current.append(window)
-    return [*batches, current] if current else batches
-
-
-def batch_inputs(
-    batch: Sequence[Window], encoded: Encoded, encoder: TextEncoder
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Token ids and attention mask of ``batch``, padded on the right; int64 [n_windows, longest]."""
-    template = encoder.template
-    longest = max(w.length for w in batch)
-    ids = np.full((len(batch), longest), encoder.pad_id, np.int64)
-    mask = np.zeros_like(ids)
-    for i, window in enumerate(batch):
-        ids[i, : window.length] = encoded.token_ids[window.row : window.row + window.length]
-        ids[i, : len(template.prefix)] = template.prefix
-        ids[i, window.length - len(template.suffix) : window.length] = template.suffix
-        mask[i, : window.length] = 1
-    return ids, mask
-
-
-def scatter(batch: Sequence[Window], values: npt.NDArray[np.float32], out: npt.NDArray[np.float32]) -> None:
-    """Put what ``batch`` records of ``values`` [n_layers, n_windows, longest] into ``out`` [n_layers, n_tokens]."""
-    for i, w in enumerate(batch):
-        out[:, w.row + w.keep_start : w.row + w.keep_end] = values[:, i, w.keep_start : w.keep_end]
+    return [*groups, current] if current else groups
 
 
 def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:

@@ -133,6 +133,7 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
         values: dict[str, Any] = {
             "corpus": (str(tmp_path / "corpus"),), "model": str(tiny_bert), "store": str(tmp_path / "store"),
             "executor": "inline", "shard_bytes": 4096, "batch_tokens": 256,
+            "dtype": "float32",
         }  # fmt: skip
         return RunConfig(**(values | changes))
 
@@ -141,6 +142,7 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
 
 RUN_INFO: dict[str, Any] = {
     "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {}, "created_at": "",
+    "precision": {"dtype": "float32", "asked": "float32", "why": "asked for", "n_tokens": 0, "trials": []},
     "finished_at": "",
 }  # fmt: skip
 """The keys that every run.json has."""

@@ -280,7 +280,7 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     with pytest.raises(StoreError, match=rf"{run.id} is not complete"):
         find_run(run.uri)
     finish_run(run, RUN_INFO)
-    assert find_run(store).info == find_run(run.uri + "/").info == {"schema_version": 1, "id": run.id, **RUN_INFO}
+    assert find_run(store).info == find_run(run.uri + "/").info == {"schema_version": 2, "id": run.id, **RUN_INFO}
     with pytest.raises(StoreError, match="neither a store nor a run"):
         find_run(store + "/runs/nothing")
 
@@ -290,10 +290,10 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     [
         (b"{", "is damaged"),
         (b"\xff", "is damaged"),
-        (b"[]", "schema version list, expected 1"),
-        (b"{}", "schema version None, expected 1"),
-        (b'{"schema_version": 1}', "is damaged: id is null"),
-        (b'{"schema_version": 2}', "schema version 2, expected 1; use the afn-ray that wrote it"),
+        (b"[]", "schema version list, expected 2"),
+        (b"{}", "schema version None, expected 2"),
+        (b'{"schema_version": 2}', "is damaged: id is null"),
+        (b'{"schema_version": 1}', "schema version 1, expected 2; use the afn-ray that wrote it"),
     ],
 )
 def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes, says: str) -> None:

@@ -1,10 +1,14 @@
-"""The model's promises: layers equal Hugging Face's, later blocks never run, unsafe or broken models are refused."""
+"""The model's promises: layers equal Hugging Face's, later blocks never run, attention and linear layers are what they
+replace, unsafe or broken models are refused."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +16,14 @@ import pytest
 import torch
 import transformers
 from conftest import save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import varlen
+from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
 from afn_ray.errors import ModelError
+from afn_ray.model import attention, linear
 from afn_ray.signals import Strength
 from afn_ray.thresholds import round_strengths
 from afn_ray.tokens import TextEncoder
@@ -26,12 +35,20 @@ def find(folder: Path | str, **options: bool) -> model.ModelFiles:
 
 def load(folder: Path, layers: list[int], dtype: str = "float32") -> tuple[model.Model, TextEncoder]:
     files = find(folder)
-    encoder = TextEncoder(*model.load_tokenizer(files))
+    encoder = TextEncoder(model.load_tokenizer(files))
     loaded = model.Model(files, layers, dtype, "cpu", 256)
     probes = encoder.encode(["Hello there, you.", "In the beginning was the word, they say."])
     ids = [probes.token_ids[a:b].tolist() for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)]
     loaded.prepare(ids, Strength.measure)
     return loaded, encoder
+
+
+def measure(loaded: model.Model, *rows: list[int]) -> list[np.ndarray]:
+    """Norms [n_layers, n_tokens] of each of ``rows``, out of one batch."""
+    lengths = [len(r) for r in rows]
+    got = loaded.measure(np.concatenate([np.array(r, np.int64) for r in rows]), lengths, Strength.measure)
+    assert got.dtype == np.float32 and got.shape == (len(loaded.layers), sum(lengths))
+    return np.split(got, np.cumsum(lengths)[:-1], axis=1)
 
 
 def reference_norms(folder: Path, ids: list[int]) -> list[np.ndarray]:
@@ -47,13 +64,11 @@ def test_every_layer_of_minilm_equals_hidden_states_of_single_unpadded_texts(min
     texts = [verses[i] for i in (0, 7, 1000, 20000, 31000)]
     encoded = encoder.encode(texts)
     rows = [encoded.token_ids[a:b].tolist() for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)]
-    longest = max(map(len, rows))
-    ids = np.array([r + [0] * (longest - len(r)) for r in rows])
-    mask = np.array([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
-    got = round_strengths(loaded.measure(ids, mask, Strength.measure))  # one padded batch, as recorded
-    for i, row in enumerate(rows):
+    assert loaded.packed
+    together = measure(loaded, *rows)
+    for row, got in zip(rows, together, strict=True):
         for layer, expected in enumerate(reference_norms(minilm, row)):
-            np.testing.assert_allclose(got[layer, i, : len(row)], expected, rtol=2e-5)
+            np.testing.assert_allclose(round_strengths(got[layer].copy()), expected, rtol=2e-5)  # as recorded
 
 
 @pytest.mark.parametrize("kind", ["tiny_bert", "tiny_gpt", "tiny_llama"])
@@ -61,11 +76,11 @@ def test_layers_of_other_architectures_equal_hidden_states(kind: str, request: p
     folder = request.getfixturevalue(kind)
     loaded, encoder = load(folder, [0, 1, 2, 3])
     ids = encoder.encode(["And God said, Let there be light: and there was light."]).token_ids.tolist()
-    got = loaded.measure(np.array([ids]), np.ones((1, len(ids)), np.int64), Strength.measure)
+    (got,) = measure(loaded, ids)
     expected = reference_norms(folder, ids)
     final_norm = kind != "tiny_bert"  # then the last entry of hidden_states is no block's output
     for layer in range(3 if final_norm else 4):
-        np.testing.assert_allclose(got[layer, 0], expected[layer], rtol=2e-5)
+        np.testing.assert_allclose(got[layer], expected[layer], rtol=2e-5)
     assert loaded.causal == final_norm
 
 
@@ -74,9 +89,20 @@ def test_blocks_after_the_last_layer_never_run(minilm: Path) -> None:
     ran = []
     for at, block in enumerate(loaded._model.encoder.layer):
         block.register_forward_pre_hook(lambda module, args, at=at: ran.append(at))
-    ids = np.array([encoder.encode(["Let there be light"]).token_ids])
-    loaded.measure(ids, np.ones_like(ids), Strength.measure)
+    ids = encoder.encode(["Let there be light"]).token_ids.tolist()
+    measure(loaded, ids, ids[:1])
     assert ran == [0, 1, 2, 3]
+
+
+def test_layer_0_alone_runs_no_block(tiny_bert: Path) -> None:
+    loaded, encoder = load(tiny_bert, [0])
+    ran = []
+    for part in loaded._blocks[0].modules():
+        part.register_forward_hook(lambda module, args, output: ran.append(module))
+    ids = encoder.encode(["Let there be light"]).token_ids.tolist()
+    (got,) = measure(loaded, ids)
+    np.testing.assert_allclose(got[0], reference_norms(tiny_bert, ids)[0], rtol=2e-5)
+    assert ran == []
 
 
 def test_shared_layers_are_counted_by_pass(tmp_path: Path, minilm: Path) -> None:
@@ -89,17 +115,17 @@ def test_shared_layers_are_counted_by_pass(tmp_path: Path, minilm: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     loaded, encoder = load(tmp_path, [0, 1, 3])
     ids = encoder.encode(["And there was light."]).token_ids.tolist()
-    got = loaded.measure(np.array([ids]), np.ones((1, len(ids)), np.int64), Strength.measure)
+    (got,) = measure(loaded, ids)
     expected = reference_norms(tmp_path, ids)
     for at, layer in enumerate((0, 1, 3)):
-        np.testing.assert_allclose(got[at, 0], expected[layer], rtol=2e-5)
+        np.testing.assert_allclose(got[at], expected[layer], rtol=2e-5)
 
 
 def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(minilm: Path, verses: list[str]) -> None:
     full, encoder = load(minilm, [4])
     half, _ = load(minilm, [4], "bfloat16")
-    ids = np.array([encoder.encode([verses[0]]).token_ids])
-    a, b = (m.measure(ids, np.ones_like(ids), Strength.measure) for m in (full, half))
+    ids = encoder.encode([verses[0]]).token_ids.tolist()
+    (a,), (b,) = (measure(m, ids) for m in (full, half))
     np.testing.assert_allclose(b, a, rtol=3e-2)
     assert not np.array_equal(a, b)
     wide = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
@@ -107,36 +133,441 @@ def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(minilm:
     assert Strength.measure(wide).item() == pytest.approx(wide.double().norm().item(), rel=1e-6)
 
 
-def test_linear_layers_are_prepacked_and_agree(minilm: Path) -> None:
-    loaded, _ = load(minilm, [4])
-    packed = loaded._model.encoder.layer[0].intermediate.dense
-    assert isinstance(packed, model._PackedLinear)
+def test_with_half_precision_products_the_stream_and_the_norms_stay_float32(tiny_bert: Path) -> None:
+    loaded, encoder = load(tiny_bert, [0, 1, 2, 3], "bfloat16")
+    seen = set()
+
+    def reduce(hidden: torch.Tensor) -> torch.Tensor:
+        seen.add(hidden.dtype)
+        return Strength.measure(hidden)
+
+    ids = encoder.encode(["Let there be light"]).token_ids
+    loaded.measure(ids.astype(np.int64), [len(ids)], reduce)
+    assert seen == {torch.float32}
+    assert {p.dtype for p in loaded._model.embeddings.parameters()} == {torch.float32}
+    norms = [m for b in loaded._blocks for m in b.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert norms and all(m.weight.dtype == torch.float32 for m in norms)
+    products = [m for b in loaded._blocks for m in b.modules() if isinstance(m, linear.Product)]
+    assert len(products) == 3 * 6 and all(m._weight.dtype == torch.bfloat16 for m in products)
+
+
+def test_no_input_is_kept_behind_a_batch(tiny_bert: Path) -> None:
+    loaded, encoder = load(tiny_bert, [2], "bfloat16")
+    measure(loaded, encoder.encode(["Let there be light"]).token_ids.tolist())
+    assert loaded._cast._source is loaded._cast._result is None
+    assert loaded._read == {}
+
+
+# --- the self-check --------------------------------------------------------------------------------------
+
+
+def padded_model(tmp_path: Path, minilm: Path) -> Path:
+    """An MPNet: its attention has position biases, so it cannot be packed."""
+    options: dict[str, Any] = {"max_position_embeddings": 64, "pad_token_id": 1}
+    save_model(tmp_path, transformers.MPNetConfig(**SMALL, **options))
+    shutil.copy(minilm / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return tmp_path
+
+
+SMALL = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "intermediate_size": 48}  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 3]])
+def test_self_check_refuses_a_hook_that_reads_the_wrong_place(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, layers: list[int]
+) -> None:
+    keep = model.Model._keep
+
+    def wrong(self: Any, layer: int, hidden: torch.Tensor) -> None:
+        keep(self, layer, hidden * 1.001)
+
+    monkeypatch.setattr(model.Model, "_keep", wrong)
+    with pytest.raises(ModelError, match=rf"self-check failed: layer {layers[0]} hooked.* tolerance 1e-04"):
+        load(tiny_bert, layers)
+
+
+def test_a_packing_that_lets_neighbours_in_is_found_and_not_used(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = attention.attend_by_group
+
+    def leak(q: Any, k: Any, v: Any, layout: attention.Layout, *rest: Any) -> torch.Tensor:
+        return right(q, k, v, attention.Layout([layout.num_rows], layout.num_rows, layout.device), *rest)
+
+    monkeypatch.setattr(attention, "attend_by_group", leak)
+    loaded, encoder = load(tiny_bert, [2])
+    assert not loaded.packed
+    assert loaded.why_padded is not None
+    assert "self-check failed: one packed batch against single texts differs by" in loaded.why_padded
+    rows = [encoder.encode([text]).token_ids.tolist() for text in ("Let there be light", "and there was", "light")]
+    for row, got in zip(rows, measure(loaded, *rows), strict=True):
+        np.testing.assert_allclose(got[0], reference_norms(tiny_bert, row)[2], rtol=2e-5)
+
+
+def test_positions_that_run_on_into_the_neighbour_are_found(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = model.Model._run
+
+    def wrong(self: model.Model, inputs: dict[str, torch.Tensor]) -> None:
+        if "position_ids" in inputs:
+            inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None]
+        right(self, inputs)
+
+    monkeypatch.setattr(model.Model, "_run", wrong)
+    loaded, _ = load(tiny_bert, [2])
+    assert not loaded.packed and "one packed batch against single texts" in str(loaded.why_padded)
+
+
+def test_an_attention_that_bypasses_the_interface_is_found(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.attend
+
+    def uncounted(*args: Any, **kwargs: Any) -> Any:
+        result = right(*args, **kwargs)
+        attention._layout.get().calls -= 1
+        return result
+
+    functions = transformers.AttentionInterface._global_mapping
+    monkeypatch.setitem(functions, attention.NAME, uncounted)
+    loaded, _ = load(tiny_bert, [2])
+    assert not loaded.packed
+    assert "2 of its blocks ran, and 0 times its attention went through the interface" in str(loaded.why_padded)
+
+
+def test_self_check_refuses_padding_that_changes_strengths(
+    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = padded_model(tmp_path, minilm)
+    assert not load(folder, [2])[0].packed
+    right = model.Model._run
+
+    def maskless(self: model.Model, inputs: dict[str, torch.Tensor]) -> None:
+        inputs.pop("attention_mask", None)
+        right(self, inputs)
+
+    monkeypatch.setattr(model.Model, "_run", maskless)
+    with pytest.raises(ModelError, match="one padded batch against single texts"):
+        load(folder, [2])
+
+
+def test_a_model_that_fails_in_any_way_is_refused_by_name(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: model.Model, inputs: dict[str, torch.Tensor]) -> None:
+        raise KeyError("cache")
+
+    monkeypatch.setattr(model.Model, "_run", broken)
+    with pytest.raises(ModelError, match=r"\(bert\) failed its self-check: KeyError: 'cache'"):
+        load(tiny_bert, [2])
+
+
+def test_products_that_are_wrong_are_not_used(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = linear.Product.forward
+    monkeypatch.setattr(linear.Product, "forward", lambda self, x: right(self, x) * 30)
+    loaded, encoder = load(tiny_bert, [2])
+    assert loaded.packed  # each choice for itself
+    assert not any(isinstance(m, linear.Product) for m in loaded._model.modules())
+    ids = encoder.encode(["Let there be light"]).token_ids.tolist()
+    np.testing.assert_allclose(measure(loaded, ids)[0][0], reference_norms(tiny_bert, ids)[2], rtol=2e-5)
+    with pytest.raises(ModelError, match=r"does not run in bfloat16 \(self-check failed: .*; give --dtype float32"):
+        load(tiny_bert, [2], "bfloat16")
+
+
+# --- attention -------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+LENGTHS = st.lists(st.integers(1, 20) | st.sampled_from([1, 7, 8, 33]), min_size=1, max_size=8)
+KINDS = [(-1, -1), (-1, 0), (4, 0), (0, 0), (4, 4), (0, 5), (3, 1), (100, 0), (100, 100)]
+"""Tokens seen on the left and on the right; -1 is all."""
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], scale: float, left: int, right: int
+) -> torch.Tensor:
+    """A softmax over all rows with a mask, in float64: [heads, rows, size] each -> [rows, heads, size]."""
+    q, k, v = (x.double().repeat_interleave(len(q) // len(x), 0) for x in (q, k, v))
+    n = sum(lengths)
+    doc = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    distance = torch.arange(n)[None, :] - torch.arange(n)[:, None]
+    sees = doc[:, None] == doc[None, :]
+    if left >= 0:
+        sees &= distance >= -left
+    if right >= 0:
+        sees &= distance <= right
+    scores = (q[:, :n] @ k[:, :n].transpose(1, 2) * scale).masked_fill(~sees, -torch.inf)
+    return (scores.softmax(-1) @ v[:, :n]).transpose(0, 1)
+
+
+def random_rows(n: int, heads: int, kv_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    shapes = [(1, heads, n, 8), (1, kv_heads, n, 8), (1, kv_heads, n, 8)]
+    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = 2e-5 if got.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("left", "right"), KINDS)
+@settings(max_examples=10, deadline=None)
+@given(lengths=LENGTHS, filler=st.integers(0, 9))
+def test_packed_attention_equals_a_masked_softmax(
+    left: int, right: int, dtype: torch.dtype, lengths: list[int], filler: int
+) -> None:
+    n = sum(lengths)
+    layout = attention.Layout(lengths, n + filler, CPU)
+    for kv_heads in (4, 2, 1):
+        q, k, v = random_rows(n + filler, 4, kv_heads, dtype)
+        got = attention.attend_by_group(q, k, v, layout, 0.3, left, right)
+        assert got.shape == (1, n + filler, 4, 8) and got.dtype == dtype
+        assert_close(got[0, :n], plain_attention(q[0], k[0], v[0], lengths, 0.3, left, right))
+        assert torch.isfinite(got).all()
+
+
+def test_scores_of_long_and_of_many_sequences_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [5, 5, 5, 5, 5, 40, 1, 1, 1]
+    q, k, v = random_rows(sum(lengths), 4, 4, torch.bfloat16)
+    layout = attention.Layout(lengths, sum(lengths), CPU)
+    whole = attention.attend_by_group(q, k, v, layout, 0.3, -1, -1)
+    assert_close(whole[0], plain_attention(q[0], k[0], v[0], lengths, 0.3, -1, -1))
+    for scores in (1, 5 * 5 * 4 * 2, 5 * 5 * 4 * 3):
+        monkeypatch.setattr(attention, "SCORES", scores)
+        assert torch.equal(attention.attend_by_group(q, k, v, layout, 0.3, -1, -1), whole)
+
+
+@given(lengths=LENGTHS, filler=st.integers(0, 9))
+def test_a_layout_groups_neighbours_of_one_length(lengths: list[int], filler: int) -> None:
+    layout = attention.Layout(lengths, sum(lengths) + filler, CPU)
+    assert [length for _, n, length in layout.groups for _ in range(n)] == lengths
+    rows = [row for row, _, _ in layout.groups]
+    assert rows == [sum(n * length for _, n, length in layout.groups[:i]) for i in range(len(rows))]
+    assert all(a[2] != b[2] for a, b in zip(layout.groups, layout.groups[1:], strict=False))
+    assert layout.longest == max([*lengths, filler])
+    assert layout.bounds is None
+
+
+@pytest.fixture
+def gpu_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Layouts as on a GPU, and torch's attention for it on the CPU; gives what that was asked."""
+    asked: list[dict[str, Any]] = []
+    signature = inspect.signature(varlen.varlen_attn)
+    to = torch.Tensor.to
+
+    def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = signature.bind(*args, **kwargs)  # what torch would refuse, this refuses
+        given.apply_defaults()
+        asked.append(given.arguments)
+        a = SimpleNamespace(**given.arguments)
+        assert a.query.dim() == 3 and all(x.is_contiguous() for x in (a.query, a.key, a.value))
+        assert a.query.dtype == a.key.dtype == a.value.dtype and a.query.dtype in (torch.bfloat16, torch.float16)
+        assert a.enable_gqa or a.query.shape[1] == a.key.shape[1]
+        assert a.cu_seq_q.dtype == torch.int32 and torch.equal(a.cu_seq_q, a.cu_seq_k)
+        out = torch.full_like(a.query, torch.nan)
+        for begin, end in zip(a.cu_seq_q[:-1].tolist(), a.cu_seq_q[1:].tolist(), strict=True):
+            assert end - begin <= min(a.max_q, a.max_k)
+            q, k, v = (x[begin:end].transpose(0, 1) for x in (a.query, a.key, a.value))
+            out[begin:end] = plain_attention(q, k, v, [end - begin], a.scale, *a.window_size).to(out.dtype)
+        return out
+
+    def stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if args and getattr(args[0], "type", None) == "cuda" else to(self, *args, **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", slow)
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    yield asked
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [7, 7, 3, 3, 3, 1], [33, 2, 16, 1, 20]])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("left", "right"), KINDS)
+def test_attention_on_a_gpu_is_asked_for_what_the_reference_computes(
+    gpu_layouts: list[dict[str, Any]], left: int, right: int, kv_heads: int, lengths: list[int]
+) -> None:
+    for filler in (0, 5, 50):
+        n = sum(lengths)
+        q, k, v = random_rows(n + filler, 4, kv_heads, torch.bfloat16)
+        layout = attention.Layout(lengths, n + filler, torch.device("cuda"))
+        got = attention._attend_varlen(q, k, v, layout, 0.3, left, right)
+        expected = attention.attend_by_group(q, k, v, attention.Layout(lengths, n + filler, CPU), 0.3, left, right)
+        assert got.shape == (n + filler, 4, 8)
+        assert torch.isfinite(got).all()  # filler is a sequence too, so that no row is left unwritten
+        assert_close(got[:n], expected[0, :n])
+        asked = gpu_layouts.pop()
+        assert asked["cu_seq_q"].tolist() == [*np.cumsum([0, *lengths]).tolist(), n + filler]
+        assert asked["max_q"] == asked["max_k"] == max([*lengths, filler])
+        assert (asked["scale"], asked["window_size"], asked["num_splits"]) == (0.3, (left, right), 1)
+        assert asked["enable_gqa"] == (kv_heads != 4)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+    layout = attention.Layout([7, 5, 1], q.shape[2], device)
+    module: Any = SimpleNamespace(is_causal=options.pop("module_is_causal", False))
+    with attention.packed(layout):
+        got, weights = attention.attend(module, q, k, v, options.pop("attention_mask", None), **options)
+    assert layout.calls == 1 and weights is None
+    return got
+
+
+@pytest.mark.parametrize(
+    ("options", "left", "right"),
+    [
+        ({}, -1, -1),
+        ({"module_is_causal": True}, -1, 0),
+        ({"is_causal": True}, -1, 0),
+        ({"is_causal": False, "module_is_causal": True}, -1, -1),
+        ({"sliding_window": 4}, 3, 3),
+        ({"sliding_window": 4, "module_is_causal": True}, 3, 0),
+        ({"scaling": 0.1, "dropout": 0.0, "output_attentions": False, "softcap": None, "s_aux": None}, -1, -1),
+    ],
+)
+def test_options_of_a_family_become_bounds_on_every_device(
+    gpu_layouts: list[dict[str, Any]], options: dict[str, Any], left: int, right: int
+) -> None:
+    q, k, v = random_rows(15, 4, 2, torch.bfloat16)
+    expected = plain_attention(q[0], k[0], v[0], [7, 5, 1], options.get("scaling", 8**-0.5), left, right)
+    for device in (CPU, torch.device("cuda")):
+        got = attend(q, k, v, device, **options)
+        assert got.shape == (1, 15, 4, 8)
+        assert_close(got[0, :13], expected)
+    assert len(gpu_layouts) == 1 and gpu_layouts[0]["window_size"] == (left, right)
+
+
+def test_in_float32_a_gpu_computes_as_a_cpu_does(gpu_layouts: list[dict[str, Any]]) -> None:
+    q, k, v = random_rows(15, 4, 4, torch.float32)
+    assert torch.equal(attend(q, k, v, torch.device("cuda")), attend(q, k, v, CPU))
+    assert gpu_layouts == []
+
+
+def test_the_narrowest_of_the_inputs_decides(gpu_layouts: list[dict[str, Any]]) -> None:
+    q, k, v = random_rows(15, 4, 4, torch.bfloat16)  # rotary embeddings in float32 widen query and key
+    for device in (CPU, torch.device("cuda")):
+        assert torch.equal(attend(q.float(), k.float(), v, device), attend(q, k, v, device))
+        assert attend(q.float(), k.float(), v, device).dtype == torch.bfloat16
+    assert len(gpu_layouts) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 13, 13)}, "a mask of its own"),
+        ({"softcap": 50.0}, "wants softcap"),
+        ({"s_aux": torch.zeros(4)}, "wants s_aux"),
+        ({"position_bias": torch.zeros(1), "indexer": 1, "dropout": 0.1}, "wants indexer, position_bias$"),
+    ],
+)
+def test_what_packed_attention_cannot_do_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(attention.UnsupportedAttention, match=why):
+        attend(*random_rows(13, 4, 4, torch.float32), CPU, **options)
+
+
+# --- linear layers ---------------------------------------------------------------------------------------
+
+HALF = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("prepacked", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_product_is_the_linear_layer_it_replaces(
+    dtype: torch.dtype, prepacked: bool, bias: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not prepacked:
+        monkeypatch.setattr(linear, "_can_prepack", lambda dtype: False)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
+    product = linear.Product(layer.weight.detach(), layer.bias, linear._Cast(dtype), 64, wide)
+    assert product._prepacked == (prepacked and linear._can_prepack(dtype))
+    for shape in ((1, 64, 48), (1, 3, 48), (2, 5, 48), (7, 48)):
+        x = torch.randn(shape)
+        got = product(x)
+        assert got.dtype == (torch.float32 if wide else dtype)
+        assert (got + x.mean()).dtype == (torch.float32 if dtype == torch.float32 or wide else dtype)
+        assert (torch.randn(got.shape) + got).dtype == torch.float32  # a residual stream stays what it is
+        torch.testing.assert_close(got.float(), layer(x), rtol=HALF[dtype], atol=HALF[dtype])
+        assert torch.equal(product(x.to(dtype)), got)
+
+
+def test_weights_are_laid_out_for_onednn_where_it_takes_them(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not linear._can_prepack(torch.float16)
+    if torch.backends.mkldnn.is_available():
+        assert linear._can_prepack(torch.float32)
+    loaded, encoder = load(minilm, [4])
+    product = loaded._model.encoder.layer[0].intermediate.dense
+    assert isinstance(product, linear.Product) and product._prepacked == linear._can_prepack(torch.float32)
     plain = transformers.AutoModel.from_pretrained(minilm).encoder.layer[0].intermediate.dense
     x = torch.randn(7, 384)
     with torch.inference_mode():
-        torch.testing.assert_close(packed(x), plain(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(product(x), plain(x), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(linear, "_can_prepack", lambda dtype: False)
+    other, _ = load(minilm, [4])
+    ids = encoder.encode(["And there was light."]).token_ids.tolist()
+    np.testing.assert_allclose(measure(other, ids)[0], measure(loaded, ids)[0], rtol=2e-5)
 
 
-def test_self_check_refuses_a_hook_that_reads_the_wrong_place(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = model.Model._after_block
+def test_onednn_that_miscomputes_or_refuses_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such instruction")
 
-    def wrong(self: Any, module: Any, args: Any, output: Any) -> None:
-        right(self, module, args, (output[0] if isinstance(output, tuple) else output) * 1.001)
+    for product in (refuse, lambda x, *rest: torch.zeros(3, 16, dtype=x.dtype)):
+        fake = SimpleNamespace(_reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=product)
+        monkeypatch.setattr(torch.ops, "mkldnn", fake, raising=False)
+        assert not linear._can_prepack(torch.float32)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(), raising=False)
+    assert not linear._can_prepack(torch.float32)
 
-    monkeypatch.setattr(model.Model, "_after_block", wrong)
-    with pytest.raises(ModelError, match=r"self-check failed: layer 2 hooked.* tolerance 1e-04"):
-        load(tiny_bert, [2])
+
+def test_one_input_of_several_layers_is_cast_once() -> None:
+    cast = linear._Cast(torch.bfloat16)
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    one = cast(x)
+    assert one.dtype == torch.bfloat16 and cast(x) is one
+    assert torch.equal(cast(y), y.bfloat16())
+    again = cast(x)
+    assert again is not one and torch.equal(again, one)
+    cast.clear()
+    assert cast._source is cast._result is None
+    half = x.bfloat16()
+    assert cast(half) is half and cast._source is None
+    layers = [torch.nn.Linear(4, 2).requires_grad_(False) for _ in range(3)]
+    products = [linear.Product(m.weight, m.bias, cast, 3, False) for m in layers]
+    casts = [(p(x), cast._result)[1] for p in products]
+    assert all(c is casts[0] for c in casts)
 
 
-def test_self_check_refuses_padding_that_changes_strengths(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = model.Model._forward
+def test_linear_layers_are_replaced_and_put_back() -> None:
+    torch.manual_seed(0)
+    special = type("Special", (torch.nn.Linear,), {})(8, 8)
+    block = torch.nn.Sequential(
+        torch.nn.Linear(8, 12), torch.nn.Sequential(torch.nn.GELU(), Conv1D(8, 12)), torch.nn.LayerNorm(8), special
+    ).requires_grad_(False)
+    x = torch.randn(5, 8)
+    before, names = block(x), dict(block.named_modules())
+    replaced, cast = linear.replace_linear_layers([block], torch.float32, 5, wide=False)
+    assert cast.dtype == torch.float32 and len(replaced) == 2
+    assert isinstance(block[0], linear.Product) and isinstance(block[1][1], linear.Product)
+    assert block[3] is special  # a subclass may compute something else
+    torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-5)
+    linear.restore(replaced)
+    assert dict(block.named_modules()) == names
+    assert torch.equal(block(x), before)
 
-    def maskless(self: Any, ids: Any, mask: Any) -> None:
-        right(self, ids, np.ones_like(mask))
 
-    monkeypatch.setattr(model.Model, "_forward", maskless)
-    with pytest.raises(ModelError, match="one padded batch against single texts"):
-        load(tiny_bert, [2])
+def test_fast_products_are_those_that_the_processor_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, expected in (
+        ({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert model.has_fast_products("bfloat16", "cpu") is expected
+        assert not model.has_fast_products("float16", "cpu")
+    for able in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        assert model.has_fast_products("bfloat16", "cuda") is able
+        assert model.has_fast_products("float16", "cuda")
+
+
+# --- finding and loading ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,12 +712,12 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, tiny_llama: Path) -> None:
     loaded, encoder = load(path, [0, 1, 2])
     ids = encoder.encode(["And there was light."]).token_ids.tolist()
     assert (
-        ids == TextEncoder(*model.load_tokenizer(find(tiny_llama))).encode(["And there was light."]).token_ids.tolist()
+        ids == TextEncoder(model.load_tokenizer(find(tiny_llama))).encode(["And there was light."]).token_ids.tolist()
     )
-    got = loaded.measure(np.array([ids]), np.ones((1, len(ids)), np.int64), Strength.measure)
+    (got,) = measure(loaded, ids)
     expected = reference_norms(tiny_llama, ids)
     for layer in range(3):
-        np.testing.assert_allclose(got[layer, 0], expected[layer], rtol=2e-5)
+        np.testing.assert_allclose(got[layer], expected[layer], rtol=2e-5)
 
 
 def test_a_damaged_gguf_file_is_an_error(tmp_path: Path) -> None:

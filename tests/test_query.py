@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from conftest import RUN_INFO
 
 from afn_ray import query, storage
 from afn_ray.errors import QueryError, StoreError
@@ -93,6 +94,7 @@ def write_run(
     info = {
         "schema_version": SCHEMA_VERSION, "id": name, "layers": list(layers), "model": {"name": "tiny"}, "seconds": 1.5,
         "config": {"corpus": ["a.txt", "b's.txt"], "store": store}, "measure": {"id": "m"}, "corpus": {},
+        "precision": RUN_INFO["precision"],
         "counts": {"shards": len(shards), "documents": offset, "tokens": len(tokens)},
         "created_at": "2026-01-02T03:04:05+00:00", "finished_at": "2026-01-02T04:04:05+01:00",
     }  # fmt: skip

@@ -252,14 +252,14 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}])
-    right = pipeline.Processor.measure
+    right = pipeline.Processor._strengths
 
-    def overflow(self: Any, texts: list[str], replaced: list[bool]) -> Any:
-        measured = right(self, texts, replaced)
-        measured.strengths[:, measured.encoded.bounds[1] + 1] = np.inf
-        return measured
+    def overflow(self: Any, prepared: Any) -> Any:
+        strengths = right(self, prepared)
+        strengths[:, prepared.encoded.bounds[1] + 1] = np.inf
+        return strengths
 
-    monkeypatch.setattr(pipeline.Processor, "measure", overflow)
+    monkeypatch.setattr(pipeline.Processor, "_strengths", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
             "ok", "quarantined: the model gave a strength that is not finite", "ok",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import RUN_INFO
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -77,7 +78,8 @@ def _run(
     info = {
         "layers": list(layers), "counts": COUNTS, "config": {"corpus": ["/data/[bold]news[/bold]/*.jsonl"]},
         "model": {"name": "/models/[red]bert", "type": "bert", "depth": 12, "hidden_size": 768},
-        "measure": {"dtype": "float32"}, "corpus": {"files": 12, "skipped": ["/data/x.pdf"], "bytes": 5},
+        "measure": {"dtype": "float32"}, "precision": RUN_INFO["precision"],
+        "corpus": {"files": 12, "skipped": ["/data/x.pdf"], "bytes": 5},
         "finished_at": "2026-11-22T01:02:03+00:00", "seconds": 12.3,
     }  # fmt: skip
     return manifest.finish_run(run, info)

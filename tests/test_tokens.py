@@ -26,16 +26,13 @@ from afn_ray.tokens import (
     Encoded,
     Template,
     TextEncoder,
+    TokenBatch,
     Window,
-    batch_inputs,
     make_batches,
     make_windows,
-    scatter,
     surfaces,
     window_sizes,
 )
-
-PAD = 999_999
 
 # --- windows and batches ---------------------------------------------------------------------------------
 
@@ -82,36 +79,74 @@ def _cut(case: Case) -> tuple[Encoded, list[Window]]:
     return encoded, make_windows(encoded, case.template, case.width, case.overlap, case.causal)
 
 
-@given(cases())
-def test_every_row_is_recorded_exactly_once_from_its_own_input(case: Case) -> None:
+def _batches(case: Case, encoded: Encoded, windows: Sequence[Window], packed: bool) -> list[TokenBatch]:
+    encoder = cast(TextEncoder, SimpleNamespace(template=case.template))
+    return list(make_batches(windows, encoded, encoder, case.batch_tokens, packed=packed))
+
+
+def _input(case: Case, encoded: Encoded, window: Window) -> list[int]:
+    """What the model is to see of ``window``: its rows' tokens, and the template over both ends."""
+    ids = encoded.token_ids[window.row : window.row + window.length].tolist()
+    before, after = list(case.template.prefix), list(case.template.suffix)
+    return before + ids[len(before) : len(ids) - len(after)] + after
+
+
+def _sequences(batch: TokenBatch) -> list[list[int]]:
+    """The inputs of ``batch``, one by one; what is behind the last is filler."""
+    ends = list(itertools.accumulate(batch.lengths))
+    return [batch.ids[end - n : end].tolist() for end, n in zip(ends, batch.lengths, strict=True)]
+
+
+@given(cases(), st.booleans())
+@settings(deadline=None)
+def test_every_row_is_recorded_exactly_once_from_its_own_input(case: Case, packed: bool) -> None:
     encoded, windows = _cut(case)
-    encoder = cast(TextEncoder, SimpleNamespace(template=case.template, pad_id=PAD))
-    out = np.full((2, len(encoded.token_ids)), np.nan, np.float32)
-    for batch in make_batches(windows, case.batch_tokens):
-        ids, mask = batch_inputs(batch, encoded, encoder)
-        assert ids.shape == mask.shape == (len(batch), max(w.length for w in batch))
-        assert ((ids == PAD) == (mask == 0)).all()
-        assert [row.sum() for row in mask] == [w.length for w in batch] == [row.argmin() or row.size for row in mask]
-        scatter(batch, np.stack([ids, -ids]).astype(np.float32), out)
-    assert np.array_equal(out, np.stack([encoded.token_ids, -encoded.token_ids]).astype(np.float32))
+    out = np.full(len(encoded.token_ids), -1)
+    for batch in _batches(case, encoded, windows, packed):
+        assert batch.kept.max() < sum(batch.lengths) <= len(batch.ids)  # nothing is recorded from filler
+        assert (out[batch.rows] == -1).all()
+        assert len(set(batch.rows.tolist())) == len(batch.rows) == len(batch.kept)
+        out[batch.rows] = batch.ids[batch.kept]
+    assert np.array_equal(out, encoded.token_ids)
     assert sum(w.keep_end - w.keep_start for w in windows) == len(encoded.token_ids)
 
 
+@given(cases(), st.booleans())
+@settings(deadline=None)
+def test_a_batch_holds_whole_inputs_one_behind_the_other(case: Case, packed: bool) -> None:
+    encoded, windows = _cut(case)
+    of_input: dict[tuple[int, ...], list[Window]] = {}
+    for window in windows:
+        of_input.setdefault(tuple(_input(case, encoded, window)), []).append(window)
+    for batch in _batches(case, encoded, windows, packed):
+        kept, at = [], 0
+        for sequence in _sequences(batch):
+            window = of_input[tuple(sequence)].pop()
+            kept += [(at + i, window.row + i) for i in range(window.keep_start, window.keep_end)]
+            at += window.length
+        assert kept == list(zip(batch.kept.tolist(), batch.rows.tolist(), strict=True))
+        assert at == sum(batch.lengths)
+        assert set(batch.ids[at:].tolist()) <= set(encoded.token_ids.tolist())  # filler is in the vocabulary
+    assert not any(of_input.values())
+
+
 @given(cases())
+@settings(deadline=None)
 def test_a_windows_input_is_the_documents_tokens_inside_the_template(case: Case) -> None:
     encoded, windows = _cut(case)
     before, after = list(case.template.prefix), list(case.template.suffix)
-    encoder = cast(TextEncoder, SimpleNamespace(template=case.template, pad_id=PAD))
-    for window in windows:
-        ids = batch_inputs([window], encoded, encoder)[0][0].tolist()
+    seen = []
+    for ids in itertools.chain.from_iterable(map(_sequences, _batches(case, encoded, windows, packed=True))):
         text = ids[len(before) : len(ids) - len(after)]
         assert ids == [*before, *text, *after]
         assert 1 <= len(text) <= case.width
         assert text == list(range(text[0], text[0] + len(text)))
-        doc = np.searchsorted(encoded.bounds, window.row, side="right") - 1
+        doc = next(i for i, end in enumerate(itertools.accumulate(case.lengths)) if text[0] < 100 + end)
         begin = 100 + sum(case.lengths[:doc])
         assert begin <= text[0] and text[-1] < begin + case.lengths[doc]
         assert len(text) == min(case.width, case.lengths[doc])  # full, unless the document is shorter
+        seen.append(text[0])
+    assert len(seen) == len(set(seen)) == len(windows)
 
 
 @given(cases())
@@ -136,17 +171,81 @@ def test_a_token_is_recorded_in_the_window_where_it_sees_most(case: Case) -> Non
         assert len(spans) == (1 + max(0, -(-(n - case.width) // (case.width - case.overlap))) if n else 0)
 
 
-@given(cases(), st.randoms(use_true_random=False))
-def test_batches_keep_their_budget_and_do_not_depend_on_the_order_of_windows(case: Case, order: random.Random) -> None:
-    _, windows = _cut(case)
-    batches = make_batches(windows, case.batch_tokens)
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(w.length for w in batch) <= case.batch_tokens
-    for a, b in itertools.pairwise(batches):  # no room was left for the next window
-        assert (len(a) + 1) * b[0].length > case.batch_tokens
-    assert sorted((w for b in batches for w in b), key=lambda w: w.row) == windows
+@given(cases(), st.randoms(use_true_random=False), st.booleans())
+@settings(deadline=None)
+def test_batches_do_not_depend_on_the_order_of_windows(case: Case, order: random.Random, packed: bool) -> None:
+    encoded, windows = _cut(case)
     shuffled = order.sample(windows, len(windows))
-    assert make_batches(shuffled, case.batch_tokens) == batches
+    mine, other = (_batches(case, encoded, w, packed) for w in (windows, shuffled))
+    assert len(mine) == len(other)
+    for a, b in zip(mine, other, strict=True):
+        assert a.lengths == b.lengths and a.forward_tokens == b.forward_tokens
+        for name in ("ids", "kept", "rows"):
+            assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+@given(cases())
+@settings(deadline=None)
+def test_packed_batches_are_full(case: Case) -> None:
+    encoded, windows = _cut(case)
+    batches = _batches(case, encoded, windows, packed=True)
+    left = [w.length for w in windows]
+    for batch in batches:
+        assert len(batch.ids) == batch.forward_tokens
+        room = max(case.batch_tokens, max(left))  # a window over the budget is a batch alone
+        if len(batches) > 1:
+            assert len(batch.ids) == (room if max(batch.lengths) > case.batch_tokens else case.batch_tokens)
+        else:  # a power of two, or the budget, or the window
+            assert sum(left) <= len(batch.ids) < max(2 * sum(left), 2)
+            assert len(batch.ids) in {room, sum(left), 1 << (sum(left) - 1).bit_length()}
+        for n in batch.lengths:
+            left.remove(n)
+        assert not left or room - sum(batch.lengths) < min(left)  # no window that is left would have fitted
+        assert max(batch.lengths) <= case.batch_tokens or len(batch.lengths) == 1
+    assert not left
+
+
+@given(cases())
+@settings(deadline=None)
+def test_padded_batches_keep_their_budget(case: Case) -> None:
+    encoded, windows = _cut(case)
+    batches = _batches(case, encoded, windows, packed=False)
+    for batch in batches:
+        assert len(batch.ids) == sum(batch.lengths)  # the model pads
+        assert batch.forward_tokens == len(batch.lengths) * max(batch.lengths)
+        assert len(batch.lengths) == 1 or batch.forward_tokens <= case.batch_tokens
+    for a, b in itertools.pairwise(batches):  # no room was left for the next window
+        assert (len(a.lengths) + 1) * b.lengths[0] > case.batch_tokens
+    assert [n for b in batches for n in b.lengths] == sorted(w.length for w in windows)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_window_over_the_budget_is_a_batch_alone(packed: bool) -> None:
+    case = Case([3, 100, 4, 100, 5], Template((1,), (11,)), 100, 0, False, 16)
+    encoded, windows = _cut(case)
+    batches = _batches(case, encoded, windows, packed)
+    small = [[5], [7, 6]] if packed else [[5, 6], [7]]
+    assert sorted(b.lengths for b in batches) == sorted([*small, [102], [102]])
+    assert sorted(len(b.ids) for b in batches) == ([16, 16, 102, 102] if packed else [7, 11, 102, 102])
+
+
+@pytest.mark.parametrize("budget", [64, 512, 2048, 16384])
+def test_little_of_packed_batches_is_filler(budget: int) -> None:
+    lengths = np.random.default_rng(0).lognormal(3.3, 0.8, 6500).astype(int).clip(1, 2000).tolist()  # as verses have
+    case = Case(lengths, Template((1,), (11,)), 62 if budget == 64 else 510, 15, False, budget)
+    encoded, windows = _cut(case)
+    batches = _batches(case, encoded, windows, packed=True)
+    needed, computed = (sum(f(b) for b in batches) for f in (lambda b: sum(b.lengths), lambda b: b.forward_tokens))
+    assert needed == sum(w.length for w in windows) > 240_000
+    last = min(batches, key=lambda b: sum(b.lengths))  # the rest, that fills no batch
+    filler = computed - needed - (last.forward_tokens - sum(last.lengths))
+    assert filler < needed * 0.003
+
+
+def test_no_windows_are_no_batches() -> None:
+    case = Case([0, 0], Template((1,), (11,)), 100, 0, False, 16)
+    encoded, windows = _cut(case)
+    assert windows == [] == _batches(case, encoded, windows, True) == _batches(case, encoded, windows, False)
 
 
 def test_window_sizes_leave_room_to_move() -> None:
@@ -162,7 +261,7 @@ def test_window_sizes_leave_room_to_move() -> None:
 # --- the real WordPiece tokenizer ------------------------------------------------------------------------
 
 FILE = demo.model_folder() / "tokenizer.json"
-MINILM = TextEncoder(Tokenizer.from_file(str(FILE)), 0)
+MINILM = TextEncoder(Tokenizer.from_file(str(FILE)))
 PIECES, READABLE = MINILM.texts()
 CONTROL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -216,7 +315,6 @@ def test_truncation_and_padding_of_tokenizer_json_are_off() -> None:
 
 def test_the_template_is_found() -> None:
     assert Template((101,), (102,)) == MINILM.template
-    assert MINILM.pad_id == 0
 
 
 @pytest.mark.parametrize("control", CONTROL)
@@ -302,7 +400,7 @@ def test_a_lower_casing_tokenizer_has_surfaces_for_capitals_alone() -> None:
 
 def test_a_tokenizer_that_makes_nothing_of_text_is_refused() -> None:
     with pytest.raises(ModelError, match="no text between its special tokens"):
-        TextEncoder(Tokenizer(models.BPE()), None)
+        TextEncoder(Tokenizer(models.BPE()))
 
 
 # --- other kinds of tokenizers ---------------------------------------------------------------------------
@@ -311,7 +409,7 @@ def test_a_tokenizer_that_makes_nothing_of_text_is_refused() -> None:
 @pytest.fixture(scope="module")
 def byte_level(byte_bpe: Path) -> TextEncoder:
     """As GPT-2 and Llama 3: bytes, white space at the front of words, no special tokens."""
-    return TextEncoder(Tokenizer.from_file(str(byte_bpe / "tokenizer.json")), None)
+    return TextEncoder(Tokenizer.from_file(str(byte_bpe / "tokenizer.json")))
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +425,7 @@ def metaspace(verses: list[str]) -> TextEncoder:
         vocab_size=700, special_tokens=["<s>", *(f"<0x{i:02X}>" for i in range(256))], show_progress=False
     )
     tokenizer.train_from_iterator(verses[:400], trainer)
-    return TextEncoder(Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": None})), None)
+    return TextEncoder(Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": None})))
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])

@@ -1,0 +1,180 @@
+"""Texts become batches ahead of the model: tokenized, cut into windows and packed on a thread, or in processes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, Queue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from afn_ray import tokens
+from afn_ray.schema import Document
+
+CHUNK_BYTES = 1 << 20
+"""Text encoded and packed together: 1 MiB is about 250,000 tokens, enough to leave 1 % of filler."""
+
+AHEAD = 2
+"""Chunks that wait before the model, beside those that processes work on: bounds memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How texts become batches; small, and what another process needs for it."""
+
+    tokenizer: str  # as JSON
+    window_tokens: int
+    overlap_tokens: int | None
+    batch_tokens: int
+    causal: bool
+    packed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Some texts' tokens, and the batches in which the model will see them."""
+
+    encoded: tokens.Encoded
+    surfaces: list[str | None]  # as ``tokens.surfaces`` gives them
+    n_windows: npt.NDArray[np.int64]  # of each text
+    batches: list[tokens.TokenBatch]
+    seconds: float  # that this took
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole documents of a shard, ready for the model."""
+
+    documents: list[Document]
+    prepared: Prepared
+    read_s: float  # seconds that reading the documents took
+
+
+class Preparer:
+    """``Recipe`` at work, in whichever process."""
+
+    def __init__(self, recipe: Recipe, encoder: tokens.TextEncoder | None = None) -> None:
+        self.recipe = recipe
+        self.encoder = encoder or tokens.TextEncoder(Tokenizer.from_str(recipe.tokenizer))
+        self.pieces, self.readable = self.encoder.texts()
+        self._width, self._overlap = tokens.window_sizes(
+            recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
+        )
+
+    def prepare(self, texts: Sequence[str], replaced: Sequence[bool]) -> Prepared:
+        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for invalid UTF-8."""
+        began = time.monotonic()
+        recipe, template = self.recipe, self.encoder.template
+        encoded = self.encoder.encode(texts, replaced)
+        windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
+        batches = list(tokens.make_batches(windows, encoded, self.encoder, recipe.batch_tokens, packed=recipe.packed))
+        assert sum(len(b.rows) for b in batches) == len(encoded.token_ids), "every token is recorded once"
+        text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
+        n_windows = np.bincount(text_of, minlength=len(texts))
+        surfaces = tokens.surfaces(encoded, texts, self.readable)
+        return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
+
+
+_preparer: Preparer
+
+
+def _start(recipe: Recipe) -> None:
+    global _preparer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal; the parent ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _preparer = Preparer(recipe)
+
+
+def _end_with_parent() -> None:
+    """A pool's process would wait for ever for work from a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _prepare(texts: list[str], replaced: list[bool]) -> Prepared:
+    return _preparer.prepare(texts, replaced)
+
+
+class Feed:
+    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order.
+
+    ``num_processes``: 0 prepares on a thread of this process, which is enough for a model on a CPU core.
+    """
+
+    def __init__(self, preparer: Preparer, num_processes: int) -> None:
+        self._ahead = AHEAD + num_processes
+        self._executor: Executor
+        self._prepare: Callable[[list[str], list[bool]], Prepared]
+        if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
+            spawn = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(num_processes, spawn, _start, (preparer.recipe,))
+            self._prepare = _prepare
+        else:
+            self._executor = ThreadPoolExecutor(1, "afn-tokenize")
+            self._prepare = preparer.prepare
+
+    def chunks(self, documents: Iterable[Document]) -> Generator[Chunk, None, None]:
+        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone.
+
+        They are read on a thread of their own; what reading raises is raised here, behind the chunks before it.
+        """
+        ready: Queue[tuple[list[Document], float, Future[Prepared]] | BaseException | None] = Queue(self._ahead)
+        stopped = threading.Event()
+        reader = threading.Thread(target=self._read, args=(documents, ready, stopped), name="afn-read", daemon=True)
+        reader.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                chunk, seconds, prepared = item
+                yield Chunk(chunk, prepared.result(), seconds)
+        finally:
+            stopped.set()
+            while reader.is_alive():  # it may wait for room
+                with contextlib.suppress(Empty):
+                    item = ready.get(timeout=0.05)
+                    if isinstance(item, tuple):
+                        item[2].cancel()
+
+    def _read(self, documents: Iterable[Document], ready: Queue[Any], stopped: threading.Event) -> None:
+        try:
+            began = time.monotonic()
+            for chunk in _chunks(documents):
+                seconds = time.monotonic() - began
+                if stopped.is_set():
+                    return
+                texts, replaced = [d.text for d in chunk], [d.num_replaced > 0 for d in chunk]
+                ready.put((chunk, seconds, self._executor.submit(self._prepare, texts, replaced)))
+                began = time.monotonic()
+            ready.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken
+            ready.put(error)
+
+    def close(self) -> None:
+        """Ends the thread or the processes."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text) + 64
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,26 @@
+"""The only door to transformers: find a model, load it, prove it at load, and read its layers."""
+
+from afn_ray.model.engine import Model, Pending
+from afn_ray.model.files import (
+    DEFAULT_WINDOW_TOKENS,
+    VERSIONS,
+    ModelFiles,
+    choose_device,
+    count_devices,
+    find_model,
+    load_tokenizer,
+)
+from afn_ray.model.linear import has_fast_products
+
+__all__ = [
+    "DEFAULT_WINDOW_TOKENS",
+    "VERSIONS",
+    "Model",
+    "ModelFiles",
+    "Pending",
+    "choose_device",
+    "count_devices",
+    "find_model",
+    "has_fast_products",
+    "load_tokenizer",
+]

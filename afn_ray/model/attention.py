@@ -1,0 +1,169 @@
+"""Attention over packed sequences: one function for every family that goes through transformers' interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+import transformers
+
+NAME = "afn_packed"
+"""Of the attention function, in transformers' registry. It has no mask function: masks are never built."""
+
+IGNORED = {"dropout", "is_causal", "scaling", "sliding_window", "position_ids", "deterministic", "use_cache",
+           "output_attentions", "output_hidden_states", "return_dict", "cache_position", "layer_idx"}  # fmt: skip
+"""Arguments that change nothing here, or that are honoured by name; any other one that is set is refused."""
+
+
+SCORES = 1 << 19
+"""Attention scores computed at a time, over all heads: 1 MiB in bfloat16."""
+
+
+class UnsupportedAttention(Exception):
+    """A model asks its attention for something that the packed one does not do."""
+
+
+@dataclass(slots=True)
+class Layout:
+    """Where the sequences of one packed batch lie among its rows, one behind the other; rows behind them are filler."""
+
+    lengths: Sequence[int]
+    num_rows: int
+    device: torch.device
+    calls: int = 0  # of the attention function
+    groups: list[tuple[int, int, int]] = field(init=False)  # first row, sequences, their common length
+    bounds: torch.Tensor | None = field(init=False, default=None)  # int32 [n + 1], first row of each; CUDA only
+
+    def __post_init__(self) -> None:
+        self.groups, row = [], 0
+        for length, same in groupby(self.lengths):
+            n = sum(1 for _ in same)
+            self.groups.append((row, n, length))
+            row += n * length
+        if self.device.type == "cuda":
+            ends = [0]
+            for length in [*self.lengths, self.num_rows - row]:
+                ends.append(ends[-1] + length)
+            self.bounds = torch.tensor(ends, dtype=torch.int32).pin_memory().to(self.device, non_blocking=True)
+
+    @property
+    def longest(self) -> int:
+        return max(max(self.lengths), self.num_rows - sum(self.lengths))
+
+
+_layout: ContextVar[Layout] = ContextVar("layout")
+
+
+@contextmanager
+def packed(layout: Layout) -> Iterator[None]:
+    """Forward passes inside attend within the sequences of ``layout``."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def attend(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, is_causal: bool | None = None,
+    sliding_window: int | None = None, **options: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """``query`` [1, heads, rows, size], ``key`` and ``value`` [1, kv_heads, rows, size] -> [1, rows, heads, size].
+
+    A token sees its own sequence, and in a decoder what is to its left. Raises ``UnsupportedAttention`` for what
+    some family adds: a mask of its own, soft capping, learned sinks, position biases.
+    """
+    if attention_mask is not None:
+        raise UnsupportedAttention("its attention wants a mask of its own")
+    if unknown := sorted(k for k, v in options.items() if v is not None and v is not False and k not in IGNORED):
+        raise UnsupportedAttention(f"its attention wants {', '.join(unknown)}")
+    layout = _layout.get()
+    layout.calls += 1
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    left = right = -1  # tokens seen on either side; -1 is all
+    if sliding_window is not None:  # flash convention: both sides count the token itself
+        left = right = sliding_window - 1
+    if causal:
+        right = 0
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = min((query.dtype, key.dtype, value.dtype), key=lambda d: d.itemsize)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    if layout.bounds is not None and dtype != torch.float32:
+        return _attend_varlen(query, key, value, layout, scale, left, right)[None], None
+    return attend_by_group(query, key, value, layout, scale, left, right), None
+
+
+def attend_by_group(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, left: int, right: int
+) -> torch.Tensor:
+    """Neighbouring sequences of one length are one call; the reference for every device."""
+    heads = query.shape[1]
+    parts: list[torch.Tensor] = []
+    for row, n, length in layout.groups:
+        causal = right == 0 and (left < 0 or left >= length - 1)
+        whole = not causal and (left < 0 or left >= length - 1) and (right < 0 or right >= length - 1)
+        q, k, v = (x[0, :, row : row + n * length].unflatten(1, (n, length)) for x in (query, key, value))
+        if whole and query.dtype == torch.bfloat16 and query.device.type == "cpu" and heads == key.shape[1]:
+            parts += _attend_by_products(q, k, v, scale)
+            continue
+        mask = None if whole or causal else _band(length, left, right, query.device)
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and length > 1, scale=scale, enable_gqa=heads != key.shape[1]
+        )
+        parts.append(out.transpose(1, 2).reshape(n * length, heads, v.shape[-1]))
+    if filler := layout.num_rows - sum(layout.lengths):
+        parts.append(parts[0].new_zeros(filler, *parts[0].shape[1:]))
+    return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
+
+
+def _attend_by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> Iterator[torch.Tensor]:
+    """[heads, n, length, size] each -> [some n * length, heads, size], in order.
+
+    torch's own attention does not use a CPU's bfloat16 units: batched products are 1.6 times faster on 40 tokens, and
+    2.2 times on 512 (AMD EPYC). A cache's worth of scores at a time.
+    """
+    heads, n, length, _ = query.shape
+    step = max(1, SCORES // (length * length * heads))
+    nothing = query.new_empty(())
+    for at in range(0, n, step):
+        q, k, v = (x[:, at : at + step].flatten(0, 1) for x in (query, key, value))
+        # The scale goes into the product: q * scale would be rounded once more.
+        scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=scale)
+        shares = scores.softmax(-1)
+        yield torch.bmm(shares, v).view(heads, -1, value.shape[-1]).transpose(0, 1)
+
+
+def _band(length: int, left: int, right: int, device: torch.device) -> torch.Tensor:
+    """Bool [length, length]: which keys (columns) a query sees, so many to its left and right; -1 is all."""
+    at = torch.arange(length, device=device)
+    distance = at[None, :] - at[:, None]
+    return (distance >= (-left if left >= 0 else -length)) & (distance <= (right if right >= 0 else length))
+
+
+def _attend_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, left: int, right: int
+) -> torch.Tensor:
+    """Flash attention over all sequences at once; ``num_splits=1`` keeps bits apart from the neighbours."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert layout.bounds is not None
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    result = varlen_attn(
+        q, k, v, layout.bounds, layout.bounds, layout.longest, layout.longest,
+        scale=scale, window_size=(left, right), enable_gqa=q.shape[1] != k.shape[1], num_splits=1,
+    )  # fmt: skip
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+transformers.AttentionInterface.register(NAME, attend)

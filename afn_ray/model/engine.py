@@ -1,0 +1,324 @@
+"""A loaded model that reads chosen layers in one forward pass over packed sequences, and proves itself first."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from afn_ray.errors import ModelError
+from afn_ray.model import attention
+from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
+from afn_ray.model.linear import Product, replace_linear_layers, restore
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative difference of norms that the self-check lets pass, by the dtype of the products."""
+
+Hidden = Callable[[torch.Tensor], torch.Tensor]
+Norms = npt.NDArray[np.float32]
+REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, attention.UnsupportedAttention)
+"""What a model raises that cannot run the way it was asked to."""
+
+
+class _Enough(Exception):
+    """Raised in a hook once the last layer asked for is read: the later blocks never run."""
+
+
+class Pending:
+    """What one batch gave, maybe still on its way from the device."""
+
+    def __init__(self, values: torch.Tensor, layout: Callable[[Norms], Norms]) -> None:
+        self._layout = layout
+        self._event: torch.cuda.Event | None = None
+        if values.device.type == "cuda":  # copied behind the computation; nobody waits for it here
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def result(self) -> Norms:
+        """Float32 [n_layers, n_tokens]."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._layout(self._values.numpy())
+
+
+class Model:
+    """A model on one device that reads chosen layers in one forward pass and stops after the last of them.
+
+    Layer k is the output of the k-th block that runs, layer 0 the input of the first. ``dtype`` is of the blocks'
+    matrix products; the residual stream, the norms and what is read are float32. ``batch_tokens``: the size of
+    most batches, for which the weights are laid out.
+    """
+
+    def __init__(self, files: ModelFiles, layers: Sequence[int], dtype: str, device: str, batch_tokens: int) -> None:
+        self.files = files
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self.layers = tuple(layers)
+        self.causal = False  # set by prepare, as are the next two
+        self.packed = False  # whether sequences of a batch lie one behind the other, without padding
+        self.why_padded: str | None = None
+        self._model: Any = load_weights(files)
+        self._parameters = inspect.signature(self._model.forward).parameters
+        padding = getattr(self._model.config, "pad_token_id", None) or 0
+        self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
+        self._stop = True
+        self._calls = self._length = 0
+        self._reduce: Hidden = lambda hidden: hidden
+        self._read: dict[int, torch.Tensor] = {}
+        self._cast: Any = None
+        self._blocks = _find_blocks(self._model, files)
+        for block in self._blocks:
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True)
+            block.register_forward_hook(self._after_block)
+        self._batch_tokens = batch_tokens
+
+    # --- proving ---
+
+    def prepare(self, probes: Sequence[Sequence[int]], reduce: Hidden) -> None:
+        """Choose how this model runs fastest, and prove that it is still the plain one.
+
+        ``probes``: a few token sequences of different lengths, each with the tokenizer's template, the longest as
+        long as a window where that is affordable. Norms of hooked layers, one text at a time and all in one batch,
+        must equal those of the plain model's ``hidden_states[k]``; sets ``packed``, ``why_padded``, ``causal``.
+        Raises ``ModelError`` with the difference and the tolerance.
+        """
+        plain = [self._plain_norms(ids, reduce) for ids in probes]
+        self._model.to(device=self.device)
+        self._choose_attention(probes, plain, reduce)
+        self._choose_products(probes, plain, reduce)
+        self.causal = self._is_causal(min((p for p in probes if len(p) > 4), key=len, default=probes[0]))
+
+    def _choose_attention(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden) -> None:
+        """Packed, if it equals the plain model, else padded; both with the plain linear layers, in float32."""
+        before = self._model.config._attn_implementation
+        try:
+            if "position_ids" not in self._parameters:
+                raise ValueError("it takes no position ids")
+            self.packed = True
+            self._model.set_attn_implementation(attention.NAME)
+            self._check(probes, plain, reduce, torch.float32)
+            return
+        except (*REFUSALS, ModelError) as error:
+            self.why_padded = _first_line(error)
+        self.packed = False
+        try:
+            self._model.set_attn_implementation(before)
+            self._check(probes, plain, reduce, torch.float32)
+        except REFUSALS as error:
+            raise ModelError(f"{self._name} failed its self-check: {_first_line(error)}") from error
+
+    def _choose_products(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden) -> None:
+        """Fast linear layers where the model lets its own be replaced; for half precision that is a condition."""
+        full = self.dtype == torch.float32
+        why = ""
+        for wide in (False,) if full else (False, True):
+            replaced, self._cast = replace_linear_layers(self._blocks, self.dtype, self._batch_tokens, wide=wide)
+            try:
+                self._check(probes, plain, reduce, self.dtype)
+                return
+            except (*REFUSALS, ModelError) as error:
+                why = _first_line(error)
+                restore(replaced)
+                self._cast = None
+        if not full:
+            raise ModelError(f"{self._name} does not run in {str(self.dtype)[6:]} ({why}); give --dtype float32")
+
+    @property
+    def _name(self) -> str:
+        return f"{self.files.name} ({self.files.model_type})"
+
+    def _check(
+        self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden, dtype: torch.dtype
+    ) -> None:
+        tolerance = TOLERANCE[dtype]
+        singles = [self.measure(*_joined([ids]), reduce) for ids in probes]
+        for expected, got in zip(plain, singles, strict=True):
+            for at, layer in enumerate(self.layers):
+                if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
+                    what = f"layer {layer} hooked against hidden_states[{layer}]"
+                    _compare(what, got[at], expected[layer], tolerance)
+        together = self.measure(*_joined(probes), reduce)
+        ends = np.cumsum([len(p) for p in probes])[:-1]
+        what = "one packed batch" if self.packed else "one padded batch"
+        for got, alone in zip(np.split(together, ends, axis=1), singles, strict=True):
+            _compare(f"{what} against single texts", got, alone, tolerance)
+
+    def _plain_norms(self, ids: Sequence[int], reduce: Hidden) -> list[Norms]:
+        self._stop, self._calls = False, 0
+        try:
+            with torch.inference_mode(), _one_thread(torch.device("cpu")):
+                states = self._model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True).hidden_states
+        finally:
+            self._stop = True
+        if states is None or len(states) != self.files.depth + 1 or self._calls != self.files.depth:
+            num_states = 0 if states is None else len(states)
+            raise ModelError(
+                f"{self._name} gave {num_states} hidden states and ran {self._calls} blocks, expected "
+                f"{self.files.depth + 1} and {self.files.depth}; this architecture is not supported"
+            )
+        return [reduce(state[0]).numpy() for state in states]
+
+    def _is_causal(self, ids: Sequence[int]) -> bool:
+        """Whether a token sees only what is to its left: the first outputs do not move when the last input does."""
+        changed = [*ids[:-2], *reversed(ids[-2:])] if ids[-1] != ids[-2] else [*ids[:-1], ids[0]]
+        layers, self.layers = self.layers, (max(*self.layers, 1),)
+        try:
+            # Whole states: norms behind a LayerNorm without a gain are all the same.
+            one, other = (self.measure(*_joined([x]), lambda h: h.float())[0, :-2] for x in (ids, changed))
+        finally:
+            self.layers = layers
+        return bool(np.allclose(one, other, rtol=1e-6, atol=0))
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[], float]]:
+        """While open, the largest magnitude of any product is kept; the call gives it (nan when one was)."""
+        peak = torch.zeros((), device=self.device)
+
+        def look(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            peak.copy_(torch.maximum(peak, output.detach().abs().amax()))
+
+        modules = [m for block in self._blocks for m in block.modules() if isinstance(m, Product)]
+        handles = [m.register_forward_hook(look) for m in modules]
+        try:
+            yield lambda: float(peak)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --- measuring ---
+
+    def measure(self, ids: npt.NDArray[np.int64], lengths: Sequence[int], reduce: Hidden) -> Norms:
+        """``submit``, and wait for what it gives."""
+        return self.submit(ids, lengths, reduce).result()
+
+    def submit(self, ids: npt.NDArray[np.int64], lengths: Sequence[int], reduce: Hidden) -> Pending:
+        """``reduce`` of every chosen layer's hidden states for sequences that lie one behind the other in ``ids``.
+
+        ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler; ``reduce``: hidden states
+        [..., hidden_size] -> float32 [...]. The result is float32 [n_layers, n_tokens]; at filler it is meaningless.
+        On a GPU this returns before the device is done.
+        """
+        self._reduce = reduce
+        self._calls = 0
+        self._read.clear()
+        run = self._run_packed if self.packed else self._run_padded
+        with torch.inference_mode(), _one_thread(self.device):
+            layout = run(ids, lengths)
+            values = torch.stack([self._read[layer] for layer in self.layers])
+        self._read.clear()
+        if self._cast is not None:
+            self._cast.clear()
+        return Pending(values, layout)
+
+    def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> Callable[[Norms], Norms]:
+        self._length = len(ids)
+        layout = attention.Layout(lengths, len(ids), self.device)
+        positions = np.full(len(ids), self._first_position, np.int64)
+        n = sum(lengths)
+        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        positions[:n] += np.arange(n) - starts.astype(np.int64)
+        inputs = {"input_ids": self._to_device(ids[None]), "position_ids": self._to_device(positions[None])}
+        with attention.packed(layout):
+            self._run(inputs)
+        if layout.calls != self._calls:
+            raise ModelError(
+                f"{self._calls} of its blocks ran, and {layout.calls} times its attention went through the interface"
+            )
+        return lambda values: values[:, 0]
+
+    def _run_padded(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> Callable[[Norms], Norms]:
+        longest, n = max(lengths), len(lengths)
+        self._length = longest
+        mask = np.arange(longest) < np.asarray(lengths)[:, None]
+        matrix = np.full((n, longest), ids[0], np.int64)  # any id; the mask must make it irrelevant
+        matrix[mask] = ids[: sum(lengths)]
+        inputs = {"input_ids": self._to_device(matrix)}
+        if not mask.all():  # without padding no mask is needed, and attention without one is faster
+            inputs["attention_mask"] = self._to_device(mask.astype(np.int64))
+        self._run(inputs)
+        return lambda values: values[:, mask]
+
+    def _to_device(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def _run(self, inputs: dict[str, torch.Tensor]) -> None:
+        try:
+            self._model(**inputs)
+        except _Enough:
+            return
+        if self._calls != self.files.depth:
+            raise ModelError(f"{self._name} ran {self._calls} blocks, its config says {self.files.depth}")
+
+    def _before_block(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._calls == 0 and 0 in self.layers:
+            self._keep(0, args[0] if args else kwargs["hidden_states"])
+
+    def _after_block(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._calls += 1
+        if self._calls in self.layers:
+            self._keep(self._calls, output[0] if isinstance(output, tuple) else output)
+
+    def _keep(self, layer: int, hidden: torch.Tensor) -> None:
+        # Some models pad to a multiple of their attention window.
+        self._read[layer] = self._reduce(hidden[:, : self._length])
+        if self._stop and layer == self.layers[-1]:
+            raise _Enough
+
+
+def _find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Module]:
+    """The modules whose outputs are the layers; shared ones (ALBERT) once."""
+    recorded = getattr(model, "_can_record_outputs", None) or {}
+    spec = recorded.get("hidden_states")
+    classes = []
+    for item in spec if isinstance(spec, list | tuple) else [spec]:
+        target = getattr(item, "target_class", item)
+        if isinstance(target, type):
+            classes.append(target)
+    blocks = [m for m in model.modules() if isinstance(m, tuple(classes))] if classes else []
+    if not blocks:
+        lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == files.depth]
+        blocks = list(lists[0]) if lists else []
+    if not blocks:
+        raise ModelError(f"{files.name} ({files.model_type}): its blocks were not found; not supported")
+    return blocks
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], list[int]]:
+    return np.concatenate([np.asarray(s, np.int64) for s in sequences]), [len(s) for s in sequences]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    if isinstance(error, ModelError | attention.UnsupportedAttention):
+        return text[0] if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _compare(what: str, got: Norms, expected: Norms, tolerance: float) -> None:
+    difference = float(np.max(np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)))
+    if not difference <= tolerance:
+        raise ModelError(f"self-check failed: {what} differs by {difference:.2e} relative, tolerance {tolerance:.0e}")
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """One thread for the product: bits differ between numbers of threads, and a worker has one core."""
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,200 @@
+"""Find a model on this machine or on a hub, refuse what is unsafe, and load it and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+
+from afn_ray.errors import ModelError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker a core: threads would only fight
+
+DEFAULT_WINDOW_TOKENS = 2048
+IDENTITY_PATTERNS = ("*.safetensors", "*.gguf", "*.json", "*.txt", "*.model", "merges*", "*.py", "*.bin")
+IGNORED_FILES = {"data_config.json", "generation_config.json", "README.txt", "requirements.txt"}
+POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
+                           "roberta-prelayernorm", "data2vec-text", "xmod", "ibert"}  # fmt: skip
+"""Model types that number positions from ``pad_token_id + 1``, so that many of their positions are not usable."""
+
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine's disk and what it says of itself."""
+
+    name: str
+    folder: Path
+    gguf: str | None  # file name in ``folder``
+    depth: int  # number of blocks
+    hidden_size: int
+    model_type: str
+    context_tokens: int  # longest input the model takes
+    trust_remote_code: bool
+    allow_pickle: bool
+    identity: dict[str, str] = field(repr=False)  # file -> SHA-256
+
+
+def find_model(name: str, revision: str | None, *, trust_remote_code: bool, allow_pickle: bool) -> ModelFiles:
+    """The model ``name``: a folder, a GGUF file, or a hub name (fetched unless the cache has it).
+
+    Raises ``ModelError`` with the reason and what to do: not found, weights that can run code, an architecture
+    that is no encoder or decoder of text.
+    """
+    path = Path(name).expanduser()
+    gguf = None
+    if revision is not None and path.exists():
+        raise ModelError(f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out")
+    if path.is_dir():
+        folder = path.resolve()
+    elif path.is_file() and path.suffix == ".gguf":
+        folder, gguf = path.resolve().parent, path.name
+    elif path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model at {name}: expected a folder with config.json, or a .gguf file")
+    else:
+        folder = _fetch(name, revision, trust_remote_code, allow_pickle)
+    if gguf is None and not (folder / "config.json").is_file():
+        raise ModelError(f"no model at {name}: {folder} has no config.json")
+    _check_weights(name, folder, gguf, allow_pickle)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, gguf_file=gguf, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(_loading_failed(name, error)) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and decoders")
+    text = config.get_text_config()
+    depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    if not isinstance(depth, int) or not isinstance(hidden, int):
+        raise ModelError(f"{name} ({config.model_type}) does not say how many layers it has; is it a model of text?")
+    return ModelFiles(
+        name, folder, gguf, depth, hidden, str(config.model_type), _context_tokens(text), trust_remote_code,
+        allow_pickle, _identity(folder, gguf, trust_remote_code),
+    )  # fmt: skip
+
+
+def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [p for p in IDENTITY_PATTERNS if (p != "*.py" or trust_remote_code) and (p != "*.bin" or allow_pickle)]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"no model {name!r}: no such folder here, and the hub did not give it ({reason}). Give a model folder, "
+            "a .gguf file or a hub name; offline, set HF_HUB_OFFLINE=1 and fill the cache beforehand"
+        ) from error
+
+
+def _check_weights(name: str, folder: Path, gguf: str | None, allow_pickle: bool) -> None:
+    if gguf is not None or any(folder.glob("*.safetensors")):
+        return
+    if not any(folder.glob("*.bin")):
+        raise ModelError(f"no weights at {name}: {folder} has no .safetensors file")
+    if not allow_pickle:
+        raise ModelError(
+            f"the weights of {name} are pickled (.bin), and a pickle can run code as it loads; "
+            "convert them to safetensors, or give --allow-pickle if you trust where they come from"
+        )
+
+
+def _context_tokens(config: Any) -> int:
+    tokens = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    tokens = tokens if isinstance(tokens, int) and tokens > 0 else DEFAULT_WINDOW_TOKENS
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        tokens -= (config.pad_token_id or 0) + 1
+    return tokens
+
+
+def _identity(folder: Path, gguf: str | None, trust_remote_code: bool) -> dict[str, str]:
+    if gguf is not None:
+        paths = [folder / gguf]
+    else:
+        found = {p for pattern in IDENTITY_PATTERNS for p in folder.glob(pattern)}
+        paths = sorted(p for p in found if p.name not in IGNORED_FILES and (p.suffix != ".py" or trust_remote_code))
+        if any(p.suffix == ".safetensors" for p in paths):
+            paths = [p for p in paths if p.suffix != ".bin"]
+    result = {}
+    for path in paths:
+        with path.open("rb") as source:
+            result[path.name if gguf is None else "model.gguf"] = hashlib.file_digest(source, "sha256").hexdigest()
+    return result
+
+
+def _loading_failed(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = ""
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        hint = (
+            "; it needs Python code that comes with it: --trust-remote-code runs it, if you trust where it comes from"
+        )
+    elif isinstance(error, ImportError):
+        hint = "; install what it names (GGUF files need: pip install 'afn-ray[gguf]')"
+    return f"model {name} cannot be loaded: {reason}{hint}"
+
+
+def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
+    """The model's fast (Rust) tokenizer. Raises ``ModelError`` when it has none."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            files.folder, gguf_file=files.gguf, trust_remote_code=files.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises nearly anything for a tokenizer file it cannot use
+        raise ModelError(_loading_failed(f"{files.name} (its tokenizer)", error)) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one")
+    return tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+
+
+def choose_device(device: str) -> str:
+    """``auto`` as "cuda" where torch sees a GPU, else "cpu". Raises ``ModelError`` for a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device is cuda, but torch sees no GPU here; use --device cpu, or a CUDA build of torch")
+    return device
+
+
+def count_devices(device: str) -> int:
+    """GPUs, or CPU cores that this process may use."""
+    return torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+
+
+def load_weights(files: ModelFiles) -> torch.nn.Module:
+    transformers.utils.logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # the report of unused heads: what is missing is checked below
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = transformers.AutoModel.from_pretrained(
+                files.folder, gguf_file=files.gguf, dtype=torch.float32, local_files_only=True,
+                trust_remote_code=files.trust_remote_code, use_safetensors=not files.allow_pickle or None,
+                output_loading_info=True,
+            )  # fmt: skip
+    except Exception as error:  # transformers raises nearly anything for files it cannot use
+        raise ModelError(_loading_failed(files.name, error)) from error
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k and not k.endswith("position_ids"))
+    if missing or info["mismatched_keys"]:
+        what = missing or [str(k) for k in info["mismatched_keys"]]
+        raise ModelError(
+            f"model {files.name}: {len(what)} weights are not in its files and would be random: {', '.join(what[:3])}"
+        )
+    model.eval()
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # keys and values that nobody would read
+    model.requires_grad_(False)
+    return model  # type: ignore[no-any-return]
