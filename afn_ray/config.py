@@ -57,7 +57,9 @@ class RunConfig:
     sink_factor: float = _option(10.0, "a token over this many medians is a sink")
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
-    batch_tokens: int = _option(2048, "tokens in one forward pass, filler included; it may move the last bit")
+    batch_tokens: int | None = _option(
+        None, "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move the last bit"
+    )
     tokenizer_workers: int = _option(0, "tokenizer processes beside each worker; 0: a thread of the worker")
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
     device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from afn_ray import cluster, corpus, lexicon, manifest, pipeline, precision, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun
-from afn_ray.model import ModelFiles
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
 from afn_ray.schema import SPECIAL, fingerprint
@@ -76,11 +76,11 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     storage.check_writable(config.store)
     device = cluster.find_device(config)
     files = pipeline.find_model(config)
-    pipeline.prepare(config, files, device, "float32")  # refuses a layer or window that is not there, before any work
+    task, measure = pipeline.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = manifest.make_plan(config, _hashing(on_event))
-    decided = _decide_precision(config, files, device, plan, on_event, keep=True)
-    task, measure = pipeline.prepare(config, files, device, decided.dtype)
+    decided = _decide_precision(task, measure, plan, on_event, keep=True)
+    task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     folder = manifest.begin_run(config, measure, plan, begun_ns)
     if folder.info:
         on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
@@ -148,10 +148,10 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     lexicon.function_words(config.language)
     device = cluster.find_device(config)
     files = pipeline.find_model(config)
-    pipeline.prepare(config, files, device, "float32")
+    task, measure = pipeline.prepare(config, files, device, "float32")
     plan = manifest.make_plan(config, _hashing(on_event))
-    decided = _decide_precision(config, files, device, plan, on_event, keep=False)
-    task, measure = pipeline.prepare(config, files, device, decided.dtype)
+    decided = _decide_precision(task, measure, plan, on_event, keep=False)
+    task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     done = manifest.find_commits(config.store, task.measure_id, plan.shards)
     texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
     processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
@@ -186,10 +186,10 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
 
 
 def _decide_precision(
-    config: RunConfig, files: ModelFiles, device: str, plan: manifest.Plan, on_event: OnEvent, *, keep: bool
+    task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool
 ) -> precision.Precision:
     """What the store's first run decided, so that every later one measures the same; else a pilot's decision."""
-    task, measure = pipeline.prepare(config, files, device, "float32")
+    config = task.config
     if config.dtype == "float32":
         return precision.decide(task, ())
     key = fingerprint([measure, config.dtype])

@@ -240,6 +240,10 @@ def make_windows(encoded: Encoded, template: Template, width: int, overlap: int,
     return windows
 
 
+FILLED_TO = 2048
+"""Rows that a matrix product handles alike, whatever is in them."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Windows that go through the model together, one behind the other."""
@@ -256,8 +260,9 @@ def make_batches(
 ) -> Iterator[TokenBatch]:
     """``windows`` in batches of ``batch_tokens``: a function of the windows and the budget alone.
 
-    ``packed``: without padding, for models that keep sequences apart. Every batch is filled up to exactly the budget,
-    so that a window's bits do not depend on its neighbours; only a batch that is the only one stays smaller.
+    ``packed``: without padding, for models that keep sequences apart. Batches are filled up to exactly the budget, or
+    to a multiple of ``FILLED_TO``, so that a window's bits do not depend on its neighbours; only a batch that is the
+    only one stays smaller.
     Otherwise: neighbours in length, at most the budget with their padding. A window over the budget is a batch alone.
     """
     groups = _packs(windows, batch_tokens) if packed else _sorted_groups(windows, batch_tokens)
@@ -265,8 +270,10 @@ def make_batches(
         lengths = [w.length for w in group]
         total = sum(lengths)
         size = total
-        if packed:  # one sole batch: a power of two, so that few shapes occur
-            size = max(total, batch_tokens if len(groups) > 1 else min(batch_tokens, 1 << (total - 1).bit_length()))
+        if packed and len(groups) == 1:  # a power of two, so that few shapes occur
+            size = max(total, min(batch_tokens, 1 << (total - 1).bit_length()))
+        elif packed:  # the last one of a large budget need not be filled to its end
+            size = max(total, min(batch_tokens, -(-total // FILLED_TO) * FILLED_TO))
         ids = np.empty(size, np.int64)
         first = np.cumsum(lengths) - lengths
         row = np.array([w.row for w in group])

@@ -16,8 +16,9 @@ from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Product, replace_linear_layers, restore
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest relative difference of norms that the self-check lets pass, by the dtype of the products."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in
+float32, for nine of ten in half precision, where single ones may be far off and the model still be wired right."""
 
 Hidden = Callable[[torch.Tensor], torch.Tensor]
 Norms = npt.NDArray[np.float32]
@@ -139,18 +140,17 @@ class Model:
     def _check(
         self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden, dtype: torch.dtype
     ) -> None:
-        tolerance = TOLERANCE[dtype]
         singles = [self.measure(*_joined([ids]), reduce) for ids in probes]
         for expected, got in zip(plain, singles, strict=True):
             for at, layer in enumerate(self.layers):
                 if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
                     what = f"layer {layer} hooked against hidden_states[{layer}]"
-                    _compare(what, got[at], expected[layer], tolerance)
+                    _compare(what, got[at], expected[layer], dtype)
         together = self.measure(*_joined(probes), reduce)
         ends = np.cumsum([len(p) for p in probes])[:-1]
         what = "one packed batch" if self.packed else "one padded batch"
         for got, alone in zip(np.split(together, ends, axis=1), singles, strict=True):
-            _compare(f"{what} against single texts", got, alone, tolerance)
+            _compare(f"{what} against single texts", got, alone, dtype)
 
     def _plain_norms(self, ids: Sequence[int], reduce: Hidden) -> list[Norms]:
         self._stop, self._calls = False, 0
@@ -304,8 +304,10 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
-def _compare(what: str, got: Norms, expected: Norms, tolerance: float) -> None:
-    difference = float(np.max(np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)))
+def _compare(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
+    tolerance = TOLERANCE[dtype]
+    differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
+    difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))
     if not difference <= tolerance:
         raise ModelError(f"self-check failed: {what} differs by {difference:.2e} relative, tolerance {tolerance:.0e}")
 

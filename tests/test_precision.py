@@ -1,0 +1,186 @@
+"""Half precision is taken where a pilot finds it safe, is refused where it is not, and the store remembers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import afn_ray
+from afn_ray import job, manifest, model, pipeline, precision
+from afn_ray.config import RunConfig
+from afn_ray.errors import ModelError
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies fast in bfloat16."""
+    monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: dtype == "bfloat16" or device == "cuda")
+
+
+@pytest.fixture
+def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "PILOT_TOKENS", 3000)
+
+
+def task_of(config: RunConfig) -> pipeline.Task:
+    return pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")[0]
+
+
+def write_corpus(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return str(path)
+
+
+def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
+    minilm: Path, verses: list[str], make_config: MakeConfig, half: None
+) -> None:
+    config = make_config(model=str(minilm), layers="4", dtype="auto", batch_tokens=2048)
+    task, texts = task_of(config), verses[:120]
+    decided = precision.decide(task, texts)
+    assert (decided.asked, decided.trials[0].dtype) == ("auto", "bfloat16")
+    reference = [strengths(task, dtype, texts) for dtype in ("float32", "bfloat16")]
+    highs = [v >= np.quantile(v, 0.75, method="inverted_cdf") for v in reference]
+    trial = decided.trials[0]
+    assert decided.n_tokens == len(reference[0]) > precision.LEAST_TOKENS
+    assert trial.flips == {"4": pytest.approx(np.mean(highs[0] != highs[1]))}
+    errors = np.abs(reference[1] - reference[0]) / reference[0]
+    assert trial.median_error == {"4": pytest.approx(np.median(errors), rel=1e-3)}
+    assert 0 < trial.median_error["4"] < precision.MAX_MEDIAN_ERROR
+    assert trial.safe == (trial.flips["4"] < precision.MAX_FLIPS)
+    assert decided.dtype == ("bfloat16" if trial.safe else "float32")
+    assert trial.flips["4"] < 0.005
+
+
+def strengths(task: pipeline.Task, dtype: str, texts: list[str]) -> np.ndarray:
+    from dataclasses import replace
+
+    processor = pipeline.Processor(replace(task, dtype=dtype))
+    measured = processor.measure(texts, [False] * len(texts))
+    processor.close()
+    return measured.strengths[0, (measured.encoded.flags & 1) == 0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda x: x * np.where(np.arange(x.shape[1]) % 100 == 0, 2, 1).astype(np.float32), "of the labels change"),
+        (lambda x: x * np.float32(1.001), "the median relative error is 1.0e-03, 5e-04 may be"),
+        (lambda x: x + np.float32(np.nan), "not finite"),
+    ],
+)
+def test_what_is_not_safe_is_refused_and_says_why(
+    damage: Any, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    right = pipeline.Processor._strengths
+
+    def damaged(self: Any, prepared: Any) -> Any:
+        exact = right(self, prepared)
+        return exact if self.task.dtype == "float32" else damage(exact)
+
+    monkeypatch.setattr(pipeline.Processor, "_strengths", damaged)
+    task = task_of(make_config(dtype="auto"))
+    decided = precision.decide(task, verses[:200])
+    assert decided.dtype == "float32"
+    assert decided.why.startswith("bfloat16 is not safe: ") and why in decided.why
+    assert not decided.trials[0].safe
+
+
+def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
+    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = model.Model.prepare
+
+    def refuse(self: Any, *args: Any) -> None:
+        if str(self.dtype) != "torch.float32":
+            raise ModelError("tiny does not run in bfloat16")
+        right(self, *args)
+
+    monkeypatch.setattr(model.Model, "prepare", refuse)
+    decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
+    assert (decided.dtype, decided.trials[0].why) == ("float32", "tiny does not run in bfloat16")
+
+
+def test_a_sample_that_is_too_small_tells_nothing(make_config: MakeConfig, half: None) -> None:
+    decided = precision.decide(task_of(make_config(dtype="auto")), ["a short text"])
+    assert (decided.dtype, decided.why) == ("float32", "the pilot has 3 tokens, too few to tell")
+
+
+def test_nothing_is_tried_where_half_precision_is_no_faster(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: False)
+    decided = precision.decide(task_of(make_config(dtype="auto")), ["text"])
+    assert (decided.dtype, decided.trials) == ("float32", ())
+    assert "no faster on this cpu" in decided.why
+
+
+def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
+    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert precision.candidates("auto", "cuda") == ("float16", "bfloat16")
+    assert precision.candidates("auto", "cpu") == ("bfloat16",)
+    assert precision.candidates("float32", "cuda") == ()
+    task = task_of(make_config(dtype="float16"))
+    near = precision.decide(task, verses[:200])
+    assert near.dtype == "float16" and near.trials[0].safe and 0 < near.trials[0].peak < 100
+    monkeypatch.setattr(precision, "FLOAT16_RANGE", near.trials[0].peak / 2)
+    wide = precision.decide(task, verses[:200])
+    assert wide.dtype == "float16"  # it was asked for
+    assert "too near its range" in wide.trials[0].why
+
+
+def test_the_store_remembers_and_the_run_records_what_was_decided(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    corpus = write_corpus(tmp_path / "c.jsonl", verses[:150])
+    config = make_config(corpus=(corpus,), dtype="auto", shard_bytes=1 << 20)
+    events: list[str] = []
+    with afn_ray.run(config, lambda e: events.append(e.message)) as run:
+        info = manifest.find_run(run.uri).info
+    decided = precision.from_json(info["precision"])
+    assert info["measure"]["dtype"] == decided.dtype
+    assert decided.trials[0].flips.keys() == {str(k) for k in info["layers"]}
+    assert precision.describe(decided) in events
+    assert "a pilot compares half precision with float32" in events
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("a second pilot could decide otherwise, and all would be measured again")
+
+    monkeypatch.setattr(precision, "decide", never)
+    events.clear()
+    write_corpus(tmp_path / "c.jsonl", verses[:100])
+    with afn_ray.run(config, lambda e: events.append(e.message)) as run:
+        assert manifest.find_run(run.uri).info["precision"] == info["precision"]
+    assert "a pilot compares half precision with float32" not in events
+
+
+def test_a_dry_run_decides_and_writes_nothing(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", verses[:150])
+    estimate = job.dry_run(make_config(corpus=(corpus,), dtype="auto"))
+    assert estimate.dtype in ("float32", "bfloat16")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_padded_model_warns_once(tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise ValueError("its attention is its own")
+
+    monkeypatch.setattr("afn_ray.model.attention.Layout", refuse)
+    corpus = write_corpus(tmp_path / "c.jsonl", [f"Text number {i} of a few words." for i in range(300)])
+    events: list[job.Event] = []
+    with afn_ray.run(make_config(corpus=(corpus,)), events.append):
+        pass
+    warnings = [e.message for e in events if e.kind == "warning"]
+    assert len(warnings) == 1
+    assert "sequences are padded, not packed" in warnings[0] and "its attention is its own" in warnings[0]
