@@ -301,7 +301,10 @@ def _demo(args: argparse.Namespace) -> None:
         show.render_salient(run, layer, out)
     show.render_caution(summary, out)
     store = _shell(args.store)
-    query = f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND n > 99 ORDER BY share_high LIMIT 9"
+    query = (
+        f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND class = 'content' AND n > 99 "
+        "ORDER BY share_high DESC LIMIT 9"
+    )
     out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)
     for command in (f"show {store}", f"explain {store} 'In the beginning was the Word'", f'sql {store} "{query}"'):
         out.print(f"Next:    afn {command}", markup=False, soft_wrap=True)

@@ -4,6 +4,11 @@
 
 Every repetition starts a fresh store in a temporary folder. Prints one table: the median and the spread
 (lowest to highest) of each figure, with the machine and the versions. Reads /proc, so it needs Linux.
+
+    python jobs/benchmark.py engine --json figures.json
+    python jobs/benchmark.py monitor
+
+are ``afn bench``, for a node of a cluster: ``ray job submit --working-dir . -- python jobs/benchmark.py engine``.
 """
 
 from __future__ import annotations
@@ -15,16 +20,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import afn_ray
-from afn_ray import manifest, show
+from afn_ray import cli, manifest, show
+from afn_ray.bench.machine import Watch, cpu_name
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["engine"], ["monitor"]):
+        cli.main(["bench", *sys.argv[1:]])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3, help="fresh runs of the demo (default: 3)")
     parser.add_argument("--workers", type=int, help="workers (default: one per core)")
@@ -73,52 +80,12 @@ def timed(command: list[str]) -> tuple[float, int]:
     """Seconds that ``command`` took and the highest sum of its processes' proportional memory, in bytes."""
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0
-    ended = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.wait(0.5):
-            peak = max(peak, sum(map(memory_bytes, family(process.pid))))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        if process.wait() != 0:
-            sys.exit(f"{' '.join(command)} left with {process.returncode}")
-    finally:
-        ended.set()
-        watcher.join()
-    return time.monotonic() - began, peak
-
-
-def family(pid: int) -> list[int]:
-    """``pid`` and all that descend from it."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.parent.name))
-    found = [pid]
-    for at in found:
-        found += parents.get(at, [])
-    return found
-
-
-def memory_bytes(pid: int) -> int:
-    """Proportional set size of one process: shared pages are divided among those who share them."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it ended meanwhile
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    with Watch([process.pid]) as watch:
+        code = process.wait()
+    seconds = time.monotonic() - began
+    if code != 0:
+        sys.exit(f"{' '.join(command)} left with {code}")
+    return seconds, watch.peak_bytes
 
 
 if __name__ == "__main__":

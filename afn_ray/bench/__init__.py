@@ -1,0 +1,125 @@
+"""``afn bench``: what it takes on the command line, checked, and handed to who measures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from afn_ray.errors import ConfigError
+
+PROFILES = {
+    "short": "lognormal, mean 40 tokens",
+    "mixed": "lognormal, mean 150 tokens, some longer than a window",
+    "full": "full windows",
+}
+VARIANTS = {
+    "loop": "the Hugging Face loop a user writes: float32, padded, batches of 32, all hidden states",
+    "tuned": "the best-tuned padded pipeline: stopped at the layer, sorted by length, a budget of tokens",
+    "ray_data": "Ray Data map_batches with `tuned` inside, from the first batch on, its actors loaded",
+    "sentence_transformers": "token embeddings of sentence-transformers: float32, padded, all layers",
+    "engine": "afn-ray: texts in memory -> strengths in memory",
+    "job": "afn-ray: JSONL files -> Parquet, committed; workers loaded and shards planned, as within a long run",
+}
+TOKENS_PER_WORKER = {"cpu": 16_300, "cuda": 1_000_000}
+"""On a CPU a little less than eight batches of 2,048: one that is partly filled weighs more here than in a long run."""
+PIPED_COLUMNS = 100
+BUILT_IN = "BERT-base shape, random weights"
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """The sub-commands of ``afn bench``."""
+    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+    engine = commands.add_parser(
+        "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
+        description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
+        "turns; reported are medians of the repetitions that nothing else on the machine disturbed.",
+    )  # fmt: skip
+    engine.add_argument("--profiles", metavar="LIST", default=",".join(PROFILES), help=f"of {','.join(PROFILES)}")
+    engine.add_argument("--variants", metavar="LIST", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}")
+    engine.add_argument("--layer", default="2/3", help="layer to read, or a fraction of the depth (default: 2/3)")
+    cpu, cuda = TOKENS_PER_WORKER.values()
+    engine.add_argument("--tokens", type=int, metavar="N",
+                        help=f"of a profile's texts (default: {cpu:,} a core, {cuda:,} a GPU)")  # fmt: skip
+    engine.add_argument("--workers", type=int, metavar="N", help="processes of a variant (default: one per core)")
+    engine.add_argument("--batch-tokens", type=int, metavar="N",
+                        help="in one forward pass, but for the loops (default: that of a run)")  # fmt: skip
+    engine.add_argument("--tokenizer-workers", type=int, metavar="N",
+                        help="processes that tokenize, beside each of afn-ray's (default: that of a run)")  # fmt: skip
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="of all variants but the loops; auto: bfloat16 where it is faster")  # fmt: skip
+    engine.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+    monitor = commands.add_parser(
+        "monitor", allow_abbrev=False, help="latency of one text at a time, with and without recording strengths",
+        description="Batches of one text, interleaved; without --model, BERT-base against a distilled shape.",
+    )  # fmt: skip
+    monitor.add_argument("--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)")
+    monitor.add_argument("--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
+    for command in (engine, monitor):
+        command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+
+
+def call(args: argparse.Namespace) -> None:
+    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises ``ConfigError``."""
+    least_of = {"tokens": 16, "workers": 1, "batch_tokens": 16, "tokenizer_workers": 0, "repeat": 1, "texts": 1}
+    for name, least in least_of.items():
+        if (value := getattr(args, name, None)) is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
+    if args.json is not None and not args.json.absolute().parent.is_dir():  # now, not after ten minutes
+        raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPED_COLUMNS)
+    if args.what == "monitor":
+        from afn_ray.bench import monitor
+
+        result = monitor.measure(args.model, args.layer, args.texts, args.device)
+        monitor.render(result, console)
+    else:
+        profiles = chosen("profiles", args.profiles, PROFILES)
+        variants = chosen("variants", args.variants, VARIANTS)
+        from afn_ray.bench import contest
+
+        options = contest.Options(
+            args.model,
+            args.layer,
+            args.device,
+            args.dtype,
+            args.batch_tokens,
+            args.tokenizer_workers,
+            args.workers,
+            args.tokens,
+            args.repeat,
+        )
+        result = contest.measure(options, profiles, variants, lambda note: notes.print(note, markup=False))
+        contest.render(result, console)
+    if args.json is not None:
+        write_json(args.json, result)
+
+
+def chosen(what: str, text: str, known: dict[str, str]) -> list[str]:
+    """The names in the comma-separated ``text``, in the order of ``known``. Raises ``ConfigError``."""
+    names = {name.strip() for name in text.split(",")} - {""}
+    if not names or names - set(known):
+        raise ConfigError(f"{what} are {text!r}; expected some of {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` in a file that appears whole. Raises ``ConfigError``."""
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""What a measurement must know of the machine: its name, its memory, and whether anybody else is using it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+SAMPLE_S = 0.5
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_name() -> str:
+    """As the processor calls itself."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The machine and the versions that figures belong to."""
+    import torch
+
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("afn-ray", "torch", "transformers", "ray")},
+    }  # fmt: skip
+
+
+def print_facts(result: dict[str, Any], console: Console) -> None:
+    """``facts`` in one line."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    console.print(f"{result['machine']}, {result['cores']} cores; Python {result['python']}, {versions}", markup=False)
+
+
+def family(pids: Iterable[int]) -> list[int]:
+    """``pids`` and all that descend from them."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        if fields := _stat(int(entry.parent.name)):
+            children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+    found = list(pids)
+    for at in found:
+        found += children.get(at, [])
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended meanwhile
+        return []
+
+
+def memory_bytes(pid: int) -> int:
+    """Proportional set size of one process: shared pages are divided among those who share them."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it ended meanwhile
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = _stat(pid)
+    return (int(fields[11]) + int(fields[12])) * _TICK_S if fields else 0.0
+
+
+def _busy_s(cores: set[int]) -> float:
+    """Seconds that ``cores`` have worked since the machine started, for whomever."""
+    names = {f"cpu{core}" for core in cores}
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    # user, nice, system, -, -, irq, softirq, steal
+    return sum(sum(int(f[i]) for i in (1, 2, 3, 6, 7, 8)) for f in lines if f[0] in names) * _TICK_S
+
+
+class Watch:
+    """Looks at some processes and all that descend from them while a block runs.
+
+    ``peak_bytes``: highest sum of their proportional memory. ``foreign``: share of the cores' time that others took.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self.peak_bytes = 0
+        self.foreign = 0.0
+        self._pids = list(pids)
+        self._cores = os.sched_getaffinity(0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._cpu_s: dict[int, float] = {}
+
+    def __enter__(self) -> Watch:
+        self._before = {pid: _cpu_s(pid) for pid in self._family()}
+        self._began, self._busy = time.monotonic(), _busy_s(self._cores)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        seconds, busy = time.monotonic() - self._began, _busy_s(self._cores) - self._busy
+        self._ended.set()
+        self._thread.join()
+        own = sum(after - self._before.get(pid, 0.0) for pid, after in self._cpu_s.items())
+        self.foreign = max(0.0, busy - own) / (seconds * len(self._cores))
+
+    def _family(self) -> list[int]:
+        return [*family(self._pids), os.getpid()]  # our own looking is nobody else's work
+
+    def _watch(self) -> None:
+        while True:
+            ended = self._ended.wait(SAMPLE_S)
+            pids = self._family()
+            for pid in pids:
+                self._cpu_s[pid] = max(self._cpu_s.get(pid, 0.0), _cpu_s(pid))
+            self.peak_bytes = max(self.peak_bytes, sum(memory_bytes(pid) for pid in pids if pid != os.getpid()))
+            if ended:
+                return

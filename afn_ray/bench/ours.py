@@ -1,0 +1,97 @@
+"""afn-ray as it works within a long run: the engine alone, and the whole job with its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from afn_ray import manifest, pipeline
+from afn_ray.bench.peers import Norms, Outcome, Spec
+from afn_ray.bench.texts import Text
+from afn_ray.config import RunConfig
+from afn_ray.schema import Document, strength_column
+
+STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
+
+
+class _Ours:
+    def __init__(self, spec: Spec) -> None:
+        self._layer = spec.layer
+        self._config = RunConfig(
+            corpus=(str(Path(spec.folder) / "corpus"),), model=spec.model, store=str(Path(spec.folder) / "store"),
+            layers=str(spec.layer), dtype=spec.dtype, device=spec.device, batch_tokens=spec.batch_tokens,
+            window_tokens=spec.window_tokens, tokenizer_workers=spec.tokenizer_workers, executor="inline",
+            scratch=spec.folder,
+        )  # fmt: skip
+        files = pipeline.find_model(self._config)
+        self._task, _ = pipeline.prepare(self._config, files, spec.device, spec.dtype)
+        self._processor = pipeline.Processor(self._task)
+
+    def _outcome(self, before: pipeline.Progress, strengths: list[Norms]) -> Outcome:
+        now, then = asdict(self._processor.progress), asdict(before)
+        stages = {name: now[name] - then[name] for name in STAGES}
+        return Outcome(strengths, now["forward_tokens"] - then["forward_tokens"], stages)
+
+    def close(self) -> None:
+        self._processor.close()
+
+
+class Engine(_Ours):
+    """Tokenizing, windows, packing and the model, over texts in memory: all but reading and writing files."""
+
+    def run(self, texts: Sequence[Text]) -> Outcome:
+        before = replace(self._processor.progress)
+        documents = (Document("bench", i, text.text) for i, text in enumerate(texts))
+        strengths: list[Norms] = []
+        for chunk in self._processor._feed.chunks(documents):  # as a shard's documents go
+            values = self._processor._strengths(chunk.prepared)
+            strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
+        return self._outcome(before, strengths)
+
+
+class Job(_Ours):
+    """Shards of a corpus on disk become commits in a fresh store, as in a worker that has long been at work."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self._plans: dict[str, manifest.Plan] = {}
+        self._num_runs = 0
+        for profile, file in spec.texts.items():
+            corpus = Path(spec.folder) / "corpus" / profile
+            corpus.mkdir(parents=True)
+            with (corpus / "part.jsonl").open("w", encoding="utf-8") as lines:
+                for text, _ in json.loads(Path(file).read_text("utf-8")):
+                    lines.write(json.dumps({"text": text}) + "\n")
+            config = replace(self._config, corpus=(str(corpus),))
+            self._plans[profile] = manifest.make_plan(config)
+
+    def run_profile(self, profile: str) -> Outcome:
+        """As ``run`` of the others, but the texts come from their files; the strengths are read back on request."""
+        before = replace(self._processor.progress)
+        self._num_runs += 1
+        store = str(Path(self._config.store) / str(self._num_runs))
+        self._processor.task = replace(self._task, config=replace(self._config, store=store))
+        for shard in self._plans[profile].shards:
+            self._processor.process(shard)
+        return self._outcome(before, [])
+
+    def read_back(self, profile: str) -> list[Norms]:
+        """Strengths that the last run committed; its store is removed."""
+        store = str(Path(self._config.store) / str(self._num_runs))
+        strengths: list[Norms] = []
+        for shard in self._plans[profile].shards:
+            commit = manifest.read_commit(store, self._task.measure_id, shard.id)
+            assert commit is not None
+            folder = Path(manifest.shard_uri(store, self._task.measure_id, shard.id))
+            column = strength_column(self._layer)
+            table = pq.read_table(folder / commit.files["tokens"]["name"], columns=["doc", column])
+            bounds = np.flatnonzero(np.diff(table["doc"].to_numpy())) + 1
+            strengths += np.split(table[column].to_numpy(), bounds)
+        shutil.rmtree(store)
+        return strengths

@@ -1,0 +1,282 @@
+"""What users write instead of afn-ray: a Hugging Face loop, a tuned pipeline, Ray Data, sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+
+from afn_ray.bench.texts import Piece, Text, budgeted, share
+from afn_ray.errors import ConfigError
+
+LOOP_BATCH = 32
+Norms = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a process of one variant must know; plain values, as it goes there as JSON."""
+
+    variant: str
+    model: str  # folder
+    layer: int
+    depth: int
+    device: str
+    dtype: str
+    batch_tokens: int
+    tokenizer_workers: int  # of afn-ray alone
+    window_tokens: int
+    workers: int  # processes that share the work
+    folder: str  # for files of its own
+    texts: dict[str, str]  # profile -> file with this process's texts
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One pass over some texts."""
+
+    strengths: list[Norms]  # by text
+    forward_tokens: int = 0  # with padding or filler
+    stages: dict[str, float] = field(default_factory=dict)  # seconds
+    seconds: float | None = None  # where the clock of who asks would count what is not the variant's
+
+
+def _joined(texts: Sequence[Text], norms: Sequence[Norms]) -> list[Norms]:
+    """Strengths of texts out of those of their windows, in order."""
+    rest = iter(norms)
+    return [np.concatenate([next(rest)[p.keep_start : p.keep_end] for p in text.pieces]) for text in texts]
+
+
+def _pieces(texts: Sequence[Text]) -> list[Piece]:
+    return [piece for text in texts for piece in text.pieces]
+
+
+def _tokenizer(spec: Spec) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+class Loop:
+    """Batches as the texts come, all layers, all hidden states, one norm at the end.
+
+    Beside the layer's strengths it gives those of the last hidden states, which is what sentence-transformers has.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._tokenizer = _tokenizer(spec)
+        self._model = transformers.AutoModel.from_pretrained(spec.model, dtype=torch.float32).to(spec.device).eval()
+        self.last: list[Norms] = []
+
+    def run(self, texts: Sequence[Text]) -> Outcome:
+        pieces = _pieces(texts)
+        norms: list[Norms] = []
+        last: list[Norms] = []
+        outcome = Outcome([], stages={"tokenize_s": 0.0, "model_s": 0.0})
+        for at in range(0, len(pieces), LOOP_BATCH):
+            began = time.monotonic()
+            batch = [p.text for p in pieces[at : at + LOOP_BATCH]]
+            inputs = self._tokenizer(
+                batch, padding=True, truncation=True, max_length=self._spec.window_tokens, return_tensors="pt"
+            ).to(self._spec.device)
+            encoded = time.monotonic()
+            with torch.no_grad():
+                states = self._model(**inputs, output_hidden_states=True).hidden_states
+            chosen, final = (states[k].norm(dim=-1).cpu().numpy() for k in (self._spec.layer, -1))
+            lengths = inputs["attention_mask"].sum(dim=1).tolist()
+            norms += [row[:n] for row, n in zip(chosen, lengths, strict=True)]
+            last += [row[:n] for row, n in zip(final, lengths, strict=True)]
+            outcome.forward_tokens += inputs["input_ids"].numel()
+            outcome.stages["tokenize_s"] += encoded - began
+            outcome.stages["model_s"] += time.monotonic() - encoded
+        outcome.strengths, self.last = _joined(texts, norms), _joined(texts, last)
+        return outcome
+
+
+class _Enough(Exception):
+    """Raised behind the layer: the later ones never run."""
+
+
+class Tuned:
+    """Sorted by length, batches of a budget of tokens, half precision, and no block behind the layer."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._tokenizer = _tokenizer(spec)
+        dtype = getattr(torch, spec.dtype)
+        self._model = transformers.AutoModel.from_pretrained(spec.model, dtype=dtype).to(spec.device).eval()
+        blocks = find_blocks(self._model, spec.depth)
+        for block in blocks[spec.layer :]:
+            block.to("meta")  # never run: no memory
+        blocks[spec.layer - 1].register_forward_hook(self._stop)
+        self._norms = torch.empty(0)
+
+    def _stop(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32)
+        raise _Enough
+
+    def run(self, texts: Sequence[Text]) -> Outcome:
+        norms, outcome = self.measure([p.text for p in _pieces(texts)])
+        return replace(outcome, strengths=_joined(texts, norms))
+
+    def measure(self, texts: Sequence[str]) -> tuple[list[Norms], Outcome]:
+        """Norms of every token of ``texts``, each of which fits into a window."""
+        began = time.monotonic()
+        outcome = Outcome([])
+        ids = self._tokenizer(
+            list(texts), truncation=True, max_length=self._spec.window_tokens, return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]  # fmt: skip
+        encoded = time.monotonic()
+        found: list[tuple[list[int], torch.Tensor]] = []
+        with torch.inference_mode():
+            for group in budgeted([len(i) for i in ids], self._spec.batch_tokens):
+                found.append((group, self._forward([ids[i] for i in group])))
+                outcome.forward_tokens += found[-1][1].numel()
+        norms: list[Norms] = [np.empty(0, np.float32)] * len(ids)
+        for group, values in found:  # behind the loop: a GPU is not waited for in between
+            for i, row in zip(group, values.cpu().numpy(), strict=True):
+                norms[i] = row[: len(ids[i])]
+        outcome.stages = {"tokenize_s": encoded - began, "model_s": time.monotonic() - encoded}
+        return norms, outcome
+
+    def _forward(self, ids: list[list[int]]) -> torch.Tensor:
+        lengths = [len(i) for i in ids]
+        matrix = np.full((len(ids), max(lengths)), self._tokenizer.pad_token_id or 0, np.int64)
+        for row, i in zip(matrix, ids, strict=True):
+            row[: len(i)] = i
+        inputs = {"input_ids": torch.from_numpy(matrix).to(self._spec.device, non_blocking=True)}
+        if min(lengths) < max(lengths):  # attention is faster without a mask
+            mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(self._spec.device, non_blocking=True)
+        try:
+            self._model(**inputs)
+        except _Enough:
+            return self._norms
+        raise ConfigError(f"the model ended without its block {self._spec.layer}; `tuned` cannot read it")
+
+
+def find_blocks(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
+    """The ``depth`` blocks of ``model``. Raises ``ConfigError`` where they are no list of that length."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise ConfigError(f"{type(model).__name__} keeps its {depth} blocks in no list; choose other --variants or --model")
+
+
+class SentenceTransformers:
+    """Token embeddings of all layers, and their norm."""
+
+    def __init__(self, spec: Spec) -> None:
+        import sentence_transformers
+
+        self._model = sentence_transformers.SentenceTransformer(
+            spec.model, device=spec.device, local_files_only=True, model_kwargs={"dtype": torch.float32}
+        )
+        self._model.max_seq_length = spec.window_tokens
+
+    def run(self, texts: Sequence[Text]) -> Outcome:
+        began = time.monotonic()
+        found = self._model.encode(
+            [p.text for p in _pieces(texts)], output_value="token_embeddings", batch_size=LOOP_BATCH,
+            show_progress_bar=False,
+        )  # fmt: skip
+        norms = [torch.linalg.vector_norm(values, dim=-1).cpu().numpy() for values in found]
+        # It sorts by characters, longest first.
+        lengths = [p.length for p in sorted(_pieces(texts), key=lambda p: -len(p.text))]
+        batches = [lengths[i : i + LOOP_BATCH] for i in range(0, len(lengths), LOOP_BATCH)]
+        forward_tokens = sum(len(b) * max(b) for b in batches)
+        return Outcome(_joined(texts, norms), forward_tokens, {"model_s": time.monotonic() - began})
+
+
+class RayData:
+    """``map_batches`` over a pool of actors; the process that holds this is their driver.
+
+    Ray lives only while it is measured: its idle processes would take time from the other variants.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        # Read as Ray is imported: an open Ray runs code for whoever reaches it.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray.data  # noqa: F401
+
+        self._spec = spec
+
+    def run(self, texts: Sequence[Text]) -> Outcome:
+        import ray
+
+        from afn_ray.cluster import WORKER_ENV
+
+        gpu = self._spec.device == "cuda"
+        ray.init(
+            address="local", num_cpus=self._spec.workers, include_dashboard=False, log_to_driver=False,
+            logging_level="ERROR", object_store_memory=1 << 29,
+            runtime_env={"env_vars": {} if gpu else WORKER_ENV},
+        )  # fmt: skip
+        try:
+            return self._map(texts, gpu)
+        finally:
+            ray.shutdown()
+
+    def _map(self, texts: Sequence[Text], gpu: bool) -> Outcome:
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.wait_for_min_actors_s = 600  # all of them are ready before the first gets a batch
+        pieces = _pieces(texts)
+        for old in Path(self._spec.folder).glob("*.jsonl"):
+            old.unlink()
+        # One batch for each worker, as long as the others': the least padding and the least of Ray's own work, which
+        # is what batches of some thousand texts of a long corpus come to.
+        warm_up = [p.text for p in pieces[:: 4 * self._spec.workers]]
+        shares = share(texts, self._spec.workers)
+        first = np.cumsum([0, *(len(t.pieces) for t in texts)])
+        items = [{"piece": i, "text": pieces[i].text} for s in shares for t in s for i in range(first[t], first[t + 1])]
+        norms_of = ray.data.from_items(items, override_num_blocks=self._spec.workers).map_batches(
+            _Mapped, fn_constructor_args=(self._spec, warm_up), batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=self._spec.workers),
+            num_cpus=0 if gpu else 1, num_gpus=1 if gpu else 0,
+        )  # fmt: skip
+        found = list(norms_of.iter_batches(batch_size=None, batch_format="numpy"))
+        ended = time.monotonic()
+        piece_of = np.concatenate([b["piece"] for b in found])
+        values = np.concatenate([b["strength"] for b in found])
+        order = np.argsort(piece_of, kind="stable")
+        norms = np.split(values[order], np.cumsum([p.length for p in pieces])[:-1])
+        lines = [json.loads(x) for f in Path(self._spec.folder).glob("*.jsonl") for x in f.read_text().splitlines()]
+        stages = {name: sum(line["stages"][name] for line in lines) for name in ("tokenize_s", "model_s")}
+        forward_tokens = sum(line["forward_tokens"] for line in lines)
+        return Outcome(_joined(texts, norms), forward_tokens, stages, ended - min(line["began"] for line in lines))
+
+
+class _Mapped:
+    """What each actor holds: the tuned pipeline, warm."""
+
+    def __init__(self, spec: Spec, warm_up: list[str]) -> None:
+        self._tuned = Tuned(spec)
+        self._tuned.measure(warm_up)
+        self._log = Path(spec.folder) / f"{os.getpid()}.jsonl"  # beside the data, which stays what a user has
+
+    def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        began = time.monotonic()
+        norms, outcome = self._tuned.measure(batch["text"].tolist())
+        with self._log.open("a") as log:
+            line = {"began": began, "forward_tokens": outcome.forward_tokens, "stages": outcome.stages}
+            log.write(json.dumps(line) + "\n")
+        return {"piece": np.repeat(batch["piece"], [len(n) for n in norms]), "strength": np.concatenate(norms)}

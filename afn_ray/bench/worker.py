@@ -1,0 +1,171 @@
+"""A process of one variant: loads it, then runs one profile whenever its standard input says so.
+
+    python -m afn_ray.bench.worker SPEC.json
+
+Answers are JSON lines on standard output, in turn: {"ready": true}, then one for each request. Whatever libraries
+print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from afn_ray.bench import peers
+from afn_ray.bench.texts import Piece, Text
+from afn_ray.errors import AfnError
+
+GEMM_S = 0.5
+GEMM_SHAPES = ((2048, 768, 3072), (2048, 2048, 2048), (2048, 4096, 1024))
+GEMM_SHAPE_CUDA = (8192, 8192, 8192)
+
+
+def load_texts(file: str) -> list[Text]:
+    """As ``dump_texts`` wrote them."""
+    return [Text(text, tuple(Piece(*p) for p in pieces)) for text, pieces in json.loads(Path(file).read_text("utf-8"))]
+
+
+def dump_texts(texts: list[Text], file: Path) -> None:
+    rows = [[t.text, [[p.text, p.keep_start, p.keep_end, p.length] for p in t.pieces]] for t in texts]
+    file.write_text(json.dumps(rows), "utf-8")
+
+
+class Gemm:
+    """The fastest matrix product that torch has here: what a perfect engine would reach."""
+
+    def __init__(self, spec: peers.Spec) -> None:
+        import torch
+
+        self._torch, self._device = torch, torch.device(spec.device)
+        dtype = getattr(torch, spec.dtype)
+        shapes = (GEMM_SHAPE_CUDA,) if spec.device == "cuda" else GEMM_SHAPES
+        self._products = [
+            product
+            for m, k, n in shapes
+            for product in self._ways(
+                torch.randn(m, k, device=spec.device).to(dtype), torch.randn(n, k, device=spec.device).to(dtype)
+            )
+        ]
+        self.flops_per_s()
+        self._products = [max(self._products, key=lambda p: self._rate(p, GEMM_S / 4))]
+
+    def _ways(self, x: Any, weight: Any) -> list[tuple[float, Any]]:
+        torch, flops = self._torch, 2.0 * x.shape[0] * x.shape[1] * weight.shape[0]
+        ways = [(flops, lambda: torch.nn.functional.linear(x, weight))]
+        if x.device.type == "cpu":
+            try:
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+                pointwise = torch.ops.mkldnn._linear_pointwise
+                pointwise(x, packed, None, "none", [], "")
+            except (AttributeError, RuntimeError, NotImplementedError):  # private operators
+                return ways
+            ways.append((flops, lambda: pointwise(x, packed, None, "none", [], "")))
+        return ways
+
+    def _rate(self, product: tuple[float, Any], seconds: float) -> float:
+        flops, multiply = product
+        n, began = 0, time.monotonic()
+        with self._torch.inference_mode():
+            while time.monotonic() - began < seconds:
+                for _ in range(10 if self._device.type == "cuda" else 1):
+                    multiply()
+                    n += 1
+                if self._device.type == "cuda":
+                    self._torch.cuda.synchronize()
+        return flops * n / (time.monotonic() - began)
+
+    def flops_per_s(self) -> float:
+        return max(self._rate(product, GEMM_S / len(self._products)) for product in self._products)
+
+
+def _load(spec: peers.Spec) -> Any:
+    from afn_ray.bench import ours  # heavy, and no peer needs it
+
+    kinds = {
+        "gemm": Gemm, "loop": peers.Loop, "tuned": peers.Tuned, "ray_data": peers.RayData,
+        "sentence_transformers": peers.SentenceTransformers, "engine": ours.Engine, "job": ours.Job,
+    }  # fmt: skip
+    return kinds[spec.variant](spec)
+
+
+class Worker:
+    """One loaded variant and its texts."""
+
+    def __init__(self, spec: peers.Spec) -> None:
+        self._spec = spec
+        self._variant = _load(spec)
+        self._texts = {profile: load_texts(file) for profile, file in spec.texts.items()}
+        self._strengths: list[peers.Norms] = []
+        for profile in self._texts:
+            self._warm_up(profile)
+
+    def _warm_up(self, profile: str) -> None:
+        """Once over what is timed, so that all shapes are known."""
+        if self._spec.variant != "ray_data":  # its actors live for one run, and warm up as they are made
+            self.run(profile)
+            self.save(profile, None)
+
+    def run(self, profile: str) -> dict[str, Any]:
+        """One pass over the profile; the strengths are kept for ``save``."""
+        began = time.monotonic()
+        job = self._spec.variant == "job"
+        outcome = self._variant.run_profile(profile) if job else self._variant.run(self._texts[profile])
+        self._strengths = outcome.strengths
+        seconds = time.monotonic() - began if outcome.seconds is None else outcome.seconds
+        own_clock = outcome.seconds is not None
+        return {"seconds": seconds, "own_clock": own_clock, "forward_tokens": outcome.forward_tokens,
+                "stages": outcome.stages, "device_bytes": self._device_bytes()}  # fmt: skip
+
+    def _device_bytes(self) -> int:
+        if self._spec.device != "cuda":
+            return 0
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())  # of this process: not that of Ray's actors
+
+    def save(self, profile: str, file: str | None) -> dict[str, Any]:
+        """Write the last run's strengths, untimed: what this variant says must be what the others say."""
+        if self._spec.variant == "job":
+            self._strengths = self._variant.read_back(profile)
+        if file is not None:
+            last = getattr(self._variant, "last", None) or [np.empty(0, np.float32)]
+            lengths = np.array([len(s) for s in self._strengths], np.int64)
+            np.savez(file, strengths=np.concatenate(self._strengths), lengths=lengths, last=np.concatenate(last))
+        return {"saved": True}
+
+
+def serve(spec: peers.Spec, answers: Any) -> None:
+    """Load, then answer requests until standard input ends."""
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        if spec.variant == "gemm":
+            gemm = Gemm(spec)
+            answer({"ready": True})
+            for _ in sys.stdin:
+                answer({"flops_per_s": gemm.flops_per_s()})
+            return
+        worker = Worker(spec)
+        answer({"ready": True})
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer(worker.run(request["run"]) if "run" in request else worker.save(request["save"], request["file"]))
+    except ImportError as error:
+        answer({"missing": f"{error}"})
+    except AfnError as error:
+        answer({"error": f"{error}"})
+
+
+if __name__ == "__main__":
+    real = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like
+    serve(peers.Spec(**json.loads(Path(sys.argv[1]).read_text("utf-8"))), real)

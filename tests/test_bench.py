@@ -1,0 +1,230 @@
+"""The benchmark measures the same thing in every variant, on texts as planned, and says what it left out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from afn_ray import bench, model
+from afn_ray.bench import contest, machine, monitor, ours, peers, texts
+from afn_ray.errors import ConfigError, ModelError
+
+ROOT = Path(__file__).parent.parent
+
+
+def find(folder: Path) -> model.ModelFiles:
+    return model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
+
+
+def printed(render: Any, result: dict[str, Any]) -> str:
+    out = StringIO()
+    render(result, Console(file=out, width=bench.PIPED_COLUMNS, highlight=False))
+    assert max(map(len, out.getvalue().splitlines())) <= bench.PIPED_COLUMNS
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiny_result(tiny_bert: Path) -> dict[str, Any]:
+    """One repetition over the tiny BERT, one process a variant."""
+    notes: list[str] = []
+    options = contest.Options(str(tiny_bert), workers=1, tokens=2000, repeat=1)
+    result = contest.measure(options, ["short", "mixed"], ["loop", "tuned", "engine", "job"], notes.append)
+    assert [n.split(":")[0] for n in notes[1:3]] == ["short 1/1 loop", "short 1/1 tuned"]  # in turns
+    return result
+
+
+def test_the_figures_have_their_keys_and_hang_together(tiny_result: dict[str, Any], tmp_path: Path) -> None:
+    bench.write_json(tmp_path / "figures.json", tiny_result)
+    result = json.loads((tmp_path / "figures.json").read_text())
+    assert result["gemm_peak_tflops"] > 0 and result["skipped"] == {} and result["layer"] == 2
+    assert list(result["profiles"]) == ["short", "mixed"]
+    for profile, variants in result["profiles"].items():
+        assert list(variants) == ["loop", "tuned", "engine", "job"]
+        assert result["ratios"][profile]["engine/loop"] == variants["engine"]["ratio_loop"]
+        assert variants["loop"]["ratio_loop"] == variants["tuned"]["ratio_tuned"] == 1
+        assert variants["loop"]["tokens"] < variants["engine"]["tokens"] == variants["job"]["tokens"] <= 2000
+        for f in variants.values():
+            assert f["tokens_per_s"] == pytest.approx(f["tokens"] / f["seconds"][0])
+            assert f["low"] <= f["tokens_per_s"] <= f["high"]
+            assert f["mfu"] > 0 and 0 <= f["padding"] < 1 and f["peak_bytes"] > 10 << 20
+            assert sum(f["stages"].values()) <= f["seconds"][0] + 0.1
+        assert {"read_s", "tokenize_s", "wait_s", "model_s", "write_s"} == set(variants["job"]["stages"])
+        assert variants["job"]["stages"]["write_s"] > 0
+
+
+def test_every_variant_gives_the_same_strengths(tiny_result: dict[str, Any]) -> None:
+    for variants in tiny_result["profiles"].values():
+        assert variants["job"]["difference"] == 0  # the same batches, so the same bits
+        assert all(f["difference"] <= contest.TOLERANCE[tiny_result["dtype"]] for f in variants.values())
+
+
+def test_the_table_fits_and_names_what_it_shows(tiny_result: dict[str, Any]) -> None:
+    text = printed(contest.render, tiny_result)
+    for expected in ("layer 2 of 3", "GEMM peak", "mixed", "job/engine", "write", bench.VARIANTS["loop"].split(":")[0]):
+        assert expected in text
+    assert "bars" not in text  # they are those of BERT-base
+
+
+def in_this_process(folder: Path, own: Path, variants: dict[str, Any], causal: bool = False) -> dict[str, Any]:
+    """Outcomes of ``variants`` on mixed texts, in float32, as their processes would have them; and the differences."""
+    files = find(folder)
+    written = texts.Writer(model.load_tokenizer(files), files.context_tokens).write("mixed", 800, 400, causal=causal)
+    spec = peers.Spec(
+        "", str(folder), 2, files.depth, "cpu", "float32", 256, 0, files.context_tokens, 1, str(own), {}
+    )  # fmt: skip
+    loaded = {name: variant(spec) for name, variant in variants.items()}
+    found = {name: variant.run(written) for name, variant in loaded.items()}
+    last = getattr(loaded.get("loop"), "last", None) or [None] * len(written)
+    strengths = {n: dict(enumerate(zip(o.strengths, last, strict=True))) for n, o in found.items()}
+    assert all(sum(map(len, o.strengths)) == sum(t.num_tokens for t in written) for o in found.values())
+    return {"outcomes": found, "differences": contest.compare(strengths, "float32")}
+
+
+def test_a_decoder_is_measured_too(tiny_gpt: Path, tmp_path: Path) -> None:
+    variants = {"loop": peers.Loop, "tuned": peers.Tuned, "engine": ours.Engine}
+    assert max(in_this_process(tiny_gpt, tmp_path, variants, causal=True)["differences"].values()) < 1e-4
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sentence_transformers"), reason="comes with the extra bench")
+def test_sentence_transformers_is_checked_against_the_last_hidden_states(tiny_bert: Path, tmp_path: Path) -> None:
+    variants = {"loop": peers.Loop, "sentence_transformers": peers.SentenceTransformers}
+    found = in_this_process(tiny_bert, tmp_path, variants)
+    assert found["differences"]["sentence_transformers"] < 1e-5
+    loop, sorted_ones = (found["outcomes"][name].forward_tokens for name in variants)
+    assert sorted_ones <= loop
+
+
+def test_variants_that_disagree_give_no_figures() -> None:
+    whole = {0: (np.ones(200, np.float32), None), 1: (np.full(9, 2, np.float32), None)}
+    off = {0: (np.full(200, 1.2, np.float32), None)}
+    short = {0: (np.ones(199, np.float32), None)}
+    assert contest.compare({"loop": {0: whole[0]}, "engine": whole}, "float32") == {"loop": 0, "engine": 0}
+    for wrong in (off, short):
+        with pytest.raises(ModelError, match=r"tuned .*no figures"):
+            contest.compare({"tuned": wrong, "engine": whole}, "bfloat16")
+    last = {0: (np.ones(4, np.float32), np.full(4, 3, np.float32))}
+    deep = {0: (np.full(4, 3, np.float32), None)}
+    assert contest.compare({"loop": last, "sentence_transformers": deep}, "float32")["sentence_transformers"] == 0
+    assert "sentence_transformers" not in contest.compare({"sentence_transformers": deep}, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--variants", "loop,fastest"], "'loop,fastest'.*loop, tuned, ray_data"),
+        (["--profiles", ""], "short, mixed, full"),
+        (["--repeat", "0"], "--repeat is 0; expected at least 1"),
+        (["--tokens", "3"], "--tokens is 3"),
+        (["--layer", "4"], "layer 4 does not exist"),
+        (["--layer", "0"], "one layer from 1 to 3"),
+        (["--layer", "1,2"], "one layer from 1 to 3"),
+        (["--tokens", "40", "--workers", "9"], "too few for 9 workers"),
+        (["--json", "/nowhere/at/all"], "no folder"),
+        (["--model", "/nowhere"], "no model at /nowhere"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(changes: list[str], message: str, tiny_bert: Path) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    bench.add_commands(parser)
+    with pytest.raises(ConfigError, match=message):
+        bench.call(parser.parse_args(["engine", "--model", str(tiny_bert), *changes]))
+
+
+def test_a_peer_that_is_not_installed_is_skipped_with_a_note(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    missing = {"sentence_transformers", "pandas"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else there(name))
+    notes: list[str] = []
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        contest.measure(contest.Options(str(tiny_bert), workers=1, tokens=400), ["full"], ["ray_data"], notes.append)
+    assert notes == ["ray_data is skipped: pandas is not installed; pip install 'afn-ray[bench]'"]
+
+
+@pytest.mark.ray
+def test_ray_data_runs_the_tuned_pipeline_in_its_actors(tiny_bert: Path) -> None:
+    options = contest.Options(str(tiny_bert), workers=2, tokens=1200, repeat=1)
+    figures = contest.measure(options, ["short"], ["tuned", "ray_data"], lambda note: None)["profiles"]["short"]
+    assert figures["ray_data"]["difference"] < 1e-3 and figures["ray_data"]["padding"] == figures["tuned"]["padding"]
+    assert 0 < figures["ray_data"]["stages"]["model_s"] <= figures["ray_data"]["seconds"][0]
+
+
+@pytest.mark.parametrize(("profile", "mean"), [("short", 40), ("mixed", 150), ("full", 512)])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_lengths_are_as_planned(profile: str, mean: int, workers: int) -> None:
+    total = bench.TOKENS_PER_WORKER["cpu"] * workers
+    lengths = texts.plan_lengths(profile, total, 512, 2048 * workers)
+    assert 0.95 * total <= sum(lengths) <= total
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.15)
+    assert min(lengths) >= texts.SHORTEST and (max(lengths) > 512) == (profile == "mixed")
+    assert len({round(np.log2(n)) for n in lengths}) >= (1 if profile == "full" else 5)  # of all sizes
+    written = [texts.Text("", (texts.Piece("", 0, n, n),)) for n in lengths]
+    parts = texts.share(written, workers)
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in part) for part in parts]
+    assert max(loads) - min(loads) <= max(lengths)
+    assert len(texts.sample(written, 10)) == pytest.approx(len(lengths) / 10, abs=1)
+    padded = [len(group) * max(lengths[i] for i in group) for group in texts.budgeted(lengths, 2048)]
+    if profile == "short":
+        assert sum(padded) < 1.15 * sum(lengths)  # as little as in a long corpus that is sorted
+
+
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt"])
+def test_texts_have_the_tokens_that_were_planned(name: str, request: pytest.FixtureRequest) -> None:
+    files = find(request.getfixturevalue(name))
+    window = files.context_tokens
+    writer = texts.Writer(model.load_tokenizer(files), window)
+    for profile in bench.PROFILES:
+        written = writer.write(profile, 1500, 500, causal=name == "tiny_gpt")
+        assert [t.num_tokens for t in written] == texts.plan_lengths(profile, 1500, window, 500)
+        assert written == writer.write(profile, 1500, 500, causal=name == "tiny_gpt")  # always the same
+        assert all(p.length <= window and p.text in t.text for t in written for p in t.pieces)
+    assert any(len(t.pieces) > 1 for t in writer.write("mixed", 1500, 500, causal=False))
+
+
+def test_the_made_up_model_is_one_that_transformers_knows(tmp_path: Path) -> None:
+    import transformers
+
+    texts.save_bert(tmp_path, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == texts.VOCABULARY and tokenizer.pad_token == "[PAD]"
+    text = texts.Writer(model.load_tokenizer(find(tmp_path)), 64).write("full", 64, 64, causal=False)[0].text
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == 64 and tokenizer.unk_token_id not in ids and ids[0] == tokenizer.cls_token_id
+
+
+def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
+    result = monitor.measure(str(tiny_bert), "2/3", 3, "cpu")
+    lengths = result["models"][str(tiny_bert)]["lengths"]
+    assert list(lengths) == ["16", "64"] and "distilled_speedup" not in result
+    for figures in lengths.values():
+        assert all(0 < figures[way]["median_ms"] <= figures[way]["p95_ms"] for way in monitor.WAYS)
+        assert figures["recording_overhead"] > -1
+    assert "recording costs" in printed(monitor.render, result)
+
+
+def test_the_watch_tells_whose_work_it_is() -> None:
+    burn = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", burn]) as own, machine.Watch([own.pid]) as watch:
+        own.wait()
+    assert watch.peak_bytes > 1 << 20
+    with subprocess.Popen([sys.executable, "-c", burn]) as other, machine.Watch([]) as stranger:
+        other.wait()
+    # Others may be at work on this machine too, so only the least is known.
+    assert stranger.peak_bytes == 0 and stranger.foreign > 0.5 / len(stranger._cores)
+
+
+def test_the_cluster_job_is_the_same_command() -> None:
+    command = [sys.executable, "jobs/benchmark.py", "engine", "--variants", "fastest"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "variants are 'fastest'" in done.stderr
