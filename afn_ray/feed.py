@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -115,15 +116,17 @@ class Feed:
 
     def __init__(self, preparer: Preparer, num_processes: int) -> None:
         self._ahead = AHEAD + num_processes
-        self._executor: Executor
+        self._executors: list[Executor]
         self._prepare: Callable[[list[str], list[bool]], Prepared]
         if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
             spawn = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(num_processes, spawn, _start, (preparer.recipe,))
+            # A pool each: one of several may hang when a process dies while it starts another.
+            self._executors = [ProcessPoolExecutor(1, spawn, _start, (preparer.recipe,)) for _ in range(num_processes)]
             self._prepare = _prepare
         else:
-            self._executor = ThreadPoolExecutor(1, "afn-tokenize")
+            self._executors = [ThreadPoolExecutor(1, "afn-tokenize")]
             self._prepare = preparer.prepare
+        self._turns = itertools.cycle(self._executors)
 
     def chunks(self, documents: Iterable[Document]) -> Generator[Chunk, None, None]:
         """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone.
@@ -156,7 +159,7 @@ class Feed:
                 if stopped.is_set():
                     return
                 texts, replaced = [d.text for d in chunk], [d.num_replaced > 0 for d in chunk]
-                ready.put((chunk, seconds, self._executor.submit(self._prepare, texts, replaced)))
+                ready.put((chunk, seconds, next(self._turns).submit(self._prepare, texts, replaced)))
                 began = time.monotonic()
             ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken
@@ -164,7 +167,8 @@ class Feed:
 
     def close(self) -> None:
         """Ends the thread or the processes."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for executor in self._executors:
+            executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,13 +22,12 @@ from afn_ray import feed, model, tokens
 from afn_ray.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import Document
 
-DEADLINE_S = 60.0
 pytestmark = pytest.mark.timeout(120)
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether ``condition`` comes true before the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
+def eventually(condition: Callable[[], bool], within_s: float = 60) -> bool:
+    """Whether ``condition`` comes true in time."""
+    deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
@@ -83,7 +83,7 @@ def documents(verses: list[str], n: int) -> list[Document]:
 
 def pids(chunks: Feed) -> list[int]:
     """The tokenizer processes, of which there are some once a chunk was prepared."""
-    return list(chunks._executor._processes)  # type: ignore[attr-defined]
+    return [pid for pool in chunks._executors for pid in pool._processes or {}]  # type: ignore[attr-defined]
 
 
 class Counted:
@@ -265,12 +265,20 @@ def test_processes_prepare_the_same_bits_and_close_ends_them(
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_killed_tokenizer_process_is_an_error_and_not_a_hang(processes: Feed, verses: list[str]) -> None:
+@pytest.mark.parametrize("taken", [0, 1, 2, 7])
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_killed_tokenizer_process_is_an_error_and_not_a_hang(
+    taken: int, killed: int, preparer: Preparer, verses: list[str]
+) -> None:
+    processes = Feed(preparer, 2)
     rows = Counted(documents(verses, 500))
     chunks = processes.chunks(rows)
     next(chunks)
+    for _ in range(taken):
+        next(chunks)
+    assert eventually(lambda: len(pids(processes)) == 2)
     running = pids(processes)
-    for pid in running:
+    for pid in running[:killed]:  # the other may be about to start
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(BrokenProcessPool):
         for _ in chunks:
@@ -279,7 +287,36 @@ def test_a_killed_tokenizer_process_is_an_error_and_not_a_hang(processes: Feed, 
     assert rows.read < 500
     with pytest.raises(BrokenProcessPool):  # nor is the next shard lost without a word
         list(processes.chunks(documents(verses, 3)))
-    assert eventually(lambda: not any(map(is_alive, running)))
+    processes.close()
+    assert eventually(lambda: not any(map(is_alive, running)) and not our_threads())
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_process_that_dies_while_another_starts_leaves_none_behind(
+    preparer: Preparer, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawned = multiprocessing.get_context("spawn").Process
+    right = spawned.start
+    started: list[int] = []
+
+    def start(self: multiprocessing.Process) -> None:
+        right(self)
+        started.append(self.pid or 0)
+        if len(started) == 2:
+            os.kill(started[0], signal.SIGKILL)
+            time.sleep(0.3)
+
+    monkeypatch.setattr(spawned, "start", start)
+    processes = Feed(preparer, 2)
+    with pytest.raises(BrokenProcessPool):
+        list(processes.chunks(documents(verses, 500)))
+    processes.close()
+    try:
+        assert len(started) == 2
+        assert eventually(lambda: not any(map(is_alive, started)) and not our_threads(), 10)
+    finally:
+        for pid in filter(is_alive, started):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -296,27 +333,28 @@ def test_ctrl_c_is_for_the_parent_alone(processes: Feed, verses: list[str]) -> N
 ORPHANS = """
 import sys, time
 from pathlib import Path
-from afn_ray import model
-from afn_ray.feed import Feed, Preparer, Recipe
+from afn_ray import feed
 from afn_ray.schema import Document
 if __name__ == "__main__":
-    files = model.find_model(sys.argv[1], None, trust_remote_code=False, allow_pickle=False)
-    feed = Feed(Preparer(Recipe(model.load_tokenizer(files).to_str(), 64, None, 256, False, True)), 2)
-    list(feed.chunks([Document("s", 0, "a")]))
-    print(*feed._executor._processes, flush=True)
+    feed.CHUNK_BYTES = 1
+    recipe = feed.Recipe(Path(sys.argv[1]).read_text("utf-8"), 64, None, 256, False, True)
+    made = feed.Feed(feed.Preparer(recipe), 2)
+    list(made.chunks([Document("s", i, "a") for i in range(2)]))
+    print(*(pid for pool in made._executors for pid in pool._processes), flush=True)
     time.sleep(600)
 """
 
 
-def test_a_killed_worker_leaves_no_tokenizer_processes(tmp_path: Path, tiny_bert: Path) -> None:
+def test_a_killed_worker_leaves_no_tokenizer_processes(tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "worker.py").write_text(ORPHANS)
-    command = [sys.executable, str(tmp_path / "worker.py"), str(tiny_bert)]
+    (tmp_path / "tokenizer.json").write_text(recipe.tokenizer, "utf-8")
+    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "tokenizer.json")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
         assert worker.stdout is not None
         running = [int(pid) for pid in worker.stdout.readline().split()]
-        assert running and all(map(is_alive, running))
         worker.kill()
     try:
+        assert len(running) == 2
         assert eventually(lambda: not any(map(is_alive, running)))
     finally:
         for pid in filter(is_alive, running):

@@ -1,12 +1,15 @@
-"""Memory stays flat: it is bounded by a chunk of text and by the vocabulary, not by the file."""
+"""Memory stays flat, and a worker keeps to its core: what it takes is not a matter of the file or of its neighbours."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from afn_ray import demo
+from afn_ray import cluster, demo
 
 PEAK = """
 import re, sys
@@ -52,3 +55,84 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, minilm: Path) -> Non
         corpus.unlink()
     assert peaks[1] < 2 << 30
     assert peaks[1] - peaks[0] < 150 << 20, peaks
+
+
+WORKER = """
+import json, os, re, sys, time
+from pathlib import Path
+import pyarrow, torch
+from afn_ray import manifest, pipeline
+from afn_ray.config import RunConfig
+corpus, model, store, shard_bytes, cores = sys.argv[1:]
+os.sched_setaffinity(0, list(map(int, cores.split(","))))
+config = RunConfig(corpus=(corpus,), model=model, store=store, executor="inline", layers="2",
+                   shard_bytes=int(shard_bytes), batch_tokens=1024)
+task, _ = pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")
+processor, plan = pipeline.Processor(task), manifest.make_plan(config)
+resident = []
+print("ready", flush=True)
+sys.stdin.readline()
+wall, cpu = time.monotonic(), time.process_time()
+for shard in plan.shards:
+    processor.process(shard)
+    resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
+wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+processor.close()
+print(json.dumps({
+    "resident": resident, "torch": torch.get_num_threads(), "arrow": pyarrow.cpu_count(), "cores": cpu / wall,
+    "tokens": processor.progress.tokens,
+}))
+"""
+
+
+def work(
+    corpora: list[Path], store: Path, model: Path, shard_bytes: int, environment: dict[str, str]
+) -> list[dict[str, Any]]:
+    """What as many workers say as there are ``corpora``: each processes one, all at once and on two cores."""
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    workers = []
+    for at, corpus in enumerate(corpora):
+        command = [
+            sys.executable, "-c", WORKER, str(corpus), str(model), str(store / str(at)), str(shard_bytes), cores,
+        ]  # fmt: skip
+        pipe: Any = subprocess.PIPE
+        env = {**os.environ, **environment}
+        workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env))
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n", worker.communicate(timeout=60)
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+        said = [worker.communicate(timeout=400) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    assert [worker.returncode for worker in workers] == [0] * len(workers), said
+    return [json.loads(out) for out, _ in said]
+
+
+def first_verses(path: Path, num_bytes: int) -> Path:
+    data = demo.corpus_file().read_bytes()[:num_bytes]
+    path.write_bytes(data[: data.rindex(b"\n") + 1])
+    return path
+
+
+def test_memory_is_flat_over_fifty_shards(tmp_path: Path, tiny_bert: Path) -> None:
+    corpus = first_verses(tmp_path / "c.jsonl", 51 * 64 << 10)
+    (worker,) = work([corpus], tmp_path / "store", tiny_bert, 64 << 10, cluster.WORKER_ENV)
+    resident = worker["resident"]
+    assert len(resident) >= 50 and worker["tokens"] > 500_000
+    after_10, after_50 = resident[9], resident[49]
+    assert after_50 < 1.02 * after_10, f"{after_10 >> 10} KiB after shard 10, {after_50 >> 10} KiB after shard 50"
+
+
+def test_two_workers_on_two_cores_take_one_each(tmp_path: Path, minilm: Path) -> None:
+    corpora = [first_verses(tmp_path / f"{i}.jsonl", 160 << 10) for i in range(2)]
+    for worker in work(corpora, tmp_path / "store", minilm, 80 << 10, cluster.WORKER_ENV):
+        assert (worker["torch"], worker["arrow"]) == (1, 1)
+        assert worker["tokens"] > 20_000
+        assert worker["cores"] <= 1.3, worker

@@ -23,6 +23,7 @@ from afn_ray import demo
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START
 from afn_ray.tokens import (
+    FILLED_TO,
     Encoded,
     Template,
     TextEncoder,
@@ -192,12 +193,15 @@ def test_packed_batches_are_full(case: Case) -> None:
     left = [w.length for w in windows]
     for batch in batches:
         assert len(batch.ids) == batch.forward_tokens
-        room = max(case.batch_tokens, max(left))  # a window over the budget is a batch alone
-        if len(batches) > 1:
-            assert len(batch.ids) == (room if max(batch.lengths) > case.batch_tokens else case.batch_tokens)
-        else:  # a power of two, or the budget, or the window
-            assert sum(left) <= len(batch.ids) < max(2 * sum(left), 2)
-            assert len(batch.ids) in {room, sum(left), 1 << (sum(left) - 1).bit_length()}
+        total, room = sum(batch.lengths), max(case.batch_tokens, max(left))  # a window over the budget is alone
+        if len(batches) == 1:  # a power of two, or the budget, or the window
+            assert total <= len(batch.ids) < max(2 * total, 2)
+            assert len(batch.ids) in {room, total, 1 << (total - 1).bit_length()}
+        elif room > case.batch_tokens:
+            assert len(batch.ids) == room == total
+        else:  # full, or the rest of a large budget
+            assert len(batch.ids) == min(case.batch_tokens, -(-total // FILLED_TO) * FILLED_TO) >= total
+            assert len(batch.ids) == case.batch_tokens or len(batch.ids) % 2048 == 0
         for n in batch.lengths:
             left.remove(n)
         assert not left or room - sum(batch.lengths) < min(left)  # no window that is left would have fitted
