@@ -105,8 +105,13 @@ def count_workers(config: RunConfig, device: str) -> int:
 
 
 def _units_for_workers(config: RunConfig, units: int, device: str) -> int:
-    """Workers that ``units`` GPUs or CPUs are enough for; tokenizers take CPUs as well."""
-    return units if device == "cuda" else max(1, units // (1 + config.tokenizer_workers))
+    """Workers that ``units`` GPUs or CPUs are enough for; a worker's tokenizers take CPUs as well."""
+    if device == "cpu":
+        return max(1, units // (1 + config.tokenizer_workers))
+    if not config.tokenizer_workers:
+        return units
+    cpus = model.count_devices("cpu") if _address(config) is None else _num_units("cpu")
+    return max(1, min(units, cpus // (1 + config.tokenizer_workers)))
 
 
 def decide_precision(config: RunConfig, task: Task, texts: Sequence[str]) -> precision.Precision:
@@ -242,6 +247,11 @@ class _Dispatcher:
         if not units:
             raise ConfigError(
                 f"a worker needs one {'GPU' if gpu else 'CPU'}, and this Ray has none; it has {ray.cluster_resources()}"
+            )
+        needs = 1 + config.tokenizer_workers
+        if not any(n["Resources"].get("CPU", 0) >= needs for n in ray.nodes() if n["Alive"]):
+            raise ConfigError(
+                f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of this Ray has so many"
             )
         wanted = config.workers or _units_for_workers(config, units, task.device)
         self._state = State(len(shards), min(wanted, len(shards)))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from afn_ray import tokens
+from afn_ray.errors import ShardError
 from afn_ray.schema import Document
 
 CHUNK_BYTES = 1 << 20
@@ -115,9 +117,14 @@ class Feed:
     """
 
     def __init__(self, preparer: Preparer, num_processes: int) -> None:
+        self._preparer, self._num_processes = preparer, num_processes
         self._ahead = AHEAD + num_processes
         self._executors: list[Executor]
         self._prepare: Callable[[list[str], list[bool]], Prepared]
+        self._open()
+
+    def _open(self) -> None:
+        preparer, num_processes = self._preparer, self._num_processes
         if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
             spawn = multiprocessing.get_context("spawn")
             # A pool each: one of several may hang when a process dies while it starts another.
@@ -134,7 +141,7 @@ class Feed:
         They are read on a thread of their own; what reading raises is raised here, behind the chunks before it.
         """
         ready: Queue[tuple[list[Document], float, Future[Prepared]] | BaseException | None] = Queue(self._ahead)
-        stopped = threading.Event()
+        stopped, broken = threading.Event(), False
         reader = threading.Thread(target=self._read, args=(documents, ready, stopped), name="afn-read", daemon=True)
         reader.start()
         try:
@@ -143,6 +150,12 @@ class Feed:
                     raise item
                 chunk, seconds, prepared = item
                 yield Chunk(chunk, prepared.result(), seconds)
+        except BrokenProcessPool as error:
+            broken = True
+            raise ShardError(
+                "a tokenizer process died: is there enough memory for --tokenizer-workers? "
+                "(A script that calls afn_ray.run with them needs if __name__ == '__main__')"
+            ) from error
         finally:
             stopped.set()
             while reader.is_alive():  # it may wait for room
@@ -150,6 +163,9 @@ class Feed:
                     item = ready.get(timeout=0.05)
                     if isinstance(item, tuple):
                         item[2].cancel()
+            if broken:  # for the next shard
+                self.close()
+                self._open()
 
     def _read(self, documents: Iterable[Document], ready: Queue[Any], stopped: threading.Event) -> None:
         try:

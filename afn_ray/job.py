@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
-from afn_ray.schema import SPECIAL, fingerprint
+from afn_ray.schema import SPECIAL, Document, fingerprint
 
 SAMPLE_DOCUMENTS = 200
 PILOT_DOCUMENTS = 2000
@@ -197,13 +198,31 @@ def _decide_precision(
     if stored is None:
         on_event(Event("pilot", "a pilot compares half precision with float32"))
         sample = corpus.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
-        decided = cluster.decide_precision(config, task, [d.text for d in sample])
-        stored = decided.to_json()
+        decided = cluster.decide_precision(config, task, _in_turns(sample))
         if keep:
-            stored = manifest.write_pilot(config.store, key, stored)
-    decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
-    on_event(Event("planned", precision.describe(decided)))
+            stored = manifest.write_pilot(config.store, key, decided.to_json())
+        on_event(Event("planned", precision.describe(decided)))
+    else:
+        decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
+        on_event(
+            Event("planned", f"{precision.describe(decided)}; this store's first run decided it, and another --dtype "
+                             "wants another store")
+        )  # fmt: skip
+    if decided.against:
+        on_event(Event("warning", f"warning: {decided.dtype} is not safe here: {decided.against}"))
+    if decided.device != task.device:
+        on_event(Event("warning", f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
+                                  "it may be slow here"))  # fmt: skip
     return decided
+
+
+def _in_turns(documents: Sequence[Document]) -> list[str]:
+    """Texts of ``documents``, one of each source in turn: a pilot that ends early has seen all of them."""
+    by_source: dict[str, list[str]] = {}
+    for document in documents:
+        by_source.setdefault(document.source, []).append(document.text)
+    rows = itertools.zip_longest(*by_source.values())
+    return [text for row in rows for text in row if text is not None]
 
 
 def _working(on_event: OnEvent) -> cluster.OnState:

@@ -226,7 +226,7 @@ class Processor:
         bad[encoded.docs[~np.isfinite(strengths).all(axis=0)]] = True
         status = [
             f"quarantined: {d.problem}" if d.problem is not None
-            else "quarantined: the model gave a strength that is not finite" if bad[i]
+            else f"quarantined: the model gave a strength that is not finite in {self.task.dtype}" if bad[i]
             else "ok" if n_tokens[i] else "empty"
             for i, d in enumerate(chunk)
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -42,9 +43,15 @@ class Precision:
 
     dtype: str
     asked: str
+    device: str  # on which it was decided
     why: str
     n_tokens: int  # of the pilot; 0 where there was none to measure
     trials: tuple[Trial, ...] = ()
+
+    @property
+    def against(self) -> str:
+        """What the pilot has against the chosen precision; empty unless it was asked for all the same."""
+        return next((t.why for t in self.trials if t.dtype == self.dtype), "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +64,7 @@ def from_json(value: dict[str, Any]) -> Precision:
 
 def describe(precision: Precision) -> str:
     """One line for people: the dtype, and the pilot's figures behind it."""
-    text = f"products in {precision.dtype} ({precision.why}"
+    text = f"products in {precision.dtype} ({precision.why} on {precision.device}"
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
             text += (
@@ -85,23 +92,23 @@ def decide(task: pipeline.Task, texts: Sequence[str]) -> Precision:
     asked = task.config.dtype
     names = candidates(asked, task.device)
     if not names:
-        why = "asked for" if asked == "float32" else f"half-precision products are no faster on this {task.device}"
-        return Precision("float32", asked, why, 0)
-    processor = pipeline.Processor(replace(task, dtype="float32"))
+        why = "asked for" if asked == "float32" else "half-precision products are no faster"
+        return Precision("float32", asked, task.device, why, 0)
     chunks, expected, n = [], [], 0
-    for chunk in _groups(texts):
-        measured = processor.measure(chunk, [False] * len(chunk))
-        counted = (measured.encoded.flags & SPECIAL) == 0
-        chunks.append(chunk)
-        expected.append(measured.strengths[:, counted])
-        n += int(counted.sum())
-        if n >= PILOT_TOKENS or processor.progress.model_s > PILOT_S:
-            break
-    processor.close()
+    with contextlib.closing(pipeline.Processor(replace(task, dtype="float32"))) as processor:
+        for chunk in _groups(texts):
+            measured = processor.measure(chunk, [False] * len(chunk))
+            counted = (measured.encoded.flags & SPECIAL) == 0
+            chunks.append(chunk)
+            expected.append(measured.strengths[:, counted])
+            n += int(counted.sum())
+            if n >= PILOT_TOKENS or processor.progress.model_s > PILOT_S:
+                break
     del processor
+    model.free_memory()
     if n < LEAST_TOKENS:
         why = f"the pilot has {n:,} tokens, too few to tell"
-        return Precision("float32" if asked == "auto" else asked, asked, why, n)
+        return Precision("float32" if asked == "auto" else asked, asked, task.device, why, n)
     reference = np.concatenate(expected, axis=1)
     trials: list[Trial] = []
     for name in names:
@@ -109,18 +116,19 @@ def decide(task: pipeline.Task, texts: Sequence[str]) -> Precision:
         if trials[-1].safe:
             break
     if asked != "auto":
-        return Precision(asked, asked, "asked for", n, tuple(trials))
+        return Precision(asked, asked, task.device, "asked for", n, tuple(trials))
     if trials[-1].safe:
-        return Precision(trials[-1].dtype, asked, "safe on the pilot", n, tuple(trials))
+        return Precision(trials[-1].dtype, asked, task.device, "safe on the pilot", n, tuple(trials))
     why = "; ".join(f"{t.dtype} is not safe: {t.why}" for t in trials)
-    return Precision("float32", asked, why, n, tuple(trials))
+    return Precision("float32", asked, task.device, why, n, tuple(trials))
 
 
 def _groups(texts: Sequence[str]) -> list[list[str]]:
-    """``texts`` in groups of about a quarter of the pilot, so that it ends near its size."""
+    """The beginnings of ``texts`` in groups of about a quarter of the pilot, so that it ends near its size."""
     groups: list[list[str]] = [[]]
     size = 0
-    for text in texts:
+    for whole in texts:
+        text = whole[:PILOT_TOKENS]
         groups[-1].append(text)
         size += len(text)
         if size >= PILOT_TOKENS:  # four characters are about one token
@@ -130,16 +138,19 @@ def _groups(texts: Sequence[str]) -> list[list[str]]:
 
 
 def _try(task: pipeline.Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
+    found = []
     try:
-        processor = pipeline.Processor(task)
-    except ModelError as error:
-        return Trial(task.dtype, False, str(error))
-    with processor.model.watched() as peak:
-        found = []
-        for chunk in chunks:
-            measured = processor.measure(chunk, [False] * len(chunk))
-            found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
-    processor.close()
+        with (
+            contextlib.closing(pipeline.Processor(task)) as processor,
+            processor.model.watched() as peak,
+        ):
+            for chunk in chunks:
+                measured = processor.measure(chunk, [False] * len(chunk))
+                found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
+    except (ModelError, RuntimeError) as error:  # RuntimeError: the device's memory is not enough, an operator is not
+        return Trial(task.dtype, False, str(error).strip().splitlines()[0])
+    finally:
+        model.free_memory()
     got, largest = np.concatenate(found, axis=1), peak()
     if not np.isfinite(got).all():
         return Trial(task.dtype, False, "it gives strengths that are not finite", peak=largest)

@@ -142,7 +142,8 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
 
 RUN_INFO: dict[str, Any] = {
     "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {}, "created_at": "",
-    "precision": {"dtype": "float32", "asked": "float32", "why": "asked for", "n_tokens": 0, "trials": []},
+    "precision": {"dtype": "float32", "asked": "float32", "device": "cpu", "why": "asked for", "n_tokens": 0,
+                  "trials": []},
     "finished_at": "",
 }  # fmt: skip
 """The keys that every run.json has."""

@@ -51,6 +51,18 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("MPNetConfig", ROBERTA),
     "deberta-v2": ("DebertaV2Config", SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        GROUPED
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 30,
+            "num_experts": 4,
+            "max_window_layers": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
     "gemma2": ("Gemma2Config", GROUPED | {"head_dim": 8, "sliding_window": 12}),
 }
 LAYERS = [0, 1, 2, 3]
@@ -114,6 +126,37 @@ def test_a_padded_family_says_why(name: str, why: str, family: Any) -> None:
     loaded = load(family(name)[0])
     assert loaded.why_padded is not None
     assert why in loaded.why_padded
+
+
+@pytest.mark.parametrize("name", ["bert", "albert", "mpnet", "qwen2-moe"])
+def test_the_last_layer_is_checked_too(name: str, family: Any) -> None:
+    folder, plain = family(name)
+    loaded = load(folder, [4])
+    assert loaded.packed == (name in PACKED)
+    text = documents(1, [CONTEXT])[0]
+    block = loaded._blocks[-1]
+    seen = []
+    raw = [m for m in plain.modules() if type(m) is type(block)][-1]
+    handle = raw.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    plain_norms(plain, text)
+    handle.remove()
+    np.testing.assert_allclose(measure(loaded, [text])[0][0], seen[-1][0].norm(dim=-1).numpy(), rtol=2e-5)
+
+
+def test_a_window_that_only_the_mask_knows_is_never_packed(family: Any) -> None:
+    loaded = load(family("qwen2-moe")[0], [2])
+    assert loaded.why_padded is not None
+    assert "against the plain model differs" in loaded.why_padded or "sliding window" in loaded.why_padded
+
+
+def test_rotary_frequencies_that_depend_on_the_longest_text_bound_the_window(tmp_path: Path) -> None:
+    factors = [1.0] * 4
+    scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors,
+               "original_max_position_embeddings": 32}  # fmt: skip
+    config = transformers.Phi3Config(**GROUPED | {"rope_parameters": scaling | {"rope_theta": 1e4},
+                                                  "original_max_position_embeddings": 32})  # fmt: skip
+    save_model(tmp_path, config)
+    assert model.find_model(str(tmp_path), None, trust_remote_code=False, allow_pickle=False).context_tokens == 32
 
 
 @pytest.mark.parametrize("name", [*PACKED, *PADDED])

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 
 from afn_ray import feed, model, tokens
+from afn_ray.errors import ShardError
 from afn_ray.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import Document
 
@@ -280,13 +280,12 @@ def test_a_killed_tokenizer_process_is_an_error_and_not_a_hang(
     running = pids(processes)
     for pid in running[:killed]:  # the other may be about to start
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(ShardError, match="a tokenizer process died"):
         for _ in chunks:
             pass
     assert "afn-read" not in our_threads()
     assert rows.read < 500
-    with pytest.raises(BrokenProcessPool):  # nor is the next shard lost without a word
-        list(processes.chunks(documents(verses, 3)))
+    assert len(list(processes.chunks(documents(verses, 3)))) >= 1  # the next shard finds new ones
     processes.close()
     assert eventually(lambda: not any(map(is_alive, running)) and not our_threads())
 
@@ -308,7 +307,7 @@ def test_a_process_that_dies_while_another_starts_leaves_none_behind(
 
     monkeypatch.setattr(spawned, "start", start)
     processes = Feed(preparer, 2)
-    with pytest.raises(BrokenProcessPool):
+    with pytest.raises(ShardError):
         list(processes.chunks(documents(verses, 500)))
     processes.close()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import afn_ray
 from afn_ray import job, manifest, model, pipeline, precision
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError
+from afn_ray.schema import Document
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -59,8 +61,6 @@ def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
 
 
 def strengths(task: pipeline.Task, dtype: str, texts: list[str]) -> np.ndarray:
-    from dataclasses import replace
-
     processor = pipeline.Processor(replace(task, dtype=dtype))
     measured = processor.measure(texts, [False] * len(texts))
     processor.close()
@@ -119,7 +119,7 @@ def test_nothing_is_tried_where_half_precision_is_no_faster(
     monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: False)
     decided = precision.decide(task_of(make_config(dtype="auto")), ["text"])
     assert (decided.dtype, decided.trials) == ("float32", ())
-    assert "no faster on this cpu" in decided.why
+    assert precision.describe(decided) == "products in float32 (half-precision products are no faster on cpu)"
 
 
 def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
@@ -161,6 +161,40 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         assert manifest.find_run(run.uri).info["precision"] == info["precision"]
     assert "a pilot compares half precision with float32" not in events
+    assert any("this store's first run decided it" in e for e in events)
+
+
+def test_a_pilot_sees_the_beginning_of_every_file() -> None:
+    documents = [Document("s", i, f"{file}{i}") for file in "ab" for i in range(3)]
+    documents = [replace(d, source=d.text[0]) for d in documents]
+    assert job._in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
+    assert [len(t) for g in precision._groups(["x" * 10**6, "y"]) for t in g] == [precision.PILOT_TOKENS, 1]
+
+
+def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], small_pilot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
+    corpus = write_corpus(tmp_path / "c.jsonl", verses[:150])
+    events: list[job.Event] = []
+    with afn_ray.run(make_config(corpus=(corpus,), dtype="bfloat16", shard_bytes=1 << 20), events.append) as run:
+        assert manifest.find_run(run.uri).info["measure"]["dtype"] == "bfloat16"
+    assert [e.message[:39] for e in events if e.kind == "warning"] == ["warning: bfloat16 is not safe here: the"]
+
+
+def test_memory_of_a_device_that_is_not_enough_is_a_reason(
+    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = model.Model.prepare
+
+    def full(self: Any, *args: Any) -> None:
+        if str(self.dtype) != "torch.float32":
+            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+        right(self, *args)
+
+    monkeypatch.setattr(model.Model, "prepare", full)
+    decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
+    assert (decided.dtype, decided.trials[0].why) == ("float32", "CUDA out of memory.")
 
 
 def test_a_dry_run_decides_and_writes_nothing(

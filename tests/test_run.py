@@ -262,7 +262,7 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     monkeypatch.setattr(pipeline.Processor, "_strengths", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
-            "ok", "quarantined: the model gave a strength that is not finite", "ok",
+            "ok", "quarantined: the model gave a strength that is not finite in float32", "ok",
         ]  # fmt: skip
         assert {r["doc"] for r in all_rows(run, "tokens")} == {0, 2}
 

@@ -8,6 +8,7 @@ from afn_ray.model.files import (
     choose_device,
     count_devices,
     find_model,
+    free_memory,
     load_tokenizer,
 )
 from afn_ray.model.linear import has_fast_products
@@ -21,6 +22,7 @@ __all__ = [
     "choose_device",
     "count_devices",
     "find_model",
+    "free_memory",
     "has_fast_products",
     "load_tokenizer",
 ]

@@ -37,6 +37,7 @@ class Layout:
     num_rows: int
     device: torch.device
     calls: int = 0  # of the attention function
+    windowed: bool = False  # whether one of them was told of a sliding window
     groups: list[tuple[int, int, int]] = field(init=False)  # first row, sequences, their common length
     bounds: torch.Tensor | None = field(init=False, default=None)  # int32 [n + 1], first row of each; CUDA only
 
@@ -89,6 +90,7 @@ def attend(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     left = right = -1  # tokens seen on either side; -1 is all
     if sliding_window is not None:  # flash convention: both sides count the token itself
+        layout.windowed = True
         left = right = sliding_window - 1
     if causal:
         right = 0

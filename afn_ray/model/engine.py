@@ -20,6 +20,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in
 float32, for nine of ten in half precision, where single ones may be far off and the model still be wired right."""
 
+FILLER = 16
+"""Rows behind the sequences of the self-check."""
+
 Hidden = Callable[[torch.Tensor], torch.Tensor]
 Norms = npt.NDArray[np.float32]
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, attention.UnsupportedAttention)
@@ -73,6 +76,7 @@ class Model:
         self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
         self._stop = True
         self._calls = self._length = 0
+        self._windowed = False  # whether attention was told of a sliding window
         self._reduce: Hidden = lambda hidden: hidden
         self._read: dict[int, torch.Tensor] = {}
         self._cast: Any = None
@@ -107,6 +111,8 @@ class Model:
             self.packed = True
             self._model.set_attn_implementation(attention.NAME)
             self._check(probes, plain, reduce, torch.float32)
+            if _masks_only(self._model.config.get_text_config(), self.files.context_tokens) and not self._windowed:
+                raise ValueError("its attention is not told of the sliding window in its config")
             return
         except (*REFUSALS, ModelError) as error:
             self.why_padded = _first_line(error)
@@ -143,29 +149,37 @@ class Model:
         singles = [self.measure(*_joined([ids]), reduce) for ids in probes]
         for expected, got in zip(plain, singles, strict=True):
             for at, layer in enumerate(self.layers):
-                if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
-                    what = f"layer {layer} hooked against hidden_states[{layer}]"
-                    _compare(what, got[at], expected[layer], dtype)
-        together = self.measure(*_joined(probes), reduce)
-        ends = np.cumsum([len(p) for p in probes])[:-1]
+                _compare(f"layer {layer} against the plain model", got[at], expected[layer], dtype)
+        ids, lengths = _joined(probes)
+        if self.packed:
+            ids = np.append(ids, np.full(FILLER, ids[0]))
+        together = self.measure(ids, lengths, reduce)
         what = "one packed batch" if self.packed else "one padded batch"
-        for got, alone in zip(np.split(together, ends, axis=1), singles, strict=True):
+        for got, alone in zip(np.split(together, np.cumsum(lengths), axis=1), singles, strict=False):
             _compare(f"{what} against single texts", got, alone, dtype)
 
     def _plain_norms(self, ids: Sequence[int], reduce: Hidden) -> list[Norms]:
-        self._stop, self._calls = False, 0
+        """What the hooks read of every layer of the plain model, proved to be its ``hidden_states``."""
+        self._stop, self._calls, self._length, self._reduce = False, 0, len(ids), reduce
+        layers, self.layers = self.layers, tuple(range(self.files.depth + 1))
         try:
             with torch.inference_mode(), _one_thread(torch.device("cpu")):
                 states = self._model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True).hidden_states
         finally:
-            self._stop = True
+            self._stop, self.layers = True, layers
         if states is None or len(states) != self.files.depth + 1 or self._calls != self.files.depth:
             num_states = 0 if states is None else len(states)
             raise ModelError(
                 f"{self._name} gave {num_states} hidden states and ran {self._calls} blocks, expected "
                 f"{self.files.depth + 1} and {self.files.depth}; this architecture is not supported"
             )
-        return [reduce(state[0]).numpy() for state in states]
+        hooked = [self._read[layer][0].numpy() for layer in range(self.files.depth + 1)]
+        self._read.clear()
+        for layer in layers:
+            if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
+                what = f"layer {layer} hooked against hidden_states[{layer}]"
+                _compare(what, hooked[layer], reduce(states[layer][0]).numpy(), torch.float32)
+        return hooked
 
     def _is_causal(self, ids: Sequence[int]) -> bool:
         """Whether a token sees only what is to its left: the first outputs do not move when the last input does."""
@@ -180,11 +194,13 @@ class Model:
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], float]]:
-        """While open, the largest magnitude of any product is kept; the call gives it (nan when one was)."""
+        """While open, the largest magnitude into or out of any product is kept; the call gives it (nan if one was)."""
         peak = torch.zeros((), device=self.device)
 
         def look(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            peak.copy_(torch.maximum(peak, output.detach().abs().amax()))
+            for x in (args[0], output):  # what goes in may be a product of two that were in range
+                if x.numel():
+                    peak.copy_(torch.maximum(peak, x.detach().abs().amax()))
 
         modules = [m for block in self._blocks for m in block.modules() if isinstance(m, Product)]
         handles = [m.register_forward_hook(look) for m in modules]
@@ -229,6 +245,7 @@ class Model:
         inputs = {"input_ids": self._to_device(ids[None]), "position_ids": self._to_device(positions[None])}
         with attention.packed(layout):
             self._run(inputs)
+        self._windowed |= layout.windowed
         if layout.calls != self._calls:
             raise ModelError(
                 f"{self._calls} of its blocks ran, and {layout.calls} times its attention went through the interface"
@@ -291,6 +308,17 @@ def _find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Mod
     if not blocks:
         raise ModelError(f"{files.name} ({files.model_type}): its blocks were not found; not supported")
     return blocks
+
+
+def _masks_only(config: Any, context_tokens: int) -> bool:
+    """Whether the config limits what a token sees: some families say so to the mask alone, which is not built here."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in k or "chunked" in k for k in kinds):
+        return False
+    if getattr(config, "use_sliding_window", True) is False:
+        return False
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
+    return any(isinstance(limit, int) and 0 < limit < context_tokens for limit in limits)
 
 
 def _joined(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import warnings
@@ -114,7 +115,20 @@ def _context_tokens(config: Any) -> int:
     tokens = tokens if isinstance(tokens, int) and tokens > 0 else DEFAULT_WINDOW_TOKENS
     if config.model_type in POSITIONS_AFTER_PADDING:
         tokens -= (config.pad_token_id or 0) + 1
-    return tokens
+    return min(tokens, _rotary_limit(config) or tokens)
+
+
+def _rotary_limit(config: Any) -> int | None:
+    """Tokens beyond which a family's rotary frequencies depend on the longest text of a batch, so on its neighbours."""
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in ("longrope", "dynamic"):
+        return None
+    limit = (
+        scaling.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or getattr(config, "max_position_embeddings", None)
+    )
+    return limit if isinstance(limit, int) else None
 
 
 def _identity(folder: Path, gguf: str | None, trust_remote_code: bool) -> dict[str, str]:
@@ -155,6 +169,13 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one")
     return tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+
+
+def free_memory() -> None:
+    """Let go of models that nobody holds: their hooks hold them in a circle, which only a collection breaks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose_device(device: str) -> str:
