@@ -211,8 +211,11 @@ def measure(options: Options, profiles: Sequence[str], variants: Sequence[str], 
         if not present:
             raise ConfigError(f"nothing to measure: {'; '.join(skipped.values())}")
         note(f"loading {', '.join(present)}")
+        gemm = _start("gemm", base, folder, texts)
+        stack.callback(gemm.close)
+        gemm.answers()  # it chooses its fastest product while nothing else runs
         teams = {}
-        for variant in ["gemm", *present]:
+        for variant in present:
             teams[variant] = _start(variant, base, folder, texts)
             stack.callback(teams[variant].close)
         for variant, team in list(teams.items()):
@@ -222,7 +225,6 @@ def measure(options: Options, profiles: Sequence[str], variants: Sequence[str], 
                 skipped[variant] = f"{_missing_note(variant)} ({error})"
                 note(skipped[variant])
                 del teams[variant]
-        gemm = teams.pop("gemm")
         takes: dict[str, dict[str, list[Take]]] = {p: {v: [] for v in teams} for p in profiles}
         differences: dict[str, dict[str, float]] = {}
         peaks: list[tuple[float, float]] = []  # operations a second, share that others took of the cores
@@ -474,7 +476,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         for name, f in variants.items():
             stages = ", ".join(f"{k[:-2]} {v:.2f}" for k, v in f["stages"].items())
             seconds = statistics.median(f["seconds"])
-            console.print(f"  {name}: {seconds:.2f} s of which each process {stages}", markup=False)
+            console.print(f"  {name}: {f['texts']} texts, {seconds:.2f} s of which each process {stages}", markup=False)
         _render_bars(result, profile, console)
     console.print()
     for name, reason in result["skipped"].items():
@@ -484,7 +486,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"Every clock counts tokenizing. {' and '.join(SLOW)} get one text in {ONE_IN}, of all lengths, and torch's "
         "own threads; the others get one thread a core. Peers get long texts already cut into our windows. MFU: "
-        "operations of the blocks up to the layer, without padding, of the GEMM peak. differs: relative difference "
+        "operations of the blocks up to the layer, without padding, of the GEMM peak. Sizes are those of long runs in "
+        "small: nearly whole batches, lengths as evenly spread. differs: relative difference "
         f"of strengths from the engine's, 99th percentile. clean: others took at most {FOREIGN:.0%} of the cores.",
         markup=False,
     )  # fmt: skip
