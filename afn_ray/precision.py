@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from afn_ray import model, pipeline
-from afn_ray.errors import ModelError
+from afn_ray.errors import ModelError, StoreError
 from afn_ray.schema import SPECIAL
 
 PILOT_TOKENS = 16_384
@@ -58,8 +58,11 @@ class Precision:
 
 
 def from_json(value: dict[str, Any]) -> Precision:
-    """The inverse of ``Precision.to_json``. Raises ``KeyError`` or ``TypeError`` for what is not one."""
-    return Precision(**{**value, "trials": tuple(Trial(**t) for t in value["trials"])})
+    """The inverse of ``Precision.to_json``. Raises ``StoreError`` for what is not one."""
+    try:
+        return Precision(**{**value, "trials": tuple(Trial(**t) for t in value["trials"])})
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"the store's record of its precision is damaged, or another version's: {error}") from error
 
 
 def describe(precision: Precision) -> str:

@@ -14,7 +14,7 @@ import pytest
 import afn_ray
 from afn_ray import job, manifest, model, pipeline, precision
 from afn_ray.config import RunConfig
-from afn_ray.errors import ModelError
+from afn_ray.errors import ModelError, StoreError
 from afn_ray.schema import Document
 
 MakeConfig = Callable[..., RunConfig]
@@ -162,6 +162,12 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
         assert manifest.find_run(run.uri).info["precision"] == info["precision"]
     assert "a pilot compares half precision with float32" not in events
     assert any("this store's first run decided it" in e for e in events)
+
+
+@pytest.mark.parametrize("damage", [{}, {"trials": [{}]}, {"trials": [], "dtype": "float32"}, {"trials": 1}])
+def test_a_damaged_record_is_named(damage: dict[str, Any]) -> None:
+    with pytest.raises(StoreError, match="record of its precision is damaged"):
+        precision.from_json(damage)
 
 
 def test_a_pilot_sees_the_beginning_of_every_file() -> None:
