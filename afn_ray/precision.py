@@ -67,14 +67,14 @@ def from_json(value: dict[str, Any]) -> Precision:
 
 def describe(precision: Precision) -> str:
     """One line for people: the dtype, and the pilot's figures behind it."""
-    text = f"products in {precision.dtype} ({precision.why} on {precision.device}"
+    text = f"products in {precision.dtype} on {precision.device}: {precision.why}"
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
             text += (
-                f"; against float32 on {precision.n_tokens:,} tokens {max(trial.flips.values()):.2%} of the labels "
-                f"change, median relative error {max(trial.median_error.values()):.1e}"
+                f" (against float32 on {precision.n_tokens:,} tokens {max(trial.flips.values()):.2%} of the labels "
+                f"change, median relative error {max(trial.median_error.values()):.1e})"
             )
-    return text + ")"
+    return text
 
 
 def candidates(asked: str, device: str) -> tuple[str, ...]:

@@ -149,3 +149,24 @@ def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
 def test_the_parser_has_no_option_without_help() -> None:
     (commands,) = (a for a in cli._parser()._actions if a.choices)
     assert all(a.help for parser in commands.choices.values() for a in parser._actions)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        ({"model_s": 9.0, "wait_s": 1.0, "tokenize_s": 5.0}, ""),
+        ({"model_s": 1.0, "wait_s": 3.0, "tokenize_s": 5.0}, ""),  # too early to tell
+        ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 5.0, "read_s": 1.0},
+         "40% of the time waiting for the tokenizer: try --tokenizer-workers"),
+        ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 1.0, "read_s": 5.0}, "40% of the time waiting for the corpus"),
+    ],
+)  # fmt: skip
+def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, float], says: str) -> None:
+    from afn_ray.cluster import State
+    from afn_ray.job import Event
+    from afn_ray.pipeline import Progress
+
+    live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
+    assert cli._waits(live) == says
+    state = State(4, 1, 1, live=live, seconds=10.0)
+    assert (says or "10 tokens/s") in cli._note(Event("working", "", state=state))

@@ -119,7 +119,7 @@ def test_nothing_is_tried_where_half_precision_is_no_faster(
     monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: False)
     decided = precision.decide(task_of(make_config(dtype="auto")), ["text"])
     assert (decided.dtype, decided.trials) == ("float32", ())
-    assert precision.describe(decided) == "products in float32 (half-precision products are no faster on cpu)"
+    assert precision.describe(decided) == "products in float32 on cpu: half-precision products are no faster"
 
 
 def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
