@@ -260,6 +260,9 @@ def _explain(args: argparse.Namespace) -> None:
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
+    if args.layer is not None and args.layer not in result.layers:
+        known = ", ".join(map(str, result.layers))
+        raise ConfigError(f"layer {args.layer} was not recorded; the run has {known}")
     if args.html:
         with _output(args.html) as file:
             file.write(explain.render_html(result).encode())
@@ -408,7 +411,7 @@ def _waits(live: Progress) -> str:
     if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
         return ""
     share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
-    return share + ("the tokenizer: try --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
+    return share + ("the tokenizer: try more --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
 
 
 def _print_estimate(e: Estimate, console: Console) -> None:

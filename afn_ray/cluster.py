@@ -31,6 +31,8 @@ START_DEADLINE_S = 300.0
 IN_FLIGHT = 2
 """Shards handed to one worker at a time: the one it works on and the next."""
 POLL_S = 0.5
+CLOSE_S = 2.0
+"""How long workers may take to end their tokenizers before they are killed."""
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
 WORKER_ENV = {
@@ -229,6 +231,9 @@ class _Worker:
     def progress(self) -> Progress:
         return self._processor.progress
 
+    def close(self) -> None:
+        self._processor.close()
+
 
 class _Dispatcher:
     """Hands shards to whichever worker is free; every retry is decided here and none by Ray."""
@@ -241,6 +246,7 @@ class _Dispatcher:
         self._charges: dict[str, int] = {}
         self._last_ready = time.monotonic()  # when a worker last had its model, or this began
         self._model = config.model
+        self._closes = config.tokenizer_workers > 0
         self._on_state = on_state
         gpu = task.device == "cuda"
         units = _num_units(task.device)
@@ -286,6 +292,8 @@ class _Dispatcher:
                     self._state.seconds = time.monotonic() - began
                 self._on_state(self._state)
         finally:
+            if self._closes:  # a killed worker's tokenizers end too, but leave their semaphores behind
+                self._wait_for_all([a.close.options(concurrency_group="look").remote() for a in self._ready], CLOSE_S)
             for actor in self._actors:
                 self._ray.kill(actor)
         return self._state
@@ -298,6 +306,10 @@ class _Dispatcher:
         self._ray.wait(refs, num_returns=1, timeout=timeout_s)
         done: list[Any] = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0]
         return done
+
+    def _wait_for_all(self, refs: list[Any], timeout_s: float) -> None:
+        if refs:
+            self._ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
 
     def _look_at_all(self) -> None:
         """Progress inside the shards under way, one question to each worker at a time."""

@@ -60,7 +60,7 @@ class RunConfig:
     batch_tokens: int | None = _option(
         None, "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move the last bit"
     )
-    tokenizer_workers: int = _option(0, "tokenizer processes beside each worker; 0: a thread of the worker")
+    tokenizer_workers: int = _option(0, "tokenizer processes beside each worker, a CPU each; 0: a thread of the worker")
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
     device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
     executor: str = _option("ray", "ray, or inline: in this process, without Ray")

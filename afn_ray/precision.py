@@ -119,7 +119,8 @@ def decide(task: pipeline.Task, texts: Sequence[str]) -> Precision:
         if trials[-1].safe:
             break
     if asked != "auto":
-        return Precision(asked, asked, task.device, "asked for", n, tuple(trials))
+        slow = "" if model.has_fast_products(asked, task.device) else ", though no faster than float32"
+        return Precision(asked, asked, task.device, f"asked for{slow}", n, tuple(trials))
     if trials[-1].safe:
         return Precision(trials[-1].dtype, asked, task.device, "safe on the pilot", n, tuple(trials))
     why = "; ".join(f"{t.dtype} is not safe: {t.why}" for t in trials)

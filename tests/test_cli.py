@@ -157,7 +157,7 @@ def test_the_parser_has_no_option_without_help() -> None:
         ({"model_s": 9.0, "wait_s": 1.0, "tokenize_s": 5.0}, ""),
         ({"model_s": 1.0, "wait_s": 3.0, "tokenize_s": 5.0}, ""),  # too early to tell
         ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 5.0, "read_s": 1.0},
-         "40% of the time waiting for the tokenizer: try --tokenizer-workers"),
+         "40% of the time waiting for the tokenizer: try more --tokenizer-workers"),
         ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 1.0, "read_s": 5.0}, "40% of the time waiting for the corpus"),
     ],
 )  # fmt: skip

@@ -34,7 +34,7 @@ BUILT_IN = "BERT-base shape, random weights"
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
-    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
+    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what", help="engine or monitor")
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
         description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
@@ -62,7 +62,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     monitor.add_argument("--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
     for command in (engine, monitor):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                             help="auto takes a GPU when there is one")  # fmt: skip
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 

@@ -107,12 +107,14 @@ class Model:
         before = self._model.config._attn_implementation
         try:
             if "position_ids" not in self._parameters:
-                raise ValueError("it takes no position ids")
+                raise attention.UnsupportedAttention("it takes no position ids")
+            if not self._model._can_set_attn_implementation():
+                raise attention.UnsupportedAttention("its attention does not go through transformers' interface")
             self.packed = True
             self._model.set_attn_implementation(attention.NAME)
             self._check(probes, plain, reduce, torch.float32)
             if _masks_only(self._model.config.get_text_config(), self.files.context_tokens) and not self._windowed:
-                raise ValueError("its attention is not told of the sliding window in its config")
+                raise attention.UnsupportedAttention("its attention is not told of the sliding window in its config")
             return
         except (*REFUSALS, ModelError) as error:
             self.why_padded = _first_line(error)
