@@ -8,9 +8,11 @@
     |   |-- ModelError      2   no such model, layer or device; a model that fails its self-check
     |   |-- StoreError      2   not writable, another measure, damaged, no such run
     |   `-- QueryError      2   SQL that is wrong, forbidden, too slow or too large
-    |-- ShardError          1   skip the shard: its attempt failed; the others go on
+    |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go on
+    |   `-- CorpusChanged   1   skip the shard: its file is not the one that was planned
     |-- IncompleteRun       1   the run ended with shards missing; it lists them
-    `-- Interrupted        75   stop, resumable: full disk, changed corpus, signal; call again
+    `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
+        `-- Unavailable    75   try elsewhere or later: the store or the corpus does not answer
 
 Every constructor takes the message alone, so that errors survive pickling between processes.
 """
@@ -58,6 +60,10 @@ class ShardError(AfnError):
     """One attempt at one shard failed; other shards are not concerned."""
 
 
+class CorpusChanged(ShardError):
+    """A file of the corpus is gone, or no longer what the plan saw; another try reads the same."""
+
+
 class IncompleteRun(AfnError):
     """The run ended with shards missing."""
 
@@ -66,3 +72,7 @@ class Interrupted(AfnError):
     """The run stopped before its end and can be resumed by the same command."""
 
     exit_code = 75
+
+
+class Unavailable(Interrupted):
+    """A filesystem did not answer, however often it was asked; here and now, not for ever."""
