@@ -144,8 +144,9 @@ def _add_run(commands: Any) -> None:
             options["choices"] = CHOICES[field.name]
         else:
             options["metavar"] = field.name.rsplit("_", 1)[-1].upper()
-            options["type"] = float if hint is float else int if hint in (int, int | None) else str
-        run.add_argument(flag, **options)
+            options["type"] = float if hint in (float, float | None) else int if hint in (int, int | None) else str
+        short = [flag.removesuffix("-s")] if flag.endswith("-s") else []  # --wait is --wait-s
+        run.add_argument(*short, flag, dest=field.name, **options)
     run.set_defaults(call=_run)
 
 

@@ -1,38 +1,53 @@
-"""The only door to Ray: workers, dispatch, retry, progress; and the same loop in this process, without Ray."""
+"""The only door to Ray: a connection, workers as actors; and the same workers in this process, without Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import queue
 import secrets
 import signal
 import sys
 import threading
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from afn_ray import model, precision, storage
+from afn_ray import dispatch, model, precision, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError, ShardError
+from afn_ray.dispatch import (
+    Cause,
+    Dispatcher,
+    Done,
+    Event,
+    Failed,
+    Gone,
+    Leaving,
+    OnState,
+    Patience,
+    Ready,
+    Silent,
+    State,
+)
+from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
 from afn_ray.manifest import Commit
 from afn_ray.pipeline import Processor, Progress, Task, sweep_scratch
 from afn_ray.schema import Shard
 
-ATTEMPTS = 2
-"""Tries that a shard gets before it is given up."""
-START_DEADLINE_S = 300.0
-"""The run is given up when for so long workers died while they loaded the model, and none got ready."""
-IN_FLIGHT = 2
-"""Shards handed to one worker at a time: the one it works on and the next."""
+INLINE_BYTES = 1 << 20
+"""A run with less to read than this is done in this process: a local Ray takes 5 seconds and 0.5 GB to start."""
 POLL_S = 0.5
+VERDICT_S = 30.0
+"""How long it may take until Ray knows that the node of a dead worker is dead too."""
+UNITS_S = 5.0
+"""How old a look at the cluster's resources, and at its nodes that leave, may be."""
 CLOSE_S = 2.0
 """How long workers may take to end their tokenizers before they are killed."""
+STOP_S = 10.0
+"""How long threads of this process may take to notice that they are to stop: a batch, or an upload."""
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
 WORKER_ENV = {
@@ -47,46 +62,51 @@ OBJECT_STORE_BYTES = 128 << 20
 """Of a local Ray: only shards and commits travel through it."""
 
 
-@dataclass(slots=True)
-class State:
-    """How far a run is; counts are of this call, not of what the store had before."""
-
-    num_shards: int
-    num_workers: int = 0
-    num_ready: int = 0  # workers that have loaded their model
-    commits: dict[str, Commit] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it was given up
-    retries: int = 0
-    live: Progress = field(default_factory=Progress)
-    seconds: float = 0.0  # since the first worker was ready
-
-
-OnState = Callable[[State], None]
-
-
 def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
-    """Process ``shards``; returns what was committed and what was given up.
+    """Process ``shards``; returns what was committed and what was quarantined, by the rules of ``Dispatcher``.
 
-    A shard's exception charges that shard, and the second one gives it up; the others go on. Raises at once
-    for what concerns all of them: a model that does not load, a full disk, a corpus that changed.
+    Raises at once for what concerns all of them: a model that does not load, a full disk, no capacity.
     """
     try:
-        if config.executor == "inline":
-            return _process_inline(task, shards, on_state)
+        if runs_inline(config, shards):
+            return _dispatch(InlinePool(task), config, shards, on_state)
         with _ray(config):
-            return _Dispatcher(task, config, shards, on_state).run()
+            return _dispatch(RayPool(task, config), config, shards, on_state)
     finally:
         sweep_scratch(config)  # workers are killed, not asked
 
 
+def _dispatch(pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState) -> State:
+    return Dispatcher(
+        pool, shards, on_state, wait_s=config.wait_s, deadline_s=config.shard_deadline_s,
+        allow_quarantined=config.allow_quarantined,
+    ).run()  # fmt: skip
+
+
+def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
+    """Whether ``shards`` are processed in this process: when asked for, or when they are not worth a local Ray."""
+    if config.executor != "auto":
+        return config.executor == "inline"
+    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+        return True
+    wants_ray = _address(config) is not None or config.workers is not None or config.tokenizer_workers > 0
+    started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return not (wants_ray or started) and sum(s.num_bytes for s in shards) < INLINE_BYTES
+
+
 def find_device(config: RunConfig) -> str:
     """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is here."""
-    if config.executor == "inline" or _address(config) is None:
+    if _is_here(config):
         return model.choose_device(config.device)
     if config.device != "auto":
         return config.device
     with _ray(config):
         return "cuda" if _num_units("cuda") else "cpu"
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Whether workers have what this machine has: they are this process, or a local Ray's."""
+    return config.executor == "inline" or _address(config) is None
 
 
 def local_device(device: str) -> str:
@@ -100,7 +120,7 @@ def count_workers(config: RunConfig, device: str) -> int:
         return 1
     if config.workers is not None:
         return config.workers
-    if _address(config) is None:
+    if _is_here(config):
         return _units_for_workers(config, model.count_devices(device), device)
     with _ray(config):
         return _units_for_workers(config, _num_units(device), device)
@@ -116,55 +136,26 @@ def _units_for_workers(config: RunConfig, units: int, device: str) -> int:
     return max(1, min(units, cpus // (1 + config.tokenizer_workers)))
 
 
-def decide_precision(config: RunConfig, task: Task, texts: Sequence[str]) -> precision.Precision:
+def decide_precision(
+    config: RunConfig, task: Task, texts: Sequence[str], on_notice: Callable[[str], None]
+) -> precision.Precision:
     """``precision.decide`` where the workers' device is: here for a CPU of this machine, else on a worker's place."""
-    if config.executor == "inline" or (_address(config) is None and task.device == "cpu"):
+    if _is_here(config) and (config.executor == "inline" or task.device == "cpu"):
         return precision.decide(task, texts)
     with _ray(config):
         import ray
 
-        gpus = 1 if task.device == "cuda" else 0
-        place = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1, runtime_env={"env_vars": WORKER_ENV})
+        place = ray.remote(max_retries=3, **_needs(config, task.device))
+        ref = place(precision.decide).remote(task, texts)
+        patience = Patience(config.wait_s, lambda: _lack(1, config, task.device))
+        while not ray.wait([ref], timeout=POLL_S)[0]:
+            if (notice := patience.check()) is not None:
+                on_notice(notice)
         try:
-            decided: precision.Precision = ray.get(place(precision.decide).remote(task, texts))
+            decided: precision.Precision = ray.get(ref)
         except ray.exceptions.RayError as error:
             raise _original(error) from None
         return decided
-
-
-def _process_inline(task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
-    state = State(len(shards), 1, 1)
-    processor = Processor(task)
-    began = time.monotonic()
-    try:
-        _process_all(processor, shards, state, began, on_state)
-    finally:
-        processor.close()
-    return state
-
-
-def _process_all(processor: Processor, shards: Sequence[Shard], state: State, began: float, on_state: OnState) -> None:
-    for shard in shards:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                state.commits[shard.id] = processor.process(shard)
-                break
-            except (ConfigError, Interrupted):
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is this shard's alone
-                if attempt == ATTEMPTS:
-                    state.failures[shard.id] = _reason(error)
-                else:
-                    state.retries += 1
-        state.live, state.seconds = processor.progress, time.monotonic() - began
-        on_state(state)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {text[-1] if text else 'no message'}{where}"
 
 
 # --- Ray -------------------------------------------------------------------------------------------------
@@ -203,7 +194,7 @@ def _ray(config: RunConfig) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "a local Ray"
-        raise ConfigError(f"{where} cannot be reached: {_reason(error)}; 'afn doctor' tells more") from error
+        raise ConfigError(f"{where} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts with a dump of its stack
     try:
@@ -219,173 +210,360 @@ def _num_units(device: str) -> int:
     return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 0))
 
 
+def _needs(config: RunConfig, device: str) -> dict[str, Any]:
+    """What one worker asks of Ray."""
+    return {
+        "num_cpus": 1 + config.tokenizer_workers,
+        "num_gpus": 1 if device == "cuda" else 0,
+        "runtime_env": {"env_vars": WORKER_ENV},
+    }
+
+
+def _lack(num_waiting: int, config: RunConfig, device: str) -> str:
+    """What ``num_waiting`` workers ask for, and what the cluster has."""
+    import ray
+
+    needs = _needs(config, device)
+    asks = f"{needs['num_cpus']} CPU" + (" and 1 GPU" if needs["num_gpus"] else "")
+    has, free = ray.cluster_resources(), ray.available_resources()
+    amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    return (
+        f"{num_waiting} workers of {asks} each were asked for and are not ready; the cluster has {amounts} on "
+        f"{num_nodes} nodes"
+    )
+
+
+# --- workers in this process -----------------------------------------------------------------------------
+
+
+class InlinePool:
+    """One worker in this process: a thread for each shard in flight."""
+
+    can_replace = False
+
+    def __init__(self, task: Task) -> None:
+        self._processor = Processor(task)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._events.put(Ready(0))
+
+    def grow(self, num_useful: int) -> int:
+        return 1
+
+    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+        thread = threading.Thread(target=self._process, args=(shard, halvings), name="afn-shard", daemon=True)
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()
+
+    def _process(self, shard: Shard, halvings: int) -> None:
+        try:
+            self._events.put(Done(0, shard.id, self._processor.process(shard, halvings)))
+        except BaseException as error:  # noqa: BLE001 - the dispatcher says what it means
+            self._events.put(Failed(0, shard.id, error))
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        with contextlib.suppress(queue.Empty):
+            events = [self._events.get(timeout=timeout_s)]
+            while not self._events.empty():
+                events.append(self._events.get())
+            return events
+        return []
+
+    def replace(self, worker: int) -> None:
+        """Never called: ``can_replace`` is false."""
+        raise NotImplementedError
+
+    def release(self, worker: int) -> None:
+        """It ends with the run."""
+
+    def progress(self) -> Progress:
+        return self._processor.progress
+
+    def lack(self) -> str:
+        return "this process is its only worker"
+
+    def close(self) -> None:
+        self._processor.stop()
+        if not self._join(STOP_S):
+            self._processor.close()
+
+    def _join(self, timeout_s: float) -> int:
+        """Number of threads that are still at work after ``timeout_s``."""
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return sum(t.is_alive() for t in self._threads)
+
+
+# --- workers on Ray --------------------------------------------------------------------------------------
+
+
 class _Worker:
-    """What an actor runs: one processor, and a look at its progress while it works."""
+    """What an actor runs: one processor, and a look at it while it works."""
 
     def __init__(self, task: Task) -> None:
         self._processor = Processor(task)
 
-    def process(self, shard: Shard) -> Commit:
-        return self._processor.process(shard)
+    def process(self, shard: Shard, halvings: int) -> Commit:
+        return self._processor.process(shard, halvings)
 
-    def progress(self) -> Progress:
-        return self._processor.progress
+    def look(self) -> tuple[Progress, str, str]:
+        """Progress, and the ids of this node and this process."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return self._processor.progress, context.get_node_id(), context.get_worker_id()
 
     def close(self) -> None:
         self._processor.close()
 
 
-class _Dispatcher:
-    """Hands shards to whichever worker is free; every retry is decided here and none by Ray."""
+@dataclass(slots=True)
+class _Actor:
+    """An actor and what is known of the process that it has now."""
 
-    def __init__(self, task: Task, config: RunConfig, shards: Sequence[Shard], on_state: OnState) -> None:
+    handle: Any
+    ready: bool = False
+    look: Any = None  # question under way
+    look_again: float = 0.0  # when to ask, while there is none
+    node: str = ""
+    process: str = ""  # the one it has, or while it is not ready the one it had
+    restarts: int = 0  # that are accounted for
+    progress: Progress = field(default_factory=Progress)
+    nodes: frozenset[str] = frozenset()  # alive when it was looked at first
+    dead_since: float | None = None  # while its verdict is open
+
+
+class RayPool:
+    """Restartable actors, all asked for at once: those that wait for a place are what an autoscaler sees.
+
+    Ray retries nothing (``max_task_retries=0``) but restarts processes. Of a dead process it does not say why it died;
+    that is found out here: its node is gone as well, or had no memory left, or neither.
+    """
+
+    can_replace = True
+
+    def __init__(self, task: Task, config: RunConfig) -> None:
         import ray
 
-        self._ray = ray
-        self._waiting = deque(shards)
-        self._charges: dict[str, int] = {}
-        self._last_ready = time.monotonic()  # when a worker last had its model, or this began
-        self._model = config.model
-        self._closes = config.tokenizer_workers > 0
-        self._on_state = on_state
-        gpu = task.device == "cuda"
-        units = _num_units(task.device)
-        if not units:
-            raise ConfigError(
-                f"a worker needs one {'GPU' if gpu else 'CPU'}, and this Ray has none; it has {ray.cluster_resources()}"
-            )
-        needs = 1 + config.tokenizer_workers
-        if not any(n["Resources"].get("CPU", 0) >= needs for n in ray.nodes() if n["Alive"]):
+        self._ray, self._task, self._config = ray, task, config
+        self._check_local()
+        self._class = ray.remote(
+            max_restarts=-1, max_task_retries=0, max_concurrency=dispatch.SLOTS, concurrency_groups={"look": 1},
+            **_needs(config, task.device),
+        )(_Worker)  # fmt: skip
+        self._actors: dict[int, _Actor] = {}
+        self._last = -1
+        self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
+        self._released = Progress()
+        self._num_wanted = 0
+        self._next_look_around = 0.0
+
+    def _check_local(self) -> None:
+        """A local Ray never grows: what it lacks it lacks for good."""
+        if _address(self._config) is not None:
+            return
+        if not _num_units(self._task.device):
+            name, has = "GPU" if self._task.device == "cuda" else "CPU", self._ray.cluster_resources()
+            raise ConfigError(f"a worker needs one {name}, and this Ray has none; it has {has}")
+        needs = 1 + self._config.tokenizer_workers
+        if not any(n["Resources"].get("CPU", 0) >= needs for n in self._ray.nodes() if n["Alive"]):
             raise ConfigError(
                 f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of this Ray has so many"
             )
-        wanted = config.workers or _units_for_workers(config, units, task.device)
-        self._state = State(len(shards), min(wanted, len(shards)))
-        actor = ray.remote(
-            num_cpus=1 + config.tokenizer_workers, num_gpus=1 if gpu else 0, max_restarts=-1, max_task_retries=0,
-            concurrency_groups={"look": 1}, runtime_env={"env_vars": WORKER_ENV},
-        )(_Worker)  # fmt: skip
-        self._actors = [actor.remote(task) for _ in range(self._state.num_workers)]
-        self._in_flight: dict[Any, tuple[Any, Shard]] = {}  # task -> actor, shard; oldest first
-        self._starting = {self._look(a): a for a in self._actors}
-        self._ready: list[Any] = []
-        self._looks: dict[Any, Any] = {}  # question -> actor
-        self._progress: dict[Any, Progress] = {}  # by actor
 
-    def _look(self, actor: Any) -> Any:
-        return actor.progress.options(concurrency_group="look").remote()
+    def grow(self, num_useful: int) -> int:
+        if time.monotonic() >= self._next_look_around:
+            self._num_wanted = self._config.workers or max(
+                1, _units_for_workers(self._config, _num_units(self._task.device), self._task.device)
+            )
+        while len(self._actors) < min(self._num_wanted, num_useful):
+            self._last += 1
+            self._actors[self._last] = actor = _Actor(self._class.remote(self._task))
+            self._ask(actor)
+        return len(self._actors)
 
-    def run(self) -> State:
-        began = 0.0
+    def _ask(self, actor: _Actor) -> None:
+        actor.look = actor.handle.look.options(concurrency_group="look").remote()
+        if not actor.ready:
+            actor.nodes = self._alive()
+
+    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+        self._in_flight[self._actors[worker].handle.process.remote(shard, halvings)] = (worker, shard.id)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        end = time.monotonic() + timeout_s
+        while True:
+            events = [*self._verdicts(), *self._leaving()]
+            looks = {a.look: n for n, a in self._actors.items() if a.look is not None}
+            # A look that a ready worker answers is no event, and must not end the wait.
+            waited = [*self._in_flight, *(r for r, n in looks.items() if not self._actors[n].ready)]
+            left = 0.0 if events else max(0.0, min(end - time.monotonic(), POLL_S))
+            if waited:
+                self._ray.wait(waited, num_returns=1, timeout=left)
+            else:
+                time.sleep(left)
+            # One call would give one ref, in no order: those that end often would starve the others.
+            refs = [*self._in_flight, *looks]
+            done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
+            for ref in done:
+                if ref in looks:
+                    events += self._looked(looks[ref], ref)
+                elif ref in self._in_flight:  # not if its worker died with the one before it
+                    events += self._finished(ref)
+            if events or time.monotonic() >= end:
+                return events
+
+    def _finished(self, ref: Any) -> Iterator[Event]:
+        worker, shard = self._in_flight.pop(ref)
         try:
-            while self._waiting or self._in_flight:
-                self._feed()
-                for ref in self._wait([*self._in_flight, *self._starting], POLL_S):
-                    if ref in self._starting:
-                        began = began or time.monotonic()
-                        self._started(ref)
-                    elif ref in self._in_flight:  # not if its worker died with the one before it
-                        self._finished(ref)
-                self._state.num_ready = len(self._ready)
-                if began:
-                    self._look_at_all()
-                    self._state.seconds = time.monotonic() - began
-                self._on_state(self._state)
-        finally:
-            if self._closes:  # a killed worker's tokenizers end too, but leave their semaphores behind
-                self._wait_for_all([a.close.options(concurrency_group="look").remote() for a in self._ready], CLOSE_S)
-            for actor in self._actors:
-                self._ray.kill(actor)
-        return self._state
-
-    def _wait(self, refs: list[Any], timeout_s: float) -> list[Any]:
-        """All of ``refs`` that are done, after the first is or the time is over."""
-        if not refs:
-            return []
-        # One call would give one ref, in no order: those that end often would starve the others.
-        self._ray.wait(refs, num_returns=1, timeout=timeout_s)
-        done: list[Any] = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0]
-        return done
-
-    def _wait_for_all(self, refs: list[Any], timeout_s: float) -> None:
-        if refs:
-            self._ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
-
-    def _look_at_all(self) -> None:
-        """Progress inside the shards under way, one question to each worker at a time."""
-        for ref in self._wait(list(self._looks), 0):
-            self._looked(self._looks.pop(ref), ref)
-        asked = list(self._looks.values())
-        for actor in self._ready:
-            if not any(a is actor for a in asked):
-                self._looks[self._look(actor)] = actor
-        self._state.live = _total(self._progress.values())
-
-    def _restart(self, actor: Any) -> None:
-        """Wait for a worker's new process; what was handed to the old one goes back."""
-        for other in [r for r, (a, _) in self._in_flight.items() if a is actor]:
-            self._waiting.appendleft(self._in_flight.pop(other)[1])
-        if any(a is actor for a in self._ready):
-            self._ready = [a for a in self._ready if a is not actor]
-            self._starting[self._look(actor)] = actor
-
-    def _feed(self) -> None:
-        for actor in self._ready:
-            busy = sum(a is actor for a, _ in self._in_flight.values())
-            while self._waiting and busy < IN_FLIGHT:
-                shard = self._waiting.popleft()
-                self._in_flight[actor.process.remote(shard)] = (actor, shard)
-                busy += 1
-
-    def _started(self, ref: Any) -> None:
-        actor = self._starting.pop(ref)
-        try:
-            self._ray.get(ref)
-        except self._ray.exceptions.ActorUnavailableError as error:  # it died, and is started again
-            if not self._ready and time.monotonic() - self._last_ready > START_DEADLINE_S:
-                raise ModelError(
-                    f"no worker could load {self._model} in {START_DEADLINE_S:g} s: each died as it did; is there too "
-                    f"little memory for {len(self._actors)} of them? Give fewer --workers ({_reason(error)})"
-                ) from None
-            time.sleep(POLL_S)
-            self._starting[self._look(actor)] = actor
-            return
-        except self._ray.exceptions.RayError as error:
-            raise _original(error) from None
-        self._ready.append(actor)
-        self._last_ready = time.monotonic()
-
-    def _looked(self, actor: Any, ref: Any) -> None:
-        try:
-            progress: Progress = self._ray.get(ref)
-        except self._ray.exceptions.RayError:
-            return  # a look is no work; the task in flight says what happened
-        last = self._progress.get(actor)
-        if last is None or progress.tokens >= last.tokens:
-            self._progress[actor] = progress
-
-    def _finished(self, ref: Any) -> None:
-        actor, shard = self._in_flight.pop(ref)
-        try:
-            self._state.commits[shard.id] = self._ray.get(ref)
-            return
+            yield Done(worker, shard, self._ray.get(ref))
         except self._ray.exceptions.RayActorError as error:
-            # The worker died: the shard it was working on is charged, the one behind it only goes back.
-            failure: BaseException = ShardError(f"its worker died: {_reason(error)}")
-            self._restart(actor)
+            self._died(worker, error)
+            yield Silent(worker)
         except self._ray.exceptions.RayTaskError as error:
-            failure = _original(error)
-            if isinstance(failure, ConfigError | Interrupted):
-                raise failure from None
-            if not isinstance(failure, ShardError):  # its process or device may be broken: the next try gets a new one
-                self._ray.kill(actor, no_restart=False)
-                self._restart(actor)
-        self._charges[shard.id] = self._charges.get(shard.id, 0) + 1
-        if self._charges[shard.id] >= ATTEMPTS:
-            self._state.failures[shard.id] = _reason(failure)
-        else:
-            self._state.retries += 1
-            self._waiting.append(shard)
+            yield Failed(worker, shard, _original(error))
+        except self._ray.exceptions.RayError as error:
+            raise Interrupted(f"Ray failed: {dispatch.reason(error)}; the same command resumes") from error
+
+    def _looked(self, worker: int, ref: Any) -> Iterator[Event]:
+        actor = self._actors.get(worker)
+        if actor is None or actor.look is not ref:  # released or replaced since
+            return
+        actor.look = None
+        try:
+            progress, node, process = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            if actor.ready:
+                return  # a look is no work; the task in flight says what happened
+            actor.look_again = time.monotonic() + POLL_S
+            if not isinstance(error, self._ray.exceptions.ActorUnavailableError):
+                del self._actors[worker]
+                yield Gone(worker, Cause.START, _original(error))
+            elif (restarts := _restarts(actor.handle)) > actor.restarts:
+                actor.restarts = restarts
+                if actor.nodes <= self._alive():  # else its node went
+                    yield Gone(worker, Cause.LOADING, ModelError(_died_loading(self._config, error)))
+            return
+        if progress.tokens >= actor.progress.tokens:  # a new process counts from nothing
+            actor.progress = progress
+        if actor.ready:
+            return
+        if process == actor.process:  # asked while it died
+            actor.look_again = time.monotonic() + POLL_S
+            return
+        if actor.dead_since is not None:
+            yield self._verdict(worker, Cause.CRASH if actor.node in self._alive() else Cause.NODE)
+        actor.ready, actor.node, actor.process = True, node, process
+        actor.restarts = _restarts(actor.handle)
+        yield Ready(worker)
+
+    def _died(self, worker: int, error: Any) -> None:
+        for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
+            del self._in_flight[ref]
+        actor = self._actors[worker]
+        actor.ready, actor.dead_since = False, time.monotonic()
+        actor.restarts += 1
+        if error.preempted:
+            actor.node = ""  # no node of that name is alive
+        self._ask(actor)
+
+    def _verdicts(self) -> Iterator[Event]:
+        """Why processes died, once it is known: at the latest when Ray would know that a node is dead."""
+        dead = {n: a for n, a in self._actors.items() if a.dead_since is not None}
+        alive = self._alive() if dead else frozenset()
+        for worker, actor in dead.items():
+            assert actor.dead_since is not None
+            if actor.node not in alive:
+                yield self._verdict(worker, Cause.NODE)
+            elif _ran_out_of_memory(actor.process):
+                yield self._verdict(worker, Cause.MEMORY)
+            elif time.monotonic() - actor.dead_since > VERDICT_S:
+                yield self._verdict(worker, Cause.CRASH)
+
+    def _verdict(self, worker: int, cause: Cause) -> Gone:
+        self._actors[worker].dead_since = None
+        return Gone(worker, cause)
+
+    def _alive(self) -> frozenset[str]:
+        return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
+
+    def _leaving(self) -> Iterator[Event]:
+        if time.monotonic() < self._next_look_around:
+            return
+        self._next_look_around = time.monotonic() + UNITS_S
+        leaving = _leaving_nodes() if _address(self._config) is not None else frozenset()
+        for worker, actor in self._actors.items():
+            if actor.ready and actor.node in leaving:
+                yield Leaving(worker)
+
+    def replace(self, worker: int) -> None:
+        self._ray.kill(self._actors[worker].handle, no_restart=False)
+        self._died(worker, self._ray.exceptions.RayActorError())
+        self._actors[worker].dead_since = None
+
+    def release(self, worker: int) -> None:
+        actor = self._actors.pop(worker)
+        self._released = dispatch.total([self._released, actor.progress])
+        self._close([actor])
+
+    def progress(self) -> Progress:
+        """As of the last looks; new ones are sent, one question to each worker at a time."""
+        now = time.monotonic()
+        for actor in self._actors.values():
+            if actor.look is None and now >= actor.look_again:
+                self._ask(actor)
+        return dispatch.total([self._released, *(a.progress for a in self._actors.values())])
+
+    def lack(self) -> str:
+        return _lack(sum(not a.ready for a in self._actors.values()), self._config, self._task.device)
+
+    def close(self) -> None:
+        self._close(list(self._actors.values()))
+        self._actors.clear()
+
+    def _close(self, actors: Sequence[_Actor]) -> None:
+        if self._config.tokenizer_workers:  # a killed worker's tokenizers end too, but leave their semaphores behind
+            refs = [a.handle.close.options(concurrency_group="look").remote() for a in actors if a.ready]
+            if refs:
+                self._ray.wait(refs, num_returns=len(refs), timeout=CLOSE_S)
+        for actor in actors:
+            self._ray.kill(actor.handle)
+
+
+def _died_loading(config: RunConfig, error: Any) -> str:
+    return (
+        f"a worker died while it loaded {config.model}: is there too little memory for so many? Give fewer --workers "
+        f"({dispatch.reason(error)})"
+    )
+
+
+def _ran_out_of_memory(process: str) -> bool:
+    """Whether Ray's memory monitor ended the worker process of this id; only its dashboard tells in public."""
+    from ray import WorkerID
+    from ray._private.state import state
+    from ray.core.generated import common_pb2, gcs_pb2
+
+    data = state._connect_and_get_accessor().get_worker_info(WorkerID(bytes.fromhex(process)))
+    if data is None:
+        return False
+    found = gcs_pb2.WorkerTableData.FromString(data)
+    return bool(found.exit_type == common_pb2.WorkerExitType.Value("NODE_OUT_OF_MEMORY"))
+
+
+def _restarts(actor: Any) -> int:
+    """How often Ray has started the process of ``actor`` anew."""
+    from ray._private.state import state
+
+    return int(state.actor_table(actor._actor_id.hex()).get("NumRestarts", 0))
+
+
+def _leaving_nodes() -> frozenset[str]:
+    """Ids of nodes that are being drained, on a notice of preemption for one."""
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes())
 
 
 def _original(error: Any) -> BaseException:
@@ -396,12 +574,6 @@ def _original(error: Any) -> BaseException:
     while cause is not None and not isinstance(cause, AfnError):
         cause = getattr(cause, "cause", None)
     return cause if cause is not None else ModelError(f"a worker could not start: {str(error).strip()[-2000:]}")
-
-
-def _total(parts: Iterable[Progress]) -> Progress:
-    parts = list(parts)
-    sums = {f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Progress) if f.name != "why_padded"}
-    return Progress(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))
 
 
 def probe(address: str | None) -> str:
@@ -415,7 +587,8 @@ def probe(address: str | None) -> str:
         try:
             python = ray.get(ray.remote(num_cpus=1)(_python_version).remote(), timeout=PROBE_S)
         except ray.exceptions.RayError as error:
-            raise ConfigError(f"Ray answers, but a task failed within {PROBE_S:g} s: {_reason(error)}") from error
+            why = dispatch.reason(error)
+            raise ConfigError(f"Ray answers, but a task failed within {PROBE_S:g} s: {why}") from error
         has = ray.cluster_resources()
         return (
             f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPUs and "

@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "format": ("auto", "txt", "jsonl", "csv", "parquet"),
     "txt_documents": ("file", "line"),
     "device": ("auto", "cpu", "cuda"),
-    "executor": ("ray", "inline"),
+    "executor": ("auto", "ray", "inline"),
 }
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
@@ -63,8 +63,13 @@ class RunConfig:
     tokenizer_workers: int = _option(0, "tokenizer processes beside each worker, a CPU each; 0: a thread of the worker")
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
     device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
-    executor: str = _option("ray", "ray, or inline: in this process, without Ray")
+    executor: str = _option("auto", "ray, or inline: in this process, without Ray; auto: inline below 1 MiB to read")
     address: str | None = _option(None, "Ray cluster to join; default: RAY_ADDRESS, else a local Ray")
+    wait_s: float = _option(1800.0, "seconds without any worker after which the run stops, resumable (exit 75)")
+    shard_deadline_s: float | None = _option(
+        None, "seconds after which a shard counts as hung; default: by its size and the slowest so far"
+    )
+    allow_quarantined: int = _option(0, "shards that may be missing from a run that counts as complete")
     scratch: str | None = _option(None, "local folder for unfinished files; default: the system's")
     trust_remote_code: bool = _option(False, "run Python code that comes with the model")
     allow_pickle: bool = _option(False, "load pickled weights, which can run code, where there are no safetensors")
@@ -86,6 +91,7 @@ class RunConfig:
             ("workers", 1),
             ("batch_tokens", 16),
             ("tokenizer_workers", 0),
+            ("allow_quarantined", 0),
             ("shard_bytes", 1024),
             ("max_document_bytes", 1),
         ):
@@ -94,6 +100,9 @@ class RunConfig:
                 raise ConfigError(f"{name} is {value}; expected at least {least}")
         if self.overlap_tokens is not None and self.overlap_tokens < 0:
             raise ConfigError(f"overlap_tokens is {self.overlap_tokens}; expected 0 or more")
+        for name, seconds in (("wait_s", self.wait_s), ("shard_deadline_s", self.shard_deadline_s)):
+            if seconds is not None and not 0 < seconds <= sys.float_info.max:
+                raise ConfigError(f"{name} is {seconds}; expected more than 0 seconds")
         if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
         object.__setattr__(self, "sink_factor", float(self.sink_factor))  # 10 and 10.0 ask for the same run
@@ -113,8 +122,8 @@ def _check_type(name: str, value: object) -> None:
     hint = HINTS[name]
     if name == "corpus":
         ok = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    elif hint is float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
+    elif hint is float or hint == float | None:
+        ok = (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and hint is not float)
     elif hint is int or hint == int | None:
         ok = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and hint is not int)
     else:

@@ -9,7 +9,8 @@
     |   |-- StoreError      2   not writable, another measure, damaged, no such run
     |   `-- QueryError      2   SQL that is wrong, forbidden, too slow or too large
     |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go on
-    |   `-- CorpusChanged   1   skip the shard: its file is not the one that was planned
+    |   |-- CorpusChanged   1   skip the shard: its file is not the one that was planned
+    |   `-- OutOfMemory     1   try the shard again with fewer tokens at a time
     |-- IncompleteRun       1   the run ended with shards missing; it lists them
     `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
         `-- Unavailable    75   try elsewhere or later: the store or the corpus does not answer
@@ -62,6 +63,10 @@ class ShardError(AfnError):
 
 class CorpusChanged(ShardError):
     """A file of the corpus is gone, or no longer what the plan saw; another try reads the same."""
+
+
+class OutOfMemory(ShardError):
+    """The device or the process had too little memory for a batch of the shard."""
 
 
 class IncompleteRun(AfnError):

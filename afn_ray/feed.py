@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -74,13 +74,17 @@ class Preparer:
             recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
         )
 
-    def prepare(self, texts: Sequence[str], replaced: Sequence[bool]) -> Prepared:
-        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for invalid UTF-8."""
+    def prepare(self, texts: Sequence[str], replaced: Sequence[bool], halvings: int = 0) -> Prepared:
+        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for invalid UTF-8.
+
+        ``halvings``: how often the token budget is halved.
+        """
         began = time.monotonic()
         recipe, template = self.recipe, self.encoder.template
         encoded = self.encoder.encode(texts, replaced)
         windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
-        batches = list(tokens.make_batches(windows, encoded, self.encoder, recipe.batch_tokens, packed=recipe.packed))
+        budget = max(1, recipe.batch_tokens >> halvings)
+        batches = list(tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed))
         assert sum(len(b.rows) for b in batches) == len(encoded.token_ids), "every token is recorded once"
         text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
         n_windows = np.bincount(text_of, minlength=len(texts))
@@ -106,21 +110,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare(texts: list[str], replaced: list[bool]) -> Prepared:
-    return _preparer.prepare(texts, replaced)
+def _prepare(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
+    return _preparer.prepare(texts, replaced, halvings)
 
 
 class Feed:
-    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order.
+    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order; of many shards at once.
 
     ``num_processes``: 0 prepares on a thread of this process, which is enough for a model on a CPU core.
     """
 
     def __init__(self, preparer: Preparer, num_processes: int) -> None:
         self._preparer, self._num_processes = preparer, num_processes
-        self._ahead = AHEAD + num_processes
-        self._executors: list[Executor]
-        self._prepare: Callable[[list[str], list[bool]], Prepared]
+        self.ahead = AHEAD + num_processes
+        self.executors: list[Executor]
+        self._prepare: Callable[[list[str], list[bool], int], Prepared]
+        self._renewing = threading.Lock()
         self._open()
 
     def _open(self) -> None:
@@ -128,63 +133,101 @@ class Feed:
         if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
             spawn = multiprocessing.get_context("spawn")
             # A pool each: one of several may hang when a process dies while it starts another.
-            self._executors = [ProcessPoolExecutor(1, spawn, _start, (preparer.recipe,)) for _ in range(num_processes)]
+            self.executors = [ProcessPoolExecutor(1, spawn, _start, (preparer.recipe,)) for _ in range(num_processes)]
             self._prepare = _prepare
         else:
-            self._executors = [ThreadPoolExecutor(1, "afn-tokenize")]
+            self.executors = [ThreadPoolExecutor(1, "afn-tokenize")]
             self._prepare = preparer.prepare
-        self._turns = itertools.cycle(self._executors)
+        self._turns = itertools.cycle(self.executors)
 
-    def chunks(self, documents: Iterable[Document]) -> Generator[Chunk, None, None]:
-        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone.
+    def chunks(self, documents: Iterable[Document], halvings: int = 0) -> Chunks:
+        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone."""
+        return Chunks(self, documents, halvings)
 
-        They are read on a thread of their own; what reading raises is raised here, behind the chunks before it.
-        """
-        ready: Queue[tuple[list[Document], float, Future[Prepared]] | BaseException | None] = Queue(self._ahead)
-        stopped, broken = threading.Event(), False
-        reader = threading.Thread(target=self._read, args=(documents, ready, stopped), name="afn-read", daemon=True)
-        reader.start()
+    def submit(self, documents: list[Document], halvings: int) -> Future[Prepared]:
+        """Prepare a chunk, behind those submitted before it."""
+        texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
+        return next(self._turns).submit(self._prepare, texts, replaced, halvings)
+
+    def renew(self, broken: object) -> None:
+        """New processes in place of ``broken``, unless another shard has met them before and did it."""
+        with self._renewing:
+            if self.executors is broken:
+                self.close()
+                self._open()
+
+    def close(self) -> None:
+        """Ends the thread or the processes."""
+        for executor in self.executors:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Chunks:
+    """A shard's chunks, read on a thread of their own from now on.
+
+    What reading raises is raised where its chunk is taken, behind the chunks before it. At the end, or at the first
+    error, it closes itself.
+    """
+
+    def __init__(self, feed: Feed, documents: Iterable[Document], halvings: int) -> None:
+        self._feed, self._executors, self._halvings = feed, feed.executors, halvings
+        self._ready: Queue[Any] = Queue(feed.ahead)  # documents, seconds, future; an error; None at the end
+        self._stopped = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(documents,), name="afn-read", daemon=True)
+        self._reader.start()
+
+    def __iter__(self) -> Chunks:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._stopped.is_set():
+            raise StopIteration
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                chunk, seconds, prepared = item
-                yield Chunk(chunk, prepared.result(), seconds)
+            item = self._ready.get()
+            if item is None:
+                raise StopIteration
+            if isinstance(item, BaseException):
+                raise item
+            documents, seconds, prepared = item
+            return Chunk(documents, prepared.result(), seconds)
         except BrokenProcessPool as error:
-            broken = True
+            self.close()
+            self._feed.renew(self._executors)
             raise ShardError(
                 "a tokenizer process died: is there enough memory for --tokenizer-workers? "
                 "(A script that calls afn_ray.run with them needs if __name__ == '__main__')"
             ) from error
-        finally:
-            stopped.set()
-            while reader.is_alive():  # it may wait for room
-                with contextlib.suppress(Empty):
-                    item = ready.get(timeout=0.05)
-                    if isinstance(item, tuple):
-                        item[2].cancel()
-            if broken:  # for the next shard
-                self.close()
-                self._open()
+        except BaseException:
+            self.close()
+            raise
 
-    def _read(self, documents: Iterable[Document], ready: Queue[Any], stopped: threading.Event) -> None:
+    def __enter__(self) -> Chunks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the reader; chunks that nobody took are let go."""
+        self._stopped.set()
+        while self._reader.is_alive():  # it may wait for room
+            with contextlib.suppress(Empty):
+                item = self._ready.get(timeout=0.05)
+                if isinstance(item, tuple):
+                    item[2].cancel()
+
+    def _read(self, documents: Iterable[Document]) -> None:
         try:
             began = time.monotonic()
             for chunk in _chunks(documents):
                 seconds = time.monotonic() - began
-                if stopped.is_set():
+                if self._stopped.is_set():
                     return
-                texts, replaced = [d.text for d in chunk], [d.num_replaced > 0 for d in chunk]
-                ready.put((chunk, seconds, next(self._turns).submit(self._prepare, texts, replaced)))
+                self._ready.put((chunk, seconds, self._feed.submit(chunk, self._halvings)))
                 began = time.monotonic()
-            ready.put(None)
+            self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken
-            ready.put(error)
-
-    def close(self) -> None:
-        """Ends the thread or the processes."""
-        for executor in self._executors:
-            executor.shutdown(wait=True, cancel_futures=True)
+            self._ready.put(error)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

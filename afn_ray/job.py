@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, lexicon, manifest, pipeline, precision, storage
+from afn_ray import cluster, corpus, dispatch, lexicon, manifest, pipeline, precision, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun
 from afn_ray.query import Run, open_run
@@ -30,7 +30,7 @@ class Event:
 
     kind: str  # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "complete"
     message: str
-    state: cluster.State | None = None  # of "working"
+    state: dispatch.State | None = None  # of "working"
     done: int = 0  # of "hashing": files
     total: int = 0
 
@@ -92,24 +92,31 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         Event("planned", f"{len(plan.files):,} files, {plan.num_bytes:,} bytes, {len(plan.shards):,} shards; "
                          f"{len(plan.shards) - len(todo):,} are in the store, {len(todo):,} to do")
     )  # fmt: skip
-    state = cluster.State(0)
+    state = dispatch.State(0)
     if todo:
-        on_event(Event("starting", f"starting workers on {device} ({config.executor})"))
+        where = "in this process" if cluster.runs_inline(config, todo) else "on Ray"
+        on_event(Event("starting", f"starting workers on {device}, {where}"))
         state = cluster.process_shards(config, task, todo, _working(on_event))
-    if state.failures:
+    if state.stopped or len(state.failures) > config.allow_quarantined:
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
-    ordered = [commits[s.id] for s in plan.shards]
+    done = [s for s in plan.shards if s.id in commits]
+    ordered = [commits[s.id] for s in done]
+    quarantined = [
+        {"shard": s.id, "uri": s.slices[0].uri, "reason": state.failures[s.id]}
+        for s in plan.shards if s.id in state.failures
+    ]  # fmt: skip
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
     pieces, readable = pipeline.vocabulary_texts(files)
     tables = reduce_run(
         config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable,
-        language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in plan.shards],
+        language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
     )  # fmt: skip
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
+    num_reused = len(plan.shards) - len(todo)
     info = {
         "measure": {"id": task.measure_id, **measure},
         "model": {
@@ -123,7 +130,13 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         "config": asdict(config),
         "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
         "precision": decided.to_json(),
-        "counts": {"shards": len(ordered), "shards_reused": len(ordered) - len(todo), **totals},
+        "counts": {
+            "shards": len(ordered),
+            "shards_reused": num_reused,
+            "shards_quarantined": len(quarantined),
+            **totals,
+        },
+        "quarantined": quarantined,
         "created_at": manifest.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began, 1),
@@ -136,6 +149,8 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         Event("complete", f"run {folder.uri} is complete: {totals['tokens']:,} tokens of {measured:,} documents, "
                           f"{totals['empty']:,} empty, {totals['quarantined']:,} quarantined{why}")
     )  # fmt: skip
+    for shard in quarantined:
+        on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
     if plan.skipped:
         on_event(
             Event("complete", f"{len(plan.skipped):,} files skipped for their ending: {', '.join(plan.skipped[:5])}")
@@ -198,7 +213,9 @@ def _decide_precision(
     if stored is None:
         on_event(Event("pilot", "a pilot compares half precision with float32"))
         sample = corpus.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
-        decided = cluster.decide_precision(config, task, _in_turns(sample))
+        decided = cluster.decide_precision(
+            config, task, _in_turns(sample), lambda notice: on_event(Event("warning", f"warning: {notice}"))
+        )
         if keep:
             stored = manifest.write_pilot(config.store, key, decided.to_json())
         on_event(Event("planned", precision.describe(decided)))
@@ -225,16 +242,19 @@ def _in_turns(documents: Sequence[Document]) -> list[str]:
     return [text for row in rows for text in row if text is not None]
 
 
-def _working(on_event: OnEvent) -> cluster.OnState:
-    """Passes states on, and says once if the model has to be padded."""
-    warned = False
+def _working(on_event: OnEvent) -> dispatch.OnState:
+    """Passes states on, their notices once each, and says once if the model has to be padded."""
+    warned, num_said = False, 0
 
-    def on_state(state: cluster.State) -> None:
-        nonlocal warned
+    def on_state(state: dispatch.State) -> None:
+        nonlocal warned, num_said
         if state.live.why_padded and not warned:
             warned = True
             on_event(Event("warning", "warning: sequences are padded, not packed, which is slower: "
                                       f"{state.live.why_padded}"))  # fmt: skip
+        for notice in state.notices[num_said:]:
+            on_event(Event("warning", f"warning: {notice}"))
+        num_said = len(state.notices)
         on_event(Event("working", "", state=state))
 
     return on_state
@@ -266,12 +286,14 @@ def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
     return lambda done, total: on_event(Event("hashing", "reading the corpus to plan", done=done, total=total))
 
 
-def _failed(state: cluster.State, plan: manifest.Plan) -> str:
+def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
     where = {s.id: s.slices[0].uri for s in plan.shards}
-    lines = [f"  shard {shard} ({where[shard]}): {reason}" for shard, reason in sorted(state.failures.items())]
+    lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in sorted(state.failures.items())]
+    stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? " if state.stopped else ""
     return (
-        f"{len(state.failures)} of {len(plan.shards)} shards failed {cluster.ATTEMPTS} times and were given up; "
-        "the others are committed, and the same command tries these again:\n" + "\n".join(lines)
+        f"{stopped}{len(state.failures)} of {len(plan.shards)} shards are quarantined; what is done is committed, and "
+        "the same command tries the others again (--allow-quarantined N: a run that lacks up to N counts as complete)"
+        ":\n" + "\n".join(lines)
     )
 
 

@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
     "precision": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
+STAMP = "%Y%m%dT%H%M%S.%fZ"
+"""Of the beginning of a run, at the beginning of its name."""
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
 
@@ -172,10 +174,14 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
            "sink_factor": config.sink_factor}  # fmt: skip
     suffix = fingerprint(ask)[:12]
     begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
-    if (newest := next(begun, "")).endswith(suffix):
-        return _open_folder(config.store, newest)
+    newest = next(begun, "")
+    if newest.endswith(suffix) and not (same := _open_folder(config.store, newest)).info.get("quarantined"):
+        return same  # one that lacks shards is complete, and asked again it is tried again
     created = datetime.now(UTC)
-    name = f"{created:%Y%m%dT%H%M%S}.{created.microsecond // 1000:03d}Z-{suffix}"
+    name = f"{_stamp(created)}-{suffix}"
+    if name < newest:  # the clock went back, and the newest run is found by its name
+        created = datetime.strptime(newest.partition("-")[0], STAMP).replace(tzinfo=UTC) + timedelta(milliseconds=1)
+        name = f"{_stamp(created)}-{suffix}"
     header = {"cuts": _cuts(config), "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
               "config": asdict(config), "measure": measure}  # fmt: skip
     rows = [
@@ -187,6 +193,10 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
     with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
         storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
     return RunFolder(storage.join(runs, name), config.store, name, {})
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
 def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:

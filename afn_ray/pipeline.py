@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections import deque
@@ -24,7 +25,7 @@ import pyarrow as pa
 
 from afn_ray import corpus, manifest, model, records, tokens
 from afn_ray.config import RunConfig, resolve_layers
-from afn_ray.errors import ConfigError, ModelError
+from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import SCHEMA_VERSION, SPECIAL, Document, Shard, fingerprint, strength_column
 from afn_ray.signals import Strength
@@ -113,10 +114,11 @@ def vocabulary_texts(files: model.ModelFiles) -> tuple[list[str], list[str]]:
 
 
 class Processor:
-    """A loaded model and tokenizer that turn shards into commits, one after the other.
+    """A loaded model and tokenizer that turn shards into commits.
 
-    Reading, tokenizing and writing have threads of their own (``tokenizer_workers``: processes), a bounded number of
-    chunks before and behind the model.
+    A few threads may each have a shard in process: one shard at a time holds the model, while the next is read and
+    tokenized and the one before is encoded and uploaded. Reading, tokenizing and writing have threads of their own
+    (``tokenizer_workers``: processes), a bounded number of chunks before and behind the model.
     """
 
     def __init__(self, task: Task) -> None:
@@ -143,19 +145,29 @@ class Processor:
             tokenizer.to_str(), window, config.overlap_tokens, batch_tokens, self.model.causal, self.model.packed
         )
         self.preparer = Preparer(recipe, encoder)
-        self._feed = Feed(self.preparer, config.tokenizer_workers)
+        self.feed = Feed(self.preparer, config.tokenizer_workers)
+        self._device = threading.Lock()  # held by the shard whose turn it is
+        self._counting = threading.Lock()
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Shards in process end soon, with ``Interrupted``."""
+        self._stopped.set()
 
     def close(self) -> None:
         """Ends the tokenizer's thread or processes."""
-        self._feed.close()
+        self.feed.close()
 
-    def process(self, shard: Shard) -> manifest.Commit:
+    def process(self, shard: Shard, halvings: int = 0) -> manifest.Commit:
         """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a rival's.
 
-        Raises ``Interrupted`` for a full disk or a corpus that changed, ``StoreError`` for a store that fails.
+        ``halvings``: how often the token budget is halved, for a shard that met too little memory. Raises
+        ``ShardError`` for what is this shard's alone, ``Interrupted`` for a full disk, ``Unavailable`` where the store
+        or the corpus does not answer, ``StoreError`` for a store that fails.
         """
-        began = time.monotonic()
         config, layers = self.task.config, self.task.layers
+        if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id)) is not None:
+            return commit  # another run, or an attempt whose answer was lost, was here first
         counts = dict.fromkeys(
             ("documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars"), 0
         )
@@ -163,35 +175,62 @@ class Processor:
         documents = (d for piece in shard.slices for d in corpus.read(piece, config.read_options))
         with _scratch_folder(config) as folder:
             with records.ShardFiles(folder, layers, config.offsets) as files:
-                self._measure_and_write(documents, files, summary, counts)
+                seconds = self._measure_and_write(documents, halvings, files, summary, counts)
                 files.write_summary(summary.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
             return manifest.publish(
                 config.store, self.task.measure_id, shard, uuid.uuid4().hex[:16], files.tables(), counts,
-                round(time.monotonic() - began, 3), made_by,
+                round(seconds, 3), made_by,
             )  # fmt: skip
 
     def _measure_and_write(
-        self, documents: Iterator[Document], files: records.ShardFiles, summary: Summary, counts: dict[str, int]
-    ) -> None:
-        began = time.monotonic()
+        self, documents: Iterator[Document], halvings: int, files: records.ShardFiles, summary: Summary,
+        counts: dict[str, int],
+    ) -> float:  # fmt: skip
+        """Returns the seconds for which the shard held the model."""
         behind: deque[Future[None]] = deque()
-        with contextlib.closing(self._feed.chunks(documents)) as chunks, ThreadPoolExecutor(1, "afn-write") as writer:
-            for chunk in chunks:
-                self.progress.wait_s += time.monotonic() - began
-                self.progress.read_s += chunk.read_s
-                strengths = self._strengths(chunk.prepared)
-                behind.append(writer.submit(self._record, chunk, strengths, files, summary, counts))
-                if len(behind) > WRITTEN_BEHIND:
-                    behind.popleft().result()
-                began = time.monotonic()
+        with self.feed.chunks(documents, halvings) as chunks, ThreadPoolExecutor(1, "afn-write") as writer:
+            with self._turn():
+                began = waiting = time.monotonic()
+                for chunk in chunks:
+                    self.progress.wait_s += time.monotonic() - waiting
+                    self.progress.read_s += chunk.read_s
+                    strengths = self.strengths(chunk.prepared)
+                    behind.append(writer.submit(self._record, chunk, strengths, files, summary, counts))
+                    if len(behind) > WRITTEN_BEHIND:
+                        behind.popleft().result()
+                    waiting = time.monotonic()
+                seconds = time.monotonic() - began
             for record in behind:
                 record.result()
+        return seconds
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        while not self._device.acquire(timeout=0.2):
+            self._check_stopped()
+        try:
+            yield
+        finally:
+            self._device.release()
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise Interrupted("stopped; the same command resumes")
 
     def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
         """Strengths of every token of ``texts``, which are encoded, cut into windows and batched together."""
         prepared = self.preparer.prepare(texts, replaced)
-        return Measured(prepared.encoded, self._strengths(prepared))
+        return Measured(prepared.encoded, self.strengths(prepared))
+
+    def strengths(self, prepared: Prepared) -> Strengths:
+        """Rounded strengths [n_layers, n_tokens]. Raises ``OutOfMemory`` where a batch does not fit."""
+        try:
+            return self._strengths(prepared)
+        except Exception as error:
+            if model.is_out_of_memory(error):
+                raise OutOfMemory(f"a batch did not fit into the memory of {self.task.device}: {error}") from error
+            raise
 
     def _strengths(self, prepared: Prepared) -> Strengths:
         began = time.monotonic()
@@ -205,6 +244,7 @@ class Processor:
             self.progress.tokens += len(batch.rows)
 
         for batch in prepared.batches:
+            self._check_stopped()
             under_way.append((batch, self.model.submit(batch.ids, batch.lengths, Strength.measure)))
             self.progress.forward_tokens += batch.forward_tokens
             if self.task.device == "cpu" or len(under_way) > SUBMITTED:
@@ -277,8 +317,9 @@ class Processor:
             ("chars", sum(len(d.text) for d in chunk)),
         ):  # fmt: skip
             counts[name] += value
-        self.progress.documents += len(chunk)
-        self.progress.write_s += time.monotonic() - began
+        with self._counting:  # the next shard may have begun to write as well
+            self.progress.documents += len(chunk)
+            self.progress.write_s += time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True)

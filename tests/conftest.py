@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,12 +154,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     """Ctrl-C in this process once ``shards`` are committed; returns the ids of those that were."""
     process = pipeline.Processor.process
     done: list[str] = []
+    one_by_one = threading.Lock()
 
-    def process_or_stop(self: pipeline.Processor, shard: Shard) -> Commit:
-        if len(done) == shards:
-            raise KeyboardInterrupt
-        done.append(shard.id)
-        return process(self, shard)
+    def process_or_stop(self: pipeline.Processor, shard: Shard, halvings: int = 0) -> Commit:
+        with one_by_one:
+            if len(done) == shards:
+                raise KeyboardInterrupt
+            done.append(shard.id)
+            return process(self, shard, halvings)
 
     monkeypatch.setattr(pipeline.Processor, "process", process_or_stop)
     return done

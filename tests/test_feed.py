@@ -83,7 +83,7 @@ def documents(verses: list[str], n: int) -> list[Document]:
 
 def pids(chunks: Feed) -> list[int]:
     """The tokenizer processes, of which there are some once a chunk was prepared."""
-    return [pid for pool in chunks._executors for pid in pool._processes or {}]  # type: ignore[attr-defined]
+    return [pid for pool in chunks.executors for pid in pool._processes or {}]  # type: ignore[attr-defined]
 
 
 class Counted:
@@ -209,10 +209,10 @@ def test_an_error_while_preparing_is_raised_where_its_chunk_is_taken(
 ) -> None:
     right = preparer.prepare
 
-    def sometimes(texts: list[str], replaced: list[bool]) -> Prepared:
+    def sometimes(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
         if "3" in texts:
             raise ValueError("no tokens for you")
-        return right(texts, replaced)
+        return right(texts, replaced, halvings)
 
     monkeypatch.setattr(threads, "_prepare", sometimes)
     chunks = threads.chunks(Document("s", i, str(i)) for i in range(30))
@@ -235,13 +235,13 @@ def test_giving_up_midway_ends_the_reader(
         next(chunks)
     chunks.close()
     assert "afn-read" not in our_threads()
-    assert rows.read <= min(40, taken + made._ahead + 2)
+    assert rows.read <= min(40, taken + made.ahead + 2)
     assert len(list(made.chunks(documents(verses, 3)))) == 3
 
 
-def test_a_reader_that_never_started_leaves_no_thread(threads: Feed, verses: list[str]) -> None:
+def test_a_reader_whose_chunks_nobody_took_leaves_no_thread(threads: Feed, verses: list[str]) -> None:
     threads.chunks(documents(verses, 3)).close()
-    assert our_threads() == []
+    assert "afn-read" not in our_threads()
 
 
 # --- processes -------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ if __name__ == "__main__":
     recipe = feed.Recipe(Path(sys.argv[1]).read_text("utf-8"), 64, None, 256, False, True)
     made = feed.Feed(feed.Preparer(recipe), 2)
     list(made.chunks([Document("s", i, "a") for i in range(2)]))
-    print(*(pid for pool in made._executors for pid in pool._processes), flush=True)
+    print(*(pid for pool in made.executors for pid in pool._processes), flush=True)
     time.sleep(600)
 """
 

@@ -71,13 +71,13 @@ def test_a_run_begun_in_this_process_is_finished_on_ray(
 class Poisoned(cluster._Worker):
     """Kills its process at the first try of a shard whose file holds "once", and at every try of "always"."""
 
-    def process(self, shard: Any) -> Any:
+    def process(self, shard: Any, halvings: int) -> Any:
         text = Path(shard.slices[0].uri).read_text()
         mark = Path(shard.slices[0].uri + ".tried")
         if "always" in text or ("once" in text and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().process(shard)
+        return super().process(shard, halvings)
 
 
 def poisoned_corpus(folder: Path, **texts: str) -> Path:
@@ -109,7 +109,10 @@ def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kep
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = poisoned_corpus(tmp_path / "corpus", n2="It is always so. ")
     config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
-    with pytest.raises(IncompleteRun, match=r"1 of 6 shards failed 2 times.*\n.*2\.txt.*its worker died"):
+    with pytest.raises(
+        IncompleteRun,
+        match=r"1 of 6 shards are quarantined.*\n.*2\.txt.*process died, with this shard alone",
+    ):
         afn_ray.run(config)
     assert len(list(Path(config.store).rglob("commit.json"))) == 5
 
@@ -200,13 +203,13 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
 class Sick(cluster._Worker):
     """A worker whose first process cannot process anything, as after a fault of its device."""
 
-    def process(self, shard: Any) -> Any:
+    def process(self, shard: Any, halvings: int) -> Any:
         mark = Path(self._processor.task.config.store).parent / "sick"
         if not mark.exists():
             mark.write_text(str(os.getpid()))
         if mark.read_text() == str(os.getpid()):
             raise RuntimeError("CUDA error: device-side assert triggered")
-        return super().process(shard)
+        return super().process(shard, halvings)
 
 
 def test_a_sick_process_is_replaced_and_does_not_give_up_every_shard(

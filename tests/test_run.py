@@ -299,9 +299,9 @@ def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
         afn_ray.open_run(config.store)
     again: list[str] = []
 
-    def watch(self: Any, shard: Any) -> Any:
+    def watch(self: Any, shard: Any, halvings: int) -> Any:
         again.append(shard.id)
-        return process(self, shard)
+        return process(self, shard, halvings)
 
     monkeypatch.setattr(pipeline.Processor, "process", watch)
     with afn_ray.run(config) as run:
@@ -318,8 +318,10 @@ def test_rows_do_not_depend_on_the_order_of_shards(
         expected = all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")
     from afn_ray import cluster
 
-    inline = cluster._process_inline
-    monkeypatch.setattr(cluster, "_process_inline", lambda task, shards, call: inline(task, shards[::-1], call))
+    forward = cluster.process_shards
+    monkeypatch.setattr(
+        cluster, "process_shards", lambda config, task, shards, call: forward(config, task, shards[::-1], call)
+    )
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert (all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")) == expected
 
@@ -347,16 +349,16 @@ def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
     tries: dict[str, int] = {}
     poison: list[str] = []
 
-    def fail(self: Any, shard: Any) -> Any:
+    def fail(self: Any, shard: Any, halvings: int) -> Any:
         tries[shard.id] = tries.get(shard.id, 0) + 1
         poison.append(shard.id) if not poison else None
         if shard.id == poison[0]:
             raise RuntimeError("a fault of this shard")
-        return process(self, shard)
+        return process(self, shard, halvings)
 
     monkeypatch.setattr(pipeline.Processor, "process", fail)
     with pytest.raises(
-        IncompleteRun, match=r"(?s)1 of \d+ shards failed 2 times.*RuntimeError: a fault of this shard"
+        IncompleteRun, match=r"(?s)1 of \d+ shards are quarantined.*RuntimeError: a fault of this shard"
     ) as e:
         afn_ray.run(config)
     assert poison[0] in str(e.value) and "c.jsonl" in str(e.value)

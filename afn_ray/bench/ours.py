@@ -49,9 +49,10 @@ class Engine(_Ours):
         before = replace(self._processor.progress)
         documents = (Document("bench", i, text.text) for i, text in enumerate(texts))
         strengths: list[Norms] = []
-        for chunk in self._processor._feed.chunks(documents):  # as a shard's documents go
-            values = self._processor._strengths(chunk.prepared)
-            strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
+        with self._processor.feed.chunks(documents) as chunks:  # as a shard's documents go
+            for chunk in chunks:
+                values = self._processor.strengths(chunk.prepared)
+                strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
         return self._outcome(before, strengths)
 
 

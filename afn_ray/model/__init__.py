@@ -9,6 +9,7 @@ from afn_ray.model.files import (
     count_devices,
     find_model,
     free_memory,
+    is_out_of_memory,
     load_tokenizer,
 )
 from afn_ray.model.linear import has_fast_products
@@ -24,5 +25,6 @@ __all__ = [
     "find_model",
     "free_memory",
     "has_fast_products",
+    "is_out_of_memory",
     "load_tokenizer",
 ]

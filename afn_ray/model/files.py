@@ -171,6 +171,11 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the device, or this process, had too little memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 def free_memory() -> None:
     """Let go of models that nobody holds: their hooks hold them in a circle, which only a collection breaks."""
     gc.collect()

@@ -1,0 +1,458 @@
+"""Hands shards to workers and decides every retry; knows nothing of Ray, and of time only what its clock says."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from afn_ray.errors import ConfigError, CorpusChanged, Interrupted, ModelError, OutOfMemory, ShardError, Unavailable
+from afn_ray.manifest import Commit
+from afn_ray.pipeline import Progress
+from afn_ray.schema import Shard
+
+SLOTS = 3
+"""Shards in flight on one worker: one is read and tokenized, one holds the model, one is encoded and uploaded."""
+ATTEMPTS = 2
+"""Tries that a shard gets: exceptions, or crashes while it was alone on its worker."""
+HALVINGS = 2
+"""How often the token budget of a shard is halved for want of memory before that counts against the shard."""
+FAILED_STARTS = 3
+"""The run is given up when so many workers in a row could not load the model and none could."""
+QUARANTINES_IN_ROW = 5
+"""With so many shards given up and none done between, the fault is no shard's."""
+UNANSWERED_IN_ROW = 3
+"""Per worker: with so many shards that met no answer and none done between, the store is down for all."""
+POLL_S = 0.5
+DRAIN_S = 2.0
+"""For shards that are nearly done when the run is stopped: ``ray job stop`` kills after three seconds."""
+SAY_AFTER_S = 20.0
+"""Without a worker for so long, the run says what it waits for."""
+DEADLINE_S = 600.0
+DEADLINE_BYTES_PER_S = 1000.0
+"""Before any shard is done, one of n bytes may take ``DEADLINE_S + n / DEADLINE_BYTES_PER_S`` seconds."""
+DEADLINE_FACTOR = 10.0
+"""Later it may take so many times the seconds per byte of the slowest done, if that is more than ``DEADLINE_S``."""
+
+
+class Cause(Enum):
+    """Why a worker is gone, as far as its pool can tell."""
+
+    CRASH = "its worker's process died"
+    MEMORY = "its worker's node ran out of memory"
+    NODE = "its worker's node is gone"  # or was preempted: no shard's doing
+    START = "a worker could not start"
+    LOADING = "a worker's process died as it loaded the model"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker has loaded its model, for the first time or anew."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """A worker has lost its process; a Gone that says why follows."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A worker has lost its process, and with it all that it had in flight; a Ready may follow."""
+
+    worker: int
+    cause: Cause
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A worker's node will be gone soon: it may finish what it has, and gets nothing more."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    worker: int
+    shard: str
+    commit: Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A shard's attempt raised ``error``; its worker goes on."""
+
+    worker: int
+    shard: str
+    error: BaseException
+
+
+Event = Ready | Silent | Gone | Leaving | Done | Failed
+
+
+class Pool(Protocol):
+    """Workers, wherever they live, known by numbers."""
+
+    can_replace: bool
+    """Whether a worker has a process of its own, so that it can be ended and started anew."""
+
+    def grow(self, num_useful: int) -> int:
+        """Have as many workers as are wanted and useful, started or waiting for a place; returns their number."""
+
+    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+        """Give ``worker`` a shard, its token budget halved so many times."""
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """What happened, after the first thing did or the time is over."""
+
+    def replace(self, worker: int) -> None:
+        """End the process of ``worker`` and forget what it has in flight; Ready follows when it has a new one."""
+
+    def release(self, worker: int) -> None:
+        """End ``worker`` for good: there is no more for it to do."""
+
+    def progress(self) -> Progress:
+        """What all workers have done, shards under way included."""
+
+    def lack(self) -> str:
+        """What the workers that are not ready wait for: what was asked for, and what there is."""
+
+    def close(self) -> None:
+        """End all workers."""
+
+
+@dataclass(slots=True)
+class State:
+    """How far a run is; counts are of this call, not of what the store had before."""
+
+    num_shards: int
+    num_workers: int = 0
+    num_ready: int = 0  # workers that have loaded their model
+    commits: dict[str, Commit] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
+    stopped: str = ""  # why shards were left undone, where they were
+    retries: int = 0
+    live: Progress = field(default_factory=Progress)
+    seconds: float = 0.0  # since the first worker was ready
+    notices: list[str] = field(default_factory=list)  # what a person should know
+
+
+OnState = Callable[[State], None]
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A shard on a worker."""
+
+    shard: Shard
+    since: float
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is held against a shard."""
+
+    charges: int = 0  # exceptions of its own, crashes while it was alone
+    halvings: int = 0
+
+
+class Patience:
+    """Says what is waited for after a while, and gives up after ``wait_s``."""
+
+    def __init__(self, wait_s: float, lack: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._wait_s, self._lack, self._clock = wait_s, lack, clock
+        self.reset()
+
+    def reset(self) -> None:
+        """What was waited for is here."""
+        self._since, self._said = self._clock(), False
+
+    def check(self) -> str | None:
+        """The notice, once. Raises ``Interrupted`` when the time is over."""
+        waited = self._clock() - self._since
+        if waited >= self._wait_s:
+            raise Interrupted(
+                f"no worker for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the same command resumes"
+            )
+        if self._said or waited < SAY_AFTER_S:
+            return None
+        self._said = True
+        return f"no worker for {waited:,.0f} s: {self._lack()}; waiting for up to {self._wait_s:,.0f} s (--wait)"
+
+
+class Dispatcher:
+    """One run's shards on one pool's workers.
+
+    Blame is fair. An exception charges its shard. A crash, or a hang, with several shards in flight charges none of
+    them: they are suspects and run again, each alone on a worker, and what crashes alone is charged. The loss of a node
+    charges nobody. Want of memory halves the shard's token budget first. A shard charged ``ATTEMPTS`` times is
+    quarantined. What concerns all shards is raised: a wrong config, a full disk, a store that does not answer.
+    """
+
+    def __init__(
+        self, pool: Pool, shards: Sequence[Shard], on_state: OnState, *, wait_s: float,
+        deadline_s: float | None = None, allow_quarantined: int = 0, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._pool, self._on_state, self._clock = pool, on_state, clock
+        self._todo = deque(shards)
+        self._suspects: deque[Shard] = deque()
+        self._records: dict[str, _Record] = {}
+        self._running: dict[int, dict[str, _Flight]] = {}  # by worker that is ready; by shard
+        self._leaving: set[int] = set()
+        self._silent: set[int] = set()
+        self._room: dict[int, None] = {}  # workers that may take more, in the order they became so
+        self._deadline_s = deadline_s
+        self._slowest = 0.0  # seconds per byte
+        self._next_check = 0.0
+        self._failed_starts = self._quarantines = self._unanswered = 0
+        self._max_quarantines = max(QUARANTINES_IN_ROW, allow_quarantined + 1)
+        self._patience = Patience(wait_s, pool.lack, clock)
+        self._began: float | None = None  # when the first worker was ready
+        self.state = State(len(shards))
+
+    def run(self) -> State:
+        """Until every shard is done or quarantined; or ``state.stopped`` says why not."""
+        try:
+            while (self._todo or self._suspects or any(self._running.values())) and not self.state.stopped:
+                self._hand_out()
+                for event in self._pool.wait(POLL_S):
+                    if not self.state.stopped:
+                        self._take(event)
+                if self._clock() >= self._next_check:  # it looks at every shard in flight
+                    self._next_check = self._clock() + POLL_S
+                    self._look_around()
+            self._report()
+        except KeyboardInterrupt:
+            self._drain()
+            raise
+        finally:
+            self._pool.close()
+        return self.state
+
+    # --- work out ----------------------------------------------------------------------------------------
+
+    def _hand_out(self) -> None:
+        for worker in list(self._room):
+            flights = self._running[worker]
+            if not flights and self._suspects:
+                self._hand(worker, self._suspects.popleft())
+                del self._room[worker]  # alone
+                continue
+            while self._todo and len(flights) < SLOTS:
+                self._hand(worker, self._todo.popleft())
+            if len(flights) == SLOTS:
+                del self._room[worker]
+            elif not flights:  # the tail: its place may go
+                self._forget(worker)
+                self._pool.release(worker)
+        # Beside workers that work, starts that failed in a row are not tried for ever.
+        if not self._running or self._failed_starts < FAILED_STARTS:
+            num_busy = sum(map(bool, self._running.values()))
+            self.state.num_workers = self._pool.grow(len(self._todo) + len(self._suspects) + num_busy)
+
+    def _hand(self, worker: int, shard: Shard) -> None:
+        self._running[worker][shard.id] = _Flight(shard, self._clock())
+        record = self._records.get(shard.id)
+        self._pool.hand(worker, shard, record.halvings if record else 0)
+
+    def _forget(self, worker: int) -> list[Shard]:
+        """``worker`` has no process now; returns what it had in flight."""
+        self._room.pop(worker, None)
+        self._leaving.discard(worker)
+        self._silent.discard(worker)
+        return [flight.shard for flight in self._running.pop(worker, {}).values()]
+
+    def _replace(self, worker: int) -> list[Shard]:
+        shards = self._forget(worker)
+        self._pool.replace(worker)
+        return shards
+
+    # --- events in ---------------------------------------------------------------------------------------
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self._running[event.worker] = {}
+            self._room[event.worker] = None
+            self._failed_starts = 0
+            self._began = self._began if self._began is not None else self._clock()
+        elif isinstance(event, Silent):
+            self._room.pop(event.worker, None)
+            self._silent.add(event.worker)
+        elif isinstance(event, Gone):
+            self._gone(event)
+        elif isinstance(event, Leaving):
+            if event.worker in self._running and event.worker not in self._leaving | self._silent:
+                self._leaving.add(event.worker)
+                self._room.pop(event.worker, None)
+                self._leave_if_idle(event.worker)
+        elif (flight := self._running.get(event.worker, {}).pop(event.shard, None)) is not None:
+            # Not what a worker did before it was replaced: the shard is queued again, and finds its commit.
+            if isinstance(event, Done):
+                self._done(flight, event.commit)
+            else:
+                self._failed(event.worker, flight.shard, event.error)
+            if event.worker in self._leaving:
+                self._leave_if_idle(event.worker)
+            elif event.worker in self._running:
+                self._room[event.worker] = None
+
+    def _leave_if_idle(self, worker: int) -> None:
+        if not self._running[worker]:
+            self._replace(worker)  # elsewhere, before its node takes it down
+
+    def _done(self, flight: _Flight, commit: Commit) -> None:
+        self.state.commits[flight.shard.id] = commit
+        took_s = self._clock() - flight.since
+        self._slowest = max(self._slowest, took_s / max(1, flight.shard.num_bytes))
+        self._quarantines = self._unanswered = 0
+
+    def _failed(self, worker: int, shard: Shard, error: BaseException) -> None:
+        if isinstance(error, Unavailable):
+            self._unanswered += 1
+            if self._unanswered >= UNANSWERED_IN_ROW * max(1, len(self._running)):
+                raise error
+            self._again(shard)
+            if self._pool.can_replace:  # perhaps it is only this worker's network
+                self._todo.extend(self._replace(worker))
+            return
+        if isinstance(error, ConfigError | Interrupted) or not isinstance(error, Exception):
+            raise error
+        if isinstance(error, CorpusChanged):
+            self.state.failures[shard.id] = reason(error)  # no sign of a fault that all shards share
+            return
+        if isinstance(error, OutOfMemory) and self._halve(shard):
+            self._again(shard)
+            return
+        if (
+            not isinstance(error, ShardError) and self._pool.can_replace
+        ):  # its process or device may be broken: the next try gets a new one
+            self._todo.extendleft(reversed(self._replace(worker)))
+        self._charge(shard, reason(error), self._todo)
+
+    def _gone(self, event: Gone) -> None:
+        shards = self._forget(event.worker)
+        if event.cause in (Cause.START, Cause.LOADING):
+            self._todo.extendleft(reversed(shards))  # of a process before, if any
+            self._failed_starts += 1
+            # One that says what is wrong would say so again; one that died may have been unlucky.
+            enough = min(FAILED_STARTS, self.state.num_workers) if event.cause is Cause.START else FAILED_STARTS
+            if not self._running and self._failed_starts >= enough:
+                raise event.error or ModelError(event.cause.value)
+        elif event.cause is Cause.NODE:
+            self._todo.extendleft(reversed(shards))
+            self.state.retries += len(shards)
+        else:
+            self._blame(shards, event.cause.value, memory=event.cause is Cause.MEMORY)
+
+    # --- blame -------------------------------------------------------------------------------------------
+
+    def _blame(self, shards: Sequence[Shard], why: str, *, memory: bool = False) -> None:
+        """``shards`` were in flight on a worker that died or hung."""
+        for shard in shards:
+            if (memory and self._halve(shard)) or len(shards) > 1:
+                self.state.retries += 1
+                self._suspects.append(shard)
+            else:
+                self._charge(shard, f"{why}, with this shard alone on it", self._suspects)
+
+    def _halve(self, shard: Shard) -> bool:
+        record = self._records.setdefault(shard.id, _Record())
+        record.halvings += 1
+        return record.halvings <= HALVINGS
+
+    def _again(self, shard: Shard) -> None:
+        self.state.retries += 1
+        self._todo.append(shard)
+
+    def _charge(self, shard: Shard, why: str, queue: deque[Shard]) -> None:
+        record = self._records.setdefault(shard.id, _Record())
+        record.charges += 1
+        if record.charges < ATTEMPTS:
+            self.state.retries += 1
+            queue.appendleft(shard)  # soon: a fault of all shards shows before all were tried
+            return
+        self.state.failures[shard.id] = why
+        self._quarantines += 1
+        if self._quarantines >= self._max_quarantines:
+            self.state.stopped = f"{self._quarantines} shards in a row were quarantined and none was done between"
+
+    # --- time --------------------------------------------------------------------------------------------
+
+    def _look_around(self) -> None:
+        """Hung shards, missing workers and progress."""
+        self._end_hung()
+        if self._running:
+            self._patience.reset()
+        elif (self._todo or self._suspects) and (notice := self._patience.check()) is not None:
+            self.state.notices.append(notice)
+        self._report()
+
+    def _report(self) -> None:
+        state = self.state
+        state.num_ready = len(self._running)
+        state.live = self._pool.progress()
+        state.seconds = self._clock() - self._began if self._began is not None else 0.0
+        self._on_state(state)
+
+    def _end_hung(self) -> None:
+        now = self._clock()
+        for worker, flights in list(self._running.items()):
+            late = [f for f in flights.values() if now - f.since > self.deadline_s(f.shard)]
+            if late and not self._pool.can_replace:
+                raise Interrupted(
+                    f"shard {late[0].shard.id} ({late[0].shard.slices[0].uri}) is not done after "
+                    f"{now - late[0].since:,.0f} s (--shard-deadline), and this process cannot be replaced; "
+                    "with --executor ray a hung worker is"
+                )
+            if late and worker not in self._silent:
+                why = f"it hung: not done after {now - late[0].since:,.0f} s"
+                shards = self._replace(worker)
+                self.state.notices.append(
+                    f"a worker was replaced: shard {late[0].shard.id} is not done after {now - late[0].since:,.0f} s, "
+                    f"its deadline is {self.deadline_s(late[0].shard):,.0f} s (--shard-deadline)"
+                )
+                self._blame(shards, why)
+
+    def deadline_s(self, shard: Shard) -> float:
+        """Seconds after which ``shard`` counts as hung: by its size and the slowest shard so far."""
+        if self._deadline_s is not None:
+            return self._deadline_s
+        if not self._slowest:
+            return DEADLINE_S + shard.num_bytes / DEADLINE_BYTES_PER_S
+        return max(DEADLINE_S, DEADLINE_FACTOR * self._slowest * shard.num_bytes)
+
+    def _drain(self) -> None:
+        """Nothing new is handed out; what is nearly done may be committed."""
+        end = self._clock() + DRAIN_S
+        while any(self._running.values()) and (left := end - self._clock()) > 0:
+            for event in self._pool.wait(min(left, 0.2)):
+                if isinstance(event, Done):
+                    self.state.commits[event.shard] = event.commit
+                    self._running.get(event.worker, {}).pop(event.shard, None)
+                elif isinstance(event, Silent):
+                    self._forget(event.worker)
+        self._report()
+
+
+def reason(error: BaseException) -> str:
+    """One line on ``error``: its type, the last line of its message, and where it was raised."""
+    text = str(error).strip().splitlines()
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {text[-1] if text else 'no message'}{where}"
+
+
+def total(parts: Iterable[Progress]) -> Progress:
+    """The sum of what workers have done."""
+    parts = list(parts)
+    sums = {f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Progress) if f.name != "why_padded"}
+    return Progress(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))
