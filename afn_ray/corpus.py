@@ -1,29 +1,14 @@
-"""Corpus files become slices, and slices become documents.
-
-``cut`` reads a file once and says what its parts are; ``read`` turns one part into documents and never
-raises for what is in them: a bad line, row or stream becomes a ``Document`` with a ``problem``.
-"""
+"""Which files a corpus is, where they are cut into slices, and a small sample of what they hold."""
 
 from __future__ import annotations
 
-import bz2
-import codecs
-import contextlib
-import csv
-import gzip
 import hashlib
-import json
-import lzma
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, Protocol, cast
+from collections.abc import Sequence
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import storage
-from afn_ray.errors import CorpusError, Interrupted, ShardError
+from afn_ray import reading, storage
+from afn_ray.errors import CorpusError
 from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet"}
@@ -31,46 +16,7 @@ FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "par
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings that all formats but Parquet may have."""
 
-BLOCK_BYTES = 1 << 20
-DECOMPRESSED_BLOCK_BYTES = 1 << 16  # decoded in the call that meets damage is lost, so ask for little
-LINE_BYTES = 64 << 20
-BATCH_BYTES = 4 << 20
-BATCH_ROWS = 64  # few: the bytes of dictionary-encoded rows cannot be told from the file's metadata
-PEEK_DOCUMENTS = 20
 SAMPLE_FILES = 8
-SAMPLE_BYTES = 1 << 20
-BOM = codecs.BOM_UTF8
-
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among them."""
-UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
-"""What pyarrow raises for a file that is not Parquet, or damaged."""
-
-MARK = "afn_ray.mark"
-SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-class _Damaged(Exception):
-    """A stream ends here: what comes before is good, the rest cannot be had."""
-
-
-class _TooLong(Exception):
-    """A CSV row is over the line limit."""
-
-
-class _Stream(Protocol):
-    def read1(self, size: int, /) -> bytes: ...
-
-
-class _Line(NamedTuple):
-    offset: int  # bytes from the start of the file
-    number: int  # lines from the start of the stream
-    length: int  # bytes, without the newline
-    data: bytes | None  # without the newline; None when over the limit
-    blank: bool
-
-
-# --- planning --------------------------------------------------------------------------------------------
 
 
 def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[FileInfo], list[str]]:
@@ -84,8 +30,8 @@ def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[File
     if not files:
         raise CorpusError(
             f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be followed by "
-            f".{', .'.join(COMPRESSIONS)}. Found: {_listing(skipped, 200)}. If they all have one format, name it "
-            "with --format"
+            f".{', .'.join(COMPRESSIONS)}. Found: {reading.listing(skipped, 200)}. If they all have one format, name "
+            "it with --format"
         )
     return files, skipped
 
@@ -101,7 +47,7 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
         if file.size:
             first.setdefault(_kind(file.uri, options)[0], file)
     for file in first.values():
-        _require_columns(file, _peek_columns(file, options), options)
+        _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
 
 
 def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
@@ -109,17 +55,17 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
 
     Uncompressed lines are cut at the first newline at or after ``shard_bytes`` from a slice's start, so that
     appending to a file leaves all slices but the last as they were. Parquet is cut between row groups;
-    everything else is one slice. An unreadable Parquet file is one slice, for ``read`` to quarantine.
+    everything else is one slice. An unreadable Parquet file is one slice, for ``reading`` to quarantine.
     Raises ``CorpusError`` for a column that a CSV or Parquet file does not have, or a file that cannot be read.
     """
     format, compression = _kind(file.uri, options)
     if format == "parquet":
         return _cut_parquet(file, options, shard_bytes)
-    if _is_lines(format, options) and not compression:
+    if reading.is_lines(format, options) and not compression:
         return _cut_lines(file, format, shard_bytes)
     if format == "csv":
-        _require_columns(file, _peek_columns(file, options), options)
-    if format == "txt" and not _is_lines(format, options):
+        _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
+    if format == "txt" and not reading.is_lines(format, options):
         num_documents = -1 if compression and file.size else 1
     else:
         num_documents = -1 if file.size else 0
@@ -136,7 +82,7 @@ def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) 
     documents: list[Document] = []
     for i, file in enumerate(chosen):
         quota = -(-(max_documents - len(documents)) // (count - i))  # what one file lacks, the next ones give
-        documents += _sample_file(file, options, quota)
+        documents += reading.sample(_whole(file, options), options, quota)
     return documents
 
 
@@ -153,80 +99,9 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
     return format, "" if format == "parquet" else compression
 
 
-def _is_lines(format: str, options: ReadOptions) -> bool:
-    return format == "jsonl" or (format == "txt" and options.txt_documents == "line")
-
-
-def _columns(options: ReadOptions) -> list[str]:
-    return list(dict.fromkeys(c for c in (options.text_column, options.id_column) if c is not None))
-
-
-def _listing(names: Iterable[str], width: int = 40) -> str:
-    names = list(names)
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return _printable(", ".join(name[:width] for name in names[:10])) + more
-
-
-def _missing(names: Sequence[str], options: ReadOptions) -> str | None:
-    return next((c for c in _columns(options) if c not in names), None)
-
-
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
-    if names is not None and (missing := _missing(names, options)) is not None:
-        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {_listing(names)}")
-
-
-def _peek_columns(file: FileInfo, options: ReadOptions) -> list[str] | None:
-    """Columns of ``file``'s first documents; None when they have none, or none that can be read."""
-    slice = _slice(file, *_kind(file.uri, options))
-    with _Source(file.uri, 0, file.size) as source:
-        if slice.format == "parquet":
-            with contextlib.suppress(*UNREADABLE):
-                return list(pq.ParquetFile(source).schema_arrow.names)
-            return None
-        lines = _lines(_blocks(source, slice.compression), _line_limit(options))
-        names: dict[str, None] = {}
-        with contextlib.suppress(_Damaged):
-            if slice.format == "csv":
-                header = next(_rows(lines, _line_limit(options)), None)
-                names.update(dict.fromkeys(header if isinstance(header, list) else []))
-            elif slice.format == "jsonl":
-                seen = 0
-                for line in lines:
-                    value = _json(line.data) if line.data and not line.blank else None
-                    names.update(dict.fromkeys(value if isinstance(value, dict) else []))
-                    seen += not line.blank
-                    if seen == PEEK_DOCUMENTS or (names and line.offset + line.length > SAMPLE_BYTES):
-                        break
-        return list(names) or None
-
-
-def _sample_file(file: FileInfo, options: ReadOptions, quota: int) -> list[Document]:
-    slice = _slice(file, *_kind(file.uri, options))
-    documents: list[Document] = []
-    budget = None if slice.format == "parquet" else SAMPLE_BYTES
-    with _Source(file.uri, 0, file.size, budget) as source, contextlib.suppress(_Damaged):
-        if slice.format == "txt" and options.txt_documents == "file":
-            return _sample_text(source, slice, options)[:quota]
-        num_bytes = 0
-        for document in _documents(source, slice, options) if quota > 0 else ():
-            if document.problem is None:
-                documents.append(document)
-            num_bytes += len(document.text)
-            if len(documents) == quota or num_bytes > SAMPLE_BYTES:
-                break
-    return documents
-
-
-def _sample_text(source: _Source, slice: FileSlice, options: ReadOptions) -> list[Document]:
-    head = bytearray()
-    with contextlib.suppress(_Damaged):
-        for block in _blocks(source, slice.compression):
-            head += block
-            if len(head) >= SAMPLE_BYTES:
-                break
-    document = _document(slice, 0, _decode(head[:SAMPLE_BYTES].removeprefix(BOM)), None, options)
-    return [document] if document.problem is None else []
+    if names is not None and (missing := reading.missing_column(names, options)) is not None:
+        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {reading.listing(names)}")
 
 
 # --- cutting ---------------------------------------------------------------------------------------------
@@ -243,8 +118,13 @@ def _slice(
     )  # fmt: skip
 
 
+def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
+    """All of ``file``, not hashed: for a first look."""
+    return _slice(file, *_kind(file.uri, options))
+
+
 def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
-    with _Source(file.uri, 0, file.size) as source:
+    with reading.Source(file.uri, 0, file.size) as source:
         source.drain()
         return _slice(file, format, compression, num_documents=num_documents, sha256=source.sha256.hexdigest())
 
@@ -254,15 +134,15 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
     has_ink = False  # the line under way is not blank
-    with _Source(file.uri, 0, file.size) as source:
-        while block := source.read(BLOCK_BYTES):
+    with reading.Source(file.uri, 0, file.size) as source:
+        while block := source.read(reading.BLOCK_BYTES):
             block_start = end
             while end < block_start + len(block):
                 at = end - block_start
                 newline = block.find(b"\n", max(at, start + shard_bytes - block_start))
                 piece = block[at : newline + 1] if newline >= 0 else block[at:]
                 sha256.update(piece)
-                *ended, last = (piece.removeprefix(BOM) if end == 0 else piece).split(b"\n")
+                *ended, last = (piece.removeprefix(reading.BOM) if end == 0 else piece).split(b"\n")
                 for line in ended:
                     num_documents += has_ink or bool(line.strip())
                     has_ink = False
@@ -277,13 +157,13 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
 
 
 def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
-    columns = _columns(options)
-    with _Source(file.uri, 0, file.size) as source:
+    columns = reading.columns_of(options)
+    with reading.Source(file.uri, 0, file.size) as source:
         try:
             parquet = pq.ParquetFile(source)
             names, metadata = parquet.schema_arrow.names, parquet.metadata
-            groups = _chunks(metadata, columns, file.size)
-        except UNREADABLE:
+            groups = reading.column_chunks(metadata, columns, file.size)
+        except reading.UNREADABLE:
             return [_cut_whole(file, "parquet", "", -1)]
         _require_columns(file, names, options)
         slices: list[FileSlice] = []
@@ -293,498 +173,7 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             num_bytes += size
             num_documents += metadata.row_group(end - 1).num_rows
             if end == len(sizes) or num_bytes + sizes[end] > shard_bytes:
-                sha256 = _hash_chunks(source, columns, groups[start:end])
+                sha256 = reading.hash_chunks(source, columns, groups[start:end])
                 slices.append(_slice(file, "parquet", "", start, end, num_bytes, num_documents, sha256))
                 start, num_bytes, num_documents = end, 0, 0
-        return slices or [_slice(file, "parquet", "", 0, 0, 0, 0, _hash_chunks(source, columns, []))]
-
-
-def _chunks(metadata: Any, columns: Sequence[str], size: int) -> list[list[tuple[int, int]]]:
-    """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one outside the file."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaves = [i for i, path in enumerate(paths) if any(path == c or path.startswith(c + ".") for c in columns)]
-    groups: list[list[tuple[int, int]]] = []
-    for group in range(metadata.num_row_groups):
-        groups.append([])
-        for leaf in leaves:
-            chunk = metadata.row_group(group).column(leaf)
-            offset = min(o for o in (chunk.dictionary_page_offset, chunk.data_page_offset) if o)
-            if not 0 <= offset <= offset + chunk.total_compressed_size <= size:
-                raise ValueError(f"row group {group} lies outside the file")
-            groups[-1].append((offset, chunk.total_compressed_size))
-    return groups
-
-
-def _hash_chunks(source: _Source, columns: Sequence[str], groups: Iterable[list[tuple[int, int]]]) -> str:
-    """SHA-256, in hex, of the names of ``columns`` and of the bytes of their chunks in ``groups``."""
-    sha256 = hashlib.sha256(json.dumps(columns).encode())
-    for chunks in groups:
-        for offset, left in chunks:
-            source.seek(offset)
-            while left and (block := source.read(min(left, BLOCK_BYTES))):
-                sha256.update(block)
-                left -= len(block)
-    return sha256.hexdigest()
-
-
-# --- reading ---------------------------------------------------------------------------------------------
-
-
-def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice`` in order, streamed in bounded memory.
-
-    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``Interrupted``, possibly after the last
-    document, when the file is no longer what ``cut`` saw, and ``ShardError`` when the disk or the network fails.
-    """
-    try:
-        yield from _read_parquet(slice, options) if slice.format == "parquet" else _read_bytes(slice, options)
-    except CorpusError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise _changed(slice) from error
-        raise ShardError(str(error)) from error
-
-
-def _changed(slice: FileSlice) -> Interrupted:
-    return Interrupted(
-        f"{slice.uri} changed while the run was reading it; run the same command again to plan it anew"
-    )  # fmt: skip
-
-
-def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    with _Source(slice.uri, slice.start, slice.end) as source:
-        num_documents = offset = 0
-        try:
-            for document in _documents(source, slice, options):
-                yield document
-                num_documents += 1
-                offset = document.offset + 1
-        except _Damaged as damage:
-            yield _problem(
-                slice, offset,
-                f"truncated or corrupt {slice.compression} stream after {num_documents} documents: {damage}",
-            )  # fmt: skip
-        source.drain()
-        if source.sha256.hexdigest() != slice.sha256:
-            raise _changed(slice)
-
-
-def _read_parquet(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    # Before, to waste no work; after, because pages are read here and there and cannot be hashed on the way.
-    size = _check_parquet(slice, options)
-    with _Source(slice.uri, 0, size) as source:
-        yield from _documents(source, slice, options)
-    _check_parquet(slice, options)
-
-
-def _check_parquet(slice: FileSlice, options: ReadOptions) -> int:
-    """Size of the file now. Raises ``Interrupted`` when it looks different and the bytes of ``slice`` are."""
-    now = storage.stat(slice.uri)
-    if (now.size, now.version) == (slice.size, slice.version):
-        return now.size
-    with _Source(slice.uri, 0, now.size) as source:
-        if slice.num_documents < 0:
-            source.drain()
-            sha256 = source.sha256.hexdigest()
-        else:
-            try:
-                groups = _chunks(pq.ParquetFile(source).metadata, _columns(options), now.size)
-                sha256 = _hash_chunks(source, _columns(options), groups[slice.start : slice.end])
-            except UNREADABLE as error:
-                raise _changed(slice) from error
-    if sha256 != slice.sha256:
-        raise _changed(slice)
-    return now.size
-
-
-def _documents(source: _Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice``, whose bytes ``source`` gives; raises ``_Damaged`` where a stream ends too early."""
-    if slice.format == "parquet":
-        return _parquet_documents(source, slice, options)
-    blocks = _blocks(source, slice.compression)
-    if slice.format == "csv":
-        return _csv_documents(blocks, slice, options)
-    return (_line_documents if _is_lines(slice.format, options) else _whole_document)(blocks, slice, options)
-
-
-def _whole_document(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    limit = options.max_document_bytes
-    rule = f"bytes is over max_document_bytes = {limit}"
-    if not slice.compression and slice.size > limit + len(BOM):
-        yield _problem(slice, 0, f"document of {slice.size} {rule}")
-        return
-    data = bytearray()
-    for block in blocks:
-        data += block
-        if len(data) > limit + len(BOM):
-            yield _problem(slice, 0, f"document of at least {len(data)} {rule}")
-            return
-    yield _document(slice, 0, _decode(data.removeprefix(BOM)), None, options)
-
-
-def _line_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    limit = _line_limit(options)
-    for line in _lines(blocks, limit, slice.start):
-        if line.blank:
-            continue
-        offset = line.number if slice.compression else line.offset
-        if line.data is None:
-            yield _problem(slice, offset, f"line of {line.length} bytes is over the limit of {limit}")
-        elif slice.format == "txt":
-            yield _document(slice, offset, _decode(line.data.removesuffix(b"\r")), None, options)
-        else:
-            yield _json_document(slice, offset, line.data, options)
-
-
-def _json_document(slice: FileSlice, offset: int, line: bytes, options: ReadOptions) -> Document:
-    value = _json(line)
-    if isinstance(value, _NotJson):
-        return _problem(slice, offset, f"not JSON: {value}")
-    if not isinstance(value, dict):
-        return _problem(slice, offset, f"line is {type(value).__name__}, expected an object")
-    doc_id = None
-    if options.id_column is not None:
-        found = value.get(options.id_column)
-        if isinstance(found, str | int | float) and not isinstance(found, bool):
-            doc_id = _clean(str(found))[0]
-    if options.text_column not in value:
-        reason = f"no column {options.text_column!r}; it has: {_listing(value)}"
-        return _problem(slice, offset, reason, doc_id)
-    text = value[options.text_column]
-    if isinstance(text, str):
-        return _document(slice, offset, text, doc_id, options)
-    kind = "null" if text is None else f"{type(text).__name__}, expected a string"
-    return _problem(slice, offset, f"{options.text_column} is {kind}", doc_id)
-
-
-class _NotJson(str):
-    """Why a line is not JSON."""
-
-
-def _json(line: bytes) -> Any:
-    try:
-        return json.loads(_decode(line))
-    except RecursionError:
-        return _NotJson("nested too deeply")
-    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
-        return _NotJson(error)
-
-
-def _csv_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    limit = _line_limit(options)
-    rows = _rows(_lines(blocks, limit), limit)
-    header = next(rows, None)
-    if header is None:
-        return
-    if isinstance(header, str):
-        yield _problem(slice, 0, f"header: {header}")
-        return
-    if (missing := _missing(header, options)) is not None:
-        yield _problem(slice, 0, f"no column {missing!r}; it has: {_listing(header)}")
-        return
-    text_at = header.index(options.text_column)
-    id_at = None if options.id_column is None else header.index(options.id_column)
-    for number, row in enumerate(rows):
-        if isinstance(row, str):
-            yield _problem(slice, number, row)
-        elif len(row) != len(header):
-            yield _problem(slice, number, f"row has {len(row)} fields, the header has {len(header)}")
-        else:
-            doc_id = None if id_at is None else _clean(row[id_at])[0] or None
-            yield _document(slice, number, row[text_at], doc_id, options)
-
-
-def _rows(lines: Iterator[_Line], limit: int) -> Iterator[list[str] | str]:
-    """Rows of a CSV stream, the header first; a string says why a row could not be parsed."""
-    held = 0  # bytes fed since the last row
-    ended = False
-
-    def feed() -> Iterator[str]:
-        nonlocal held, ended
-        for line in lines:
-            held += line.length + 1
-            if line.data is None or held > limit:
-                raise _TooLong
-            yield _decode(line.data) + "\n"
-        ended = True
-
-    # The module's limit belongs to the whole process: it is only ever raised, and the real bound is in feed().
-    csv.field_size_limit(max(csv.field_size_limit(), limit))
-    reader = csv.reader(feed())
-    while True:
-        held = 0
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            yield f"not CSV: {error}"
-            continue
-        except _TooLong:
-            yield f"row is over the limit of {limit} bytes (is a quote not closed?); the rest of the file is left out"
-            return
-        if row is None:
-            return
-        if ended:  # the reader only asks for a line after the last one inside a quoted field
-            yield "quoted field is not closed before the end of the file"
-            return
-        if row:
-            yield row
-
-
-def _parquet_documents(source: _Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    unreadable = "not a readable Parquet file"
-    try:
-        file = pq.ParquetFile(source, buffer_size=BLOCK_BYTES, pre_buffer=False)
-        schema, metadata = file.schema_arrow, file.metadata
-        num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    except UNREADABLE as error:
-        yield _problem(slice, 0, f"{unreadable}: {error}")
-        return
-    if (missing := _missing(schema.names, options)) is not None:
-        yield _problem(slice, 0, f"no column {missing!r}; it has: {_listing(schema.names)}")
-        return
-    kind = schema.field(schema.names.index(options.text_column)).type
-    row = sum(num_rows[: slice.start])
-    for group in range(slice.start, min(slice.end, len(num_rows))):
-        end = row + num_rows[group]
-        if not _is_text(kind):
-            for offset in range(row, end):
-                yield _problem(slice, offset, f"{options.text_column} is {kind}, expected a string")
-            row = end
-            continue
-        try:
-            for texts, ids in _batches(file, group, options):
-                for text, doc_id in zip(texts, ids, strict=True):
-                    if text is None:
-                        yield _problem(slice, row, f"{options.text_column} is null", doc_id)
-                    else:
-                        yield _document(slice, row, text, doc_id, options)
-                    row += 1
-            if row != end:
-                raise ValueError(f"{end - row} rows are missing")
-        except UNREADABLE as error:
-            yield _problem(slice, row, f"{unreadable}: row group {group}: {error}")
-        row = end
-
-
-def _batches(file: Any, group: int, options: ReadOptions) -> Iterator[tuple[list[str | None], list[str | None]]]:
-    """Texts and ids of one row group, a few megabytes at a time where its metadata allow to tell."""
-    columns = _columns(options)
-    metadata = file.metadata.row_group(group)
-    leaves = (metadata.column(i) for i in range(metadata.num_columns))
-    num_bytes = sum(c.total_uncompressed_size for c in leaves if c.path_in_schema in columns)
-    num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * metadata.num_rows // max(num_bytes, 1)))
-    for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
-        names = batch.schema.names
-        texts = _strings(batch.column(names.index(options.text_column)))
-        if options.id_column is None:
-            yield texts, [None] * len(texts)
-        else:
-            ids = _strings(batch.column(names.index(options.id_column)))
-            yield texts, [doc_id and _clean(doc_id)[0] for doc_id in ids]
-
-
-def _is_text(kind: Any) -> bool:
-    """Whether an Arrow type holds strings, or bytes that may be UTF-8."""
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
-    return pa.types.is_fixed_size_binary(kind) or any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
-
-
-def _strings(column: Any) -> list[str | None]:
-    """Values of an Arrow array as strings that may hold surrogates; nested ones are None."""
-    if not _is_text(column.type):
-        try:
-            column = column.cast(pa.string())
-        except pa.ArrowNotImplementedError:
-            return [None] * len(column)
-    # By way of bytes, since pyarrow does not check that strings are UTF-8.
-    return [None if value is None else _decode(value) for value in column.cast(pa.large_binary()).to_pylist()]
-
-
-# --- documents -------------------------------------------------------------------------------------------
-
-# An invalid sequence becomes a lone surrogate, which UTF-8 cannot hold, so that it can be told from a U+FFFD
-# of the source until the text has been found in its line.
-codecs.register_error(MARK, lambda error: ("\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0))
-
-
-def _decode(data: bytes | bytearray) -> str:
-    return data.decode("utf-8", MARK)
-
-
-def _clean(text: str) -> tuple[str, int]:
-    """``text`` with U+FFFD for lone surrogates, and their number."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return SURROGATES.subn("\ufffd", text)
-    return text, 0
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _document(slice: FileSlice, offset: int, text: str, doc_id: str | None, options: ReadOptions) -> Document:
-    text, num_replaced = _clean(text)
-    num_bytes = len(text.encode())
-    if num_bytes > options.max_document_bytes:
-        reason = f"document of {num_bytes} bytes is over max_document_bytes = {options.max_document_bytes}"
-        return _problem(slice, offset, reason, doc_id)
-    return Document(slice.uri, offset, text, doc_id, num_replaced)
-
-
-def _problem(slice: FileSlice, offset: int, reason: str, doc_id: str | None = None) -> Document:
-    return Document(slice.uri, offset, "", doc_id, problem=_printable(reason[:600]))
-
-
-# --- bytes -----------------------------------------------------------------------------------------------
-
-
-class _Source:
-    """The bytes ``start`` to ``end`` of a file, hashed as they are read.
-
-    What goes wrong below is a ``CorpusError``, never an ``OSError``: readers would take that for bad content
-    and quarantine what a second try can read. With a ``budget``, ``_Damaged`` where more bytes are asked for.
-    """
-
-    def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
-        self._file = storage.open_read(uri)
-        self._uri, self._start, self._budget = uri, start, budget
-        self.size = end - start
-        self._at = 0
-        self.closed = False
-        self.rewind()
-
-    def __enter__(self) -> _Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def close(self) -> None:
-        """Nothing: pyarrow closes what it has been lent; ``with`` closes the file."""
-
-    def rewind(self) -> None:
-        self.sha256 = hashlib.sha256()
-        self.seek(0)
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = offset + (0, self._at, self.size)[whence]
-        try:
-            self._file.seek(self._start + self._at)
-        except OSError as error:
-            raise CorpusError(f"reading {self._uri}: {error}") from error
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self._budget is not None and self._at >= self._budget:
-            raise _Damaged("over the budget")
-        left = max(self.size - self._at, 0)
-        try:
-            data = self._file.read(min(size, left) if size >= 0 else left)
-        except OSError as error:
-            raise CorpusError(f"reading {self._uri}: {error}") from error
-        self._at += len(data)
-        self.sha256.update(data)
-        return data
-
-    read1 = read
-
-    def drain(self) -> None:
-        while self.read(BLOCK_BYTES):
-            pass
-
-
-class _Zst:
-    """A zstd stream of any number of frames.
-
-    Arrow loses what it decoded in the call that meets damage. Then this starts anew, goes to where it was and
-    on byte by byte.
-    """
-
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self._given = 0
-        self._step: int | None = None
-        self._open()
-
-    def _open(self) -> None:
-        self._source.rewind()
-        self._stream = pa.CompressedInputStream(pa.PythonFile(self._source, "r"), "zstd")
-
-    def read1(self, size: int, /) -> bytes:
-        try:
-            data = bytes(self._stream.read(self._step or size))
-        except DAMAGE:
-            if self._step:
-                raise
-            self._step = 1
-            self._open()
-            skip = self._given
-            while skip and (skipped := len(self._stream.read(min(skip, size)))):
-                skip -= skipped
-            data = bytes(self._stream.read(1))
-        self._given += len(data)
-        return data
-
-
-def _decompressed(source: _Source, compression: str) -> _Stream:
-    if compression == "gz":
-        return gzip.GzipFile(fileobj=source, mode="rb")
-    if compression == "bz2":
-        return bz2.BZ2File(source)
-    return lzma.LZMAFile(cast(IO[bytes], source)) if compression == "xz" else _Zst(source)
-
-
-def _blocks(source: _Source, compression: str) -> Iterator[bytes]:
-    """What ``source`` holds, decompressed; raises ``_Damaged``. A byte order mark is whole in the first block."""
-    if source.size == 0:  # some decompressors take nothing for damage
-        return
-    stream = _decompressed(source, compression) if compression else source
-    size = DECOMPRESSED_BLOCK_BYTES if compression else BLOCK_BYTES
-    head = b""
-    try:
-        while len(head) < len(BOM) and (more := stream.read1(size)):
-            head += more
-        yield head
-        while block := stream.read1(size):
-            yield block
-    except DAMAGE as error:
-        raise _Damaged(str(error) or type(error).__name__) from error
-
-
-def _line_limit(options: ReadOptions) -> int:
-    """Bytes of the longest line or CSV row that is parsed: other columns and escapes need room beside the text."""
-    return max(LINE_BYTES, 8 * options.max_document_bytes)
-
-
-def _lines(blocks: Iterable[bytes], limit: int, start: int = 0) -> Iterator[_Line]:
-    """Lines of ``blocks``, the first of which is at byte ``start`` of its file; holds ``limit`` bytes at most."""
-    offset, number, length, blank = start, 0, 0, True
-    pieces: list[bytes] = []
-    for i, block in enumerate(blocks):
-        if i == 0 and start == 0 and block.startswith(BOM):
-            block, offset = block[len(BOM) :], len(BOM)
-        parts = block.split(b"\n")
-        for j, part in enumerate(parts):
-            length += len(part)
-            blank = blank and (not part or part.isspace())
-            if length <= limit:
-                pieces.append(part)
-            else:
-                pieces.clear()
-            if j + 1 < len(parts):
-                yield _Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)
-                offset, number, length, blank = offset + length + 1, number + 1, 0, True
-                pieces.clear()
-    if length:
-        yield _Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)
+        return slices or [_slice(file, "parquet", "", 0, 0, 0, 0, reading.hash_chunks(source, columns, []))]

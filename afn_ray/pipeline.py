@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray import corpus, manifest, model, records, tokens
+from afn_ray import manifest, model, reading, records, tokens
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
@@ -172,7 +172,7 @@ class Processor:
             ("documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars"), 0
         )
         summary = Summary(layers)
-        documents = (d for piece in shard.slices for d in corpus.read(piece, config.read_options))
+        documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
         with _scratch_folder(config) as folder:
             with records.ShardFiles(folder, layers, config.offsets) as files:
                 seconds = self._measure_and_write(documents, halvings, files, summary, counts)

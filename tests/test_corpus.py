@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import corpus, storage
+from afn_ray import corpus, reading, storage
 from afn_ray.errors import CorpusError, Interrupted, ShardError
 from afn_ray.schema import Document, FileInfo, ReadOptions
 
@@ -65,7 +65,7 @@ def read_all(file: FileInfo, options: ReadOptions = OPTIONS, shard_bytes: int = 
     """Documents over all slices; the counts that slices state must be true."""
     documents: list[Document] = []
     for slice in corpus.cut(file, options, shard_bytes):
-        found = list(corpus.read(slice, options))
+        found = list(reading.read(slice, options))
         assert slice.num_documents in (-1, len(found))
         documents += found
     assert all(d.source == file.uri for d in documents)
@@ -149,7 +149,7 @@ def test_cuts_conserve_documents_and_offsets(
     file = remember(data, "txt")
     whole = read_all(file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "BLOCK_BYTES", max(block, 3))
+        patch.setattr(reading, "BLOCK_BYTES", max(block, 3))
         slices = corpus.cut(file, OPTIONS, shard_bytes)
         assert read_all(file, OPTIONS, shard_bytes) == whole
     bounds = [0] + [s.end for s in slices]
@@ -201,7 +201,7 @@ def test_what_cannot_be_cut_is_one_slice(ending: str, options: ReadOptions, num_
 def test_an_empty_file_has_no_documents(ending: str) -> None:
     (slice,) = corpus.cut(remember(b"", ending), OPTIONS, 100)
     assert (slice.start, slice.end, slice.num_documents) == (0, 0, 0)
-    assert list(corpus.read(slice, OPTIONS)) == []
+    assert list(reading.read(slice, OPTIONS)) == []
 
 
 @pytest.mark.parametrize("ending", ["txt", "txt.bz2"])
@@ -295,7 +295,7 @@ def test_documents_over_the_limit() -> None:
 
 
 def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "LINE_BYTES", 4 << 20)
+    monkeypatch.setattr(reading, "LINE_BYTES", 4 << 20)
     options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
     with (tmp_path / "a.jsonl").open("wb") as sink:
         sink.write(jsonl({"text": "before"}))
@@ -313,7 +313,7 @@ def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.gz", "csv.gz"])
 def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    monkeypatch.setattr(corpus, "LINE_BYTES", 4 << 20)
+    monkeypatch.setattr(reading, "LINE_BYTES", 4 << 20)
     with gzip.open(tmp_path / f"bomb.{ending}", "wb", compresslevel=1) as sink:
         sink.write(b"text\n")
         for _ in range(200):
@@ -412,7 +412,7 @@ def test_csv_quote_that_is_not_closed() -> None:
 
 
 def test_csv_row_over_the_limit_ends_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "LINE_BYTES", 1000)
+    monkeypatch.setattr(reading, "LINE_BYTES", 1000)
     options = dataclasses.replace(OPTIONS, max_document_bytes=100)
     assert len(read_all(remember(b"text\n" + b"a\n" * 2000, "csv"), options)) == 2000  # of a row, not of the file
     for row in (b'"' + b"b\n" * 1000 + b'"', b"b" * 2000):
@@ -503,16 +503,16 @@ def test_parquet_hash_is_of_the_columns_that_are_read(tmp_path: Path) -> None:
 def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [os.urandom(5000).hex() for _ in range(40)]
     file = parquet(tmp_path / "a.parquet", {"text": rows})
-    monkeypatch.setattr(corpus, "BATCH_BYTES", 20_500)
-    with corpus._Source(file.uri, 0, file.size) as source:
-        sizes = [len(t) for t, _ in corpus._batches(pq.ParquetFile(source), 0, OPTIONS)]
+    monkeypatch.setattr(reading, "BATCH_BYTES", 20_500)
+    with reading.Source(file.uri, 0, file.size) as source:
+        sizes = [len(t) for t, _ in reading._batches(pq.ParquetFile(source), 0, OPTIONS)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
 
 
 def test_parquet_rows_that_do_not_come_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
-    monkeypatch.setattr(corpus, "_batches", lambda *_: iter([(["a"] * 3, [None] * 3)]))
+    monkeypatch.setattr(reading, "_batches", lambda *_: iter([(["a"] * 3, [None] * 3)]))
     documents = read_all_inexact(file)
     assert texts(documents) == ["a", "a", "a", None]
     assert documents[3].problem == "not a readable Parquet file: row group 0: 2 rows are missing"
@@ -541,7 +541,7 @@ def test_parquet_with_a_damaged_page_keeps_the_other_row_groups(tmp_path: Path) 
 
 
 def read_all_inexact(file: FileInfo) -> list[Document]:
-    return [d for s in corpus.cut(file, OPTIONS, 1 << 30) for d in corpus.read(s, OPTIONS)]
+    return [d for s in corpus.cut(file, OPTIONS, 1 << 30) for d in reading.read(s, OPTIONS)]
 
 
 def test_parquet_without_rows(tmp_path: Path) -> None:
@@ -607,10 +607,10 @@ def test_a_file_that_changed_interrupts(tmp_path: Path, name: str, options: Read
     for data in (compress(b'text\n{"text": "b"}\n'), b"te", b""):
         write(tmp_path, name, data)
         with pytest.raises(Interrupted, match="changed while the run was reading it; run the same command again"):
-            list(corpus.read(slice, options))
+            list(reading.read(slice, options))
     (tmp_path / name).unlink()
     with pytest.raises(Interrupted, match="changed"):
-        list(corpus.read(slice, options))
+        list(reading.read(slice, options))
 
 
 def test_a_file_that_was_touched_or_appended_to_is_read() -> None:
@@ -619,7 +619,7 @@ def test_a_file_that_was_touched_or_appended_to_is_read() -> None:
     (slice,) = corpus.cut(file, OPTIONS, 1000)
     fs, path = storage.open_filesystem(file.uri)
     fs.pipe_file(path, data + jsonl({"text": "c"}))
-    assert texts(list(corpus.read(slice, OPTIONS))) == ["a", "b"]
+    assert texts(list(reading.read(slice, OPTIONS))) == ["a", "b"]
 
 
 def test_a_parquet_file_that_changed_interrupts(tmp_path: Path) -> None:
@@ -632,19 +632,19 @@ def test_a_parquet_file_that_changed_interrupts(tmp_path: Path) -> None:
 
     (slice,) = corpus.cut(rewrite("a", "x"), OPTIONS, 100)
     rewrite("a", "another, of another size")
-    assert texts(list(corpus.read(slice, OPTIONS))) == ["a"] * 5
+    assert texts(list(reading.read(slice, OPTIONS))) == ["a"] * 5
     rewrite("b", "x")
     with pytest.raises(Interrupted):
-        list(corpus.read(slice, OPTIONS))
+        list(reading.read(slice, OPTIONS))
     path.write_bytes(b"no parquet")
     with pytest.raises(Interrupted):
-        list(corpus.read(slice, OPTIONS))
+        list(reading.read(slice, OPTIONS))
     path.unlink()
     with pytest.raises(Interrupted):
-        list(corpus.read(slice, OPTIONS))
+        list(reading.read(slice, OPTIONS))
 
     (slice,) = corpus.cut(rewrite("a", "x"), OPTIONS, 100)
-    documents = corpus.read(slice, OPTIONS)
+    documents = reading.read(slice, OPTIONS)
     next(documents)
     rewrite("b", "x")  # while it is being read
     with pytest.raises(Interrupted):
@@ -665,7 +665,7 @@ def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(storage, "open_read", lambda uri: Failing(b""))
     with pytest.raises(ShardError, match="the network is down"):
-        list(corpus.read(slice, OPTIONS))
+        list(reading.read(slice, OPTIONS))
     with pytest.raises(CorpusError, match="the network is down"):
         corpus.cut(file, OPTIONS, 1000)
 
@@ -702,16 +702,16 @@ def test_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(plain))
     assert file.size > 2 << 20
     read = 0
-    original = corpus._Source.read
+    original = reading.Source.read
 
-    def counting(self: corpus._Source, size: int = -1, /) -> bytes:
+    def counting(self: reading.Source, size: int = -1, /) -> bytes:
         nonlocal read
         data = original(self, size)
         read += len(data)
         return data
 
-    monkeypatch.setattr(corpus._Source, "read", counting)
-    monkeypatch.setattr(corpus._Source, "read1", counting)
+    monkeypatch.setattr(reading.Source, "read", counting)
+    monkeypatch.setattr(reading.Source, "read1", counting)
     found = corpus.sample([file], options, 100_000)
     assert 0 < read < 3 << 19 if name != "a.parquet" else 0 < read < 3 << 20
     if "txt" in name and options is not OPTIONS and options.txt_documents == "file":
