@@ -162,8 +162,9 @@ class Processor:
         """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a rival's.
 
         ``halvings``: how often the token budget is halved, for a shard that met too little memory. Raises
-        ``ShardError`` for what is this shard's alone, ``Interrupted`` for a full disk, ``Unavailable`` where the store
-        or the corpus does not answer, ``StoreError`` for a store that fails.
+        ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is not the planned one), ``Interrupted``
+        for a full disk, ``Unavailable`` where the store or the corpus does not answer, ``StoreError`` for a store that
+        fails.
         """
         config, layers = self.task.config, self.task.layers
         if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id)) is not None:

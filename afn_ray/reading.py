@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afn_ray import storage
-from afn_ray.errors import CorpusError, Interrupted, ShardError
-from afn_ray.schema import Document, FileSlice, ReadOptions
+from afn_ray.errors import CorpusChanged, CorpusError, ShardError
+from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
 
 BLOCK_BYTES = 1 << 20
 DECOMPRESSED_BLOCK_BYTES = 1 << 16  # decoded in the call that meets damage is lost, so ask for little
@@ -69,21 +69,27 @@ class _Line(NamedTuple):
 def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     """Documents of ``slice`` in order, streamed in bounded memory.
 
-    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``Interrupted``, possibly after the last
-    document, when the file is no longer what ``cut`` saw, and ``ShardError`` when the disk or the network fails.
+    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly after the last
+    document, when the slice's bytes are not those that were planned, ``ShardError`` when the disk or the network
+    fails, ``Unavailable`` when it does not answer.
+
+    What is planned is bytes: a file that was touched or written anew with the same content is read, and so is a
+    slice of lines or row groups whose own bytes are the same in a file that grew.
     """
     try:
-        yield from _read_parquet(slice, options) if slice.format == "parquet" else _read_bytes(slice, options)
+        now = _check(slice, options)
+        if slice.format == "parquet":
+            with Source(slice.uri, 0, now.size) as source:
+                yield from _documents(source, slice, options)
+            _check(slice, options, trusted="etag:")  # pages are read here and there, and not hashed on the way
+        else:
+            yield from _read_bytes(slice, options)
     except CorpusError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise _changed(slice) from error
+            raise CorpusChanged(
+                f"{slice.uri} is gone since it was planned; run the same command again to plan without it"
+            ) from error
         raise ShardError(str(error)) from error
-
-
-def _changed(slice: FileSlice) -> Interrupted:
-    return Interrupted(
-        f"{slice.uri} changed while the run was reading it; run the same command again to plan it anew"
-    )  # fmt: skip
 
 
 def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
@@ -101,35 +107,61 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
             )  # fmt: skip
         source.drain()
         if source.sha256.hexdigest() != slice.sha256:
-            raise _changed(slice)
+            raise _changed(slice, storage.stat(slice.uri), source.sha256.hexdigest())
 
 
-def _read_parquet(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    # Before, to waste no work; after, because pages are read here and there and cannot be hashed on the way.
-    size = _check_parquet(slice, options)
-    with Source(slice.uri, 0, size) as source:
-        yield from _documents(source, slice, options)
-    _check_parquet(slice, options)
+def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInfo:
+    """The file now. Raises ``CorpusChanged`` when the bytes of ``slice`` are not those that were planned.
 
-
-def _check_parquet(slice: FileSlice, options: ReadOptions) -> int:
-    """Size of the file now. Raises ``Interrupted`` when it looks different and the bytes of ``slice`` are."""
+    They are not read where the file has the planned size and version, and that begins with ``trusted``.
+    """
     now = storage.stat(slice.uri)
-    if (now.size, now.version) == (slice.size, slice.version):
-        return now.size
-    with Source(slice.uri, 0, now.size) as source:
-        if slice.num_documents < 0:
-            source.drain()
-            sha256 = source.sha256.hexdigest()
-        else:
-            try:
-                groups = column_chunks(pq.ParquetFile(source).metadata, columns_of(options), now.size)
-                sha256 = hash_chunks(source, columns_of(options), groups[slice.start : slice.end])
-            except UNREADABLE as error:
-                raise _changed(slice) from error
-    if sha256 != slice.sha256:
-        raise _changed(slice)
-    return now.size
+    if (now.size, now.version) == (slice.size, slice.version) and now.version.startswith(trusted):
+        return now
+    if now.size != slice.size and not _is_part(slice, options):
+        raise _changed(slice, now)
+    if (sha256 := _hash(slice, options, now.size)) != slice.sha256:
+        raise _changed(slice, now, sha256)
+    return now
+
+
+def _is_part(slice: FileSlice, options: ReadOptions) -> bool:
+    """Whether the file may have another size and ``slice`` the same bytes."""
+    return _is_row_groups(slice) or (is_lines(slice.format, options) and not slice.compression)
+
+
+def _is_row_groups(slice: FileSlice) -> bool:
+    return slice.format == "parquet" and slice.num_documents >= 0  # else the file was unreadable when it was cut
+
+
+def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
+    """SHA-256, in hex, of the bytes of ``slice`` in its file of ``size`` bytes, as ``corpus.cut`` takes it."""
+    if _is_row_groups(slice):
+        with Source(slice.uri, 0, size) as source, contextlib.suppress(*UNREADABLE):
+            groups = column_chunks(pq.ParquetFile(source).metadata, columns_of(options), size)
+            return hash_chunks(source, columns_of(options), groups[slice.start : slice.end])
+        return "unreadable"
+    with Source(slice.uri, slice.start, slice.end) as source:
+        source.drain()
+        return source.sha256.hexdigest()
+
+
+def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged:
+    part = f"{'row groups' if _is_row_groups(slice) else 'bytes'} {slice.start} to {slice.end}"
+    differing = [
+        f"{what} {got}, planned {expected}"
+        for what, got, expected in (
+            ("size", now.size, slice.size), ("version", now.version, slice.version),
+            (f"sha256 of {part}", sha256[:12] or None, slice.sha256[:12]),
+        )
+        if got not in (None, expected)
+    ]  # fmt: skip
+    # A plan remembers files by size and version.
+    touch = "touch it and " if (now.size, now.version) == (slice.size, slice.version) else ""
+    return CorpusChanged(
+        f"{slice.uri} is not the file that was planned: {'; '.join(differing)}; {touch}run the same command again "
+        "to plan it anew"
+    )
 
 
 # --- a first look ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afn_ray import corpus, reading, storage
-from afn_ray.errors import CorpusError, Interrupted, ShardError
+from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions
 
 OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
@@ -598,57 +598,173 @@ def test_check_columns_sees_long_lines(tmp_path: Path) -> None:
 
 # --- change under way ------------------------------------------------------------------------------------
 
+NAMES = ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.bz2", "a.csv.xz", "a.jsonl.zst", "a.parquet", "no.parquet"]
+Write = Callable[[str, bytes], FileInfo]
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])
+
+@pytest.fixture
+def rewrite(place: str) -> Write:
+    """Writes a file, or writes it anew: under another version, whatever the clock's ticks."""
+    seconds = iter(range(1, 100))
+
+    def rewrite(name: str, data: bytes) -> FileInfo:
+        uri = storage.join(place, name)
+        fs, path = storage.open_filesystem(uri)
+        fs.makedirs(place, exist_ok=True)
+        fs.pipe_file(path, data)
+        if storage.is_local(uri):
+            os.utime(uri, (0, next(seconds)))
+        return storage.stat(uri)
+
+    return rewrite
+
+
+def content(name: str, text: str, num_rows: int = 5) -> bytes:
+    """A file of ``num_rows`` texts, as its name says."""
+    if name == "no.parquet":
+        return text.encode() * num_rows
+    if name == "a.parquet":
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"text": [text] * num_rows, "id": range(num_rows)}), sink, row_group_size=5)
+        return sink.getvalue()
+    _, format, *compression = name.split(".")
+    data = jsonl({"text": text}) * num_rows if format == "jsonl" else b"text\n" + f"{text}\n".encode() * num_rows
+    return COMPRESS[compression[0]](data) if compression else data
+
+
 @pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
-def test_a_file_that_changed_interrupts(tmp_path: Path, name: str, options: ReadOptions) -> None:
-    compress = COMPRESS.get(name.rpartition(".")[2], bytes)
-    (slice,) = corpus.cut(write(tmp_path, name, compress(b'text\n{"text": "a"}\n')), options, 1000)
-    for data in (compress(b'text\n{"text": "b"}\n'), b"te", b""):
-        write(tmp_path, name, data)
-        with pytest.raises(Interrupted, match="changed while the run was reading it; run the same command again"):
-            list(reading.read(slice, options))
-    (tmp_path / name).unlink()
-    with pytest.raises(Interrupted, match="changed"):
-        list(reading.read(slice, options))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_touched_is_read(rewrite: Write, name: str, options: ReadOptions) -> None:
+    data = content(name, "a")
+    (slice,) = corpus.cut(rewrite(name, data), options, 1000)
+    expected = list(reading.read(slice, options))
+    assert rewrite(name, data).version != slice.version
+    assert list(reading.read(slice, options)) == expected != []
 
 
-def test_a_file_that_was_touched_or_appended_to_is_read() -> None:
-    data = jsonl({"text": "a"}, {"text": "b"})
-    file = remember(data, "jsonl")
+@pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_another_content_gives_no_document(rewrite: Write, name: str, options: ReadOptions) -> None:
+    planned = rewrite(name, content(name, "a"))
+    (slice,) = corpus.cut(planned, options, 1000)
+    for data in (content(name, "b"), content(name, "b", 7), b"te", b""):
+        found = rewrite(name, data)
+        with pytest.raises(CorpusChanged, match=r"is not the file that was planned.*run the same command again") as e:
+            next(reading.read(slice, options))
+        told = str(e.value)
+        assert told.startswith(planned.uri)
+        assert f"version {found.version}, planned {planned.version}" in told and "touch" not in told
+        assert (f"size {found.size}, planned {planned.size}" in told) is (found.size != planned.size)
+        if found.size == planned.size:
+            part = "row groups 0 to 1" if name == "a.parquet" else f"bytes 0 to {planned.size}"
+            assert f"sha256 of {part} " in told and f", planned {slice.sha256[:12]}" in told
+    assert len(content(name, "b")) == planned.size
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_is_gone_says_so(rewrite: Write, name: str) -> None:
+    file = rewrite(name, content(name, "a"))
     (slice,) = corpus.cut(file, OPTIONS, 1000)
-    fs, path = storage.open_filesystem(file.uri)
-    fs.pipe_file(path, data + jsonl({"text": "c"}))
-    assert texts(list(reading.read(slice, OPTIONS))) == ["a", "b"]
+    storage.delete([file.uri])
+    with pytest.raises(CorpusChanged, match="is gone since it was planned; run the same command again"):
+        next(reading.read(slice, OPTIONS))
 
 
-def test_a_parquet_file_that_changed_interrupts(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-
-    def rewrite(text: str, other: str) -> FileInfo:
-        file = parquet(path, {"text": [text] * 5, "other": [other] * 5})
-        os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
-        return file
-
-    (slice,) = corpus.cut(rewrite("a", "x"), OPTIONS, 100)
-    rewrite("a", "another, of another size")
-    assert texts(list(reading.read(slice, OPTIONS))) == ["a"] * 5
-    rewrite("b", "x")
-    with pytest.raises(Interrupted):
-        list(reading.read(slice, OPTIONS))
-    path.write_bytes(b"no parquet")
-    with pytest.raises(Interrupted):
-        list(reading.read(slice, OPTIONS))
-    path.unlink()
-    with pytest.raises(Interrupted):
-        list(reading.read(slice, OPTIONS))
-
-    (slice,) = corpus.cut(rewrite("a", "x"), OPTIONS, 100)
+@pytest.mark.parametrize("name", NAMES)
+def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path, name, content(name, "a"))
+    (slice,) = corpus.cut(file, OPTIONS, 1000)
+    write(tmp_path, name, content(name, "b"))
+    os.utime(file.uri, ns=(0, int(file.version.removeprefix("time:"))))
+    assert storage.stat(file.uri) == file
     documents = reading.read(slice, OPTIONS)
     next(documents)
-    rewrite("b", "x")  # while it is being read
-    with pytest.raises(Interrupted):
+    with pytest.raises(CorpusChanged, match=r"planned: sha256 of .*; touch it and run the same command again"):
         list(documents)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_lines_behind_or_before_a_slice_do_not_concern_it(rewrite: Write, name: str) -> None:
+    data = b"".join(content(name, str(i)) for i in range(10))
+    slices = corpus.cut(rewrite(name, data), OPTIONS, len(data) // 4)
+    expected = [list(reading.read(s, OPTIONS)) for s in slices]
+    assert len(slices) > 2
+    rewrite(name, data + content(name, "new"))
+    assert [list(reading.read(s, OPTIONS)) for s in slices] == expected
+    for changed in (data[:-10], data[: slices[-1].start] + b"x" * 99):
+        rewrite(name, changed)
+        assert [list(reading.read(s, OPTIONS)) for s in slices[:-1]] == expected[:-1]
+        with pytest.raises(CorpusChanged):
+            next(reading.read(slices[-1], OPTIONS))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("a.jsonl", "a.parquet")])
+def test_what_is_one_slice_is_another_file_when_it_grows(
+    rewrite: Write, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data = content(name, "a")
+    (slice,) = corpus.cut(rewrite(name, data), WHOLE, 1000)
+    rewrite(name, data + data)
+    monkeypatch.setattr(storage, "open_read", lambda uri: pytest.fail("its size says enough"))
+    with pytest.raises(CorpusChanged, match=f"size {2 * len(data)}, planned {len(data)}"):
+        next(reading.read(slice, WHOLE))
+
+
+def test_row_groups_and_columns_beside_a_slice_do_not_concern_it(tmp_path: Path) -> None:
+    def rewrite(texts: list[str], other: str) -> FileInfo:
+        columns = {"text": texts, "other": [other] * len(texts)}
+        return parquet(tmp_path / "a.parquet", columns, row_group_size=5)
+
+    slices = corpus.cut(rewrite(["a"] * 5 + ["b"] * 5, "x"), OPTIONS, 1)
+    rewrite(["a"] * 5 + ["c"] * 50, "another, of another size")
+    first, second = (reading.read(s, OPTIONS) for s in slices)
+    assert texts(list(first)) == ["a"] * 5
+    with pytest.raises(CorpusChanged, match="sha256 of row groups 1 to 2 "):
+        next(second)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("how", ["in place", "replaced"])
+def test_a_file_that_changes_while_it_is_read_ends_with_an_error(tmp_path: Path, name: str, how: str) -> None:
+    num_rows = 200_000 if name == "a.jsonl" else 500
+    file = write(tmp_path, name, content(name, "a", num_rows))
+    (slice,) = corpus.cut(file, OPTIONS, 1 << 30)
+    assert slice.num_bytes > 2 * reading.BLOCK_BYTES or name == "a.parquet"
+    documents = reading.read(slice, OPTIONS)
+    next(documents)
+    write(tmp_path, name if how == "in place" else "new", content(name, "b", num_rows))
+    if how == "replaced":  # who has the old file open reads it to its end
+        (tmp_path / "new").replace(file.uri)
+    if how == "replaced" and name == "a.jsonl":
+        assert [d.text for d in documents] == ["a"] * (num_rows - 1)
+    else:
+        with pytest.raises(CorpusChanged, match="planned"):
+            list(documents)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", ["stat", "open_read", "read", "seek"])
+def test_a_filesystem_that_does_not_answer_is_not_a_fault_of_the_file(
+    rewrite: Write, monkeypatch: pytest.MonkeyPatch, name: str, where: str
+) -> None:
+    file = rewrite(name, content(name, "a"))
+    (slice,) = corpus.cut(file, OPTIONS, 1000)
+
+    def fail(*_: object) -> Any:
+        raise Unavailable("the store does not answer")
+
+    class Failing(io.BytesIO):
+        read = fail if where == "read" else io.BytesIO.read
+        seek = fail if where == "seek" else io.BytesIO.seek
+
+    answer = {"stat": storage.stat, "open_read": lambda uri: Failing(content(name, "a")), where: fail}
+    monkeypatch.setattr(storage, "stat", answer["stat"])
+    monkeypatch.setattr(storage, "open_read", answer["open_read"])
+    with pytest.raises(Unavailable, match="does not answer"):
+        list(reading.read(slice, OPTIONS))
+    if where != "stat":
+        with pytest.raises(Unavailable, match="does not answer"):
+            corpus.cut(file, OPTIONS, 1000)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

@@ -400,23 +400,45 @@ def test_a_full_disk_stops_the_run_resumable_and_leaves_nothing_half_visible(
         assert len(all_rows(run, "documents")) == 60
 
 
-def test_a_corpus_that_changes_during_the_run_stops_it_and_the_next_run_plans_anew(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["another size", "same size", "same size and time", "gone"])
+def test_a_file_that_changes_under_the_run_costs_its_shard_and_the_next_run_plans_anew(
+    how: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
-    config = make_config(corpus=(str(corpus),))
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    files = [write_jsonl(folder / f"{i}.jsonl", [{"text": t} for t in verses[20 * i : 20 * i + 20]]) for i in range(3)]
+    for file in files:
+        os.utime(file, ns=(0, 10**18))
+    shard_bytes = max(f.stat().st_size for f in files)  # a shard each
+    config = make_config(shard_bytes=shard_bytes)
     begin = manifest.begin_run
 
     def change(*args: Any) -> Any:
-        write_jsonl(corpus, [{"text": t} for t in verses[60:130]])
+        text = files[1].read_text("utf-8")
+        files[1].write_text(text[: text.rindex("{")] if how == "another size" else text.replace("the", "one"), "utf-8")
+        if how == "same size and time":
+            os.utime(files[1], ns=(0, 10**18))
+        if how == "gone":
+            files[1].unlink()
         return begin(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "begin_run", change)
-        with pytest.raises(Interrupted, match="changed while the run was reading it"):
+        with pytest.raises(IncompleteRun, match=r"(?s)^1 of 3 shards .*\(.*1\.jsonl\): CorpusChanged: ") as error:
             afn_ray.run(config)
+    assert error.value.exit_code == 1
+    reason = "is gone since it was planned" if how == "gone" else "is not the file that was planned"
+    assert reason in str(error.value) and "run the same command again to plan" in str(error.value)
+    assert len(list(Path(config.store).rglob("commit.json"))) == 2
+    if how == "same size and time":
+        with pytest.raises(IncompleteRun, match="touch it and run the same command again"):
+            afn_ray.run(config)
+        files[1].touch()
     with afn_ray.run(config) as run:
-        assert len(all_rows(run, "documents")) == 70
+        rows = all_rows(run, "tokens")
+        assert run.info["counts"]["shards_reused"] == 2
+    with afn_ray.run(make_config(shard_bytes=shard_bytes, store=str(tmp_path / "straight"))) as run:
+        assert all_rows(run, "tokens") == rows
 
 
 def test_a_store_of_another_measure_is_refused_and_the_difference_named(
