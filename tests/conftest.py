@@ -39,8 +39,11 @@ def verses() -> list[str]:
         return [json.loads(line)["text"] for line in lines]
 
 
-def save_model(folder: Path, config: Any, seed: int = 0) -> Path:
-    """A model of ``config`` with random weights, large enough gains that its norms differ, in ``folder``."""
+def save_model(folder: Path, config: Any, seed: int = 0, tokenizer: Path | None = None) -> Path:
+    """A model of ``config`` with random weights, large enough gains that its norms differ, in ``folder``.
+
+    ``tokenizer``: a folder whose files it gets too.
+    """
     import torch
     import transformers
 
@@ -51,6 +54,17 @@ def save_model(folder: Path, config: Any, seed: int = 0) -> Path:
             if "norm" in name.lower() and name.endswith("weight"):  # fresh post-LN norms are all sqrt(d)
                 value.copy_(1 + 0.5 * torch.rand_like(value))
     model.save_pretrained(folder)
+    for file in () if tokenizer is None else tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
+    """Folder with MiniLM's tokenizer, for a model of any family."""
+    folder = tmp_path_factory.mktemp("wordpiece")
+    shutil.copy(minilm / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
 
 
@@ -67,6 +81,18 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copy(minilm / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_mpnet(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path) -> Path:
+    """An MPNet of 3 layers and 64 positions, of the family whose position biases forbid packing."""
+    import transformers
+
+    config = transformers.MPNetConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=66, pad_token_id=1,
+    )  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("tiny-mpnet"), config, tokenizer=wordpiece)
 
 
 @pytest.fixture(scope="session")
@@ -97,11 +123,8 @@ def tiny_gpt(tmp_path_factory: pytest.TempPathFactory, byte_bpe: Path) -> Path:
     """A GPT-2 of 3 layers and 48 positions: causal, no special tokens, Conv1D instead of linear layers."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("tiny-gpt")
-    save_model(folder, transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=2, n_positions=48))
-    for file in byte_bpe.iterdir():
-        shutil.copy(file, folder / file.name)
-    return folder
+    config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=2, n_positions=48)
+    return save_model(tmp_path_factory.mktemp("tiny-gpt"), config, tokenizer=byte_bpe)
 
 
 @pytest.fixture(scope="session")
@@ -109,15 +132,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, byte_bpe: Path) -> Path
     """A Llama of 3 layers with grouped-query attention and a final norm."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     config = transformers.LlamaConfig(
         vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=48,
     )  # fmt: skip
-    save_model(folder, config)
-    for file in byte_bpe.iterdir():
-        shutil.copy(file, folder / file.name)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny-llama"), config, tokenizer=byte_bpe)
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

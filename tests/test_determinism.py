@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import save_model, write_jsonl
+from conftest import write_jsonl
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -27,20 +24,6 @@ BUDGETS = (64, 100, 256, 1000, 2048, 4096, 16384)
 def make_processor(config: RunConfig, dtype: str = "float32") -> Processor:
     task, _ = pipeline.prepare(config, pipeline.find_model(config), "cpu", dtype)
     return Processor(task)
-
-
-@pytest.fixture(scope="module")
-def tiny_mpnet(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """An MPNet, of the family whose position biases forbid packing, with MiniLM's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-mpnet")
-    config = transformers.MPNetConfig(
-        vocab_size=30522, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=66, pad_token_id=1,
-    )  # fmt: skip
-    save_model(folder, config)
-    shutil.copy(minilm / "tokenizer.json", folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -105,14 +105,12 @@ def test_layer_0_alone_runs_no_block(tiny_bert: Path) -> None:
     assert ran == []
 
 
-def test_shared_layers_are_counted_by_pass(tmp_path: Path, minilm: Path) -> None:
+def test_shared_layers_are_counted_by_pass(tmp_path: Path, wordpiece: Path) -> None:
     config = transformers.AlbertConfig(
         vocab_size=30522, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
         intermediate_size=48, max_position_embeddings=64,
     )  # fmt: skip
-    save_model(tmp_path, config)
-    shutil.copy(minilm / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    save_model(tmp_path, config, tokenizer=wordpiece)
     loaded, encoder = load(tmp_path, [0, 1, 3])
     ids = encoder.encode(["And there was light."]).token_ids.tolist()
     (got,) = measure(loaded, ids)
@@ -159,15 +157,6 @@ def test_no_input_is_kept_behind_a_batch(tiny_bert: Path) -> None:
 
 
 # --- the self-check --------------------------------------------------------------------------------------
-
-
-def padded_model(tmp_path: Path, minilm: Path) -> Path:
-    """An MPNet: its attention has position biases, so it cannot be packed."""
-    options: dict[str, Any] = {"max_position_embeddings": 64, "pad_token_id": 1}
-    save_model(tmp_path, transformers.MPNetConfig(**SMALL, **options))
-    shutil.copy(minilm / "tokenizer.json", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return tmp_path
 
 
 SMALL = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -234,11 +223,8 @@ def test_an_attention_that_bypasses_the_interface_is_found(tiny_bert: Path, monk
     assert "2 of its blocks ran, and 0 times its attention went through the interface" in str(loaded.why_padded)
 
 
-def test_self_check_refuses_padding_that_changes_strengths(
-    tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = padded_model(tmp_path, minilm)
-    assert not load(folder, [2])[0].packed
+def test_self_check_refuses_padding_that_changes_strengths(tiny_mpnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not load(tiny_mpnet, [2])[0].packed
     right = model.Model._run
 
     def maskless(self: model.Model, inputs: dict[str, torch.Tensor]) -> None:
@@ -247,7 +233,7 @@ def test_self_check_refuses_padding_that_changes_strengths(
 
     monkeypatch.setattr(model.Model, "_run", maskless)
     with pytest.raises(ModelError, match="one padded batch against single texts"):
-        load(folder, [2])
+        load(tiny_mpnet, [2])
 
 
 def test_a_model_that_fails_in_any_way_is_refused_by_name(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_jsonl
 
 import afn_ray
 from afn_ray import job, manifest, model, pipeline, precision
@@ -33,11 +33,6 @@ def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def task_of(config: RunConfig) -> pipeline.Task:
     return pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")[0]
-
-
-def write_corpus(path: Path, texts: list[str]) -> str:
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    return str(path)
 
 
 def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
@@ -93,19 +88,27 @@ def test_what_is_not_safe_is_refused_and_says_why(
     assert not decided.trials[0].safe
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ModelError("tiny does not run in bfloat16"), "tiny does not run in bfloat16"),
+        (RuntimeError("CUDA out of memory.\nTried to allocate"), "CUDA out of memory."),
+    ],
+)
 def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
-    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    error: Exception, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     right = model.Model.prepare
 
     def refuse(self: Any, *args: Any) -> None:
         if str(self.dtype) != "torch.float32":
-            raise ModelError("tiny does not run in bfloat16")
+            raise error
         right(self, *args)
 
     monkeypatch.setattr(model.Model, "prepare", refuse)
     decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
-    assert (decided.dtype, decided.trials[0].why) == ("float32", "tiny does not run in bfloat16")
+    assert (decided.dtype, decided.trials[0].why) == ("float32", why)
 
 
 def test_a_sample_that_is_too_small_tells_nothing(make_config: MakeConfig, half: None) -> None:
@@ -141,8 +144,8 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    corpus = write_corpus(tmp_path / "c.jsonl", verses[:150])
-    config = make_config(corpus=(corpus,), dtype="auto", shard_bytes=1 << 20)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
+    config = make_config(corpus=(str(corpus),), dtype="auto", shard_bytes=1 << 20)
     events: list[str] = []
     with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         info = manifest.find_run(run.uri).info
@@ -157,7 +160,7 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
 
     monkeypatch.setattr(precision, "decide", never)
     events.clear()
-    write_corpus(tmp_path / "c.jsonl", verses[:100])
+    write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:100]])
     with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         assert manifest.find_run(run.uri).info["precision"] == info["precision"]
     assert "a pilot compares half precision with float32" not in events
@@ -181,33 +184,18 @@ def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], small_pilot: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
-    corpus = write_corpus(tmp_path / "c.jsonl", verses[:150])
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
     events: list[job.Event] = []
-    with afn_ray.run(make_config(corpus=(corpus,), dtype="bfloat16", shard_bytes=1 << 20), events.append) as run:
+    with afn_ray.run(make_config(corpus=(str(corpus),), dtype="bfloat16", shard_bytes=1 << 20), events.append) as run:
         assert manifest.find_run(run.uri).info["measure"]["dtype"] == "bfloat16"
     assert [e.message[:39] for e in events if e.kind == "warning"] == ["warning: bfloat16 is not safe here: the"]
-
-
-def test_memory_of_a_device_that_is_not_enough_is_a_reason(
-    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = model.Model.prepare
-
-    def full(self: Any, *args: Any) -> None:
-        if str(self.dtype) != "torch.float32":
-            raise RuntimeError("CUDA out of memory.\nTried to allocate")
-        right(self, *args)
-
-    monkeypatch.setattr(model.Model, "prepare", full)
-    decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
-    assert (decided.dtype, decided.trials[0].why) == ("float32", "CUDA out of memory.")
 
 
 def test_a_dry_run_decides_and_writes_nothing(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None
 ) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", verses[:150])
-    estimate = job.dry_run(make_config(corpus=(corpus,), dtype="auto"))
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
+    estimate = job.dry_run(make_config(corpus=(str(corpus),), dtype="auto"))
     assert estimate.dtype in ("float32", "bfloat16")
     assert not (tmp_path / "store").exists()
 
@@ -217,9 +205,9 @@ def test_a_padded_model_warns_once(tmp_path: Path, make_config: MakeConfig, monk
         raise ValueError("its attention is its own")
 
     monkeypatch.setattr("afn_ray.model.attention.Layout", refuse)
-    corpus = write_corpus(tmp_path / "c.jsonl", [f"Text number {i} of a few words." for i in range(300)])
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": f"Text number {i} of a few words."} for i in range(300)])
     events: list[job.Event] = []
-    with afn_ray.run(make_config(corpus=(corpus,)), events.append):
+    with afn_ray.run(make_config(corpus=(str(corpus),)), events.append):
         pass
     warnings = [e.message for e in events if e.kind == "warning"]
     assert len(warnings) == 1
