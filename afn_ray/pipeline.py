@@ -162,7 +162,7 @@ class Processor:
         """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a rival's.
 
         ``halvings``: how often the token budget is halved, for a shard that met too little memory. Raises
-        ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is not the planned one), ``Interrupted``
+        ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is another now), ``Interrupted``
         for a full disk, ``Unavailable`` where the store or the corpus does not answer, ``StoreError`` for a store that
         fails.
         """
