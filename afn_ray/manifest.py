@@ -7,12 +7,16 @@ Layout of a store::
     runs/<run>/plan.parquet                           written when the run begins; also what it remembers of files
     runs/<run>/run.json                               written once, last; its existence means complete
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
+
+Each says itself whether it is whole: a JSON file carries a checksum of all its other bytes (``sealed``), and what
+is in Parquet is listed with size and checksum in the commit.json or run.json that names it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +32,13 @@ import pyarrow.parquet as pq
 from afn_ray import corpus, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
-from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, Shard, fingerprint
+from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
 IO_THREADS = 16
 TABLES = ("tokens", "documents", "summary")
 RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
-    "precision": dict, "created_at": str, "finished_at": str,
+    "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 """Of the beginning of a run, at the beginning of its name."""
@@ -170,9 +174,7 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
     names = storage.list_names(runs)
     if held and measure_id not in held and not config.allow_another_measure:
         raise StoreError(_other_measure(config.store, names, measure))
-    ask = {"measure": measure_id, "shards": [s.id for s in plan.shards], "language": config.language,
-           "sink_factor": config.sink_factor}  # fmt: skip
-    suffix = fingerprint(ask)[:12]
+    suffix = _suffix(measure_id, plan.shards, config.language, config.sink_factor)
     begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
     newest = next(begun, "")
     if newest.endswith(suffix) and not (same := _open_folder(config.store, newest)).info.get("quarantined"):
@@ -189,6 +191,7 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
         for i, shard in enumerate(plan.shards)
         for piece in shard.slices
     ]
+    header["sha256"] = fingerprint([header, rows])
     table = pa.Table.from_pylist(rows, PLAN_SCHEMA).replace_schema_metadata({"afn": json.dumps(header)})
     with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
         storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
@@ -197,6 +200,39 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
 
 def _stamp(moment: datetime) -> str:
     return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def _suffix(measure_id: str, shards: Iterable[Shard], language: str, sink_factor: float) -> str:
+    """Last part of a run's name: what it was asked for."""
+    ask = {"measure": measure_id, "shards": [s.id for s in shards], "language": language, "sink_factor": sink_factor}
+    return fingerprint(ask)[:12]
+
+
+def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
+    """The shards that ``run`` planned, in order, and its plan's header, once both are proved to be what was written.
+
+    Raises ``StoreError`` for a plan that is missing, damaged, edited or another run's.
+    """
+    uri = storage.join(run.uri, "plan.parquet")
+    table = read_table(run, "plan")
+    try:
+        header = json.loads(table.schema.metadata[b"afn"])
+        rows = table.to_pylist()
+        digest = header.pop("sha256")
+        if digest != fingerprint([header, rows]):
+            raise StoreError(f"{uri} is damaged: its rows and header do not have the checksum that it carries")
+        config = RunConfig(**header["config"] | {"corpus": tuple(header["config"]["corpus"])})
+        shards = []
+        for (_, name), group in itertools.groupby(rows, lambda row: (row.pop("ordinal"), row.pop("shard"))):
+            shards.append(Shard.of([FileSlice(**row) for row in group], config.read_options))
+            if name != shards[-1].id:
+                raise StoreError(f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}") from error
+    suffix = _suffix(fingerprint(header["measure"]), shards, config.language, config.sink_factor)
+    if not run.id.endswith(f"-{suffix}"):
+        raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
+    return shards, header
 
 
 def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
@@ -239,7 +275,18 @@ def _json(data: bytes, uri: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
         raise StoreError(f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it")
+    value.pop("sha256", None)
+    if data != sealed(value):
+        raise StoreError(
+            f"{uri} is damaged: its bytes do not have the checksum that it carries; delete it and give the 'afn run' "
+            "command again"
+        )
     return value
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte changes unseen."""
+    return _json_bytes({**body, "sha256": sha256(_json_bytes(body)).hexdigest()})
 
 
 def find_run(uri: str) -> RunFolder:
@@ -275,15 +322,17 @@ def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
     """Keep ``value`` for all later runs under ``key``; returns what is kept, ours or a rival's."""
     uri = storage.join(store, "pilots", f"{key}.json")
     with contextlib.suppress(storage.AlreadyWritten):
-        storage.write_once(uri, _json_bytes({"schema_version": SCHEMA_VERSION, **value}))
+        storage.write_once(uri, sealed({"schema_version": SCHEMA_VERSION, **value}))
     return _json(storage.read_bytes(uri), uri)
 
 
 def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
-    """Write run.json, which makes the run complete."""
-    body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info}
+    """Write run.json, which makes the run complete; ``info["tables"]`` has what ``write_table`` gave."""
+    plan = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
+    tables = {"plan": _entry("plan.parquet", plan), **info["tables"]}
+    body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
     try:
-        storage.write_once(storage.join(run.uri, "run.json"), _json_bytes(body))
+        storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
     except storage.AlreadyWritten:
         return _open_folder(run.store, run.id)  # another process finished the same run with the same tables
     return RunFolder(run.uri, run.store, run.id, body)
@@ -297,8 +346,8 @@ def created_at(run: RunFolder) -> str:
     return str(plan[1].get("created_at", ""))
 
 
-def write_table(run: RunFolder, name: str, table: pa.Table) -> str:
-    """Write the run's table ``name`` and return its file's name, for ``run.json`` to list.
+def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
+    """Write the run's table ``name`` and return its file's name, size and checksum, for ``run.json`` to list.
 
     Nothing is replaced: a rival's file, or one that an unfinished reduce left behind, is kept where it holds the
     same, and stands beside ours where it does not.
@@ -312,16 +361,33 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> str:
             file = f"{name}-{sha256(data).hexdigest()[:16]}.parquet"
             with contextlib.suppress(storage.AlreadyWritten):  # named by its content
                 storage.write_once(storage.join(run.uri, file), data)
-    return file
+    return _entry(file, data)
+
+
+def _entry(name: str, data: bytes) -> dict[str, Any]:
+    return {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}
 
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
-    """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan."""
-    file = run.info.get("tables", {}).get(name, f"{name}.parquet")
+    """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan; unproved while it is not complete.
+
+    Raises ``StoreError`` when it is missing or not what run.json lists.
+    """
+    if not run.info:
+        uri = storage.join(run.uri, f"{name}.parquet")
+        return _table(storage.read_bytes(uri), uri)
+    entry = run.info["tables"].get(name)
+    file = entry.get("name") if isinstance(entry, dict) else None
     if not isinstance(file, str) or "/" in file:
-        raise StoreError(f"{run.uri}/run.json is damaged: its table {name} is {file!r}")
+        raise StoreError(f"{run.uri}/run.json is damaged: its table {name} is {_short(entry)}")
     uri = storage.join(run.uri, file)
-    return _table(storage.read_bytes(uri), uri)
+    data = storage.read_bytes(uri)
+    if _entry(file, data) != entry:
+        raise StoreError(
+            f"{uri} is damaged: {_short(_entry(file, data))}, expected {_short(entry)}; delete {run.uri}/run.json and "
+            "give the 'afn run' command again"
+        )
+    return _table(data, uri)
 
 
 def _parquet_bytes(table: pa.Table) -> bytes:
@@ -355,6 +421,12 @@ def shard_uri(store: str, measure_id: str, shard: str) -> str:
 
 def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
     """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
+    found = read_committed(store, measure_id, shard)
+    return None if found is None else found[0]
+
+
+def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Shard] | None:
+    """As ``read_commit``, with the slices that were read and how."""
     uri = storage.join(shard_uri(store, measure_id, shard), "commit.json")
     data = storage.read_if_there(uri)
     if data is None:
@@ -362,14 +434,21 @@ def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
     value = _json(data, uri)
     try:
         commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
-    except KeyError as error:
-        raise StoreError(f"{uri} is damaged: no {error}") from error
+        slices = tuple(FileSlice(**piece) for piece in value["slices"])
+        read = Shard(commit.shard, slices, ReadOptions(**value["options"]))
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}") from error
     files = commit.files if isinstance(commit.files, dict) else {}
     names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
     escapes = any("/" in n or n in ("", ".", "..") for n in names)
-    if commit.shard != shard or set(files) != set(TABLES) or escapes or not isinstance(commit.counts, dict):
-        raise StoreError(f"{uri} is damaged: it names shard {commit.shard} and files {names}")
-    return commit
+    if set(files) != set(TABLES) or escapes or not isinstance(commit.counts, dict):
+        raise StoreError(f"{uri} is damaged: it names the files {names}")
+    if (value.get("measure"), commit.shard) != (measure_id, shard):
+        raise StoreError(
+            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}; "
+            "delete its folder"
+        )
+    return commit, read
 
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[str, Commit]:
@@ -406,9 +485,10 @@ def publish(
         raise
     commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
     body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit),
-            "slices": [asdict(s) for s in shard.slices], "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
+            "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options),
+            "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
     try:
-        storage.write_once(storage.join(folder, "commit.json"), _json_bytes(body))
+        storage.write_once(storage.join(folder, "commit.json"), sealed(body))
         return commit
     except storage.AlreadyWritten:
         winner = read_commit(store, measure_id, shard.id)

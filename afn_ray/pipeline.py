@@ -174,14 +174,15 @@ class Processor:
         )
         summary = Summary(layers)
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
+        attempt = uuid.uuid4().hex[:16]
+        origin = {"measure": self.task.measure_id, "shard": shard.id, "attempt": attempt}
         with _scratch_folder(config) as folder:
-            with records.ShardFiles(folder, layers, config.offsets) as files:
+            with records.ShardFiles(folder, layers, config.offsets, origin) as files:
                 seconds = self._measure_and_write(documents, halvings, files, summary, counts)
                 files.write_summary(summary.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
             return manifest.publish(
-                config.store, self.task.measure_id, shard, uuid.uuid4().hex[:16], files.tables(), counts,
-                round(seconds, 3), made_by,
+                config.store, self.task.measure_id, shard, attempt, files.tables(), counts, round(seconds, 3), made_by
             )  # fmt: skip
 
     def _measure_and_write(

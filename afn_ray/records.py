@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -72,12 +73,19 @@ class TableFile:
 
 
 class ShardFiles:
-    """The three files of one attempt at a shard, closed on leaving the context."""
+    """The three files of one attempt at a shard, closed on leaving the context.
 
-    def __init__(self, folder: Path, layers: Sequence[int], offsets: bool) -> None:
-        self.tokens = TableFile(folder / "tokens.parquet", tokens_schema(layers, offsets))
-        self.documents = TableFile(folder / "documents.parquet", documents_schema(layers))
-        self.summary = TableFile(folder / "summary.parquet", SUMMARY_SCHEMA)
+    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs.
+    """
+
+    def __init__(self, folder: Path, layers: Sequence[int], offsets: bool, origin: Mapping[str, str]) -> None:
+        def table(name: str, schema: pa.Schema) -> TableFile:
+            label = json.dumps({**origin, "table": name})
+            return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
+
+        self.tokens = table("tokens", tokens_schema(layers, offsets))
+        self.documents = table("documents", documents_schema(layers))
+        self.summary = table("summary", SUMMARY_SCHEMA)
 
     def __enter__(self) -> ShardFiles:
         return self
@@ -101,6 +109,15 @@ class ShardFiles:
             name: (file.path, file.num_rows)
             for name, file in (("tokens", self.tokens), ("documents", self.documents), ("summary", self.summary))
         }
+
+
+def read_origin(file: pq.ParquetFile) -> dict[str, str]:
+    """What ``ShardFiles`` wrote into the footer: measure, shard, attempt and table; empty where nothing is."""
+    try:
+        value = json.loads((file.metadata.metadata or {}).get(b"afn", b"{}"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:

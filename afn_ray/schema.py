@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a stored table or the meaning of a stored value changes; part of every measure."""
 
 SPECIAL = 1
@@ -79,10 +79,12 @@ class Shard:
 
     id: str  # fingerprint of its slices and of how they are read
     slices: tuple[FileSlice, ...]
+    options: ReadOptions
 
     @classmethod
     def of(cls, slices: Sequence[FileSlice], options: ReadOptions) -> Shard:
-        return cls(fingerprint([[*s.identity, options.identity(s.format)] for s in slices]), tuple(slices))
+        identity = fingerprint([[*s.identity, options.identity(s.format)] for s in slices])
+        return cls(identity, tuple(slices), options)
 
     @property
     def num_bytes(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import secrets
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,7 +24,7 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-from afn_ray import demo, pipeline
+from afn_ray import demo, manifest, pipeline, storage
 from afn_ray.config import RunConfig
 from afn_ray.manifest import Commit
 from afn_ray.schema import Shard
@@ -161,12 +165,37 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
 
 
 RUN_INFO: dict[str, Any] = {
-    "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {}, "created_at": "",
+    "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {}, "tables": {}, "created_at": "",
     "precision": {"dtype": "float32", "asked": "float32", "device": "cpu", "why": "asked for", "n_tokens": 0,
                   "trials": []},
     "finished_at": "",
 }  # fmt: skip
 """The keys that every run.json has."""
+
+
+def rewrite(uri: str, data: bytes) -> None:
+    """Put ``data`` in the place of the file at ``uri``."""
+    storage.delete([uri])
+    storage.write_once(uri, data)
+
+
+def edit_sealed(uri: str, edit: Callable[[dict[str, Any]], object]) -> None:
+    """``edit`` the JSON file at ``uri`` and make its checksum right again, as one who knows how would."""
+    body = json.loads(storage.read_bytes(uri))
+    del body["sha256"]
+    edit(body)
+    rewrite(uri, manifest.sealed(body))
+
+
+def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) -> None:
+    """``edit`` a table of the run at ``run_uri`` and have its run.json list what it became."""
+    uri = f"{run_uri}/{name}.parquet"
+    sink = io.BytesIO()
+    pq.write_table(edit(pq.read_table(io.BytesIO(storage.read_bytes(uri)))), sink)
+    data = sink.getvalue()
+    rewrite(uri, data)
+    listed = {"name": f"{name}.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_sealed(f"{run_uri}/run.json", lambda info: info["tables"].update({name: listed}))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -14,8 +15,9 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import RUN_INFO
+from conftest import RUN_INFO, edit_sealed, rewrite
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +25,7 @@ from afn_ray import corpus, manifest, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
-from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
+from afn_ray.schema import SCHEMA_VERSION, FileSlice, ReadOptions, Shard, fingerprint
 
 MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
 MEASURE_ID = fingerprint(MEASURE)
@@ -256,6 +258,39 @@ def test_the_plan_is_written_as_rows_in_order(config: RunConfig) -> None:
     assert table["ordinal"].to_pylist() == [i for i, s in enumerate(plan.shards) for _ in s.slices]
 
 
+def test_a_plan_proves_itself(config: RunConfig) -> None:
+    run, plan = _begin(config), make_plan(config)
+    shards, header = manifest.read_shards(run)
+    assert shards == list(plan.shards) and header["measure"] == MEASURE
+    uri = run.uri + "/plan.parquet"
+    table = manifest.read_table(run, "plan")
+
+    def edited(table: pa.Table) -> bytes:
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        return sink.getvalue()
+
+    def resealed(rows: list[dict[str, Any]], **changes: Any) -> pa.Table:
+        changed = header | changes
+        changed["sha256"] = fingerprint([changed, rows])
+        return pa.Table.from_pylist(rows, table.schema).replace_schema_metadata({"afn": json.dumps(changed)})
+
+    rows = table.to_pylist()
+    for bad, says in (
+        (edited(table.slice(1)), "do not have the checksum"),
+        (edited(table.replace_schema_metadata({"afn": b"{}"})), "damaged: KeyError"),
+        (edited(table.replace_schema_metadata(None)), "damaged: TypeError"),
+        (edited(resealed([{**rows[0], "sha256": "0" * 64}, *rows[1:]])), "what by its slices is shard"),
+        (edited(resealed([row for row in rows if row["ordinal"]])), "of another run"),
+        (edited(resealed(rows, measure={"dtype": "bfloat16"})), "of another run"),
+    ):
+        rewrite(uri, bad)
+        with pytest.raises(StoreError, match=rf"plan\.parquet is .*{says}"):
+            manifest.read_shards(run)
+    rewrite(uri, edited(resealed(rows)))
+    assert manifest.read_shards(run)[0] == shards
+
+
 def test_another_measure_is_refused_and_the_difference_is_named(config: RunConfig, tmp_path: Path) -> None:
     _begin(config)
     _publish(config.store, make_plan(config).shards[0], "a" * 16, tmp_path)
@@ -280,7 +315,10 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     with pytest.raises(StoreError, match=rf"{run.id} is not complete"):
         find_run(run.uri)
     finish_run(run, RUN_INFO)
-    assert find_run(store).info == find_run(run.uri + "/").info == {"schema_version": 2, "id": run.id, **RUN_INFO}
+    info = find_run(store).info
+    assert find_run(run.uri + "/").info == info
+    assert info == {"schema_version": SCHEMA_VERSION, "id": run.id, **RUN_INFO, "tables": info["tables"]}
+    assert list(info["tables"]) == ["plan"]
     with pytest.raises(StoreError, match="neither a store nor a run"):
         find_run(store + "/runs/nothing")
 
@@ -290,10 +328,12 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     [
         (b"{", "is damaged"),
         (b"\xff", "is damaged"),
-        (b"[]", "schema version list, expected 2"),
-        (b"{}", "schema version None, expected 2"),
-        (b'{"schema_version": 2}', "is damaged: id is null"),
-        (b'{"schema_version": 1}', "schema version 1, expected 2; use the afn-ray that wrote it"),
+        (b"[]", "schema version list, expected 3"),
+        (b"{}", "schema version None, expected 3"),
+        (b'{"schema_version": 3}', "is damaged: its bytes do not have the checksum that it carries"),
+        (manifest.sealed({"schema_version": 3}), "is damaged: id is null"),
+        (manifest.sealed({"schema_version": 3}) + b" ", "is damaged: its bytes do not have the checksum"),
+        (b'{"schema_version": 2}', "schema version 2, expected 3; use the afn-ray that wrote it"),
     ],
 )
 def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes, says: str) -> None:
@@ -319,15 +359,20 @@ def test_a_damaged_table_is_named(config: RunConfig) -> None:
 
 def test_a_table_left_by_an_unfinished_reduce_stays_and_run_json_says_which_is_right(config: RunConfig) -> None:
     run = _begin(config)
-    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]})) == "thresholds.parquet"
-    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]})) == "thresholds.parquet"
-    name = manifest.write_table(run, "thresholds", pa.table({"x": [2]}))
+    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]}))["name"] == "thresholds.parquet"
+    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]}))["name"] == "thresholds.parquet"
+    entry = manifest.write_table(run, "thresholds", pa.table({"x": [2]}))
     assert manifest.read_table(run, "thresholds")["x"].to_pylist() == [1]
-    done = finish_run(run, RUN_INFO | {"tables": {"thresholds": name}})
+    done = finish_run(run, RUN_INFO | {"tables": {"thresholds": entry}})
     assert manifest.read_table(done, "thresholds")["x"].to_pylist() == [2]
-    escaping = finish_run(_begin(replace(config, sink_factor=3.0)), RUN_INFO | {"tables": {"shards": "../x.parquet"}})
-    with pytest.raises(StoreError, match=r"is damaged: its table shards is '\.\./x\.parquet'"):
-        manifest.read_table(escaping, "shards")
+    rewrite(f"{run.uri}/{entry['name']}", storage.read_bytes(f"{run.uri}/thresholds.parquet"))
+    with pytest.raises(StoreError, match=rf"{entry['name']} is damaged: .*expected .*{entry['sha256'][:9]}"):
+        manifest.read_table(done, "thresholds")
+    outside = {"name": "../x.parquet", "bytes": 1, "sha256": ""}
+    escaping = finish_run(_begin(replace(config, sink_factor=3.0)), RUN_INFO | {"tables": {"shards": outside}})
+    for table in ("shards", "vocabulary"):
+        with pytest.raises(StoreError, match=rf"run\.json is damaged: its table {table} is (null|.*\.\./x\.parquet)"):
+            manifest.read_table(escaping, table)
 
 
 def test_the_first_to_finish_a_run_wins(config: RunConfig) -> None:
@@ -429,6 +474,9 @@ DAMAGES: dict[str, Damage] = {
     "another shard": lambda c: c.update(shard="0" * 32),
     "no attempt": lambda c: c.pop("attempt"),
     "no counts": lambda c: c.update(counts=None),
+    "another measure": lambda c: c.update(measure="0" * 32),
+    "no slices": lambda c: c.pop("slices"),
+    "slices of text": lambda c: c.update(slices="x"),
     "another version": lambda c: c.update(schema_version=99),
 }
 
@@ -436,10 +484,19 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_commit_is_refused(store: str, tmp_path: Path, name: str) -> None:
     _publish(store, SHARD, "a" * 16, tmp_path)
-    uri = manifest.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json"
-    body = json.loads(storage.read_bytes(uri))
-    DAMAGES[name](body)
-    storage.delete([uri])
-    storage.write_once(uri, json.dumps(body).encode())
+    edit_sealed(manifest.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json", DAMAGES[name])
     with pytest.raises(StoreError, match=r"commit\.json (is damaged|has schema version 99)"):
         find_commits(store, MEASURE_ID, [SHARD])
+
+
+def test_no_byte_of_a_commit_changes_unseen(store: str, tmp_path: Path) -> None:
+    commit = _publish(store, SHARD, "a" * 16, tmp_path)
+    assert manifest.read_committed(store, MEASURE_ID, SHARD.id) == (commit, SHARD)
+    uri = manifest.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json"
+    data = storage.read_bytes(uri)
+    for at in range(0, len(data), 7):
+        rewrite(uri, data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(StoreError, match=r"commit\.json (is damaged|has schema version)"):
+            manifest.read_commit(store, MEASURE_ID, SHARD.id)
+    rewrite(uri, data)
+    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == commit

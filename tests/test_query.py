@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import RUN_INFO
+from conftest import RUN_INFO, edit_sealed, edit_table
 
-from afn_ray import query, storage
+from afn_ray import manifest, query, storage
 from afn_ray.errors import QueryError, StoreError
+from afn_ray.manifest import RunFolder
 from afn_ray.query import Run, open_run
 from afn_ray.schema import (
     REPLACED,
-    SCHEMA_VERSION,
     SHARDS_SCHEMA,
     SPECIAL,
     THRESHOLDS_SCHEMA,
@@ -86,20 +86,22 @@ def write_run(
         for i, (piece, text) in enumerate(zip(PIECES, TEXTS, strict=True))
     ]
     folder = storage.join(store, "runs", name)
+    run = RunFolder(folder, store, name, {})
+    tables = {}
     for table, schema, values in (
         ("shards", SHARDS_SCHEMA, rows), ("thresholds", THRESHOLDS_SCHEMA, thresholds),
         ("vocabulary", VOCABULARY_SCHEMA, vocabulary),
     ):  # fmt: skip
-        write_parquet(storage.join(folder, f"{table}.parquet"), pa.Table.from_pylist(values, schema))
+        tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(values, schema))
     info = {
-        "schema_version": SCHEMA_VERSION, "id": name, "layers": list(layers), "model": {"name": "tiny"}, "seconds": 1.5,
+        "layers": list(layers), "model": {"name": "tiny"}, "seconds": 1.5,
         "config": {"corpus": ["a.txt", "b's.txt"], "store": store}, "measure": {"id": "m"}, "corpus": {},
         "precision": RUN_INFO["precision"],
         "counts": {"shards": len(shards), "documents": offset, "tokens": len(tokens)},
-        "created_at": "2026-01-02T03:04:05+00:00", "finished_at": "2026-01-02T04:04:05+01:00",
+        "created_at": "2026-01-02T03:04:05+00:00", "finished_at": "2026-01-02T04:04:05+01:00", "tables": tables,
     }  # fmt: skip
     storage.write_once(storage.join(folder, "plan.parquet"), b"")
-    storage.write_once(storage.join(folder, "run.json"), json.dumps(info).encode())
+    manifest.finish_run(run, info)
     return folder
 
 
@@ -620,19 +622,21 @@ def test_a_link_out_of_the_store_is_refused(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_name_that_is_no_shards_file_is_refused(tmp_path: Path, name: str) -> None:
-    folder = Path(write_run(str(tmp_path), SHARDS, LAYERS))
-    table = pq.read_table(folder / "shards.parquet")
-    names = pa.array([name, *table["tokens_file"].to_pylist()[1:]])
-    at = table.schema.get_field_index("tokens_file")
-    pq.write_table(table.set_column(at, SHARDS_SCHEMA.field(at), names), folder / "shards.parquet")
+    folder = write_run(str(tmp_path), SHARDS, LAYERS)
+
+    def rename(table: pa.Table) -> pa.Table:
+        names = pa.array([name, *table["tokens_file"].to_pylist()[1:]])
+        at = table.schema.get_field_index("tokens_file")
+        return table.set_column(at, SHARDS_SCHEMA.field(at), names)
+
+    edit_table(folder, "shards", rename)
     with pytest.raises(StoreError, match="damaged"):
         open_run(str(tmp_path))
 
 
 def test_layers_and_offsets_cannot_carry_sql(tmp_path: Path) -> None:
     folder = Path(write_run(str(tmp_path), SHARDS, LAYERS))
-    info = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(info | {"layers": ["8 FROM read_text('/etc/passwd') --"]}))
+    edit_sealed(f"{folder}/run.json", lambda info: info.update(layers=["8 FROM read_text('/etc/passwd') --"]))
     with pytest.raises(StoreError):
         open_run(str(tmp_path))
 

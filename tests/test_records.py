@@ -18,6 +18,7 @@ from afn_ray.schema import SUMMARY_SCHEMA, documents_schema, tokens_schema
 from afn_ray.thresholds import Summary, round_strengths
 
 LAYERS = (0, 8)
+ORIGIN = {"measure": "m", "shard": "s", "attempt": "a"}
 
 
 def _tokens(n: int, offsets: bool) -> pa.Table:
@@ -62,7 +63,7 @@ def _columns(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("offsets", [True, False])
 def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, offsets: bool) -> None:
     tokens, documents = _tokens(5000, offsets), _documents(250)
-    with ShardFiles(tmp_path, LAYERS, offsets) as files:
+    with ShardFiles(tmp_path, LAYERS, offsets, ORIGIN) as files:
         for begin in range(0, 5000, 1000):
             files.tokens.write(tokens.slice(begin, 1000))
         files.documents.write(documents)
@@ -79,7 +80,7 @@ def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, off
 
 def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
     tokens = _tokens(5000, True)
-    with ShardFiles(tmp_path, LAYERS, True) as files:
+    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
         files.tokens.write(tokens)
         files.documents.write(_documents(250))
         files.write_summary(_summary(tokens))
@@ -109,7 +110,7 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
 
 
 def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, (8,), False) as files:
+    with ShardFiles(tmp_path, (8,), False, ORIGIN) as files:
         files.tokens.write(_tokens(100_000, False).select(tokens_schema((8,), False).names))
     assert (tmp_path / "tokens.parquet").stat().st_size / 100_000 < 5.5
 
@@ -117,7 +118,7 @@ def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
 def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "ROW_GROUP_ROWS", 1000)
     tokens = _tokens(2500, True)
-    with ShardFiles(tmp_path, LAYERS, True) as files:
+    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
         for begin in range(0, 2500, 250):
             files.tokens.write(tokens.slice(begin, 250))
     metadata = pq.ParquetFile(tmp_path / "tokens.parquet").metadata
@@ -125,14 +126,14 @@ def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_layer_is_a_row_group_of_the_summary(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, LAYERS, True) as files:
+    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
         files.write_summary(_summary(_tokens(500, True)))
     file = pq.ParquetFile(tmp_path / "summary.parquet")
     assert [set(file.read_row_group(i)["layer"].to_pylist()) for i in range(file.num_row_groups)] == [{0}, {8}]
 
 
 def test_a_shard_without_tokens_has_three_empty_tables(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, LAYERS, True) as files:
+    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
         files.tokens.write(_tokens(0, True))
         files.write_summary(Summary(LAYERS).tables())
     assert [rows for _, rows in files.tables().values()] == [0, 0, 0]
@@ -144,7 +145,7 @@ def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) 
     (tmp_path / f"{table}.parquet").symlink_to("/dev/full")
     tokens = _tokens(20_000, True)
     with pytest.raises(Interrupted, match=r"make room or give another --scratch.*run the same command again") as caught:  # noqa: SIM117
-        with ShardFiles(tmp_path, LAYERS, True) as files:
+        with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
             files.tokens.write(tokens)
             files.documents.write(_documents(250))
             files.write_summary(_summary(tokens))
@@ -153,5 +154,5 @@ def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) 
 
 def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
-        ShardFiles(tmp_path / "nowhere", LAYERS, True)
+        ShardFiles(tmp_path / "nowhere", LAYERS, True, ORIGIN)
     assert caught.value.errno == errno.ENOENT

@@ -88,7 +88,7 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.
     middle = tokens.num_docs // 2
     for part in (tokens.part(0, middle), tokens.part(middle, tokens.num_docs)):
         summary.add(part.docs, part.ids, part.flags, part.strengths)
-    with ShardFiles(scratch, LAYERS, False) as files:
+    with ShardFiles(scratch, LAYERS, False, {}) as files:
         files.write_summary(summary.tables())
     empty = tokens.num_docs - len(np.unique(tokens.docs))
     counts = {

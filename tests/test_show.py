@@ -19,7 +19,7 @@ from rich.console import Console
 
 from afn_ray import manifest, show
 from afn_ray.manifest import RunFolder
-from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
+from afn_ray.schema import HISTOGRAM_SCHEMA, PLAN_SCHEMA, SHARDS_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
 
 CLASSES = ("content", "function", "fragment", "number", "punctuation")
 COUNTS = {"documents": 31_103, "empty": 2, "quarantined": 1, "tokens": 1_000_000, "special": 62_200, "windows": 31_100,
@@ -70,13 +70,15 @@ def _run(
     )
     shards = [shard | {"n_tokens": n, "token_bytes": 6 * n, "document_bytes": n, "summary_bytes": 100}
               for n in (600_000, 400_000)]  # fmt: skip
+    tables = {"plan": manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())}
     for table, content, schema in (
         ("thresholds", thresholds, THRESHOLDS_SCHEMA), ("vocabulary", rows, VOCABULARY_SCHEMA),
         ("histogram", histogram, HISTOGRAM_SCHEMA), ("shards", shards, SHARDS_SCHEMA),
     ):  # fmt: skip
-        manifest.write_table(run, table, pa.Table.from_pylist(content, schema))
+        tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(content, schema))
     info = {
-        "layers": list(layers), "counts": COUNTS, "config": {"corpus": ["/data/[bold]news[/bold]/*.jsonl"]},
+        "layers": list(layers), "counts": COUNTS, "tables": tables,
+        "config": {"corpus": ["/data/[bold]news[/bold]/*.jsonl"]},
         "model": {"name": "/models/[red]bert", "type": "bert", "depth": 12, "hidden_size": 768},
         "measure": {"dtype": "float32"}, "precision": RUN_INFO["precision"],
         "corpus": {"files": 12, "skipped": ["/data/x.pdf"], "bytes": 5},
