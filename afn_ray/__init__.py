@@ -9,6 +9,7 @@ from afn_ray.errors import (
     AfnError,
     ConfigError,
     CorpusError,
+    Damaged,
     IncompleteRun,
     Interrupted,
     ModelError,
@@ -20,6 +21,7 @@ from afn_ray.errors import (
 if TYPE_CHECKING:
     from afn_ray.job import Estimate, dry_run, run
     from afn_ray.query import Run, open_run
+    from afn_ray.verify import Finding, Verification, verify_store
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,9 @@ __all__ = [
     "AfnError",
     "ConfigError",
     "CorpusError",
+    "Damaged",
     "Estimate",
+    "Finding",
     "IncompleteRun",
     "Interrupted",
     "ModelError",
@@ -36,14 +40,19 @@ __all__ = [
     "RunConfig",
     "ShardError",
     "StoreError",
+    "Verification",
     "__version__",
     "config_from",
     "dry_run",
     "open_run",
     "run",
+    "verify_store",
 ]
 
-_LAZY = {"Estimate": "job", "Run": "query", "dry_run": "job", "open_run": "query", "run": "job"}
+_LAZY = {
+    "Estimate": "job", "Finding": "verify", "Run": "query", "Verification": "verify", "dry_run": "job",
+    "open_run": "query", "run": "job", "verify_store": "verify",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,20 +10,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 from afn_ray.config import CHOICES, HINTS, RunConfig, config_from
-from afn_ray.errors import AfnError, ConfigError, Interrupted, printable
+from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, printable
 
 if TYPE_CHECKING:
     from afn_ray.job import Estimate, Event, OnEvent
     from afn_ray.pipeline import Progress
 
 EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
+VERIFY_EPILOG = "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from the store"
 LOG_EVERY_S = 10.0
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
@@ -105,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(call=_explain)
+
+    verify = commands.add_parser(
+        "verify", help="prove that a store still holds what was committed", epilog=VERIFY_EPILOG,
+        description="Reads every committed file: checksums, rows, schemas, and thresholds recomputed from the rows.",
+    )  # fmt: skip
+    verify.add_argument("uri", metavar="STORE|RUN", help="a store (all shards and runs), or a run's URI (it alone)")
+    verify.add_argument("--clean", action="store_true", help="remove orphans: files of attempts that nothing names")
+    verify.add_argument(
+        "--min-age-h", type=float, default=24.0, metavar="H",
+        help="age from which files in a shard without a commit are orphans: an attempt may be at work (default: 24)",
+    )  # fmt: skip
+    verify.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+    verify.set_defaults(call=_verify)
 
     doctor = commands.add_parser("doctor", help="what works here, and what to do about what does not", epilog=EPILOG)
     doctor.add_argument("--model", help="model folder, GGUF file or hub name to try (default: the demo's)")
@@ -312,6 +327,30 @@ def _demo(args: argparse.Namespace) -> None:
     out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)
     for command in (f"show {store}", f"explain {store} 'In the beginning was the Word'", f'sql {store} "{query}"'):
         out.print(f"Next:    afn {command}", markup=False, soft_wrap=True)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from afn_ray import verify
+
+    console = Console(stderr=True, highlight=False)
+    last = time.monotonic()
+
+    def on_progress(message: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            console.print(printable(message), markup=False, soft_wrap=True)
+
+    result = verify.verify_store(
+        args.uri, clean=args.clean, min_age_h=args.min_age_h, memory_limit=args.memory_limit, on_progress=on_progress
+    )
+    if args.json:
+        print(json.dumps(asdict(result), indent=1))
+    else:
+        for line in verify.lines(result):
+            print(printable(line))
+    if result.findings:
+        raise Damaged(f"{result.uri} is damaged: {len(result.findings):,} findings")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@
     |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go on
     |   |-- CorpusChanged   1   skip the shard: its file is not the one that was planned
     |   `-- OutOfMemory     1   try the shard again with fewer tokens at a time
+    |-- Damaged             1   mend the store: what it holds is not what was committed; ``afn verify`` lists it
     |-- IncompleteRun       1   the run ended with shards missing; it lists them
     `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
         `-- Unavailable    75   try elsewhere or later: the store or the corpus does not answer
@@ -67,6 +68,10 @@ class CorpusChanged(ShardError):
 
 class OutOfMemory(ShardError):
     """The device or the process had too little memory for a batch of the shard."""
+
+
+class Damaged(AfnError):
+    """A store does not hold what was committed to it."""
 
 
 class IncompleteRun(AfnError):

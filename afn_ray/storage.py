@@ -8,8 +8,10 @@ import hashlib
 import os
 import posixpath
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG
@@ -216,6 +218,46 @@ def list_names(uri: str) -> list[str]:
         return []
     except OSError as error:
         raise StoreError(f"listing {uri}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of a store as the filesystem lists it."""
+
+    uri: str
+    size: int  # bytes
+    modified_s: float  # Unix time; now where the filesystem does not tell
+
+
+def list_below(uri: str) -> list[StoredFile]:
+    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such folder."""
+    fs, path = open_filesystem(uri)
+    local = isinstance(fs, LocalFileSystem)
+    fs.invalidate_cache()
+    try:
+        with _named("listing", uri, StoreError):  # a folder that may not be listed is an error, not an empty one
+            found = fs.find(path, detail=True, **({"on_error": "raise"} if local else {}))
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+    files = (
+        StoredFile(name if local else str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
+        for name, info in found.items() if info["type"] == "file"
+    )  # fmt: skip
+    return sorted(files, key=lambda f: f.uri)
+
+
+def _modified_s(info: dict[str, Any]) -> float:
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if value is not None:
+            return float(value)
+    return time.time()
 
 
 # --- writing ---------------------------------------------------------------------------------------------

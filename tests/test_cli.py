@@ -106,6 +106,8 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["run", "c.jsonl", "--model", "{model}", "--store", "s", "--text-column", "body"], "it has: text"),
         (["run", "c.jsonl", "--model", "{model}", "--store", "c.jsonl/s"], "c.jsonl/s"),
         (["run", "c.exe", "--model", "{model}", "--store", "s"], "no file has a known ending"),
+        (["verify", "nowhere"], "nowhere is neither a store nor a run"),
+        (["verify", "{store}", "--min-age-h", "-1"], "min_age_h is -1.0; expected 0 or more hours"),
         (["show", "nowhere"], "nowhere is neither a store nor a run"),
         (["sql", "nowhere", "SELECT 1"], "is neither a store nor a run"),
         (["sql", "{store}", "SELEC 1"], "syntax error"),
