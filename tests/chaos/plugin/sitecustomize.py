@@ -1,0 +1,140 @@
+"""Faults on purpose, for tests: every Python process with this folder on PYTHONPATH loads it.
+
+The environment variable AFN_CHAOS names a file, read anew at every point, so a test may change it under way::
+
+    {"log": path, "slow_s": seconds added to every attempt,
+     "faults": [{"point": one of POINTS, "shard": part of a file's URI or of the shard's id (default: any),
+                 "skip": how many pass before the first one hit (0), "times": how many are hit (1),
+                 "do": sigkill | sigstop | exit | raise | hang, "until": path whose existence ends a hang}]}
+
+``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to the log:
+``time, pid, node, shard, uri, point``, from the point "measured" on ``attempt`` (at "committed": of the attempt that
+won), and ``fault`` where one follows. Nothing is patched before afn_ray.pipeline is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+POINTS = (
+    "process",  # the attempt begins
+    "measured",  # its files are finished on scratch
+    "uploaded",  # all of them are in the store, the commit is not
+    "committed",  # it is, by this attempt or a rival's; the driver was not told
+)
+HANG_S = 600.0
+"""A hang that nobody ends ends its process after this time: tests must not leave any behind."""
+
+
+def _reach(point: str, shard: str, uri: str, attempt: str | None = None) -> None:
+    import fcntl
+    import json
+    import time
+    from pathlib import Path
+
+    schedule = json.loads(Path(os.environ["AFN_CHAOS"]).read_text())
+    event = {"time": time.time(), "pid": os.getpid(), "node": _node(), "shard": shard, "uri": uri, "point": point}
+    if attempt is not None:
+        event["attempt"] = attempt
+    hit = None
+    for i, fault in enumerate(schedule.get("faults", ())):
+        part = fault.get("shard", "")
+        if fault["point"] == point and (part in uri or part in shard):
+            with Path(f"{schedule['log']}.hits-{i}").open("a+") as hits:
+                fcntl.flock(hits, fcntl.LOCK_EX)
+                hits.seek(0)
+                before = len(hits.read())
+                hits.write(".")
+            if 0 <= before - fault.get("skip", 0) < fault.get("times", 1):
+                hit = fault
+                event["fault"] = fault["do"]
+    log = os.open(schedule["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(log, json.dumps(event).encode() + b"\n")
+    finally:
+        os.close(log)
+    if hit is not None:
+        _strike(hit, f"at {point!r} of {uri}")
+    if point == "process":
+        time.sleep(schedule.get("slow_s", 0.0))
+
+
+def _strike(fault: dict[str, object], where: str) -> None:
+    import signal
+    import time
+    from pathlib import Path
+
+    match fault["do"]:
+        case "sigkill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "sigstop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "exit":
+            os._exit(1)
+        case "raise":
+            raise RuntimeError(f"a fault on purpose {where}")
+        case "hang":
+            until = fault.get("until")
+            deadline = time.monotonic() + HANG_S
+            while until is None or not Path(str(until)).exists():
+                if time.monotonic() > deadline:
+                    os._exit(1)
+                time.sleep(0.02)
+        case unknown:
+            raise ValueError(f"AFN_CHAOS asks to do {unknown!r} {where}")
+
+
+def _node() -> str | None:
+    ray = sys.modules.get("ray")
+    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else None
+
+
+def _patch(pipeline: object) -> None:
+    import json
+
+    manifest, storage = pipeline.manifest, pipeline.manifest.storage  # type: ignore[attr-defined]
+    process, publish, write_once = pipeline.Processor.process, manifest.publish, storage.write_once  # type: ignore[attr-defined]
+
+    def process_slowly(self, shard, *args, **options):  # type: ignore[no-untyped-def]
+        _reach("process", shard.id, shard.slices[0].uri)
+        commit = process(self, shard, *args, **options)
+        _reach("committed", shard.id, shard.slices[0].uri, commit.attempt)
+        return commit
+
+    def publish_measured(store, measure_id, shard, attempt, *args, **options):  # type: ignore[no-untyped-def]
+        _reach("measured", shard.id, shard.slices[0].uri, attempt)
+        return publish(store, measure_id, shard, attempt, *args, **options)
+
+    def write_uploaded(uri, data, *args, **options):  # type: ignore[no-untyped-def]
+        if uri.endswith("/commit.json"):
+            commit = json.loads(data)
+            _reach("uploaded", commit["shard"], commit["slices"][0]["uri"], commit["attempt"])
+        return write_once(uri, data, *args, **options)
+
+    pipeline.Processor.process = process_slowly  # type: ignore[attr-defined]
+    manifest.publish, storage.write_once = publish_measured, write_uploaded
+
+
+class _Finder:
+    """Patches afn_ray.pipeline once somebody imports it."""
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name != "afn_ray.pipeline":
+            return None
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module):  # type: ignore[no-untyped-def]
+            execute(module)
+            _patch(module)
+
+        spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+if "AFN_CHAOS" in os.environ:
+    sys.meta_path.insert(0, _Finder())
