@@ -120,9 +120,9 @@ def check_store(store: Path, expected: tuple[pa.Table, ...]) -> set[str]:
 
 
 def test_a_shard_whose_machines_die_is_never_blamed(ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path) -> None:
-    chaos.plan({"point": "measured", "shard": "07.jsonl", "times": 1, "do": "hang"})
+    chaos.plan({"point": "measured", "shard": "07.jsonl", "times": 2, "do": "hang"})
     with running(ground, chaos, nodes, tmp_path / "store") as run:
-        for deaths in (1,):
+        for deaths in (1, 2):
             lost = wait_for(chaos, run, "measured", deaths, fault="hang")
             assert len(chaos.events("process")) > deaths  # the others were under way
             nodes.kill(lost[-1]["node"])
