@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from afn_ray import corpus, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import Interrupted, StoreError
+from afn_ray.errors import Interrupted, StoreError, Unavailable
 from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
 IO_THREADS = 16
@@ -467,7 +467,8 @@ def publish(
     """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard wins.
 
     Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ from ours:
-    the same shard under the same measure must have the same rows.
+    the same shard under the same measure must have the same rows. After ``Unavailable`` nobody knows whether it is
+    committed; the next look at the store tells.
     """
     folder = shard_uri(store, measure_id, shard.id)
     files: dict[str, dict[str, Any]] = {}
@@ -490,14 +491,15 @@ def publish(
     try:
         storage.write_once(storage.join(folder, "commit.json"), sealed(body))
         return commit
-    except storage.AlreadyWritten:
+    except storage.AlreadyWritten:  # by a rival, or by ourselves where a first answer was lost
         winner = read_commit(store, measure_id, shard.id)
-    except Interrupted:
-        storage.delete(uris)
+    except Unavailable:  # the store may have the commit, or get it yet: what it names must stay
         raise
-    except StoreError:  # the answer is unknown: the store may have the commit all the same
+    except (StoreError, Interrupted) as error:  # it may have the commit all the same
         winner = read_commit(store, measure_id, shard.id)
         if winner is None:
+            if isinstance(error, Interrupted):  # a full disk needs the room
+                storage.delete(uris)
             raise
     if winner is None:
         raise StoreError(f"{folder}/commit.json exists but cannot be read back; is something deleting from the store?")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
+import subprocess
+import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -215,22 +221,73 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     return done
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of S3's API on a loopback port, for this process and those it starts; its URL."""
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with log.open("w") as sink:
+        server = subprocess.Popen(
+            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=sink, stderr=sink
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
+            assert server.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.05)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {
+                "AWS_ENDPOINT_URL": found[0], "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
+                "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            }.items():  # fmt: skip
+                patch.setenv(name, value)
+            yield found[0]
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def object_store(s3_server: str) -> str:
+    """A fresh bucket."""
+    bucket = uuid.uuid4().hex
+    storage.open_filesystem(f"s3://{bucket}")[0].mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh folder in this process's memory, the same in every session: faults go by names."""
+    uri = f"memory://{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:32]}"
+    yield uri
+    fs = fsspec.filesystem("memory")
+    if fs.exists(uri):
+        fs.rm(uri, recursive=True)
+
+
+def write_new(uri: str, data: bytes) -> None:
+    """Write ``uri``, which nobody else writes: where it is there already, its first answer was lost."""
+    with contextlib.suppress(storage.AlreadyWritten) if uri.startswith("faulty:") else contextlib.nullcontext():
+        storage.write_once(uri, data)
+
+
+@pytest.fixture(params=["local", "memory", "s3", "faulty"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A fresh folder on each kind of filesystem."""
+    """A fresh folder on each kind of filesystem; ``faulty`` is memory whose every fourth call goes wrong."""
     if request.param == "local":
         yield str(tmp_path / "place")
+    elif request.param == "s3":
+        yield request.getfixturevalue("object_store")
+    elif request.param == "memory":
+        yield request.getfixturevalue("memory")
     else:
-        uri = f"memory://{uuid.uuid4().hex}"
-        yield uri
-        fs = fsspec.filesystem("memory")
-        if fs.exists(uri):
-            fs.rm(uri, recursive=True)
+        with faults.injected(seed=0, rate=0.25, kinds=("fail", "slow", "lie")):  # stale listings change answers
+            yield faults.wrap(request.getfixturevalue("memory"))
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """One local Ray of four logical CPUs for the whole session."""
+def local_ray(s3_server: str) -> Iterator[None]:
+    """One local Ray of four logical CPUs for the whole session; its workers inherit the way to the bucket."""
     import ray
 
     ray.init(

@@ -8,22 +8,22 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import faults
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import RUN_INFO, edit_sealed, rewrite
+from conftest import RUN_INFO, edit_sealed, rewrite, write_new
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afn_ray import corpus, manifest, storage
+from afn_ray import corpus, manifest, retry, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import Interrupted, StoreError
+from afn_ray.errors import Interrupted, StoreError, Unavailable
 from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
 from afn_ray.schema import SCHEMA_VERSION, FileSlice, ReadOptions, Shard, fingerprint
 
@@ -242,7 +242,7 @@ def test_a_run_without_a_plan_is_passed_over(config: RunConfig, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", full)
+        patch.setattr(storage.open_filesystem(config.store)[0], "pipe_file", full)
         with pytest.raises(Interrupted):
             _begin(config)
     run = _begin(config)
@@ -338,7 +338,7 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
 )
 def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes, says: str) -> None:
     run = _begin(config)
-    storage.write_once(run.uri + "/run.json", body)
+    write_new(run.uri + "/run.json", body)
     for uri in (config.store, run.uri):
         with pytest.raises(StoreError, match=rf"run\.json.* {says}"):
             find_run(uri)
@@ -346,13 +346,13 @@ def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes,
 
 def test_a_damaged_table_is_named(config: RunConfig) -> None:
     run = _begin(config)
-    storage.write_once(run.uri + "/thresholds.parquet", b"PAR1 and no more")
+    write_new(run.uri + "/thresholds.parquet", b"PAR1 and no more")
     with pytest.raises(StoreError, match=r"thresholds\.parquet is damaged"):
         manifest.read_table(run, "thresholds")
     storage.delete([run.uri + "/plan.parquet"])
     with pytest.raises(StoreError, match=r"has lost its plan\.parquet"):
         manifest.created_at(run)
-    storage.write_once(run.uri + "/plan.parquet", b"")
+    write_new(run.uri + "/plan.parquet", b"")
     with pytest.raises(StoreError, match=r"plan\.parquet is damaged"):
         make_plan(config)
 
@@ -459,6 +459,48 @@ def test_an_unknown_answer_may_hide_a_rival(store: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(storage, "write_once", unsure)
     assert _publish(store, SHARD, "b" * 16, tmp_path) == first
     assert len(_names(store)) == 4
+
+
+# --- answers that are lost -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def liar(memory: str) -> Iterator[str]:
+    """A store that writes what it is given and then says that it could not."""
+    with faults.injected(seed=0, rate=1, kinds=("lie",), methods=("pipe_file",)) as schedule:
+        yield faults.wrap(memory)
+    assert schedule.total("lie")
+
+
+def test_what_was_written_with_its_answer_lost_is_known_for_ours(
+    liar: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.check_writable(liar)
+    run = _begin(RunConfig(corpus=(str(folder),), model="m", store=liar, shard_bytes=1024))
+    assert manifest.created_at(run)
+    commit = _publish(liar, SHARD, "a" * 16, tmp_path)
+    assert commit.attempt == "a" * 16 and len(_names(liar)) == 4
+    table = pa.table({"x": [1, 2]})
+    assert manifest.write_table(run, "thresholds", table) == "thresholds.parquet"
+    assert manifest.write_table(run, "thresholds", pa.table({"x": [3]})).startswith("thresholds-")
+    assert manifest.read_table(run, "thresholds") == table
+    assert manifest.write_pilot(liar, "key", {"dtype": "float32"})["dtype"] == "float32"
+    assert manifest.write_pilot(liar, "key", {"dtype": "float16"})["dtype"] == "float32"
+    done = finish_run(run, RUN_INFO)
+    assert done == find_run(liar) and done.info["layers"] == RUN_INFO["layers"]
+
+
+def test_what_an_unknown_commit_names_stays(liar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleting the files on giving up would leave a commit of nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(retry, "RETRY_FOR_S", 0)
+        with pytest.raises(Unavailable, match=r"writing .*commit\.json: no answer"):
+            _publish(liar, SHARD, "a" * 16, tmp_path)
+    commit = manifest.read_commit(liar, MEASURE_ID, SHARD.id)
+    assert commit is not None and commit.attempt == "a" * 16
+    assert _names(liar) == sorted(["commit.json", *(f["name"] for f in commit.files.values())])
+    assert _publish(liar, SHARD, "b" * 16, tmp_path) == commit
+    assert len(_names(liar)) == 4
 
 
 Damage = Callable[[dict[str, Any]], object]

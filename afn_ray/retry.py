@@ -1,0 +1,119 @@
+"""Which failures of a filesystem pass by themselves, and asking again until they have."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from afn_ray.errors import Unavailable
+
+T = TypeVar("T")
+
+RETRY_FOR_S = 120.0
+"""From the first failure of a call; longer than a throttled bucket or a restarted gateway needs."""
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
+
+LOCAL_ERRNOS = frozenset({errno.EINTR, errno.ESTALE})
+"""What a mounted folder gives in passing. EIO is not here: a disk that fails goes on failing."""
+
+REMOTE_ERRNOS = LOCAL_ERRNOS | {
+    errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ENOBUFS, errno.ETIMEDOUT,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
+
+DEFINITE = (
+    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError,
+)  # fmt: skip
+
+# By name, because the packages are extras: of botocore, aiohttp, requests, gcsfs, google.auth and azure.core.
+TRANSIENT_NAMES = frozenset({
+    "HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",
+    "IncompleteReadError", "IncompleteRead", "ResponseParserError", "FlexibleChecksumError", "ChecksumError",
+    "Timeout", "ChunkedEncodingError", "TransportError", "ServiceRequestError", "ServiceResponseError",
+})  # fmt: skip
+
+# Of S3, with a status that says otherwise. A multipart upload that is gone is begun again; a clock is put right.
+TRANSIENT_CODES = frozenset({
+    "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
+    "NoSuchUpload", "Throttling", "ThrottlingException", "RequestLimitExceeded",
+})  # fmt: skip
+
+
+def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: float | None = None) -> T:
+    """``call()``, again with exponential backoff and full jitter for as long as its failure may pass.
+
+    Raises ``Unavailable``, with ``what`` and the last error, ``retry_for_s`` (by default ``RETRY_FOR_S``) after the
+    first failure; any other error as it is. A call that fails may still have acted.
+    """
+    began = 0.0
+    for attempt in itertools.count():
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error, local=local):
+                raise
+            now = time.monotonic()
+            began = began or now
+            left = began + (RETRY_FOR_S if retry_for_s is None else retry_for_s) - now
+            if left <= 0:
+                raise Unavailable(
+                    f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, at last "
+                    f"{type(error).__name__}: {error}; check the store and the network, then run the same command "
+                    "again: it resumes"
+                ) from error
+            longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
+            time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311
+    raise AssertionError
+
+
+def is_transient(error: BaseException, *, local: bool = False) -> bool:
+    """Whether the same call may succeed a moment later, as a filesystem's ``error`` and its causes tell."""
+    if local:
+        return isinstance(error, OSError) and error.errno in LOCAL_ERRNOS
+    chain = list(_causes(error))
+    if any(_s3_code(e) in TRANSIENT_CODES for e in chain):
+        return True
+    if isinstance(error, DEFINITE) or any(isinstance(e, ssl.SSLCertVerificationError) for e in chain):
+        return False
+    if status := http_status(error):
+        return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))
+    return any(
+        isinstance(e, ConnectionError | TimeoutError | socket.gaierror)
+        or (isinstance(e, OSError) and e.errno in REMOTE_ERRNOS)
+        or not TRANSIENT_NAMES.isdisjoint(c.__name__ for c in type(e).__mro__)
+        for e in chain
+    )
+
+
+def http_status(error: BaseException) -> int:
+    """The HTTP status behind ``error``, 0 where there is none."""
+    for e in _causes(error):
+        answer: Any = getattr(e, "response", None)
+        if isinstance(answer, dict):
+            found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = next((v for k in ("status", "status_code", "code") if (v := getattr(e, k, None))), None)
+        if isinstance(found, int | str) and str(found).isdigit():
+            return int(found)
+    return 0
+
+
+def _s3_code(error: BaseException) -> str:
+    answer: Any = getattr(error, "response", None)
+    return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what led to it, the newest first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
