@@ -47,7 +47,7 @@ S3_OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 # `container@account` is how Azure names a container, and an ARN has colons; neither is a secret.
 URL_SECRET = re.compile(
-    r"^(?!abfss?://[^/:@]*@)[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
+    r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
     r"|[?&][^=&/]*(?:secret|token|passw|signature|credential|key|sig)[^=&/]*=",
     re.IGNORECASE,
 )

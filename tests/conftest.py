@@ -221,6 +221,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     return done
 
 
+S3_SECRET = "no-file-and-no-message-may-hold-this"
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of S3's API on a loopback port, for this process and those it starts; its URL."""
@@ -236,7 +239,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.05)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {
-                "AWS_ENDPOINT_URL": found[0], "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                "AWS_ENDPOINT_URL": found[0], "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": S3_SECRET,
                 "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
                 "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             }.items():  # fmt: skip

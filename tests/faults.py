@@ -75,8 +75,10 @@ class Schedule:
             turn = self._turns[method, path]
             self._turns[method, path] += 1
         dice = random.Random(f"{self.seed} {method} {path} {turn}")
-        kind = dice.choice(self.kinds) if dice.random() < self.rate else ""
-        return ("" if kind == "stale" and not has_older else kind), dice
+        if has_older and "stale" in self.kinds and dice.random() < self.rate:
+            return "stale", dice
+        acts = [kind for kind in self.kinds if kind != "stale"]
+        return (dice.choice(acts) if acts and dice.random() < self.rate else ""), dice
 
     def count(self, kind: str, method: str) -> None:
         with self._lock:
@@ -117,13 +119,16 @@ class FaultyFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         if kind == "slow":
             time.sleep(dice.uniform(0, SLOW_S))
         if kind == "stale":
-            return self._older[key]
-        answer = _outer(call(*arguments, **options), inner, method)
-        if kind == "lie":
-            raise dice.choice(TRANSIENT)()
+            return _given(self._older[key])
+        try:
+            answer = _outer(call(*arguments, **options), inner, method)
+        except FileNotFoundError as error:
+            answer = error
         if listing:
             self._older[key] = answer
-        return answer
+        if kind == "lie":
+            raise dice.choice(TRANSIENT)()
+        return _given(answer)
 
     def info(self, path: str, **options: Any) -> Any:
         return self._call("info", path, **options)
@@ -147,6 +152,12 @@ class FaultyFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
     def rm_file(self, path: str) -> Any:
         return self._call("rm_file", path)
+
+
+def _given(answer: Any) -> Any:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
 
 
 def _inner(path: str) -> tuple[Any, str]:
