@@ -182,7 +182,7 @@ RUN_INFO: dict[str, Any] = {
 def rewrite(uri: str, data: bytes) -> None:
     """Put ``data`` in the place of the file at ``uri``."""
     storage.delete([uri])
-    storage.write_once(uri, data)
+    write_new(uri, data)
 
 
 def edit_sealed(uri: str, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -41,14 +41,14 @@ from afn_ray.errors import (
 )
 from afn_ray.manifest import Commit
 from afn_ray.pipeline import Progress
-from afn_ray.schema import FileSlice, Shard
+from afn_ray.schema import FileSlice, ReadOptions, Shard
 
 START_S, WORK_S = 5.0, 10.0
 
 
 def make_shard(name: str, num_bytes: int = 1000) -> Shard:
     piece = FileSlice(f"/c/{name}", num_bytes, "", "txt", "", 0, num_bytes, num_bytes, 1, "")
-    return Shard(name, (piece,))
+    return Shard(name, (piece,), ReadOptions("txt", "text", None, "file", 1 << 20))
 
 
 SHARDS = [make_shard(f"s{i}") for i in range(20)]

@@ -481,7 +481,7 @@ def test_what_was_written_with_its_answer_lost_is_known_for_ours(
     commit = _publish(liar, SHARD, "a" * 16, tmp_path)
     assert commit.attempt == "a" * 16 and len(_names(liar)) == 4
     table = pa.table({"x": [1, 2]})
-    assert manifest.write_table(run, "thresholds", table) == "thresholds.parquet"
+    assert manifest.write_table(run, "thresholds", table)["name"] == "thresholds.parquet"
     assert manifest.write_table(run, "thresholds", pa.table({"x": [3]})).startswith("thresholds-")
     assert manifest.read_table(run, "thresholds") == table
     assert manifest.write_pilot(liar, "key", {"dtype": "float32"})["dtype"] == "float32"

@@ -1,0 +1,89 @@
+"""Drivers that are killed: ``afn`` commands in processes of their own that start in a moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+PRELOADED = ["afn_ray.cli", "afn_ray.job", "afn_ray.query", "afn_ray.model", "transformers.models.bert.modeling_bert"]
+"""What takes seconds to import; a driver is a fork of a process that has it."""
+
+
+def _become_afn(arguments: list[str], said: str) -> None:
+    os.setsid()  # what it starts is killed with it
+    sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    from afn_ray import cli
+
+    cli.main(arguments)
+
+
+class Driver:
+    """One ``afn`` command under way."""
+
+    def __init__(self, server: Drivers, arguments: list[str]) -> None:
+        self.said = server.folder / f"said-{time.monotonic_ns()}"
+        self.said.touch()
+        self.process: ForkServerProcess = server.context.Process(
+            target=_become_afn, args=(arguments, str(self.said)), daemon=False
+        )
+        self.process.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the driver alone; nothing when it has ended."""
+        if self.process.is_alive():
+            os.kill(self.process.pid or 0, number)
+
+    def kill_all(self) -> None:
+        """SIGKILL to the driver and to all that it started."""
+        if self.process.pid is not None and self.process.is_alive():
+            os.killpg(os.getpgid(self.process.pid), signal.SIGKILL)
+
+    def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
+        """Exit code (negative: the signal) and what it said, once it has ended."""
+        self.process.join(timeout_s)
+        assert self.process.exitcode is not None, f"not done in {timeout_s} s: {self.said.read_text()}"
+        return self.process.exitcode, self.said.read_text()
+
+
+class Drivers:
+    """Starts them. ``environment`` is that of all drivers, from the first one on."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+        before = dict(os.environ)
+        os.environ.clear()
+        os.environ.update(environment)
+        try:  # the server has the environment in which it is started
+            warm = self.context.Process(target=time.sleep, args=(0,))
+            warm.start()
+            warm.join()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    @contextmanager
+    def start(self, *arguments: str) -> Iterator[Driver]:
+        """``afn`` with ``arguments``, killed at the end with all that it started if it has not ended."""
+        driver = Driver(self, list(arguments))
+        try:
+            yield driver
+        finally:
+            driver.kill_all()
+            driver.process.join(30)

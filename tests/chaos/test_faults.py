@@ -1,0 +1,353 @@
+"""Whatever dies, lies, hangs or fills up on one machine: the store holds every token once, or the run says what lacks.
+
+Each fault is met on a local disk and on S3; each test ends with a store that ``afn verify`` finds whole and, where the
+run is complete, with the rows of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import faults
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from drivers import Drivers
+from ground import NUM_SHARDS, Ground, make_ground, recorded
+from hosts import Chaos, wait_until
+
+import afn_ray
+from afn_ray import cluster, manifest, storage
+from afn_ray.errors import IncompleteRun, Interrupted
+from afn_ray.job import Event
+from afn_ray.schema import Shard
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+KINDS = ("local", "s3")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def ground(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str],
+    s3_server: str,
+) -> Ground:  # fmt: skip
+    return make_ground(request.param, tmp_path_factory.mktemp(f"ground-{request.param}"), tiny_bert, verses)
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
+    return Chaos.of(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos, s3_server: str) -> Drivers:
+    return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
+
+
+@pytest.fixture
+def workers(chaos: Chaos, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> Chaos:
+    """Faults in the workers of this process's Ray."""
+    own = {k: chaos.environment[k] for k in ("AFN_CHAOS", "PYTHONPATH")}
+    monkeypatch.setattr(cluster, "WORKER_ENV", cluster.WORKER_ENV | own)
+    return chaos
+
+
+# --- workers ---------------------------------------------------------------------------------------------
+
+
+def test_workers_killed_mid_shard_and_between_upload_and_reply(ground: Ground, workers: Chaos) -> None:
+    points = ("process", "measured", "uploaded", "committed")
+    workers.plan(
+        *({"point": point, "shard": f"/0{2 * i + 1}.jsonl", "do": "sigkill"} for i, point in enumerate(points))
+    )
+    store = ground.store()
+    with afn_ray.run(ground.config(store, executor="ray", workers=2)):
+        hit = {e["point"] for point in points for e in workers.events(point) if "fault" in e}
+    assert hit == set(points)
+    ground.check(store)
+
+
+def test_poison_that_raises_exits_and_hangs_is_quarantined_and_nothing_else_is(
+    ground: Ground, workers: Chaos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers.plan(
+        {"point": "process", "shard": "/02.jsonl", "times": 99, "do": "raise"},
+        {"point": "measured", "shard": "/05.jsonl", "times": 99, "do": "exit"},
+        {"point": "process", "shard": "/08.jsonl", "times": 99, "do": "hang"},
+    )
+    store = ground.store()
+    config = ground.config(store, executor="ray", workers=2, shard_deadline_s=4.0)
+    with pytest.raises(IncompleteRun, match="3 of 12 shards are quarantined") as e:
+        afn_ray.run(config)
+    message = str(e.value)
+    assert "02.jsonl): RuntimeError: a fault on purpose" in message
+    assert "05.jsonl): its worker's process died, with this shard alone on it" in message
+    assert "08.jsonl): it hung: not done after" in message
+    ground.check_whole(store)
+    with afn_ray.run(replace(config, allow_quarantined=3)) as run:  # the same three again; what is done is done
+        assert run.info["counts"]["shards"] == NUM_SHARDS - 3 == run.info["counts"]["shards_reused"]
+        missing = {q["uri"][-8:] for q in run.info["quarantined"]}
+        assert missing == {"02.jsonl", "05.jsonl", "08.jsonl"}
+        documents = ground.expected[1]
+        keep = pc.invert(pc.match_substring_regex(documents["source"].cast(pa.string()), "0(2|5|8).jsonl$"))
+        assert recorded(run)[1]["text_sha256"].to_pylist() == documents.filter(keep)["text_sha256"].to_pylist()
+    ground.check_whole(store)
+    workers.plan()  # the fault is mended, and asked again the run is whole
+    with afn_ray.run(replace(config, allow_quarantined=3)) as run:
+        assert run.info["quarantined"] == []
+    ground.check(store)
+
+
+def test_a_corpus_that_changes_between_plan_and_read_fails_its_shards_with_that_reason(
+    ground: Ground, local_ray: None
+) -> None:
+    corpus = f"{ground.corpus}-{uuid.uuid4().hex[:8]}"
+    fs, path = storage.open_filesystem(corpus)
+    fs.copy(storage.open_filesystem(ground.corpus)[1], path, recursive=True)
+    store = ground.store()
+    config = ground.config(store, corpus=(corpus,), executor="ray", workers=2)
+
+    def change(event: Event) -> None:
+        if event.kind == "planned" and "shards" in event.message:
+            fs.rm_file(f"{path}/03.jsonl")
+            fs.pipe_file(f"{path}/07.jsonl", b'{"text": "In the end."}\n')
+            same_size = fs.cat_file(f"{path}/09.jsonl").replace(b"the", b"THE")
+            fs.pipe_file(f"{path}/09.jsonl", same_size)
+
+    with pytest.raises(IncompleteRun, match="3 of 12 shards are quarantined") as e:
+        afn_ray.run(config, change)
+    lines = [line for line in str(e.value).splitlines() if "CorpusChanged" in line]
+    assert ["03" in str(lines), "07" in str(lines), "09" in str(lines), len(lines)] == [True, True, True, 3]
+    ground.check_whole(store)
+    with afn_ray.run(config) as run:  # planned anew
+        assert run.info["counts"]["shards"] == NUM_SHARDS - 1 and run.info["quarantined"] == []
+        (n,) = run.sql("SELECT count(DISTINCT doc) FROM tokens WHERE text = 'THE' OR surface = 'THE'").fetchall()[0]
+        assert n > 0
+    ground.check_whole(store)
+
+
+# --- drivers ---------------------------------------------------------------------------------------------
+
+
+def test_a_driver_killed_at_ten_random_points(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+    dice = random.Random(20261122)
+    points = ["measured", "uploaded", "committed", *dice.choices(["process", "measured", "uploaded", "committed"], k=7)]
+    store = ground.store()
+    kills = 0
+    for point in points:
+        chaos.plan({"point": point, "skip": dice.randrange(2), "do": "sigkill"})
+        with drivers.start(*ground.arguments(store)) as driver:
+            code, said = driver.finish()
+            assert code in (-signal.SIGKILL, 0), said
+            kills += code == -signal.SIGKILL
+    chaos.plan()
+    assert kills >= 6  # the last may find too little left to do
+    with drivers.start(*ground.arguments(store)) as driver:
+        assert driver.finish()[0] == 0
+    ground.check(store)
+
+
+def test_everything_killed_at_once(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+    chaos.plan(slow_s=0.3)
+    store = ground.store()
+    with drivers.start(*ground.arguments(store, executor="ray", workers="2")) as driver:
+        wait_until("some shards are committed", lambda: len(chaos.events("committed")) >= 3)
+        driver.kill_all()  # the driver, Ray and its workers
+        assert driver.finish()[0] == -signal.SIGKILL
+    chaos.plan()
+    with afn_ray.run(ground.config(store)) as run:
+        assert run.info["counts"]["shards_reused"] >= 3
+    ground.check(store)
+
+
+def test_a_stopped_driver_exits_resumable_within_the_three_seconds_of_ray_job_stop(
+    ground: Ground, chaos: Chaos, drivers: Drivers
+) -> None:
+    chaos.plan(slow_s=0.3)
+    store = ground.store()
+    with drivers.start(*ground.arguments(store)) as driver:
+        wait_until("some shards are committed", lambda: len(chaos.events("committed")) >= 2)
+        driver.signal(signal.SIGTERM)
+        code, said = driver.finish()
+        assert code == 75 and "the same command resumes" in said
+    ground.check_whole(store)
+    chaos.plan()
+    afn_ray.run(ground.config(store)).close()
+    ground.check(store)
+
+
+def test_two_drivers_on_the_same_run_at_once(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+    chaos.plan(slow_s=0.02)
+    store = ground.store()
+    with drivers.start(*ground.arguments(store)) as one, drivers.start(*ground.arguments(store)) as other:
+        assert one.finish()[0] == 0 and other.finish()[0] == 0
+    attempts = len(chaos.events("measured"))
+    assert attempts >= NUM_SHARDS  # those they both did were committed once
+    ground.check(store)
+
+
+# --- the store -------------------------------------------------------------------------------------------
+
+
+def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path: Path) -> None:
+    store = ground.store()
+    paths = {}
+    for table in manifest.TABLES:
+        paths[table] = (tmp_path / table, 1)
+        paths[table][0].write_bytes(table.encode() * 10)
+    barrier = threading.Barrier(2)
+    counts = dict.fromkeys(("documents", "tokens", "forward_tokens"), 1)
+    options = ground.config(store).read_options
+
+    def publish(shard: Shard) -> tuple[str, manifest.Commit]:
+        attempt = uuid.uuid4().hex[:16]
+        barrier.wait()
+        return attempt, manifest.publish(store, "m", shard, attempt, paths, counts, 1.0, {})
+
+    for i in range(100):
+        shard = Shard(f"{i:032x}", (), options)
+        with ThreadPoolExecutor(2) as pool:
+            (a, by_a), (b, by_b) = pool.map(publish, [shard, shard])
+        assert by_a == by_b and by_a.attempt in (a, b)
+        folder = manifest.shard_uri(store, "m", shard.id)
+        names = {str(f["name"]) for f in by_a.files.values()} | {"commit.json"}
+        assert set(storage.list_names(folder)) == names  # the loser's files are gone
+
+
+@pytest.mark.parametrize("kind", ["lie", "fail", "stale"])
+def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> None:
+    if ground.kind == "local":
+        pytest.skip("a local disk gives no unknown answers; its faults are those of the other tests")
+    store = ground.store()
+    with faults.injected(seed=7, rate=0.4, kinds=(kind,)) as schedule:
+        afn_ray.run(ground.config(faults.wrap(store))).close()
+        afn_ray.run(ground.config(faults.wrap(store))).close()
+        assert schedule.total(kind) > 20 or (kind == "stale" and schedule.total(kind) > 0)
+    ground.check(store)
+
+
+def test_a_commit_that_times_out_after_it_was_written_is_our_own(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ground.kind == "local":
+        pytest.skip("a local disk gives no unknown answers")
+    fs, _ = storage.open_filesystem(ground.corpus)
+    pipe, late = type(fs).pipe_file, []
+
+    def pipe_and_time_out(self: Any, path: str, value: bytes, **options: Any) -> None:
+        pipe(self, path, value, **options)
+        if path.endswith("commit.json") and len(late) < NUM_SHARDS // 2:
+            late.append(path)
+            raise TimeoutError("timed out")
+
+    monkeypatch.setattr(type(fs), "pipe_file", pipe_and_time_out)
+    store = ground.store()
+    afn_ray.run(ground.config(store)).close()
+    assert len(late) == NUM_SHARDS // 2
+    ground.check(store)
+
+
+def test_a_bucket_that_refuses_writes_for_twenty_seconds(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ground.kind == "local":
+        pytest.skip("a local disk that refuses is full: the next test")
+    fs, _ = storage.open_filesystem(ground.corpus)
+    refused: list[float] = []
+
+    def refusing(method: str) -> Callable[..., Any]:
+        call = getattr(type(fs), method)
+
+        def refuse(self: Any, *args: Any, **options: Any) -> Any:
+            if ready and time.monotonic() < ready[0]:
+                refused.append(time.monotonic())
+                raise faults.s3_error("SlowDown", 503)
+            return call(self, *args, **options)
+
+        return refuse
+
+    ready: list[float] = []
+    for method in ("pipe_file", "put_file"):
+        monkeypatch.setattr(type(fs), method, refusing(method))
+    store = ground.store()
+
+    def begin(event: Event) -> None:
+        if event.kind == "starting":
+            ready.append(time.monotonic() + 20)
+
+    with afn_ray.run(ground.config(store), begin) as run:
+        assert run.info["quarantined"] == []
+    assert refused[-1] - refused[0] > 10 and len(refused) < 400  # with pauses
+    ground.check(store)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 1.5 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"mounting a small disk is not permitted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("where", ["store", "scratch"])
+def test_a_full_disk_stops_the_run_resumable(ground: Ground, where: str, small_disk: Path) -> None:
+    if ground.kind == "s3" and where == "store":
+        pytest.skip("a bucket is never full")
+    store = str(small_disk / "store") if where == "store" else ground.store()
+    scratch = str(small_disk / "scratch") if where == "scratch" else None
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * (1200 << 10 if where == "store" else 1500 << 10 - 1))
+    with pytest.raises(Interrupted, match="no space left") as e:
+        while True:
+            afn_ray.run(ground.config(store, scratch=scratch))
+            ballast.write_bytes(b"x" * (ballast.stat().st_size + (64 << 10)))
+            shutil.rmtree(store)
+    assert e.value.exit_code == 75
+    ground.check_whole(store)
+    ballast.unlink()
+    afn_ray.run(ground.config(store, scratch=scratch)).close()
+    if where == "scratch":
+        ground.check(store)
+
+
+def test_a_clock_that_jumps_back_and_forth(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ground.store()
+    now = time.time
+
+    class Clock(datetime):
+        jump = timedelta()
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + cls.jump
+
+    monkeypatch.setattr(manifest, "datetime", Clock)
+    monkeypatch.setattr(time, "time", lambda: now() + Clock.jump.total_seconds())
+    monkeypatch.setattr(time, "time_ns", lambda: int((now() + Clock.jump.total_seconds()) * 1e9))
+    names = []
+    for days, sink in ((0, 10.0), (400, 11.0), (-400, 12.0), (1, 13.0)):
+        Clock.jump = timedelta(days=days)
+        with afn_ray.run(ground.config(store, sink_factor=sink)) as run:
+            names.append(run.uri)
+        with afn_ray.open_run(store) as latest:
+            assert latest.uri == names[-1]  # the one that was begun last, whatever the clock says
+    assert names == sorted(names) and len(set(names)) == 4
+    assert datetime.now(UTC).year < 2100
+    ground.check_whole(store)
