@@ -278,8 +278,8 @@ def _json(data: bytes, uri: str) -> dict[str, Any]:
     value.pop("sha256", None)
     if data != sealed(value):
         raise StoreError(
-            f"{uri} is damaged: its bytes do not have the checksum that it carries; delete it and give the 'afn run' "
-            "command again"
+            f"{uri} is damaged: its bytes do not have the checksum that it carries; 'afn verify' on its store says "
+            "what else is, and what to do"
         )
     return value
 
@@ -445,8 +445,7 @@ def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Sha
         raise StoreError(f"{uri} is damaged: it names the files {names}")
     if (value.get("measure"), commit.shard) != (measure_id, shard):
         raise StoreError(
-            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}; "
-            "delete its folder"
+            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"
         )
     return commit, read
 

@@ -178,7 +178,7 @@ def _check_pilot(store: str, name: str) -> Iterator[Finding]:
         try:
             manifest.read_pilot(store, name.removesuffix(".json"))
         except StoreError as error:
-            yield Finding("damaged", uri, _without(error, uri))
+            yield Finding("damaged", uri, f"{_without(error, uri)}; delete it, and the next run decides anew")
 
 
 def _without(error: StoreError, uri: str) -> str:
@@ -214,7 +214,7 @@ def _check_shard(
     try:
         found = manifest.read_committed(store, *place)
     except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
-        checked.findings.append(Finding("damaged", uri, _without(error, uri)))
+        checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {REDO_SHARD}"))
         return checked
     named = set() if found is None else {"commit.json", *(f["name"] for f in found[0].files.values())}
     now = time.time()
@@ -411,12 +411,13 @@ class _Run:
             try:
                 self.folder = manifest.find_run(uri)
             except StoreError as error:
-                self._find("damaged", self._run_json, _without(error, self._run_json))
+                self._find("damaged", self._run_json, f"{_without(error, self._run_json)}; {REDO_RUN}")
         for name, entry in self.folder.info.get("tables", {}).items():
             if not isinstance(entry, dict) or "name" not in entry:
                 self._find("damaged", self._run_json, f"its table {name} is {entry!r}; {REDO_RUN}")
                 continue
-            data, finding = _read(self._table_uri(name), entry, REDO_RUN)
+            advice = f"delete {uri} and give 'afn run' again" if name == "plan" else REDO_RUN
+            data, finding = _read(self._table_uri(name), entry, advice)
             self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + len(data)
             if finding is not None:
                 self.findings.append(finding)

@@ -285,6 +285,27 @@ def test_no_byte_of_a_store_changes_unseen(made: Path, tmp_path: Path) -> None:
     assert not store.verify().findings
 
 
+@pytest.mark.parametrize("name", ["tokens", "summary", "commit.json", "thresholds.parquet", "run.json", "plan.parquet"])
+def test_doing_what_a_finding_says_mends_the_store(store: Copy, made: Path, tiny_bert: Path, name: str) -> None:
+    in_run = name.endswith(".parquet") or name == "run.json"
+    uri = f"{store.run}/{name}" if in_run else store.commit if name == "commit.json" else store.file(name)
+    flip(uri, 0.5)
+    (finding,) = store.verify().findings
+    assert finding.uri == uri
+    if f"delete {store.run} and give 'afn run' again" in finding.message:
+        shutil.rmtree(store.run)
+    else:
+        assert "run.json" in finding.message and "again" in finding.message
+        storage.delete([f"{store.run}/run.json"])
+        if "delete its folder" in finding.message:
+            shutil.rmtree(store.shards[0])
+    assert (name == "plan.parquet") is (not storage.list_names(f"{store.uri}/runs"))
+    rows = afn_ray.verify_store(str(made)).num_rows
+    afn_ray.run(config_of(made.parent, tiny_bert, store=store.uri)).close()
+    v = store.verify()
+    assert not v.findings and v.num_runs == 1 and v.num_rows == rows
+
+
 # --- what was put in the place of another ----------------------------------------------------------------
 
 
