@@ -24,6 +24,7 @@ from afn_ray.config import RunConfig
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 NUM_SHARDS = 16
+LAST = f"{NUM_SHARDS - 1}.jsonl"
 SHARD_BYTES = 2048
 
 
@@ -165,8 +166,11 @@ def test_a_machine_that_comes_is_used(ground: Ground, chaos: Chaos, nodes: Nodes
 def test_a_machine_given_up_for_dead_commits_nothing_twice(
     ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path
 ) -> None:
-    awake = tmp_path / "awake"
-    chaos.plan({"point": "measured", "skip": 4, "do": "hang", "until": str(awake)})
+    awake, end = tmp_path / "awake", tmp_path / "end"
+    chaos.plan(
+        {"point": "measured", "skip": 4, "do": "hang", "until": str(awake)},
+        {"point": "process", "shard": LAST, "times": 9, "do": "hang", "until": str(end)},
+    )
     with running(ground, chaos, nodes, tmp_path / "store") as run:
         [zombie] = wait_for(chaos, run, "measured", fault="hang")
         nodes.freeze(zombie["node"])  # its worker process lives on
@@ -175,6 +179,7 @@ def test_a_machine_given_up_for_dead_commits_nothing_twice(
         awake.touch()
         [late] = wait_for(chaos, run, "committed", shard=zombie["shard"], pid=zombie["pid"])
         nodes.thaw(zombie["node"])
+        end.touch()
         assert not check(run, tmp_path / "store", ground)
     assert chaos.events("uploaded", shard=zombie["shard"], pid=zombie["pid"])  # it tried to commit
     assert late["attempt"] == rival["attempt"] != zombie["attempt"]
@@ -207,8 +212,11 @@ def hosts(chaos: Chaos) -> Iterator[Hosts]:
 def test_a_machine_cut_off_from_driver_and_store_commits_nothing_twice_when_it_is_back(
     ground: Ground, chaos: Chaos, hosts: Hosts, tmp_path: Path
 ) -> None:
-    back = tmp_path / "back"
-    chaos.plan({"point": "measured", "skip": 3, "do": "hang", "until": str(back)})
+    back, end = tmp_path / "back", tmp_path / "end"
+    chaos.plan(
+        {"point": "measured", "skip": 3, "do": "hang", "until": str(back)},
+        {"point": "process", "shard": LAST, "times": 9, "do": "hang", "until": str(end)},
+    )
     hosts.copy(str(ground.corpus), "s3://bucket/corpus")
     run = Afn(
         hosts.environment,
@@ -224,6 +232,7 @@ def test_a_machine_cut_off_from_driver_and_store_commits_nothing_twice_when_it_i
         hosts.heal(host)
         back.touch()
         [late] = wait_for(chaos, run, "committed", shard=zombie["shard"], pid=zombie["pid"])
+        end.touch()
         code, said = run.finish()
         assert code == 0, said
     finally:
