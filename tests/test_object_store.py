@@ -465,7 +465,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("tables")
     for compression in ("none", "zstd"):
         pq.write_table(
-            table, folder / compression, compression=compression, use_dictionary=False, row_group_size=1 << 20
+            table, folder / compression, compression=compression, use_dictionary=False, row_group_size=1 << 19
         )  # fmt: skip
         assert (folder / compression).stat().st_size > SQL_BYTES
     return {name: folder / name for name in ("none", "zstd")}
@@ -476,9 +476,17 @@ CHECKSUM = "SELECT count(*), sum(hash(doc, token_id, strength_2, strength_8)::HU
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_sql_over_large_files_is_right_on_many_threads(
-    kind: str, tables: dict[str, Path], request: pytest.FixtureRequest
+    kind: str, tables: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DuckDB 2.0 calls seek and read on one file from many threads; a position they shared would mix rows up."""
+    seek = storage._RangeFile.seek
+
+    def overtaken(self: storage._RangeFile, *args: int) -> int:
+        at = seek(self, *args)
+        time.sleep(0.002)  # now another thread seeks, and this one has yet to read
+        return at
+
+    monkeypatch.setattr(storage._RangeFile, "seek", overtaken)
     sizes = {name: path.stat().st_size for name, path in tables.items()}
     root = str(tables["none"].parent)
     if kind == "s3":
