@@ -81,27 +81,27 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
         return True
     if isinstance(error, DEFINITE) or any(isinstance(e, ssl.SSLCertVerificationError) for e in chain):
         return False
-    if status := http_status(error):
-        return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))
-    return any(
-        isinstance(e, ConnectionError | TimeoutError | socket.gaierror)
-        or (isinstance(e, OSError) and e.errno in REMOTE_ERRNOS)
-        or not TRANSIENT_NAMES.isdisjoint(c.__name__ for c in type(e).__mro__)
-        for e in chain
-    )
+    for e in chain:  # the newest word counts: a garbled answer is no answer 400
+        if status := _status(e):
+            return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))
+        names = {c.__name__ for c in type(e).__mro__}
+        if isinstance(e, ConnectionError | TimeoutError | socket.gaierror) or not names.isdisjoint(TRANSIENT_NAMES):
+            return True
+    return any(isinstance(e, OSError) and e.errno in REMOTE_ERRNOS for e in chain)
 
 
 def http_status(error: BaseException) -> int:
     """The HTTP status behind ``error``, 0 where there is none."""
-    for e in _causes(error):
-        answer: Any = getattr(e, "response", None)
-        if isinstance(answer, dict):
-            found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            found = next((v for k in ("status", "status_code", "code") if (v := getattr(e, k, None))), None)
-        if isinstance(found, int | str) and str(found).isdigit():
-            return int(found)
-    return 0
+    return next((status for e in _causes(error) if (status := _status(e))), 0)
+
+
+def _status(error: BaseException) -> int:
+    answer: Any = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = next((v for k in ("status", "status_code", "code") if (v := getattr(error, k, None))), None)
+    return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
 
 
 def _s3_code(error: BaseException) -> str:

@@ -38,12 +38,17 @@ DELETE_FOR_S = 10.0
 """Of trying again to delete: what stays is garbage, and whoever deletes is on the way out."""
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-# botocore asks again for one request, a page of a listing or a part of a file; `patiently` for the whole call.
-S3_OPTIONS: dict[str, Any] = {
-    "config_kwargs": {
-        "connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 3, "mode": "standard"},
-        "max_pool_connections": 32,
+# Timeouts in seconds, so that a dead peer is noticed. botocore asks again for one request, a page of a listing or a
+# part of a file; `patiently` for the whole call.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {
+            "connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 3, "mode": "standard"},
+            "max_pool_connections": 32,
+        },
     },
+    "gs": {"requests_timeout": 120},  # of a whole request
+    "az": {"connection_timeout": 5, "read_timeout": 30},
 }  # fmt: skip
 # `container@account` is how Azure names a container, and an ARN has colons; neither is a secret.
 URL_SECRET = re.compile(
@@ -79,10 +84,9 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         )
     if "::" in uri:
         raise ConfigError(f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)")
-    extra = EXTRAS.get(protocol)
-    options = S3_OPTIONS if extra == "s3" else {}
+    extra = EXTRAS.get(protocol, "")
     try:
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **options)
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **OPTIONS.get(extra, {}))
     except ImportError as error:
         how = f'pip install "afn-ray[{extra}]"' if extra else str(error)
         raise ConfigError(f"{uri!r} cannot be opened, for a package is missing: {how}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -22,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3_SECRET, write_jsonl
+from conftest import S3_SECRET, stop_after, write_jsonl
 from fsspec.registry import _registry as fsspec_registry
 from s3fs import S3FileSystem
 
@@ -114,6 +115,18 @@ def test_a_bucket_gives_the_rows_of_a_disk(
 def _keys(bucket_uri: str) -> list[str]:
     pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket_uri.removeprefix("s3://"))
     return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+
+def test_a_run_that_was_stopped_goes_on_in_the_bucket(
+    source: Path, object_store: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(corpus=(copy(source, f"{object_store}/corpus"),), store=f"{object_store}/store")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            afn_ray.run(config)
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["shards_reused"] == 3 and run.info["counts"]["documents"] == 451
 
 
 @pytest.mark.ray
@@ -248,15 +261,18 @@ def test_a_listing_that_fails_is_no_empty_one(memory: str, monkeypatch: pytest.M
 
 
 class Gate:
-    """A way to the S3 server that can be shut: ``mode`` is what happens to a connection."""
+    """A way to the S3 server that can be shut: ``mode`` is what happens to the next ``left`` connections."""
 
     def __init__(self, server_url: str) -> None:
         host, _, port = server_url.removeprefix("http://").partition(":")
         self._server = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.mode, self.met = "open", Counter[str]()
+        self.mode, self.left = "open", 0
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def shut(self, mode: str, for_connections: int) -> None:
+        self.mode, self.left = mode, for_connections
 
     def close(self) -> None:
         self._listener.close()
@@ -270,15 +286,15 @@ class Gate:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        """One request on each connection, so that a change of mode is met by the next request."""
-        mode = self.mode
-        self.met[mode] += 1
+        """One request on each connection."""
+        mode = self.mode if self.left > 0 else "open"
+        self.left -= 1
         with client:
             request = _request(client)
             if mode == "busy":
                 body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-                client.sendall(b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-                               % (len(body), body))  # fmt: skip
+                head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+                client.sendall(head if request.startswith(b"HEAD") else head + body)
             elif mode == "deaf":
                 time.sleep(2)
             elif mode in ("open", "mute"):
@@ -308,8 +324,8 @@ def gate(s3_server: str, object_store: str, monkeypatch: pytest.MonkeyPatch) -> 
     """A gate between this process and the bucket ``object_store``."""
     gate = Gate(s3_server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", gate.url)
-    monkeypatch.setattr(storage, "S3_OPTIONS", {"config_kwargs": storage.S3_OPTIONS["config_kwargs"] | {
-        "read_timeout": 0.3, "retries": {"total_max_attempts": 1}, "client_context_params": {}}})  # fmt: skip
+    settings = storage.OPTIONS["s3"]["config_kwargs"] | {"retries": {"total_max_attempts": 1}}
+    monkeypatch.setitem(storage.OPTIONS, "s3", {"config_kwargs": settings})
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.2)
     yield gate
     gate.close()
@@ -318,28 +334,28 @@ def gate(s3_server: str, object_store: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("mode", ["shut", "busy", "deaf", "mute"])
 def test_a_bucket_that_comes_back_is_waited_for(
-    gate: Gate, object_store: str, tmp_path: Path, mode: str
-) -> None:  # fmt: skip
+    gate: Gate, object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     """Connections are reset; 503 is said; nothing is said; what was asked is done, and nothing is said."""
     storage.write_once(f"{object_store}/before", b"1")
     (tmp_path / "x").write_bytes(b"3")
-    gate.mode = mode
-    back = threading.Timer(1.0, lambda: setattr(gate, "mode", "open"))
-    back.start()
-    try:
-        if mode == "mute":
-            with pytest.raises(storage.AlreadyWritten):  # by ourselves
-                storage.write_once(f"{object_store}/x", b"2")
-        else:
-            storage.write_once(f"{object_store}/x", b"2")
-        gate.mode = mode
-        threading.Timer(0.5, lambda: setattr(gate, "mode", "open")).start()
-        storage.upload(tmp_path / "x", f"{object_store}/y")
-        assert storage.list_names(object_store) == ["before", "x", "y"]
-    finally:
-        back.join()
+    if mode == "deaf":
+        monkeypatch.setitem(storage.OPTIONS["s3"]["config_kwargs"], "read_timeout", 0.3)
+    gate.shut(mode, for_connections=4)
+    with pytest.raises(storage.AlreadyWritten) if mode == "mute" else contextlib.nullcontext():  # by ourselves
+        storage.write_once(f"{object_store}/x", b"2")
+    assert gate.left < 0
+    for call in (
+        lambda: storage.upload(tmp_path / "x", f"{object_store}/y"),
+        lambda: storage.stat(f"{object_store}/y"),
+        lambda: storage.read_bytes(f"{object_store}/y"),
+    ):
+        gate.shut(mode, for_connections=2)
+        call()
+        assert gate.left < 0
+    gate.shut(mode, for_connections=2)
+    assert storage.list_names(object_store) == ["before", "x", "y"]
     assert storage.read_bytes(f"{object_store}/x") == b"2" and storage.read_bytes(f"{object_store}/y") == b"3"
-    assert gate.met[mode] > 1
 
 
 def test_a_bucket_that_does_not_come_back_is_unavailable(
@@ -347,7 +363,7 @@ def test_a_bucket_that_does_not_come_back_is_unavailable(
 ) -> None:
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     monkeypatch.setattr(storage, "DELETE_FOR_S", 0.3)
-    gate.mode = "busy"
+    gate.shut("busy", for_connections=10**6)
     with pytest.raises(Unavailable, match=r"writing s3://.*/x: no answer in \d+ tries .*Reduce your request rate") as e:
         storage.write_once(f"{object_store}/x", b"2")
     assert S3_SECRET not in str(e.value)

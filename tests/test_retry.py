@@ -14,6 +14,7 @@ import aiohttp
 import botocore.exceptions
 import botocore.parsers
 import pytest
+from aiohttp.http_exceptions import BadHttpMessage
 from faults import TRANSIENT, s3_error
 from fsspec.exceptions import FSTimeoutError
 
@@ -66,6 +67,7 @@ class HttpError(Exception):
         botocore.exceptions.SSLError(endpoint_url=ENDPOINT, error="eof"),
         botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
         botocore.parsers.ResponseParserError("no XML"),
+        _caused(botocore.exceptions.HTTPClientError(error="garbled"), BadHttpMessage("garbled")),  # it has a code, 400
         aiohttp.ClientOSError(errno.ECONNRESET, "reset"),
         aiohttp.ServerTimeoutError("read"),
         HttpError(503),
