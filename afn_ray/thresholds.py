@@ -26,6 +26,8 @@ BIN_BITS = 24
 TYPE_BITS = 31
 SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
 COMPACT_KEYS = 1 << 22
+MERGE_KEYS = 1 << 18
+"""Keys that a merge sorts at a time: few enough for a core's cache, and for little memory beside the sum."""
 
 
 def round_strengths(values: Floats) -> Floats:
@@ -54,30 +56,33 @@ class Histogram:
     counts: Ints
 
     @classmethod
-    def of(cls, keys: Ints) -> Histogram:
-        unique, counts = np.unique(keys, return_counts=True)
-        return cls(unique, counts.astype(np.int64))
-
-    @classmethod
-    def merge(cls, parts: Iterable[Histogram]) -> Histogram:
-        """The sum of ``parts``; grows like a binary counter, so that n parts cost n log n and not n squared."""
-        stack: list[Histogram] = []
-        for part in parts:
-            stack.append(part)
-            while len(stack) > 1 and len(stack[-2].keys) <= 2 * len(stack[-1].keys):
-                stack[-2:] = [cls._add(stack[-2:])]
-        return cls._add(stack)
-
-    @classmethod
-    def _add(cls, parts: list[Histogram]) -> Histogram:
-        if len(parts) == 1:
-            return parts[0]
-        keys = np.concatenate([p.keys for p in parts] or [np.empty(0, np.int64)])
-        counts = np.concatenate([p.counts for p in parts] or [np.empty(0, np.int64)])
+    def of(cls, keys: Ints, counts: Ints | None = None) -> Histogram:
+        """Of ``keys`` in any order, each counted once, or as often as ``counts`` says."""
+        if counts is None:
+            unique, counts = np.unique(keys, return_counts=True)
+            return cls(unique, counts.astype(np.int64))
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
         first = np.flatnonzero(np.diff(keys, prepend=-1))
         return cls(keys[first], np.add.reduceat(counts, first) if len(first) else counts)
+
+    @classmethod
+    def merge(cls, parts: Iterable[Histogram]) -> Histogram:
+        """The sum of ``parts``, one range of keys after another: beside the parts and the sum, little is held."""
+        parts = [p for p in parts if len(p.keys)] or [cls.of(np.empty(0, np.int64))]
+        if len(parts) == 1:
+            return parts[0]
+        longest = max((p.keys for p in parts), key=len)
+        step = max(1, MERGE_KEYS * len(longest) // sum(len(p.keys) for p in parts))
+        ends = [np.append(np.searchsorted(p.keys, longest[step::step]), len(p.keys)) for p in parts]
+        begins = [np.append(0, e[:-1]) for e in ends]
+        sums = []
+        for at in range(len(ends[0])):
+            ranges = [slice(b[at], e[at]) for b, e in zip(begins, ends, strict=True)]
+            keys = np.concatenate([p.keys[r] for p, r in zip(parts, ranges, strict=True)])
+            counts = np.concatenate([p.counts[r] for p, r in zip(parts, ranges, strict=True)])
+            sums.append(cls.of(keys, counts))
+        return cls(np.concatenate([s.keys for s in sums]), np.concatenate([s.counts for s in sums]))
 
     @property
     def n(self) -> int:
@@ -118,24 +123,7 @@ class Summary:
         """One table per layer, as in ``SUMMARY_SCHEMA``."""
         docs, starts = Histogram.merge(self._docs), Histogram.merge(self._word_starts)
         for layer in self._layers:
-            merged = Histogram.merge(self._strengths[layer])
-            types = merged.keys >> BIN_BITS
-            first = np.flatnonzero(np.diff(types, prepend=-1))
-            keys = types[first] << BIN_BITS
-            ends = np.append(first, len(types)).astype(np.int32)
-            bins = pa.array((merged.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
-            columns = [
-                pa.array(np.full(len(first), layer, np.int16)),
-                pa.array(keys >= SPECIAL_KEY),
-                pa.array(((keys % SPECIAL_KEY) >> BIN_BITS).astype(np.int32)),
-                pa.array(_look_up(docs, keys)),
-                pa.array(_look_up(starts, keys)),
-                pa.ListArray.from_arrays(pa.array(ends), bins, type=SUMMARY_SCHEMA.field("bins").type),
-                pa.ListArray.from_arrays(
-                    pa.array(ends), pa.array(merged.counts), type=SUMMARY_SCHEMA.field("counts").type
-                ),
-            ]
-            yield pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
+            yield LayerSummary(Histogram.merge(self._strengths[layer]), docs, starts).to_table(layer)
 
 
 def _look_up(histogram: Histogram, keys: Ints) -> Ints:
@@ -173,26 +161,45 @@ class LayerSummary:
             Histogram(types, table["n_word_start"].to_numpy()),
         )
 
+    def to_table(self, layer: int) -> pa.Table:
+        """As rows of ``SUMMARY_SCHEMA``, one for each type, normal ones first; the inverse of ``from_table``."""
+        types = self.strengths.keys >> BIN_BITS
+        first = np.flatnonzero(np.diff(types, prepend=-1))
+        keys = types[first] << BIN_BITS
+        ends = pa.array(np.append(first, len(types)).astype(np.int32))
+        bins = pa.array((self.strengths.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
+        columns = [
+            pa.array(np.full(len(first), layer, np.int16)),
+            pa.array(keys >= SPECIAL_KEY),
+            pa.array(((keys % SPECIAL_KEY) >> BIN_BITS).astype(np.int32)),
+            pa.array(_look_up(self.docs, keys)),
+            pa.array(_look_up(self.word_starts, keys)),
+            pa.ListArray.from_arrays(ends, bins, type=SUMMARY_SCHEMA.field("bins").type),
+            pa.ListArray.from_arrays(
+                ends, pa.array(self.strengths.counts), type=SUMMARY_SCHEMA.field("counts").type
+            ),
+        ]  # fmt: skip
+        return pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
+
     @classmethod
     def merge(cls, parts: Iterable[LayerSummary]) -> LayerSummary:
-        """The sum of ``parts``, which are taken one by one.
+        """The sum of ``parts``, which are taken one by one; the same for any order and grouping.
 
-        Memory is that of the sum, 16 bytes for each distinct pair of a type and a strength, a few times over.
+        Parts wait until they are as large as the sum so far: n of them cost n log n and not n squared, and memory is
+        that of the result four times, 64 bytes for each distinct pair of a type and a strength.
         """
-        empty = Histogram(np.empty(0, np.int64), np.empty(0, np.int64))
-        stack = [cls(empty, empty, empty)]
+        total, waiting, num_keys = cls._add([]), [], 0
         for part in parts:
-            stack.append(part)
-            while len(stack) > 1 and len(stack[-2].strengths.keys) <= 2 * len(stack[-1].strengths.keys):
-                stack[-2:] = [cls._add(*stack[-2:])]
-        while len(stack) > 1:
-            stack[-2:] = [cls._add(*stack[-2:])]
-        return stack[0]
+            waiting.append(part)
+            num_keys += len(part.strengths.keys)
+            if num_keys > max(MERGE_KEYS, len(total.strengths.keys)):
+                total, waiting, num_keys = cls._add([total, *waiting]), [], 0
+        return cls._add([total, *waiting])
 
     @classmethod
-    def _add(cls, a: LayerSummary, b: LayerSummary) -> LayerSummary:
+    def _add(cls, parts: list[LayerSummary]) -> LayerSummary:
         return cls(
-            Histogram.merge((a.strengths, b.strengths)),
-            Histogram.merge((a.docs, b.docs)),
-            Histogram.merge((a.word_starts, b.word_starts)),
+            Histogram.merge(p.strengths for p in parts),
+            Histogram.merge(p.docs for p in parts),
+            Histogram.merge(p.word_starts for p in parts),
         )
