@@ -35,6 +35,7 @@ from afn_ray.dispatch import (
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
 from afn_ray.manifest import Commit
 from afn_ray.pipeline import Processor, Progress, Task, sweep_scratch
+from afn_ray.reduce import FAN_IN, Inline, Tasks, call
 from afn_ray.schema import Shard
 
 INLINE_BYTES = 1 << 20
@@ -599,3 +600,56 @@ def probe(address: str | None) -> str:
 def _python_version() -> str:
     """Of the node that runs this; a function of ours is pickled by name, so the node has afn-ray if it answers."""
     return platform.python_version()
+
+
+# --- tasks of the reduce ---------------------------------------------------------------------------------
+
+MAX_PENDING = 256
+"""Calls under way at a time, so that any number of shards has bounded room in the object store and the driver."""
+
+
+@contextmanager
+def tasks(config: RunConfig, shards: Sequence[Shard]) -> Iterator[Tasks]:
+    """Who runs the calls of a reduce of ``shards``: this process where it did them or one call reads all, else Ray."""
+    if len(shards) <= FAN_IN or runs_inline(config, shards):
+        yield Inline()
+    else:
+        with _ray(config):
+            yield RayTasks()
+
+
+class RayTasks:
+    """``reduce.Tasks`` of a Ray that is joined. Calls are pure, so a lost process or result is Ray's to repeat."""
+
+    def __init__(self) -> None:
+        import ray
+
+        # A call's error is raised where its result is asked for, not printed by each call that waited for it.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        self._ray = ray
+        self._call = ray.remote(num_cpus=1, max_retries=3)(call)
+        self._pending: list[Any] = []
+
+    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+        if len(self._pending) >= MAX_PENDING:
+            # One reference of each call is held until then, and never its value.
+            self._pending = self._ray.wait(self._pending, num_returns=MAX_PENDING // 2, fetch_local=False)[1]
+        task = self._call.options(num_returns=num_results, name=f"reduce:{function.__name__.strip('_')}")
+        refs = task.remote(function, num_results, *args)
+        handles = refs if num_results > 1 else [refs]
+        self._pending.append(handles[0])
+        return list(handles)
+
+    def result(self, handle: Any) -> Any:
+        try:
+            return self._ray.get(handle)
+        except self._ray.exceptions.RayError as error:
+            cause: Any = error
+            while getattr(cause, "cause", None) is not None:  # whoever waited for a call that failed wraps it again
+                cause = cause.cause
+            if isinstance(cause, self._ray.exceptions.RayError):
+                raise Interrupted(
+                    f"the reduce lost a process or a result on Ray, and so again when repeated: {dispatch.reason(cause)}; "
+                    "all shards are committed, and the same command goes on from there"
+                ) from error
+            raise cause from None

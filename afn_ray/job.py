@@ -110,10 +110,11 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         raise CorpusError(_no_tokens(ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
     pieces, readable = pipeline.vocabulary_texts(files)
-    tables = reduce_run(
-        config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable,
-        language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
-    )  # fmt: skip
+    with cluster.tasks(config, done) as tasks:
+        tables = reduce_run(
+            config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable, tasks=tasks,
+            language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
+        )  # fmt: skip
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
     num_reused = len(plan.shards) - len(todo)

@@ -1,11 +1,24 @@
-"""Shards' summaries in, a run's thresholds, histogram and vocabulary out. No record is read again."""
+"""Shards' summaries in, a run's thresholds, histogram and vocabulary out. No record is read again.
+
+Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks``)::
+
+    read    some shards' summaries of one layer -> their sum, cut by type into parts
+    merge   a part from FAN_IN places           -> their sum, until there is one of each part
+    count   a part                              -> how often each strength occurs in it
+    total   all parts' counts                   -> the layer's histogram and thresholds
+    types   a part, the layer's thresholds      -> statistics of each type
+
+All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls holds handles and
+the small tables at the end.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,50 +27,244 @@ import pyarrow.parquet as pq
 
 from afn_ray import lexicon, manifest, storage
 from afn_ray.errors import StoreError
-from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
+from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, SUMMARY_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
 from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, LayerSummary, to_values
 
 READ_AHEAD = 8
+FAN_IN = 64
+"""Sums that one call merges, and shards that one reads at most."""
+READ_BYTES = 16 << 20
+"""Of one layer's summaries, that one call reads: large shards come in smaller groups. Each byte becomes 8 to 40."""
+PART_BYTES = 64 << 20
+"""Of one layer's summaries that go into one part. Sums are smaller, for what they have in common counts once."""
+MAX_PARTS = 16
+"""Parts of a layer. More would spread the last merges further, but parts under 100 kB would pass through the driver."""
 Z_95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution, for Wilson's interval."""
+
+STATISTICS_SCHEMA = pa.schema(
+    [pa.field("special", pa.bool_(), nullable=False), pa.field("n_word_start", pa.int64(), nullable=False)]
+    + [f for f in VOCABULARY_SCHEMA if f.name in
+       ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")]
+)  # fmt: skip
+"""What the vocabulary says of a type, before its text."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
+class Tasks(Protocol):
+    """Calls pure functions, here or in other processes, perhaps more than once where a process died."""
+
+    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+        """A handle for each of the ``num_results`` values that ``function(*args)`` returns.
+
+        Handles among ``args`` arrive as the values that they stand for.
+        """
+
+    def result(self, handle: Any) -> Any:
+        """The value of ``handle``. Raises what its function raised, or one that it depends on."""
+
+
+class Inline:
+    """Calls at once, in this process: what is held is what the caller still has handles of."""
+
+    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+        values = list(function(*args))
+        assert len(values) == num_results
+        return values
+
+    def result(self, handle: Any) -> Any:
+        return handle
+
+
+class SummaryFile(NamedTuple):
+    """What it takes to read a shard's summary and to trust it."""
+
+    shard: str
+    name: str
+    rows: int
+    num_bytes: int
+    sha256: str
+
+
 def reduce_run(
     store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int], *,
     pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
-    on_layer: Callable[[int], None] | None = None,
+    tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
-    """The run's tables from its shards' summaries, one layer at a time.
+    """The run's tables from its shards' summaries, by ``tasks`` or in this process.
 
     ``commits`` in plan order, ``num_bytes`` read for each; ``pieces`` and ``readable`` are the vocabulary's texts
-    by token id. The result does not depend on how the corpus was cut into shards.
+    by token id. The result does not depend on how the corpus was cut into shards. Raises ``StoreError`` when a
+    summary is missing or damaged, or when together they have not the tokens that the commits count.
     """
-    shards = shards_table(measure_id, commits, num_bytes)
+    tasks = tasks or Inline()
     n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
+    n_tokens = sum(c.counts["tokens"] for c in commits)
+    files = [
+        SummaryFile(c.shard, f["name"], f["rows"], f["bytes"], f["sha256"])
+        for c in commits for f in (c.files["summary"],)
+    ]  # fmt: skip
+    submitted = [_submit_layer(tasks, store, measure_id, files, at, layers, sink_factor) for at in range(len(layers))]
     thresholds: list[dict[str, Any]] = []
     histograms, vocabularies = [], []
-    for at, layer in enumerate(layers):
-        merged = LayerSummary.merge(_read_layer(store, measure_id, commits, at, layer))
-        strengths = merged.strengths
-        is_special = strengths.keys >= SPECIAL_KEY
-        bins = strengths.keys & ((1 << BIN_BITS) - 1)
-        normal = _by_bin(bins[~is_special], strengths.counts[~is_special])
-        special = _by_bin(bins[is_special], strengths.counts[is_special])
-        rows = threshold_rows(layer, normal, special.n, sink_factor)
+    for layer, (total, types) in zip(layers, submitted, strict=True):
+        rows, histogram = map(tasks.result, total)
+        if (n := rows[0]["n"] + rows[0]["n_special"]) != n_tokens:
+            raise StoreError(
+                f"the summaries of layer {layer} hold {n:,} tokens, expected {n_tokens:,} as the {len(commits):,} "
+                f"commits of measure {measure_id} count; 'afn verify {store}' says where"
+            )
         thresholds += rows
-        histograms += [_histogram_table(layer, False, normal), _histogram_table(layer, True, special)]
-        vocabularies.append(vocabulary_table(layer, merged, rows[0]["q3"], n_docs, pieces, readable, language))
-        if on_layer is not None:
-            on_layer(layer)
+        histograms.append(histogram)
+        statistics = pa.concat_tables([tasks.result(part) for part in types])
+        vocabularies.append(vocabulary_table(layer, statistics, n_docs, pieces, readable, language))
     return {
-        "shards": shards,
+        "shards": shards_table(measure_id, commits, num_bytes),
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
         "histogram": pa.concat_tables(histograms),
         "vocabulary": pa.concat_tables(vocabularies),
     }
+
+
+# --- the tree --------------------------------------------------------------------------------------------
+
+
+def _submit_layer(
+    tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layers: Sequence[int],
+    sink_factor: float,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """Handles of one layer's ``_total``, and of ``_types`` of each part."""
+    layer, per_layer = layers[at], len(layers)
+    num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (per_layer * PART_BYTES))
+    levels: list[list[list[Any]]] = [[]]  # at height h: sums of FAN_IN^h groups, each as handles of its parts
+
+    def merge_level(height: int) -> None:
+        """Replace the sums at ``height`` by one above them."""
+        if height + 1 == len(levels):
+            levels.append([])
+        if len(levels[height]) > 1:
+            of_part = zip(*levels[height], strict=True)
+            levels[height] = [[tasks.submit(_merge, layer, *handles)[0] for handles in of_part]]
+        levels[height + 1] += levels[height]
+        levels[height] = []
+
+    for group in _groups(files, per_layer):
+        levels[0].append(tasks.submit(_read, store, measure_id, group, at, layer, num_parts, num_results=num_parts))
+        height = 0
+        while len(levels[height]) == FAN_IN:
+            merge_level(height)
+            height += 1
+    for height in range(len(levels)):
+        merge_level(height)
+    (parts,) = levels[-1]
+    counts = [tasks.submit(_count, part)[0] for part in parts]
+    total = tasks.submit(_total, layer, sink_factor, *counts, num_results=2)
+    return total, [tasks.submit(_types, part, total[0])[0] for part in parts]
+
+
+def _groups(files: Sequence[SummaryFile], num_layers: int) -> Iterator[tuple[SummaryFile, ...]]:
+    """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` of a layer."""
+    group: list[SummaryFile] = []
+    size = 0
+    for file in files:
+        if group and (len(group) == FAN_IN or size + file.num_bytes > num_layers * READ_BYTES):
+            yield tuple(group)
+            group, size = [], 0
+        group.append(file)
+        size += file.num_bytes
+    yield tuple(group)
+
+
+def _read(
+    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layer: int, num_parts: int
+) -> list[bytes]:
+    """The sum of layer ``layer`` (row group ``at``) of ``files``; part p has the types whose id is p modulo the number.
+
+    Ids go by frequency in most vocabularies, so the parts are about equal.
+    """
+    table = LayerSummary.merge(_read_layer(store, measure_id, files, at, layer)).to_table(layer)
+    part_of = table["token_id"].to_numpy() % num_parts
+    return [_encode(table.filter(pa.array(part_of == part))) for part in range(num_parts)]
+
+
+def _merge(layer: int, *parts: bytes) -> list[bytes]:
+    """The sum of ``parts``."""
+    return [_encode(LayerSummary.merge(map(_decode, parts)).to_table(layer))]
+
+
+def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
+    """How often each strength occurs in ``part``: of normal tokens, and of special ones."""
+    strengths = _decode(part).strengths
+    is_special = strengths.keys >= SPECIAL_KEY
+    bins = strengths.keys & ((1 << BIN_BITS) - 1)
+    normal, special = (Histogram.of(bins[which], strengths.counts[which]) for which in (~is_special, is_special))
+    return [(normal, special)]
+
+
+def _total(
+    layer: int, sink_factor: float, *counts: tuple[Histogram, Histogram]
+) -> tuple[list[dict[str, Any]], pa.Table]:
+    """Rows of the layer's thresholds, and its histogram."""
+    normal, special = (Histogram.merge(of) for of in zip(*counts, strict=True))
+    histogram = pa.concat_tables([_histogram_table(layer, False, normal), _histogram_table(layer, True, special)])
+    return threshold_rows(layer, normal, special.n, sink_factor), histogram
+
+
+def _types(part: bytes, thresholds: list[dict[str, Any]]) -> list[pa.Table]:
+    """``type_statistics`` of ``part`` under the layer's thresholds."""
+    return [type_statistics(_decode(part), thresholds[0]["q3"])]
+
+
+def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
+    """What a ``Tasks`` elsewhere runs: a lone value comes out of its sequence."""
+    values = function(*args)
+    return values if num_results > 1 else values[0]
+
+
+def _encode(table: pa.Table) -> bytes:
+    """A sum as it travels: 2 to 4 bytes for a distinct pair of a type and a strength, where memory takes 16."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, row_group_size=max(1, len(table)), compression="zstd", use_dictionary=["counts.list.element"],
+        column_encoding={"bins.list.element": "DELTA_BINARY_PACKED"}, write_statistics=False,
+    )  # fmt: skip
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _decode(data: bytes) -> LayerSummary:
+    return LayerSummary.from_table(pq.read_table(pa.BufferReader(data), schema=SUMMARY_SCHEMA, use_threads=False))
+
+
+def _read_layer(
+    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layer: int
+) -> Iterator[LayerSummary]:
+    """Layer ``layer`` (row group ``at``) of every summary, a few files ahead."""
+
+    def read(file: SummaryFile) -> LayerSummary | None:
+        uri = storage.join(manifest.shard_uri(store, measure_id, file.shard), file.name)
+        data = storage.read_bytes(uri)
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise StoreError(
+                f"{uri} is damaged: its checksum is not the one in commit.json; delete its folder and run again"
+            )
+        if not file.rows:
+            return None  # a shard without tokens
+        table = pq.ParquetFile(pa.BufferReader(data)).read_row_group(at, use_threads=False)
+        if table["layer"][0].as_py() != layer:
+            raise StoreError(f"{uri}: row group {at} holds layer {table['layer'][0]}, expected {layer}")
+        return LayerSummary.from_table(table)
+
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for begin in range(0, len(files), READ_AHEAD):
+            for part in pool.map(read, files[begin : begin + READ_AHEAD]):
+                if part is not None:
+                    yield part
+
+
+# --- the tables ------------------------------------------------------------------------------------------
 
 
 def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes: Sequence[int]) -> pa.Table:
@@ -83,40 +290,6 @@ def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes:
     return pa.Table.from_pylist(rows, SHARDS_SCHEMA)
 
 
-def _read_layer(
-    store: str, measure_id: str, commits: Sequence[manifest.Commit], at: int, layer: int
-) -> Iterator[LayerSummary]:
-    """Layer ``layer`` (row group ``at``) of every summary, a few files ahead."""
-
-    def read(commit: manifest.Commit) -> LayerSummary | None:
-        entry = commit.files["summary"]
-        uri = storage.join(manifest.shard_uri(store, measure_id, commit.shard), str(entry["name"]))
-        data = storage.read_bytes(uri)
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise StoreError(
-                f"{uri} is damaged: its checksum is not the one in commit.json; delete its folder and run again"
-            )
-        if not entry["rows"]:
-            return None  # a shard without tokens
-        table = pq.ParquetFile(pa.BufferReader(data)).read_row_group(at)
-        if table["layer"][0].as_py() != layer:
-            raise StoreError(f"{uri}: row group {at} holds layer {table['layer'][0]}, expected {layer}")
-        return LayerSummary.from_table(table)
-
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        for begin in range(0, len(commits), READ_AHEAD):
-            for part in pool.map(read, commits[begin : begin + READ_AHEAD]):
-                if part is not None:
-                    yield part
-
-
-def _by_bin(bins: Ints, counts: Ints) -> Histogram:
-    order = np.argsort(bins, kind="stable")
-    bins, counts = bins[order], counts[order]
-    first = np.flatnonzero(np.diff(bins, prepend=-1))
-    return Histogram(bins[first], np.add.reduceat(counts, first) if len(first) else counts)
-
-
 def _histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table:
     n = len(histogram.keys)
     columns = [np.full(n, layer, np.int16), np.full(n, special), to_values(histogram.keys), histogram.counts]
@@ -139,11 +312,11 @@ def threshold_rows(layer: int, histogram: Histogram, n_special: int, sink_factor
         }  # fmt: skip
         if h.n:
             values = to_values(h.keys).astype(np.float64)
-            mean = float(values @ h.counts / h.n)
+            mean = math.fsum(values * h.counts) / h.n  # rounded once: the same bits on any machine
             keys = [h.quantile_key(i, 4) for i in (1, 2, 3)]
             q1, q2, q3 = (float(v) for v in to_values(np.array(keys)))
             row |= {
-                "mean": mean, "sd": float(np.sqrt(((values - mean) ** 2) @ h.counts / h.n)),
+                "mean": mean, "sd": math.sqrt(math.fsum((values - mean) ** 2 * h.counts) / h.n),
                 "min": values[0], "q1": q1, "q2": q2, "q3": q3, "max": values[-1],
                 "n_high": int(h.counts[h.keys >= keys[2]].sum()),
             }  # fmt: skip
@@ -151,16 +324,13 @@ def threshold_rows(layer: int, histogram: Histogram, n_special: int, sink_factor
     return [{name: row.get(name) for name in THRESHOLDS_SCHEMA.names} for row in rows]
 
 
-def vocabulary_table(
-    layer: int, merged: LayerSummary, q3: float | None, n_docs: int, pieces: Sequence[str], readable: Sequence[str],
-    language: str,
-) -> pa.Table:  # fmt: skip
-    """Statistics of every type that occurs, read exactly off its histogram; ``q3`` is the layer's threshold."""
+def type_statistics(merged: LayerSummary, q3: float | None) -> pa.Table:
+    """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``; ``q3`` is the layer's threshold."""
     keys, counts = merged.strengths.keys, merged.strengths.counts
     types = keys >> BIN_BITS
     first = np.flatnonzero(np.diff(types, prepend=-1))
     if not len(first):
-        return VOCABULARY_SCHEMA.empty_table()
+        return STATISTICS_SCHEMA.empty_table()
     values = to_values(keys & ((1 << BIN_BITS) - 1))
     n = np.add.reduceat(counts, first)
     wide = values.astype(np.float64)
@@ -171,26 +341,38 @@ def vocabulary_table(
     before = cumulative[first] - counts[first]
     quartile = {i: values[np.searchsorted(cumulative, before + np.maximum(1, (i * n + 3) // 4))] for i in (1, 2, 3)}
     high = values >= np.float32(np.inf if q3 is None else q3)
-    n_high = np.add.reduceat(np.where(high, counts, 0), first)
-    low, upper = wilson(n_high, n)
-    ids = types[first] % (SPECIAL_KEY >> BIN_BITS)
-    special = types[first] >= SPECIAL_KEY >> BIN_BITS
-    starts = merged.word_starts.counts
-    texts = [readable[i] for i in ids.tolist()]
+    columns: dict[str, Any] = {
+        "special": types[first] >= SPECIAL_KEY >> BIN_BITS, "token_id": types[first] % (SPECIAL_KEY >> BIN_BITS),
+        "n": n, "n_docs": merged.docs.counts, "n_word_start": merged.word_starts.counts, "mean": mean, "sd": sd,
+        "min": values[first], "q1": quartile[1], "q2": quartile[2], "q3": quartile[3],
+        "max": values[np.append(first[1:], len(keys)) - 1], "n_high": np.add.reduceat(np.where(high, counts, 0), first),
+    }  # fmt: skip
+    return _table(columns, STATISTICS_SCHEMA)
+
+
+def vocabulary_table(
+    layer: int, statistics: pa.Table, n_docs: int, pieces: Sequence[str], readable: Sequence[str], language: str
+) -> pa.Table:
+    """``statistics`` of all types in any order, with texts, classes and shares, in order of ids."""
+    statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
+    columns: dict[str, Any] = {name: statistics[name].to_numpy() for name in statistics.column_names}
+    ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
+    texts = [readable[i] for i in ids]
     classes = [
         lexicon.classify(text, special=bool(s), starts_word=bool(2 * w >= c), language=language)
-        for text, s, w, c in zip(texts, special, starts, n, strict=True)
+        for text, s, w, c in zip(texts, columns["special"], columns["n_word_start"], n, strict=True)
     ]
-    docs = merged.docs.counts
-    columns: dict[str, Any] = {
-        "layer": np.full(len(first), layer), "token_id": ids, "token": [pieces[i] for i in ids.tolist()], "text": texts,
-        "class": classes, "n": n, "n_docs": docs, "mean": mean, "sd": sd, "min": values[first], "q1": quartile[1],
-        "q2": quartile[2], "q3": quartile[3], "max": values[np.append(first[1:], len(keys)) - 1], "n_high": n_high,
-        "share_high": n_high / n, "share_high_low": low, "share_high_high": upper, "idf": np.log(n_docs / docs),
+    low, upper = wilson(n_high, n)
+    columns |= {
+        "layer": np.full(len(ids), layer), "token": [pieces[i] for i in ids], "text": texts, "class": classes,
+        "share_high": n_high / n, "share_high_low": low, "share_high_high": upper,
+        "idf": np.log(n_docs / columns["n_docs"]),
     }  # fmt: skip
-    return pa.Table.from_arrays(
-        [pa.array(columns[f.name], f.type) for f in VOCABULARY_SCHEMA], schema=VOCABULARY_SCHEMA
-    )
+    return _table(columns, VOCABULARY_SCHEMA)
+
+
+def _table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
 def wilson(k: Ints | int, n: Ints | int) -> tuple[Floats, Floats]:

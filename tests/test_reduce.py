@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,13 +17,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import manifest, storage
-from afn_ray.errors import StoreError
+from afn_ray import cluster, manifest, reduce, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import Interrupted, StoreError
 from afn_ray.records import ShardFiles
-from afn_ray.reduce import reduce_run, wilson
+from afn_ray.reduce import Inline, call, reduce_run, wilson
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     SHARDS_SCHEMA,
@@ -214,22 +220,6 @@ def test_the_histogram_holds_every_value(store: str, scratch: Path) -> None:
             assert [(r["strength"], r["n"]) for r in rows] == list(zip(values.tolist(), counts.tolist(), strict=True))
 
 
-@given(st.lists(st.integers(0, 40), max_size=5), st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
-def test_tables_do_not_depend_on_how_the_corpus_is_cut(
-    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], sinks: int
-) -> None:
-    folder = tmp_path_factory.mktemp("cut")
-    corpus, bounds = _corpus(5, 40, sinks), sorted({0, 40, *cuts})
-    parts = [corpus.part(a, b) for a, b in pairwise(bounds)]
-    whole, cut = (
-        _reduce(str(folder / name), _made(folder / f"{name}-scratch"), of)
-        for name, of in (("whole", [corpus]), ("cut", parts))
-    )
-    for name in ("thresholds", "histogram", "vocabulary"):
-        assert cut[name].equals(whole[name]), name  # bit by bit
-
-
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -323,10 +313,190 @@ def test_a_summary_of_other_layers_is_refused(store: str, scratch: Path) -> None
         )  # fmt: skip
 
 
-def test_progress_is_told_by_layer(store: str, scratch: Path) -> None:
-    seen: list[int] = []
-    _reduce(store, scratch, [_corpus(9, 10)], on_layer=seen.append)
-    assert seen == list(LAYERS)
+# --- the tree --------------------------------------------------------------------------------------------
+
+
+class Twice:
+    """Tasks that reach their values as other processes do, by pickle, and whose every call is repeated."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def submit(self, function: Any, *args: Any, num_results: int = 1) -> list[Any]:
+        self.calls.append(function.__name__)
+        arguments = pickle.dumps([pickle.loads(a) if isinstance(a, bytes) else a for a in args])
+        first, again = (call(function, num_results, *pickle.loads(arguments)) for _ in range(2))
+        values = [first] if num_results == 1 else first
+        assert len(values) == num_results
+        assert pickle.dumps(first) == pickle.dumps(again)
+        return [pickle.dumps(v) for v in values]
+
+    def result(self, handle: Any) -> Any:
+        return pickle.loads(handle)
+
+
+def _expected(corpus: Tokens, layer: int) -> tuple[Any, list[Any]]:
+    """The layer's thresholds and, of each type, what a histogram could get wrong; from the rows themselves."""
+    values, special = corpus.strengths[layer].astype(np.float64), corpus.flags & SPECIAL > 0
+    q = _quartiles(values[~special])
+    types = []
+    for is_special, token in sorted(set(zip(special.tolist(), corpus.ids.tolist(), strict=True))):
+        here = (special == is_special) & (corpus.ids == token)
+        n_docs = len(np.unique(corpus.docs[here]))
+        types.append((token, here.sum(), n_docs, *_quartiles(values[here]), (values[here] >= q[2]).sum()))
+    return (len(values) - special.sum(), *q, (values[~special] >= q[2]).sum()), types
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokens, dict[str, pa.Table]]:
+    """A corpus, and its tables as one shard."""
+    folder, corpus = tmp_path_factory.mktemp("whole"), _corpus(5, 40, 3)
+    return corpus, _reduce(str(folder / "store"), _made(folder / "scratch"), [corpus])
+
+
+@given(
+    cuts=st.lists(st.integers(0, 40), max_size=9), order=st.randoms(use_true_random=False), fan_in=st.integers(2, 5),
+    parts=st.integers(1, 9), read_bytes=st.sampled_from([1, 1 << 13, 1 << 24]), elsewhere=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
+    tmp_path_factory: pytest.TempPathFactory, whole: tuple[Tokens, dict[str, pa.Table]], cuts: list[int], order: Any,
+    fan_in: int, parts: int, read_bytes: int, elsewhere: bool,
+) -> None:  # fmt: skip
+    folder, bounds, (corpus, expected) = tmp_path_factory.mktemp("tree"), sorted([0, 40, *cuts]), whole
+    shards = [corpus.part(a, b) for a, b in pairwise(bounds)]  # some without documents
+    order.shuffle(shards)
+    tasks = Twice() if elsewhere else Inline()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"FAN_IN": fan_in, "MAX_PARTS": parts, "READ_BYTES": read_bytes, "PART_BYTES": 1}.items():
+            patch.setattr(reduce, name, value)
+        tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks=tasks)
+    for name in ("thresholds", "histogram", "vocabulary"):
+        assert tables[name].combine_chunks().equals(expected[name].combine_chunks()), name  # bit by bit
+    if isinstance(tasks, Twice):
+        assert tasks.calls.count("_types") == parts * len(LAYERS)
+        assert tasks.calls.count("_read") >= len(LAYERS) * -(-len(shards) // fan_in)
+    for layer in LAYERS:
+        row = next(r for r in tables["thresholds"].to_pylist() if r["layer"] == layer)
+        rows = [r for r in tables["vocabulary"].to_pylist() if r["layer"] == layer]
+        columns = ("token_id", "n", "n_docs", "q1", "q2", "q3", "n_high")
+        found = (tuple(row[c] for c in ("n", "q1", "q2", "q3", "n_high")), [tuple(r[c] for c in columns) for r in rows])
+        assert found == _expected(corpus, layer)
+
+
+def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tree of fan-in 4 over 4^5 groups has never more than 4 sums at a height, and at most 3 groups wait."""
+    held: set[int] = set()
+    most, made = 0, 0
+
+    class Handle:
+        def __init__(self) -> None:
+            nonlocal most, made
+            made += 1
+            held.add(id(self))
+            most = max(most, len(held))
+
+        def __del__(self) -> None:
+            held.discard(id(self))
+
+    class Counting:
+        def submit(self, function: Any, *args: Any, num_results: int = 1) -> list[Any]:
+            return [Handle() for _ in range(num_results)]
+
+        def result(self, handle: Any) -> Any:
+            raise AssertionError("no value is asked for while the tree grows")
+
+    monkeypatch.setattr(reduce, "FAN_IN", 4)
+    files = [reduce.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
+    total, types = reduce._submit_layer(Counting(), "/store", MEASURE_ID, files, 0, (8,), 10.0)
+    assert made == 4**5 + (4**5 - 1) // 3 + 4  # groups, merges, then the ends: count, total's two, types
+    assert most <= 4 * 6 and len(held) == len([*total, *types])
+
+
+def test_summaries_that_hold_other_tokens_than_commits_count_are_refused(store: str, scratch: Path) -> None:
+    commit = _commit(store, scratch, 0, _corpus(9, 10))
+    lying = replace(commit, counts={**commit.counts, "tokens": commit.counts["tokens"] + 1})
+    with pytest.raises(StoreError, match=r"layer 0 hold \d+ tokens, expected \d+ as the 1 commits"):
+        reduce_run(
+            store, MEASURE_ID, [lying], LAYERS, pieces=PIECES, readable=READABLE, language="en", sink_factor=10.0,
+            num_bytes=[1],
+        )  # fmt: skip
+
+
+# --- on Ray ----------------------------------------------------------------------------------------------
+
+
+def _on_ray(num_shards: int) -> Any:
+    shards = [Shard(str(i), (), ReadOptions("auto", "text", None, "file", 1)) for i in range(num_shards)]
+    return cluster.tasks(RunConfig(corpus=("-",), model="-", store="/", executor="ray"), shards)
+
+
+@pytest.mark.ray
+def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch: Path) -> None:
+    corpus = _corpus(10, 300, 3)
+    commits = [_commit(store, scratch, i, corpus.part(i, i + 2)) for i in range(0, 300, 2)]
+    asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,
+                             "num_bytes": [7] * len(commits)}  # fmt: skip
+    inline = reduce_run(store, MEASURE_ID, commits, LAYERS, **asked)
+    with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
+        assert isinstance(tasks, cluster.RayTasks)
+        patch.setattr(cluster, "MAX_PENDING", 4)
+        patch.setattr(reduce, "PART_BYTES", 1 << 12)
+        patch.setattr(reduce, "FAN_IN", 8)
+        on_ray = reduce_run(store, MEASURE_ID, commits[::-1], LAYERS, tasks=tasks, **asked)
+        assert len(tasks._pending) <= 4
+    assert inline["shards"].num_rows == 150
+    for name in ("thresholds", "histogram", "vocabulary"):
+        assert on_ray[name].combine_chunks().equals(inline[name].combine_chunks()), name
+    with _on_ray(reduce.FAN_IN) as tasks:
+        assert isinstance(tasks, Inline)  # one call would read them all: no second process is worth it
+
+
+@pytest.mark.ray
+def test_a_damaged_summary_is_named_from_the_leaves_of_a_tree_on_ray(
+    local_ray: None, store: str, scratch: Path
+) -> None:
+    corpus = _corpus(11, 70)
+    commits = [_commit(store, scratch, i, corpus.part(i, i + 1)) for i in range(70)]
+    uri = f"{manifest.shard_uri(store, MEASURE_ID, commits[3].shard)}/{commits[3].files['summary']['name']}"
+    storage.delete([uri])
+    storage.write_once(uri, b"something else")
+    asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,
+                             "num_bytes": [7] * 70}  # fmt: skip
+    with _on_ray(70) as tasks, pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"):
+        reduce_run(store, MEASURE_ID, commits, LAYERS, tasks=tasks, **asked)
+
+
+def _die(mark: str, times: int) -> list[int]:
+    """Kills its process the first ``times`` times."""
+    path = Path(mark)
+    tried = len(path.read_text()) if path.exists() else 0
+    path.write_text("x" * (tried + 1))
+    if tried < times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [tried]
+
+
+def _add_one(number: int) -> list[int]:
+    return [number + 1]
+
+
+def _divide(number: int) -> list[float]:
+    return [number / 0]
+
+
+@pytest.mark.ray
+def test_a_call_is_repeated_when_its_process_dies_and_not_for_ever(local_ray: None, tmp_path: Path) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with _on_ray(100) as tasks:
+        (twice,) = tasks.submit(_die, str(tmp_path / "twice"), 2)
+        assert tasks.result(tasks.submit(_add_one, twice)[0]) == 3
+        (always,) = tasks.submit(_die, str(tmp_path / "always"), 99)
+        with pytest.raises(Interrupted, match="the reduce lost a process or a result on Ray"):
+            tasks.result(tasks.submit(_add_one, always)[0])
+        (wrong,) = tasks.submit(_divide, 1)  # our own fault is shown as it is
+        with pytest.raises(ZeroDivisionError):
+            tasks.result(tasks.submit(_add_one, wrong)[0])
 
 
 # --- Wilson's interval -----------------------------------------------------------------------------------
