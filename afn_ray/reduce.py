@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,7 +36,9 @@ FAN_IN = 64
 """Sums that one call merges, and shards that one reads at most."""
 READ_BYTES = 16 << 20
 """Of one layer's summaries, that one call reads: large shards come in smaller groups. Each byte becomes 8 to 40."""
-PART_BYTES = 64 << 20
+SLICE_PAIRS = 1 << 20
+"""Pairs of a type and a strength that a call looks at together."""
+PART_BYTES = 32 << 20
 """Of one layer's summaries that go into one part. Sums are smaller, for what they have in common counts once."""
 MAX_PARTS = 16
 """Parts of a layer. More would spread the last merges further, but parts under 100 kB would pass through the driver."""
@@ -191,16 +194,18 @@ def _read(
 
 def _merge(layer: int, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    return [_encode(LayerSummary.merge(map(_decode, parts)).to_table(layer))]
+    return [_encode(LayerSummary.merge(LayerSummary.from_table(_decode(p)) for p in parts).to_table(layer))]
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
     """How often each strength occurs in ``part``: of normal tokens, and of special ones."""
-    strengths = _decode(part).strengths
-    is_special = strengths.keys >= SPECIAL_KEY
-    bins = strengths.keys & ((1 << BIN_BITS) - 1)
-    normal, special = (Histogram.of(bins[which], strengths.counts[which]) for which in (~is_special, is_special))
-    return [(normal, special)]
+    normal: list[Histogram] = []
+    special: list[Histogram] = []
+    for some in _slices(part):
+        keys, counts = some.strengths.keys, some.strengths.counts
+        for which, histograms in ((keys < SPECIAL_KEY, normal), (keys >= SPECIAL_KEY, special)):
+            histograms.append(Histogram.of(keys[which] & ((1 << BIN_BITS) - 1), counts[which]))
+    return [(Histogram.merge(normal), Histogram.merge(special))]
 
 
 def _total(
@@ -214,7 +219,8 @@ def _total(
 
 def _types(part: bytes, thresholds: list[dict[str, Any]]) -> list[pa.Table]:
     """``type_statistics`` of ``part`` under the layer's thresholds."""
-    return [type_statistics(_decode(part), thresholds[0]["q3"])]
+    tables = [type_statistics(some, thresholds[0]["q3"]) for some in _slices(part)]
+    return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]
 
 
 def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
@@ -234,8 +240,19 @@ def _encode(table: pa.Table) -> bytes:
     return data
 
 
-def _decode(data: bytes) -> LayerSummary:
-    return LayerSummary.from_table(pq.read_table(pa.BufferReader(data), schema=SUMMARY_SCHEMA, use_threads=False))
+def _decode(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data), schema=SUMMARY_SCHEMA, use_threads=False).combine_chunks()
+
+
+def _slices(part: bytes) -> Iterator[LayerSummary]:
+    """``part``, some types at a time, which are all there is of these types."""
+    table = _decode(part)
+    if not len(table):
+        return
+    ends = table["bins"].chunk(0).offsets.to_numpy()
+    cuts = np.searchsorted(ends, np.arange(0, ends[-1], SLICE_PAIRS))
+    for begin, end in pairwise([*np.unique(cuts).tolist(), len(table)]):
+        yield LayerSummary.from_table(table.slice(begin, end - begin))
 
 
 def _read_layer(

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from afn_ray import bench, model
-from afn_ray.bench import contest, machine, monitor, ours, peers, texts
-from afn_ray.errors import ConfigError, ModelError
+from afn_ray.bench import contest, machine, monitor, ours, peers, reduce, texts
+from afn_ray.errors import AfnError, ConfigError, ModelError
 
 ROOT = Path(__file__).parent.parent
 
@@ -228,3 +228,35 @@ def test_the_cluster_job_is_the_same_command() -> None:
     command = [sys.executable, "jobs/benchmark.py", "engine", "--variants", "fastest"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "variants are 'fastest'" in done.stderr
+
+
+# --- the reduce ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_the_reduce_is_measured_on_the_same_summaries_in_different_orders(tmp_path: Path) -> None:
+    notes: list[str] = []
+    result = reduce.measure(70, 40, 1, notes.append)
+    assert result["identical"] and result["shards"] == 70 and 70 * 20 <= result["tokens"] <= 70 * 60
+    assert [n.split(":")[0] for n in notes[1:]] == ["inline 1/1", "ray 1/1"]
+    (inline,), (ray,) = result["rounds"]["inline"], result["rounds"]["ray"]
+    assert inline["types"] == ray["types"] == result["types"] > 100
+    for figures in (inline, ray):
+        assert figures["driver_bytes"] >= figures["before_bytes"] > 10 << 20
+        assert figures["seconds"] > 0 and figures["peak_bytes"] > 10 << 20
+    assert "have the same bits" in printed(reduce.render, result)
+    assert "DIFFER" in printed(reduce.render, {**result, "identical": False})
+    bench.write_json(tmp_path / "figures.json", result)
+
+
+def test_generated_summaries_are_those_of_their_number_alone(tmp_path: Path) -> None:
+    """So that a store of 10,000 holds the one of 1,000, and processes may share the work as they like."""
+    rows = reduce._write(str(tmp_path / "a"), range(4), 100)
+    assert reduce._write(str(tmp_path / "b"), range(2, 4), 100) == rows[2:]
+    assert len({row["sha256"] for row in rows}) == 4
+    assert [row["documents"] for row in rows] == [-(-row["tokens"] // reduce.DOCUMENT_TOKENS) for row in rows]
+
+
+def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
+    with pytest.raises(AfnError, match=r"afn_ray\.bench\.reduce .* left with 1"):
+        reduce._watched(str(tmp_path), "inline", 0)

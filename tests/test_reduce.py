@@ -357,18 +357,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokens, dict[str, p
 @given(
     cuts=st.lists(st.integers(0, 40), max_size=9), order=st.randoms(use_true_random=False), fan_in=st.integers(2, 5),
     parts=st.integers(1, 9), read_bytes=st.sampled_from([1, 1 << 13, 1 << 24]), elsewhere=st.booleans(),
+    slice_pairs=st.sampled_from([1, 9, 1 << 20]),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, whole: tuple[Tokens, dict[str, pa.Table]], cuts: list[int], order: Any,
-    fan_in: int, parts: int, read_bytes: int, elsewhere: bool,
+    fan_in: int, parts: int, read_bytes: int, elsewhere: bool, slice_pairs: int,
 ) -> None:  # fmt: skip
     folder, bounds, (corpus, expected) = tmp_path_factory.mktemp("tree"), sorted([0, 40, *cuts]), whole
     shards = [corpus.part(a, b) for a, b in pairwise(bounds)]  # some without documents
     order.shuffle(shards)
     tasks = Twice() if elsewhere else Inline()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"FAN_IN": fan_in, "MAX_PARTS": parts, "READ_BYTES": read_bytes, "PART_BYTES": 1}.items():
+        for name, value in {"FAN_IN": fan_in, "MAX_PARTS": parts, "READ_BYTES": read_bytes, "PART_BYTES": 1,
+                            "SLICE_PAIRS": slice_pairs}.items():  # fmt: skip
             patch.setattr(reduce, name, value)
         tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks=tasks)
     for name in ("thresholds", "histogram", "vocabulary"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
@@ -88,8 +89,15 @@ def _same(a: Histogram, b: Histogram) -> None:
     assert a.keys.tolist() == b.keys.tolist() and a.counts.tolist() == b.counts.tolist()
 
 
-@given(st.lists(KEYS, max_size=9), st.randoms(use_true_random=False))
-def test_merging_in_any_order_and_grouping_counts_the_whole(parts: list[Any], random: Any) -> None:
+@given(st.lists(KEYS, max_size=9), st.randoms(use_true_random=False), st.sampled_from([1, 7, 1 << 18]))
+def test_merging_in_any_order_and_grouping_counts_the_whole(parts: list[Any], random: Any, at_once: int) -> None:
+    """However many keys are sorted at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "MERGE_KEYS", at_once)
+        _merges_count_the_whole(parts, random)
+
+
+def _merges_count_the_whole(parts: list[Any], random: Any) -> None:
     keys, counts = np.unique(np.concatenate([np.empty(0, np.int64), *parts]), return_counts=True)
     whole = Histogram(keys, counts)
     histograms = [Histogram.of(p) for p in parts]
@@ -192,13 +200,18 @@ def _read(summary: LayerSummary) -> dict[tuple[bool, int], Any]:
 
 @given(CORPUS, st.lists(st.integers(0, 12), max_size=4), st.integers(0, 12), st.sampled_from([0, 3, 1 << 22]))
 def test_a_summary_is_what_counting_one_by_one_gives(
-    docs: list[list[Any]], cuts: list[int], shard_end: int, compact_keys: int
+    docs: list[list[Any]], cuts: list[int], shard_end: int, few_keys: int
 ) -> None:
     """For any chunks, two shards or one, and however often chunks are merged on the way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "COMPACT_KEYS", compact_keys)
+        patch.setattr(thresholds, "COMPACT_KEYS", few_keys)
+        patch.setattr(thresholds, "MERGE_KEYS", max(1, few_keys))
         shards = [_summarise(docs[:shard_end], cuts), _summarise(docs[shard_end:], cuts)]
         tables = [list(s.tables()) for s in shards]
+        _tables_hold(docs, tables)
+
+
+def _tables_hold(docs: list[list[Any]], tables: list[list[pa.Table]]) -> None:
     for at, layer in enumerate(LAYERS):
         for table in tables:
             assert table[at].schema == SUMMARY_SCHEMA
@@ -207,6 +220,9 @@ def test_a_summary_is_what_counting_one_by_one_gives(
             assert all(list(bins) == sorted(set(bins)) for bins in table[at]["bins"].to_pylist())
         merged = LayerSummary.merge(LayerSummary.from_table(table[at]) for table in tables)
         assert _read(merged) == _brute_force(docs, layer)
+        again = merged.to_table(layer)
+        again.validate(full=True)
+        assert _read(LayerSummary.from_table(again)) == _read(merged)
 
 
 def test_a_summary_keeps_to_its_bound_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +232,27 @@ def test_a_summary_keeps_to_its_bound_of_keys(monkeypatch: pytest.MonkeyPatch) -
     summary = _summarise(docs, range(30))
     assert sum(len(part.keys) for part in summary._strengths[0]) <= 50 + 2 * 20
     assert sum(t["n_docs"][0].as_py() for t in summary.tables()) == 30 * len(LAYERS)
+
+
+def test_a_merge_holds_few_parts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the same values are added before they pile up, and each value is counted."""
+    monkeypatch.setattr(thresholds, "MERGE_KEYS", 50)
+    (table, _) = _summarise([[(i, False, True, float(i), 1.0) for i in range(20)]], []).tables()
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def parts() -> Any:
+        nonlocal most
+        for _ in range(200):
+            part = LayerSummary.from_table(table)
+            alive.append(weakref.ref(part.strengths.keys))
+            yield part
+            del part
+            most = max(most, sum(r() is not None for r in alive))
+
+    merged = LayerSummary.merge(parts())
+    assert merged.strengths.counts.tolist() == [200] * 20
+    assert most <= 4  # over 50 keys, and the one that is made
 
 
 def test_a_summary_of_nothing_has_tables_without_rows() -> None:

@@ -34,7 +34,7 @@ BUILT_IN = "BERT-base shape, random weights"
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
-    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what", help="engine or monitor")
+    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what", help="engine, monitor or reduce")
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
         description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
@@ -60,16 +60,34 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     monitor.add_argument("--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)")
     monitor.add_argument("--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
+    reduce = commands.add_parser(
+        "reduce", allow_abbrev=False, help="seconds and memory of the reduce of many shards, in different orders",
+        description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of each type. Every "
+        "reduce has its own process and order; results are compared bit by bit.",
+    )  # fmt: skip
+    reduce.add_argument("--shards", type=int, default=10_000, metavar="N", help="summaries (default: 10,000)")
+    reduce.add_argument("--tokens", type=int, default=40_000, metavar="N",
+                        help="of a shard, in the mean (default: 40,000)")  # fmt: skip
+    reduce.add_argument("--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)")
     for command in (engine, monitor):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
+    for command in (engine, monitor, reduce):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
 def call(args: argparse.Namespace) -> None:
     """Measure what ``args`` ask for, print it, and write it to the file they name. Raises ``ConfigError``."""
-    least_of = {"tokens": 16, "workers": 1, "batch_tokens": 16, "tokenizer_workers": 0, "repeat": 1, "texts": 1}
+    least_of = {
+        "tokens": 16,
+        "workers": 1,
+        "batch_tokens": 16,
+        "tokenizer_workers": 0,
+        "repeat": 1,
+        "texts": 1,
+        "shards": 1,
+    }
     for name, least in least_of.items():
         if (value := getattr(args, name, None)) is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
@@ -83,6 +101,11 @@ def call(args: argparse.Namespace) -> None:
 
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
         monitor.render(result, console)
+    elif args.what == "reduce":
+        from afn_ray.bench import reduce
+
+        result = reduce.measure(args.shards, args.tokens, args.repeat, lambda note: notes.print(note, markup=False))
+        reduce.render(result, console)
     else:
         profiles = chosen("profiles", args.profiles, PROFILES)
         variants = chosen("variants", args.variants, VARIANTS)

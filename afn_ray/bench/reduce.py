@@ -1,0 +1,202 @@
+"""What the reduce of many shards takes: generated summaries, reduced in different orders by both executors.
+
+    python -m afn_ray.bench.reduce STORE EXECUTOR SEED
+
+is one reduce of the summaries in STORE, in an order of its own and in a process of its own, so that its memory is its
+own; it prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from afn_ray import manifest, reduce
+from afn_ray.bench import machine
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError
+from afn_ray.records import TableFile
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START
+from afn_ray.storage import sha256_file
+from afn_ray.thresholds import Summary, round_strengths
+
+NUM_TYPES = 30_522
+"""Of BERT's vocabulary."""
+LAYER = 8
+DOCUMENT_TOKENS = 200
+MEASURE_ID = "generated"
+EXECUTORS = {"inline": "all in one process", "ray": "tasks of a local Ray"}
+WRITE_AT_ONCE = 50
+
+
+def measure(num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds and memory of ``repeat`` reduces by each executor, every one in another order; as ``--json`` has them.
+
+    ``num_tokens``: in a shard, in the mean; shards have half to one and a half as many.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
+        began = time.monotonic()
+        index: list[dict[str, Any]] = []
+        spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
+        with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
+            starts = range(0, num_shards, WRITE_AT_ONCE)
+            groups = [(store, range(a, min(a + WRITE_AT_ONCE, num_shards)), num_tokens) for a in starts]
+            for rows in pool.map(_write, *zip(*groups, strict=True)):
+                index += rows
+        (Path(store) / "index.json").write_text(json.dumps(index), "utf-8")
+        total = {name: sum(row[name] for row in index) for name in ("tokens", "bytes")}
+        on_note(f"{num_shards:,} summaries of {total['tokens']:,} tokens, {total['bytes'] / 1e6:,.0f} MB, written in "
+                f"{time.monotonic() - began:.0f} s")  # fmt: skip
+        found: dict[str, list[dict[str, Any]]] = {executor: [] for executor in EXECUTORS}
+        for at in range(repeat):
+            for place, (executor, rounds) in enumerate(found.items()):
+                rounds.append(_watched(store, executor, seed=len(found) * at + place))
+                on_note(f"{executor} {at + 1}/{repeat}: {rounds[-1]['seconds']:.1f} s")
+    rounds = [r for of in found.values() for r in of]
+    return {
+        **machine.facts("cpu"), "shards": num_shards, **total, "repeat": repeat,
+        "identical": len({r["sha256"] for r in rounds}) == 1, "types": rounds[0]["types"],
+        "strengths": rounds[0]["strengths"], "foreign": max(r["foreign"] for r in rounds), "rounds": found,
+    }  # fmt: skip
+
+
+def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]:
+    """Summaries of shards ``numbers``: Zipf's law over types, lognormal strengths around a mean of each type."""
+    law = np.random.default_rng(0)
+    means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
+    cumulative = np.cumsum(shares / shares.sum())
+    rows = []
+    for number in numbers:
+        random = np.random.default_rng([1, number])
+        n = int(random.integers(mean_tokens // 2, mean_tokens + mean_tokens // 2 + 1))
+        ids = np.minimum(np.searchsorted(cumulative, random.random(n)), NUM_TYPES - 1).astype(np.int32)
+        flags = np.full(n, WORD_START, np.uint8)
+        flags[::DOCUMENT_TOKENS], ids[::DOCUMENT_TOKENS] = SPECIAL, 101  # [CLS]
+        strengths = round_strengths(np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32))
+        summary = Summary((LAYER,))
+        summary.add((np.arange(n) // DOCUMENT_TOKENS).astype(np.int32), ids, flags, {LAYER: strengths})
+        shard = f"{number:032x}"
+        path = Path(manifest.shard_uri(store, MEASURE_ID, shard)) / "0-summary.parquet"
+        path.parent.mkdir(parents=True)
+        file = TableFile(path, SUMMARY_SCHEMA)
+        for table in summary.tables():
+            file.write(table)
+        file.close()
+        rows.append({"shard": shard, "tokens": n, "documents": -(-n // DOCUMENT_TOKENS), "rows": file.num_rows,
+                     "bytes": path.stat().st_size, "sha256": sha256_file(path)})  # fmt: skip
+    return rows
+
+
+def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
+    """One reduce in a process of its own, with the peak memory of it and all that descend from it."""
+    command = [sys.executable, "-m", "afn_ray.bench.reduce", store, executor, str(seed)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
+    with machine.Watch([process.pid]) as watch:
+        answer, _ = process.communicate()
+    if process.returncode:
+        raise AfnError(f"{' '.join(command)} left with {process.returncode}")
+    return {**json.loads(answer), "peak_bytes": watch.peak_bytes, "foreign": round(watch.foreign, 3)}
+
+
+def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
+    """Reduce the summaries in ``store`` in the order of ``seed``."""
+    from afn_ray import cluster
+
+    index = json.loads((Path(store) / "index.json").read_text("utf-8"))
+    commits = [_commit(index[i]) for i in np.random.default_rng(seed).permutation(len(index))]
+    texts = [f"type {i}" for i in range(NUM_TYPES)]
+    config = RunConfig(corpus=("-",), model="-", store=store, executor=executor)
+    with cluster.tasks(config, len(commits)) as tasks:
+        before, began = _memory_bytes("VmRSS"), time.monotonic()
+        tables = reduce.reduce_run(
+            store, MEASURE_ID, commits, (LAYER,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
+            num_bytes=[1] * len(commits), tasks=tasks,
+        )  # fmt: skip
+        seconds = time.monotonic() - began
+    return {
+        "seconds": seconds, "before_bytes": before, "driver_bytes": _memory_bytes("VmHWM"),
+        "types": tables["vocabulary"].num_rows, "strengths": tables["histogram"].num_rows,
+        "sha256": _digest([tables[name] for name in ("thresholds", "histogram", "vocabulary")]),
+    }  # fmt: skip
+
+
+def _commit(row: dict[str, Any]) -> manifest.Commit:
+    """The commit that a shard with this summary would have."""
+    counts = {"documents": row["documents"], "empty": 0, "quarantined": 0, "tokens": row["tokens"], "special": 0,
+              "windows": row["documents"], "forward_tokens": row["tokens"], "chars": 0}  # fmt: skip
+    files = {
+        table: {"name": f"0-{table}.parquet", "rows": row["rows"], "bytes": row["bytes"], "sha256": row["sha256"]}
+        for table in manifest.TABLES
+    }
+    return manifest.Commit(row["shard"], "0", files, counts, 1.0, {})
+
+
+def _memory_bytes(name: str) -> int:
+    """``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process."""
+    (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    return int(kilobytes) * 1024
+
+
+def _digest(tables: list[pa.Table]) -> str:
+    digest = sha256()
+    for table in tables:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """A line for each executor."""
+    machine.print_facts(result, console)
+    console.print(
+        f"\n{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} MB of summaries; "
+        f"n = {result['repeat']}, median (lowest-highest)", markup=False,
+    )  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", *EXECUTORS):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    figures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "seconds": lambda r: r["seconds"],
+        "summaries/s": lambda r: result["shards"] / r["seconds"],
+        "tokens/s": lambda r: result["tokens"] / r["seconds"],
+        "driver before the reduce, MB": lambda r: r["before_bytes"] / 1e6,
+        "driver at its peak, MB": lambda r: r["driver_bytes"] / 1e6,
+        "all processes at their peak, MB": lambda r: r["peak_bytes"] / 1e6,
+    }
+    for name, of in figures.items():
+        values = [list(map(of, rounds)) for rounds in result["rounds"].values()]
+        table.add_row(name, *(f"{statistics.median(v):,.0f} ({min(v):,.0f}-{max(v):,.0f})" for v in values))
+    console.print(table)
+    console.print()
+    for executor, what in EXECUTORS.items():
+        console.print(f"{executor}: {what}", markup=False)
+    same = "have the same bits" if result["identical"] else "DIFFER"
+    console.print(
+        f"Tables of all {len(EXECUTORS) * result['repeat']} reduces, each in an order of its own, {same}: "
+        f"{result['types']:,} types, {result['strengths']:,} distinct strengths. Others took up to "
+        f"{result['foreign']:.0%} of the cores meanwhile.", markup=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps(_reduce(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
