@@ -110,8 +110,8 @@ class Summary:
         """Add the tokens of whole documents; ``strengths`` are rounded and finite, [n] per layer."""
         special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
         types = special + (token_ids.astype(np.int64) << BIN_BITS)
-        in_docs = np.unique(np.stack([docs.astype(np.int64), types]), axis=1)[1]
-        self._docs.append(Histogram.of(in_docs))
+        in_docs = np.unique((docs.astype(np.int64) << (TYPE_BITS + 1)) + (types >> BIN_BITS))
+        self._docs.append(Histogram.of((in_docs & ((2 << TYPE_BITS) - 1)) << BIN_BITS))
         self._word_starts.append(Histogram.of(types[(flags & WORD_START) > 0]))
         for layer in self._layers:
             parts = self._strengths[layer]
