@@ -649,7 +649,7 @@ class RayTasks:
                 cause = cause.cause
             if isinstance(cause, self._ray.exceptions.RayError):
                 raise Interrupted(
-                    f"the reduce lost a process or a result on Ray, and so again when repeated: {dispatch.reason(cause)}; "
-                    "all shards are committed, and the same command goes on from there"
+                    f"the reduce lost a process or a result on Ray, again when repeated: {dispatch.reason(cause)}; "
+                    "the shards are committed, and the same command goes on from there"
                 ) from error
             raise cause from None

@@ -16,11 +16,14 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
+from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import afn_ray
 from afn_ray import cluster, manifest, reduce, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
@@ -499,6 +502,29 @@ def test_a_call_is_repeated_when_its_process_dies_and_not_for_ever(local_ray: No
         (wrong,) = tasks.submit(_divide, 1)  # our own fault is shown as it is
         with pytest.raises(ZeroDivisionError):
             tasks.result(tasks.submit(_add_one, wrong)[0])
+
+
+@pytest.mark.ray
+def test_a_run_on_ray_reduces_there_and_has_the_tables_of_one_in_this_process(
+    local_ray: None, tmp_path: Path, make_config: Any, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (cluster, reduce):
+        monkeypatch.setattr(module, "FAN_IN", 2)
+    submitted: list[str] = []
+    submit = cluster.RayTasks.submit
+    monkeypatch.setattr(
+        cluster.RayTasks, "submit", lambda self, f, *a, **k: submitted.append(f.__name__) or submit(self, f, *a, **k)
+    )
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
+    tables = []
+    for executor in ("inline", "ray"):
+        config = make_config(corpus=(str(corpus),), executor=executor, workers=2, store=str(tmp_path / executor))
+        with afn_ray.run(config) as run:
+            names = ("thresholds", "histogram", "vocabulary")
+            tables.append([pq.read_table(f"{run.uri}/{name}.parquet") for name in names])
+        assert bool(submitted) == (executor == "ray")
+    assert submitted.count("_read") >= 2 and submitted.count("_total") == 1
+    assert all(here.equals(there) for here, there in zip(*tables, strict=True))
 
 
 # --- Wilson's interval -----------------------------------------------------------------------------------

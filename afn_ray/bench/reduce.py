@@ -33,7 +33,7 @@ from afn_ray.bench import machine
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.records import TableFile
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Shard
 from afn_ray.storage import sha256_file
 from afn_ray.thresholds import Summary, round_strengths
 
@@ -124,7 +124,8 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     commits = [_commit(index[i]) for i in np.random.default_rng(seed).permutation(len(index))]
     texts = [f"type {i}" for i in range(NUM_TYPES)]
     config = RunConfig(corpus=("-",), model="-", store=store, executor=executor)
-    with cluster.tasks(config, len(commits)) as tasks:
+    shards = [Shard(commit.shard, (), config.read_options) for commit in commits]
+    with cluster.tasks(config, shards) as tasks:
         before, began = _memory_bytes("VmRSS"), time.monotonic()
         tables = reduce.reduce_run(
             store, MEASURE_ID, commits, (LAYER,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
