@@ -34,7 +34,9 @@ BUILT_IN = "BERT-base shape, random weights"
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
-    commands = parser.add_subparsers(required=True, metavar="WHAT", dest="what", help="engine, monitor or reduce")
+    commands = parser.add_subparsers(
+        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce or safety"
+    )
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
         description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
@@ -69,11 +71,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     reduce.add_argument("--tokens", type=int, default=40_000, metavar="N",
                         help="of a shard, in the mean (default: 40,000)")  # fmt: skip
     reduce.add_argument("--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)")
+    safety = commands.add_parser(
+        "safety", allow_abbrev=False, help="what a shard costs beside its tokens, and a finished run that is run again",
+        description="Whole runs of an all but empty model over shards of one word each.",
+    )  # fmt: skip
+    safety.add_argument("--shards", type=int, default=1000, metavar="N", help="shards (default: 1,000)")
+    safety.add_argument("--store", metavar="URI", help="where stores are made, and left (default: a temporary folder)")
+    safety.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     for command in (engine, monitor):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
-    for command in (engine, monitor, reduce):
+    for command in (engine, monitor, reduce, safety):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
@@ -86,7 +95,7 @@ def call(args: argparse.Namespace) -> None:
         "tokenizer_workers": 0,
         "repeat": 1,
         "texts": 1,
-        "shards": 1,
+        "shards": 10 if args.what == "safety" else 1,
     }
     for name, least in least_of.items():
         if (value := getattr(args, name, None)) is not None and value < least:
@@ -106,6 +115,11 @@ def call(args: argparse.Namespace) -> None:
 
         result = reduce.measure(args.shards, args.tokens, args.repeat, lambda note: notes.print(note, markup=False))
         reduce.render(result, console)
+    elif args.what == "safety":
+        from afn_ray.bench import safety
+
+        result = safety.measure(args.shards, args.store, args.repeat, lambda note: notes.print(note, markup=False))
+        safety.render(result, console)
     else:
         profiles = chosen("profiles", args.profiles, PROFILES)
         variants = chosen("variants", args.variants, VARIANTS)
