@@ -76,7 +76,7 @@ class Verification:
     findings: tuple[Finding, ...]  # in the order of their URIs; none: all is as it was committed
     orphans: tuple[Orphan, ...]
     incomplete: tuple[str, ...]  # URIs of runs that have not ended; no damage
-    unproved: tuple[str, ...]  # URIs of complete runs whose thresholds were not recomputed: their shards are damaged
+    unproved: tuple[str, ...]  # URIs of complete runs whose tables could not be shown to be right, for what was found
     num_shards: int  # committed
     num_files: int  # of shards and runs
     num_bytes: int
