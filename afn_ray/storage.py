@@ -334,19 +334,18 @@ def list_below(uri: str) -> list[StoredFile]:
     """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such folder."""
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
-    fs.invalidate_cache()
-    try:
-        with _named("listing", uri, StoreError):  # a folder that may not be listed is an error, not an empty one
+
+    def files() -> list[StoredFile]:
+        try:  # a folder that may not be listed is an error, not an empty one
             found = fs.find(path, detail=True, **({"on_error": "raise"} if local else {}))
-    except StoreError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        except FileNotFoundError:
             return []
-        raise
-    files = (
-        StoredFile(name if local else str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
-        for name, info in found.items() if info["type"] == "file"
-    )  # fmt: skip
-    return sorted(files, key=lambda f: f.uri)
+        return [
+            StoredFile(name if local else str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
+            for name, info in found.items() if info["type"] == "file"
+        ]  # fmt: skip
+
+    return sorted(_ask(fs, "listing", uri, StoreError, files), key=lambda f: f.uri)
 
 
 def _modified_s(info: dict[str, Any]) -> float:
