@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ground import NUM_SHARDS, Ground, make_ground, recorded
 from hosts import Chaos, wait_until
 
 import afn_ray
-from afn_ray import cluster, manifest, storage
+from afn_ray import cluster, manifest, storage, verify
 from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.job import Event
 from afn_ray.schema import Shard
@@ -231,55 +232,71 @@ def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> N
     ground.check(store)
 
 
+class Patched:
+    """A filesystem with some methods replaced by ``wrong(method, call, path, *args, **options)``."""
+
+    def __init__(self, fs: Any, methods: tuple[str, ...], wrong: Callable[..., Any]) -> None:
+        self._fs, self._methods, self._wrong = fs, methods, wrong
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._fs, name)
+        return partial(self._wrong, call) if name in self._methods else call
+
+
+def patch_bucket(monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wrong: Callable[..., Any]) -> None:
+    open_filesystem = storage.open_filesystem
+
+    def open_patched(uri: str) -> tuple[Any, str]:
+        fs, path = open_filesystem(uri)
+        return (Patched(fs, methods, wrong) if uri.startswith("s3://") else fs), path
+
+    monkeypatch.setattr(storage, "open_filesystem", open_patched)
+
+
 def test_a_commit_that_times_out_after_it_was_written_is_our_own(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if ground.kind == "local":
         pytest.skip("a local disk gives no unknown answers")
-    fs, _ = storage.open_filesystem(ground.corpus)
-    pipe, late = type(fs).pipe_file, []
+    late: list[str] = []
 
-    def pipe_and_time_out(self: Any, path: str, value: bytes, **options: Any) -> None:
-        pipe(self, path, value, **options)
+    def time_out(call: Callable[..., Any], path: str, *args: Any, **options: Any) -> Any:
+        answer = call(path, *args, **options)
         if path.endswith("commit.json") and len(late) < NUM_SHARDS // 2:
             late.append(path)
             raise TimeoutError("timed out")
+        return answer
 
-    monkeypatch.setattr(type(fs), "pipe_file", pipe_and_time_out)
     store = ground.store()
-    afn_ray.run(ground.config(store)).close()
+    with monkeypatch.context() as patch:
+        patch_bucket(patch, ("pipe_file",), time_out)
+        afn_ray.run(ground.config(store)).close()
     assert len(late) == NUM_SHARDS // 2
     ground.check(store)
+    assert not verify.verify_store(store).orphans
 
 
 def test_a_bucket_that_refuses_writes_for_twenty_seconds(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     if ground.kind == "local":
         pytest.skip("a local disk that refuses is full: the next test")
-    fs, _ = storage.open_filesystem(ground.corpus)
     refused: list[float] = []
+    until: list[float] = []
 
-    def refusing(method: str) -> Callable[..., Any]:
-        call = getattr(type(fs), method)
-
-        def refuse(self: Any, *args: Any, **options: Any) -> Any:
-            if ready and time.monotonic() < ready[0]:
-                refused.append(time.monotonic())
-                raise faults.s3_error("SlowDown", 503)
-            return call(self, *args, **options)
-
-        return refuse
-
-    ready: list[float] = []
-    for method in ("pipe_file", "put_file"):
-        monkeypatch.setattr(type(fs), method, refusing(method))
-    store = ground.store()
+    def refuse(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if until and time.monotonic() < until[0]:
+            refused.append(time.monotonic())
+            raise faults.s3_error("SlowDown", 503)
+        return call(*args, **options)
 
     def begin(event: Event) -> None:
         if event.kind == "starting":
-            ready.append(time.monotonic() + 20)
+            until.append(time.monotonic() + 20)
 
-    with afn_ray.run(ground.config(store), begin) as run:
-        assert run.info["quarantined"] == []
+    store = ground.store()
+    with monkeypatch.context() as patch:
+        patch_bucket(patch, ("pipe_file", "put_file"), refuse)
+        with afn_ray.run(ground.config(store), begin) as run:
+            assert run.info["quarantined"] == []
     assert refused[-1] - refused[0] > 10 and len(refused) < 400  # with pauses
     ground.check(store)
 
@@ -302,21 +319,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_run_resumable(ground: Ground, where: str, small_disk: Path) -> None:
     if ground.kind == "s3" and where == "store":
         pytest.skip("a bucket is never full")
-    store = str(small_disk / "store") if where == "store" else ground.store()
     scratch = str(small_disk / "scratch") if where == "scratch" else None
     ballast = small_disk / "ballast"
-    ballast.write_bytes(b"x" * (1200 << 10 if where == "store" else 1500 << 10 - 1))
+    size = (1200 << 10) if where == "store" else (1484 << 10)
     with pytest.raises(Interrupted, match="no space left") as e:
-        while True:
-            afn_ray.run(ground.config(store, scratch=scratch))
-            ballast.write_bytes(b"x" * (ballast.stat().st_size + (64 << 10)))
-            shutil.rmtree(store)
+        while size < 1500 << 10:  # until it is too full
+            store = str(small_disk / f"store-{size}") if where == "store" else ground.store()
+            ballast.write_bytes(b"x" * size)
+            afn_ray.run(ground.config(store, scratch=scratch)).close()
+            shutil.rmtree(store, ignore_errors=True)
+            size += 32 << 10 if where == "store" else 4 << 10
     assert e.value.exit_code == 75
     ground.check_whole(store)
     ballast.unlink()
     afn_ray.run(ground.config(store, scratch=scratch)).close()
-    if where == "scratch":
-        ground.check(store)
+    ground.check(store)
 
 
 def test_a_clock_that_jumps_back_and_forth(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
