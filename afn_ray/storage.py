@@ -219,7 +219,7 @@ def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
     """What ``fs`` knows of ``path``; None when there is nothing. fsspec's own exists() takes any failure for that."""
     try:
         return cast(dict[str, Any], fs.info(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -209,6 +209,7 @@ def test_a_store_under_proc_or_below_a_file_says_so(tmp_path: Path) -> None:
     for store in ("/proc/self/store", str(tmp_path / "file")):
         with pytest.raises(StoreError, match=store):
             storage.check_writable(store)
+    assert not storage.exists(str(tmp_path / "file" / "store"))
 
 
 def test_a_corpus_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
