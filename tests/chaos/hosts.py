@@ -94,6 +94,10 @@ class Afn:
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
     def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
         """Exit code and what it said, once it has ended."""
         _, said = self.process.communicate(timeout=timeout_s)
@@ -234,7 +238,7 @@ class Hosts:
         self._folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))
         self.environment = environment | HEALTH_CHECKS | {
             "AWS_ENDPOINT_URL": f"http://{ADDRESSES['a']}:5000", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "of-a-test",
+            "AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "of-a-test", "NO_PROXY": "*",
         }  # fmt: skip
         self._processes: list[subprocess.Popen[bytes]] = []
         try:

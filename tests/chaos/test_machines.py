@@ -2,65 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from conftest import write_jsonl
+from drivers import Driver, Drivers
+from ground import NUM_SHARDS, Ground, make_ground
 from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
-from test_ray import recorded
 
-import afn_ray
-from afn_ray.config import RunConfig
+from afn_ray import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-NUM_SHARDS = 16
 LAST = f"{NUM_SHARDS - 1}.jsonl"
-SHARD_BYTES = 2048
-
-
-@dataclass(frozen=True)
-class Ground:
-    """A corpus of small shards, a model, and the rows that an undisturbed run recorded."""
-
-    corpus: Path
-    model: Path
-    expected: tuple[pa.Table, ...]
-
-    def arguments(self, store: str, **changes: str) -> list[str]:
-        options = {"model": str(self.model), "store": store, "layers": "2", "shard-bytes": str(SHARD_BYTES),
-                   "dtype": "float32", "corpus": str(self.corpus)} | changes  # fmt: skip
-        return ["run", options.pop("corpus"), *(f"--{k}={v}" for k, v in options.items())]
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> Ground:
-    folder = tmp_path_factory.mktemp("machines")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for i in range(NUM_SHARDS):
-        write_jsonl(corpus / f"{i:02}.jsonl", [{"text": t} for t in verses[12 * i : 12 * i + 12]])
-    config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), layers="2", shard_bytes=SHARD_BYTES,
-        dtype="float32", executor="inline",
-    )  # fmt: skip
-    with afn_ray.run(config) as run:
-        assert run.info["counts"]["shards"] == NUM_SHARDS
-        return Ground(corpus, tiny_bert, recorded(run))
+    return make_ground("local", tmp_path_factory.mktemp("machines"), tiny_bert, verses)
 
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
     return Chaos.of(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos) -> Drivers:
+    return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
 @pytest.fixture(scope="module")
@@ -72,106 +46,106 @@ def ray_of_nodes(chaos: Chaos) -> Iterator[Nodes]:
 
 @pytest.fixture
 def nodes(ray_of_nodes: Nodes) -> Nodes:
-    """A Ray of three nodes, those that the test before left and new ones."""
-    while len(ray_of_nodes.alive()) < 3:
+    """A Ray of three nodes: those that the test before left, and new ones for those that it lost."""
+    there = sorted(ray_of_nodes.alive())
+    for surplus in there[3:]:
+        ray_of_nodes.kill(surplus)
+    for _ in range(3 - len(there)):
         ray_of_nodes.add()
+    wait_until("three nodes are there", lambda: len(ray_of_nodes.alive()) == 3)
     return ray_of_nodes
 
 
-@contextmanager
-def running(ground: Ground, chaos: Chaos, nodes: Nodes, store: Path, workers: int = 3) -> Iterator[Afn]:
-    """A run on ``nodes``, killed at the end if it has not ended."""
-    run = Afn(chaos.environment, *ground.arguments(str(store), address=nodes.address, workers=str(workers)))
-    try:
-        yield run
-    finally:
-        run.close()
+def arguments(ground: Ground, store: str, address: str, workers: int = 3) -> list[str]:
+    return ground.arguments(store, executor="ray", address=address, workers=str(workers))
 
 
-def wait_for(chaos: Chaos, run: Afn, point: str, count: int = 1, **fields: Any) -> list[Event]:
-    """The first ``count`` events of ``point``; the run must be under way until then."""
+def wait_for(chaos: Chaos, run: Driver | Afn, point: str, count: int = 1, **fields: Any) -> list[Event]:
+    """The first ``count`` events of ``point``, once there are so many; the run must be under way until then."""
 
     def seen() -> list[Event]:
+        is_alive = run.is_alive
         events = chaos.events(point, **fields)
-        assert len(events) >= count or run.process.poll() is None, run.finish()
+        assert is_alive or len(events) >= count, run.finish()
         return events[:count] if len(events) >= count else []
 
-    return wait_until(f"{count} times {point} {fields or ''}", seen, 60)
+    events: list[Event] = wait_until(f"{count} times {point} {fields or ''}", seen)
+    return events
 
 
-def check(run: Afn, store: Path, ground: Ground) -> set[str]:
-    """The run is complete and has the rows of an undisturbed one; returns files that no commit names."""
+def check(run: Driver | Afn) -> None:
     code, said = run.finish()
     assert code == 0, said
-    return check_store(store, ground.expected)
 
 
-def check_store(store: Path, expected: tuple[pa.Table, ...]) -> set[str]:
-    with afn_ray.open_run(str(store)) as run:
-        for mine, theirs in zip(recorded(run), expected, strict=True):
-            assert mine.equals(theirs)
-    commits = list(store.glob("shards/*/*/commit.json"))
-    assert len(commits) == NUM_SHARDS
-    named = set()
-    for commit in commits:
-        for file in json.loads(commit.read_text())["files"].values():
-            assert sha256((commit.parent / file["name"]).read_bytes()).hexdigest() == file["sha256"]
-            named.add(str(commit.parent / file["name"]))
-    return {str(f) for f in store.glob("shards/*/*/*.parquet")} - named
+def orphans(store: str) -> list[str]:
+    return [o.uri for o in verify.verify_store(store).orphans]
 
 
-def test_a_shard_whose_machines_die_is_never_blamed(ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_shard_whose_machines_die_is_never_blamed(
+    ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
+) -> None:
     chaos.plan({"point": "measured", "shard": "07.jsonl", "times": 2, "do": "hang"})
-    with running(ground, chaos, nodes, tmp_path / "store") as run:
+    store = ground.store()
+    with drivers.start(*arguments(ground, store, nodes.address)) as run:
         for deaths in (1, 2):
             lost = wait_for(chaos, run, "measured", deaths, fault="hang")
             assert len(chaos.events("process")) > deaths  # the others were under way
             nodes.kill(lost[-1]["node"])
-        check(run, tmp_path / "store", ground)
+        check(run)
+    ground.check(store)
     attempts = chaos.events("process", shard=lost[0]["shard"])
     assert len({a["node"] for a in attempts}) == len(attempts) == 3
     assert NUM_SHARDS + 2 <= len(chaos.events("process")) <= NUM_SHARDS + 6  # what was in flight there, and no more
 
 
-def test_a_run_outlives_all_its_machines(ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_run_outlives_all_its_machines(
+    ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
+) -> None:
     again = tmp_path / "again"
     chaos.plan({"point": "process", "skip": 6, "times": NUM_SHARDS, "do": "hang", "until": str(again)})
-    with running(ground, chaos, nodes, tmp_path / "store") as run:
+    store = ground.store()
+    with drivers.start(*arguments(ground, store, nodes.address)) as run:
         wait_for(chaos, run, "committed", 6)
         for node in nodes.alive():
             nodes.kill(node)
         wait_until("no node is left", lambda: not nodes.alive(), 30)
-        assert len(list(tmp_path.rglob("commit.json"))) == 6
+        assert len(list(Path(store).rglob("commit.json"))) == 6
         again.touch()
-        assert run.process.poll() is None, run.finish()
+        assert run.is_alive
         new = nodes.add()
-        check(run, tmp_path / "store", ground)
+        check(run)
+    ground.check(store)
     assert chaos.events("committed", node=new)
 
 
-def test_a_machine_that_comes_is_used(ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_machine_that_comes_is_used(
+    ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
+) -> None:
     there = tmp_path / "there"
     chaos.plan({"point": "process", "skip": 2, "times": NUM_SHARDS, "do": "hang", "until": str(there)})
-    workers = len(nodes.alive()) + 1
-    with running(ground, chaos, nodes, tmp_path / "store", workers) as run:
+    store = ground.store()
+    with drivers.start(*arguments(ground, store, nodes.address, 4)) as run:
         wait_for(chaos, run, "process", fault="hang")
         new = nodes.add()
         wait_for(chaos, run, "process", node=new)
         there.touch()
-        assert not check(run, tmp_path / "store", ground)
+        check(run)
+    ground.check(store)
     assert chaos.events("committed", node=new)
     assert len(chaos.events("process")) == NUM_SHARDS
 
 
 def test_a_machine_given_up_for_dead_commits_nothing_twice(
-    ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path
+    ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
 ) -> None:
     awake, end = tmp_path / "awake", tmp_path / "end"
     chaos.plan(
         {"point": "measured", "skip": 4, "do": "hang", "until": str(awake)},
         {"point": "process", "shard": LAST, "times": 9, "do": "hang", "until": str(end)},
     )
-    with running(ground, chaos, nodes, tmp_path / "store") as run:
+    store = ground.store()
+    with drivers.start(*arguments(ground, store, nodes.address)) as run:
         [zombie] = wait_for(chaos, run, "measured", fault="hang")
         nodes.freeze(zombie["node"])  # its worker process lives on
         [rival] = wait_for(chaos, run, "committed", shard=zombie["shard"])
@@ -180,21 +154,25 @@ def test_a_machine_given_up_for_dead_commits_nothing_twice(
         [late] = wait_for(chaos, run, "committed", shard=zombie["shard"], pid=zombie["pid"])
         nodes.thaw(zombie["node"])
         end.touch()
-        assert not check(run, tmp_path / "store", ground)
+        check(run)
+    ground.check(store)
     assert chaos.events("uploaded", shard=zombie["shard"], pid=zombie["pid"])  # it tried to commit
     assert late["attempt"] == rival["attempt"] != zombie["attempt"]
+    assert not any(zombie["attempt"] in uri for uri in orphans(store))
 
 
 def test_a_machine_taken_away_on_notice_costs_no_more_than_its_work(
-    ground: Ground, chaos: Chaos, nodes: Nodes, tmp_path: Path
+    ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
 ) -> None:
     chaos.plan({"point": "measured", "skip": 4, "do": "hang"})
-    with running(ground, chaos, nodes, tmp_path / "store") as run:
+    store = ground.store()
+    with drivers.start(*arguments(ground, store, nodes.address)) as run:
         [taken] = wait_for(chaos, run, "measured", fault="hang")
         nodes.preempt(taken["node"], deadline_s=1)
         time.sleep(1)  # until the cloud takes it
         nodes.kill(taken["node"])
-        check(run, tmp_path / "store", ground)
+        check(run)
+    ground.check(store)
     attempts = chaos.events("process", shard=taken["shard"])
     assert len(attempts) == 2 and attempts[1]["node"] != taken["node"]
 
@@ -217,35 +195,33 @@ def test_a_machine_cut_off_from_driver_and_store_commits_nothing_twice_when_it_i
         {"point": "measured", "skip": 3, "do": "hang", "until": str(back)},
         {"point": "process", "shard": LAST, "times": 9, "do": "hang", "until": str(end)},
     )
-    hosts.copy(str(ground.corpus), "s3://bucket/corpus")
-    run = Afn(
-        hosts.environment,
-        *ground.arguments("s3://bucket/store", corpus="s3://bucket/corpus", address=hosts.address, workers="2"),
-        within=hosts.within("a"),
-    )
+    hosts.copy(ground.corpus, "s3://bucket/corpus")
+    there = moved(ground, "s3://bucket/corpus")
+    run = Afn(hosts.environment, *arguments(there, "s3://bucket/store", hosts.address, 2), within=hosts.within("a"))
     try:
         [zombie] = wait_for(chaos, run, "measured", fault="hang")
         host = hosts.find(zombie["pid"])
         hosts.cut(host)
-        [rival] = wait_for(chaos, run, "committed", shard=zombie["shard"])  # the others took it for dead
+        [rival] = wait_for(chaos, run, "committed", shard=zombie["shard"])  # to the others it is dead
         assert rival["node"] != zombie["node"]
         hosts.heal(host)
         back.touch()
         [late] = wait_for(chaos, run, "committed", shard=zombie["shard"], pid=zombie["pid"])
         end.touch()
-        code, said = run.finish()
-        assert code == 0, said
+        check(run)
     finally:
         run.close()
-    assert late["attempt"] == rival["attempt"] != zombie["attempt"]
     hosts.copy("s3://bucket/store", str(tmp_path / "store"))
-    assert not check_store(tmp_path / "store", moved(ground, "s3://bucket/corpus"))
+    there.check(str(tmp_path / "store"))
+    assert chaos.events("uploaded", shard=zombie["shard"], pid=zombie["pid"])  # it tried to commit
+    assert late["attempt"] == rival["attempt"] != zombie["attempt"]
+    assert not any(zombie["attempt"] in uri for uri in orphans(str(tmp_path / "store")))
 
 
-def moved(ground: Ground, corpus: str) -> tuple[pa.Table, ...]:
-    """What is expected of the same corpus elsewhere."""
+def moved(ground: Ground, corpus: str) -> Ground:
+    """The same corpus elsewhere, where only the names of its files differ."""
     tokens, documents, *others = ground.expected
     column = documents.schema.get_field_index("source")
-    there = pc.replace_substring(documents["source"].cast(pa.string()), str(ground.corpus), corpus)
-    field = documents.schema.field("source")
-    return tokens, documents.set_column(column, field, there.dictionary_encode()), *others
+    names = pc.replace_substring(documents["source"].cast(pa.string()), ground.corpus, corpus)
+    documents = documents.set_column(column, documents.schema.field("source"), names.dictionary_encode())
+    return replace(ground, corpus=corpus, expected=(tokens, documents, *others))
