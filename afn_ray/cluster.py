@@ -439,7 +439,7 @@ class RayPool:
             if actor.ready:
                 return  # a look is no work; the task in flight says what happened
             actor.look_again = time.monotonic() + POLL_S
-            if not isinstance(error, self._ray.exceptions.ActorUnavailableError):
+            if not self._returns(error):
                 del self._actors[worker]
                 yield Gone(worker, Cause.START, _original(error))
             elif (restarts := _restarts(actor.handle)) > actor.restarts:
@@ -459,6 +459,13 @@ class RayPool:
         actor.ready, actor.node, actor.process = True, node, process
         actor.restarts = _restarts(actor.handle)
         yield Ready(worker)
+
+    def _returns(self, error: Any) -> bool:
+        """Whether Ray starts the process anew; one that was preempted it calls dead until it has."""
+        exceptions = self._ray.exceptions
+        return isinstance(error, exceptions.ActorUnavailableError) or (
+            isinstance(error, exceptions.RayActorError) and error.preempted
+        )
 
     def _died(self, worker: int, error: Any) -> None:
         for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
