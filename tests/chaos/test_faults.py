@@ -232,23 +232,17 @@ def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> N
     ground.check(store)
 
 
-class Patched:
-    """A filesystem with some methods replaced by ``wrong(method, call, path, *args, **options)``."""
-
-    def __init__(self, fs: Any, methods: tuple[str, ...], wrong: Callable[..., Any]) -> None:
-        self._fs, self._methods, self._wrong = fs, methods, wrong
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._fs, name)
-        return partial(self._wrong, call) if name in self._methods else call
-
-
 def patch_bucket(monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wrong: Callable[..., Any]) -> None:
+    """Calls of ``methods`` of S3's filesystem go to ``wrong(call, path, *args, **options)``."""
     open_filesystem = storage.open_filesystem
 
     def open_patched(uri: str) -> tuple[Any, str]:
         fs, path = open_filesystem(uri)
-        return (Patched(fs, methods, wrong) if uri.startswith("s3://") else fs), path
+        if not uri.startswith("s3://"):
+            return fs, path
+        patched = object.__new__(type(fs))  # each thread has an instance of its own, made once
+        patched.__dict__.update(fs.__dict__, **{name: partial(wrong, getattr(fs, name)) for name in methods})
+        return patched, path
 
     monkeypatch.setattr(storage, "open_filesystem", open_patched)
 
