@@ -284,6 +284,12 @@ class Hosts:
         """Put ``host`` back on the bridge."""
         _ip("-n", _namespace("a"), "link", "set", f"to-{host}", "up")
 
+    def freeze(self, host: str) -> None:
+        """SIGSTOP the host's raylet: once it hears that the node was taken for dead it would end the workers."""
+        raylets = [pid for pid in _ip("netns", "pids", _namespace(host)).split() if _command(pid) == "raylet"]
+        assert len(raylets) == 1, f"{len(raylets)} raylets on host {host}"
+        os.kill(int(raylets[0]), signal.SIGSTOP)
+
     def close(self) -> None:
         for process in self._processes:
             _kill_group(process)
@@ -329,6 +335,14 @@ def _namespace(host: str) -> str:
 
 def _ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+def _command(pid: str) -> str:
+    """Name of the program that a process runs; empty when it has ended."""
+    try:
+        return Path("/proc", pid, "comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def _remove(namespace: str) -> None:

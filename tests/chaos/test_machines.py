@@ -204,6 +204,7 @@ def test_a_machine_cut_off_from_driver_and_store_commits_nothing_twice_when_it_i
         hosts.cut(host)
         [rival] = wait_for(chaos, run, "committed", shard=zombie["shard"])  # to the others it is dead
         assert rival["node"] != zombie["node"]
+        hosts.freeze(host)  # the worker comes back before anyone tells it to end
         hosts.heal(host)
         back.touch()
         [late] = wait_for(chaos, run, "committed", shard=zombie["shard"], pid=zombie["pid"])
