@@ -124,11 +124,10 @@ class Run:
         shards = _table(folder, "shards", SHARDS_SCHEMA)
         thresholds = _table(folder, "thresholds", THRESHOLDS_SCHEMA)
         files = {table: _files(folder, shards, table) for table in ("tokens", "documents")}
+        self._files = storage.ReadOnlyFiles(folder.store, files["tokens"] | files["documents"])
         with self._plain_errors():
             self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
-            self._connection.register_filesystem(
-                storage.ReadOnlyFiles(folder.store, files["tokens"] | files["documents"])
-            )
+            self._connection.register_filesystem(self._files)
             self._load("vocabulary", _table(folder, "vocabulary", VOCABULARY_SCHEMA))
             self._load("thresholds", thresholds)
             self._load("shards", shards)
@@ -265,6 +264,9 @@ class Run:
         try:
             yield
         except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow streams have errors of their own
+            gone, self._files.unavailable = self._files.unavailable, None
+            if gone is not None:
+                raise gone from error
             raise QueryError(_readable(str(error), self._memory_limit)) from error
 
 

@@ -180,6 +180,9 @@ def render(summary: Summary, console: Console) -> None:
                      f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
     ):  # fmt: skip
         table.add_row(name, Text(printable(value)))
+    if missing := info.get("quarantined"):
+        uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        table.add_row("missing", Text(printable(f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}")))
     if info["corpus"]["skipped"]:
         table.add_row("skipped", f"{len(info['corpus']['skipped'])} files with an ending that is no known format")
     console.print(table)

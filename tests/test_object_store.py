@@ -370,6 +370,20 @@ def test_a_bucket_that_does_not_come_back_is_unavailable(
     storage.delete([f"{object_store}/x", f"{object_store}/y"])  # garbage stays; no error, no long wait
 
 
+def test_a_query_of_a_bucket_that_is_gone_says_so_and_is_no_wrong_query(
+    gate: Gate, object_store: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
+    with afn_ray.run(make_config(corpus=(str(corpus),), store=f"{object_store}/store")) as run:
+        monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
+        gate.shut("busy", for_connections=10**6)
+        with pytest.raises(Unavailable, match=r"no answer in \d+ tries") as e:
+            run.sql("SELECT count(position) FROM tokens").fetchall()
+        assert e.value.exit_code == 75
+        gate.shut("busy", for_connections=0)
+        assert run.sql("SELECT count(position) FROM tokens").fetchall() == [(5,)]
+
+
 # --- objects in parts ------------------------------------------------------------------------------------
 
 

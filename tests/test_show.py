@@ -94,6 +94,13 @@ def _shown(run: RunFolder, width: int) -> str:
     return console.file.getvalue()
 
 
+def test_quarantined_shards_are_named(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    assert " missing " not in _shown(run, 200)
+    run.info["quarantined"] = [{"shard": "a", "uri": f"/data/[b]{i}", "reason": "bad"} for i in range(4)]
+    assert f"4 of {4 + COUNTS['shards']} shards: /data/[b]0, /data/[b]1, /data/[b]2, ..." in _shown(run, 200)
+
+
 # --- the data --------------------------------------------------------------------------------------------
 
 
