@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except AfnError as error:
         errors.print("afn:", printable(str(error), keep="\n"), markup=False)
         code = error.exit_code
+    if code == Interrupted.exit_code and any(t.name.startswith("afn-") for t in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(code)  # a thread that hangs would hold the exit
     sys.exit(code)
 
 

@@ -193,11 +193,13 @@ def _ray(config: RunConfig) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's own
+    except SystemExit as stopped:  # which was in force for a moment
+        raise KeyboardInterrupt from stopped
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"the cluster at {address}" if address else "a local Ray"
         raise ConfigError(f"{where} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts with a dump of its stack
     try:
         yield
     finally:
@@ -281,6 +283,9 @@ class InlinePool:
     def progress(self) -> Progress:
         return self._processor.progress
 
+    def num_tokens(self, worker: int) -> int:
+        return self._processor.progress.tokens
+
     def lack(self) -> str:
         return "this process is its only worker"
 
@@ -304,15 +309,26 @@ class _Worker:
     """What an actor runs: one processor, and a look at it while it works."""
 
     def __init__(self, task: Task) -> None:
-        self._processor = Processor(task)
+        self._error: Exception | None = None
+        try:
+            self._processor = Processor(task)
+        except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
+            self._error = error
 
     def process(self, shard: Shard, halvings: int) -> Commit:
-        return self._processor.process(shard, halvings)
+        try:
+            return self._processor.process(shard, halvings)
+        except AfnError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            raise dispatch.Told(dispatch.reason(error)) from None
 
     def look(self) -> tuple[Progress, str, str]:
         """Progress, and the ids of this node and this process."""
         import ray
 
+        if self._error is not None:
+            raise self._error
         context = ray.get_runtime_context()
         return self._processor.progress, context.get_node_id(), context.get_worker_id()
 
@@ -359,7 +375,7 @@ class RayPool:
         self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
         self._released = Progress()
         self._num_wanted = 0
-        self._next_look_around = 0.0
+        self._next_count = self._next_notices = 0.0
 
     def _check_local(self) -> None:
         """A local Ray never grows: what it lacks it lacks for good."""
@@ -375,7 +391,8 @@ class RayPool:
             )
 
     def grow(self, num_useful: int) -> int:
-        if time.monotonic() >= self._next_look_around:
+        if time.monotonic() >= self._next_count:
+            self._next_count = time.monotonic() + UNITS_S
             self._num_wanted = self._config.workers or max(
                 1, _units_for_workers(self._config, _num_units(self._task.device), self._task.device)
             )
@@ -440,7 +457,7 @@ class RayPool:
                 return  # a look is no work; the task in flight says what happened
             actor.look_again = time.monotonic() + POLL_S
             if not self._returns(error):
-                del self._actors[worker]
+                self._ray.kill(self._actors.pop(worker).handle)
                 yield Gone(worker, Cause.START, _original(error))
             elif (restarts := _restarts(actor.handle)) > actor.restarts:
                 actor.restarts = restarts
@@ -451,8 +468,11 @@ class RayPool:
             actor.progress = progress
         if actor.ready:
             return
-        if process == actor.process:  # asked while it died
+        if process == actor.process:  # it lives: asked before its end, or only the way to it was cut for a moment
             actor.look_again = time.monotonic() + POLL_S
+            if actor.dead_since is not None:
+                yield self._verdict(worker, Cause.NODE)
+            self._ray.kill(actor.handle, no_restart=False)
             return
         if actor.dead_since is not None:
             yield self._verdict(worker, Cause.CRASH if actor.node in self._alive() else Cause.NODE)
@@ -498,9 +518,9 @@ class RayPool:
         return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
 
     def _leaving(self) -> Iterator[Event]:
-        if time.monotonic() < self._next_look_around:
+        if time.monotonic() < self._next_notices:
             return
-        self._next_look_around = time.monotonic() + UNITS_S
+        self._next_notices = time.monotonic() + UNITS_S
         leaving = _leaving_nodes() if _address(self._config) is not None else frozenset()
         for worker, actor in self._actors.items():
             if actor.ready and actor.node in leaving:
@@ -523,6 +543,9 @@ class RayPool:
             if actor.look is None and now >= actor.look_again:
                 self._ask(actor)
         return dispatch.total([self._released, *(a.progress for a in self._actors.values())])
+
+    def num_tokens(self, worker: int) -> int:
+        return self._actors[worker].progress.tokens
 
     def lack(self) -> str:
         return _lack(sum(not a.ready for a in self._actors.values()), self._config, self._task.device)
@@ -616,20 +639,23 @@ MAX_PENDING = 256
 
 
 @contextmanager
-def tasks(config: RunConfig, shards: Sequence[Shard]) -> Iterator[Tasks]:
+def tasks(config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None] = print) -> Iterator[Tasks]:
     """Who runs the calls of a reduce of ``shards``: this process where it did them or one call reads all, else Ray."""
     if len(shards) <= FAN_IN or runs_inline(config, shards):
         yield Inline()
     else:
         with _ray(config):
-            yield RayTasks()
+            yield RayTasks(config, on_notice)
 
 
 class RayTasks:
     """``reduce.Tasks`` of a Ray that is joined. Calls are pure, so a lost process or result is Ray's to repeat."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig, on_notice: Callable[[str], None]) -> None:
         import ray
+
+        self._patience = Patience(config.wait_s, lambda: _lack(1, config, "cpu"))
+        self._on_notice = on_notice
 
         # A call's error is raised where its result is asked for, not printed by each call that waited for it.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -640,14 +666,26 @@ class RayTasks:
     def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
         if len(self._pending) >= MAX_PENDING:
             # One reference of each call is held until then, and never its value.
-            self._pending = self._ray.wait(self._pending, num_returns=MAX_PENDING // 2, fetch_local=False)[1]
+            self._pending = self._wait(self._pending, MAX_PENDING // 2)
         task = self._call.options(num_returns=num_results, name=f"reduce:{function.__name__.strip('_')}")
         refs = task.remote(function, num_results, *args)
         handles = refs if num_results > 1 else [refs]
         self._pending.append(handles[0])
         return list(handles)
 
+    def _wait(self, refs: list[Any], num_done: int) -> list[Any]:
+        """Those of ``refs`` that are not done once ``num_done`` are. Raises ``Interrupted`` while there is no place."""
+        while True:
+            done, left = self._ray.wait(refs, num_returns=num_done, timeout=POLL_S, fetch_local=False)
+            if len(done) >= num_done:
+                return list(left)
+            if _num_units("cpu"):
+                self._patience.reset()
+            elif (notice := self._patience.check()) is not None:
+                self._on_notice(notice)
+
     def result(self, handle: Any) -> Any:
+        self._wait([handle], 1)
         try:
             return self._ray.get(handle)
         except self._ray.exceptions.RayError as error:

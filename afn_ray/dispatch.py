@@ -11,7 +11,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from afn_ray.errors import ConfigError, CorpusChanged, Interrupted, ModelError, OutOfMemory, ShardError, Unavailable
+from afn_ray.errors import (
+    ConfigError,
+    CorpusChanged,
+    HelperDied,
+    Interrupted,
+    ModelError,
+    OutOfMemory,
+    ShardError,
+    Unavailable,
+)
 from afn_ray.manifest import Commit
 from afn_ray.pipeline import Progress
 from afn_ray.schema import Shard
@@ -23,21 +32,25 @@ ATTEMPTS = 2
 HALVINGS = 2
 """How often the token budget of a shard is halved for want of memory before that counts against the shard."""
 FAILED_STARTS = 3
-"""The run is given up when so many workers in a row could not load the model and none could."""
+"""The run is given up when so many workers could not load the model and none ever could."""
 QUARANTINES_IN_ROW = 5
 """With so many shards given up and none done between, the fault is no shard's."""
 UNANSWERED_IN_ROW = 3
 """Per worker: with so many shards that met no answer and none done between, the store is down for all."""
 POLL_S = 0.5
-DRAIN_S = 2.0
+DRAIN_S = 1.0
 """For shards that are nearly done when the run is stopped: ``ray job stop`` kills after three seconds."""
 SAY_AFTER_S = 20.0
 """Without a worker for so long, the run says what it waits for."""
 DEADLINE_S = 600.0
-DEADLINE_BYTES_PER_S = 1000.0
+DEADLINE_BYTES_PER_S = 10_000.0
 """Before any shard is done, one of n bytes may take ``DEADLINE_S + n / DEADLINE_BYTES_PER_S`` seconds."""
 DEADLINE_FACTOR = 10.0
 """Later it may take so many times the seconds per byte of the slowest done, if that is more than ``DEADLINE_S``."""
+DEADLINE_BYTES = 1 << 20
+"""Smaller shards count as this large: what they take is no measure for large ones."""
+LONGEST_PAUSE_S = 60.0
+"""Between two starts of workers while starts fail."""
 
 
 class Cause(Enum):
@@ -123,6 +136,9 @@ class Pool(Protocol):
     def progress(self) -> Progress:
         """What all workers have done, shards under way included."""
 
+    def num_tokens(self, worker: int) -> int:
+        """What ``worker`` has measured, as far as is known; while it grows nothing hangs."""
+
     def lack(self) -> str:
         """What the workers that are not ready wait for: what was asked for, and what there is."""
 
@@ -151,7 +167,7 @@ OnState = Callable[[State], None]
 
 @dataclass(slots=True)
 class _Flight:
-    """A shard on a worker."""
+    """A shard on a worker, and since when it may be its turn: shards of one worker wait for each other."""
 
     shard: Shard
     since: float
@@ -212,7 +228,9 @@ class Dispatcher:
         self._room: dict[int, None] = {}  # workers that may take more, in the order they became so
         self._deadline_s = deadline_s
         self._slowest = 0.0  # seconds per byte
+        self._moved: dict[int, tuple[int, float]] = {}  # tokens of each worker, and when they last grew
         self._next_check = 0.0
+        self._next_start = 0.0
         self._failed_starts = self._quarantines = self._unanswered = 0
         self._max_quarantines = max(QUARANTINES_IN_ROW, allow_quarantined + 1)
         self._patience = Patience(wait_s, pool.lack, clock)
@@ -254,8 +272,7 @@ class Dispatcher:
             elif not flights:  # the tail: its place may go
                 self._forget(worker)
                 self._pool.release(worker)
-        # Beside workers that work, starts that failed in a row are not tried for ever.
-        if not self._running or self._failed_starts < FAILED_STARTS:
+        if self._clock() >= self._next_start:
             num_busy = sum(map(bool, self._running.values()))
             self.state.num_workers = self._pool.grow(len(self._todo) + len(self._suspects) + num_busy)
 
@@ -285,8 +302,9 @@ class Dispatcher:
             self._failed_starts = 0
             self._began = self._began if self._began is not None else self._clock()
         elif isinstance(event, Silent):
-            self._room.pop(event.worker, None)
-            self._silent.add(event.worker)
+            if event.worker in self._running:  # not of a process that was replaced in the meantime
+                self._room.pop(event.worker, None)
+                self._silent.add(event.worker)
         elif isinstance(event, Gone):
             self._gone(event)
         elif isinstance(event, Leaving):
@@ -296,6 +314,8 @@ class Dispatcher:
                 self._leave_if_idle(event.worker)
         elif (flight := self._running.get(event.worker, {}).pop(event.shard, None)) is not None:
             # Not what a worker did before it was replaced: the shard is queued again, and finds its commit.
+            for other in self._running[event.worker].values():
+                other.since = self._clock()
             if isinstance(event, Done):
                 self._done(flight, event.commit)
             else:
@@ -312,7 +332,7 @@ class Dispatcher:
     def _done(self, flight: _Flight, commit: Commit) -> None:
         self.state.commits[flight.shard.id] = commit
         took_s = self._clock() - flight.since
-        self._slowest = max(self._slowest, took_s / max(1, flight.shard.num_bytes))
+        self._slowest = max(self._slowest, took_s / max(DEADLINE_BYTES, flight.shard.num_bytes))
         self._quarantines = self._unanswered = 0
 
     def _failed(self, worker: int, shard: Shard, error: BaseException) -> None:
@@ -332,6 +352,10 @@ class Dispatcher:
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._again(shard)
             return
+        if isinstance(error, HelperDied):
+            others = self._replace(worker) if self._pool.can_replace else []
+            self._blame([shard, *others], reason(error), alone=not others and not self._running.get(worker))
+            return
         if (
             not isinstance(error, ShardError) and self._pool.can_replace
         ):  # its process or device may be broken: the next try gets a new one
@@ -343,9 +367,10 @@ class Dispatcher:
         if event.cause in (Cause.START, Cause.LOADING):
             self._todo.extendleft(reversed(shards))  # of a process before, if any
             self._failed_starts += 1
+            self._next_start = self._clock() + min(LONGEST_PAUSE_S, 2.0**self._failed_starts - 2)
             # One that says what is wrong would say so again; one that died may have been unlucky.
             enough = min(FAILED_STARTS, self.state.num_workers) if event.cause is Cause.START else FAILED_STARTS
-            if not self._running and self._failed_starts >= enough:
+            if self._began is None and self._failed_starts >= enough:  # later there may be other places, other times
                 raise event.error or ModelError(event.cause.value)
         elif event.cause is Cause.NODE:
             self._todo.extendleft(reversed(shards))
@@ -355,10 +380,11 @@ class Dispatcher:
 
     # --- blame -------------------------------------------------------------------------------------------
 
-    def _blame(self, shards: Sequence[Shard], why: str, *, memory: bool = False) -> None:
-        """``shards`` were in flight on a worker that died or hung."""
+    def _blame(self, shards: Sequence[Shard], why: str, *, memory: bool = False, alone: bool | None = None) -> None:
+        """``shards`` were in flight on a worker that died or hung; ``alone``: one, with no other beside it."""
+        alone = len(shards) == 1 if alone is None else alone
         for shard in shards:
-            if (memory and self._halve(shard)) or len(shards) > 1:
+            if (memory and self._halve(shard)) or not alone:
                 self.state.retries += 1
                 self._suspects.append(shard)
             else:
@@ -390,9 +416,9 @@ class Dispatcher:
     def _look_around(self) -> None:
         """Hung shards, missing workers and progress."""
         self._end_hung()
-        if self._running:
+        if self._running.keys() - self._silent:
             self._patience.reset()
-        elif (self._todo or self._suspects) and (notice := self._patience.check()) is not None:
+        elif (notice := self._patience.check()) is not None:
             self.state.notices.append(notice)
         self._report()
 
@@ -406,21 +432,24 @@ class Dispatcher:
     def _end_hung(self) -> None:
         now = self._clock()
         for worker, flights in list(self._running.items()):
+            tokens = self._pool.num_tokens(worker)
+            if self._moved.get(worker, (-1, 0.0))[0] != tokens:
+                self._moved[worker] = tokens, now
             late = [f for f in flights.values() if now - f.since > self.deadline_s(f.shard)]
-            if late and not self._pool.can_replace:
+            moves = self._deadline_s is None and now - self._moved[worker][1] < DEADLINE_S
+            if not late or moves or worker in self._silent:
+                continue
+            shard, seconds = late[0].shard, now - late[0].since
+            if not self._pool.can_replace:
                 raise Interrupted(
-                    f"shard {late[0].shard.id} ({late[0].shard.slices[0].uri}) is not done after "
-                    f"{now - late[0].since:,.0f} s (--shard-deadline), and this process cannot be replaced; "
-                    "with --executor ray a hung worker is"
+                    f"shard {shard.id} ({shard.slices[0].uri}) is not done after {seconds:,.0f} s (--shard-deadline), "
+                    "and this process cannot be replaced; with --executor ray a hung worker is"
                 )
-            if late and worker not in self._silent:
-                why = f"it hung: not done after {now - late[0].since:,.0f} s"
-                shards = self._replace(worker)
-                self.state.notices.append(
-                    f"a worker was replaced: shard {late[0].shard.id} is not done after {now - late[0].since:,.0f} s, "
-                    f"its deadline is {self.deadline_s(late[0].shard):,.0f} s (--shard-deadline)"
-                )
-                self._blame(shards, why)
+            self.state.notices.append(
+                f"a worker was replaced: shard {shard.id} is not done after {seconds:,.0f} s, its deadline is "
+                f"{self.deadline_s(shard):,.0f} s (--shard-deadline)"
+            )
+            self._blame(self._replace(worker), f"it hung: not done after {seconds:,.0f} s")
 
     def deadline_s(self, shard: Shard) -> float:
         """Seconds after which ``shard`` counts as hung: by its size and the slowest shard so far."""
@@ -443,8 +472,14 @@ class Dispatcher:
         self._report()
 
 
+class Told(Exception):
+    """An exception that is not ours, as ``reason`` tells it: its own class may not survive the way to the driver."""
+
+
 def reason(error: BaseException) -> str:
     """One line on ``error``: its type, the last line of its message, and where it was raised."""
+    if isinstance(error, Told):
+        return str(error)
     text = str(error).strip().splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -10,7 +10,8 @@
     |   `-- QueryError      2   SQL that is wrong, forbidden, too slow or too large
     |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go on
     |   |-- CorpusChanged   1   skip the shard: its file is not the one that was planned
-    |   `-- OutOfMemory     1   try the shard again with fewer tokens at a time
+    |   |-- OutOfMemory     1   try the shard again with fewer tokens at a time
+    |   `-- HelperDied      1   try the shard again, alone: a process that its worker needs has died
     |-- Damaged             1   mend the store: what it holds is not what was committed; ``afn verify`` lists it
     |-- IncompleteRun       1   the run ended with shards missing; it lists them
     `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
@@ -68,6 +69,10 @@ class CorpusChanged(ShardError):
 
 class OutOfMemory(ShardError):
     """The device or the process had too little memory for a batch of the shard."""
+
+
+class HelperDied(ShardError):
+    """A process that tokenizes for a worker died; which shard's doing that was is not known."""
 
 
 class Damaged(AfnError):

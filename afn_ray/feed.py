@@ -10,7 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from queue import Empty, Queue
@@ -21,11 +22,17 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from afn_ray import tokens
-from afn_ray.errors import ShardError
+from afn_ray.errors import HelperDied
 from afn_ray.schema import Document
 
 CHUNK_BYTES = 1 << 20
 """Text encoded and packed together: 1 MiB is about 250,000 tokens, enough to leave 1 % of filler."""
+
+ANSWER_S = 5.0
+"""How often it is asked whether a tokenizer process is alive."""
+
+GIVEN_UP = (CancelledError, RuntimeError)
+"""What chunks meet whose pool was given up under them."""
 
 AHEAD = 2
 """Chunks that wait before the model, beside those that processes work on: bounds memory."""
@@ -149,11 +156,14 @@ class Feed:
         texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
         return next(self._turns).submit(self._prepare, texts, replaced, halvings)
 
-    def renew(self, broken: object) -> None:
+    def renew(self, broken: list[Executor]) -> None:
         """New processes in place of ``broken``, unless another shard has met them before and did it."""
         with self._renewing:
             if self.executors is broken:
-                self.close()
+                for executor in broken:
+                    for process in _processes(executor):
+                        process.kill()
+                    executor.shutdown(wait=False, cancel_futures=True)  # a broken one may never end
                 self._open()
 
     def close(self) -> None:
@@ -189,17 +199,27 @@ class Chunks:
             if isinstance(item, BaseException):
                 raise item
             documents, seconds, prepared = item
-            return Chunk(documents, prepared.result(), seconds)
-        except BrokenProcessPool as error:
+            return Chunk(documents, self._result(prepared), seconds)
+        except BaseException as error:
             self.close()
+            renewed = self._feed.executors is not self._executors  # by a shard beside this one
+            if not isinstance(error, BrokenProcessPool) and not (renewed and isinstance(error, GIVEN_UP)):
+                raise
             self._feed.renew(self._executors)
-            raise ShardError(
+            raise HelperDied(
                 "a tokenizer process died: is there enough memory for --tokenizer-workers? "
                 "(A script that calls afn_ray.run with them needs if __name__ == '__main__')"
             ) from error
-        except BaseException:
-            self.close()
-            raise
+
+    def _result(self, prepared: Future[Prepared]) -> Prepared:
+        """What ``prepared`` holds. A pool whose process was killed as it answered may never notice."""
+        while True:
+            try:
+                return prepared.result(timeout=ANSWER_S)
+            except FutureTimeoutError:
+                dead = not all(p.is_alive() for e in self._executors for p in _processes(e))
+                if dead and not prepared.done():
+                    raise BrokenProcessPool("a process died and its pool did not notice") from None
 
     def __enter__(self) -> Chunks:
         return self
@@ -228,6 +248,11 @@ class Chunks:
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken
             self._ready.put(error)
+
+
+def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
+    """Of a pool; there are none before its first chunk."""
+    return list((getattr(executor, "_processes", None) or {}).values())
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

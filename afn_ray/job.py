@@ -106,11 +106,15 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         {"shard": s.id, "uri": s.slices[0].uri, "reason": state.failures[s.id]}
         for s in plan.shards if s.id in state.failures
     ]  # fmt: skip
+    if lost := [s.id for s in plan.shards if s.id not in commits and s.id not in state.failures]:
+        raise IncompleteRun(
+            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: {', '.join(lost[:9])}"
+        )
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
     pieces, readable = pipeline.vocabulary_texts(files)
-    with cluster.tasks(config, done) as tasks:
+    with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(
             config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable, tasks=tasks,
             language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
@@ -144,6 +148,11 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         "made_by": ordered[0].made_by,
     }
     folder = manifest.finish_run(folder, info)
+    if len(theirs := folder.info["quarantined"]) > config.allow_quarantined:
+        raise IncompleteRun(
+            f"another process has completed run {folder.uri} without {len(theirs)} shards, more than "
+            f"--allow-quarantined {config.allow_quarantined} permits here; the same command tries them again"
+        )
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
     on_event(
@@ -214,9 +223,7 @@ def _decide_precision(
     if stored is None:
         on_event(Event("pilot", "a pilot compares half precision with float32"))
         sample = corpus.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
-        decided = cluster.decide_precision(
-            config, task, _in_turns(sample), lambda notice: on_event(Event("warning", f"warning: {notice}"))
-        )
+        decided = cluster.decide_precision(config, task, _in_turns(sample), _warning(on_event))
         if keep:
             stored = manifest.write_pilot(config.store, key, decided.to_json())
         on_event(Event("planned", precision.describe(decided)))
@@ -281,6 +288,10 @@ def _normalised(config: RunConfig) -> RunConfig:
         model=storage.absolute(config.model) if Path(config.model).exists() else config.model,
         scratch=None if config.scratch is None else storage.absolute(config.scratch),
     )
+
+
+def _warning(on_event: OnEvent) -> Callable[[str], None]:
+    return lambda notice: on_event(Event("warning", f"warning: {notice}"))
 
 
 def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -37,6 +38,15 @@ class Driver:
             target=_become_afn, args=(arguments, str(self.said)), daemon=False
         )
         self.process.start()
+        while self.process.is_alive() and not self._leads():  # until then its group is ours
+            time.sleep(0.001)
+
+    def _leads(self) -> bool:
+        pid = self.process.pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            return os.getpgid(pid) == pid
+        return False
 
     @property
     def is_alive(self) -> bool:
@@ -44,13 +54,15 @@ class Driver:
 
     def signal(self, number: signal.Signals) -> None:
         """To the driver alone; nothing when it has ended."""
-        if self.process.is_alive():
-            os.kill(self.process.pid or 0, number)
+        if self.process.is_alive() and self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, number)
 
     def kill_all(self) -> None:
         """SIGKILL to the driver and to all that it started."""
-        if self.process.pid is not None and self.process.is_alive():
-            os.killpg(os.getpgid(self.process.pid), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            assert self.process.pid, "0 would be our own group"
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
         """Exit code (negative: the signal) and what it said, once it has ended."""
