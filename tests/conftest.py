@@ -274,6 +274,12 @@ def write_new(uri: str, data: bytes) -> None:
         storage.write_once(uri, data)
 
 
+@pytest.fixture(params=["local", "memory"])
+def quiet_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh folder on filesystems that answer."""
+    return str(tmp_path / "place") if request.param == "local" else str(request.getfixturevalue("memory"))
+
+
 @pytest.fixture(params=["local", "memory", "s3", "faulty"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A fresh folder on each kind of filesystem; ``faulty`` is memory whose every fourth call goes wrong."""

@@ -603,14 +603,14 @@ Write = Callable[[str, bytes], FileInfo]
 
 
 @pytest.fixture
-def rewrite(place: str) -> Write:
+def rewrite(quiet_place: str) -> Write:
     """Writes a file, or writes it anew: under another version, whatever the clock's ticks."""
     seconds = iter(range(1, 100))
 
     def rewrite(name: str, data: bytes) -> FileInfo:
-        uri = storage.join(place, name)
+        uri = storage.join(quiet_place, name)
         fs, path = storage.open_filesystem(uri)
-        fs.makedirs(place, exist_ok=True)
+        fs.makedirs(quiet_place, exist_ok=True)
         fs.pipe_file(path, data)
         if storage.is_local(uri):
             os.utime(uri, (0, next(seconds)))

@@ -28,7 +28,7 @@ from fsspec.registry import _registry as fsspec_registry
 from s3fs import S3FileSystem
 
 import afn_ray
-from afn_ray import cli, corpus, manifest, retry, storage
+from afn_ray import cli, corpus, manifest, reading, retry, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
 from afn_ray.schema import FileInfo, ReadOptions
@@ -231,11 +231,11 @@ def test_a_corpus_that_does_not_answer_is_unavailable_and_not_bad_content(
     storage.write_once(uri, gzip.compress(body) if ending == "jsonl.gz" else body)
     options = ReadOptions("auto", "text", None, "file", 100)
     (slice,) = corpus.cut(storage.stat(uri), options, 1 << 20)
-    assert len(list(corpus.read(slice, options))) == 9
+    assert len(list(reading.read(slice, options))) == 9
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.01)
     with faults.injected(0, rate=1, kinds=("fail",), methods=("cat_file",) if opens else ("info", "cat_file")):
         with pytest.raises(Unavailable, match=rf"x\.{ending}: no answer"):
-            list(corpus.read(slice, options))
+            list(reading.read(slice, options))
         with pytest.raises(Unavailable, match=rf"x\.{ending}: no answer"):
             corpus.cut(FileInfo(uri, slice.size, slice.version), options, 1 << 20)
 

@@ -101,9 +101,9 @@ def copy(source: Path, target: str) -> Copy:
 
 
 @pytest.fixture
-def store(made: Path, place: str) -> Copy:
+def store(made: Path, quiet_place: str) -> Copy:
     """A copy of the store on each kind of filesystem."""
-    return copy(made, place)
+    return copy(made, quiet_place)
 
 
 def flip(uri: str, at: float) -> None:
@@ -620,13 +620,13 @@ def test_a_file_without_an_age_is_young() -> None:
     assert abs(storage._modified_s({}) - time.time()) < 60
 
 
-def test_everything_below_a_folder_is_listed(place: str) -> None:
-    assert storage.list_below(place) == []
+def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:
+    assert storage.list_below(quiet_place) == []
     names = ["a", "b/.hidden", "b/c/d", "b/c/_e"]
     for name in names:
-        storage.write_once(f"{place}/{name}", name.encode())
-    found = storage.list_below(place)
-    assert [f.uri for f in found] == sorted(storage.absolute(f"{place}/{name}") for name in names)
+        storage.write_once(f"{quiet_place}/{name}", name.encode())
+    found = storage.list_below(quiet_place)
+    assert [f.uri for f in found] == sorted(storage.absolute(f"{quiet_place}/{name}") for name in names)
     assert all(f.size == len(storage.read_bytes(f.uri)) and abs(f.modified_s - time.time()) < 600 for f in found)
 
 
