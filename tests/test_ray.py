@@ -136,10 +136,11 @@ def test_a_worker_with_another_model_stops_the_run_at_once(
 
 
 def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
-    tmp_path: Path, make_config: MakeConfig, tiny_bert: Path
+    tmp_path: Path, tiny_bert: Path, verses: list[str]
 ) -> None:
     store, expected = tmp_path / "store", tmp_path / "expected"
-    shared = [str(demo.corpus_file()), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "200000"]
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:8000]])
+    shared = [str(corpus), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "50000"]
     command = [sys.executable, "-m", "afn_ray", "run", *shared, "--store", str(store), "--workers", "2"]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
