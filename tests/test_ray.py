@@ -140,7 +140,8 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
 ) -> None:
     store, expected = tmp_path / "store", tmp_path / "expected"
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:8000]])
-    shared = [str(corpus), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "50000"]
+    shared = [str(corpus), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "50000",
+              "--dtype", "float32"]  # fmt: skip
     command = [sys.executable, "-m", "afn_ray", "run", *shared, "--store", str(store), "--workers", "2"]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120

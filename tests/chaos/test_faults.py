@@ -166,7 +166,7 @@ def test_everything_killed_at_once(ground: Ground, chaos: Chaos, drivers: Driver
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_a_stopped_driver_exits_resumable_with_nothing_half_visible(
-    ground: Ground, chaos: Chaos, drivers: Drivers, executor: str, record_property: Callable[[str, object], None]
+    ground: Ground, chaos: Chaos, drivers: Drivers, executor: str
 ) -> None:
     chaos.plan(slow_s=0.3)
     store = ground.store()
@@ -175,7 +175,7 @@ def test_a_stopped_driver_exits_resumable_with_nothing_half_visible(
         stopped = time.monotonic()
         driver.signal(signal.SIGTERM)
         code, said = driver.finish()
-        record_property("seconds", time.monotonic() - stopped)
+        print(f"exit {time.monotonic() - stopped:.1f} s after SIGTERM")
         assert code == 75 and "the same command resumes" in said
     ground.check_whole(store)
     chaos.plan()
@@ -227,7 +227,8 @@ def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> N
     if ground.kind == "local":
         pytest.skip("a local disk gives no unknown answers; its faults are those of the other tests")
     store = ground.store()
-    with faults.injected(seed=7, rate=0.4, kinds=(kind,)) as schedule:
+    rate = 1.0 if kind == "stale" else 0.4  # few folders are listed twice
+    with faults.injected(seed=7, rate=rate, kinds=(kind,)) as schedule:
         afn_ray.run(ground.config(faults.wrap(store))).close()
         afn_ray.run(ground.config(faults.wrap(store))).close()
         assert schedule.total(kind) > 20 or (kind == "stale" and schedule.total(kind) > 0)
