@@ -232,8 +232,8 @@ def _lack(num_waiting: int, config: RunConfig, device: str) -> str:
     amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     return (
-        f"{num_waiting} workers of {asks} each were asked for and are not ready; the cluster has {amounts} on "
-        f"{num_nodes} nodes"
+        f"asked for {num_waiting} more worker{'s' * (num_waiting != 1)} of {asks} each; the cluster has {amounts} on "
+        f"{num_nodes} node{'s' * (num_nodes != 1)}"
     )
 
 

@@ -447,7 +447,7 @@ class Dispatcher:
                 )
             self.state.notices.append(
                 f"a worker was replaced: shard {shard.id} is not done after {seconds:,.0f} s, its deadline is "
-                f"{self.deadline_s(shard):,.0f} s (--shard-deadline)"
+                f"{self.deadline_s(shard):g} s (--shard-deadline)"
             )
             self._blame(self._replace(worker), f"it hung: not done after {seconds:,.0f} s")
 

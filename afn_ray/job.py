@@ -12,7 +12,7 @@ from typing import Any
 
 from afn_ray import cluster, corpus, dispatch, lexicon, manifest, pipeline, precision, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import CorpusError, IncompleteRun
+from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
 from afn_ray.schema import SPECIAL, Document, fingerprint
@@ -84,6 +84,11 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     folder = manifest.begin_run(config, measure, plan, begun_ns)
     if folder.info:
+        if gone := manifest.lost_shards(config.store, task.measure_id, plan.shards, folder):
+            raise StoreError(
+                f"run {folder.uri} is complete, but {len(gone)} of its shards are gone from the store, as {gone[0]}: "
+                f"delete {folder.uri}/run.json and give this command again to do them anew"
+            )
         on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
         return open_run(folder.uri)
     commits = manifest.find_commits(config.store, task.measure_id, plan.shards)

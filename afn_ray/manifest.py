@@ -459,6 +459,13 @@ def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[s
         return {c.shard: c for c in found if c is not None}
 
 
+def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFolder) -> list[str]:
+    """Shards of the complete ``run`` that have no folder any more; one listing tells."""
+    there = set(storage.list_names(storage.join(store, "shards", measure_id)))
+    missing = {q["shard"] for q in run.info.get("quarantined", [])}
+    return [s.id for s in shards if s.id not in there and s.id not in missing]
+
+
 def publish(
     store: str, measure_id: str, shard: Shard, attempt: str, tables: dict[str, tuple[Path, int]],
     counts: dict[str, int], seconds: float, made_by: dict[str, str],

@@ -129,7 +129,8 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
                 f"no space left while {action} {uri}; make room and run the same command again: it resumes"
             ) from error
         if isinstance(error, FileNotFoundError):
-            raise kind(f"{action} {uri}: no such file or folder") from error
+            what = "bucket" if "bucket does not exist" in str(error) else "file or folder"
+            raise kind(f"{action} {uri}: no such {what}") from error
         if isinstance(error, PermissionError):
             why = f" ({error})" if error.errno is None and str(error) else ""
             raise kind(f"{action} {uri}: permission denied; check owner, mode or credentials{why}") from error
@@ -140,6 +141,8 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
             raise kind(
                 f"{action} {uri}: {error}; give credentials in the environment, as for the store's own tools"
             ) from error
+        if isinstance(error, ValueError) and "endpoint" in str(error):  # botocore's, of what the environment says
+            raise ConfigError(f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port") from error
         if not names.isdisjoint(FOREIGN_ERRORS):
             raise kind(f"{action} {uri}: {error}") from error
         raise

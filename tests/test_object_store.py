@@ -19,6 +19,7 @@ from typing import Any
 import boto3
 import duckdb
 import faults
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -368,6 +369,18 @@ def test_a_bucket_that_does_not_come_back_is_unavailable(
         storage.write_once(f"{object_store}/x", b"2")
     assert S3_SECRET not in str(e.value)
     storage.delete([f"{object_store}/x", f"{object_store}/y"])  # garbage stays; no error, no long wait
+
+
+def test_a_bucket_or_an_endpoint_that_cannot_be_is_said_at_once(
+    object_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError, match="no such bucket"):
+        storage.check_writable("s3://no-such-bucket-here/store")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL wants the form http://host:port"):
+        storage.read_bytes(f"{object_store}/x")
+    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_a_query_of_a_bucket_that_is_gone_says_so_and_is_no_wrong_query(

@@ -602,3 +602,17 @@ def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
         with afn_ray.run(config) as run:
             ((size,),) = run.sql("SELECT sum(token_bytes) / sum(n_tokens) FROM shards").fetchall()
         assert size <= limit
+
+
+def test_a_complete_run_whose_shards_were_deleted_is_not_called_done(tmp_path: Path, make_config: MakeConfig) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
+    config = make_config(corpus=(str(corpus),))
+    with afn_ray.run(config) as run:
+        expected = run.tokens().fetchall()
+    (commit,) = Path(config.store).rglob("commit.json")
+    shutil.rmtree(commit.parent)
+    with pytest.raises(StoreError, match=r"1 of its shards are gone from the store.*delete .*/run\.json"):
+        afn_ray.run(config)
+    Path(run.uri, "run.json").unlink()
+    with afn_ray.run(config) as run:
+        assert run.tokens().fetchall() == expected
