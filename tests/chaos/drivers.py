@@ -17,8 +17,10 @@ PRELOADED = ["afn_ray.cli", "afn_ray.job", "afn_ray.query", "afn_ray.model", "tr
 """What takes seconds to import; a driver is a fork of a process that has it."""
 
 
-def _become_afn(arguments: list[str], said: str) -> None:
+def _become_afn(arguments: list[str], said: str, environment: dict[str, str]) -> None:
     os.setsid()  # what it starts is killed with it
+    os.environ.clear()  # the server, one for all tests of this process, has that of whoever started it
+    os.environ.update(environment)
     sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -35,7 +37,7 @@ class Driver:
         self.said = server.folder / f"said-{time.monotonic_ns()}"
         self.said.touch()
         self.process: ForkServerProcess = server.context.Process(
-            target=_become_afn, args=(arguments, str(self.said)), daemon=False
+            target=_become_afn, args=(arguments, str(self.said), server.environment), daemon=False
         )
         self.process.start()
         while self.process.is_alive() and not self._leads():  # until then its group is ours
@@ -72,17 +74,17 @@ class Driver:
 
 
 class Drivers:
-    """Starts them. ``environment`` is that of all drivers, from the first one on."""
+    """Starts them, each with ``environment``."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder = folder
+        self.folder, self.environment = folder, environment
         folder.mkdir(parents=True, exist_ok=True)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
         before = dict(os.environ)
         os.environ.clear()
         os.environ.update(environment)
-        try:  # the server has the environment in which it is started
+        try:  # the server loads the plugin of faults as it starts
             warm = self.context.Process(target=time.sleep, args=(0,))
             warm.start()
             warm.join()

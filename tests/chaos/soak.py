@@ -64,7 +64,7 @@ class Soak:
         planned = [
             {"point": dice.choice(POINTS), "skip": dice.randrange(40), "do": "sigkill"} for _ in range(FAULTS_IN_ROUND)
         ]
-        self.chaos.plan(*planned, slow_s=0.4 if on_ray else 0.15)
+        self.chaos.plan(*planned, slow_s=1.5 if on_ray else 0.15)
         with contextlib.ExitStack() as stack:
             running = [stack.enter_context(self.drivers.start(*arguments)) for _ in range(1 if on_ray else 2)]
             struck = 0

@@ -9,7 +9,7 @@ import pytest
 from drivers import Drivers
 from ground import make_ground
 from hosts import Chaos
-from soak import RAY_EVERY, Soak
+from soak import Soak
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -28,5 +28,4 @@ def test_no_row_is_lost_or_doubled_whatever_the_monkey_does(
     soak.run(seconds)
     print(f"{soak.rounds} rounds, {soak.faults.total()} faults: {dict(soak.faults)}")
     assert soak.rounds >= 1 and soak.faults.total() >= seconds / 9  # 200 in half an hour
-    if soak.rounds >= RAY_EVERY:
-        assert any("to a worker" in kind for kind in soak.faults)
+    assert soak.faults["kill at a point"]  # of drivers, and in a round on Ray of workers
