@@ -1,11 +1,9 @@
-"""The only door to Ray: a connection, workers as actors; and the same workers in this process, without Ray."""
+"""The only door to Ray: a connection, workers as actors, tasks; and the choice to do without it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
-import queue
 import secrets
 import signal
 import sys
@@ -33,6 +31,7 @@ from afn_ray.dispatch import (
     State,
 )
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
+from afn_ray.inline import InlinePool
 from afn_ray.manifest import Commit
 from afn_ray.pipeline import Processor, Progress, Task, sweep_scratch
 from afn_ray.reduce import FAN_IN, Inline, Tasks, call
@@ -47,8 +46,6 @@ UNITS_S = 5.0
 """How old a look at the cluster's resources, and at its nodes that leave, may be."""
 CLOSE_S = 2.0
 """How long workers may take to end their tokenizers before they are killed."""
-STOP_S = 10.0
-"""How long threads of this process may take to notice that they are to stop: a batch, or an upload."""
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
 WORKER_ENV = {
@@ -235,71 +232,6 @@ def _lack(num_waiting: int, config: RunConfig, device: str) -> str:
         f"asked for {num_waiting} more worker{'s' * (num_waiting != 1)} of {asks} each; the cluster has {amounts} on "
         f"{num_nodes} node{'s' * (num_nodes != 1)}"
     )
-
-
-# --- workers in this process -----------------------------------------------------------------------------
-
-
-class InlinePool:
-    """One worker in this process: a thread for each shard in flight."""
-
-    can_replace = False
-
-    def __init__(self, task: Task) -> None:
-        self._processor = Processor(task)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._events.put(Ready(0))
-
-    def grow(self, num_useful: int) -> int:
-        return 1
-
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
-        thread = threading.Thread(target=self._process, args=(shard, halvings), name="afn-shard", daemon=True)
-        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-        thread.start()
-
-    def _process(self, shard: Shard, halvings: int) -> None:
-        try:
-            self._events.put(Done(0, shard.id, self._processor.process(shard, halvings)))
-        except BaseException as error:  # noqa: BLE001 - the dispatcher says what it means
-            self._events.put(Failed(0, shard.id, error))
-
-    def wait(self, timeout_s: float) -> list[Event]:
-        with contextlib.suppress(queue.Empty):
-            events = [self._events.get(timeout=timeout_s)]
-            while not self._events.empty():
-                events.append(self._events.get())
-            return events
-        return []
-
-    def replace(self, worker: int) -> None:
-        """Never called: ``can_replace`` is false."""
-        raise NotImplementedError
-
-    def release(self, worker: int) -> None:
-        """It ends with the run."""
-
-    def progress(self) -> Progress:
-        return self._processor.progress
-
-    def num_tokens(self, worker: int) -> int:
-        return self._processor.progress.tokens
-
-    def lack(self) -> str:
-        return "this process is its only worker"
-
-    def close(self) -> None:
-        self._processor.stop()
-        if not self._join(STOP_S):
-            self._processor.close()
-
-    def _join(self, timeout_s: float) -> int:
-        """Number of threads that are still at work after ``timeout_s``."""
-        end = time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        return sum(t.is_alive() for t in self._threads)
 
 
 # --- workers on Ray --------------------------------------------------------------------------------------
