@@ -371,11 +371,7 @@ def test_a_bucket_that_does_not_come_back_is_unavailable(
     storage.delete([f"{object_store}/x", f"{object_store}/y"])  # garbage stays; no error, no long wait
 
 
-def test_a_bucket_or_an_endpoint_that_cannot_be_is_said_at_once(
-    object_store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(StoreError, match="no such bucket"):
-        storage.check_writable("s3://no-such-bucket-here/store")
+def test_an_endpoint_that_cannot_be_is_said_at_once(object_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL wants the form http://host:port"):
@@ -483,7 +479,7 @@ def test_no_credentials_and_wrong_ones_say_what_to_do(object_store: str, monkeyp
 def test_a_bucket_that_is_not_there_is_named(s3_server: str) -> None:
     with pytest.raises(CorpusError, match="s3://no-such-bucket/x: no such file or folder"):
         storage.find_files("s3://no-such-bucket/x")
-    with pytest.raises(StoreError, match="no such file or folder"):
+    with pytest.raises(StoreError, match=r"s3://no-such-bucket/x/probe-.*: no such bucket"):
         storage.check_writable("s3://no-such-bucket/x")
     with pytest.raises(CorpusError, match="Invalid bucket name"):
         storage.find_files("s3://No!Bucket/x")
