@@ -9,7 +9,7 @@ import pytest
 from drivers import Drivers
 from ground import make_ground
 from hosts import Chaos
-from soak import Soak
+from monkey import Soak
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
