@@ -42,6 +42,7 @@ RUN_KEYS: dict[str, type] = {
 }  # fmt: skip
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 """Of the beginning of a run, at the beginning of its name."""
+ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
 
@@ -177,7 +178,7 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
     suffix = _suffix(measure_id, plan.shards, config.language, config.sink_factor)
     begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
     newest = next(begun, "")
-    if newest.endswith(suffix) and not (same := _open_folder(config.store, newest)).info.get("quarantined"):
+    if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
         return same  # one that lacks shards is complete, and asked again it is tried again
     created = datetime.now(UTC)
     name = f"{_stamp(created)}-{suffix}"
@@ -255,7 +256,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _open_folder(store: str, name: str) -> RunFolder:
+def open_folder(store: str, name: str) -> RunFolder:
+    """The run ``name`` in ``store``, complete or not. Raises ``StoreError`` for a damaged run.json."""
     uri = storage.join(store, "runs", name)
     data = storage.read_if_there(storage.join(uri, "run.json"))
     if data is None:
@@ -277,10 +279,7 @@ def _json(data: bytes, uri: str) -> dict[str, Any]:
         raise StoreError(f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it")
     value.pop("sha256", None)
     if data != sealed(value):
-        raise StoreError(
-            f"{uri} is damaged: its bytes do not have the checksum that it carries; 'afn verify' on its store says "
-            "what else is, and what to do"
-        )
+        raise StoreError(f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}")
     return value
 
 
@@ -297,13 +296,13 @@ def find_run(uri: str) -> RunFolder:
     uri = storage.absolute(uri).rstrip("/")
     store, _, name = uri.rpartition("/runs/")
     if name and "/" not in name and storage.exists(storage.join(uri, "plan.parquet")):
-        run = _open_folder(store, name)
+        run = open_folder(store, name)
         if not run.info:
             raise StoreError(f"run {uri} is not complete; give its 'afn run' command again to finish it")
         return run
     names = storage.list_names(storage.join(uri, "runs"))
     for name in reversed(names):
-        run = _open_folder(uri, name)
+        run = open_folder(uri, name)
         if run.info:
             return run
     if names:
@@ -334,7 +333,7 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     try:
         storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
     except storage.AlreadyWritten:
-        return _open_folder(run.store, run.id)  # another process finished the same run with the same tables
+        return open_folder(run.store, run.id)  # another process finished the same run with the same tables
     return RunFolder(run.uri, run.store, run.id, body)
 
 

@@ -264,9 +264,9 @@ class Run:
         try:
             yield
         except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow streams have errors of their own
-            gone, self._files.unavailable = self._files.unavailable, None
-            if gone is not None:
-                raise gone from error
+            failed, self._files.failed = self._files.failed, None
+            if failed is not None:
+                raise failed from error
             raise QueryError(_readable(str(error), self._memory_limit)) from error
 
 

@@ -265,7 +265,8 @@ def _read_layer(
         data = storage.read_bytes(uri)
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise StoreError(
-                f"{uri} is damaged: its checksum is not the one in commit.json; delete its folder and run again"
+                f"{uri} is damaged: its checksum is not the one in commit.json; delete {uri.rpartition('/')[0]} and "
+                "give 'afn run' again"
             )
         if not file.rows:
             return None  # a shard without tokens

@@ -499,7 +499,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def __init__(self, root: str, files: Mapping[str, tuple[str, int]]) -> None:
         """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable."""
         super().__init__()
-        self.unavailable: Unavailable | None = None  # the last one: DuckDB makes text of what it meets
+        self.failed: AfnError | None = None  # how a read failed last: DuckDB makes text of what it meets
         self._fs, path = open_filesystem(root)
         self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
         self._files = {name: (str(self._fs._strip_protocol(uri)), size) for name, (uri, size) in files.items()}
@@ -541,8 +541,11 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         try:
             return patiently(read, f"reading {target}", local=self._local_root is not None)
         except Unavailable as error:
-            self.unavailable = error
+            self.failed = error
             raise
+        except FileNotFoundError as error:
+            self.failed = StoreError(f"{target} is gone from the store; 'afn verify' says what else is, and what to do")
+            raise self.failed from error
 
     def _refuse(self, *args: Any, **options: Any) -> Any:
         raise PermissionError("a run is read-only")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afn_ray import manifest, query, records, reduce, storage
-from afn_ray.errors import ConfigError, StoreError
+from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.schema import (
     SPECIAL,
     SUMMARY_SCHEMA,
@@ -36,8 +37,9 @@ BATCH_ROWS = 1 << 18
 RELATIVE = 1e-9
 """Between two computations of a mean; the order of a sum may differ. All else is equal or wrong."""
 
-REDO_SHARD = "delete its folder and the run.json of the runs that list it, then give 'afn run' again: it is done anew"
-REDO_RUN = "delete the run's run.json and give its 'afn run' command again: it reduces anew"
+
+HEX = re.compile("[0-9a-f]{32}")
+PROBE = re.compile("\\.?probe-[0-9a-f-]+")
 
 OnProgress = Callable[[str], None]
 Ints = npt.NDArray[np.int64]
@@ -59,12 +61,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A file of an attempt that lost or died: no commit names it."""
+    """A file of an attempt or a reduce that lost or died: no commit and no run names it."""
 
     uri: str
     num_bytes: int
     age_s: float
-    removable: bool  # its shard is committed, or it is old enough that no attempt is at work on it
+    removable: bool  # its shard or run is complete, or it is old enough that nobody is at work on it
     removed: bool = False
 
 
@@ -75,6 +77,7 @@ class Verification:
     uri: str
     findings: tuple[Finding, ...]  # in the order of their URIs; none: all is as it was committed
     orphans: tuple[Orphan, ...]
+    foreign: tuple[str, ...]  # URIs of files in the store that afn-ray never writes; they are left alone
     incomplete: tuple[str, ...]  # URIs of runs that have not ended; no damage
     unproved: tuple[str, ...]  # URIs of complete runs whose tables could not be shown to be right, for what was found
     num_shards: int  # committed
@@ -115,25 +118,30 @@ def verify_store(
     began = time.monotonic()
     uri = storage.absolute(uri).rstrip("/")
     store, _, name = uri.rpartition("/runs/")
-    if name and "/" not in name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
-        names = [name]
-    else:
-        store, names = uri, storage.list_names(storage.join(uri, "runs"))
-    if not names and not storage.list_names(storage.join(store, "shards")):
+    if not name or "/" in name or not {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
+        store = uri
+    if store == uri and not {"runs", "shards"} & {*storage.list_names(uri)}:
         raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
-    runs = [_Run(store, name) for name in names]
     if store == uri:
-        files = _by_shard(store, storage.list_below(storage.join(store, "shards")))
-        pilots = storage.list_names(storage.join(store, "pilots"))
+        there = _sorted_out(store, storage.list_below(store))
+        runs = [_Run(store, name) for name in sorted(there.runs)]
     else:
-        (run,), pilots = runs, []
+        runs = [run := _Run(store, name)]
         planned = {(run.measure_id, shard.id) for shard in run.shards}
-        listed = storage.list_below(storage.join(store, "shards", run.measure_id)) if planned else []
-        files = {place: there for place, there in _by_shard(store, listed).items() if place in planned}
+        there = _sorted_out(store, storage.list_below(uri))
+        if planned:
+            shards = _sorted_out(store, storage.list_below(storage.join(store, "shards", run.measure_id))).shards
+            there.shards = {place: files for place, files in shards.items() if place in planned}
+    files = there.shards
     measures = {run.measure_id: run.measure for run in runs if run.measure}
+    lists: dict[Place, list[str]] = {}  # complete runs by what they list
+    for run in runs:
+        for shard in run.shards if run.complete else ():
+            lists.setdefault((run.measure_id, shard.id), []).append(storage.join(run.folder.uri, "run.json"))
 
     def check(place: Place) -> _Checked:
-        return _check_shard(store, place, files[place], measures.get(place[0]), min_age_h)
+        redo = _redo_shard(manifest.shard_uri(store, *place), lists.get(place, []))
+        return _check_shard(store, place, files[place], measures.get(place[0]), min_age_h, redo)
 
     checked: dict[Place, _Checked] = {}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
@@ -141,18 +149,21 @@ def verify_store(
             checked[place] = one
             on_progress(f"{len(checked):,} of {len(files):,} shards checked")
     findings = [f for one in checked.values() for f in one.findings]
-    for pilot in pilots:
+    for pilot in there.pilots:
         findings += _check_pilot(store, pilot)
     for run in runs:
         on_progress(f"recomputing {run.folder.uri}")
         run.check(checked, memory_limit)
         findings += run.findings
-    orphans = [o for one in checked.values() for o in one.orphans]
+    orphans = [_orphan(file, min_age_h, done=False) for file in there.probes]
+    orphans += [o for one in checked.values() for o in one.orphans]
+    for run in runs:
+        orphans += run.orphans(there.runs.get(run.folder.id, []), min_age_h)
     if clean:
         orphans = _cleaned(store, orphans)
     done = [one for one in checked.values() if one.commit is not None]
     return Verification(
-        uri, tuple(sorted(findings, key=lambda f: f.uri)), tuple(orphans),
+        uri, tuple(sorted(findings, key=lambda f: f.uri)), tuple(orphans), tuple(there.foreign),
         tuple(r.folder.uri for r in runs if not r.complete),
         tuple(r.folder.uri for r in runs if r.complete and not r.proved), len(done),
         sum(one.num_files for one in done) + sum(r.num_files for r in runs),
@@ -161,29 +172,57 @@ def verify_store(
     )  # fmt: skip
 
 
-def _by_shard(store: str, files: Iterable[storage.StoredFile]) -> dict[Place, list[storage.StoredFile]]:
-    """Files by measure and shard; what lies beside the shards' folders belongs to none and is left out."""
-    root = storage.absolute(storage.join(store, "shards"))
-    places: dict[Place, list[storage.StoredFile]] = {}
+@dataclass(slots=True)
+class _Files:
+    """The files of a store by what they belong to."""
+
+    shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
+    runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
+    pilots: list[str] = field(default_factory=list)  # names
+    probes: list[storage.StoredFile] = field(default_factory=list)  # of runs killed as they tried to write
+    foreign: list[str] = field(default_factory=list)  # URIs
+
+
+def _sorted_out(store: str, files: Iterable[storage.StoredFile]) -> _Files:
+    root, there = f"{storage.absolute(store)}/", _Files()
     for file in files:
-        parts = file.uri.removeprefix(f"{root}/").split("/")
-        if len(parts) == 3:
-            places.setdefault((parts[0], parts[1]), []).append(file)
-    return places
+        match file.uri.removeprefix(root).split("/"):
+            case ["shards", measure, shard, _] if HEX.fullmatch(measure) and HEX.fullmatch(shard):
+                there.shards.setdefault((measure, shard), []).append(file)
+            case ["runs", run, _]:
+                there.runs.setdefault(run, []).append(file)
+            case ["pilots", name] if name.endswith(".json"):
+                there.pilots.append(name)
+            case [name] if PROBE.fullmatch(name):
+                there.probes.append(file)
+            case _:
+                there.foreign.append(file.uri)
+    return there
+
+
+def _orphan(file: storage.StoredFile, min_age_h: float, *, done: bool) -> Orphan:
+    """``done``: what it was written for is complete, so nobody is at work on it."""
+    age_s = max(0.0, time.time() - file.modified_s)
+    return Orphan(file.uri, file.size, age_s, done or age_s >= 3600 * min_age_h)
+
+
+def _redo_shard(folder: str, runs: Sequence[str]) -> str:
+    """What to do about a shard that is not as it was committed; ``runs`` are the run.json that list it."""
+    others = f" and {len(runs) - 3} more that list the shard" if len(runs) > 3 else ""
+    return f"delete {' and '.join([folder, *runs[:3]])}{others}, then give 'afn run' again: it is done anew"
 
 
 def _check_pilot(store: str, name: str) -> Iterator[Finding]:
     uri = storage.join(store, "pilots", name)
-    if name.endswith(".json"):
-        try:
-            manifest.read_pilot(store, name.removesuffix(".json"))
-        except StoreError as error:
-            yield Finding("damaged", uri, f"{_without(error, uri)}; delete it, and the next run decides anew")
+    try:
+        manifest.read_pilot(store, name.removesuffix(".json"))
+    except StoreError as error:
+        yield Finding("damaged", uri, f"{_without(error, uri)}; delete it, and the next run decides anew")
 
 
 def _without(error: StoreError, uri: str) -> str:
-    """The message of ``error``, which a finding prints behind ``uri``."""
-    return str(error).removeprefix(f"{uri} ")
+    """The message of ``error``, which a finding prints behind ``uri``; and this is 'afn verify'."""
+    return str(error).removeprefix(f"{uri} ").removesuffix(manifest.ASK_VERIFY)
 
 
 def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Finding | None]:
@@ -205,46 +244,47 @@ def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Findi
 
 
 def _check_shard(
-    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None, min_age_h: float
-) -> _Checked:
-    """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no run knows it."""
+    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None, min_age_h: float,
+    redo: str,
+) -> _Checked:  # fmt: skip
+    """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no run knows it.
+
+    ``redo``: what to do about it when it is not as it was committed.
+    """
     checked = _Checked()
     folder = manifest.shard_uri(store, *place)
     uri = storage.join(folder, "commit.json")
     try:
         found = manifest.read_committed(store, *place)
     except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
-        checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {REDO_SHARD}"))
+        checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
         return checked
     named = set() if found is None else {"commit.json", *(f["name"] for f in found[0].files.values())}
-    now = time.time()
-    for file in files:
-        if file.uri.rpartition("/")[2] not in named:
-            age_s = max(0.0, now - file.modified_s)
-            old = found is not None or age_s >= 3600 * min_age_h
-            checked.orphans.append(Orphan(file.uri, file.size, age_s, old))
+    checked.orphans += [
+        _orphan(file, min_age_h, done=found is not None) for file in files if file.uri.rpartition("/")[2] not in named
+    ]
     if found is None:
         return checked
     checked.commit, read = found
     identity = Shard.of(read.slices, read.options).id
     if identity != place[1]:
-        message = f"it is the commit of shard {place[1]}, but its slices are those of shard {identity}; {REDO_SHARD}"
+        message = f"it is the commit of shard {place[1]}, but its slices are those of shard {identity}; {redo}"
         checked.findings.append(Finding("misplaced", uri, message))
     tables: dict[str, pq.ParquetFile] = {}
     for table, entry in checked.commit.files.items():
         file_uri = storage.join(folder, str(entry["name"]))
         origin = {"measure": place[0], "shard": place[1], "attempt": checked.commit.attempt, "table": table}
-        data, finding = _read(file_uri, entry, REDO_SHARD)
+        data, finding = _read(file_uri, entry, redo)
         checked.num_files, checked.num_bytes = checked.num_files + 1, checked.num_bytes + len(data)
         if finding is None:
             try:
                 tables[table] = pq.ParquetFile(pa.BufferReader(data))
             except (pa.ArrowException, OSError) as error:
-                finding = Finding("damaged", file_uri, f"it is no Parquet file: {error}; {REDO_SHARD}")
+                finding = Finding("damaged", file_uri, f"it is no Parquet file: {error}; {redo}")
             else:
                 got = records.read_origin(tables[table])
                 if got != origin:
-                    message = f"it was written as {got}, expected {origin}; {REDO_SHARD}"
+                    message = f"it was written as {got}, expected {origin}; {redo}"
                     finding = Finding("misplaced", file_uri, message)
         if finding is not None:
             checked.findings.append(finding)
@@ -256,9 +296,9 @@ def _check_shard(
     except _Wrong as wrong:
         table, message = wrong.args
         file_uri = storage.join(folder, str(checked.commit.files[table]["name"])) if table else uri
-        checked.findings.append(Finding("rows", file_uri, f"{message}; {REDO_SHARD}"))
+        checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
-        checked.findings.append(Finding("damaged", folder, f"its files cannot be decoded: {error}; {REDO_SHARD}"))
+        checked.findings.append(Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}"))
     return checked
 
 
@@ -401,22 +441,24 @@ class _Run:
         self.num_files = self.num_bytes = 0
         self.proved = False
         uri = self.folder.uri
+        self._redo = f"delete {uri}/run.json and give its 'afn run' command again: it reduces anew"
+        self._begin_again = f"delete {uri} and give 'afn run' again"
         self._run_json, self._plan = (storage.join(uri, file) for file in ("run.json", "plan.parquet"))
         self.complete = storage.exists(self._run_json)
         if not storage.exists(self._plan):
             if self.complete:
-                self._find("missing", self._plan, f"there is no such file; delete {uri} and give 'afn run' again")
+                self._find("missing", self._plan, "there is no such file", self._begin_again)
             return  # without either, a crash came before the run began
         if self.complete:
             try:
                 self.folder = manifest.find_run(uri)
             except StoreError as error:
-                self._find("damaged", self._run_json, f"{_without(error, self._run_json)}; {REDO_RUN}")
+                self._find("damaged", self._run_json, _without(error, self._run_json))
         for name, entry in self.folder.info.get("tables", {}).items():
             if not isinstance(entry, dict) or "name" not in entry:
-                self._find("damaged", self._run_json, f"its table {name} is {entry!r}; {REDO_RUN}")
+                self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
                 continue
-            advice = f"delete {uri} and give 'afn run' again" if name == "plan" else REDO_RUN
+            advice = self._begin_again if name == "plan" else self._redo
             data, finding = _read(self._table_uri(name), entry, advice)
             self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + len(data)
             if finding is not None:
@@ -426,20 +468,19 @@ class _Run:
         try:
             self.shards, header = manifest.read_shards(self.folder)
         except StoreError as error:
-            self._find("damaged", self._plan, f"{_without(error, self._plan)}; delete {uri} and give 'afn run' again")
+            self._find("damaged", self._plan, _without(error, self._plan), self._begin_again)
             return
         self.measure, self.measure_id = header["measure"], fingerprint(header["measure"])
         self._config = header["config"]
         self._check_plan()
 
-    def _find(self, kind: str, uri: str, message: str) -> None:
-        self.findings.append(Finding(kind, uri, message))
+    def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
+        self.findings.append(Finding(kind, uri, f"{message}; {advice or self._redo}"))
 
     def _check_plan(self) -> None:
-        advice = f"delete {self.folder.uri} and give 'afn run' again"
         for shard, times in Counter(s.id for s in self.shards).items():
             if times > 1:
-                self._find("plan", self._plan, f"it lists shard {shard} {times} times; {advice}")
+                self._find("plan", self._plan, f"it lists shard {shard} {times} times", self._begin_again)
         if self.findings:
             return
         slices = sorted((p for s in self.shards for p in s.slices), key=lambda p: (p.uri, p.start))
@@ -448,11 +489,21 @@ class _Run:
             for piece in pieces:
                 if piece.start != end:
                     what = "twice" if piece.start < end else "never"
-                    self._find(
-                        "plan", self._plan,
-                        f"it reads part of {uri} {what}: a slice starts at {piece.start}, expected {end}; {advice}",
-                    )  # fmt: skip
+                    message = f"it reads part of {uri} {what}: a slice starts at {piece.start}, expected {end}"
+                    self._find("plan", self._plan, message, self._begin_again)
                 end = piece.end
+            if piece.format != "parquet" and end != piece.size:
+                message = f"it reads part of {uri} never: its last slice ends at {end}, the file at {piece.size}"
+                self._find("plan", self._plan, message, self._begin_again)
+
+    def orphans(self, files: Iterable[storage.StoredFile], min_age_h: float) -> Iterator[Orphan]:
+        """Those of ``files``, which lie in the run's folder, that it does not name; none before it is complete."""
+        if not self.folder.info:
+            return
+        named = _names_of(self.folder)
+        for file in files:
+            if file.uri.rpartition("/")[2] not in named:
+                yield _orphan(file, min_age_h, done=True)
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
         """Compare the complete run with its shards. Damage of a shard is told there, and leaves the run unproved."""
@@ -461,14 +512,14 @@ class _Run:
             return
         given_up = {entry["shard"] for entry in info.get("quarantined", [])}
         if info["id"] != self.folder.id:
-            self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}; {REDO_RUN}")
+            self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}")
         measure = {k: v for k, v in info["measure"].items() if k != "id"}
         if given_up - {s.id for s in self.shards}:
-            self._find("tables", self._run_json, f"it names quarantined shards that its plan does not have; {REDO_RUN}")
+            self._find("tables", self._run_json, "it names quarantined shards that its plan does not have")
         if measure != self.measure or info["measure"].get("id") != self.measure_id:
-            self._find("misplaced", self._run_json, f"its measure is not {self.measure_id} of its plan; {REDO_RUN}")
+            self._find("misplaced", self._run_json, f"its measure is not {self.measure_id} of its plan")
         if info["layers"] != self.measure["layers"]:
-            self._find("tables", self._run_json, f"layers are {info['layers']}, not those of its measure; {REDO_RUN}")
+            self._find("tables", self._run_json, f"layers are {info['layers']}, not those of its measure")
         kept = [s for s in self.shards if s.id not in given_up]
         found = [checked.get((self.measure_id, s.id)) for s in kept]
         commits = []
@@ -477,11 +528,11 @@ class _Run:
                 commits.append(one.commit)
             elif one is None or not one.findings:
                 uri = storage.join(manifest.shard_uri(self.folder.store, self.measure_id, shard.id), "commit.json")
-                self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit; {REDO_SHARD}")
+                self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
         if self.findings or any(one is None or one.findings for one in found):
             return
         if totals := _wrong_totals(info["counts"], commits):
-            self._find("tables", self._run_json, f"{totals}; {REDO_RUN}")
+            self._find("tables", self._run_json, totals)
         num_bytes = [s.num_bytes for s in kept]
         try:
             stored = {name: manifest.read_table(self.folder, name) for name in info["tables"]}
@@ -492,7 +543,7 @@ class _Run:
             if not self.findings:
                 self._compare(self._reduced(commits, num_bytes, stored["vocabulary"]), stored)
         except StoreError as error:
-            self._find("tables", self.folder.uri, f"{error}; {REDO_RUN}")
+            self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
 
     def _table_uri(self, name: str) -> str:
@@ -501,9 +552,9 @@ class _Run:
     def _compare(self, expected: Mapping[str, pa.Table], stored: Mapping[str, pa.Table]) -> None:
         for name, table in expected.items():
             if name not in stored:
-                self._find("missing", self._run_json, f"it lists no table {name}; {REDO_RUN}")
+                self._find("missing", self._run_json, f"it lists no table {name}")
             elif differs := _difference(stored[name], table):
-                self._find("tables", self._table_uri(name), f"{differs}; {REDO_RUN}")
+                self._find("tables", self._table_uri(name), differs)
 
     def _reduced(
         self, commits: Sequence[manifest.Commit], num_bytes: Sequence[int], vocabulary: pa.Table
@@ -532,19 +583,19 @@ class _Run:
         ) as run:  # fmt: skip
             ((got,),) = run.sql("SELECT count(*) FROM tokens").fetchall()
             if got != n_tokens:
-                self._find("tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}; {REDO_RUN}")
+                self._find("tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}")
                 return
             for layer in self.measure["layers"]:
                 recomputed = run.sql(_thresholds_sql(layer), [float(self._config["sink_factor"])]).to_arrow_table()
                 names = ", ".join(recomputed.column_names)
                 stored = run.sql(f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population")  # noqa: S608
                 if differs := _difference(stored.to_arrow_table(), recomputed):
-                    self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}; {REDO_RUN}")
+                    self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
                 elif wrong := run.sql(_vocabulary_sql(layer)).fetchall():
                     self._find(
                         "tables", self._table_uri("vocabulary"),
                         f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the tokens, not in both; "
-                        f"the first is of token_id {wrong[0][0]}; {REDO_RUN}",
+                        f"the first is of token_id {wrong[0][0]}",
                     )  # fmt: skip
 
 
@@ -635,16 +686,26 @@ def _difference(stored: pa.Table, expected: pa.Table) -> str:
 # --- orphans ---------------------------------------------------------------------------------------------
 
 
+def _names_of(folder: manifest.RunFolder) -> set[str]:
+    """Files in a run's folder that are its own."""
+    tables = folder.info.get("tables", {}).values()
+    return {"plan.parquet", "run.json", *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t)}
+
+
 def _cleaned(store: str, orphans: Sequence[Orphan]) -> list[Orphan]:
-    """``orphans`` once the removable ones are removed; one that a commit came to name meanwhile stays."""
+    """``orphans`` once the removable ones are removed; one that was named in the meantime stays."""
     done: list[Orphan] = []
     for folder, group in itertools.groupby(orphans, key=lambda o: o.uri.rpartition("/")[0]):
         mine = list(group)
-        commit = manifest.read_commit(store, *folder.split("/")[-2:])
-        named = set() if commit is None else {f"{folder}/{f['name']}" for f in commit.files.values()}
-        storage.delete([o.uri for o in mine if o.removable and o.uri not in named])
+        named: set[str] = set()
+        if folder.rpartition("/")[0].endswith("/runs"):
+            named = _names_of(manifest.open_folder(store, folder.rpartition("/")[2]))
+        elif folder != storage.absolute(store):
+            commit = manifest.read_commit(store, *folder.split("/")[-2:])
+            named = set() if commit is None else {str(f["name"]) for f in commit.files.values()}
+        storage.delete([o.uri for o in mine if o.removable and o.uri.rpartition("/")[2] not in named])
         left = {file.uri for file in storage.list_below(folder)}
-        done += [Orphan(o.uri, o.num_bytes, o.age_s, o.removable, o.uri not in left) for o in mine]
+        done += [replace(o, removed=o.uri not in left) for o in mine]
     return done
 
 
@@ -658,16 +719,18 @@ def lines(v: Verification) -> Iterator[str]:
     for orphan in v.orphans:
         state = (
             "removed" if orphan.removed
-            else "no commit names it; --clean removes it" if orphan.removable
-            else "an attempt may be at work on it"
+            else "nothing names it; --clean removes it" if orphan.removable
+            else "somebody may be at work on it"
         )  # fmt: skip
         yield f"orphan      {orphan.uri}: {orphan.num_bytes:,} bytes, {orphan.age_s / 3600:.1f} h old; {state}"
+    for uri in v.foreign:
+        yield f"foreign     {uri}: afn-ray does not write such a file; it is left alone"
     for uri in v.incomplete:
         yield f"incomplete  {uri}: give its 'afn run' command again to finish it"
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"
     yield (
-        f"checked {v.num_shards:,} shards, {v.num_files:,} files, {v.num_bytes:,} bytes, {v.num_rows:,} tokens; "
-        f"recomputed {v.num_runs:,} runs; {v.seconds:.1f} s: "
-        + (f"{len(v.findings):,} findings" if v.findings else "all is as it was committed")
+        f"checked {count(v.num_shards, 'shard')}, {count(v.num_files, 'file')}, {count(v.num_bytes, 'byte')}, "
+        f"{count(v.num_rows, 'token')}; recomputed {count(v.num_runs, 'run')}; {v.seconds:.1f} s: "
+        + (count(len(v.findings), "finding") if v.findings else "all is as it was committed")
     )

@@ -644,7 +644,7 @@ def test_layers_and_offsets_cannot_carry_sql(tmp_path: Path) -> None:
 def test_a_lost_or_cut_file_is_named(tmp_path: Path) -> None:
     write_run(str(tmp_path), SHARDS, LAYERS)
     (tmp_path / "shards/m/s2/a-tokens.parquet").unlink()
-    with open_run(str(tmp_path)) as run, pytest.raises(QueryError, match=r"s2/a-tokens\.parquet"):
+    with open_run(str(tmp_path)) as run, pytest.raises(StoreError, match=r"s2/a-tokens\.parquet is gone.*afn verify"):
         run.sql("SELECT sum(strength_8) FROM tokens").fetchall()
 
 

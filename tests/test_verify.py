@@ -236,7 +236,7 @@ def test_a_damaged_file_of_a_shard_is_named(store: Copy, table: str, damage: str
     hurt(uri, damage)
     v = store.verify()
     assert kinds(v) == [("missing" if damage == "missing" else "damaged", uri)]
-    assert v.unproved == (store.run,) and "delete its folder" in v.findings[0].message
+    assert v.unproved == (store.run,) and f"delete {store.shards[0]} and" in v.findings[0].message
 
 
 @pytest.mark.parametrize("name", [*(f"{t}.parquet" for t in RUN_TABLES), "run.json"])
@@ -302,7 +302,7 @@ def test_doing_what_a_finding_says_mends_the_store(store: Copy, made: Path, tiny
     else:
         assert "run.json" in finding.message and "again" in finding.message
         storage.delete([f"{store.run}/run.json"])
-        if "delete its folder" in finding.message:
+        if f"delete {store.shards[0]} and {store.run}/run.json" in finding.message:
             remove(store.shards[0])
     assert (name == "plan.parquet") is (not storage.list_names(f"{store.uri}/runs"))
     rows = afn_ray.verify_store(str(made)).num_rows
@@ -479,7 +479,7 @@ def test_a_run_whose_table_was_edited_is_found(made: Path, tmp_path: Path, edit:
     edit_table(store.run, table, change)
     (finding,) = store.verify().findings
     assert (finding.kind, finding.uri) == ("tables", f"{store.run}/{table}.parquet")
-    assert says in finding.message and "delete the run's run.json" in finding.message
+    assert says in finding.message and f"delete {store.run}/run.json" in finding.message
 
 
 INFO_EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
@@ -514,6 +514,12 @@ def test_a_shard_listed_twice_or_never_is_found(made: Path, tmp_path: Path) -> N
     plan = forge_plan(store, lambda rows: [r for r in rows if r["ordinal"] not in (1, more)])
     v = store.verify()
     assert {(f.kind, f.uri) for f in v.findings} == {("plan", plan)} and "never" in v.findings[0].message
+
+
+def test_a_plan_that_ends_before_its_file_does_is_found(made: Path, tmp_path: Path) -> None:
+    store = copy(made, str(tmp_path / "store"))
+    forge_plan(store, lambda rows: [{**r, "size": r["size"] + 1} for r in rows])
+    assert "its last slice ends at" in store.verify().findings[0].message
 
 
 def test_a_run_without_one_of_its_shards_says_so_unless_it_gave_it_up(made: Path, tmp_path: Path) -> None:
@@ -599,6 +605,21 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
     assert sorted([*store.files, f"{store.run}/run.json"]) == before
 
 
+def test_what_a_dead_reduce_left_is_an_orphan_and_what_is_not_ours_is_left_alone(store: Copy) -> None:
+    before = store.files
+    left, probe = f"{store.run}/histogram-{'e' * 16}.parquet", f"{storage.absolute(store.uri)}/probe-{'e' * 32}"
+    names = ("notes.txt", "runs/x.txt", "shards/zz/1/commit.json")
+    foreign = [f"{storage.absolute(store.uri)}/{name}" for name in names]
+    for uri in (left, probe, *foreign):
+        storage.write_once(uri, b"x")
+    v = store.verify(clean=True)
+    assert {(o.uri, o.removed) for o in v.orphans} == {(left, True), (probe, False)} and not v.findings
+    assert v.foreign == tuple(sorted(foreign))
+    assert sum(line.startswith("foreign ") for line in lines(v)) == 3
+    assert sorted(store.files) == sorted([*before, probe, *foreign])
+    assert [o.removed for o in store.verify(clean=True, min_age_h=0).orphans] == [True]
+
+
 def test_age_is_that_of_the_file(made: Path, tmp_path: Path) -> None:
     store = copy(made, str(tmp_path / "store"))
     storage.delete([store.commit])
@@ -649,10 +670,10 @@ def test_the_command_prints_what_it_found_and_leaves_with_a_code(made: Path, tmp
     assert (done.returncode, done.stderr) == (0, "") and "all is as it was committed" in done.stdout
     flip(store.file("tokens"), 0.5)
     done = afn(store.uri)
-    assert done.returncode == 1 and done.stderr == f"afn: {store.uri} is damaged: 1 findings\n"
+    assert done.returncode == 1 and done.stderr == f"afn: {store.uri} is damaged: 1 finding\n"
     first, unproved, last = done.stdout.splitlines()
     assert first.startswith(f"damaged     {store.file('tokens')}: its SHA-256 is ")
-    assert unproved.startswith(f"unproved    {store.run}") and last.endswith("1 findings")
+    assert unproved.startswith(f"unproved    {store.run}") and last.endswith("1 finding")
     done = afn(store.run, "--json")
     (finding,) = json.loads(done.stdout)["findings"]
     assert done.returncode == 1 and Finding(**finding).uri == store.file("tokens")
