@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from afn_ray.config import CHOICES, HINTS, RunConfig, config_from
-from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, printable
+from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
 
 if TYPE_CHECKING:
     from afn_ray.job import Estimate, Event, OnEvent
@@ -32,8 +33,15 @@ RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of ``afn``; leaves with the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    args = parser.parse_args(argv)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    log = logging.getLogger("afn_ray")
+    if not log.handlers:
+        log.addHandler(_ToStderr())
     try:
         with _terminable():
             args.call(args)
@@ -55,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+class _ToStderr(logging.Handler):
+    """What the library logs, above a live bar where there is one: that takes over ``sys.stderr``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print("afn:", printable(record.getMessage()), file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends like Ctrl-C: workers are stopped, scratch files removed, and the exit code says resumable."""
@@ -72,10 +87,15 @@ def _terminable() -> Iterator[None]:
 # --- grammar ---------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A mistake is told in one line; the whole usage, 50 lines for some commands, is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ConfigError.exit_code, f"{self.prog}: {message}; '{self.prog} --help' tells more\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="afn", description="Token Activation Strength of a whole corpus.", epilog=EPILOG
-    )
+    parser = _Parser(prog="afn", description="Token Activation Strength of a whole corpus.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
@@ -92,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     sql.add_argument("run", metavar="RUN", help=RUN_HELP)
     sql.add_argument("query", metavar="QUERY", nargs="?", help="one SQL statement; without it an interactive shell")
     sql.add_argument("--format", choices=("table", "csv", "json", "parquet"), default="table", help="default: table")
-    sql.add_argument("--out", metavar="FILE", type=Path, help="write there instead of the terminal")
+    sql.add_argument("--out", metavar="FILE", type=_local, help="write there instead of the terminal")
     sql.add_argument("--max-rows", type=_count, default=100, help="rows that a table shows (default: 100; 0 = all)")
     sql.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a query (default: 60)")
     sql.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
@@ -107,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--trust-remote-code", action="store_true", help=_help_of("trust_remote_code"))
     explain.add_argument("--allow-pickle", action="store_true", help=_help_of("allow_pickle"))
     explain.add_argument("--all", action="store_true", help="list every token of a long text")
-    explain.add_argument("--html", metavar="FILE", type=Path, help="write a self-contained page")
+    explain.add_argument("--html", metavar="FILE", type=_local, help="write a self-contained page")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(call=_explain)
 
@@ -119,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--clean", action="store_true", help="remove orphans: files of attempts that nothing names")
     verify.add_argument(
         "--min-age-h", type=float, default=24.0, metavar="H",
-        help="age from which files in a shard without a commit are orphans: an attempt may be at work (default: 24)",
+        help="age from which files that no commit names yet are orphans: an attempt may be at work (default: 24)",
     )  # fmt: skip
     verify.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
     verify.add_argument("--json", action="store_true", help="print JSON")
@@ -184,6 +204,12 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not a file of this machine; copy the result there afterwards")
+    return Path(text)
 
 
 def _help_of(name: str) -> str:
@@ -354,7 +380,7 @@ def _verify(args: argparse.Namespace) -> None:
         for line in verify.lines(result):
             print(printable(line))
     if result.findings:
-        raise Damaged(f"{result.uri} is damaged: {len(result.findings):,} findings")
+        raise Damaged(f"{result.uri} is damaged: {count(len(result.findings), 'finding')}")
 
 
 def _bench(args: argparse.Namespace) -> None:

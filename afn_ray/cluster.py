@@ -30,7 +30,7 @@ from afn_ray.dispatch import (
     Silent,
     State,
 )
-from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
+from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError, count
 from afn_ray.inline import InlinePool
 from afn_ray.manifest import Commit
 from afn_ray.pipeline import Processor, Progress, Task, sweep_scratch
@@ -227,11 +227,8 @@ def _lack(num_waiting: int, config: RunConfig, device: str) -> str:
     asks = f"{needs['num_cpus']} CPU" + (" and 1 GPU" if needs["num_gpus"] else "")
     has, free = ray.cluster_resources(), ray.available_resources()
     amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return (
-        f"asked for {num_waiting} more worker{'s' * (num_waiting != 1)} of {asks} each; the cluster has {amounts} on "
-        f"{num_nodes} node{'s' * (num_nodes != 1)}"
-    )
+    nodes = count(sum(node["Alive"] for node in ray.nodes()), "node")
+    return f"asked for {count(num_waiting, 'more worker')} of {asks} each; the cluster has {amounts} on {nodes}"
 
 
 # --- workers on Ray --------------------------------------------------------------------------------------
@@ -554,8 +551,8 @@ def probe(address: str | None) -> str:
             raise ConfigError(f"Ray answers, but a task failed within {PROBE_S:g} s: {why}") from error
         has = ray.cluster_resources()
         return (
-            f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPUs and "
-            f"{has.get('GPU', 0):g} GPUs on {len(ray.nodes())} node(s)"
+            f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPU and "
+            f"{has.get('GPU', 0):g} GPU on {count(len(ray.nodes()), 'node')}"
         )
 
 

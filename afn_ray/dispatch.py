@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from afn_ray.errors import (
+    AfnError,
     ConfigError,
     CorpusChanged,
     HelperDied,
@@ -211,7 +212,8 @@ class Dispatcher:
     Blame is fair. An exception charges its shard. A crash, or a hang, with several shards in flight charges none of
     them: they are suspects and run again, each alone on a worker, and what crashes alone is charged. The loss of a node
     charges nobody. Want of memory halves the shard's token budget first. A shard charged ``ATTEMPTS`` times is
-    quarantined. What concerns all shards is raised: a wrong config, a full disk, a store that does not answer.
+    quarantined; after a crash alone its last try has half the token budget. What concerns all shards is raised: a
+    wrong config, a full disk, a store that does not answer.
     """
 
     def __init__(
@@ -388,6 +390,7 @@ class Dispatcher:
                 self.state.retries += 1
                 self._suspects.append(shard)
             else:
+                self._halve(shard)  # the kernel kills for want of memory too, and does not say so
                 self._charge(shard, f"{why}, with this shard alone on it", self._suspects)
 
     def _halve(self, shard: Shard) -> bool:
@@ -477,11 +480,11 @@ class Told(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """One line on ``error``: its type, the last line of its message, and where it was raised."""
+    """One line on ``error``: its type, the last line of its message and, if it is not ours, where it was raised."""
     if isinstance(error, Told):
         return str(error)
     text = str(error).strip().splitlines()
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [] if isinstance(error, AfnError) else traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text[-1] if text else 'no message'}{where}"
 

@@ -31,6 +31,11 @@ def printable(text: str, keep: str = "") -> str:
     return UNSAFE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
+def count(n: int, noun: str) -> str:
+    """``n`` of ``noun``, which takes an s for more than one: "1 shard", "1,000 shards"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 class AfnError(Exception):
     """Root of the errors that afn-ray raises on purpose."""
 

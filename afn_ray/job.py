@@ -12,7 +12,7 @@ from typing import Any
 
 from afn_ray import cluster, corpus, dispatch, lexicon, manifest, pipeline, precision, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import CorpusError, IncompleteRun, StoreError
+from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
 from afn_ray.schema import SPECIAL, Document, fingerprint
@@ -94,8 +94,9 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
     todo = [s for s in plan.shards if s.id not in commits]
     on_event(
-        Event("planned", f"{len(plan.files):,} files, {plan.num_bytes:,} bytes, {len(plan.shards):,} shards; "
-                         f"{len(plan.shards) - len(todo):,} are in the store, {len(todo):,} to do")
+        Event("planned", f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
+                         f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
+                         f"{len(todo):,} to do")
     )  # fmt: skip
     state = dispatch.State(0)
     if todo:
@@ -161,14 +162,18 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
     on_event(
-        Event("complete", f"run {folder.uri} is complete: {totals['tokens']:,} tokens of {measured:,} documents, "
-                          f"{totals['empty']:,} empty, {totals['quarantined']:,} quarantined{why}")
+        Event("complete", f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
+                          f"{count(measured, 'document')}, {totals['empty']:,} empty, "
+                          f"{totals['quarantined']:,} quarantined{why}")
     )  # fmt: skip
     for shard in quarantined:
         on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
     if plan.skipped:
         on_event(
-            Event("complete", f"{len(plan.skipped):,} files skipped for their ending: {', '.join(plan.skipped[:5])}")
+            Event(
+                "complete",
+                f"{count(len(plan.skipped), 'file')} skipped for their ending: {', '.join(plan.skipped[:5])}",
+            )
         )
     return open_run(folder.uri)
 
@@ -308,8 +313,9 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
     lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in sorted(state.failures.items())]
     stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? " if state.stopped else ""
     return (
-        f"{stopped}{len(state.failures)} of {len(plan.shards)} shards are quarantined; what is done is committed, and "
-        "the same command tries the others again (--allow-quarantined N: a run that lacks up to N counts as complete)"
+        f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; what is done is "
+        "committed, and the same command tries the others again (--allow-quarantined N: a run that lacks up to N "
+        "counts as complete)"
         ":\n" + "\n".join(lines)
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import random
 import socket
 import ssl
@@ -18,6 +19,10 @@ T = TypeVar("T")
 RETRY_FOR_S = 120.0
 """From the first failure of a call; longer than a throttled bucket or a restarted gateway needs."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
+SAY_AFTER_S = 5.0
+"""Of failures: a person who waits is told why."""
+
+_log = logging.getLogger(__name__)
 
 LOCAL_ERRNOS = frozenset({errno.EINTR, errno.ESTALE})
 """What a mounted folder gives in passing. EIO is not here: a disk that fails goes on failing."""
@@ -51,7 +56,7 @@ def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: flo
     Raises ``Unavailable``, with ``what`` and the last error, ``retry_for_s`` (by default ``RETRY_FOR_S``) after the
     first failure; any other error as it is. A call that fails may still have acted.
     """
-    began = 0.0
+    began, said = 0.0, False
     for attempt in itertools.count():
         try:
             return call()
@@ -61,11 +66,15 @@ def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: flo
             now = time.monotonic()
             began = began or now
             left = began + (RETRY_FOR_S if retry_for_s is None else retry_for_s) - now
+            if left > 0 and not said and now - began >= SAY_AFTER_S:
+                said = True
+                _log.warning("%s: no answer for %.0f s, at last %s: %s; asking again for up to %.0f s",
+                             what, now - began, type(error).__name__, error, left)  # fmt: skip
             if left <= 0:
                 raise Unavailable(
                     f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, at last "
                     f"{type(error).__name__}: {error}; check the store and the network, then run the same command "
-                    "again: it resumes"
+                    "again"
                 ) from error
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
             time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311

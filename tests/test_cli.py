@@ -118,7 +118,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["explain", "{store}", "hello", "--layer", "7"], "7"),
         (["doctor", "--model", "/no/model"], "no model at /no/model"),
         (["unknown"], "invalid choice: 'unknown'"),
-        ([], "the following arguments are required: COMMAND"),
+        ([], "afn [-h] [--version] COMMAND"),
     ],
 )
 def test_what_is_typed_wrong_leaves_with_2_and_a_line_that_helps(
