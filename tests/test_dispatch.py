@@ -262,6 +262,16 @@ def test_a_shard_that_kills_its_worker_is_convicted_alone_and_no_innocent_is_los
     assert all(pool.attempts[s.id] <= 1 + len(poison) * 2 for s in SHARDS if s.id not in poison)
 
 
+def test_the_last_try_of_a_shard_that_crashed_alone_has_half_the_token_budget() -> None:
+    """The kernel kills for want of memory and does not say so."""
+
+    def fate(shard: str, nth: int, alone: bool, halvings: int) -> Fate:
+        return Cause.CRASH if shard == "s3" and not halvings else None
+
+    state = run(FakePool(fate=fate))
+    assert len(state.commits) == 20 and not state.failures
+
+
 def test_a_suspect_is_alone_on_its_worker_to_the_end() -> None:
     crashed: set[str] = set()
 

@@ -5,11 +5,13 @@ The environment variable AFN_CHAOS names a file, read anew at every point, so a 
     {"log": path, "slow_s": seconds added to every attempt,
      "faults": [{"point": one of POINTS, "shard": part of a file's URI or of the shard's id (default: any),
                  "skip": how many pass before the first one hit (0), "times": how many are hit (1),
-                 "do": sigkill | sigstop | exit | raise | hang, "until": path whose existence ends a hang}]}
+                 "do": sigkill | sigstop | exit | raise | hang | eat (memory, up to EAT_BYTES, and then hang),
+                 "until": path whose existence ends a hang}]}
 
 ``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to the log:
-``time, pid, node, shard, uri, point``, from the point "measured" on ``attempt`` (at "committed": of the attempt that
-won), and ``fault`` where one follows. Nothing is patched before afn_ray.pipeline is imported.
+``time, pid, node, shard, uri, point``, at "process" ``halvings`` (of the token budget), from "measured" on ``attempt``
+(at "committed": of the attempt that won), and ``fault`` where one follows.
+Nothing is patched before afn_ray.pipeline is imported.
 """
 
 from __future__ import annotations
@@ -27,16 +29,24 @@ HANG_S = 600.0
 """A hang that nobody ends ends its process after this time: tests must not leave any behind."""
 
 
-def _reach(point: str, shard: str, uri: str, attempt: str | None = None) -> None:
+EAT_BYTES = 6 << 30
+
+
+def _reach(point: str, shard: str, uri: str, **more: object) -> None:
     import fcntl
     import json
     import time
     from pathlib import Path
 
     schedule = json.loads(Path(os.environ["AFN_CHAOS"]).read_text())
-    event = {"time": time.time(), "pid": os.getpid(), "node": _node(), "shard": shard, "uri": uri, "point": point}
-    if attempt is not None:
-        event["attempt"] = attempt
+    event = {
+        "time": time.time(),
+        "pid": os.getpid(),
+        "node": _node(),
+        "shard": shard,
+        "uri": uri,
+        "point": point,
+    } | more
     hit = None
     for i, fault in enumerate(schedule.get("faults", ())):
         part = fault.get("shard", "")
@@ -74,6 +84,12 @@ def _strike(fault: dict[str, object], where: str) -> None:
             os._exit(1)
         case "raise":
             raise RuntimeError(f"a fault on purpose {where}")
+        case "eat":
+            eaten = []
+            while len(eaten) << 26 < EAT_BYTES:
+                eaten.append(b"x" * (64 << 20))
+                time.sleep(0.02)
+            _strike({"do": "hang"}, where)
         case "hang":
             until = fault.get("until")
             deadline = time.monotonic() + HANG_S
@@ -96,20 +112,20 @@ def _patch(pipeline: object) -> None:
     manifest, storage = pipeline.manifest, pipeline.manifest.storage  # type: ignore[attr-defined]
     process, publish, write_once = pipeline.Processor.process, manifest.publish, storage.write_once  # type: ignore[attr-defined]
 
-    def process_slowly(self, shard, *args, **options):  # type: ignore[no-untyped-def]
-        _reach("process", shard.id, shard.slices[0].uri)
-        commit = process(self, shard, *args, **options)
-        _reach("committed", shard.id, shard.slices[0].uri, commit.attempt)
+    def process_slowly(self, shard, halvings=0):  # type: ignore[no-untyped-def]
+        _reach("process", shard.id, shard.slices[0].uri, halvings=halvings)
+        commit = process(self, shard, halvings)
+        _reach("committed", shard.id, shard.slices[0].uri, attempt=commit.attempt)
         return commit
 
     def publish_measured(store, measure_id, shard, attempt, *args, **options):  # type: ignore[no-untyped-def]
-        _reach("measured", shard.id, shard.slices[0].uri, attempt)
+        _reach("measured", shard.id, shard.slices[0].uri, attempt=attempt)
         return publish(store, measure_id, shard, attempt, *args, **options)
 
     def write_uploaded(uri, data, *args, **options):  # type: ignore[no-untyped-def]
         if uri.endswith("/commit.json"):
             commit = json.loads(data)
-            _reach("uploaded", commit["shard"], commit["slices"][0]["uri"], commit["attempt"])
+            _reach("uploaded", commit["shard"], commit["slices"][0]["uri"], attempt=commit["attempt"])
         return write_once(uri, data, *args, **options)
 
     pipeline.Processor.process = process_slowly  # type: ignore[attr-defined]
