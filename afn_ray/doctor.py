@@ -187,9 +187,9 @@ def _probe(address: str | None, **environment: str) -> subprocess.CompletedProce
 def probe_ray(address: str | None = None) -> None:
     """What the process of ``_probe`` runs: prints what Ray has, or leaves with what is wrong as its last line."""
     try:
-        from afn_ray import cluster
+        from afn_ray.cluster import connection
 
-        print(cluster.probe(address))
+        print(connection.probe(address))
     except (AfnError, ImportError) as error:
         sys.exit(" ".join(str(error).split()))
 

@@ -16,7 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from afn_ray import cluster, doctor
+from afn_ray import doctor
+from afn_ray.cluster import connection
 from afn_ray.doctor import Check, check, render
 from afn_ray.errors import ConfigError, ModelError
 
@@ -219,10 +220,10 @@ def test_the_probe_s_process_says_what_is_wrong_in_its_last_line(
     def failing(address: str | None) -> str:
         raise ConfigError(f"the cluster at {address} cannot be reached:\nno route")
 
-    monkeypatch.setattr(cluster, "probe", failing)
+    monkeypatch.setattr(connection, "probe", failing)
     with pytest.raises(SystemExit, match=r"^the cluster at x:1 cannot be reached: no route$"):
         doctor.probe_ray("x:1")
-    monkeypatch.setattr(cluster, "probe", lambda address: f"fine: {address}")
+    monkeypatch.setattr(connection, "probe", lambda address: f"fine: {address}")
     doctor.probe_ray()
     assert capsys.readouterr().out == "fine: None\n"
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, demo
+from afn_ray import demo
+from afn_ray.cluster import connection
 
 PEAK = """
 import re, sys
@@ -123,7 +124,7 @@ def first_verses(path: Path, num_bytes: int) -> Path:
 
 def test_memory_is_flat_over_fifty_shards(tmp_path: Path, tiny_bert: Path) -> None:
     corpus = first_verses(tmp_path / "c.jsonl", 51 * 64 << 10)
-    (worker,) = work([corpus], tmp_path / "store", tiny_bert, 64 << 10, cluster.WORKER_ENV)
+    (worker,) = work([corpus], tmp_path / "store", tiny_bert, 64 << 10, connection.WORKER_ENV)
     resident = worker["resident"]
     assert len(resident) >= 50 and worker["tokens"] > 500_000
     after_10, after_50 = resident[9], resident[49]
@@ -132,7 +133,7 @@ def test_memory_is_flat_over_fifty_shards(tmp_path: Path, tiny_bert: Path) -> No
 
 def test_two_workers_on_two_cores_take_one_each(tmp_path: Path, minilm: Path) -> None:
     corpora = [first_verses(tmp_path / f"{i}.jsonl", 160 << 10) for i in range(2)]
-    for worker in work(corpora, tmp_path / "store", minilm, 80 << 10, cluster.WORKER_ENV):
+    for worker in work(corpora, tmp_path / "store", minilm, 80 << 10, connection.WORKER_ENV):
         assert (worker["torch"], worker["arrow"]) == (1, 1)
         assert worker["tokens"] > 20_000
         assert worker["cores"] <= 1.3, worker

@@ -19,6 +19,7 @@ from conftest import stop_after, write_jsonl
 
 import afn_ray
 from afn_ray import cluster, demo
+from afn_ray.cluster import pool
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 
@@ -68,7 +69,7 @@ def test_a_run_begun_in_this_process_is_finished_on_ray(
         assert run.info["counts"]["documents"] == 200
 
 
-class Poisoned(cluster._Worker):
+class Poisoned(pool._Worker):
     """Kills its process at the first try of a shard whose file holds "once", and at every try of "always"."""
 
     def process(self, shard: Any, halvings: int) -> Any:
@@ -90,7 +91,7 @@ def poisoned_corpus(folder: Path, **texts: str) -> Path:
 def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_Worker", Poisoned)
+    monkeypatch.setattr(pool, "_Worker", Poisoned)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = poisoned_corpus(tmp_path / "corpus", n1="It happened once. ", n4="It happened once more. ")
     events = []
@@ -105,7 +106,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
 def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kept(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_Worker", Poisoned)
+    monkeypatch.setattr(pool, "_Worker", Poisoned)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = poisoned_corpus(tmp_path / "corpus", n2="It is always so. ")
     config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
@@ -117,7 +118,7 @@ def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kep
     assert len(list(Path(config.store).rglob("commit.json"))) == 5
 
 
-class ElsewhereModel(cluster._Worker):
+class ElsewhereModel(pool._Worker):
     """A worker that finds other weights than the driver planned with."""
 
     def __init__(self, task: Any) -> None:
@@ -128,7 +129,7 @@ class ElsewhereModel(cluster._Worker):
 def test_a_worker_with_another_model_stops_the_run_at_once(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_Worker", ElsewhereModel)
+    monkeypatch.setattr(pool, "_Worker", ElsewhereModel)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     with pytest.raises(ModelError, match=r"differs on this worker from the one planned: model\.safetensors"):
@@ -202,7 +203,7 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-class Sick(cluster._Worker):
+class Sick(pool._Worker):
     """A worker whose first process cannot process anything, as after a fault of its device."""
 
     def process(self, shard: Any, halvings: int) -> Any:
@@ -217,7 +218,7 @@ class Sick(cluster._Worker):
 def test_a_sick_process_is_replaced_and_does_not_give_up_every_shard(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "_Worker", Sick)
+    monkeypatch.setattr(pool, "_Worker", Sick)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     folder = poisoned_corpus(tmp_path / "corpus")
     config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)

@@ -28,7 +28,7 @@ from afn_ray.bench import BUILT_IN, TOKENS_PER_WORKER, VARIANTS, machine
 from afn_ray.bench.peers import Spec, find_blocks
 from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
 from afn_ray.bench.worker import dump_texts
-from afn_ray.cluster import WORKER_ENV
+from afn_ray.cluster.connection import WORKER_ENV
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import AfnError, ConfigError, ModelError
 

@@ -220,7 +220,7 @@ class RayData:
     def run(self, texts: Sequence[Text]) -> Outcome:
         import ray
 
-        from afn_ray.cluster import WORKER_ENV
+        from afn_ray.cluster.connection import WORKER_ENV
 
         gpu = self._spec.device == "cuda"
         ray.init(

@@ -29,7 +29,8 @@ from ground import NUM_SHARDS, Ground, make_ground, recorded
 from hosts import Chaos, wait_until
 
 import afn_ray
-from afn_ray import cluster, manifest, storage, verify
+from afn_ray import manifest, storage, verify
+from afn_ray.cluster import connection
 from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.job import Event
 from afn_ray.schema import Shard
@@ -61,7 +62,7 @@ def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos, s3_server: s
 def workers(chaos: Chaos, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> Chaos:
     """Faults in the workers of this process's Ray."""
     own = {k: chaos.environment[k] for k in ("AFN_CHAOS", "PYTHONPATH")}
-    monkeypatch.setattr(cluster, "WORKER_ENV", cluster.WORKER_ENV | own)
+    monkeypatch.setattr(connection, "WORKER_ENV", connection.WORKER_ENV | own)
     return chaos
 
 

@@ -1,0 +1,155 @@
+"""A connection to Ray, local or a cluster's: what it has, what a worker asks of it, and whether it works."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from afn_ray import dispatch, model, storage
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError, ModelError, count
+
+PROBE_S = 60.0
+"""How long a cluster may take to give one CPU to one task when it is only tried."""
+WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Large temporaries come from a heap that is kept instead of fresh pages each time: 1.1 times faster.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+OBJECT_STORE_BYTES = 128 << 20
+"""Of a local Ray: only shards and commits travel through it."""
+
+
+def address(config: RunConfig) -> str | None:
+    """Where a cluster is that was started by others; None where a Ray of our own is to be."""
+    given = config.address or os.environ.get("RAY_ADDRESS")
+    return None if given == "local" else given
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[None]:
+    """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own."""
+    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+        raise ConfigError("memory:// lives in one process; use --executor inline, or a store that workers can reach")
+    where = address(config)
+    if "ray" not in sys.modules:  # Ray reads these once, as it is imported; who imported it before us has chosen
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # an open Ray runs code for whoever reaches it
+        if where is None:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if where is None:
+        cpus = max(model.count_devices("cpu"), (config.workers or 1) * (1 + config.tokenizer_workers))
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus,
+                    "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
+    else:
+        options["address"] = where
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's own
+    except SystemExit as stopped:  # which was in force for a moment
+        raise KeyboardInterrupt from stopped
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        which = f"the cluster at {where}" if where else "a local Ray"
+        raise ConfigError(f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def num_units(device: str) -> int:
+    """GPUs, or CPUs, of the Ray that this process has joined."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 0))
+
+
+def units_for_workers(config: RunConfig, units: int, device: str) -> int:
+    """Workers that ``units`` GPUs or CPUs are enough for; a worker's tokenizers take CPUs as well."""
+    if device == "cpu":
+        return max(1, units // (1 + config.tokenizer_workers))
+    if not config.tokenizer_workers:
+        return units
+    cpus = model.count_devices("cpu") if address(config) is None else num_units("cpu")
+    return max(1, min(units, cpus // (1 + config.tokenizer_workers)))
+
+
+def needs(config: RunConfig, device: str) -> dict[str, Any]:
+    """What one worker asks of Ray."""
+    return {
+        "num_cpus": 1 + config.tokenizer_workers,
+        "num_gpus": 1 if device == "cuda" else 0,
+        "runtime_env": {"env_vars": WORKER_ENV},
+    }
+
+
+def lack(num_waiting: int, config: RunConfig, device: str) -> str:
+    """What ``num_waiting`` workers ask for, and what the cluster has."""
+    import ray
+
+    one = needs(config, device)
+    asks = f"{one['num_cpus']} CPU" + (" and 1 GPU" if one["num_gpus"] else "")
+    has, free = ray.cluster_resources(), ray.available_resources()
+    amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
+    nodes = count(sum(node["Alive"] for node in ray.nodes()), "node")
+    return f"asked for {count(num_waiting, 'more worker')} of {asks} each; the cluster has {amounts} on {nodes}"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a call on Ray raised, out of a wrapping for each call that waited for it; or Ray's own error."""
+    while isinstance(inner := getattr(error, "cause", None), BaseException):
+        error = inner
+    return error
+
+
+def start_error(error: BaseException) -> BaseException:
+    """Why a worker, or a call in its place, could not start: what it raised, or a ``ModelError`` with Ray's words."""
+    import ray
+
+    cause = cause_of(error)
+    if isinstance(cause, ray.exceptions.RayError):
+        return ModelError(f"a worker could not start: {str(cause).strip()[-2000:]}")
+    return cause
+
+
+def probe(address: str | None) -> str:
+    """Join the Ray at ``address`` or start a local one, run a task on it, and say what it has.
+
+    Raises ``ConfigError`` when there is none, or when its nodes cannot run a task of ours.
+    """
+    with joined(RunConfig(corpus=("-",), model="-", store="/", address=address)):
+        import ray
+
+        try:
+            python = ray.get(ray.remote(num_cpus=1)(_python_version).remote(), timeout=PROBE_S)
+        except ray.exceptions.RayError as error:
+            why = dispatch.reason(error)
+            raise ConfigError(f"Ray answers, but a task failed within {PROBE_S:g} s: {why}") from error
+        has = ray.cluster_resources()
+        return (
+            f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPU and "
+            f"{has.get('GPU', 0):g} GPU on {count(len(ray.nodes()), 'node')}"
+        )
+
+
+def _python_version() -> str:
+    """Of the node that runs this; a function of ours is pickled by name, so the node has afn-ray if it answers."""
+    return platform.python_version()
