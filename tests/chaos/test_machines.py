@@ -212,6 +212,8 @@ def test_a_shard_that_meets_too_little_memory_is_tried_with_half_the_budget(
 def test_without_capacity_the_run_says_what_it_lacks_and_gives_up_resumable(
     ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes
 ) -> None:
+    if ground.kind == "s3":
+        pytest.skip("without a worker nothing is asked of the store")
     chaos.plan()
     store = ground.store()
     too_much = ["--tokenizer-workers=3", "--wait=24"]  # no node has four CPUs
