@@ -239,6 +239,91 @@ SHARDS_SCHEMA = pa.schema(
 )
 """A run's shards in plan order: where their files are and how many rows they hold."""
 
+SOURCES_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # URI of a file, or of a folder where files are many
+        pa.field("n_docs", pa.int64(), nullable=False),  # with tokens
+        pa.field("n", pa.int64(), nullable=False),  # tokens, special ones apart
+        pa.field("n_high", pa.int64(), nullable=False),
+        pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
+        pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
+    ]
+)
+"""A run's tokens by where they come from: the lossless histogram of strengths, as in ``SUMMARY_SCHEMA``."""
+
+FEATURES = ("mean_strength", "share_high", "share_rare", "share_sinks", "share_fragments", "share_distinct")
+"""What documents are screened by, all at one layer; ``screen`` defines them."""
+
+SCREENED_SCHEMA = pa.schema(
+    [
+        pa.field("rank", pa.int32(), nullable=False),  # from 1, the strangest document
+        pa.field("doc", pa.int64(), nullable=False),  # run-wide, as in the views
+        pa.field("source", pa.string(), nullable=False),  # URI of the file
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),  # special ones apart
+        pa.field("n_copies", pa.int32(), nullable=False),  # documents of the run with this very text, itself included
+        *(pa.field(name, pa.float32(), nullable=False) for name in FEATURES),
+        pa.field("score", pa.float64(), nullable=False),  # the largest robust z
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),  # its beginning, put together from its tokens
+    ]
+)
+"""A run's strangest documents."""
+
+DRIFT_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("source", pa.string()),  # null: the whole corpus
+        pa.field("n_a", pa.int64(), nullable=False),  # tokens, special ones apart; 0: the source is new or gone
+        pa.field("n_b", pa.int64(), nullable=False),
+        *(pa.field(f"{q}_{run}", pa.float32()) for q in ("q1", "q2", "q3") for run in "ab"),
+        pa.field("share_high_a", pa.float64()),  # at or above the Q3 that the run labels by
+        pa.field("share_high_b", pa.float64()),
+        pa.field("psi", pa.float64()),
+        pa.field("ks", pa.float64()),
+        pa.field("js", pa.float64()),
+    ]
+)
+"""Two runs' distributions of strengths, per layer: all tokens, and those of each source."""
+
+CLASS_DRIFT_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("class", pa.string(), nullable=False),
+        *(
+            pa.field(f"{name}_{run}", kind, nullable=False)
+            for run in "ab"
+            for name, kind in (
+                ("n", pa.int64()), ("share", pa.float64()), ("n_high", pa.int64()), ("share_high", pa.float64()),
+                ("share_high_low", pa.float64()), ("share_high_high", pa.float64()),
+            )
+        ),
+    ]
+)  # fmt: skip
+"""Two runs' classes: their share of the tokens, and how many of theirs are HIGH, with Wilson's 95 % interval."""
+
+MOVERS_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("token", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("class", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),  # "both", "new" (in b alone) or "vanished"
+        pa.field("n_a", pa.int64(), nullable=False),
+        pa.field("n_b", pa.int64(), nullable=False),
+        pa.field("share_high_a", pa.float64()),
+        pa.field("share_high_b", pa.float64()),
+        pa.field("median_a", pa.float32()),
+        pa.field("median_b", pa.float32()),
+        pa.field("z", pa.float64()),  # of the difference of the HIGH shares
+        pa.field("p", pa.float64()),
+        pa.field("q", pa.float64()),  # p after Benjamini and Hochberg, over the types of the layer in both runs
+    ]
+)
+"""Every type in either of two runs, and how it moved."""
+
 PLAN_SCHEMA = pa.schema(
     [
         pa.field("ordinal", pa.int32(), nullable=False),
