@@ -23,7 +23,7 @@ share_fragments    tokens that continue a word                          the same
 share_distinct     log(distinct types) / log(n): Herdan's C             p (1 - p) / n / ln(n)^2, p = n^(m - 1)
 =================  ===================================================  =================================
 
-A text that many documents share is strange for that: log2(copies) log2(n) counts as a z too, for the chance that
+A text that many documents share is strange for that: log2(copies) log2(n) / 2 counts as a z too, for the chance that
 independent texts agree falls with their length.
 """
 
@@ -55,6 +55,8 @@ PART_DOCS = 2_000_000
 """Documents whose hashes are counted together."""
 MAD_TO_SD = 1.4826
 """Of a normal distribution."""
+LEAST_SCALE = 1e-9
+"""Where all documents of a source are the same."""
 TOLD = 3.0
 """A feature with such a z is named among the reasons."""
 TEXT_CHARS = 300
@@ -358,14 +360,15 @@ def _rank(
     values = np.array([documents[name].to_numpy() for name in FEATURES], np.float64)
     median = spread.median[:, against]
     noise = np.array([_noise(name, median[at], spread.variance[against], n) for at, name in enumerate(FEATURES)])
-    z = (values - median) / np.sqrt((MAD_TO_SD * spread.mad[:, against]) ** 2 + noise)
+    scale = np.sqrt((MAD_TO_SD * spread.mad[:, against]) ** 2 + noise)
+    z = (values - median) / np.maximum(scale, LEAST_SCALE)
     hashes = documents["hash"].to_numpy()
     copies = np.ones(len(hashes), np.int64)
     for part in repeated:
         if len(part.keys):
             at = np.minimum(np.searchsorted(part.keys, hashes), len(part.keys) - 1)
             copies = np.where(part.keys[at] == hashes, part.counts[at], copies)
-    shared = np.log2(copies) * np.log2(n)
+    shared = np.log2(copies) * np.log2(n) / 2
     score = np.maximum(np.abs(z).max(axis=0), shared) if len(n) else np.empty(0)
     first = np.lexsort((documents["doc"].to_numpy(), -score))
     _, distinct = np.unique(hashes[first], return_index=True)  # of documents with one text the first

@@ -81,8 +81,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     safety.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     screen = commands.add_parser(
         "screen", allow_abbrev=False, help="how well the screening of documents finds planted junk",
-        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (a few minutes), "
-        "and compares the screening with an order by length and one by idf.",
+        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (minutes), and "
+        "compares the screening with an order by length and one by idf.",
     )  # fmt: skip
     screen.add_argument("--store", metavar="URI", help="where the run is made, and left (default: a temporary folder)")
     screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")

@@ -19,14 +19,14 @@ from afn_ray.query import Run
 
 SHARE = 0.01
 FOREIGN = (  # of the Universal Declaration of Human Rights, in German, Spanish, Finnish and French
-    "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt und "
-    "sollen einander im Geist der Brüderlichkeit begegnen. Jeder hat das Recht auf Leben, Freiheit und Sicherheit.",
-    "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón y conciencia, "
-    "deben comportarse fraternalmente los unos con los otros. Todo individuo tiene derecho a la vida y a la libertad.",
-    "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu järki ja omatunto, "
-    "ja heidän on toimittava toisiaan kohtaan veljeyden hengessä. Jokaisella on oikeus elämään ja vapauteen.",
-    "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de conscience "
-    "et doivent agir les uns envers les autres dans un esprit de fraternité. Tout individu a droit à la vie.",
+    "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und Gewissen begabt "
+    "und sollen einander im Geist der Brüderlichkeit begegnen. Jeder hat das Recht auf Leben, Freiheit und Sicherheit.",
+    "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están de razón y "
+    "conciencia, deben comportarse fraternalmente los unos con los otros. Todo individuo tiene derecho a la vida.",
+    "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on annettu järki ja "
+    "omatunto, ja heidän on toimittava toisiaan kohtaan veljeyden hengessä. Jokaisella on oikeus elämään.",
+    "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de raison et de "
+    "conscience et doivent agir les uns envers les autres dans un esprit de fraternité.",
 )
 BOILERPLATE = (
     "We use cookies to give you the best experience on this site. By going on to use it you accept our terms of "
@@ -110,41 +110,48 @@ def measure(store: str, seed: int, on_note: Callable[[str], None]) -> dict[str, 
 
 
 def evaluate(run: Run, planted: dict[int, str]) -> dict[str, Any]:
-    """Precision and recall of as many documents as were planted, by the run's screening and by simpler orders."""
-    layer = run.info["layers"][-1]
-    orders = {
-        # Of documents with one text one is listed.
-        "screening": "SELECT d.doc FROM documents d JOIN (SELECT text_sha256, score, rank FROM screened JOIN documents "
-                     "USING (doc)) s USING (text_sha256) ORDER BY s.rank, d.doc",
-        "length alone": "SELECT doc FROM documents, (SELECT median(ln(n_tokens)) AS m FROM documents) "
-                        "ORDER BY abs(ln(n_tokens) - m) DESC, doc",
-        "idf alone": "WITH f AS (SELECT doc, avg(idf) AS x FROM tokens JOIN vocabulary v USING (token_id) WHERE NOT "
-                     f"is_special AND v.layer = {layer} AND v.class <> 'special' GROUP BY doc) "
-                     "SELECT doc FROM f, (SELECT median(x) AS m FROM f) ORDER BY abs(x - m) DESC, doc",
+    """Precision and recall of the first texts, as many as were planted, by the run's screening and by simpler orders.
+
+    Of documents with one text the first counts, for that is what a screening lists.
+    """
+    (layer,) = run.info["layers"]
+    first = {h: d for d, h in run.sql("SELECT doc, text_sha256 FROM documents ORDER BY doc DESC").fetchall()}
+    texts = {doc: h for h, doc in first.items()}
+    kinds = {doc: kind for doc, kind in planted.items() if doc in texts}
+    by_idf = """
+        WITH f AS (
+            SELECT doc, avg(idf) AS x FROM tokens JOIN vocabulary v USING (token_id)
+            WHERE NOT is_special AND v.layer = $layer AND v.class <> 'special' GROUP BY doc
+        ) SELECT doc FROM f, (SELECT median(x) AS m FROM f) ORDER BY abs(x - m) DESC, doc
+    """
+    orders: dict[str, list[Any]] = {
+        "screening": ["SELECT doc FROM screened ORDER BY rank"],
+        "length alone": ["SELECT doc FROM documents, (SELECT median(ln(n_tokens)) AS m FROM documents) "
+                         "ORDER BY abs(ln(n_tokens) - m) DESC, doc"],
+        "idf alone": [by_idf, {"layer": layer}],
     }  # fmt: skip
     found: dict[str, Any] = {}
+    of_text = {h: first[h] for h in texts.values()}
+    hashes = dict(run.sql("SELECT doc, text_sha256 FROM documents").fetchall())
+    k = len(kinds)
     for name, query in orders.items():
-        docs = np.array([doc for (doc,) in run.sql(query).fetchall()])
-        right = np.isin(docs, list(planted))
-        k = len(planted)
+        docs = np.array(list(dict.fromkeys(of_text[hashes[doc]] for (doc,) in run.sql(*query).fetchall())))
+        right = np.isin(docs, list(kinds))
         hits = np.cumsum(right)
         found[name] = {
-            "precision": float(right[:k].mean()), "recall": float(hits[min(k, len(docs)) - 1] / k),
-            "recall_twice": float(hits[min(2 * k, len(docs)) - 1] / k),
+            "precision": float(right[:k].mean()), "recall_twice": float(hits[min(2 * k, len(docs)) - 1] / k),
             "average_precision": float((hits / np.arange(1, len(docs) + 1))[right].sum() / k),
-            "kinds": {
-                kind: float(np.isin([d for d in planted if planted[d] == kind], docs[:k]).mean()) for kind in KINDS
-            },
+            "kinds": {kind: float(np.isin([d for d in kinds if kinds[d] == kind], docs[:k]).mean()) for kind in KINDS},
         }  # fmt: skip
-    return {"orders": found}
+    return {"texts": k, "orders": found}
 
 
 def render(result: dict[str, Any], console: Console) -> None:
     """A column for each order, a row for each kind."""
     machine.print_facts(result, console)
-    k = result["planted"]
-    console.print(f"\n{k} of {result['documents']:,} verses replaced by junk (seed {result['seed']}); the first {k} "
-                  "documents of each order", markup=False)  # fmt: skip
+    k = result["texts"]
+    console.print(f"\n{result['planted']} of {result['documents']:,} verses replaced by junk (seed {result['seed']}), "
+                  f"{k} different texts; the first {k} texts of each order", markup=False)  # fmt: skip
     table = Table(box=None, pad_edge=False)
     for heading in ("", *result["orders"]):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
