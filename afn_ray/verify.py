@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray import manifest, query, records, reduce, storage
+from afn_ray import manifest, query, records, reduce, screen, storage
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.schema import (
     SPECIAL,
@@ -471,7 +471,7 @@ class _Run:
             self._find("damaged", self._plan, _without(error, self._plan), self._begin_again)
             return
         self.measure, self.measure_id = header["measure"], fingerprint(header["measure"])
-        self._config = header["config"]
+        self._config, self._frozen = header["config"], header["frozen"]
         self._check_plan()
 
     def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
@@ -559,7 +559,7 @@ class _Run:
     def _reduced(
         self, commits: Sequence[manifest.Commit], num_bytes: Sequence[int], vocabulary: pa.Table
     ) -> dict[str, pa.Table]:
-        """The run's tables, reduced anew from the summaries, which were proved to be those of the rows.
+        """The run's tables anew: reduced from the summaries, which were proved to be those of the rows, and screened.
 
         The tokenizer and the word lists that name and sort types may not be here, or be newer: ``token``, ``text``
         and ``class`` are taken from the stored vocabulary, and have only its checksum to speak for them.
@@ -571,9 +571,16 @@ class _Run:
         tables = reduce.reduce_run(
             self.folder.store, self.measure_id, commits, self.measure["layers"], pieces=pieces, readable=readable,
             language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
+            frozen=self._frozen,
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
         tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
+        if self._config["screen"]:
+            tables |= screen.scan_run(
+                self.folder.store, self.measure_id, commits, self.measure["layers"], shards=self.shards,
+                labels=tables["frozen" if self._frozen else "thresholds"], vocabulary=tables["vocabulary"],
+                readable=readable, worst=self._config["screen"],
+            )  # fmt: skip
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
@@ -639,7 +646,7 @@ def _vocabulary_sql(layer: int) -> str:
     """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the rows."""
     strength = f"strength_{layer}"
     return f"""
-        WITH q AS (SELECT q3 FROM thresholds WHERE layer = {layer} AND population = 'tokens'),
+        WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
         counted AS (
             SELECT token_id, is_special, count(*) AS n, count(*) FILTER ({strength} >= q3) AS n_high,
                 min({strength}) AS min, max({strength}) AS max
