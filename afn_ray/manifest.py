@@ -88,8 +88,10 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
     """Slices in order, small ones together up to ``shard_bytes``.
 
-    A group also ends behind a slice whose path hashes so (one in 16, once the group is a quarter full): where
-    groups end then depends on the files nearby, and a file that comes or goes moves no group far from it.
+    A group also ends behind every later slice of a file, so that lines appended to a file of several slices make
+    anew its last one alone; and, once a quarter full, behind a slice whose path hashes so: four times in
+    ``shard_bytes``, however large the files are. A change then moves the end of its own group and seldom those of
+    more than the next two: behind a slice where the old groups and the new both end, they are the same again.
     """
     groups: list[list[FileSlice]] = []
     current: list[FileSlice] = []
@@ -100,10 +102,15 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
             current, size = [], 0
         current.append(piece)
         size += piece.num_bytes
-        if size >= shard_bytes // 4 and sha256(piece.uri.encode()).digest()[0] % 16 == 0:
+        if piece.start or (size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes):
             groups.append(current)
             current, size = [], 0
     return [*groups, current] if current else groups
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1 that ``text`` alone decides."""
+    return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def _remembered(config: RunConfig) -> dict[FileInfo, list[FileSlice]]:
