@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -128,6 +129,31 @@ def test_the_end_of_a_file_of_several_slices_stands_alone() -> None:
     small, cut = _slice("/corpus/b", 10), _slice("/corpus/a", 1000)
     tail = replace(cut, start=1000, end=1200, num_bytes=200)
     assert manifest.group_slices([cut, tail, small], 1000) == [[cut], [tail], [small]]
+
+
+# --- what lies in a store --------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_ours(store: str) -> None:
+    m, s, a, run = "1" * 32, "2" * 32, "a" * 16, "20260102T030405.678Z-0123456789ab"
+    ours = {
+        "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", f"{a}-tokens.parquet", f".commit.json-{m}")],
+        "runs": [f"runs/{run}/{n}" for n in ("run.json", f"thresholds-{a}.parquet", f".plan.parquet-{m}")],
+        "pilots": ["pilots/abc.json"],
+        "probes": [f"probe-{m}", f".probe-{m}-{m}"],
+    }  # fmt: skip
+    foreign = [
+        f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
+        f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet", "runs/mine/run.json",
+        f"runs/{run}/.notes-{m}", "run.json", "pilots/abc.txt", "probe-of-mine",
+    ]  # fmt: skip
+    root = storage.absolute(store)
+    files = [storage.StoredFile(f"{root}/{name}", 1, 0.0) for name in (*itertools.chain(*ours.values()), *foreign)]
+    there = manifest.sort_files(store, files)
+    assert [f.uri for f in there.shards.pop((m, s))] == [f"{root}/{n}" for n in ours["shards"]] and not there.shards
+    assert [f.uri for f in there.runs.pop(run)] == [f"{root}/{n}" for n in ours["runs"]] and not there.runs
+    assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [f"{root}/{n}" for n in ours["probes"]]
+    assert there.foreign == [f"{root}/{n}" for n in foreign]
 
 
 # --- plans -----------------------------------------------------------------------------------------------
