@@ -43,7 +43,6 @@ RUN_KEYS: dict[str, type] = {
 }  # fmt: skip
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "sources", "screened")
 HEX = re.compile("[0-9a-f]{32}")
-RUN = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{3}Z-[0-9a-f]{12}")
 PROBE = re.compile("probe-[0-9a-f]{32}")
 SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES)})\.parquet")
 RUN_FILE = re.compile(rf"run\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
@@ -79,7 +78,7 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
                 HEX.fullmatch(measure) and HEX.fullmatch(shard) and SHARD_FILE.fullmatch(_final(name))
             ):
                 there.shards.setdefault((measure, shard), []).append(file)
-            case ["runs", run, name] if RUN.fullmatch(run) and RUN_FILE.fullmatch(_final(name)):
+            case ["runs", run, name] if RUN_FILE.fullmatch(_final(name)):
                 there.runs.setdefault(run, []).append(file)
             case ["pilots", name] if name.endswith(".json"):
                 there.pilots.append(name)

@@ -144,8 +144,9 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
     }  # fmt: skip
     foreign = [
         f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
-        f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet", "runs/mine/run.json",
-        f"runs/{run}/.notes-{m}", "run.json", "pilots/abc.txt", "probe-of-mine",
+        f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet",
+        f"runs/{run}/.notes-{m}",
+        "runs/run.json", "run.json", "pilots/abc.txt", "probe-of-mine",
     ]  # fmt: skip
     root = storage.absolute(store)
     files = [storage.StoredFile(f"{root}/{name}", 1, 0.0) for name in (*itertools.chain(*ours.values()), *foreign)]
