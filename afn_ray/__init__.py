@@ -19,6 +19,7 @@ from afn_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from afn_ray.garbage import Garbage, collect_garbage
     from afn_ray.job import Estimate, dry_run, run
     from afn_ray.query import Run, open_run
     from afn_ray.verify import Finding, Verification, verify_store
@@ -32,6 +33,7 @@ __all__ = [
     "Damaged",
     "Estimate",
     "Finding",
+    "Garbage",
     "IncompleteRun",
     "Interrupted",
     "ModelError",
@@ -42,6 +44,7 @@ __all__ = [
     "StoreError",
     "Verification",
     "__version__",
+    "collect_garbage",
     "config_from",
     "dry_run",
     "open_run",
@@ -50,8 +53,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Estimate": "job", "Finding": "verify", "Run": "query", "Verification": "verify", "dry_run": "job",
-    "open_run": "query", "run": "job", "verify_store": "verify",
+    "Estimate": "job", "Finding": "verify", "Garbage": "garbage", "Run": "query", "Verification": "verify",
+    "collect_garbage": "garbage", "dry_run": "job", "open_run": "query", "run": "job", "verify_store": "verify",
 }  # fmt: skip
 
 

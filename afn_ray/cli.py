@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
 VERIFY_EPILOG = "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from the store"
+GC_EPILOG = "exit codes: 0 listed, or deleted; 2 usage, or a plan that cannot be read; 75 stopped, resumable"
 LOG_EVERY_S = 10.0
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
         code = 0
     except KeyboardInterrupt:
-        resumable = args.call in (_run, _demo)
+        resumable = args.call in (_run, _demo, _gc)
         errors.print("afn: stopped" + ("; the same command resumes" if resumable else ""), markup=False)
         code = Interrupted.exit_code if resumable else 130
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
@@ -144,6 +145,25 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
     verify.add_argument("--json", action="store_true", help="print JSON")
     verify.set_defaults(call=_verify)
+
+    gc = commands.add_parser(
+        "gc", help="delete what no kept run refers to, after a dry run that lists it", epilog=GC_EPILOG,
+        description="Lists runs that are not kept and shards that only they refer to; --delete removes them. Runs that "
+        "may be under way are kept.",
+    )  # fmt: skip
+    gc.add_argument("store", metavar="STORE", help="what was given to 'afn run --store'")
+    gc.add_argument("--keep", type=int, default=30, metavar="N", help="newest complete runs to keep (default: 30)")
+    gc.add_argument(
+        "--keep-run", action="append", default=[], metavar="RUN",
+        help="a run to keep besides, by its name or URI, a baseline say; give it again for more",
+    )  # fmt: skip
+    gc.add_argument(
+        "--min-age-h", type=float, default=24.0, metavar="H",
+        help="age from which a shard that no kept run refers to goes: a run may be about to (default: 24)",
+    )  # fmt: skip
+    gc.add_argument("--delete", action="store_true", help="delete it; without this nothing is")
+    gc.add_argument("--json", action="store_true", help="print JSON")
+    gc.set_defaults(call=_gc)
 
     doctor = commands.add_parser("doctor", help="what works here, and what to do about what does not", epilog=EPILOG)
     doctor.add_argument("--model", help="model folder, GGUF file or hub name to try (default: the demo's)")
@@ -362,17 +382,12 @@ def _demo(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from afn_ray import verify
 
-    console = Console(stderr=True, highlight=False)
-    last = time.monotonic()
-
-    def on_progress(message: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_EVERY_S:
-            last = time.monotonic()
-            console.print(printable(message), markup=False, soft_wrap=True)
-
     result = verify.verify_store(
-        args.uri, clean=args.clean, min_age_h=args.min_age_h, memory_limit=args.memory_limit, on_progress=on_progress
+        args.uri,
+        clean=args.clean,
+        min_age_h=args.min_age_h,
+        memory_limit=args.memory_limit,
+        on_progress=_now_and_then(),
     )
     if args.json:
         print(json.dumps(asdict(result), indent=1))
@@ -381,6 +396,34 @@ def _verify(args: argparse.Namespace) -> None:
             print(printable(line))
     if result.findings:
         raise Damaged(f"{result.uri} is damaged: {count(len(result.findings), 'finding')}")
+
+
+def _gc(args: argparse.Namespace) -> None:
+    from afn_ray import garbage
+
+    found = garbage.collect_garbage(
+        args.store, keep=args.keep, keep_runs=args.keep_run, min_age_h=args.min_age_h, delete=args.delete,
+        on_progress=_now_and_then(),
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    flags = [f"--keep={args.keep}", *(f"--keep-run={run}" for run in args.keep_run), f"--min-age-h={args.min_age_h:g}"]
+    for line in garbage.lines(found, flags):
+        print(printable(line))
+
+
+def _now_and_then() -> Callable[[str], None]:
+    """Prints what it is told on stderr, every ten seconds at most."""
+    console, last = Console(stderr=True, highlight=False), time.monotonic()
+
+    def say(message: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            console.print(printable(message), markup=False, soft_wrap=True)
+
+    return say
 
 
 def _bench(args: argparse.Namespace) -> None:

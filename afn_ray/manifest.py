@@ -18,9 +18,10 @@ import contextlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -40,11 +41,58 @@ RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
     "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
+RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "sources", "screened")
+HEX = re.compile("[0-9a-f]{32}")
+PROBE = re.compile("probe-[0-9a-f]{32}")
+SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES)})\.parquet")
+RUN_FILE = re.compile(rf"run\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 """Of the beginning of a run, at the beginning of its name."""
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
+
+
+# --- what lies in a store --------------------------------------------------------------------------------
+
+Place = tuple[str, str]  # measure, shard
+
+
+@dataclass(slots=True)
+class StoreFiles:
+    """The files of a store by what they belong to, those of killed attempts and reduces among them."""
+
+    shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
+    runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
+    pilots: list[str] = field(default_factory=list)  # names
+    probes: list[storage.StoredFile] = field(default_factory=list)  # of runs killed as they tried to write
+    foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
+
+
+def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
+    """Sort ``files``, listed below ``store``, by their names alone; every one of them is in one place of the result."""
+    root, there = f"{storage.absolute(store)}/", StoreFiles()
+    for file in files:
+        match file.uri.removeprefix(root).split("/"):
+            case ["shards", measure, shard, name] if (
+                HEX.fullmatch(measure) and HEX.fullmatch(shard) and SHARD_FILE.fullmatch(_final(name))
+            ):
+                there.shards.setdefault((measure, shard), []).append(file)
+            case ["runs", run, name] if RUN_FILE.fullmatch(_final(name)):
+                there.runs.setdefault(run, []).append(file)
+            case ["pilots", name] if name.endswith(".json"):
+                there.pilots.append(name)
+            case [name] if PROBE.fullmatch(_final(name)):
+                there.probes.append(file)
+            case _:
+                there.foreign.append(file.uri)
+    return there
+
+
+def _final(name: str) -> str:
+    """The name that a file was to get, where a local write was killed before it had it."""
+    unfinished = re.fullmatch(r"\.(.+)-[0-9a-f]{32}", name)
+    return unfinished[1] if unfinished else name
 
 
 # --- plan ------------------------------------------------------------------------------------------------
@@ -88,8 +136,10 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
     """Slices in order, small ones together up to ``shard_bytes``.
 
-    A group also ends behind a slice whose path hashes so (one in 16, once the group is a quarter full): where
-    groups end then depends on the files nearby, and a file that comes or goes moves no group far from it.
+    A group also ends behind every later slice of a file, so that lines appended to a file of several slices make
+    anew its last one alone; and, once a quarter full, behind a slice whose path hashes so: four times in
+    ``shard_bytes``, however large the files are. A change then moves the end of its own group and seldom those of
+    more than the next two: behind a slice where the old groups and the new both end, they are the same again.
     """
     groups: list[list[FileSlice]] = []
     current: list[FileSlice] = []
@@ -100,10 +150,15 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
             current, size = [], 0
         current.append(piece)
         size += piece.num_bytes
-        if size >= shard_bytes // 4 and sha256(piece.uri.encode()).digest()[0] % 16 == 0:
+        if piece.start or (size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes):
             groups.append(current)
             current, size = [], 0
     return [*groups, current] if current else groups
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1 that ``text`` alone decides."""
+    return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def _remembered(config: RunConfig) -> dict[FileInfo, list[FileSlice]]:

@@ -334,21 +334,40 @@ class StoredFile:
 
 
 def list_below(uri: str) -> list[StoredFile]:
-    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such folder."""
+    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such folder.
+
+    What goes or comes meanwhile is in it or not; all else is. Links are no files of a store.
+    """
     fs, path = open_filesystem(uri)
-    local = isinstance(fs, LocalFileSystem)
 
     def files() -> list[StoredFile]:
-        try:  # a folder that may not be listed is an error, not an empty one
-            found = fs.find(path, detail=True, **({"on_error": "raise"} if local else {}))
+        try:
+            found = fs.find(path, detail=True)
         except FileNotFoundError:
             return []
         return [
-            StoredFile(name if local else str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
+            StoredFile(str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
             for name, info in found.items() if info["type"] == "file"
         ]  # fmt: skip
 
-    return sorted(_ask(fs, "listing", uri, StoreError, files), key=lambda f: f.uri)
+    local = isinstance(fs, LocalFileSystem)
+    ask = (lambda: list(_local_files(path))) if local else files
+    return sorted(_ask(fs, "listing", uri, StoreError, ask), key=lambda f: f.uri)
+
+
+def _local_files(folder: str) -> Iterator[StoredFile]:
+    """As ``list_below``. fsspec's own walk raises for a file that goes before it is looked at."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error  # a folder that may not be listed is no empty one
+
+    for base, _, names in os.walk(folder, onerror=fail):
+        for path in (Path(base, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                info = path.lstat()
+                if S_ISREG(info.st_mode):
+                    yield StoredFile(str(path), info.st_size, info.st_mtime)
 
 
 def _modified_s(info: dict[str, Any]) -> float:
@@ -428,15 +447,33 @@ def _copy(local: Path, target: Path) -> None:
 def delete(uris: list[str]) -> None:
     """Remove files that nobody refers to; one that cannot be removed stays, and is no error."""
     for uri in uris:
-        fs, path = open_filesystem(uri)
         try:
-            with _named("deleting", uri, StoreError):
-                local = isinstance(fs, LocalFileSystem)
-                patiently(partial(fs.rm_file, path), f"deleting {uri}", local=local, retry_for_s=DELETE_FOR_S)
+            remove(uri, DELETE_FOR_S)
         except StoreError:
             continue
         except Unavailable:
             return  # for the others there is no answer either
+
+
+def remove(uri: str, retry_for_s: float | None = None) -> None:
+    """Remove the file ``uri``; one that is gone is no error. Raises ``StoreError`` when it may not be removed."""
+    fs, path = open_filesystem(uri)
+    with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
+        patiently(
+            partial(fs.rm_file, path), f"deleting {uri}", local=isinstance(fs, LocalFileSystem), retry_for_s=retry_for_s
+        )
+
+
+def remove_if_empty(uri: str) -> None:
+    """Remove the folder ``uri`` if nothing is in it. Object stores have no folders."""
+    fs, path = open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
+            try:
+                Path(path).rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
 
 def check_writable(uri: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from afn_ray import manifest, query, records, reduce, screen, storage
 from afn_ray.errors import ConfigError, StoreError, count
+from afn_ray.manifest import Place
 from afn_ray.schema import (
     SPECIAL,
     SUMMARY_SCHEMA,
@@ -36,10 +36,6 @@ SHARDS_AT_ONCE = 4
 BATCH_ROWS = 1 << 18
 RELATIVE = 1e-9
 """Between two computations of a mean; the order of a sum may differ. All else is equal or wrong."""
-
-
-HEX = re.compile("[0-9a-f]{32}")
-PROBE = re.compile("\\.?probe-[0-9a-f-]+")
 
 OnProgress = Callable[[str], None]
 Ints = npt.NDArray[np.int64]
@@ -77,7 +73,7 @@ class Verification:
     uri: str
     findings: tuple[Finding, ...]  # in the order of their URIs; none: all is as it was committed
     orphans: tuple[Orphan, ...]
-    foreign: tuple[str, ...]  # URIs of files in the store that afn-ray never writes; they are left alone
+    foreign: tuple[str, ...]  # URIs of files in the store that afn-ray never writes there; they are left alone
     incomplete: tuple[str, ...]  # URIs of runs that have not ended; no damage
     unproved: tuple[str, ...]  # URIs of complete runs whose tables could not be shown to be right, for what was found
     num_shards: int  # committed
@@ -100,9 +96,6 @@ class _Checked:
     num_rows: int = 0
 
 
-Place = tuple[str, str]  # measure, shard
-
-
 def verify_store(
     uri: str, *, clean: bool = False, min_age_h: float = 24.0, memory_limit: str = "2GB",
     on_progress: OnProgress = lambda message: None,
@@ -123,14 +116,16 @@ def verify_store(
     if store == uri and not {"runs", "shards"} & {*storage.list_names(uri)}:
         raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
     if store == uri:
-        there = _sorted_out(store, storage.list_below(store))
+        there = manifest.sort_files(store, storage.list_below(store))
         runs = [_Run(store, name) for name in sorted(there.runs)]
     else:
         runs = [run := _Run(store, name)]
         planned = {(run.measure_id, shard.id) for shard in run.shards}
-        there = _sorted_out(store, storage.list_below(uri))
+        there = manifest.sort_files(store, storage.list_below(uri))
         if planned:
-            shards = _sorted_out(store, storage.list_below(storage.join(store, "shards", run.measure_id))).shards
+            shards = manifest.sort_files(
+                store, storage.list_below(storage.join(store, "shards", run.measure_id))
+            ).shards
             there.shards = {place: files for place, files in shards.items() if place in planned}
     files = there.shards
     measures = {run.measure_id: run.measure for run in runs if run.measure}
@@ -170,34 +165,6 @@ def verify_store(
         sum(one.num_bytes for one in done) + sum(r.num_bytes for r in runs),
         sum(one.num_rows for one in done), sum(r.proved for r in runs), time.monotonic() - began,
     )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Files:
-    """The files of a store by what they belong to."""
-
-    shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
-    runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
-    pilots: list[str] = field(default_factory=list)  # names
-    probes: list[storage.StoredFile] = field(default_factory=list)  # of runs killed as they tried to write
-    foreign: list[str] = field(default_factory=list)  # URIs
-
-
-def _sorted_out(store: str, files: Iterable[storage.StoredFile]) -> _Files:
-    root, there = f"{storage.absolute(store)}/", _Files()
-    for file in files:
-        match file.uri.removeprefix(root).split("/"):
-            case ["shards", measure, shard, _] if HEX.fullmatch(measure) and HEX.fullmatch(shard):
-                there.shards.setdefault((measure, shard), []).append(file)
-            case ["runs", run, _]:
-                there.runs.setdefault(run, []).append(file)
-            case ["pilots", name] if name.endswith(".json"):
-                there.pilots.append(name)
-            case [name] if PROBE.fullmatch(name):
-                there.probes.append(file)
-            case _:
-                there.foreign.append(file.uri)
-    return there
 
 
 def _orphan(file: storage.StoredFile, min_age_h: float, *, done: bool) -> Orphan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import random
@@ -93,19 +94,67 @@ def test_groups_lose_nothing_keep_order_and_stay_small(sizes: list[int], shard_b
         assert total + following.num_bytes > shard_bytes or total >= shard_bytes // 4
 
 
-def test_a_file_that_goes_or_comes_changes_only_groups_nearby() -> None:
-    order = random.Random(3)
-    slices = [_slice(f"/corpus/{i:04}.jsonl", order.randrange(20, 120)) for i in range(2000)]
-    whole = [tuple(g) for g in manifest.group_slices(slices, 1000)]
-    assert 100 < len(whole) < 400
+@pytest.mark.parametrize("per_shard", [3, 8, 50, 1000])
+@pytest.mark.parametrize("kind", ["goes", "comes", "grows", "shrinks", "is edited"])
+def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> None:
+    """However many files a shard holds: the groups made anew are few, next to each other, and hold the change."""
+    shard_bytes, order = 1 << 20, random.Random(f"{kind} {per_shard}")
+    mean = shard_bytes // per_shard
+    slices = [
+        _slice(f"/corpus/{i:06}.jsonl", int(order.lognormvariate(-0.3, 0.8) * mean)) for i in range(30 * per_shard)
+    ]
+    before = {tuple(group) for group in manifest.group_slices(slices, shard_bytes)}
+    assert 30 < len(before) < 140
     changes = []
-    for at in range(0, 2000, 40):
-        fewer = [tuple(g) for g in manifest.group_slices(slices[:at] + slices[at + 1 :], 1000)]
-        new, gone = set(fewer) - set(whole), set(whole) - set(fewer)
-        changes.append(max(len(new), len(gone)))
-        touched = [slices.index(s) for g in gone for s in g]
-        assert min(touched) > at - 60 and max(touched) < at + 300  # of 2000
-    assert sum(changes) / len(changes) < 4
+    for _ in range(50):
+        at = order.randrange(len(slices))
+        old = slices[at]
+        new = {
+            "goes": [], "comes": [_slice(f"{old.uri}.x", shard_bytes // 5), old],
+            "grows": [_slice(old.uri, old.num_bytes + shard_bytes // 5)],
+            "shrinks": [_slice(old.uri, old.num_bytes // 2)], "is edited": [replace(old, sha256="0" * 64)],
+        }[kind]  # fmt: skip
+        after = [tuple(group) for group in manifest.group_slices([*slices[:at], *new, *slices[at + 1 :]], shard_bytes)]
+        anew = [i for i, group in enumerate(after) if group not in before]
+        assert anew == list(range(anew[0], anew[-1] + 1)) if anew else kind == "goes"
+        if new and new[0] != old:
+            ours = next(i for i, group in enumerate(after) if new[0] in group)
+            assert anew[0] in (ours - 1, ours)
+        assert len(anew) <= (1 if kind == "is edited" else 7)
+        changes.append(len(anew))
+    assert sum(changes) / len(changes) < 3
+
+
+def test_the_end_of_a_file_of_several_slices_stands_alone() -> None:
+    small, cut = _slice("/corpus/b", 10), _slice("/corpus/a", 1000)
+    tail = replace(cut, start=1000, end=1200, num_bytes=200)
+    assert manifest.group_slices([cut, tail, small], 1000) == [[cut], [tail], [small]]
+
+
+# --- what lies in a store --------------------------------------------------------------------------------
+
+
+def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_ours(store: str) -> None:
+    m, s, a, run = "1" * 32, "2" * 32, "a" * 16, "20260102T030405.678Z-0123456789ab"
+    ours = {
+        "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", f"{a}-tokens.parquet", f".commit.json-{m}")],
+        "runs": [f"runs/{run}/{n}" for n in ("run.json", f"thresholds-{a}.parquet", f".plan.parquet-{m}")],
+        "pilots": ["pilots/abc.json"],
+        "probes": [f"probe-{m}", f".probe-{m}-{m}"],
+    }  # fmt: skip
+    foreign = [
+        f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
+        f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet",
+        f"runs/{run}/.notes-{m}",
+        "runs/run.json", "run.json", "pilots/abc.txt", "probe-of-mine",
+    ]  # fmt: skip
+    root = storage.absolute(store)
+    files = [storage.StoredFile(f"{root}/{name}", 1, 0.0) for name in (*itertools.chain(*ours.values()), *foreign)]
+    there = manifest.sort_files(store, files)
+    assert [f.uri for f in there.shards.pop((m, s))] == [f"{root}/{n}" for n in ours["shards"]] and not there.shards
+    assert [f.uri for f in there.runs.pop(run)] == [f"{root}/{n}" for n in ours["runs"]] and not there.runs
+    assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [f"{root}/{n}" for n in ours["probes"]]
+    assert there.foreign == [f"{root}/{n}" for n in foreign]
 
 
 # --- plans -----------------------------------------------------------------------------------------------

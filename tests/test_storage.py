@@ -267,6 +267,43 @@ def test_reading_gives_bytes_ranges_and_none(folder: str) -> None:
     assert not storage.exists(uri)
 
 
+def test_what_is_removed_is_gone_with_its_folder(folder: str) -> None:
+    here = storage.join(folder, "a")
+    uris = [f"{here}/x", f"{here}/y"]
+    for uri in uris:
+        write_new(uri, b"")
+    for uri in uris:
+        storage.remove(uri)
+        storage.remove(uri)
+        storage.remove_if_empty(here)
+        assert storage.list_names(here) == (["y"] if uri.endswith("x") else [])
+    storage.remove_if_empty(here)
+    assert "a" not in storage.list_names(folder)
+
+
+def test_what_may_not_be_removed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", _denied)
+    with pytest.raises(StoreError, match="deleting memory://x/y: permission denied"):
+        storage.remove("memory://x/y")
+    storage.delete(["memory://x/y"])
+
+
+def test_a_file_that_goes_while_its_store_is_listed_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        storage.write_once(str(tmp_path / name / "x"), b"")
+    lstat = Path.lstat
+
+    def gone_in_the_meantime(path: Path) -> Any:
+        if path.parent.name == "b":
+            path.unlink()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", gone_in_the_meantime)
+    assert [f.uri for f in storage.list_below(str(tmp_path))] == [str(tmp_path / n / "x") for n in "ac"]
+
+
 def test_read_if_there_does_not_take_an_error_for_absence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryFileSystem, "cat_file", _denied)
     with pytest.raises(StoreError, match="permission denied"):
