@@ -19,6 +19,8 @@ from afn_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from afn_ray.compare import Comparison
+    from afn_ray.compare import compare as compare_runs
     from afn_ray.job import Estimate, dry_run, run
     from afn_ray.query import Run, open_run
     from afn_ray.verify import Finding, Verification, verify_store
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AfnError",
+    "Comparison",
     "ConfigError",
     "CorpusError",
     "Damaged",
@@ -42,6 +45,7 @@ __all__ = [
     "StoreError",
     "Verification",
     "__version__",
+    "compare_runs",
     "config_from",
     "dry_run",
     "open_run",
@@ -50,8 +54,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Estimate": "job", "Finding": "verify", "Run": "query", "Verification": "verify", "dry_run": "job",
-    "open_run": "query", "run": "job", "verify_store": "verify",
+    "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Run": "query", "Verification": "verify",
+    "compare_runs": "compare:compare", "dry_run": "job", "open_run": "query", "run": "job", "verify_store": "verify",
 }  # fmt: skip
 
 
@@ -60,5 +64,6 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f"afn_ray.{_LAZY[name]}"), name)
+        module, _, attribute = _LAZY[name].partition(":")  # afn_ray.compare is the module, once it is imported
+        return getattr(import_module(f"afn_ray.{module}"), attribute or name)
     raise AttributeError(f"module 'afn_ray' has no attribute {name!r}")

@@ -105,6 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="the same as JSON")
     show.set_defaults(call=_show)
 
+    compare = commands.add_parser(
+        "compare", help="what moved between two runs: quartiles, distances, classes, types, sources", epilog=EPILOG
+    )
+    compare.add_argument("run_a", metavar="RUN_A", help=f"the baseline: {RUN_HELP}")
+    compare.add_argument("run_b", metavar="RUN_B", help="the run to hold against it, said in the same way")
+    compare.add_argument("--json", metavar="FILE", type=_local, help="write the comparison there as JSON too")
+    compare.add_argument(
+        "--ranks-only", action="store_true",
+        help="leave out what depends on raw strengths, which alone compares runs of different measures",
+    )  # fmt: skip
+    compare.set_defaults(call=_compare)
+
     sql = commands.add_parser(
         "sql", help="ask a run in SQL", epilog=EPILOG,
         description="Views: tokens, documents, vocabulary, words, thresholds, shards, run. Without a QUERY, a shell.",
@@ -260,6 +272,16 @@ def _show(args: argparse.Namespace) -> None:
         print(json.dumps(show.to_json(summary), indent=1))
     else:
         show.render(summary, Console(highlight=False))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from afn_ray import compare, show
+
+    found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
+    show.render_comparison(found, Console(highlight=False))
+    if args.json:
+        with _output(args.json) as file:
+            file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _sql(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run is, and what is true of its measure: the honest summary, as data and as tables."""
+"""What a run is, and what is true of its measure: the honest summary, as data and as tables; and two runs compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import lexicon, manifest, precision
+from afn_ray import compare, lexicon, manifest, precision
 from afn_ray.errors import printable
 from afn_ray.query import Run
 from afn_ray.reduce import wilson
@@ -22,6 +23,10 @@ from afn_ray.schema import CLASSES
 SALIENT_WORDS = 10
 SALIENT_MIN_N = 20
 """Words seen less often are not ranked: one occurrence says nothing."""
+
+MOVERS = 15
+MOVED_SOURCES = 8
+"""Types and sources of a comparison that a terminal shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,3 +298,84 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
         cells = [(Text(printable(w.text)), f"{w.n:,}", f"{w.n_high / w.n:.0%}", _figure(w.median)) for w in pair]
         table.add_row(*cells[0], *cells[1])
     _print(table, console)
+
+
+# --- two runs --------------------------------------------------------------------------------------------
+
+
+def render_comparison(found: compare.Comparison, console: Console) -> None:
+    """Both runs, and at the deepest layer what moved between them, beside the distances at every layer."""
+    table = _table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
+    for at in (0, 3, 4):
+        table.columns[at].justify = "left"
+    for name, run in (("A", found.a), ("B", found.b)):
+        about = compare.describe(run)
+        corpus = ", ".join(about["corpus"])
+        table.add_row(
+            name, f"{about['tokens']:,}", f"{about['documents']:,}", *(Text(printable(t)) for t in (corpus, run.uri))
+        )
+    _print(table, console)
+    whole = pc.is_null(found.drift["source"])
+    _render_drift("Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console)
+    layer = max(found.drift["layer"].to_pylist())
+    _render_class_drift(layer, found.classes, console)
+    _render_movers(layer, found.movers, console)
+    at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
+    if sources := found.drift.filter(at_layer).to_pylist():
+        apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
+        title = f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in all)"
+        _render_drift(title, "source", apart[:MOVED_SOURCES], console)
+    console.print(Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True)
+
+
+def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
+    """Rows of ``DRIFT_SCHEMA``: quartiles of B with their shift from A, HIGH shares, and distances."""
+    table = _table(title, first, "tokens A", "tokens B", "Q1 B", "shift", "Q2 B", "shift", "Q3 B", "shift",
+                   "HIGH A", "HIGH B", "PSI", "KS", "JS")  # fmt: skip
+    for row in rows:
+        quartiles = []
+        for q in ("q1", "q2", "q3"):
+            a, b = row[f"{q}_a"], row[f"{q}_b"]
+            quartiles += ["" if b is None else _figure(b), f"{b / a - 1:+.2%}" if a and b is not None else ""]
+        shares = ["" if row[s] is None else f"{row[s]:.1%}" for s in ("share_high_a", "share_high_b")]
+        distances = ["" if row[d] is None else f"{row[d]:.4f}" for d in ("psi", "ks", "js")]
+        name = Text(printable(str(row[first])))
+        table.add_row(name, f"{row['n_a']:,}", f"{row['n_b']:,}", *quartiles, *shares, *distances)
+    _print(table, console)
+
+
+def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
+    """What share of the tokens each class has, and how many of its own are HIGH, before and after."""
+    table = _table(
+        f"Classes at layer {layer} (HIGH: share, 95 % interval)", "class", "tokens A", "tokens B", "HIGH A", "HIGH B"
+    )
+    for row in classes.filter(pc.equal(classes["layer"], layer)).to_pylist():
+        highs = (
+            f"{row[f'share_high_{r}']:.3f} ({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
+            for r in "ab"
+        )
+        table.add_row(row["class"], f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs)
+    _print(table, console)
+
+
+def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
+    """The types that moved most surely, and the most frequent that are new or vanished."""
+    here = movers.filter(pc.equal(movers["layer"], layer))
+    of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
+    both = of_status["both"]
+    moved = f"{compare.num_moved(here):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
+    title = f"Types at layer {layer}: {moved}"
+    table = _table(title, "token", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
+    for row in both.slice(0, MOVERS).to_pylist():
+        medians = ("" if row[f"median_{r}"] is None else _figure(row[f"median_{r}"]) for r in "ab")
+        table.add_row(
+            Text(printable(row["text"])), row["class"], f"{row['n_a']:,}", f"{row['n_b']:,}",
+            f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
+        )  # fmt: skip
+    _print(table, console)
+    for status, n in (("new", "n_b"), ("vanished", "n_a")):
+        types = of_status[status]
+        most = ", ".join(f"{r['text']} ({r[n]:,})" for r in types.slice(0, MOVERS).to_pylist())
+        console.print(
+            Text(printable(f"{len(types):,} types are {status}" + (f": {most}" if most else ""))), soft_wrap=True
+        )

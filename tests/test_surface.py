@@ -69,7 +69,9 @@ def test_command_line() -> None:
     check("cli", found)
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["show"], ["sql"], ["explain"], ["verify"], ["doctor"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["show"], ["compare"], ["sql"], ["explain"], ["verify"], ["doctor"], ["demo"]]
+)
 def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str]) -> None:
     code = "import sys; sys.argv = ['afn', *sys.argv[1:], '--help']\n" + (
         "try:\n    from afn_ray.cli import main; main()\nfinally:\n"
