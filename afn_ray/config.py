@@ -55,6 +55,9 @@ class RunConfig:
     offsets: bool = _option(True, "record character offsets (about 1 byte a token)")
     language: str = _option("en", "language of the function words, ISO 639-1")
     sink_factor: float = _option(10.0, "a token over this many medians is a sink")
+    thresholds: str | None = _option(
+        None, "run whose thresholds say what is HIGH, or a store for its latest; default: the run's own"
+    )
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
     batch_tokens: int | None = _option(
@@ -83,6 +86,8 @@ class RunConfig:
         for name in ("model", "store", "text_column", "language"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; it must be given")
+        if self.thresholds == "":
+            raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")

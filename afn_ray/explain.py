@@ -130,7 +130,8 @@ def explain(
     if not np.isfinite(strengths).all():
         raise ModelError(f"{config.model} gave a strength that is not finite for this text; a run would quarantine it")
     special = (encoded.flags & SPECIAL) > 0
-    tables = {name: manifest.read_table(run, name) for name in ("thresholds", "histogram", "vocabulary")}
+    tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
+    tables["labels"] = manifest.labels(run)
     thresholds, columns = [], []
     for at, layer in enumerate(task.layers):
         limits, readings = _read_layer(tables, layer, encoded.token_ids, special, strengths[at])
@@ -155,7 +156,7 @@ def _read_layer(
 ) -> tuple[Thresholds, list[Reading]]:
     """Thresholds of ``layer`` and one reading per token, from the run's tables; the arrays are [n_tokens]."""
     here = pc.field("layer") == layer
-    row = tables["thresholds"].filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
+    row = tables["labels"].filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
     histogram = tables["histogram"].filter(here & ~pc.field("special"))
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))

@@ -82,7 +82,8 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     plan = manifest.make_plan(config, _hashing(on_event))
     decided = _decide_precision(task, measure, plan, on_event, keep=True)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
-    folder = manifest.begin_run(config, measure, plan, begun_ns)
+    frozen = manifest.find_frozen(config, measure)
+    folder = manifest.begin_run(config, measure, plan, begun_ns, frozen)
     if folder.info:
         if gone := manifest.lost_shards(config.store, task.measure_id, plan.shards, folder):
             raise StoreError(
@@ -124,6 +125,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         tables = reduce_run(
             config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable, tasks=tasks,
             language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
+            frozen=frozen,
         )  # fmt: skip
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
@@ -297,6 +299,7 @@ def _normalised(config: RunConfig) -> RunConfig:
         corpus=tuple(map(storage.absolute, config.corpus)),
         model=storage.absolute(config.model) if Path(config.model).exists() else config.model,
         scratch=None if config.scratch is None else storage.absolute(config.scratch),
+        thresholds=None if config.thresholds is None else storage.absolute(config.thresholds),
     )
 
 

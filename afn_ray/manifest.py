@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from afn_ray import corpus, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import Interrupted, StoreError, Unavailable
+from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
 IO_THREADS = 16
@@ -163,11 +163,13 @@ class RunFolder:
     info: dict[str, Any]
 
 
-def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int) -> RunFolder:
+def begin_run(
+    config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]] = ()
+) -> RunFolder:
     """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new one.
 
-    ``begun_ns`` is the time before the first file was looked at. Raises ``StoreError`` when the store holds
-    another measure and the config does not allow a second one.
+    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``. Raises
+    ``StoreError`` when the store holds another measure and the config does not allow a second one.
     """
     measure_id = fingerprint(measure)
     held = storage.list_names(storage.join(config.store, "shards"))
@@ -175,7 +177,7 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
     names = storage.list_names(runs)
     if held and measure_id not in held and not config.allow_another_measure:
         raise StoreError(_other_measure(config.store, names, measure))
-    suffix = _suffix(measure_id, plan.shards, config.language, config.sink_factor)
+    suffix = _suffix(measure_id, plan.shards, config.language, config.sink_factor, frozen)
     begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
     newest = next(begun, "")
     if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
@@ -186,7 +188,7 @@ def begin_run(config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: 
         created = datetime.strptime(newest.partition("-")[0], STAMP).replace(tzinfo=UTC) + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
     header = {"cuts": _cuts(config), "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
-              "config": asdict(config), "measure": measure}  # fmt: skip
+              "config": asdict(config), "measure": measure, "frozen": list(frozen)}  # fmt: skip
     rows = [
         {"ordinal": i, "shard": shard.id, **asdict(piece)}
         for i, shard in enumerate(plan.shards)
@@ -203,10 +205,44 @@ def _stamp(moment: datetime) -> str:
     return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
-def _suffix(measure_id: str, shards: Iterable[Shard], language: str, sink_factor: float) -> str:
+def _suffix(
+    measure_id: str, shards: Iterable[Shard], language: str, sink_factor: float, frozen: Sequence[dict[str, Any]]
+) -> str:
     """Last part of a run's name: what it was asked for."""
-    ask = {"measure": measure_id, "shards": [s.id for s in shards], "language": language, "sink_factor": sink_factor}
+    ask = {"measure": measure_id, "shards": [s.id for s in shards], "language": language, "sink_factor": sink_factor,
+           "frozen": list(frozen)}  # fmt: skip
     return fingerprint(ask)[:12]
+
+
+FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
+"""What a run takes from the thresholds of another, by column."""
+
+
+def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, Any]]:
+    """The thresholds that ``config`` says to label by, as rows of ``FROZEN``; none for the run's own.
+
+    Those that the run named goes by itself, so that a run every night may name the night before. Raises
+    ``StoreError`` when there is no such run, ``ConfigError`` when it has another measure.
+    """
+    if config.thresholds is None:
+        return []
+    run = find_run(config.thresholds)
+    if run.info["measure"]["id"] != fingerprint(measure):
+        raise ConfigError(
+            f"thresholds of {run.uri} are of another measure, and mean nothing here: "
+            f"{_differences(run.info['measure'], measure)}"
+        )
+    return [{name: row[name] for name in FROZEN} for row in labels(run).to_pylist()]
+
+
+def labels_name(run: RunFolder) -> str:
+    """Name of the table of the thresholds that the complete run's labels go by."""
+    return "frozen" if "frozen" in run.info["tables"] else "thresholds"
+
+
+def labels(run: RunFolder) -> pa.Table:
+    """The thresholds that the complete run's labels go by, as in ``THRESHOLDS_SCHEMA``: frozen ones, or its own."""
+    return read_table(run, labels_name(run))
 
 
 def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
@@ -230,7 +266,9 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
                 raise StoreError(f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
-    suffix = _suffix(fingerprint(header["measure"]), shards, config.language, config.sink_factor)
+    suffix = _suffix(
+        fingerprint(header["measure"]), shards, config.language, config.sink_factor, header["frozen"]
+    )  # fmt: skip
     if not run.id.endswith(f"-{suffix}"):
         raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
     return shards, header
@@ -242,13 +280,17 @@ def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> 
         plan = _read_plan(store, name)
         if plan is not None:
             theirs = plan[1].get("measure", {})
-            differs = [
-                f"{k}: the store has {_short(theirs.get(k))}, this run asks for {_short(measure.get(k))}"
-                for k in sorted({*theirs, *measure}) if theirs.get(k) != measure.get(k)
-            ]  # fmt: skip
-            message += "; ".join(differs) + ". "
+            message += _differences(theirs, measure) + ". "
             break
     return message + "Use another --store, or --allow-another-measure to keep both in this one"
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What two measures differ in."""
+    return "; ".join(
+        f"{k}: the store has {_short(theirs.get(k))}, this run asks for {_short(ours.get(k))}"
+        for k in sorted({*theirs, *ours} - {"id"}) if theirs.get(k) != ours.get(k)
+    )  # fmt: skip
 
 
 def _short(value: object) -> str:

@@ -34,7 +34,8 @@ VIEWS = {
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
-    "thresholds": "quartiles per layer, with and without sinks",
+    "thresholds": "quartiles of the run per layer, with and without sinks",
+    "labels": "the quartiles that labels go by: these, or frozen ones of another run",
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
@@ -122,17 +123,18 @@ class Run:
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._memory_limit, self._timeout_s = memory_limit, timeout_s
         shards = _table(folder, "shards", SHARDS_SCHEMA)
-        thresholds = _table(folder, "thresholds", THRESHOLDS_SCHEMA)
+        labels = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
         files = {table: _files(folder, shards, table) for table in ("tokens", "documents")}
         self._files = storage.ReadOnlyFiles(folder.store, files["tokens"] | files["documents"])
         with self._plain_errors():
             self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
             self._connection.register_filesystem(self._files)
             self._load("vocabulary", _table(folder, "vocabulary", VOCABULARY_SCHEMA))
-            self._load("thresholds", thresholds)
+            self._load("thresholds", _table(folder, "thresholds", THRESHOLDS_SCHEMA))
+            self._load("labels", labels)
             self._load("shards", shards)
             self._load("run", _run_row(folder))
-            self._create_views(files, thresholds)
+            self._create_views(files, labels)
             for statement in (
                 "SET disabled_filesystems = 'LocalFileSystem'",
                 "SET allowed_directories = ['afn://']",  # it grants writing too, which ReadOnlyFiles refuses
@@ -213,7 +215,7 @@ class Run:
         self._connection.execute(f"CREATE TABLE {name} AS FROM incoming")
         self._connection.unregister("incoming")
 
-    def _create_views(self, files: Mapping[str, Mapping[str, object]], thresholds: pa.Table) -> None:
+    def _create_views(self, files: Mapping[str, Mapping[str, object]], labels: pa.Table) -> None:
         # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
         self._connection.execute(
             "CREATE SCHEMA internal; CREATE TABLE internal.types AS "
@@ -221,7 +223,7 @@ class Run:
         )
         tokens, documents = (_read_parquet(files[table]) for table in ("tokens", "documents"))
         offsets = "start" in self._connection.sql(f"FROM {tokens}").columns
-        quartiles = {r["layer"]: r for r in thresholds.to_pylist() if r["population"] == "tokens"}
+        quartiles = {r["layer"]: r for r in labels.to_pylist() if r["population"] == "tokens"}
         layers = self.info["layers"]
         if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
             raise StoreError(f"{self.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}")

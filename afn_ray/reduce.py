@@ -6,7 +6,7 @@ Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks`
     merge   a part from FAN_IN places           -> their sum, until there is one of each part
     count   a part                              -> how often each strength occurs in it
     total   all parts' counts                   -> the layer's histogram and thresholds
-    types   a part, the layer's thresholds      -> statistics of each type
+    types   a part, what labels go by           -> statistics of each type
 
 All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls holds handles and
 the small tables at the end.
@@ -94,13 +94,14 @@ class SummaryFile(NamedTuple):
 def reduce_run(
     store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int], *,
     pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
-    tasks: Tasks | None = None,
+    frozen: Sequence[dict[str, Any]] = (), tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The run's tables from its shards' summaries, by ``tasks`` or in this process.
 
     ``commits`` in plan order, ``num_bytes`` read for each; ``pieces`` and ``readable`` are the vocabulary's texts
-    by token id. The result does not depend on how the corpus was cut into shards. Raises ``StoreError`` when a
-    summary is missing or damaged, or when together they have not the tokens that the commits count.
+    by token id; ``frozen`` has rows of ``manifest.FROZEN`` to label by instead of the run's own thresholds. The result
+    does not depend on how the corpus was cut into shards. Raises ``StoreError`` when a summary is missing or damaged,
+    or when together they have not the tokens that the commits count.
     """
     tasks = tasks or Inline()
     n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
@@ -109,23 +110,29 @@ def reduce_run(
         SummaryFile(c.shard, f["name"], f["rows"], f["bytes"], f["sha256"])
         for c in commits for f in (c.files["summary"],)
     ]  # fmt: skip
-    submitted = [_submit_layer(tasks, store, measure_id, files, at, layers, sink_factor) for at in range(len(layers))]
+    submitted = [
+        _submit_layer(tasks, store, measure_id, files, at, layers, sink_factor, [r for r in frozen if r["layer"] == k])
+        for at, k in enumerate(layers)
+    ]
     thresholds: list[dict[str, Any]] = []
+    labels: list[dict[str, Any]] = []
     histograms, vocabularies = [], []
     for layer, (total, types) in zip(layers, submitted, strict=True):
-        rows, histogram = map(tasks.result, total)
+        rows, goes_by, histogram = map(tasks.result, total)
         if (n := rows[0]["n"] + rows[0]["n_special"]) != n_tokens:
             raise StoreError(
                 f"the summaries of layer {layer} hold {n:,} tokens, expected {n_tokens:,} as the {len(commits):,} "
                 f"commits of measure {measure_id} count; 'afn verify {store}' says where"
             )
         thresholds += rows
+        labels += goes_by
         histograms.append(histogram)
         statistics = pa.concat_tables([tasks.result(part) for part in types])
         vocabularies.append(vocabulary_table(layer, statistics, n_docs, pieces, readable, language))
     return {
         "shards": shards_table(measure_id, commits, num_bytes),
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
+        **({"frozen": pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)} if frozen else {}),
         "histogram": pa.concat_tables(histograms),
         "vocabulary": pa.concat_tables(vocabularies),
     }
@@ -136,7 +143,7 @@ def reduce_run(
 
 def _submit_layer(
     tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layers: Sequence[int],
-    sink_factor: float,
+    sink_factor: float, frozen: Sequence[dict[str, Any]],
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """Handles of one layer's ``_total``, and of ``_types`` of each part."""
     layer, per_layer = layers[at], len(layers)
@@ -163,8 +170,8 @@ def _submit_layer(
         merge_level(height)
     (parts,) = levels[-1]
     counts = [tasks.submit(_count, part)[0] for part in parts]
-    total = tasks.submit(_total, layer, sink_factor, *counts, num_results=2)
-    return total, [tasks.submit(_types, part, total[0])[0] for part in parts]
+    total = tasks.submit(_total, layer, sink_factor, frozen, *counts, num_results=3)
+    return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
 
 
 def _groups(files: Sequence[SummaryFile], num_layers: int) -> Iterator[tuple[SummaryFile, ...]]:
@@ -209,17 +216,18 @@ def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
 
 
 def _total(
-    layer: int, sink_factor: float, *counts: tuple[Histogram, Histogram]
-) -> tuple[list[dict[str, Any]], pa.Table]:
-    """Rows of the layer's thresholds, and its histogram."""
+    layer: int, sink_factor: float, frozen: Sequence[dict[str, Any]], *counts: tuple[Histogram, Histogram]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table]:
+    """Rows of the layer's thresholds, those that labels go by, and its histogram."""
     normal, special = (Histogram.merge(of) for of in zip(*counts, strict=True))
     histogram = pa.concat_tables([_histogram_table(layer, False, normal), _histogram_table(layer, True, special)])
-    return threshold_rows(layer, normal, special.n, sink_factor), histogram
+    own = threshold_rows(layer, normal, special.n, sink_factor)
+    return own, frozen_rows(own, normal, frozen) if frozen else own, histogram
 
 
-def _types(part: bytes, thresholds: list[dict[str, Any]]) -> list[pa.Table]:
-    """``type_statistics`` of ``part`` under the layer's thresholds."""
-    tables = [type_statistics(some, thresholds[0]["q3"]) for some in _slices(part)]
+def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
+    """``type_statistics`` of ``part`` under the thresholds that labels go by."""
+    tables = [type_statistics(some, labels[0]["q3"]) for some in _slices(part)]
     return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]
 
 
@@ -329,17 +337,43 @@ def threshold_rows(layer: int, histogram: Histogram, n_special: int, sink_factor
             "n_special": n_special, "sink_factor": sink_factor, "definition": DEFINITION,
         }  # fmt: skip
         if h.n:
-            values = to_values(h.keys).astype(np.float64)
-            mean = math.fsum(values * h.counts) / h.n  # rounded once: the same bits on any machine
             keys = [h.quantile_key(i, 4) for i in (1, 2, 3)]
             q1, q2, q3 = (float(v) for v in to_values(np.array(keys)))
-            row |= {
-                "mean": mean, "sd": math.sqrt(math.fsum((values - mean) ** 2 * h.counts) / h.n),
-                "min": values[0], "q1": q1, "q2": q2, "q3": q3, "max": values[-1],
-                "n_high": int(h.counts[h.keys >= keys[2]].sum()),
-            }  # fmt: skip
-        rows.append(row)
+            row |= {"q1": q1, "q2": q2, "q3": q3, "n_high": int(h.counts[h.keys >= keys[2]].sum())}
+        rows.append(row | _moments(h))
     return [{name: row.get(name) for name in THRESHOLDS_SCHEMA.names} for row in rows]
+
+
+def _moments(h: Histogram) -> dict[str, Any]:
+    if not h.n:
+        return {"n": 0, "mean": None, "sd": None, "min": None, "max": None}
+    values = to_values(h.keys).astype(np.float64)
+    mean = math.fsum(values * h.counts) / h.n  # rounded once: the same bits on any machine
+    sd = math.sqrt(math.fsum((values - mean) ** 2 * h.counts) / h.n)
+    return {"n": h.n, "mean": mean, "sd": sd, "min": values[0], "max": values[-1]}
+
+
+def frozen_rows(
+    own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """``own`` rows of a layer with the quartiles of ``frozen``, and this run's tokens counted under these."""
+    taken = {row["population"]: row for row in frozen}
+    values = to_values(histogram.keys).astype(np.float64)
+    limit = taken["tokens"]["sink_factor"] * taken["tokens"]["q2"] if taken["tokens"]["q2"] is not None else np.inf
+    is_sink = values > limit
+    rows = []
+    for row in own:
+        theirs = taken[row["population"]]
+        which = ~is_sink if row["population"] == "tokens_without_sinks" else np.full(len(values), True)
+        part = Histogram(histogram.keys[which], histogram.counts[which])
+        high = values[which] >= (np.inf if theirs["q3"] is None else theirs["q3"])
+        rows.append(
+            row | _moments(part) | theirs | {
+                "n_high": int(part.counts[high].sum()), "n_sinks": int(histogram.counts[is_sink].sum()),
+                "definition": f"taken from another run; there: {DEFINITION}",
+            }
+        )  # fmt: skip
+    return rows
 
 
 def type_statistics(merged: LayerSummary, q3: float | None) -> pa.Table:

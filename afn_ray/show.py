@@ -48,6 +48,7 @@ class LayerFacts:
 
     layer: int
     thresholds: dict[str, dict[str, Any]]  # population -> row of the thresholds table
+    labels: dict[str, dict[str, Any]]  # the same of what HIGH goes by: frozen thresholds, or again the run's own
     cv: float  # sd / mean of all tokens but the special ones
     q3_over_q2: float
     special_mean: float | None  # mean strength of the special tokens
@@ -68,7 +69,7 @@ class Summary:
 
 def summarise(run: manifest.RunFolder) -> Summary:
     """The summary of a complete run, from its small tables alone."""
-    thresholds = manifest.read_table(run, "thresholds").to_pylist()
+    thresholds, labels = manifest.read_table(run, "thresholds").to_pylist(), manifest.labels(run).to_pylist()
     vocabulary = manifest.read_table(run, "vocabulary")
     histogram = manifest.read_table(run, "histogram")
     shards = manifest.read_table(run, "shards")
@@ -87,6 +88,7 @@ def summarise(run: manifest.RunFolder) -> Summary:
             LayerFacts(
                 layer=layer,
                 thresholds=rows,
+                labels={r["population"]: r for r in labels if r["layer"] == layer},
                 cv=_ratio(main["sd"], main["mean"]),
                 q3_over_q2=_ratio(main["q3"], main["q2"]),
                 special_mean=_mean(special),
@@ -210,7 +212,17 @@ def render_thresholds(summary: Summary, console: Console) -> None:
                 *(_figure(row[q]) for q in ("q1", "q2", "q3", "max")), f"{_ratio(row['sd'], row['mean']):.3f}",
                 f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}" if main else "",
             )  # fmt: skip
+        if (row := facts.labels["tokens"]) != facts.thresholds["tokens"]:
+            table.add_row(
+                str(facts.layer), "frozen", f"{row['n']:,}", *(_figure(row[q]) for q in ("q1", "q2", "q3")), "", "",
+                f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}",
+            )  # fmt: skip
     _print(table, console)
+    if any(f.labels != f.thresholds for f in summary.layers):
+        shares = ", ".join(f"layer {f.layer}: {_ratio(r['n_high'], r['n']):.1%}" for f in summary.layers
+                           for r in [f.labels["tokens"]])  # fmt: skip
+        console.print(f"HIGH goes by the frozen thresholds, of {summary.info['config']['thresholds']}; "
+                      f"tokens that are HIGH by them: {shares}", markup=False, soft_wrap=True)  # fmt: skip
 
 
 def render_classes(summary: Summary, console: Console) -> None:
@@ -267,8 +279,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
 
     A word here is two letters or more, and no function word of the run's language. Reads the run's tokens once.
     """
-    (q3,) = (t["q3"] for t in run.thresholds().to_arrow_table().to_pylist()
-             if t["layer"] == layer and t["population"] == "tokens")  # fmt: skip
+    ((q3,),) = run.sql("SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
         SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({strength} >= $q3) AS n_high,

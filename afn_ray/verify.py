@@ -471,7 +471,7 @@ class _Run:
             self._find("damaged", self._plan, _without(error, self._plan), self._begin_again)
             return
         self.measure, self.measure_id = header["measure"], fingerprint(header["measure"])
-        self._config = header["config"]
+        self._config, self._frozen = header["config"], header["frozen"]
         self._check_plan()
 
     def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
@@ -571,6 +571,7 @@ class _Run:
         tables = reduce.reduce_run(
             self.folder.store, self.measure_id, commits, self.measure["layers"], pieces=pieces, readable=readable,
             language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
+            frozen=self._frozen,
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
         tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
@@ -639,7 +640,7 @@ def _vocabulary_sql(layer: int) -> str:
     """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the rows."""
     strength = f"strength_{layer}"
     return f"""
-        WITH q AS (SELECT q3 FROM thresholds WHERE layer = {layer} AND population = 'tokens'),
+        WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
         counted AS (
             SELECT token_id, is_special, count(*) AS n, count(*) FILTER ({strength} >= q3) AS n_high,
                 min({strength}) AS min, max({strength}) AS max
