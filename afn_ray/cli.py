@@ -299,22 +299,10 @@ def _sql(args: argparse.Namespace) -> None:
             shell.print_result(relation, args.format, out, max_rows=None if args.out else args.max_rows or None)
 
 
-@contextlib.contextmanager
-def _output(path: Path) -> Iterator[Any]:
-    """A file that appears whole, once what is written is complete, or not at all."""
-    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
-        with path.open("wb") as file:
-            yield file
-        return
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
+    from afn_ray import storage
+
+    return storage.write_local(path)
 
 
 def _explain(args: argparse.Namespace) -> None:
