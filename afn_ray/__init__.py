@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from afn_ray.compare import compare as compare_runs
     from afn_ray.job import Estimate, dry_run, run
     from afn_ray.query import Run, open_run
+    from afn_ray.report import write_report
     from afn_ray.verify import Finding, Verification, verify_store
 
 __version__ = "0.1.0"
@@ -51,11 +52,13 @@ __all__ = [
     "open_run",
     "run",
     "verify_store",
+    "write_report",
 ]
 
 _LAZY = {
     "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Run": "query", "Verification": "verify",
     "compare_runs": "compare:compare", "dry_run": "job", "open_run": "query", "run": "job", "verify_store": "verify",
+    "write_report": "report",
 }  # fmt: skip
 
 

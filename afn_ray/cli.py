@@ -143,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(call=_explain)
 
+    report = commands.add_parser("report", help="one run as a page that people look at", epilog=EPILOG)
+    report.add_argument("run", metavar="RUN", help=RUN_HELP)
+    report.add_argument("--baseline", metavar="RUN", help="run to say what has changed since, likewise")
+    report.add_argument("--ranks-only", action="store_true", help="baseline of another measure: compare shares alone")
+    report.add_argument("--out", metavar="FILE", type=_local, help="page to write (default: report-<run id>.html)")
+    report.set_defaults(call=_report)
+
     verify = commands.add_parser(
         "verify", help="prove that a store still holds what was committed", epilog=VERIFY_EPILOG,
         description="Reads every committed file: checksums, rows, schemas, and thresholds recomputed from the rows.",
@@ -327,6 +334,13 @@ def _explain(args: argparse.Namespace) -> None:
         print(json.dumps(explain.to_json(result), indent=1))
     else:
         explain.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from afn_ray import report
+
+    path = report.write_report(args.run, args.out, baseline=args.baseline, ranks_only=args.ranks_only)
+    print(f"{path} is written; open it in a browser")
 
 
 def _doctor(args: argparse.Namespace) -> None:
