@@ -19,15 +19,19 @@ from afn_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from afn_ray.compare import Comparison
+    from afn_ray.compare import compare as compare_runs
     from afn_ray.garbage import Garbage, collect_garbage
     from afn_ray.job import Estimate, dry_run, run
     from afn_ray.query import Run, open_run
+    from afn_ray.report import write_report
     from afn_ray.verify import Finding, Verification, verify_store
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AfnError",
+    "Comparison",
     "ConfigError",
     "CorpusError",
     "Damaged",
@@ -45,16 +49,19 @@ __all__ = [
     "Verification",
     "__version__",
     "collect_garbage",
+    "compare_runs",
     "config_from",
     "dry_run",
     "open_run",
     "run",
     "verify_store",
+    "write_report",
 ]
 
 _LAZY = {
-    "Estimate": "job", "Finding": "verify", "Garbage": "garbage", "Run": "query", "Verification": "verify",
-    "collect_garbage": "garbage", "dry_run": "job", "open_run": "query", "run": "job", "verify_store": "verify",
+    "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Garbage": "garbage", "Run": "query",
+    "Verification": "verify", "collect_garbage": "garbage", "compare_runs": "compare:compare", "dry_run": "job",
+    "open_run": "query", "run": "job", "verify_store": "verify", "write_report": "report",
 }  # fmt: skip
 
 
@@ -63,5 +70,6 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        return getattr(import_module(f"afn_ray.{_LAZY[name]}"), name)
+        module, _, attribute = _LAZY[name].partition(":")  # afn_ray.compare is the module, once it is imported
+        return getattr(import_module(f"afn_ray.{module}"), attribute or name)
     raise AttributeError(f"module 'afn_ray' has no attribute {name!r}")

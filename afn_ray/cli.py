@@ -106,6 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="the same as JSON")
     show.set_defaults(call=_show)
 
+    compare = commands.add_parser(
+        "compare", help="what moved between two runs: quartiles, distances, classes, types, sources", epilog=EPILOG
+    )
+    compare.add_argument("run_a", metavar="RUN_A", help=f"the baseline: {RUN_HELP}")
+    compare.add_argument("run_b", metavar="RUN_B", help="the run to hold against it, said in the same way")
+    compare.add_argument("--json", metavar="FILE", type=_local, help="write the comparison there as JSON too")
+    compare.add_argument(
+        "--ranks-only", action="store_true",
+        help="leave out what depends on raw strengths, which alone compares runs of different measures",
+    )  # fmt: skip
+    compare.set_defaults(call=_compare)
+
     sql = commands.add_parser(
         "sql", help="ask a run in SQL", epilog=EPILOG,
         description="Views: tokens, documents, vocabulary, words, thresholds, shards, run. Without a QUERY, a shell.",
@@ -131,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", metavar="FILE", type=_local, help="write a self-contained page")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(call=_explain)
+
+    report = commands.add_parser("report", help="one run as a page that people look at", epilog=EPILOG)
+    report.add_argument("run", metavar="RUN", help=RUN_HELP)
+    report.add_argument("--baseline", metavar="RUN", help="run to say what has changed since, likewise")
+    report.add_argument("--ranks-only", action="store_true", help="baseline of another measure: compare shares alone")
+    report.add_argument("--out", metavar="FILE", type=_local, help="page to write (default: report-<run id>.html)")
+    report.set_defaults(call=_report)
 
     verify = commands.add_parser(
         "verify", help="prove that a store still holds what was committed", epilog=VERIFY_EPILOG,
@@ -282,6 +301,16 @@ def _show(args: argparse.Namespace) -> None:
         show.render(summary, Console(highlight=False))
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from afn_ray import compare, show
+
+    found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
+    show.render_comparison(found, Console(highlight=False))
+    if args.json:
+        with _output(args.json) as file:
+            file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
+
+
 def _sql(args: argparse.Namespace) -> None:
     from afn_ray import query, shell
 
@@ -297,22 +326,10 @@ def _sql(args: argparse.Namespace) -> None:
             shell.print_result(relation, args.format, out, max_rows=None if args.out else args.max_rows or None)
 
 
-@contextlib.contextmanager
-def _output(path: Path) -> Iterator[Any]:
-    """A file that appears whole, once what is written is complete, or not at all."""
-    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
-        with path.open("wb") as file:
-            yield file
-        return
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
+    from afn_ray import storage
+
+    return storage.write_local(path)
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -337,6 +354,13 @@ def _explain(args: argparse.Namespace) -> None:
         print(json.dumps(explain.to_json(result), indent=1))
     else:
         explain.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from afn_ray import report
+
+    path = report.write_report(args.run, args.out, baseline=args.baseline, ranks_only=args.ranks_only)
+    print(f"{path} is written; open it in a browser")
 
 
 def _doctor(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run is, and what is true of its measure: the honest summary, as data and as tables."""
+"""What a run is, and what is true of its measure: the honest summary, as data and as tables; and two runs compared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import lexicon, manifest, precision
+from afn_ray import compare, lexicon, manifest, precision
 from afn_ray.errors import printable
 from afn_ray.query import Run
 from afn_ray.reduce import wilson
@@ -22,6 +23,10 @@ from afn_ray.schema import CLASSES
 SALIENT_WORDS = 10
 SALIENT_MIN_N = 20
 """Words seen less often are not ranked: one occurrence says nothing."""
+
+MOVERS = 15
+MOVED_SOURCES = 8
+"""Types and sources of a comparison that a terminal shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,11 @@ def to_json(summary: Summary) -> dict[str, Any]:
     return asdict(summary)
 
 
+def figure(value: float) -> str:
+    """``value`` with about five digits."""
+    return f"{value:,.{max(0, 5 - max(1, len(str(int(abs(value))))))}f}"
+
+
 # --- tables ----------------------------------------------------------------------------------------------
 
 
@@ -153,21 +163,12 @@ def _print(table: Table, console: Console) -> None:
     console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
-def _figure(value: float) -> str:
-    """``value`` with about five digits."""
-    return f"{value:,.{max(0, 5 - max(1, len(str(int(abs(value))))))}f}"
-
-
-def render(summary: Summary, console: Console) -> None:
-    """What the run is, its thresholds, its class shares beside their control, and what to be careful about."""
+def facts(summary: Summary) -> list[tuple[str, str]]:
+    """What the run is: names and values, for people to read."""
     info = summary.info
-    counts, model = info["counts"], info["model"]
-    table = _table(f"Run {info['id']}", "", "", left=2)
-    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
-    table.show_header = False
-    size = summary.bytes_per_token
+    counts, model, size = info["counts"], info["model"], summary.bytes_per_token
     read = counts["documents"] - counts["empty"] - counts["quarantined"]
-    for name, value in (
+    rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),
         ("documents", f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
@@ -180,13 +181,42 @@ def render(summary: Summary, console: Console) -> None:
         ("padding", f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap"),
         ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
                      f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
-    ):  # fmt: skip
-        table.add_row(name, Text(printable(value)))
+    ]  # fmt: skip
     if missing := info.get("quarantined"):
         uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        table.add_row("missing", Text(printable(f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}")))
-    if info["corpus"]["skipped"]:
-        table.add_row("skipped", f"{len(info['corpus']['skipped'])} files with an ending that is no known format")
+        rows.append(("missing", f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}"))
+    if skipped := info["corpus"]["skipped"]:
+        rows.append(("skipped", f"{len(skipped)} files with an ending that is no known format"))
+    return rows
+
+
+def cautions(summary: Summary) -> list[str]:
+    """What the figures do not say; a line that belongs to the one before it is indented."""
+    lines = []
+    for layer in summary.layers:
+        main = layer.thresholds["tokens"]
+        line = f"Layer {layer.layer}: Q3 lies {layer.q3_over_q2 - 1:.1%} above the median (CV {layer.cv:.2f})"
+        if layer.idf_auc is not None:
+            line += f"; rarity alone tells HIGH from LOW with AUC {layer.idf_auc:.2f} (0.5 = not at all, 1 = always)"
+        if layer.special_mean is not None:
+            line += f"; special tokens have mean {figure(layer.special_mean)}, the others {figure(main['mean'])}"
+        lines.append(line + ".")
+        if main["n_sinks"]:
+            sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
+            lines.append(f"  {sinks}: compare medians, not means.")
+    if all(layer.layer != 0 for layer in summary.layers):
+        lines.append("Layer 0 was not recorded: add it (--layers 0,...) to see what the embeddings alone explain.")
+    lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
+    return lines
+
+
+def render(summary: Summary, console: Console) -> None:
+    """What the run is, its thresholds, its class shares beside their control, and what to be careful about."""
+    table = _table(f"Run {summary.info['id']}", "", "", left=2)
+    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
+    table.show_header = False
+    for name, value in facts(summary):
+        table.add_row(name, Text(printable(value)))
     console.print(table)
     render_thresholds(summary, console)
     render_classes(summary, console)
@@ -204,12 +234,12 @@ def render_thresholds(summary: Summary, console: Console) -> None:
             main = population == "tokens"
             table.add_row(
                 str(facts.layer), "all" if main else "no sinks", f"{row['n']:,}",
-                *(_figure(row[q]) for q in ("q1", "q2", "q3", "max")), f"{_ratio(row['sd'], row['mean']):.3f}",
+                *(figure(row[q]) for q in ("q1", "q2", "q3", "max")), f"{_ratio(row['sd'], row['mean']):.3f}",
                 f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}" if main else "",
             )  # fmt: skip
         if (row := facts.labels["tokens"]) != facts.thresholds["tokens"]:
             table.add_row(
-                str(facts.layer), "frozen", f"{row['n']:,}", *(_figure(row[q]) for q in ("q1", "q2", "q3")), "", "",
+                str(facts.layer), "frozen", f"{row['n']:,}", *(figure(row[q]) for q in ("q1", "q2", "q3")), "", "",
                 f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}",
             )  # fmt: skip
     _print(table, console)
@@ -239,22 +269,8 @@ def render_classes(summary: Summary, console: Console) -> None:
 
 def render_caution(summary: Summary, console: Console) -> None:
     """What the figures do not say."""
-    lines = []
-    for facts in summary.layers:
-        main = facts.thresholds["tokens"]
-        line = f"Layer {facts.layer}: Q3 lies {facts.q3_over_q2 - 1:.1%} above the median (CV {facts.cv:.2f})"
-        if facts.idf_auc is not None:
-            line += f"; rarity alone tells HIGH from LOW with AUC {facts.idf_auc:.2f} (0.5 = not at all, 1 = always)"
-        if facts.special_mean is not None:
-            line += f"; special tokens have mean {_figure(facts.special_mean)}, the others {_figure(main['mean'])}"
-        lines.append(line + ".")
-        if main["n_sinks"]:
-            sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
-            lines.append(f"  {sinks}: compare medians, not means.")
-    if all(f.layer != 0 for f in summary.layers):
-        lines.append("Layer 0 was not recorded: add it (--layers 0,...) to see what the embeddings alone explain.")
-    lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
-    console.print("\n".join(["[bold]To be careful about[/bold]", *lines]), highlight=False, soft_wrap=True)
+    lines = ["[bold]To be careful about[/bold]", *cautions(summary)]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +317,87 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
     )  # fmt: skip
     table.columns[4].justify = "left"
     for pair in zip(*salient_words(run, layer), strict=True):
-        cells = [(Text(printable(w.text)), f"{w.n:,}", f"{w.n_high / w.n:.0%}", _figure(w.median)) for w in pair]
+        cells = [(Text(printable(w.text)), f"{w.n:,}", f"{w.n_high / w.n:.0%}", figure(w.median)) for w in pair]
         table.add_row(*cells[0], *cells[1])
     _print(table, console)
+
+
+# --- two runs --------------------------------------------------------------------------------------------
+
+
+def render_comparison(found: compare.Comparison, console: Console) -> None:
+    """Both runs, and at the deepest layer what moved between them, beside the distances at every layer."""
+    table = _table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
+    for at in (0, 3, 4):
+        table.columns[at].justify = "left"
+    for name, run in (("A", found.a), ("B", found.b)):
+        about = compare.describe(run)
+        corpus = ", ".join(about["corpus"])
+        table.add_row(
+            name, f"{about['tokens']:,}", f"{about['documents']:,}", *(Text(printable(t)) for t in (corpus, run.uri))
+        )
+    _print(table, console)
+    whole = pc.is_null(found.drift["source"])
+    _render_drift("Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console)
+    layer = max(found.drift["layer"].to_pylist())
+    _render_class_drift(layer, found.classes, console)
+    _render_movers(layer, found.movers, console)
+    at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
+    if sources := found.drift.filter(at_layer).to_pylist():
+        apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
+        title = f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in all)"
+        _render_drift(title, "source", apart[:MOVED_SOURCES], console)
+    console.print(Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True)
+
+
+def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
+    """Rows of ``DRIFT_SCHEMA``: quartiles of B with their shift from A, HIGH shares, and distances."""
+    table = _table(title, first, "tokens A", "tokens B", "Q1 B", "shift", "Q2 B", "shift", "Q3 B", "shift",
+                   "HIGH A", "HIGH B", "PSI", "KS", "JS")  # fmt: skip
+    for row in rows:
+        quartiles = []
+        for q in ("q1", "q2", "q3"):
+            a, b = row[f"{q}_a"], row[f"{q}_b"]
+            quartiles += ["" if b is None else figure(b), f"{b / a - 1:+.2%}" if a and b is not None else ""]
+        shares = ["" if row[s] is None else f"{row[s]:.1%}" for s in ("share_high_a", "share_high_b")]
+        distances = ["" if row[d] is None else f"{row[d]:.4f}" for d in ("psi", "ks", "js")]
+        name = Text(printable(str(row[first])))
+        table.add_row(name, f"{row['n_a']:,}", f"{row['n_b']:,}", *quartiles, *shares, *distances)
+    _print(table, console)
+
+
+def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
+    """What share of the tokens each class has, and how many of its own are HIGH, before and after."""
+    table = _table(
+        f"Classes at layer {layer} (HIGH: share, 95 % interval)", "class", "tokens A", "tokens B", "HIGH A", "HIGH B"
+    )
+    for row in classes.filter(pc.equal(classes["layer"], layer)).to_pylist():
+        highs = (
+            f"{row[f'share_high_{r}']:.3f} ({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
+            for r in "ab"
+        )
+        table.add_row(row["class"], f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs)
+    _print(table, console)
+
+
+def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
+    """The types that moved most surely, and the most frequent that are new or vanished."""
+    here = movers.filter(pc.equal(movers["layer"], layer))
+    of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
+    both = of_status["both"]
+    moved = f"{compare.num_moved(here):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
+    title = f"Types at layer {layer}: {moved}"
+    table = _table(title, "token", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
+    for row in both.slice(0, MOVERS).to_pylist():
+        medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
+        table.add_row(
+            Text(printable(row["text"])), row["class"], f"{row['n_a']:,}", f"{row['n_b']:,}",
+            f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
+        )  # fmt: skip
+    _print(table, console)
+    for status, n in (("new", "n_b"), ("vanished", "n_a")):
+        types = of_status[status]
+        most = ", ".join(f"{r['text']} ({r[n]:,})" for r in types.slice(0, MOVERS).to_pylist())
+        console.print(
+            Text(printable(f"{len(types):,} types are {status}" + (f": {most}" if most else ""))), soft_wrap=True
+        )

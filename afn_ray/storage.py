@@ -513,6 +513,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def write_local(path: Path) -> Iterator[IO[bytes]]:
+    """A file of this machine that appears whole, once what is written is complete, or not at all."""
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+        with path.open("wb") as file:
+            yield file
+        return
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a local file, in hex."""
     with path.open("rb") as source:

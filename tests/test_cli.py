@@ -44,6 +44,17 @@ def test_show_prints_the_honest_summary_and_json(store: Path) -> None:
     assert [facts["layer"] for facts in summary["layers"]] == [0, 2]
 
 
+def test_compare_prints_what_moved_and_writes_json(store: Path, tmp_path: Path) -> None:
+    done = afn("compare", store, store, "--json", tmp_path / "drift.json")
+    assert done.returncode == 0, done.stderr
+    for expected in ("Strengths of all tokens", "Classes at layer 2", "0 types are new", "A and B are one run."):
+        assert expected in done.stdout
+    body = json.loads((tmp_path / "drift.json").read_text())
+    assert body["schema_version"] == 1 and [row["psi"] for row in body["drift"]] == [0.0, 0.0]
+    ranks = afn("compare", store, store, "--ranks-only").stdout
+    assert "Ranks only" in ranks and "0.0000" not in ranks
+
+
 @pytest.mark.parametrize("format", ["csv", "json", "parquet"])
 def test_sql_answers_in_every_format(store: Path, format: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -109,6 +120,8 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["verify", "nowhere"], "nowhere is neither a store nor a run"),
         (["verify", "{store}", "--min-age-h", "-1"], "min_age_h is -1.0; expected 0 or more hours"),
         (["show", "nowhere"], "nowhere is neither a store nor a run"),
+        (["compare", "{store}", "nowhere"], "nowhere is neither a store nor a run"),
+        (["compare", "{store}", "{store}", "--json", "no/such/folder/x"], "cannot be written"),
         (["sql", "nowhere", "SELECT 1"], "is neither a store nor a run"),
         (["sql", "{store}", "SELEC 1"], "syntax error"),
         (["sql", "{store}", "SELECT * FROM read_text('/etc/passwd')"], "afn:"),
