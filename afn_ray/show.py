@@ -384,9 +384,7 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
             f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
         )  # fmt: skip
     _print(table, console)
-    for status, n in (("new", "n_b"), ("vanished", "n_a")):
+    for status, verb, n in (("new", "are new", "n_b"), ("vanished", "have vanished", "n_a")):
         types = of_status[status]
         most = ", ".join(f"{r['text']} ({r[n]:,})" for r in types.slice(0, MOVERS).to_pylist())
-        console.print(
-            Text(printable(f"{len(types):,} types are {status}" + (f": {most}" if most else ""))), soft_wrap=True
-        )
+        console.print(Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))), soft_wrap=True)

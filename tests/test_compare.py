@@ -441,7 +441,7 @@ def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison
     assert shown(compared, 40).split() == text.split()
     whole = rows_of(compared.drift, layer=2, source=None)[0]
     for expected in (f"{whole['psi']:.4f}", f"{whole['ks']:.4f}", f"{whole['js']:.4f}", f"{whole['n_a']:,}",
-                     f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}", "3.jsonl", "types are new: ", "types are vanished: ",
+                     f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}", "3.jsonl", "types are new: ", "types have vanished: ",
                      *compared.notes):  # fmt: skip
         assert expected in text, expected
     first = rows_of(compared.movers, layer=2)[0]
