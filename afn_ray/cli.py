@@ -315,10 +315,10 @@ def _compare(args: argparse.Namespace) -> None:
     from afn_ray import compare, show
 
     found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
-    show.render_comparison(found, Console(highlight=False))
     if args.json:
         with _output(args.json) as file:
             file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
+    show.render_comparison(found, Console(highlight=False))
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -377,7 +377,7 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     moved = f"{compare.num_moved(here):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
     title = f"Types at layer {layer}: {moved}"
     table = _table(title, "token", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
-    for row in both.slice(0, MOVERS).to_pylist():
+    for row in both.filter(pc.not_equal(both["z"], 0)).slice(0, MOVERS).to_pylist():
         medians = ("" if row[f"median_{r}"] is None else _figure(row[f"median_{r}"]) for r in "ab")
         table.add_row(
             Text(printable(row["text"])), row["class"], f"{row['n_a']:,}", f"{row['n_b']:,}",
