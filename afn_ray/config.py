@@ -58,6 +58,7 @@ class RunConfig:
     thresholds: str | None = _option(
         None, "run whose thresholds say what is HIGH, or a store for its latest; default: the run's own"
     )
+    screen: int = _option(1000, "strangest documents to list, found in one more scan of what is recorded; 0: no scan")
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
     batch_tokens: int | None = _option(
@@ -97,6 +98,7 @@ class RunConfig:
             ("batch_tokens", 16),
             ("tokenizer_workers", 0),
             ("allow_quarantined", 0),
+            ("screen", 0),
             ("shard_bytes", 1024),
             ("max_document_bytes", 1),
         ):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, dispatch, lexicon, manifest, pipeline, precision, storage
+from afn_ray import cluster, corpus, dispatch, lexicon, manifest, pipeline, precision, screen, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
@@ -28,7 +28,7 @@ BYTES_PER_TOKEN = 6.0
 class Event:
     """Something that a person who waits wants to see."""
 
-    kind: str  # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "complete"
+    kind: str  # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "screening", "complete"
     message: str
     state: dispatch.State | None = None  # of "working"
     done: int = 0  # of "hashing": files
@@ -123,10 +123,17 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     pieces, readable = pipeline.vocabulary_texts(files)
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(
-            config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable, tasks=tasks,
+            config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable,
             language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
-            frozen=frozen,
+            frozen=frozen, tasks=tasks,
         )  # fmt: skip
+        if config.screen:
+            on_event(Event("screening", "looking for strange documents"))
+            tables |= screen.scan_run(
+                config.store, task.measure_id, ordered, task.layers, shards=plan.shards,
+                labels=tables["frozen" if frozen else "thresholds"], vocabulary=tables["vocabulary"],
+                readable=readable, worst=config.screen, tasks=tasks,
+            )  # fmt: skip
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
     num_reused = len(plan.shards) - len(todo)

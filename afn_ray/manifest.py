@@ -177,7 +177,7 @@ def begin_run(
     names = storage.list_names(runs)
     if held and measure_id not in held and not config.allow_another_measure:
         raise StoreError(_other_measure(config.store, names, measure))
-    suffix = _suffix(measure_id, plan.shards, config.language, config.sink_factor, frozen)
+    suffix = _suffix(measure_id, plan.shards, config, frozen)
     begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
     newest = next(begun, "")
     if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
@@ -205,12 +205,10 @@ def _stamp(moment: datetime) -> str:
     return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
-def _suffix(
-    measure_id: str, shards: Iterable[Shard], language: str, sink_factor: float, frozen: Sequence[dict[str, Any]]
-) -> str:
+def _suffix(measure_id: str, shards: Iterable[Shard], config: RunConfig, frozen: Sequence[dict[str, Any]]) -> str:
     """Last part of a run's name: what it was asked for."""
-    ask = {"measure": measure_id, "shards": [s.id for s in shards], "language": language, "sink_factor": sink_factor,
-           "frozen": list(frozen)}  # fmt: skip
+    ask = {"measure": measure_id, "shards": [s.id for s in shards], "language": config.language,
+           "sink_factor": config.sink_factor, "screen": config.screen, "frozen": list(frozen)}  # fmt: skip
     return fingerprint(ask)[:12]
 
 
@@ -266,9 +264,7 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
                 raise StoreError(f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
-    suffix = _suffix(
-        fingerprint(header["measure"]), shards, config.language, config.sink_factor, header["frozen"]
-    )  # fmt: skip
+    suffix = _suffix(fingerprint(header["measure"]), shards, config, header["frozen"])
     if not run.id.endswith(f"-{suffix}"):
         raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
     return shards, header
@@ -489,6 +485,18 @@ def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Sha
             f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"
         )
     return commit, read
+
+
+def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
+    """One file of a committed shard. Raises ``StoreError`` when it is not what ``entry`` of the commit says."""
+    folder = shard_uri(store, measure_id, shard)
+    data = storage.read_bytes(storage.join(folder, entry["name"]))
+    if sha256(data).hexdigest() != entry["sha256"]:
+        raise StoreError(
+            f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; delete {folder} and "
+            "give 'afn run' again"
+        )
+    return data
 
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[str, Commit]:

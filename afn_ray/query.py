@@ -17,7 +17,16 @@ import pyarrow as pa
 
 from afn_ray import manifest, storage
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.schema import REPLACED, SHARDS_SCHEMA, SPECIAL, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA, WORD_START
+from afn_ray.schema import (
+    REPLACED,
+    SCREENED_SCHEMA,
+    SHARDS_SCHEMA,
+    SOURCES_SCHEMA,
+    SPECIAL,
+    THRESHOLDS_SCHEMA,
+    VOCABULARY_SCHEMA,
+    WORD_START,
+)
 
 T = TypeVar("T")
 
@@ -36,6 +45,8 @@ VIEWS = {
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
     "thresholds": "quartiles of the run per layer, with and without sinks",
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
+    "sources": "tokens by file, or by folder where files are many; empty when the run was not screened",
+    "screened": "the strangest documents; empty when the run was not screened",
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
@@ -132,6 +143,9 @@ class Run:
             self._load("vocabulary", _table(folder, "vocabulary", VOCABULARY_SCHEMA))
             self._load("thresholds", _table(folder, "thresholds", THRESHOLDS_SCHEMA))
             self._load("labels", labels)
+            for name, schema in (("sources", SOURCES_SCHEMA), ("screened", SCREENED_SCHEMA)):
+                has = name in folder.info["tables"]
+                self._load(name, _table(folder, name, schema) if has else schema.empty_table())
             self._load("shards", shards)
             self._load("run", _run_row(folder))
             self._create_views(files, labels)

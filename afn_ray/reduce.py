@@ -14,7 +14,6 @@ the small tables at the end.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import lexicon, manifest, storage
+from afn_ray import lexicon, manifest
 from afn_ray.errors import StoreError
 from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, SUMMARY_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
 from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, LayerSummary, to_values
@@ -269,18 +268,14 @@ def _read_layer(
     """Layer ``layer`` (row group ``at``) of every summary, a few files ahead."""
 
     def read(file: SummaryFile) -> LayerSummary | None:
-        uri = storage.join(manifest.shard_uri(store, measure_id, file.shard), file.name)
-        data = storage.read_bytes(uri)
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise StoreError(
-                f"{uri} is damaged: its checksum is not the one in commit.json; delete {uri.rpartition('/')[0]} and "
-                "give 'afn run' again"
-            )
+        data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
         if not file.rows:
             return None  # a shard without tokens
         table = pq.ParquetFile(pa.BufferReader(data)).read_row_group(at, use_threads=False)
         if table["layer"][0].as_py() != layer:
-            raise StoreError(f"{uri}: row group {at} holds layer {table['layer'][0]}, expected {layer}")
+            raise StoreError(
+                f"{file.name} of shard {file.shard}: row group {at} holds layer {table['layer'][0]}, expected {layer}"
+            )
         return LayerSummary.from_table(table)
 
     with ThreadPoolExecutor(READ_AHEAD) as pool:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray import manifest, query, records, reduce, storage
+from afn_ray import manifest, query, records, reduce, screen, storage
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.schema import (
     SPECIAL,
@@ -559,7 +559,7 @@ class _Run:
     def _reduced(
         self, commits: Sequence[manifest.Commit], num_bytes: Sequence[int], vocabulary: pa.Table
     ) -> dict[str, pa.Table]:
-        """The run's tables, reduced anew from the summaries, which were proved to be those of the rows.
+        """The run's tables anew: reduced from the summaries, which were proved to be those of the rows, and screened.
 
         The tokenizer and the word lists that name and sort types may not be here, or be newer: ``token``, ``text``
         and ``class`` are taken from the stored vocabulary, and have only its checksum to speak for them.
@@ -575,6 +575,12 @@ class _Run:
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
         tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
+        if self._config["screen"]:
+            tables |= screen.scan_run(
+                self.folder.store, self.measure_id, commits, self.measure["layers"], shards=self.shards,
+                labels=tables["frozen" if self._frozen else "thresholds"], vocabulary=tables["vocabulary"],
+                readable=readable, worst=self._config["screen"],
+            )  # fmt: skip
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:

@@ -443,6 +443,23 @@ def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
     assert "is a store, whose latest run is another one every night" in capfd.readouterr().err
 
 
+def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
+    nights: Nights, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert nights.audit() == 0
+    (nights.folder / "policy.toml").write_text("max_new_sources = 0\n[source]\nks = 0\nmin_tokens = 1\n")
+    nights.add(1, 600, 620)
+    assert nights.audit() == 1
+    new, ks = nights.said["rules"]
+    assert (new["value"], new["passed"]) == (1, False)
+    assert (ks["value"], ks["passed"], ks["where"]) == (0.0, True, f"{nights.folder}/corpus/0.jsonl")  # untouched
+    nights.config.write_text(nights.config.read_text() + "screen = 0\n")
+    nights.add(1, 600, 630)
+    capfd.readouterr()
+    assert nights.audit() == 2
+    assert "the policy limits sources, but run" in capfd.readouterr().err
+
+
 def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
     assert nights.audit() == 0
     first = nights.said

@@ -148,7 +148,7 @@ def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str
     header["sha256"] = fingerprint([header, rows])
     ids = list({row["ordinal"]: row["shard"] for row in rows}.values())
     ask = {"measure": fingerprint(header["measure"]), "shards": ids, "language": "en", "sink_factor": 10.0,
-           "frozen": []}  # fmt: skip
+           "screen": 1000, "frozen": []}  # fmt: skip
     name = f"20990101T000000.000Z-{fingerprint(ask)[:12]}"
     for file in storage.list_below(before.uri):
         data = storage.read_bytes(file.uri)

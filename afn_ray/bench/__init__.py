@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ BUILT_IN = "BERT-base shape, random weights"
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
     commands = parser.add_subparsers(
-        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce or safety"
+        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce, safety or screen"
     )
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
@@ -78,11 +79,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     safety.add_argument("--shards", type=int, default=1000, metavar="N", help="shards (default: 1,000)")
     safety.add_argument("--store", metavar="URI", help="where stores are made, and left (default: a temporary folder)")
     safety.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+    screen = commands.add_parser(
+        "screen", allow_abbrev=False, help="how well the screening of documents finds planted junk",
+        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (minutes), and "
+        "compares the screening with an order by length and one by idf.",
+    )  # fmt: skip
+    screen.add_argument("--store", metavar="URI", help="where the run is made, and left (default: a temporary folder)")
+    screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
     for command in (engine, monitor):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
-    for command in (engine, monitor, reduce, safety):
+    for command in (engine, monitor, reduce, safety, screen):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
@@ -120,6 +128,12 @@ def call(args: argparse.Namespace) -> None:
 
         result = safety.measure(args.shards, args.store, args.repeat, lambda note: notes.print(note, markup=False))
         safety.render(result, console)
+    elif args.what == "screen":
+        from afn_ray.bench import screen
+
+        with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
+            result = screen.measure(args.store or folder, args.seed, lambda note: notes.print(note, markup=False))
+        screen.render(result, console)
     else:
         profiles = chosen("profiles", args.profiles, PROFILES)
         variants = chosen("variants", args.variants, VARIANTS)
