@@ -19,6 +19,7 @@ from afn_ray.errors import (
 )
 
 if TYPE_CHECKING:
+    from afn_ray.audit import Audit, Policy, read_policy, run_audit
     from afn_ray.compare import Comparison
     from afn_ray.compare import compare as compare_runs
     from afn_ray.garbage import Garbage, collect_garbage
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AfnError",
+    "Audit",
     "Comparison",
     "ConfigError",
     "CorpusError",
@@ -41,6 +43,7 @@ __all__ = [
     "IncompleteRun",
     "Interrupted",
     "ModelError",
+    "Policy",
     "QueryError",
     "Run",
     "RunConfig",
@@ -53,15 +56,18 @@ __all__ = [
     "config_from",
     "dry_run",
     "open_run",
+    "read_policy",
     "run",
+    "run_audit",
     "verify_store",
     "write_report",
 ]
 
 _LAZY = {
-    "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Garbage": "garbage", "Run": "query",
-    "Verification": "verify", "collect_garbage": "garbage", "compare_runs": "compare:compare", "dry_run": "job",
-    "open_run": "query", "run": "job", "verify_store": "verify", "write_report": "report",
+    "Audit": "audit", "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Garbage": "garbage",
+    "Policy": "audit", "Run": "query", "Verification": "verify", "collect_garbage": "garbage",
+    "compare_runs": "compare:compare", "dry_run": "job", "open_run": "query", "read_policy": "audit", "run": "job",
+    "run_audit": "audit", "verify_store": "verify", "write_report": "report",
 }  # fmt: skip
 
 

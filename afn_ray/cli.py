@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
 VERIFY_EPILOG = "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from the store"
 GC_EPILOG = "exit codes: 0 listed, or deleted; 2 usage, or a plan that cannot be read; 75 stopped, resumable"
+AUDIT_EPILOG = (
+    "exit codes: 0 the policy holds; 1 it is broken; 2 the audit failed or was stopped, and the same command resumes it"
+)
+POLICY_BROKEN, AUDIT_FAILED = 1, 2
 LOG_EVERY_S = 10.0
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
@@ -43,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     log = logging.getLogger("afn_ray")
     if not log.handlers:
         log.addHandler(_ToStderr())
+    audits, failed = args.call is _audit, True
     try:
         with _terminable():
-            args.call(args)
+            code = args.call(args) or 0
         sys.stdout.flush()
-        code = 0
+        failed = False
     except KeyboardInterrupt:
-        resumable = args.call in (_run, _demo, _gc)
+        resumable = audits or args.call in (_run, _demo, _gc)
         errors.print("afn: stopped" + ("; the same command resumes" if resumable else ""), markup=False)
         code = Interrupted.exit_code if resumable else 130
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
@@ -58,7 +64,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except AfnError as error:
         errors.print("afn:", printable(str(error), keep="\n"), markup=False)
         code = error.exit_code
-    if code == Interrupted.exit_code and any(t.name.startswith("afn-") for t in threading.enumerate()):
+    except Exception:
+        if not audits:
+            raise
+        traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
+        code = AUDIT_FAILED
+    hung = code == Interrupted.exit_code and any(t.name.startswith("afn-") for t in threading.enumerate())
+    if audits and failed:
+        code = AUDIT_FAILED
+    if hung:
         sys.stdout.flush()
         os._exit(code)  # a thread that hangs would hold the exit
     sys.exit(code)
@@ -117,6 +131,29 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out what depends on raw strengths, which alone compares runs of different measures",
     )  # fmt: skip
     compare.set_defaults(call=_compare)
+
+    audit = commands.add_parser(
+        "audit", help="the nightly audit: run, compare with an earlier run, judge by a policy", epilog=AUDIT_EPILOG,
+        description="Writes audit.json, and tells of a broken policy once more when the same command is given again.",
+    )  # fmt: skip
+    audit.add_argument("config", metavar="RUN_TOML", type=Path, help="what to run: a file as of 'afn run --config'")
+    audit.add_argument("--policy", metavar="FILE", type=Path, required=True, help="TOML file of limits")
+    audit.add_argument(
+        "--baseline", metavar="RUN", default="previous",
+        help="previous: the store's newest run before this one; week: the newest that began 6.5 days earlier; or a "
+             "run's URI (default: previous)",
+    )  # fmt: skip
+    audit.add_argument("--frozen", action="store_true", help="label by the thresholds of the runs before this one")
+    audit.add_argument(
+        "--out", metavar="DIR", type=_local, default="audit", help="folder of audit.json (default: audit)"
+    )
+    audit.add_argument("--webhook", metavar="URL", help="POST audit.json there if the policy is broken "
+                       "(default: AFN_WEBHOOK of the environment, which no list of processes shows)")  # fmt: skip
+    audit.add_argument("--allow-http", action="store_true", help="let --webhook be http to another machine")
+    audit.add_argument("--on-broken", metavar="COMMAND", help="run that, without a shell, if the policy is broken; "
+                       "AFN_AUDIT_JSON says where audit.json is")  # fmt: skip
+    audit.add_argument("--quiet", action="store_true", help="no progress; errors still show")
+    audit.set_defaults(call=_audit)
 
     sql = commands.add_parser(
         "sql", help="ask a run in SQL", epilog=EPILOG,
@@ -305,10 +342,33 @@ def _compare(args: argparse.Namespace) -> None:
     from afn_ray import compare, show
 
     found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
-    show.render_comparison(found, Console(highlight=False))
     if args.json:
         with _output(args.json) as file:
             file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
+    show.render_comparison(found, Console(highlight=False))
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from afn_ray import audit
+
+    config, policy = config_from({}, args.config), audit.read_policy(args.policy)
+    url = args.webhook or os.environ.get("AFN_WEBHOOK")
+    webhook = audit.check_webhook(url, args.allow_http) if url else None
+    command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
+    errors = Console(stderr=True, highlight=False)
+    with _progress(errors, args.quiet) as on_event:
+        found = audit.run_audit(config, policy, baseline=args.baseline, frozen=args.frozen, on_event=on_event)
+    written = audit.write_json(found, args.out)
+    for line in audit.lines(found):
+        print(printable(line))
+    if found.passed:
+        return 0
+    sys.stdout.flush()
+    told = [audit.post(webhook, written.read_bytes()) if webhook else None,
+            audit.call_command(command, written) if command else None]  # fmt: skip
+    for failure in filter(None, told):  # whoever waits for the exit code still learns the verdict
+        errors.print("afn:", printable(failure), markup=False, soft_wrap=True)
+    return POLICY_BROKEN
 
 
 def _sql(args: argparse.Namespace) -> None:

@@ -189,11 +189,6 @@ def _complete(run: str | RunFolder) -> RunFolder:
     return folder
 
 
-def _labels(run: RunFolder) -> pa.Table:
-    """The thresholds that ``run`` labels by."""
-    return manifest.read_table(run, "frozen" if "frozen" in run.info["tables"] else "thresholds")
-
-
 def _by_layer(run: RunFolder, name: str) -> dict[int, pa.Table]:
     """The run's table ``name`` by layer; nothing where the run has no such table, as older ones have no sources."""
     if name not in run.info["tables"]:
@@ -338,7 +333,11 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         if differing := _differences(a.info["measure"], b.info["measure"]):
             yield f"The measures differ, and types are matched by their piece: {'; '.join(differing)}."
     q3_a, q3_b = (
-        {r["layer"]: r["q3"] for r in _labels(run).to_pylist() if r["population"] == "tokens" and r["layer"] in layers}
+        {
+            r["layer"]: r["q3"]
+            for r in manifest.labels(run).to_pylist()
+            if r["population"] == "tokens" and r["layer"] in layers
+        }
         for run in (a, b)
     )
     if q3_a == q3_b:

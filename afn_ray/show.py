@@ -388,16 +388,14 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     moved = f"{compare.num_moved(here):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
     title = f"Types at layer {layer}: {moved}"
     table = _table(title, "token", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
-    for row in both.slice(0, MOVERS).to_pylist():
+    for row in both.filter(pc.not_equal(both["z"], 0)).slice(0, MOVERS).to_pylist():
         medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
         table.add_row(
             Text(printable(row["text"])), row["class"], f"{row['n_a']:,}", f"{row['n_b']:,}",
             f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
         )  # fmt: skip
     _print(table, console)
-    for status, n in (("new", "n_b"), ("vanished", "n_a")):
+    for status, verb, n in (("new", "are new", "n_b"), ("vanished", "have vanished", "n_a")):
         types = of_status[status]
         most = ", ".join(f"{r['text']} ({r[n]:,})" for r in types.slice(0, MOVERS).to_pylist())
-        console.print(
-            Text(printable(f"{len(types):,} types are {status}" + (f": {most}" if most else ""))), soft_wrap=True
-        )
+        console.print(Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))), soft_wrap=True)

@@ -121,11 +121,12 @@ def expected_distances(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict
     p, q = shares(a, ends), shares(b, ends)
     some = (p > 0) | (q > 0)
     p, q = np.where(p == 0, 0.5 / len(a), p)[some], np.where(q == 0, 0.5 / len(b), q)[some]
-    even = np.concatenate([np.tile(a, len(b)), np.tile(b, len(a))])  # each run half of it
-    ends = np.unique([np.quantile(even, i / 10, method="inverted_cdf") for i in range(1, 10)])
+    both = np.concatenate([a, b])
+    half_each = np.repeat([len(b), len(a)], [len(a), len(b)])
+    ends = np.unique(np.quantile(both, np.arange(1, 10) / 10, weights=half_each, method="inverted_cdf"))
     return {
         "psi": float(np.sum((q - p) * np.log(q / p))),
-        "ks": float(scipy.stats.ks_2samp(a, b).statistic),
+        "ks": float(np.abs(np.subtract(*(scipy.stats.ecdf(v).cdf.evaluate(both) for v in (a, b)))).max()),
         "js": float(scipy.spatial.distance.jensenshannon(shares(a, ends), shares(b, ends), base=2)),
     }
 
@@ -155,6 +156,7 @@ def test_quartiles_and_distances_are_those_of_the_raw_strengths(
             assert row[f"share_high_{run}"] == np.mean(of[run] >= found.q3[layer])
         if len(of["a"]) and len(of["b"]):
             expected = expected_distances(of["a"], of["b"])
+            assert expected["ks"] == pytest.approx(scipy.stats.ks_2samp(of["a"], of["b"]).statistic)
             assert {d: row[d] for d in DISTANCES} == pytest.approx(expected, rel=1e-12, abs=1e-15)
         else:
             assert source in ("0.jsonl", "3.jsonl") and all(row[d] is None for d in DISTANCES)
@@ -323,7 +325,7 @@ def test_backwards_is_the_mirror_image(compared: Comparison, runs: tuple[RunFold
 
 @pytest.fixture(scope="module")
 def of_another_measure(config: RunConfig, runs: tuple[RunFolder, RunFolder]) -> RunFolder:
-    with afn_ray.run(replace(config, layers="2,3", window_tokens=32, store=f"{config.store}-other")) as run:
+    with afn_ray.run(replace(config, layers="2,3", window_tokens=32, screen=0, store=f"{config.store}-other")) as run:
         return manifest.find_run(run.uri)
 
 
@@ -441,7 +443,7 @@ def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison
     assert shown(compared, 40).split() == text.split()
     whole = rows_of(compared.drift, layer=2, source=None)[0]
     for expected in (f"{whole['psi']:.4f}", f"{whole['ks']:.4f}", f"{whole['js']:.4f}", f"{whole['n_a']:,}",
-                     f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}", "3.jsonl", "types are new: ", "types are vanished: ",
+                     f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}", "3.jsonl", "types are new: ", "types have vanished: ",
                      *compared.notes):  # fmt: skip
         assert expected in text, expected
     first = rows_of(compared.movers, layer=2)[0]

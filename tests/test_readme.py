@@ -28,14 +28,15 @@ def blocks(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minilm: Path) -> Path:
-    """What the README speaks of: a corpus, a model, run.toml, and the demo's store over fewer verses."""
+    """What the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's store over fewer verses."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "corpus").mkdir()
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "path" / "to" / "model").symlink_to(minilm)
     rows = [{"citation": f"v{i}", "id": i, "text": t} for i, t in enumerate(verses[:300])]
     write_jsonl(folder / "corpus" / "verses.jsonl", rows)
-    (folder / "run.toml").write_text(blocks("toml")[0])
+    for name, text in zip(("run.toml", "policy.toml"), blocks("toml"), strict=True):
+        (folder / name).write_text(text)
     config = demo.demo_config("afn-demo")
     done = subprocess.run(
         [sys.executable, "-m", "afn_ray", "run", "corpus", "--store", "afn-demo", "--layers", config.layers,

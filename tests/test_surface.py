@@ -71,7 +71,20 @@ def test_command_line() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["show"], ["compare"], ["sql"], ["explain"], ["report"], ["verify"], ["gc"], ["doctor"], ["demo"]],
+    [
+        [],
+        ["run"],
+        ["show"],
+        ["compare"],
+        ["audit"],
+        ["sql"],
+        ["explain"],
+        ["report"],
+        ["verify"],
+        ["gc"],
+        ["doctor"],
+        ["demo"],
+    ],
 )
 def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str]) -> None:
     code = "import sys; sys.argv = ['afn', *sys.argv[1:], '--help']\n" + (

@@ -1,0 +1,16 @@
+"""The nightly audit as a Ray job: an increment, a comparison with an earlier run, and a verdict by a policy.
+
+    python jobs/nightly_audit.py run.toml --policy policy.toml --baseline week --frozen --out /var/audit
+
+is ``afn audit``. Exit code 0: the policy holds; 1: it is broken; 2: the audit failed or was stopped, and the same
+command resumes it. On a cluster: ``ray job submit --working-dir . -- python jobs/nightly_audit.py run.toml ...``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from afn_ray import cli
+
+if __name__ == "__main__":
+    cli.main(["audit", *sys.argv[1:]])

@@ -1,0 +1,579 @@
+"""The nightly audit: what breaks a policy, what it is held against, its exit codes, and kills at every step."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import RUN_INFO, stop_after, write_jsonl
+
+import afn_ray
+from afn_ray import audit, cli, compare, job, manifest, verify
+from afn_ray.audit import Policy, Rule
+from afn_ray.compare import Comparison
+from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, StoreError
+from afn_ray.manifest import RunFolder
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
+
+SCRIPT = Path(__file__).parent.parent / "jobs" / "nightly_audit.py"
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+# --- policy ----------------------------------------------------------------------------------------------
+
+
+def policy_of(folder: Path, text: str) -> Policy:
+    (folder / "policy.toml").write_text(text)
+    return audit.read_policy(folder / "policy.toml")
+
+
+def test_limits_are_numbers_and_shares_may_be_given_in_percent(tmp_path: Path) -> None:
+    found = policy_of(tmp_path, 'psi = 0.1\nq3_shift = "2%"\nq1_shift = "0.5 %"\nlayer = 8\nmax_new_types = 5\n'
+                                '[source]\nks = 1\nmin_tokens = 50\n')  # fmt: skip
+    assert found == Policy({"psi": 0.1, "q3_shift": 0.02, "q1_shift": 0.005, "max_new_types": 5}, {"ks": 1.0}, 8, 50)
+
+
+def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        policy_of(tmp_path, "psi = 0.1\nspi = 0.1\n")
+    assert "no such key: spi; there are:" in str(caught.value)
+    for key, meaning in {**audit.RUN_LIMITS, **audit.DRIFT_LIMITS, **audit.OPTIONS}.items():
+        assert f"\n  {key}: {meaning}" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"no such \[source\] key: max_new_types; there are:\n  psi: ") as caught:
+        policy_of(tmp_path, "[source]\nmax_new_types = 3\n")
+    assert "min_tokens" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psi = true", "psi is True; expected a number"),
+        ("psi = -0.1", "psi is -0.1; expected a number"),
+        ("psi = nan", "psi is nan; expected a number"),
+        ("psi = inf", "psi is inf; expected a number"),
+        ('psi = "a tenth"', "psi is 'a tenth'; expected a number"),
+        ("psi = [0.1]", "expected a number"),
+        ("max_new_types = 0.5", "max_new_types is 0.5; expected a whole number"),
+        ('max_new_types = "2%"', "max_new_types is '2%'; expected a whole number"),
+        ("layer = 8.0\npsi = 1", "layer is 8.0; expected a whole number"),
+        ("source = 3", "expected a table"),
+        ("[source]\nmin_tokens = true\npsi = 1", "min_tokens is True; expected a whole number"),
+        ("[source]\nks = '-1%'", "source.ks is '-1%'; expected"),
+        ("layer = 2", "has no limit, so nothing could break it"),
+        ("= 1", "is not TOML"),
+    ],
+)
+def test_what_is_no_policy_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        policy_of(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_a_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        audit.read_policy(tmp_path / "none.toml")
+
+
+# --- judging ---------------------------------------------------------------------------------------------
+
+
+def run_of(**changes: Any) -> RunFolder:
+    counts = {"documents": 200, "empty": 10, "quarantined": 4, "shards": 9, "tokens": 5000, "special": 400}
+    info = {"layers": [0, 2], "counts": counts, "quarantined": [{}], "tables": {"sources": {}}, "measure": {"id": "m"},
+            "config": {"corpus": ["c"]}, "model": {"name": "x"}, "created_at": "", "finished_at": ""}  # fmt: skip
+    return RunFolder("s/runs/b", "s", "b", {**info, **changes})
+
+
+def drift_row(layer: int, source: str | None, n_a: int, n_b: int, **values: float) -> dict[str, Any]:
+    row = dict.fromkeys(DRIFT_SCHEMA.names) | {"layer": layer, "source": source, "n_a": n_a, "n_b": n_b}
+    if n_a and n_b:
+        row |= dict.fromkeys(("psi", "ks", "js"), 0.0) | dict.fromkeys(("share_high_a", "share_high_b"), 0.25)
+        row |= {f"{q}_{r}": 4.0 for q in ("q1", "q2", "q3") for r in "ab"}
+    return row | values
+
+
+COMPARED = Comparison(
+    replace(run_of(), uri="s/runs/a", id="a"), run_of(),
+    pa.Table.from_pylist(
+        [
+            drift_row(0, None, 4000, 5000, psi=0.9, ks=0.9, js=0.9),
+            drift_row(2, None, 4000, 5000, psi=0.125, ks=0.25, js=0.5, q1_b=4.5, q2_b=3.0, q3_b=5.0,
+                      share_high_b=0.375),
+            drift_row(2, "long", 2000, 2000, psi=0.25, q3_b=6.0),
+            drift_row(2, "longer", 2000, 2000, ks=0.5, share_high_a=0.5),
+            drift_row(2, "new", 0, 2000), drift_row(2, "short", 999, 1000, psi=9.0, ks=1.0), drift_row(2, "gone", 1, 0),
+            drift_row(2, "gone too", 1000, 0),
+        ],
+        DRIFT_SCHEMA,
+    ),
+    pa.Table.from_pylist(
+        [
+            dict.fromkeys(CLASS_DRIFT_SCHEMA.names, 0.0) | {"layer": 2, "class": name, "n_a": n_a, "n_b": 9,
+             "share_a": 0.5, "share_b": share_b, "n_high_a": 0, "n_high_b": 0, "share_high_b": high}
+            for name, n_a, share_b, high in (("content", 9, 0.625, 0.125), ("function", 9, 0.25, 0.0625),
+                                             ("number", 0, 0.5, 1.0))
+        ],
+        CLASS_DRIFT_SCHEMA,
+    ),
+    pa.Table.from_pylist(
+        [
+            dict.fromkeys(MOVERS_SCHEMA.names) | {"layer": layer, "token_id": i, "token": "t", "text": "t",
+             "class": "c", "status": status, "n_a": 1, "n_b": 1, "q": q}
+            for layer in (0, 2)
+            for i, (status, q) in enumerate([("both", 0.049), ("both", 0.05), ("new", None), ("new", None),
+                                             ("vanished", None)])
+        ],
+        MOVERS_SCHEMA,
+    ),
+    ("a note",),
+)  # fmt: skip
+VALUES: dict[str, tuple[float, str | None]] = {
+    "quarantined_documents": (0.02, None), "quarantined_shards": (0.1, None), "empty_documents": (0.05, None),
+    "psi": (0.125, None), "ks": (0.25, None), "js": (0.5, None), "q1_shift": (0.125, None), "q2_shift": (0.25, None),
+    "q3_shift": (0.25, None), "share_high_shift": (0.125, None), "class_share_shift": (0.25, "function"),
+    "class_high_shift": (0.125, "content"), "max_moved_types": (1, None), "max_new_types": (2, None),
+    "max_vanished_types": (1, None), "max_new_sources": (1, None), "max_vanished_sources": (2, None),
+    "min_tokens_ratio": (1.25, None), "max_tokens_ratio": (1.25, None),
+    "source.psi": (0.25, "long"), "source.ks": (0.5, "longer"), "source.js": (0.0, "longer"),
+    "source.q1_shift": (0.0, "longer"), "source.q2_shift": (0.0, "longer"), "source.q3_shift": (0.5, "long"),
+    "source.share_high_shift": (0.25, "longer"),
+}  # fmt: skip
+
+
+def one_rule(key: str, limit: float, comparison: Comparison | None = COMPARED, run: RunFolder | None = None) -> Rule:
+    plain = key.removeprefix("source.")
+    policy = Policy({} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000)
+    (rule,) = audit.judge(policy, run or run_of(), comparison)
+    return rule
+
+
+def test_every_key_is_judged() -> None:
+    known = {*audit.RUN_LIMITS, *audit.DRIFT_LIMITS, *(f"source.{key}" for key in audit.DISTANCE_LIMITS)}
+    assert set(VALUES) == known
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
+    value, where = VALUES[key]
+    rule = one_rule(key, value)
+    assert (rule.key, rule.value, rule.where, rule.passed) == (key, pytest.approx(value), where, True)
+    beyond = value + 0.001 if key.startswith("min_") else value - 0.001
+    assert one_rule(key, beyond).passed is False
+    assert rule.meaning in (audit.RUN_LIMITS | audit.DRIFT_LIMITS).values()
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
+    rule = one_rule(key, 0, None)
+    if key in audit.RUN_LIMITS:
+        assert rule.passed is False
+    else:
+        assert rule.passed is None and rule.value is None
+
+
+def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
+    (rule,) = audit.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED)
+    assert rule.value == 0.9 and rule.passed is False
+    with pytest.raises(ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"):
+        list(audit.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None))
+
+
+def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_one_without() -> None:
+    for key in ("source.psi", "max_new_sources"):
+        with pytest.raises(ConfigError, match="has no table of them"):
+            one_rule(key, 1, run=run_of(tables={}))
+        whole = replace(COMPARED, drift=COMPARED.drift.filter(pa.compute.is_null(COMPARED.drift["source"])))
+        assert one_rule(key, 1, whole).passed is None
+
+
+def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> None:
+    rows = [drift_row(2, None, 10, 10, q1_a=0.0, q2_a=0.0, q2_b=0.0)]
+    moved = replace(COMPARED, drift=pa.Table.from_pylist(rows, DRIFT_SCHEMA))
+    rule = one_rule("q1_shift", 1e9, moved)
+    assert rule.passed is False and rule.value is None
+    assert one_rule("q2_shift", 0, moved).passed is True
+    found = audit.Audit(False, (rule,), run_of(), COMPARED.a, moved, ())
+    assert "infinite" in next(audit.lines(found)) and json.dumps(audit.to_json(found), allow_nan=False)
+
+
+# --- baselines -------------------------------------------------------------------------------------------
+
+
+def complete(store: Path, began: datetime, measure: str = "m", done: bool = True) -> RunFolder:
+    name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{'0' * 12}"
+    run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
+    plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
+    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {"measure": {"id": measure}, "tables": {"plan": plan}}
+    return manifest.finish_run(run, info) if done else run
+
+
+def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week_before(tmp_path: Path) -> None:
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    run = complete(tmp_path, tonight)
+    assert audit.BASELINES["previous"](run) is audit.BASELINES["week"](run) is None
+    complete(tmp_path, tonight + timedelta(hours=1))
+    complete(tmp_path, tonight - timedelta(days=1), "other")
+    complete(tmp_path, tonight - timedelta(days=2), done=False)
+    three = complete(tmp_path, tonight - timedelta(days=3))
+    assert audit.BASELINES["previous"](run) == three and audit.BASELINES["week"](run) is None
+    complete(tmp_path, tonight - timedelta(days=6, hours=11))
+    week = complete(tmp_path, tonight - timedelta(days=6, hours=12))
+    complete(tmp_path, tonight - timedelta(days=9))
+    assert audit.BASELINES["week"](run) == week
+
+
+# --- whole nights ----------------------------------------------------------------------------------------
+
+
+class Nights:
+    """A corpus that changes, and the audit of it as a user types it."""
+
+    def __init__(self, folder: Path, model: Path, verses: list[str], policy: str) -> None:
+        self.folder, self.verses, self.store = folder, verses, folder / "store"
+        self.config = folder / "run.toml"
+        folder.mkdir(exist_ok=True)
+        self.config.write_text(
+            f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = "{self.store}"\nlayers = "0,2"\n'
+            'dtype = "float32"\nexecutor = "inline"\nshard_bytes = 2048\nbatch_tokens = 256\n'
+        )
+        (folder / "corpus").mkdir()
+        (folder / "policy.toml").write_text(policy)
+        self.add(0, 0, 30)
+
+    def add(self, file: int, begin: int, end: int) -> None:
+        rows = [{"text": t} for t in self.verses[begin:end]]
+        write_jsonl(self.folder / "corpus" / f"{file}.jsonl", rows)
+
+    def words(self, *more: str) -> list[str]:
+        given = {"policy": self.folder / "policy.toml", "out": self.folder / "out"}
+        return ["audit", str(self.config), *(f"--{name}={path}" for name, path in given.items()), "--quiet", *more]
+
+    def audit(self, *more: str) -> int:
+        """Exit code of ``afn audit``, in this process."""
+        with pytest.raises(SystemExit) as left:
+            cli.main(self.words(*more))
+        assert isinstance(left.value.code, int)
+        return left.value.code
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        """The real job."""
+        command = [sys.executable, str(SCRIPT), *self.words(*more)[1:]]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def script(self, *more: str) -> tuple[int, str, str]:
+        process = self.start(*more)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    @property
+    def said(self) -> dict[str, Any]:
+        body = json.loads((self.folder / "out" / "audit.json").read_text("utf-8"))
+        assert body["schema_version"] == 1
+        return dict(body)
+
+
+LOOSE = "psi = 2\nq3_shift = '50%'\nmax_new_types = 9999\nquarantined_documents = '0.1%'\n"
+
+
+@pytest.fixture
+def nights(tmp_path: Path, tiny_bert: Path, verses: list[str]) -> Nights:
+    return Nights(tmp_path / "nights", tiny_bert, verses, LOOSE)
+
+
+def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> None:
+    code, out, err = nights.script()
+    assert code == 0, err
+    assert "First night" in out and "not judged psi" in out and "the policy holds" in out
+    first = nights.said
+    assert first["verdict"] == "pass" and first["baseline"] is None
+    assert [r["passed"] for r in first["rules"]] == [None, None, None, True]
+
+    nights.add(1, 600, 640)
+    hook = tmp_path / "hook.py"
+    hook.write_text("import os, sys\nprint('hook:', *sys.argv[1:], open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n")
+    (nights.folder / "policy.toml").write_text(
+        LOOSE + "max_vanished_types = 0\nmax_new_types = 3\n".replace("max_new_types = 3\n", "ks = 0.0001\n")
+    )
+    code, out, err = nights.script("--on-broken", f"{sys.executable} {hook} 'two words' $HOME")
+    assert code == 1, err
+    assert out.splitlines()[0].startswith("BROKEN     ks ") and "the policy is broken: 1 limit of 6" in out
+    assert 'hook: two words $HOME {\n "schema_version"' in out  # no shell
+    second = nights.said
+    assert second["verdict"] == "broken" and second["baseline"] == first["run"]
+    assert [r["key"] for r in second["rules"] if r["passed"] is False] == ["ks"]
+
+    (nights.folder / "policy.toml").write_text("kss = 1")
+    code, out, err = nights.script()
+    assert code == 2 and "no such key: kss" in err and "Traceback" not in err
+    assert nights.said == second  # of the last night that had a verdict
+
+
+def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Nights) -> None:
+    assert nights.audit() == 0
+    nights.add(1, 600, 620)
+    assert nights.audit() == 0
+    before = (nights.folder / "out" / "audit.json").read_bytes()
+    assert nights.audit() == 0
+    assert (nights.folder / "out" / "audit.json").read_bytes() == before
+    assert names(nights.folder / "out") == ["audit.json"]
+
+
+def interrupted(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "planning": lambda patch: patch.setattr(manifest, "make_plan", interrupted),
+    "a shard": lambda patch: stop_after(patch, 1),
+    "reducing": lambda patch: patch.setattr(job, "reduce_run", interrupted),
+    "the run's end": lambda patch: patch.setattr(manifest, "finish_run", interrupted),
+    "the baseline": lambda patch: patch.setitem(audit.BASELINES, "previous", interrupted),
+    "comparing": lambda patch: patch.setattr(compare, "compare", interrupted),
+    "judging": lambda patch: patch.setattr(audit, "judge", interrupted),
+    "writing": lambda patch: patch.setattr(Path, "replace", interrupted),
+    "telling": lambda patch: patch.setattr(audit, "call_command", interrupted),
+}
+
+
+def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_is_the_same(
+    tmp_path: Path, tiny_bert: Path, verses: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = LOOSE + "ks = 0.0001\n"
+    command = ["--on-broken", "true"]
+    verdicts = []
+    for steps in ({}, STEPS):
+        nights = Nights(tmp_path / f"{len(steps)}", tiny_bert, verses, broken)
+        assert nights.audit(*command) == 0
+        nights.add(1, 600, 630)
+        for step, stop in steps.items():
+            with pytest.MonkeyPatch.context() as patch:
+                stop(patch)
+                assert nights.audit(*command) == 2, step
+            assert "the same command resumes" in capfd.readouterr().err
+            assert nights.said["verdict"] == ("broken" if step == "telling" else "pass")
+        assert nights.audit(*command) == 1
+        found = verify.verify_store(str(nights.store))
+        assert not found.findings and not found.unproved
+        assert len(names(nights.store / "runs")) == 2
+        with afn_ray.open_run(str(nights.store)) as run:
+            rows = run.sql("SELECT token_id, strength_2 FROM tokens ORDER BY doc, position").fetchall()
+        verdicts.append((nights.said["rules"], nights.said["verdict"], rows))
+    assert verdicts[0] == verdicts[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Interrupted("no capacity"), "no capacity"),
+        (IncompleteRun("3 shards are quarantined"), "3 shards"),
+        (StoreError("damaged"), "damaged"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+    ],
+)
+def test_whatever_else_goes_wrong_is_2(
+    error: Exception, said: str, nights: Nights, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(job, "run", fail)
+    assert nights.audit() == 2
+    assert said in capfd.readouterr().err
+    assert not (nights.folder / "out").exists()
+
+
+def test_a_mistake_in_what_was_typed_is_2_before_any_work(
+    nights: Nights, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "run", None)
+    for more, said in (
+        (["--baseline", "last-month"], "neither a store nor a run"),
+        (["--on-broken", "'"], "is no command"),
+        (["--on-broken", " "], "--on-broken is empty"),
+        (["--webhook", "http://example.org/secret"], "http, which anybody on the way reads"),
+        (["--webhook", "ftp://example.org/secret"], "expected https"),
+        (["--webhook", "example.org/secret"], "expected https"),
+        (["--out", "s3://bucket/x"], "not a file of this machine"),
+    ):
+        assert nights.audit(*more) == 2
+        err = capfd.readouterr().err
+        assert said in err and "secret" not in err
+    nights.config.write_text(nights.config.read_text() + 'thresholds = "x"\n')
+    assert nights.audit("--frozen") == 2
+    assert "leave it out of the config, or --frozen" in capfd.readouterr().err
+
+
+def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
+    nights: Nights, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def q3(run: RunFolder) -> list[float]:
+        return [r["q3"] for r in manifest.labels(run).to_pylist()]
+
+    assert nights.audit("--frozen") == 0
+    first = manifest.find_run(str(nights.store))
+    for night in (1, 2):
+        nights.add(night, 600 * night, 600 * night + 20)
+        assert nights.audit("--frozen") == 0
+        run = manifest.find_run(str(nights.store))
+        assert nights.audit("--frozen") == 0
+        assert manifest.find_run(str(nights.store)) == run  # again, and nothing is done
+        assert q3(run) == q3(first) and run.id != first.id
+        assert any("HIGH means the same" in n for n in nights.said["notes"])
+    assert nights.audit("--baseline", first.uri) == 0
+    assert nights.said["baseline"]["uri"] == first.uri
+    capfd.readouterr()
+    assert nights.audit("--baseline", str(nights.store)) == 2
+    assert "is a store, whose latest run is another one every night" in capfd.readouterr().err
+
+
+def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
+    nights: Nights, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert nights.audit() == 0
+    (nights.folder / "policy.toml").write_text("max_new_sources = 0\n[source]\nks = 0\nmin_tokens = 1\n")
+    nights.add(1, 600, 620)
+    assert nights.audit() == 1
+    new, ks = nights.said["rules"]
+    assert (new["value"], new["passed"]) == (1, False)
+    assert (ks["value"], ks["passed"], ks["where"]) == (0.0, True, f"{nights.folder}/corpus/0.jsonl")  # untouched
+    nights.config.write_text(nights.config.read_text() + "screen = 0\n")
+    nights.add(1, 600, 630)
+    capfd.readouterr()
+    assert nights.audit() == 2
+    assert "the policy limits sources, but run" in capfd.readouterr().err
+
+
+def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
+    assert nights.audit() == 0
+    first = nights.said
+    for file in range(1, 30):
+        nights.add(file, 100 * file, 100 * file + 20)
+    process = nights.start()
+
+    def num_committed() -> int:
+        return len(list((nights.store / "shards").glob("*/*/commit.json")))
+
+    before, until = num_committed(), time.monotonic() + 120
+    while num_committed() < before + 2:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and nights.said == first
+    assert nights.audit() == 0
+    said = nights.said
+    assert said["baseline"] == first["run"] and said["counts"]["documents"] == 30 + 29 * 20
+    assert said["counts"]["shards_reused"] >= before + 2
+    found = verify.verify_store(str(nights.store))
+    assert not found.findings
+
+
+# --- to be told ------------------------------------------------------------------------------------------
+
+
+class Hook:
+    """An HTTP server on this machine that answers with the statuses given, then with 200."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.got: list[bytes] = []
+        hook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                hook.got.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(hook.statuses.pop(0) if hook.statuses else 200)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/secret"
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    found = Hook()
+    thread = threading.Thread(target=found.server.serve_forever)
+    thread.start()
+    yield found
+    found.server.shutdown()
+    thread.join()
+    found.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "tries", "said"),
+    [
+        ([], 1, None),
+        ([503, 429], 3, None),
+        ([500, 502, 503], 3, "did not take the verdict: status 503"),
+        ([404], 1, "status 404"),
+        ([302], 1, "status 302"),
+    ],
+)
+def test_a_webhook_is_tried_again_where_that_may_help(
+    hook: Hook, statuses: list[int], tries: int, said: str | None
+) -> None:
+    hook.statuses = list(statuses)
+    why = audit.post(audit.check_webhook(hook.url, False), b"{}", pause_s=0.001)
+    assert hook.got == [b"{}"] * tries
+    assert why is None if said is None else why is not None and said in why and "secret" not in why
+
+
+def test_a_webhook_that_nobody_answers_is_told_of() -> None:
+    why = audit.post("http://127.0.0.1:1/secret", b"{}", pause_s=0.001)
+    assert why is not None and "127.0.0.1 did not take the verdict" in why and "secret" not in why
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:9/x", "http://[::1]/x", "http://127.1.2.3/x", "https://example.org/x"]
+)
+def test_webhooks_that_may_be_called(url: str) -> None:
+    assert audit.check_webhook(url, False) == url
+    assert audit.check_webhook("http://example.org/x", True)
+
+
+@pytest.mark.parametrize("url", ["https://", "https://[::1", "https://host:port/", "file:///etc/passwd", ""])
+def test_webhooks_that_are_no_addresses(url: str) -> None:
+    with pytest.raises(ConfigError, match="webhook"):
+        audit.check_webhook(url, True)
+
+
+def test_a_broken_policy_is_told_and_stays_broken_where_nobody_listens(
+    nights: Nights, hook: Hook, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AFN_WEBHOOK", hook.url)
+    assert nights.audit() == 0 and not hook.got  # nothing to tell
+    (nights.folder / "policy.toml").write_text("empty_documents = 0\n")
+    write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}, {"text": "word"}])
+    assert nights.audit("--on-broken", "no-such-command") == 1
+    assert hook.got == [(nights.folder / "out" / "audit.json").read_bytes()]
+    hook.statuses = [404]
+    assert nights.audit("--on-broken", "false") == 1
+    err = capfd.readouterr().err
+    for said in ("no-such-command could not be run", "status 404", "--on-broken false left with 1"):
+        assert said in err
+    assert "secret" not in err
