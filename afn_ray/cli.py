@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -37,13 +36,29 @@ LOG_EVERY_S = 10.0
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
 
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """``afn``: ``main``, and then the process ends at once.
+
+    Threads are not waited for: one of ours may hang in an upload, and libraries' have been seen to abort the
+    interpreter as it ended, with a code that says nothing of what was done.
+    """
+    try:
+        main(argv)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of ``afn``; leaves with the exit code."""
+    """What ``afn`` does, with the exit code as ``SystemExit``."""
     parser = _parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
         sys.exit(ConfigError.exit_code)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     log = logging.getLogger("afn_ray")
     if not log.handlers:
@@ -69,13 +84,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
         code = AUDIT_FAILED
-    hung = code == Interrupted.exit_code and any(t.name.startswith("afn-") for t in threading.enumerate())
-    if audits and failed:
-        code = AUDIT_FAILED
-    if hung:
-        sys.stdout.flush()
-        os._exit(code)  # a thread that hangs would hold the exit
-    sys.exit(code)
+    sys.exit(AUDIT_FAILED if audits and failed else code)
 
 
 class _ToStderr(logging.Handler):
@@ -235,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(call=_demo)
     _add_bench(commands)
     for command in commands.choices.values():
+        command.set_defaults(parser=command)
         command.allow_abbrev = False  # a mistyped flag is an error, as a mistyped key is
     return parser
 

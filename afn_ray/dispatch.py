@@ -168,10 +168,14 @@ OnState = Callable[[State], None]
 
 @dataclass(slots=True)
 class _Flight:
-    """A shard on a worker, and since when it may be its turn: shards of one worker wait for each other."""
+    """A shard on a worker, and since when it may be its turn: shards of one worker wait for each other.
+
+    As long as its neighbours end, one that hangs before or behind the model has a deadline for each of them.
+    """
 
     shard: Shard
     since: float
+    began: float  # when it was handed over
 
 
 @dataclass(slots=True)
@@ -279,7 +283,7 @@ class Dispatcher:
             self.state.num_workers = self._pool.grow(len(self._todo) + len(self._suspects) + num_busy)
 
     def _hand(self, worker: int, shard: Shard) -> None:
-        self._running[worker][shard.id] = _Flight(shard, self._clock())
+        self._running[worker][shard.id] = _Flight(shard, self._clock(), self._clock())
         record = self._records.get(shard.id)
         self._pool.hand(worker, shard, record.halvings if record else 0)
 
@@ -438,11 +442,14 @@ class Dispatcher:
             tokens = self._pool.num_tokens(worker)
             if self._moved.get(worker, (-1, 0.0))[0] != tokens:
                 self._moved[worker] = tokens, now
-            late = [f for f in flights.values() if now - f.since > self.deadline_s(f.shard)]
+            late = [
+                f for f in flights.values()
+                if now - f.since > (d := self.deadline_s(f.shard)) or now - f.began > SLOTS * d
+            ]  # fmt: skip
             moves = self._deadline_s is None and now - self._moved[worker][1] < DEADLINE_S
             if not late or moves or worker in self._silent:
                 continue
-            shard, seconds = late[0].shard, now - late[0].since
+            shard, seconds = late[0].shard, now - late[0].began
             if not self._pool.can_replace:
                 raise Interrupted(
                     f"shard {shard.id} ({shard.slices[0].uri}) is not done after {seconds:,.0f} s (--shard-deadline), "

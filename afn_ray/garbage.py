@@ -74,7 +74,7 @@ def collect_garbage(
     there = manifest.sort_files(store, storage.list_below(store))
     if not there.runs and not there.shards:
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
-    old_s = time.time() - 3600 * min_age_h
+    old_s = (storage.clock_s(store) if delete else time.time()) - 3600 * min_age_h
     kept = _kept(store, there, keep, keep_runs, old_s)
     needed = {place for name in kept for place in _planned(store, name)}
     unlisted = sorted(place for place in there.shards if place not in needed)

@@ -11,8 +11,8 @@ from afn_ray.dispatch import Done, Event, Failed, Ready
 from afn_ray.pipeline import Processor, Progress, Task
 from afn_ray.schema import Shard
 
-STOP_S = 10.0
-"""How long threads of this process may take to notice that they are to stop: a batch, or an upload."""
+STOP_S = 1.0
+"""How long threads of this process may take to notice that they are to stop; a batch, or an upload, may take longer."""
 
 
 class InlinePool:

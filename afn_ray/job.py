@@ -181,7 +181,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         on_event(
             Event(
                 "complete",
-                f"{count(len(plan.skipped), 'file')} skipped for their ending: {', '.join(plan.skipped[:5])}",
+                f"{count(len(plan.skipped), 'file')} skipped for an unknown ending: {', '.join(plan.skipped[:5])}",
             )
         )
     return open_run(folder.uri)

@@ -564,10 +564,13 @@ def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[s
 
 
 def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFolder) -> list[str]:
-    """Shards of the complete ``run`` that have no folder any more; one listing tells."""
+    """Shards of the complete ``run`` that have no folder any more; one listing accuses, a look at each convicts."""
     there = set(storage.list_names(storage.join(store, "shards", measure_id)))
     missing = {q["shard"] for q in run.info.get("quarantined", [])}
-    return [s.id for s in shards if s.id not in there and s.id not in missing]
+    return [
+        s.id for s in shards
+        if s.id not in there and s.id not in missing and read_commit(store, measure_id, s.id) is None
+    ]  # fmt: skip
 
 
 def publish(

@@ -21,6 +21,7 @@ RETRY_FOR_S = 120.0
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
 SAY_AFTER_S = 5.0
 """Of failures: a person who waits is told why."""
+SAY_EVERY_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: flo
             now = time.monotonic()
             began = began or now
             left = began + (RETRY_FOR_S if retry_for_s is None else retry_for_s) - now
-            if left > 0 and not said and now - began >= SAY_AFTER_S:
+            if left > 0 and not said and now - began >= SAY_AFTER_S and _may_say(now):
                 said = True
                 _log.warning("%s: no answer for %.0f s, at last %s: %s; asking again for up to %.0f s",
                              what, now - began, type(error).__name__, error, left)  # fmt: skip
@@ -79,6 +80,18 @@ def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: flo
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
             time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311
     raise AssertionError
+
+
+_next_word = 0.0
+
+
+def _may_say(now: float) -> bool:
+    """Whether it is time for another word: calls of many threads fail together."""
+    global _next_word
+    if now < _next_word:
+        return False
+    _next_word = now + SAY_EVERY_S
+    return True
 
 
 def is_transient(error: BaseException, *, local: bool = False) -> bool:

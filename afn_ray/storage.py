@@ -64,6 +64,9 @@ NO_CREDENTIALS = frozenset({
 })  # fmt: skip
 
 
+NO_BUCKET = "bucket does not exist"
+
+
 class AlreadyWritten(AfnError):
     """The object is there already; a writer before us won."""
 
@@ -129,7 +132,7 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
                 f"no space left while {action} {uri}; make room and run the same command again: it resumes"
             ) from error
         if isinstance(error, FileNotFoundError):
-            what = "bucket" if "bucket does not exist" in str(error) else "file or folder"
+            what = "bucket" if NO_BUCKET in str(error) else "file or folder"
             raise kind(f"{action} {uri}: no such {what}") from error
         if isinstance(error, PermissionError):
             why = f" ({error})" if error.errno is None and str(error) else ""
@@ -318,7 +321,9 @@ def list_names(uri: str) -> list[str]:
     def names() -> list[str]:
         try:
             return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(path, detail=False))
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if NO_BUCKET in str(error):
+                raise
             return []
 
     return _ask(fs, "listing", uri, StoreError, names)
@@ -474,6 +479,18 @@ def remove_if_empty(uri: str) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+
+
+def clock_s(uri: str) -> float:
+    """Unix time by the clock of the filesystem at ``uri``, which dates its files; it writes one there to see."""
+    probe = join(uri, f"probe-{uuid.uuid4().hex}")
+    try:
+        with contextlib.suppress(AlreadyWritten):
+            write_once(probe, b"afn-ray asks what time it is here; this file can be deleted\n")
+        fs, path = open_filesystem(probe)
+        return _ask(fs, "looking at", probe, StoreError, lambda: _modified_s(fs.info(path)))
+    finally:
+        delete([probe])
 
 
 def check_writable(uri: str) -> None:

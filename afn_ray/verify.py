@@ -128,6 +128,7 @@ def verify_store(
             ).shards
             there.shards = {place: files for place, files in shards.items() if place in planned}
     files = there.shards
+    age = _Age(storage.clock_s(store) if clean else time.time(), min_age_h)
     measures = {run.measure_id: run.measure for run in runs if run.measure}
     lists: dict[Place, list[str]] = {}  # complete runs by what they list
     for run in runs:
@@ -136,7 +137,7 @@ def verify_store(
 
     def check(place: Place) -> _Checked:
         redo = _redo_shard(manifest.shard_uri(store, *place), lists.get(place, []))
-        return _check_shard(store, place, files[place], measures.get(place[0]), min_age_h, redo)
+        return _check_shard(store, place, files[place], measures.get(place[0]), age, redo)
 
     checked: dict[Place, _Checked] = {}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
@@ -150,10 +151,10 @@ def verify_store(
         on_progress(f"recomputing {run.folder.uri}")
         run.check(checked, memory_limit)
         findings += run.findings
-    orphans = [_orphan(file, min_age_h, done=False) for file in there.probes]
+    orphans = [_orphan(file, age, done=False) for file in there.probes]
     orphans += [o for one in checked.values() for o in one.orphans]
     for run in runs:
-        orphans += run.orphans(there.runs.get(run.folder.id, []), min_age_h)
+        orphans += run.orphans(there.runs.get(run.folder.id, []), age)
     if clean:
         orphans = _cleaned(store, orphans)
     done = [one for one in checked.values() if one.commit is not None]
@@ -167,10 +168,18 @@ def verify_store(
     )  # fmt: skip
 
 
-def _orphan(file: storage.StoredFile, min_age_h: float, *, done: bool) -> Orphan:
+@dataclass(frozen=True, slots=True)
+class _Age:
+    """How old a file must be before nobody can be at work on it."""
+
+    now_s: float  # by the store's clock, if anything is to be removed
+    min_age_h: float
+
+
+def _orphan(file: storage.StoredFile, age: _Age, *, done: bool) -> Orphan:
     """``done``: what it was written for is complete, so nobody is at work on it."""
-    age_s = max(0.0, time.time() - file.modified_s)
-    return Orphan(file.uri, file.size, age_s, done or age_s >= 3600 * min_age_h)
+    age_s = max(0.0, age.now_s - file.modified_s)
+    return Orphan(file.uri, file.size, age_s, done or age_s >= 3600 * age.min_age_h)
 
 
 def _redo_shard(folder: str, runs: Sequence[str]) -> str:
@@ -189,7 +198,7 @@ def _check_pilot(store: str, name: str) -> Iterator[Finding]:
 
 def _without(error: StoreError, uri: str) -> str:
     """The message of ``error``, which a finding prints behind ``uri``; and this is 'afn verify'."""
-    return str(error).removeprefix(f"{uri} ").removesuffix(manifest.ASK_VERIFY)
+    return str(error).removeprefix(f"{uri} ").removeprefix("is damaged: ").removesuffix(manifest.ASK_VERIFY)
 
 
 def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Finding | None]:
@@ -211,7 +220,7 @@ def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Findi
 
 
 def _check_shard(
-    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None, min_age_h: float,
+    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None, age: _Age,
     redo: str,
 ) -> _Checked:  # fmt: skip
     """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no run knows it.
@@ -228,7 +237,7 @@ def _check_shard(
         return checked
     named = set() if found is None else {"commit.json", *(f["name"] for f in found[0].files.values())}
     checked.orphans += [
-        _orphan(file, min_age_h, done=found is not None) for file in files if file.uri.rpartition("/")[2] not in named
+        _orphan(file, age, done=found is not None) for file in files if file.uri.rpartition("/")[2] not in named
     ]
     if found is None:
         return checked
@@ -463,14 +472,14 @@ class _Run:
                 message = f"it reads part of {uri} never: its last slice ends at {end}, the file at {piece.size}"
                 self._find("plan", self._plan, message, self._begin_again)
 
-    def orphans(self, files: Iterable[storage.StoredFile], min_age_h: float) -> Iterator[Orphan]:
+    def orphans(self, files: Iterable[storage.StoredFile], age: _Age) -> Iterator[Orphan]:
         """Those of ``files``, which lie in the run's folder, that it does not name; none before it is complete."""
         if not self.folder.info:
             return
         named = _names_of(self.folder)
         for file in files:
             if file.uri.rpartition("/")[2] not in named:
-                yield _orphan(file, min_age_h, done=True)
+                yield _orphan(file, age, done=True)
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
         """Compare the complete run with its shards. Damage of a shard is told there, and leaves the run unproved."""

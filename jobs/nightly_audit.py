@@ -13,4 +13,4 @@ import sys
 from afn_ray import cli
 
 if __name__ == "__main__":
-    cli.main(["audit", *sys.argv[1:]])
+    cli.command(["audit", *sys.argv[1:]])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from afn_ray import dispatch
-from afn_ray.cluster.connection import cause_of, lack, needs, num_units, start_error
+from afn_ray.cluster.connection import cause_of, lack, needs
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import Patience
 from afn_ray.errors import Interrupted
@@ -21,18 +21,34 @@ MAX_PENDING = 256
 def call_on_place(
     config: RunConfig, device: str, on_notice: Callable[[str], None], function: Callable[..., Any], *args: Any
 ) -> Any:
-    """``function(*args)`` with what a worker has. Raises as it does; ``ModelError`` when Ray fails instead."""
+    """``function(*args)`` with what a worker has. Raises as it does; ``Interrupted`` when there is no such place in
+    time, or when the process is lost, again when repeated.
+    """
     import ray
 
-    ref = ray.remote(max_retries=3, **needs(config, device))(function).remote(*args)
+    answers = ray.remote(max_retries=3, num_returns="streaming", **needs(config, device))(_announced)
+    under_way = answers.remote(function, *args)
     patience = Patience(config.wait_s, lambda: lack(1, config, device))
-    while not ray.wait([ref], timeout=POLL_S)[0]:
+    while not ray.wait([under_way], timeout=POLL_S)[0]:
         if (notice := patience.check()) is not None:
             on_notice(notice)
     try:
-        return ray.get(ref)
+        ray.get(next(under_way))
+        return ray.get(next(under_way))
     except ray.exceptions.RayError as error:
-        raise start_error(error) from None
+        cause = cause_of(error)
+        if isinstance(cause, ray.exceptions.RayError):
+            raise Interrupted(
+                f"a call on Ray lost its process, again when repeated: {dispatch.reason(cause)}; the same command "
+                "resumes"
+            ) from error
+        raise cause from None
+
+
+def _announced(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    """First that the call has a place, which may take long to find, then what it gives."""
+    yield None
+    yield function(*args)
 
 
 class RayTasks:
@@ -62,11 +78,14 @@ class RayTasks:
 
     def _wait(self, refs: list[Any], num_done: int) -> list[Any]:
         """Those of ``refs`` that are not done once ``num_done`` are. Raises ``Interrupted`` while there is no place."""
+        self._patience.reset()
+        num_before = 0
         while True:
             done, left = self._ray.wait(refs, num_returns=num_done, timeout=POLL_S, fetch_local=False)
             if len(done) >= num_done:
                 return list(left)
-            if num_units("cpu"):
+            if len(done) > num_before:  # calls are short: while none ends, none has a place
+                num_before = len(done)
                 self._patience.reset()
             elif (notice := self._patience.check()) is not None:
                 self._on_notice(notice)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import secrets
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from afn_ray import dispatch, model, storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, ModelError, count
+from afn_ray.errors import ConfigError, Interrupted, ModelError, count
 
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
+GCS_LOST_S = 20.0
+"""Ray itself waits for a minute for a head that is gone."""
 WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -28,6 +33,9 @@ WORKER_ENV = {
 }
 OBJECT_STORE_BYTES = 128 << 20
 """Of a local Ray: only shards and commits travel through it."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def address(config: RunConfig) -> str | None:
@@ -69,10 +77,34 @@ def joined(config: RunConfig) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         which = f"the cluster at {where}" if where else "a local Ray"
         raise ConfigError(f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
+    over = threading.Event()
+    threading.Thread(target=_watch_gcs, args=(over,), name="afn-gcs", daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _watch_gcs(over: threading.Event) -> None:
+    """End this process, resumable, once Ray's head has not answered for ``GCS_LOST_S``.
+
+    Ray ends it a while later in any case, in the midst of whatever it does and with a code that says nothing.
+    """
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    since = time.monotonic()
+    while not over.wait(GCS_LOST_S / 10):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), GCS_LOST_S / 4).close()
+            since = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - since > GCS_LOST_S:
+                _log.error("Ray's head at %s:%s has not answered for %.0f s (%s); the same command resumes",
+                           host, port, time.monotonic() - since, error)  # fmt: skip
+                sys.stderr.flush()
+                os._exit(Interrupted.exit_code)
 
 
 def num_units(device: str) -> int:
@@ -121,7 +153,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def start_error(error: BaseException) -> BaseException:
-    """Why a worker, or a call in its place, could not start: what it raised, or a ``ModelError`` with Ray's words."""
+    """Why a worker could not start: what it raised, or a ``ModelError`` with Ray's words."""
     import ray
 
     cause = cause_of(error)

@@ -27,7 +27,7 @@ def _become_afn(arguments: list[str], said: str, environment: dict[str, str]) ->
     sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
     from afn_ray import cli
 
-    cli.main(arguments)
+    cli.command(arguments)
 
 
 class Driver:
