@@ -195,7 +195,9 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
         f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, {count(g.num_files, 'file')}, "
         f"{count(g.num_bytes, 'byte')}"
     )
-    kept = f"{count(len(g.kept), 'run')} kept" + (f", from {g.kept[0]} to {g.kept[-1]}" if g.kept else "")
+    kept = f"{count(len(g.kept), 'run')} kept"
+    if len(g.kept) > 1:
+        kept += f", from {g.kept[0]} to {g.kept[-1]}"
     if g.deleted:
         yield f"deleted: {sums}; {kept}"
     elif g.runs or g.shards:

@@ -412,7 +412,7 @@ def test_the_command_lists_and_what_it_names_deletes(made: Made, store: str) -> 
     found = collect(store)
     assert [line.split()[1].rstrip(":") for line in each] == [f.uri for f in (*found.runs, *found.shards)]
     assert sums.startswith(f"to delete: 3 runs and {len(found.shards)} shards, {found.num_files} files, ")
-    assert sums.endswith(f"; 1 run kept, from {made.runs[-1]} to {made.runs[-1]}")
+    assert sums.endswith("; 1 run kept")
     said, command = last.split(": ", 1)
     assert said == "nothing was deleted; this does it"
     done = afn(*shlex.split(command)[1:])
