@@ -170,7 +170,8 @@ OnState = Callable[[State], None]
 class _Flight:
     """A shard on a worker, and since when it may be its turn: shards of one worker wait for each other.
 
-    As long as its neighbours end, one that hangs before or behind the model has a deadline for each of them.
+    While neighbours end, which a shard that hangs before or behind the model does not hinder, it has ``SLOTS``
+    deadlines.
     """
 
     shard: Shard
@@ -442,12 +443,11 @@ class Dispatcher:
             tokens = self._pool.num_tokens(worker)
             if self._moved.get(worker, (-1, 0.0))[0] != tokens:
                 self._moved[worker] = tokens, now
-            late = [
-                f for f in flights.values()
-                if now - f.since > (d := self.deadline_s(f.shard)) or now - f.began > SLOTS * d
-            ]  # fmt: skip
             moves = self._deadline_s is None and now - self._moved[worker][1] < DEADLINE_S
-            if not late or moves or worker in self._silent:
+            late = [f for f in flights.values() if not moves and now - f.since > self.deadline_s(f.shard)]
+            if self._deadline_s is not None or self._slowest:  # else nobody knows what is slow here
+                late += [f for f in flights.values() if now - f.began > SLOTS * self.deadline_s(f.shard)]
+            if not late or worker in self._silent:
                 continue
             shard, seconds = late[0].shard, now - late[0].began
             if not self._pool.can_replace:

@@ -408,6 +408,19 @@ def test_a_shard_that_hangs_meets_its_deadline_and_charges_only_itself() -> None
     assert pool.now < 60 * 4 + 100
 
 
+@pytest.mark.parametrize("deadline_s", [None, 700.0])
+def test_a_shard_that_hangs_beside_others_that_end_is_found_before_the_tail(deadline_s: float | None) -> None:
+    def at(pool: FakePool) -> None:
+        pool.tokens = dict.fromkeys(pool.alive, int(pool.now))  # the worker measures other shards all the time
+
+    shards = [make_shard(f"s{i}") for i in range(1500)]
+    pool = FakePool(fate=lambda shard, nth, *_: "hang" if shard == "s6" and nth == 1 else None, at=at, wanted=1)
+    state = run(pool, shards, deadline_s=deadline_s)
+    assert len(state.commits) == 1500 and any(line.startswith("replace") for line in pool.log)
+    again = [at for at, (_, shard, _) in enumerate(pool.order) if shard == "s6"][1]
+    assert again < 1000
+
+
 def test_a_hang_where_no_process_can_be_replaced_stops_the_run() -> None:
     pool = FakePool(fate=lambda shard, *_: "hang" if shard == "s6" else None, can_replace=False, wanted=1)
     with pytest.raises(Interrupted, match=r"s6 \(/c/s6\).*--executor ray"):

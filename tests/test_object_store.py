@@ -170,6 +170,15 @@ def test_a_run_through_faults_has_the_rows_of_an_undisturbed_one(
     assert seen["stale", "ls"]
 
 
+def test_old_listings_do_not_make_a_complete_run_incomplete(source: Path, memory: str, make_config: MakeConfig) -> None:
+    place = copy(source, f"{memory}/corpus")
+    for seed in range(8):
+        with faults.injected(seed, rate=0.5, kinds=("stale",)):
+            config = make_config(corpus=(place,), store=faults.wrap(f"{memory}/{seed}"))
+            runs = [afn_ray.run(config).uri for _ in range(3)]
+        assert len({uri.rpartition("-")[2] for uri in runs}) == 1  # one run, or the same begun again
+
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,15 @@ class Driver:
             assert self.process.pid, "0 would be our own group"
             os.killpg(self.process.pid, signal.SIGKILL)
 
+    def family(self) -> list[int]:
+        """Processes of the driver's group: itself, and on a Ray of its own that and its workers."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                if os.getpgid(int(entry.name)) == self.process.pid:
+                    found.append(int(entry.name))
+        return found
+
     def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
         """Exit code (negative: the signal) and what it said, once it has ended."""
         self.process.join(timeout_s)

@@ -6,6 +6,7 @@ run is complete, with the rows of an undisturbed run.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -159,6 +160,25 @@ def test_everything_killed_at_once(ground: Ground, chaos: Chaos, drivers: Driver
         wait_until("some shards are committed", lambda: len(chaos.events("committed")) >= 3)
         driver.kill_all()  # the driver, Ray and its workers
         assert driver.finish()[0] == -signal.SIGKILL
+    chaos.plan()
+    with afn_ray.run(ground.config(store)) as run:
+        assert run.info["counts"]["shards_reused"] >= 3
+    ground.check(store)
+
+
+def test_the_head_of_ray_killed_alone_ends_the_run_resumable(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+    if ground.kind == "s3":
+        pytest.skip("nothing is asked of the store meanwhile")
+    chaos.plan({"point": "process", "skip": 6, "times": NUM_SHARDS, "do": "hang"})
+    store = ground.store()
+    with drivers.start(*ground.arguments(store, executor="ray", workers="2")) as driver:
+        wait_until("some shards are committed", lambda: len(chaos.events("committed")) >= 3)
+        heads = [p for p in driver.family() if Path("/proc", str(p), "comm").read_text().strip() == "gcs_server"]
+        assert len(heads) == 1
+        os.kill(heads[0], signal.SIGKILL)
+        code, said = driver.finish()
+        assert code == 75 and "has not answered" in said and "the same command resumes" in said
+    ground.check_whole(store)
     chaos.plan()
     with afn_ray.run(ground.config(store)) as run:
         assert run.info["counts"]["shards_reused"] >= 3

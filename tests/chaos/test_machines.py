@@ -6,6 +6,7 @@ Each is met with the corpus and the store on a local disk, which all nodes share
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,6 +128,23 @@ def test_a_run_outlives_all_its_machines(
         check(run)
     ground.check(store)
     assert chaos.events("committed", node=new)
+
+
+def test_a_driver_killed_alone_leaves_a_cluster_that_the_next_one_uses(
+    ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes
+) -> None:
+    chaos.plan(slow_s=0.3)
+    store = ground.store()
+    for at_least in (2, 5):
+        with drivers.start(*arguments(ground, store, nodes.address)) as run:
+            wait_for(chaos, run, "committed", at_least)
+            run.signal(signal.SIGKILL)
+            assert run.finish()[0] == -signal.SIGKILL
+    chaos.plan()
+    with drivers.start(*arguments(ground, store, nodes.address)) as run:
+        check(run)
+    ground.check(store)
+    assert len(nodes.alive()) == 3
 
 
 def test_a_machine_that_comes_is_used(
