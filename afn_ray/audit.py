@@ -114,8 +114,9 @@ def run_audit(
 ) -> Audit:  # fmt: skip
     """Run ``config``, compare with ``baseline`` and judge by ``policy``. Writes nothing but the run.
 
-    ``baseline`` is "previous" (the store's newest complete run of the same measure before this one), "week" (the newest
-    that began at least 6.5 days earlier), or a run's URI. Without one it is the first night: what needs one is not
+    ``baseline`` is "previous" (the store's newest run of the same measure before this one that was audited, as
+    ``manifest.mark_audited`` tells; without any the newest complete one), "week" (the newest complete one that began at
+    least 6.5 days earlier), or a run's URI. Without one it is the first night: what needs one is not
     judged. ``frozen`` labels by the thresholds that the run named goes by, else those that the store's newest complete
     run goes by: every night passes them on, and HIGH means what it meant on the first.
 
@@ -163,14 +164,20 @@ def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]
 
 
 def _previous(run: RunFolder) -> RunFolder | None:
-    same = (r for r in _complete_runs(run.store, run.id) if r.info["measure"]["id"] == run.info["measure"]["id"])
-    return next(same, None)
+    """The newest that was audited: of one whose audit was killed nobody has heard, so its step counts again."""
+    same = list(_comparable(run))
+    return next((r for r in same if manifest.is_audited(r)), same[0] if same else None)
 
 
 def _last_week(run: RunFolder) -> RunFolder | None:
     latest = _began(run) - WEEK
-    same = (r for r in _complete_runs(run.store, run.id) if r.info["measure"]["id"] == run.info["measure"]["id"])
-    return next((r for r in same if _began(r) <= latest), None)
+    return next((r for r in _comparable(run) if _began(r) <= latest), None)
+
+
+def _comparable(run: RunFolder) -> Iterator[RunFolder]:
+    """Complete runs of the same measure that began before ``run``, the newest first."""
+    of = run.info["measure"]["id"]
+    return (r for r in _complete_runs(run.store, run.id) if r.info["measure"]["id"] == of)
 
 
 def _began(run: RunFolder) -> datetime:

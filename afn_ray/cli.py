@@ -154,8 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     audit.add_argument("--frozen", action="store_true", help="label by the thresholds of the runs before this one")
     audit.add_argument(
-        "--out", metavar="DIR", type=_local, default="audit", help="folder of audit.json (default: audit)"
+        "--out",
+        metavar="DIR",
+        type=_local,
+        default="audit",
+        help="folder of audit.json and report.html (default: audit)",
     )
+    audit.add_argument("--no-report", action="store_true", help="no report.html, and none of its packages")
     audit.add_argument("--webhook", metavar="URL", help="POST audit.json there if the policy is broken "
                        "(default: AFN_WEBHOOK of the environment, which no list of processes shows)")  # fmt: skip
     audit.add_argument("--allow-http", action="store_true", help="let --webhook be http to another machine")
@@ -359,25 +364,32 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from afn_ray import audit
+    from afn_ray import audit, manifest, report
 
     config, policy = config_from({}, args.config), audit.read_policy(args.policy)
     url = args.webhook or os.environ.get("AFN_WEBHOOK")
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
+    if not args.no_report:
+        report.check_packages()  # now, not after the run
     errors = Console(stderr=True, highlight=False)
     with _progress(errors, args.quiet) as on_event:
         found = audit.run_audit(config, policy, baseline=args.baseline, frozen=args.frozen, on_event=on_event)
+    if not args.no_report:
+        args.out.mkdir(parents=True, exist_ok=True)
+        report.write_report(found.run, args.out / "report.html", baseline=found.baseline)
     written = audit.write_json(found, args.out)
     for line in audit.lines(found):
         print(printable(line))
     if found.passed:
+        manifest.mark_audited(found.run)
         return 0
     sys.stdout.flush()
     told = [audit.post(webhook, written.read_bytes()) if webhook else None,
             audit.call_command(command, written) if command else None]  # fmt: skip
     for failure in filter(None, told):  # whoever waits for the exit code still learns the verdict
         errors.print("afn:", printable(failure), markup=False, soft_wrap=True)
+    manifest.mark_audited(found.run)
     return POLICY_BROKEN
 
 

@@ -6,6 +6,7 @@ Layout of a store::
     shards/<measure>/<shard>/<attempt>-<table>.parquet
     runs/<run>/plan.parquet                           written when the run begins; also what it remembers of files
     runs/<run>/run.json                               written once, last; its existence means complete
+    runs/<run>/audited.json                           an audit has given its verdict on the run
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
 
 Each says itself whether it is whole: a JSON file carries a checksum of all its other bytes (``sealed``), and what
@@ -45,7 +46,7 @@ RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen
 HEX = re.compile("[0-9a-f]{32}")
 PROBE = re.compile("probe-[0-9a-f]{32}")
 SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES)})\.parquet")
-RUN_FILE = re.compile(rf"run\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
+RUN_FILE = re.compile(rf"run\.json|audited\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 """Of the beginning of a run, at the beginning of its name."""
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
@@ -428,6 +429,18 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     except storage.AlreadyWritten:
         return open_folder(run.store, run.id)  # another process finished the same run with the same tables
     return RunFolder(run.uri, run.store, run.id, body)
+
+
+def mark_audited(run: RunFolder) -> None:
+    """Keep with the complete ``run`` that a verdict on it was given, whatever it was."""
+    with contextlib.suppress(storage.AlreadyWritten):
+        body = {"schema_version": SCHEMA_VERSION, "run": run.id, "audited_at": datetime.now(UTC).isoformat()}
+        storage.write_once(storage.join(run.uri, "audited.json"), sealed(body))
+
+
+def is_audited(run: RunFolder) -> bool:
+    """Whether ``mark_audited`` was called for ``run``."""
+    return storage.exists(storage.join(run.uri, "audited.json"))
 
 
 def created_at(run: RunFolder) -> str:

@@ -60,7 +60,7 @@ def write_report(
 
 def render(run: manifest.RunFolder, comparison: compare.Comparison | None = None) -> str:
     """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the tokens once."""
-    jinja2, vl_convert = (_package(name) for name in PACKAGES)
+    jinja2, vl_convert = check_packages()
     info, summary = run.info, show.summarise(run)
     main = summary.layers[-1]
     words = _by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
@@ -97,11 +97,15 @@ def render(run: manifest.RunFolder, comparison: compare.Comparison | None = None
     return page
 
 
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(f'a report needs the package {PACKAGES[name]}; pip install "afn-ray[report]"') from error
+def check_packages() -> list[Any]:
+    """The modules of ``PACKAGES``. Raises ``ConfigError`` for one that is not installed."""
+    found = []
+    for name, package in PACKAGES.items():
+        try:
+            found.append(import_module(name))
+        except ImportError as error:
+            raise ConfigError(f'a report needs the package {package}; pip install "afn-ray[report]"') from error
+    return found
 
 
 def _policy(text: str) -> str:

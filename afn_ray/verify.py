@@ -672,7 +672,12 @@ def _difference(stored: pa.Table, expected: pa.Table) -> str:
 def _names_of(folder: manifest.RunFolder) -> set[str]:
     """Files in a run's folder that are its own."""
     tables = folder.info.get("tables", {}).values()
-    return {"plan.parquet", "run.json", *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t)}
+    return {
+        "plan.parquet",
+        "run.json",
+        "audited.json",
+        *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t),
+    }
 
 
 def _cleaned(store: str, orphans: Sequence[Orphan]) -> list[Orphan]:

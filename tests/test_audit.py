@@ -236,6 +236,11 @@ def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week
     week = complete(tmp_path, tonight - timedelta(days=6, hours=12))
     complete(tmp_path, tonight - timedelta(days=9))
     assert audit.BASELINES["week"](run) == week
+    manifest.mark_audited(week)  # that of the newer ones was killed: nobody has heard of their steps
+    assert audit.BASELINES["previous"](run) == week
+    manifest.mark_audited(three)
+    manifest.mark_audited(three)
+    assert audit.BASELINES["previous"](run) == three
 
 
 # --- whole nights ----------------------------------------------------------------------------------------
@@ -243,6 +248,8 @@ def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week
 
 class Nights:
     """A corpus that changes, and the audit of it as a user types it."""
+
+    reports = False
 
     def __init__(self, folder: Path, model: Path, verses: list[str], policy: str) -> None:
         self.folder, self.verses, self.store = folder, verses, folder / "store"
@@ -262,7 +269,8 @@ class Nights:
 
     def words(self, *more: str) -> list[str]:
         given = {"policy": self.folder / "policy.toml", "out": self.folder / "out"}
-        return ["audit", str(self.config), *(f"--{name}={path}" for name, path in given.items()), "--quiet", *more]
+        flags = [f"--{name}={path}" for name, path in given.items()]
+        return ["audit", str(self.config), *flags, "--quiet", *(() if self.reports else ("--no-report",)), *more]
 
     def audit(self, *more: str) -> int:
         """Exit code of ``afn audit``, in this process."""
@@ -323,6 +331,39 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
     code, out, err = nights.script()
     assert code == 2 and "no such key: kss" in err and "Traceback" not in err
     assert nights.said == second  # of the last night that had a verdict
+
+
+def test_a_step_whose_audit_was_killed_is_judged_with_the_next(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nights.audit() == 0
+    first = nights.said["run"]
+    nights.add(1, 600, 640)
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "write_json", interrupted)
+        assert nights.audit() == 2
+    nights.add(2, 900, 905)
+    assert nights.audit() == 0
+    assert nights.said["baseline"] == first
+    found = verify.verify_store(str(nights.store))
+    assert not found.findings and not found.orphans and not found.foreign
+
+
+def test_the_report_lies_beside_the_verdict(nights: Nights) -> None:
+    nights.reports = True
+    assert nights.audit() == 0
+    nights.add(1, 600, 640)
+    assert nights.audit() == 0
+    assert names(nights.folder / "out") == ["audit.json", "report.html"]
+    page = (nights.folder / "out" / "report.html").read_text("utf-8")
+    assert nights.said["run"]["id"] in page and nights.said["baseline"]["id"] in page
+
+
+def test_without_the_reports_packages_an_audit_says_so_before_the_run(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nights.reports = True
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert nights.audit() == 2
+    assert 'pip install "afn-ray[report]"' in capsys.readouterr().err and not nights.store.exists()
 
 
 def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Nights) -> None:
