@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
         sys.exit(ConfigError.exit_code)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.call is _sql and args.query is None and not rest[0].startswith("-"):
+        args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     log = logging.getLogger("afn_ray")
     if not log.handlers:

@@ -76,7 +76,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     place = folder.store.rstrip("/").replace("'", "''")
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        # The storage version of DuckDB 1.0: older clients than ours open it too.
+        # The format of DuckDB 1.0: by default the file has one that only the newest clients open.
         with duckdb.connect(unfinished, config={"storage_compatibility_version": "v1.0.0"}) as connection:
             connection.execute(f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'")
             _create(connection, folder, tables, files)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from test_query import LAYERS, TEXTS, make_shard, write_run
 
-from afn_ray import manifest, views
+from afn_ray import cli, manifest, views
 from afn_ray.compare import compare
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError
@@ -288,3 +288,32 @@ def test_a_catalog_replaces_nothing_and_is_whole_or_not_there(worded: str, tmp_p
     with pytest.raises(AfnError):
         write_catalog(folder.uri, catalog)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+def test_the_command_writes_a_catalog_or_asks(
+    nights: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = nights
+    catalog = tmp_path / "night.duckdb"
+
+    def afn(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["sql", after, "--baseline", before, *arguments])
+        return int(left.value.code or 0), "".join(capsys.readouterr())
+
+    assert afn("--open", str(catalog), "FROM movers") == (2, AnyText("asks nothing"))
+    assert not catalog.exists()
+    assert afn("--open", str(catalog)) == (0, AnyText(f"{catalog} is written"))
+    assert afn("--open", str(catalog)) == (2, AnyText("exists and stays"))
+    code, text = afn("SELECT count(*) > 0 AS filled FROM movers", "--format", "csv")
+    assert (code, text.split()) == (0, ['"filled"', "true"])
+    assert client(catalog, "SELECT count(*) > 0 FROM movers") == [[True]]
+
+
+class AnyText(str):
+    """Equal to every text that holds it."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self) in " ".join(other.split())

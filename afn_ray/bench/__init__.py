@@ -84,7 +84,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "million tokens. Every reduce and question has its own process; the memory limit is that of 'afn sql', 2GB.",
     )  # fmt: skip
     sql.add_argument("--rows", type=int, default=100_000_000, metavar="N",
-                     help="tokens of the run (default: 100,000,000, of which 0.6 GB are written)")  # fmt: skip
+                     help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)")  # fmt: skip
     sql.add_argument("--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)")
     for command in (engine, monitor):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
