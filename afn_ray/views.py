@@ -54,7 +54,7 @@ def _rows(files: Sequence[File]) -> str:
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     return (
         f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file_index::BIGINT + 1] + doc AS doc), "  # noqa: S608
-        f"file_index::BIGINT AS file, file_row_number AS row FROM read_parquet([{paths}], hive_partitioning = false))"
+        f"file_index AS file, file_row_number AS row FROM read_parquet([{paths}], hive_partitioning = false))"
     )
 
 
