@@ -56,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
         sys.exit(ConfigError.exit_code)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.call is _sql and args.query is None and not rest[0].startswith("-"):
+        args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     log = logging.getLogger("afn_ray")
     if not log.handlers:
@@ -171,10 +173,19 @@ def _parser() -> argparse.ArgumentParser:
 
     sql = commands.add_parser(
         "sql", help="ask a run in SQL", epilog=EPILOG,
-        description="Views: tokens, documents, vocabulary, words, thresholds, shards, run. Without a QUERY, a shell.",
+        description="Views: tokens, documents, vocabulary, words, thresholds, labels, histogram, sources, screened, "
+        "shards, run, and with --baseline movers, drift, class_drift. Macros: kwic(word, n := 5, most := NULL), "
+        "document_text(document). Without a QUERY, a shell.",
     )  # fmt: skip
     sql.add_argument("run", metavar="RUN", help=RUN_HELP)
     sql.add_argument("query", metavar="QUERY", nargs="?", help="one SQL statement; without it an interactive shell")
+    sql.add_argument(
+        "--baseline", metavar="RUN", help="run to compare with: fills the views movers, drift and class_drift"
+    )
+    sql.add_argument(
+        "--open", metavar="FILE", type=_local, nargs="?", const=Path("catalog.duckdb"), dest="catalog",
+        help="write the views into a file that any DuckDB client opens, and do nothing else (default: catalog.duckdb)",
+    )  # fmt: skip
     sql.add_argument("--format", choices=("table", "csv", "json", "parquet"), default="table", help="default: table")
     sql.add_argument("--out", metavar="FILE", type=_local, help="write there instead of the terminal")
     sql.add_argument("--max-rows", type=_count, default=100, help="rows that a table shows (default: 100; 0 = all)")
@@ -396,8 +407,14 @@ def _audit(args: argparse.Namespace) -> int:
 def _sql(args: argparse.Namespace) -> None:
     from afn_ray import query, shell
 
+    if args.catalog:
+        if args.query is not None:
+            raise ConfigError(f"--open writes {args.catalog} and asks nothing; leave out --open or the query")
+        query.write_catalog(args.run, args.catalog, baseline=args.baseline)
+        print(f"{args.catalog} is written; any DuckDB client opens it, as in: duckdb {_shell(str(args.catalog))}")
+        return
     with query.open_run(
-        args.run, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
+        args.run, baseline=args.baseline, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
     ) as run:  # fmt: skip
         if args.query is None:
             shell.interactive(run)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 import pyarrow as pa
 
 from afn_ray import manifest, storage
-from afn_ray.errors import QueryError, StoreError
+from afn_ray.compare import compare
+from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.schema import (
-    REPLACED,
+    CLASS_DRIFT_SCHEMA,
+    DRIFT_SCHEMA,
+    HISTOGRAM_SCHEMA,
+    MOVERS_SCHEMA,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SOURCES_SCHEMA,
-    SPECIAL,
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
-    WORD_START,
 )
+from afn_ray.views import DERIVED, VIEWS, File, statements
 
 T = TypeVar("T")
 
@@ -38,30 +43,54 @@ READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 
 MAX_TIMEOUT_S = 1_000_000
-VIEWS = {
-    "tokens": "one row per token of the corpus, special tokens included",
-    "documents": "one row per document read",
-    "vocabulary": "statistics of every type (token_id) that occurs, per layer",
-    "words": "one row per word with the strengths of its tokens; special tokens belong to none",
-    "thresholds": "quartiles of the run per layer, with and without sinks",
-    "labels": "the quartiles that labels go by: these, or frozen ones of another run",
-    "sources": "tokens by file, or by folder where files are many; empty when the run was not screened",
-    "screened": "the strangest documents; empty when the run was not screened",
-    "shards": "where the files are and how many rows they hold",
-    "run": "the run itself: one row",
-}
 
 
 def open_run(
-    uri: str, *, memory_limit: str = "2GB", threads: int | None = None, timeout_s: float = 60.0
+    uri: str, *, baseline: str | None = None, memory_limit: str = "2GB", threads: int | None = None,
+    timeout_s: float = 60.0,
 ) -> Run:  # fmt: skip
     """The run at ``uri`` (a run's URI, or a store's for its latest complete run), ready to be asked in SQL.
 
-    ``memory_limit`` is DuckDB's, ``threads`` None is one per core, ``timeout_s`` holds for each query. Opening
-    reads the run's small tables and two Parquet footers. Raises ``StoreError`` when there is no such run or it
-    is damaged, ``QueryError`` for a limit that DuckDB does not accept.
+    ``baseline``, another run's URI or a store's, fills the views ``movers``, ``drift`` and ``class_drift``, in which
+    ``_a`` is the baseline and ``_b`` this run; without one they are empty. ``memory_limit`` is DuckDB's, ``threads``
+    None is one per core, ``timeout_s`` holds for each query. Opening reads the run's small tables and a Parquet footer
+    of each part that ``words`` is read in, 16 at most. Raises ``StoreError`` when there is no such run or it is
+    damaged, ``QueryError`` for a limit that DuckDB does not accept, ``ConfigError`` for a baseline of another measure.
     """
-    return Run(manifest.find_run(uri), memory_limit=memory_limit, threads=threads, timeout_s=timeout_s)
+    against = None if baseline is None else manifest.find_run(baseline)
+    return Run(manifest.find_run(uri), against, memory_limit=memory_limit, threads=threads, timeout_s=timeout_s)
+
+
+def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
+    """Write the views and macros of ``open_run`` into ``path``, a DuckDB file that any client of DuckDB opens.
+
+    It holds the run's small tables, and reads tokens and documents where the store is now; where it has moved,
+    ``SET VARIABLE afn_store = '/its/new/place'`` says so. A store that is not local needs DuckDB's httpfs. The file is
+    whole or not there. Raises ``ConfigError`` when ``path`` exists or cannot be written, and what ``open_run`` raises.
+    """
+    if os.path.lexists(path):
+        raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
+    folder = manifest.find_run(uri)
+    tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
+    files = {t: _paths(_files(folder, tables["shards"], t), "store() || ") for t in ("tokens", "documents")}
+    place = folder.store.rstrip("/").replace("'", "''")
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        # The format of DuckDB 1.0: by default the file has one that only the newest clients open.
+        with duckdb.connect(unfinished, config={"storage_compatibility_version": "v1.0.0"}) as connection:
+            connection.execute(f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'")
+            _create(connection, folder, tables, files)
+            for view in DERIVED:
+                hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
+                connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
+        os.link(unfinished, path)  # appears whole, and replaces nothing
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it") from error
+    except (duckdb.Error, OSError) as error:
+        raise ConfigError(f"{path} cannot be written: {_readable(str(error), 'DuckDB')}") from error
+    finally:
+        for left in (unfinished, unfinished.with_name(f"{unfinished.name}.wal")):
+            left.unlink(missing_ok=True)
 
 
 class Result:
@@ -116,7 +145,7 @@ def _unwrapped(value: object) -> object:
 
 
 class Run:
-    """A complete run as SQL views: tokens, documents, vocabulary, words, thresholds, shards and run.
+    """A complete run as SQL views and macros, those of ``views``.
 
     A query cannot write, and cannot read anything but this run's own files:
 
@@ -127,28 +156,20 @@ class Run:
     """
 
     def __init__(
-        self, folder: manifest.RunFolder, *, memory_limit: str, threads: int | None, timeout_s: float
+        self, folder: manifest.RunFolder, baseline: manifest.RunFolder | None, *, memory_limit: str,
+        threads: int | None, timeout_s: float,
     ) -> None:  # fmt: skip
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise QueryError(f"the time limit is {timeout_s} s; expected more than 0 and at most {MAX_TIMEOUT_S}")
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._memory_limit, self._timeout_s = memory_limit, timeout_s
-        shards = _table(folder, "shards", SHARDS_SCHEMA)
-        labels = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
-        files = {table: _files(folder, shards, table) for table in ("tokens", "documents")}
-        self._files = storage.ReadOnlyFiles(folder.store, files["tokens"] | files["documents"])
+        tables = _tables(folder, baseline)
+        files = {table: _files(folder, tables["shards"], table) for table in ("tokens", "documents")}
+        self._files = storage.ReadOnlyFiles(folder.store, _named(files["tokens"]) | _named(files["documents"]))
         with self._plain_errors():
             self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
             self._connection.register_filesystem(self._files)
-            self._load("vocabulary", _table(folder, "vocabulary", VOCABULARY_SCHEMA))
-            self._load("thresholds", _table(folder, "thresholds", THRESHOLDS_SCHEMA))
-            self._load("labels", labels)
-            for name, schema in (("sources", SOURCES_SCHEMA), ("screened", SCREENED_SCHEMA)):
-                has = name in folder.info["tables"]
-                self._load(name, _table(folder, name, schema) if has else schema.empty_table())
-            self._load("shards", shards)
-            self._load("run", _run_row(folder))
-            self._create_views(files, labels)
+            _create(self._connection, folder, tables, {t: _paths(files[t], AFN) for t in files})
             for statement in (
                 "SET disabled_filesystems = 'LocalFileSystem'",
                 "SET allowed_directories = ['afn://']",  # it grants writing too, which ReadOnlyFiles refuses
@@ -197,7 +218,7 @@ class Run:
         return self.sql("FROM vocabulary")
 
     def words(self) -> Result:
-        """One row per word. It sorts by document: beyond some ten million tokens filter by ``doc``."""
+        """One row per word, in the order of the corpus within a shard."""
         return self.sql("FROM words")
 
     def thresholds(self) -> Result:
@@ -223,33 +244,6 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _load(self, name: str, table: pa.Table) -> None:
-        self._connection.register("incoming", table)
-        self._connection.execute(f"CREATE TABLE {name} AS FROM incoming")
-        self._connection.unregister("incoming")
-
-    def _create_views(self, files: Mapping[str, Mapping[str, object]], labels: pa.Table) -> None:
-        # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
-        self._connection.execute(
-            "CREATE SCHEMA internal; CREATE TABLE internal.types AS "
-            "SELECT token_id, any_value(token) AS token, any_value(text) AS text FROM vocabulary GROUP BY token_id"
-        )
-        tokens, documents = (_read_parquet(files[table]) for table in ("tokens", "documents"))
-        offsets = "start" in self._connection.sql(f"FROM {tokens}").columns
-        quartiles = {r["layer"]: r for r in labels.to_pylist() if r["population"] == "tokens"}
-        layers = self.info["layers"]
-        if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
-            raise StoreError(f"{self.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}")
-        for name, query in (
-            ("tokens", tokens_view(tokens, layers, quartiles, offsets)),
-            ("documents", documents_view(documents, layers)),
-            ("words", words_view(layers, offsets)),
-        ):
-            self._connection.execute(f"CREATE VIEW {name} AS {query}")
-        for name, comment in VIEWS.items():
-            kind = "VIEW" if name in ("tokens", "documents", "words") else "TABLE"
-            self._connection.execute(f"COMMENT ON {kind} {name} IS '{comment}'")
 
     def _ask(self, cursor: duckdb.DuckDBPyConnection, call: Callable[[], T]) -> T:
         """What ``call`` returns; what it runs on ``cursor`` ends at the time limit and at Ctrl-C.
@@ -324,7 +318,49 @@ def _settings(memory_limit: str, threads: int | None) -> dict[str, Any]:
     return settings if threads is None else settings | {"threads": threads}
 
 
-# --- a run's files and its row ---------------------------------------------------------------------------
+# --- a run's tables, files and row -----------------------------------------------------------------------
+
+SMALL = {
+    "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
+    "histogram": HISTOGRAM_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
+}  # fmt: skip
+MAY_LACK = ("histogram", "sources", "screened")
+"""A run made before there was such a table, or without asking for it, has an empty one."""
+
+
+def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> dict[str, pa.Table]:
+    """All small tables by the names of their views."""
+    tables = {
+        name: schema.empty_table() if name in MAY_LACK and name not in folder.info["tables"]
+        else _table(folder, name, schema)
+        for name, schema in SMALL.items()
+    }  # fmt: skip
+    tables["labels"] = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
+    tables["run"] = _run_row(folder)
+    found = None if baseline is None else compare(baseline, folder)
+    tables["movers"] = MOVERS_SCHEMA.empty_table() if found is None else found.movers
+    tables["drift"] = DRIFT_SCHEMA.empty_table() if found is None else found.drift
+    tables["class_drift"] = CLASS_DRIFT_SCHEMA.empty_table() if found is None else found.classes
+    return tables
+
+
+def _create(
+    connection: duckdb.DuckDBPyConnection, folder: manifest.RunFolder, tables: Mapping[str, pa.Table],
+    files: Mapping[str, Sequence[File]],
+) -> None:  # fmt: skip
+    """Make the run's tables, views and macros in ``connection``."""
+    quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
+    layers = folder.info["layers"]
+    if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
+        raise StoreError(f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}")
+    for name, table in tables.items():
+        connection.register("incoming", table)
+        connection.execute(f"CREATE TABLE {name} AS FROM incoming")
+        connection.unregister("incoming")
+    first = files["tokens"][0].path
+    offsets = "start" in connection.sql(f"FROM read_parquet([{first}])").columns
+    for statement in statements(files["tokens"], files["documents"], layers, quartiles, offsets):
+        connection.execute(statement)
 
 
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
@@ -334,20 +370,42 @@ def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table
         raise StoreError(f"{folder.uri}/{name}.parquet is damaged: {error}") from error
 
 
-def _files(folder: manifest.RunFolder, shards: pa.Table, table: str) -> dict[str, tuple[str, int]]:
-    """Name, URI and size of the run's files of ``table``; DuckDB reads doc_offset off the name."""
-    files: dict[str, tuple[str, int]] = {}
+class _File(NamedTuple):
+    """One shard's file of a table."""
+
+    name: str  # below the store
+    uri: str
+    size: int  # bytes
+    shard: dict[str, Any]  # its row of ``shards``
+
+
+AFN = "'afn://' || "
+"""Before a file's name: a run's own files, through ``storage.ReadOnlyFiles``."""
+
+
+def _files(folder: manifest.RunFolder, shards: pa.Table, table: str) -> list[_File]:
+    """The run's files of ``table``, in the order of its shards."""
     size = {"tokens": "token_bytes", "documents": "document_bytes"}[table]
+    files = []
     for shard in shards.to_pylist():
         name = shard[f"{table}_file"]
         if not FILE_NAME.fullmatch(name):
             raise StoreError(f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a shard's file")
-        files[f"{shard['ordinal']}/doc_offset={shard['doc_offset']}/{table}.parquet"] = (
-            storage.join(folder.store, name), shard[size],
-        )  # fmt: skip
+        files.append(_File(name, storage.join(folder.store, name), shard[size], shard))
     if not files:
         raise StoreError(f"{folder.uri}/shards.parquet is damaged: it names no shards")
     return files
+
+
+def _named(files: Sequence[_File]) -> dict[str, tuple[str, int]]:
+    return {f.name: (f.uri, f.size) for f in files}
+
+
+def _paths(files: Sequence[_File], before: str) -> list[File]:
+    """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces (``FILE_NAME``)."""
+    return [
+        File(f"{before}'{f.name}'", f.shard["doc_offset"], f.shard["n_documents"], f.shard["n_tokens"]) for f in files
+    ]
 
 
 def _run_row(folder: manifest.RunFolder) -> pa.Table:
@@ -373,72 +431,3 @@ def _run_row(folder: manifest.RunFolder) -> pa.Table:
 
 def _utc(iso: str | None) -> datetime | None:
     return None if iso is None else datetime.fromisoformat(iso).astimezone(UTC).replace(tzinfo=None)
-
-
-def _read_parquet(names: Mapping[str, object]) -> str:
-    listed = ", ".join(f"'afn://{name}'" for name in names)
-    return f"read_parquet([{listed}], hive_partitioning = true, hive_types = {{'doc_offset': BIGINT}})"
-
-
-# --- the views -------------------------------------------------------------------------------------------
-# What goes into their SQL is our own text and numbers: file names are made here, layers are integers.
-
-
-def _exact(value: float | None, kind: str) -> str:
-    # From text the nearest FLOAT is taken, which is the value itself; a bare number would be a DECIMAL first.
-    return f"NULL::{kind}" if value is None else f"'{value!r}'::{kind}"
-
-
-def tokens_view(source: str, layers: Sequence[int], thresholds: Mapping[int, Mapping[str, Any]], offsets: bool) -> str:
-    """SQL of the ``tokens`` view; ``thresholds`` by layer, of the population of all tokens."""
-    columns = [
-        "doc_offset + doc AS doc", "position", "token_id", "token", "text", "surface",
-        f"flags & {SPECIAL} <> 0 AS is_special",
-        f"flags & {WORD_START} <> 0 AS is_word_start",
-        f"flags & {REPLACED} <> 0 AS is_replaced",
-        *(("start", '"end"') if offsets else ()),
-    ]  # fmt: skip
-    for k in layers:
-        row = thresholds[k]
-        strength = f"strength_{k}"
-        q1, q2, q3 = (_exact(row[q], "FLOAT") for q in ("q1", "q2", "q3"))
-        sink = None if row["q2"] is None else row["sink_factor"] * row["q2"]
-        columns += [
-            strength,
-            f"CASE WHEN is_special OR {q3} IS NULL THEN NULL WHEN {strength} < {q1} THEN 1 "
-            f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS quartile_{k}",
-            f"CASE WHEN NOT is_special THEN {strength} >= {q3} END AS high_{k}",
-            f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {_exact(sink, 'DOUBLE')} END AS sink_{k}",
-        ]
-    return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
-
-
-def documents_view(source: str, layers: Sequence[int]) -> str:
-    """SQL of the ``documents`` view."""
-    means = "".join(f", mean_strength_{k}" for k in layers)
-    return f"""
-        SELECT doc_offset + doc AS doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
-            n_tokens, n_windows, n_chars, n_replaced, lower(hex(text_sha256)) AS text_sha256, status{means}
-        FROM {source}"""  # noqa: S608
-
-
-def words_view(layers: Sequence[int], offsets: bool) -> str:
-    """SQL of the ``words`` view, over ``tokens``.
-
-    A word starts at a token with the word-start flag, and at the first token of a document that is not special.
-    """
-    places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
-    strengths = "".join(
-        f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
-        f", max(strength_{k}) FILTER (is_first) AS first_strength_{k}, bool_or(high_{k}) AS high_{k}"
-        for k in layers
-    )
-    return f"""
-        SELECT doc, word, coalesce(max(surface) FILTER (is_first), string_agg(text, '' ORDER BY position)) AS text,
-            count(*) AS n_tokens, min(position) AS position{places}{strengths}
-        FROM (
-            SELECT *, is_word_start OR position = first_value(position) OVER tokens_so_far AS is_first,
-                (sum(is_word_start::INTEGER) OVER tokens_so_far
-                    - first_value(is_word_start::INTEGER) OVER tokens_so_far)::INTEGER AS word
-            FROM tokens WHERE NOT is_special WINDOW tokens_so_far AS (PARTITION BY doc ORDER BY position)
-        ) GROUP BY doc, word"""  # noqa: S608

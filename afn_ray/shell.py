@@ -32,7 +32,8 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray.errors import QueryError, printable
-from afn_ray.query import VIEWS, Result, Run
+from afn_ray.query import Result, Run
+from afn_ray.views import MACROS, VIEWS
 
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_ROWS = 100
@@ -337,6 +338,7 @@ class Shell:
             self._say("\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
         elif name == ".tables":
             self._say("\n".join(f"  {name:12}{text}" for name, text in VIEWS.items()))
+            self._say("\n".join(f"  {name}\n              {text}" for name, text in MACROS.items()))
         elif name == ".schema" and (not argument or argument in VIEWS):
             for view in [argument] if argument else VIEWS:
                 self._say(f"{view}: {VIEWS[view]}")

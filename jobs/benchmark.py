@@ -10,6 +10,7 @@ Every repetition starts a fresh store in a temporary folder. Prints one table: t
     python jobs/benchmark.py reduce --shards 10000
     python jobs/benchmark.py safety --store s3://bucket/prefix
     python jobs/benchmark.py screen
+    python jobs/benchmark.py sql --rows 100000000
 
 are ``afn bench``, for a node of a cluster: ``ray job submit --working-dir . -- python jobs/benchmark.py engine``.
 """
@@ -33,7 +34,7 @@ from afn_ray.bench.machine import Watch, cpu_name
 
 
 def main() -> None:
-    if sys.argv[1:2] in (["engine"], ["monitor"], ["reduce"], ["safety"], ["screen"]):
+    if sys.argv[1:2] in ([name] for name in ("engine", "monitor", "reduce", "safety", "screen", "sql")):
         cli.main(["bench", *sys.argv[1:]])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=3, help="fresh runs of the demo (default: 3)")

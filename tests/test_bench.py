@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from afn_ray import bench, model
-from afn_ray.bench import contest, machine, monitor, ours, peers, reduce, texts
+from afn_ray.bench import contest, machine, monitor, ours, peers, reduce, sql, texts
 from afn_ray.errors import AfnError, ConfigError, ModelError
+from afn_ray.query import open_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -260,3 +261,31 @@ def test_generated_summaries_are_those_of_their_number_alone(tmp_path: Path) -> 
 def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
     with pytest.raises(AfnError, match=r"afn_ray\.bench\.reduce .* left with 1"):
         reduce._watched(str(tmp_path), "inline", 0)
+
+
+# --- questions -------------------------------------------------------------------------------------------
+
+
+def test_questions_are_asked_of_a_true_run() -> None:
+    notes: list[str] = []
+    result = sql.measure(120_000, 2, notes.append)
+    assert result["rows"] == 120_000 and [r["shards"] for r in result["reduces"]] == [1, 5, 5]
+    assert list(result["questions"]) == list(sql.QUESTIONS)
+    for question, figures in result["questions"].items():
+        assert figures["rows"] > 0 or "rare" in question, question
+        assert len(figures["seconds"]) == 2 and min(figures["seconds"]) > 0 and figures["peak_bytes"] > 10 << 20
+    assert result["questions"]["100 occurrences of a frequent word"]["rows"] > 50
+    assert "every word of the run" in printed(sql.render, result)
+
+
+def test_generated_shards_hold_what_the_views_expect(tmp_path: Path) -> None:
+    store = str(tmp_path)
+    sql.write_shard(store, 0, 50)
+    done = sql.finish(store, 0, 1)
+    with open_run(done["run"]) as run:
+        assert run.sql("SELECT count(*), count(DISTINCT doc) FROM tokens").fetchall() == [(10_000, 50)]
+        [(words, alone)] = run.sql("SELECT count(*), count(*) FILTER (n_tokens = 1) FROM words").fetchall()
+        assert 0.7 < words / (10_000 - 100) < 0.9 and 0.6 < alone / words < 0.95
+        quartiles = "SELECT quantile_disc(strength_8, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
+        [(found,)] = run.sql(quartiles).fetchall()
+        assert [tuple(found)] == run.sql("SELECT q1, q2, q3 FROM thresholds WHERE population = 'tokens'").fetchall()

@@ -22,12 +22,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RUN_INFO, edit_sealed, edit_table
 
-from afn_ray import manifest, query, storage
+from afn_ray import manifest, query, storage, views
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.query import Run, open_run
 from afn_ray.schema import (
+    MOVERS_SCHEMA,
     REPLACED,
+    SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SPECIAL,
     THRESHOLDS_SCHEMA,
@@ -202,7 +204,7 @@ def test_thresholds_are_compared_as_the_floats_they_are() -> None:
     rng = np.random.default_rng(0)
     values = np.exp(rng.uniform(-60, 60, 3000)).astype(np.float32)
     with duckdb.connect() as connection:
-        texts = ", ".join(query._exact(float(v), "FLOAT") for v in values)
+        texts = ", ".join(views._exact(float(v), "FLOAT") for v in values)
         got = connection.sql(f"SELECT unnest([{texts}]) AS v").fetchnumpy()["v"]
     assert got.dtype == np.float32
     assert np.array_equal(got, values)
@@ -274,7 +276,8 @@ def test_a_layer_of_special_tokens_alone_has_no_quartiles(tmp_path: Path) -> Non
 
 def test_tables_lists_every_view_with_its_columns(run: Run) -> None:
     tables = run.tables()
-    assert list(tables) == ["tokens", "documents", "vocabulary", "words", "thresholds", "shards", "run"]
+    assert list(tables) == list(views.VIEWS)
+    assert tables["movers"] == MOVERS_SCHEMA.names and tables["screened"] == SCREENED_SCHEMA.names
     assert tables["vocabulary"] == VOCABULARY_SCHEMA.names
     assert tables["documents"] == documents_schema(LAYERS).names
     assert tables["shards"] == SHARDS_SCHEMA.names
@@ -479,10 +482,10 @@ FROM parquet_metadata('{token}')
 FROM read_text('afn://{secret}')
 FROM read_text('afn:///etc/passwd')
 FROM read_text('afn://../../etc/passwd')
-FROM read_text('afn://0/../0/doc_offset=0/tokens.parquet')
-FROM read_text('{name}/../tokens.parquet')
-FROM read_parquet('afn://9/doc_offset=0/tokens.parquet')
-FROM read_parquet('afn://*/*/tokens.parquet')
+FROM read_text('afn://shards/../shards/m/s0/a-tokens.parquet')
+FROM read_text('{name}/../a-tokens.parquet')
+FROM read_parquet('afn://shards/m/s9/a-tokens.parquet')
+FROM read_parquet('afn://shards/*/*/a-tokens.parquet')
 FROM glob('afn://**')
 FROM read_csv('http://127.0.0.1:9/x.csv')
 FROM read_parquet('s3://bucket/x.parquet')
@@ -529,7 +532,7 @@ def attacks(store: Path, out: Path) -> list[str]:
     names = {
         "out": out, "store": store, "secret": out / "secret.txt",
         "token": store / "shards/m/s0/a-tokens.parquet", "other": store / "other/shards/m/s0/a-tokens.parquet",
-        "name": "afn://0/doc_offset=0/tokens.parquet",
+        "name": "afn://shards/m/s0/a-tokens.parquet",
     }  # fmt: skip
     quoted = {k: str(v).replace("'", "''") for k, v in names.items()}
     return [line.format(**quoted) for line in ATTACKS.split("\n")[1:-1]]

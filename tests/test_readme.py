@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import write_jsonl
 
-from afn_ray import cli, demo
+import afn_ray
+from afn_ray import cli, demo, shell
 
 SMALL_BENCH = {
     "engine": ["--tokens", "3000", "--repeat", "1", "--profiles", "short", "--variants", "loop,tuned,engine,job"],
@@ -78,6 +79,47 @@ def test_the_python_runs(workplace: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "share_high" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def baseline(workplace: Path, minilm: Path) -> str:
+    """A run of the same measure over fewer verses."""
+    lines = (workplace / "corpus" / "verses.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (workplace / "before").mkdir()
+    (workplace / "before" / "verses.jsonl").write_text("".join(lines[:200]), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "afn_ray", "run", "before", "--store", "afn-before", "--model", str(minilm), "--layers",
+         demo.demo_config("afn-demo").layers, "--id-column", "citation", "--executor", "inline"],
+        cwd=workplace, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return str(workplace / "afn-before")
+
+
+NEED = {5: "screened"}
+"""What a question asks of that a run may lack."""
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_the_worked_question(workplace: Path, baseline: str, number: int) -> None:
+    (block,) = blocks("sql")
+    questions, rest = shell.split_statements(block)
+    assert [q.split()[1] for q in questions] == [f"{i}." for i in range(1, 11)] and not rest.strip()
+    with afn_ray.open_run(str(workplace / "afn-demo"), baseline=baseline) as run:
+        rows = run.sql(questions[number - 1]).to_dicts()
+        if number in NEED and NEED[number] not in run.info["tables"]:
+            assert rows == []
+            return
+    assert rows
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name.startswith(("share", "layer_", "psi", "ks", "js")):
+            assert all(v is None or v >= 0 for v in values) and any(v is not None for v in values), name
+            assert name == "shared" or name.startswith("psi") or all(v is None or v <= 1 for v in values), name
+        elif name in ("text", "class", "doc_id"):
+            assert all(v and isinstance(v, str) for v in values), name
+        elif name.startswith(("n", "max_", "median", "position")) and name != "n_sinks":
+            assert all(v >= 0 for v in values) and max(values) > 0, name
 
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:

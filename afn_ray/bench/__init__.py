@@ -36,7 +36,7 @@ BUILT_IN = "BERT-base shape, random weights"
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
     commands = parser.add_subparsers(
-        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce, safety or screen"
+        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce, safety, screen or sql"
     )
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
@@ -86,11 +86,19 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     screen.add_argument("--store", metavar="URI", help="where the run is made, and left (default: a temporary folder)")
     screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
+    sql = commands.add_parser(
+        "sql", allow_abbrev=False, help="seconds and memory of questions to a large run, and of its reduce",
+        description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
+        "million tokens. Every reduce and question has its own process; the memory limit is that of 'afn sql', 2GB.",
+    )  # fmt: skip
+    sql.add_argument("--rows", type=int, default=100_000_000, metavar="N",
+                     help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)")  # fmt: skip
+    sql.add_argument("--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)")
     for command in (engine, monitor):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
-    for command in (engine, monitor, reduce, safety, screen):
+    for command in (engine, monitor, reduce, safety, screen, sql):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
@@ -104,6 +112,7 @@ def call(args: argparse.Namespace) -> None:
         "repeat": 1,
         "texts": 1,
         "shards": 10 if args.what == "safety" else 1,
+        "rows": 10_000,
     }
     for name, least in least_of.items():
         if (value := getattr(args, name, None)) is not None and value < least:
@@ -134,6 +143,11 @@ def call(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
             result = screen.measure(args.store or folder, args.seed, lambda note: notes.print(note, markup=False))
         screen.render(result, console)
+    elif args.what == "sql":
+        from afn_ray.bench import sql
+
+        result = sql.measure(args.rows, args.repeat, lambda note: notes.print(note, markup=False))
+        sql.render(result, console)
     else:
         profiles = chosen("profiles", args.profiles, PROFILES)
         variants = chosen("variants", args.variants, VARIANTS)

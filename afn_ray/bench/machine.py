@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Iterable
@@ -67,6 +68,12 @@ def memory_bytes(pid: int) -> int:
     except OSError:  # it ended meanwhile
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def own_memory_bytes(name: str) -> int:
+    """``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process."""
+    (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    return int(kilobytes) * 1024
 
 
 def _cpu_s(pid: int) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -126,14 +125,14 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     config = RunConfig(corpus=("-",), model="-", store=store, executor=executor)
     shards = [Shard(commit.shard, (), config.read_options) for commit in commits]
     with cluster.tasks(config, shards) as tasks:
-        before, began = _memory_bytes("VmRSS"), time.monotonic()
+        before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
         tables = reduce.reduce_run(
             store, MEASURE_ID, commits, (LAYER,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
             num_bytes=[1] * len(commits), tasks=tasks,
         )  # fmt: skip
         seconds = time.monotonic() - began
     return {
-        "seconds": seconds, "before_bytes": before, "driver_bytes": _memory_bytes("VmHWM"),
+        "seconds": seconds, "before_bytes": before, "driver_bytes": machine.own_memory_bytes("VmHWM"),
         "types": tables["vocabulary"].num_rows, "strengths": tables["histogram"].num_rows,
         "sha256": _digest([tables[name] for name in ("thresholds", "histogram", "vocabulary")]),
     }  # fmt: skip
@@ -148,12 +147,6 @@ def _commit(row: dict[str, Any]) -> manifest.Commit:
         for table in manifest.TABLES
     }
     return manifest.Commit(row["shard"], "0", files, counts, 1.0, {})
-
-
-def _memory_bytes(name: str) -> int:
-    """``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process."""
-    (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
-    return int(kilobytes) * 1024
 
 
 def _digest(tables: list[pa.Table]) -> str:

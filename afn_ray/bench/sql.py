@@ -1,0 +1,288 @@
+"""What questions to a large run take: a generated store of as many rows as asked for, reduced and asked in SQL.
+
+    python -m afn_ray.bench.sql reduce STORE FIRST SHARDS
+    python -m afn_ray.bench.sql ask RUN BASELINE QUESTION REPEAT
+
+are one reduce and one question, asked REPEAT times, each in a process of its own, so that its memory is its own; both
+print a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from afn_ray import manifest, query, reduce
+from afn_ray.bench import machine
+from afn_ray.bench.machine import own_memory_bytes
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError
+from afn_ray.records import ShardFiles, make_table
+from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Shard, fingerprint
+from afn_ray.thresholds import Summary, round_strengths
+
+NUM_TYPES = 30_522
+"""Of BERT's vocabulary."""
+LAYER = 8
+MEASURE = {"model": "generated"}
+SHARD_TOKENS = 2_000_000
+DOCUMENT_TOKENS = 200
+CHUNK_TOKENS = 400_000
+CLS, SEP = 101, 102
+CONTINUES_EVERY = 5
+"""One type in so many continues a word, as in English text under BERT's vocabulary."""
+CAPITAL_SHARE = 0.1
+QUESTIONS = {
+    "types that are HIGH most often": "FROM vocabulary WHERE n >= 100 ORDER BY share_high DESC LIMIT 20",
+    "movers since a baseline": "FROM movers WHERE status = 'both' ORDER BY q, abs(z) DESC LIMIT 20",
+    "class shares": "SELECT class, sum(n), sum(n_high) / sum(n) FROM vocabulary GROUP BY ALL",
+    "drift since a baseline": "FROM drift",
+    "100 occurrences of a frequent word": "FROM kwic($word, 5, most := 100)",
+    "every occurrence of a rare word": "FROM kwic($rare, 5)",
+    "one document's words": "FROM words WHERE doc = 500",
+    "one document's text": "SELECT document_text(500)",
+    "every word of the run": "SELECT count(*), sum(length(text)), avg(max_strength_8) FROM words",
+}
+"""What is measured; the first four from reduced tables alone."""
+SYLLABLES = [c + v for c in "bdfghjklmnprst" for v in "aeiou"]
+
+
+def pieces() -> tuple[list[str], list[str]]:
+    """Every type by id: as a tokenizer would write it, and as a reader does."""
+    readable = [_spell(i) for i in range(NUM_TYPES)]
+    written = [f"##{t}" if _continues(i) else t for i, t in enumerate(readable)]
+    for at, name in ((CLS, "[CLS]"), (SEP, "[SEP]")):
+        written[at] = readable[at] = name
+    return written, readable
+
+
+def _spell(number: int) -> str:
+    first, rest = SYLLABLES[number % len(SYLLABLES)], number // len(SYLLABLES)
+    return first + (_spell(rest - 1) if rest else "")
+
+
+def _continues(ids: Any) -> Any:
+    return ids % CONTINUES_EVERY == CONTINUES_EVERY - 1
+
+
+WORDS = {"word": 110, "rare": 20_000}
+"""Types that are looked for: about one token in a thousand, and one in 150,000."""
+
+
+# --- the store -------------------------------------------------------------------------------------------
+
+
+def _config(store: str) -> RunConfig:
+    return RunConfig(corpus=("generated",), model="generated", store=store, layers=str(LAYER))
+
+
+def _shard(store: str, number: int) -> Shard:
+    piece = FileSlice(
+        f"generated/part-{number:05d}.jsonl", 1, "etag:0", "jsonl", "", 0, 1, 1, SHARD_TOKENS // DOCUMENT_TOKENS,
+        sha256(b"%d" % number).hexdigest(),
+    )  # fmt: skip
+    return Shard.of([piece], _config(store).read_options)
+
+
+def write_shard(store: str, number: int, num_documents: int) -> None:
+    """Commit shard ``number``: Zipf's law over types, lognormal strengths around a mean of each type."""
+    law = np.random.default_rng(0)
+    means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
+    cumulative = np.cumsum(shares / shares.sum())
+    _, readable = pieces()
+    capitalized = pa.array([text.capitalize() for text in readable])
+    random = np.random.default_rng([1, number])
+    shard = _shard(store, number)
+    origin = {"measure": fingerprint(MEASURE), "shard": shard.id, "attempt": "0"}
+    summary = Summary((LAYER,))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
+        files = ShardFiles(Path(scratch), (LAYER,), offsets=True, origin=origin)
+        with files:
+            step = CHUNK_TOKENS // DOCUMENT_TOKENS
+            for first in range(0, num_documents, step):
+                docs = np.arange(first, min(first + step, num_documents), dtype=np.int32)
+                n = len(docs) * DOCUMENT_TOKENS
+                position = np.tile(np.arange(DOCUMENT_TOKENS, dtype=np.int32), len(docs))
+                ids = np.minimum(np.searchsorted(cumulative, random.random(n)), NUM_TYPES - 1).astype(np.int32)
+                ids[position == 0], ids[position == DOCUMENT_TOKENS - 1] = CLS, SEP
+                special = (position == 0) | (position == DOCUMENT_TOKENS - 1)
+                head = ~special & (~_continues(ids) | (position == 1))
+                flags = np.where(special, SPECIAL, np.where(head, WORD_START, 0)).astype(np.uint8)
+                alone = head & np.append(head[1:] | special[1:], True)
+                no_surface = ~(alone & (random.random(n) < CAPITAL_SHARE))
+                strengths = round_strengths(np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32))
+                columns = {
+                    "doc": np.repeat(docs, DOCUMENT_TOKENS), "position": position, "token_id": ids, "flags": flags,
+                    "surface": pa.DictionaryArray.from_arrays(pa.array(ids, mask=no_surface), capitalized),
+                    "start": 6 * position, "end": 6 * position + 5, f"strength_{LAYER}": strengths,
+                }  # fmt: skip
+                schema = files.tokens.schema
+                files.tokens.write(pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema))
+                summary.add(columns["doc"], ids, flags, {LAYER: strengths})
+                mean = strengths.reshape(-1, DOCUMENT_TOKENS)[:, 1:-1].mean(1)
+                files.documents.write(
+                    make_table(
+                        {
+                            "doc": docs, "doc_id": [f"{number}-{i}" for i in docs.tolist()],
+                            "source": [shard.slices[0].uri] * len(docs), "offset": docs.astype(np.int64),
+                            "n_tokens": np.full(len(docs), DOCUMENT_TOKENS), "n_windows": np.ones(len(docs), int),
+                            "n_chars": np.full(len(docs), 6 * DOCUMENT_TOKENS),
+                            "n_replaced": np.zeros(len(docs), int),
+                            "text_sha256": [sha256(b"%d %d" % (number, i)).digest() for i in docs.tolist()],
+                            "status": ["ok"] * len(docs), f"mean_strength_{LAYER}": mean,
+                        },
+                        files.documents.schema,
+                    )
+                )  # fmt: skip
+            files.write_summary(summary.tables())
+        tokens = num_documents * DOCUMENT_TOKENS
+        counts = {"documents": num_documents, "empty": 0, "quarantined": 0, "tokens": tokens,
+                  "special": 2 * num_documents, "windows": num_documents, "forward_tokens": tokens,
+                  "chars": 6 * tokens}  # fmt: skip
+        manifest.publish(
+            store, fingerprint(MEASURE), shard, "0", files.tables(), counts, time.monotonic() - began, {"device": "-"}
+        )
+
+
+def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
+    """Plan and reduce the run of the shards from ``first`` on, and make it complete; what the reduce took."""
+    config = _config(store)
+    shards = [_shard(store, number) for number in range(first, first + num_shards)]
+    measure_id = fingerprint(MEASURE)
+    commits = manifest.find_commits(store, measure_id, shards)
+    ordered = [commits[shard.id] for shard in shards]
+    folder = manifest.begin_run(config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns())
+    written, readable = pieces()
+    before, began = own_memory_bytes("VmRSS"), time.monotonic()
+    tables = reduce.reduce_run(
+        store, measure_id, ordered, (LAYER,), pieces=written, readable=readable, language="en", sink_factor=10.0,
+        num_bytes=[1] * len(ordered),
+    )  # fmt: skip
+    seconds = time.monotonic() - began
+    tokens = sum(c.counts["tokens"] for c in ordered)
+    info = {
+        "measure": {"id": measure_id, **MEASURE}, "model": {"name": "generated"}, "layers": [LAYER],
+        "tables": {name: manifest.write_table(folder, name, table) for name, table in tables.items()},
+        "config": asdict(config), "corpus": {"files": num_shards, "skipped": [], "bytes": num_shards},
+        "precision": {"dtype": "float32"}, "quarantined": [], "seconds": 0.0,
+        "counts": {"shards": num_shards, "documents": sum(c.counts["documents"] for c in ordered), "tokens": tokens},
+        "created_at": manifest.created_at(folder), "finished_at": manifest.created_at(folder),
+    }  # fmt: skip
+    run = manifest.finish_run(folder, info)
+    return {"run": run.uri, "shards": num_shards, "seconds": seconds, "tokens": tokens, "before_bytes": before,
+            "peak_bytes": own_memory_bytes("VmHWM")}  # fmt: skip
+
+
+# --- the figures -----------------------------------------------------------------------------------------
+
+
+def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
+    """Reduces of a fifth of the shards and of all, and every question ``repeat`` times; as ``--json`` has them.
+
+    A shard more is made than a run has: the run lacks the first one, and its baseline the last.
+    """
+    num_documents = max(2, min(SHARD_TOKENS, num_rows // 5) // DOCUMENT_TOKENS)
+    num_shards = max(1, num_rows // (num_documents * DOCUMENT_TOKENS))
+    with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
+        began = time.monotonic()
+        spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=spawn) as pool:
+            for _ in pool.map(partial(write_shard, store, num_documents=num_documents), range(num_shards + 1)):
+                pass
+        size = sum(f.stat().st_size for f in Path(store).rglob("*-tokens.parquet"))
+        on_note(
+            f"{num_shards + 1:,} shards, {size / 1e6:,.0f} MB of tokens, written in {time.monotonic() - began:.0f} s"
+        )
+        reduces = []
+        for first, count in ((0, max(1, num_shards // 5)), (0, num_shards), (1, num_shards)):
+            reduces.append(_apart("reduce", store, str(first), str(count)))
+            on_note(f"reduce of {count:,} shards: {reduces[-1]['seconds']:.1f} s")
+        *_, baseline, run = (r["run"] for r in reduces)
+        asked = {}
+        for question in QUESTIONS:
+            asked[question] = _apart("ask", run, baseline, question, str(repeat))
+            on_note(f"{question}: {statistics.median(asked[question]['seconds']):.2f} s")
+    rows = num_shards * num_documents * DOCUMENT_TOKENS
+    foreign = max(r["foreign"] for r in (*reduces, *asked.values()))
+    return {**machine.facts("cpu"), "rows": rows, "token_bytes": size, "repeat": repeat, "reduces": reduces,
+            "questions": asked, "foreign": foreign}  # fmt: skip
+
+
+def _apart(*arguments: str) -> dict[str, Any]:
+    """What this module prints, called with ``arguments`` in a process of its own."""
+    command = [sys.executable, "-m", "afn_ray.bench.sql", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
+    with machine.Watch([process.pid]) as watch:
+        answer, _ = process.communicate()
+    if process.returncode:
+        raise AfnError(f"{' '.join(command)} left with {process.returncode}")
+    return {**json.loads(answer), "foreign": round(watch.foreign, 3)}
+
+
+def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, Any]:
+    """Seconds of opening a run, with a baseline where the question needs one, and of each answer."""
+    sql = QUESTIONS[question]
+    words = {name: _spell(number) for name, number in WORDS.items() if f"${name}" in sql}
+    began = time.monotonic()
+    with query.open_run(
+        run_uri, baseline=baseline if "baseline" in question else None, timeout_s=query.MAX_TIMEOUT_S
+    ) as run:  # fmt: skip
+        opening = time.monotonic() - began
+        seconds, rows = [], 0
+        for _ in range(repeat):
+            began = time.monotonic()
+            rows = len(run.sql(sql, words or None).fetchall())
+            seconds.append(time.monotonic() - began)
+    return {"opening_s": opening, "seconds": seconds, "rows": rows, "peak_bytes": own_memory_bytes("VmHWM")}
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """A line for each reduce, and for each question."""
+    machine.print_facts(result, console)
+    console.print(
+        f"\n{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n = "
+        f"{result['repeat']}, median (lowest-highest)", markup=False,
+    )  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for heading in ("reduce, one process", "s", "tokens/s", "peak MB"):
+        table.add_column(heading, justify="left" if heading.startswith("reduce") else "right", no_wrap=True)
+    for r in result["reduces"]:
+        table.add_row(f"{r['shards']:,} shards, {r['tokens']:,} tokens", f"{r['seconds']:,.1f}",
+                      f"{r['tokens'] / r['seconds']:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}")  # fmt: skip
+    console.print(table)
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("question", "rows", "opening s", "s", "peak MB"):
+        table.add_column(heading, justify="left" if heading == "question" else "right", no_wrap=True)
+    for question, r in result["questions"].items():
+        s = r["seconds"]
+        figures = f"{statistics.median(s):.3f} ({min(s):.3f}-{max(s):.3f})"
+        table.add_row(question, f"{r['rows']:,}", f"{r['opening_s']:.2f}", figures, f"{r['peak_bytes'] / 1e6:,.0f}")
+    console.print(table)
+    console.print(f"\nOthers took up to {result['foreign']:.0%} of the cores meanwhile.", markup=False)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "reduce":
+        print(json.dumps(finish(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    else:
+        print(json.dumps(ask(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))))
