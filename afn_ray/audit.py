@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -70,6 +71,8 @@ DRIFT_LIMITS = {
 }
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
 SOURCE_OPTIONS = {"min_tokens": f"tokens that a source needs in both runs to be judged; default: {LEAST_TOKENS}"}
+OF_MEASURE = ("model", "revision", "layers", "dtype", "window_tokens", "overlap_tokens")
+"""What of a config makes runs of one measure; files of the model may still differ."""
 OF_SOURCES = ("max_new_sources", "max_vanished_sources")
 PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
@@ -109,10 +112,12 @@ class Audit:
 
 
 def run_audit(
-    config: RunConfig, policy: Policy, *, baseline: str = "previous", frozen: bool = False,
+    config: RunConfig, policy: Policy, *, baseline: str = "previous", frozen: bool = False, mark: bool = True,
     on_event: job.OnEvent = lambda event: None,
 ) -> Audit:  # fmt: skip
-    """Run ``config``, compare with ``baseline`` and judge by ``policy``. Writes nothing but the run.
+    """Run ``config``, compare with ``baseline`` and judge by ``policy``. Writes the run, and that it was audited.
+
+    ``mark`` false leaves the last to the caller, for ``manifest.mark_audited`` once the verdict is told.
 
     ``baseline`` is "previous" (the store's newest run of the same measure before this one that was audited, as
     ``manifest.mark_audited`` tells; without any the newest complete one), "week" (the newest complete one that began at
@@ -134,6 +139,8 @@ def run_audit(
     if before is None:
         notes = (f"First night: the store has no {baseline} run of this measure, and what needs one was not judged.",)
     rules = tuple(judge(policy, run, comparison))
+    if mark:
+        manifest.mark_audited(run)
     return Audit(all(r.passed is not False for r in rules), rules, run, before, comparison, notes)
 
 
@@ -150,7 +157,12 @@ def _named(uri: str) -> RunFolder:
 def _frozen(config: RunConfig, named: RunFolder | None) -> RunConfig:
     if config.thresholds is not None:
         raise ConfigError(f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen")
-    source = named or next(_complete_runs(storage.absolute(config.store).rstrip("/")), None)
+    asked = asdict(job.normalised(config))
+    same = [
+        r for r in ([] if named else _complete_runs(asked["store"]))
+        if _corpus(r) == list(asked["corpus"]) and all(r.info["config"].get(k) == asked[k] for k in OF_MEASURE)
+    ]  # fmt: skip
+    source = named or next((r for r in same if manifest.is_audited(r)), same[0] if same else None)
     return config if source is None else replace(config, thresholds=source.uri)
 
 
@@ -175,9 +187,17 @@ def _last_week(run: RunFolder) -> RunFolder | None:
 
 
 def _comparable(run: RunFolder) -> Iterator[RunFolder]:
-    """Complete runs of the same measure that began before ``run``, the newest first."""
-    of = run.info["measure"]["id"]
-    return (r for r in _complete_runs(run.store, run.id) if r.info["measure"]["id"] == of)
+    """Complete runs of the same measure and corpus that began before ``run``, the newest first.
+
+    Those right before it that were asked for the same are ``run`` itself, tried again for the shards that it lacked.
+    """
+    asked, measure = run.id.rpartition("-")[2], run.info["measure"]["id"]
+    before = itertools.dropwhile(lambda r: r.id.endswith(f"-{asked}"), _complete_runs(run.store, run.id))
+    return (r for r in before if r.info["measure"]["id"] == measure and _corpus(r) == _corpus(run))
+
+
+def _corpus(run: RunFolder) -> list[str]:
+    return list(run.info["config"]["corpus"])
 
 
 def _began(run: RunFolder) -> datetime:
@@ -296,7 +316,7 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
     """Values of ``DRIFT_LIMITS`` at ``layer``; those of sources only where both runs have a table of them."""
     drift = _at(comparison.drift, layer).to_pylist()
     whole = next(row for row in drift if row["source"] is None)
-    for key in DISTANCE_LIMITS:
+    for key in DISTANCE_LIMITS if whole["n_a"] and whole["n_b"] else ():
         yield key, (_distance(whole, key), None)
     yield from (
         ("min_tokens_ratio", (ratio := _ratio(whole["n_b"], whole["n_a"]), None)),
@@ -400,8 +420,14 @@ def check_webhook(url: str, allow_http: bool) -> str:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigError(f"the webhook is no URL: {error}") from error
+    except ValueError:
+        raise ConfigError("the webhook is no URL; expected https://host/...") from None
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError("the webhook's URL has spaces or letters outside ASCII; escape them with %")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError(
+            f"the webhook's URL has a user's name before {host}; put a secret into its path, or leave it out"
+        )
     if parts.scheme not in ("https", "http") or not host or (port is not None and not port):
         raise ConfigError(f"the webhook is a {parts.scheme or 'plain'} address; expected https://host/...")
     if parts.scheme == "http" and not allow_http and not _is_this_machine(host):
@@ -431,7 +457,9 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
     Tried ``WEBHOOK_TRIES`` times where another try may help: no answer, 429 or 5xx.
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310 - checked before
-    opener = urllib.request.build_opener(_NoRedirects)
+    local = urlsplit(url).scheme == "http" and _is_this_machine(urlsplit(url).hostname or "")
+    proxies = [urllib.request.ProxyHandler({})] if local else []  # what stays on this machine goes through nobody
+    opener = urllib.request.build_opener(_NoRedirects, *proxies)
     why = ""
     for attempt in range(WEBHOOK_TRIES):
         if attempt:
@@ -456,7 +484,9 @@ def call_command(command: list[str], audit_json: Path) -> str | None:
             command, env={**os.environ, "AFN_AUDIT_JSON": str(audit_json.absolute())}, timeout=COMMAND_TIMEOUT_S,
             check=False,
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return f"--on-broken {command[0]} was stopped after {COMMAND_TIMEOUT_S:g} s"
+    except OSError as error:
         return f"--on-broken {command[0]} could not be run: {error}"
     return None if done.returncode == 0 else f"--on-broken {command[0]} left with {done.returncode}"
 

@@ -385,23 +385,29 @@ def _audit(args: argparse.Namespace) -> int:
         report.check_packages()  # now, not after the run
     errors = Console(stderr=True, highlight=False)
     with _progress(errors, args.quiet) as on_event:
-        found = audit.run_audit(config, policy, baseline=args.baseline, frozen=args.frozen, on_event=on_event)
-    if not args.no_report:
-        args.out.mkdir(parents=True, exist_ok=True)
-        report.write_report(found.run, args.out / "report.html", baseline=found.baseline)
+        found = audit.run_audit(
+            config, policy, baseline=args.baseline, frozen=args.frozen, mark=False, on_event=on_event
+        )  # fmt: skip
     written = audit.write_json(found, args.out)
-    for line in audit.lines(found):
-        print(printable(line))
-    if found.passed:
-        manifest.mark_audited(found.run)
-        return 0
-    sys.stdout.flush()
-    told = [audit.post(webhook, written.read_bytes()) if webhook else None,
-            audit.call_command(command, written) if command else None]  # fmt: skip
-    for failure in filter(None, told):  # whoever waits for the exit code still learns the verdict
-        errors.print("afn:", printable(failure), markup=False, soft_wrap=True)
+    failures = []
+    if not found.passed:
+        failures = [audit.post(webhook, written.read_bytes()) if webhook else None,
+                    audit.call_command(command, written) if command else None]  # fmt: skip
     manifest.mark_audited(found.run)
-    return POLICY_BROKEN
+    if not args.no_report:
+        try:
+            report.write_report(found.run, args.out / "report.html", baseline=found.baseline)
+        except AfnError as error:
+            failures.append(f"report.html could not be written: {error}")
+    for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
+        errors.print("afn:", printable(failure), markup=False, soft_wrap=True)
+    try:
+        for line in audit.lines(found):
+            print(printable(line))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the verdict is the exit code all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0 if found.passed else POLICY_BROKEN
 
 
 def _sql(args: argparse.Namespace) -> None:

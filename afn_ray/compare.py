@@ -32,6 +32,8 @@ JSON_ROWS = 1000
 SIGNIFICANT = 0.05
 """A type has moved where its q is below: at most so large a share of such types moved by chance."""
 NUM_BINS = 10
+LEAST_EXPECTED = 5
+"""Tokens; with fewer the normal distribution is no approximation of a share's."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -57,7 +59,7 @@ class Comparison:
 def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool = False) -> Comparison:
     """How ``run_b`` differs from ``run_a``, each a run's URI, or a store's for its latest complete run.
 
-    z is that of two pooled proportions, p two-sided under the normal distribution, q after Benjamini and Hochberg over
+    z is that of ``two_proportions``, p two-sided under the normal distribution, q after Benjamini and Hochberg over
     the layer's types in both runs. Tokens of one document are no independent draws, so z says which types moved most,
     not how sure one may be. A type in both runs has its class in ``run_b``.
 
@@ -92,7 +94,7 @@ def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool 
         ]
         drift.append(_drift_row(layer, None, *whole, ranks_only=ranks_only))
         if all(sources):
-            of_a, of_b = (_of_sources(by_layer[layer]) for by_layer in sources)
+            of_a, of_b = _alike(*(_of_sources(by_layer[layer]) for by_layer in sources))
             nothing = (Histogram.of(np.empty(0, np.int64)), 0)
             drift += [
                 _drift_row(layer, name, of_a.get(name, nothing), of_b.get(name, nothing), ranks_only=ranks_only)
@@ -104,6 +106,10 @@ def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool 
         a, b, pa.Table.from_pylist(drift, DRIFT_SCHEMA), pa.Table.from_pylist(classes, CLASS_DRIFT_SCHEMA),
         pa.concat_tables(movers), tuple(_notes(a, b, layers, ranks_only)),
     )  # fmt: skip
+
+
+Sources = dict[str, tuple[Histogram, int]]
+"""Histogram and HIGH tokens by source."""
 
 
 # --- distances -------------------------------------------------------------------------------------------
@@ -163,11 +169,18 @@ def _binned(histogram: Histogram, ends: Ints) -> Ints:
 def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[Floats, Floats]:
     """z of ``high_b / n_b`` against ``high_a / n_a`` with the pooled share's variance, and its two-sided p.
 
-    Where none or all of both are HIGH there is no difference: z is 0 and p is 1.
+    Where less than ``LEAST_EXPECTED`` tokens of either kind are expected in either run that z is no normal one: there
+    it is that of the log-odds ratio, with one token of the pooled share added to each run as a prior (Monroe, Colaresi
+    and Quinn, 2008). Where none or all of both are HIGH there is no difference: z is 0 and p is 1.
     """
     pooled = (high_a + high_b) / (n_a + n_b)
     sd = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
     z = np.divide(high_b / n_b - high_a / n_a, sd, out=np.zeros(len(sd)), where=sd > 0)
+    few = (sd > 0) & (np.minimum(pooled, 1 - pooled) * np.minimum(n_a, n_b) < LEAST_EXPECTED)
+    p, runs = pooled[few], ((high_a[few], n_a[few]), (high_b[few], n_b[few]))
+    odds = [np.log(high + p) - np.log(n - high + 1 - p) for high, n in runs]
+    variance = sum(1 / (high + p) + 1 / (n - high + 1 - p) for high, n in runs)
+    z[few] = (odds[1] - odds[0]) / np.sqrt(variance)
     return z, np.array([math.erfc(abs(value) / math.sqrt(2)) for value in z.tolist()])
 
 
@@ -207,7 +220,7 @@ def _of_layer(table: pa.Table) -> Histogram:
     return Histogram.of(to_bins(normal["strength"].to_numpy()), normal["n"].to_numpy())
 
 
-def _of_sources(table: pa.Table) -> dict[str, tuple[Histogram, int]]:
+def _of_sources(table: pa.Table) -> Sources:
     """Histogram and HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``."""
     columns = (table[name] for name in ("source", "bins", "counts", "n_high"))
     return {
@@ -217,6 +230,21 @@ def _of_sources(table: pa.Table) -> dict[str, tuple[Histogram, int]]:
         )
         for name, bins, counts, n_high in zip(*columns, strict=True)
     }
+
+
+def _alike(*sides: Sources) -> Iterator[Sources]:
+    """Sources with tokens; files of one side go into the folders that the other has for them, as with many files."""
+    names = [{name for name, (histogram, _) in side.items() if histogram.n} for side in sides]
+    for side, own, others in zip(sides, names, reversed(names), strict=True):
+        groups: dict[str, list[str]] = {}
+        for name in sorted(own):
+            above = (name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1))
+            known = name if name in others else next((folder for folder in above if folder in others), name)
+            groups.setdefault(known, []).append(name)
+        yield {
+            known: (Histogram.merge(side[name][0] for name in group), sum(side[name][1] for name in group))
+            for known, group in groups.items()
+        }
 
 
 def _drift_row(

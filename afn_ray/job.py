@@ -72,7 +72,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     committed), ``Interrupted`` when the call can be repeated to resume.
     """
     began = time.monotonic()
-    config = _normalised(config)
+    config = normalised(config)
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
     device = cluster.find_device(config)
@@ -189,7 +189,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
 
 def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estimate:
     """What ``run(config)`` would do. Reads the corpus once to plan, tries the model on a sample, writes nothing."""
-    config = _normalised(config)
+    config = normalised(config)
     lexicon.function_words(config.language)
     device = cluster.find_device(config)
     files = pipeline.find_model(config)
@@ -298,7 +298,7 @@ def _text_share(plan: manifest.Plan, texts: list[str]) -> float:
     return sum(len(t.encode()) for t in texts) / len(texts) * documents / counted
 
 
-def _normalised(config: RunConfig) -> RunConfig:
+def normalised(config: RunConfig) -> RunConfig:
     """``config`` with the places that it is remembered by, which workers elsewhere see too: absolute ones."""
     return replace(
         config,

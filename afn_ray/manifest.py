@@ -238,6 +238,10 @@ def begin_run(
     newest = next(begun, "")
     if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
         return same  # one that lacks shards is complete, and asked again it is tried again
+    if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
+        same = open_folder(config.store, newest)
+        if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
+            return same  # it labels by these thresholds, which are its own
     created = datetime.now(UTC)
     name = f"{_stamp(created)}-{suffix}"
     if name < newest:  # the clock went back, and the newest run is found by its name
@@ -261,10 +265,14 @@ def _stamp(moment: datetime) -> str:
     return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
-def _suffix(measure_id: str, shards: Iterable[Shard], config: RunConfig, frozen: Sequence[dict[str, Any]]) -> str:
-    """Last part of a run's name: what it was asked for."""
-    ask = {"measure": measure_id, "shards": [s.id for s in shards], "language": config.language,
-           "sink_factor": config.sink_factor, "screen": config.screen, "frozen": list(frozen)}  # fmt: skip
+def _suffix(
+    measure_id: str, shards: Iterable[Shard], config: RunConfig, frozen: Sequence[dict[str, Any]] | None
+) -> str:
+    """Last part of a run's name: what it was asked for; ``frozen`` is None in plans of before there was any."""
+    ask: dict[str, Any] = {"measure": measure_id, "shards": [s.id for s in shards], "language": config.language,
+                           "sink_factor": config.sink_factor}  # fmt: skip
+    if frozen is not None:
+        ask |= {"screen": config.screen, "frozen": list(frozen)}
     return fingerprint(ask)[:12]
 
 
@@ -286,6 +294,11 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
             f"thresholds of {run.uri} are of another measure, and mean nothing here: "
             f"{_differences(run.info['measure'], measure)}"
         )
+    return frozen_rows(run)
+
+
+def frozen_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """What the complete ``run`` labels by, as rows of ``FROZEN``."""
     return [{name: row[name] for name in FROZEN} for row in labels(run).to_pylist()]
 
 
@@ -320,7 +333,7 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
                 raise StoreError(f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
-    suffix = _suffix(fingerprint(header["measure"]), shards, config, header["frozen"])
+    suffix = _suffix(fingerprint(header["measure"]), shards, config, header.get("frozen"))
     if not run.id.endswith(f"-{suffix}"):
         raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
     return shards, header
@@ -439,8 +452,10 @@ def mark_audited(run: RunFolder) -> None:
 
 
 def is_audited(run: RunFolder) -> bool:
-    """Whether ``mark_audited`` was called for ``run``."""
-    return storage.exists(storage.join(run.uri, "audited.json"))
+    """Whether ``mark_audited`` was called for ``run``. Raises ``StoreError`` for a mark that is damaged."""
+    uri = storage.join(run.uri, "audited.json")
+    data = storage.read_if_there(uri)
+    return data is not None and _json(data, uri).get("run") == run.id
 
 
 def created_at(run: RunFolder) -> str:

@@ -335,6 +335,7 @@ def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> 
         else _table(folder, name, schema)
         for name, schema in SMALL.items()
     }  # fmt: skip
+    tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])  # of many sources too much for DuckDB
     tables["labels"] = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     found = None if baseline is None else compare(baseline, folder)

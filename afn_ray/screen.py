@@ -29,6 +29,7 @@ independent texts agree falls with their length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -231,13 +232,15 @@ def _scan(
         hashes.append(keys)
         tables.append(
             pa.table(
-                {"doc": here + place.doc_offset, "in_shard": here, "shard": pa.repeat(place.shard, len(here)),
-                 "source": pa.array(uris, pa.string()).take(here), "n_tokens": n[here], "hash": keys,
+                {"doc": here + place.doc_offset, "in_shard": here.astype(np.int32),
+                 "shard": pa.DictionaryArray.from_arrays(np.zeros(len(here), np.int32), [place.shard]),
+                 "source": pa.array(uris, pa.string()).dictionary_encode().take(here),
+                 "n_tokens": n[here].astype(np.int32), "hash": keys,
                  **{name: x[here] for name, x in zip(FEATURES, features, strict=True)}}
             )
         )  # fmt: skip
     keys = np.concatenate(hashes)
-    return [_add(*sums)[0], pa.concat_tables(tables),
+    return [_add(*sums)[0], pa.concat_tables(tables).unify_dictionaries(),
             *((Histogram.of(keys[keys % num_parts == part]),) for part in range(num_parts))]  # fmt: skip
 
 
@@ -339,8 +342,8 @@ def _variance(h: Histogram) -> float:
     if not h.n:
         return float("nan")
     values = to_values(h.keys).astype(np.float64)
-    mean = float(values @ h.counts) / h.n
-    return float((values - mean) ** 2 @ h.counts) / h.n
+    mean = math.fsum(values * h.counts) / h.n  # rounded once: the same bits on any machine
+    return math.fsum((values - mean) ** 2 * h.counts) / h.n
 
 
 # --- documents -------------------------------------------------------------------------------------------
@@ -352,7 +355,7 @@ def _rank(
 ) -> list[pa.Table]:  # fmt: skip
     """The strangest of ``documents``, as in ``RANKED``."""
     index = {name: at for at, name in enumerate(names)}
-    uris = documents["source"].combine_chunks().dictionary_encode()
+    uris = documents["source"].combine_chunks()
     of_uri = np.array([index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64)
     own = of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
     against = np.where(spread.n_docs[own] < LEAST_DOCS, len(names), own)

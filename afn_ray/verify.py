@@ -430,6 +430,11 @@ class _Run:
                 self.folder = manifest.find_run(uri)
             except StoreError as error:
                 self._find("damaged", self._run_json, _without(error, self._run_json))
+        try:
+            manifest.is_audited(self.folder)
+        except StoreError as error:
+            mark = storage.join(uri, "audited.json")
+            self._find("damaged", mark, _without(error, mark), "delete it: the next audit judges the run's step again")
         for name, entry in self.folder.info.get("tables", {}).items():
             if not isinstance(entry, dict) or "name" not in entry:
                 self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
@@ -447,7 +452,7 @@ class _Run:
             self._find("damaged", self._plan, _without(error, self._plan), self._begin_again)
             return
         self.measure, self.measure_id = header["measure"], fingerprint(header["measure"])
-        self._config, self._frozen = header["config"], header["frozen"]
+        self._config, self._frozen = header["config"], header.get("frozen", [])
         self._check_plan()
 
     def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
@@ -551,7 +556,7 @@ class _Run:
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
         tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
-        if self._config["screen"]:
+        if self._config.get("screen"):
             tables |= screen.scan_run(
                 self.folder.store, self.measure_id, commits, self.measure["layers"], shards=self.shards,
                 labels=tables["frozen" if self._frozen else "thresholds"], vocabulary=tables["vocabulary"],

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import sys
 
-from afn_ray import cli
-
 if __name__ == "__main__":
+    try:
+        from afn_ray import cli
+    except ImportError as error:  # Python would leave with 1, which says that the policy is broken
+        print(f"nightly_audit: afn-ray cannot be imported here: {error}", file=sys.stderr)
+        sys.exit(2)
     cli.command(["audit", *sys.argv[1:]])

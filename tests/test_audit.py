@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,10 +21,10 @@ import pytest
 from conftest import RUN_INFO, stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import audit, cli, compare, job, manifest, verify
+from afn_ray import audit, cli, compare, job, manifest, report, verify
 from afn_ray.audit import Policy, Rule
 from afn_ray.compare import Comparison
-from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, StoreError
+from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
 
@@ -215,11 +215,17 @@ def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> 
 # --- baselines -------------------------------------------------------------------------------------------
 
 
-def complete(store: Path, began: datetime, measure: str = "m", done: bool = True) -> RunFolder:
-    name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{'0' * 12}"
+def complete(
+    store: Path, began: datetime, measure: str = "m", done: bool = True, corpus: Sequence[str] = ("c",), ask: str = ""
+) -> RunFolder:
+    name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
     run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
     plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
-    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {"measure": {"id": measure}, "tables": {"plan": plan}}
+    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
+        "measure": {"id": measure},
+        "tables": {"plan": plan},
+        "config": {"corpus": list(corpus)},
+    }
     return manifest.finish_run(run, info) if done else run
 
 
@@ -321,7 +327,7 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
     )
     code, out, err = nights.script("--on-broken", f"{sys.executable} {hook} 'two words' $HOME")
     assert code == 1, err
-    assert out.splitlines()[0].startswith("BROKEN     ks ") and "the policy is broken: 1 limit of 6" in out
+    assert "\nBROKEN     ks " in out and "the policy is broken: 1 limit of 6" in out
     assert 'hook: two words $HOME {\n "schema_version"' in out  # no shell
     second = nights.said
     assert second["verdict"] == "broken" and second["baseline"] == first["run"]
@@ -364,6 +370,55 @@ def test_without_the_reports_packages_an_audit_says_so_before_the_run(
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     assert nights.audit() == 2
     assert 'pip install "afn-ray[report]"' in capsys.readouterr().err and not nights.store.exists()
+
+
+def test_a_file_without_tokens_is_neither_new_nor_vanished(nights: Nights) -> None:
+    nights.add(7, 0, 0)
+    (nights.folder / "policy.toml").write_text("max_new_sources = 0\nmax_vanished_sources = 0\n")
+    assert nights.audit() == 0
+    (nights.folder / "corpus" / "7.jsonl").write_text('{"text": ""}\n')
+    assert nights.audit() == 0
+    assert [r["value"] for r in nights.said["rules"]] == [0, 0]
+
+
+def test_the_first_frozen_night_given_again_is_the_same_night(nights: Nights) -> None:
+    (nights.folder / "policy.toml").write_text("min_tokens_ratio = 1.1\n")
+    assert nights.audit("--frozen") == 0
+    first = (nights.folder / "out" / "audit.json").read_bytes()
+    assert nights.audit("--frozen") == 0
+    assert (nights.folder / "out" / "audit.json").read_bytes() == first
+    nights.add(1, 600, 640)
+    assert nights.audit("--frozen") == 0
+    assert manifest.labels_name(manifest.find_run(str(nights.store))) == "frozen"
+
+
+def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path: Path) -> None:
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    old = complete(tmp_path, tonight - timedelta(days=1), ask="1" * 12)
+    for hours in (0, 1):
+        manifest.mark_audited(complete(tmp_path, tonight + timedelta(hours=hours), ask="2" * 12))
+    run = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
+    assert audit.BASELINES["previous"](run) == old
+
+
+def test_another_corpus_in_the_store_is_no_baseline(tmp_path: Path) -> None:
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    complete(tmp_path, tonight - timedelta(days=1), corpus=["elsewhere"], ask="1" * 12)
+    assert audit.BASELINES["previous"](complete(tmp_path, tonight)) is None
+
+
+def test_a_report_that_fails_costs_no_verdict(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nights.reports = True
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise QueryError("too slow")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    assert nights.audit() == 0 and nights.said["verdict"] == "pass"
+    assert "report.html could not be written: too slow" in capsys.readouterr().err
+    assert manifest.is_audited(manifest.find_run(str(nights.store)))
 
 
 def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Nights) -> None:

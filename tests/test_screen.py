@@ -131,7 +131,9 @@ def test_reasons_and_texts_are_those_of_the_document(made: RunConfig, verses: li
 
 def test_sources_are_the_tokens_by_file(made: RunConfig) -> None:
     with afn_ray.open_run(made.store) as run:
-        sources = run.sql("FROM sources ORDER BY layer, source").to_arrow_table().to_pylist()
+        sources = manifest.read_table(manifest.find_run(made.store), "sources").to_pylist()
+        summed = run.sql("FROM sources ORDER BY layer, source").to_arrow_table().to_pylist()
+        assert summed == [{k: v for k, v in s.items() if k not in ("bins", "counts")} for s in sources]
         assert [(s["layer"], s["source"][-7:]) for s in sources] == [
             (k, f"{name}.jsonl") for k in (1, 2) for name in "abc"
         ]
