@@ -138,7 +138,8 @@ def test_a_strength_that_equals_a_threshold_lies_above_it(corpus: Corpus) -> Non
     below = np.nextafter(quantiles, np.float32(0))
     strengths = np.concatenate([quantiles, below, [values.min(), values.max(), values.max() * 2, 0]]).astype(np.float32)
     zeros = np.zeros(len(strengths), np.int32)
-    tables = {name: manifest.read_table(corpus.folder, name) for name in ("thresholds", "histogram", "vocabulary")}
+    tables = {name: manifest.read_table(corpus.folder, name) for name in ("histogram", "vocabulary")}
+    tables["labels"] = manifest.labels(corpus.folder)
     limits, readings = module._read_layer(tables, 4, zeros, zeros > 0, strengths)
     assert [r.quartile for r in readings] == [2, 3, 4, 1, 2, 3, 1, 4, 4, 1]
     assert [r.high for r in readings] == [r.quartile == 4 for r in readings]
