@@ -166,7 +166,7 @@ def test_a_plan_covers_the_corpus_and_is_the_same_every_time(config: RunConfig, 
     assert plan.num_hashed == len(plan.files) == 66
     assert plan.num_bytes == sum(f.stat().st_size for f in folder.iterdir())
     assert len(plan.shards) > 10 and len(set(_ids(plan))) == len(plan.shards)
-    other = replace(config, workers=7, batch_tokens=512, store=config.store + "2", sink_factor=3.0, device="cpu")
+    other = replace(config, workers=7, batch_tokens=512, store=f"{config.store}/other", sink_factor=3.0, device="cpu")
     assert make_plan(other) == plan
 
 
