@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,6 +20,9 @@ from afn_ray.schema import SUMMARY_SCHEMA, documents_schema, tokens_schema
 
 ROW_GROUP_ROWS = 1 << 19
 """Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3 ms."""
+
+BATCH_ROWS = 1 << 18
+"""Rows that are read at a time."""
 
 _DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins")
 
@@ -130,6 +135,27 @@ def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
         else:
             arrays.append(pa.array(values, field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def whole_documents(
+    file: pq.ParquetFile, ends: npt.NDArray[np.int64], columns: Sequence[str]
+) -> Iterator[tuple[int, pa.Table]]:
+    """Rows of ``tokens`` in order, ``doc`` and ``columns``, some documents at a time: the first row's number, a table.
+
+    ``ends``: where each document ends. Whatever the size of a shard, memory is that of ``BATCH_ROWS`` or a document.
+    """
+    first = read = 0
+    held: list[pa.RecordBatch] = []
+    for batch in file.iter_batches(BATCH_ROWS, columns=["doc", *columns]):
+        held.append(batch)
+        read += len(batch)
+        ended = int(np.searchsorted(ends, read, side="right"))
+        if ended and ends[ended - 1] > first:
+            table = pa.Table.from_batches(held)
+            whole = int(ends[ended - 1]) - first
+            yield first, table.slice(0, whole).combine_chunks()
+            first += whole
+            held = table.slice(whole).to_batches()
 
 
 @contextmanager

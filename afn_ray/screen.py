@@ -29,6 +29,7 @@ independent texts agree falls with their length.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
@@ -40,10 +41,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray import manifest
+from afn_ray import manifest, records
 from afn_ray.reduce import FAN_IN, Inline, Tasks
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA, SPECIAL, WORD_START, Shard, strength_column
-from afn_ray.thresholds import BIN_BITS, Histogram, round_strengths, to_bins, to_values
+from afn_ray.thresholds import BIN_BITS, COMPACT_KEYS, Histogram, round_strengths, to_bins, to_values
 
 MAX_SOURCES = 1000
 """With more files than that, sources are the deepest folders of which there are fewer."""
@@ -210,32 +211,41 @@ def _scan(
     sums: list[tuple[Histogram, ...]] = []
     tables, hashes = [], []
     for place in places:
-        tokens = _read(
-            store, measure_id, place, place.tokens, ["doc", "token_id", "flags", *map(strength_column, layers)]
-        )  # fmt: skip
-        documents = _read(store, measure_id, place, place.documents, ["source", "text_sha256"])
-        uris = documents["source"].combine_chunks().cast(pa.string()).to_pylist()
-        of_source = {uri: index[source_of(uri, depth)] for uri in set(uris)}
-        source = np.array([of_source[uri] for uri in uris], np.int64)
-        flags = tokens["flags"].to_numpy()
-        normal = flags & SPECIAL == 0
-        docs = tokens["doc"].to_numpy()[normal]
-        by_layer = [tokens[strength_column(k)].to_numpy()[normal] for k in layers]
-        n, features = _features(docs, tokens["token_id"].to_numpy()[normal], flags[normal], by_layer[-1],
-                                len(uris), limits)  # fmt: skip
+        documents = _read(store, measure_id, place, place.documents, ["source", "n_tokens", "text_sha256"])
+        uris = documents["source"].combine_chunks()
+        of_uri = np.array([index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64)
+        source = of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
+        n = np.zeros(len(source), np.int64)
+        features = [np.zeros(len(source), np.float32) for _ in FEATURES]
+        pieces: list[tuple[Histogram, ...]] = [tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)]
+        file = pq.ParquetFile(pa.BufferReader(manifest.read_file(store, measure_id, place.shard, place.tokens)))
+        ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
+        for _, tokens in records.whole_documents(file, ends, ["token_id", "flags", *map(strength_column, layers)]):
+            flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()
+            normal = flags & SPECIAL == 0
+            docs = rows[normal]
+            by_layer = [tokens[strength_column(k)].to_numpy()[normal] for k in layers]
+            piece = slice(int(rows[0]), int(rows[-1]) + 1)
+            n[piece], some = _features(
+                docs - rows[0], tokens["token_id"].to_numpy()[normal], flags[normal], by_layer[-1],
+                piece.stop - piece.start, limits,
+            )  # fmt: skip
+            for feature, values in zip(features, some, strict=True):
+                feature[piece] = values
+            at = source[docs] << BIN_BITS
+            pieces.append(tuple(Histogram.of(at + to_bins(values)) for values in by_layer))
+            if sum(len(h.keys) for h in itertools.chain(*pieces[1:])) > COMPACT_KEYS:
+                pieces = _add(*pieces)
         here = np.flatnonzero(n)  # documents with tokens
-        at = source[docs] << BIN_BITS
-        strengths = [Histogram.of(at + to_bins(values)) for values in by_layer]
         of_docs = [Histogram.of((source[here] << BIN_BITS) + to_bins(x[here])) for x in features]
-        sums.append((*strengths, *of_docs))
+        sums.append((*_add(*pieces)[0], *of_docs))
         keys = _hashes(documents["text_sha256"])[here]
         hashes.append(keys)
         tables.append(
             pa.table(
                 {"doc": here + place.doc_offset, "in_shard": here.astype(np.int32),
                  "shard": pa.DictionaryArray.from_arrays(np.zeros(len(here), np.int32), [place.shard]),
-                 "source": pa.array(uris, pa.string()).dictionary_encode().take(here),
-                 "n_tokens": n[here].astype(np.int32), "hash": keys,
+                 "source": uris.take(here), "n_tokens": n[here].astype(np.int32), "hash": keys,
                  **{name: x[here] for name, x in zip(FEATURES, features, strict=True)}}
             )
         )  # fmt: skip

@@ -33,7 +33,6 @@ from afn_ray.thresholds import Summary, round_strengths
 
 SHARDS_AT_ONCE = 4
 """Each holds its files in memory, one shard's worth."""
-BATCH_ROWS = 1 << 18
 RELATIVE = 1e-9
 """Between two computations of a mean; the order of a sum may differ. All else is equal or wrong."""
 
@@ -350,7 +349,9 @@ def _check_tokens(file: pq.ParquetFile, documents: pa.Table, layers: tuple[int, 
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
     num_special, summary = 0, Summary(layers)
-    for first, part in _whole_documents(file, ends, layers):
+    for first, part in records.whole_documents(
+        file, ends, ["position", "token_id", "flags", *map(strength_column, layers)]
+    ):
         rows = np.arange(first, first + len(part))
         docs = np.searchsorted(ends, rows, side="right")
         for column, expected in (("doc", docs), ("position", rows - (ends - n_tokens)[docs])):
@@ -383,23 +384,6 @@ def _check_tokens(file: pq.ParquetFile, documents: pa.Table, layers: tuple[int, 
                 )
         summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, strengths)
     return num_special, summary
-
-
-def _whole_documents(file: pq.ParquetFile, ends: Ints, layers: Iterable[int]) -> Iterator[tuple[int, pa.Table]]:
-    """Rows of ``tokens`` in order, as the number of the first and a table that ends where a document does."""
-    columns = ["doc", "position", "token_id", "flags", *map(strength_column, layers)]
-    first = read = 0
-    held: list[pa.RecordBatch] = []
-    for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-        held.append(batch)
-        read += len(batch)
-        ended = int(np.searchsorted(ends, read, side="right"))
-        if ended and ends[ended - 1] > first:
-            table = pa.Table.from_batches(held)
-            whole = int(ends[ended - 1]) - first
-            yield first, table.slice(0, whole).combine_chunks()
-            first += whole
-            held = table.slice(whole).to_batches()
 
 
 # --- runs ------------------------------------------------------------------------------------------------
