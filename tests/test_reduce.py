@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import afn_ray
 from afn_ray import cluster, manifest, reduce, storage
+from afn_ray.cluster import calls
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.records import ShardFiles
@@ -413,8 +414,8 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(reduce, "FAN_IN", 4)
     files = [reduce.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
-    total, types = reduce._submit_layer(Counting(), "/store", MEASURE_ID, files, 0, (8,), 10.0)
-    assert made == 4**5 + (4**5 - 1) // 3 + 4  # groups, merges, then the ends: count, total's two, types
+    total, types = reduce._submit_layer(Counting(), "/store", MEASURE_ID, files, 0, (8,), 10.0, [])
+    assert made == 4**5 + (4**5 - 1) // 3 + 5  # groups, merges, then the ends: count, total's three, types
     assert most <= 4 * 6 and len(held) == len([*total, *types])
 
 
@@ -445,7 +446,7 @@ def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch
     inline = reduce_run(store, MEASURE_ID, commits, LAYERS, **asked)
     with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
         assert isinstance(tasks, cluster.RayTasks)
-        patch.setattr(cluster, "MAX_PENDING", 4)
+        patch.setattr(calls, "MAX_PENDING", 4)
         patch.setattr(reduce, "PART_BYTES", 1 << 12)
         patch.setattr(reduce, "FAN_IN", 8)
         on_ray = reduce_run(store, MEASURE_ID, commits[::-1], LAYERS, tasks=tasks, **asked)

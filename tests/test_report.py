@@ -57,7 +57,7 @@ def _screened(run: manifest.RunFolder, docs: dict[int, tuple[str, int]]) -> pa.T
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> list[manifest.RunFolder]:
-    """A plain run of 200 verses, and one a day later of others and of what would do harm where it was not escaped."""
+    """A plain run without screening, and one a day later of other verses and of what would do harm if not escaped."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "corpus").mkdir()
     config = RunConfig(
@@ -65,11 +65,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
         layers="all", shard_bytes=8192, dtype="float32", id_column="id",
     )  # fmt: skip
     found = []
-    for texts in (verses[:200], verses[5000:5250] + HOSTILE):
+    for texts, screen in ((verses[:600], 0), (verses[5000:5650] + HOSTILE, 1000)):
         write_jsonl(folder / "corpus" / FILE, [{"id": f"v{i}", "text": t} for i, t in enumerate(texts)])
-        with afn_ray.run(config) as run:
+        with afn_ray.run(replace(config, screen=screen)) as run:
             found.append(manifest.find_run(run.uri))
-            rows = run.sql("SELECT doc, source, n_tokens FROM documents WHERE doc >= $1 ORDER BY doc", [250]).fetchall()
+            rows = run.sql("SELECT doc, source, n_tokens FROM documents WHERE doc >= $1 ORDER BY doc", [650]).fetchall()
     screened = _screened(found[1], {doc: (source, n) for doc, source, n in rows})
     assert len(screened) == len(HOSTILE)
     sources = [{"layer": k, "source": f"{EVIL}/{i}", "n_docs": 2, "n": 8, "n_high": i, "bins": [5], "counts": [8]}
