@@ -458,7 +458,7 @@ def test_search_marks_the_points_and_counts_them(opened: Opener, runs: list[mani
     tab.wait_for_function(f"document.querySelectorAll('{marks}')[1].querySelectorAll('path').length === {len(rows)}")
     tab.fill("#search", "the")
     tab.wait_for_function("document.querySelector('#matches tbody th')?.textContent === 'the'")
-    (the,) = [r for r in rows if r["text"] == "the"]
+    (the,) = [r for r in rows if r["text"] == "the" and r["class"] == "function"]
     cells = tab.eval_on_selector_all("#matches tbody tr:first-child td", "all => all.map(e => e.textContent)")
     assert cells == ["function", f"{the['n']:,}", f"{the['share_high']:.3f}"]
     tab.fill("#search", "nothing-has-this")
