@@ -213,7 +213,7 @@ def test_an_unfinished_run_is_no_damage(
 
 
 def test_the_reread_of_many_batches_is_the_same(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afn_ray.verify.BATCH_ROWS", 7)
+    monkeypatch.setattr("afn_ray.records.BATCH_ROWS", 7)
     assert not verify_store(str(made)).findings
 
 
