@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +35,11 @@ from afn_ray import demo, manifest, pipeline, storage
 from afn_ray.config import RunConfig
 from afn_ray.manifest import Commit
 from afn_ray.schema import Shard
+
+
+def pytest_configure() -> None:
+    """A shell's background jobs ignore SIGINT, and what they start too: here Ctrl-C is to mean what it does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
