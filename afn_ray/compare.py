@@ -385,6 +385,9 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             yield f"Sources were not compared: {name} was made without a table of them."
     if (language := a.info["config"].get("language")) != (theirs := b.info["config"].get("language")):
         yield f"Function words are those of {language!r} in A and of {theirs!r} in B, so classes differ by that too."
+    words = [info.get("function_words") for info in (a.info, b.info)]
+    if words[0] != words[1]:
+        yield f"Function words are from {words[0]} in A and from {words[1]} in B, so classes may differ by that too."
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -394,8 +397,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     whole = pc.is_null(drift["source"])
     sources = drift.filter(pc.invert(whole)).sort_by([("ks", "descending"), ("layer", "descending")])
     of_status = {s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")}
-    surest = of_status["both"].to_pylist()
-    surest.sort(key=lambda m: (m["q"], -abs(m["z"])))
+    both = of_status["both"].append_column("size", pc.abs(of_status["both"]["z"]))
+    surest = both.sort_by([("q", "ascending"), ("size", "descending")]).drop_columns("size")
     deepest = max(drift["layer"].to_pylist())
     body: dict[str, Any] = {
         "schema_version": JSON_VERSION,
@@ -404,7 +407,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "drift": drift.filter(whole).to_pylist(),
         "sources": sources.slice(0, JSON_ROWS).to_pylist(),
         "classes": comparison.classes.to_pylist(),
-        "movers": surest[:JSON_ROWS],
+        "movers": surest.slice(0, JSON_ROWS).to_pylist(),
         "n_sources": len(sources),
         "n_types": len(surest),
         "n_moved": num_moved(movers),

@@ -148,6 +148,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         "layers": list(task.layers),
         "tables": names,
         "config": asdict(config),
+        "function_words": lexicon.SOURCE,
         "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
         "precision": decided.to_json(),
         "counts": {

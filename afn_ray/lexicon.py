@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from functools import cache
+from importlib.metadata import version
 
 import stopwords
 
 from afn_ray.errors import ConfigError
+
+SOURCE = f"stopwords {version('stopwords')}"
+"""Where function words come from: another version may have others, and so other classes."""
 
 
 @cache
