@@ -131,6 +131,7 @@ def run_audit(
     named = None if baseline in BASELINES else _named(baseline)  # a wrong name is told before the work, not after it
     if frozen:
         config = _frozen(config, named)
+    _begin_nights(config)
     with job.run(config, on_event) as opened:
         run = manifest.find_run(opened.uri)
     before = named or BASELINES[baseline](run)
@@ -157,13 +158,35 @@ def _named(uri: str) -> RunFolder:
 def _frozen(config: RunConfig, named: RunFolder | None) -> RunConfig:
     if config.thresholds is not None:
         raise ConfigError(f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen")
-    asked = asdict(job.normalised(config))
-    same = [
-        r for r in ([] if named else _complete_runs(asked["store"]))
-        if _corpus(r) == list(asked["corpus"]) and all(r.info["config"].get(k) == asked[k] for k in OF_MEASURE)
-    ]  # fmt: skip
-    source = named or next((r for r in same if manifest.is_audited(r)), same[0] if same else None)
+    source = named or _last_told(_asked_alike(config))
     return config if source is None else replace(config, thresholds=source.uri)
+
+
+def _begin_nights(config: RunConfig) -> None:
+    """Where no run was audited yet, the newest counts as such: the first audit is held against it.
+
+    So are those after it until one comes to its end, for the runs that they made are told of by nobody.
+    """
+    if (run := _last_told(_asked_alike(config))) is not None:
+        manifest.mark_audited(run)
+
+
+def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
+    """Complete runs of this corpus and, as far as a config tells, of its measure, the newest first."""
+    asked = asdict(job.normalised(config))
+    for run in _complete_runs(asked["store"]):
+        if _corpus(run) == list(asked["corpus"]) and all(run.info["config"].get(k) == asked[k] for k in OF_MEASURE):
+            yield run
+
+
+def _last_told(runs: Iterator[RunFolder]) -> RunFolder | None:
+    """Of ``runs``, the newest first, the newest that was audited; without any the newest."""
+    newest = None
+    for run in runs:
+        if manifest.is_audited(run):
+            return run
+        newest = newest or run
+    return newest
 
 
 def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]:
@@ -177,8 +200,7 @@ def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]
 
 def _previous(run: RunFolder) -> RunFolder | None:
     """The newest that was audited: of one whose audit was killed nobody has heard, so its step counts again."""
-    same = list(_comparable(run))
-    return next((r for r in same if manifest.is_audited(r)), same[0] if same else None)
+    return _last_told(_comparable(run))
 
 
 def _last_week(run: RunFolder) -> RunFolder | None:
@@ -380,15 +402,12 @@ def to_json(found: Audit) -> dict[str, Any]:
 def write_json(found: Audit, folder: Path) -> Path:
     """Write audit.json in ``folder``, in place of an older one; it appears whole or not at all."""
     target = folder / "audit.json"
-    unfinished = folder / f".audit.json-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        unfinished.replace(target)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with storage.write_local(target) as file:
+        file.write((json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     return target
 
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pytest
 from conftest import RUN_INFO, stop_after, write_jsonl
@@ -24,6 +25,7 @@ import afn_ray
 from afn_ray import audit, cli, compare, job, manifest, report, verify
 from afn_ray.audit import Policy, Rule
 from afn_ray.compare import Comparison
+from afn_ray.config import config_from
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
@@ -257,13 +259,15 @@ class Nights:
 
     reports = False
 
-    def __init__(self, folder: Path, model: Path, verses: list[str], policy: str) -> None:
-        self.folder, self.verses, self.store = folder, verses, folder / "store"
+    def __init__(
+        self, folder: Path, model: Path, verses: list[str], policy: str, store: str = "", executor: str = "inline"
+    ) -> None:
+        self.folder, self.verses, self.store = folder, verses, store or str(folder / "store")
         self.config = folder / "run.toml"
         folder.mkdir(exist_ok=True)
         self.config.write_text(
             f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = "{self.store}"\nlayers = "0,2"\n'
-            'dtype = "float32"\nexecutor = "inline"\nshard_bytes = 2048\nbatch_tokens = 256\n'
+            f'dtype = "float32"\nexecutor = "{executor}"\nshard_bytes = 2048\nbatch_tokens = 256\n'
         )
         (folder / "corpus").mkdir()
         (folder / "policy.toml").write_text(policy)
@@ -339,9 +343,15 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
     assert nights.said == second  # of the last night that had a verdict
 
 
-def test_a_step_whose_audit_was_killed_is_judged_with_the_next(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert nights.audit() == 0
-    first = nights.said["run"]
+@pytest.mark.parametrize("before", ["an audit", "a run"])
+def test_a_step_whose_audit_was_killed_is_judged_with_the_next(
+    before: str, nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before == "an audit":
+        assert nights.audit() == 0
+    else:
+        job.run(config_from({}, nights.config)).close()
+    first = compare.describe(manifest.find_run(nights.store))
     nights.add(1, 600, 640)
     with monkeypatch.context() as patch:
         patch.setattr(audit, "write_json", interrupted)
@@ -349,8 +359,45 @@ def test_a_step_whose_audit_was_killed_is_judged_with_the_next(nights: Nights, m
     nights.add(2, 900, 905)
     assert nights.audit() == 0
     assert nights.said["baseline"] == first
-    found = verify.verify_store(str(nights.store))
+    found = verify.verify_store(nights.store)
     assert not found.findings and not found.orphans and not found.foreign
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_a_bucket_and_ray_give_the_verdict_of_a_disk(
+    executor: str, nights: Nights, local_ray: None, object_store: str, tiny_bert: Path, verses: list[str]
+) -> None:
+    """The whole night elsewhere: corpus and store on S3, shards, reduce and screening on workers."""
+    bucket, fs = object_store, fsspec.filesystem("s3")
+    there = Nights(nights.folder.parent / "there", tiny_bert, verses, LOOSE, f"{bucket}/store", executor)
+    there.config.write_text(there.config.read_text().replace(f"{there.folder}/corpus", f"{bucket}/corpus"))
+    verdicts = []
+    for night in (nights, there):
+        for file in range(2):
+            if file:
+                night.add(file, 600, 620)
+            if night is there:
+                fs.put(f"{there.folder}/corpus/", f"{bucket}/corpus/", recursive=True)
+            assert night.audit("--frozen") == 0
+        said = night.said
+        verdicts.append([said["rules"], said["counts"]])
+        found = verify.verify_store(night.store)
+        assert not found.findings and not found.orphans and not found.foreign
+    assert verdicts[0] == verdicts[1]
+    tables = [
+        [manifest.read_table(manifest.find_run(night.store), name) for name in ("frozen", "sources", "screened")]
+        for night in (nights, there)
+    ]
+    for here, other in zip(*tables, strict=True):
+        assert without_place(here).equals(without_place(other))
+
+
+def without_place(table: pa.Table) -> pa.Table:
+    """``table`` with the names of files alone, in place of their URIs."""
+    if "source" not in table.column_names:
+        return table.drop_columns([c for c in table.column_names if c == "run"])
+    names = pa.array([uri.rpartition("/")[2] for uri in table["source"].to_pylist()])
+    return table.set_column(table.column_names.index("source"), "source", names)
 
 
 def test_the_report_lies_beside_the_verdict(nights: Nights) -> None:
@@ -369,7 +416,7 @@ def test_without_the_reports_packages_an_audit_says_so_before_the_run(
     nights.reports = True
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     assert nights.audit() == 2
-    assert 'pip install "afn-ray[report]"' in capsys.readouterr().err and not nights.store.exists()
+    assert 'pip install "afn-ray[report]"' in capsys.readouterr().err and not Path(nights.store).exists()
 
 
 def test_a_file_without_tokens_is_neither_new_nor_vanished(nights: Nights) -> None:
@@ -389,7 +436,7 @@ def test_the_first_frozen_night_given_again_is_the_same_night(nights: Nights) ->
     assert (nights.folder / "out" / "audit.json").read_bytes() == first
     nights.add(1, 600, 640)
     assert nights.audit("--frozen") == 0
-    assert manifest.labels_name(manifest.find_run(str(nights.store))) == "frozen"
+    assert manifest.labels_name(manifest.find_run(nights.store)) == "frozen"
 
 
 def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path: Path) -> None:
@@ -418,7 +465,7 @@ def test_a_report_that_fails_costs_no_verdict(
     monkeypatch.setattr(report, "write_report", fail)
     assert nights.audit() == 0 and nights.said["verdict"] == "pass"
     assert "report.html could not be written: too slow" in capsys.readouterr().err
-    assert manifest.is_audited(manifest.find_run(str(nights.store)))
+    assert manifest.is_audited(manifest.find_run(nights.store))
 
 
 def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Nights) -> None:
@@ -445,7 +492,11 @@ STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "judging": lambda patch: patch.setattr(audit, "judge", interrupted),
     "writing": lambda patch: patch.setattr(Path, "replace", interrupted),
     "telling": lambda patch: patch.setattr(audit, "call_command", interrupted),
+    "the mark": lambda patch: patch.setattr(manifest, "mark_audited", interrupted),
+    "the report": lambda patch: patch.setattr(report, "write_report", interrupted),
 }
+TOLD = ("telling", "the mark", "the report")
+"""Steps before which audit.json was written."""
 
 
 def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_is_the_same(
@@ -459,16 +510,18 @@ def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_i
         assert nights.audit(*command) == 0
         nights.add(1, 600, 630)
         for step, stop in steps.items():
+            nights.reports = step == "the report"
             with pytest.MonkeyPatch.context() as patch:
                 stop(patch)
                 assert nights.audit(*command) == 2, step
             assert "the same command resumes" in capfd.readouterr().err
-            assert nights.said["verdict"] == ("broken" if step == "telling" else "pass")
+            assert nights.said["verdict"] == ("broken" if step in TOLD else "pass")
+        nights.reports = False
         assert nights.audit(*command) == 1
-        found = verify.verify_store(str(nights.store))
+        found = verify.verify_store(nights.store)
         assert not found.findings and not found.unproved
-        assert len(names(nights.store / "runs")) == 2
-        with afn_ray.open_run(str(nights.store)) as run:
+        assert len(names(Path(nights.store, "runs"))) == 2
+        with afn_ray.open_run(nights.store) as run:
             rows = run.sql("SELECT token_id, strength_2 FROM tokens ORDER BY doc, position").fetchall()
         verdicts.append((nights.said["rules"], nights.said["verdict"], rows))
     assert verdicts[0] == verdicts[1]
@@ -523,19 +576,19 @@ def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
         return [r["q3"] for r in manifest.labels(run).to_pylist()]
 
     assert nights.audit("--frozen") == 0
-    first = manifest.find_run(str(nights.store))
+    first = manifest.find_run(nights.store)
     for night in (1, 2):
         nights.add(night, 600 * night, 600 * night + 20)
         assert nights.audit("--frozen") == 0
-        run = manifest.find_run(str(nights.store))
+        run = manifest.find_run(nights.store)
         assert nights.audit("--frozen") == 0
-        assert manifest.find_run(str(nights.store)) == run  # again, and nothing is done
+        assert manifest.find_run(nights.store) == run  # again, and nothing is done
         assert q3(run) == q3(first) and run.id != first.id
         assert any("HIGH means the same" in n for n in nights.said["notes"])
     assert nights.audit("--baseline", first.uri) == 0
     assert nights.said["baseline"]["uri"] == first.uri
     capfd.readouterr()
-    assert nights.audit("--baseline", str(nights.store)) == 2
+    assert nights.audit("--baseline", nights.store) == 2
     assert "is a store, whose latest run is another one every night" in capfd.readouterr().err
 
 
@@ -564,7 +617,7 @@ def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
     process = nights.start()
 
     def num_committed() -> int:
-        return len(list((nights.store / "shards").glob("*/*/commit.json")))
+        return len(list(Path(nights.store, "shards").glob("*/*/commit.json")))
 
     before, until = num_committed(), time.monotonic() + 120
     while num_committed() < before + 2:
@@ -577,7 +630,7 @@ def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
     said = nights.said
     assert said["baseline"] == first["run"] and said["counts"]["documents"] == 30 + 29 * 20
     assert said["counts"]["shards_reused"] >= before + 2
-    found = verify.verify_store(str(nights.store))
+    found = verify.verify_store(nights.store)
     assert not found.findings
 
 

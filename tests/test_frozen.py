@@ -43,6 +43,10 @@ def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(nights: tu
     assert not own.select(taken).equals(frozen.select(taken))
     with afn_ray.run(replace(config, store=config.store + "-scratch")) as scratch:  # the same corpus by its own
         assert own.equals(manifest.read_table(manifest.find_run(scratch.uri), "thresholds"))
+    with afn_ray.run(replace(config, store=config.store + "-frozen", thresholds=first)) as scratch:
+        for name in ("frozen", "thresholds", "vocabulary", "sources", "screened"):
+            expected = manifest.read_table(manifest.find_run(scratch.uri), name)
+            assert manifest.read_table(mine, name).equals(expected), name
     with afn_ray.open_run(second) as run:
         for layer in (1, 2):
             for row in frozen.filter(pc.equal(frozen["layer"], layer)).to_pylist():

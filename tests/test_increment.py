@@ -74,7 +74,8 @@ def check_same(mine: afn_ray.Run, theirs: afn_ray.Run) -> None:
             folder = manifest.RunFolder(run.uri, store, name, run.info)
             shards = manifest.read_table(folder, "shards")
             files = [c for c in shards.column_names if c.endswith(("_file", "_bytes", "seconds")) and c != "num_bytes"]
-            tables.append((manifest.read_table(folder, "histogram"), shards.drop_columns(files)))
+            screening = [manifest.read_table(folder, name) for name in ("sources", "screened")]
+            tables.append((manifest.read_table(folder, "histogram"), *screening, shards.drop_columns(files)))
             counts = {k: v for k, v in run.info["counts"].items() if k != "shards_reused"}
             where = "SELECT doc, count(*), min(source) FROM tokens JOIN documents USING (doc) GROUP BY doc ORDER BY doc"
             tables[-1] += (counts, run.info["corpus"], run.sql(where).fetchall())
