@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from afn_ray.compare import compare as compare_runs
     from afn_ray.garbage import Garbage, collect_garbage
     from afn_ray.job import Estimate, dry_run, run
-    from afn_ray.query import Run, open_run
+    from afn_ray.query import Run, open_run, write_catalog
     from afn_ray.report import write_report
     from afn_ray.verify import Finding, Verification, verify_store
 
@@ -60,6 +60,7 @@ __all__ = [
     "run",
     "run_audit",
     "verify_store",
+    "write_catalog",
     "write_report",
 ]
 
@@ -67,7 +68,8 @@ _LAZY = {
     "Audit": "audit", "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Garbage": "garbage",
     "Policy": "audit", "Run": "query", "Verification": "verify", "collect_garbage": "garbage",
     "compare_runs": "compare:compare", "dry_run": "job", "open_run": "query", "read_policy": "audit", "run": "job",
-    "run_audit": "audit", "verify_store": "verify", "write_report": "report",
+    "run_audit": "audit", "verify_store": "verify",
+    "write_catalog": "query", "write_report": "report",
 }  # fmt: skip
 
 

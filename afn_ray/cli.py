@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -190,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     sql.add_argument("--out", metavar="FILE", type=_local, help="write there instead of the terminal")
     sql.add_argument("--max-rows", type=_count, default=100, help="rows that a table shows (default: 100; 0 = all)")
     sql.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a query (default: 60)")
-    sql.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
+    sql.add_argument("--memory-limit", type=_memory, default="2GB", help="memory of DuckDB (default: 2GB)")
     sql.add_argument("--threads", type=int, help="threads of DuckDB (default: one per core)")
     sql.set_defaults(call=_sql)
 
@@ -223,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         "--min-age-h", type=float, default=24.0, metavar="H",
         help="age from which files that no commit names yet are orphans: an attempt may be at work (default: 24)",
     )  # fmt: skip
-    verify.add_argument("--memory-limit", default="2GB", help="memory of DuckDB (default: 2GB)")
+    verify.add_argument("--memory-limit", type=_memory, default="2GB", help="memory of DuckDB (default: 2GB)")
     verify.add_argument("--json", action="store_true", help="print JSON")
     verify.set_defaults(call=_verify)
 
@@ -306,6 +307,12 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")
     return value
+
+
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B?|%)", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 2GB, 512MiB or 50%")
+    return text
 
 
 def _local(text: str) -> Path:

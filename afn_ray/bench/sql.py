@@ -1,4 +1,4 @@
-"""What questions to a large run take: a generated store of as many rows as asked for, reduced and asked in SQL.
+"""What questions to a large run take: a generated store of as many rows as asked for, reduced, screened and asked.
 
     python -m afn_ray.bench.sql reduce STORE FIRST SHARDS
     python -m afn_ray.bench.sql ask RUN BASELINE QUESTION REPEAT
@@ -30,7 +30,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import manifest, query, reduce
+from afn_ray import manifest, query, reduce, screen
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
@@ -55,13 +55,14 @@ QUESTIONS = {
     "movers since a baseline": "FROM movers WHERE status = 'both' ORDER BY q, abs(z) DESC LIMIT 20",
     "class shares": "SELECT class, sum(n), sum(n_high) / sum(n) FROM vocabulary GROUP BY ALL",
     "drift since a baseline": "FROM drift",
+    "strangest documents": "FROM screened ORDER BY rank LIMIT 20",
     "100 occurrences of a frequent word": "FROM kwic($word, 5, most := 100)",
     "every occurrence of a rare word": "FROM kwic($rare, 5)",
     "one document's words": "FROM words WHERE doc = 500",
     "one document's text": "SELECT document_text(500)",
     "every word of the run": "SELECT count(*), sum(length(text)), avg(max_strength_8) FROM words",
 }
-"""What is measured; the first four from reduced tables alone."""
+"""What is measured; the first five from reduced tables alone."""
 SYLLABLES = [c + v for c in "bdfghjklmnprst" for v in "aeiou"]
 
 
@@ -164,7 +165,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
 
 
 def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
-    """Plan and reduce the run of the shards from ``first`` on, and make it complete; what the reduce took."""
+    """Plan, reduce and screen the run of the shards from ``first`` on; what the reduce and the screening took."""
     config = _config(store)
     shards = [_shard(store, number) for number in range(first, first + num_shards)]
     measure_id = fingerprint(MEASURE)
@@ -177,7 +178,13 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
         store, measure_id, ordered, (LAYER,), pieces=written, readable=readable, language="en", sink_factor=10.0,
         num_bytes=[1] * len(ordered),
     )  # fmt: skip
-    seconds = time.monotonic() - began
+    seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")
+    began = time.monotonic()
+    tables |= screen.scan_run(
+        store, measure_id, ordered, (LAYER,), shards=shards, labels=tables["thresholds"],
+        vocabulary=tables["vocabulary"], readable=readable, worst=config.screen,
+    )  # fmt: skip
+    screening_s = time.monotonic() - began
     tokens = sum(c.counts["tokens"] for c in ordered)
     info = {
         "measure": {"id": measure_id, **MEASURE}, "model": {"name": "generated"}, "layers": [LAYER],
@@ -188,8 +195,10 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
         "created_at": manifest.created_at(folder), "finished_at": manifest.created_at(folder),
     }  # fmt: skip
     run = manifest.finish_run(folder, info)
-    return {"run": run.uri, "shards": num_shards, "seconds": seconds, "tokens": tokens, "before_bytes": before,
-            "peak_bytes": own_memory_bytes("VmHWM")}  # fmt: skip
+    return {
+        "run": run.uri, "shards": num_shards, "seconds": seconds, "tokens": tokens, "before_bytes": before,
+        "peak_bytes": peak, "screening_s": screening_s, "screening_peak_bytes": own_memory_bytes("VmHWM"),
+    }  # fmt: skip
 
 
 # --- the figures -----------------------------------------------------------------------------------------
@@ -215,7 +224,8 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
         reduces = []
         for first, count in ((0, max(1, num_shards // 5)), (0, num_shards), (1, num_shards)):
             reduces.append(_apart("reduce", store, str(first), str(count)))
-            on_note(f"reduce of {count:,} shards: {reduces[-1]['seconds']:.1f} s")
+            on_note(f"{count:,} shards: reduce {reduces[-1]['seconds']:.1f} s, screening "
+                    f"{reduces[-1]['screening_s']:.1f} s")  # fmt: skip
         *_, baseline, run = (r["run"] for r in reduces)
         asked = {}
         for question in QUESTIONS:
@@ -263,11 +273,13 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"{result['repeat']}, median (lowest-highest)", markup=False,
     )  # fmt: skip
     table = Table(box=None, pad_edge=False)
-    for heading in ("reduce, one process", "s", "tokens/s", "peak MB"):
-        table.add_column(heading, justify="left" if heading.startswith("reduce") else "right", no_wrap=True)
+    for heading in ("in one process", "s", "tokens/s", "peak MB"):
+        table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
     for r in result["reduces"]:
-        table.add_row(f"{r['shards']:,} shards, {r['tokens']:,} tokens", f"{r['seconds']:,.1f}",
-                      f"{r['tokens'] / r['seconds']:,.0f}", f"{r['peak_bytes'] / 1e6:,.0f}")  # fmt: skip
+        for what, seconds, peak in (("reduce", "seconds", "peak_bytes"),
+                                    ("screening", "screening_s", "screening_peak_bytes")):  # fmt: skip
+            table.add_row(f"{what} of {r['shards']:,} shards, {r['tokens']:,} tokens", f"{r[seconds]:,.1f}",
+                          f"{r['tokens'] / r[seconds]:,.0f}", f"{r[peak] / 1e6:,.0f}")  # fmt: skip
     console.print(table)
     console.print()
     table = Table(box=None, pad_edge=False)
