@@ -37,6 +37,28 @@ from afn_ray.manifest import Commit
 from afn_ray.schema import Shard
 
 
+SLOW = ("test_ray", "test_readme", "test_audit", "test_bench", "test_object_store", "test_cli", "test_report")
+"""Files that begin first: processes take whole files, and the last one should not be long."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of them, in turn."""
+    kinds = ("local", "s3")
+    numbers: dict[str, int] = {}
+    for item in items:
+        kind = item.callspec.params.get("ground") if hasattr(item, "callspec") else None
+        if kind is None or not isinstance(item, pytest.Function):
+            continue
+        if (only := item.get_closest_marker("only")) is not None:
+            there, why = only.args
+            if kind != there:
+                item.add_marker(pytest.mark.skip(why))
+        elif kind != kinds[numbers.setdefault(item.originalname, len(numbers)) % 2]:
+            item.add_marker("again")
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 def pytest_configure() -> None:
     """A shell's background jobs ignore SIGINT, and what they start too: here Ctrl-C is to mean what it does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

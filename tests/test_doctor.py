@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from afn_ray import doctor
+from afn_ray import cli, doctor
 from afn_ray.cluster import connection
 from afn_ray.doctor import Check, check, render
 from afn_ray.errors import ConfigError, ModelError
@@ -84,6 +84,9 @@ def test_a_missing_model_and_an_unwritable_store(tmp_path: Path, without_ray: No
     assert checks["store"].ok is False and "writing" in checks["store"].found
     assert {c.name for c in checks.values() if c.ok is False} == {"model", "store"}
     assert by_name(check(str(tmp_path), "/proc/store", None))["store"].ok is False
+    with pytest.raises(SystemExit) as left:
+        cli.main(["doctor", "--model", str(tmp_path / "gone")])
+    assert left.value.code == 2
 
 
 def test_what_was_not_asked_for_is_no_failure(without_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,9 @@ def test_every_other_command_runs_in_order(workplace: Path, tiny_bert: Path) -> 
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines() if line]
     assert len(commands) > 8
     for command in commands:
-        assert command.startswith(("afn ", "python jobs/", "python -m pytest -m chaos", "python tests/chaos/")), command
+        assert command.startswith(("afn ", "python jobs/", 'python -m pytest -m "chaos', "python tests/chaos/")), (
+            command
+        )
         if not command.startswith("afn "):
             continue  # minutes: test_benchmark_measures and the chaos suite, which CI runs, are what they are made of
         words = shlex.split(command)[1:]

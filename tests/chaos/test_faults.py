@@ -166,9 +166,8 @@ def test_everything_killed_at_once(ground: Ground, chaos: Chaos, drivers: Driver
     ground.check(store)
 
 
+@pytest.mark.only("local", "nothing is asked of the store meanwhile")
 def test_the_head_of_ray_killed_alone_ends_the_run_resumable(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
-    if ground.kind == "s3":
-        pytest.skip("nothing is asked of the store meanwhile")
     chaos.plan({"point": "process", "skip": 6, "times": NUM_SHARDS, "do": "hang"})
     store = ground.store()
     with drivers.start(*ground.arguments(store, executor="ray", workers="2")) as driver:
@@ -243,10 +242,9 @@ def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path
         assert set(storage.list_names(folder)) == names  # the loser's files are gone
 
 
+@pytest.mark.only("s3", "a local disk gives no unknown answers; its faults are those of the other tests")
 @pytest.mark.parametrize("kind", ["lie", "fail", "stale"])
 def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> None:
-    if ground.kind == "local":
-        pytest.skip("a local disk gives no unknown answers; its faults are those of the other tests")
     store = ground.store()
     rate = 1.0 if kind == "stale" else 0.4  # few folders are listed twice
     with faults.injected(seed=7, rate=rate, kinds=(kind,)) as schedule:
@@ -271,11 +269,10 @@ def patch_bucket(monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wron
     monkeypatch.setattr(storage, "open_filesystem", open_patched)
 
 
+@pytest.mark.only("s3", "a local disk gives no unknown answers")
 def test_a_commit_that_times_out_after_it_was_written_is_our_own(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if ground.kind == "local":
-        pytest.skip("a local disk gives no unknown answers")
     late: list[str] = []
 
     def time_out(call: Callable[..., Any], path: str, *args: Any, **options: Any) -> Any:
@@ -294,9 +291,8 @@ def test_a_commit_that_times_out_after_it_was_written_is_our_own(
     assert not verify.verify_store(store).orphans
 
 
+@pytest.mark.only("s3", "a local disk that refuses is full: the next test")
 def test_a_bucket_that_refuses_writes_for_twenty_seconds(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    if ground.kind == "local":
-        pytest.skip("a local disk that refuses is full: the next test")
     refused: list[float] = []
     until: list[float] = []
 

@@ -227,11 +227,10 @@ def test_a_shard_that_meets_too_little_memory_is_tried_with_half_the_budget(
     assert [e["halvings"] for e in chaos.events("process", shard=victim["shard"])] == [0, 1]
 
 
+@pytest.mark.only("local", "without a worker nothing is asked of the store")
 def test_without_capacity_the_run_says_what_it_lacks_and_gives_up_resumable(
     ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes
 ) -> None:
-    if ground.kind == "s3":
-        pytest.skip("without a worker nothing is asked of the store")
     chaos.plan()
     store = ground.store()
     too_much = ["--tokenizer-workers=3", "--wait=24"]  # no node has four CPUs
