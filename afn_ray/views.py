@@ -277,11 +277,20 @@ def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[st
     )
     names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
     names += [f"{x}_{k}" for k in layers for x in ("max_strength", "mean_strength", "first_strength", "high")]
+    around = (
+        f"SELECT file, row AS head, row + unnest(range(-{beside}, length(word) + {beside} + 1)) AS near "  # noqa: S608
+        "FROM found"
+    )
     near = f"""
-        SELECT f.head, t.*, s.text FROM {rows} t JOIN (
-            SELECT file, row AS head, row + unnest(range(-{beside}, length(word) + {beside} + 1)) AS near FROM found
-        ) f ON t.file = f.file AND t.row = f.near JOIN internal.types s USING (token_id)"""  # noqa: S608
+        SELECT f.head, t.*, s.text FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
+        JOIN internal.types s USING (token_id)"""  # noqa: S608
     also = f", min(position) AS position, count(*) AS n_tokens{places}{strengths}"
+    found = f"""
+            SELECT doc, any_value(COLUMNS([{", ".join(repr(c.strip(chr(34))) for c in ("position", "text", *names))}]))
+                    FILTER (place = 0),
+                coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place < 0)), '') AS left_context,
+                coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place > 0)), '') AS right_context
+            FROM numbered WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
@@ -292,13 +301,17 @@ def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[st
             SELECT *, number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place
             FROM stretches WHERE number > 0 AND last_row < head + length(word) + {beside}
         )
-        SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)} FROM (
-            SELECT doc, any_value(COLUMNS([{", ".join(repr(c.strip(chr(34))) for c in ("position", "text", *names))}]))
-                    FILTER (place = 0),
-                coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place < 0)), '') AS left_context,
-                coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place > 0)), '') AS right_context
-            FROM numbered WHERE abs(place) <= n GROUP BY file, head, doc
-        ) k JOIN (SELECT doc, doc_id, source FROM documents) USING (doc) ORDER BY doc, position"""  # noqa: S608
+        SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)}
+        FROM (SELECT doc, doc_id, source FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
+
+
+def _few(rows: str) -> str:
+    """``rows`` in a form that DuckDB takes for one row: in a join with the tokens it makes its table of these.
+
+    It cannot tell how many a scan will find. Where it expects more than there are tokens it would make a table of all
+    tokens, 5 GB for 100 M of them, and do so even where nothing is found.
+    """
+    return f"(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM ({rows}) of_these))"  # noqa: S608
 
 
 def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
@@ -307,6 +320,10 @@ def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
     A head is the word when it has the word as its surface; or when it has none, and its text, with those of the tokens
     that continue it, is the word. What is not wanted is not scanned either: a join with nothing ends at once.
     """
+    pieces = (
+        "SELECT file, row AS head, row + unnest(range(0, length(word) + 1)) AS near "  # noqa: S608
+        f"FROM {name}_longer WHERE NOT is_whole"
+    )
     return f"""
         {name}_types AS MATERIALIZED (
             SELECT token_id, lower(text) = lower(word) AS is_whole FROM internal.types
@@ -321,7 +338,7 @@ def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
         ),
         {name}_longer AS MATERIALIZED (
             SELECT file, h.row, is_whole
-            FROM {rows} t JOIN (SELECT *, row + 1 AS next FROM {name}_heads) h USING (file)
+            FROM {rows} t JOIN {_few(f"SELECT *, row + 1 AS next FROM {name}_heads")} h USING (file)
             WHERE t.row = h.next AND flags & {CONTINUES} = 0
         ),
         {name}_found AS MATERIALIZED (
@@ -331,10 +348,8 @@ def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
                 SELECT h.file, head, t.row, s.text,
                     min(t.row) FILTER (t.row > head AND flags & {CONTINUES} <> 0) OVER (PARTITION BY h.file, head)
                         AS stop
-                FROM {rows} t JOIN (
-                    SELECT file, row AS head, row + unnest(range(0, length(word) + 1)) AS near
-                    FROM {name}_longer WHERE NOT is_whole
-                ) h ON t.file = h.file AND t.row = h.near JOIN internal.types s USING (token_id)
+                FROM {rows} t JOIN {_few(pieces)} h ON t.file = h.file AND t.row = h.near
+                JOIN internal.types s USING (token_id)
             ) WHERE row < stop OR stop IS NULL
             GROUP BY ALL HAVING lower(string_agg(text, '' ORDER BY row)) = lower(word)
         )"""  # noqa: S608

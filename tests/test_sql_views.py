@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,30 @@ def test_most_is_enough_for_a_look(run: Run) -> None:
     some = run.sql(f"{KWIC} FROM kwic('river', most := 7)").fetchall()
     assert len(some) == 7 and set(some) <= set(every)
     assert run.sql(f"{KWIC} FROM kwic('river', most := 100000)").fetchall() == every
+
+
+def scans_files(plan: dict[str, Any]) -> bool:
+    """Whether rows of files come out of ``plan``, in their number."""
+    if plan["name"].endswith(("UNNEST", "GROUP_BY", "AGGREGATE")):
+        return False
+    return "PARQUET" in str(plan["extra_info"]) or any(map(scans_files, plan["children"]))
+
+
+def tables_of_files(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Joins that would make a table, in memory, of the rows of files."""
+    if "JOIN" in plan["name"] and len(plan["children"]) == 2 and scans_files(plan["children"][1]):
+        yield plan["extra_info"]
+    for child in plan["children"]:
+        yield from tables_of_files(child)
+
+
+@pytest.mark.parametrize("most", ["", ", most := 3"])
+def test_no_join_makes_a_table_of_all_tokens(run: Run, most: str) -> None:
+    """DuckDB cannot know how many occurrences there are; guessing many, it held 100 M tokens in 5 GB."""
+    ((_, text),) = run.sql(f"EXPLAIN (FORMAT JSON) FROM kwic('river', 5{most})").fetchall()
+    assert [list(tables_of_files(plan)) for plan in json.loads(text)] == [[]]
+    ((_, text),) = run.sql("EXPLAIN (FORMAT JSON) FROM words JOIN tokens USING (doc)").fetchall()
+    assert any(list(tables_of_files(plan)) for plan in json.loads(text))  # it can be told
 
 
 @pytest.mark.parametrize(
