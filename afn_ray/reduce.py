@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from afn_ray import lexicon, manifest
 from afn_ray.errors import StoreError
 from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, SUMMARY_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
-from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, LayerSummary, to_values
+from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, LayerSummary, starts, to_values
 
 READ_AHEAD = 8
 FAN_IN = 64
@@ -375,7 +375,7 @@ def type_statistics(merged: LayerSummary, q3: float | None) -> pa.Table:
     """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``; ``q3`` is the layer's threshold."""
     keys, counts = merged.strengths.keys, merged.strengths.counts
     types = keys >> BIN_BITS
-    first = np.flatnonzero(np.diff(types, prepend=-1))
+    first = starts(types)
     if not len(first):
         return STATISTICS_SCHEMA.empty_table()
     values = to_values(keys & ((1 << BIN_BITS) - 1))

@@ -48,6 +48,13 @@ def to_values(bins: Ints) -> Floats:
     return (bins.astype(np.uint32) << 8).view(np.float32)
 
 
+def starts(keys: Ints) -> Ints:
+    """Where each run of equal ``keys`` begins."""
+    first = np.ones(len(keys), bool)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    return np.flatnonzero(first)
+
+
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Sorted integer keys and how often each occurs; int64 [n] both."""
@@ -63,7 +70,7 @@ class Histogram:
             return cls(unique, counts.astype(np.int64))
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
-        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        first = starts(keys)
         return cls(keys[first], np.add.reduceat(counts, first) if len(first) else counts)
 
     @classmethod
@@ -164,7 +171,7 @@ class LayerSummary:
     def to_table(self, layer: int) -> pa.Table:
         """As rows of ``SUMMARY_SCHEMA``, one for each type, normal ones first; the inverse of ``from_table``."""
         types = self.strengths.keys >> BIN_BITS
-        first = np.flatnonzero(np.diff(types, prepend=-1))
+        first = starts(types)
         keys = types[first] << BIN_BITS
         ends = pa.array(np.append(first, len(types)).astype(np.int32))
         bins = pa.array((self.strengths.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
