@@ -23,7 +23,7 @@ from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import RunFolder
 from afn_ray.reduce import wilson
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, CLASSES, DRIFT_SCHEMA, MOVERS_SCHEMA
-from afn_ray.thresholds import Histogram, to_bins, to_values
+from afn_ray.thresholds import Histogram, starts, to_bins, to_values
 
 JSON_VERSION = 1
 """Raised when an entry of ``to_json`` goes or changes its meaning."""
@@ -131,7 +131,7 @@ def psi(a: Histogram, b: Histogram) -> float:
 
 def kolmogorov_smirnov(a: Histogram, b: Histogram) -> float:
     """The largest difference of the two empirical CDFs, over all recorded values; 0 to 1. Neither may be empty."""
-    keys = np.union1d(a.keys, b.keys)
+    keys = _keys_of(a, b)
     return float(np.abs(_at_or_below(a, keys) / a.n - _at_or_below(b, keys) / b.n).max())
 
 
@@ -141,18 +141,24 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
     Over ten bins that end at the deciles of the even mixture of the two, whatever their sizes. Over the recorded values
     themselves it would be near 1 for any two small samples, since these hardly share a value. Neither may be empty.
     """
-    keys = np.union1d(a.keys, b.keys)
+    keys, n_a, n_b = _keys_of(a, b), a.n, b.n
     below_a, below_b = _at_or_below(a, keys), _at_or_below(b, keys)
 
     def mixture(at: int) -> int:
-        return NUM_BINS * (int(below_a[at]) * b.n + int(below_b[at]) * a.n)  # exact: beyond 64 bits
+        return NUM_BINS * (int(below_a[at]) * n_b + int(below_b[at]) * n_a)  # exact: beyond 64 bits
 
-    deciles = [bisect_left(range(len(keys)), 2 * i * a.n * b.n, key=mixture) for i in range(1, NUM_BINS)]
+    deciles = [bisect_left(range(len(keys)), 2 * i * n_a * n_b, key=mixture) for i in range(1, NUM_BINS)]
     ends = keys[np.unique(deciles)]
-    p, q = _binned(a, ends) / a.n, _binned(b, ends) / b.n
+    p, q = _binned(a, ends) / n_a, _binned(b, ends) / n_b
     middle = (p + q) / 2
     bits = (math.fsum(s[s > 0] * np.log2(s[s > 0] / middle[s > 0])) for s in (p, q))
     return math.sqrt(min(1.0, max(0.0, sum(bits) / 2)))
+
+
+def _keys_of(a: Histogram, b: Histogram) -> Ints:
+    """The keys of both, ascending, each once."""
+    keys = np.sort(np.concatenate([a.keys, b.keys]), kind="stable")  # two ascending runs: a merge
+    return keys[starts(keys)]
 
 
 def _at_or_below(histogram: Histogram, keys: Ints) -> Ints:
