@@ -434,7 +434,7 @@ def test_summaries_that_hold_other_tokens_than_commits_count_are_refused(store: 
 
 def _on_ray(num_shards: int) -> Any:
     shards = [Shard(str(i), (), ReadOptions("auto", "text", None, "file", 1)) for i in range(num_shards)]
-    return cluster.tasks(RunConfig(corpus=("-",), model="-", store="/", executor="ray"), shards)
+    return cluster.tasks(RunConfig(corpus=("-",), model="-", store="/", executor="ray"), shards, print)
 
 
 @pytest.mark.ray

@@ -124,7 +124,7 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     texts = [f"type {i}" for i in range(NUM_TYPES)]
     config = RunConfig(corpus=("-",), model="-", store=store, executor=executor)
     shards = [Shard(commit.shard, (), config.read_options) for commit in commits]
-    with cluster.tasks(config, shards) as tasks:
+    with cluster.tasks(config, shards, lambda notice: print(notice, file=sys.stderr)) as tasks:
         before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
         tables = reduce.reduce_run(
             store, MEASURE_ID, commits, (LAYER,), pieces=texts, readable=texts, language="en", sink_factor=10.0,

@@ -97,7 +97,7 @@ def decide_precision(
 
 
 @contextmanager
-def tasks(config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None] = print) -> Iterator[Tasks]:
+def tasks(config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None]) -> Iterator[Tasks]:
     """Who runs the calls of a reduce of ``shards``: this process where it did them or one call reads all, else Ray."""
     if len(shards) <= FAN_IN or runs_inline(config, shards):
         yield Inline()
