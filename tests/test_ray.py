@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +22,9 @@ import afn_ray
 from afn_ray import cluster, demo
 from afn_ray.cluster import pool
 from afn_ray.config import RunConfig
+from afn_ray.dispatch import Ready
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
+from afn_ray.pipeline import Progress
 
 MakeConfig = Callable[..., RunConfig]
 pytestmark = pytest.mark.ray
@@ -116,6 +119,28 @@ def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kep
     ):
         afn_ray.run(config)
     assert len(list(Path(config.store).rglob("commit.json"))) == 5
+
+
+def test_a_worker_with_a_new_process_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its count begins at nothing again: held at the lost process's, it would seem to hang until it had passed that."""
+    answers: list[tuple[Progress, str, str]] = []
+    mine = object.__new__(pool.RayPool)
+    mine._ray = SimpleNamespace(get=lambda ref: answers[ref], exceptions=ray.exceptions, nodes=list)
+    mine._actors, mine._in_flight, mine._released = {0: pool._Actor(handle=None)}, {}, Progress()
+    monkeypatch.setattr(pool, "_restarts", lambda handle: 0)
+    monkeypatch.setattr(pool.RayPool, "_ask", lambda self, actor: None)
+
+    def look(tokens: int, process: str) -> list[Any]:
+        answers.append((Progress(tokens=tokens), "node", process))
+        mine._actors[0].look, mine._actors[0].look_again = len(answers) - 1, float("inf")
+        return list(mine._looked(0, len(answers) - 1))
+
+    assert look(0, "a") == [Ready(0)] and look(5000, "a") == []
+    assert mine.num_tokens(0) == mine.progress().tokens == 5000
+    mine._died(0, ray.exceptions.RayActorError())
+    (_, ready) = look(0, "b")
+    assert ready == Ready(0) and mine.num_tokens(0) == 0
+    assert look(70, "b") == [] and mine.num_tokens(0) == 70 and mine.progress().tokens == 5070
 
 
 class ElsewhereModel(pool._Worker):

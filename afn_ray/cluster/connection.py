@@ -21,6 +21,8 @@ from afn_ray.errors import ConfigError, Interrupted, ModelError, count
 
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
+lost_exit_code = Interrupted.exit_code
+"""Of a process whose Ray has lost its head; a command whose codes mean something else sets its own."""
 GCS_LOST_S = 20.0
 """Ray itself waits for a minute for a head that is gone."""
 WORKER_ENV = {
@@ -104,7 +106,7 @@ def _watch_gcs(over: threading.Event) -> None:
                 _log.error("Ray's head at %s:%s has not answered for %.0f s (%s); the same command resumes",
                            host, port, time.monotonic() - since, error)  # fmt: skip
                 sys.stderr.flush()
-                os._exit(Interrupted.exit_code)
+                os._exit(lost_exit_code)
 
 
 def num_units(device: str) -> int:

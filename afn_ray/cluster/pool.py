@@ -93,7 +93,7 @@ class RayPool:
         self._actors: dict[int, _Actor] = {}
         self._last = -1
         self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
-        self._released = Progress()
+        self._released = Progress()  # of workers and processes that are no more
         self._num_wanted = 0
         self._next_count = self._next_notices = 0.0
 
@@ -184,9 +184,8 @@ class RayPool:
                 if actor.nodes <= self._alive():  # else its node went
                     yield Gone(worker, Cause.LOADING, ModelError(_died_loading(self._config, error)))
             return
-        if progress.tokens >= actor.progress.tokens:  # a new process counts from nothing
-            actor.progress = progress
         if actor.ready:
+            actor.progress = progress
             return
         if process == actor.process:  # it lives: asked before its end, or only the way to it was cut for a moment
             actor.look_again = time.monotonic() + POLL_S
@@ -196,7 +195,7 @@ class RayPool:
             return
         if actor.dead_since is not None:
             yield self._verdict(worker, Cause.CRASH if actor.node in self._alive() else Cause.NODE)
-        actor.ready, actor.node, actor.process = True, node, process
+        actor.ready, actor.node, actor.process, actor.progress = True, node, process, progress
         actor.restarts = _restarts(actor.handle)
         yield Ready(worker)
 
@@ -213,6 +212,8 @@ class RayPool:
         actor = self._actors[worker]
         actor.ready, actor.dead_since = False, time.monotonic()
         actor.restarts += 1
+        self._released = dispatch.total([self._released, actor.progress])
+        actor.progress = Progress()  # the next process counts from nothing
         if error.preempted:
             actor.node = ""  # no node of that name is alive
         self._ask(actor)
