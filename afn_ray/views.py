@@ -268,6 +268,7 @@ def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[st
     some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
     every = _occurrences(rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", "")
     beside = "(4 * n + 16)"  # tokens on each side that are looked at for n words
+    most_tokens = "4 * length(word)"  # of the word: a tokenizer of bytes may take four for one character
     places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
     strengths = "".join(
         f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
@@ -278,7 +279,7 @@ def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[st
     names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
     names += [f"{x}_{k}" for k in layers for x in ("max_strength", "mean_strength", "first_strength", "high")]
     around = (
-        f"SELECT file, row AS head, row + unnest(range(-{beside}, length(word) + {beside} + 1)) AS near "  # noqa: S608
+        f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + 1)) AS near "  # noqa: S608
         "FROM found"
     )
     near = f"""
@@ -299,7 +300,7 @@ def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[st
         stretches AS ({_spelled(near, "file, head, doc", offsets, also)}),
         numbered AS (
             SELECT *, number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place
-            FROM stretches WHERE number > 0 AND last_row < head + length(word) + {beside}
+            FROM stretches WHERE number > 0 AND last_row < head + {most_tokens} + {beside}
         )
         SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)}
         FROM (SELECT doc, doc_id, source FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
@@ -321,7 +322,7 @@ def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
     that continue it, is the word. What is not wanted is not scanned either: a join with nothing ends at once.
     """
     pieces = (
-        "SELECT file, row AS head, row + unnest(range(0, length(word) + 1)) AS near "  # noqa: S608
+        "SELECT file, row AS head, row + unnest(range(0, 4 * length(word) + 1)) AS near "  # noqa: S608
         f"FROM {name}_longer WHERE NOT is_whole"
     )
     return f"""

@@ -170,6 +170,28 @@ def test_most_is_enough_for_a_look(run: Run) -> None:
     assert run.sql(f"{KWIC} FROM kwic('river', most := 100000)").fetchall() == every
 
 
+def test_a_word_of_more_tokens_than_characters_is_found(tmp_path: Path) -> None:
+    """A tokenizer of bytes takes up to four for one character, and the head alone says what they spell."""
+    word, piece, bank = "\u65e5\u672c\u8a9e" * 9, cut("ri")[0], cut("bank")
+    ids = [*bank, *[piece] * (4 * len(word)), *bank]
+    flags = [WORD_START, *[0] * (len(bank) - 1), WORD_START, *[0] * (4 * len(word) - 1), WORD_START]
+    flags += [0] * (len(ids) - len(flags))
+    surfaces = [word if i == len(bank) else None for i in range(len(ids))]
+    tokens = [
+        {"doc": 0, "position": i, "token_id": t, "flags": f, "surface": s, "start": 2 * i, "end": 2 * i + 1,
+         **{strength_column(k): 1.0 for k in LAYERS}}
+        for i, (t, f, s) in enumerate(zip(ids, flags, surfaces, strict=True))
+    ]  # fmt: skip
+    _, documents, _ = WORDED[0]
+    one = documents.slice(0, 1)
+    write_run(str(tmp_path), [(pa.Table.from_pylist(tokens, tokens_schema(LAYERS, True)), one)], LAYERS)
+    with open_run(str(tmp_path)) as run:
+        for n in (0, 1, 5):
+            got = run.sql("SELECT text, n_tokens, left_context, right_context FROM kwic($w, $n)", {"w": word, "n": n})
+            side = "bank" if n else ""
+            assert got.fetchall() == [(word, 4 * len(word), side, side)]
+
+
 def scans_files(plan: dict[str, Any]) -> bool:
     """Whether rows of files come out of ``plan``, in their number."""
     if plan["name"].endswith(("UNNEST", "GROUP_BY", "AGGREGATE")):
