@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,10 +58,11 @@ def collect_garbage(
 ) -> Garbage:  # fmt: skip
     """Find, and with ``delete`` remove, the runs of ``store`` that are not kept and the shards that only they list.
 
-    Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), every run begun after the newest
-    complete one, and any other that is not complete while a file of it, or of a shard that it plans, is younger than
-    ``min_age_h`` hours: it may be under way. A shard that no kept run lists stays while it is younger than that: a run
-    that is just beginning may have found it. Files that afn-ray does not write are left alone.
+    Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), of each measure and corpus the newest
+    audited run (the next audit is held against it), every run begun after the newest complete one, and any other that
+    is not complete while a file of it, or of a shard that it plans, is younger than ``min_age_h`` hours: it may be
+    under way. A shard that no kept run lists stays while it is younger than that: a run that is just beginning may have
+    found it. Files that afn-ray does not write are left alone.
 
     Can be killed, repeated and run beside others and beside runs. Raises ``ConfigError`` for what makes no sense,
     ``StoreError`` where a plan cannot be read, for then nobody knows what it refers to (nothing is deleted), or where
@@ -76,7 +78,8 @@ def collect_garbage(
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
     old_s = (storage.clock_s(store) if delete else time.time()) - 3600 * min_age_h
     kept = _kept(store, there, keep, keep_runs, old_s)
-    needed = {place for name in kept for place in _planned(store, name)}
+    planned = {name: _planned(store, name) for name in kept}
+    needed = {place for places in planned.values() for place in places}
     unlisted = sorted(place for place in there.shards if place not in needed)
     doomed = [place for place in unlisted if _is_old(there.shards[place], old_s)]
     num_young = len(unlisted) - len(doomed)
@@ -87,7 +90,8 @@ def collect_garbage(
             on_progress(f"deleting run {run.uri}")
             _remove(run.uri, there.runs[run.uri.rpartition("/")[2]], first="run.json")
         shards = []
-        for folders in _shards_removed(store, doomed, set(there.runs), old_s):
+        known = {name for name in there.runs if planned.get(name) != set()}  # a plan under way is read again
+        for folders in _shards_removed(store, doomed, known, old_s):
             shards += folders
             on_progress(f"{len(shards):,} of {len(doomed):,} shards deleted")
     return Garbage(store, tuple(kept), tuple(runs), tuple(shards), num_young, delete)
@@ -98,6 +102,7 @@ def _kept(store: str, there: manifest.StoreFiles, keep: int, named: Sequence[str
     names = sorted(there.runs)
     complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
     kept = {_named(store, run, names) for run in named} | set(complete[-keep:])
+    kept |= _last_audited(store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])])
     for name in names:
         if name in kept or name in complete:
             continue
@@ -106,6 +111,15 @@ def _kept(store: str, there: manifest.StoreFiles, keep: int, named: Sequence[str
         if name > max(complete, default="") or not _is_old(files, old_s):
             kept.add(name)
     return sorted(kept)
+
+
+def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
+    """Of each measure and corpus the newest of the ``audited`` runs: the next audit is held against it."""
+    newest = {}
+    for name in audited:
+        info = manifest.open_folder(store, name).info
+        newest[json.dumps([info["measure"]["id"], info["config"]["corpus"]])] = name
+    return set(newest.values())
 
 
 def _named(store: str, run: str, names: Sequence[str]) -> str:

@@ -169,6 +169,14 @@ def test_a_run_that_is_named_is_kept(made: Made, store: str) -> None:
     check_whole(store, kept)
 
 
+def test_the_newest_audited_run_is_kept_for_the_next_audit(made: Made, store: str) -> None:
+    for name in made.runs[:2]:
+        manifest.mark_audited(manifest.open_folder(store, name))
+    left = collect_garbage(store, keep=1, min_age_h=0, delete=True)
+    assert set(left.kept) == {made.runs[1], made.runs[-1]}
+    assert not verify_store(store).findings
+
+
 def test_runs_that_may_be_under_way_are_kept(made: Made, store: str) -> None:
     storage.delete([f"{store}/runs/{name}/run.json" for name in (made.runs[0], made.runs[3])])
     found = collect(store)
