@@ -37,6 +37,8 @@ from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
 IO_THREADS = 16
+LOOK_BACK = 100
+"""Plans that are read to find the last one of a corpus, in a store that many share."""
 TABLES = ("tokens", "documents", "summary")
 RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
@@ -163,19 +165,26 @@ def _share(text: str) -> float:
 
 
 def _remembered(config: RunConfig) -> dict[FileInfo, list[FileSlice]]:
-    """What the store's newest run of the same cuts knows of files: their slices, where nothing changed."""
+    """What the store's newest runs of the same cuts know of files: their slices, where nothing changed.
+
+    The newest one of this corpus, and those of others that came since.
+    """
     known: dict[FileInfo, list[FileSlice]] = {}
     cuts = _cuts(config)
-    for name in reversed(storage.list_names(storage.join(config.store, "runs"))):
+    names = storage.list_names(storage.join(config.store, "runs"))
+    for name in itertools.islice(reversed(names), LOOK_BACK):
         plan = _read_plan(config.store, name)
         if plan is None or plan[1].get("cuts") != cuts:
             continue
         table, begun = plan
+        of_plan: dict[FileInfo, list[FileSlice]] = {}
         for row in table.drop_columns(["ordinal", "shard"]).to_pylist():
             piece = FileSlice(**row)
             if _trusted(piece.version, begun["begun_ns"]):
-                known.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
-        break
+                of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
+        known = of_plan | known
+        if begun["config"]["corpus"] == list(config.corpus):
+            break
     return known
 
 

@@ -244,6 +244,22 @@ def test_what_is_as_it_was_costs_nothing_and_what_was_touched_a_hash(
     again.close()
 
 
+def test_two_corpora_in_one_store_each_remember_their_files(
+    today: Path, tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work
+) -> None:
+    one = config_of(today, tiny_gpt, tmp_path / "store")
+    (tmp_path / "other").mkdir()
+    add(tmp_path / "other", "x.jsonl", verses[:3])
+    os.utime(tmp_path / "other" / "x.jsonl", ns=(OLD_NS, OLD_NS))
+    other = config_of(tmp_path / "other", tiny_gpt, tmp_path / "store")
+    hashed = []
+    for config in (other, one, other, one):
+        run, done = run_over(config, work)
+        run.close()
+        hashed.append(done.hashed)
+    assert hashed == [1, 0, 0, 0]
+
+
 # --- many nights -----------------------------------------------------------------------------------------
 
 
