@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import time
 import tomllib
@@ -37,6 +38,7 @@ WEEK = timedelta(days=6.5)
 """A run of last week began at least so long before this one: nights do not begin on the minute."""
 LEAST_TOKENS = 1000
 """Of a source in both runs, by default: distances of fewer tokens are mostly chance (PSI: 9/n_a + 9/n_b of it)."""
+TOLD_SOURCES = 5
 WEBHOOK_TRIES = 3
 WEBHOOK_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 300.0
@@ -71,6 +73,9 @@ DRIFT_LIMITS = {
 }
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
 SOURCE_OPTIONS = {"min_tokens": f"tokens that a source needs in both runs to be judged; default: {LEAST_TOKENS}"}
+IN_SOURCE = "\n  [source]: limits for the worst source"
+SHARES = (*RUN_LIMITS, "ks", "js", "share_high_shift", "class_share_shift", "class_high_shift")
+"""What is never over 1."""
 OF_MEASURE = ("model", "revision", "layers", "dtype", "window_tokens", "overlap_tokens")
 """What of a config makes runs of one measure; files of the model may still differ."""
 OF_SOURCES = ("max_new_sources", "max_vanished_sources")
@@ -122,8 +127,8 @@ def run_audit(
     ``baseline`` is "previous" (the store's newest run of the same measure before this one that was audited, as
     ``manifest.mark_audited`` tells; without any the newest complete one), "week" (the newest complete one that began at
     least 6.5 days earlier), or a run's URI. Without one it is the first night: what needs one is not
-    judged. ``frozen`` labels by the thresholds that the run named goes by, else those that the store's newest complete
-    run goes by: every night passes them on, and HIGH means what it meant on the first.
+    judged. ``frozen`` labels by the thresholds that the run named goes by, else those that the newest audited run of
+    this corpus goes by: every night passes them on, and HIGH means what it meant on the first.
 
     The same call gives the same verdict while the corpus is the same, whatever ended the one before. Raises what
     ``job.run`` and ``compare.compare`` raise.
@@ -136,16 +141,43 @@ def run_audit(
         run = manifest.find_run(opened.uri)
     before = named or BASELINES[baseline](run)
     comparison = None if before is None else compare.compare(before, run)
-    notes = () if comparison is None else comparison.notes
-    if before is None:
-        notes = (f"First night: the store has no {baseline} run of this measure, and what needs one was not judged.",)
     rules = tuple(judge(policy, run, comparison))
+    notes = tuple(_notes(policy, run, comparison, baseline))
     if mark:
         manifest.mark_audited(run)
     return Audit(all(r.passed is not False for r in rules), rules, run, before, comparison, notes)
 
 
+def _notes(policy: Policy, run: RunFolder, comparison: Comparison | None, baseline: str) -> Iterator[str]:
+    """What a reader of the verdict must know."""
+    if (labels_of := run.info["config"].get("thresholds")) is not None:
+        yield f"HIGH goes by the thresholds of {labels_of}."
+    if comparison is None:
+        if next(_comparable(run), None) is None:
+            yield "First night: no earlier run of this corpus and measure is here, and what needs one was not judged."
+        else:
+            days = WEEK.total_seconds() / 86_400
+            yield f"No earlier run is {days:g} days old yet (--baseline {baseline}); what needs one was not judged."
+        return
+    yield from comparison.notes
+    if policy.source_limits:
+        rows = _at(comparison.drift, _judged_layer(policy, run, comparison)).to_pylist()
+        judged = _judged_sources(comparison, _judged_layer(policy, run, comparison), policy.min_tokens)
+        there = [r for r in rows if r["source"] is not None and r["n_b"] and r not in judged]
+        new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in there if not r["n_a"]]
+        if new:
+            more = f" and {len(new) - TOLD_SOURCES:,} more" if len(new) > TOLD_SOURCES else ""
+            yield (
+                f"[source] judged nothing of {count(len(new), 'new source')}, which have nothing to be held against: "
+                f"{', '.join(new[:TOLD_SOURCES])}{more}; max_new_sources limits them."
+            )
+        if small := len(there) - len(new):
+            yield f"[source] judged nothing of {count(small, 'source')} under min_tokens, {policy.min_tokens:,}."
+
+
 def _named(uri: str) -> RunFolder:
+    if "/" not in uri and not storage.exists(uri):
+        raise ConfigError(f"baseline is {uri!r}; expected {', '.join(BASELINES)} or a run's URI, as in store/runs/...")
     run = manifest.find_run(uri)
     if run.uri != storage.absolute(uri).rstrip("/"):
         raise ConfigError(
@@ -163,11 +195,12 @@ def _frozen(config: RunConfig, named: RunFolder | None) -> RunConfig:
 
 
 def _begin_nights(config: RunConfig) -> None:
-    """Where no run was audited yet, the newest counts as such: the first audit is held against it.
+    """Where no run of its measure was audited yet, the newest counts as such: the first audit is held against it.
 
     So are those after it until one comes to its end, for the runs that they made are told of by nobody.
     """
-    if (run := _last_told(_asked_alike(config))) is not None:
+    run = next(_asked_alike(config), None)
+    if run is not None and not any(map(manifest.is_audited, itertools.chain([run], _comparable(run)))):
         manifest.mark_audited(run)
 
 
@@ -211,11 +244,17 @@ def _last_week(run: RunFolder) -> RunFolder | None:
 def _comparable(run: RunFolder) -> Iterator[RunFolder]:
     """Complete runs of the same measure and corpus that began before ``run``, the newest first.
 
-    Those right before it that were asked for the same are ``run`` itself, tried again for the shards that it lacked.
+    Those right before it that were asked for the same, or that hold the same shards, are ``run`` itself: tried again
+    for what it lacked, or because another corpus of the store had a run in between.
     """
-    asked, measure = run.id.rpartition("-")[2], run.info["measure"]["id"]
-    before = itertools.dropwhile(lambda r: r.id.endswith(f"-{asked}"), _complete_runs(run.store, run.id))
-    return (r for r in before if r.info["measure"]["id"] == measure and _corpus(r) == _corpus(run))
+    asked, shards = run.id.rpartition("-")[2], run.info["tables"].get("shards", {}).get("sha256", "")
+    same = (
+        r for r in _complete_runs(run.store, run.id)
+        if r.info["measure"]["id"] == run.info["measure"]["id"] and _corpus(r) == _corpus(run)
+    )  # fmt: skip
+    return itertools.dropwhile(
+        lambda r: r.id.endswith(f"-{asked}") or r.info["tables"].get("shards", {}).get("sha256") == shards, same
+    )
 
 
 def _corpus(run: RunFolder) -> list[str]:
@@ -251,15 +290,14 @@ def read_policy(file: Path) -> Policy:
     limits = {key: _limit(file, key, value) for key, value in values.items()}
     source_limits = {key: _limit(file, f"source.{key}", value) for key, value in source.items()}
     if not limits and not source_limits:
-        raise ConfigError(
-            f"policy {file} has no limit, so nothing could break it; it may have:\n{_listed(DRIFT_LIMITS)}"
-        )
+        known = _listed(RUN_LIMITS | DRIFT_LIMITS | OPTIONS)
+        raise ConfigError(f"policy {file} has no limit, so nothing could break it; it may have:\n{known}{IN_SOURCE}")
     return Policy(limits, source_limits, layer, min_tokens)
 
 
 def _check_keys(file: Path, table: str, values: Mapping[str, Any], known: Mapping[str, str]) -> None:
     if unknown := sorted(values.keys() - known.keys()):
-        tables = "" if table else "\n  [source]: limits for the worst source"
+        tables = "" if table else IN_SOURCE
         raise ConfigError(
             f"policy {file}: no such {table}key: {', '.join(unknown)}; there are:\n{_listed(known)}{tables}"
         )
@@ -273,6 +311,8 @@ def _limit(file: Path, key: str, value: object) -> float:
     """A limit as a number: 0.02 and "2%" are the same."""
     if key.startswith("max_") and not key.endswith("_ratio"):
         return _whole(file, key, value)
+    if isinstance(value, int | float) and value > 1 and key.removeprefix("source.") in SHARES:
+        raise ConfigError(f'policy {file}: {key} is {value!r}, and a share is at most 1; is it "{value:g}%"?')
     if isinstance(value, str) and (percent := PERCENT.fullmatch(value.strip())):
         return float(percent[1]) / 100
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
@@ -399,6 +439,11 @@ def to_json(found: Audit) -> dict[str, Any]:
     }
 
 
+def to_bytes(found: Audit) -> bytes:
+    """audit.json, UTF-8."""
+    return (json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(found: Audit, folder: Path) -> Path:
     """Write audit.json in ``folder``, in place of an older one; it appears whole or not at all."""
     target = folder / "audit.json"
@@ -407,7 +452,7 @@ def write_json(found: Audit, folder: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
     with storage.write_local(target) as file:
-        file.write((json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        file.write(to_bytes(found))
     return target
 
 
@@ -422,9 +467,12 @@ def lines(found: Audit) -> Iterator[str]:
     yield from found.notes
     broken = sum(rule.passed is False for rule in found.rules)
     against = "" if found.baseline is None else f", against {found.baseline.uri}"
-    verdict = (
-        "the policy holds" if found.passed else f"the policy is broken: {count(broken, 'limit')} of {len(found.rules)}"
-    )
+    judged = sum(rule.passed is not None for rule in found.rules)
+    verdict = "the policy holds"
+    if broken:
+        verdict = f"the policy is broken: {count(broken, 'limit')} of {len(found.rules)}"
+    elif judged < len(found.rules):
+        verdict += f" as far as it was judged: {judged} of {count(len(found.rules), 'limit')}"
     yield f"{verdict}; run {found.run.uri}{against}"
 
 
@@ -518,4 +566,6 @@ def parse_command(text: str) -> list[str]:
         raise ConfigError(f"--on-broken {text!r} is no command: {error}") from error
     if not words:
         raise ConfigError("--on-broken is empty; give a command, or leave it out")
+    if shutil.which(words[0]) is None:
+        raise ConfigError(f"--on-broken {words[0]!r} is no command that can be found here")
     return words

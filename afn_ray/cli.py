@@ -383,7 +383,9 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _audit(args: argparse.Namespace) -> int:
     from afn_ray import audit, manifest, report
+    from afn_ray.cluster import connection
 
+    connection.lost_exit_code = AUDIT_FAILED
     config, policy = config_from({}, args.config), audit.read_policy(args.policy)
     url = args.webhook or os.environ.get("AFN_WEBHOOK")
     webhook = audit.check_webhook(url, args.allow_http) if url else None
@@ -396,16 +398,16 @@ def _audit(args: argparse.Namespace) -> int:
             config, policy, baseline=args.baseline, frozen=args.frozen, mark=False, on_event=on_event
         )  # fmt: skip
     written = audit.write_json(found, args.out)
+    (args.out / "report.html").unlink(missing_ok=True)  # of another verdict
     failures = []
     if not found.passed:
-        failures = [audit.post(webhook, written.read_bytes()) if webhook else None,
+        failures = [audit.post(webhook, audit.to_bytes(found)) if webhook else None,
                     audit.call_command(command, written) if command else None]  # fmt: skip
-    manifest.mark_audited(found.run)
     if not args.no_report:
         try:
             report.write_report(found.run, args.out / "report.html", baseline=found.baseline)
-        except AfnError as error:
-            failures.append(f"report.html could not be written: {error}")
+        except Exception as error:  # noqa: BLE001 - a page is worth no verdict
+            failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
         errors.print("afn:", printable(failure), markup=False, soft_wrap=True)
     try:
@@ -414,6 +416,7 @@ def _audit(args: argparse.Namespace) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the verdict is the exit code all the same
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    manifest.mark_audited(found.run)  # last: whatever ends this before, its step is told of again, or with the next
     return 0 if found.passed else POLICY_BROKEN
 
 

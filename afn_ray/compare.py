@@ -25,7 +25,7 @@ from afn_ray.reduce import wilson
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, CLASSES, DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.thresholds import Histogram, starts, to_bins, to_values
 
-JSON_VERSION = 1
+JSON_VERSION = 2
 """Raised when an entry of ``to_json`` goes or changes its meaning."""
 JSON_ROWS = 1000
 """Of movers, new types, vanished types and sources that ``to_json`` lists at most."""
@@ -72,7 +72,8 @@ def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool 
     if not same_measure and not ranks_only:
         raise ConfigError(
             f"runs {a.uri} and {b.uri} are of different measures, so their strengths cannot be compared: "
-            f"{'; '.join(_differences(a.info['measure'], b.info['measure']))}. --ranks-only compares shares alone"
+            f"{'; '.join(_differences(a.info['measure'], b.info['measure']))}. 'afn compare A B --ranks-only' compares "
+            "shares alone"
         )
     layers = [k for k in a.info["layers"] if k in b.info["layers"]]
     if not layers:
@@ -398,10 +399,12 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """The comparison as plain values, bounded: the surest movers, the most frequent new and vanished types and the
-    sources furthest away by KS, ``JSON_ROWS`` of each, with the number of all."""
+    sources furthest away by KS, ``JSON_ROWS`` of each, with the number of all at the deepest layer."""
     drift, movers = comparison.drift, comparison.movers
     whole = pc.is_null(drift["source"])
     sources = drift.filter(pc.invert(whole)).sort_by([("ks", "descending"), ("layer", "descending")])
+    unknown = pc.is_null(sources["ks"])  # new and vanished ones are the furthest
+    sources = pa.concat_tables([sources.filter(unknown), sources.filter(pc.invert(unknown))])
     of_status = {s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")}
     both = of_status["both"].append_column("size", pc.abs(of_status["both"]["z"]))
     surest = both.sort_by([("q", "ascending"), ("size", "descending")]).drop_columns("size")
@@ -414,9 +417,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "sources": sources.slice(0, JSON_ROWS).to_pylist(),
         "classes": comparison.classes.to_pylist(),
         "movers": surest.slice(0, JSON_ROWS).to_pylist(),
-        "n_sources": len(sources),
-        "n_types": len(surest),
-        "n_moved": num_moved(movers),
+        "n_sources": len(_at(sources, deepest)),
+        "n_types": len(_at(surest, deepest)),
+        "n_moved": num_moved(_at(movers, deepest)),
     }
     for status in ("new", "vanished"):  # the same types in every layer
         rows = of_status[status].filter(pc.equal(of_status[status]["layer"], deepest))
@@ -424,6 +427,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                         for r in rows.slice(0, JSON_ROWS).to_pylist()]  # fmt: skip
         body[f"n_{status}"] = len(rows)
     return body
+
+
+def _at(table: pa.Table, layer: int) -> pa.Table:
+    return table.filter(pc.equal(table["layer"], layer))
 
 
 def describe(run: RunFolder) -> dict[str, Any]:

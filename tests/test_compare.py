@@ -444,12 +444,16 @@ def test_runs_without_sources_or_shards_are_compared_and_say_so(runs: tuple[RunF
 def test_json_is_plain_versioned_and_bounded(compared: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     body = compare.to_json(compared)
     assert json.loads(json.dumps(body, allow_nan=False)) == body
-    assert body["schema_version"] == 1 and body["a"]["id"] == compared.a.id and body["b"]["uri"] == compared.b.uri
+    assert body["schema_version"] == 2 and body["a"]["id"] == compared.a.id and body["b"]["uri"] == compared.b.uri
     at_2 = rows_of(compared.movers, layer=2)
     assert body["n_new"] == len([m for m in at_2 if m["status"] == "new"]) == len(body["new"])
-    assert body["n_vanished"] == len(body["vanished"]) and body["n_sources"] == len(body["sources"]) == 8
-    assert body["n_types"] == len(rows_of(compared.movers, status="both")) == len(body["movers"])
-    assert body["n_moved"] == sum(m["q"] < 0.05 for m in rows_of(compared.movers, status="both"))
+    assert body["n_vanished"] == len(body["vanished"]) and len(body["sources"]) == 8
+    assert body["n_sources"] == len({s["source"] for s in body["sources"]}) == 4
+    both = [m for m in at_2 if m["status"] == "both"]
+    assert body["n_types"] == len(both) and len(body["movers"]) == len(rows_of(compared.movers, status="both"))
+    assert body["n_moved"] == sum(m["q"] < 0.05 for m in both)
+    unknown = [s["ks"] is None for s in body["sources"]]
+    assert unknown == sorted(unknown, reverse=True) and any(unknown)  # new and vanished ones are the furthest
     monkeypatch.setattr(compare, "JSON_ROWS", 3)
     short = compare.to_json(compared)
     for name in ("movers", "new", "vanished", "sources"):
