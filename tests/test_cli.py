@@ -50,7 +50,7 @@ def test_compare_prints_what_moved_and_writes_json(store: Path, tmp_path: Path) 
     for expected in ("Strengths of all tokens", "Classes at layer 2", "0 types are new", "A and B are one run."):
         assert expected in done.stdout
     body = json.loads((tmp_path / "drift.json").read_text())
-    assert body["schema_version"] == 1 and [row["psi"] for row in body["drift"]] == [0.0, 0.0]
+    assert body["schema_version"] == 2 and [row["psi"] for row in body["drift"]] == [0.0, 0.0]
     ranks = afn("compare", store, store, "--ranks-only").stdout
     assert "Ranks only" in ranks and "0.0000" not in ranks
 
