@@ -161,9 +161,9 @@ def _notes(policy: Policy, run: RunFolder, comparison: Comparison | None, baseli
         return
     yield from comparison.notes
     if policy.source_limits:
-        rows = _at(comparison.drift, _judged_layer(policy, run, comparison)).to_pylist()
-        judged = _judged_sources(comparison, _judged_layer(policy, run, comparison), policy.min_tokens)
-        there = [r for r in rows if r["source"] is not None and r["n_b"] and r not in judged]
+        layer = _judged_layer(policy, run, comparison)
+        judged = {r["source"] for r in _judged_sources(comparison, layer, policy.min_tokens)} | {None}
+        there = [r for r in _at(comparison.drift, layer).to_pylist() if r["n_b"] and r["source"] not in judged]
         new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in there if not r["n_a"]]
         if new:
             more = f" and {len(new) - TOLD_SOURCES:,} more" if len(new) > TOLD_SOURCES else ""

@@ -347,21 +347,26 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
     assert nights.said == second  # of the last night that had a verdict
 
 
+def killed_night(nights: Nights, module: object, step: str) -> None:
+    """A night whose audit is killed at ``step`` of ``module``, and the next one, which is not."""
+    nights.add(1, 600, 640)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, step, interrupted)
+        assert nights.audit() == 2
+    assert not manifest.is_audited(manifest.find_run(nights.store))
+    nights.reports = False
+    nights.add(2, 900, 905)
+    assert nights.audit() == 0
+
+
 @pytest.mark.parametrize("before", ["an audit", "a run"])
-def test_a_step_whose_audit_was_killed_is_judged_with_the_next(
-    before: str, nights: Nights, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_whose_audit_was_killed_is_judged_with_the_next(before: str, nights: Nights) -> None:
     if before == "an audit":
         assert nights.audit() == 0
     else:
         job.run(config_from({}, nights.config)).close()
     first = compare.describe(manifest.find_run(nights.store))
-    nights.add(1, 600, 640)
-    with monkeypatch.context() as patch:
-        patch.setattr(audit, "write_json", interrupted)
-        assert nights.audit() == 2
-    nights.add(2, 900, 905)
-    assert nights.audit() == 0
+    killed_night(nights, audit, "write_json")
     assert nights.said["baseline"] == first
     found = verify.verify_store(nights.store)
     assert not found.findings and not found.orphans and not found.foreign
@@ -472,34 +477,20 @@ def complete_before(run: RunFolder, n: int) -> RunFolder:
     return manifest.open_folder(run.store, names[names.index(run.id) - n])
 
 
-def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(
-    nights: Nights, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(nights: Nights) -> None:
     """The config is worded anew for the same measure, and that night is killed."""
     assert nights.audit() == 0
     first = nights.said["run"]
     nights.config.write_text(nights.config.read_text().replace('layers = "0,2"', 'layers = "0,2/3"'))
-    nights.add(1, 600, 640)
-    with monkeypatch.context() as patch:
-        patch.setattr(audit, "write_json", interrupted)
-        assert nights.audit() == 2
-    nights.add(2, 900, 905)
-    assert nights.audit() == 0
+    killed_night(nights, audit, "write_json")
     assert nights.said["baseline"] == first
 
 
-def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights) -> None:
     assert nights.audit() == 0
     first = nights.said["run"]
-    nights.add(1, 600, 640)
     nights.reports = True
-    with monkeypatch.context() as patch:
-        patch.setattr(report, "write_report", interrupted)
-        assert nights.audit() == 2
-    assert not manifest.is_audited(manifest.find_run(nights.store))
-    nights.reports = False
-    nights.add(2, 900, 905)
-    assert nights.audit() == 0
+    killed_night(nights, report, "write_report")
     assert nights.said["baseline"] == first
 
 
