@@ -144,6 +144,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     compare.set_defaults(call=_compare)
 
+    claims = commands.add_parser(
+        "claims", help="what is claimed of the measure, each figure beside its control", epilog=EPILOG,
+        description="Figures with 95 %% intervals by bootstrap over documents. Signals that the run recorded beside "
+        "strength (afn run --signals) add theirs.",
+    )  # fmt: skip
+    claims.add_argument("run", metavar="RUN", help=RUN_HELP)
+    claims.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a query (default: 600)")
+    claims.add_argument("--json", action="store_true", help="print JSON")
+    claims.set_defaults(call=_claims)
+
     audit = commands.add_parser(
         "audit", help="the nightly audit: run, compare with an earlier run, judge by a policy", epilog=AUDIT_EPILOG,
         description="Writes audit.json, and tells of a broken policy once more when the same command is given again.",
@@ -379,6 +389,17 @@ def _compare(args: argparse.Namespace) -> None:
         with _output(args.json) as file:
             file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
     show.render_comparison(found, Console(highlight=False))
+
+
+def _claims(args: argparse.Namespace) -> None:
+    from afn_ray import claims, query
+
+    with query.open_run(args.run, timeout_s=args.timeout) as run:
+        figures = claims.claims(run)
+    if args.json:
+        print(json.dumps(claims.to_json(figures), indent=1))
+    else:
+        claims.render(figures, Console(highlight=False))
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from afn_ray.errors import ConfigError
-from afn_ray.schema import ReadOptions
+from afn_ray.schema import STRENGTH, ReadOptions
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "executor": ("auto", "ray", "inline"),
 }
+SIGNAL = re.compile(r"[a-z][a-z_]*")
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 
@@ -44,6 +45,7 @@ class RunConfig:
     model: str = field(metadata={"help": "model folder, GGUF file, or hub name"})
     store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
     layers: str = _option("2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings")
+    signals: str = _option("strength", "what to record beside strength: shift, attention, ... as in shift,attention")
     revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
     dtype: str = _option("auto", "of the matrix products; auto: half where a pilot finds it safe, else float32")
     window_tokens: int | None = _option(None, "tokens in a window; default: the model's context, at most 2048")
@@ -77,6 +79,7 @@ class RunConfig:
     scratch: str | None = _option(None, "local folder for unfinished files; default: the system's")
     trust_remote_code: bool = _option(False, "run Python code that comes with the model")
     allow_pickle: bool = _option(False, "load pickled weights, which can run code, where there are no safetensors")
+    allow_untested: bool = _option(False, "try a model of a family that has no test")
     allow_another_measure: bool = _option(False, "let a store that holds one measure take another")
 
     def __post_init__(self) -> None:
@@ -113,6 +116,7 @@ class RunConfig:
         if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
         object.__setattr__(self, "sink_factor", float(self.sink_factor))  # 10 and 10.0 ask for the same run
+        object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
         resolve_layers(self.layers, ANY_DEPTH)  # the grammar; the depth is checked when the model is known
 
     @property
@@ -166,6 +170,14 @@ def config_from(values: Mapping[str, Any], file: Path | None = None) -> RunConfi
     if missing := [name for name in ("corpus", "model", "store") if merged.get(name) is None]:
         raise ConfigError(f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)")
     return RunConfig(**merged)
+
+
+def signal_names(spec: str) -> tuple[str, ...]:
+    """The signals in ``spec``: strength first, for labels go by it, then the others by name, each once."""
+    names = {name.strip() for name in spec.split(",")}
+    if bad := sorted(n for n in names if not SIGNAL.fullmatch(n)):
+        raise ConfigError(f"signals has {bad[0]!r}; expected names with commas between, as in strength,shift")
+    return (STRENGTH, *sorted(names - {STRENGTH}))
 
 
 def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:

@@ -118,6 +118,8 @@ def explain(
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
     task, measure = pipeline.prepare(config, pipeline.find_model(config), device, config.dtype)
+    if "outliers" in recorded:
+        task, measure = pipeline.with_outliers(task, measure, recorded["outliers"])
     if task.measure_id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
     cleaned = SURROGATES.sub("\ufffd", text)  # what is no character, as in the corpus

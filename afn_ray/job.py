@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, dispatch, lexicon, manifest, pipeline, precision, screen, storage
+from afn_ray import cluster, corpus, dispatch, lexicon, manifest, outliers, pipeline, precision, screen, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
@@ -82,6 +82,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     plan = manifest.make_plan(config, _hashing(on_event))
     decided = _decide_precision(task, measure, plan, on_event, keep=True)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
+    task, measure = _find_outliers(task, measure, plan, on_event, keep=True)
     frozen = manifest.find_frozen(config, measure)
     folder = manifest.begin_run(config, measure, plan, begun_ns, frozen)
     if folder.info:
@@ -123,7 +124,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     pieces, readable = pipeline.vocabulary_texts(files)
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(
-            config.store, task.measure_id, ordered, task.layers, pieces=pieces, readable=readable,
+            config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
             language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
             frozen=frozen, tasks=tasks,
         )  # fmt: skip
@@ -198,6 +199,7 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     plan = manifest.make_plan(config, _hashing(on_event))
     decided = _decide_precision(task, measure, plan, on_event, keep=False)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
+    task, measure = _find_outliers(task, measure, plan, on_event, keep=False)
     done = manifest.find_commits(config.store, task.measure_id, plan.shards)
     texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
     processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
@@ -243,7 +245,7 @@ def _decide_precision(
     if stored is None:
         on_event(Event("pilot", "a pilot compares half precision with float32"))
         sample = corpus.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
-        decided = cluster.decide_precision(config, task, _in_turns(sample), _warning(on_event))
+        decided = cluster.pilot(precision.decide, task, _in_turns(sample), _warning(on_event))
         if keep:
             stored = manifest.write_pilot(config.store, key, decided.to_json())
         on_event(Event("planned", precision.describe(decided)))
@@ -259,6 +261,23 @@ def _decide_precision(
         on_event(Event("warning", f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
                                   "it may be slow here"))  # fmt: skip
     return decided
+
+
+def _find_outliers(
+    task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool
+) -> tuple[pipeline.Task, dict[str, Any]]:
+    """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where a signal asks."""
+    if not pipeline.wants_outliers(task):
+        return task, measure
+    key = fingerprint([measure, "outliers"])
+    stored = manifest.read_pilot(task.config.store, key)
+    if stored is None:
+        on_event(Event("pilot", "a pilot looks for outlier dimensions"))
+        sample = corpus.sample(plan.files, task.config.read_options, PILOT_DOCUMENTS)
+        stored = {"outliers": cluster.pilot(outliers.find_outliers, task, _in_turns(sample), _warning(on_event))}
+        if keep:
+            stored = manifest.write_pilot(task.config.store, key, stored)
+    return pipeline.with_outliers(task, measure, stored["outliers"])
 
 
 def _in_turns(documents: Sequence[Document]) -> list[str]:

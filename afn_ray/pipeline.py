@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,11 +27,11 @@ from afn_ray import manifest, model, reading, records, tokens
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
-from afn_ray.schema import SCHEMA_VERSION, SPECIAL, Document, Shard, fingerprint, strength_column
-from afn_ray.signals import Strength
+from afn_ray.schema import SCHEMA_VERSION, SPECIAL, STRENGTH, Document, Series, Shard, fingerprint
+from afn_ray.signals import States, find_signals, series
 from afn_ray.thresholds import Summary, round_strengths
 
-Strengths = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float32]
 
 PROBES = ("A", "The quick brown fox jumps over the lazy dog.", "Strength is a norm; a norm is not a meaning, yet.")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
@@ -50,10 +50,12 @@ class Task:
 
     config: RunConfig
     layers: tuple[int, ...]
+    series: tuple[Series, ...]  # what is recorded, in the order of the tables: strength first, by layer
     dtype: str  # of the matrix products
     device: str
     measure_id: str
     identity: dict[str, str]  # of the model's files
+    outliers: tuple[tuple[int, ...], ...] = ()  # dimensions of each layer that a signal leaves out
 
 
 @dataclass(slots=True)
@@ -83,18 +85,39 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
         raise ModelError(f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}")
     encoder = tokens.TextEncoder(model.load_tokenizer(files))
     _, overlap = tokens.window_sizes(window, config.overlap_tokens, encoder.template)
+    signals, names = find_signals(config.signals)
+    recorded = tuple(series(layers, signals))
     measure = {
         "schema_version": SCHEMA_VERSION, "model": files.identity, "model_type": files.model_type,
-        "layers": list(layers), "signals": [Strength.name],
+        "layers": list(layers), "signals": names, "series": [list(s) for s in recorded],
         "window_tokens": window, "overlap_tokens": overlap, "offsets": config.offsets,
     }  # fmt: skip
-    return in_dtype(Task(config, layers, "", device, "", files.identity), measure, dtype)
+    return in_dtype(Task(config, layers, recorded, "", device, "", files.identity), measure, dtype)
 
 
 def in_dtype(task: Task, measure: dict[str, Any], dtype: str) -> tuple[Task, dict[str, Any]]:
     """The same task and measure with products of ``dtype``."""
     measure = measure | {"dtype": dtype}
     return replace(task, dtype=dtype, measure_id=fingerprint(measure)), measure
+
+
+def with_outliers(
+    task: Task, measure: dict[str, Any], outliers: Sequence[Sequence[int]]
+) -> tuple[Task, dict[str, Any]]:
+    """The same task and measure, for signals that leave these dimensions of each layer out."""
+    measure = measure | {"outliers": [list(dims) for dims in outliers]}
+    return replace(task, outliers=tuple(map(tuple, outliers)), measure_id=fingerprint(measure)), measure
+
+
+def wants_outliers(task: Task) -> bool:
+    """Whether a signal of ``task`` leaves outlier dimensions out."""
+    return any("outliers" in s.needs for s in find_signals(task.config.signals)[0])
+
+
+def strength_alone(task: Task) -> Task:
+    """``task`` for pilots, which look at nothing else."""
+    recorded = tuple(s for s in task.series if s.signal == STRENGTH)
+    return replace(task, config=replace(task.config, signals=STRENGTH), series=recorded)
 
 
 def _window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
@@ -104,8 +127,9 @@ def _window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
 def find_model(config: RunConfig) -> model.ModelFiles:
     """The files of the config's model on this machine."""
     return model.find_model(
-        config.model, config.revision, trust_remote_code=config.trust_remote_code, allow_pickle=config.allow_pickle
-    )
+        config.model, config.revision, trust_remote_code=config.trust_remote_code, allow_pickle=config.allow_pickle,
+        allow_untested=config.allow_untested,
+    )  # fmt: skip
 
 
 def vocabulary_texts(files: model.ModelFiles) -> tuple[list[str], list[str]]:
@@ -138,8 +162,10 @@ class Processor:
         encoder = tokens.TextEncoder(tokenizer)
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
-        self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens)
-        self.model.prepare(_probes(encoder, window), Strength.measure)
+        self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens, task.outliers)
+        self.signals, _ = find_signals(config.signals)
+        needs = frozenset(need for signal in self.signals for need in signal.needs)
+        self.model.prepare(_probes(encoder, window), needs)
         self.progress.why_padded = self.model.why_padded or ""
         recipe = Recipe(
             tokenizer.to_str(), window, config.overlap_tokens, batch_tokens, self.model.causal, self.model.packed
@@ -166,18 +192,18 @@ class Processor:
         for a full disk, ``Unavailable`` where the store or the corpus does not answer, ``StoreError`` for a store that
         fails.
         """
-        config, layers = self.task.config, self.task.layers
+        config = self.task.config
         if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id)) is not None:
             return commit  # another run, or an attempt whose answer was lost, was here first
         counts = dict.fromkeys(
             ("documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars"), 0
         )
-        summary = Summary(layers)
+        summary = Summary(self.task.series)
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
         attempt = uuid.uuid4().hex[:16]
         origin = {"measure": self.task.measure_id, "shard": shard.id, "attempt": attempt}
         with _scratch_folder(config) as folder:
-            with records.ShardFiles(folder, layers, config.offsets, origin) as files:
+            with records.ShardFiles(folder, self.task.series, config.offsets, origin) as files:
                 seconds = self._measure_and_write(documents, halvings, files, summary, counts)
                 files.write_summary(summary.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
@@ -197,8 +223,8 @@ class Processor:
                 for chunk in chunks:
                     self.progress.wait_s += time.monotonic() - waiting
                     self.progress.read_s += chunk.read_s
-                    strengths = self.strengths(chunk.prepared)
-                    behind.append(writer.submit(self._record, chunk, strengths, files, summary, counts))
+                    values = self.values(chunk.prepared)
+                    behind.append(writer.submit(self._record, chunk, values, files, summary, counts))
                     if len(behind) > WRITTEN_BEHIND:
                         behind.popleft().result()
                     waiting = time.monotonic()
@@ -216,28 +242,39 @@ class Processor:
         finally:
             self._device.release()
 
+    def mean_squares(self, texts: list[str]) -> npt.NDArray[np.float64]:
+        """Of each dimension of the hidden state over the tokens of ``texts``, special ones apart: [n_layers, size]."""
+        prepared = self.preparer.prepare(texts, [False] * len(texts))
+        total, n = np.zeros((len(self.task.layers), self.model.files.hidden_size)), 0
+        for batch in prepared.batches:
+            states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
+            states = states[:, prepared.encoded.flags[batch.rows] & SPECIAL == 0]
+            total += (states.astype(np.float64) ** 2).sum(axis=1)
+            n += states.shape[1]
+        return total / max(1, n)
+
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
             raise Interrupted("stopped; the same command resumes")
 
     def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
-        """Strengths of every token of ``texts``, which are encoded, cut into windows and batched together."""
+        """All series of every token of ``texts``, which are encoded, cut into windows and batched together."""
         prepared = self.preparer.prepare(texts, replaced)
-        return Measured(prepared.encoded, self.strengths(prepared))
+        return Measured(prepared.encoded, self.values(prepared), len(self.task.layers))
 
-    def strengths(self, prepared: Prepared) -> Strengths:
-        """Rounded strengths [n_layers, n_tokens]. Raises ``OutOfMemory`` where a batch does not fit."""
+    def values(self, prepared: Prepared) -> Values:
+        """Rounded [n_series, n_tokens]. Raises ``OutOfMemory`` where a batch does not fit."""
         try:
-            return self._strengths(prepared)
+            return self._values(prepared)
         except Exception as error:
             if model.is_out_of_memory(error):
                 raise OutOfMemory(f"a batch did not fit into the memory of {self.task.device}: {error}") from error
             raise
 
-    def _strengths(self, prepared: Prepared) -> Strengths:
+    def _values(self, prepared: Prepared) -> Values:
         began = time.monotonic()
         self.progress.tokenize_s += prepared.seconds
-        result = np.full((len(self.task.layers), len(prepared.encoded.token_ids)), np.nan, np.float32)
+        result = np.full((len(self.task.series), len(prepared.encoded.token_ids)), np.nan, np.float32)
         under_way: deque[tuple[tokens.TokenBatch, model.Pending]] = deque()
 
         def take() -> None:
@@ -247,7 +284,7 @@ class Processor:
 
         for batch in prepared.batches:
             self._check_stopped()
-            under_way.append((batch, self.model.submit(batch.ids, batch.lengths, Strength.measure)))
+            under_way.append((batch, self.model.submit(batch.ids, batch.lengths, self.signals)))
             self.progress.forward_tokens += batch.forward_tokens
             if self.task.device == "cpu" or len(under_way) > SUBMITTED:
                 take()
@@ -257,37 +294,37 @@ class Processor:
         return round_strengths(result)
 
     def _record(
-        self, read: Chunk, strengths: Strengths, files: records.ShardFiles, summary: Summary, counts: dict[str, int]
+        self, read: Chunk, values: Values, files: records.ShardFiles, summary: Summary, counts: dict[str, int]
     ) -> None:
         """Write the rows of one chunk and add it to the summary."""
         began = time.monotonic()
-        layers, first_doc = self.task.layers, counts["documents"]
+        first_doc = counts["documents"]
         chunk, prepared, encoded = read.documents, read.prepared, read.prepared.encoded
         n_tokens = np.diff(encoded.bounds)
         bad = np.zeros(len(chunk), bool)
-        bad[encoded.docs[~np.isfinite(strengths).all(axis=0)]] = True
+        bad[encoded.docs[~(values >= 0).all(axis=0) | np.isinf(values).any(axis=0)]] = True
         status = [
             f"quarantined: {d.problem}" if d.problem is not None
-            else f"quarantined: the model gave a strength that is not finite in {self.task.dtype}" if bad[i]
+            else f"quarantined: {self._why_bad(values[:, encoded.docs == i])}" if bad[i]
             else "ok" if n_tokens[i] else "empty"
             for i, d in enumerate(chunk)
         ]  # fmt: skip
         keep = ~bad[encoded.docs]
         n_tokens = np.where(bad, 0, n_tokens)
-        by_layer = {layer: strengths[at] for at, layer in enumerate(layers)}
+        by_series = dict(zip(self.task.series, values, strict=True))
         docs, flags = encoded.docs + np.int32(first_doc), encoded.flags
         table = records.make_table(
             {
                 "doc": docs, "position": encoded.positions, "token_id": encoded.token_ids, "flags": flags,
                 "surface": prepared.surfaces, "start": encoded.start, "end": encoded.end,
-                **{strength_column(layer): values for layer, values in by_layer.items()},
+                **{s.name: x for s, x in by_series.items()},
             },
             files.tokens.schema,
         )  # fmt: skip
         if bad.any():
             table = table.filter(pa.array(keep))
         files.tokens.write(table)
-        summary.add(docs[keep], encoded.token_ids[keep], flags[keep], {k: v[keep] for k, v in by_layer.items()})
+        summary.add(docs[keep], encoded.token_ids[keep], flags[keep], {s: x[keep] for s, x in by_series.items()})
         files.documents.write(
             records.make_table(
                 {
@@ -303,10 +340,7 @@ class Processor:
                         None if d.problem is not None else hashlib.sha256(d.text.encode()).digest() for d in chunk
                     ],
                     "status": status,
-                    **{
-                        f"mean_{strength_column(layer)}": _document_means(encoded, flags, values, n_tokens)
-                        for layer, values in by_layer.items()
-                    },
+                    **{f"mean_{s.name}": _document_means(encoded, flags, x, n_tokens) for s, x in by_series.items()},
                 },
                 files.documents.schema,
             )
@@ -323,13 +357,25 @@ class Processor:
             self.progress.documents += len(chunk)
             self.progress.write_s += time.monotonic() - began
 
+    def _why_bad(self, values: Values) -> str:
+        """What is wrong with a document of ``values`` [n_series, n_tokens]."""
+        (at, *_) = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
+        what = "negative" if (values[at] < 0).any() else f"not finite in {self.task.dtype}"
+        return f"the model gave a {self.task.series[at].signal} that is {what}"
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Tokens of some texts and their rounded strengths [n_layers, n_tokens]."""
+    """Tokens of some texts and what was measured of them, rounded [n_series, n_tokens]."""
 
     encoded: tokens.Encoded
-    strengths: Strengths
+    values: Values
+    n_layers: int
+
+    @property
+    def strengths(self) -> Values:
+        """Those of strength [n_layers, n_tokens], which come first."""
+        return self.values[: self.n_layers]
 
 
 def _probes(encoder: tokens.TextEncoder, window: int) -> list[list[int]]:

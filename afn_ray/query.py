@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from afn_ray import manifest, storage
 from afn_ray.compare import compare
+from afn_ray.config import SIGNAL
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
@@ -27,9 +28,12 @@ from afn_ray.schema import (
     MOVERS_SCHEMA,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
+    SIGNAL_VOCABULARY_SCHEMA,
+    SIGNALS_SCHEMA,
     SOURCES_SCHEMA,
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
+    Series,
 )
 from afn_ray.views import DERIVED, VIEWS, File, statements
 
@@ -323,8 +327,9 @@ def _settings(memory_limit: str, threads: int | None) -> dict[str, Any]:
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
+    "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA,
 }  # fmt: skip
-MAY_LACK = ("histogram", "sources", "screened")
+MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary")
 """A run made before there was such a table, or without asking for it, has an empty one."""
 
 
@@ -354,13 +359,16 @@ def _create(
     layers = folder.info["layers"]
     if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
         raise StoreError(f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}")
+    others = [Series(r["signal"], r["layer"]) for r in tables["signals"].to_pylist()]
+    if wrong := [s.name for s in others if not SIGNAL.fullmatch(s.signal)]:
+        raise StoreError(f"{folder.uri}/signals.parquet is damaged: {wrong[0]!r} is no signal")
     for name, table in tables.items():
         connection.register("incoming", table)
         connection.execute(f"CREATE TABLE {name} AS FROM incoming")
         connection.unregister("incoming")
     first = files["tokens"][0].path
     offsets = "start" in connection.sql(f"FROM read_parquet([{first}])").columns
-    for statement in statements(files["tokens"], files["documents"], layers, quartiles, offsets):
+    for statement in statements(files["tokens"], files["documents"], layers, quartiles, others, offsets):
         connection.execute(statement)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afn_ray.errors import Interrupted
-from afn_ray.schema import SUMMARY_SCHEMA, documents_schema, tokens_schema
+from afn_ray.schema import SUMMARY_SCHEMA, Series, documents_schema, tokens_schema
 
 ROW_GROUP_ROWS = 1 << 19
 """Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3 ms."""
@@ -83,13 +83,13 @@ class ShardFiles:
     ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[int], offsets: bool, origin: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, series: Sequence[Series], offsets: bool, origin: Mapping[str, str]) -> None:
         def table(name: str, schema: pa.Schema) -> TableFile:
             label = json.dumps({**origin, "table": name})
             return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
 
-        self.tokens = table("tokens", tokens_schema(layers, offsets))
-        self.documents = table("documents", documents_schema(layers))
+        self.tokens = table("tokens", tokens_schema(series, offsets))
+        self.documents = table("documents", documents_schema(series))
         self.summary = table("summary", SUMMARY_SCHEMA)
 
     def __enter__(self) -> ShardFiles:
@@ -103,7 +103,7 @@ class ShardFiles:
                 file.close()
 
     def write_summary(self, tables: Iterable[pa.Table]) -> None:
-        """One row group per layer, so that a reduce reads one layer at a time."""
+        """One row group per series, so that a reduce reads one at a time."""
         for table in tables:
             self.summary.write(table)
             self.summary.flush()

@@ -2,11 +2,11 @@
 
 Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks``)::
 
-    read    some shards' summaries of one layer -> their sum, cut by type into parts
-    merge   a part from FAN_IN places           -> their sum, until there is one of each part
-    count   a part                              -> how often each strength occurs in it
-    total   all parts' counts                   -> the layer's histogram and thresholds
-    types   a part, what labels go by           -> statistics of each type
+    read    some shards' summaries of one series -> their sum, cut by type into parts
+    merge   a part from FAN_IN places            -> their sum, until there is one of each part
+    count   a part                               -> how often each value occurs in it
+    total   all parts' counts                    -> the layer's histogram and thresholds
+    types   a part, what labels go by            -> statistics of each type
 
 All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls holds handles and
 the small tables at the end.
@@ -27,20 +27,30 @@ import pyarrow.parquet as pq
 
 from afn_ray import lexicon, manifest
 from afn_ray.errors import StoreError
-from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, SUMMARY_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
-from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, LayerSummary, starts, to_values
+from afn_ray.schema import (
+    HISTOGRAM_SCHEMA,
+    SHARDS_SCHEMA,
+    SIGNAL_VOCABULARY_SCHEMA,
+    SIGNALS_SCHEMA,
+    STRENGTH,
+    SUMMARY_SCHEMA,
+    THRESHOLDS_SCHEMA,
+    VOCABULARY_SCHEMA,
+    Series,
+)
+from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, SeriesSummary, starts, to_values
 
 READ_AHEAD = 8
 FAN_IN = 64
 """Sums that one call merges, and shards that one reads at most."""
 READ_BYTES = 16 << 20
-"""Of one layer's summaries, that one call reads: large shards come in smaller groups. Each byte becomes 8 to 40."""
+"""Of one series' summaries, that one call reads: large shards come in smaller groups. Each byte becomes 8 to 40."""
 SLICE_PAIRS = 1 << 20
 """Pairs of a type and a strength that a call looks at together."""
 PART_BYTES = 32 << 20
-"""Of one layer's summaries that go into one part. Sums are smaller, for what they have in common counts once."""
+"""Of one series' summaries that go into one part. Sums are smaller, for what they have in common counts once."""
 MAX_PARTS = 16
-"""Parts of a layer. More would spread the last merges further, but parts under 100 kB would pass through the driver."""
+"""Parts of a series. More would spread the last merges, but parts under 100 kB would pass through the driver."""
 Z_95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution, for Wilson's interval."""
 
@@ -91,16 +101,17 @@ class SummaryFile(NamedTuple):
 
 
 def reduce_run(
-    store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int], *,
+    store: str, measure_id: str, commits: Sequence[manifest.Commit], series: Sequence[Series], *,
     pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
     frozen: Sequence[dict[str, Any]] = (), tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The run's tables from its shards' summaries, by ``tasks`` or in this process.
 
-    ``commits`` in plan order, ``num_bytes`` read for each; ``pieces`` and ``readable`` are the vocabulary's texts
-    by token id; ``frozen`` has rows of ``manifest.FROZEN`` to label by instead of the run's own thresholds. The result
-    does not depend on how the corpus was cut into shards. Raises ``StoreError`` when a summary is missing or damaged,
-    or when together they have not the tokens that the commits count.
+    ``commits`` in plan order, ``num_bytes`` read for each; ``series`` as the shards have them, strength first;
+    ``pieces`` and ``readable`` are the vocabulary's texts by token id; ``frozen`` has rows of ``manifest.FROZEN`` to
+    label by instead of the run's own thresholds. The result does not depend on how the corpus was cut into shards.
+    Raises ``StoreError`` when a summary is missing or damaged, or when together they have not the tokens that the
+    commits count.
     """
     tasks = tasks or Inline()
     n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
@@ -110,43 +121,59 @@ def reduce_run(
         for c in commits for f in (c.files["summary"],)
     ]  # fmt: skip
     submitted = [
-        _submit_layer(tasks, store, measure_id, files, at, layers, sink_factor, [r for r in frozen if r["layer"] == k])
-        for at, k in enumerate(layers)
-    ]
+        _submit_series(
+            tasks, store, measure_id, files, at, series, sink_factor,
+            [r for r in frozen if r["layer"] == one.layer and one.signal == STRENGTH],
+        )
+        for at, one in enumerate(series)
+    ]  # fmt: skip
     thresholds: list[dict[str, Any]] = []
     labels: list[dict[str, Any]] = []
     histograms, vocabularies = [], []
-    for layer, (total, types) in zip(layers, submitted, strict=True):
+    signals: list[dict[str, Any]] = []
+    signal_vocabularies = []
+    for one, (total, types) in zip(series, submitted, strict=True):
         rows, goes_by, histogram = map(tasks.result, total)
         if (n := rows[0]["n"] + rows[0]["n_special"]) != n_tokens:
             raise StoreError(
-                f"the summaries of layer {layer} hold {n:,} tokens, expected {n_tokens:,} as the {len(commits):,} "
+                f"the summaries of {one.name} hold {n:,} tokens, expected {n_tokens:,} as the {len(commits):,} "
                 f"commits of measure {measure_id} count; 'afn verify {store}' says where"
             )
+        statistics = pa.concat_tables([tasks.result(part) for part in types])
+        vocabulary = vocabulary_table(one.layer, statistics, n_docs, pieces, readable, language)
+        if one.signal != STRENGTH:
+            signals.append({f.name: ({"signal": one.signal} | rows[0])[f.name] for f in SIGNALS_SCHEMA})
+            named = vocabulary.append_column("signal", pa.array([one.signal] * len(vocabulary), pa.string()))
+            signal_vocabularies.append(named.select(SIGNAL_VOCABULARY_SCHEMA.names).cast(SIGNAL_VOCABULARY_SCHEMA))
+            continue
         thresholds += rows
         labels += goes_by
         histograms.append(histogram)
-        statistics = pa.concat_tables([tasks.result(part) for part in types])
-        vocabularies.append(vocabulary_table(layer, statistics, n_docs, pieces, readable, language))
+        vocabularies.append(vocabulary)
+    others = {
+        "signals": pa.Table.from_pylist(signals, SIGNALS_SCHEMA),
+        "signal_vocabulary": pa.concat_tables([SIGNAL_VOCABULARY_SCHEMA.empty_table(), *signal_vocabularies]),
+    }  # fmt: skip
     return {
         "shards": shards_table(measure_id, commits, num_bytes),
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
         **({"frozen": pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)} if frozen else {}),
         "histogram": pa.concat_tables(histograms),
         "vocabulary": pa.concat_tables(vocabularies),
+        **(others if signals else {}),
     }
 
 
 # --- the tree --------------------------------------------------------------------------------------------
 
 
-def _submit_layer(
-    tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layers: Sequence[int],
+def _submit_series(
+    tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Sequence[Series],
     sink_factor: float, frozen: Sequence[dict[str, Any]],
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    """Handles of one layer's ``_total``, and of ``_types`` of each part."""
-    layer, per_layer = layers[at], len(layers)
-    num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (per_layer * PART_BYTES))
+    """Handles of one series' ``_total``, and of ``_types`` of each part."""
+    one, num_series = series[at], len(series)
+    num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
     levels: list[list[list[Any]]] = [[]]  # at height h: sums of FAN_IN^h groups, each as handles of its parts
 
     def merge_level(height: int) -> None:
@@ -155,12 +182,12 @@ def _submit_layer(
             levels.append([])
         if len(levels[height]) > 1:
             of_part = zip(*levels[height], strict=True)
-            levels[height] = [[tasks.submit(_merge, layer, *handles)[0] for handles in of_part]]
+            levels[height] = [[tasks.submit(_merge, one, *handles)[0] for handles in of_part]]
         levels[height + 1] += levels[height]
         levels[height] = []
 
-    for group in _groups(files, per_layer):
-        levels[0].append(tasks.submit(_read, store, measure_id, group, at, layer, num_parts, num_results=num_parts))
+    for group in _groups(files, num_series):
+        levels[0].append(tasks.submit(_read, store, measure_id, group, at, one, num_parts, num_results=num_parts))
         height = 0
         while len(levels[height]) == FAN_IN:
             merge_level(height)
@@ -169,16 +196,16 @@ def _submit_layer(
         merge_level(height)
     (parts,) = levels[-1]
     counts = [tasks.submit(_count, part)[0] for part in parts]
-    total = tasks.submit(_total, layer, sink_factor, frozen, *counts, num_results=3)
+    total = tasks.submit(_total, one.layer, sink_factor, frozen, *counts, num_results=3)
     return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
 
 
-def _groups(files: Sequence[SummaryFile], num_layers: int) -> Iterator[tuple[SummaryFile, ...]]:
-    """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` of a layer."""
+def _groups(files: Sequence[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
+    """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` of a series."""
     group: list[SummaryFile] = []
     size = 0
     for file in files:
-        if group and (len(group) == FAN_IN or size + file.num_bytes > num_layers * READ_BYTES):
+        if group and (len(group) == FAN_IN or size + file.num_bytes > num_series * READ_BYTES):
             yield tuple(group)
             group, size = [], 0
         group.append(file)
@@ -187,28 +214,28 @@ def _groups(files: Sequence[SummaryFile], num_layers: int) -> Iterator[tuple[Sum
 
 
 def _read(
-    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layer: int, num_parts: int
+    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Series, num_parts: int
 ) -> list[bytes]:
-    """The sum of layer ``layer`` (row group ``at``) of ``files``; part p has the types whose id is p modulo the number.
+    """The sum of ``series`` (row group ``at``) of ``files``; part p has the types whose id is p modulo the number.
 
     Ids go by frequency in most vocabularies, so the parts are about equal.
     """
-    table = LayerSummary.merge(_read_layer(store, measure_id, files, at, layer)).to_table(layer)
+    table = SeriesSummary.merge(_read_series(store, measure_id, files, at, series)).to_table(series)
     part_of = table["token_id"].to_numpy() % num_parts
     return [_encode(table.filter(pa.array(part_of == part))) for part in range(num_parts)]
 
 
-def _merge(layer: int, *parts: bytes) -> list[bytes]:
+def _merge(series: Series, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    return [_encode(LayerSummary.merge(LayerSummary.from_table(_decode(p)) for p in parts).to_table(layer))]
+    return [_encode(SeriesSummary.merge(SeriesSummary.from_table(_decode(p)) for p in parts).to_table(series))]
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
-    """How often each strength occurs in ``part``: of normal tokens, and of special ones."""
+    """How often each value occurs in ``part``: of normal tokens, and of special ones."""
     normal: list[Histogram] = []
     special: list[Histogram] = []
     for some in _slices(part):
-        keys, counts = some.strengths.keys, some.strengths.counts
+        keys, counts = some.values.keys, some.values.counts
         for which, histograms in ((keys < SPECIAL_KEY, normal), (keys >= SPECIAL_KEY, special)):
             histograms.append(Histogram.of(keys[which] & ((1 << BIN_BITS) - 1), counts[which]))
     return [(Histogram.merge(normal), Histogram.merge(special))]
@@ -251,7 +278,7 @@ def _decode(data: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(data), schema=SUMMARY_SCHEMA, use_threads=False).combine_chunks()
 
 
-def _slices(part: bytes) -> Iterator[LayerSummary]:
+def _slices(part: bytes) -> Iterator[SeriesSummary]:
     """``part``, some types at a time, which are all there is of these types."""
     table = _decode(part)
     if not len(table):
@@ -259,24 +286,25 @@ def _slices(part: bytes) -> Iterator[LayerSummary]:
     ends = table["bins"].chunk(0).offsets.to_numpy()
     cuts = np.searchsorted(ends, np.arange(0, ends[-1], SLICE_PAIRS))
     for begin, end in pairwise([*np.unique(cuts).tolist(), len(table)]):
-        yield LayerSummary.from_table(table.slice(begin, end - begin))
+        yield SeriesSummary.from_table(table.slice(begin, end - begin))
 
 
-def _read_layer(
-    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, layer: int
-) -> Iterator[LayerSummary]:
-    """Layer ``layer`` (row group ``at``) of every summary, a few files ahead."""
+def _read_series(
+    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Series
+) -> Iterator[SeriesSummary]:
+    """``series`` (row group ``at``) of every summary, a few files ahead."""
 
-    def read(file: SummaryFile) -> LayerSummary | None:
+    def read(file: SummaryFile) -> SeriesSummary | None:
         data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
         if not file.rows:
             return None  # a shard without tokens
         table = pq.ParquetFile(pa.BufferReader(data)).read_row_group(at, use_threads=False)
-        if table["layer"][0].as_py() != layer:
+        found = Series(table["signal"][0].as_py(), table["layer"][0].as_py())
+        if found != series:
             raise StoreError(
-                f"{file.name} of shard {file.shard}: row group {at} holds layer {table['layer'][0]}, expected {layer}"
+                f"{file.name} of shard {file.shard}: row group {at} holds {found.name}, expected {series.name}"
             )
-        return LayerSummary.from_table(table)
+        return SeriesSummary.from_table(table)
 
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         for begin in range(0, len(files), READ_AHEAD):
@@ -371,9 +399,9 @@ def frozen_rows(
     return rows
 
 
-def type_statistics(merged: LayerSummary, q3: float | None) -> pa.Table:
+def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``; ``q3`` is the layer's threshold."""
-    keys, counts = merged.strengths.keys, merged.strengths.counts
+    keys, counts = merged.values.keys, merged.values.counts
     types = keys >> BIN_BITS
     first = starts(types)
     if not len(first):

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raised when a stored table or the meaning of a stored value changes; part of every measure."""
 
 SPECIAL = 1
@@ -103,12 +104,33 @@ class Document:
     problem: str | None = None  # why it is quarantined; ``text`` is then empty
 
 
+STRENGTH = "strength"
+"""The signal that labels go by, whose thresholds and vocabulary every run has."""
+
+
+class Series(NamedTuple):
+    """One number for each token: what is measured, and at which layer."""
+
+    signal: str  # a signal with more than one number has more than one name here
+    layer: int
+
+    @property
+    def name(self) -> str:
+        """Of its column in the tables."""
+        return f"{self.signal}_{self.layer}"
+
+
+def strengths(layers: Sequence[int]) -> tuple[Series, ...]:
+    """The series of strength at ``layers``."""
+    return tuple(Series(STRENGTH, layer) for layer in layers)
+
+
 def strength_column(layer: int) -> str:
     """Name of the strength column of ``layer``."""
-    return f"strength_{layer}"
+    return Series(STRENGTH, layer).name
 
 
-def tokens_schema(layers: Sequence[int], offsets: bool) -> pa.Schema:
+def tokens_schema(series: Sequence[Series], offsets: bool) -> pa.Schema:
     """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position)."""
     fields = [
         pa.field("doc", pa.int32(), nullable=False),
@@ -119,11 +141,11 @@ def tokens_schema(layers: Sequence[int], offsets: bool) -> pa.Schema:
     ]
     if offsets:
         fields += [pa.field("start", pa.int32(), nullable=False), pa.field("end", pa.int32(), nullable=False)]
-    fields += [pa.field(strength_column(layer), pa.float32(), nullable=False) for layer in layers]
+    fields += [pa.field(s.name, pa.float32(), nullable=False) for s in series]
     return pa.schema(fields)
 
 
-def documents_schema(layers: Sequence[int]) -> pa.Schema:
+def documents_schema(series: Sequence[Series]) -> pa.Schema:
     """Schema of a shard's ``documents`` table; one row for every document read, in order."""
     return pa.schema(
         [
@@ -137,13 +159,14 @@ def documents_schema(layers: Sequence[int]) -> pa.Schema:
             pa.field("n_replaced", pa.int32(), nullable=False),
             pa.field("text_sha256", pa.binary(32)),
             pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-            *(pa.field(f"mean_{strength_column(layer)}", pa.float32()) for layer in layers),
+            *(pa.field(f"mean_{s.name}", pa.float32()) for s in series),
         ]
     )
 
 
 SUMMARY_SCHEMA = pa.schema(
     [
+        pa.field("signal", pa.string(), nullable=False),
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("special", pa.bool_(), nullable=False),
         pa.field("token_id", pa.int32(), nullable=False),
@@ -153,10 +176,10 @@ SUMMARY_SCHEMA = pa.schema(
         pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
     ]
 )
-"""A shard's mergeable statistics: per layer and type the lossless histogram of its strengths.
+"""A shard's mergeable statistics: per series and type the lossless histogram of its values.
 
 Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram, whose integers
-merge by addition in any order. One Parquet row group per layer.
+merge by addition in any order. One Parquet row group per series.
 """
 
 HISTOGRAM_SCHEMA = pa.schema(
@@ -212,6 +235,22 @@ VOCABULARY_SCHEMA = pa.schema(
         pa.field("idf", pa.float64(), nullable=False),
     ]
 )
+
+_OF_STRENGTH = ("n_high", "share_high", "share_high_low", "share_high_high")
+
+SIGNAL_VOCABULARY_SCHEMA = pa.schema(
+    [pa.field("signal", pa.string(), nullable=False)] + [f for f in VOCABULARY_SCHEMA if f.name not in _OF_STRENGTH]
+)
+"""Every type under each signal but strength, as in ``VOCABULARY_SCHEMA``."""
+
+SIGNALS_SCHEMA = pa.schema(
+    [
+        pa.field("signal", pa.string(), nullable=False),
+        pa.field("layer", pa.int16(), nullable=False),
+        *(THRESHOLDS_SCHEMA.field(name) for name in ("n", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_special")),
+    ]
+)
+"""How each signal but strength is distributed over the tokens, special ones apart."""
 
 CLASSES = ("content", "function", "fragment", "number", "punctuation", "special")
 """Classes of a type, in the order in which tables show them."""

@@ -7,14 +7,14 @@ loses nothing, adds up in any order, and gives every quantile as an exact order 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -104,33 +104,31 @@ class Histogram:
 class Summary:
     """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied bins."""
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
-        self._layers = layers
-        self._strengths: dict[int, list[Histogram]] = {layer: [] for layer in layers}
+    def __init__(self, series: Sequence[Series]) -> None:
+        self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
 
     def add(
         self, docs: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8],
-        strengths: dict[int, Floats],
+        values: Mapping[Series, Floats],
     ) -> None:  # fmt: skip
-        """Add the tokens of whole documents; ``strengths`` are rounded and finite, [n] per layer."""
+        """Add the tokens of whole documents; ``values`` are rounded, finite and not negative, [n] per series."""
         special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
         types = special + (token_ids.astype(np.int64) << BIN_BITS)
         in_docs = np.unique((docs.astype(np.int64) << (TYPE_BITS + 1)) + (types >> BIN_BITS))
         self._docs.append(Histogram.of((in_docs & ((2 << TYPE_BITS) - 1)) << BIN_BITS))
         self._word_starts.append(Histogram.of(types[(flags & WORD_START) > 0]))
-        for layer in self._layers:
-            parts = self._strengths[layer]
-            parts.append(Histogram.of(types + to_bins(strengths[layer])))
+        for series, parts in self._values.items():
+            parts.append(Histogram.of(types + to_bins(values[series])))
             if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
-                self._strengths[layer] = [Histogram.merge(parts)]
+                parts[:] = [Histogram.merge(parts)]
 
     def tables(self) -> Iterable[pa.Table]:
-        """One table per layer, as in ``SUMMARY_SCHEMA``."""
+        """One table per series, as in ``SUMMARY_SCHEMA``."""
         docs, starts = Histogram.merge(self._docs), Histogram.merge(self._word_starts)
-        for layer in self._layers:
-            yield LayerSummary(Histogram.merge(self._strengths[layer]), docs, starts).to_table(layer)
+        for series, parts in self._values.items():
+            yield SeriesSummary(Histogram.merge(parts), docs, starts).to_table(series)
 
 
 def _look_up(histogram: Histogram, keys: Ints) -> Ints:
@@ -142,16 +140,16 @@ def _look_up(histogram: Histogram, keys: Ints) -> Ints:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSummary:
-    """One layer's summary of one shard or of many: strengths, document counts and word starts by type."""
+class SeriesSummary:
+    """One series' summary of one shard or of many: values, document counts and word starts by type."""
 
-    strengths: Histogram  # keys: special, type, bin
+    values: Histogram  # keys: special, type, bin
     docs: Histogram  # keys: special, type
     word_starts: Histogram
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> LayerSummary:
-        """From one layer's rows of ``SUMMARY_SCHEMA``."""
+    def from_table(cls, table: pa.Table) -> SeriesSummary:
+        """From one series' rows of ``SUMMARY_SCHEMA``."""
         table = table.combine_chunks()
         types = table["special"].to_numpy().astype(np.int64) * SPECIAL_KEY
         types += table["token_id"].to_numpy().astype(np.int64) << BIN_BITS
@@ -168,28 +166,29 @@ class LayerSummary:
             Histogram(types, table["n_word_start"].to_numpy()),
         )
 
-    def to_table(self, layer: int) -> pa.Table:
+    def to_table(self, series: Series) -> pa.Table:
         """As rows of ``SUMMARY_SCHEMA``, one for each type, normal ones first; the inverse of ``from_table``."""
-        types = self.strengths.keys >> BIN_BITS
+        types = self.values.keys >> BIN_BITS
         first = starts(types)
         keys = types[first] << BIN_BITS
         ends = pa.array(np.append(first, len(types)).astype(np.int32))
-        bins = pa.array((self.strengths.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
+        bins = pa.array((self.values.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
         columns = [
-            pa.array(np.full(len(first), layer, np.int16)),
+            pa.array([series.signal] * len(first), pa.string()),
+            pa.array(np.full(len(first), series.layer, np.int16)),
             pa.array(keys >= SPECIAL_KEY),
             pa.array(((keys % SPECIAL_KEY) >> BIN_BITS).astype(np.int32)),
             pa.array(_look_up(self.docs, keys)),
             pa.array(_look_up(self.word_starts, keys)),
             pa.ListArray.from_arrays(ends, bins, type=SUMMARY_SCHEMA.field("bins").type),
             pa.ListArray.from_arrays(
-                ends, pa.array(self.strengths.counts), type=SUMMARY_SCHEMA.field("counts").type
+                ends, pa.array(self.values.counts), type=SUMMARY_SCHEMA.field("counts").type
             ),
         ]  # fmt: skip
         return pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
 
     @classmethod
-    def merge(cls, parts: Iterable[LayerSummary]) -> LayerSummary:
+    def merge(cls, parts: Iterable[SeriesSummary]) -> SeriesSummary:
         """The sum of ``parts``, which are taken one by one; the same for any order and grouping.
 
         Parts wait until they are as large as the sum so far: n of them cost n log n and not n squared, and memory is
@@ -198,15 +197,15 @@ class LayerSummary:
         total, waiting, num_keys = cls._add([]), [], 0
         for part in parts:
             waiting.append(part)
-            num_keys += len(part.strengths.keys)
-            if num_keys > max(MERGE_KEYS, len(total.strengths.keys)):
+            num_keys += len(part.values.keys)
+            if num_keys > max(MERGE_KEYS, len(total.values.keys)):
                 total, waiting, num_keys = cls._add([total, *waiting]), [], 0
         return cls._add([total, *waiting])
 
     @classmethod
-    def _add(cls, parts: list[LayerSummary]) -> LayerSummary:
+    def _add(cls, parts: list[SeriesSummary]) -> SeriesSummary:
         return cls(
-            Histogram.merge(p.strengths for p in parts),
+            Histogram.merge(p.values for p in parts),
             Histogram.merge(p.docs for p in parts),
             Histogram.merge(p.word_starts for p in parts),
         )

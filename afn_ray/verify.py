@@ -23,10 +23,10 @@ from afn_ray.manifest import Place
 from afn_ray.schema import (
     SPECIAL,
     SUMMARY_SCHEMA,
+    Series,
     Shard,
     documents_schema,
     fingerprint,
-    strength_column,
     tokens_schema,
 )
 from afn_ray.thresholds import Summary, round_strengths
@@ -285,12 +285,12 @@ def _check_rows(
     tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, read: Shard, measure: Mapping[str, Any] | None
 ) -> None:
     """Raises ``_Wrong`` at the first promise that the rows of a shard break."""
-    layers = _check_schemas(tables, commit, measure)
+    series = _check_schemas(tables, commit, measure)
     documents = tables["documents"].read(
-        ["doc", "n_tokens", "n_windows", "n_chars", "status", *(f"mean_{strength_column(k)}" for k in layers)]
+        ["doc", "n_tokens", "n_windows", "n_chars", "status", *(f"mean_{s.name}" for s in series)]
     )
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
-    counts["special"], summary = _check_tokens(tables["tokens"], documents, layers)
+    counts["special"], summary = _check_tokens(tables["tokens"], documents, series)
     if wrong := {k: commit.counts.get(k) for k, n in counts.items() if commit.counts.get(k) != n}:
         raise _Wrong("", f"its counts are {wrong}, but the rows give {_only(counts, wrong)}")
     planned = [piece.num_documents for piece in read.slices]
@@ -298,22 +298,23 @@ def _check_rows(
         raise _Wrong("documents", f"it has {counts['documents']} documents, but the slices read hold {sum(planned)}")
     if not tables["summary"].read().equals(pa.concat_tables(summary.tables())):
         raise _Wrong("summary", "it is not the summary of the tokens beside it")
-    groups = len(layers) if counts["tokens"] else 0
+    groups = len(series) if counts["tokens"] else 0
     if tables["summary"].num_row_groups != groups:
         raise _Wrong("summary", f"it has {tables['summary'].num_row_groups} row groups, expected {groups}")
 
 
 def _check_schemas(
     tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, measure: Mapping[str, Any] | None
-) -> tuple[int, ...]:
-    """The layers recorded: those of ``measure``, or where no run knows it those that the tokens have."""
+) -> tuple[Series, ...]:
+    """What was recorded: the series of ``measure``, or where no run knows it those that the tokens have."""
     names = tables["tokens"].schema_arrow.names
-    layers = tuple(int(n.removeprefix("strength_")) for n in names if n.startswith("strength_"))
+    parts = [name.rpartition("_") for name in names]
+    series = tuple(Series(signal, int(layer)) for signal, _, layer in parts if layer.isdecimal())
     offsets = "start" in names
     if measure is not None:
-        layers, offsets = tuple(measure["layers"]), measure["offsets"]
+        series, offsets = _series(measure), measure["offsets"]
     schemas = {
-        "tokens": tokens_schema(layers, offsets), "documents": documents_schema(layers), "summary": SUMMARY_SCHEMA
+        "tokens": tokens_schema(series, offsets), "documents": documents_schema(series), "summary": SUMMARY_SCHEMA
     }  # fmt: skip
     for table, file in tables.items():
         if not file.schema_arrow.equals(schemas[table]):
@@ -321,7 +322,11 @@ def _check_schemas(
             raise _Wrong(table, f"its schema is not its measure's: {', '.join(differs) or 'the order of columns'}")
         if file.metadata.num_rows != (rows := commit.files[table].get("rows")):
             raise _Wrong(table, f"it has {file.metadata.num_rows} rows, but its commit says {rows}")
-    return layers
+    return series
+
+
+def _series(measure: Mapping[str, Any]) -> tuple[Series, ...]:
+    return tuple(Series(signal, layer) for signal, layer in measure["series"])
 
 
 def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
@@ -344,13 +349,13 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _check_tokens(file: pq.ParquetFile, documents: pa.Table, layers: tuple[int, ...]) -> tuple[int, Summary]:
+def _check_tokens(file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series]) -> tuple[int, Summary]:
     """The number of special tokens in ``file``, and the summary of all."""
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
-    num_special, summary = 0, Summary(layers)
+    num_special, summary = 0, Summary(series)
     for first, part in records.whole_documents(
-        file, ends, ["position", "token_id", "flags", *map(strength_column, layers)]
+        file, ends, ["position", "token_id", "flags", *(s.name for s in series)]
     ):
         rows = np.arange(first, first + len(part))
         docs = np.searchsorted(ends, rows, side="right")
@@ -366,23 +371,23 @@ def _check_tokens(file: pq.ParquetFile, documents: pa.Table, layers: tuple[int, 
         normal = (flags & SPECIAL) == 0
         num_special += int((~normal).sum())
         docs_here, last = docs[normal] - docs[0], int(docs[-1]) + 1
-        strengths = {layer: part[strength_column(layer)].to_numpy() for layer in layers}
-        for layer, values in strengths.items():
+        by_series = {s: part[s.name].to_numpy() for s in series}
+        for one, values in by_series.items():
             unchanged = round_strengths(values).view(np.uint32) == values.view(np.uint32)
             if (wrong := ~(np.isfinite(values) & (values >= 0) & unchanged)).any():
                 row = int(np.argmax(wrong))
-                raise _Wrong("tokens", f"row {first + row}: strength_{layer} is {values[row]}, which is never recorded")
+                raise _Wrong("tokens", f"row {first + row}: {one.name} is {values[row]}, which is never recorded")
             sums = np.bincount(docs_here, values[normal].astype(np.float64), last - docs[0])
             with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
                 expected = sums / np.bincount(docs_here, minlength=last - docs[0])
-            means = documents[f"mean_{strength_column(layer)}"][int(docs[0]) : last].to_numpy()
+            means = documents[f"mean_{one.name}"][int(docs[0]) : last].to_numpy()
             if (wrong := ~np.isclose(means, expected, rtol=1e-6, atol=0, equal_nan=True)).any():
                 doc = int(np.argmax(wrong))
                 raise _Wrong(
                     "documents",
-                    f"doc {docs[0] + doc}: mean_strength_{layer} is {means[doc]}, its tokens give {expected[doc]}",
+                    f"doc {docs[0] + doc}: mean_{one.name} is {means[doc]}, its tokens give {expected[doc]}",
                 )
-        summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, strengths)
+        summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series)
     return num_special, summary
 
 
@@ -534,12 +539,19 @@ class _Run:
         for at, token, text in zip(ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True):
             pieces[at], readable[at] = token, text
         tables = reduce.reduce_run(
-            self.folder.store, self.measure_id, commits, self.measure["layers"], pieces=pieces, readable=readable,
+            self.folder.store, self.measure_id, commits, _series(self.measure), pieces=pieces, readable=readable,
             language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
             frozen=self._frozen,
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
         tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
+        if (others := tables.get("signal_vocabulary")) is not None:
+            ids, classes = (vocabulary[name].to_pylist() for name in ("token_id", "class"))
+            known = {(i, c == "special"): c for i, c in zip(ids, classes, strict=True)}
+            ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))
+            column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
+            at = others.column_names.index("class")
+            tables["signal_vocabulary"] = others.set_column(at, "class", pa.array(column, pa.string()))
         if self._config.get("screen"):
             tables |= screen.scan_run(
                 self.folder.store, self.measure_id, commits, self.measure["layers"], shards=self.shards,

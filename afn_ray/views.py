@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from afn_ray.schema import REPLACED, SPECIAL, WORD_START
+from afn_ray.schema import REPLACED, SPECIAL, STRENGTH, WORD_START, Series
 
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
@@ -14,6 +14,8 @@ VIEWS = {
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
     "thresholds": "quartiles of the run per layer, with and without sinks",
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
+    "signals": "how each signal but strength is distributed, per layer; empty where none was recorded",
+    "signal_vocabulary": "statistics of every type under each of these",
     "histogram": "how often each distinct strength occurs, per layer; special tokens apart",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run has none",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
@@ -60,20 +62,20 @@ def _rows(files: Sequence[File]) -> str:
 
 def statements(
     tokens: Sequence[File], documents: Sequence[File], layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]], offsets: bool,
+    labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], offsets: bool,
 ) -> list[str]:  # fmt: skip
     """What makes the views and macros, once the run's small tables are there under the names of their views.
 
-    ``labels``: by layer, the thresholds that labels go by, of the population of all tokens. ``offsets``: whether
-    tokens have ``start`` and ``end``.
+    ``labels``: by layer, the thresholds that labels go by, of the population of all tokens. ``others``: what was
+    recorded beside strength. ``offsets``: whether tokens have ``start`` and ``end``.
     """
     # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
     made = [
         "CREATE SCHEMA internal",
         "CREATE TABLE internal.types AS "
         "SELECT token_id, any_value(token) AS token, any_value(text) AS text FROM vocabulary GROUP BY token_id",
-        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, offsets)}",
-        f"CREATE VIEW documents AS {documents_view(_rows(documents), layers)}",
+        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets)}",
+        f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
         f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets)}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(_rows(tokens), layers, labels, offsets)}",
         f"CREATE MACRO document_text(document) AS ({document_text_macro(_rows(tokens), offsets)})",
@@ -90,7 +92,9 @@ def _exact(value: float | None, kind: str) -> str:
     return f"NULL::{kind}" if value is None else f"'{value!r}'::{kind}"
 
 
-def tokens_view(source: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool) -> str:
+def tokens_view(
+    source: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], offsets: bool
+) -> str:
     """SQL of the ``tokens`` view over ``source``."""
     columns = [
         "doc", "position", "token_id", "token", "text", "surface",
@@ -111,12 +115,13 @@ def tokens_view(source: str, layers: Sequence[int], labels: Mapping[int, Mapping
             f"CASE WHEN NOT is_special THEN {strength} >= {q3} END AS high_{k}",
             f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {_exact(sink, 'DOUBLE')} END AS sink_{k}",
         ]
+    columns += [s.name for s in others]
     return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
 
 
-def documents_view(source: str, layers: Sequence[int]) -> str:
+def documents_view(source: str, layers: Sequence[int], others: Sequence[Series]) -> str:
     """SQL of the ``documents`` view over ``source``."""
-    means = "".join(f", mean_strength_{k}" for k in layers)
+    means = "".join(f", mean_{s.name}" for s in [*(Series(STRENGTH, k) for k in layers), *others])
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lower(hex(text_sha256)) AS text_sha256, status{means}

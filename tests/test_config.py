@@ -30,6 +30,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.lists(NAMES, min_size=1, max_size=3).map(tuple)
     if name == "layers":
         return st.sampled_from(["8", "2/3", "0,4,8", "all", "0.5"])
+    if name == "signals":
+        return st.sampled_from(["strength", "strength,shift", "strength,attention,shift"])
     if HINTS[name] in (float, float | None):
         return st.floats(1.5, 1e6) | st.integers(2, 100)
     return {bool: st.booleans(), int: COUNTS, int | None: COUNTS}.get(HINTS[name], NAMES)

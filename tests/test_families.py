@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afn_ray import model
-from afn_ray.signals import Strength
+from afn_ray.errors import ModelError
+from afn_ray.model import files
 
 CONTEXT = 40
 SMALL: dict[str, Any] = {
@@ -45,6 +46,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", GROUPED),
     "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 12}),
+    "gemma": ("GemmaConfig", GROUPED | {"head_dim": 8}),
     "opt": ("OPTConfig", {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
                           "ffn_dim": 48, "max_position_embeddings": CONTEXT, "word_embed_proj_dim": 32}),
 }  # fmt: skip
@@ -86,7 +88,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def load(folder: Path, layers: list[int] = LAYERS, dtype: str = "float32", batch_tokens: int = 64) -> model.Model:
     files = model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
     loaded = model.Model(files, layers, dtype, "cpu", batch_tokens)
-    loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)], Strength.measure)
+    loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)])
     return loaded
 
 
@@ -104,7 +106,7 @@ def plain_norms(plain: torch.nn.Module, ids: list[int]) -> np.ndarray:
 def measure(loaded: model.Model, texts: list[list[int]], filler: int = 0) -> list[np.ndarray]:
     lengths = [len(t) for t in texts]
     ids = np.concatenate([*(np.array(t) for t in texts), np.full(filler, 7)])
-    values = loaded.measure(ids, lengths, Strength.measure)
+    values = loaded.measure(ids, lengths)
     return np.split(values[:, : sum(lengths)], np.cumsum(lengths)[:-1], axis=1)
 
 
@@ -116,6 +118,20 @@ def test_strengths_equal_the_plain_models(name: str, family: Any) -> None:
     texts = documents(1, [1, CONTEXT, 7, 7, 7, 30, 2, CONTEXT, 1])
     for text, got in zip(texts, measure(loaded, texts, filler=11 * loaded.packed), strict=True):
         np.testing.assert_allclose(got, plain_norms(plain, text), rtol=2e-5)
+
+
+def test_every_family_that_is_taken_has_a_test_and_no_other_is() -> None:
+    assert {getattr(transformers, kind).model_type for kind, _ in (PACKED | PADDED).values()} == files.TESTED
+
+
+def test_a_family_without_a_test_is_tried_on_demand(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "ernie", transformers.ErnieConfig(**SMALL))
+    asked = {"trust_remote_code": False, "allow_pickle": False}
+    with pytest.raises(ModelError, match=r"family ernie, which has no test; --allow-untested tries it.* bert, "):
+        model.find_model(str(folder), None, **asked)
+    found = model.find_model(str(folder), None, **asked, allow_untested=True)
+    loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
+    loaded.prepare([documents(3, [n])[0] for n in (4, 9)])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from afn_ray import model
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, linear
-from afn_ray.signals import Strength
+from afn_ray.signals import Signal, Site, norm
 from afn_ray.thresholds import round_strengths
 from afn_ray.tokens import TextEncoder
 
@@ -39,14 +39,14 @@ def load(folder: Path, layers: list[int], dtype: str = "float32") -> tuple[model
     loaded = model.Model(files, layers, dtype, "cpu", 256)
     probes = encoder.encode(["Hello there, you.", "In the beginning was the word, they say."])
     ids = [probes.token_ids[a:b].tolist() for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)]
-    loaded.prepare(ids, Strength.measure)
+    loaded.prepare(ids)
     return loaded, encoder
 
 
 def measure(loaded: model.Model, *rows: list[int]) -> list[np.ndarray]:
     """Norms [n_layers, n_tokens] of each of ``rows``, out of one batch."""
     lengths = [len(r) for r in rows]
-    got = loaded.measure(np.concatenate([np.array(r, np.int64) for r in rows]), lengths, Strength.measure)
+    got = loaded.measure(np.concatenate([np.array(r, np.int64) for r in rows]), lengths)
     assert got.dtype == np.float32 and got.shape == (len(loaded.layers), sum(lengths))
     return np.split(got, np.cumsum(lengths)[:-1], axis=1)
 
@@ -128,19 +128,22 @@ def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(minilm:
     assert not np.array_equal(a, b)
     wide = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
     wide[0, :4000] = 0.01
-    assert Strength.measure(wide).item() == pytest.approx(wide.double().norm().item(), rel=1e-6)
+    assert norm(wide).item() == pytest.approx(wide.double().norm().item(), rel=1e-6)
 
 
 def test_with_half_precision_products_the_stream_and_the_norms_stay_float32(tiny_bert: Path) -> None:
     loaded, encoder = load(tiny_bert, [0, 1, 2, 3], "bfloat16")
     seen = set()
 
-    def reduce(hidden: torch.Tensor) -> torch.Tensor:
-        seen.add(hidden.dtype)
-        return Strength.measure(hidden)
+    class Watching(Signal):
+        name, columns, unit = "watching", ("watching",), ""
+
+        def measure(self, site: Site) -> list[torch.Tensor]:
+            seen.add(site.hidden.dtype)
+            return [norm(site.hidden)]
 
     ids = encoder.encode(["Let there be light"]).token_ids
-    loaded.measure(ids.astype(np.int64), [len(ids)], reduce)
+    loaded.measure(ids.astype(np.int64), [len(ids)], [Watching()])
     assert seen == {torch.float32}
     assert {p.dtype for p in loaded._model.embeddings.parameters()} == {torch.float32}
     norms = [m for b in loaded._blocks for m in b.modules() if isinstance(m, torch.nn.LayerNorm)]
@@ -169,8 +172,9 @@ def test_self_check_refuses_a_hook_that_reads_the_wrong_place(
 ) -> None:
     keep = model.Model._keep
 
-    def wrong(self: Any, layer: int, hidden: torch.Tensor) -> None:
-        keep(self, layer, hidden * 1.001)
+    def wrong(self: Any, site: Site) -> None:
+        site.hidden = site.hidden * 1.001
+        keep(self, site)
 
     monkeypatch.setattr(model.Model, "_keep", wrong)
     with pytest.raises(ModelError, match=rf"self-check failed: layer {layers[0]} hooked.* tolerance 1e-04"):

@@ -74,13 +74,13 @@ def test_what_is_not_safe_is_refused_and_says_why(
     damage: Any, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    right = pipeline.Processor._strengths
+    right = pipeline.Processor._values
 
     def damaged(self: Any, prepared: Any) -> Any:
         exact = right(self, prepared)
         return exact if self.task.dtype == "float32" else damage(exact)
 
-    monkeypatch.setattr(pipeline.Processor, "_strengths", damaged)
+    monkeypatch.setattr(pipeline.Processor, "_values", damaged)
     task = task_of(make_config(dtype="auto"))
     decided = precision.decide(task, verses[:200])
     assert decided.dtype == "float32"

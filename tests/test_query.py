@@ -37,6 +37,7 @@ from afn_ray.schema import (
     WORD_START,
     documents_schema,
     strength_column,
+    strengths,
     tokens_schema,
 )
 
@@ -131,8 +132,8 @@ def make_shard(
              "status": "ok" if n else "empty", **{f"mean_{strength_column(k)}": 1.0 if n else None for k in LAYERS}}
         )  # fmt: skip
     return (
-        pa.Table.from_pylist(tokens, tokens_schema(LAYERS, offsets)),
-        pa.Table.from_pylist(documents, documents_schema(LAYERS)),
+        pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), offsets)),
+        pa.Table.from_pylist(documents, documents_schema(strengths(LAYERS))),
     )
 
 
@@ -279,7 +280,7 @@ def test_tables_lists_every_view_with_its_columns(run: Run) -> None:
     assert list(tables) == list(views.VIEWS)
     assert tables["movers"] == MOVERS_SCHEMA.names and tables["screened"] == SCREENED_SCHEMA.names
     assert tables["vocabulary"] == VOCABULARY_SCHEMA.names
-    assert tables["documents"] == documents_schema(LAYERS).names
+    assert tables["documents"] == documents_schema(strengths(LAYERS)).names
     assert tables["shards"] == SHARDS_SCHEMA.names
     comments = dict(run.sql("SELECT view_name, comment FROM duckdb_views() WHERE NOT internal").fetchall())
     assert comments["tokens"].startswith("one row per token")
@@ -703,9 +704,9 @@ def big_shard(seed: int, num_tokens: int) -> tuple[pa.Table, pa.Table]:
         "strength_8": rng.lognormal(2, 0.3, num_tokens).astype(np.float32),
     }
     _, documents = make_shard(seed, 1)
-    rows = documents.select(documents_schema([8]).names).to_pylist() * num_documents
-    documents = pa.Table.from_pylist([r | {"doc": i} for i, r in enumerate(rows)], documents_schema([8]))
-    return pa.table(columns, tokens_schema([8], False)), documents
+    rows = documents.select(documents_schema(strengths([8])).names).to_pylist() * num_documents
+    documents = pa.Table.from_pylist([r | {"doc": i} for i, r in enumerate(rows)], documents_schema(strengths([8])))
+    return pa.table(columns, tokens_schema(strengths([8]), False)), documents
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

@@ -36,7 +36,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
     (folder / "path" / "to" / "model").symlink_to(minilm)
     rows = [{"citation": f"v{i}", "id": i, "text": t} for i, t in enumerate(verses[:300])]
     write_jsonl(folder / "corpus" / "verses.jsonl", rows)
-    for name, text in zip(("run.toml", "policy.toml"), blocks("toml"), strict=True):
+    for name, text in zip(("run.toml", "signal.toml", "policy.toml"), blocks("toml"), strict=True):
         (folder / name).write_text(text)
     config = demo.demo_config("afn-demo")
     done = subprocess.run(

@@ -14,10 +14,10 @@ import pytest
 from afn_ray import records
 from afn_ray.errors import Interrupted
 from afn_ray.records import ShardFiles, make_table
-from afn_ray.schema import SUMMARY_SCHEMA, documents_schema, tokens_schema
+from afn_ray.schema import SUMMARY_SCHEMA, Series, documents_schema, tokens_schema
 from afn_ray.thresholds import Summary, round_strengths
 
-LAYERS = (0, 8)
+SERIES = (Series("strength", 0), Series("strength", 8))
 ORIGIN = {"measure": "m", "shard": "s", "attempt": "a"}
 
 
@@ -29,9 +29,9 @@ def _tokens(n: int, offsets: bool) -> pa.Table:
             "doc": number // 20, "position": number % 20, "token_id": random.integers(0, 500, n),
             "flags": np.full(n, 2, np.uint8), "surface": ["LORD" if i % 9 == 0 else None for i in range(n)],
             "start": number % 20 * 4, "end": number % 20 * 4 + 3,
-            **{f"strength_{k}": round_strengths(random.normal(9, 1, n).astype(np.float32)) for k in LAYERS},
+            **{s.name: round_strengths(random.normal(9, 1, n).astype(np.float32)) for s in SERIES},
         },
-        tokens_schema(LAYERS, offsets),
+        tokens_schema(SERIES, offsets),
     )  # fmt: skip
 
 
@@ -43,14 +43,14 @@ def _documents(n: int) -> pa.Table:
             "text_sha256": [bytes(32)] * n, "status": ["ok"] * n, "mean_strength_0": [None, *[1.0] * (n - 1)],
             "mean_strength_8": [2.0] * n,
         },
-        documents_schema(LAYERS),
+        documents_schema(SERIES),
     )  # fmt: skip
 
 
 def _summary(tokens: pa.Table) -> list[pa.Table]:
-    summary = Summary(LAYERS)
+    summary = Summary(SERIES)
     columns = [tokens[c].to_numpy() for c in ("doc", "token_id", "flags")]
-    summary.add(*columns, {k: tokens[f"strength_{k}"].to_numpy() for k in LAYERS})
+    summary.add(*columns, {s: tokens[s.name].to_numpy() for s in SERIES})
     return list(summary.tables())
 
 
@@ -63,14 +63,14 @@ def _columns(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("offsets", [True, False])
 def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, offsets: bool) -> None:
     tokens, documents = _tokens(5000, offsets), _documents(250)
-    with ShardFiles(tmp_path, LAYERS, offsets, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, offsets, ORIGIN) as files:
         for begin in range(0, 5000, 1000):
             files.tokens.write(tokens.slice(begin, 1000))
         files.documents.write(documents)
         files.write_summary(_summary(tokens))
     read = {name: pq.read_table(path) for name, (path, _) in files.tables().items()}
-    assert read["tokens"].schema == tokens_schema(LAYERS, offsets)
-    assert read["documents"].schema == documents_schema(LAYERS)
+    assert read["tokens"].schema == tokens_schema(SERIES, offsets)
+    assert read["documents"].schema == documents_schema(SERIES)
     assert read["summary"].schema == SUMMARY_SCHEMA
     for name, table in (("tokens", tokens), ("documents", documents)):
         assert read[name].to_pylist() == table.to_pylist()
@@ -80,7 +80,7 @@ def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, off
 
 def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
     tokens = _tokens(5000, True)
-    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
         files.tokens.write(tokens)
         files.documents.write(_documents(250))
         files.write_summary(_summary(tokens))
@@ -110,15 +110,15 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
 
 
 def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, (8,), False, ORIGIN) as files:
-        files.tokens.write(_tokens(100_000, False).select(tokens_schema((8,), False).names))
+    with ShardFiles(tmp_path, SERIES[1:], False, ORIGIN) as files:
+        files.tokens.write(_tokens(100_000, False).select(tokens_schema(SERIES[1:], False).names))
     assert (tmp_path / "tokens.parquet").stat().st_size / 100_000 < 5.5
 
 
 def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "ROW_GROUP_ROWS", 1000)
     tokens = _tokens(2500, True)
-    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
         for begin in range(0, 2500, 250):
             files.tokens.write(tokens.slice(begin, 250))
     metadata = pq.ParquetFile(tmp_path / "tokens.parquet").metadata
@@ -126,18 +126,18 @@ def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_layer_is_a_row_group_of_the_summary(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
         files.write_summary(_summary(_tokens(500, True)))
     file = pq.ParquetFile(tmp_path / "summary.parquet")
     assert [set(file.read_row_group(i)["layer"].to_pylist()) for i in range(file.num_row_groups)] == [{0}, {8}]
 
 
 def test_a_shard_without_tokens_has_three_empty_tables(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
         files.tokens.write(_tokens(0, True))
-        files.write_summary(Summary(LAYERS).tables())
+        files.write_summary(Summary(SERIES).tables())
     assert [rows for _, rows in files.tables().values()] == [0, 0, 0]
-    assert pq.read_table(tmp_path / "tokens.parquet").schema == tokens_schema(LAYERS, True)
+    assert pq.read_table(tmp_path / "tokens.parquet").schema == tokens_schema(SERIES, True)
 
 
 @pytest.mark.parametrize("table", ["tokens", "documents", "summary"])
@@ -145,7 +145,7 @@ def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) 
     (tmp_path / f"{table}.parquet").symlink_to("/dev/full")
     tokens = _tokens(20_000, True)
     with pytest.raises(Interrupted, match=r"make room or give another --scratch.*run the same command again") as caught:  # noqa: SIM117
-        with ShardFiles(tmp_path, LAYERS, True, ORIGIN) as files:
+        with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
             files.tokens.write(tokens)
             files.documents.write(_documents(250))
             files.write_summary(_summary(tokens))
@@ -154,5 +154,5 @@ def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) 
 
 def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
-        ShardFiles(tmp_path / "nowhere", LAYERS, True, ORIGIN)
+        ShardFiles(tmp_path / "nowhere", SERIES, True, ORIGIN)
     assert caught.value.errno == errno.ENOENT

@@ -39,11 +39,13 @@ from afn_ray.schema import (
     WORD_START,
     FileSlice,
     ReadOptions,
+    Series,
     Shard,
 )
 from afn_ray.thresholds import DEFINITION, Summary, round_strengths
 
 LAYERS = (0, 8)
+SERIES = tuple(Series("strength", layer) for layer in LAYERS)
 READABLE = ["[CLS]", ".", "the", "lord", "ing", "42", "never"]
 PIECES = ["[CLS]", ".", "the", "lord", "##ing", "42", "never"]
 CLASSES = ["special", "punctuation", "function", "content", "fragment", "number"]
@@ -94,11 +96,11 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.
     """A committed shard with the summary of ``tokens``; its other tables are empty."""
     scratch = scratch / f"{number}-{len(list(scratch.iterdir()))}"
     scratch.mkdir()
-    summary = Summary(LAYERS)
+    summary = Summary(SERIES)
     middle = tokens.num_docs // 2
     for part in (tokens.part(0, middle), tokens.part(middle, tokens.num_docs)):
-        summary.add(part.docs, part.ids, part.flags, part.strengths)
-    with ShardFiles(scratch, LAYERS, False, {}) as files:
+        summary.add(part.docs, part.ids, part.flags, {s: part.strengths[s.layer] for s in SERIES})
+    with ShardFiles(scratch, SERIES, False, {}) as files:
         files.write_summary(summary.tables())
     empty = tokens.num_docs - len(np.unique(tokens.docs))
     counts = {
@@ -116,7 +118,7 @@ def _reduce(store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any) 
     asked: dict[str, Any] = {
         "pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0, "num_bytes": [7] * len(commits)
     }  # fmt: skip
-    return reduce_run(store, MEASURE_ID, commits, LAYERS, **(asked | changes))
+    return reduce_run(store, MEASURE_ID, commits, SERIES, **(asked | changes))
 
 
 @pytest.fixture
@@ -302,18 +304,18 @@ def test_a_damaged_summary_is_named(store: str, scratch: Path) -> None:
     storage.delete([uri])
     storage.write_once(uri, bytes(data))
     with pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"):
-        reduce_run(store, MEASURE_ID, [commit], LAYERS, **asked)
+        reduce_run(store, MEASURE_ID, [commit], SERIES, **asked)
     storage.delete([uri])
     with pytest.raises(StoreError, match=r"summary\.parquet: no such file"):
-        reduce_run(store, MEASURE_ID, [commit], LAYERS, **asked)
+        reduce_run(store, MEASURE_ID, [commit], SERIES, **asked)
 
 
 def test_a_summary_of_other_layers_is_refused(store: str, scratch: Path) -> None:
     commit = _commit(store, scratch, 0, _corpus(9, 10))
-    with pytest.raises(StoreError, match="holds layer 0, expected 7"):
+    with pytest.raises(StoreError, match="holds strength_0, expected strength_7"):
         reduce_run(
-            store, MEASURE_ID, [commit], (7, 8), pieces=PIECES, readable=READABLE, language="en", sink_factor=10.0,
-            num_bytes=[1],
+            store, MEASURE_ID, [commit], [Series("strength", 7), SERIES[1]], pieces=PIECES, readable=READABLE,
+            language="en", sink_factor=10.0, num_bytes=[1],
         )  # fmt: skip
 
 
@@ -414,7 +416,7 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(reduce, "FAN_IN", 4)
     files = [reduce.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
-    total, types = reduce._submit_layer(Counting(), "/store", MEASURE_ID, files, 0, (8,), 10.0, [])
+    total, types = reduce._submit_series(Counting(), "/store", MEASURE_ID, files, 0, SERIES[1:], 10.0, [])
     assert made == 4**5 + (4**5 - 1) // 3 + 5  # groups, merges, then the ends: count, total's three, types
     assert most <= 4 * 6 and len(held) == len([*total, *types])
 
@@ -422,9 +424,9 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
 def test_summaries_that_hold_other_tokens_than_commits_count_are_refused(store: str, scratch: Path) -> None:
     commit = _commit(store, scratch, 0, _corpus(9, 10))
     lying = replace(commit, counts={**commit.counts, "tokens": commit.counts["tokens"] + 1})
-    with pytest.raises(StoreError, match=r"layer 0 hold \d+ tokens, expected \d+ as the 1 commits"):
+    with pytest.raises(StoreError, match=r"strength_0 hold \d+ tokens, expected \d+ as the 1 commits"):
         reduce_run(
-            store, MEASURE_ID, [lying], LAYERS, pieces=PIECES, readable=READABLE, language="en", sink_factor=10.0,
+            store, MEASURE_ID, [lying], SERIES, pieces=PIECES, readable=READABLE, language="en", sink_factor=10.0,
             num_bytes=[1],
         )  # fmt: skip
 
@@ -443,13 +445,13 @@ def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch
     commits = [_commit(store, scratch, i, corpus.part(i, i + 2)) for i in range(0, 300, 2)]
     asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,
                              "num_bytes": [7] * len(commits)}  # fmt: skip
-    inline = reduce_run(store, MEASURE_ID, commits, LAYERS, **asked)
+    inline = reduce_run(store, MEASURE_ID, commits, SERIES, **asked)
     with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
         assert isinstance(tasks, cluster.RayTasks)
         patch.setattr(calls, "MAX_PENDING", 4)
         patch.setattr(reduce, "PART_BYTES", 1 << 12)
         patch.setattr(reduce, "FAN_IN", 8)
-        on_ray = reduce_run(store, MEASURE_ID, commits[::-1], LAYERS, tasks=tasks, **asked)
+        on_ray = reduce_run(store, MEASURE_ID, commits[::-1], SERIES, tasks=tasks, **asked)
         assert len(tasks._pending) <= 4
     assert inline["shards"].num_rows == 150
     for name in ("thresholds", "histogram", "vocabulary"):
@@ -470,7 +472,7 @@ def test_a_damaged_summary_is_named_from_the_leaves_of_a_tree_on_ray(
     asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,
                              "num_bytes": [7] * 70}  # fmt: skip
     with _on_ray(70) as tasks, pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"):
-        reduce_run(store, MEASURE_ID, commits, LAYERS, tasks=tasks, **asked)
+        reduce_run(store, MEASURE_ID, commits, SERIES, tasks=tasks, **asked)
 
 
 def _die(mark: str, times: int) -> list[int]:

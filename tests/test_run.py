@@ -26,7 +26,7 @@ import afn_ray
 from afn_ray import lexicon, manifest, pipeline, records, show, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
-from afn_ray.schema import REPLACED, SPECIAL, documents_schema, tokens_schema
+from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -167,7 +167,8 @@ def test_tables_have_the_promised_schemas_with_and_without_offsets(
     for offsets in (True, False):
         config = make_config(corpus=(str(corpus),), offsets=offsets, store=str(tmp_path / f"store-{offsets}"))
         with afn_ray.run(config) as run:
-            for table, schema in (("tokens", tokens_schema((2,), offsets)), ("documents", documents_schema((2,)))):
+            for table, schema in (("tokens", tokens_schema(strengths([2]), offsets)),
+                                  ("documents", documents_schema(strengths([2])))):  # fmt: skip
                 assert all(t.schema.equals(schema) for t in shard_tables(run, table))
             assert ("start" in run.tables()["tokens"]) is offsets
 
@@ -252,14 +253,14 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}])
-    right = pipeline.Processor._strengths
+    right = pipeline.Processor._values
 
     def overflow(self: Any, prepared: Any) -> Any:
         strengths = right(self, prepared)
         strengths[:, prepared.encoded.bounds[1] + 1] = np.inf
         return strengths
 
-    monkeypatch.setattr(pipeline.Processor, "_strengths", overflow)
+    monkeypatch.setattr(pipeline.Processor, "_values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
             "ok", "quarantined: the model gave a strength that is not finite in float32", "ok",

@@ -22,7 +22,7 @@ from afn_ray.compare import compare
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError
 from afn_ray.query import Run, open_run, write_catalog
-from afn_ray.schema import SPECIAL, WORD_START, documents_schema, strength_column, tokens_schema
+from afn_ray.schema import SPECIAL, WORD_START, documents_schema, strength_column, strengths, tokens_schema
 
 Word = dict[str, Any]
 SPELLINGS = ["ri", "river", "rivers", "bank", "banks", ".", "verri", "riverbankriverbanks"]
@@ -81,8 +81,8 @@ def worded_shard(seed: int, num_documents: int, special: bool) -> tuple[pa.Table
         )  # fmt: skip
         written.append(words)
     return (
-        pa.Table.from_pylist(tokens, tokens_schema(LAYERS, True)),
-        pa.Table.from_pylist(documents, documents_schema(LAYERS)),
+        pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)),
+        pa.Table.from_pylist(documents, documents_schema(strengths(LAYERS))),
         written,
     )
 
@@ -184,7 +184,7 @@ def test_a_word_of_more_tokens_than_characters_is_found(tmp_path: Path) -> None:
     ]  # fmt: skip
     _, documents, _ = WORDED[0]
     one = documents.slice(0, 1)
-    write_run(str(tmp_path), [(pa.Table.from_pylist(tokens, tokens_schema(LAYERS, True)), one)], LAYERS)
+    write_run(str(tmp_path), [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)], LAYERS)
     with open_run(str(tmp_path)) as run:
         for n in (0, 1, 5):
             got = run.sql("SELECT text, n_tokens, left_context, right_context FROM kwic($w, $n)", {"w": word, "n": n})

@@ -44,9 +44,9 @@ def test_public_names() -> None:
 
 def test_arrow_schemas() -> None:
     found = {name.lower(): columns(getattr(schema, name)) for name in dir(schema) if name.endswith("_SCHEMA")}
-    found["tokens"] = columns(schema.tokens_schema((4, 8), offsets=True))
-    found["tokens_without_offsets"] = columns(schema.tokens_schema((8,), offsets=False))
-    found["documents"] = columns(schema.documents_schema((4, 8)))
+    found["tokens"] = columns(schema.tokens_schema(schema.strengths([4, 8]), offsets=True))
+    found["tokens_without_offsets"] = columns(schema.tokens_schema(schema.strengths([8]), offsets=False))
+    found["documents"] = columns(schema.documents_schema(schema.strengths([4, 8])))
     check("schemas", {"version": schema.SCHEMA_VERSION, **found})
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from afn_ray import thresholds
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START
-from afn_ray.thresholds import BIN_BITS, Histogram, LayerSummary, Summary, round_strengths, to_bins, to_values
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
+from afn_ray.thresholds import BIN_BITS, Histogram, SeriesSummary, Summary, round_strengths, to_bins, to_values
 
 Floats = npt.NDArray[np.float32]
 
@@ -147,7 +147,7 @@ def test_a_quantile_is_exact_where_floats_are_not() -> None:
 
 # --- summaries -------------------------------------------------------------------------------------------
 
-LAYERS = (0, 7)
+SERIES = (Series("strength", 0), Series("shift", 7))
 TOKEN = st.tuples(
     st.sampled_from([0, 1, 2, 3, 2**31 - 1]),
     st.booleans(),
@@ -160,18 +160,18 @@ CORPUS = st.lists(st.lists(TOKEN, max_size=6), max_size=12)  # documents of toke
 
 def _summarise(docs: Sequence[Sequence[Any]], cuts: Sequence[int]) -> Summary:
     """``docs`` in chunks of whole documents that end at ``cuts``."""
-    summary = Summary(LAYERS)
+    summary = Summary(SERIES)
     bounds = sorted({0, *(min(c, len(docs)) for c in cuts), len(docs)})
     for begin, end in pairwise(bounds):
         rows = [(doc, *token) for doc in range(begin, end) for token in docs[doc]]
         column = [np.array([r[i] for r in rows]) for i in range(6)] if rows else [np.empty(0)] * 6
         flags = column[2].astype(np.uint8) * SPECIAL + column[3].astype(np.uint8) * WORD_START
-        strengths = {k: round_strengths(column[4 + at].astype(np.float32)) for at, k in enumerate(LAYERS)}
-        summary.add(column[0].astype(np.int32), column[1].astype(np.int32), flags.astype(np.uint8), strengths)
+        values = {k: round_strengths(column[4 + at].astype(np.float32)) for at, k in enumerate(SERIES)}
+        summary.add(column[0].astype(np.int32), column[1].astype(np.int32), flags.astype(np.uint8), values)
     return summary
 
 
-def _brute_force(docs: Sequence[Sequence[Any]], layer: int) -> dict[tuple[bool, int], Any]:
+def _brute_force(docs: Sequence[Sequence[Any]], at: int) -> dict[tuple[bool, int], Any]:
     """(special, type) -> n_docs, n_word_start, value -> count."""
     found: dict[tuple[bool, int], Any] = defaultdict(lambda: [set(), 0, Counter()])
     for doc, tokens in enumerate(docs):
@@ -179,14 +179,14 @@ def _brute_force(docs: Sequence[Sequence[Any]], layer: int) -> dict[tuple[bool, 
             entry = found[special, token_id]
             entry[0].add(doc)
             entry[1] += start
-            entry[2][float(round_strengths(np.array(values, np.float32))[LAYERS.index(layer)])] += 1
+            entry[2][float(round_strengths(np.array(values, np.float32))[at])] += 1
     return {key: (len(docs), starts, dict(counts)) for key, (docs, starts, counts) in found.items()}
 
 
-def _read(summary: LayerSummary) -> dict[tuple[bool, int], Any]:
-    """The same from a ``LayerSummary``."""
+def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
+    """The same from a ``SeriesSummary``."""
     values: dict[tuple[bool, int], dict[float, int]] = defaultdict(dict)
-    for key, n in zip(summary.strengths.keys.tolist(), summary.strengths.counts.tolist(), strict=True):
+    for key, n in zip(summary.values.keys.tolist(), summary.values.counts.tolist(), strict=True):
         value = to_values(np.array([key % 2**24]))[0]
         values[bool(key >> 55), (key >> 24) % 2**31][float(value)] = n
     docs, starts = (
@@ -212,17 +212,18 @@ def test_a_summary_is_what_counting_one_by_one_gives(
 
 
 def _tables_hold(docs: list[list[Any]], tables: list[list[pa.Table]]) -> None:
-    for at, layer in enumerate(LAYERS):
+    for at, series in enumerate(SERIES):
         for table in tables:
             assert table[at].schema == SUMMARY_SCHEMA
             table[at].validate(full=True)
-            assert set(table[at]["layer"].to_pylist()) <= {layer}
+            assert set(table[at]["layer"].to_pylist()) <= {series.layer}
+            assert set(table[at]["signal"].to_pylist()) <= {series.signal}
             assert all(list(bins) == sorted(set(bins)) for bins in table[at]["bins"].to_pylist())
-        merged = LayerSummary.merge(LayerSummary.from_table(table[at]) for table in tables)
-        assert _read(merged) == _brute_force(docs, layer)
-        again = merged.to_table(layer)
+        merged = SeriesSummary.merge(SeriesSummary.from_table(table[at]) for table in tables)
+        assert _read(merged) == _brute_force(docs, at)
+        again = merged.to_table(series)
         again.validate(full=True)
-        assert _read(LayerSummary.from_table(again)) == _read(merged)
+        assert _read(SeriesSummary.from_table(again)) == _read(merged)
 
 
 def test_a_summary_keeps_to_its_bound_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,8 +231,8 @@ def test_a_summary_keeps_to_its_bound_of_keys(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(thresholds, "COMPACT_KEYS", 50)
     docs = [[(i, False, True, float(i), 1.0) for i in range(20)] for _ in range(30)]
     summary = _summarise(docs, range(30))
-    assert sum(len(part.keys) for part in summary._strengths[0]) <= 50 + 2 * 20
-    assert sum(t["n_docs"][0].as_py() for t in summary.tables()) == 30 * len(LAYERS)
+    assert sum(len(part.keys) for part in summary._values[SERIES[0]]) <= 50 + 2 * 20
+    assert sum(t["n_docs"][0].as_py() for t in summary.tables()) == 30 * len(SERIES)
 
 
 def test_a_merge_holds_few_parts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,21 +245,21 @@ def test_a_merge_holds_few_parts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     def parts() -> Any:
         nonlocal most
         for _ in range(200):
-            part = LayerSummary.from_table(table)
-            alive.append(weakref.ref(part.strengths.keys))
+            part = SeriesSummary.from_table(table)
+            alive.append(weakref.ref(part.values.keys))
             yield part
             del part
             most = max(most, sum(r() is not None for r in alive))
 
-    merged = LayerSummary.merge(parts())
-    assert merged.strengths.counts.tolist() == [200] * 20
+    merged = SeriesSummary.merge(parts())
+    assert merged.values.counts.tolist() == [200] * 20
     assert most <= 4  # over 50 keys, and the one that is made
 
 
 def test_a_summary_of_nothing_has_tables_without_rows() -> None:
     summary = _summarise([], [])
     none = np.empty(0, np.int32)
-    summary.add(none, none, none.astype(np.uint8), dict.fromkeys(LAYERS, none.astype(np.float32)))
+    summary.add(none, none, none.astype(np.uint8), dict.fromkeys(SERIES, none.astype(np.float32)))
     tables = list(summary.tables())
     assert [t.num_rows for t in tables] == [0, 0]
-    assert LayerSummary.merge([]).strengths.n == LayerSummary.from_table(tables[0]).strengths.n == 0
+    assert SeriesSummary.merge([]).values.n == SeriesSummary.from_table(tables[0]).values.n == 0

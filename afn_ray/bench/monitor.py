@@ -23,7 +23,7 @@ from afn_ray.bench.peers import find_blocks
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
-from afn_ray.signals import Strength
+from afn_ray.signals import norm
 
 LENGTHS = (16, 64, 256, 512)
 DISTILLED_LAYERS = 6
@@ -73,7 +73,7 @@ class _Candidate:
     def _recording(self, text: str) -> Any:
         def read(module: torch.nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._strengths = Strength.measure(hidden).cpu().numpy()[0]
+            self._strengths = norm(hidden).cpu().numpy()[0]
 
         handle = find_blocks(self._model, self.files.depth)[self.layer - 1].register_forward_hook(read)
         try:

@@ -51,7 +51,7 @@ class Engine(_Ours):
         strengths: list[Norms] = []
         with self._processor.feed.chunks(documents) as chunks:  # as a shard's documents go
             for chunk in chunks:
-                values = self._processor.strengths(chunk.prepared)
+                values = self._processor.values(chunk.prepared)
                 strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
         return self._outcome(before, strengths)
 

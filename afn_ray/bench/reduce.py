@@ -32,13 +32,13 @@ from afn_ray.bench import machine
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.records import TableFile
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Shard
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
 from afn_ray.storage import sha256_file
 from afn_ray.thresholds import Summary, round_strengths
 
 NUM_TYPES = 30_522
 """Of BERT's vocabulary."""
-LAYER = 8
+SERIES = Series("strength", 8)
 DOCUMENT_TOKENS = 200
 MEASURE_ID = "generated"
 EXECUTORS = {"inline": "all in one process", "ray": "tasks of a local Ray"}
@@ -90,8 +90,8 @@ def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]
         flags = np.full(n, WORD_START, np.uint8)
         flags[::DOCUMENT_TOKENS], ids[::DOCUMENT_TOKENS] = SPECIAL, 101  # [CLS]
         strengths = round_strengths(np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32))
-        summary = Summary((LAYER,))
-        summary.add((np.arange(n) // DOCUMENT_TOKENS).astype(np.int32), ids, flags, {LAYER: strengths})
+        summary = Summary((SERIES,))
+        summary.add((np.arange(n) // DOCUMENT_TOKENS).astype(np.int32), ids, flags, {SERIES: strengths})
         shard = f"{number:032x}"
         path = Path(manifest.shard_uri(store, MEASURE_ID, shard)) / "0-summary.parquet"
         path.parent.mkdir(parents=True)
@@ -127,7 +127,7 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     with cluster.tasks(config, shards, lambda notice: print(notice, file=sys.stderr)) as tasks:
         before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
         tables = reduce.reduce_run(
-            store, MEASURE_ID, commits, (LAYER,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
+            store, MEASURE_ID, commits, (SERIES,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
             num_bytes=[1] * len(commits), tasks=tasks,
         )  # fmt: skip
         seconds = time.monotonic() - began

@@ -36,12 +36,13 @@ from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.records import ShardFiles, make_table
-from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Shard, fingerprint
+from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, fingerprint
 from afn_ray.thresholds import Summary, round_strengths
 
 NUM_TYPES = 30_522
 """Of BERT's vocabulary."""
 LAYER = 8
+SERIES = Series("strength", LAYER)
 MEASURE = {"model": "generated"}
 SHARD_TOKENS = 2_000_000
 DOCUMENT_TOKENS = 200
@@ -113,10 +114,10 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
     random = np.random.default_rng([1, number])
     shard = _shard(store, number)
     origin = {"measure": fingerprint(MEASURE), "shard": shard.id, "attempt": "0"}
-    summary = Summary((LAYER,))
+    summary = Summary((SERIES,))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
-        files = ShardFiles(Path(scratch), (LAYER,), offsets=True, origin=origin)
+        files = ShardFiles(Path(scratch), (SERIES,), offsets=True, origin=origin)
         with files:
             step = CHUNK_TOKENS // DOCUMENT_TOKENS
             for first in range(0, num_documents, step):
@@ -134,11 +135,11 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                 columns = {
                     "doc": np.repeat(docs, DOCUMENT_TOKENS), "position": position, "token_id": ids, "flags": flags,
                     "surface": pa.DictionaryArray.from_arrays(pa.array(ids, mask=no_surface), capitalized),
-                    "start": 6 * position, "end": 6 * position + 5, f"strength_{LAYER}": strengths,
+                    "start": 6 * position, "end": 6 * position + 5, SERIES.name: strengths,
                 }  # fmt: skip
                 schema = files.tokens.schema
                 files.tokens.write(pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema))
-                summary.add(columns["doc"], ids, flags, {LAYER: strengths})
+                summary.add(columns["doc"], ids, flags, {SERIES: strengths})
                 mean = strengths.reshape(-1, DOCUMENT_TOKENS)[:, 1:-1].mean(1)
                 files.documents.write(
                     make_table(
@@ -149,7 +150,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                             "n_chars": np.full(len(docs), 6 * DOCUMENT_TOKENS),
                             "n_replaced": np.zeros(len(docs), int),
                             "text_sha256": [sha256(b"%d %d" % (number, i)).digest() for i in docs.tolist()],
-                            "status": ["ok"] * len(docs), f"mean_strength_{LAYER}": mean,
+                            "status": ["ok"] * len(docs), f"mean_{SERIES.name}": mean,
                         },
                         files.documents.schema,
                     )
@@ -175,7 +176,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     written, readable = pieces()
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
     tables = reduce.reduce_run(
-        store, measure_id, ordered, (LAYER,), pieces=written, readable=readable, language="en", sink_factor=10.0,
+        store, measure_id, ordered, (SERIES,), pieces=written, readable=readable, language="en", sink_factor=10.0,
         num_bytes=[1] * len(ordered),
     )  # fmt: skip
     seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")

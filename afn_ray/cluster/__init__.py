@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
-from afn_ray import dispatch, model, precision, storage
+from afn_ray import dispatch, model, storage
 from afn_ray.cluster.calls import RayTasks, call_on_place
 from afn_ray.cluster.connection import address, joined, num_units, units_for_workers
 from afn_ray.cluster.pool import RayPool
@@ -16,6 +17,8 @@ from afn_ray.inline import InlinePool
 from afn_ray.pipeline import Task, sweep_scratch
 from afn_ray.reduce import FAN_IN, Inline, Tasks
 from afn_ray.schema import Shard
+
+T = TypeVar("T")
 
 INLINE_BYTES = 1 << 20
 """A run with less to read than this is done in this process: a local Ray takes 5 seconds and 0.5 GB to start."""
@@ -85,15 +88,16 @@ def count_workers(config: RunConfig, device: str) -> int:
         return units_for_workers(config, num_units(device), device)
 
 
-def decide_precision(
-    config: RunConfig, task: Task, texts: Sequence[str], on_notice: Callable[[str], None]
-) -> precision.Precision:
-    """``precision.decide`` where the workers' device is: here for a CPU of this machine, else on a worker's place."""
+def pilot(
+    pilot: Callable[[Task, Sequence[str]], T], task: Task, texts: Sequence[str], on_notice: Callable[[str], None]
+) -> T:
+    """``pilot(task, texts)`` where the workers' device is: here for a CPU of this machine, else on a worker's place."""
+    config = task.config
     if _is_here(config) and (config.executor == "inline" or task.device == "cpu"):
-        return precision.decide(task, texts)
+        return pilot(task, texts)
     with joined(config):
-        decided: precision.Precision = call_on_place(config, task.device, on_notice, precision.decide, task, texts)
-        return decided
+        found: T = call_on_place(config, task.device, on_notice, pilot, task, texts)
+        return found
 
 
 @contextmanager

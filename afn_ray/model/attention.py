@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -29,6 +29,18 @@ class UnsupportedAttention(Exception):
     """A model asks its attention for something that the packed one does not do."""
 
 
+class Seen(NamedTuple):
+    """What one call attended to: as ``attend`` has it, and its output."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    left: int
+    right: int
+    output: torch.Tensor
+
+
 @dataclass(slots=True)
 class Layout:
     """Where the sequences of one packed batch lie among its rows, one behind the other; rows behind them are filler."""
@@ -38,6 +50,8 @@ class Layout:
     device: torch.device
     calls: int = 0  # of the attention function
     windowed: bool = False  # whether one of them was told of a sliding window
+    watched: bool = False  # whether the block that runs is to leave what it attended to
+    seen: Seen | None = None
     groups: list[tuple[int, int, int]] = field(init=False)  # first row, sequences, their common length
     bounds: torch.Tensor | None = field(init=False, default=None)  # int32 [n + 1], first row of each; CUDA only
 
@@ -98,8 +112,46 @@ def attend(
     dtype = min((query.dtype, key.dtype, value.dtype), key=lambda d: d.itemsize)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     if layout.bounds is not None and dtype != torch.float32:
-        return _attend_varlen(query, key, value, layout, scale, left, right)[None], None
-    return attend_by_group(query, key, value, layout, scale, left, right), None
+        output = _attend_varlen(query, key, value, layout, scale, left, right)[None]
+    else:
+        output = attend_by_group(query, key, value, layout, scale, left, right)
+    if layout.watched:
+        layout.seen = Seen(query, key, value, scale, left, right, output)
+    return output, None
+
+
+def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token gets of the attention, float32 [heads, rows] both: from the others, and from itself.
+
+    From the others in the mean over those of its sequence that may attend to it, 0 where none may. The products are
+    done once more, for a fused kernel keeps no weights: of one block, and a cache's worth of scores at a time.
+    """
+    heads, rows = seen.query.shape[1], seen.query.shape[2]
+    of_others = torch.zeros(heads, rows, device=seen.query.device)
+    own = torch.zeros_like(of_others)
+    for row, n, length in layout.groups:
+        mask = _band(length, seen.left, seen.right, seen.query.device)
+        may = (mask.sum(0) - 1).clamp(min=1)  # queries but itself that see a key
+        step = max(1, SCORES // (length * length * heads))
+        for at in range(0, n, step):
+            here = slice(row + at * length, row + min(n, at + step) * length)
+            q, k = (x[0, :, here].float().unflatten(1, (-1, length)) for x in (seen.query, seen.key))
+            k = k.repeat_interleave(heads // k.shape[0], 0)
+            scores = (q @ k.transpose(-1, -2)).mul_(seen.scale).masked_fill_(~mask, -torch.inf)
+            shares = scores.softmax(-1)
+            itself = shares.diagonal(dim1=-2, dim2=-1)
+            own[:, here] = itself.flatten(1)
+            itself.zero_()
+            of_others[:, here] = (shares.sum(-2) / may).flatten(1)
+    return of_others, own
+
+
+def value_norms(seen: Seen, gram: torch.Tensor) -> torch.Tensor:
+    """Length of what each head would add for a token alone, float32 [heads, rows]: of its value through the head's
+    part P of the output projection. ``gram`` [heads, size, size] is P P^T."""
+    value = seen.value[0].float()
+    value = value.repeat_interleave(len(gram) // value.shape[0], 0)
+    return ((value @ gram) * value).sum(-1).clamp(min=0).sqrt()
 
 
 def attend_by_group(

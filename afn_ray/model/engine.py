@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from afn_ray.errors import ModelError
 from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Product, replace_linear_layers, restore
+from afn_ray.schema import Series
+from afn_ray.signals import Attention, Signal, Site, States, Strength, norm, series
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in
@@ -23,10 +26,46 @@ float32, for nine of ten in half precision, where single ones may be far off and
 FILLER = 16
 """Rows behind the sequences of the self-check."""
 
-Hidden = Callable[[torch.Tensor], torch.Tensor]
 Norms = npt.NDArray[np.float32]
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, attention.UnsupportedAttention)
 """What a model raises that cannot run the way it was asked to."""
+
+
+STRENGTH = Strength()
+
+
+class _Call(NamedTuple):
+    """One call of a linear layer, in the order in which they come."""
+
+    block: torch.nn.Module
+    name: str  # in its block
+    module: torch.nn.Module
+    input: torch.Tensor
+    width: int  # of its output
+    attended: attention.Seen | None  # by the block before this call
+
+
+class _Place(NamedTuple):
+    """Where one block has what signals need."""
+
+    norm: str  # the LayerNorm that makes the block's output; empty where it is not needed
+    gram: torch.Tensor | None  # of each head's part of the output projection, for ``attention.value_norms``
+    neurons: str  # the layer behind the MLP's neurons
+
+
+def _follows(call: _Call) -> bool:
+    """Whether ``call`` takes what attention gave, as it gave it."""
+    return call.attended is not None and torch.equal(call.input.flatten(), call.attended.output.flatten())
+
+
+def _gram(call: _Call) -> torch.Tensor:
+    """[heads, size, size] of the output projection that is called."""
+    assert call.attended is not None
+    weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
+    weight = weight if isinstance(call.module, Conv1D) else weight.t()
+    parts = weight.detach().float().unflatten(0, (call.attended.query.shape[1], -1))
+    gram: torch.Tensor = parts @ parts.transpose(1, 2)
+    return gram
 
 
 class _Enough(Exception):
@@ -48,7 +87,7 @@ class Pending:
             self._values = values
 
     def result(self) -> Norms:
-        """Float32 [n_layers, n_tokens]."""
+        """Float32 [n_series, n_tokens]."""
         if self._event is not None:
             self._event.synchronize()
         return self._layout(self._values.numpy())
@@ -59,14 +98,19 @@ class Model:
 
     Layer k is the output of the k-th block that runs, layer 0 the input of the first. ``dtype`` is of the blocks'
     matrix products; the residual stream, the norms and what is read are float32. ``batch_tokens``: the size of
-    most batches, for which the weights are laid out.
+    most batches, for which the weights are laid out. ``outliers``: dimensions that stick out, for each layer, where
+    a signal leaves them out.
     """
 
-    def __init__(self, files: ModelFiles, layers: Sequence[int], dtype: str, device: str, batch_tokens: int) -> None:
+    def __init__(
+        self, files: ModelFiles, layers: Sequence[int], dtype: str, device: str, batch_tokens: int,
+        outliers: Sequence[Sequence[int]] = (),
+    ) -> None:  # fmt: skip
         self.files = files
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.layers = tuple(layers)
+        self._outliers = {k: torch.tensor(dims, device=self.device) for k, dims in zip(layers, outliers, strict=False)}
         self.causal = False  # set by prepare, as are the next two
         self.packed = False  # whether sequences of a batch lie one behind the other, without padding
         self.why_padded: str | None = None
@@ -77,8 +121,15 @@ class Model:
         self._stop = True
         self._calls = self._length = 0
         self._windowed = False  # whether attention was told of a sliding window
-        self._reduce: Hidden = lambda hidden: hidden
-        self._read: dict[int, torch.Tensor] = {}
+        self._signals: Sequence[Signal] = (STRENGTH,)
+        self._needs: frozenset[str] = frozenset()
+        self._places: dict[torch.nn.Module, _Place] = {}
+        self._before: torch.Tensor | None = None  # what goes into the block that runs, if it is read
+        self._neurons: torch.Tensor | None = None
+        self._unscaled: torch.Tensor | None = None
+        self._layout: attention.Layout | None = None
+        self._watching = False  # whether attention of every block is kept
+        self._read: dict[Series, torch.Tensor] = {}
         self._cast: Any = None
         self._blocks = _find_blocks(self._model, files)
         for block in self._blocks:
@@ -88,21 +139,31 @@ class Model:
 
     # --- proving ---
 
-    def prepare(self, probes: Sequence[Sequence[int]], reduce: Hidden) -> None:
+    def prepare(self, probes: Sequence[Sequence[int]], needs: frozenset[str] = frozenset()) -> None:
         """Choose how this model runs fastest, and prove that it is still the plain one.
+
+        ``needs``: what signals want beside hidden states, of ``signals.NEEDS``; where it is in each block is found.
 
         ``probes``: a few token sequences of different lengths, each with the tokenizer's template, the longest as
         long as a window where that is affordable. Norms of hooked layers, one text at a time and all in one batch,
         must equal those of the plain model's ``hidden_states[k]``; sets ``packed``, ``why_padded``, ``causal``.
         Raises ``ModelError`` with the difference and the tolerance.
         """
-        plain = [self._plain_norms(ids, reduce) for ids in probes]
+        plain = [self._plain_norms(ids) for ids in probes]
         self._model.to(device=self.device)
-        self._choose_attention(probes, plain, reduce)
-        self._choose_products(probes, plain, reduce)
+        self._choose_attention(probes, plain)
+        needs -= {"outliers"}  # which are given
+        places = self._find_places(max(probes, key=len), needs) if needs else {}
+        self._choose_products(probes, plain)
+        for block, place in places.items():  # now, for a product may have taken a layer's place
+            if place.neurons:
+                block.get_submodule(place.neurons).register_forward_pre_hook(self._before_neurons)
+            if place.norm:
+                block.get_submodule(place.norm).register_forward_pre_hook(self._before_norm)
+        self._places = places
         self.causal = self._is_causal(min((p for p in probes if len(p) > 4), key=len, default=probes[0]))
 
-    def _choose_attention(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden) -> None:
+    def _choose_attention(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
         """Packed, if it equals the plain model, else padded; both with the plain linear layers, in float32."""
         before = self._model.config._attn_implementation
         try:
@@ -112,7 +173,7 @@ class Model:
                 raise attention.UnsupportedAttention("its attention does not go through transformers' interface")
             self.packed = True
             self._model.set_attn_implementation(attention.NAME)
-            self._check(probes, plain, reduce, torch.float32)
+            self._check(probes, plain, torch.float32)
             if _masks_only(self._model.config.get_text_config(), self.files.context_tokens) and not self._windowed:
                 raise attention.UnsupportedAttention("its attention is not told of the sliding window in its config")
             return
@@ -121,18 +182,18 @@ class Model:
         self.packed = False
         try:
             self._model.set_attn_implementation(before)
-            self._check(probes, plain, reduce, torch.float32)
+            self._check(probes, plain, torch.float32)
         except REFUSALS as error:
             raise ModelError(f"{self._name} failed its self-check: {_first_line(error)}") from error
 
-    def _choose_products(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden) -> None:
+    def _choose_products(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
         """Fast linear layers where the model lets its own be replaced; for half precision that is a condition."""
         full = self.dtype == torch.float32
         why = ""
         for wide in (False,) if full else (False, True):
             replaced, self._cast = replace_linear_layers(self._blocks, self.dtype, self._batch_tokens, wide=wide)
             try:
-                self._check(probes, plain, reduce, self.dtype)
+                self._check(probes, plain, self.dtype)
                 return
             except (*REFUSALS, ModelError) as error:
                 why = _first_line(error)
@@ -141,28 +202,93 @@ class Model:
         if not full:
             raise ModelError(f"{self._name} does not run in {str(self.dtype)[6:]} ({why}); give --dtype float32")
 
+    def _find_places(self, ids: Sequence[int], needs: frozenset[str]) -> dict[torch.nn.Module, _Place]:
+        """Where each block has what ``needs`` names, seen in one forward pass of all blocks."""
+        if "attention" in needs and not self.packed:
+            raise ModelError(
+                f"{self._name} gives no attention weights to read: its batches are padded, since {self.why_padded}; "
+                "leave the signal attention out"
+            )
+        calls: list[_Call] = []
+        norms: dict[torch.nn.Module, str] = {}
+        last: list[tuple[str, torch.Tensor]] = []  # the LayerNorm that ran last
+        handles = []
+        layers, self.layers, self._stop = self.layers, tuple(range(self.files.depth + 1)), False
+        self._watching = True
+        for block in self._blocks:
+            for name, module in block.named_modules():
+                if isinstance(module, torch.nn.Linear | Conv1D):
+
+                    def record(
+                        module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor, *,
+                        block: torch.nn.Module = block, name: str = name,
+                    ) -> None:  # fmt: skip
+                        seen = None if self._layout is None else self._layout.seen
+                        calls.append(_Call(block, name, module, args[0], output.shape[-1], seen))
+
+                    handles.append(module.register_forward_hook(record))
+                elif isinstance(module, torch.nn.LayerNorm):
+
+                    def keep(
+                        module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor, *, name: str = name
+                    ) -> None:
+                        last[:] = [(name, output)]
+
+                    handles.append(module.register_forward_hook(keep))
+
+            def end(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                made = output[0] if isinstance(output, tuple) else output
+                norms[module] = last[0][0] if last and last[0][1] is made else ""
+
+            handles.append(block.register_forward_hook(end))
+        try:
+            self.measure(*_joined([ids]))
+        finally:
+            self.layers, self._stop, self._watching = layers, True, False
+            for handle in handles:
+                handle.remove()
+        places = {}
+        for block in self._blocks:
+            mine = [c for c in calls if c.block is block]
+            found = {
+                "attention": [c for c in mine if _follows(c)],
+                "neurons": [c for c in mine if c.width == self.files.hidden_size and not _follows(c)],
+            }
+            if lacking := sorted(n for n in needs & found.keys() if not found[n]):
+                raise ModelError(
+                    f"{self._name}: no linear layer of its blocks was found to be the one behind its {lacking[0]}; "
+                    f"leave signals out that need {lacking[0]}"
+                )
+            if "norm" in needs and not norms[block]:
+                raise ModelError(
+                    f"{self._name}: its blocks do not end with a LayerNorm, so there is no gain to leave out; leave "
+                    "the signal centred out"
+                )
+            gram = _gram(found["attention"][0]) if "attention" in needs else None
+            behind = found["neurons"][-1].name if "neurons" in needs else ""
+            places[block] = _Place(norms[block] if "norm" in needs else "", gram, behind)
+        return places
+
     @property
     def _name(self) -> str:
         return f"{self.files.name} ({self.files.model_type})"
 
-    def _check(
-        self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], reduce: Hidden, dtype: torch.dtype
-    ) -> None:
-        singles = [self.measure(*_joined([ids]), reduce) for ids in probes]
+    def _check(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], dtype: torch.dtype) -> None:
+        singles = [self.measure(*_joined([ids])) for ids in probes]
         for expected, got in zip(plain, singles, strict=True):
             for at, layer in enumerate(self.layers):
                 _compare(f"layer {layer} against the plain model", got[at], expected[layer], dtype)
         ids, lengths = _joined(probes)
         if self.packed:
             ids = np.append(ids, np.full(FILLER, ids[0]))
-        together = self.measure(ids, lengths, reduce)
+        together = self.measure(ids, lengths)
         what = "one packed batch" if self.packed else "one padded batch"
         for got, alone in zip(np.split(together, np.cumsum(lengths), axis=1), singles, strict=False):
             _compare(f"{what} against single texts", got, alone, dtype)
 
-    def _plain_norms(self, ids: Sequence[int], reduce: Hidden) -> list[Norms]:
+    def _plain_norms(self, ids: Sequence[int]) -> list[Norms]:
         """What the hooks read of every layer of the plain model, proved to be its ``hidden_states``."""
-        self._stop, self._calls, self._length, self._reduce = False, 0, len(ids), reduce
+        self._stop, self._calls, self._length, self._signals = False, 0, len(ids), (STRENGTH,)
         layers, self.layers = self.layers, tuple(range(self.files.depth + 1))
         try:
             with torch.inference_mode(), _one_thread(torch.device("cpu")):
@@ -175,12 +301,12 @@ class Model:
                 f"{self._name} gave {num_states} hidden states and ran {self._calls} blocks, expected "
                 f"{self.files.depth + 1} and {self.files.depth}; this architecture is not supported"
             )
-        hooked = [self._read[layer][0].numpy() for layer in range(self.files.depth + 1)]
+        hooked = [self._read[Series("strength", layer)][0].numpy() for layer in range(self.files.depth + 1)]
         self._read.clear()
         for layer in layers:
             if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
                 what = f"layer {layer} hooked against hidden_states[{layer}]"
-                _compare(what, hooked[layer], reduce(states[layer][0]).numpy(), torch.float32)
+                _compare(what, hooked[layer], norm(states[layer][0]).numpy(), torch.float32)
         return hooked
 
     def _is_causal(self, ids: Sequence[int]) -> bool:
@@ -189,7 +315,7 @@ class Model:
         layers, self.layers = self.layers, (max(*self.layers, 1),)
         try:
             # Whole states: norms behind a LayerNorm without a gain are all the same.
-            one, other = (self.measure(*_joined([x]), lambda h: h.float())[0, :-2] for x in (ids, changed))
+            one, other = (self.measure(*_joined([x]), (States(),))[0, :-2] for x in (ids, changed))
         finally:
             self.layers = layers
         return bool(np.allclose(one, other, rtol=1e-6, atol=0))
@@ -214,32 +340,38 @@ class Model:
 
     # --- measuring ---
 
-    def measure(self, ids: npt.NDArray[np.int64], lengths: Sequence[int], reduce: Hidden) -> Norms:
+    def measure(
+        self, ids: npt.NDArray[np.int64], lengths: Sequence[int], signals: Sequence[Signal] = (STRENGTH,)
+    ) -> Norms:
         """``submit``, and wait for what it gives."""
-        return self.submit(ids, lengths, reduce).result()
+        return self.submit(ids, lengths, signals).result()
 
-    def submit(self, ids: npt.NDArray[np.int64], lengths: Sequence[int], reduce: Hidden) -> Pending:
-        """``reduce`` of every chosen layer's hidden states for sequences that lie one behind the other in ``ids``.
+    def submit(
+        self, ids: npt.NDArray[np.int64], lengths: Sequence[int], signals: Sequence[Signal] = (STRENGTH,)
+    ) -> Pending:
+        """``signals`` of every chosen layer for sequences that lie one behind the other in ``ids``.
 
-        ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler; ``reduce``: hidden states
-        [..., hidden_size] -> float32 [...]. The result is float32 [n_layers, n_tokens]; at filler it is meaningless.
-        On a GPU this returns before the device is done.
+        ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler. The result is float32
+        [n_series, n_tokens], in the order of ``signals.series``; at filler it is meaningless. On a GPU this returns
+        before the device is done.
         """
-        self._reduce = reduce
+        self._signals = signals
+        self._needs = frozenset(need for signal in signals for need in signal.needs)
         self._calls = 0
         self._read.clear()
         run = self._run_packed if self.packed else self._run_padded
         with torch.inference_mode(), _one_thread(self.device):
             layout = run(ids, lengths)
-            values = torch.stack([self._read[layer] for layer in self.layers])
+            values = torch.stack([self._read[s] for s in series(self.layers, signals)])
         self._read.clear()
+        self._before = self._neurons = self._unscaled = self._layout = None
         if self._cast is not None:
             self._cast.clear()
         return Pending(values, layout)
 
     def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> Callable[[Norms], Norms]:
         self._length = len(ids)
-        layout = attention.Layout(lengths, len(ids), self.device)
+        self._layout = layout = attention.Layout(lengths, len(ids), self.device)
         positions = np.full(len(ids), self._first_position, np.int64)
         n = sum(lengths)
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -279,18 +411,51 @@ class Model:
             raise ModelError(f"{self._name} ran {self._calls} blocks, its config says {self.files.depth}")
 
     def _before_block(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
         if self._calls == 0 and 0 in self.layers:
-            self._keep(0, args[0] if args else kwargs["hidden_states"])
+            self._keep(Site(0, hidden))
+        is_read = self._calls + 1 in self.layers
+        self._before = hidden if is_read else None
+        if self._layout is not None:
+            self._layout.watched = self._watching or (is_read and "attention" in self._needs)
+            self._layout.seen = None
 
     def _after_block(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._calls += 1
         if self._calls in self.layers:
-            self._keep(self._calls, output[0] if isinstance(output, tuple) else output)
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._keep(Site(self._calls, hidden, self._before, self._attention(module), self._neurons,
+                            self._unscaled))  # fmt: skip
+        self._neurons = self._unscaled = None
 
-    def _keep(self, layer: int, hidden: torch.Tensor) -> None:
+    def _before_neurons(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if "neurons" in self._needs and self._calls + 1 in self.layers:
+            self._neurons = args[0]
+
+    def _before_norm(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if "norm" in self._needs and self._calls + 1 in self.layers:
+            assert isinstance(module, torch.nn.LayerNorm)
+            self._unscaled = torch.nn.functional.layer_norm(args[0], module.normalized_shape, eps=module.eps)
+
+    def _attention(self, block: torch.nn.Module) -> Attention | None:
+        if "attention" not in self._needs:
+            return None
+        gram = self._places[block].gram
+        assert gram is not None and self._layout is not None and self._layout.seen is not None
+        of_others, own = attention.received(self._layout.seen, self._layout)
+        return Attention(of_others[:, None], own[:, None], attention.value_norms(self._layout.seen, gram)[:, None])
+
+    def _keep(self, site: Site) -> None:
         # Some models pad to a multiple of their attention window.
-        self._read[layer] = self._reduce(hidden[:, : self._length])
-        if self._stop and layer == self.layers[-1]:
+        for name in ("hidden", "before", "neurons", "unscaled"):
+            if (states := getattr(site, name)) is not None:
+                setattr(site, name, states[:, : self._length])
+        site.outliers = self._outliers.get(site.layer)
+        for signal in self._signals:
+            if site.layer >= signal.first_layer:
+                for column, values in zip(signal.columns, signal.measure(site), strict=True):
+                    self._read[Series(column, site.layer)] = values
+        if self._stop and site.layer == self.layers[-1]:
             raise _Enough
 
 

@@ -25,6 +25,13 @@ POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camember
                            "roberta-prelayernorm", "data2vec-text", "xmod", "ibert"}  # fmt: skip
 """Model types that number positions from ``pad_token_id + 1``, so that many of their positions are not usable."""
 
+TESTED = frozenset({
+    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma", "gemma2", "gemma3_text",
+    "gpt2", "gpt_neox", "llama", "mistral", "modernbert", "mpnet", "nomic_bert", "opt", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
+})  # fmt: skip
+"""Model types whose layers are held against the plain model's by a test (``tests/test_families.py``)."""
+
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -44,11 +51,13 @@ class ModelFiles:
     identity: dict[str, str] = field(repr=False)  # file -> SHA-256
 
 
-def find_model(name: str, revision: str | None, *, trust_remote_code: bool, allow_pickle: bool) -> ModelFiles:
+def find_model(
+    name: str, revision: str | None, *, trust_remote_code: bool, allow_pickle: bool, allow_untested: bool = False
+) -> ModelFiles:
     """The model ``name``: a folder, a GGUF file, or a hub name (fetched unless the cache has it).
 
     Raises ``ModelError`` with the reason and what to do: not found, weights that can run code, an architecture
-    that is no encoder or decoder of text.
+    that is no encoder or decoder of text, or one of a family that nobody has tested.
     """
     path = Path(name).expanduser()
     gguf = None
@@ -73,6 +82,12 @@ def find_model(name: str, revision: str | None, *, trust_remote_code: bool, allo
         raise ModelError(_loading_failed(name, error)) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and decoders")
+    if config.model_type not in TESTED and not allow_untested:
+        raise ModelError(
+            f"{name} is of the family {config.model_type}, which has no test; --allow-untested tries it: it is still "
+            "held against the plain model at load, and refused where it differs. Tested are: "
+            f"{', '.join(sorted(TESTED))}"
+        )
     text = config.get_text_config()
     depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
     if not isinstance(depth, int) or not isinstance(hidden, int):
