@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 import torch.nn.functional as functional
@@ -57,6 +58,7 @@ class Product(torch.nn.Module):
         return result.float() if self._wide else result
 
 
+@cache  # models have hundreds of products, and the trial wakes every thread
 def _can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes reordered weights of ``dtype`` here: private operators, so they are tried."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
