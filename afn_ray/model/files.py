@@ -26,9 +26,9 @@ POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camember
 """Model types that number positions from ``pad_token_id + 1``, so that many of their positions are not usable."""
 
 TESTED = frozenset({
-    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma", "gemma2", "gemma3_text",
-    "gpt2", "gpt_neox", "llama", "mistral", "modernbert", "mpnet", "nomic_bert", "opt", "phi", "phi3",
-    "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
+    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gpt2", "gpt_neox", "llama", "minicpm", "minicpm3", "mistral", "modernbert", "mpnet", "nomic_bert",
+    "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
 })  # fmt: skip
 """Model types whose layers are held against the plain model's by a test (``tests/test_families.py``)."""
 
