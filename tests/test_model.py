@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import varlen
@@ -103,20 +102,6 @@ def test_layer_0_alone_runs_no_block(tiny_bert: Path) -> None:
     (got,) = measure(loaded, ids)
     np.testing.assert_allclose(got[0], reference_norms(tiny_bert, ids)[0], rtol=2e-5)
     assert ran == []
-
-
-def test_shared_layers_are_counted_by_pass(tmp_path: Path, wordpiece: Path) -> None:
-    config = transformers.AlbertConfig(
-        vocab_size=30522, embedding_size=16, hidden_size=32, num_hidden_layers=4, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=64,
-    )  # fmt: skip
-    save_model(tmp_path, config, tokenizer=wordpiece)
-    loaded, encoder = load(tmp_path, [0, 1, 3])
-    ids = encoder.encode(["And there was light."]).token_ids.tolist()
-    (got,) = measure(loaded, ids)
-    expected = reference_norms(tmp_path, ids)
-    for at, layer in enumerate((0, 1, 3)):
-        np.testing.assert_allclose(got[at], expected[layer], rtol=2e-5)
 
 
 def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(minilm: Path, verses: list[str]) -> None:
@@ -503,9 +488,9 @@ def test_onednn_that_miscomputes_or_refuses_is_not_used(monkeypatch: pytest.Monk
     for product in (refuse, lambda x, *rest: torch.zeros(3, 16, dtype=x.dtype)):
         fake = SimpleNamespace(_reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=product)
         monkeypatch.setattr(torch.ops, "mkldnn", fake, raising=False)
-        assert not linear._can_prepack(torch.float32)
+        assert not linear._can_prepack.__wrapped__(torch.float32)
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(), raising=False)
-    assert not linear._can_prepack(torch.float32)
+    assert not linear._can_prepack.__wrapped__(torch.float32)
 
 
 def test_one_input_of_several_layers_is_cast_once() -> None:
@@ -612,6 +597,27 @@ def test_missing_weights_are_refused_and_not_random(tmp_path: Path, tiny_bert: P
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights are not in its files and would be random: encoder\.layer\.1"):
         model.Model(find(folder), [1], "float32", "cpu", 256)
+
+
+def test_weights_in_many_files_are_those_of_one(tmp_path: Path, tiny_bert: Path) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    transformers.AutoModel.from_pretrained(tiny_bert).save_pretrained(folder, max_shard_size="1MB")
+    shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert {*shards, "model.safetensors.index.json"} <= find(folder).identity.keys()
+    (one, encoder), (many, _) = load(tiny_bert, [0, 3]), load(folder, [0, 3])
+    ids = encoder.encode(["And there was light."]).token_ids.tolist()
+    np.testing.assert_array_equal(measure(many, ids)[0], measure(one, ids)[0])
+
+    before = find(folder).identity
+    for name in shards:  # each is a part of what is measured
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert [k for k, v in find(folder).identity.items() if v != before[k]] == [name]
+        (folder / name).write_bytes(whole)
+    (folder / shards[-1]).unlink()
+    with pytest.raises(ModelError, match=rf"sharded cannot be loaded: .*{shards[-1]}"):
+        load(folder, [3])
 
 
 def test_damaged_weights_are_an_error_that_names_the_model(tmp_path: Path, tiny_bert: Path) -> None:
