@@ -151,11 +151,13 @@ def _word_starts(
     before or at its first character.
 
     The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word. A single space that
-    is a token of its own, as the first piece of a rare word, is part of that word.
+    is a token of its own, as before a rare word or a number, is part of the word behind it. Nothing starts within a
+    character, though a normalizer may make words of one.
     """
     new_text = np.diff(text_of, prepend=-1) != 0
-    starts: npt.NDArray[np.bool_] = new_text | (np.diff(words, prepend=-2) != 0)
-    rest = np.flatnonzero(~starts)
+    new_word = np.diff(words, prepend=-2) != 0
+    starts: npt.NDArray[np.bool_] = new_text.copy()
+    rest = np.flatnonzero(~new_text)
     at: npt.NDArray[np.int64] = origin[rest] + start[rest].astype(np.int64)
     new_character = start[rest] >= end[rest - 1]  # else another piece of the same one
     inside = (start[rest] < end[rest]) & _is_space(characters, at)
@@ -163,8 +165,33 @@ def _word_starts(
     width = end[rest - 1] - start[rest - 1]  # 0 where the tokenizer trims white space off offsets
     lone_space = (width <= 1) & (end[rest - 1] == start[rest]) & behind
     lone_space[lone_space] = (width[lone_space] == 0) | (characters[at[lone_space] - 1] == ord(" "))
-    starts[rest] = new_character & (inside | (behind & ~lone_space))
+    starts[rest] = new_character & (inside | ((new_word[rest] | behind) & ~lone_space))
+    _join_at_marks(starts, new_text, start, end, characters, origin + start)
     return starts
+
+
+def _join_at_marks(
+    starts: npt.NDArray[np.bool_], new_text: npt.NDArray[np.bool_], start: Int32, end: Int32,
+    characters: npt.NDArray[np.uint32], at_start: npt.NDArray[np.int64],
+) -> None:  # fmt: skip
+    """Undo what pre-tokenizers of GPT-2's kind do to accents, vowel signs and points, which are no letters to them: a
+    word ends before each, and it, with punctuation behind it, is another one."""
+    if not len(characters) or characters.max() < 0x300:  # no marks
+        return
+    heads = np.flatnonzero(starts)
+    glued = _MARK[_low(characters, at_start[heads])] & ~new_text[heads] & (start[heads] == end[heads - 1])
+    glued &= _LETTER[_low(characters, at_start[heads] - 1)]
+    if not glued.any():
+        return
+    head_of = np.cumsum(starts) - 1
+    starts[heads[glued]] = False
+    apart = np.flatnonzero(glued[head_of] & (start >= np.roll(end, 1)) & ~_LETTER[_low(characters, at_start)])
+    of_heads, first = np.unique(head_of[apart], return_index=True)
+    starts[apart[first]] = True
+    glued[of_heads] = False
+    after = heads[1:][glued[:-1]]
+    goes_on = ~new_text[after] & (start[after] == end[after - 1]) & _LETTER[_low(characters, at_start[after])]
+    starts[after[goes_on]] = False
 
 
 def _with_marks(
@@ -183,6 +210,18 @@ def _with_marks(
         while ends[i] < limits[i] and unicodedata.category(chr(characters[first + ends[i]]))[0] == "M":
             ends[i] += 1
     return ends
+
+
+def _low(characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+    """Characters ``at``, those behind the tables below as the last of these, which is none."""
+    if not len(characters):
+        return np.zeros(len(at), np.uint32)
+    return np.minimum(characters[np.clip(at, 0, len(characters) - 1)], len(_CATEGORIES) - 1)
+
+
+_CATEGORIES = [unicodedata.category(chr(c))[0] for c in range(0x2E80)]  # behind it are CJK and emoji, words as they are
+_MARK = np.array([c == "M" for c in _CATEGORIES])
+_LETTER = np.array([c in "LM" for c in _CATEGORIES])
 
 
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from test_tokens import SPACED, written
 
 from afn_ray import model
 from afn_ray.model import engine, files
@@ -41,6 +42,8 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
     assert (found.model_type, found.depth, found.hidden_size, found.context_tokens) == ("llama", 30, 576, 8192)
     assert list(found.identity) == ["model.gguf"]
     encoder = TextEncoder(model.load_tokenizer(found))
+    words = [SPACED.split(), ["In", "1999", ",", "e\u0301", "!"]]
+    assert written(encoder, encoder.texts()[1], [SPACED, "In 1999, e\u0301!"]) == words
     encoded = encoder.encode(TEXTS)
     rows = [encoded.token_ids[a:b].tolist() for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)]
 

@@ -7,7 +7,7 @@ import json
 import math
 import random
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,15 @@ from typing import cast
 
 import numpy as np
 import pytest
+import transformers
+from conftest import save_model, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import afn_ray
 from afn_ray import demo
+from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START
 from afn_ray.tokens import (
@@ -295,7 +299,7 @@ def _words(encoded: Encoded, doc: int) -> list[tuple[int, int]]:
     return list(zip(heads, [*heads[1:], rows[-1] + 1 if rows else 0], strict=False))
 
 
-def _written(encoder: TextEncoder, readable: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
+def written(encoder: TextEncoder, readable: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
     """Every word of ``texts`` as the tables have it: its surface, else its tokens' readable texts."""
     encoded = encoder.encode(texts)
     surface = surfaces(encoded, texts, readable)
@@ -392,7 +396,7 @@ PLAIN_TEXTS = st.lists(
 @given(st.lists(PLAIN_TEXTS, max_size=3))
 @example(["aRésumé re\u0301sume\u0301 LORD, a❤\ufe0f"])
 def test_the_words_as_written_are_the_text_but_for_white_space(texts: list[str]) -> None:
-    assert ["".join(words) for words in _written(MINILM, READABLE, texts)] == ["".join(t.split()) for t in texts]
+    assert ["".join(words) for words in written(MINILM, READABLE, texts)] == ["".join(t.split()) for t in texts]
 
 
 def test_a_lower_casing_tokenizer_has_surfaces_for_capitals_alone() -> None:
@@ -432,6 +436,144 @@ def metaspace(verses: list[str]) -> TextEncoder:
     return TextEncoder(Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"pre_tokenizer": None})))
 
 
+def _trained(tokenizer: Tokenizer, trainer: trainers.Trainer, verses: list[str]) -> TextEncoder:
+    tokenizer.train_from_iterator([*verses[:100], *3 * WRITINGS], trainer)
+    return TextEncoder(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def cased(verses: list[str]) -> TextEncoder:
+    """As BERT's cased ones: WordPiece that folds nothing."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=["[UNK]"], show_progress=False)
+    return _trained(tokenizer, trainer, verses)
+
+
+@pytest.fixture(scope="module")
+def split(verses: list[str]) -> TextEncoder:
+    """As Qwen and Llama 3: composes accents, and a pattern of its own splits, to which a vowel sign is no letter."""
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    pattern = words + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    return _trained(tokenizer, trainer, verses)
+
+
+def _unigram(verses: list[str], *normal: normalizers.Normalizer) -> TextEncoder:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([*normal, normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    ends = ["<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=[*ends, "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator([*verses[:100], *3 * WRITINGS], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(e, tokenizer.token_to_id(e)) for e in ends]
+    )
+    return TextEncoder(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def unigram(verses: list[str]) -> TextEncoder:
+    """As XLM-R: Unigram behind a normalizer that makes several characters of one."""
+    return _unigram(verses, normalizers.NFKC())
+
+
+@pytest.fixture(scope="module")
+def folding(verses: list[str]) -> TextEncoder:
+    """As ALBERT: Unigram without accents and capitals."""
+    return _unigram(verses, normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase())
+
+
+KINDS = ["byte_level", "metaspace", "cased", "split", "unigram", "folding"]
+WRITINGS = [
+    "The naïve re\u0301sume\u0301, Z\u0351\u036b\u0343algo x\u0301\u0302 ÅNGSTRÖM",
+    "漢字とカナ、日本語テキスト。 한국어 문장 中文",
+    "👩\u200d🚀 flies 🇩🇪🇫🇷 and 👨\u200d👩\u200d👧\u200d👦 says ❤\ufe0f 👍🏽!",
+    "שָׁלוֹם עולם, مَرْحَبًا بالعالم 12٣",
+    "हिन्दी, में। नमस्ते ภาษาไทย",
+    "ﬁne … ² Ⅻ ½ ﷺ don´t rock¨n 1999",
+    "a\u200db  two\n\nlines\tand\u00a0more \u3000 wide",
+]
+"""Accents, CJK, emoji of several code points, right to left, vowel signs, characters that are more than one, spaces."""
+
+
+SPACED = (
+    "résumé re\u0301sume\u0301 שָׁלוֹם عربي مَرْحَبًا हिन्दी नमस्ते ภาษาไทย 한국어 カナ 👩\u200d🚀 "
+    "👨\u200d👩\u200d👧\u200d👦 🇩🇪 ❤\ufe0f Ⅻ ﷺ ½ 7 end"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_of_any_script_are_what_stands_between_spaces(request: pytest.FixtureRequest, kind: str) -> None:
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    assert written(encoder, encoder.texts()[1], [SPACED]) == [SPACED.split()]
+    if kind not in ("metaspace", "unigram", "folding"):  # which have no other words
+        assert written(encoder, encoder.texts()[1], ["हिन्दी, में। שָׁלוֹם! e\u0301."]) == [
+            ["हिन्दी", ",", "में", "।", "שָׁלוֹם", "!", "e\u0301", "."]
+        ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offsets_of_any_script_are_the_characters_of_the_piece(request: pytest.FixtureRequest, kind: str) -> None:
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    readable, num_pieces = encoder.texts()[1], 0
+    encoded = encoder.encode(WRITINGS)
+    for doc, text in enumerate(WRITINGS):
+        rows = [r for r in range(*encoded.bounds[doc : doc + 2].tolist()) if not encoded.flags[r] & SPECIAL]
+        spans = [(int(encoded.start[r]), int(encoded.end[r])) for r in rows]
+        assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(spans))
+        covered = {i for a, b in spans for i in range(a, b)}
+        assert not [c for i, c in enumerate(text) if i not in covered and unicodedata.category(c)[0] not in "ZCM"]
+        for row, (a, b) in zip(rows, spans, strict=True):
+            piece = readable[encoded.token_ids[row]]
+            if "\ufffd" not in piece and piece not in ("[UNK]", "<unk>") and not piece.startswith("<0x"):
+                num_pieces += 1
+                assert _bare(piece) in _bare(text[a:b])
+    assert num_pieces > 80
+
+
+def _bare(text: str) -> str:
+    """Characters alone, without what a normalizer may fold or drop, or write for a space."""
+    kept = (c for c in unicodedata.normalize("NFKD", text) if unicodedata.category(c)[0] not in "MC" and c != "\u2581")
+    return "".join("".join(kept).lower().split())
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "unigram"])
+def test_the_words_of_a_run_are_those_of_its_texts(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path, make_config: Callable[..., RunConfig], tiny_gpt: Path
+) -> None:
+    folder = tiny_gpt
+    if kind == "unigram":
+        encoder: TextEncoder = request.getfixturevalue(kind)
+        tokenizer = tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        encoder._tokenizer.save(str(tokenizer / "tokenizer.json"))
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        size = encoder._tokenizer.get_vocab_size()
+        config = transformers.XLMRobertaConfig(
+            vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+            max_position_embeddings=66, pad_token_id=1,
+        )  # fmt: skip
+        folder = save_model(tmp_path / "model", config, tokenizer=tokenizer)
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "texts.jsonl", [{"text": t} for t in WRITINGS])
+    with afn_ray.run(make_config(model=str(folder), layers="1")) as run:
+        rows = run.sql("SELECT doc, text FROM words ORDER BY doc, word").fetchall()
+    for doc, text in enumerate(WRITINGS):
+        assert "".join("".join(t for d, t in rows if d == doc).split()) == "".join(text.split())
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
 def test_words_of_other_tokenizers_start_where_white_space_ends(
     request: pytest.FixtureRequest, kind: str, verses: list[str]
@@ -446,7 +588,7 @@ def test_words_of_other_tokenizers_start_where_white_space_ends(
         got = [text[encoded.start[a] : encoded.end[b - 1]].strip() for a, b in words]
         assert got == text.split()
         assert [text[encoded.start[a] : encoded.word_end[a]].strip() for a, _ in words] == text.split()
-    assert _written(encoder, encoder.texts()[1], texts) == [t.split() for t in texts]
+    assert written(encoder, encoder.texts()[1], texts) == [t.split() for t in texts]
     readable = encoder.texts()[1]
     for row, surface in enumerate(surfaces(encoded, texts, readable)):  # nothing was folded
         assert surface is None or readable[encoded.token_ids[row]] in (" ", "\u2581")
@@ -454,12 +596,13 @@ def test_words_of_other_tokenizers_start_where_white_space_ends(
 
 @given(st.lists(TEXTS, max_size=3))
 @example(["\u3000\u3000 a", "\u2009", "👩‍🚀 \n\n x", "a\u0301 b"])
+@example(["ﷺ", "don´t ½", "ि हिि,ि ि", "漢\ufe00字"])
 @settings(deadline=None)
-@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "split", "unigram"])
 def test_no_text_is_lost_or_said_twice(request: pytest.FixtureRequest, kind: str, texts: list[str]) -> None:
     encoder: TextEncoder = request.getfixturevalue(kind)
     encoded = encoder.encode(texts)
-    for doc, (text, words) in enumerate(zip(texts, _written(encoder, encoder.texts()[1], texts), strict=True)):
+    for doc, (text, words) in enumerate(zip(texts, written(encoder, encoder.texts()[1], texts), strict=True)):
         assert "".join("".join(words).split()) == "".join(text.split())
         spans = [(int(encoded.start[a]), int(encoded.end[b - 1])) for a, b in _words(encoded, doc)]
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))  # a character is in one word only
