@@ -208,7 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="one text's tokens against a run", epilog=EPILOG)
     explain.add_argument("run", metavar="RUN", help=RUN_HELP)
     explain.add_argument("text", metavar="TEXT", help="the text, or - for standard input")
-    explain.add_argument("--layer", type=int, help="layer to show (default: the deepest recorded)")
+    explain.add_argument("--layer", type=int, help="recorded layer to show (default: the deepest)")
+    explain.add_argument("--signals", metavar="LIST", default="strength",
+                         help="show these beside strength, recorded or not: shift, attention, ...")  # fmt: skip
+    explain.add_argument("--layers", metavar="LIST",
+                         help="show a heat map, token by layer, of these, recorded or not: all, or 4,6,8")  # fmt: skip
+    explain.add_argument("--task", action="store_true", help="ask the model's sequence classifier too, and show which "
+                         "tokens and neurons of the layer its answer hangs on")  # fmt: skip
     explain.add_argument("--model", help="where the run's model is now (default: where it was)")
     explain.add_argument("--trust-remote-code", action="store_true", help=_help_of("trust_remote_code"))
     explain.add_argument("--allow-pickle", action="store_true", help=_help_of("allow_pickle"))
@@ -478,10 +484,11 @@ def _explain(args: argparse.Namespace) -> None:
         model_name=args.model,
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
+        signals=args.signals,
+        layers=args.layers,
+        task=args.task,
+        layer=args.layer,
     )
-    if args.layer is not None and args.layer not in result.layers:
-        known = ", ".join(map(str, result.layers))
-        raise ConfigError(f"layer {args.layer} was not recorded; the run has {known}")
     if args.html:
         with _output(args.html) as file:
             file.write(explain.render_html(result).encode())

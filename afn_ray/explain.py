@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, JustifyMethod
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from afn_ray import cluster, manifest, model, pipeline
-from afn_ray.config import config_from
+from afn_ray.config import config_from, resolve_layers
 from afn_ray.errors import ConfigError, ModelError
-from afn_ray.schema import SPECIAL, WORD_START
+from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series, strengths
+from afn_ray.signals import find_signals, series
 
 TABLE_ROWS = 40
 """Rows of the terminal's table, unless all are asked for."""
+TOP = 10
+"""Tokens and neurons that a decision lists, and labels that it shows."""
 
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -45,6 +51,15 @@ class Usual:
 
 
 @dataclass(frozen=True, slots=True)
+class Value:
+    """What another signal than strength says of one token at one layer."""
+
+    signal: str  # its column, without the layer
+    value: float
+    quartile: int | None  # by the run's thresholds, where it recorded the signal; None for special tokens too
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One token at one layer, against the run."""
 
@@ -54,6 +69,18 @@ class Reading:
     high: bool | None  # at or above Q3
     rank: float | None  # share of the run's tokens, special ones apart, at or below ``strength``
     usual: Usual | None  # None: the type is not in the run
+    signals: tuple[Value, ...] = ()  # those asked for, where the layer has them
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One token at one layer, within this text alone."""
+
+    layer: int
+    strength: float
+    rank: float | None  # share of the text's tokens, special ones apart, at or below ``strength``
+    decile: int | None  # 0 to 9 by that rank; None for special tokens, as is the one above
+    quartile: int | None  # by the run's thresholds, where it recorded the layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +95,7 @@ class Token:
     special: bool
     word_start: bool
     readings: tuple[Reading, ...]  # in the order of ``Explanation.layers``
+    cells: tuple[Cell, ...] = ()  # in the order of ``Explanation.sweep``
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +107,37 @@ class Thresholds:
     q1: float
     q2: float
     q3: float
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One answer that the classifier could give."""
+
+    name: str
+    value: float  # probability; of a regression the value
+
+
+@dataclass(frozen=True, slots=True)
+class Neuron:
+    """One neuron of the layer's MLP in a decision."""
+
+    neuron: int
+    attribution: float  # over all tokens
+    token: int  # ordinal of the token where its part is largest, by size
+    attribution_there: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the model's own classifier says of the text, and what that hangs on, as ``model.Decided`` defines it."""
+
+    layer: int
+    kind: str  # "one" of the labels, "any" of them, or a "value"
+    labels: tuple[Label, ...]
+    chosen: int  # ordinal of the label that attributions are of
+    attributions: tuple[float, ...]  # by token
+    neurons: tuple[Neuron, ...]  # the ``TOP`` by size of attribution; empty at layer 0
+    spearman: float | None  # of strength and size of attribution, special tokens apart; None where either is constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +153,26 @@ class Explanation:
     thresholds: tuple[Thresholds, ...]  # in the order of ``layers``
     tokens: tuple[Token, ...]
     notes: tuple[str, ...]  # why figures may differ from the run's in their last digits
+    sweep: tuple[int, ...] = ()  # layers of the heat map, ascending
+    decision: Decision | None = None
 
 
 def explain(
     run_uri: str, text: str, *, model_name: str | None = None, trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    allow_pickle: bool = False, signals: str = STRENGTH, layers: str | None = None, task: bool = False,
+    layer: int | None = None,
 ) -> Explanation:  # fmt: skip
     """Measure ``text`` as the run at ``run_uri`` measured its corpus, in this process, and compare.
 
+    ``signals``: what to measure beside strength, recorded or not. ``layers``: of a heat map of the text, recorded or
+    not, as in a config. ``task``: ask the model's own sequence classifier too, and look into it at ``layer`` (None:
+    the deepest recorded).
+
     ``model_name``: where the run's model is on this machine, if elsewhere than it was for the run. A store may be
     somebody else's: code and pickles that its run names are used only where the caller says so as well.
-    Raises ``StoreError`` without such a run, ``ConfigError`` for a text without tokens, and ``ModelError``
-    when the model here is not the run's: it says in what they differ.
+    Raises ``StoreError`` without such a run, ``ConfigError`` for a text without tokens, a layer that was not recorded
+    or a signal that there is not, and ``ModelError`` when the model here is not the run's (it says in what they
+    differ), cannot give a signal or has no classifier.
     """
     run = manifest.find_run(run_uri)
     recorded = run.info["measure"]
@@ -117,40 +184,127 @@ def explain(
                              f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}")  # fmt: skip
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
-    task, measure = pipeline.prepare(config, pipeline.find_model(config), device, config.dtype)
+    files = pipeline.find_model(config)
+    plan, measure = pipeline.prepare(config, files, device, config.dtype)
     if "outliers" in recorded:
-        task, measure = pipeline.with_outliers(task, measure, recorded["outliers"])
-    if task.measure_id != recorded["id"]:
+        plan, measure = pipeline.with_outliers(plan, measure, recorded["outliers"])
+    if plan.measure_id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
+    chosen = _index(plan.layers, layer)
+    shown = tuple(series(plan.layers, find_signals(signals)[0]))
+    plan = replace(plan, config=replace(config, signals=signals), series=shown)
+    if pipeline.wants_outliers(plan) and not plan.outliers:
+        raise ConfigError(f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
+                          "looked for none; leave them out, or explain against a run that recorded them")  # fmt: skip
     cleaned = SURROGATES.sub("\ufffd", text)  # what is no character, as in the corpus
-    processor = pipeline.Processor(task)
-    measured = processor.measure([cleaned], [cleaned != text])
-    processor.close()
-    encoded, strengths = measured.encoded, measured.strengths
-    if not len(encoded.token_ids):
-        raise ConfigError("the text has no tokens; give one with at least a word")
-    if not np.isfinite(strengths).all():
-        raise ModelError(f"{config.model} gave a strength that is not finite for this text; a run would quarantine it")
+    measured, pieces = _measure(plan, cleaned, cleaned != text)
+    encoded, by_series = measured.encoded, dict(zip(plan.series, measured.values, strict=True))
     special = (encoded.flags & SPECIAL) > 0
     tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
     tables["labels"] = manifest.labels(run)
+    if "signals" in run.info["tables"]:
+        tables["signals"] = manifest.read_table(run, "signals")
     thresholds, columns = [], []
-    for at, layer in enumerate(task.layers):
-        limits, readings = _read_layer(tables, layer, encoded.token_ids, special, strengths[at])
+    for at in plan.layers:
+        limits, readings = _read_layer(tables, at, encoded.token_ids, special, by_series[Series(STRENGTH, at)])
         thresholds.append(limits)
-        columns.append(readings)
+        others = [_read_signal(tables, s, special, by_series[s]) for s in plan.series if s.layer == at][1:]
+        columns.append([replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)])
+    sweep = () if layers is None else resolve_layers(layers, files.depth)
+    if elsewhere := tuple(k for k in sweep if k not in plan.layers):
+        plain = replace(plan.config, signals=STRENGTH)  # in a pass of its own: the first one is then just the run's
+        other = replace(plan, config=plain, layers=elsewhere, series=strengths(elsewhere), outliers=())
+        by_series |= zip(other.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True)
+    quartiles = {k: [r.quartile for r in column] for k, column in zip(plan.layers, columns, strict=True)}
+    cells = [_within_text(k, by_series[Series(STRENGTH, k)], special, quartiles.get(k)) for k in sweep]
     spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
     tokens = tuple(
         Token(
-            "" if special[i] else cleaned[start:end], processor.preparer.pieces[token_id], token_id, start, end,
-            bool(special[i]), bool(encoded.flags[i] & WORD_START), tuple(readings[i] for readings in columns),
+            "" if special[i] else cleaned[start:end], pieces[token_id], token_id, start, end, bool(special[i]),
+            bool(encoded.flags[i] & WORD_START), tuple(r[i] for r in columns), tuple(c[i] for c in cells),
         )
         for i, ((start, end), token_id) in enumerate(zip(spans, encoded.token_ids.tolist(), strict=True))
     )  # fmt: skip
+    decision = None
+    if task:
+        if len(tokens) > measure["window_tokens"]:
+            raise ConfigError(f"the text has {len(tokens):,} tokens, and a classifier decides about one window, which "
+                              f"has {measure['window_tokens']:,}; shorten it")  # fmt: skip
+        model.free_memory()
+        at, values = plan.layers[chosen], by_series[Series(STRENGTH, plan.layers[chosen])]
+        decided = model.decide(files, encoded.token_ids.tolist(), at, values, plan.dtype, device)
+        decision = _decision(decided, at, values, special)
     return Explanation(
-        run.uri, config.model, task.dtype, device, cleaned, task.layers, tuple(thresholds), tokens,
-        _notes(run.info["made_by"], device, task.dtype),
+        run.uri, config.model, plan.dtype, device, cleaned, plan.layers, tuple(thresholds), tokens,
+        _notes(run.info["made_by"], device, plan.dtype), sweep, decision,
     )  # fmt: skip
+
+
+def _measure(plan: pipeline.Task, text: str, replaced: bool) -> tuple[pipeline.Measured, list[str]]:
+    """``plan``'s series of every token of ``text``, and the vocabulary as the tokenizer writes it."""
+    model.free_memory()  # of the one before
+    with contextlib.closing(pipeline.Processor(plan)) as processor:
+        measured = processor.measure([text], [replaced])
+        pieces = processor.preparer.pieces
+    if not len(measured.encoded.token_ids):
+        raise ConfigError("the text has no tokens; give one with at least a word")
+    if bad := [s.name for s, v in zip(plan.series, measured.values, strict=True) if not np.isfinite(v).all()]:
+        raise ModelError(f"{plan.config.model} gave a {bad[0]} that is not finite for this text; a run would "
+                         "quarantine it")  # fmt: skip
+    return measured, pieces
+
+
+def _read_signal(tables: Mapping[str, pa.Table], series: Series, special: Any, values: Any) -> list[Value]:
+    """What ``series`` says of each token, from the run's tables where it recorded it; the arrays are [n_tokens]."""
+    rows = []
+    if "signals" in tables:
+        here = (pc.field("signal") == series.signal) & (pc.field("layer") == series.layer)
+        rows = tables["signals"].filter(here).to_pylist()
+    limits = np.array([rows[0][q] for q in ("q1", "q2", "q3")]) if rows else None
+    quartiles = [None] * len(values) if limits is None else (1 + np.searchsorted(limits, values, side="right")).tolist()
+    return [
+        Value(series.signal, value, None if is_special else quartile)
+        for value, quartile, is_special in zip(values.tolist(), quartiles, special.tolist(), strict=True)
+    ]
+
+
+def _within_text(layer: int, values: Any, special: Any, quartiles: Sequence[int | None] | None) -> list[Cell]:
+    """Each token's place among the tokens of the text at ``layer``; the arrays are [n_tokens]."""
+    others = np.sort(values[~special])
+    at_or_below, n = np.searchsorted(others, values, side="right").tolist(), len(others)
+    return [
+        Cell(layer, value, None, None, None) if is_special
+        else Cell(layer, value, k / n, (10 * k - 1) // n, None if quartiles is None else quartiles[i])
+        for i, (value, k, is_special) in enumerate(zip(values.tolist(), at_or_below, special.tolist(), strict=True))
+    ]  # fmt: skip
+
+
+def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> Decision:
+    """``decided`` with its neurons ranked; ``values`` (strengths) and ``special`` are [n_tokens]."""
+    if not (np.isfinite(decided.tokens).all() and np.isfinite(decided.neurons).all()):
+        raise ModelError("the gradient of the classifier's answer is not finite for this text")
+    totals = decided.neurons.sum(axis=0, dtype=np.float64)
+    neurons = []
+    for neuron in np.argsort(-np.abs(totals), kind="stable")[:TOP].tolist():
+        parts = decided.neurons[:, neuron]
+        token = int(np.abs(parts).argmax())
+        neurons.append(Neuron(neuron, float(totals[neuron]), token, float(parts[token])))
+    return Decision(
+        layer, decided.kind, tuple(map(Label, decided.labels, decided.values)), decided.chosen,
+        tuple(decided.tokens.tolist()), tuple(neurons),
+        _spearman(values[~special], np.abs(decided.tokens[~special])),
+    )  # fmt: skip
+
+
+def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
+    """Correlation of the ranks of ``a`` and ``b`` [n], equal values sharing theirs; None where all are equal."""
+    ranks = []
+    for values in (a, b):
+        _, inverse, n = np.unique(values, return_inverse=True, return_counts=True)
+        if len(n) < 2:
+            return None
+        ranks.append((np.cumsum(n) - (n - 1) / 2)[inverse])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _read_layer(
@@ -281,6 +435,100 @@ LEGEND = (
 )
 
 
+SIGNALS_LEGEND = (
+    "In parentheses, and coloured by it: the quartile among the run's tokens, where the run recorded the signal."
+)
+SWEEP_LEGEND = (
+    "Strength's rank within its layer among the tokens of this text: 0 is the lowest tenth, 9 the highest; behind a "
+    "slash the quartile among the run's tokens, at layers that it recorded. Special tokens are apart."
+)
+DECISION_LEGEND = (
+    "attribution: value times gradient of the answer's logit at this layer, summed over the dimensions of a token's "
+    "hidden state, and over tokens for a neuron of the MLP; ranked by size. Special tokens take part in the decision "
+    "and are left out of ranks and correlation."
+)
+
+
+def _value_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
+    """Names of strength and the other signals, and for each token their values as shown, each with its quartile (0:
+    none); no names where strength is all there is."""
+    first = explanation.tokens[0].readings[at]
+    if not first.signals:
+        return [], []
+    rows = [
+        [(r.strength, r.quartile), *((v.value, v.quartile) for v in r.signals)]
+        for r in (token.readings[at] for token in explanation.tokens)
+    ]
+    digits = [4 if max(value for value, _ in column) >= 1 else 5 for column in zip(*rows, strict=True)]
+    return [STRENGTH, *(v.signal for v in first.signals)], [
+        [(f"{value:.{n}f}" + (f" ({quartile})" if quartile else ""), quartile or 0)
+         for n, (value, quartile) in zip(digits, row, strict=True)]
+        for row in rows
+    ]  # fmt: skip
+
+
+def _cell(cell: Cell) -> str:
+    """A token's place in the heat map."""
+    return "·" if cell.decile is None else f"{cell.decile}" + (f"/{cell.quartile}" if cell.quartile else "")
+
+
+def _answer(decision: Decision) -> str:
+    """What the classifier says, the likeliest label first."""
+    if decision.kind == "value":
+        return ", ".join(f"{_visible(label.name)} {label.value:.4f}" for label in decision.labels)
+    best = sorted(decision.labels, key=lambda label: -label.value)
+    rest = f", and {len(best) - TOP} less likely" if len(best) > TOP else ""
+    how = "one" if decision.kind == "one" else "any"
+    return (
+        ", ".join(f"{_visible(label.name)} {label.value:.1%}" for label in best[:TOP])
+        + f"{rest} ({how} of {len(best)} labels)"
+    )
+
+
+def _behind(explanation: Explanation, decision: Decision) -> str:
+    """One line that says what attributions are of, and how they go with strength."""
+    special = sum(a for a, t in zip(decision.attributions, explanation.tokens, strict=True) if t.special)
+    rho = "not defined" if decision.spearman is None else f"{decision.spearman:.2f}"
+    n = sum(not t.special for t in explanation.tokens)
+    return (
+        f"{_visible(decision.labels[decision.chosen].name)}: attributions sum to {sum(decision.attributions):+.4f}, of "
+        f"which {special:+.4f} at special tokens; Spearman's rho of strength and size of attribution {rho} ({n} tokens)"
+    )
+
+
+DECISION_HEADS = ("rank", "by strength", "strength", "by attribution", "attribution")
+NEURON_HEADS = ("neuron", "attribution", "most at", "attribution there")
+
+
+def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
+    """The tokens that rank highest, under ``DECISION_HEADS``; special ones apart."""
+    at = explanation.layers.index(decision.layer)
+    scored = [
+        (_label(t), t.readings[at].strength, a)
+        for t, a in zip(explanation.tokens, decision.attributions, strict=True) if not t.special
+    ]  # fmt: skip
+    by_strength = sorted(scored, key=lambda row: -row[1])[:TOP]
+    by_attribution = sorted(scored, key=lambda row: -abs(row[2]))[:TOP]
+    return [
+        (f"{rank}", strong[0], f"{strong[1]:.4f}", weighty[0], f"{weighty[2]:+.4f}")
+        for rank, (strong, weighty) in enumerate(zip(by_strength, by_attribution, strict=True), 1)
+    ]
+
+
+def _neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
+    """The neurons that rank highest, under ``NEURON_HEADS``."""
+    return [
+        (f"{n.neuron}", f"{n.attribution:+.4f}", _label(explanation.tokens[n.token]), f"{n.attribution_there:+.4f}")
+        for n in decision.neurons
+    ]
+
+
+def _legends(explanation: Explanation, at: int) -> list[str]:
+    asked = ((True, LEGEND), (explanation.tokens[0].readings[at].signals, SIGNALS_LEGEND),
+             (explanation.sweep, SWEEP_LEGEND), (explanation.decision, DECISION_LEGEND))  # fmt: skip
+    return [*(legend for there, legend in asked if there), *explanation.notes]
+
+
 def _limits(t: Thresholds) -> dict[int, str]:
     return {1: f"1 < {t.q1:.4f}", 2: f"2 < {t.q2:.4f}", 3: f"3 < {t.q3:.4f}", 4: f"4 HIGH ≥ {t.q3:.4f}"}
 
@@ -297,7 +545,7 @@ def render_terminal(explanation: Explanation, layer: int | None, console: Consol
 
     The table stops after ``TABLE_ROWS`` unless ``show_all``. Raises ``ConfigError`` for a layer not recorded.
     """
-    at = _index(explanation, layer)
+    at = _index(explanation.layers, layer)
     n = f"{explanation.thresholds[at].n:,}"
     head = f"{_layer_name(explanation.layers[at])}, against {n} tokens of {_visible(explanation.run)}"
     console.print(Text(head, "bold"), soft_wrap=True)
@@ -319,19 +567,84 @@ def render_terminal(explanation: Explanation, layer: int | None, console: Consol
         label = Text.assemble((_label(token), TERMINAL[reading.quartile or 1]))  # colours no more than its letters
         table.add_row(label, *_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
+    _print_signals(explanation, at, console, len(shown))
+    _print_sweep(explanation, console, len(shown))
     if hidden := len(explanation.tokens) - len(shown):
         console.print(Text(f"  {hidden:,} more tokens are not listed; --all lists them"))
-    for note in (LEGEND, *explanation.notes):
+    if explanation.decision is not None:
+        _print_decision(explanation, explanation.decision, console)
+    for note in _legends(explanation, at):
         console.print(Padding(Text(_visible(note), "dim"), (0, 2)))
 
 
-def _index(explanation: Explanation, layer: int | None) -> int:
+def _print_signals(explanation: Explanation, at: int, console: Console, n: int) -> None:
+    names, rows = _value_rows(explanation, at)
+    if not names:
+        return
+    table = Table(box=box.SIMPLE_HEAD, title=f"Signals at layer {explanation.layers[at]}", title_justify="left",
+                  title_style="bold")  # fmt: skip
+    table.add_column("token", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for token, row in zip(explanation.tokens[:n], rows, strict=False):
+        values = [Text.assemble((text, TERMINAL[quartile or 1])) for text, quartile in row]
+        table.add_row(Text(_label(token)), *values, style="dim" if token.special else "")
+    console.print(table)
+
+
+LABEL_WIDTH = 24
+
+
+def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
+    """The heat map of the first ``n`` tokens, in as many parts side by side as the console's width asks for."""
+    layers = list(explanation.sweep)
+    width = min(LABEL_WIDTH, max(cell_len(_label(t)) for t in explanation.tokens[:n]))
+    while layers:
+        part: list[int] = []
+        while layers and width + 7 * (len(part) + 1) < console.width - 2:
+            part.append(layers.pop(0))
+        part = part or [layers.pop(0)]
+        at = [explanation.sweep.index(k) for k in part]
+        widths = [5 if k in explanation.layers else 3 for k in part]
+        heads = "".join(f"{k:^{w}} " for k, w in zip(part, widths, strict=True))
+        console.print(Text(f"\n  {set_cell_size('layer', width)}  {heads}", "bold"), no_wrap=True)
+        for token in explanation.tokens[:n]:
+            line = Text(f"  {set_cell_size(_label(token), width)}  ", "dim" if token.special else "")
+            for i, w in zip(at, widths, strict=True):
+                cell = token.cells[i]
+                colours = "" if cell.decile is None else "{} on {}".format(*LIGHT_HEAT[cell.decile])
+                line.append(f"{_cell(cell):^{w}}", colours).append(" ")
+            console.print(line, no_wrap=True)
+    if explanation.sweep:
+        console.print()
+
+
+def _print_decision(explanation: Explanation, decision: Decision, console: Console) -> None:
+    console.print(Text(f"Decision at layer {decision.layer}: {_answer(decision)}", "bold"), soft_wrap=True)
+    console.print(Padding(Text(_behind(explanation, decision)), (0, 2)))
+    for heads, rows in ((DECISION_HEADS, _decision_rows(explanation, decision)),
+                        (NEURON_HEADS, _neuron_rows(explanation, decision))):  # fmt: skip
+        if rows:
+            table = Table(box=box.SIMPLE_HEAD)
+            for head in heads:
+                justify: JustifyMethod = "left" if head in TEXTS else "right"
+                table.add_column(head, justify=justify, overflow="fold", no_wrap=justify == "right")
+            for row in rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+
+
+TEXTS = ("by strength", "by attribution", "most at")
+"""Columns of a decision that hold tokens."""
+
+
+def _index(layers: tuple[int, ...], layer: int | None) -> int:
+    """Where ``layer`` is among the recorded ``layers``; None: the deepest."""
     if layer is None:
-        return len(explanation.layers) - 1
-    if layer not in explanation.layers:
-        recorded = ", ".join(map(str, explanation.layers))
-        raise ConfigError(f"layer {layer} was not recorded; the run has {recorded}")
-    return explanation.layers.index(layer)
+        return len(layers) - 1
+    if layer not in layers:
+        raise ConfigError(f"layer {layer} was not recorded; the run has {', '.join(map(str, layers))}")
+    return layers.index(layer)
 
 
 # --- page ------------------------------------------------------------------------------------------------
@@ -339,6 +652,23 @@ def _index(explanation: Explanation, layer: int | None) -> int:
 LIGHT = {0: ("#1c2024", "#ffffff"), 2: ("#10202c", "#cfe3f1"), 3: ("#241a00", "#f8ce7c"), 4: ("#ffffff", "#b23a0e")}
 DARK = {0: ("#e4e7ea", "#15181c"), 2: ("#eaf3fa", "#27485f"), 3: ("#fff8e8", "#7a5200"), 4: ("#2a0c00", "#ff9d66")}
 """Text and background of the page (0) and of quartiles 2 to 4; the first quartile looks like the page."""
+
+
+def _ramp(low: str, high: str) -> list[tuple[str, str]]:
+    """Text and background of the ten deciles of a heat map: black or white, whichever is told better, on a mixture."""
+    colours = []
+    for tenth in range(10):
+        parts = [
+            round(int(low[i : i + 2], 16) * (9 - tenth) / 9 + int(high[i : i + 2], 16) * tenth / 9) for i in (1, 3, 5)
+        ]
+        linear = [p / 3294.6 if p <= 10 else ((p / 255 + 0.055) / 1.055) ** 2.4 for p in parts]
+        luminance = sum(weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        colours.append(("#000000" if luminance > 0.179 else "#ffffff", "#" + "".join(f"{p:02x}" for p in parts)))
+    return colours
+
+
+LIGHT_HEAT = _ramp("#fdf3e7", LIGHT[4][1])
+DARK_HEAT = _ramp("#20262c", DARK[4][1])
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif;
@@ -359,12 +689,18 @@ caption { text-align: left; padding: .3rem 0; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--page-2); }
 th:first-child, td:first-child, th:nth-child(3), td:nth-child(3) { text-align: left; }
 td:first-child span { padding: .05em .3em; }
-@media print {
+.values td:nth-child(3) { text-align: right; }
+.decision td:first-child, .decision th:first-child { text-align: right; }
+.decision td:nth-child(3) { text-align: right; } .decision td.name, .decision th.name { text-align: left; }
+.heat { width: auto; border-collapse: separate; border-spacing: 2px; }
+.heat th, .heat td, .heat td:nth-child(3) { text-align: center; border: 0; padding: .15rem .4rem; }
+.heat tbody th { text-align: left; font-weight: normal; }
+HEAT@media print {
   body { max-width: none; margin: 0; } fieldset { display: none; }
-  .q2, .q3, .q4 { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .q2, .q3, .q4, .heat td { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   thead { display: table-header-group; } tr { break-inside: avoid; }
 }
-"""
+""".replace("HEAT", "".join(f".h{i} {{ color: var(--ink-{i}); background: var(--heat-{i}); }}\n" for i in range(10)))
 
 
 def render_html(explanation: Explanation) -> str:
@@ -391,7 +727,9 @@ def render_html(explanation: Explanation) -> str:
             "</dl>",
             f"<fieldset><legend>Show</legend>\n{switch}</fieldset>" if len(layers) > 1 else "",
             *(_html_layer(explanation, at) for at in range(len(layers))),
-            *(f"<p>{_html(note)}</p>" for note in (LEGEND, *explanation.notes)),
+            _html_sweep(explanation) if explanation.sweep else "",
+            _html_decision(explanation, explanation.decision) if explanation.decision is not None else "",
+            *(f"<p>{_html(note)}</p>" for note in _legends(explanation, len(layers) - 1)),
             "</main>\n</body>\n</html>\n",
         ]
     )
@@ -399,9 +737,10 @@ def render_html(explanation: Explanation) -> str:
 
 def _style(layers: tuple[int, ...]) -> str:
     light, dark = (
-        " ".join(f"--text-{k}: {text}; --page-{k}: {page};" for k, (text, page) in colours.items())
-        for colours in (LIGHT, DARK)
-    )
+        " ".join([*(f"--text-{k}: {text}; --page-{k}: {page};" for k, (text, page) in colours.items()),
+                  *(f"--ink-{k}: {ink}; --heat-{k}: {page};" for k, (ink, page) in enumerate(heat))])
+        for colours, heat in ((LIGHT, LIGHT_HEAT), (DARK, DARK_HEAT))
+    )  # fmt: skip
     shown = " ".join(f"body:has(#show-{k}:checked) #layer-{k} {{ display: block; }}" for k in layers)
     switch = f"@supports selector(:has(a)) {{ section {{ display: none; }} {shown} }}\n" if len(layers) > 1 else ""
     return (
@@ -430,7 +769,71 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         f'<section id="layer-{layer}">\n<h2>{_layer_name(layer)}</h2>\n<p class="text" dir="auto">{running}</p>\n'
         f'<ul class="legend" aria-label="Quartiles of {explanation.thresholds[at].n:,} tokens">{legend}</ul>\n'
         f'<div class="table"><table>\n<caption>Tokens at layer {layer}</caption>\n'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n</section>"
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n"
+        f"{_html_signals(explanation, at)}</section>"
+    )
+
+
+def _html_signals(explanation: Explanation, at: int) -> str:
+    names, rows = _value_rows(explanation, at)
+    if not names:
+        return ""
+    body = (
+        [f"<bdi>{_html(_label(token))}</bdi>", *(f'<span class="q{quartile}">{text}</span>' for text, quartile in row)]
+        for token, row in zip(explanation.tokens, rows, strict=True)
+    )
+    return _html_table("values", f"Signals at layer {explanation.layers[at]}", ["token", *names], body)
+
+
+def _html_table(kind: str, caption: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """``rows`` of cells that are HTML already."""
+    head = "".join(f'<th scope="col"{_aligned(name)}>{_html(name)}</th>' for name in heads)
+    names = list(heads)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in zip(names, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="table"><table class="{kind}">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>\n"
+    )
+
+
+def _aligned(name: str) -> str:
+    return ' class="name"' if name in TEXTS else ""
+
+
+def _html_sweep(explanation: Explanation) -> str:
+    heads = "".join(f'<th scope="col">{k}</th>' for k in explanation.sweep)
+    rows = "\n".join(
+        f'<tr><th scope="row"><bdi>{_html(_label(token))}</bdi></th>'
+        + "".join(
+            f'<td class="h{"" if c.decile is None else c.decile}" '
+            f'title="layer {c.layer}: strength {c.strength:.4f}">{_cell(c)}</td>'
+            for c in token.cells
+        )
+        + "</tr>"
+        for token in explanation.tokens
+    )
+    return (
+        f'<div>\n<h2>Layers</h2>\n<div class="table"><table class="heat">\n<caption>Rank of strength by token and layer'
+        f'</caption>\n<thead><tr><th scope="col">token</th>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
+        "</table></div>\n</div>"
+    )
+
+
+def _html_decision(explanation: Explanation, decision: Decision) -> str:
+    tables = (
+        ("Tokens that rank highest", DECISION_HEADS, _decision_rows(explanation, decision)),
+        ("Neurons that rank highest", NEURON_HEADS, _neuron_rows(explanation, decision)),
+    )
+    shown = "".join(
+        _html_table("decision", caption, heads, [[f"<bdi>{_html(cell)}</bdi>" for cell in row] for row in rows])
+        for caption, heads, rows in tables if rows
+    )  # fmt: skip
+    return (
+        f"<div>\n<h2>Decision at layer {decision.layer}</h2>\n<p><strong>{_html(_answer(decision))}</strong></p>\n"
+        f"<p>{_html(_behind(explanation, decision))}</p>\n{shown}</div>"
     )
 
 

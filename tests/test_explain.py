@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -22,7 +23,7 @@ from conftest import write_jsonl
 from rich.console import Console
 
 from afn_ray import explain as module
-from afn_ray import job, manifest
+from afn_ray import job, manifest, model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
 from afn_ray.explain import Explanation, explain, render_html, render_terminal, to_json
@@ -181,9 +182,9 @@ def test_byte_level_tokens_show_every_character_once(tmp_path: Path, tiny_gpt: P
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])
-def test_a_text_without_tokens_is_refused(corpus: Corpus, text: str) -> None:
+def test_a_text_without_tokens_is_refused(classified: Corpus, text: str) -> None:
     with pytest.raises(ConfigError, match="no tokens"):
-        explain(corpus.folder.uri, text)
+        explain(classified.folder.uri, text)
 
 
 # --- the model -------------------------------------------------------------------------------------------
@@ -265,8 +266,8 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_a_long_text_s_table_says_what_it_leaves_out(corpus: Corpus) -> None:
-    explanation = explain(corpus.folder.uri, " ".join(["word"] * 98))
+def test_a_long_text_s_table_says_what_it_leaves_out(classified: Corpus) -> None:
+    explanation = explain(classified.folder.uri, " ".join(["word"] * 98))
     assert len(explanation.tokens) == 100
     rows = [line for line in printed(explanation, 0).splitlines() if line.startswith("  word  ")]
     assert len(rows) == module.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(explanation, 0)
@@ -372,6 +373,247 @@ def test_the_page_switches_layers_and_lists_every_token(hostile: Explanation) ->
         tokens=tuple(replace(t, readings=t.readings[1:]) for t in hostile.tokens),
     )  # fmt: skip
     assert not any(tag == "input" for tag, _ in Page(render_html(one)).elements)
+
+
+# --- signals, layers and decisions ----------------------------------------------------------------------
+
+LABELS = {0: "old", 1: "<b>new</b>\x1b[31m", 2: "neither"}
+TEXT = "In the beginning God created the heaven, and the zeppelin."
+
+
+def save_classifier(folder: Path, config: Any, tokenizer: Path) -> Path:
+    """A classifier of random weights whose answers differ between texts."""
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.2 * torch.randn_like(value))
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path, verses: list[str]) -> Corpus:
+    """A run of a BERT with a head for three labels, of which layers 0 and 2 and the shift were recorded."""
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64,
+        id2label=LABELS,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("classifier")
+    save_classifier(folder / "model", config, wordpiece)
+    return measure(folder, verses[:60], model=str(folder / "model"), layers="0,2", dtype="float32", signals="shift")
+
+
+@pytest.fixture(scope="module")
+def whole(classified: Corpus) -> Explanation:
+    """All that explain can say of a text."""
+    return explain(classified.folder.uri, TEXT, signals="shift,attention", layers="all", task=True)
+
+
+def plain(corpus: Corpus, explanation: Explanation) -> tuple[Any, Any]:
+    """The plain classifier, and its output for the tokens of ``explanation``."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        corpus.folder.info["config"]["model"], attn_implementation="eager"
+    ).eval()
+    ids = torch.tensor([[t.token_id for t in explanation.tokens]])
+    return model, model(ids, output_hidden_states=True, output_attentions=True)
+
+
+def test_signals_stand_beside_strength_with_quartiles_where_the_run_has_them(
+    classified: Corpus, whole: Explanation
+) -> None:
+    _, out = plain(classified, whole)
+    limits = np.quantile(
+        classified.tokens.filter(pc.bit_wise_and(pc.field("flags"), SPECIAL) == 0)["shift_2"].to_numpy(),
+        [0.25, 0.5, 0.75], method="inverted_cdf",
+    )  # fmt: skip
+    shift = (out.hidden_states[2] - out.hidden_states[1])[0].norm(dim=-1).detach().numpy()
+    own = out.attentions[1][0].diagonal(dim1=1, dim2=2).mean(0).detach().numpy()
+    for i, token in enumerate(whole.tokens):
+        assert token.readings[0].signals == ()  # the embeddings have none of these
+        by_name = {v.signal: v for v in token.readings[1].signals}
+        assert sorted(by_name) == ["attention", "attention_norm", "attention_self", "shift"]
+        assert by_name["shift"].value == pytest.approx(shift[i], rel=1e-4)
+        assert by_name["attention_self"].value == pytest.approx(own[i], rel=1e-4)
+        expected = None if token.special else 1 + sum(by_name["shift"].value >= limits)
+        assert by_name["shift"].quartile == expected and by_name["attention"].quartile is None
+    alone = explain(classified.folder.uri, TEXT)
+    assert alone.sweep == () and alone.decision is None
+    assert [replace(r, signals=()) for t in whole.tokens for r in t.readings] == [
+        r for t in alone.tokens for r in t.readings
+    ]
+
+
+def test_the_heat_map_ranks_within_each_layer_of_the_text(classified: Corpus, whole: Explanation) -> None:
+    _, out = plain(classified, whole)
+    special = np.array([t.special for t in whole.tokens])
+    assert whole.sweep == (0, 1, 2, 3) and special.sum() == 2
+    for layer in whole.sweep:
+        cells = [t.cells[layer] for t in whole.tokens]
+        norms = out.hidden_states[layer][0].norm(dim=-1).detach().numpy()
+        np.testing.assert_allclose([c.strength for c in cells], norms, rtol=1e-4)
+        values = np.array([c.strength for c in cells])[~special]
+        for cell, token in zip(cells, whole.tokens, strict=True):
+            share = np.mean(values <= cell.strength)
+            assert cell.layer == layer and cell.rank == (None if token.special else share)
+            if not token.special:
+                assert cell.decile is not None and cell.decile < 10 * share <= cell.decile + 1 + 1e-9
+            recorded = {0: 0, 2: 1}.get(layer)
+            assert cell.quartile == (None if recorded is None else token.readings[recorded].quartile)
+    assert explain(classified.folder.uri, TEXT, layers="1/3,2").sweep == (1, 2)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_decision_s_attributions_are_plain_autograd_s(classified: Corpus, layer: int) -> None:
+    import torch
+
+    explanation = explain(classified.folder.uri, TEXT, task=True, layer=layer)
+    decision = explanation.decision
+    assert decision is not None and decision.layer == layer and decision.kind == "one"
+    model, _ = plain(classified, explanation)
+    inner = []
+    model.bert.encoder.layer[max(layer, 1) - 1].output.dense.register_forward_hook(
+        lambda m, args, _: inner.append(*args)
+    )
+    _, out = model, model(torch.tensor([[t.token_id for t in explanation.tokens]]), output_hidden_states=True)
+    np.testing.assert_allclose([x.value for x in decision.labels], out.logits[0].softmax(-1).detach(), rtol=1e-5)
+    assert [x.name for x in decision.labels] == list(LABELS.values())
+    assert decision.chosen == int(out.logits[0].argmax())
+    of = [out.hidden_states[layer], inner[0]]
+    for_tokens, for_neurons = (
+        (x * g)[0].detach() for x, g in zip(of, torch.autograd.grad(out.logits[0].max(), of), strict=True)
+    )
+    np.testing.assert_allclose(decision.attributions, for_tokens.sum(-1), rtol=1e-3, atol=1e-6)
+    if layer == 0:
+        assert decision.neurons == ()
+        return
+    total = for_neurons.sum(0).numpy()
+    order = np.argsort(-np.abs(total))[: module.TOP]
+    assert [n.neuron for n in decision.neurons] == order.tolist()
+    np.testing.assert_allclose([n.attribution for n in decision.neurons], total[order], rtol=1e-3, atol=1e-6)
+    assert [n.token for n in decision.neurons] == for_neurons.abs().argmax(0)[order].tolist()
+
+
+def test_the_two_rankings_and_their_correlation(whole: Explanation) -> None:
+    from scipy.stats import spearmanr
+
+    decision = whole.decision
+    assert decision is not None
+    plain_ones = [(t.readings[1].strength, abs(a)) for t, a in zip(whole.tokens, decision.attributions, strict=True)
+                  if not t.special]  # fmt: skip
+    assert decision.spearman == pytest.approx(spearmanr(*zip(*plain_ones, strict=True)).statistic)
+    rows = module._decision_rows(whole, decision)
+    assert len(rows) == module.TOP < len(plain_ones)
+    assert [r[2] for r in rows] == [f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[: module.TOP]]
+    sizes = [abs(float(r[4])) for r in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(max(a for _, a in plain_ones), abs=1e-4)
+    assert module._spearman(np.ones(5), np.arange(5)) is None
+    assert module._spearman(np.array([1, 1, 2, 3]), np.array([0, 4, 4, 9])) == pytest.approx(
+        spearmanr([1, 1, 2, 3], [0, 4, 4, 9]).statistic
+    )
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48,
+                                        "problem_type": "multi_label_classification"}),
+    "albert": ("AlbertConfig", {"embedding_size": 16, "num_labels": 1}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_inner": 48, "pad_token_id": 0}),
+    "llama": ("LlamaConfig", {"num_key_value_heads": 1, "pad_token_id": 0}),
+    "mpnet": ("MPNetConfig", {"pad_token_id": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_decide_as_transformers_has_them(name: str, wordpiece: Path, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    kind, options = FAMILIES[name]
+    small = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "intermediate_size": 48, "max_position_embeddings": 66}  # fmt: skip
+    common = {k: v for k, v in small.items() if k == "vocab_size" or name not in ("distilbert", "gpt2")}
+    save_classifier(tmp_path, getattr(transformers, kind)(**common | options), wordpiece)
+    files = model.find_model(str(tmp_path), None, trust_remote_code=False, allow_pickle=False)
+    ids = [101, 2003, 2019, 3899, 2040, 102]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    out = theirs(torch.tensor([ids]), output_hidden_states=True)
+    hidden, logits = out.hidden_states[2], out.logits[0]
+    strengths = hidden[0].norm(dim=-1).detach().numpy()
+    found = model.decide(files, ids, 2, strengths, "float32", "cpu")
+    (gradient,) = torch.autograd.grad(logits.max(), hidden)
+    np.testing.assert_allclose(found.tokens, (hidden * gradient)[0].sum(-1).detach(), rtol=1e-3, atol=1e-6)
+    assert found.neurons.shape == (6, 48) and found.neurons.any()
+    answer = {"any": logits.sigmoid(), "value": logits, "one": logits.softmax(-1)}[found.kind].detach()
+    assert found.kind == {"distilbert": "any", "albert": "value"}.get(name, "one")
+    np.testing.assert_allclose(found.values, answer, rtol=1e-5)
+    with pytest.raises(ModelError, match=r"layer 2 of the classifier .* differs by 1\..*tolerance"):
+        model.decide(files, ids, 2, strengths / 2, "float32", "cpu")
+
+
+def test_what_cannot_be_shown_is_refused_with_the_reason(
+    classified: Corpus, tiny_bert: Path, tmp_path: Path, tiny_mpnet: Path, verses: list[str]
+) -> None:
+    files = model.find_model(str(tiny_bert), None, trust_remote_code=False, allow_pickle=False)
+    for changed, why in (
+        (files, r"holds no sequence classifier .*classifier\.bias, classifier\.weight"),
+        (replace(files, gguf="a.gguf"), "is a GGUF file, which holds no classifier"),
+    ):
+        with pytest.raises(ModelError, match=why):
+            model.decide(changed, [101, 102], 1, np.ones(2, np.float32), "float32", "cpu")
+    with pytest.raises(ConfigError, match="122 tokens, and a classifier decides about one window, which has 64"):
+        explain(classified.folder.uri, " ".join(["word"] * 120), task=True)
+    with pytest.raises(ConfigError, match="layer 1 was not recorded; the run has 0, 2"):
+        explain(classified.folder.uri, "word", task=True, layer=1)
+    with pytest.raises(ConfigError, match=r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3"):
+        explain(classified.folder.uri, "word", layers="4")
+    with pytest.raises(ConfigError, match="there is no signal 'strenght'"):
+        explain(classified.folder.uri, "word", signals="strenght")
+    with pytest.raises(ConfigError, match=r"signals trimmed leave out dimensions .* looked for none"):
+        explain(classified.folder.uri, "word", signals="trimmed")
+    padded = measure(tmp_path, verses[:5], model=str(tiny_mpnet), dtype="float32")
+    with pytest.raises(ModelError, match="gives no attention weights to read: its batches are padded"):
+        explain(padded.folder.uri, "word", signals="attention")
+
+
+def test_the_terminal_shows_them_and_obeys_none(whole: Explanation) -> None:
+    output = printed(whole, width=200, force_terminal=True, no_color=True)
+    assert "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", output) and r"<b>new</b>\x1b[31m" in output
+    output = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    signals, heat, decision = (output.index(x) for x in ("Signals at layer 2", "\n  layer ", "Decision at layer 2"))
+    god = next(t for t in whole.tokens if t.text == "God")
+    row = next(x.split() for x in output[signals:].splitlines() if x.strip().startswith("God "))
+    assert row[1:3] == [f"{god.readings[1].strength:.4f}", f"({god.readings[1].quartile})"] and len(row) == 8
+    row = next(x.split() for x in output[heat:].splitlines() if x.strip().startswith("God "))
+    assert row[1:] == [f"{c.decile}/{c.quartile}" if c.quartile else f"{c.decile}" for c in god.cells]
+    assert whole.decision is not None
+    for neuron in whole.decision.neurons:
+        assert re.search(rf"\b{neuron.neuron} +[+-]{abs(neuron.attribution):.4f}", output[decision:])
+    narrow = printed(whole, width=40)
+    assert max(len(line) for line in narrow.splitlines() if re.match(r"  \S+ +\d(/\d)? ", line)) <= 40
+
+
+def test_the_page_shows_them_and_can_be_read(whole: Explanation) -> None:
+    page = Page(render_html(whole))
+    html = render_html(whole)
+    assert r"&lt;b&gt;new&lt;/b&gt;\x1b[31m" in html and "<b>" not in html
+    deciles = [
+        int(a["class"][1:]) for tag, a in page.elements if tag == "td" and re.fullmatch(r"h\d", a.get("class") or "")
+    ]
+    assert deciles == [c.decile for t in whole.tokens if not t.special for c in t.cells]
+    assert all(f".h{d} {{ color: var(--ink-{d})" in page.style for d in range(10))
+    ramps = [*module.LIGHT_HEAT, *module.DARK_HEAT]
+    assert len(set(ramps)) == 20 and all(contrast(*pair) >= 4.5 for pair in ramps)
+    assert to_json(whole)["decision"]["labels"][0]["name"] == "old"
 
 
 def test_a_text_with_half_a_character_is_measured(corpus: Corpus) -> None:

@@ -13,15 +13,18 @@ from afn_ray.model.files import (
     load_tokenizer,
 )
 from afn_ray.model.linear import has_fast_products
+from afn_ray.model.task import Decided, decide
 
 __all__ = [
     "DEFAULT_WINDOW_TOKENS",
     "VERSIONS",
+    "Decided",
     "Model",
     "ModelFiles",
     "Pending",
     "choose_device",
     "count_devices",
+    "decide",
     "find_model",
     "free_memory",
     "has_fast_products",

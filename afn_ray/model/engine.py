@@ -131,7 +131,7 @@ class Model:
         self._watching = False  # whether attention of every block is kept
         self._read: dict[Series, torch.Tensor] = {}
         self._cast: Any = None
-        self._blocks = _find_blocks(self._model, files)
+        self._blocks = find_blocks(self._model, files)
         for block in self._blocks:
             block.register_forward_pre_hook(self._before_block, with_kwargs=True)
             block.register_forward_hook(self._after_block)
@@ -277,14 +277,14 @@ class Model:
         singles = [self.measure(*_joined([ids])) for ids in probes]
         for expected, got in zip(plain, singles, strict=True):
             for at, layer in enumerate(self.layers):
-                _compare(f"layer {layer} against the plain model", got[at], expected[layer], dtype)
+                compare_norms(f"layer {layer} against the plain model", got[at], expected[layer], dtype)
         ids, lengths = _joined(probes)
         if self.packed:
             ids = np.append(ids, np.full(FILLER, ids[0]))
         together = self.measure(ids, lengths)
         what = "one packed batch" if self.packed else "one padded batch"
         for got, alone in zip(np.split(together, np.cumsum(lengths), axis=1), singles, strict=False):
-            _compare(f"{what} against single texts", got, alone, dtype)
+            compare_norms(f"{what} against single texts", got, alone, dtype)
 
     def _plain_norms(self, ids: Sequence[int]) -> list[Norms]:
         """What the hooks read of every layer of the plain model, proved to be its ``hidden_states``."""
@@ -306,7 +306,7 @@ class Model:
         for layer in layers:
             if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
                 what = f"layer {layer} hooked against hidden_states[{layer}]"
-                _compare(what, hooked[layer], norm(states[layer][0]).numpy(), torch.float32)
+                compare_norms(what, hooked[layer], norm(states[layer][0]).numpy(), torch.float32)
         return hooked
 
     def _is_causal(self, ids: Sequence[int]) -> bool:
@@ -459,7 +459,7 @@ class Model:
             raise _Enough
 
 
-def _find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Module]:
+def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Module]:
     """The modules whose outputs are the layers; shared ones (ALBERT) once."""
     recorded = getattr(model, "_can_record_outputs", None) or {}
     spec = recorded.get("hidden_states")
@@ -499,7 +499,8 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
-def _compare(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
+def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
+    """Raises ``ModelError`` where ``got`` differs from ``expected`` by more than products of ``dtype`` explain."""
     tolerance = TOLERANCE[dtype]
     differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
     difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))

@@ -212,14 +212,18 @@ def count_devices(device: str) -> int:
     return torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
 
 
-def load_weights(files: ModelFiles) -> torch.nn.Module:
+def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch.nn.Module:
+    """The model of ``kind``, one of transformers' classes, in float32 on the CPU; frozen.
+
+    Raises ``ModelError`` where weights that ``kind`` needs are not in the files: they would be random.
+    """
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # the report of unused heads: what is missing is checked below
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = transformers.AutoModel.from_pretrained(
+            model, info = kind.from_pretrained(
                 files.folder, gguf_file=files.gguf, dtype=torch.float32, local_files_only=True,
                 trust_remote_code=files.trust_remote_code, use_safetensors=not files.allow_pickle or None,
                 output_loading_info=True,
@@ -228,7 +232,10 @@ def load_weights(files: ModelFiles) -> torch.nn.Module:
         raise ModelError(_loading_failed(files.name, error)) from error
     finally:
         transformers.utils.logging.set_verbosity(level)
-    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k and not k.endswith("position_ids"))
+    missing = sorted(
+        k for k in info["missing_keys"]
+        if not k.endswith("position_ids") and not (kind is transformers.AutoModel and "pooler" in k)
+    )  # fmt: skip
     if missing or info["mismatched_keys"]:
         what = missing or [str(k) for k in info["mismatched_keys"]]
         raise ModelError(
