@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -444,8 +445,8 @@ SWEEP_LEGEND = (
 )
 DECISION_LEGEND = (
     "attribution: value times gradient of the answer's logit at this layer, summed over the dimensions of a token's "
-    "hidden state, and over tokens for a neuron of the MLP; ranked by size. Special tokens take part in the decision "
-    "and are left out of ranks and correlation."
+    "hidden state, and over tokens for a neuron of the MLP; ranked by size. #2 is the second such token of the text. "
+    "Special tokens take part in the decision and are left out of ranks and correlation."
 )
 
 
@@ -486,14 +487,26 @@ def _answer(decision: Decision) -> str:
 
 
 def _behind(explanation: Explanation, decision: Decision) -> str:
-    """One line that says what attributions are of, and how they go with strength."""
+    """What attributions are of, and how they go with strength."""
     special = sum(a for a, t in zip(decision.attributions, explanation.tokens, strict=True) if t.special)
     rho = "not defined" if decision.spearman is None else f"{decision.spearman:.2f}"
     n = sum(not t.special for t in explanation.tokens)
     return (
-        f"{_visible(decision.labels[decision.chosen].name)}: attributions sum to {sum(decision.attributions):+.4f}, of "
-        f"which {special:+.4f} at special tokens; Spearman's rho of strength and size of attribution {rho} ({n} tokens)"
+        f"Behind {_visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: attributions sum to "
+        f"{sum(decision.attributions):+.4f}, of which {special:+.4f} at special tokens; Spearman's rho of strength and "
+        f"size of attribution {rho} ({n} tokens)"
     )
+
+
+def _numbered(explanation: Explanation) -> list[str]:
+    """Labels of the tokens; where there are several of one, with which of them it is."""
+    labels = [_label(token) for token in explanation.tokens]
+    seen: Counter[str] = Counter()
+    found = []
+    for label in labels:
+        seen[label] += 1
+        found.append(f"{label} #{seen[label]}" if labels.count(label) > 1 else label)
+    return found
 
 
 DECISION_HEADS = ("rank", "by strength", "strength", "by attribution", "attribution")
@@ -504,8 +517,9 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
     """The tokens that rank highest, under ``DECISION_HEADS``; special ones apart."""
     at = explanation.layers.index(decision.layer)
     scored = [
-        (_label(t), t.readings[at].strength, a)
-        for t, a in zip(explanation.tokens, decision.attributions, strict=True) if not t.special
+        (label, t.readings[at].strength, a)
+        for label, t, a in zip(_numbered(explanation), explanation.tokens, decision.attributions, strict=True)
+        if not t.special
     ]  # fmt: skip
     by_strength = sorted(scored, key=lambda row: -row[1])[:TOP]
     by_attribution = sorted(scored, key=lambda row: -abs(row[2]))[:TOP]
@@ -517,8 +531,9 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
 
 def _neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
     """The neurons that rank highest, under ``NEURON_HEADS``."""
+    labels = _numbered(explanation)
     return [
-        (f"{n.neuron}", f"{n.attribution:+.4f}", _label(explanation.tokens[n.token]), f"{n.attribution_there:+.4f}")
+        (f"{n.neuron}", f"{n.attribution:+.4f}", labels[n.token], f"{n.attribution_there:+.4f}")
         for n in decision.neurons
     ]
 
@@ -583,9 +598,9 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
         return
     table = Table(box=box.SIMPLE_HEAD, title=f"Signals at layer {explanation.layers[at]}", title_justify="left",
                   title_style="bold")  # fmt: skip
-    table.add_column("token", overflow="fold")
+    table.add_column("token", overflow="fold", min_width=min(12, max(cell_len(_label(t)) for t in explanation.tokens)))
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
     for token, row in zip(explanation.tokens[:n], rows, strict=False):
         values = [Text.assemble((text, TERMINAL[quartile or 1])) for text, quartile in row]
         table.add_row(Text(_label(token)), *values, style="dim" if token.special else "")
@@ -599,6 +614,8 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
     """The heat map of the first ``n`` tokens, in as many parts side by side as the console's width asks for."""
     layers = list(explanation.sweep)
     width = min(LABEL_WIDTH, max(cell_len(_label(t)) for t in explanation.tokens[:n]))
+    if layers:
+        console.print(Text("Rank of strength within each layer", "bold"))
     while layers:
         part: list[int] = []
         while layers and width + 7 * (len(part) + 1) < console.width - 2:
@@ -620,7 +637,7 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
 
 
 def _print_decision(explanation: Explanation, decision: Decision, console: Console) -> None:
-    console.print(Text(f"Decision at layer {decision.layer}: {_answer(decision)}", "bold"), soft_wrap=True)
+    console.print(Text(f"Decision: {_answer(decision)}", "bold"), soft_wrap=True)
     console.print(Padding(Text(_behind(explanation, decision)), (0, 2)))
     for heads, rows in ((DECISION_HEADS, _decision_rows(explanation, decision)),
                         (NEURON_HEADS, _neuron_rows(explanation, decision))):  # fmt: skip
@@ -689,9 +706,9 @@ caption { text-align: left; padding: .3rem 0; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--page-2); }
 th:first-child, td:first-child, th:nth-child(3), td:nth-child(3) { text-align: left; }
 td:first-child span { padding: .05em .3em; }
-.values td:nth-child(3) { text-align: right; }
-.decision td:first-child, .decision th:first-child { text-align: right; }
-.decision td:nth-child(3) { text-align: right; } .decision td.name, .decision th.name { text-align: left; }
+.values :is(th, td):nth-child(3), .decision :is(th, td):is(:first-child, :nth-child(3)) { text-align: right; }
+.decision :is(th, td).name:is(*, :nth-child(3)) { text-align: left; }
+.table + .table { margin-top: 1rem; }
 .heat { width: auto; border-collapse: separate; border-spacing: 2px; }
 .heat th, .heat td, .heat td:nth-child(3) { text-align: center; border: 0; padding: .15rem .4rem; }
 .heat tbody th { text-align: left; font-weight: normal; }
@@ -832,7 +849,7 @@ def _html_decision(explanation: Explanation, decision: Decision) -> str:
         for caption, heads, rows in tables if rows
     )  # fmt: skip
     return (
-        f"<div>\n<h2>Decision at layer {decision.layer}</h2>\n<p><strong>{_html(_answer(decision))}</strong></p>\n"
+        f"<div>\n<h2>Decision</h2>\n<p><strong>{_html(_answer(decision))}</strong></p>\n"
         f"<p>{_html(_behind(explanation, decision))}</p>\n{shown}</div>"
     )
 

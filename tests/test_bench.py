@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from afn_ray import bench, model
+from afn_ray import bench, model, pipeline
 from afn_ray.bench import contest, machine, monitor, ours, peers, reduce, sql, texts
+from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, ModelError
 from afn_ray.query import open_run
+from afn_ray.signals import Received
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,9 +211,33 @@ def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
     lengths = result["models"][str(tiny_bert)]["lengths"]
     assert list(lengths) == ["16", "64"] and "distilled_speedup" not in result
     for figures in lengths.values():
-        assert all(0 < figures[way]["median_ms"] <= figures[way]["p95_ms"] for way in monitor.WAYS)
-        assert figures["recording_overhead"] > -1
-    assert "recording costs" in printed(monitor.render, result)
+        assert list(figures["ways"]) == list(monitor.WAYS)
+        assert all(0 < way["median_ms"] <= way["p95_ms"] for way in figures["ways"].values())
+        assert figures["overheads"].keys() == monitor.PLAIN.keys() and min(figures["overheads"].values()) > -1
+    assert "strength, shift, attention" in printed(monitor.render, result)
+
+
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama", "tiny_mpnet"])
+def test_every_way_of_the_monitor_records_what_the_engine_does(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = str(request.getfixturevalue(name))
+    candidate = monitor._Candidate(folder, "2", "cpu", str(tmp_path))
+    (text,) = candidate.texts(30, 1)
+    config = RunConfig(corpus=("-",), model=folder, store=str(tmp_path), layers="2", executor="inline", dtype="float32",
+                       signals="shift" if candidate.without else "shift,attention")  # fmt: skip
+    processor = pipeline.Processor(pipeline.prepare(config, candidate.files, "cpu", "float32")[0])
+    expected = dict(
+        zip((s.signal for s in processor.task.series), processor.measure([text], [False]).values, strict=True)
+    )
+    for way, columns in (("strength", ["strength"]), ("strength to the layer", ["strength"]),
+                         ("strength, shift", ["strength", "shift"]),
+                         ("strength, shift, attention", ["strength", "shift", *Received.columns])):  # fmt: skip
+        if way in candidate.ways:
+            np.testing.assert_allclose(candidate.ways[way](text), [expected[c] for c in columns], rtol=1e-4, atol=1e-6)
+    assert ("gives no attention weights" in candidate.without) == (name == "tiny_mpnet")
+    processor.close()
+    candidate.close()
 
 
 def test_the_watch_tells_whose_work_it_is() -> None:

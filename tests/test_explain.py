@@ -589,7 +589,7 @@ def test_the_terminal_shows_them_and_obeys_none(whole: Explanation) -> None:
     output = printed(whole, width=200, force_terminal=True, no_color=True)
     assert "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", output) and r"<b>new</b>\x1b[31m" in output
     output = re.sub(r"\x1b\[[0-9;]*m", "", output)
-    signals, heat, decision = (output.index(x) for x in ("Signals at layer 2", "\n  layer ", "Decision at layer 2"))
+    signals, heat, decision = (output.index(x) for x in ("Signals at layer 2", "\n  layer ", "Decision: "))
     god = next(t for t in whole.tokens if t.text == "God")
     row = next(x.split() for x in output[signals:].splitlines() if x.strip().startswith("God "))
     assert row[1:3] == [f"{god.readings[1].strength:.4f}", f"({god.readings[1].quartile})"] and len(row) == 8

@@ -1,12 +1,14 @@
-"""What recording costs one text at a time: a plain forward pass, the same one recording, and afn-ray's own."""
+"""What recording costs one text at a time: plain forward passes, the same ones recording, and afn-ray's own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from afn_ray.bench.contest import one_layer
 from afn_ray.bench.peers import find_blocks
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
-from afn_ray.signals import norm
+from afn_ray.errors import ConfigError, ModelError
+from afn_ray.model import attention
+from afn_ray.signals import Attention, Received, Shift, Signal, Site, Strength
 
 LENGTHS = (16, 64, 256, 512)
 DISTILLED_LAYERS = 6
@@ -31,11 +34,23 @@ SHAPES = ("BERT-base shape", "distilled shape")
 WARM_UP = 3
 WAYS = {
     "plain": "the model's whole forward pass, float32, torch's own threads",
-    "recording": "the same, with the strength of every token read at the layer and brought home",
-    "afn-ray": "afn-ray's engine: the same strengths, stopped at the layer, one thread on a CPU",
+    "plain again": "the same once more: what it takes more or less is noise",
+    "strength": "the same, with the strength of every token read at the layer and brought home",
+    "strength, shift": "the same, with the shift too",
+    "strength, shift, attention": "the same, with attention received too, computed once more at the layer",
+    "plain to the layer": "the plain pass, ended behind the layer's block",
+    "strength to the layer": "the same, with the strength",
+    "afn-ray": "afn-ray's engine: the strengths, ended there too, one thread on a CPU",
 }
+ENDS = " to the layer"
+PLAIN = {way: "plain" + ENDS if way.endswith(ENDS) else "plain" for way in WAYS if way not in ("plain", "plain" + ENDS)}
+"""What each way is held against: its overhead is the share of that time that it takes more."""
 
 Way = Callable[[str], Any]
+
+
+class _Enough(Exception):
+    """Raised behind the layer: the later blocks never run."""
 
 
 class _Candidate:
@@ -56,48 +71,113 @@ class _Candidate:
         self._processor = pipeline.Processor(pipeline.prepare(config, files, device, self.dtype)[0])
         self._device = device
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
-        self._model = transformers.AutoModel.from_pretrained(files.folder, dtype=torch.float32).to(device).eval()
-        self._strengths = np.empty(0, np.float32)
-        self.ways: dict[str, Way] = {"plain": self._plain, "recording": self._recording, "afn-ray": self._ours}
-
-    def _forward(self, text: str) -> None:
-        inputs = self._tokenizer(text, truncation=True, max_length=self.window, return_tensors="pt")
-        with torch.inference_mode():
-            self._model(**inputs.to(self._device))
-
-    def _plain(self, text: str) -> None:
-        self._forward(text)
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-
-    def _recording(self, text: str) -> Any:
-        def read(module: torch.nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self._strengths = norm(hidden).cpu().numpy()[0]
-
-        handle = find_blocks(self._model, self.files.depth)[self.layer - 1].register_forward_hook(read)
+        plain, both = self._load(), [Strength(), Shift()]
+        self.ways: dict[str, Way] = {
+            "plain": self._plain(plain),
+            "plain again": self._plain(plain),
+            "strength": self._recording(plain, both[:1]),
+            "strength, shift": self._recording(plain, both),
+            "plain to the layer": self._recording(plain, [], ends=True),
+            "strength to the layer": self._recording(plain, both[:1], ends=True),
+            "afn-ray": self._ours,
+        }
+        self.without = ""  # why attention is not recorded, where the model gives none to read
         try:
-            self._forward(text)
-        finally:
-            handle.remove()
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return self._strengths
+            gram = self._gram(config)
+        except ModelError as error:
+            self.without = str(error)
+        else:
+            packed = self._load()
+            packed.set_attn_implementation(attention.NAME)  # leaves what it attended to; the kernel is torch's own
+            self.ways["strength, shift, attention"] = self._recording(packed, [*both, Received()], gram)
+
+    def _load(self) -> Any:
+        loaded = transformers.AutoModel.from_pretrained(self.files.folder, dtype=torch.float32)
+        return loaded.to(self._device).eval()
+
+    def _gram(self, config: RunConfig) -> torch.Tensor:
+        """Of the output projection behind the layer's attention, where the engine finds it."""
+        config = replace(config, signals="attention", dtype="float32")
+        processor = pipeline.Processor(pipeline.prepare(config, self.files, self._device, "float32")[0])
+        processor.close()
+        engine = processor.model
+        gram = engine._places[engine._blocks[self.layer - 1]].gram
+        assert gram is not None
+        return gram
+
+    def _encode(self, text: str) -> Any:
+        encoded = self._tokenizer(text, truncation=True, max_length=self.window, return_tensors="pt")
+        return encoded.to(self._device)
+
+    def _plain(self, plain: Any) -> Way:
+        def run(text: str) -> None:
+            with torch.inference_mode():
+                plain(**self._encode(text))
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    def _recording(
+        self, plain: Any, signals: list[Signal], gram: torch.Tensor | None = None, *, ends: bool = False
+    ) -> Way:  # fmt: skip
+        block = find_blocks(plain, self.files.depth)[self.layer - 1]
+
+        def run(text: str) -> Any:
+            values = np.empty(0, np.float32)
+            inputs = self._encode(text)
+            n = inputs["input_ids"].shape[1]
+            layout = attention.Layout([n], n, torch.device(self._device))
+            before: list[torch.Tensor] = []
+
+            def enter(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+                before.append(args[0] if args else kwargs["hidden_states"])
+                layout.watched = gram is not None
+
+            def leave(module: torch.nn.Module, args: Any, output: Any) -> None:
+                nonlocal values
+                layout.watched = False
+                hidden = output[0] if isinstance(output, tuple) else output
+                site = Site(self.layer, hidden, before[0])
+                if gram is not None and (seen := layout.seen) is not None:
+                    of_others, own = attention.received(seen, layout)
+                    norms = attention.value_norms(seen, gram)
+                    site.attention = Attention(of_others[:, None], own[:, None], norms[:, None])
+                if signals:
+                    values = torch.stack([v for s in signals for v in s.measure(site)]).cpu().numpy()[:, 0]
+                if ends:
+                    raise _Enough
+
+            handles = (
+                block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)
+            )  # fmt: skip
+            try:
+                with torch.inference_mode(), attention.packed(layout), contextlib.suppress(_Enough):
+                    plain(**inputs)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            return values
+
+        return run
 
     def _ours(self, text: str) -> Any:
-        return self._processor.measure([text], [False]).strengths[0]
+        return self._processor.measure([text], [False]).strengths
 
     def texts(self, length: int, n: int) -> list[str]:
         """``n`` texts of ``length`` tokens."""
         written = Writer(model.load_tokenizer(self.files), length).write("full", n * length, length, causal=False)
         return [text.text for text in written]
 
-    def time(self, text: str) -> dict[str, float]:
-        """Milliseconds that each way takes for ``text``, one after the other."""
+    def time(self, text: str, turn: int) -> dict[str, float]:
+        """Milliseconds that each way takes for ``text``, one after the other; who begins goes by ``turn``."""
         found = {}
-        for way, call in self.ways.items():
+        names = [way for way in WAYS if way in self.ways]
+        for way in (*names[turn % len(names) :], *names[: turn % len(names)]):
             began = time.perf_counter()
-            call(text)
+            self.ways[way](text)
             found[way] = 1e3 * (time.perf_counter() - began)
         return found
 
@@ -124,8 +204,8 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
                 texts = next(iter(candidates.values())).texts(length, WARM_UP + num_texts)
                 for at, text in enumerate(texts):
                     for label, candidate in candidates.items():
-                        by_way = taken[label].setdefault(length, {way: [] for way in WAYS})
-                        for way, milliseconds in candidate.time(text).items():
+                        by_way = taken[label].setdefault(length, {way: [] for way in WAYS if way in candidate.ways})
+                        for way, milliseconds in candidate.time(text, at).items():
                             if at >= WARM_UP:
                                 by_way[way].append(milliseconds)
         result: dict[str, Any] = {
@@ -134,6 +214,7 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
             "models": {
                 label: {
                     "layer": candidate.layer, "depth": candidate.files.depth, "dtype": candidate.dtype,
+                    "without": candidate.without,
                     "lengths": {str(n): _figures(times) for n, times in taken[label].items()},
                 }
                 for label, candidate in candidates.items()
@@ -143,7 +224,7 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
             candidate.close()
     if len(named) == 2:
         result["distilled_speedup"] = {
-            str(n): {way: _paired(times[way], taken[SHAPES[1]][n][way]) for way in WAYS}
+            str(n): {way: _paired(times[way], taken[SHAPES[1]][n][way]) for way in times}
             for n, times in taken[SHAPES[0]].items()
         }
     return result
@@ -158,21 +239,28 @@ def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
     ways = {
         way: {"median_ms": statistics.median(ms), "p95_ms": float(np.quantile(ms, 0.95))} for way, ms in times.items()
     }
-    return {**ways, "recording_overhead": _paired(times["recording"], times["plain"]) - 1}
+    overheads = {way: _paired(times[way], times[plain]) - 1 for way, plain in PLAIN.items() if way in times}
+    return {"ways": ways, "overheads": overheads}
 
 
 def render(result: dict[str, Any], console: Console) -> None:
     """One table per model, and how much faster the distilled shape is."""
     machine.print_facts(result, console)
     for label, found in result["models"].items():
-        title = f"\n{label}: layer {found['layer']} of {found['depth']}; ms per text, median (p95)"
+        title = f"\n{label}: layer {found['layer']} of {found['depth']}; ms per text, and how much more than plain"
         table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
-        for heading in ("tokens", *WAYS, "recording costs"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for length, f in found["lengths"].items():
-            times = [f"{f[way]['median_ms']:.1f} ({f[way]['p95_ms']:.1f})" for way in WAYS]
-            table.add_row(length, *times, f"{f['recording_overhead']:+.1%}")
+        table.add_column("tokens", no_wrap=True)
+        for length in found["lengths"]:
+            table.add_column(length, justify="right", no_wrap=True)
+        for way in next(iter(found["lengths"].values()))["ways"]:
+            cells = []
+            for f in found["lengths"].values():
+                overhead = f"{f['overheads'][way]:+.1%}" if way in f["overheads"] else ""
+                cells.append(f"{f['ways'][way]['median_ms']:.2f} {overhead:>7}")
+            table.add_row(way, *cells)
         console.print(table)
+        if found["without"]:
+            console.print(f"attention is not recorded: {found['without']}", markup=False)
     if speedup := result.get("distilled_speedup"):
         by_length = ", ".join(f"{way['plain']:.2f}x at {length} tokens" for length, way in speedup.items())
         console.print(f"\nThe {SHAPES[1]} is faster: {by_length} (plain)", markup=False)
@@ -181,6 +269,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(f"{way}: {what}", markup=False)
     console.print(
         f"{result['texts']} texts of each length, one at a time, tokenizing included; all ways and models take turns "
-        f"on each text, and overheads and ratios are medians over texts. Others took {result['foreign']:.0%} of the "
+        "on each text. Times, ratios and overheads are medians over texts; an overhead is against plain, of what ends "
+        f"at the layer against what plainly does. Others took {result['foreign']:.0%} of the "
         "cores meanwhile.", markup=False,
     )  # fmt: skip
