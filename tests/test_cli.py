@@ -77,8 +77,11 @@ def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_w
 
 def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path) -> None:
     assert "beginning" in afn("explain", store, "In the beginning").stdout
-    tokens = json.loads(afn("explain", store, "-", "--json", stdin="In the beginning\n").stdout)["tokens"]
-    assert [t["piece"] for t in tokens] == ["[CLS]", "in", "the", "beginning", "[SEP]"]
+    flags = ("--signals", "shift", "--layers", "all")
+    found = json.loads(afn("explain", store, "-", "--json", *flags, stdin="In the beginning\n").stdout)
+    assert [t["piece"] for t in found["tokens"]] == ["[CLS]", "in", "the", "beginning", "[SEP]"]
+    assert found["sweep"] == [0, 1, 2, 3] and len(found["tokens"][1]["cells"]) == 4
+    assert [v["signal"] for v in found["tokens"][1]["readings"][1]["signals"]] == ["shift"]
     done = afn("explain", store, "In the beginning", "--html", tmp_path / "page.html")
     assert done.returncode == 0 and "<html" in (tmp_path / "page.html").read_text()
 
@@ -130,6 +133,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x"], "cannot be written"),
         (["explain", "{store}", ""], "afn:"),
         (["explain", "{store}", "hello", "--layer", "7"], "7"),
+        (["explain", "{store}", "hello", "--task"], "holds no sequence classifier"),
         (["unknown"], "invalid choice: 'unknown'"),
         ([], "afn [-h] [--version] COMMAND"),
     ],
