@@ -133,7 +133,6 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x"], "cannot be written"),
         (["explain", "{store}", ""], "afn:"),
         (["explain", "{store}", "hello", "--layer", "7"], "7"),
-        (["explain", "{store}", "hello", "--task"], "holds no sequence classifier"),
         (["unknown"], "invalid choice: 'unknown'"),
         ([], "afn [-h] [--version] COMMAND"),
     ],

@@ -22,8 +22,8 @@ import pytest
 from conftest import write_jsonl
 from rich.console import Console
 
+from afn_ray import cli, job, manifest, model
 from afn_ray import explain as module
-from afn_ray import job, manifest, model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
 from afn_ray.explain import Explanation, explain, render_html, render_terminal, to_json
@@ -470,14 +470,16 @@ def test_the_heat_map_ranks_within_each_layer_of_the_text(classified: Corpus, wh
                 assert cell.decile is not None and cell.decile < 10 * share <= cell.decile + 1 + 1e-9
             recorded = {0: 0, 2: 1}.get(layer)
             assert cell.quartile == (None if recorded is None else token.readings[recorded].quartile)
-    assert explain(classified.folder.uri, TEXT, layers="1/3,2").sweep == (1, 2)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_decision_s_attributions_are_plain_autograd_s(classified: Corpus, layer: int) -> None:
+def test_a_decision_s_attributions_are_plain_autograd_s(classified: Corpus, whole: Explanation, layer: int) -> None:
     import torch
 
-    explanation = explain(classified.folder.uri, TEXT, task=True, layer=layer)
+    explanation = whole
+    if layer == 0:
+        explanation = explain(classified.folder.uri, TEXT, layers="1/3,2", task=True, layer=0)
+        assert explanation.sweep == (1, 2)
     decision = explanation.decision
     assert decision is not None and decision.layer == layer and decision.kind == "one"
     model, _ = plain(classified, explanation)
@@ -583,6 +585,15 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(
     padded = measure(tmp_path, verses[:5], model=str(tiny_mpnet), dtype="float32")
     with pytest.raises(ModelError, match="gives no attention weights to read: its batches are padded"):
         explain(padded.folder.uri, "word", signals="attention")
+
+
+def test_the_command_asks_for_them(classified: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["explain", classified.folder.uri, TEXT, "--task", "--layer", "0", "--layers", "1", "--json"])
+    assert end.value.code == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["decision"]["layer"], value["decision"]["neurons"], value["sweep"]) == (0, [], [1])
+    assert len(value["decision"]["attributions"]) == len(value["tokens"])
 
 
 def test_the_terminal_shows_them_and_obeys_none(whole: Explanation) -> None:
