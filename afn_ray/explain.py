@@ -176,21 +176,10 @@ def explain(
     differ), cannot give a signal or has no classifier.
     """
     run = manifest.find_run(run_uri)
-    recorded = run.info["measure"]
-    config = config_from(run.info["config"])
-    for flag, asked, given in (("trust_remote_code", config.trust_remote_code, trust_remote_code),
-                               ("allow_pickle", config.allow_pickle, allow_pickle)):  # fmt: skip
-        if asked and not given:
-            raise ModelError(f"run {run.uri} was made with {flag}, which lets its model run code here; "
-                             f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}")  # fmt: skip
-    config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
-    device = cluster.local_device(run.info["made_by"]["device"])
-    files = pipeline.find_model(config)
-    plan, measure = pipeline.prepare(config, files, device, config.dtype)
-    if "outliers" in recorded:
-        plan, measure = pipeline.with_outliers(plan, measure, recorded["outliers"])
-    if plan.measure_id != recorded["id"]:
-        raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
+    plan = recorded_task(
+        run, model_name=model_name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )  # fmt: skip
+    config, device = plan.config, plan.device
     chosen = _index(plan.layers, layer)
     shown = tuple(series(plan.layers, find_signals(signals)[0]))
     plan = replace(plan, config=replace(config, signals=signals), series=shown)
@@ -211,7 +200,7 @@ def explain(
         thresholds.append(limits)
         others = [_read_signal(tables, s, special, by_series[s]) for s in plan.series if s.layer == at][1:]
         columns.append([replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)])
-    sweep = () if layers is None else resolve_layers(layers, files.depth)
+    sweep = () if layers is None else resolve_layers(layers, run.info["model"]["depth"])
     if elsewhere := tuple(k for k in sweep if k not in plan.layers):
         plain = replace(plan.config, signals=STRENGTH)  # in a pass of its own: the first one is then just the run's
         other = replace(plan, config=plain, layers=elsewhere, series=strengths(elsewhere), outliers=())
@@ -228,11 +217,13 @@ def explain(
     )  # fmt: skip
     decision = None
     if task:
-        if len(tokens) > measure["window_tokens"]:
+        window = run.info["measure"]["window_tokens"]
+        if len(tokens) > window:
             raise ConfigError(f"the text has {len(tokens):,} tokens, and a classifier decides about one window, which "
-                              f"has {measure['window_tokens']:,}; shorten it")  # fmt: skip
+                              f"has {window:,}; shorten it")  # fmt: skip
         model.free_memory()
         at, values = plan.layers[chosen], by_series[Series(STRENGTH, plan.layers[chosen])]
+        files = pipeline.find_model(config)
         decided = model.decide(files, encoded.token_ids.tolist(), at, values, plan.dtype, device)
         decision = _decision(decided, at, values, special)
     return Explanation(
@@ -306,6 +297,27 @@ def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
             return None
         ranks.append((np.cumsum(n) - (n - 1) / 2)[inverse])
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def recorded_task(
+    run: manifest.RunFolder, *, model_name: str | None, trust_remote_code: bool, allow_pickle: bool
+) -> pipeline.Task:
+    """The task that measures texts here as ``run`` measured its corpus. Raises ``ModelError`` as ``explain`` does."""
+    recorded = run.info["measure"]
+    config = config_from(run.info["config"])
+    for flag, asked, given in (("trust_remote_code", config.trust_remote_code, trust_remote_code),
+                               ("allow_pickle", config.allow_pickle, allow_pickle)):  # fmt: skip
+        if asked and not given:
+            raise ModelError(f"run {run.uri} was made with {flag}, which lets its model run code here; "
+                             f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}")  # fmt: skip
+    config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
+    device = cluster.local_device(run.info["made_by"]["device"])
+    task, measure = pipeline.prepare(config, pipeline.find_model(config), device, config.dtype)
+    if "outliers" in recorded:
+        task, measure = pipeline.with_outliers(task, measure, recorded["outliers"])
+    if task.measure_id != recorded["id"]:
+        raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
+    return task
 
 
 def _read_layer(
