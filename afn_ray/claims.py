@@ -3,15 +3,21 @@
 Claims are those of arXiv:2605.22377; what is measured here says neither yes nor no. Every figure is of the tokens
 that are not special. Intervals are the 2.5 and 97.5 % points of ``REPLICATES`` bootstrap samples of documents: tokens
 of one document are no independent draws, so intervals over tokens would be too narrow. Documents beyond ``GROUPS`` are
-drawn in that many groups; where a figure goes by ranks, ranks and bins are those of the whole run.
+drawn in that many groups. A replicate draws the same documents for every figure, so differences are paired; ranks, bins
+and the means of types are those of all tokens in every replicate.
+
+Cost: a scan of the tokens for each signal at a layer, which counts its distinct values, and one in which all else is
+summed, batch by batch. Memory holds a row for each distinct value, type, position and document, and for each signal
+4 MB of bins; it does not grow with the tokens. Of runs of more than ``MAX_TOKENS`` a sample of documents is taken, and
+what is shown says so.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,15 +26,21 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from afn_ray.errors import QueryError, count
 from afn_ray.query import Run
 
 GROUPS = 500
 REPLICATES = 1000
-BINS = 512
-"""Of a variable's values, for intervals of an AUC; the AUC itself goes by every distinct value."""
+BINS = 256
+"""Of a variable's ranks, for intervals of an AUC; the AUC itself goes by every distinct value."""
+MAX_TOKENS = 5_000_000
+"""Enough for intervals of a thousandth; more would take longer than a look at them is worth."""
 SEED = 0
+KINDS = ("content", "function", "punctuation")
+"""Classes that the claims speak of."""
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +48,24 @@ class Figure:
     """One number that bears on a claim."""
 
     claim: str
-    what: str
+    what: str  # is measured
+    of: str  # which variable or tokens
     layer: int | None
     value: float
     low: float
     high: float  # of the 95 % interval
     n: int  # tokens that it rests on
+    n_docs: int  # and documents, which the bootstrap draws
     is_control: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """Figures claim by claim, and what must be known to read them."""
+
+    run: str  # URI
+    notes: tuple[str, ...]
+    figures: tuple[Figure, ...]
 
 
 CLAIMS = {
@@ -53,119 +76,354 @@ CLAIMS = {
     "frequency": "Strength is more than frequency, position or length",
     "dimensions": "Strength is of the whole state, not of a few dimensions",
     "sinks": "A few tokens do not make the figures",
+    "masking": "The model's output rests on HIGH tokens",
 }
 """Each claim with its sentence; figures of a claim stand beside what else would give them."""
 
+AUC = "AUC of content against function words and punctuation"
+DEFINITIONS = (
+    "HIGH is at or above Q3, for rivals of strength at or above their own. AUC: how often a content word lies above a "
+    "function word or punctuation mark (0.5: no more than by chance). Spearman's rho goes by ranks, so that of log "
+    "frequency is that of frequency. A control is what the other figures are to be held against.",
+)
 
-def claims(run: Run) -> list[Figure]:
-    """Every figure that the signals of ``run`` allow, claim by claim. Raises ``QueryError`` for a query that takes too
-    long: ``open_run(..., timeout_s=...)`` gives it more."""
+
+def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -> Claims:
+    """Every figure that the signals of ``run`` allow.
+
+    ``max_tokens``: of a larger run so many are read, in documents chosen by their hash, at least about ``GROUPS``.
+    Raises ``QueryError`` for a query that takes too long (``open_run(..., timeout_s=...)`` gives it more), once
+    ``max_s`` have passed, and for a run without a token.
+    """
+    sample = _Sample(run, max_tokens, max_s)
     layers: list[int] = list(run.info["layers"])
     recorded = set(run.sql("FROM tokens LIMIT 0").columns)
-    found = [
-        *_classes(run, layers, recorded), *_shift(run, layers, recorded), *_layers(run, layers),
-        *_types(run, layers), *_ranks(run, layers), *_dimensions(run, layers, recorded), *_sinks(run, layers),
-    ]  # fmt: skip
-    return sorted(found, key=lambda f: list(CLAIMS).index(f.claim))
+    variables, sums, num_types = _read(sample, layers, recorded)
+    figures: list[Figure] = []
+    for before, k in zip([None, *layers], layers, strict=False):
+        figures += _of_layer(sample, k, before, sums[k], num_types)
+    figures += _separation(sample, variables)
+    ordered = sorted(figures, key=lambda f: list(CLAIMS).index(f.claim))
+    return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(ordered))
 
 
 # --- the bootstrap ---------------------------------------------------------------------------------------
 
 
-def _group(run: Run) -> str:
-    """SQL of the number of a token's group of documents, from 0."""
-    ((n,),) = run.sql("SELECT count(*) FROM documents").fetchall()
-    return "doc" if n <= GROUPS else f"(hash(doc) % {GROUPS})::BIGINT"
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A figure of all documents, and of those of each replicate [REPLICATES]."""
+
+    value: float
+    replicates: Floats
+
+    def less(self, other: Drawn) -> Drawn:
+        """The difference, in which both are of the same documents in each replicate."""
+        return Drawn(self.value - other.value, self.replicates - other.replicates)
+
+    def interval(self) -> tuple[float, float]:
+        """95 %, over the replicates in which the figure exists; nan where there is none."""
+        there = self.replicates[np.isfinite(self.replicates)]
+        if not len(there):
+            return math.nan, math.nan
+        low, high = np.quantile(there, [0.025, 0.975])
+        return float(low), float(high)
 
 
-def _weights(num_groups: int) -> Floats:
-    """How often each group is drawn in each replicate, [REPLICATES, num_groups]."""
-    draws = np.random.default_rng(SEED).multinomial(num_groups, np.full(num_groups, 1 / num_groups), REPLICATES)
-    return draws.astype(np.float64)
+def fixed(value: float) -> Drawn:
+    """A figure that documents do not move."""
+    return Drawn(value, np.full(REPLICATES, math.nan))
 
 
-def _bootstrap(sums: Floats, statistic: Callable[[Floats], Floats]) -> tuple[float, float, float]:
-    """``statistic`` of the sums over all groups, and its interval. ``sums`` [n_groups, ...] add up; ``statistic``
-    takes [n, ...] and gives [n]."""
-    value = float(statistic(sums.sum(axis=0, keepdims=True))[0])
-    drawn = np.tensordot(_weights(len(sums)), sums, axes=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        replicates = statistic(drawn)
-    replicates = replicates[np.isfinite(replicates)]
-    if not len(replicates):
-        return value, math.nan, math.nan
-    low, high = np.quantile(replicates, [0.025, 0.975])
-    return value, float(low), float(high)
+class Draws:
+    """How often each of ``num_groups`` is drawn in each replicate."""
+
+    def __init__(self, num_groups: int) -> None:
+        even = np.full(num_groups, 1 / num_groups)
+        drawn = np.random.default_rng(SEED).multinomial(num_groups, even, REPLICATES)
+        self._weights = drawn.astype(np.float64)  # [REPLICATES, num_groups]
+
+    def draw(self, statistic: Callable[..., Floats], *parts: Floats) -> Drawn:
+        """``statistic`` of what adds up: ``parts`` are sums of each group, [num_groups, ...]; it takes their sums
+        [n, ...] and gives [n]."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = float(statistic(*(p.sum(axis=0, keepdims=True) for p in parts))[0])
+            return Drawn(value, statistic(*(np.tensordot(self._weights, p, axes=1) for p in parts)))
 
 
-def _ratio(over: int, under: int) -> Callable[[Floats], Floats]:
-    return lambda s: np.asarray(s[:, over] / s[:, under])
+class _Sample:
+    """The documents of a run that figures are read off, in groups."""
+
+    def __init__(self, run: Run, max_tokens: int, max_s: float) -> None:
+        self.run = run
+        self._until, self._max_s = time.monotonic() + max_s, max_s
+        ((of_docs, of_tokens),) = run.sql(
+            "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM documents WHERE n_tokens > 0"
+        ).fetchall()
+        one_in = max(1, min(-(-of_tokens // max_tokens), of_docs // GROUPS))
+        self.tokens = "tokens WHERE NOT is_special" + (f" AND hash(doc) % {one_in} = 0" if one_in > 1 else "")
+        docs, sizes = self.ask(f"SELECT doc, count(*) FROM {self.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
+        if not len(docs):
+            raise QueryError(f"{run.uri} has no token that is not special, so there is nothing to hold claims against")
+        self.n, self.n_docs = int(sizes.sum()), len(docs)
+        self.num_groups = min(self.n_docs, GROUPS)
+        dealt = np.random.default_rng(SEED).permutation(self.n_docs) % self.num_groups
+        self.group_of, self.length_of = _by_number(docs, dealt), _by_number(docs, ranks(sizes, sizes))
+        self.draw = Draws(self.num_groups).draw
+        of = f", one in {one_in} of {of_docs:,}, chosen by their hash" if one_in > 1 else ""
+        groups = f" in {self.num_groups:,} groups" if self.num_groups < self.n_docs else ""
+        self.notes = (
+            f"{count(self.n, 'token')} of {count(self.n_docs, 'document')}{of}; intervals by {REPLICATES:,} bootstrap "
+            f"samples of documents{groups}",
+        )
+
+    def ask(self, query: str) -> list[npt.NDArray[Any]]:
+        """The columns of the answer."""
+        self.check_time()
+        return [column.to_numpy() for column in self.run.sql(query).to_arrow_table().columns]
+
+    def check_time(self) -> None:
+        if time.monotonic() >= self._until:
+            raise QueryError(
+                f"the claims took more than {self._max_s:g} s; afn claims {self.run.uri} takes the time that it needs"
+            )
+
+    def figure(
+        self, claim: str, what: str, of: str, layer: int | None, drawn: Drawn, n: float | None = None, *,
+        is_control: bool = False,
+    ) -> Figure:  # fmt: skip
+        tokens = self.n if n is None else int(n)
+        return Figure(claim, what, of, layer, drawn.value, *drawn.interval(), tokens, self.n_docs, is_control)
 
 
-def _sums(run: Run, select: Sequence[str], source: str) -> Floats:
-    """``select`` (SQL aggregates) of ``source`` by group of documents, [n_groups, n_select]."""
-    columns = ", ".join(f"({s})::DOUBLE AS c{i}" for i, s in enumerate(select))
-    rows = run.sql(f"SELECT {columns} FROM {source} GROUP BY {_group(run)}").fetchall()  # noqa: S608
-    return np.array(rows, np.float64).reshape(-1, len(select))
+def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
+    """Where the tokens of each row, ``counts`` of them, lie among all in the order of ``by``: the middle of those that
+    are equal, from -0.5 to 0.5."""
+    _, level = np.unique(by, return_inverse=True)
+    size = np.bincount(level, counts)
+    return np.asarray(((np.cumsum(size) - size / 2) / size.sum() - 0.5)[level])
 
 
-NORMAL = "(FROM tokens WHERE NOT is_special)"
+def _by_number(keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """``values`` where their ``keys`` say, which are whole numbers; 0 elsewhere."""
+    table = np.zeros(keys.max() + 1, values.dtype)
+    table[keys] = values
+    return table
 
 
-# --- classes ---------------------------------------------------------------------------------------------
+# --- one pass over the tokens ----------------------------------------------------------------------------
+
+Sums = dict[str, Floats]
+"""What adds up over the tokens, by group: [num_groups]."""
 
 
-def _classes(run: Run, layers: Sequence[int], recorded: set[str]) -> Iterator[Figure]:
-    """Shares of HIGH by class and the AUC of content against function words and punctuation, by strength at every
-    layer and by what else could tell them apart."""
-    deepest = layers[-1]
-    variables: list[tuple[str, int | None, str]] = [("strength", k, f"strength_{k}") for k in layers]
-    variables += [("rarity (idf)", None, "idf")]
-    for signal, name in (("attention", "attention received"), ("attention_norm", "norm-weighted attention")):
-        variables += [(name, k, f"{signal}_{k}") for k in layers if f"{signal}_{k}" in recorded]
-    for name, layer, column in variables:
-        is_control = name != "strength" or layer == 0
-        counts, q3 = _by_class(run, column, deepest)
-        of_content, of_others = counts.get("content"), counts.get("others")
-        if of_content is None or of_others is None:
-            continue
-        yield _auc_figure(run, name, layer, column, deepest, counts, is_control)
-        sums = _sums(
-            run,
-            [x for c in ("content", "function", "punctuation", None)
-             for where in (f" FILTER (class = '{c}')" if c else "",)
-             for x in (f"count_if({column} >= {q3!r}::FLOAT){where}" if column != "idf"
-                       else f"count_if({column} >= {q3!r}::DOUBLE){where}", f"count(*){where}")],
-            _with_class(deepest),
-        )  # fmt: skip
-        for at, kind in enumerate(("content", "function", "punctuation", "all tokens")):
-            if n := int(sums[:, 2 * at + 1].sum()):
-                figures = _bootstrap(sums, _ratio(2 * at, 2 * at + 1))
-                yield Figure("classes", f"{name}: {kind} at or above its Q3", layer, *figures, n, is_control)
+class _Variable:
+    """What may tell classes apart, and how its values are distributed in each."""
+
+    def __init__(
+        self, name: str, layer: int | None, column: str, values: npt.NDArray[Any], counts: npt.NDArray[Any], groups: int
+    ) -> None:  # fmt: skip
+        """``values`` [n_values]: the distinct ones, ascending, with the ``counts`` of their tokens."""
+        self.name, self.layer, self.column = name, layer, column
+        self.q3 = values[np.searchsorted(np.cumsum(counts), math.ceil(0.75 * counts.sum()))]
+        self._values, self._ranks = values, ranks(values, counts)
+        self._bins = np.minimum(BINS - 1, (self._ranks + 0.5) * BINS).astype(np.int64)
+        self.by_value = np.zeros((len(KINDS) + 1, len(values)))  # the last kind is all else
+        self.by_bin = np.zeros((groups, len(KINDS) + 1, BINS))
+        self.high = np.zeros((groups, len(KINDS) + 1))
+
+    def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Floats:
+        """Count tokens, all [n_tokens]; returns their ranks."""
+        at = np.searchsorted(self._values, values)
+        row = g * (len(KINDS) + 1) + kind
+        np.add.at(self.by_value.ravel(), kind * len(self._values) + at, 1.0)  # flat: tens of times faster
+        np.add.at(self.by_bin.ravel(), row * BINS + self._bins[at], 1.0)
+        self.high += np.bincount(row, values >= self.q3, self.high.size).reshape(self.high.shape)
+        return self._ranks[at]
 
 
-def _with_class(layer: int) -> str:
-    """Tokens with class and idf of their types; ``strength`` and whatever else is recorded beside them."""
-    return (
-        f"(FROM tokens JOIN (SELECT token_id, class, idf FROM vocabulary WHERE layer = {layer} "  # noqa: S608
-        "AND class <> 'special') USING (token_id) WHERE NOT is_special)"
+def _read(
+    sample: _Sample, layers: Sequence[int], recorded: set[str]
+) -> tuple[list[_Variable], dict[int, Sums], int]:  # fmt: skip
+    """All that figures are made of: variables, strength first by layer; sums by layer; and how many types there are."""
+    run, groups = sample.run, sample.num_groups
+    mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
+    types, n_of, *means = sample.ask(f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1")  # noqa: S608
+    mean_of = {k: _by_number(types, mean) for k, mean in zip(layers, means, strict=True)}
+    centre = {k: float(mean @ n_of) / sample.n for k, mean in zip(layers, means, strict=True)}
+    known = sample.ask(
+        f"SELECT token_id, coalesce(list_position({list(KINDS)}, class) - 1, {len(KINDS)}), n, idf "  # noqa: S608
+        f"FROM vocabulary WHERE layer = {layers[-1]} AND class <> 'special'"
     )
+    kind_of, run_n_of, idf_of = (_by_number(known[0], column) for column in known[1:])
+    frequency_of = _by_number(types, ranks(run_n_of[types], n_of))
+    places, num_there = sample.ask(f"SELECT position, count(*) FROM {sample.tokens} GROUP BY 1")  # noqa: S608
+    place_of = _by_number(places, ranks(places, num_there))
+
+    def variable(name: str, layer: int | None, column: str) -> _Variable:
+        if column == "idf":
+            values, level = np.unique(idf_of[types], return_inverse=True)
+            counts = np.bincount(level, n_of)
+        else:
+            values, counts = sample.ask(f"SELECT {column}, count(*) FROM {sample.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
+        return _Variable(name, layer, column, values, counts, groups)
+
+    variables = [variable("strength", k, f"strength_{k}") for k in layers]
+    variables.append(variable("rarity (idf)", None, "idf"))
+    for signal, name in (("attention", "attention received"), ("attention_norm", "norm-weighted attention")):
+        variables += [variable(name, k, f"{signal}_{k}") for k in layers if f"{signal}_{k}" in recorded]
+    trimmed_q3 = dict(run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'").fetchall())
+    columns = ["doc", "position", "token_id", *(v.column for v in variables if v.column != "idf")]
+    columns += [f"{name}_{k}" for name in ("high", "sink", "shift", "strength_trimmed") for k in layers
+                if f"{name}_{k}" in recorded]  # fmt: skip
+    sums: dict[int, Sums] = {k: {} for k in layers}
+    sample.check_time()
+    for batch in run.sql(f"SELECT {', '.join(columns)} FROM {sample.tokens}").to_arrow_reader():  # noqa: S608
+        sample.check_time()
+        row = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns}
+        row["idf"] = idf_of[row["token_id"]]
+        g, kind = sample.group_of[row["doc"]], kind_of[row["token_id"]]
+        rank = {v.column: v.add(row[v.column], g, kind) for v in variables}
+        for before, k in zip([None, *layers], layers, strict=False):
+            s, x, high = row[f"strength_{k}"].astype(np.float64), rank[f"strength_{k}"], row[f"high_{k}"]
+            off = s - centre[k]
+            adding = {"high": high, "sinks": row[f"sink_{k}"], "sum": s, "sum_without": s * ~row[f"sink_{k}"],
+                      "within": (s - mean_of[k][row["token_id"]]) ** 2, "off": off, "off_2": off**2,
+                      "x": x, "xx": x * x, "n": np.ones(len(x))}  # fmt: skip
+            frequency = frequency_of[row["token_id"]]
+            for name, y in (("frequency", frequency), ("place", place_of[row["position"]]),
+                            ("length", sample.length_of[row["doc"]])):  # fmt: skip
+                adding |= {name: y, f"{name}_2": y * y, f"{name}_x": x * y}
+            adding |= {f"high_{name}": high & (kind == at) for at, name in enumerate(KINDS)}
+            adding |= {name: kind == at for at, name in enumerate(KINDS)}
+            ours, content = kind < len(KINDS), kind == KINDS.index("content")
+            adding |= {"k_n": ours, "k_c": content, "k_x": x * ours, "k_xx": x * x * ours, "k_cx": x * content,
+                       "k_f": frequency * ours, "k_ff": frequency**2 * ours, "k_fx": x * frequency * ours,
+                       "k_cf": frequency * content}  # fmt: skip
+            if before is not None:
+                adding |= {"both": row[f"high_{before}"] & high, "any": row[f"high_{before}"] | high}
+            if (shift := row.get(f"shift_{k}")) is not None:
+                adding |= {"shift": shift, "high_shift": shift * high}
+            if (trimmed := row.get(f"strength_trimmed_{k}")) is not None:
+                still = trimmed >= trimmed_q3[k]
+                adding |= {"squares": s**2, "cut": s**2 - trimmed.astype(np.float64) ** 2,
+                           "trimmed_both": still & high, "trimmed_any": still | high}  # fmt: skip
+            for name, values in adding.items():
+                sums[k].setdefault(name, np.zeros(groups))[:] += np.bincount(g, values, groups)
+    return variables, sums, len(types)
 
 
-def _by_class(run: Run, column: str, layer: int) -> tuple[dict[str, tuple[Floats, Floats]], float]:
-    """Distinct values with their counts, of content and of function words and punctuation; and Q3 of all tokens."""
-    rows = run.sql(
-        f"SELECT {column}, count(*), count(*) FILTER (class = 'content'), "  # noqa: S608
-        f"count(*) FILTER (class IN ('function', 'punctuation')) FROM {_with_class(layer)} GROUP BY 1 ORDER BY 1"
-    ).fetchall()
-    table = np.array(rows, np.float64)
-    upto = np.cumsum(table[:, 1])
-    q3 = float(table[np.searchsorted(upto, math.ceil(0.75 * upto[-1])), 0])
-    found = {}
-    for at, name in ((2, "content"), (3, "others")):
-        if table[:, at].sum():
-            found[name] = (table[:, 0], table[:, at])
-    return found, q3
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+def _of_layer(sample: _Sample, k: int, before: int | None, g: Sums, num_types: int) -> Iterator[Figure]:
+    """What the sums ``g`` tell of strength at layer ``k``; ``before`` is the layer recorded before it."""
+    run, draw, figure = sample.run, sample.draw, sample.figure
+    total = {name: float(x.sum()) for name, x in g.items()}
+    for c in KINDS:
+        if total[c]:
+            drawn = draw(np.divide, g[f"high_{c}"], g[c])
+            yield figure("classes", f"share of {c} that is HIGH", "strength", k, drawn, total[c], is_control=k == 0)
+    if "shift" in g:
+        of_shift, of_tokens = draw(np.divide, g["high_shift"], g["shift"]), draw(np.divide, g["high"], g["n"])
+        what = "share that HIGH tokens hold"
+        yield figure("shift", what, "of the shift", k, of_shift)
+        yield figure("shift", what, "of the tokens", k, of_tokens, is_control=True)
+        yield figure("shift", what, "the difference", k, of_shift.less(of_tokens))
+    if before is not None:
+        what = "HIGH tokens in common (Jaccard)"
+        yield figure("layers", what, f"with layer {before}", k, draw(np.divide, g["both"], g["any"]))
+        here = total["high"] / total["n"]
+        there = (total["both"] + total["any"]) / total["n"] - here
+        chance = fixed(here * there / (here + there - here * there))
+        yield figure("layers", what, f"with layer {before}, by chance", k, chance, is_control=True)
+
+    what = "share of the variance that is between groups (eta squared)"
+    parts = [g[name] for name in ("n", "off", "off_2", "within")]
+    eta = draw(lambda n, off, squares, within: 1 - within / (squares - off**2 / n), *parts)
+    yield figure("types", what, "a group for each type", k, eta)
+    chance = fixed((num_types - 1) / max(1, sample.n - 1))
+    yield figure("types", what, "as many groups by chance", k, chance, is_control=True)
+
+    for key, name in (("frequency", "log frequency"), ("place", "position"), ("length", "document length")):
+        rho = draw(_correlation, *(g[part] for part in ("n", "x", key, "xx", f"{key}_2", f"{key}_x")))
+        yield figure("frequency", "Spearman's rho with strength", name, k, rho)
+    if total["k_c"] and total["k_n"] > total["k_c"]:
+        parts = [g[f"k_{name}"] for name in ("n", "c", "x", "xx", "f", "ff", "fx", "cx", "cf")]
+        what = "rank correlation of strength with being content, not function or punctuation"
+        alone = draw(_correlation, *(g[f"k_{name}"] for name in ("n", "x", "c", "xx", "c", "cx")))
+        yield figure("frequency", what, "as it is", k, alone, total["k_n"])
+        at_one = draw(_partial, *parts)
+        yield figure("frequency", what, "at one frequency (partial)", k, at_one, total["k_n"], is_control=True)
+
+    if "cut" in g:
+        dims = len(run.info["measure"]["outliers"][list(run.info["layers"]).index(k)])
+        what = f"share of the squared norm in {count(dims, 'dimension')}"
+        yield figure("dimensions", what, "the largest", k, draw(np.divide, g["cut"], g["squares"]))
+        alike = fixed(dims / run.info["model"]["hidden_size"])
+        yield figure("dimensions", what, "were all alike", k, alike, is_control=True)
+        common = draw(np.divide, g["trimmed_both"], g["trimmed_any"])
+        yield figure("dimensions", "HIGH tokens in common (Jaccard)", "with and without these", k, common)
+
+    yield figure("sinks", "share of the tokens", "sinks", k, draw(np.divide, g["sinks"], g["n"]))
+    what = "strength with sinks over strength without"
+    parts = [g[name] for name in ("sum", "n", "sum_without", "sinks")]
+    yield figure("sinks", what, "mean", k, draw(lambda a, n, b, sinks: a / n / (b / (n - sinks)), *parts))
+    medians = dict(run.sql(f"SELECT population, q2 FROM thresholds WHERE layer = {k}").fetchall())  # noqa: S608
+    if medians["tokens_without_sinks"]:
+        ratio = fixed(medians["tokens"] / medians["tokens_without_sinks"])
+        yield figure("sinks", what, "median, of the whole run", k, ratio, is_control=True)
+
+
+def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
+    """Pearson's, of sums."""
+    return np.asarray((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)))
+
+
+def _partial(
+    n: Floats, c: Floats, x: Floats, xx: Floats, f: Floats, ff: Floats, fx: Floats, cx: Floats, cf: Floats
+) -> Floats:
+    """That of ``x`` and ``c``, which is 0 or 1, with ``f`` held constant."""
+    xc, xf, fc = _correlation(n, x, c, xx, c, cx), _correlation(n, x, f, xx, ff, fx), _correlation(n, f, c, ff, c, cf)
+    return np.asarray((xc - xf * fc) / np.sqrt((1 - xf * xf) * (1 - fc * fc)))
+
+
+def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]:
+    """The AUC of strength at every layer and of its rivals, rivals' shares by class, and which layer separates best."""
+    found: list[Figure] = []
+    by_layer: dict[int, Drawn] = {}
+    n = 0
+    for v in variables:
+        content, others = v.by_value[0], v.by_value[1] + v.by_value[2]
+        n = int(content.sum() + others.sum())
+        if not content.any() or not others.any():
+            return []
+        exact = float(_auc(content[None], others[None])[0])
+        drawn = sample.draw(_auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
+        drawn = Drawn(exact, drawn.replicates + exact - drawn.value)  # bins move the AUC a little, and all alike
+        is_control = v.name != "strength" or v.layer == 0
+        found.append(sample.figure("classes", AUC, v.name, v.layer, drawn, n, is_control=is_control))
+        if v.name == "strength":
+            assert v.layer is not None
+            by_layer[v.layer] = drawn
+            continue
+        for at, kind in enumerate(KINDS):
+            if total := v.by_bin[:, at].sum():
+                share = sample.draw(np.divide, v.high[:, at], v.by_bin[:, at].sum(axis=1))
+                what = f"share of {kind} that is HIGH"
+                found.append(sample.figure("classes", what, v.name, v.layer, share, total, is_control=True))
+    if len(by_layer) < 2:
+        return found
+    best_first = sorted(by_layer, key=lambda k: -by_layer[k].value)
+    for k in best_first if 0 in by_layer else []:
+        if k != 0:
+            what, less = f"{AUC}, less that of layer 0", by_layer[k].less(by_layer[0])
+            found.append(sample.figure("layers", what, "strength", k, less, n))
+    best = np.argmax([by_layer[k].replicates for k in best_first], axis=0)
+    for at, k in enumerate(best_first):
+        what, share = "share of bootstrap samples in which its AUC is the largest", fixed(float((best == at).mean()))
+        found.append(sample.figure("layers", what, "strength", k, share, n, is_control=k == 0))
+    return found
 
 
 def _auc(content: Floats, others: Floats) -> Floats:
@@ -176,182 +434,40 @@ def _auc(content: Floats, others: Floats) -> Floats:
     return np.asarray(wins / (content.sum(axis=1) * others.sum(axis=1)))
 
 
-def _auc_figure(
-    run: Run, what: str, layer: int | None, column: str, deepest: int,
-    counts: dict[str, tuple[Floats, Floats]], is_control: bool,
-) -> Figure:  # fmt: skip
-    values, content = counts["content"]
-    others = counts["others"][1]
-    exact = float(_auc(content[None], others[None])[0])
-    upto = np.cumsum(content + others)
-    low, high = (float(values[np.searchsorted(upto, q * upto[-1])]) for q in (0.001, 0.999))
-    width = (high - low) / (BINS - 2) or 1.0
-    position = f"least({BINS - 1}, greatest(0, 1 + floor(({column} - {low!r}) / {width!r})))::INTEGER"
-    rows = run.sql(
-        f"SELECT {_group(run)} AS g, {position} AS bin, class = 'content' AS is_content, count(*) "  # noqa: S608
-        f"FROM {_with_class(deepest)} WHERE class IN ('content', 'function', 'punctuation') GROUP BY ALL"
-    ).fetchall()
-    groups, at = np.unique([r[0] for r in rows], return_inverse=True)
-    binned = np.zeros((len(groups), 2, BINS))
-    kinds, bins, n_of = (np.array([int(r[i]) for r in rows]) for i in (2, 1, 3))
-    np.add.at(binned, (at, kinds, bins), n_of)
-    coarse, *interval = _bootstrap(binned, lambda s: _auc(s[:, 1], s[:, 0]))
-    least, most = (exact + x - coarse for x in interval)  # bins move the AUC a little, and all replicates alike
-    n = int(content.sum() + others.sum())
-    return Figure("classes", f"{what}: AUC of content against function words and punctuation", layer, exact, least,
-                  most, n, is_control)  # fmt: skip
-
-
-# --- shift, layers, dimensions, sinks --------------------------------------------------------------------
-
-
-def _shift(run: Run, layers: Sequence[int], recorded: set[str]) -> Iterator[Figure]:
-    for k in layers:
-        if f"shift_{k}" not in recorded:
-            continue
-        sums = _sums(
-            run, [f"sum(shift_{k}::DOUBLE) FILTER (high_{k})", f"sum(shift_{k}::DOUBLE)", f"count_if(high_{k})",
-                  "count(*)"], NORMAL,
-        )  # fmt: skip
-        sums = np.nan_to_num(sums)  # a group without a HIGH token has no sum
-        n = int(sums[:, 3].sum())
-        yield Figure("shift", "HIGH tokens' share of the shift", k, *_bootstrap(sums, _ratio(0, 1)), n, False)
-        yield Figure("shift", "HIGH tokens' share of the tokens", k, *_bootstrap(sums, _ratio(2, 3)), n, True)
-
-
-def _layers(run: Run, layers: Sequence[int]) -> Iterator[Figure]:
-    for a, b in pairwise(layers):
-        sums = _sums(
-            run, [f"count_if(high_{a} AND high_{b})", f"count_if(high_{a} OR high_{b})", "count(*)"], NORMAL
-        )  # fmt: skip
-        n = int(sums[:, 2].sum())
-        what = f"HIGH tokens in common with layer {a} (Jaccard)"
-        yield Figure("layers", what, b, *_bootstrap(sums, _ratio(0, 1)), n, False)
-        share = _bootstrap(sums, lambda s: (s[:, 0] + s[:, 1]) / 2 / s[:, 2])[0]
-        yield Figure("layers", f"the same of layer {a}, if drawn by chance", b, share / (2 - share), math.nan, math.nan,
-                     n, True)  # fmt: skip
-
-
-def _types(run: Run, layers: Sequence[int]) -> Iterator[Figure]:
-    """Eta squared: the share of the variance of strength that is between types."""
-    for k in layers:
-        rows = run.sql(
-            f"SELECT {_group(run)} AS g, token_id, count(*), sum(strength_{k}::DOUBLE), "  # noqa: S608
-            f"sum(strength_{k}::DOUBLE ** 2) FROM {NORMAL} GROUP BY ALL"
-        ).to_arrow_table()
-        g, types, n, total, squares = (rows.column(i).to_numpy() for i in range(5))
-        _, g = np.unique(g, return_inverse=True)
-        num_types, types = len(np.unique(types)), np.unique(types, return_inverse=True)[1]
-
-        def eta(weights: Floats) -> float:
-            w = weights[g]  # noqa: B023 - called before the next layer
-            by_type = [np.bincount(types, w * x, num_types) for x in (n, total)]  # noqa: B023
-            count, mean = (w * n).sum(), (w * total).sum() / (w * n).sum()  # noqa: B023
-            there = by_type[0] > 0
-            between = (by_type[1][there] ** 2 / by_type[0][there]).sum() - count * mean**2
-            return float(between / ((w * squares).sum() - count * mean**2))  # noqa: B023
-
-        ones = np.ones(g.max() + 1)
-        replicates = [eta(w) for w in _weights(len(ones))[:: REPLICATES // 200]]
-        low, high = np.quantile(replicates, [0.025, 0.975])
-        chance = (num_types - 1) / max(1, int(n.sum()) - 1)
-        yield Figure("types", "variance of strength between types (eta squared)", k, eta(ones), float(low), float(high),
-                     int(n.sum()), False)  # fmt: skip
-        yield Figure("types", "the same, if types had nothing to do with it", k, chance, math.nan, math.nan,
-                     int(n.sum()), True)  # fmt: skip
-
-
-RANKED = {
-    "how often the type occurs": "n",
-    "position in the document": "position",
-    "tokens of the document": "length",
-}
-
-
-def _ranks(run: Run, layers: Sequence[int]) -> Iterator[Figure]:
-    """Spearman's correlation of strength with what has nothing to do with context."""
-    deepest = layers[-1]
-    source = f"""(
-        SELECT t.*, v.n, d.n_tokens AS length FROM tokens t
-        JOIN (SELECT token_id, n FROM vocabulary WHERE layer = {deepest} AND class <> 'special') v USING (token_id)
-        JOIN (SELECT doc, n_tokens FROM documents) d USING (doc) WHERE NOT is_special
-    )"""  # noqa: S608
-    for k in layers:
-        for name, column in RANKED.items():
-            rank = "(sum(count(*)) OVER (ORDER BY {0}) - (count(*) - 1) / 2) / sum(count(*)) OVER ()"
-            ranked = f"""(
-                WITH t AS MATERIALIZED (SELECT doc, strength_{k} AS a, {column} AS b FROM {source}),
-                xs AS (SELECT a, {rank.format("a")} AS x FROM t GROUP BY a),
-                ys AS (SELECT b, {rank.format("b")} AS y FROM t GROUP BY b)
-                SELECT doc, x::DOUBLE AS x, y::DOUBLE AS y FROM t JOIN xs USING (a) JOIN ys USING (b)
-            )"""  # noqa: S608
-            sums = _sums(run, ["count(*)", "sum(x)", "sum(y)", "sum(x * x)", "sum(y * y)", "sum(x * y)"], ranked)
-
-            def spearman(s: Floats) -> Floats:
-                n, x, y, xx, yy, xy = s.T
-                return np.asarray((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)))
-
-            n = int(sums[:, 0].sum())
-            figures = _bootstrap(sums, spearman)
-            yield Figure("frequency", f"Spearman's rho of strength and {name}", k, *figures, n, False)
-
-
-def _dimensions(run: Run, layers: Sequence[int], recorded: set[str]) -> Iterator[Figure]:
-    for k in layers:
-        if f"strength_trimmed_{k}" not in recorded:
-            continue
-        ((q3,),) = run.sql(
-            f"SELECT q3 FROM signals WHERE signal = 'strength_trimmed' AND layer = {k}"  # noqa: S608
-        ).fetchall()
-        trimmed = f"strength_trimmed_{k} >= {q3!r}::FLOAT"
-        sums = _sums(
-            run, [f"sum(strength_{k}::DOUBLE ** 2 - strength_trimmed_{k}::DOUBLE ** 2)",
-                  f"sum(strength_{k}::DOUBLE ** 2)", f"count_if(high_{k} AND {trimmed})",
-                  f"count_if(high_{k} OR {trimmed})", "count(*)"], NORMAL,
-        )  # fmt: skip
-        n = int(sums[:, 4].sum())
-        dims = len(run.info["measure"]["outliers"][layers.index(k)])
-        yield Figure("dimensions", f"share of the squared norm in the {dims} largest dimensions", k,
-                     *_bootstrap(sums, _ratio(0, 1)), n, False)  # fmt: skip
-        yield Figure("dimensions", "the same, were all dimensions alike", k, dims / run.info["model"]["hidden_size"],
-                     math.nan, math.nan, n, True)  # fmt: skip
-        figures = _bootstrap(sums, _ratio(2, 3))
-        yield Figure("dimensions", "HIGH tokens in common without them (Jaccard)", k, *figures, n, False)
-
-
-def _sinks(run: Run, layers: Sequence[int]) -> Iterator[Figure]:
-    for k in layers:
-        sums = _sums(
-            run, [f"count_if(sink_{k})", "count(*)", f"sum(strength_{k}::DOUBLE)",
-                  f"sum(strength_{k}::DOUBLE) FILTER (NOT sink_{k})", f"count_if(NOT sink_{k})"], NORMAL,
-        )  # fmt: skip
-        sums = np.nan_to_num(sums)
-        n = int(sums[:, 1].sum())
-        yield Figure("sinks", "tokens that are sinks", k, *_bootstrap(sums, _ratio(0, 1)), n, False)
-        yield Figure("sinks", "mean strength over the mean without sinks", k,
-                     *_bootstrap(sums, lambda s: s[:, 2] / s[:, 1] / (s[:, 3] / s[:, 4])), n, False)  # fmt: skip
-
-
 # --- what is shown ---------------------------------------------------------------------------------------
 
 
-def to_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
+def to_json(found: Claims) -> dict[str, Any]:
     """Plain values; intervals that do not exist are null."""
-    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(f).items()}
-            for f in figures]  # fmt: skip
+    value = asdict(found)
+    for figure in value["figures"]:
+        figure |= {k: None for k, v in figure.items() if isinstance(v, float) and not math.isfinite(v)}
+    return value | {"claims": CLAIMS}
 
 
-def render(figures: Sequence[Figure], console: Console) -> None:
-    """A table for each claim: its figures, and beneath each its controls."""
+def render(found: Claims, console: Console) -> None:
+    """A table for each claim: figure by figure, each with its controls."""
     for claim, sentence in CLAIMS.items():
-        if not (mine := [f for f in figures if f.claim == claim]):
+        if not (mine := [f for f in found.figures if f.claim == claim]):
             continue
-        table = Table(title=sentence, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-        for heading in ("layer", "figure", "", "value", "95 % interval", "tokens"):
-            left = heading in ("layer", "figure", "")
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
-        for f in mine:
-            interval = "" if math.isnan(f.low) else f"{f.low:.3f} to {f.high:.3f}"
-            layer = "" if f.layer is None else str(f.layer)
-            table.add_row(layer, f.what, "control" if f.is_control else "", f"{f.value:.3f}", interval, f"{f.n:,}")
+        table = Table(title=f"\n{sentence}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+                      pad_edge=False, show_edge=False)  # fmt: skip
+        for heading in ("layer", "", "", "value", "95 % interval", "tokens", "documents"):
+            left = heading in ("layer", "")
+            table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        for what in dict.fromkeys(f.what for f in mine):
+            table.add_row("", f"{what}:")
+            for f in (f for f in mine if f.what == what):
+                layer = "" if f.layer is None else str(f.layer)
+                interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
+                table.add_row(layer, f"  {f.of}", "control" if f.is_control else "", shown(f.value), interval,
+                              f"{f.n:,}", f"{f.n_docs:,}")  # fmt: skip
         console.print(table)
+    console.print()
+    for note in found.notes:
+        console.print(note, markup=False)
+
+
+def shown(value: float) -> str:
+    """Three digits after the point, or two figures of what would vanish in them."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

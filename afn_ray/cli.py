@@ -150,6 +150,18 @@ def _parser() -> argparse.ArgumentParser:
         "strength (afn run --signals) add theirs.",
     )  # fmt: skip
     claims.add_argument("run", metavar="RUN", help=RUN_HELP)
+    claims.add_argument(
+        "--max-tokens", type=_positive, default=5_000_000, metavar="N",
+        help="tokens of a larger run that are read, in whole documents (default: 5,000,000)",
+    )  # fmt: skip
+    claims.add_argument("--masking", action="store_true",
+                        help="mask HIGH tokens, and as many others, and see what the model's output loses")  # fmt: skip
+    claims.add_argument(
+        "--sample", type=_positive, default=200, metavar="N", help="documents that --masking takes (default: 200)"
+    )
+    claims.add_argument("--model", help="where the run's model is now, for --masking (default: where it was)")
+    claims.add_argument("--trust-remote-code", action="store_true", help=_help_of("trust_remote_code"))
+    claims.add_argument("--allow-pickle", action="store_true", help=_help_of("allow_pickle"))
     claims.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a query (default: 600)")
     claims.add_argument("--json", action="store_true", help="print JSON")
     claims.set_defaults(call=_claims)
@@ -325,6 +337,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
 def _memory(text: str) -> str:
     if not re.fullmatch(r"\d+(\.\d+)?\s*([KMGT]i?B?|%)", text, re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give one such as 2GB, 512MiB or 50%")
@@ -401,11 +420,19 @@ def _claims(args: argparse.Namespace) -> None:
     from afn_ray import claims, query
 
     with query.open_run(args.run, timeout_s=args.timeout) as run:
-        figures = claims.claims(run)
+        found = claims.claims(run, max_tokens=args.max_tokens)
+        if args.masking:
+            from afn_ray import masking
+
+            figures, note = masking.check(
+                run, num_documents=args.sample, model_name=args.model, trust_remote_code=args.trust_remote_code,
+                allow_pickle=args.allow_pickle,
+            )  # fmt: skip
+            found = claims.Claims(found.run, (*found.notes, note), (*found.figures, *figures))
     if args.json:
-        print(json.dumps(claims.to_json(figures), indent=1))
+        print(json.dumps(claims.to_json(found), indent=1))
     else:
-        claims.render(figures, Console(highlight=False))
+        claims.render(found, Console(highlight=False))
 
 
 def _audit(args: argparse.Namespace) -> int:
