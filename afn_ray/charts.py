@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import compare, show
+from afn_ray import claims, compare, show
 from afn_ray.errors import printable
 from afn_ray.schema import CLASSES
 
@@ -276,6 +278,57 @@ def layers_charts(summary: show.Summary) -> list[Chart]:
     )
     heads = ("layer", "Q3 above the median", "CV", "AUC of rarity alone")
     return [shares, Chart("layers-spread", title, _spec(title, 260, layers, values), Table(title, heads, cells))]
+
+
+# --- claims ----------------------------------------------------------------------------------------------
+
+
+def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, list[Chart]]]:
+    """Each claim with a chart for each of what it is measured by: figures beside controls, with their intervals.
+
+    Drawn are those of ``layer``, of layer 0 and of none; of the claim about layers all. The tables have every layer.
+    """
+    return [
+        (sentence, [_claim_chart(claim, what, [f for f in mine if f.what == what], layer)
+                    for what in dict.fromkeys(f.what for f in mine)])
+        for claim, sentence in claims.CLAIMS.items()
+        if (mine := [f for f in found.figures if f.claim == claim])
+    ]  # fmt: skip
+
+
+def _claim_chart(claim: str, what: str, figures: Sequence[claims.Figure], layer: int) -> Chart:
+    drawn = [f for f in figures if claim == "layers" or f.layer in (None, 0, layer)]
+    values = [
+        {"row": f.of if f.layer is None else f"{f.of}, layer {f.layer}", "value": f.value, "n": f.n,
+         "kind": "control" if f.is_control else "figure",
+         **({} if math.isnan(f.low) else {"low": f.low, "high": f.high})}
+        for f in drawn
+    ]  # fmt: skip
+    rows = [v["row"] for v in values]
+    kinds = [k for k in ("figure", "control") if any(v["kind"] == k for v in values)]
+    colours = [{"figure": NOW, "control": BEFORE}[k] for k in kinds]
+    shapes = [{"figure": "circle", "control": "diamond"}[k] for k in kinds]
+    place = {"y": _by("row", sort=rows, axis=ROW_AXIS), "color": _colours("kind", kinds, colours) | {"legend": None}}
+    x = _of("value", axis={"tickCount": 5})
+    tooltip = [_by("row", "of"), _by("kind", "is"), _of("value", "value", format=".3~r"),
+               _of("low", "from", format=".3~r"), _of("high", "to", format=".3~r"),
+               _of("n", "tokens", format=",")]  # fmt: skip
+    mark = {**place, "x": x, "tooltip": tooltip,
+            "shape": _by("kind", scale={"domain": kinds, "range": shapes}, legend=None)}  # fmt: skip
+    layers: list[Spec] = [{"mark": DOT, "encoding": mark}]
+    if any("low" in v for v in values):  # Vega complains of a field that none has
+        layers.insert(0, {"transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 2},
+                          "encoding": {**place, "x": _of("low"), "x2": {"field": "high"}}})  # fmt: skip
+    cells = tuple(
+        (f.of, "" if f.layer is None else str(f.layer), "control" if f.is_control else "", claims.shown(f.value),
+         "" if math.isnan(f.low) else f"{claims.shown(f.low)} to {claims.shown(f.high)}", f"{f.n:,}", f"{f.n_docs:,}")
+        for f in figures
+    )  # fmt: skip
+    title = what[0].upper() + what[1:]
+    heads = ("of", "layer", "", "value", "95 % interval", "tokens", "documents")
+    name = "claim-" + "-".join(re.findall("[a-z0-9]+", f"{claim} {what}".lower()))
+    spec = _spec(f"{claims.CLAIMS[claim]}: {what}", 26 * len(values), layers, values)
+    return Chart(name, title, spec, Table(title, heads, cells, left=3))
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------

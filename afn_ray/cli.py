@@ -239,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN", help=RUN_HELP)
     report.add_argument("--baseline", metavar="RUN", help="run to say what has changed since, likewise")
     report.add_argument("--ranks-only", action="store_true", help="baseline of another measure: compare shares alone")
+    report.add_argument("--no-claims", action="store_true", help="leave out claims and controls, which take longest")
     report.add_argument("--out", metavar="FILE", type=_local, help="page to write (default: report-<run id>.html)")
     report.set_defaults(call=_report)
 
@@ -459,7 +460,7 @@ def _audit(args: argparse.Namespace) -> int:
                     audit.call_command(command, written) if command else None]  # fmt: skip
     if not args.no_report:
         try:
-            report.write_report(found.run, args.out / "report.html", baseline=found.baseline)
+            report.write_report(found.run, args.out / "report.html", baseline=found.baseline, with_claims=False)
         except Exception as error:  # noqa: BLE001 - a page is worth no verdict
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
@@ -529,7 +530,9 @@ def _explain(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from afn_ray import report
 
-    path = report.write_report(args.run, args.out, baseline=args.baseline, ranks_only=args.ranks_only)
+    path = report.write_report(
+        args.run, args.out, baseline=args.baseline, ranks_only=args.ranks_only, with_claims=not args.no_claims
+    )
     print(f"{path} is written; open it in a browser")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import charts, compare, manifest, query, show, storage
+from afn_ray import charts, claims, compare, manifest, query, show, storage
 from afn_ray.charts import MAX_ROWS, Chart, Table, cut, number, percent
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, printable
@@ -28,6 +28,8 @@ MAX_SCREENED_TOKENS = 240
 MAX_SCREENED_CHARS = 2_000
 """Of one document: a token may be as long as its document."""
 QUERY_TIMEOUT_S = 300.0
+CLAIMS_S = 300.0
+"""For which the claims may be looked into: afn claims takes as long as it needs."""
 PACKAGES = {"jinja2": "Jinja2", "vl_convert": "vl-convert-python"}
 
 
@@ -42,24 +44,29 @@ class ScreenedDocument:
 
 def write_report(
     run: str | manifest.RunFolder, out: Path | None = None, *, baseline: str | manifest.RunFolder | None = None,
-    ranks_only: bool = False,
+    ranks_only: bool = False, with_claims: bool = True,
 ) -> Path:  # fmt: skip
     """Write the page of ``run`` to ``out`` (None: ``report-<run id>.html`` here), whole or not at all; returns where.
 
     ``run`` and ``baseline`` are a run's URI, a store's for its latest complete run, or a folder. With a baseline the
-    page says what has changed since; ``ranks_only`` is that of ``compare``. Raises ``ConfigError`` without the packages
-    of ``afn-ray[report]`` or where ``out`` cannot be written, ``StoreError`` without such a run.
+    page says what has changed since; ``ranks_only`` is that of ``compare``. Without ``with_claims`` the page has none,
+    which saves most of its time. Raises ``ConfigError`` without the packages of ``afn-ray[report]`` or where ``out``
+    cannot be written, ``StoreError`` without such a run.
     """
     folder = manifest.find_run(run) if isinstance(run, str) else run
     path = Path(f"report-{folder.id}.html") if out is None else out
-    page = render(folder, None if baseline is None else compare.compare(baseline, folder, ranks_only=ranks_only))
+    comparison = None if baseline is None else compare.compare(baseline, folder, ranks_only=ranks_only)
+    page = render(folder, comparison, with_claims=with_claims)
     with storage.write_local(path) as file:
         file.write(page.encode())
     return path
 
 
-def render(run: manifest.RunFolder, comparison: compare.Comparison | None = None) -> str:
-    """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the tokens once."""
+def render(
+    run: manifest.RunFolder, comparison: compare.Comparison | None = None, *, with_claims: bool = True
+) -> str:  # fmt: skip
+    """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the tokens once, and
+    more often ``with_claims``."""
     jinja2, vl_convert = check_packages()
     info, summary = run.info, show.summarise(run)
     main = summary.layers[-1]
@@ -76,6 +83,9 @@ def render(run: manifest.RunFolder, comparison: compare.Comparison | None = None
     points = charts.points(words)
     with query.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
         salient, screened = _salient(tables, main.layer), _screened(run, tables)
+        claimed = _claims(tables) if with_claims else "they were not asked for"
+    claims_of = [] if isinstance(claimed, str) else charts.claims_charts(claimed, main.layer)
+    drawn["claims"] = [chart for _, group in claims_of for chart in group]
     style, script, template = (
         resources.files("afn_ray").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js", "html.jinja")
     )
@@ -87,6 +97,7 @@ def render(run: manifest.RunFolder, comparison: compare.Comparison | None = None
         run=run, title=_title(info["config"]["corpus"]), summary=summary, main=main,
         glance=_glance(summary, comparison), facts=show.facts(summary), cautions=show.cautions(summary),
         thresholds=_thresholds_table(summary), charts=drawn, points=points, salient=salient, screened=screened,
+        claims=claims_of, claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
         features=FEATURES, sources=_sources_table(run, main.layer), comparison=comparison,
         drift=None if comparison is None else _drift(comparison, main.layer),
         command=command_line(info["config"]), config=json.dumps(info["config"], indent=1),
@@ -297,6 +308,14 @@ def _salient(tables: query.Run, layer: int) -> tuple[Table, ...] | str:
         )
         for name, words in zip(("Most", "Least"), found, strict=True)
     )  # fmt: skip
+
+
+def _claims(tables: query.Run) -> claims.Claims | str:
+    """Claims and controls, or why they are not known."""
+    try:
+        return claims.claims(tables, max_s=CLAIMS_S)
+    except QueryError as error:
+        return str(error)
 
 
 def _screened(run: manifest.RunFolder, tables: query.Run) -> list[ScreenedDocument] | None:

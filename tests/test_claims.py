@@ -15,7 +15,7 @@ from conftest import write_jsonl
 from scipy import stats
 
 import afn_ray
-from afn_ray import claims, cli, masking
+from afn_ray import charts, claims, cli, masking
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 
@@ -206,6 +206,19 @@ def test_a_large_run_is_read_by_a_sample(
     assert few.notes[0].startswith(f"{there.sum():,} tokens of {len(docs)} documents, one in 4 of 120") and (
         "in 20 groups" in few.notes[0]
     )
+
+
+def test_a_page_draws_every_figure_of_the_layer_and_lists_those_of_all(found: claims.Claims) -> None:
+    drawn = charts.claims_charts(found, 3)
+    assert [sentence for sentence, _ in drawn] == list(claims.CLAIMS.values())[:-1]
+    every = [chart for _, group in drawn for chart in group]
+    assert len({chart.name for chart in every}) == len(every) == len({(f.claim, f.what) for f in found.figures})
+    assert sum(len(chart.table.rows) for chart in every) == len(found.figures)
+    (auc_chart,) = (c for c in every if c.title == claims.AUC)
+    rows = {v["row"]: v for v in auc_chart.spec["data"]["values"]}
+    assert rows.keys() == {"strength, layer 0", "strength, layer 3", "rarity (idf)", "attention received, layer 3",
+                           "norm-weighted attention, layer 3"}  # fmt: skip
+    assert rows["strength, layer 3"]["kind"] == "figure" and rows["strength, layer 0"]["kind"] == "control"
 
 
 def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(

@@ -23,7 +23,7 @@ import pytest
 from conftest import edit_sealed, write_jsonl
 
 import afn_ray
-from afn_ray import charts, cli, manifest, report, show
+from afn_ray import charts, claims, cli, manifest, report, show
 from afn_ray.config import RunConfig, config_from
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA
@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
 
 @pytest.fixture(scope="module")
 def plain(runs: list[manifest.RunFolder]) -> str:
-    return report.render(runs[0])
+    return report.render(runs[0], with_claims=False)
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +194,19 @@ def test_without_a_package_the_extra_is_named(
 def test_words_that_take_too_long_are_left_out_and_the_page_says_why(
     runs: list[manifest.RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def late(*args: object) -> None:
+    def late(*args: object, **options: object) -> None:
         raise QueryError("stopped after 300 s")
 
     monkeypatch.setattr(show, "salient_words", late)
-    assert "Not known: stopped after 300 s" in _Page.of(report.render(runs[0])).text
+    monkeypatch.setattr(claims, "claims", late)
+    text = _Page.of(report.render(runs[0])).text
+    assert "Not known: stopped after 300 s" in text and "Left out: stopped after 300 s." in text
 
 
 def test_labels_go_by_frozen_thresholds_where_there_are_any(runs: list[manifest.RunFolder]) -> None:
     config = config_from(runs[1].info["config"] | {"thresholds": runs[0].uri})
     with afn_ray.run(config) as run:
-        page = _Page.of(report.render(manifest.find_run(run.uri)))
+        page = _Page.of(report.render(manifest.find_run(run.uri), with_claims=False))
     assert f"Labels go by frozen thresholds, those of {runs[0].uri}" in page.text
     (theirs,) = (show.figure(f.thresholds["tokens"]["q3"]) for f in show.summarise(runs[0]).layers[-1:])
     drawn = page.data["charts"]["histogram-3"]["layer"][-2]["data"]["values"][0]
@@ -216,10 +218,10 @@ def test_the_file_is_written_whole_or_not_at_all(
     runs: list[manifest.RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    written = report.write_report(runs[0])
+    written = report.write_report(runs[0], with_claims=False)
     assert written == Path(f"report-{runs[0].id}.html") and written.is_file()
     with pytest.raises(ConfigError, match="cannot be written"):
-        report.write_report(runs[0], tmp_path / "nowhere" / "page.html")
+        report.write_report(runs[0], tmp_path / "nowhere" / "page.html", with_claims=False)
     assert [p.name for p in tmp_path.iterdir()] == [written.name]
 
 
@@ -310,7 +312,7 @@ def test_every_text_is_bounded_and_so_is_the_page(runs: list[manifest.RunFolder]
     assert page.stat().st_size < MAX_PAGE_BYTES
     run = manifest.RunFolder(runs[0].uri, runs[0].store, runs[0].id, json.loads(json.dumps(runs[0].info)))
     run.info["config"]["corpus"] = [f"/data/{i}.txt" for i in range(1_000_000)]
-    assert len(report.render(run)) < MAX_PAGE_BYTES
+    assert len(report.render(run, with_claims=False)) < MAX_PAGE_BYTES
     n = 30_000
     types = pa.table({
         "token_id": np.arange(n), "n": np.full(n, 10**6), "n_high": np.full(n, 10**5),
@@ -416,7 +418,9 @@ def test_the_page_is_drawn_without_a_word_or_a_request(opened: Opener, runs: lis
     drawn = tab.eval_on_selector_all(
         "[data-chart]", "all => all.map(e => [e.dataset.chart, !!e.querySelector('svg path')])"
     )
-    assert {name for name, _ in drawn} == {
+    claimed = {name for name, _ in drawn if name.startswith("claim-")}
+    assert {name.split("-")[1] for name in claimed} == {"classes", "layers", "types", "frequency", "sinks"}
+    assert {name for name, _ in drawn} - claimed == {
         *(f"histogram-{k}" for k in range(4)), "classes", "layers-classes", "layers-spread", "vocabulary", "movers"
     }  # fmt: skip
     assert all(has_marks for _, has_marks in drawn)
