@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -165,6 +166,21 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a query (default: 600)")
     claims.add_argument("--json", action="store_true", help="print JSON")
     claims.set_defaults(call=_claims)
+
+    neurons = commands.add_parser(
+        "neurons", help="which neurons answer to a word, and what a neuron answers to", epilog=EPILOG,
+        description="Of a run that recorded neurons (afn run --signals neurons). Without --word or --neuron: the most "
+        "selective ones.",
+    )  # fmt: skip
+    neurons.add_argument("run", metavar="RUN", help=RUN_HELP)
+    asked = neurons.add_mutually_exclusive_group()
+    asked.add_argument("--word", help="which neurons it has more often than other words have")
+    asked.add_argument("--neuron", type=_count, metavar="N", help="its types, and the tokens that have most of it")
+    neurons.add_argument("--layer", type=int, help="layer to show (default: the deepest recorded)")
+    neurons.add_argument("--top", type=_count, default=15, metavar="N", help="neurons to show (default: 15)")
+    neurons.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds a query (default: 600)")
+    neurons.add_argument("--json", action="store_true", help="print JSON")
+    neurons.set_defaults(call=_neurons)
 
     audit = commands.add_parser(
         "audit", help="the nightly audit: run, compare with an earlier run, judge by a policy", epilog=AUDIT_EPILOG,
@@ -434,6 +450,33 @@ def _claims(args: argparse.Namespace) -> None:
         print(json.dumps(claims.to_json(found), indent=1))
     else:
         claims.render(found, Console(highlight=False))
+
+
+def _neurons(args: argparse.Namespace) -> None:
+    from afn_ray import concepts, query
+
+    console = Console(highlight=False)
+    found: Any
+    with query.open_run(args.run, timeout_s=args.timeout) as run:
+        layer = concepts.layer_of(run, args.layer)
+        if args.word is not None:
+            found, occurrences = concepts.neurons_of_word(run, args.word, layer, args.top)
+            value = {"word": args.word, "layer": layer, "occurrences": occurrences,
+                     "neurons": [{**asdict(c), "lift": c.lift} for c in found]}  # fmt: skip
+            render = partial(concepts.render_word, args.word, found, occurrences)
+        elif args.neuron is not None:
+            neuron = concepts.find_neuron(run, layer, args.neuron)
+            found = concepts.contexts(run, layer, args.neuron)
+            value = {**asdict(neuron), "contexts": [asdict(c) for c in found]}
+            render = partial(concepts.render_neuron, neuron, found)
+        else:
+            found = concepts.selective_neurons(run, layer, args.top)
+            value = {"layer": layer, "neurons": [asdict(n) for n in found]}
+            render = partial(concepts.render_selective, found)
+    if args.json:
+        print(json.dumps(value, indent=1))
+    else:
+        render(console)
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -736,6 +779,17 @@ def _print_estimate(e: Estimate, console: Console) -> None:
         ("tokens", f"about {e.tokens:,} (from a sample)"),
         ("store", f"about {e.store_bytes:,} bytes"),
         ("time", f"about {_duration(e.seconds)}: {speed}"),
+        *(
+            (
+                (
+                    "signals",
+                    "time of the forward pass beside strength alone: "
+                    + ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items()),
+                ),
+            )
+            if e.signal_costs
+            else ()
+        ),
         ("measure", e.measure),
     ]
     for name, value in rows:

@@ -20,11 +20,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "txt_documents": ("file", "line"),
     "device": ("auto", "cpu", "cuda"),
     "executor": ("auto", "ray", "inline"),
+    "neurons_of": ("all", "high"),
 }
 SIGNAL = re.compile(r"[a-z][a-z_]*")
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 
+MOST_TOP_NEURONS = 256
 ANY_DEPTH = 10_000
 """Of a model that is not known yet: more than any has."""
 
@@ -46,6 +48,8 @@ class RunConfig:
     store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
     layers: str = _option("2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings")
     signals: str = _option("strength", "what to record beside strength: shift, attention, ... as in shift,attention")
+    top_neurons: int = _option(8, "neurons to record of each token, furthest from 0 (signal neurons; 5 bytes each)")
+    neurons_of: str = _option("all", "tokens to record neurons of: all, or high (HIGH by --thresholds, which it needs)")
     revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
     dtype: str = _option("auto", "of the matrix products; auto: half where a pilot finds it safe, else float32")
     window_tokens: int | None = _option(None, "tokens in a window; default: the model's context, at most 2048")
@@ -92,6 +96,11 @@ class RunConfig:
                 raise ConfigError(f"{name} is empty; it must be given")
         if self.thresholds == "":
             raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
+        if self.neurons_of == "high" and self.thresholds is None:
+            raise ConfigError("neurons_of is high, but what is HIGH is known before the corpus is measured only by "
+                              "thresholds: name the run whose thresholds say it")  # fmt: skip
+        if self.top_neurons > MOST_TOP_NEURONS:
+            raise ConfigError(f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
@@ -102,6 +111,7 @@ class RunConfig:
             ("tokenizer_workers", 0),
             ("allow_quarantined", 0),
             ("screen", 0),
+            ("top_neurons", 1),
             ("shard_bytes", 1024),
             ("max_document_bytes", 1),
         ):

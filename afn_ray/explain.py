@@ -28,8 +28,8 @@ from rich.text import Text
 from afn_ray import cluster, manifest, model, pipeline
 from afn_ray.config import config_from, resolve_layers
 from afn_ray.errors import ConfigError, ModelError
-from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series, strengths
-from afn_ray.signals import find_signals, series
+from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
+from afn_ray.signals import find_signals
 
 TABLE_ROWS = 40
 """Rows of the terminal's table, unless all are asked for."""
@@ -181,8 +181,9 @@ def explain(
     )  # fmt: skip
     config, device = plan.config, plan.device
     chosen = _index(plan.layers, layer)
-    shown = tuple(series(plan.layers, find_signals(signals)[0]))
-    plan = replace(plan, config=replace(config, signals=signals), series=shown)
+    if apart := [s.name for s in find_signals(signals)[0] if not s.is_series]:
+        raise ConfigError(f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show neurons")
+    plan = pipeline.with_signals(plan, signals)
     if pipeline.wants_outliers(plan) and not plan.outliers:
         raise ConfigError(f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
                           "looked for none; leave them out, or explain against a run that recorded them")  # fmt: skip
@@ -202,8 +203,8 @@ def explain(
         columns.append([replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)])
     sweep = () if layers is None else resolve_layers(layers, run.info["model"]["depth"])
     if elsewhere := tuple(k for k in sweep if k not in plan.layers):
-        plain = replace(plan.config, signals=STRENGTH)  # in a pass of its own: the first one is then just the run's
-        other = replace(plan, config=plain, layers=elsewhere, series=strengths(elsewhere), outliers=())
+        other = replace(plan, layers=elsewhere, outliers=())
+        other = pipeline.with_signals(other)  # in a pass of its own: the first one is then just the run's
         by_series |= zip(other.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True)
     quartiles = {k: [r.quartile for r in column] for k, column in zip(plan.layers, columns, strict=True)}
     cells = [_within_text(k, by_series[Series(STRENGTH, k)], special, quartiles.get(k)) for k in sweep]
@@ -315,6 +316,8 @@ def recorded_task(
     task, measure = pipeline.prepare(config, pipeline.find_model(config), device, config.dtype)
     if "outliers" in recorded:
         task, measure = pipeline.with_outliers(task, measure, recorded["outliers"])
+    if "neurons_above" in recorded:
+        task, measure = pipeline.with_neurons_above(task, measure, recorded["neurons_above"])
     if task.measure_id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
     return task

@@ -21,7 +21,11 @@ SAMPLE_DOCUMENTS = 200
 PILOT_DOCUMENTS = 2000
 PILOT_S = 2.0
 BYTES_PER_TOKEN = 6.0
-"""Upper estimate of the store's bytes for a token of one layer, offsets included; each further layer adds 3."""
+"""Upper estimate of the store's bytes for a token of one series, offsets included; each further series adds 3."""
+NEVER = 3.4e38
+"""A strength that none has."""
+BYTES_PER_NEURON = 6.5
+"""Upper estimate of the store's bytes for one neuron of a token, counts by type included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class Estimate:
     window_tokens: int
     overlap_tokens: int
     measure: str
+    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1
 
 
 def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
@@ -84,6 +89,8 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     task, measure = _find_outliers(task, measure, plan, on_event, keep=True)
     frozen = manifest.find_frozen(config, measure)
+    if config.neurons_of == "high":
+        task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
     folder = manifest.begin_run(config, measure, plan, begun_ns, frozen)
     if folder.info:
         if gone := manifest.lost_shards(config.store, task.measure_id, plan.shards, folder):
@@ -126,7 +133,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         tables = reduce_run(
             config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
             language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
-            frozen=frozen, tasks=tasks,
+            frozen=frozen, neuron_layers=task.neuron_layers, high_neurons=bool(task.neurons_above), tasks=tasks,
         )  # fmt: skip
         if config.screen:
             on_event(Event("screening", "looking for strange documents"))
@@ -200,10 +207,15 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     decided = _decide_precision(task, measure, plan, on_event, keep=False)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     task, measure = _find_outliers(task, measure, plan, on_event, keep=False)
+    frozen = manifest.find_frozen(config, measure)
+    if config.neurons_of == "high":
+        task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
     done = manifest.find_commits(config.store, task.measure_id, plan.shards)
     texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
     processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
     num_texts, num_tokens, num_bytes, seconds = 0, 0, 0, 0.0
+    alone, *others = processor.signals
+    taken = dict.fromkeys([alone.name, *(s.name for s in others)], 0.0)
     for begin in range(0, len(texts), 32):
         started = time.monotonic()
         measured = processor.measure(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
@@ -211,6 +223,10 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
         num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
         num_texts += len(texts[begin : begin + 32])
         num_bytes += sum(len(t.encode()) for t in texts[begin : begin + 32])
+        if others:
+            prepared = processor.preparer.prepare(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
+            for signals in ([alone], *([alone, other] for other in others)):
+                taken[signals[-1].name] += processor.seconds(prepared, signals)
         if seconds > PILOT_S:
             break
     processor.close()
@@ -224,12 +240,15 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
         documents = max(documents, round(plan.num_bytes * share / (num_bytes / num_texts)))
     rate = num_tokens / seconds if seconds else 0.0
     workers = min(cluster.count_workers(config, device), max(1, len(plan.shards) - len(done)))
-    bytes_per_token = BYTES_PER_TOKEN + 3.0 * (len(task.layers) - 1) - (0 if config.offsets else 2)
+    bytes_per_token = BYTES_PER_TOKEN + 3.0 * (len(task.series) - 1) - (0 if config.offsets else 2)
+    high = 0.25 if config.neurons_of == "high" else 1.0  # of tokens, where others' thresholds fit
+    bytes_per_token += BYTES_PER_NEURON * config.top_neurons * len(task.neuron_layers) * high
     return Estimate(
         len(plan.files), plan.skipped, documents, exact, plan.num_bytes, len(plan.shards), len(done), tokens,
         round(tokens * bytes_per_token), todo_bytes * per_byte / rate / workers if rate else 0.0, workers, rate,
         config.model, task.layers, files.depth, task.dtype, device, measure["window_tokens"],
         measure["overlap_tokens"], task.measure_id,
+        {s.name: taken[s.name] / taken[alone.name] - 1 for s in others} if taken[alone.name] else {},
     )  # fmt: skip
 
 
@@ -278,6 +297,12 @@ def _find_outliers(
         if keep:
             stored = manifest.write_pilot(task.config.store, key, stored)
     return pipeline.with_outliers(task, measure, stored["outliers"])
+
+
+def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[float]:
+    """Q3 of each layer in ``frozen``; where that run had no tokens, none is as strong."""
+    q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
+    return [NEVER if q3[k] is None else q3[k] for k in layers]
 
 
 def _in_turns(documents: Sequence[Document]) -> list[str]:

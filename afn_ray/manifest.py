@@ -40,14 +40,17 @@ IO_THREADS = 16
 LOOK_BACK = 100
 """Plans that are read to find the last one of a corpus, in a store that many share."""
 TABLES = ("tokens", "documents", "summary")
+NEURON_TABLES = ("neurons", "pairs")
+"""Of a shard whose neurons are recorded as well."""
 RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
     "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
-RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "sources", "screened")
+RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "sources", "screened",
+              "signals", "signal_vocabulary", "neurons", "neuron_types")  # fmt: skip
 HEX = re.compile("[0-9a-f]{32}")
 PROBE = re.compile("probe-[0-9a-f]{32}")
-SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES)})\.parquet")
+SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
 RUN_FILE = re.compile(rf"run\.json|audited\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 """Of the beginning of a run, at the beginning of its name."""
@@ -285,6 +288,10 @@ def _suffix(
     return fingerprint(ask)[:12]
 
 
+BESIDE_STRENGTH = frozenset({
+    "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above"
+})  # fmt: skip
+"""Of a measure: what changes no strength, so that thresholds mean the same."""
 FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
 """What a run takes from the thresholds of another, by column."""
 
@@ -298,10 +305,10 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
     if config.thresholds is None:
         return []
     run = find_run(config.thresholds)
-    if run.info["measure"]["id"] != fingerprint(measure):
+    theirs, ours = ({k: v for k, v in m.items() if k not in BESIDE_STRENGTH} for m in (run.info["measure"], measure))
+    if theirs != ours:
         raise ConfigError(
-            f"thresholds of {run.uri} are of another measure, and mean nothing here: "
-            f"{_differences(run.info['measure'], measure)}"
+            f"thresholds of {run.uri} are of another measure, and mean nothing here: {_differences(theirs, ours)}"
         )
     return frozen_rows(run)
 
@@ -570,7 +577,7 @@ def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Sha
     files = commit.files if isinstance(commit.files, dict) else {}
     names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
     escapes = any("/" in n or n in ("", ".", "..") for n in names)
-    if set(files) != set(TABLES) or escapes or not isinstance(commit.counts, dict):
+    if set(files) not in (set(TABLES), set(TABLES + NEURON_TABLES)) or escapes or not isinstance(commit.counts, dict):
         raise StoreError(f"{uri} is damaged: it names the files {names}")
     if (value.get("measure"), commit.shard) != (measure_id, shard):
         raise StoreError(

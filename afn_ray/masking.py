@@ -72,7 +72,7 @@ def check(
     )  # fmt: skip
     last, layer = (run.info["model"]["depth"],), run.info["layers"][-1]
     task = replace(
-        pipeline.strength_alone(task), layers=last, series=strengths(last), dtype="float32", outliers=()
+        pipeline.with_signals(task), layers=last, series=strengths(last), dtype="float32", outliers=()
     )  # fmt: skip
     changes = np.full((num_documents, len(KINDS), len(CHANGES)), np.nan)
     replaced = np.zeros((num_documents, len(KINDS)))

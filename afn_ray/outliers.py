@@ -24,6 +24,6 @@ def find_outliers(task: pipeline.Task, texts: Sequence[str]) -> list[list[int]]:
         size += len(sample[-1])
         if size >= PILOT_CHARS:
             break
-    with contextlib.closing(pipeline.Processor(replace(pipeline.strength_alone(task), dtype="float32"))) as processor:
+    with contextlib.closing(pipeline.Processor(replace(pipeline.with_signals(task), dtype="float32"))) as processor:
         squares = processor.mean_squares(sample)
     return [np.argsort(-row, kind="stable")[:DIMENSIONS].tolist() for row in squares]

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +23,22 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray import manifest, model, reading, records, tokens
+from afn_ray import manifest, model, neurons, reading, records, tokens
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
-from afn_ray.schema import SCHEMA_VERSION, SPECIAL, STRENGTH, Document, Series, Shard, fingerprint
-from afn_ray.signals import States, find_signals, series
+from afn_ray.schema import (
+    SCHEMA_VERSION,
+    SPECIAL,
+    STRENGTH,
+    Document,
+    Series,
+    Shard,
+    fingerprint,
+    neurons_column,
+    token_neurons_schema,
+)
+from afn_ray.signals import Neurons, Signal, States, find_signals, series
 from afn_ray.thresholds import Summary, round_strengths
 
 Values = npt.NDArray[np.float32]
@@ -56,6 +66,8 @@ class Task:
     measure_id: str
     identity: dict[str, str]  # of the model's files
     outliers: tuple[tuple[int, ...], ...] = ()  # dimensions of each layer that a signal leaves out
+    neuron_layers: tuple[int, ...] = ()  # of which neurons are recorded
+    neurons_above: tuple[float, ...] = ()  # of each of these the strength from which on they are; empty: of all tokens
 
 
 @dataclass(slots=True)
@@ -85,14 +97,17 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
         raise ModelError(f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}")
     encoder = tokens.TextEncoder(model.load_tokenizer(files))
     _, overlap = tokens.window_sizes(window, config.overlap_tokens, encoder.template)
-    signals, names = find_signals(config.signals)
+    signals, names = find_signals(config.signals, config.top_neurons)
     recorded = tuple(series(layers, signals))
+    neuron_layers = tuple(k for k in layers if k and any(isinstance(s, Neurons) for s in signals))
     measure = {
         "schema_version": SCHEMA_VERSION, "model": files.identity, "model_type": files.model_type,
         "layers": list(layers), "signals": names, "series": [list(s) for s in recorded],
         "window_tokens": window, "overlap_tokens": overlap, "offsets": config.offsets,
+        **({"neuron_layers": list(neuron_layers), "top_neurons": config.top_neurons} if neuron_layers else {}),
     }  # fmt: skip
-    return in_dtype(Task(config, layers, recorded, "", device, "", files.identity), measure, dtype)
+    task = Task(config, layers, recorded, "", device, "", files.identity, neuron_layers=neuron_layers)
+    return in_dtype(task, measure, dtype)
 
 
 def in_dtype(task: Task, measure: dict[str, Any], dtype: str) -> tuple[Task, dict[str, Any]]:
@@ -109,15 +124,23 @@ def with_outliers(
     return replace(task, outliers=tuple(map(tuple, outliers)), measure_id=fingerprint(measure)), measure
 
 
+def with_neurons_above(task: Task, measure: dict[str, Any], above: Sequence[float]) -> tuple[Task, dict[str, Any]]:
+    """The same task and measure, with neurons of those tokens alone whose strengths at ``neuron_layers`` are ``above``
+    or more."""
+    measure = measure | {"neurons_above": list(above)}
+    return replace(task, neurons_above=tuple(above), measure_id=fingerprint(measure)), measure
+
+
 def wants_outliers(task: Task) -> bool:
     """Whether a signal of ``task`` leaves outlier dimensions out."""
     return any("outliers" in s.needs for s in find_signals(task.config.signals)[0])
 
 
-def strength_alone(task: Task) -> Task:
-    """``task`` for pilots, which look at nothing else."""
-    recorded = tuple(s for s in task.series if s.signal == STRENGTH)
-    return replace(task, config=replace(task.config, signals=STRENGTH), series=recorded)
+def with_signals(task: Task, signals: str = STRENGTH) -> Task:
+    """``task`` that looks at ``signals``, whose names are of columns, and at nothing else."""
+    recorded = tuple(series(task.layers, find_signals(signals)[0]))
+    config = replace(task.config, signals=signals, neurons_of="all")
+    return replace(task, config=config, series=recorded, neuron_layers=(), neurons_above=())
 
 
 def _window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
@@ -163,13 +186,14 @@ class Processor:
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens, task.outliers)
-        self.signals, _ = find_signals(config.signals)
+        self.signals, _ = find_signals(config.signals, config.top_neurons)
         needs = frozenset(need for signal in self.signals for need in signal.needs)
         self.model.prepare(_probes(encoder, window), needs)
         self.progress.why_padded = self.model.why_padded or ""
         recipe = Recipe(
             tokenizer.to_str(), window, config.overlap_tokens, batch_tokens, self.model.causal, self.model.packed
         )
+        self._num_rows = len(task.series) + 2 * config.top_neurons * len(task.neuron_layers)  # of what is measured
         self.preparer = Preparer(recipe, encoder)
         self.feed = Feed(self.preparer, config.tokenizer_workers)
         self._device = threading.Lock()  # held by the shard whose turn it is
@@ -198,14 +222,18 @@ class Processor:
         counts = dict.fromkeys(
             ("documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars"), 0
         )
-        summary = Summary(self.task.series)
+        summary, pairs = Summary(self.task.series), neurons.PairSummary(self.task.neuron_layers)
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
         attempt = uuid.uuid4().hex[:16]
         origin = {"measure": self.task.measure_id, "shard": shard.id, "attempt": attempt}
         with _scratch_folder(config) as folder:
-            with records.ShardFiles(folder, self.task.series, config.offsets, origin) as files:
-                seconds = self._measure_and_write(documents, halvings, files, summary, counts)
-                files.write_summary(summary.tables())
+            with records.ShardFiles(
+                folder, self.task.series, self.task.neuron_layers, config.offsets, origin
+            ) as files:  # fmt: skip
+                seconds = self._measure_and_write(documents, halvings, files, summary, pairs, counts)
+                files.summary.write_each(summary.tables())
+                if files.pairs is not None:
+                    files.pairs.write_each(pairs.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
             return manifest.publish(
                 config.store, self.task.measure_id, shard, attempt, files.tables(), counts, round(seconds, 3), made_by
@@ -213,7 +241,7 @@ class Processor:
 
     def _measure_and_write(
         self, documents: Iterator[Document], halvings: int, files: records.ShardFiles, summary: Summary,
-        counts: dict[str, int],
+        pairs: neurons.PairSummary, counts: dict[str, int],
     ) -> float:  # fmt: skip
         """Returns the seconds for which the shard held the model."""
         behind: deque[Future[None]] = deque()
@@ -224,7 +252,7 @@ class Processor:
                     self.progress.wait_s += time.monotonic() - waiting
                     self.progress.read_s += chunk.read_s
                     values = self.values(chunk.prepared)
-                    behind.append(writer.submit(self._record, chunk, values, files, summary, counts))
+                    behind.append(writer.submit(self._record, chunk, values, files, summary, pairs, counts))
                     if len(behind) > WRITTEN_BEHIND:
                         behind.popleft().result()
                     waiting = time.monotonic()
@@ -263,7 +291,8 @@ class Processor:
         return Measured(prepared.encoded, self.values(prepared), len(self.task.layers))
 
     def values(self, prepared: Prepared) -> Values:
-        """Rounded [n_series, n_tokens]. Raises ``OutOfMemory`` where a batch does not fit."""
+        """Rounded [n_measured, n_tokens]: the series, then for each layer whose neurons are recorded their numbers and
+        their values. Raises ``OutOfMemory`` where a batch does not fit."""
         try:
             return self._values(prepared)
         except Exception as error:
@@ -271,10 +300,17 @@ class Processor:
                 raise OutOfMemory(f"a batch did not fit into the memory of {self.task.device}: {error}") from error
             raise
 
+    def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
+        """What the forward passes take that measure ``signals`` of ``prepared``."""
+        began = time.monotonic()
+        for batch in prepared.batches:
+            self.model.measure(batch.ids, batch.lengths, signals)
+        return time.monotonic() - began
+
     def _values(self, prepared: Prepared) -> Values:
         began = time.monotonic()
         self.progress.tokenize_s += prepared.seconds
-        result = np.full((len(self.task.series), len(prepared.encoded.token_ids)), np.nan, np.float32)
+        result = np.full((self._num_rows, len(prepared.encoded.token_ids)), np.nan, np.float32)
         under_way: deque[tuple[tokens.TokenBatch, model.Pending]] = deque()
 
         def take() -> None:
@@ -294,15 +330,18 @@ class Processor:
         return round_strengths(result)
 
     def _record(
-        self, read: Chunk, values: Values, files: records.ShardFiles, summary: Summary, counts: dict[str, int]
-    ) -> None:
-        """Write the rows of one chunk and add it to the summary."""
+        self, read: Chunk, values: Values, files: records.ShardFiles, summary: Summary, pairs: neurons.PairSummary,
+        counts: dict[str, int],
+    ) -> None:  # fmt: skip
+        """Write the rows of one chunk and add it to the summaries."""
         began = time.monotonic()
         first_doc = counts["documents"]
         chunk, prepared, encoded = read.documents, read.prepared, read.prepared.encoded
         n_tokens = np.diff(encoded.bounds)
+        values, tops = np.split(values, [len(self.task.series)])
         bad = np.zeros(len(chunk), bool)
         bad[encoded.docs[~(values >= 0).all(axis=0) | np.isinf(values).any(axis=0)]] = True
+        bad[encoded.docs[~(np.abs(tops) < neurons.LIMIT).all(axis=0)]] = True
         status = [
             f"quarantined: {d.problem}" if d.problem is not None
             else f"quarantined: {self._why_bad(values[:, encoded.docs == i])}" if bad[i]
@@ -325,6 +364,10 @@ class Processor:
             table = table.filter(pa.array(keep))
         files.tokens.write(table)
         summary.add(docs[keep], encoded.token_ids[keep], flags[keep], {s: x[keep] for s, x in by_series.items()})
+        if files.neurons is not None:
+            which, lists = self._neurons(tops, by_series, docs, encoded.positions, flags, keep)
+            files.neurons.write(lists)
+            pairs.add(encoded.token_ids[which], flags[which], lists)
         files.documents.write(
             records.make_table(
                 {
@@ -357,9 +400,28 @@ class Processor:
             self.progress.documents += len(chunk)
             self.progress.write_s += time.monotonic() - began
 
+    def _neurons(
+        self, tops: Values, by_series: Mapping[Series, Values], docs: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], keep: npt.NDArray[np.bool_],
+    ) -> tuple[npt.NDArray[np.int64], pa.Table]:  # fmt: skip
+        """Tokens whose neurons are recorded, and the rows of ``token_neurons_schema`` for them."""
+        layers, above = self.task.neuron_layers, self.task.neurons_above
+        normal = (flags & SPECIAL) == 0
+        high = [by_series[Series(STRENGTH, k)] >= q3 for k, q3 in zip(layers, above, strict=True)] if above else []
+        which = np.flatnonzero(keep & (normal & np.any(high, axis=0)) if above else keep)
+        lists = {
+            neurons_column(k): neurons.lists_of(part[:, which], high[at][which] if above else None)
+            for at, (k, part) in enumerate(zip(layers, np.split(tops, len(layers)), strict=True))
+        }
+        columns = {"doc": docs[which], "position": positions[which], **lists}
+        return which, records.make_table(columns, token_neurons_schema(layers))
+
     def _why_bad(self, values: Values) -> str:
         """What is wrong with a document of ``values`` [n_series, n_tokens]."""
-        (at, *_) = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
+        wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
+        if not len(wrong):
+            return f"the model gave a neuron of {neurons.LIMIT:,.0f} or more, or one that is not finite"
+        at = wrong[0]
         what = "negative" if (values[at] < 0).any() else f"not finite in {self.task.dtype}"
         return f"the model gave a {self.task.series[at].signal} that is {what}"
 

@@ -92,7 +92,7 @@ def decide(task: pipeline.Task, texts: Sequence[str]) -> Precision:
     own precision, and the median relative error is under ``MAX_MEDIAN_ERROR``. A precision that the config names
     is taken, with the same figures beside it.
     """
-    task = pipeline.strength_alone(task)
+    task = pipeline.with_signals(task)
     asked = task.config.dtype
     names = candidates(asked, task.device)
     if not names:

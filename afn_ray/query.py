@@ -26,6 +26,8 @@ from afn_ray.schema import (
     DRIFT_SCHEMA,
     HISTOGRAM_SCHEMA,
     MOVERS_SCHEMA,
+    NEURON_TYPES_SCHEMA,
+    NEURONS_SCHEMA,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SIGNAL_VOCABULARY_SCHEMA,
@@ -35,7 +37,7 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.views import DERIVED, VIEWS, File, statements
+from afn_ray.views import DERIVED, VIEWS, File, NeuronFiles, statements
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.Sta
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
+TABLE_NAME = re.compile(r"\w[\w.-]*\.parquet", re.ASCII)
 
 MAX_TIMEOUT_S = 1_000_000
 
@@ -76,14 +79,14 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
     folder = manifest.find_run(uri)
     tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
-    files = {t: _paths(_files(folder, tables["shards"], t), "store() || ") for t in ("tokens", "documents")}
+    files = _files(folder, tables["shards"])
     place = folder.store.rstrip("/").replace("'", "''")
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         # The format of DuckDB 1.0: by default the file has one that only the newest clients open.
         with duckdb.connect(unfinished, config={"storage_compatibility_version": "v1.0.0"}) as connection:
             connection.execute(f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'")
-            _create(connection, folder, tables, files)
+            _create(connection, folder, tables, files, "store() || ")
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
@@ -168,12 +171,13 @@ class Run:
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._memory_limit, self._timeout_s = memory_limit, timeout_s
         tables = _tables(folder, baseline)
-        files = {table: _files(folder, tables["shards"], table) for table in ("tokens", "documents")}
-        self._files = storage.ReadOnlyFiles(folder.store, _named(files["tokens"]) | _named(files["documents"]))
+        files = _files(folder, tables["shards"])
+        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
+        self._files = storage.ReadOnlyFiles(folder.store, named)
         with self._plain_errors():
             self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
             self._connection.register_filesystem(self._files)
-            _create(self._connection, folder, tables, {t: _paths(files[t], AFN) for t in files})
+            _create(self._connection, folder, tables, files, AFN)
             for statement in (
                 "SET disabled_filesystems = 'LocalFileSystem'",
                 "SET allowed_directories = ['afn://']",  # it grants writing too, which ReadOnlyFiles refuses
@@ -327,9 +331,9 @@ def _settings(memory_limit: str, threads: int | None) -> dict[str, Any]:
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
-    "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA,
+    "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
 }  # fmt: skip
-MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary")
+MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons")
 """A run made before there was such a table, or without asking for it, has an empty one."""
 
 
@@ -352,9 +356,9 @@ def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> 
 
 def _create(
     connection: duckdb.DuckDBPyConnection, folder: manifest.RunFolder, tables: Mapping[str, pa.Table],
-    files: Mapping[str, Sequence[File]],
+    files: Mapping[str, Sequence[_File]], before: str,
 ) -> None:  # fmt: skip
-    """Make the run's tables, views and macros in ``connection``."""
+    """Make the run's tables, views and macros in ``connection``; ``before`` is SQL before the name of a file."""
     quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
     layers = folder.info["layers"]
     if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
@@ -366,10 +370,22 @@ def _create(
         connection.register("incoming", table)
         connection.execute(f"CREATE TABLE {name} AS FROM incoming")
         connection.unregister("incoming")
-    first = files["tokens"][0].path
-    offsets = "start" in connection.sql(f"FROM read_parquet([{first}])").columns
-    for statement in statements(files["tokens"], files["documents"], layers, quartiles, others, offsets):
+    paths = {table: _paths(of_table, before) for table, of_table in files.items()}
+    offsets = "start" in _columns(connection, paths["tokens"][0].path)
+    neurons = None
+    if "neurons" in paths:
+        found = [re.fullmatch(r"neurons_(\d+)", c) for c in _columns(connection, paths["neurons"][0].path)]
+        neurons = NeuronFiles([int(m[1]) for m in found if m], paths["neurons"], paths["neuron_types"][0].path)
+    connection.execute("CREATE SCHEMA internal")
+    connection.register("incoming", NEURON_TYPES_SCHEMA.empty_table())
+    connection.execute("CREATE TABLE internal.no_neuron_types AS FROM incoming")
+    connection.unregister("incoming")
+    for statement in statements(paths["tokens"], paths["documents"], layers, quartiles, others, neurons, offsets):
         connection.execute(statement)
+
+
+def _columns(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
+    return connection.sql(f"FROM read_parquet([{path}])").columns
 
 
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
@@ -380,34 +396,42 @@ def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table
 
 
 class _File(NamedTuple):
-    """One shard's file of a table."""
+    """One shard's file of a table, or a file of the run's own."""
 
     name: str  # below the store
     uri: str
     size: int  # bytes
-    shard: dict[str, Any]  # its row of ``shards``
+    shard: Mapping[str, Any]  # its row of ``shards``
 
 
 AFN = "'afn://' || "
 """Before a file's name: a run's own files, through ``storage.ReadOnlyFiles``."""
 
 
-def _files(folder: manifest.RunFolder, shards: pa.Table, table: str) -> list[_File]:
-    """The run's files of ``table``, in the order of its shards."""
-    size = {"tokens": "token_bytes", "documents": "document_bytes"}[table]
-    files = []
+def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File]]:
+    """The files that the views read, by table, in the order of the run's shards."""
+    files: dict[str, list[_File]] = {"tokens": [], "documents": [], "neurons": []}
     for shard in shards.to_pylist():
-        name = shard[f"{table}_file"]
-        if not FILE_NAME.fullmatch(name):
-            raise StoreError(f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a shard's file")
-        files.append(_File(name, storage.join(folder.store, name), shard[size], shard))
-    if not files:
-        raise StoreError(f"{folder.uri}/shards.parquet is damaged: it names no shards")
-    return files
+        for table, of_table in files.items():
+            name = shard[f"{table}_file"]
+            if name is None and table == "neurons":
+                continue
+            if not FILE_NAME.fullmatch(name or ""):
+                raise StoreError(f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a shard's file")
+            of_table.append(_File(name, storage.join(folder.store, name), shard[SIZES[table]], shard))
+    if not files["tokens"] or len(files["neurons"]) not in (0, len(files["tokens"])):
+        raise StoreError(f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files")
+    if not files["neurons"]:
+        return {name: of_table for name, of_table in files.items() if of_table}
+    entry = folder.info["tables"].get("neuron_types", {})
+    if not TABLE_NAME.fullmatch(name := str(entry.get("name"))):
+        raise StoreError(f"{folder.uri}/run.json is damaged: {name!r} is not the name of its table neuron_types")
+    path = f"runs/{folder.id}/{name}"
+    return files | {"neuron_types": [_File(path, storage.join(folder.store, path), entry["bytes"], NO_SHARD)]}
 
 
-def _named(files: Sequence[_File]) -> dict[str, tuple[str, int]]:
-    return {f.name: (f.uri, f.size) for f in files}
+SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}
+NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
 
 
 def _paths(files: Sequence[_File], before: str) -> list[File]:

@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afn_ray.errors import Interrupted
-from afn_ray.schema import SUMMARY_SCHEMA, Series, documents_schema, tokens_schema
+from afn_ray.schema import (
+    PAIRS_SCHEMA,
+    SUMMARY_SCHEMA,
+    Series,
+    documents_schema,
+    token_neurons_schema,
+    tokens_schema,
+)
 
 ROW_GROUP_ROWS = 1 << 19
 """Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3 ms."""
@@ -24,7 +31,8 @@ ROW_GROUP_ROWS = 1 << 19
 BATCH_ROWS = 1 << 18
 """Rows that are read at a time."""
 
-_DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins")
+_DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins",
+          "total")  # fmt: skip
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -34,17 +42,28 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     """
     encodings: dict[str, str] = {}
     dictionaries: list[str] = []
-    for field in schema:
-        leaf = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
-        if field.name in _DELTA:
+    for leaf, name, kind in _leaves(schema):
+        if name in _DELTA:
             encodings[leaf] = "DELTA_BINARY_PACKED"
-        elif pa.types.is_floating(field.type):
+        elif pa.types.is_floating(kind):
             encodings[leaf] = "BYTE_STREAM_SPLIT"
-        elif not pa.types.is_fixed_size_binary(field.type):
+        elif not pa.types.is_fixed_size_binary(kind):
             dictionaries.append(leaf)
     return pq.ParquetWriter(
         path, schema, compression="zstd", compression_level=3, use_dictionary=dictionaries, column_encoding=encodings
     )
+
+
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:
+    """Path, name and type of each column as Parquet has it: of what is in a list or a struct too."""
+    for field in schema:
+        path, kind = field.name, field.type
+        if pa.types.is_list(kind):
+            path, kind = f"{path}.list.element", kind.value_type
+        if pa.types.is_struct(kind):
+            yield from ((f"{path}.{f.name}", f.name, f.type) for f in kind)
+        else:
+            yield path, field.name, kind
 
 
 class TableFile:
@@ -71,6 +90,12 @@ class TableFile:
                 self._file.write_table(pa.concat_tables(self._pending).unify_dictionaries(), ROW_GROUP_ROWS)
         self._pending, self._pending_rows = [], 0
 
+    def write_each(self, tables: Iterable[pa.Table]) -> None:
+        """Row groups of each table's own, so that a reduce reads one at a time."""
+        for table in tables:
+            self.write(table)
+            self.flush()
+
     def close(self) -> None:
         self.flush()
         with _scratch(self.path):
@@ -78,12 +103,15 @@ class TableFile:
 
 
 class ShardFiles:
-    """The three files of one attempt at a shard, closed on leaving the context.
+    """The files of one attempt at a shard, closed on leaving the context: those of neurons where they are recorded.
 
     ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs.
     """
 
-    def __init__(self, folder: Path, series: Sequence[Series], offsets: bool, origin: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, series: Sequence[Series], neuron_layers: Sequence[int], offsets: bool,
+        origin: Mapping[str, str],
+    ) -> None:  # fmt: skip
         def table(name: str, schema: pa.Schema) -> TableFile:
             label = json.dumps({**origin, "table": name})
             return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
@@ -91,6 +119,10 @@ class ShardFiles:
         self.tokens = table("tokens", tokens_schema(series, offsets))
         self.documents = table("documents", documents_schema(series))
         self.summary = table("summary", SUMMARY_SCHEMA)
+        self.neurons = table("neurons", token_neurons_schema(neuron_layers)) if neuron_layers else None
+        self.pairs = table("pairs", PAIRS_SCHEMA) if neuron_layers else None
+        files = (self.tokens, self.documents, self.summary, self.neurons, self.pairs)
+        self._files = [f for f in files if f is not None]
 
     def __enter__(self) -> ShardFiles:
         return self
@@ -98,22 +130,13 @@ class ShardFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self.tokens, self.documents, self.summary):
+        for file in self._files:
             if kind is None:
                 file.close()
 
-    def write_summary(self, tables: Iterable[pa.Table]) -> None:
-        """One row group per series, so that a reduce reads one at a time."""
-        for table in tables:
-            self.summary.write(table)
-            self.summary.flush()
-
     def tables(self) -> dict[str, tuple[Path, int]]:
         """Path and rows of each file."""
-        return {
-            name: (file.path, file.num_rows)
-            for name, file in (("tokens", self.tokens), ("documents", self.documents), ("summary", self.summary))
-        }
+        return {file.path.stem: (file.path, file.num_rows) for file in self._files}
 
 
 def read_origin(file: pq.ParquetFile) -> dict[str, str]:
@@ -126,11 +149,13 @@ def read_origin(file: pq.ParquetFile) -> dict[str, str]:
 
 
 def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """``columns`` (numpy arrays or lists) as a table of ``schema``; columns that it does not have are left out."""
+    """``columns`` (arrays or lists) as a table of ``schema``; columns that it does not have are left out."""
     arrays = []
     for field in schema:
         values = columns[field.name]
-        if pa.types.is_dictionary(field.type):
+        if isinstance(values, pa.Array):
+            arrays.append(values)
+        elif pa.types.is_dictionary(field.type):
             arrays.append(pa.array(values, field.type.value_type).dictionary_encode())
         else:
             arrays.append(pa.array(values, field.type))

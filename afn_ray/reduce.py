@@ -8,6 +8,8 @@ Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks`
     total   all parts' counts                    -> the layer's histogram and thresholds
     types   a part, what labels go by            -> statistics of each type
 
+Pairs of neurons and types go the same way, cut by neuron, to a last step that gives the rows of both their tables.
+
 All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls holds handles and
 the small tables at the end.
 """
@@ -15,7 +17,7 @@ the small tables at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -23,9 +25,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray import lexicon, manifest
+from afn_ray import lexicon, manifest, neurons
 from afn_ray.errors import StoreError
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
@@ -33,7 +36,6 @@ from afn_ray.schema import (
     SIGNAL_VOCABULARY_SCHEMA,
     SIGNALS_SCHEMA,
     STRENGTH,
-    SUMMARY_SCHEMA,
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
     Series,
@@ -103,23 +105,22 @@ class SummaryFile(NamedTuple):
 def reduce_run(
     store: str, measure_id: str, commits: Sequence[manifest.Commit], series: Sequence[Series], *,
     pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
-    frozen: Sequence[dict[str, Any]] = (), tasks: Tasks | None = None,
+    frozen: Sequence[dict[str, Any]] = (), neuron_layers: Sequence[int] = (), high_neurons: bool = False,
+    tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The run's tables from its shards' summaries, by ``tasks`` or in this process.
 
     ``commits`` in plan order, ``num_bytes`` read for each; ``series`` as the shards have them, strength first;
     ``pieces`` and ``readable`` are the vocabulary's texts by token id; ``frozen`` has rows of ``manifest.FROZEN`` to
-    label by instead of the run's own thresholds. The result does not depend on how the corpus was cut into shards.
+    label by instead of the run's own thresholds; ``neuron_layers`` of which neurons are recorded, ``high_neurons``
+    where of HIGH tokens alone. The result does not depend on how the corpus was cut into shards.
     Raises ``StoreError`` when a summary is missing or damaged, or when together they have not the tokens that the
     commits count.
     """
     tasks = tasks or Inline()
     n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
     n_tokens = sum(c.counts["tokens"] for c in commits)
-    files = [
-        SummaryFile(c.shard, f["name"], f["rows"], f["bytes"], f["sha256"])
-        for c in commits for f in (c.files["summary"],)
-    ]  # fmt: skip
+    files = _files(commits, "summary")
     submitted = [
         _submit_series(
             tasks, store, measure_id, files, at, series, sink_factor,
@@ -150,6 +151,7 @@ def reduce_run(
         labels += goes_by
         histograms.append(histogram)
         vocabularies.append(vocabulary)
+    vocabulary = pa.concat_tables(vocabularies)
     others = {
         "signals": pa.Table.from_pylist(signals, SIGNALS_SCHEMA),
         "signal_vocabulary": pa.concat_tables([SIGNAL_VOCABULARY_SCHEMA.empty_table(), *signal_vocabularies]),
@@ -159,9 +161,45 @@ def reduce_run(
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
         **({"frozen": pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)} if frozen else {}),
         "histogram": pa.concat_tables(histograms),
-        "vocabulary": pa.concat_tables(vocabularies),
+        "vocabulary": vocabulary,
         **(others if signals else {}),
-    }
+        **(_neurons(tasks, store, measure_id, commits, neuron_layers, vocabulary, high_neurons, readable)
+           if neuron_layers else {}),
+    }  # fmt: skip
+
+
+def _files(commits: Sequence[manifest.Commit], table: str) -> list[SummaryFile]:
+    return [
+        SummaryFile(c.shard, f["name"], f["rows"], f["bytes"], f["sha256"]) for c in commits for f in (c.files[table],)
+    ]
+
+
+def _neurons(
+    tasks: Tasks, store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int],
+    vocabulary: pa.Table, high_only: bool, readable: Sequence[str],
+) -> dict[str, pa.Table]:  # fmt: skip
+    """The tables of neurons. Tokens that have a list are all but special ones, or those of them that are HIGH."""
+    files = _files(commits, "pairs")
+    submitted = []
+    for layer in layers:
+        here = vocabulary.filter((pc.field("layer") == layer) & (pc.field("class") != "special"))
+        types = {"token_id": here["token_id"].to_numpy(), "n": here["n_high" if high_only else "n"].to_numpy()}
+        num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (len(layers) * PART_BYTES))
+        leaves = (
+            tasks.submit(_read_pairs, store, measure_id, group, layer, num_parts, num_results=num_parts)
+            for group in _groups(files, len(layers))
+        )
+        parts = _tree(tasks, leaves, _merge_pairs, layer)
+        submitted.append([tasks.submit(_neuron_tables, part, layer, types, num_results=2) for part in parts])
+    by_neuron, by_pair = [], []
+    for layer_parts in submitted:
+        tables = [[tasks.result(handle) for handle in part] for part in layer_parts]
+        order = [("layer", "ascending"), ("neuron", "ascending")]
+        by_neuron.append(pa.concat_tables([t for t, _ in tables]).sort_by(order))
+        by_pair.append(pa.concat_tables([t for _, t in tables]).sort_by([*order, ("token_id", "ascending")]))
+    return {
+        "neurons": neurons.with_texts(pa.concat_tables(by_neuron), readable), "neuron_types": pa.concat_tables(by_pair)
+    }  # fmt: skip
 
 
 # --- the tree --------------------------------------------------------------------------------------------
@@ -174,6 +212,21 @@ def _submit_series(
     """Handles of one series' ``_total``, and of ``_types`` of each part."""
     one, num_series = series[at], len(series)
     num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
+    leaves = (
+        tasks.submit(_read, store, measure_id, group, at, one, num_parts, num_results=num_parts)
+        for group in _groups(files, num_series)
+    )
+    parts = _tree(tasks, leaves, _merge, one)
+    counts = [tasks.submit(_count, part)[0] for part in parts]
+    total = tasks.submit(_total, one.layer, sink_factor, frozen, *counts, num_results=3)
+    return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
+
+
+def _tree(tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequence[Any]], subject: Any) -> list[Any]:
+    """Handles of the parts of the sum of ``leaves``, each of which has handles of the same parts.
+
+    ``merge(subject, *parts)`` adds them up.
+    """
     levels: list[list[list[Any]]] = [[]]  # at height h: sums of FAN_IN^h groups, each as handles of its parts
 
     def merge_level(height: int) -> None:
@@ -182,12 +235,12 @@ def _submit_series(
             levels.append([])
         if len(levels[height]) > 1:
             of_part = zip(*levels[height], strict=True)
-            levels[height] = [[tasks.submit(_merge, one, *handles)[0] for handles in of_part]]
+            levels[height] = [[tasks.submit(merge, subject, *handles)[0] for handles in of_part]]
         levels[height + 1] += levels[height]
         levels[height] = []
 
-    for group in _groups(files, num_series):
-        levels[0].append(tasks.submit(_read, store, measure_id, group, at, one, num_parts, num_results=num_parts))
+    for leaf in leaves:
+        levels[0].append(leaf)
         height = 0
         while len(levels[height]) == FAN_IN:
             merge_level(height)
@@ -195,9 +248,7 @@ def _submit_series(
     for height in range(len(levels)):
         merge_level(height)
     (parts,) = levels[-1]
-    counts = [tasks.submit(_count, part)[0] for part in parts]
-    total = tasks.submit(_total, one.layer, sink_factor, frozen, *counts, num_results=3)
-    return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
+    return parts
 
 
 def _groups(files: Sequence[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
@@ -257,6 +308,33 @@ def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
     return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]
 
 
+def _read_pairs(store: str, measure_id: str, files: Sequence[SummaryFile], layer: int, num_parts: int) -> list[bytes]:
+    """The sum of the pairs of ``files`` at ``layer``; part p has the neurons whose number is p modulo the number."""
+
+    def read(file: SummaryFile) -> neurons.Pairs:
+        data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
+        table = pq.read_table(pa.BufferReader(data), filters=[("layer", "=", layer)], use_threads=False)
+        return neurons.Pairs.from_table(table)
+
+    total = neurons.EMPTY
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for begin in range(0, len(files), READ_AHEAD):
+            total = neurons.Pairs.merge([total, *pool.map(read, files[begin : begin + READ_AHEAD])])
+    table = total.to_table(layer)
+    part_of = table["neuron"].to_numpy() % num_parts
+    return [_encode(table.filter(pa.array(part_of == part))) for part in range(num_parts)]
+
+
+def _merge_pairs(layer: int, *parts: bytes) -> list[bytes]:
+    """The sum of ``parts``."""
+    return [_encode(neurons.Pairs.merge(neurons.Pairs.from_table(_decode(p)) for p in parts).to_table(layer))]
+
+
+def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.Table]:
+    """``neurons.neuron_tables`` of ``part``."""
+    return list(neurons.neuron_tables(neurons.Pairs.from_table(_decode(part)), layer, types))
+
+
 def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
     """What a ``Tasks`` elsewhere runs: a lone value comes out of its sequence."""
     values = function(*args)
@@ -267,15 +345,17 @@ def _encode(table: pa.Table) -> bytes:
     """A sum as it travels: 2 to 4 bytes for a distinct pair of a type and a strength, where memory takes 16."""
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, row_group_size=max(1, len(table)), compression="zstd", use_dictionary=["counts.list.element"],
-        column_encoding={"bins.list.element": "DELTA_BINARY_PACKED"}, write_statistics=False,
+        table, sink, row_group_size=max(1, len(table)), compression="zstd",
+        use_dictionary=["counts.list.element", "neuron", "n"], write_statistics=False,
+        column_encoding={n: "DELTA_BINARY_PACKED" for n in ("bins.list.element", "total") if n.split(".")[0] in
+                         table.column_names},
     )  # fmt: skip
     data: bytes = sink.getvalue().to_pybytes()
     return data
 
 
 def _decode(data: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(data), schema=SUMMARY_SCHEMA, use_threads=False).combine_chunks()
+    return pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
 
 
 def _slices(part: bytes) -> Iterator[SeriesSummary]:
@@ -331,8 +411,9 @@ def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes:
                 "n_windows": counts["windows"], "padding_share": max(0.0, 1 - counts["tokens"] / forward),
                 "num_bytes": size, "token_bytes": files["tokens"]["bytes"],
                 "document_bytes": files["documents"]["bytes"], "summary_bytes": files["summary"]["bytes"],
+                **{f"{t}_bytes": files[t]["bytes"] if t in files else 0 for t in manifest.NEURON_TABLES},
                 "seconds": commit.seconds,
-                **{f"{t}_file": f"{folder}/{files[t]['name']}" for t in manifest.TABLES},
+                **{f"{t}_file": f"{folder}/{files[t]['name']}" for t in (*manifest.TABLES, "neurons") if t in files},
             }
         )  # fmt: skip
         doc_offset += counts["documents"]

@@ -164,6 +164,49 @@ def documents_schema(series: Sequence[Series]) -> pa.Schema:
     )
 
 
+MOST_NEURONS = 1 << 16
+"""Of an MLP; their numbers are recorded as uint16."""
+TOP_NEURONS = pa.list_(
+    pa.field(
+        "item",
+        pa.struct([pa.field("neuron", pa.uint16(), nullable=False), pa.field("value", pa.float32(), nullable=False)]),
+        nullable=False,
+    )
+)
+"""The neurons of a token that are furthest from 0, that one first."""
+
+
+def neurons_column(layer: int) -> str:
+    """Name of the column of ``layer`` in ``token_neurons_schema``."""
+    return f"neurons_{layer}"
+
+
+def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
+    """Schema of a shard's ``neurons`` table: a row for each token, in the order of ``tokens``.
+
+    Where HIGH tokens alone are asked for: a row for each that is HIGH at one of ``layers``, and null at the others.
+    """
+    return pa.schema(
+        [
+            pa.field("doc", pa.int32(), nullable=False),
+            pa.field("position", pa.int32(), nullable=False),
+            *(pa.field(neurons_column(k), TOP_NEURONS) for k in layers),
+        ]
+    )
+
+
+PAIRS_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("total", pa.int64(), nullable=False),  # of the values, in units of 2^-20
+        pa.field("largest", pa.float32(), nullable=False),
+    ]
+)
+"""A shard's mergeable statistics of neurons: of each with each type, of normal tokens that have it in their list."""
+
 SUMMARY_SCHEMA = pa.schema(
     [
         pa.field("signal", pa.string(), nullable=False),
@@ -252,6 +295,53 @@ SIGNALS_SCHEMA = pa.schema(
 )
 """How each signal but strength is distributed over the tokens, special ones apart."""
 
+NEURONS_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),  # tokens that have it in their list, special ones apart
+        pa.field("share", pa.float64(), nullable=False),  # of all tokens that have a list
+        pa.field("mean", pa.float64(), nullable=False),  # value there
+        pa.field("largest", pa.float32(), nullable=False),
+        pa.field("n_types", pa.int64(), nullable=False),
+        pa.field("selectivity", pa.float64(), nullable=False),  # bits: how far its types are from all tokens' types
+        pa.field(
+            "types",  # those that give most of these bits, the first most
+            pa.list_(
+                pa.field(
+                    "item",
+                    pa.struct(
+                        [
+                            pa.field("token_id", pa.int32(), nullable=False),
+                            pa.field("text", pa.string(), nullable=False),
+                            pa.field("n", pa.int64(), nullable=False),
+                            pa.field("lift", pa.float64(), nullable=False),  # times as often as among all tokens
+                        ]
+                    ),
+                    nullable=False,
+                )
+            ),
+            nullable=False,
+        ),
+    ]
+)
+"""What each MLP neuron answers to. Selectivity is the Kullback-Leibler divergence of its tokens' types from those of
+all tokens: 0 for a neuron that goes by no type; of few tokens it is high by chance."""
+
+NEURON_TYPES_SCHEMA = pa.schema(
+    [
+        pa.field("layer", pa.int16(), nullable=False),
+        pa.field("neuron", pa.int32(), nullable=False),
+        pa.field("token_id", pa.int32(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),  # tokens of the type that have the neuron in their list
+        pa.field("share", pa.float64(), nullable=False),  # of the type's tokens that have a list
+        pa.field("mean", pa.float64(), nullable=False),
+        pa.field("largest", pa.float32(), nullable=False),
+        pa.field("lift", pa.float64(), nullable=False),
+    ]
+)
+"""Each neuron with each type that it meets at least five times."""
+
 CLASSES = ("content", "function", "fragment", "number", "punctuation", "special")
 """Classes of a type, in the order in which tables show them."""
 
@@ -270,10 +360,13 @@ SHARDS_SCHEMA = pa.schema(
         pa.field("token_bytes", pa.int64(), nullable=False),
         pa.field("document_bytes", pa.int64(), nullable=False),
         pa.field("summary_bytes", pa.int64(), nullable=False),
+        pa.field("neurons_bytes", pa.int64(), nullable=False),  # 0 where none are recorded
+        pa.field("pairs_bytes", pa.int64(), nullable=False),  # of neurons and types
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("tokens_file", pa.string(), nullable=False),  # relative to the store
         pa.field("documents_file", pa.string(), nullable=False),
         pa.field("summary_file", pa.string(), nullable=False),
+        pa.field("neurons_file", pa.string()),
     ]
 )
 """A run's shards in plan order: where their files are and how many rows they hold."""

@@ -62,7 +62,7 @@ class Summary:
 
     uri: str
     info: dict[str, Any]
-    bytes_per_token: dict[str, float]  # tokens, documents, summary, all
+    bytes_per_token: dict[str, float]  # tokens, documents, summary, neurons, pairs, all
     padding_share: float
     layers: tuple[LayerFacts, ...]
 
@@ -75,7 +75,8 @@ def summarise(run: manifest.RunFolder) -> Summary:
     shards = manifest.read_table(run, "shards")
     n = max(1, sum(shards["n_tokens"].to_pylist()))
     size = {t: sum(shards[f"{c}_bytes"].to_pylist()) / n for t, c in
-            (("tokens", "token"), ("documents", "document"), ("summary", "summary"))}  # fmt: skip
+            (("tokens", "token"), ("documents", "document"), ("summary", "summary"), ("neurons", "neurons"),
+             ("pairs", "pairs"))}  # fmt: skip
     counts = run.info["counts"]
     layers = []
     for layer in run.info["layers"]:
@@ -178,6 +179,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("precision", precision.describe(precision.from_json(info["precision"]))),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
         ("size", f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all"),
+        *([("signals", ", ".join(info["measure"]["signals"]))] if len(info["measure"]["signals"]) > 1 else []),
         ("padding", f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap"),
         ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
                      f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),

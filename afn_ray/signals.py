@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as functional
 
 from afn_ray.config import SIGNAL, signal_names
 from afn_ray.errors import ConfigError
@@ -60,6 +61,8 @@ class Signal(ABC):
     """1 for what the embeddings have not."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of ``NEEDS``, which cost time and are made only for those who ask."""
+    is_series: ClassVar[bool] = True
+    """Whether each of ``columns`` is a column of the tokens table; false for what has a table of its own."""
 
     @abstractmethod
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
@@ -68,7 +71,13 @@ class Signal(ABC):
 
 def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
     """What ``signals`` measure at ``layers``, in the order of the tables: signal by signal, layers in their order."""
-    return [Series(c, k) for s in signals for c in s.columns for k in layers if k >= s.first_layer]
+    return [Series(c, k) for s in signals if s.is_series for c in s.columns for k in layers if k >= s.first_layer]
+
+
+def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
+    """All that a model gives: the ``series``, then layer by layer what goes into tables of its own."""
+    others = [Series(c, k) for s in signals if not s.is_series for k in layers if k >= s.first_layer for c in s.columns]
+    return [*series(layers, signals), *others]
 
 
 class Strength(Signal):
@@ -145,6 +154,29 @@ class Received(Signal):
         return [seen.received.mean(0), seen.own.mean(0), (seen.received * seen.norms).sum(0)]
 
 
+class Neurons(Signal):
+    """The MLP's neurons that are furthest from 0: behind the non-linearity, in a gated MLP the product with the gate.
+
+    ``top`` numbers of neurons, then their values in the same order, the furthest first; a value of 0 is no neuron.
+    They go into the table ``token_neurons``.
+    """
+
+    name, unit = "neurons", "of the input of the MLP's last product"
+    first_layer, needs, is_series = 1, frozenset({"neurons"}), False
+
+    def __init__(self, top: int = 8) -> None:
+        self.columns = tuple(f"{what}_{i}" for what in ("neuron", "value") for i in range(top))  # type: ignore[misc]
+        self._top = top
+
+    def measure(self, site: Site) -> Sequence[torch.Tensor]:
+        assert site.neurons is not None
+        neurons = site.neurons.float()
+        which = neurons.abs().topk(min(self._top, neurons.shape[-1])).indices
+        missing = (0, self._top - which.shape[-1])  # of an MLP with fewer neurons
+        found = (which.float(), neurons.gather(-1, which))
+        return [column for x in found for column in functional.pad(x, missing).unbind(-1)]
+
+
 def norm(hidden: torch.Tensor) -> torch.Tensor:
     """[..., hidden_size], any float dtype -> L2 norms [...], float32.
 
@@ -154,7 +186,7 @@ def norm(hidden: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-BUILT_IN: dict[str, type[Signal]] = {s.name: s for s in (Strength, Shift, Centred, Trimmed, Received)}
+BUILT_IN: dict[str, type[Signal]] = {s.name: s for s in (Strength, Shift, Centred, Trimmed, Received, Neurons)}
 
 
 def known() -> list[str]:
@@ -166,7 +198,7 @@ def _elsewhere() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def find_signals(text: str) -> tuple[tuple[Signal, ...], list[str]]:
+def find_signals(text: str, top_neurons: int = 8) -> tuple[tuple[Signal, ...], list[str]]:
     """The signals that ``text`` names, and what tells each from others of its name: for one of another package its
     version too, since what was measured by another one is another measure.
 
@@ -177,7 +209,7 @@ def find_signals(text: str) -> tuple[tuple[Signal, ...], list[str]]:
     others = _elsewhere()
     for name in signal_names(text):
         if name in BUILT_IN:
-            found.append(BUILT_IN[name]())
+            found.append(Neurons(top_neurons) if name == Neurons.name else BUILT_IN[name]())
             identities.append(name)
         elif name in others:
             found.append(_load(others[name]))

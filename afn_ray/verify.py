@@ -17,16 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray import manifest, query, records, reduce, screen, storage
+from afn_ray import manifest, neurons, query, records, reduce, screen, storage
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import Place
 from afn_ray.schema import (
+    PAIRS_SCHEMA,
     SPECIAL,
     SUMMARY_SCHEMA,
     Series,
     Shard,
     documents_schema,
     fingerprint,
+    neurons_column,
+    token_neurons_schema,
     tokens_schema,
 )
 from afn_ray.thresholds import Summary, round_strengths
@@ -301,6 +304,10 @@ def _check_rows(
     groups = len(series) if counts["tokens"] else 0
     if tables["summary"].num_row_groups != groups:
         raise _Wrong("summary", f"it has {tables['summary'].num_row_groups} row groups, expected {groups}")
+    if "neurons" in tables:
+        pairs = _check_neurons(tables["tokens"], tables["neurons"], measure or {})
+        if not tables["pairs"].read().equals(pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])):
+            raise _Wrong("pairs", "it is not the sum of the neurons beside it")
 
 
 def _check_schemas(
@@ -311,11 +318,16 @@ def _check_schemas(
     parts = [name.rpartition("_") for name in names]
     series = tuple(Series(signal, int(layer)) for signal, _, layer in parts if layer.isdecimal())
     offsets = "start" in names
+    layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     if measure is not None:
-        series, offsets = _series(measure), measure["offsets"]
+        series, offsets, layers = _series(measure), measure["offsets"], measure.get("neuron_layers", [])
     schemas = {
         "tokens": tokens_schema(series, offsets), "documents": documents_schema(series), "summary": SUMMARY_SCHEMA
     }  # fmt: skip
+    if layers:
+        schemas |= {"neurons": token_neurons_schema(layers), "pairs": PAIRS_SCHEMA}
+    if wrong := sorted(schemas.keys() ^ tables.keys()):
+        raise _Wrong("", f"its tables are not its measure's: {', '.join(wrong)}")
     for table, file in tables.items():
         if not file.schema_arrow.equals(schemas[table]):
             differs = sorted({*map(str, file.schema_arrow)} ^ {*map(str, schemas[table])})
@@ -323,6 +335,11 @@ def _check_schemas(
         if file.metadata.num_rows != (rows := commit.files[table].get("rows")):
             raise _Wrong(table, f"it has {file.metadata.num_rows} rows, but its commit says {rows}")
     return series
+
+
+def _neuron_layers(file: pq.ParquetFile) -> list[int]:
+    parts = [name.rpartition("_") for name in file.schema_arrow.names]
+    return [int(layer) for _, _, layer in parts if layer.isdecimal()]
 
 
 def _series(measure: Mapping[str, Any]) -> tuple[Series, ...]:
@@ -389,6 +406,57 @@ def _check_tokens(file: pq.ParquetFile, documents: pa.Table, series: Sequence[Se
                 )
         summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series)
     return num_special, summary
+
+
+def _check_neurons(
+    tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Mapping[str, Any]
+) -> neurons.PairSummary:  # fmt: skip
+    """The pairs of ``lists``, once these are shown to be of the tokens of which they should be, and in order."""
+    layers = _neuron_layers(lists)
+    above = dict(zip(layers, measure.get("neurons_above", []), strict=False))
+    pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
+    for batch in tokens.iter_batches(
+        records.BATCH_ROWS, columns=["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
+    ):
+        flags = batch["flags"].to_numpy()
+        high = {k: ((flags & SPECIAL) == 0) & (batch[f"strength_{k}"].to_numpy() >= q3) for k, q3 in above.items()}
+        which = np.flatnonzero(np.any(list(high.values()), axis=0)) if above else np.arange(len(batch))
+        part = rows.take(len(which))
+        for column in ("doc", "position"):
+            expected = batch[column].to_numpy()[which]
+            if len(part) < len(which) or (part[column].to_numpy() != expected).any():
+                raise _Wrong("neurons", f"its rows from {at} on are not of the tokens that should have neurons")
+        for k in layers:
+            column = part[neurons_column(k)].combine_chunks()
+            items, lengths = column.flatten(), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+            if k in above and not np.array_equal(column.is_valid().to_numpy(zero_copy_only=False), high[k][which]):
+                raise _Wrong("neurons", f"rows from {at} on: not the tokens HIGH at layer {k} have its neurons")
+            values = np.abs(items.field("value").to_numpy())
+            rises = np.diff(values, prepend=np.inf) > 0
+            rises[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+            wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
+            if wrong.any() or lengths.max(initial=0) > measure.get("top_neurons", lengths.max(initial=0)):
+                raise _Wrong("neurons", f"rows from {at} on: values at layer {k} that are never recorded")
+        pairs.add(batch["token_id"].to_numpy()[which], flags[which], part)
+        at += len(which)
+    if len(rows.take(1)):
+        raise _Wrong("neurons", f"it has more than the {at} rows that its tokens should have")
+    return pairs
+
+
+class _Rows:
+    """The rows of a Parquet file in order, as many at a time as are asked for."""
+
+    def __init__(self, file: pq.ParquetFile) -> None:
+        self._batches = file.iter_batches(records.BATCH_ROWS)
+        self._held = file.schema_arrow.empty_table()
+
+    def take(self, n: int) -> pa.Table:
+        """The next ``n`` rows; fewer where the file ends."""
+        while len(self._held) < n and (batch := next(self._batches, None)) is not None:
+            self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
+        taken, self._held = self._held.slice(0, n), self._held.slice(n)
+        return taken.combine_chunks()
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -541,7 +609,8 @@ class _Run:
         tables = reduce.reduce_run(
             self.folder.store, self.measure_id, commits, _series(self.measure), pieces=pieces, readable=readable,
             language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
-            frozen=self._frozen,
+            frozen=self._frozen, neuron_layers=self.measure.get("neuron_layers", []),
+            high_neurons="neurons_above" in self.measure,
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
         tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
@@ -580,6 +649,14 @@ class _Run:
                         "tables", self._table_uri("vocabulary"),
                         f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the tokens, not in both; "
                         f"the first is of token_id {wrong[0][0]}",
+                    )  # fmt: skip
+            for layer in self.measure.get("neuron_layers", []):
+                high_only = "neurons_above" in self.measure
+                if wrong := run.sql(_neurons_sql(layer, high_only)).fetchall():
+                    self._find(
+                        "tables", self._table_uri("neurons"),
+                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the neurons, not in both; "
+                        f"the first is of neuron {wrong[0][0]}",
                     )  # fmt: skip
 
 
@@ -630,6 +707,23 @@ def _vocabulary_sql(layer: int) -> str:
             FROM tokens, q GROUP BY token_id, is_special
         ), stored AS (
             SELECT token_id, class = 'special' AS is_special, n, n_high, min, max FROM vocabulary WHERE layer = {layer}
+        )
+        (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
+    """  # noqa: S608
+
+
+def _neurons_sql(layer: int, high_only: bool) -> str:
+    """SQL of the neurons of a layer whose counts or extremes differ between ``neurons`` and the rows.
+
+    Where all tokens have a row these are beside each other; of HIGH tokens alone none is special.
+    """
+    rows = "FROM token_neurons" if high_only else "FROM token_neurons POSITIONAL JOIN tokens WHERE NOT is_special"
+    return f"""
+        WITH stored AS (SELECT neuron, n, largest FROM neurons WHERE layer = {layer}),
+        counted AS (
+            SELECT item.neuron::INTEGER AS neuron, count(*) AS n, max(item.value) AS largest FROM (
+                SELECT unnest(neurons_{layer}) AS item {rows}
+            ) GROUP BY ALL
         )
         (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
     """  # noqa: S608

@@ -16,6 +16,9 @@ VIEWS = {
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
     "signals": "how each signal but strength is distributed, per layer; empty where none was recorded",
     "signal_vocabulary": "statistics of every type under each of these",
+    "token_neurons": "the neurons of each token that are furthest from 0; empty where none were recorded",
+    "neurons": "what each of these neurons answers to, per layer; empty where none were recorded",
+    "neuron_types": "each neuron with each type that it meets at least five times; empty where none were recorded",
     "histogram": "how often each distinct strength occurs, per layer; special tokens apart",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run has none",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
@@ -25,8 +28,8 @@ VIEWS = {
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
-DERIVED = ("tokens", "documents", "words")
-"""Those that are read from the shards' files; the others are small tables."""
+DERIVED = ("tokens", "documents", "words", "token_neurons", "neuron_types")
+"""Those that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: enough for a look",
     "document_text(document)": "a document put together from its words",
@@ -60,18 +63,25 @@ def _rows(files: Sequence[File]) -> str:
     )
 
 
+class NeuronFiles(NamedTuple):
+    """Where a run's neurons are."""
+
+    layers: Sequence[int]
+    tokens: Sequence[File]
+    types: str  # SQL of the path of the run's table
+
+
 def statements(
     tokens: Sequence[File], documents: Sequence[File], layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], offsets: bool,
+    labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], neurons: NeuronFiles | None, offsets: bool,
 ) -> list[str]:  # fmt: skip
     """What makes the views and macros, once the run's small tables are there under the names of their views.
 
     ``labels``: by layer, the thresholds that labels go by, of the population of all tokens. ``others``: what was
-    recorded beside strength. ``offsets``: whether tokens have ``start`` and ``end``.
+    recorded beside strength; ``neurons`` likewise. ``offsets``: whether tokens have ``start`` and ``end``.
     """
     # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
     made = [
-        "CREATE SCHEMA internal",
         "CREATE TABLE internal.types AS "
         "SELECT token_id, any_value(token) AS token, any_value(text) AS text FROM vocabulary GROUP BY token_id",
         f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets)}",
@@ -79,6 +89,8 @@ def statements(
         f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets)}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(_rows(tokens), layers, labels, offsets)}",
         f"CREATE MACRO document_text(document) AS ({document_text_macro(_rows(tokens), offsets)})",
+        f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
+        f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
     ]
     made += [f"COMMENT ON {'VIEW' if n in DERIVED else 'TABLE'} {n} IS '{text}'" for n, text in VIEWS.items()]
     return made
@@ -126,6 +138,23 @@ def documents_view(source: str, layers: Sequence[int], others: Sequence[Series])
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lower(hex(text_sha256)) AS text_sha256, status{means}
         FROM {source}"""  # noqa: S608
+
+
+def token_neurons_view(neurons: NeuronFiles | None) -> str:
+    """SQL of the ``token_neurons`` view."""
+    if neurons is None:
+        return "SELECT NULL::BIGINT AS doc, NULL::INTEGER AS position WHERE false"
+    columns = ", ".join(["doc", "position", *(f"neurons_{k}" for k in neurons.layers)])
+    return f"SELECT {columns} FROM {_rows(neurons.tokens)}"  # noqa: S608
+
+
+def neuron_types_view(neurons: NeuronFiles | None) -> str:
+    """SQL of the ``neuron_types`` view."""
+    source = "internal.no_neuron_types" if neurons is None else f"read_parquet({neurons.types})"
+    return (
+        "SELECT layer, neuron, token_id, text, n, share, mean, largest, lift "  # noqa: S608
+        f"FROM {source} LEFT JOIN internal.types USING (token_id)"
+    )
 
 
 # --- words -----------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def write_run(
     """A run over ``shards`` (tokens, documents) as ``afn run`` leaves it; thresholds by numpy."""
     rows, offset = [], 0
     for i, (tokens, documents) in enumerate(shards):
-        row: dict[str, Any] = dict.fromkeys(SHARDS_SCHEMA.names, 0)
+        row: dict[str, Any] = dict.fromkeys(SHARDS_SCHEMA.names, 0) | {"neurons_file": None}
         row |= {"ordinal": i, "shard": f"s{i}", "doc_offset": offset, "n_documents": len(documents),
                 "n_tokens": len(tokens), "summary_file": f"shards/m/s{i}/a-summary.parquet"}  # fmt: skip
         for kind, table in (("tokens", tokens), ("documents", documents)):

@@ -63,11 +63,11 @@ def _columns(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("offsets", [True, False])
 def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, offsets: bool) -> None:
     tokens, documents = _tokens(5000, offsets), _documents(250)
-    with ShardFiles(tmp_path, SERIES, offsets, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, (), offsets, ORIGIN) as files:
         for begin in range(0, 5000, 1000):
             files.tokens.write(tokens.slice(begin, 1000))
         files.documents.write(documents)
-        files.write_summary(_summary(tokens))
+        files.summary.write_each(_summary(tokens))
     read = {name: pq.read_table(path) for name, (path, _) in files.tables().items()}
     assert read["tokens"].schema == tokens_schema(SERIES, offsets)
     assert read["documents"].schema == documents_schema(SERIES)
@@ -80,10 +80,10 @@ def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, off
 
 def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
     tokens = _tokens(5000, True)
-    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
         files.tokens.write(tokens)
         files.documents.write(_documents(250))
-        files.write_summary(_summary(tokens))
+        files.summary.write_each(_summary(tokens))
     expected = {
         "tokens": {
             "DELTA_BINARY_PACKED": ["doc", "position", "start", "end"],
@@ -110,7 +110,7 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
 
 
 def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, SERIES[1:], False, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES[1:], (), False, ORIGIN) as files:
         files.tokens.write(_tokens(100_000, False).select(tokens_schema(SERIES[1:], False).names))
     assert (tmp_path / "tokens.parquet").stat().st_size / 100_000 < 5.5
 
@@ -118,7 +118,7 @@ def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
 def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "ROW_GROUP_ROWS", 1000)
     tokens = _tokens(2500, True)
-    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
         for begin in range(0, 2500, 250):
             files.tokens.write(tokens.slice(begin, 250))
     metadata = pq.ParquetFile(tmp_path / "tokens.parquet").metadata
@@ -126,16 +126,16 @@ def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_layer_is_a_row_group_of_the_summary(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
-        files.write_summary(_summary(_tokens(500, True)))
+    with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
+        files.summary.write_each(_summary(_tokens(500, True)))
     file = pq.ParquetFile(tmp_path / "summary.parquet")
     assert [set(file.read_row_group(i)["layer"].to_pylist()) for i in range(file.num_row_groups)] == [{0}, {8}]
 
 
 def test_a_shard_without_tokens_has_three_empty_tables(tmp_path: Path) -> None:
-    with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
+    with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
         files.tokens.write(_tokens(0, True))
-        files.write_summary(Summary(SERIES).tables())
+        files.summary.write_each(Summary(SERIES).tables())
     assert [rows for _, rows in files.tables().values()] == [0, 0, 0]
     assert pq.read_table(tmp_path / "tokens.parquet").schema == tokens_schema(SERIES, True)
 
@@ -145,14 +145,14 @@ def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) 
     (tmp_path / f"{table}.parquet").symlink_to("/dev/full")
     tokens = _tokens(20_000, True)
     with pytest.raises(Interrupted, match=r"make room or give another --scratch.*run the same command again") as caught:  # noqa: SIM117
-        with ShardFiles(tmp_path, SERIES, True, ORIGIN) as files:
+        with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
             files.tokens.write(tokens)
             files.documents.write(_documents(250))
-            files.write_summary(_summary(tokens))
+            files.summary.write_each(_summary(tokens))
     assert f"{table}.parquet" in str(caught.value)
 
 
 def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
-        ShardFiles(tmp_path / "nowhere", SERIES, True, ORIGIN)
+        ShardFiles(tmp_path / "nowhere", SERIES, (), True, ORIGIN)
     assert caught.value.errno == errno.ENOENT

@@ -100,8 +100,8 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.
     middle = tokens.num_docs // 2
     for part in (tokens.part(0, middle), tokens.part(middle, tokens.num_docs)):
         summary.add(part.docs, part.ids, part.flags, {s: part.strengths[s.layer] for s in SERIES})
-    with ShardFiles(scratch, SERIES, False, {}) as files:
-        files.write_summary(summary.tables())
+    with ShardFiles(scratch, SERIES, (), False, {}) as files:
+        files.summary.write_each(summary.tables())
     empty = tokens.num_docs - len(np.unique(tokens.docs))
     counts = {
         "documents": tokens.num_docs + 1, "empty": empty, "quarantined": 1, "tokens": len(tokens.docs),

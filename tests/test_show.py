@@ -66,9 +66,10 @@ def _run(
     histogram = [{"layer": k, "special": s, "strength": v * scale, "n": n}
                  for k in layers for s, v, n in ((False, 4.0, 9), (True, 2.0, 1), (True, 3.0, 3))]  # fmt: skip
     shard = dict.fromkeys(SHARDS_SCHEMA.names, 1) | dict.fromkeys(
-        ("shard", "tokens_file", "documents_file", "summary_file"), "x"
+        ("shard", "tokens_file", "documents_file", "summary_file", "neurons_file"), "x"
     )
-    shards = [shard | {"n_tokens": n, "token_bytes": 6 * n, "document_bytes": n, "summary_bytes": 100}
+    shards = [shard | {"n_tokens": n, "token_bytes": 6 * n, "document_bytes": n, "summary_bytes": 100,
+              "neurons_bytes": 0, "pairs_bytes": 0}
               for n in (600_000, 400_000)]  # fmt: skip
     tables = {"plan": manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())}
     for table, content, schema in (
@@ -80,7 +81,7 @@ def _run(
         "layers": list(layers), "counts": COUNTS, "tables": tables,
         "config": {"corpus": ["/data/[bold]news[/bold]/*.jsonl"]},
         "model": {"name": "/models/[red]bert", "type": "bert", "depth": 12, "hidden_size": 768},
-        "measure": {"dtype": "float32"}, "precision": RUN_INFO["precision"],
+        "measure": {"dtype": "float32", "signals": ["strength"]}, "precision": RUN_INFO["precision"],
         "corpus": {"files": 12, "skipped": ["/data/x.pdf"], "bytes": 5},
         "finished_at": "2026-11-22T01:02:03+00:00", "seconds": 12.3,
     }  # fmt: skip

@@ -36,7 +36,7 @@ BUILT_IN = "BERT-base shape, random weights"
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
     commands = parser.add_subparsers(
-        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce, safety, screen or sql"
+        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce, safety, screen, signals or sql"
     )
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
@@ -86,6 +86,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     screen.add_argument("--store", metavar="URI", help="where the run is made, and left (default: a temporary folder)")
     screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
+    signals = commands.add_parser(
+        "signals", allow_abbrev=False, help="what each signal costs beside strength alone, and a sweep of all layers",
+        description="Whole shards, from JSONL to committed Parquet, by one worker; on a CPU it keeps to one core.",
+    )  # fmt: skip
+    signals.add_argument("--layer", default="2/3", help="layer k to record, or a fraction of the depth (default: 2/3)")
+    cpu, cuda = TOKENS_PER_WORKER.values()
+    signals.add_argument("--tokens", type=int, metavar="N",
+                         help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})")  # fmt: skip
+    signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
     sql = commands.add_parser(
         "sql", allow_abbrev=False, help="seconds and memory of questions to a large run, and of its reduce",
         description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
@@ -94,11 +103,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     sql.add_argument("--rows", type=int, default=100_000_000, metavar="N",
                      help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)")  # fmt: skip
     sql.add_argument("--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)")
-    for command in (engine, monitor):
+    for command in (engine, monitor, signals):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
-    for command in (engine, monitor, reduce, safety, screen, sql):
+    for command in (engine, monitor, reduce, safety, screen, signals, sql):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
@@ -143,6 +152,16 @@ def call(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
             result = screen.measure(args.store or folder, args.seed, lambda note: notes.print(note, markup=False))
         screen.render(result, console)
+    elif args.what == "signals":
+        from afn_ray import model
+        from afn_ray.bench import signals
+
+        device = model.choose_device(args.device)
+        result = signals.measure(
+            args.model, args.layer, args.tokens or TOKENS_PER_WORKER[device], device, args.repeat,
+            lambda note: notes.print(note, markup=False),
+        )  # fmt: skip
+        signals.render(result, console)
     elif args.what == "sql":
         from afn_ray.bench import sql
 

@@ -117,7 +117,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
     summary = Summary((SERIES,))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
-        files = ShardFiles(Path(scratch), (SERIES,), offsets=True, origin=origin)
+        files = ShardFiles(Path(scratch), (SERIES,), (), offsets=True, origin=origin)
         with files:
             step = CHUNK_TOKENS // DOCUMENT_TOKENS
             for first in range(0, num_documents, step):
@@ -155,7 +155,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                         files.documents.schema,
                     )
                 )  # fmt: skip
-            files.write_summary(summary.tables())
+            files.summary.write_each(summary.tables())
         tokens = num_documents * DOCUMENT_TOKENS
         counts = {"documents": num_documents, "empty": 0, "quarantined": 0, "tokens": tokens,
                   "special": 2 * num_documents, "windows": num_documents, "forward_tokens": tokens,

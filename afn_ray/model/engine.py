@@ -16,8 +16,8 @@ from afn_ray.errors import ModelError
 from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Product, replace_linear_layers, restore
-from afn_ray.schema import Series
-from afn_ray.signals import Attention, Signal, Site, States, Strength, norm, series
+from afn_ray.schema import MOST_NEURONS, Series
+from afn_ray.signals import Attention, Signal, Site, States, Strength, measured, norm
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in
@@ -87,7 +87,7 @@ class Pending:
             self._values = values
 
     def result(self) -> Norms:
-        """Float32 [n_series, n_tokens]."""
+        """Float32 [n_measured, n_tokens]."""
         if self._event is not None:
             self._event.synchronize()
         return self._layout(self._values.numpy())
@@ -259,6 +259,16 @@ class Model:
                     f"{self._name}: no linear layer of its blocks was found to be the one behind its {lacking[0]}; "
                     f"leave signals out that need {lacking[0]}"
                 )
+            if "neurons" in needs and (experts := _num_experts(self._model.config)):
+                raise ModelError(
+                    f"{self._name} is a mixture of {experts} experts: its neurons are other ones for each token; leave "
+                    "the signal neurons out"
+                )
+            if "neurons" in needs and (size := found["neurons"][-1].input.shape[-1]) > MOST_NEURONS:
+                raise ModelError(
+                    f"{self._name} has {size:,} neurons in a block, and they are recorded as numbers below "
+                    f"{MOST_NEURONS:,}; leave the signal neurons out"
+                )
             if "norm" in needs and not norms[block]:
                 raise ModelError(
                     f"{self._name}: its blocks do not end with a LayerNorm, so there is no gain to leave out; leave "
@@ -352,7 +362,7 @@ class Model:
         """``signals`` of every chosen layer for sequences that lie one behind the other in ``ids``.
 
         ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler. The result is float32
-        [n_series, n_tokens], in the order of ``signals.series``; at filler it is meaningless. On a GPU this returns
+        [n_measured, n_tokens], in the order of ``signals.measured``; at filler it is meaningless. On a GPU this returns
         before the device is done.
         """
         self._signals = signals
@@ -362,7 +372,7 @@ class Model:
         run = self._run_packed if self.packed else self._run_padded
         with torch.inference_mode(), _one_thread(self.device):
             layout = run(ids, lengths)
-            values = torch.stack([self._read[s] for s in series(self.layers, signals)])
+            values = torch.stack([self._read[s] for s in measured(self.layers, signals)])
         self._read.clear()
         self._before = self._neurons = self._unscaled = self._layout = None
         if self._cast is not None:
@@ -424,6 +434,8 @@ class Model:
         self._calls += 1
         if self._calls in self.layers:
             hidden = output[0] if isinstance(output, tuple) else output
+            if self._neurons is not None:  # some MLPs see all rows of a batch as one sequence
+                self._neurons = self._neurons.reshape(*hidden.shape[:-1], -1)
             self._keep(Site(self._calls, hidden, self._before, self._attention(module), self._neurons,
                             self._unscaled))  # fmt: skip
         self._neurons = self._unscaled = None
@@ -486,6 +498,13 @@ def _masks_only(config: Any, context_tokens: int) -> bool:
         return False
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
     return any(isinstance(limit, int) and 0 < limit < context_tokens for limit in limits)
+
+
+def _num_experts(config: Any) -> int:
+    counts = [
+        getattr(config.get_text_config(), n, None) for n in ("num_experts", "num_local_experts", "moe_num_experts")
+    ]
+    return next((n for n in counts if isinstance(n, int) and n > 1), 0)
 
 
 def _joined(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], list[int]]:
