@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from afn_ray import claims, compare, show
 from afn_ray.errors import printable
-from afn_ray.schema import CLASSES
+from afn_ray.schema import CLASSES, in_order
 
 MAX_POINTS = 6000
 """Types in the scatter, the most frequent ones: as many as a browser moves at once."""
@@ -119,7 +119,9 @@ def _colours(field: str, names: Sequence[str], colours: Sequence[str]) -> Spec:
 
 
 def _class_colours(names: Sequence[str]) -> Spec:
-    return _colours("class", names, [f"var(--{name})" for name in names])
+    if set(names) <= set(CLASSES):
+        return _colours("class", names, [f"var(--{name})" for name in names])
+    return _by("class", sort=list(names), scale={"domain": list(names), "scheme": "tableau20"})  # tags
 
 
 # --- strengths -------------------------------------------------------------------------------------------
@@ -213,7 +215,8 @@ def classes_chart(summary: show.Summary, words: pa.Table) -> Chart:
     n, rarity = words["n"].to_numpy(), share_by_rarity(words)
     values: list[Spec] = []
     rows = []
-    for at, (name, total) in enumerate((c.name, c.n) for c in main.classes):
+    drawn = [(at, main.classes[at].name, main.classes[at].n) for at in show.frequent_classes(main)]
+    for at, name, total in drawn:
         shares = [facts.classes[at] for facts in kinds.values()]
         alone = float(n[names == name] @ rarity[names == name]) / total
         values += [
@@ -227,7 +230,7 @@ def classes_chart(summary: show.Summary, words: pa.Table) -> Chart:
     order = [*kinds, "rarity alone"]
     shapes = {"domain": order, "range": ["circle", "diamond", "cross"][-len(order) :]}
     place = {
-        "y": _by("class", sort=[c.name for c in main.classes], axis=ROW_AXIS), "yOffset": _by("kind", sort=order),
+        "y": _by("class", sort=[name for _, name, _ in drawn], axis=ROW_AXIS), "yOffset": _by("kind", sort=order),
         "color": _colours("kind", order, [NOW, BEFORE, FAINT][-len(order) :]),
     }  # fmt: skip
     x = _of("share", "share of the class's tokens that is HIGH", scale=ALL_OF_IT, axis=SHARE_AXIS)
@@ -244,21 +247,22 @@ def classes_chart(summary: show.Summary, words: pa.Table) -> Chart:
     ]  # fmt: skip
     title = f"Share of each class that is HIGH at layer {main.layer}, beside its controls"
     heads = ("class", "tokens", *(f"{kind} (95 % interval)" for kind in kinds), "rarity alone")
-    spec = _spec(title, 66 * len(main.classes), layers, values)
+    spec = _spec(title, 66 * len(drawn), layers, values)
     return Chart("classes", title, spec, Table(title, heads, tuple(rows)))
 
 
 def layers_charts(summary: show.Summary) -> list[Chart]:
     """What may be compared across layers: HIGH shares and ratios, never strengths."""
     x = _by("layer", "layer (0 = embeddings)", axis={"labelAngle": 0})
-    names = [c.name for c in summary.layers[0].classes]
-    values = [asdict(c) | {"class": c.name} for facts in summary.layers for c in facts.classes]
+    drawn = show.frequent_classes(summary.layers[0])
+    names = [summary.layers[0].classes[at].name for at in drawn]
+    values = [asdict(c) | {"class": c.name} for facts in summary.layers for c in (facts.classes[at] for at in drawn)]
     place = {"x": x, "y": _of("share", "share HIGH", scale=ALL_OF_IT, axis=SHARE_AXIS), "color": _class_colours(names)}
     tooltip = [_by("class", "class"), _by("layer", "layer"), _of("share", "share HIGH", format=".3f"),
                _of("low", "from", format=".3f"), _of("high", "to", format=".3f")]  # fmt: skip
     title = "HIGH share of each class by layer"
     layers: list[Spec] = [{"mark": LINE, "encoding": place}, {"mark": DOT, "encoding": {**place, "tooltip": tooltip}}]
-    rows = [(f"{facts.layer}", *(f"{c.share:.3f}" for c in facts.classes)) for facts in summary.layers]
+    rows = [(f"{facts.layer}", *(f"{facts.classes[at].share:.3f}" for at in drawn)) for facts in summary.layers]
     shares = Chart(
         "layers-classes", title, _spec(title, 260, layers, values), Table(title, ("layer", *names), tuple(rows))
     )
@@ -342,14 +346,14 @@ def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
         layers = [layers[i] for i in np.linspace(0, len(layers) - 1, MAX_SCATTER_LAYERS).round().astype(int)]
     types = deepest.sort_by([("n", "descending"), ("token_id", "ascending")]).slice(0, MAX_POINTS)
     n, ids = types["n"].to_numpy(), types["token_id"].to_numpy()
-    n_high = {}
+    n_high, classes = {}, in_order(types["class"].to_pylist())
     for layer in layers:
         by_id = vocabulary[layer].sort_by("token_id")
         at = np.searchsorted(by_id["token_id"].to_numpy(), ids)  # every layer has the same types
         n_high[str(layer)] = by_id["n_high"].to_numpy()[at].tolist()
     return {
         "text": [cut(text) for text in types["text"].to_pylist()], "n": n.tolist(), "n_high": n_high,
-        "class": [CLASSES.index(name) for name in types["class"].to_pylist()], "classes": CLASSES,
+        "class": [classes.index(name) for name in types["class"].to_pylist()], "classes": classes,
         "layers": layers, "layer": layers[-1], "num_types": len(deepest),
         "share_of_tokens": float(n.sum() / deepest["n"].to_numpy().sum()),
     }  # fmt: skip
@@ -357,7 +361,7 @@ def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
 
 def vocabulary_chart(words: pa.Table) -> Chart:
     """Frequency against HIGH share; the page's script fills it from ``points``, and marks what is searched for."""
-    names = [c for c in CLASSES if c in set(words["class"].to_pylist())]
+    names = in_order(words["class"].to_pylist())
     most = int(words["n"].to_numpy().max())
     scale = {"type": "log", "domain": [0.9, max(2, most) * 1.3], "nice": False}
     place = {

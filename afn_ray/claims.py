@@ -22,12 +22,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from afn_ray.errors import QueryError, count
+from afn_ray.errors import QueryError, count, printable
 from afn_ray.query import Run
+from afn_ray.schema import UNTAGGED, in_order, upos_classes
 
 GROUPS = 500
 REPLICATES = 1000
@@ -70,6 +74,7 @@ class Claims:
 
 CLAIMS = {
     "classes": "Content words are HIGH more often than function words and punctuation",
+    "tags": "Some tags are HIGH more often than others (which of them are content words is known of UPOS alone)",
     "shift": "HIGH tokens dominate what a layer changes",
     "layers": "One layer separates best, and HIGH is stable around it",
     "types": "Strength is of a word in its context, not of the word",
@@ -98,10 +103,12 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
     sample = _Sample(run, max_tokens, max_s)
     layers: list[int] = list(run.info["layers"])
     recorded = set(run.sql("FROM tokens LIMIT 0").columns)
-    variables, sums, num_types = _read(sample, layers, recorded)
+    tags = _Tags(sample, layers) if "tag" in recorded else None
+    variables, sums, num_types = _read(sample, layers, recorded, tags)
     figures: list[Figure] = []
     for before, k in zip([None, *layers], layers, strict=False):
         figures += _of_layer(sample, k, before, sums[k], num_types)
+        figures += [] if tags is None else tags.figures(sample, k)
     figures += _separation(sample, variables)
     ordered = sorted(figures, key=lambda f: list(CLAIMS).index(f.claim))
     return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(ordered))
@@ -242,10 +249,43 @@ class _Variable:
         return self._ranks[at]
 
 
+class _Tags:
+    """The tags of a labelled corpus, and how many tokens of each are HIGH."""
+
+    def __init__(self, sample: _Sample, layers: Sequence[int]) -> None:
+        there = f"SELECT DISTINCT coalesce(tag, '{UNTAGGED}') FROM {sample.tokens}"  # noqa: S608
+        self._names = in_order(sample.ask(there)[0])
+        kinds = upos_classes(self._names)
+        self._kinds = np.array([KINDS.index(kinds[t]) if t in kinds else len(KINDS) for t in self._names])
+        shape = (len(layers), 2, sample.num_groups, len(self._names))
+        self._high, self._n = (dict(zip(layers, part, strict=True)) for part in np.zeros(shape).swapaxes(0, 1))
+
+    def read(self, tags: pa.Array) -> tuple[Ints, Ints]:
+        """Which tag each token has, and which of ``KINDS`` it is by that."""
+        found = pc.index_in(pc.fill_null(tags, UNTAGGED), pa.array(self._names, pa.string())).to_numpy()
+        return found, self._kinds[found]
+
+    def add(self, layer: int, g: Ints, tags: Ints, high: npt.NDArray[np.bool_]) -> None:
+        """Count tokens of groups ``g``, all [n_tokens]."""
+        row = g * len(self._names) + tags
+        for counts, weights in ((self._n[layer], None), (self._high[layer], high)):
+            counts += np.bincount(row, weights, counts.size).reshape(counts.shape)
+
+    def figures(self, sample: _Sample, layer: int) -> Iterator[Figure]:
+        """The share of each tag that is HIGH."""
+        for at, name in enumerate(self._names):
+            n = self._n[layer][:, at]
+            share = sample.draw(np.divide, self._high[layer][:, at], n)
+            yield sample.figure("tags", "share that is HIGH", name, layer, share, n.sum(), is_control=layer == 0)
+
+
 def _read(
-    sample: _Sample, layers: Sequence[int], recorded: set[str]
+    sample: _Sample, layers: Sequence[int], recorded: set[str], tags: _Tags | None
 ) -> tuple[list[_Variable], dict[int, Sums], int]:  # fmt: skip
-    """All that figures are made of: variables, strength first by layer; sums by layer; and how many types there are."""
+    """All that figures are made of: variables, strength first by layer; sums by layer; and how many types there are.
+
+    Which of ``KINDS`` a token is, its type says, or where there are ``tags`` its own.
+    """
     run, groups = sample.run, sample.num_groups
     mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
     types, n_of, *means = sample.ask(f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1")  # noqa: S608
@@ -276,13 +316,18 @@ def _read(
     columns = ["doc", "position", "token_id", *(v.column for v in variables if v.column != "idf")]
     columns += [f"{name}_{k}" for name in ("high", "sink", "shift", "strength_trimmed") for k in layers
                 if f"{name}_{k}" in recorded]  # fmt: skip
+    columns += ["tag"] if tags is not None else []
     sums: dict[int, Sums] = {k: {} for k in layers}
     sample.check_time()
     for batch in run.sql(f"SELECT {', '.join(columns)} FROM {sample.tokens}").to_arrow_reader():  # noqa: S608
         sample.check_time()
-        row = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns}
+        row = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns if name != "tag"}
         row["idf"] = idf_of[row["token_id"]]
         g, kind = sample.group_of[row["doc"]], kind_of[row["token_id"]]
+        if tags is not None:
+            tag, kind = tags.read(batch.column("tag"))
+            for k in layers:
+                tags.add(k, g, tag, row[f"high_{k}"])
         rank = {v.column: v.add(row[v.column], g, kind) for v in variables}
         for before, k in zip([None, *layers], layers, strict=False):
             s, x, high = row[f"strength_{k}"].astype(np.float64), rank[f"strength_{k}"], row[f"high_{k}"]
@@ -460,8 +505,8 @@ def render(found: Claims, console: Console) -> None:
             for f in (f for f in mine if f.what == what):
                 layer = "" if f.layer is None else str(f.layer)
                 interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
-                table.add_row(layer, f"  {f.of}", "control" if f.is_control else "", shown(f.value), interval,
-                              f"{f.n:,}", f"{f.n_docs:,}")  # fmt: skip
+                figures = (shown(f.value), interval, f"{f.n:,}", f"{f.n_docs:,}")
+                table.add_row(layer, Text(f"  {printable(f.of)}"), "control" if f.is_control else "", *figures)
         console.print(table)
     console.print()
     for note in found.notes:

@@ -6,6 +6,7 @@ and exactly 0 for two runs over the same corpus; ``psi``, ``kolmogorov_smirnov``
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -22,7 +23,7 @@ from afn_ray import manifest
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import RunFolder
 from afn_ray.reduce import wilson
-from afn_ray.schema import CLASS_DRIFT_SCHEMA, CLASSES, DRIFT_SCHEMA, MOVERS_SCHEMA
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, in_order
 from afn_ray.thresholds import Histogram, starts, to_bins, to_values
 
 JSON_VERSION = 2
@@ -279,9 +280,7 @@ def _class_rows(layer: int, *types: pa.Table) -> Iterator[dict[str, Any]]:
         sums = pa.TableGroupBy(words, "class").aggregate([("n", "sum"), ("n_high", "sum")])
         of_run[run] = {name: (n, high) for n, high, name in
                        zip(*(sums[c].to_pylist() for c in ("n_sum", "n_high_sum", "class")), strict=True)}  # fmt: skip
-    for name in CLASSES:
-        if not any(name in sums for sums in of_run.values()):
-            continue
+    for name in in_order(itertools.chain(*of_run.values())):
         row: dict[str, Any] = {"layer": layer, "class": name}
         for run, sums_of in of_run.items():
             n, high = sums_of.get(name, (0, 0))
@@ -392,6 +391,10 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             yield f"Sources were not compared: {name} was made without a table of them."
     if (language := a.info["config"].get("language")) != (theirs := b.info["config"].get("language")):
         yield f"Function words are those of {language!r} in A and of {theirs!r} in B, so classes differ by that too."
+    labels = [info["measure"].get("labels") for info in (a.info, b.info)]
+    if labels[0] != labels[1]:
+        of_a, of_b = ("guessed" if column is None else f"the tags in {column!r}" for column in labels)
+        yield f"Classes are {of_a} in A and {of_b} in B, so they differ by that too."
     words = [info.get("function_words") for info in (a.info, b.info)]
     if words[0] != words[1]:
         yield f"Function words are from {words[0]} in A and from {words[1]} in B, so classes may differ by that too."

@@ -16,7 +16,7 @@ from afn_ray.schema import STRENGTH, ReadOptions
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "format": ("auto", "txt", "jsonl", "csv", "parquet"),
+    "format": ("auto", "txt", "jsonl", "csv", "parquet", "conllu"),
     "txt_documents": ("file", "line"),
     "device": ("auto", "cpu", "cuda"),
     "executor": ("auto", "ray", "inline"),
@@ -56,6 +56,9 @@ class RunConfig:
     overlap_tokens: int | None = _option(None, "tokens that neighbouring windows share; default: a quarter window")
     text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
     id_column: str | None = _option(None, "column that holds the document id; default: a content hash")
+    labels: str | None = _option(
+        None, "column that holds the tags of a labelled corpus (JSONL, Parquet); of CoNLL-U upos (the default) or xpos"
+    )
     format: str = _option("auto", "format of the files; auto goes by their ending")
     txt_documents: str = _option("file", "a document is one .txt file, or one line of it")
     offsets: bool = _option(True, "record character offsets (about 1 byte a token)")
@@ -101,6 +104,8 @@ class RunConfig:
                               "thresholds: name the run whose thresholds say it")  # fmt: skip
         if self.top_neurons > MOST_TOP_NEURONS:
             raise ConfigError(f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}")
+        if self.labels == "":
+            raise ConfigError("labels is empty; name the column that holds the tags, or leave it out")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
@@ -132,7 +137,7 @@ class RunConfig:
     @property
     def read_options(self) -> ReadOptions:
         return ReadOptions(
-            self.format, self.text_column, self.id_column, self.txt_documents, self.max_document_bytes
+            self.format, self.text_column, self.id_column, self.txt_documents, self.max_document_bytes, self.labels
         )  # fmt: skip
 
 

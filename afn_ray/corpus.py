@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 
 from afn_ray import reading, storage
 from afn_ray.errors import CorpusError
-from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 
-FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet"}
+FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
+           "conllu": "conllu"}  # fmt: skip
 """Ending of a file name -> format."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings that all formats but Parquet may have."""
@@ -39,14 +40,15 @@ def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[File
 def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
     """A first look at one file of each format, so that a mistyped column fails now and not after a night.
 
-    Raises ``CorpusError`` when the text column, or the id column if one is asked for, is in none of a file's
-    first 20 documents. Empty and unreadable files pass.
+    Raises ``CorpusError`` when the text column, or the id column or that of the tags if one is asked for, is in none
+    of a file's first 20 documents, or a format cannot have the tags asked for. Empty and unreadable files pass.
     """
     first: dict[str, FileInfo] = {}
     for file in files:
         if file.size:
             first.setdefault(_kind(file.uri, options)[0], file)
-    for file in first.values():
+    for format, file in first.items():
+        _check_labels(file, format, options)
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
 
 
@@ -102,6 +104,14 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
     if names is not None and (missing := reading.missing_column(names, options)) is not None:
         raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {reading.listing(names)}")
+
+
+def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
+    what = f"labels is {options.labels!r}, but {file.uri} is {format}, which has"
+    if options.labels is not None and format in ("txt", "csv"):
+        raise CorpusError(f"{what} no column of tags; JSONL, Parquet and CoNLL-U have")
+    if options.labels not in (None, UPOS, XPOS) and format == "conllu":
+        raise CorpusError(f"{what} {UPOS} and {XPOS}")
 
 
 # --- cutting ---------------------------------------------------------------------------------------------

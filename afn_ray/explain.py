@@ -314,6 +314,7 @@ def recorded_task(
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
     task, measure = pipeline.prepare(config, pipeline.find_model(config), device, config.dtype)
+    task, measure = pipeline.with_labels(task, measure, recorded.get("labels"))
     if "outliers" in recorded:
         task, measure = pipeline.with_outliers(task, measure, recorded["outliers"])
     if "neurons_above" in recorded:

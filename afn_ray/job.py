@@ -85,6 +85,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
     task, measure = pipeline.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = manifest.make_plan(config, _hashing(on_event))
+    task, measure = pipeline.with_labels(task, measure, plan.labels)
     decided = _decide_precision(task, measure, plan, on_event, keep=True)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     task, measure = _find_outliers(task, measure, plan, on_event, keep=True)
@@ -133,7 +134,8 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
         tables = reduce_run(
             config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
             language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
-            frozen=frozen, neuron_layers=task.neuron_layers, high_neurons=bool(task.neurons_above), tasks=tasks,
+            frozen=frozen, neuron_layers=task.neuron_layers, high_neurons=bool(task.neurons_above), tagged=task.tagged,
+            tasks=tasks,
         )  # fmt: skip
         if config.screen:
             on_event(Event("screening", "looking for strange documents"))
@@ -204,6 +206,7 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     files = pipeline.find_model(config)
     task, measure = pipeline.prepare(config, files, device, "float32")
     plan = manifest.make_plan(config, _hashing(on_event))
+    task, measure = pipeline.with_labels(task, measure, plan.labels)
     decided = _decide_precision(task, measure, plan, on_event, keep=False)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
     task, measure = _find_outliers(task, measure, plan, on_event, keep=False)

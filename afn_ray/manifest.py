@@ -117,6 +117,12 @@ class Plan:
     def num_bytes(self) -> int:
         return sum(s.num_bytes for s in self.shards)
 
+    @property
+    def labels(self) -> str | None:
+        """Where the documents' tags come from; None: they have none."""
+        found = (shard.options.labels_in(piece.format) for shard in self.shards for piece in shard.slices)
+        return next(filter(None, found), None)
+
 
 def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
     """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not read.
@@ -289,7 +295,8 @@ def _suffix(
 
 
 BESIDE_STRENGTH = frozenset({
-    "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above"
+    "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above",
+    "labels",
 })  # fmt: skip
 """Of a measure: what changes no strength, so that thresholds mean the same."""
 FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")

@@ -68,6 +68,7 @@ class Task:
     outliers: tuple[tuple[int, ...], ...] = ()  # dimensions of each layer that a signal leaves out
     neuron_layers: tuple[int, ...] = ()  # of which neurons are recorded
     neurons_above: tuple[float, ...] = ()  # of each of these the strength from which on they are; empty: of all tokens
+    tagged: bool = False  # the corpus is labelled
 
 
 @dataclass(slots=True)
@@ -129,6 +130,14 @@ def with_neurons_above(task: Task, measure: dict[str, Any], above: Sequence[floa
     or more."""
     measure = measure | {"neurons_above": list(above)}
     return replace(task, neurons_above=tuple(above), measure_id=fingerprint(measure)), measure
+
+
+def with_labels(task: Task, measure: dict[str, Any], labels: str | None) -> tuple[Task, dict[str, Any]]:
+    """The same task and measure, for a corpus whose tags are in ``labels``; None: for one that has none."""
+    if labels is None:
+        return task, measure
+    measure = measure | {"labels": labels}
+    return replace(task, tagged=True, measure_id=fingerprint(measure)), measure
 
 
 def wants_outliers(task: Task) -> bool:
@@ -222,13 +231,14 @@ class Processor:
         counts = dict.fromkeys(
             ("documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars"), 0
         )
-        summary, pairs = Summary(self.task.series), neurons.PairSummary(self.task.neuron_layers)
+        summary = Summary(self.task.series, self.task.tagged)
+        pairs = neurons.PairSummary(self.task.neuron_layers)
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
         attempt = uuid.uuid4().hex[:16]
         origin = {"measure": self.task.measure_id, "shard": shard.id, "attempt": attempt}
         with _scratch_folder(config) as folder:
             with records.ShardFiles(
-                folder, self.task.series, self.task.neuron_layers, config.offsets, origin
+                folder, self.task.series, self.task.neuron_layers, config.offsets, origin, self.task.tagged
             ) as files:  # fmt: skip
                 seconds = self._measure_and_write(documents, halvings, files, summary, pairs, counts)
                 files.summary.write_each(summary.tables())
@@ -352,10 +362,13 @@ class Processor:
         n_tokens = np.where(bad, 0, n_tokens)
         by_series = dict(zip(self.task.series, values, strict=True))
         docs, flags = encoded.docs + np.int32(first_doc), encoded.flags
+        tags = pa.nulls(len(flags), pa.string())
+        if self.task.tagged:
+            tags = pa.array(tokens.find_tags(encoded, [d.text for d in chunk], [d.tags for d in chunk]), pa.string())
         table = records.make_table(
             {
                 "doc": docs, "position": encoded.positions, "token_id": encoded.token_ids, "flags": flags,
-                "surface": prepared.surfaces, "start": encoded.start, "end": encoded.end,
+                "surface": prepared.surfaces, "tag": tags, "start": encoded.start, "end": encoded.end,
                 **{s.name: x for s, x in by_series.items()},
             },
             files.tokens.schema,
@@ -363,7 +376,8 @@ class Processor:
         if bad.any():
             table = table.filter(pa.array(keep))
         files.tokens.write(table)
-        summary.add(docs[keep], encoded.token_ids[keep], flags[keep], {s: x[keep] for s, x in by_series.items()})
+        values_of = {s: x[keep] for s, x in by_series.items()}
+        summary.add(docs[keep], encoded.token_ids[keep], flags[keep], values_of, tags.filter(pa.array(keep)))
         if files.neurons is not None:
             which, lists = self._neurons(tops, by_series, docs, encoded.positions, flags, keep)
             files.neurons.write(lists)

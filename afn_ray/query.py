@@ -371,7 +371,7 @@ def _create(
         connection.execute(f"CREATE TABLE {name} AS FROM incoming")
         connection.unregister("incoming")
     paths = {table: _paths(of_table, before) for table, of_table in files.items()}
-    offsets = "start" in _columns(connection, paths["tokens"][0].path)
+    columns = _columns(connection, paths["tokens"][0].path)
     neurons = None
     if "neurons" in paths:
         found = [re.fullmatch(r"neurons_(\d+)", c) for c in _columns(connection, paths["neurons"][0].path)]
@@ -380,7 +380,9 @@ def _create(
     connection.register("incoming", NEURON_TYPES_SCHEMA.empty_table())
     connection.execute("CREATE TABLE internal.no_neuron_types AS FROM incoming")
     connection.unregister("incoming")
-    for statement in statements(paths["tokens"], paths["documents"], layers, quartiles, others, neurons, offsets):
+    for statement in statements(
+        paths["tokens"], paths["documents"], layers, quartiles, others, neurons, "start" in columns, "tag" in columns
+    ):
         connection.execute(statement)
 
 

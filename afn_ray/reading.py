@@ -21,9 +21,9 @@ from typing import IO, Any, NamedTuple, Protocol, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import storage
+from afn_ray import storage, tags
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
-from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions, Span
 
 BLOCK_BYTES = 1 << 20
 DECOMPRESSED_BLOCK_BYTES = 1 << 16  # decoded in the call that meets damage is lost, so ask for little
@@ -225,7 +225,7 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
 def column_chunks(metadata: Any, columns: Sequence[str], size: int) -> list[list[tuple[int, int]]]:
     """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one outside the file."""
     paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaves = [i for i, path in enumerate(paths) if any(path == c or path.startswith(c + ".") for c in columns)]
+    leaves = [i for i, path in enumerate(paths) if _is_of(path, columns)]
     groups: list[list[tuple[int, int]]] = []
     for group in range(metadata.num_row_groups):
         groups.append([])
@@ -236,6 +236,11 @@ def column_chunks(metadata: Any, columns: Sequence[str], size: int) -> list[list
                 raise ValueError(f"row group {group} lies outside the file")
             groups[-1].append((offset, chunk.total_compressed_size))
     return groups
+
+
+def _is_of(path: str, columns: Sequence[str]) -> bool:
+    """Whether the leaf at ``path`` belongs to one of ``columns``."""
+    return any(path == column or path.startswith(column + ".") for column in columns)
 
 
 def hash_chunks(source: Source, columns: Sequence[str], groups: Iterable[list[tuple[int, int]]]) -> str:
@@ -260,6 +265,8 @@ def _documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterat
     blocks = _blocks(source, slice.compression)
     if slice.format == "csv":
         return _csv_documents(blocks, slice, options)
+    if slice.format == "conllu":
+        return _conllu_documents(blocks, slice, options)
     return (_line_documents if is_lines(slice.format, options) else _whole_document)(blocks, slice, options)
 
 
@@ -303,14 +310,27 @@ def _json_document(slice: FileSlice, offset: int, line: bytes, options: ReadOpti
         found = value.get(options.id_column)
         if isinstance(found, str | int | float) and not isinstance(found, bool):
             doc_id = _clean(str(found))[0]
-    if options.text_column not in value:
-        reason = f"no column {options.text_column!r}; it has: {listing(value)}"
-        return _problem(slice, offset, reason, doc_id)
+    for column in (options.text_column, options.labels):
+        if column is not None and column not in value:
+            return _problem(slice, offset, f"no column {column!r}; it has: {listing(value)}", doc_id)
     text = value[options.text_column]
+    if options.labels is not None:
+        return _labelled_document(slice, offset, text, value[options.labels], doc_id, options)
     if isinstance(text, str):
         return _document(slice, offset, text, doc_id, options)
     kind = "null" if text is None else f"{type(text).__name__}, expected a string"
     return _problem(slice, offset, f"{options.text_column} is {kind}", doc_id)
+
+
+def _labelled_document(
+    slice: FileSlice, offset: int, text: object, labels: object, doc_id: str | None, options: ReadOptions
+) -> Document:
+    assert options.labels is not None
+    try:
+        text, spans = tags.from_cells(text, labels, options.text_column, options.labels)
+    except ValueError as error:
+        return _problem(slice, offset, str(error), doc_id)
+    return _document(slice, offset, text, doc_id, options, spans)
 
 
 class _NotJson(str):
@@ -386,6 +406,63 @@ def _rows(lines: Iterator[_Line], limit: int) -> Iterator[list[str] | str]:
             yield row
 
 
+def _conllu_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
+    limit = _line_limit(options)
+    document: list[list[_Line]] = []
+    size, together = 0, False
+    for sentence in _sentences(_lines(blocks, limit), limit):
+        comments = [_decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
+        begins = any(map(tags.begins_document, comments))
+        if len(comments) == len(sentence) and not begins:
+            continue
+        if document and (begins or not together):
+            yield _conllu_document(slice, document, options)
+            document, size = [], 0
+        together = together or begins
+        document.append(sentence)
+        size += sum(line.length for line in sentence)
+        if size > limit:
+            document = [[document[0][0]._replace(data=None)]]
+    if document:
+        yield _conllu_document(slice, document, options)
+
+
+def _sentences(lines: Iterator[_Line], limit: int) -> Iterator[list[_Line]]:
+    """Lines between blank ones; of more than ``limit`` bytes the first alone, without its data."""
+    sentence: list[_Line] = []
+    size = 0
+    for line in lines:
+        if line.blank:
+            if sentence:
+                yield sentence
+            sentence, size = [], 0
+            continue
+        sentence.append(line)
+        size += line.length
+        if size > limit:
+            sentence = [sentence[0]._replace(data=None)]
+    if sentence:
+        yield sentence
+
+
+def _conllu_document(slice: FileSlice, sentences: list[list[_Line]], options: ReadOptions) -> Document:
+    first, labels = sentences[0][0], options.labels_in("conllu")
+    offset = first.number if slice.compression else first.offset
+    assert labels is not None
+    if any(line.data is None for sentence in sentences for line in sentence):
+        limit = _line_limit(options)
+        return _problem(slice, offset, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes")
+    numbered = (
+        [(line.number + 1, _decode(line.data or b"").removesuffix("\r")) for line in sentence] for sentence in sentences
+    )
+    try:
+        text, spans, doc_id = tags.from_conllu(numbered, labels)
+    except ValueError as error:
+        return _problem(slice, offset, f"not CoNLL-U: {error}")
+    return _document(slice, offset, text, _clean(doc_id)[0] or None, options, spans)
+
+
 def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     unreadable = "not a readable Parquet file"
     try:
@@ -402,16 +479,18 @@ def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -
     row = sum(num_rows[: slice.start])
     for group in range(slice.start, min(slice.end, len(num_rows))):
         end = row + num_rows[group]
-        if not _is_text(kind):
+        if not (_is_text(kind) or (options.labels is not None and _is_list(kind))):
             for offset in range(row, end):
                 yield _problem(slice, offset, f"{options.text_column} is {kind}, expected a string")
             row = end
             continue
         try:
-            for texts, ids in _batches(file, group, options):
-                for text, doc_id in zip(texts, ids, strict=True):
+            for texts, ids, labels in _batches(file, group, options):
+                for text, doc_id, of_text in zip(texts, ids, labels, strict=True):
                     if text is None:
                         yield _problem(slice, row, f"{options.text_column} is null", doc_id)
+                    elif options.labels is not None:
+                        yield _labelled_document(slice, row, text, of_text, doc_id, options)
                     else:
                         yield _document(slice, row, text, doc_id, options)
                     row += 1
@@ -422,21 +501,22 @@ def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -
         row = end
 
 
-def _batches(file: Any, group: int, options: ReadOptions) -> Iterator[tuple[list[str | None], list[str | None]]]:
-    """Texts and ids of one row group, a few megabytes at a time where its metadata allow to tell."""
+def _batches(file: Any, group: int, options: ReadOptions) -> Iterator[tuple[list[Any], list[str | None], list[Any]]]:
+    """Texts, ids and tags of one row group, a few megabytes at a time where its metadata allow to tell."""
     columns = columns_of(options)
     metadata = file.metadata.row_group(group)
     leaves = (metadata.column(i) for i in range(metadata.num_columns))
-    num_bytes = sum(c.total_uncompressed_size for c in leaves if c.path_in_schema in columns)
+    num_bytes = sum(c.total_uncompressed_size for c in leaves if _is_of(c.path_in_schema, columns))
     num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * metadata.num_rows // max(num_bytes, 1)))
     for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
         names = batch.schema.names
-        texts = _strings(batch.column(names.index(options.text_column)))
-        if options.id_column is None:
-            yield texts, [None] * len(texts)
-        else:
-            ids = _strings(batch.column(names.index(options.id_column)))
-            yield texts, [doc_id and _clean(doc_id)[0] for doc_id in ids]
+        text = batch.column(names.index(options.text_column))
+        ids: list[str | None] = [None] * len(text)
+        if options.id_column is not None:
+            found = _strings(batch.column(names.index(options.id_column)))
+            ids = [doc_id and _clean(doc_id)[0] for doc_id in found]
+        labels = ids if options.labels is None else _lists(batch.column(names.index(options.labels)))
+        yield _lists(text) if _is_list(text.type) else _strings(text), ids, labels
 
 
 def _is_text(kind: Any) -> bool:
@@ -447,6 +527,23 @@ def _is_text(kind: Any) -> bool:
         kind = kind.value_type
     tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
     return pa.types.is_fixed_size_binary(kind) or any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+
+
+def _is_list(kind: Any) -> bool:
+    tests = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{test}")(kind) for test in tests)
+
+
+def _lists(column: Any) -> list[Any]:
+    """Values of an Arrow array, nested as they are; one that is not UTF-8 is told by its type, for it is no list."""
+
+    def value(scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            return error
+
+    return [value(scalar) for scalar in column]
 
 
 def _strings(column: Any) -> list[str | None]:
@@ -467,7 +564,8 @@ def is_lines(format: str, options: ReadOptions) -> bool:
 
 def columns_of(options: ReadOptions) -> list[str]:
     """Names of the columns that are read."""
-    return list(dict.fromkeys(c for c in (options.text_column, options.id_column) if c is not None))
+    columns = (options.text_column, options.id_column, options.labels)
+    return list(dict.fromkeys(c for c in columns if c is not None))
 
 
 def missing_column(names: Sequence[str], options: ReadOptions) -> str | None:
@@ -506,13 +604,15 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-def _document(slice: FileSlice, offset: int, text: str, doc_id: str | None, options: ReadOptions) -> Document:
+def _document(
+    slice: FileSlice, offset: int, text: str, doc_id: str | None, options: ReadOptions, spans: tuple[Span, ...] = ()
+) -> Document:
     text, num_replaced = _clean(text)
     num_bytes = len(text.encode())
     if num_bytes > options.max_document_bytes:
         reason = f"document of {num_bytes} bytes is over max_document_bytes = {options.max_document_bytes}"
         return _problem(slice, offset, reason, doc_id)
-    return Document(slice.uri, offset, text, doc_id, num_replaced)
+    return Document(slice.uri, offset, text, doc_id, num_replaced, tags=spans)
 
 
 def _problem(slice: FileSlice, offset: int, reason: str, doc_id: str | None = None) -> Document:

@@ -19,6 +19,7 @@ from afn_ray.errors import Interrupted
 from afn_ray.schema import (
     PAIRS_SCHEMA,
     SUMMARY_SCHEMA,
+    TAGGED_SUMMARY_SCHEMA,
     Series,
     documents_schema,
     token_neurons_schema,
@@ -105,20 +106,21 @@ class TableFile:
 class ShardFiles:
     """The files of one attempt at a shard, closed on leaving the context: those of neurons where they are recorded.
 
-    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs.
+    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs; ``tagged``:
+    the corpus is labelled.
     """
 
     def __init__(
         self, folder: Path, series: Sequence[Series], neuron_layers: Sequence[int], offsets: bool,
-        origin: Mapping[str, str],
+        origin: Mapping[str, str], tagged: bool = False,
     ) -> None:  # fmt: skip
         def table(name: str, schema: pa.Schema) -> TableFile:
             label = json.dumps({**origin, "table": name})
             return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
 
-        self.tokens = table("tokens", tokens_schema(series, offsets))
+        self.tokens = table("tokens", tokens_schema(series, offsets, tagged))
         self.documents = table("documents", documents_schema(series))
-        self.summary = table("summary", SUMMARY_SCHEMA)
+        self.summary = table("summary", TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA)
         self.neurons = table("neurons", token_neurons_schema(neuron_layers)) if neuron_layers else None
         self.pairs = table("pairs", PAIRS_SCHEMA) if neuron_layers else None
         files = (self.tokens, self.documents, self.summary, self.neurons, self.pairs)

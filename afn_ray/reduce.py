@@ -8,7 +8,11 @@ Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks`
     total   all parts' counts                    -> the layer's histogram and thresholds
     types   a part, what labels go by            -> statistics of each type
 
-Pairs of neurons and types go the same way, cut by neuron, to a last step that gives the rows of both their tables.
+Pairs of neurons and types go the same way, cut by neuron, to a last step that gives the rows of both their tables. Of
+a labelled corpus the counts of each type's tags::
+
+    tags    some shards' summaries               -> their sum
+    add     sums from FAN_IN places              -> their sum, until there is one
 
 All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls holds handles and
 the small tables at the end.
@@ -17,7 +21,7 @@ the small tables at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -37,10 +41,20 @@ from afn_ray.schema import (
     SIGNALS_SCHEMA,
     STRENGTH,
     THRESHOLDS_SCHEMA,
+    UNTAGGED,
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.thresholds import BIN_BITS, DEFINITION, SPECIAL_KEY, Histogram, SeriesSummary, starts, to_values
+from afn_ray.thresholds import (
+    BIN_BITS,
+    DEFINITION,
+    SPECIAL_KEY,
+    Histogram,
+    SeriesSummary,
+    TypeTags,
+    starts,
+    to_values,
+)
 
 READ_AHEAD = 8
 FAN_IN = 64
@@ -106,16 +120,16 @@ def reduce_run(
     store: str, measure_id: str, commits: Sequence[manifest.Commit], series: Sequence[Series], *,
     pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
     frozen: Sequence[dict[str, Any]] = (), neuron_layers: Sequence[int] = (), high_neurons: bool = False,
-    tasks: Tasks | None = None,
+    tagged: bool = False, tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The run's tables from its shards' summaries, by ``tasks`` or in this process.
 
     ``commits`` in plan order, ``num_bytes`` read for each; ``series`` as the shards have them, strength first;
     ``pieces`` and ``readable`` are the vocabulary's texts by token id; ``frozen`` has rows of ``manifest.FROZEN`` to
     label by instead of the run's own thresholds; ``neuron_layers`` of which neurons are recorded, ``high_neurons``
-    where of HIGH tokens alone. The result does not depend on how the corpus was cut into shards.
-    Raises ``StoreError`` when a summary is missing or damaged, or when together they have not the tokens that the
-    commits count.
+    where of HIGH tokens alone; where summaries are ``tagged``, classes are tags. The result does not depend on how the
+    corpus was cut into shards. Raises ``StoreError`` when a summary is missing or damaged, or when together they have
+    not the tokens that the commits count.
     """
     tasks = tasks or Inline()
     n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
@@ -128,6 +142,7 @@ def reduce_run(
         )
         for at, one in enumerate(series)
     ]  # fmt: skip
+    tags = tasks.result(_submit_tags(tasks, store, measure_id, files, len(series))) if tagged else None
     thresholds: list[dict[str, Any]] = []
     labels: list[dict[str, Any]] = []
     histograms, vocabularies = [], []
@@ -141,7 +156,7 @@ def reduce_run(
                 f"commits of measure {measure_id} count; 'afn verify {store}' says where"
             )
         statistics = pa.concat_tables([tasks.result(part) for part in types])
-        vocabulary = vocabulary_table(one.layer, statistics, n_docs, pieces, readable, language)
+        vocabulary = vocabulary_table(one.layer, statistics, n_docs, pieces, readable, language, tags)
         if one.signal != STRENGTH:
             signals.append({f.name: ({"signal": one.signal} | rows[0])[f.name] for f in SIGNALS_SCHEMA})
             named = vocabulary.append_column("signal", pa.array([one.signal] * len(vocabulary), pa.string()))
@@ -251,6 +266,14 @@ def _tree(tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequen
     return parts
 
 
+def _submit_tags(
+    tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int
+) -> Any:  # fmt: skip
+    """A handle of the tag that each type has most often."""
+    leaves = (tasks.submit(_tags, store, measure_id, group, num_series) for group in _groups(files, num_series))
+    return tasks.submit(_most_frequent, *_tree(tasks, leaves, _add_tags, None))[0]
+
+
 def _groups(files: Sequence[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
     """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` of a series."""
     group: list[SummaryFile] = []
@@ -335,6 +358,21 @@ def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.T
     return list(neurons.neuron_tables(neurons.Pairs.from_table(_decode(part)), layer, types))
 
 
+def _tags(store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int) -> list[TypeTags]:
+    """The sum of the counts of tags in ``files``, the row group behind those of the series."""
+    nothing = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))
+    found = (_read_group(store, measure_id, file, num_series) for file in files)
+    return [TypeTags.merge([nothing, *(TypeTags.from_table(table) for table in found if table is not None)])]
+
+
+def _add_tags(_: None, *parts: TypeTags) -> list[TypeTags]:
+    return [TypeTags.merge(parts)]
+
+
+def _most_frequent(tags: TypeTags) -> list[dict[int, str]]:
+    return [tags.most_frequent()]
+
+
 def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
     """What a ``Tasks`` elsewhere runs: a lone value comes out of its sequence."""
     values = function(*args)
@@ -375,10 +413,9 @@ def _read_series(
     """``series`` (row group ``at``) of every summary, a few files ahead."""
 
     def read(file: SummaryFile) -> SeriesSummary | None:
-        data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
-        if not file.rows:
-            return None  # a shard without tokens
-        table = pq.ParquetFile(pa.BufferReader(data)).read_row_group(at, use_threads=False)
+        table = _read_group(store, measure_id, file, at)
+        if table is None:
+            return None
         found = Series(table["signal"][0].as_py(), table["layer"][0].as_py())
         if found != series:
             raise StoreError(
@@ -391,6 +428,13 @@ def _read_series(
             for part in pool.map(read, files[begin : begin + READ_AHEAD]):
                 if part is not None:
                     yield part
+
+
+def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.Table | None:
+    """Row group ``at`` of a summary; None where it is not there: of a shard without tokens, or without tags."""
+    data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
+    parquet = pq.ParquetFile(pa.BufferReader(data))
+    return parquet.read_row_group(at, use_threads=False) if at < parquet.num_row_groups else None
 
 
 # --- the tables ------------------------------------------------------------------------------------------
@@ -507,17 +551,25 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
 
 
 def vocabulary_table(
-    layer: int, statistics: pa.Table, n_docs: int, pieces: Sequence[str], readable: Sequence[str], language: str
-) -> pa.Table:
-    """``statistics`` of all types in any order, with texts, classes and shares, in order of ids."""
+    layer: int, statistics: pa.Table, n_docs: int, pieces: Sequence[str], readable: Sequence[str], language: str,
+    tags: Mapping[int, str] | None = None,
+) -> pa.Table:  # fmt: skip
+    """``statistics`` of all types in any order, with texts, classes and shares, in order of ids.
+
+    The class of a type is its one of ``tags``; None: no corpus said any, and it is guessed.
+    """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
     columns: dict[str, Any] = {name: statistics[name].to_numpy() for name in statistics.column_names}
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
     texts = [readable[i] for i in ids]
-    classes = [
-        lexicon.classify(text, special=bool(s), starts_word=bool(2 * w >= c), language=language)
-        for text, s, w, c in zip(texts, columns["special"], columns["n_word_start"], n, strict=True)
-    ]
+    if tags is not None:
+        is_special = columns["special"].tolist()
+        classes = ["special" if s else tags.get(i, UNTAGGED) for i, s in zip(ids, is_special, strict=True)]
+    else:
+        classes = [
+            lexicon.classify(text, special=bool(s), starts_word=bool(2 * w >= c), language=language)
+            for text, s, w, c in zip(texts, columns["special"], columns["n_word_start"], n, strict=True)
+        ]
     low, upper = wilson(n_high, n)
     columns |= {
         "layer": np.full(len(ids), layer), "token": [pieces[i] for i in ids], "text": texts, "class": classes,

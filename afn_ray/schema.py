@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,21 +27,41 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+UPOS, XPOS = "upos", "xpos"
+"""The two columns of CoNLL-U that hold tags: Universal Dependencies' parts of speech, and the language's own."""
+
+
+class Span(NamedTuple):
+    """Characters of a text that carry a tag."""
+
+    start: int
+    end: int  # exclusive
+    tag: str
+
+
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """How bytes become documents; part of a shard's identity."""
 
-    format: str  # "auto", "txt", "jsonl", "csv" or "parquet"
+    format: str  # "auto", "txt", "jsonl", "csv", "parquet" or "conllu"
     text_column: str
     id_column: str | None
     txt_documents: str  # "file" or "line"
     max_document_bytes: int
+    labels: str | None = None  # column of the tags; None: none, but of CoNLL-U
+
+    def labels_in(self, format: str) -> str | None:
+        """Where the tags of a file of ``format`` come from; None: it has none."""
+        return self.labels or (UPOS if format == "conllu" else None)
 
     def identity(self, format: str) -> list[object]:
         """What of it changes the documents of a file of ``format``."""
         if format == "txt":
             return [self.txt_documents, self.max_document_bytes]
-        return [self.text_column, self.id_column, self.max_document_bytes]
+        if format == "conllu":
+            return [self.labels_in(format), self.max_document_bytes]
+        labels = [self.labels] if self.labels else []
+        return [self.text_column, self.id_column, self.max_document_bytes, *labels]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +80,7 @@ class FileSlice:
     uri: str
     size: int  # bytes of the file
     version: str  # of the file, as in FileInfo
-    format: str  # "txt", "jsonl", "csv" or "parquet"
+    format: str  # "txt", "jsonl", "csv", "parquet" or "conllu"
     compression: str  # "", "gz", "bz2", "xz" or "zst"
     start: int  # bytes; row groups for Parquet
     end: int  # exclusive
@@ -102,6 +122,7 @@ class Document:
     doc_id: str | None = None  # the corpus's own id, where it has one
     num_replaced: int = 0  # bytes sequences of invalid UTF-8 that became U+FFFD
     problem: str | None = None  # why it is quarantined; ``text`` is then empty
+    tags: tuple[Span, ...] = ()  # sorted, none empty, no two of them over the same character
 
 
 STRENGTH = "strength"
@@ -130,8 +151,8 @@ def strength_column(layer: int) -> str:
     return Series(STRENGTH, layer).name
 
 
-def tokens_schema(series: Sequence[Series], offsets: bool) -> pa.Schema:
-    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position)."""
+def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False) -> pa.Schema:
+    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position). ``tagged``: the corpus is labelled."""
     fields = [
         pa.field("doc", pa.int32(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
@@ -139,6 +160,8 @@ def tokens_schema(series: Sequence[Series], offsets: bool) -> pa.Schema:
         pa.field("flags", pa.uint8(), nullable=False),
         pa.field("surface", pa.dictionary(pa.int32(), pa.string())),
     ]
+    if tagged:
+        fields.append(pa.field("tag", pa.dictionary(pa.int32(), pa.string())))
     if offsets:
         fields += [pa.field("start", pa.int32(), nullable=False), pa.field("end", pa.int32(), nullable=False)]
     fields += [pa.field(s.name, pa.float32(), nullable=False) for s in series]
@@ -224,6 +247,9 @@ SUMMARY_SCHEMA = pa.schema(
 Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram, whose integers
 merge by addition in any order. One Parquet row group per series.
 """
+
+TAGGED_SUMMARY_SCHEMA = SUMMARY_SCHEMA.append(pa.field("tag", pa.string()))
+"""The same of a labelled corpus, with one more row group, in which ``counts`` says how often a type has ``tag``."""
 
 HISTOGRAM_SCHEMA = pa.schema(
     [
@@ -344,6 +370,37 @@ NEURON_TYPES_SCHEMA = pa.schema(
 
 CLASSES = ("content", "function", "fragment", "number", "punctuation", "special")
 """Classes of a type, in the order in which tables show them."""
+UNTAGGED = "untagged"
+"""Class of what has no tag in a labelled corpus."""
+RESERVED = ("special", UNTAGGED)
+"""Classes that no tag may be called."""
+
+UPOS_CLASSES = {
+    "content": ("NOUN", "PROPN", "VERB", "ADJ", "ADV", "INTJ"),
+    "function": ("ADP", "AUX", "CCONJ", "DET", "NUM", "PART", "PRON", "SCONJ"),
+    "punctuation": ("PUNCT", "SYM"),
+}
+"""Universal Dependencies' open classes, its closed ones, numerals among them, and its others, but for X."""
+_ORDER = (*CLASSES[:-1], *(tag for tags in UPOS_CLASSES.values() for tag in tags), "X")
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """``classes``, guessed ones or tags, once each as tables show them: known ones first, what is none of them last."""
+    rank = {name: at for at, name in enumerate(_ORDER)} | {name: len(_ORDER) + 1 for name in RESERVED}
+    return sorted({*classes}, key=lambda name: (rank.get(name, len(_ORDER)), name))
+
+
+def upos_classes(tags: Iterable[str]) -> dict[str, str]:
+    """What each of ``tags`` is, by ``UPOS_CLASSES``; nothing where one of them is no UPOS.
+
+    A joined tag is what all its parts are; X, and one whose parts differ, are left out.
+    """
+    kinds = {tag: kind for kind, of_kind in UPOS_CLASSES.items() for tag in of_kind} | {"X": ""}
+    found = {tag: {kinds.get(part) for part in tag.split("+")} for tag in tags if tag not in RESERVED}
+    if any(None in parts for parts in found.values()):
+        return {}
+    return {tag: kind for tag, parts in found.items() if len(parts) == 1 for kind in parts if kind}
+
 
 SHARDS_SCHEMA = pa.schema(
     [

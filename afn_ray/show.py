@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray import compare, lexicon, manifest, precision
-from afn_ray.errors import printable
+from afn_ray.errors import count, printable
 from afn_ray.query import Run
 from afn_ray.reduce import wilson
-from afn_ray.schema import CLASSES
+from afn_ray.schema import in_order
 
 SALIENT_WORDS = 10
 SALIENT_MIN_N = 20
@@ -27,6 +27,8 @@ SALIENT_MIN_N = 20
 MOVERS = 15
 MOVED_SOURCES = 8
 """Types and sources of a comparison that a terminal shows."""
+MAX_CLASSES = 24
+"""That a table or a drawing shows, the most frequent: a corpus may have more tags."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +116,19 @@ def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
     classes = np.array(vocabulary["class"].to_pylist())
     n, n_high = vocabulary["n"].to_numpy(), vocabulary["n_high"].to_numpy()
     shares = []
-    for name in CLASSES:
+    for name in in_order(classes.tolist()):
         here = classes == name
         total, high = int(n[here].sum()), int(n_high[here].sum())
         if total and name != "special":
             low, upper = wilson(high, total)
             shares.append(ClassShare(layer, name, total, high, high / total, float(low), float(upper)))
     return tuple(shares)
+
+
+def frequent_classes(facts: LayerFacts) -> list[int]:
+    """Places of the ``MAX_CLASSES`` most frequent of ``facts.classes``, in their order; they are those of any layer."""
+    by_n = sorted(range(len(facts.classes)), key=lambda at: -facts.classes[at].n)
+    return sorted(by_n[:MAX_CLASSES])
 
 
 def _idf_auc(vocabulary: Any) -> float | None:
@@ -258,14 +266,15 @@ def render_classes(summary: Summary, console: Console) -> None:
     shown = ordered[-max(2, (console.width - 20) // 21) :]
     heads = [f"layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in shown]
     table = _table("Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads)
-    if len(shown) < len(ordered):
-        table.caption, table.caption_justify = f"and {len(ordered) - len(shown)} more layers: afn show --json", "left"
-    total = sum(c.n for c in ordered[0].classes)
-    for at, share in enumerate(ordered[0].classes):
-        cells = [facts.classes[at] for facts in shown]
-        table.add_row(
-            share.name, f"{share.n / total:.1%}", *(f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})" for c in cells)
-        )  # fmt: skip
+    classes = ordered[0].classes
+    left_out = [f"{len(ordered) - len(shown)} more layers"] * (len(shown) < len(ordered))
+    left_out += [count(len(classes) - MAX_CLASSES, "rarer tag")] * (len(classes) > MAX_CLASSES)
+    if left_out:
+        table.caption, table.caption_justify = f"and {' and '.join(left_out)}: afn show --json", "left"
+    total = sum(c.n for c in classes)
+    for at in frequent_classes(ordered[0]):
+        shares = [f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})" for c in (facts.classes[at] for facts in shown)]
+        table.add_row(Text(printable(classes[at].name)), f"{classes[at].n / total:.1%}", *shares)
     _print(table, console)
 
 
@@ -378,7 +387,7 @@ def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None
             f"{row[f'share_high_{r}']:.3f} ({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
             for r in "ab"
         )
-        table.add_row(row["class"], f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs)
+        table.add_row(Text(printable(row["class"])), f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs)
     _print(table, console)
 
 
@@ -393,7 +402,7 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     for row in both.filter(pc.not_equal(both["z"], 0)).slice(0, MOVERS).to_pylist():
         medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
         table.add_row(
-            Text(printable(row["text"])), row["class"], f"{row['n_a']:,}", f"{row['n_b']:,}",
+            Text(printable(row["text"])), Text(printable(row["class"])), f"{row['n_a']:,}", f"{row['n_b']:,}",
             f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
         )  # fmt: skip
     _print(table, console)

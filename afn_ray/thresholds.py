@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -102,18 +103,23 @@ class Histogram:
 
 
 class Summary:
-    """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied bins."""
+    """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied bins.
 
-    def __init__(self, series: Sequence[Series]) -> None:
+    ``tagged``: tokens come with tags, and how often each type has each is counted too.
+    """
+
+    def __init__(self, series: Sequence[Series], tagged: bool = False) -> None:
         self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
+        self._tags = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string())) if tagged else None
 
     def add(
         self, docs: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8],
-        values: Mapping[Series, Floats],
+        values: Mapping[Series, Floats], tags: pa.Array | None = None,
     ) -> None:  # fmt: skip
-        """Add the tokens of whole documents; ``values`` are rounded, finite and not negative, [n] per series."""
+        """Add the tokens of whole documents; ``values`` are rounded, finite and not negative, [n] per series; ``tags``
+        are strings, null where there is none."""
         special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
         types = special + (token_ids.astype(np.int64) << BIN_BITS)
         in_docs = np.unique((docs.astype(np.int64) << (TYPE_BITS + 1)) + (types >> BIN_BITS))
@@ -123,12 +129,71 @@ class Summary:
             parts.append(Histogram.of(types + to_bins(values[series])))
             if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
                 parts[:] = [Histogram.merge(parts)]
+        if self._tags is not None:
+            self._tags = TypeTags.merge([self._tags, TypeTags.of(token_ids, tags)])
 
     def tables(self) -> Iterable[pa.Table]:
-        """One table per series, as in ``SUMMARY_SCHEMA``."""
+        """One table per series, as in ``SUMMARY_SCHEMA``; with tags as in ``TAGGED_SUMMARY_SCHEMA``, theirs last."""
         docs, starts = Histogram.merge(self._docs), Histogram.merge(self._word_starts)
         for series, parts in self._values.items():
-            yield SeriesSummary(Histogram.merge(parts), docs, starts).to_table(series)
+            table = SeriesSummary(Histogram.merge(parts), docs, starts).to_table(series)
+            yield (
+                table
+                if self._tags is None
+                else table.append_column(TAGGED_SUMMARY_SCHEMA.field("tag"), pa.nulls(len(table), pa.string()))
+            )
+        if self._tags is not None:
+            yield self._tags.to_table()
+
+
+@dataclass(frozen=True, slots=True)
+class TypeTags:
+    """How often each type of a labelled corpus has each tag; sums of these are exact in any order."""
+
+    table: pa.Table  # token_id, tag, n; each pair once, in order
+
+    @classmethod
+    def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
+        """Of tokens; those whose tag is null are left out."""
+        return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": np.ones(len(token_ids), np.int64)}))
+
+    @classmethod
+    def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:
+        """The sum of ``parts``, of which there is one at least."""
+        return cls._sum(pa.concat_tables([part.table for part in parts]))
+
+    @classmethod
+    def _sum(cls, table: pa.Table) -> TypeTags:
+        sums = table.filter(pc.is_valid(table["tag"])).group_by(["token_id", "tag"]).aggregate([("n", "sum")])
+        order = [("token_id", "ascending"), ("tag", "ascending")]
+        return cls(sums.select(["token_id", "tag", "n_sum"]).rename_columns(["token_id", "tag", "n"]).sort_by(order))
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> TypeTags:
+        """From their rows of ``TAGGED_SUMMARY_SCHEMA``."""
+        n = table["counts"].combine_chunks().flatten()
+        return cls(pa.table({"token_id": table["token_id"], "tag": table["tag"], "n": n}))
+
+    def to_table(self) -> pa.Table:
+        """As rows of ``TAGGED_SUMMARY_SCHEMA``, in which ``counts`` alone says something; the inverse of the above."""
+        zeros, ends = np.zeros(len(self.table), np.int64), np.arange(len(self.table) + 1, dtype=np.int32)
+        columns = {
+            "signal": pa.array(["tag"] * len(zeros), pa.string()), "layer": zeros, "special": zeros, "n_docs": zeros,
+            "n_word_start": zeros, "bins": pa.ListArray.from_arrays(ends, zeros),
+            "counts": pa.ListArray.from_arrays(ends, self.table["n"].combine_chunks()),
+            "token_id": self.table["token_id"], "tag": self.table["tag"],
+        }  # fmt: skip
+        return pa.table([columns[name] for name in TAGGED_SUMMARY_SCHEMA.names], TAGGED_SUMMARY_SCHEMA.names).cast(
+            TAGGED_SUMMARY_SCHEMA
+        )
+
+    def most_frequent(self) -> dict[int, str]:
+        """The tag that each type has most often; of those that it has as often the first by name."""
+        best: dict[int, tuple[int, str]] = {}
+        for token_id, tag, n in zip(*(self.table[c].to_pylist() for c in ("token_id", "tag", "n")), strict=True):
+            if n > best.get(token_id, (0, ""))[0]:
+                best[token_id] = (n, tag)
+        return {token_id: tag for token_id, (_, tag) in best.items()}
 
 
 def _look_up(histogram: Histogram, keys: Ints) -> Ints:

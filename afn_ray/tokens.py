@@ -6,14 +6,14 @@ import bisect
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from afn_ray.errors import ConfigError, ModelError
-from afn_ray.schema import REPLACED, SPECIAL, WORD_START
+from afn_ray.schema import REPLACED, SPECIAL, WORD_START, Span
 
 Int32 = npt.NDArray[np.int32]
 
@@ -382,4 +382,25 @@ def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) ->
         spelled = readable[ids[head]] if stop == head + 1 else "".join([readable[i] for i in ids[head:stop]])
         if written != spelled:
             result[head] = written
+    return result
+
+
+def find_tags(encoded: Encoded, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[str | None]:
+    """Per row, the tag of the one of its document's ``spans`` that holds the token's first character; else None.
+
+    White space in front is skipped: up to the end of the word where the token starts one, for the first piece of a rare
+    word may be a space alone.
+    """
+    result: list[str | None] = [None] * len(encoded.token_ids)
+    starts, stops = encoded.start.tolist(), np.maximum(encoded.end, encoded.word_end).tolist()
+    special = (encoded.flags & SPECIAL).tolist()
+    for (first, last), text, tagged in zip(pairwise(encoded.bounds.tolist()), texts, spans, strict=True):
+        begins = [span.start for span in tagged]
+        for row in range(first, last) if tagged else ():
+            at, stop = starts[row], stops[row]
+            while at < stop and text[at].isspace():
+                at += 1
+            nth = bisect.bisect_right(begins, at) - 1
+            if nth >= 0 and at < min(stop, tagged[nth].end) and not special[row]:
+                result[row] = tagged[nth].tag
     return result

@@ -24,6 +24,7 @@ from afn_ray.schema import (
     PAIRS_SCHEMA,
     SPECIAL,
     SUMMARY_SCHEMA,
+    TAGGED_SUMMARY_SCHEMA,
     Series,
     Shard,
     documents_schema,
@@ -288,22 +289,23 @@ def _check_rows(
     tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, read: Shard, measure: Mapping[str, Any] | None
 ) -> None:
     """Raises ``_Wrong`` at the first promise that the rows of a shard break."""
-    series = _check_schemas(tables, commit, measure)
+    series, tagged = _check_schemas(tables, commit, measure)
     documents = tables["documents"].read(
         ["doc", "n_tokens", "n_windows", "n_chars", "status", *(f"mean_{s.name}" for s in series)]
     )
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
-    counts["special"], summary = _check_tokens(tables["tokens"], documents, series)
+    counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
     if wrong := {k: commit.counts.get(k) for k, n in counts.items() if commit.counts.get(k) != n}:
         raise _Wrong("", f"its counts are {wrong}, but the rows give {_only(counts, wrong)}")
     planned = [piece.num_documents for piece in read.slices]
     if min(planned) >= 0 and not counts["quarantined"] and sum(planned) != counts["documents"]:
         raise _Wrong("documents", f"it has {counts['documents']} documents, but the slices read hold {sum(planned)}")
-    if not tables["summary"].read().equals(pa.concat_tables(summary.tables())):
+    expected = list(summary.tables())
+    if not tables["summary"].read().equals(pa.concat_tables(expected)):
         raise _Wrong("summary", "it is not the summary of the tokens beside it")
-    groups = len(series) if counts["tokens"] else 0
-    if tables["summary"].num_row_groups != groups:
-        raise _Wrong("summary", f"it has {tables['summary'].num_row_groups} row groups, expected {groups}")
+    groups = [part for part in expected if len(part)]
+    if tables["summary"].num_row_groups != len(groups):
+        raise _Wrong("summary", f"it has {tables['summary'].num_row_groups} row groups, expected {len(groups)}")
     if "neurons" in tables:
         pairs = _check_neurons(tables["tokens"], tables["neurons"], measure or {})
         if not tables["pairs"].read().equals(pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])):
@@ -312,17 +314,19 @@ def _check_rows(
 
 def _check_schemas(
     tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, measure: Mapping[str, Any] | None
-) -> tuple[Series, ...]:
-    """What was recorded: the series of ``measure``, or where no run knows it those that the tokens have."""
+) -> tuple[tuple[Series, ...], bool]:
+    """What was recorded, and whether with tags: by ``measure``, or where no run knows it as the tokens have it."""
     names = tables["tokens"].schema_arrow.names
     parts = [name.rpartition("_") for name in names]
     series = tuple(Series(signal, int(layer)) for signal, _, layer in parts if layer.isdecimal())
-    offsets = "start" in names
+    offsets, tagged = "start" in names, "tag" in names
     layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     if measure is not None:
         series, offsets, layers = _series(measure), measure["offsets"], measure.get("neuron_layers", [])
+        tagged = "labels" in measure
     schemas = {
-        "tokens": tokens_schema(series, offsets), "documents": documents_schema(series), "summary": SUMMARY_SCHEMA
+        "tokens": tokens_schema(series, offsets, tagged), "documents": documents_schema(series),
+        "summary": TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA,
     }  # fmt: skip
     if layers:
         schemas |= {"neurons": token_neurons_schema(layers), "pairs": PAIRS_SCHEMA}
@@ -334,7 +338,7 @@ def _check_schemas(
             raise _Wrong(table, f"its schema is not its measure's: {', '.join(differs) or 'the order of columns'}")
         if file.metadata.num_rows != (rows := commit.files[table].get("rows")):
             raise _Wrong(table, f"it has {file.metadata.num_rows} rows, but its commit says {rows}")
-    return series
+    return series, tagged
 
 
 def _neuron_layers(file: pq.ParquetFile) -> list[int]:
@@ -366,14 +370,15 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _check_tokens(file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series]) -> tuple[int, Summary]:
+def _check_tokens(
+    file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series], tagged: bool
+) -> tuple[int, Summary]:  # fmt: skip
     """The number of special tokens in ``file``, and the summary of all."""
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
-    num_special, summary = 0, Summary(series)
-    for first, part in records.whole_documents(
-        file, ends, ["position", "token_id", "flags", *(s.name for s in series)]
-    ):
+    num_special, summary = 0, Summary(series, tagged)
+    columns = ["position", "token_id", "flags", *(["tag"] if tagged else []), *(s.name for s in series)]
+    for first, part in records.whole_documents(file, ends, columns):
         rows = np.arange(first, first + len(part))
         docs = np.searchsorted(ends, rows, side="right")
         for column, expected in (("doc", docs), ("position", rows - (ends - n_tokens)[docs])):
@@ -404,7 +409,8 @@ def _check_tokens(file: pq.ParquetFile, documents: pa.Table, series: Sequence[Se
                     "documents",
                     f"doc {docs[0] + doc}: mean_{one.name} is {means[doc]}, its tokens give {expected[doc]}",
                 )
-        summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series)
+        tags = part["tag"].cast(pa.string()) if tagged else None
+        summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series, tags)
     return num_special, summary
 
 
@@ -600,7 +606,8 @@ class _Run:
         """The run's tables anew: reduced from the summaries, which were proved to be those of the rows, and screened.
 
         The tokenizer and the word lists that name and sort types may not be here, or be newer: ``token``, ``text``
-        and ``class`` are taken from the stored vocabulary, and have only its checksum to speak for them.
+        and ``class`` are taken from the stored vocabulary, and have only its checksum to speak for them; classes that
+        are tags are recomputed.
         """
         ids = vocabulary["token_id"].to_pylist()
         pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
@@ -610,11 +617,12 @@ class _Run:
             self.folder.store, self.measure_id, commits, _series(self.measure), pieces=pieces, readable=readable,
             language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
             frozen=self._frozen, neuron_layers=self.measure.get("neuron_layers", []),
-            high_neurons="neurons_above" in self.measure,
+            high_neurons="neurons_above" in self.measure, tagged=(tagged := "labels" in self.measure),
         )  # fmt: skip
         at = tables["vocabulary"].column_names.index("class")
-        tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
-        if (others := tables.get("signal_vocabulary")) is not None:
+        if not tagged:
+            tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
+        if (others := tables.get("signal_vocabulary")) is not None and not tagged:
             ids, classes = (vocabulary[name].to_pylist() for name in ("token_id", "class"))
             known = {(i, c == "special"): c for i, c in zip(ids, classes, strict=True)}
             ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))

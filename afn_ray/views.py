@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from afn_ray.schema import REPLACED, SPECIAL, STRENGTH, WORD_START, Series
+from afn_ray.reduce import Z_95
+from afn_ray.schema import REPLACED, SPECIAL, STRENGTH, UNTAGGED, WORD_START, Series
 
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
+    "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is labelled",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
     "thresholds": "quartiles of the run per layer, with and without sinks",
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
@@ -28,7 +30,7 @@ VIEWS = {
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
-DERIVED = ("tokens", "documents", "words", "token_neurons", "neuron_types")
+DERIVED = ("tokens", "documents", "words", "classes", "token_neurons", "neuron_types")
 """Those that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: enough for a look",
@@ -74,19 +76,22 @@ class NeuronFiles(NamedTuple):
 def statements(
     tokens: Sequence[File], documents: Sequence[File], layers: Sequence[int],
     labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], neurons: NeuronFiles | None, offsets: bool,
+    tagged: bool,
 ) -> list[str]:  # fmt: skip
     """What makes the views and macros, once the run's small tables are there under the names of their views.
 
     ``labels``: by layer, the thresholds that labels go by, of the population of all tokens. ``others``: what was
-    recorded beside strength; ``neurons`` likewise. ``offsets``: whether tokens have ``start`` and ``end``.
+    recorded beside strength; ``neurons`` likewise. ``offsets``: whether tokens have ``start`` and ``end``; ``tagged``:
+    whether they have ``tag``.
     """
     # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
     made = [
         "CREATE TABLE internal.types AS "
         "SELECT token_id, any_value(token) AS token, any_value(text) AS text FROM vocabulary GROUP BY token_id",
-        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets)}",
+        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets, tagged)}",
         f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
-        f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets)}",
+        f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets, tagged)}",
+        f"CREATE VIEW classes AS {classes_view(layers, tagged)}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(_rows(tokens), layers, labels, offsets)}",
         f"CREATE MACRO document_text(document) AS ({document_text_macro(_rows(tokens), offsets)})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
@@ -105,11 +110,12 @@ def _exact(value: float | None, kind: str) -> str:
 
 
 def tokens_view(
-    source: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], offsets: bool
-) -> str:
+    source: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series],
+    offsets: bool, tagged: bool,
+) -> str:  # fmt: skip
     """SQL of the ``tokens`` view over ``source``."""
     columns = [
-        "doc", "position", "token_id", "token", "text", "surface",
+        "doc", "position", "token_id", "token", "text", "surface", *(["tag"] if tagged else []),
         f"flags & {SPECIAL} <> 0 AS is_special",
         f"flags & {WORD_START} <> 0 AS is_word_start",
         f"flags & {REPLACED} <> 0 AS is_replaced",
@@ -157,12 +163,46 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
     )
 
 
+# --- classes ---------------------------------------------------------------------------------------------
+
+
+def classes_view(layers: Sequence[int], tagged: bool) -> str:
+    """SQL of the ``classes`` view: equal values are counted first, so that memory does not grow with the tokens."""
+    source, name = "tokens", f"coalesce(tag, '{UNTAGGED}')"
+    if not tagged:
+        guessed = "SELECT DISTINCT token_id, class FROM vocabulary WHERE class <> 'special'"
+        source, name = f"tokens JOIN ({guessed}) USING (token_id)", "class"
+    z2 = f"{Z_95**2!r}::DOUBLE"
+    centre = f"(n_high / n + {z2} / (2 * n))"
+    half = f"sqrt({z2} * (n_high / n * (1 - n_high / n) + {z2} / (4 * n)) / n)"
+    of_layers = " UNION ALL ".join(
+        f"""
+        SELECT {k}::SMALLINT AS layer, class, sum(n)::BIGINT AS n, sum(n_high)::BIGINT AS n_high,
+            sum(value::DOUBLE * n) / sum(n) AS mean, min(value) FILTER (4 * upto >= total) AS q1,
+            min(value) FILTER (2 * upto >= total) AS q2, min(value) FILTER (4 * upto >= 3 * total) AS q3
+        FROM (
+            SELECT *, sum(n) OVER (PARTITION BY class ORDER BY value) AS upto, sum(n) OVER (PARTITION BY class) AS total
+            FROM (
+                SELECT {name} AS class, strength_{k} AS value, count(*) AS n, count(*) FILTER (high_{k}) AS n_high
+                FROM {source} WHERE NOT is_special GROUP BY ALL
+            )
+        ) GROUP BY class"""  # noqa: S608
+        for k in layers
+    )
+    return f"""
+        SELECT layer, class, n, n_high, n_high / n AS share_high,
+            CASE n_high WHEN 0 THEN 0 ELSE greatest(0, ({centre} - {half}) / (1 + {z2} / n)) END AS share_high_low,
+            CASE n_high WHEN n THEN 1 ELSE least(1, ({centre} + {half}) / (1 + {z2} / n)) END AS share_high_high,
+            mean, q1, q2, q3
+        FROM ({of_layers})"""  # noqa: S608
+
+
 # --- words -----------------------------------------------------------------------------------------------
 # A word starts at a token with the word-start flag, and at the first token of a document that is not special.
 
 
 def words_view(
-    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool
+    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool, tagged: bool
 ) -> str:
     """SQL of the ``words`` view: one pass over the rows in their order, so that memory does not grow with them.
 
@@ -172,9 +212,8 @@ def words_view(
     parts = []
     for part in _parts(files):
         last = part[-1].doc_offset + part[-1].n_documents
-        parts.append(
-            f"FROM ({_words(_rows(part), layers, labels, offsets)}) WHERE doc >= {part[0].doc_offset} AND doc < {last}"
-        )
+        words = _words(_rows(part), layers, labels, offsets, tagged)
+        parts.append(f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}")
     return " UNION ALL ".join(parts)
 
 
@@ -192,8 +231,13 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
     return parts if parts[0] else [[files[0]]]
 
 
-def _words(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool) -> str:
-    """SQL of the words of ``rows``: up to ``PIECES`` tokens are put together in passing, longer words by grouping."""
+def _words(
+    rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool, tagged: bool
+) -> str:
+    """SQL of the words of ``rows``: up to ``PIECES`` tokens are put together in passing, longer words by grouping.
+
+    A word has the tag of its first token.
+    """
     strengths = [f"strength_{k}" for k in layers]
     columns = ["token_id", *strengths, *(['"end"'] if offsets else [])]
     every = range(1, PIECES + 1)
@@ -234,6 +278,9 @@ def _words(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, A
         "doc", "word", "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text", "count(*) AS n_tokens",
         "min(position) AS position",
     ]  # fmt: skip
+    if tagged:
+        short += ["tag"]
+        long += ["any_value(tag) FILTER (place = 0) AS tag"]
     if offsets:
         last = by_length(lambda places: _piece('"end"', places[-1]))
         short += ["start", f'{last} AS "end"']

@@ -505,14 +505,14 @@ def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = parquet(tmp_path / "a.parquet", {"text": rows})
     monkeypatch.setattr(reading, "BATCH_BYTES", 20_500)
     with reading.Source(file.uri, 0, file.size) as source:
-        sizes = [len(t) for t, _ in reading._batches(pq.ParquetFile(source), 0, OPTIONS)]
+        sizes = [len(t) for t, _, _ in reading._batches(pq.ParquetFile(source), 0, OPTIONS)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
 
 
 def test_parquet_rows_that_do_not_come_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
-    monkeypatch.setattr(reading, "_batches", lambda *_: iter([(["a"] * 3, [None] * 3)]))
+    monkeypatch.setattr(reading, "_batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)]))
     documents = read_all_inexact(file)
     assert texts(documents) == ["a", "a", "a", None]
     assert documents[3].problem == "not a readable Parquet file: row group 0: 2 rows are missing"
