@@ -266,9 +266,7 @@ def _tree(tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequen
     return parts
 
 
-def _submit_tags(
-    tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int
-) -> Any:  # fmt: skip
+def _submit_tags(tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int) -> Any:
     """A handle of the tag that each type has most often."""
     leaves = (tasks.submit(_tags, store, measure_id, group, num_series) for group in _groups(files, num_series))
     return tasks.submit(_most_frequent, *_tree(tasks, leaves, _add_tags, None))[0]
@@ -556,7 +554,7 @@ def vocabulary_table(
 ) -> pa.Table:  # fmt: skip
     """``statistics`` of all types in any order, with texts, classes and shares, in order of ids.
 
-    The class of a type is its one of ``tags``; None: no corpus said any, and it is guessed.
+    ``tags``: the classes of types, where the corpus says them; else they are guessed.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
     columns: dict[str, Any] = {name: statistics[name].to_numpy() for name in statistics.column_names}

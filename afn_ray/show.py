@@ -186,6 +186,8 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("model", f"{model['name']} ({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
+        *([("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
+          if "labels" in info["measure"] else []),
         ("size", f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all"),
         *([("signals", ", ".join(info["measure"]["signals"]))] if len(info["measure"]["signals"]) > 1 else []),
         ("padding", f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap"),

@@ -22,7 +22,7 @@ from test_corpus import COMPRESS, OPTIONS, jsonl, one, parquet, read_all, rememb
 from tokenizers import Tokenizer
 
 import afn_ray
-from afn_ray import claims, cli, compare, corpus, manifest, schema, show, tags, tokens, verify
+from afn_ray import claims, cli, compare, corpus, explain, manifest, schema, show, tags, tokens, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.schema import CLASSES, Shard, Span, in_order, upos_classes
@@ -418,12 +418,14 @@ def test_verify_compare_show_claims_and_report_take_such_a_run(
     assert not [r for r in compare.compare(uri, uri).movers.to_pylist() if r["z"]]
     with pytest.raises(SystemExit):
         cli.main(["show", uri])
-    assert "PUNCT" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "PUNCT" in said and "of a type its most frequent tag in 'upos'" in said
+    assert {t.token_id for t in explain.explain(uri, "In the beginning").tokens} >= {1999, 1996, 2927}
     with pytest.raises(SystemExit):
         cli.main(["claims", uri])
     said = capsys.readouterr().out
     said = " ".join(said.split())
-    assert "Content words are HIGH" in said and "share that is HIGH: 2 ADJ" in said
+    assert "Content words are HIGH" in said and "share that is HIGH: 1 ADJ" in said
     page = afn_ray.write_report(uri, tmp_path / "page.html").read_text("utf-8")
     assert "PUNCT" in page and "tableau20" in page
 
@@ -468,15 +470,17 @@ def test_verify_finds_a_tag_that_was_changed(tmp_path: Path, make_config: Callab
     assert finding.kind == "rows" and "not the summary of the tokens" in finding.message
 
 
-@pytest.fixture
-def guessed(tmp_path: Path, make_config: Callable[..., RunConfig], verses: list[str]) -> RunConfig:
-    """The config of a run of verses without labels."""
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:9]])
-    return make_config(corpus=(str(corpus),), layers="2")
+@pytest.fixture(scope="module")
+def guessed(tmp_path_factory: pytest.TempPathFactory, labelled: tuple[RunConfig, str], verses: list[str]) -> str:
+    """A run of verses without labels."""
+    folder = tmp_path_factory.mktemp("guessed")
+    corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:9]])
+    with afn_ray.run(replace(labelled[0], corpus=(str(corpus),), store=str(folder / "store"), layers="2")) as run:
+        return run.uri
 
 
-def test_classes_of_a_run_without_labels_are_guessed(guessed: RunConfig) -> None:
-    with afn_ray.run(guessed) as run:
+def test_classes_of_a_run_without_labels_are_guessed(guessed: str) -> None:
+    with afn_ray.open_run(guessed) as run:
         assert "tag" not in run.tables()["tokens"] + run.tables()["words"] and "labels" not in run.info["measure"]
         rows = run.sql("SELECT strength_2, high_2, class FROM tokens JOIN vocabulary USING (token_id) "
                        "WHERE NOT is_special AND class <> 'special'").to_arrow_table()  # fmt: skip
@@ -486,12 +490,24 @@ def test_classes_of_a_run_without_labels_are_guessed(guessed: RunConfig) -> None
     check_classes(table, rows, classes)
 
 
-def test_a_run_without_labels_beside_one_with_them(labelled: tuple[RunConfig, str], guessed: RunConfig) -> None:
-    with afn_ray.run(guessed) as run:
-        pass
+def test_a_run_without_labels_beside_one_with_them(labelled: tuple[RunConfig, str], guessed: str) -> None:
     with pytest.raises(ConfigError, match="different measures"):
-        compare.compare(labelled[1], run.uri)
-    found = compare.compare(labelled[1], run.uri, ranks_only=True)
+        compare.compare(labelled[1], guessed)
+    found = compare.compare(labelled[1], guessed, ranks_only=True)
     assert any("Classes are the tags in 'upos' in A and guessed in B" in note for note in found.notes)
     assert {"NOUN", "content"} <= {r["class"] for r in found.classes.to_pylist()}
     assert json.dumps(compare.to_json(found))
+
+
+def test_documents_without_tags_beside_a_treebank_are_untagged(tmp_path: Path, labelled: tuple[RunConfig, str]) -> None:
+    (tmp_path / "a.conllu").write_text(SAMPLE)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "the cat"}])
+    with afn_ray.run(replace(labelled[0], corpus=(str(tmp_path),), store=str(tmp_path / "store"), layers="2")) as run:
+        assert run.info["measure"]["labels"] == "upos"
+        rows = run.sql("SELECT DISTINCT text, class FROM vocabulary WHERE text IN ('the', 'cat', 'don')").fetchall()
+        assert sorted(rows) == [("cat", "untagged"), ("don", "AUX+PART"), ("the", "DET")]
+        assert run.sql("SELECT text FROM tokens WHERE tag IS NULL AND NOT is_special").fetchall() == [
+            ("the",),
+            ("cat",),
+        ]
+        assert run.sql("SELECT n FROM classes WHERE class = 'untagged'").fetchall() == [(2,)]

@@ -36,6 +36,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
     (folder / "path" / "to" / "model").symlink_to(minilm)
     rows = [{"citation": f"v{i}", "id": i, "text": t} for i, t in enumerate(verses[:300])]
     write_jsonl(folder / "corpus" / "verses.jsonl", rows)
+    (folder / "treebank").mkdir()
+    (folder / "treebank" / "tale.conllu").write_text("".join(blocks("conllu")), "utf-8")
     for name, text in zip(("run.toml", "signal.toml", "policy.toml"), blocks("toml"), strict=True):
         (folder / name).write_text(text)
     config = demo.demo_config("afn-demo")
