@@ -546,7 +546,7 @@ def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from afn_ray import explain
+    from afn_ray import explain, explained
 
     text = sys.stdin.read() if args.text == "-" else args.text
     result = explain.explain(
@@ -562,12 +562,12 @@ def _explain(args: argparse.Namespace) -> None:
     )
     if args.html:
         with _output(args.html) as file:
-            file.write(explain.render_html(result).encode())
+            file.write(explained.render_html(result).encode())
         print(f"{args.html} is written; open it in a browser")
     elif args.json:
         print(json.dumps(explain.to_json(result), indent=1))
     else:
-        explain.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
+        explained.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
 
 
 def _report(args: argparse.Namespace) -> None:

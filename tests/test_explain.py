@@ -22,11 +22,12 @@ import pytest
 from conftest import write_jsonl
 from rich.console import Console
 
-from afn_ray import cli, job, manifest, model
+from afn_ray import cli, explained, job, manifest, model
 from afn_ray import explain as module
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
-from afn_ray.explain import Explanation, explain, render_html, render_terminal, to_json
+from afn_ray.explain import Explanation, explain, to_json
+from afn_ray.explained import render_html, render_terminal
 from afn_ray.model import VERSIONS
 from afn_ray.schema import SPECIAL
 
@@ -177,8 +178,8 @@ def test_byte_level_tokens_show_every_character_once(tmp_path: Path, tiny_gpt: P
     text = "  In the 😀😀 beginning\n\n日本 \t God made.  "
     explanation = explain(small.folder.uri, text)
     assert len({(t.start, t.end) for t in explanation.tokens}) < len(explanation.tokens)  # one emoji, many tokens
-    assert "".join(part for part, _ in module._running(explanation)) == text
-    assert not any(part[0].isspace() and part.strip() for part, token in module._running(explanation) if token)
+    assert "".join(part for part, _ in explained._running(explanation)) == text
+    assert not any(part[0].isspace() and part.strip() for part, token in explained._running(explanation) if token)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])
@@ -239,7 +240,7 @@ def test_high_tokens_are_marked_without_colour(hostile: Explanation) -> None:
     output = printed(hostile, force_terminal=True, no_color=True).split("quartile")[0]
     assert not re.search(r"\x1b\[[0-9;]*[34]8;", output)
     marked = re.findall(r"\x1b\[1;4m(.+?)\x1b\[0m", output)
-    assert marked == [t for t, token in module._running(hostile) if token and token.readings[-1].high]
+    assert marked == [t for t, token in explained._running(hostile) if token and token.readings[-1].high]
     assert marked
 
 
@@ -249,8 +250,8 @@ def test_the_quartiles_look_different_and_can_be_read(hostile: Explanation) -> N
         quartile: set(re.findall(rf"\x1b\[([0-9;]+)m {quartile} ", coloured)) for quartile in (2, 3, 4)
     }  # fmt: skip
     assert all(len(s) == 1 for s in styles.values()) and len(set.union(*styles.values())) == 3
-    pairs = [*module.LIGHT.values(), *module.DARK.values()]
-    for style in module.TERMINAL.values():
+    pairs = [*explained.LIGHT.values(), *explained.DARK.values()]
+    for style in explained.TERMINAL.values():
         if colours := re.findall("#[0-9a-f]{6}", style):
             pairs.append((colours[0], colours[1]))
     assert all(contrast(*pair) >= 4.5 for pair in pairs)  # WCAG 2.2, AA
@@ -270,7 +271,7 @@ def test_a_long_text_s_table_says_what_it_leaves_out(classified: Corpus) -> None
     explanation = explain(classified.folder.uri, " ".join(["word"] * 98))
     assert len(explanation.tokens) == 100
     rows = [line for line in printed(explanation, 0).splitlines() if line.startswith("  word  ")]
-    assert len(rows) == module.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(explanation, 0)
+    assert len(rows) == explained.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(explanation, 0)
     everything = printed(explanation, 0, show_all=True)
     assert everything.count("\n  word  ") == 98 and "more tokens" not in everything
 
@@ -281,7 +282,7 @@ def test_the_table_holds_the_figures(hostile: Explanation) -> None:
     assert reading.usual is not None and reading.rank is not None
     lines = [line.split() for line in printed(hostile, 4, show_all=True).splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
-    shown = [f"{reading.strength:.4f}", *module.QUARTILES[reading.quartile or 0].split(), f"{reading.rank:.1%}",
+    shown = [f"{reading.strength:.4f}", *explained.QUARTILES[reading.quartile or 0].split(), f"{reading.rank:.1%}",
              f"{reading.usual.median:.4f}", f"{reading.usual.share_high:.0%}", str(reading.usual.n)]  # fmt: skip
     assert rows["God"] == shown
     unseen = next(t for t in hostile.tokens if t.readings[1].usual is None and t.word_start)
@@ -514,7 +515,7 @@ def test_the_two_rankings_and_their_correlation(whole: Explanation) -> None:
     plain_ones = [(t.readings[1].strength, abs(a)) for t, a in zip(whole.tokens, decision.attributions, strict=True)
                   if not t.special]  # fmt: skip
     assert decision.spearman == pytest.approx(spearmanr(*zip(*plain_ones, strict=True)).statistic)
-    rows = module._decision_rows(whole, decision)
+    rows = explained._decision_rows(whole, decision)
     assert len(rows) == module.TOP < len(plain_ones)
     assert [r[2] for r in rows] == [f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[: module.TOP]]
     sizes = [abs(float(r[4])) for r in rows]
@@ -622,7 +623,7 @@ def test_the_page_shows_them_and_can_be_read(whole: Explanation) -> None:
     ]
     assert deciles == [c.decile for t in whole.tokens if not t.special for c in t.cells]
     assert all(f".h{d} {{ color: var(--ink-{d})" in page.style for d in range(10))
-    ramps = [*module.LIGHT_HEAT, *module.DARK_HEAT]
+    ramps = [*explained.LIGHT_HEAT, *explained.DARK_HEAT]
     assert len(set(ramps)) == 20 and all(contrast(*pair) >= 4.5 for pair in ramps)
     assert to_json(whole)["decision"]["labels"][0]["name"] == "old"
 
