@@ -14,26 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray import manifest, neurons, query, records, reduce, screen, storage
+from afn_ray import manifest, query, records, recount, reduce, rows, screen, storage
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import Place
 from afn_ray.schema import (
-    PAIRS_SCHEMA,
-    SPECIAL,
-    SUMMARY_SCHEMA,
-    TAGGED_SUMMARY_SCHEMA,
-    Series,
     Shard,
-    documents_schema,
     fingerprint,
-    neurons_column,
-    token_neurons_schema,
-    tokens_schema,
 )
-from afn_ray.thresholds import Summary, round_strengths
 
 SHARDS_AT_ONCE = 4
 """Each holds its files in memory, one shard's worth."""
@@ -271,198 +260,14 @@ def _check_shard(
         return checked  # what its rows are is no question any more
     checked.num_rows = tables["tokens"].metadata.num_rows
     try:
-        _check_rows(tables, checked.commit, read, measure)
-    except _Wrong as wrong:
+        rows.check_rows(tables, checked.commit, read, measure)
+    except rows.Wrong as wrong:
         table, message = wrong.args
         file_uri = storage.join(folder, str(checked.commit.files[table]["name"])) if table else uri
         checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
         checked.findings.append(Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}"))
     return checked
-
-
-class _Wrong(Exception):
-    """What is wrong with a shard's rows: the table (empty: the commit itself) and the message."""
-
-
-def _check_rows(
-    tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, read: Shard, measure: Mapping[str, Any] | None
-) -> None:
-    """Raises ``_Wrong`` at the first promise that the rows of a shard break."""
-    series, tagged = _check_schemas(tables, commit, measure)
-    documents = tables["documents"].read(
-        ["doc", "n_tokens", "n_windows", "n_chars", "status", *(f"mean_{s.name}" for s in series)]
-    )
-    counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
-    counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
-    if wrong := {k: commit.counts.get(k) for k, n in counts.items() if commit.counts.get(k) != n}:
-        raise _Wrong("", f"its counts are {wrong}, but the rows give {_only(counts, wrong)}")
-    planned = [piece.num_documents for piece in read.slices]
-    if min(planned) >= 0 and not counts["quarantined"] and sum(planned) != counts["documents"]:
-        raise _Wrong("documents", f"it has {counts['documents']} documents, but the slices read hold {sum(planned)}")
-    expected = list(summary.tables())
-    if not tables["summary"].read().equals(pa.concat_tables(expected)):
-        raise _Wrong("summary", "it is not the summary of the tokens beside it")
-    groups = [part for part in expected if len(part)]
-    if tables["summary"].num_row_groups != len(groups):
-        raise _Wrong("summary", f"it has {tables['summary'].num_row_groups} row groups, expected {len(groups)}")
-    if "neurons" in tables:
-        pairs = _check_neurons(tables["tokens"], tables["neurons"], measure or {})
-        if not tables["pairs"].read().equals(pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])):
-            raise _Wrong("pairs", "it is not the sum of the neurons beside it")
-
-
-def _check_schemas(
-    tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, measure: Mapping[str, Any] | None
-) -> tuple[tuple[Series, ...], bool]:
-    """What was recorded, and whether with tags: by ``measure``, or where no run knows it as the tokens have it."""
-    names = tables["tokens"].schema_arrow.names
-    parts = [name.rpartition("_") for name in names]
-    series = tuple(Series(signal, int(layer)) for signal, _, layer in parts if layer.isdecimal())
-    offsets, tagged = "start" in names, "tag" in names
-    layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
-    if measure is not None:
-        series, offsets, layers = _series(measure), measure["offsets"], measure.get("neuron_layers", [])
-        tagged = "labels" in measure
-    schemas = {
-        "tokens": tokens_schema(series, offsets, tagged), "documents": documents_schema(series),
-        "summary": TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA,
-    }  # fmt: skip
-    if layers:
-        schemas |= {"neurons": token_neurons_schema(layers), "pairs": PAIRS_SCHEMA}
-    if wrong := sorted(schemas.keys() ^ tables.keys()):
-        raise _Wrong("", f"its tables are not its measure's: {', '.join(wrong)}")
-    for table, file in tables.items():
-        if not file.schema_arrow.equals(schemas[table]):
-            differs = sorted({*map(str, file.schema_arrow)} ^ {*map(str, schemas[table])})
-            raise _Wrong(table, f"its schema is not its measure's: {', '.join(differs) or 'the order of columns'}")
-        if file.metadata.num_rows != (rows := commit.files[table].get("rows")):
-            raise _Wrong(table, f"it has {file.metadata.num_rows} rows, but its commit says {rows}")
-    return series, tagged
-
-
-def _neuron_layers(file: pq.ParquetFile) -> list[int]:
-    parts = [name.rpartition("_") for name in file.schema_arrow.names]
-    return [int(layer) for _, _, layer in parts if layer.isdecimal()]
-
-
-def _series(measure: Mapping[str, Any]) -> tuple[Series, ...]:
-    return tuple(Series(signal, layer) for signal, layer in measure["series"])
-
-
-def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
-    """The counts that ``documents`` give."""
-    n_tokens = documents["n_tokens"].to_numpy()
-    status = documents["status"].cast(pa.string())
-    quarantined = pc.starts_with(status, "quarantined").to_numpy()
-    empty = pc.equal(status, "empty").to_numpy()
-    if not np.array_equal(documents["doc"].to_numpy(), np.arange(len(documents))):
-        raise _Wrong("documents", f"doc is not 0 to {len(documents) - 1}, each once and in order")
-    if (wrong := (n_tokens > 0) == (empty | quarantined)).any():
-        doc = int(np.argmax(wrong))
-        raise _Wrong("documents", f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}")
-    if (total := int(n_tokens.sum())) != num_tokens:
-        raise _Wrong("tokens", f"it has {num_tokens} rows, but the documents have {total} tokens together")
-    return {
-        "documents": len(documents), "empty": int(empty.sum()), "quarantined": int(quarantined.sum()),
-        "tokens": total, "windows": int(documents["n_windows"].to_numpy().sum()),
-        "chars": int(documents["n_chars"].to_numpy().sum()),
-    }  # fmt: skip
-
-
-def _check_tokens(
-    file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series], tagged: bool
-) -> tuple[int, Summary]:  # fmt: skip
-    """The number of special tokens in ``file``, and the summary of all."""
-    n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
-    ends = np.cumsum(n_tokens)
-    num_special, summary = 0, Summary(series, tagged)
-    columns = ["position", "token_id", "flags", *(["tag"] if tagged else []), *(s.name for s in series)]
-    for first, part in records.whole_documents(file, ends, columns):
-        rows = np.arange(first, first + len(part))
-        docs = np.searchsorted(ends, rows, side="right")
-        for column, expected in (("doc", docs), ("position", rows - (ends - n_tokens)[docs])):
-            got = part[column].to_numpy()
-            if (wrong := got != expected).any():
-                row = int(np.argmax(wrong))
-                raise _Wrong(
-                    "tokens", f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token is lost, "
-                    "doubled or out of place",
-                )  # fmt: skip
-        flags = part["flags"].to_numpy()
-        normal = (flags & SPECIAL) == 0
-        num_special += int((~normal).sum())
-        docs_here, last = docs[normal] - docs[0], int(docs[-1]) + 1
-        by_series = {s: part[s.name].to_numpy() for s in series}
-        for one, values in by_series.items():
-            unchanged = round_strengths(values).view(np.uint32) == values.view(np.uint32)
-            if (wrong := ~(np.isfinite(values) & (values >= 0) & unchanged)).any():
-                row = int(np.argmax(wrong))
-                raise _Wrong("tokens", f"row {first + row}: {one.name} is {values[row]}, which is never recorded")
-            sums = np.bincount(docs_here, values[normal].astype(np.float64), last - docs[0])
-            with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
-                expected = sums / np.bincount(docs_here, minlength=last - docs[0])
-            means = documents[f"mean_{one.name}"][int(docs[0]) : last].to_numpy()
-            if (wrong := ~np.isclose(means, expected, rtol=1e-6, atol=0, equal_nan=True)).any():
-                doc = int(np.argmax(wrong))
-                raise _Wrong(
-                    "documents",
-                    f"doc {docs[0] + doc}: mean_{one.name} is {means[doc]}, its tokens give {expected[doc]}",
-                )
-        tags = part["tag"].cast(pa.string()) if tagged else None
-        summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series, tags)
-    return num_special, summary
-
-
-def _check_neurons(
-    tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Mapping[str, Any]
-) -> neurons.PairSummary:  # fmt: skip
-    """The pairs of ``lists``, once these are shown to be of the tokens of which they should be, and in order."""
-    layers = _neuron_layers(lists)
-    above = dict(zip(layers, measure.get("neurons_above", []), strict=False))
-    pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
-    for batch in tokens.iter_batches(
-        records.BATCH_ROWS, columns=["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
-    ):
-        flags = batch["flags"].to_numpy()
-        high = {k: ((flags & SPECIAL) == 0) & (batch[f"strength_{k}"].to_numpy() >= q3) for k, q3 in above.items()}
-        which = np.flatnonzero(np.any(list(high.values()), axis=0)) if above else np.arange(len(batch))
-        part = rows.take(len(which))
-        for column in ("doc", "position"):
-            expected = batch[column].to_numpy()[which]
-            if len(part) < len(which) or (part[column].to_numpy() != expected).any():
-                raise _Wrong("neurons", f"its rows from {at} on are not of the tokens that should have neurons")
-        for k in layers:
-            column = part[neurons_column(k)].combine_chunks()
-            items, lengths = column.flatten(), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-            if k in above and not np.array_equal(column.is_valid().to_numpy(zero_copy_only=False), high[k][which]):
-                raise _Wrong("neurons", f"rows from {at} on: not the tokens HIGH at layer {k} have its neurons")
-            values = np.abs(items.field("value").to_numpy())
-            rises = np.diff(values, prepend=np.inf) > 0
-            rises[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
-            wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
-            if wrong.any() or lengths.max(initial=0) > measure.get("top_neurons", lengths.max(initial=0)):
-                raise _Wrong("neurons", f"rows from {at} on: values at layer {k} that are never recorded")
-        pairs.add(batch["token_id"].to_numpy()[which], flags[which], part)
-        at += len(which)
-    if len(rows.take(1)):
-        raise _Wrong("neurons", f"it has more than the {at} rows that its tokens should have")
-    return pairs
-
-
-class _Rows:
-    """The rows of a Parquet file in order, as many at a time as are asked for."""
-
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._batches = file.iter_batches(records.BATCH_ROWS)
-        self._held = file.schema_arrow.empty_table()
-
-    def take(self, n: int) -> pa.Table:
-        """The next ``n`` rows; fewer where the file ends."""
-        while len(self._held) < n and (batch := next(self._batches, None)) is not None:
-            self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
-        taken, self._held = self._held.slice(0, n), self._held.slice(n)
-        return taken.combine_chunks()
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -614,7 +419,7 @@ class _Run:
         for at, token, text in zip(ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True):
             pieces[at], readable[at] = token, text
         tables = reduce.reduce_run(
-            self.folder.store, self.measure_id, commits, _series(self.measure), pieces=pieces, readable=readable,
+            self.folder.store, self.measure_id, commits, rows.series_of(self.measure), pieces=pieces, readable=readable,
             language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
             frozen=self._frozen, neuron_layers=self.measure.get("neuron_layers", []),
             high_neurons="neurons_above" in self.measure, tagged=(tagged := "labels" in self.measure),
@@ -647,12 +452,14 @@ class _Run:
                 self._find("tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}")
                 return
             for layer in self.measure["layers"]:
-                recomputed = run.sql(_thresholds_sql(layer), [float(self._config["sink_factor"])]).to_arrow_table()
+                recomputed = run.sql(
+                    recount.thresholds_sql(layer), [float(self._config["sink_factor"])]
+                ).to_arrow_table()
                 names = ", ".join(recomputed.column_names)
                 stored = run.sql(f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population")  # noqa: S608
                 if differs := _difference(stored.to_arrow_table(), recomputed):
                     self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
-                elif wrong := run.sql(_vocabulary_sql(layer)).fetchall():
+                elif wrong := run.sql(recount.vocabulary_sql(layer)).fetchall():
                     self._find(
                         "tables", self._table_uri("vocabulary"),
                         f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the tokens, not in both; "
@@ -660,7 +467,7 @@ class _Run:
                     )  # fmt: skip
             for layer in self.measure.get("neuron_layers", []):
                 high_only = "neurons_above" in self.measure
-                if wrong := run.sql(_neurons_sql(layer, high_only)).fetchall():
+                if wrong := run.sql(recount.neurons_sql(layer, high_only)).fetchall():
                     self._find(
                         "tables", self._table_uri("neurons"),
                         f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the neurons, not in both; "
@@ -668,85 +475,12 @@ class _Run:
                     )  # fmt: skip
 
 
-def _thresholds_sql(layer: int) -> str:
-    """SQL of a layer's thresholds from the rows; its parameter is the sink factor.
-
-    Quartiles are those of DuckDB's quantile_disc, which holds every row in memory: equal values are counted first.
-    """
-    return f"""
-        WITH counted AS MATERIALIZED (
-            SELECT is_special, strength_{layer} AS value, count(*) AS n FROM tokens GROUP BY ALL
-        ), ranked AS (
-            SELECT value, sum(n) OVER (ORDER BY value) AS upto, sum(n) OVER () AS total
-            FROM counted WHERE NOT is_special
-        ), sinks AS (
-            SELECT $1 * min(value) FILTER (2 * upto >= total)::DOUBLE AS above FROM ranked
-        ), members AS (
-            SELECT 'tokens' AS population, value, n FROM counted WHERE NOT is_special
-            UNION ALL
-            SELECT 'tokens_without_sinks', value, n FROM counted, sinks WHERE NOT is_special AND value::DOUBLE <= above
-        ), places AS (
-            SELECT *, sum(n) OVER (PARTITION BY population ORDER BY value) AS upto,
-                sum(n) OVER (PARTITION BY population) AS total FROM members
-        ), quartiles AS (
-            SELECT population, any_value(total) AS n, min(value) AS min, min(value) FILTER (4 * upto >= total) AS q1,
-                min(value) FILTER (2 * upto >= total) AS q2, min(value) FILTER (4 * upto >= 3 * total) AS q3,
-                max(value) AS max, sum(value::DOUBLE * n) / any_value(total) AS mean FROM places GROUP BY population
-        )
-        SELECT population, coalesce(q.n, 0)::BIGINT AS n, mean, q.min, q1, q2, q3, q.max,
-            coalesce((SELECT sum(p.n) FROM places p WHERE p.population = all_of.population AND p.value >= q.q3), 0)
-                ::BIGINT AS n_high,
-            coalesce((SELECT sum(n) FROM counted, sinks WHERE NOT is_special AND value::DOUBLE > above), 0)
-                ::BIGINT AS n_sinks,
-            coalesce((SELECT sum(n) FROM counted WHERE is_special), 0)::BIGINT AS n_special
-        FROM (VALUES ('tokens'), ('tokens_without_sinks')) all_of(population) LEFT JOIN quartiles q USING (population)
-        ORDER BY population
-    """  # noqa: S608
-
-
-def _vocabulary_sql(layer: int) -> str:
-    """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the rows."""
-    strength = f"strength_{layer}"
-    return f"""
-        WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
-        counted AS (
-            SELECT token_id, is_special, count(*) AS n, count(*) FILTER ({strength} >= q3) AS n_high,
-                min({strength}) AS min, max({strength}) AS max
-            FROM tokens, q GROUP BY token_id, is_special
-        ), stored AS (
-            SELECT token_id, class = 'special' AS is_special, n, n_high, min, max FROM vocabulary WHERE layer = {layer}
-        )
-        (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
-    """  # noqa: S608
-
-
-def _neurons_sql(layer: int, high_only: bool) -> str:
-    """SQL of the neurons of a layer whose counts or extremes differ between ``neurons`` and the rows.
-
-    Where all tokens have a row these are beside each other; of HIGH tokens alone none is special.
-    """
-    rows = "FROM token_neurons" if high_only else "FROM token_neurons POSITIONAL JOIN tokens WHERE NOT is_special"
-    return f"""
-        WITH stored AS (SELECT neuron, n, largest FROM neurons WHERE layer = {layer}),
-        counted AS (
-            SELECT item.neuron::INTEGER AS neuron, count(*) AS n, max(item.value) AS largest FROM (
-                SELECT unnest(neurons_{layer}) AS item {rows}
-            ) GROUP BY ALL
-        )
-        (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
-    """  # noqa: S608
-
-
 def _wrong_totals(stored: Mapping[str, Any], commits: Sequence[manifest.Commit]) -> str:
     """How the counts of a run.json differ from the sums over its commits; empty where they do not."""
     totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
     expected = {**totals, "shards": len(commits)}
     wrong = {k: stored.get(k) for k, n in expected.items() if stored.get(k) != n}
-    return f"its counts are {wrong}, but its commits give {_only(expected, wrong)}" if wrong else ""
-
-
-def _only(values: Mapping[str, int], keys: Iterable[str]) -> dict[str, int]:
-    return {k: values[k] for k in keys}
+    return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}" if wrong else ""
 
 
 def _difference(stored: pa.Table, expected: pa.Table) -> str:

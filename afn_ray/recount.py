@@ -1,0 +1,72 @@
+"""SQL that counts a run's tables once more from its rows, and shares nothing with what reduced them."""
+
+from __future__ import annotations
+
+
+def thresholds_sql(layer: int) -> str:
+    """SQL of a layer's thresholds from the rows; its parameter is the sink factor.
+
+    Quartiles are those of DuckDB's quantile_disc, which holds every row in memory: equal values are counted first.
+    """
+    return f"""
+        WITH counted AS MATERIALIZED (
+            SELECT is_special, strength_{layer} AS value, count(*) AS n FROM tokens GROUP BY ALL
+        ), ranked AS (
+            SELECT value, sum(n) OVER (ORDER BY value) AS upto, sum(n) OVER () AS total
+            FROM counted WHERE NOT is_special
+        ), sinks AS (
+            SELECT $1 * min(value) FILTER (2 * upto >= total)::DOUBLE AS above FROM ranked
+        ), members AS (
+            SELECT 'tokens' AS population, value, n FROM counted WHERE NOT is_special
+            UNION ALL
+            SELECT 'tokens_without_sinks', value, n FROM counted, sinks WHERE NOT is_special AND value::DOUBLE <= above
+        ), places AS (
+            SELECT *, sum(n) OVER (PARTITION BY population ORDER BY value) AS upto,
+                sum(n) OVER (PARTITION BY population) AS total FROM members
+        ), quartiles AS (
+            SELECT population, any_value(total) AS n, min(value) AS min, min(value) FILTER (4 * upto >= total) AS q1,
+                min(value) FILTER (2 * upto >= total) AS q2, min(value) FILTER (4 * upto >= 3 * total) AS q3,
+                max(value) AS max, sum(value::DOUBLE * n) / any_value(total) AS mean FROM places GROUP BY population
+        )
+        SELECT population, coalesce(q.n, 0)::BIGINT AS n, mean, q.min, q1, q2, q3, q.max,
+            coalesce((SELECT sum(p.n) FROM places p WHERE p.population = all_of.population AND p.value >= q.q3), 0)
+                ::BIGINT AS n_high,
+            coalesce((SELECT sum(n) FROM counted, sinks WHERE NOT is_special AND value::DOUBLE > above), 0)
+                ::BIGINT AS n_sinks,
+            coalesce((SELECT sum(n) FROM counted WHERE is_special), 0)::BIGINT AS n_special
+        FROM (VALUES ('tokens'), ('tokens_without_sinks')) all_of(population) LEFT JOIN quartiles q USING (population)
+        ORDER BY population
+    """  # noqa: S608
+
+
+def vocabulary_sql(layer: int) -> str:
+    """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the rows."""
+    strength = f"strength_{layer}"
+    return f"""
+        WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
+        counted AS (
+            SELECT token_id, is_special, count(*) AS n, count(*) FILTER ({strength} >= q3) AS n_high,
+                min({strength}) AS min, max({strength}) AS max
+            FROM tokens, q GROUP BY token_id, is_special
+        ), stored AS (
+            SELECT token_id, class = 'special' AS is_special, n, n_high, min, max FROM vocabulary WHERE layer = {layer}
+        )
+        (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
+    """  # noqa: S608
+
+
+def neurons_sql(layer: int, high_only: bool) -> str:
+    """SQL of the neurons of a layer whose counts or extremes differ between ``neurons`` and the rows.
+
+    Where all tokens have a row these are beside each other; of HIGH tokens alone none is special.
+    """
+    rows = "FROM token_neurons" if high_only else "FROM token_neurons POSITIONAL JOIN tokens WHERE NOT is_special"
+    return f"""
+        WITH stored AS (SELECT neuron, n, largest FROM neurons WHERE layer = {layer}),
+        counted AS (
+            SELECT item.neuron::INTEGER AS neuron, count(*) AS n, max(item.value) AS largest FROM (
+                SELECT unnest(neurons_{layer}) AS item {rows}
+            ) GROUP BY ALL
+        )
+        (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
+    """  # noqa: S608
