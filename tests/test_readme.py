@@ -14,7 +14,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import cli, demo, shell
+from afn_ray import demo, grammar, shell
 
 SMALL_BENCH = {
     "engine": ["--tokens", "3000", "--repeat", "1", "--profiles", "short", "--variants", "loop,tuned,engine,job"],
@@ -120,7 +120,7 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
-    (commands,) = (a for a in cli._parser()._actions if a.choices)
+    (commands,) = (a for a in grammar.parser()._actions if a.choices)
     flags = {flag for parser in commands.choices.values() for a in parser._actions for flag in a.option_strings}
     prose = re.sub(r"^```.*?^```", "", README.read_text("utf-8"), flags=re.M | re.S)
     named = set(re.findall(r"`(--[a-z-]+)", prose))

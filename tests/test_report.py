@@ -23,7 +23,7 @@ import pytest
 from conftest import edit_sealed, write_jsonl
 
 import afn_ray
-from afn_ray import charts, claims, cli, manifest, report, show
+from afn_ray import charts, claims, grammar, manifest, report, show
 from afn_ray.config import RunConfig, config_from
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA
@@ -237,7 +237,7 @@ def test_the_command_gives_the_config_back(changes: dict[str, Any]) -> None:
     config = replace(RunConfig(corpus=("/data/x",), model="/models/a b", store="/results"), **changes)
     words = shlex.split(report.command_line(json.loads(json.dumps(asdict(config)))))
     assert words[:2] == ["afn", "run"]
-    given = vars(cli._parser().parse_args(words[1:]))
+    given = vars(grammar.parser().parse_args(words[1:]))
     kept = {k: tuple(v) if k == "corpus" else v for k, v in given.items() if k in asdict(config)}
     assert config_from(kept, None) == config
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import afn_ray
-from afn_ray import cli, schema
+from afn_ray import grammar, schema
 from afn_ray.config import HINTS, RunConfig
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -58,7 +58,7 @@ def test_config_keys() -> None:
 
 
 def test_command_line() -> None:
-    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction))
     found = {
         name: [
             {"flags": a.option_strings or a.metavar, "help": a.help, "choices": list(a.choices) if a.choices else None}
