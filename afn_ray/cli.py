@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if rest and args.command == "sql" and args.query is None and not rest[0].startswith("-"):
         args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
     if rest:
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest(args.parser, rest[0])}")
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     log = logging.getLogger("afn_ray")
     if not log.handlers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -215,6 +216,13 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(parser=command)
         command.allow_abbrev = False  # a mistyped flag is an error, as a mistyped key is
     return top
+
+
+def nearest(command: argparse.ArgumentParser, flag: str) -> str:
+    """What may have been meant by ``flag``, in brackets; empty where no flag of ``command`` is near."""
+    flags = [option for action in command._actions for option in action.option_strings]
+    found = difflib.get_close_matches(flag.partition("=")[0], flags, 1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _add_run(commands: Any) -> None:

@@ -106,7 +106,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
     ("args", "message"),
     [
         (["run"], "missing: corpus, model, store"),
-        (["run", "x", "--modle", "y"], "unrecognized arguments: --modle"),
+        (["run", "x", "--modle", "y"], "unrecognized arguments: --modle y (did you mean --model?)"),
         (["run", "x", "--model", "y", "--store", "z", "--workers", "0"], "workers is 0; expected at least 1"),
         (["run", "x", "--model", "y", "--store", "z", "--workers", "two"], "invalid int value: 'two'"),
         (["run", "x", "--model", "y", "--store", "z", "--dtype", "float8"], "invalid choice: 'float8'"),
