@@ -17,7 +17,8 @@ from afn_ray.query import Run
 LEAST_N = 20
 """Neurons met less often are not ranked: what few tokens have in common says little."""
 MOST_OCCURRENCES = 20_000
-"""Of a word, the early ones, which are enough for a share."""
+"""Of a word that are looked at: the early ones, which are enough for a share. A word that occurs more often is a type,
+so the vocabulary knows how often."""
 CONTEXTS = 10
 WORDS_BESIDE = 6
 TOKENS_BESIDE = 40
@@ -105,6 +106,19 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
     Those come first that tell most of the word: share times the logarithm of the lift. Raises ``ConfigError`` for a
     word that does not occur.
     """
+    ((occurrences,),) = run.sql(
+        f"SELECT count(*) FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})",  # noqa: S608
+        {"word": word},
+    ).fetchall()
+    if not occurrences:
+        raise ConfigError(f"the word {word!r} does not occur in the run")
+    word_tokens = "(SELECT count(*) FROM mine)"
+    if occurrences == MOST_OCCURRENCES:
+        n = "n_high" if "neurons_above" in run.info["measure"] else "n"
+        word_tokens = (
+            f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
+            f"WHERE layer = {layer} AND class <> 'special' AND lower(text) = lower($word))"
+        )
     # What unnests one list is taken for one row: a join with the tokens makes its table of that, and not of them all.
     query = f"""
         WITH places AS MATERIALIZED (
@@ -122,24 +136,19 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
             FROM (SELECT unnest(items) AS item FROM mine) GROUP BY ALL
         ),
         counted AS (
-            SELECT s.*, met.n AS in_word, met.mean AS mean_in_word, (SELECT count(*) FROM mine) AS word_tokens,
-                s.n / s.share AS all_tokens
+            SELECT s.*, met.n / (SELECT count(*) FROM mine) AS in_share, met.mean AS mean_in_word,
+                {word_tokens} AS word_tokens, s.n / s.share AS all_tokens
             FROM met JOIN neurons s ON s.layer = {layer} AND s.neuron = met.neuron
         )
-        SELECT * EXCLUDE (in_word, word_tokens, all_tokens), in_word / word_tokens AS in_share,
-            greatest(0, n - in_word) / greatest(1, all_tokens - word_tokens) AS elsewhere
+        SELECT * EXCLUDE (word_tokens),
+            greatest(0, n - round(in_share * word_tokens)) / greatest(1, all_tokens - word_tokens) AS elsewhere
         FROM counted WHERE in_share > elsewhere
         ORDER BY in_share * ln(in_share / greatest(elsewhere, 0.5 / all_tokens)) DESC, neuron LIMIT {most}
     """  # noqa: S608
-    ((occurrences,),) = run.sql(
-        f"SELECT count(*) FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})",  # noqa: S608
-        {"word": word},
-    ).fetchall()
-    if not occurrences:
-        raise ConfigError(f"the word {word!r} does not occur in the run")
     concepts = []
     for row in run.sql(query, {"word": word}).to_arrow_table().to_pylist():
         shares = [row.pop(name) for name in ("in_share", "elsewhere", "mean_in_word")]
+        del row["all_tokens"]
         concepts.append(Concept(_neuron(row), *shares))
     return concepts, occurrences
 
@@ -198,6 +207,9 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
     """The neurons of a word."""
     limit = ", the early ones" if occurrences == MOST_OCCURRENCES else ""
     console.print(Text(f"{printable(word)}: {occurrences:,} occurrences{limit}", "bold"))
+    if not found:
+        console.print("no neuron that was recorded of its tokens is met more often in it than elsewhere")
+        return
     table = _table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
     for x in found:
         lift = "only here" if x.lift is None else f"{x.lift:,.0f}" if x.lift >= 10 else f"{x.lift:.1f}"

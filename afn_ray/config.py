@@ -99,6 +99,8 @@ class RunConfig:
                 raise ConfigError(f"{name} is empty; it must be given")
         if self.thresholds == "":
             raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
+        if self.neurons_of == "high" and "neurons" not in signal_names(self.signals):
+            raise ConfigError("neurons_of is high, but signals does not have neurons: add it, or leave neurons_of out")
         if self.neurons_of == "high" and self.thresholds is None:
             raise ConfigError("neurons_of is high, but what is HIGH is known before the corpus is measured only by "
                               "thresholds: name the run whose thresholds say it")  # fmt: skip

@@ -104,7 +104,7 @@ class PairSummary:
             keys = (neurons << TYPE_BITS) + np.repeat(token_ids.astype(np.int64), lengths)[counted]
             totals = np.rint(values.astype(np.float64) * SCALE).astype(np.int64)
             parts.append(Pairs.of(keys, np.ones(len(keys), np.int64), totals, values))
-            if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
+            if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS // len(self._parts):
                 parts[:] = [Pairs.merge(parts)]
 
     def tables(self) -> Iterable[pa.Table]:

@@ -50,6 +50,8 @@ LONG_PROBE_TOKENS = 640
 """Of the longest text in the self-check: beyond most attention windows, and soon measured."""
 SUBMITTED = 4
 """Batches that a GPU is given ahead of the one whose results are taken."""
+MOST_NUMBERS = 640
+"""Measured of a token: a chunk of a quarter of a million tokens is then 0.6 GB, and a few of them are on their way."""
 WRITTEN_BEHIND = 2
 """Chunks that wait for the writing thread: bounds memory."""
 
@@ -101,6 +103,12 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
     signals, names = find_signals(config.signals, config.top_neurons)
     recorded = tuple(series(layers, signals))
     neuron_layers = tuple(k for k in layers if k and any(isinstance(s, Neurons) for s in signals))
+    if nowhere := [s.name for s in signals if all(k < s.first_layer for k in layers)]:
+        raise ConfigError(f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another layer too, "
+                          f"layers is {config.layers}")  # fmt: skip
+    if (num_rows := len(recorded) + 2 * config.top_neurons * len(neuron_layers)) > MOST_NUMBERS:
+        raise ConfigError(f"signals and layers ask for {num_rows} numbers of each token, expected at most "
+                          f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)")  # fmt: skip
     measure = {
         "schema_version": SCHEMA_VERSION, "model": files.identity, "model_type": files.model_type,
         "layers": list(layers), "signals": names, "series": [list(s) for s in recorded],
@@ -337,7 +345,9 @@ class Processor:
         while under_way:
             take()
         self.progress.model_s += time.monotonic() - began
-        return round_strengths(result)
+        for row in result:  # one by one: rounding takes several times their memory
+            row[:] = round_strengths(row)
+        return result
 
     def _record(
         self, read: Chunk, values: Values, files: records.ShardFiles, summary: Summary, pairs: neurons.PairSummary,

@@ -47,7 +47,8 @@ ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.Sta
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
-TABLE_NAME = re.compile(r"\w[\w.-]*\.parquet", re.ASCII)
+RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
+"""A store names its folders and files as it likes, and all of these stand in SQL."""
 
 MAX_TIMEOUT_S = 1_000_000
 
@@ -426,9 +427,9 @@ def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File
     if not files["neurons"]:
         return {name: of_table for name, of_table in files.items() if of_table}
     entry = folder.info["tables"].get("neuron_types", {})
-    if not TABLE_NAME.fullmatch(name := str(entry.get("name"))):
-        raise StoreError(f"{folder.uri}/run.json is damaged: {name!r} is not the name of its table neuron_types")
-    path = f"runs/{folder.id}/{name}"
+    path = f"runs/{folder.id}/{entry.get('name')}"
+    if not RUN_FILE_NAME.fullmatch(path):
+        raise StoreError(f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table")
     return files | {"neuron_types": [_File(path, storage.join(folder.store, path), entry["bytes"], NO_SHARD)]}
 
 
@@ -437,7 +438,8 @@ NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
 
 
 def _paths(files: Sequence[_File], before: str) -> list[File]:
-    """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces (``FILE_NAME``)."""
+    """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces (``FILE_NAME``,
+    ``RUN_FILE_NAME``)."""
     return [
         File(f"{before}'{f.name}'", f.shard["doc_offset"], f.shard["n_documents"], f.shard["n_tokens"]) for f in files
     ]

@@ -85,14 +85,14 @@ class TableFile:
             self.flush()
 
     def flush(self) -> None:
-        """End the row group."""
+        """End the row group, which has all that was written since the last."""
         if self._pending_rows:
             with _scratch(self.path):
-                self._file.write_table(pa.concat_tables(self._pending).unify_dictionaries(), ROW_GROUP_ROWS)
+                self._file.write_table(pa.concat_tables(self._pending).unify_dictionaries(), self._pending_rows)
         self._pending, self._pending_rows = [], 0
 
     def write_each(self, tables: Iterable[pa.Table]) -> None:
-        """Row groups of each table's own, so that a reduce reads one at a time."""
+        """A row group for each table that has rows, so that a reduce reads one at a time."""
         for table in tables:
             self.write(table)
             self.flush()

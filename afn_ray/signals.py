@@ -18,6 +18,8 @@ from afn_ray.schema import STRENGTH, Series
 NEEDS = frozenset({"attention", "neurons", "norm", "outliers"})
 DIMENSIONS = 3
 """Outlier dimensions of a layer."""
+TAKEN = frozenset({"high", "quartile", "sink", "neurons"})
+"""Columns that have a layer behind their name too."""
 GROUP = "afn_ray.signals"
 """Entry points of other packages: ``name = "package.module:Class"``."""
 
@@ -230,11 +232,13 @@ def _load(point: EntryPoint) -> Signal:
         if not isinstance(signal, Signal):
             raise ConfigError(f"{where} is no subclass of afn_ray.signals.Signal")
         names_are_right = bool(signal.columns) and all(SIGNAL.fullmatch(c) for c in signal.columns)
+        names_are_right = names_are_right and not TAKEN & {*signal.columns}
         wrong = [
             f"{name} is {getattr(signal, name)!r}, expected {expected}"
             for name, expected, right in (
                 ("name", repr(point.name), signal.name == point.name),
-                ("columns", "names of small letters and _", names_are_right),
+                ("columns", f"names of small letters and _, none of {', '.join(sorted(TAKEN))}", names_are_right),
+                ("is_series", "True", signal.is_series is True),
                 ("first_layer", "0 or 1", signal.first_layer in (0, 1)),
                 ("needs", f"some of {', '.join(sorted(NEEDS))}", frozenset(signal.needs) <= NEEDS),
             )

@@ -112,7 +112,7 @@ class Summary:
         self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
-        self._tags = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string())) if tagged else None
+        self._tags = [TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))] if tagged else None
 
     def add(
         self, docs: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8],
@@ -130,7 +130,9 @@ class Summary:
             if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
                 parts[:] = [Histogram.merge(parts)]
         if self._tags is not None:
-            self._tags = TypeTags.merge([self._tags, TypeTags.of(token_ids, tags)])
+            self._tags.append(TypeTags.of(token_ids, tags))
+            if sum(len(part.table) for part in self._tags[1:]) > COMPACT_KEYS:
+                self._tags[:] = [TypeTags.merge(self._tags)]
 
     def tables(self) -> Iterable[pa.Table]:
         """One table per series, as in ``SUMMARY_SCHEMA``; with tags as in ``TAGGED_SUMMARY_SCHEMA``, theirs last."""
@@ -143,7 +145,7 @@ class Summary:
                 else table.append_column(TAGGED_SUMMARY_SCHEMA.field("tag"), pa.nulls(len(table), pa.string()))
             )
         if self._tags is not None:
-            yield self._tags.to_table()
+            yield TypeTags.merge(self._tags).to_table()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import write_jsonl
-from test_families import PACKED, PADDED, documents, family  # noqa: F401
+from conftest import edit_sealed, edit_table, save_model, write_jsonl
+from test_families import PACKED, PADDED, SMALL, documents, family  # noqa: F401
 from test_signals import load
 
 import afn_ray
 from afn_ray import cli, concepts, explain, manifest, neurons, storage, verify
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, ModelError
+from afn_ray.errors import ConfigError, ModelError, StoreError
 from afn_ray.schema import neurons_column
 from afn_ray.signals import Neurons, Strength
 
@@ -66,6 +67,22 @@ def test_neurons_are_those_of_the_plain_model(name: str, family: Any) -> None:  
             np.testing.assert_allclose(np.abs(got.T), furthest, rtol=2e-5, atol=1e-8)
             there = np.take_along_axis(states, which.T.astype(int), axis=1)
             np.testing.assert_allclose(got.T, there, rtol=2e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_half_precision_neurons_stay_near(name: str, family: Any) -> None:  # noqa: F811
+    ids = np.array(documents(5, [30])[0])
+    loaded = load(family(name)[0], frozenset({"neurons"}), [3], "bfloat16")
+    which, got = np.split(loaded.measure(ids, [30], (Strength(), Neurons(TOP)))[1:], 2)
+    there = np.take_along_axis(plain_neurons(family(name)[0], ids.tolist())[2], which.T.astype(int), axis=1)
+    assert np.quantile(np.abs(got.T - there) / np.abs(there), 0.9) < 0.05
+
+
+def test_an_mlp_that_runs_in_pieces_is_refused(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**SMALL, chunk_size_feed_forward=1)
+    folder = save_model(tmp_path / "pieces", config)
+    with pytest.raises(ModelError, match="runs its MLP in pieces"):
+        load(folder, frozenset({"neurons"}), [2]).measure(np.arange(5, 14), [9], (Strength(), Neurons(TOP)))
 
 
 def test_experts_are_refused(family: Any) -> None:  # noqa: F811
@@ -173,8 +190,12 @@ def test_sums_over_shards_are_sums_over_the_whole(made: RunConfig) -> None:
 
 
 def test_neurons_of_high_tokens_alone(made: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neurons_of is high, but"):
+    with pytest.raises(ConfigError, match="neurons_of is high, but what is HIGH"):
         replace(made, neurons_of="high")
+    with pytest.raises(ConfigError, match="neurons_of is high, but signals does not have neurons"):
+        replace(made, neurons_of="high", thresholds=made.store, signals="shift")
+    with pytest.raises(ConfigError, match="ask for 803 numbers of each token, expected at most 640"):
+        afn_ray.run(replace(made, top_neurons=200, store=str(tmp_path / "wide")))
     base = afn_ray.run(replace(made, signals="strength", store=str(tmp_path / "base")))
     config = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "store"))
     with afn_ray.run(config) as run, afn_ray.open_run(made.store) as other:
@@ -231,6 +252,40 @@ def test_verify_proves_them_and_finds_what_was_changed(made: RunConfig) -> None:
     assert not verify.verify_store(made.store).findings
 
 
+@pytest.mark.parametrize(("table", "column"), [("neurons", "n"), ("neurons", "selectivity"), ("neuron_types", "mean")])
+def test_verify_counts_again_what_lies_behind_a_good_seal(table: str, column: str, made: RunConfig) -> None:
+    uri = manifest.find_run(made.store).uri
+    kept = [(Path(uri, file), Path(uri, file).read_bytes()) for file in (f"{table}.parquet", "run.json")]
+
+    def change(old: pa.Table) -> pa.Table:
+        at = old.column_names.index(column)
+        values = [x + (i == 7) for i, x in enumerate(old[column].to_pylist())]
+        return old.set_column(at, old.schema.field(at), pa.array(values, old.schema.field(at).type))
+
+    try:
+        edit_table(uri, table, change)
+        (finding,) = verify.verify_store(made.store).findings
+        assert finding.kind == "tables" and f"{table}.parquet" in finding.uri
+        assert ("DuckDB's count" if column == "n" else f"row 7: {column} is") in finding.message
+    finally:
+        for file, data in kept:
+            file.write_bytes(data)
+
+
+def test_the_name_of_a_run_is_no_sql(made: RunConfig, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(made.store, store)
+    (run,) = (store / "runs").iterdir()
+    name = f"x') ; COPY (SELECT 1) TO '{'pwned.csv'}'; --"
+    run.rename(run.with_name(name))
+    edit_sealed(str(run.with_name(name) / "run.json"), lambda info: info.update(id=name))
+    with pytest.raises(StoreError, match="is not the name of a run's table"):
+        afn_ray.open_run(str(store))
+    with pytest.raises(StoreError, match="is not the name of a run's table"):
+        afn_ray.write_catalog(str(store), tmp_path / "catalog.duckdb")
+    assert not Path("pwned.csv").exists()
+
+
 def test_a_neuron_without_bounds_quarantines_its_document(
     made: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +334,19 @@ def test_neurons_of_a_word_are_those_that_counting_ranks_first(made: RunConfig) 
     assert got == {i: pytest.approx(x) for i, x in expected.items() if x[0] > x[1]}
     score = [c.share * math.log(c.share / max(c.elsewhere, 0.5 / len(rows))) for c in found]
     assert score == sorted(score, reverse=True)
+
+
+def test_a_word_that_is_met_too_often_is_nowhere_elsewhere(made: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with afn_ray.open_run(made.store) as run:
+        whole, occurrences = concepts.neurons_of_word(run, "the", 3, 1000)
+        monkeypatch.setattr(concepts, "MOST_OCCURRENCES", occurrences // 2)
+        part, looked_at = concepts.neurons_of_word(run, "the", 3, 1000)
+    assert looked_at == occurrences // 2 > 50
+    exact = {c.neuron.neuron: c for c in whole}
+    common = [c for c in part if c.neuron.neuron in exact and c.share > 0.2]
+    assert common
+    for c in common:
+        assert c.elsewhere == pytest.approx(exact[c.neuron.neuron].elsewhere, abs=0.05)
 
 
 def test_contexts_are_the_tokens_with_most_of_the_neuron(made: RunConfig) -> None:

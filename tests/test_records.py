@@ -115,6 +115,15 @@ def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "tokens.parquet").stat().st_size / 100_000 < 5.5
 
 
+def test_a_table_of_a_summary_is_one_row_group_however_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "ROW_GROUP_ROWS", 5)
+    with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
+        tables = [*_summary(_tokens(500, True))]
+        assert all(len(table) > 5 for table in tables)
+        files.summary.write_each(tables)
+    assert pq.ParquetFile(tmp_path / "summary.parquet").num_row_groups == len(tables)
+
+
 def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "ROW_GROUP_ROWS", 1000)
     tokens = _tokens(2500, True)

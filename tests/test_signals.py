@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import write_jsonl
+from conftest import edit_table, write_jsonl
 from test_families import CONTEXT, LAYERS, PACKED, PADDED, documents, family  # noqa: F401
 
 import afn_ray
-from afn_ray import model, outliers, storage, verify
+from afn_ray import manifest, model, outliers, storage, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, ModelError
+from afn_ray.model import attention
 from afn_ray.signals import Centred, Received, Shift, Signal, Strength, Trimmed, find_signals, series
 
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
@@ -117,6 +118,28 @@ def test_norm_weighted_attention_is_kobayashis(name: str, family: Any) -> None: 
             norms = (value @ parts).detach().double().norm(dim=-1).numpy()
             others, _ = received(weights, seen_by(loaded, weights))
             np.testing.assert_allclose(got[f"attention_norm_{k}"], (others * norms).sum(0), rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "mistral"])
+def test_attention_of_long_texts_is_summed_block_by_block(
+    name: str, family: Any, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    loaded = load(family(name)[0], Received.needs)
+    whole = measure(loaded, SIGNALS)
+    monkeypatch.setattr(attention, "SCORES", 4 * CONTEXT * 7)  # of the longest text seven queries at a time
+    for one, other in zip(whole, measure(loaded, SIGNALS), strict=True):
+        for series_name, values in one.items():
+            np.testing.assert_allclose(other[series_name], values, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_half_precision_signals_stay_near(name: str, family: Any) -> None:  # noqa: F811
+    signals: list[Signal] = [Strength(), Shift(), Received()]
+    both = [load(family(name)[0], Received.needs, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    for full, half in zip(*(measure(one, signals) for one in both), strict=True):
+        for series_name, values in full.items():
+            error = np.abs(half[series_name] - values) / np.maximum(values, np.median(values))
+            assert np.quantile(error, 0.9) < 0.02, series_name
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -250,16 +273,21 @@ def test_shards_and_order_change_no_table_of_signals(made: RunConfig, tmp_path: 
 def test_verify_proves_them_and_finds_what_was_changed(made: RunConfig) -> None:
     found = verify.verify_store(made.store)
     assert not found.findings and not found.unproved
-    (uri,) = {f.uri for f in storage.list_below(made.store) if f.uri.endswith("/signals.parquet")}
-    table = pq.read_table(uri)
-    at = table.column_names.index("q2")
-    data = Path(uri).read_bytes()
-    try:
-        pq.write_table(table.set_column(at, table.schema.field("q2"), pa.array([9.0] * len(table), pa.float32())), uri)
-        found = verify.verify_store(made.store)
-        assert found.findings and "signals.parquet" in str(found.findings[0])
-    finally:
-        Path(uri).write_bytes(data)
+    uri = manifest.find_run(made.store).uri
+    for name in ("signals", "signal_vocabulary"):
+        kept = [(Path(uri, file), Path(uri, file).read_bytes()) for file in (f"{name}.parquet", "run.json")]
+
+        def change(table: pa.Table) -> pa.Table:
+            at = table.column_names.index("q2")
+            return table.set_column(at, table.schema.field("q2"), pa.array([9.0] * len(table), pa.float32()))
+
+        try:
+            edit_table(uri, name, change)
+            (finding,) = verify.verify_store(made.store).findings
+            assert finding.kind == "tables" and f"{name}.parquet" in finding.uri and "q2 is 9.0" in finding.message
+        finally:
+            for file, data in kept:
+                file.write_bytes(data)
 
 
 def test_outlier_dimensions_are_found_once_and_kept(made: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +312,12 @@ def test_names_are_sorted_and_strength_is_always_there() -> None:
     assert config.signals == "strength,attention,shift"
     signals, names = find_signals(config.signals)
     assert [s.name for s in signals] == names == ["strength", "attention", "shift"]
+
+
+@pytest.mark.parametrize("signal", ["shift", "neurons", "attention", "centred"])
+def test_a_signal_that_no_layer_has_is_refused(signal: str, made: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"signals has {signal}, which the embeddings .layer 0. have not"):
+        afn_ray.run(replace(made, signals=signal, layers="0", store=str(tmp_path / "store")))
 
 
 @pytest.mark.parametrize("spec", ["", "shift,,attention", "Shift", "shift;drop", "1"])
@@ -316,6 +350,12 @@ class Negative(Largest):
 
 class Twice(Largest):
     name = "twice"
+
+class High(Largest):
+    name, columns = "high", ("high",)
+
+class Apart(Largest):
+    name, columns, is_series = "apart", ("apart",), False
 """
 )
 
@@ -327,7 +367,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "their_signals-1.5.dist-info").mkdir(parents=True)
     (site / "their_signals.py").write_text(PACKAGE)
     names = {"largest": "Largest", "wrong": "Wrong", "negative": "Negative", "twice": "Twice", "gone": "Gone",
-             "thing": "dict"}  # fmt: skip
+             "thing": "dict", "high": "High", "apart": "Apart"}  # fmt: skip
     entries = "".join(f"{name} = their_signals:{kind}\n" for name, kind in names.items())
     (site / "their_signals-1.5.dist-info" / "entry_points.txt").write_text(f"[afn_ray.signals]\n{entries}")
     (site / "their_signals-1.5.dist-info" / "METADATA").write_text("Name: their-signals\nVersion: 1.5\n")
@@ -364,6 +404,8 @@ def test_a_signal_of_another_package_is_measured_and_its_version_is_of_the_measu
         ("gone", "cannot be loaded: AttributeError"),
         ("thing", "is no subclass of afn_ray.signals.Signal"),
         ("largest,twice", "two signals measure largest"),
+        ("high", "is no signal: columns is .'high',., expected names .* none of high, neurons, quartile, sink"),
+        ("apart", "is no signal: is_series is False, expected True"),
     ],
 )
 def test_a_class_that_is_no_signal_is_told(name: str, why: str, package: None) -> None:

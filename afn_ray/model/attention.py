@@ -132,17 +132,24 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     for row, n, length in layout.groups:
         mask = _band(length, seen.left, seen.right, seen.query.device)
         may = (mask.sum(0) - 1).clamp(min=1)  # queries but itself that see a key
-        step = max(1, SCORES // (length * length * heads))
+        step = max(1, SCORES // (length * length * heads))  # sequences at a time, or of a long one so many queries
+        block = length if step > 1 else max(1, min(length, SCORES // (length * heads)))
         for at in range(0, n, step):
             here = slice(row + at * length, row + min(n, at + step) * length)
             q, k = (x[0, :, here].float().unflatten(1, (-1, length)) for x in (seen.query, seen.key))
-            k = k.repeat_interleave(heads // k.shape[0], 0)
-            scores = (q @ k.transpose(-1, -2)).mul_(seen.scale).masked_fill_(~mask, -torch.inf)
-            shares = scores.softmax(-1)
-            itself = shares.diagonal(dim1=-2, dim2=-1)
-            own[:, here] = itself.flatten(1)
-            itself.zero_()
-            of_others[:, here] = (shares.sum(-2) / may).flatten(1)
+            k = k.repeat_interleave(heads // k.shape[0], 0).transpose(-1, -2)
+            sums = torch.zeros(q.shape[:-1], device=q.device)
+            selves = torch.zeros_like(sums)
+            for first in range(0, length, block):
+                some = slice(first, first + block)
+                scores = (q[:, :, some] @ k).mul_(seen.scale).masked_fill_(~mask[some], -torch.inf)
+                shares = scores.softmax(-1)
+                itself = shares.diagonal(first, dim1=-2, dim2=-1)
+                selves[:, :, some] = itself
+                itself.zero_()
+                sums += shares.sum(-2)
+            own[:, here] = selves.flatten(1)
+            of_others[:, here] = (sums / may).flatten(1)
     return of_others, own
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ class _Place(NamedTuple):
     norm: str  # the LayerNorm that makes the block's output; empty where it is not needed
     gram: torch.Tensor | None  # of each head's part of the output projection, for ``attention.value_norms``
     neurons: str  # the layer behind the MLP's neurons
+    num_neurons: int
 
 
 def _follows(call: _Call) -> bool:
@@ -276,7 +278,8 @@ class Model:
                 )
             gram = _gram(found["attention"][0]) if "attention" in needs else None
             behind = found["neurons"][-1].name if "neurons" in needs else ""
-            places[block] = _Place(norms[block] if "norm" in needs else "", gram, behind)
+            num_neurons = found["neurons"][-1].input.shape[-1] if "neurons" in needs else 0
+            places[block] = _Place(norms[block] if "norm" in needs else "", gram, behind, num_neurons)
         return places
 
     @property
@@ -435,7 +438,11 @@ class Model:
         if self._calls in self.layers:
             hidden = output[0] if isinstance(output, tuple) else output
             if self._neurons is not None:  # some MLPs see all rows of a batch as one sequence
-                self._neurons = self._neurons.reshape(*hidden.shape[:-1], -1)
+                shape = (*hidden.shape[:-1], self._places[module].num_neurons)
+                if self._neurons.numel() != math.prod(shape):
+                    raise ModelError(f"{self._name} runs its MLP in pieces, as with chunk_size_feed_forward in its "
+                                     "config; leave the signal neurons out")  # fmt: skip
+                self._neurons = self._neurons.reshape(shape)
             self._keep(Site(self._calls, hidden, self._before, self._attention(module), self._neurons,
                             self._unscaled))  # fmt: skip
         self._neurons = self._unscaled = None
