@@ -40,6 +40,10 @@ BINS = 256
 MAX_TOKENS = 5_000_000
 """Enough for intervals of a thousandth; more would take longer than a look at them is worth."""
 SEED = 0
+FEW = 20
+"""Documents of which a bootstrap cannot be trusted."""
+MOST_TAGS = 24
+"""Tags that have figures of their own; the rarer ones have one together."""
 KINDS = ("content", "function", "punctuation")
 """Classes that the claims speak of."""
 
@@ -87,9 +91,10 @@ CLAIMS = {
 
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
-    "HIGH is at or above Q3, for rivals of strength at or above their own. AUC: how often a content word lies above a "
-    "function word or punctuation mark (0.5: no more than by chance). Spearman's rho goes by ranks, so that of log "
-    "frequency is that of frequency. A control is what the other figures are to be held against.",
+    "HIGH is at or above the run's own Q3, for rivals of strength at or above theirs, also where the run's labels go "
+    "by thresholds of another one. AUC: how often a content word lies above a function word or punctuation mark (0.5: "
+    "no more than by chance). Spearman's rho goes by ranks, so that of log frequency is that of frequency. A control "
+    "is what the other figures are to be held against.",
 )
 
 
@@ -149,6 +154,8 @@ class Draws:
         even = np.full(num_groups, 1 / num_groups)
         drawn = np.random.default_rng(SEED).multinomial(num_groups, even, REPLICATES)
         self._weights = drawn.astype(np.float64)  # [REPLICATES, num_groups]
+        if num_groups < 2:
+            self._weights[:] = math.nan  # one document says nothing of how far documents differ
 
     def draw(self, statistic: Callable[..., Floats], *parts: Floats) -> Drawn:
         """``statistic`` of what adds up: ``parts`` are sums of each group, [num_groups, ...]; it takes their sums
@@ -179,10 +186,17 @@ class _Sample:
         self.draw = Draws(self.num_groups).draw
         of = f", one in {one_in} of {of_docs:,}, chosen by their hash" if one_in > 1 else ""
         groups = f" in {self.num_groups:,} groups" if self.num_groups < self.n_docs else ""
-        self.notes = (
+        self.notes: tuple[str, ...] = (
             f"{count(self.n, 'token')} of {count(self.n_docs, 'document')}{of}; intervals by {REPLICATES:,} bootstrap "
             f"samples of documents{groups}",
         )
+        if -(-of_tokens // max_tokens) > one_in:
+            self.notes += (f"Intervals want {GROUPS} documents, so no fewer are read, whatever their tokens.",)
+        if self.num_groups < FEW:
+            self.notes += (
+                "So few documents say little of how far documents differ: "
+                + ("there are no intervals." if self.num_groups < 2 else "intervals are too narrow."),
+            )
 
     def ask(self, query: str) -> list[npt.NDArray[Any]]:
         """The columns of the answer."""
@@ -238,6 +252,7 @@ class _Variable:
         self.by_value = np.zeros((len(KINDS) + 1, len(values)))  # the last kind is all else
         self.by_bin = np.zeros((groups, len(KINDS) + 1, BINS))
         self.high = np.zeros((groups, len(KINDS) + 1))
+        self.tells = len(values) > 1  # where all are equal nothing is told apart
 
     def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Floats:
         """Count tokens, all [n_tokens]; returns their ranks."""
@@ -253,17 +268,22 @@ class _Tags:
     """The tags of a labelled corpus, and how many tokens of each are HIGH."""
 
     def __init__(self, sample: _Sample, layers: Sequence[int]) -> None:
-        there = f"SELECT DISTINCT coalesce(tag, '{UNTAGGED}') FROM {sample.tokens}"  # noqa: S608
-        self._names = in_order(sample.ask(there)[0])
-        kinds = upos_classes(self._names)
-        self._kinds = np.array([KINDS.index(kinds[t]) if t in kinds else len(KINDS) for t in self._names])
+        tag = f"coalesce(tag, '{UNTAGGED}')"
+        tags = sample.ask(f"SELECT {tag} FROM {sample.tokens} GROUP BY 1 ORDER BY count(*) DESC, 1")[0]  # noqa: S608
+        self._tags, kinds = pa.array(tags, pa.string()), upos_classes(tags)
+        self._kinds = np.array([KINDS.index(kinds[t]) if t in kinds else len(KINDS) for t in tags])
+        self._names = in_order(tags[:MOST_TAGS])
+        self._columns = np.full(len(tags), len(self._names))
+        self._columns[: len(self._names)] = [self._names.index(t) for t in tags[:MOST_TAGS]]
+        if rest := len(tags) - len(self._names):
+            self._names.append(f"{count(rest, 'rarer tag')} together")
         shape = (len(layers), 2, sample.num_groups, len(self._names))
         self._high, self._n = (dict(zip(layers, part, strict=True)) for part in np.zeros(shape).swapaxes(0, 1))
 
     def read(self, tags: pa.Array) -> tuple[Ints, Ints]:
-        """Which tag each token has, and which of ``KINDS`` it is by that."""
-        found = pc.index_in(pc.fill_null(tags, UNTAGGED), pa.array(self._names, pa.string())).to_numpy()
-        return found, self._kinds[found]
+        """Under which name each token's tag is counted, and which of ``KINDS`` it is by that."""
+        found = pc.index_in(pc.fill_null(tags.cast(pa.string()), UNTAGGED), self._tags).to_numpy()
+        return self._columns[found], self._kinds[found]
 
     def add(self, layer: int, g: Ints, tags: Ints, high: npt.NDArray[np.bool_]) -> None:
         """Count tokens of groups ``g``, all [n_tokens]."""
@@ -309,12 +329,14 @@ def _read(
         return _Variable(name, layer, column, values, counts, groups)
 
     variables = [variable("strength", k, f"strength_{k}") for k in layers]
-    variables.append(variable("rarity (idf)", None, "idf"))
+    rarity = variable("rarity (idf)", None, "idf")
+    variables += [rarity] if rarity.tells else []
     for signal, name in (("attention", "attention received"), ("attention_norm", "norm-weighted attention")):
         variables += [variable(name, k, f"{signal}_{k}") for k in layers if f"{signal}_{k}" in recorded]
     trimmed_q3 = dict(run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'").fetchall())
+    q3 = dict(run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'").fetchall())
     columns = ["doc", "position", "token_id", *(v.column for v in variables if v.column != "idf")]
-    columns += [f"{name}_{k}" for name in ("high", "sink", "shift", "strength_trimmed") for k in layers
+    columns += [f"{name}_{k}" for name in ("sink", "shift", "strength_trimmed") for k in layers
                 if f"{name}_{k}" in recorded]  # fmt: skip
     columns += ["tag"] if tags is not None else []
     sums: dict[int, Sums] = {k: {} for k in layers}
@@ -323,6 +345,7 @@ def _read(
         sample.check_time()
         row = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns if name != "tag"}
         row["idf"] = idf_of[row["token_id"]]
+        row |= {f"high_{k}": row[f"strength_{k}"] >= np.float32(q3[k]) for k in layers}
         g, kind = sample.group_of[row["doc"]], kind_of[row["token_id"]]
         if tags is not None:
             tag, kind = tags.read(batch.column("tag"))
@@ -464,7 +487,11 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
         if k != 0:
             what, less = f"{AUC}, less that of layer 0", by_layer[k].less(by_layer[0])
             found.append(sample.figure("layers", what, "strength", k, less, n))
-    best = np.argmax([by_layer[k].replicates for k in best_first], axis=0)
+    drawn_all = np.array([by_layer[k].replicates for k in best_first])
+    there = drawn_all[:, np.isfinite(drawn_all).all(axis=0)]
+    if not there.size:
+        return found
+    best = np.argmax(there, axis=0)
     for at, k in enumerate(best_first):
         what, share = "share of bootstrap samples in which its AUC is the largest", fixed(float((best == at).mean()))
         found.append(sample.figure("layers", what, "strength", k, share, n, is_control=k == 0))

@@ -155,15 +155,17 @@ def _claims(args: argparse.Namespace) -> None:
     from afn_ray import claims, query
 
     with query.open_run(args.run, timeout_s=args.timeout) as run:
-        found = claims.claims(run, max_tokens=args.max_tokens)
-        if args.masking:
+        masked: tuple[list[Any], tuple[str, ...]] = ([], ())
+        if args.masking:  # first: the model may not be here
             from afn_ray import masking
 
             figures, note = masking.check(
                 run, num_documents=args.sample, model_name=args.model, trust_remote_code=args.trust_remote_code,
                 allow_pickle=args.allow_pickle,
             )  # fmt: skip
-            found = claims.Claims(found.run, (*found.notes, note), (*found.figures, *figures))
+            masked = figures, (note,)
+        found = claims.claims(run, max_tokens=args.max_tokens)
+        found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
     if args.json:
         print(json.dumps(claims.to_json(found), indent=1))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from afn_ray import explain, manifest, pipeline
 from afn_ray.claims import SEED, Drawn, Draws, Figure
 from afn_ray.errors import ConfigError, ModelError, count
 from afn_ray.query import Run
-from afn_ray.schema import strengths
+from afn_ray.schema import strengths, upos_classes
 from afn_ray.signals import States
 
 STAND_INS = (
@@ -106,6 +107,8 @@ def check(
         f"tokens of every kind, at most {SHARE:.0%} of a document's, became {name}. Only tokens that stayed are looked "
         f"at, at the output of block {last[0]}, in float32."
     )
+    if content_tags(run) == []:
+        note += " Which of the corpus's tags are content words is not known, so these are not looked at apart."
     return figures, note
 
 
@@ -127,13 +130,18 @@ def _stand_in(processor: pipeline.Processor) -> tuple[str, int]:
 def _texts(run: Run, layer: int, num_documents: int, window: int, processor: pipeline.Processor) -> Iterator[Text]:
     """Documents in the order of their hash; of one that is longer than a window the beginning, with the template."""
     suffix = list(processor.preparer.encoder.template.suffix)
+    content = content_tags(run)
+    is_content = "coalesce(class, '') = 'content'"
+    parameters: dict[str, Any] = {"n": num_documents, "window": window}
+    if content is not None:  # a token's own tag says more than what its type mostly is
+        is_content, parameters["content"] = "coalesce(list_contains($content::VARCHAR[], tag), false)", content
     rows = run.sql(
         f"SELECT doc, token_id, NOT is_special AND NOT coalesce(sink_{layer}, false), coalesce(high_{layer}, false), "  # noqa: S608
-        f"coalesce(class, '') = 'content' FROM tokens LEFT JOIN (SELECT token_id, class FROM vocabulary "
+        f"{is_content} FROM tokens LEFT JOIN (SELECT token_id, class FROM vocabulary "
         f"WHERE layer = {layer} AND class <> 'special') USING (token_id) "
         "WHERE doc IN (SELECT doc FROM documents WHERE n_tokens > 0 ORDER BY hash(doc), doc LIMIT $n) "
         "AND position <= $window ORDER BY doc, position",
-        {"n": num_documents, "window": window},
+        parameters,
     ).to_arrow_table()
     columns = [rows.column(i).to_numpy() for i in range(5)]
     ends = np.flatnonzero(np.diff(columns[0])) + 1
@@ -144,6 +152,14 @@ def _texts(run: Run, layer: int, num_documents: int, window: int, processor: pip
             if suffix:
                 ids[-len(suffix) :], free[-len(suffix) :] = suffix, False
         yield Text(int(doc[0]), ids, free, high, content)
+
+
+def content_tags(run: Run) -> list[str] | None:
+    """Tags of content words where the run is labelled, none where its tags are not UPOS; None where it has no tags."""
+    if "tag" not in run.sql("FROM tokens LIMIT 0").columns:
+        return None
+    tags = [tag for (tag,) in run.sql("SELECT DISTINCT tag FROM tokens WHERE tag IS NOT NULL").fetchall()]
+    return sorted(tag for tag, kind in upos_classes(tags).items() if kind == "content")
 
 
 def choose(text: Text) -> dict[str, Ints]:

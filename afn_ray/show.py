@@ -258,7 +258,7 @@ def render_thresholds(summary: Summary, console: Console) -> None:
     if any(f.labels != f.thresholds for f in summary.layers):
         shares = ", ".join(f"layer {f.layer}: {_ratio(r['n_high'], r['n']):.1%}" for f in summary.layers
                            for r in [f.labels["tokens"]])  # fmt: skip
-        console.print(f"HIGH goes by the frozen thresholds, of {summary.info['config']['thresholds']}; "
+        console.print(f"HIGH goes by the frozen thresholds, of {printable(str(summary.info['config']['thresholds']))}; "
                       f"tokens that are HIGH by them: {shares}", markup=False, soft_wrap=True)  # fmt: skip
 
 

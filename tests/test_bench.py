@@ -16,6 +16,7 @@ from rich.console import Console
 
 from afn_ray import bench, model, pipeline
 from afn_ray.bench import contest, machine, monitor, ours, peers, reduce, sql, texts
+from afn_ray.bench import signals as bench_signals
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, ModelError
 from afn_ray.query import open_run
@@ -204,6 +205,22 @@ def test_the_made_up_model_is_one_that_transformers_knows(tmp_path: Path) -> Non
     text = texts.Writer(model.load_tokenizer(find(tmp_path)), 64).write("full", 64, 64, causal=False)[0].text
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == 64 and tokenizer.unk_token_id not in ids and ids[0] == tokenizer.cls_token_id
+
+
+def test_what_signals_cost_is_measured_on_the_same_shards(tiny_bert: Path, tiny_mpnet: Path) -> None:
+    notes: list[str] = []
+    result = bench_signals.measure(str(tiny_bert), "2/3", 600, "cpu", 2, notes.append)
+    found = result["variants"]
+    assert list(found) == ["strength", "strength, layers 0 to k", "+ shift", "+ centred", "+ trimmed", "+ attention",
+                           "+ neurons"]  # fmt: skip
+    assert all(len(v["tokens_per_second"]) == len(v["cost"]) == 2 and min(v["cost"]) > -1 for v in found.values())
+    assert found["strength"]["cost"] == [0, 0] and result["tokens"] > 200
+    assert found["+ neurons"]["bytes_per_token"].keys() - found["strength"]["bytes_per_token"].keys() == {
+        "neurons", "pairs"
+    }  # fmt: skip
+    assert "A sweep of all layers costs" in printed(bench_signals.render, result)
+    padded = bench_signals.measure(str(tiny_mpnet), "2/3", 200, "cpu", 1, notes.append)
+    assert "+ attention" not in padded["variants"] and any("+ attention is left out" in n for n in notes)
 
 
 def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:

@@ -32,6 +32,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["8", "2/3", "0,4,8", "all", "0.5"])
     if name == "signals":
         return st.sampled_from(["strength", "strength,shift", "strength,attention,shift"])
+    if name == "top_neurons":
+        return st.integers(1, 256)
     if HINTS[name] in (float, float | None):
         return st.floats(1.5, 1e6) | st.integers(2, 100)
     return {bool: st.booleans(), int: COUNTS, int | None: COUNTS}.get(HINTS[name], NAMES)
@@ -39,7 +41,7 @@ def _values(name: str) -> st.SearchStrategy[Any]:
 
 REQUESTS = st.fixed_dictionaries(
     {name: _values(name) for name in NEEDED}, optional={name: _values(name) for name in KEYS if name not in NEEDED}
-)
+).filter(lambda r: r.get("neurons_of") != "high")  # which asks for others beside it
 
 
 def _toml(values: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from test_corpus import COMPRESS, OPTIONS, jsonl, one, parquet, read_all, rememb
 from tokenizers import Tokenizer
 
 import afn_ray
-from afn_ray import claims, cli, compare, corpus, explain, manifest, schema, show, tags, tokens, verify
+from afn_ray import claims, cli, compare, corpus, explain, manifest, masking, schema, show, tags, tokens, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.schema import CLASSES, Shard, Span, in_order, upos_classes
@@ -440,6 +440,26 @@ def test_the_figures_of_claims_are_those_of_the_tokens_own_tags(labelled: tuple[
         what = (f"share of {name} that is HIGH", "strength") if of is kinds else ("share that is HIGH", name)
         assert (figures[*what, 2].value, figures[*what, 2].n) == (pytest.approx(np.mean(high)), len(high))
     assert all(figures["share that is HIGH", t, 0].is_control for t in {t for t, _ in rows})
+
+
+def test_masking_knows_content_words_by_their_own_tags(labelled: tuple[RunConfig, str]) -> None:
+    with afn_ray.open_run(labelled[1]) as run:
+        figures, note = masking.check(run, num_documents=20)
+    assert {f.of for f in figures} >= {"HIGH content tokens masked", "LOW content tokens masked"}
+    assert "is not known" not in note
+
+
+def test_rare_tags_are_counted_together(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
+    words = ["the", "beginning", "heaven", "earth"]
+    rows = [{"text": [w, "God"], "lemma": [f"tag{i}", "same"]} for i, w in enumerate(words * 8)]
+    config = make_config(corpus=(str(write_jsonl(tmp_path / "c.jsonl", rows)),), labels="lemma")
+    with afn_ray.run(config) as run:
+        figures = [f for f in claims.claims(run).figures if f.claim == "tags"]
+        _, note = masking.check(run, num_documents=5)
+        ((n,),) = run.sql("SELECT count(*) FROM tokens WHERE NOT is_special").fetchall()
+    assert [f.of for f in figures][-1] == "9 rarer tags together" and len(figures) == 25
+    assert sum(f.n for f in figures) == n and figures[-1].n == 9
+    assert "are content words is not known" in note
 
 
 def test_verify_finds_a_tag_that_was_changed(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:

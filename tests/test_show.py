@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,14 @@ def test_shares_and_spreads_are_those_of_the_tables(tmp_path: Path) -> None:
             n_high = sum(r["n_high"] for r in rows if r["class"] == share.name)
             assert (share.n, share.n_high, share.share) == (n, n_high, n_high / n)
             assert 0 <= share.low < share.share < share.high <= 1
-    assert summary.bytes_per_token == {"tokens": 6.0, "documents": 1.0, "summary": 0.0002, "all": 7.0002}
+    assert summary.bytes_per_token == {
+        "tokens": 6.0,
+        "documents": 1.0,
+        "summary": 0.0002,
+        "neurons": 0,
+        "pairs": 0,
+        "all": 7.0002,
+    }
     assert summary.padding_share == pytest.approx(0.2)
     assert json.loads(json.dumps(show.to_json(summary)))["layers"][1]["classes"][0]["name"] == "content"
 
@@ -227,5 +235,13 @@ def test_the_summary_names_the_run_its_model_and_what_to_be_careful_about(tmp_pa
 def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     texts = ["[bold]x[/bold]", "[/nothing]", "[link=x]", "\\[", "[", "a\\", "日本"]
     types = [_type(8, i, t, "content", 50, 10 * i, 1.0) for i, t in enumerate(texts)]
-    text = _shown(_run(tmp_path, (8,), types), 100)
+    run = _run(tmp_path, (8,), types)
+    text = _shown(run, 100)
+    summary = show.summarise(run)
+    facts = replace(summary.layers[0], labels={"tokens": summary.layers[0].thresholds["tokens"] | {"q3": 9.0}})
+    hostile = summary.info | {"config": summary.info["config"] | {"thresholds": "\x1b]0;x\x1b[2J"}}
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    show.render(replace(summary, info=hostile, layers=(facts,)), console)
+    assert isinstance(console.file, io.StringIO) and "frozen thresholds" in console.file.getvalue()
+    assert "\x1b" not in console.file.getvalue()
     assert "/data/[bold]news[/bold]/*.jsonl" in text and "/models/[red]bert" in text

@@ -18,7 +18,7 @@ from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Product, replace_linear_layers, restore
 from afn_ray.schema import MOST_NEURONS, Series
-from afn_ray.signals import Attention, Signal, Site, States, Strength, measured, norm
+from afn_ray.signals import Attention, Centred, Signal, Site, States, Strength, measured, norm
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in
@@ -163,6 +163,8 @@ class Model:
             if place.norm:
                 block.get_submodule(place.norm).register_forward_pre_hook(self._before_norm)
         self._places = places
+        if "norm" in needs:
+            self._check_centred(min(probes, key=len))
         self.causal = self._is_causal(min((p for p in probes if len(p) > 4), key=len, default=probes[0]))
 
     def _choose_attention(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
@@ -261,7 +263,7 @@ class Model:
                     f"{self._name}: no linear layer of its blocks was found to be the one behind its {lacking[0]}; "
                     f"leave signals out that need {lacking[0]}"
                 )
-            if "neurons" in needs and (experts := _num_experts(self._model.config)):
+            if "neurons" in needs and (experts := num_experts(self._model.config)):
                 raise ModelError(
                     f"{self._name} is a mixture of {experts} experts: its neurons are other ones for each token; leave "
                     "the signal neurons out"
@@ -281,6 +283,13 @@ class Model:
             num_neurons = found["neurons"][-1].input.shape[-1] if "neurons" in needs else 0
             places[block] = _Place(norms[block] if "norm" in needs else "", gram, behind, num_neurons)
         return places
+
+    def _check_centred(self, ids: Sequence[int]) -> None:
+        """What goes into the LayerNorm that ends a block has, centred and without its gain, the norm sqrt(hidden)."""
+        got = self.measure(*_joined([ids]), (Centred(),))
+        expected = np.full_like(got, self.files.hidden_size**0.5)
+        what = "the LayerNorm without gain that ends a block against sqrt(hidden_size)"
+        compare_norms(what, got, expected, torch.bfloat16)  # its epsilon takes some of it
 
     @property
     def _name(self) -> str:
@@ -507,7 +516,8 @@ def _masks_only(config: Any, context_tokens: int) -> bool:
     return any(isinstance(limit, int) and 0 < limit < context_tokens for limit in limits)
 
 
-def _num_experts(config: Any) -> int:
+def num_experts(config: Any) -> int:
+    """Of a mixture, whose neurons are others for each token; 0 for a model that is none."""
     counts = [
         getattr(config.get_text_config(), n, None) for n in ("num_experts", "num_local_experts", "moe_num_experts")
     ]

@@ -11,7 +11,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from afn_ray.errors import ModelError
-from afn_ray.model.engine import Norms, compare_norms, find_blocks
+from afn_ray.model.engine import Norms, compare_norms, find_blocks, num_experts
 from afn_ray.model.files import ModelFiles, load_weights
 from afn_ray.signals import norm
 
@@ -58,8 +58,9 @@ def decide(
             read["hidden"] = output[0] if isinstance(output, tuple) else output
 
     def product(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if calls == layer and output.shape[-1] == files.hidden_size and args[0].shape[:-1].numel() == len(ids):
-            read["neurons"] = args[0]  # the block's last product is the MLP's
+        if (calls == layer and not num_experts(model.config) and output.shape[-1] == files.hidden_size
+                and args[0].shape[:-1].numel() == len(ids)):  # fmt: skip
+            read["neurons"] = args[0]  # the block's last product is the MLP's; of experts each token has its own
 
     for block in blocks:
         block.register_forward_pre_hook(before, with_kwargs=True)
