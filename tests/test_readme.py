@@ -19,6 +19,7 @@ from afn_ray import demo, grammar, shell
 SMALL_BENCH = {
     "engine": ["--tokens", "3000", "--repeat", "1", "--profiles", "short", "--variants", "loop,tuned,engine,job"],
     "monitor": ["--texts", "2"],
+    "signals": ["--tokens", "600", "--repeat", "1"],
 }
 README = Path(__file__).parent.parent / "README.md"
 
