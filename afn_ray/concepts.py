@@ -111,7 +111,8 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
         {"word": word},
     ).fetchall()
     if not occurrences:
-        raise ConfigError(f"the word {word!r} does not occur in the run")
+        hint = "; it is more than one word, ask for one" if len(word.split()) > 1 else ""
+        raise ConfigError(f"the word {word!r} does not occur in the run{hint}")
     word_tokens = "(SELECT count(*) FROM mine)"
     if occurrences == MOST_OCCURRENCES:
         n = "n_high" if "neurons_above" in run.info["measure"] else "n"

@@ -389,6 +389,7 @@ def test_the_command_prints_tables_and_json(made: RunConfig, capsys: pytest.Capt
     ("args", "why"),
     [
         (["--word", "xyzzy"], "'xyzzy' does not occur"),
+        (["--word", "the Lord"], "it is more than one word, ask for one"),
         (["--layer", "2"], "neurons of layer 2 were not recorded; those of 1, 3 were"),
         (["--neuron", "4000"], "no token of the run has neuron 4000"),
         (["--neuron", "-1"], "less than 0"),
