@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
 LOG_EVERY_S = 10.0
+SAMPLE = 200
+"""Documents that a check by masking takes."""
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
@@ -154,14 +156,16 @@ def _compare(args: argparse.Namespace) -> None:
 def _claims(args: argparse.Namespace) -> None:
     from afn_ray import claims, query
 
+    if args.sample is not None and not args.masking:
+        raise ConfigError("--sample is of documents to mask: give --masking too, or leave it out")
     with query.open_run(args.run, timeout_s=args.timeout) as run:
         masked: tuple[list[Any], tuple[str, ...]] = ([], ())
         if args.masking:  # first: the model may not be here
             from afn_ray import masking
 
             figures, note = masking.check(
-                run, num_documents=args.sample, model_name=args.model, trust_remote_code=args.trust_remote_code,
-                allow_pickle=args.allow_pickle,
+                run, num_documents=args.sample or SAMPLE, model_name=args.model,
+                trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle,
             )  # fmt: skip
             masked = figures, (note,)
         found = claims.claims(run, max_tokens=args.max_tokens)
@@ -193,9 +197,11 @@ def _neurons(args: argparse.Namespace) -> None:
             found = concepts.selective_neurons(run, layer, args.top)
             value = {"layer": layer, "neurons": [asdict(n) for n in found]}
             render = partial(concepts.render_selective, found)
+        head = concepts.said_layer(run, layer)
     if args.json:
         print(json.dumps(value, indent=1))
     else:
+        console.print(head, markup=False)
         render(console)
 
 

@@ -91,7 +91,9 @@ def find_neuron(run: Run, layer: int, number: int) -> Neuron:
     """The neuron ``number`` of ``layer``. Raises ``ConfigError`` for one that no token has among its neurons."""
     rows = run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number]).to_arrow_table().to_pylist()
     if not rows:
-        raise ConfigError(f"no token of the run has neuron {number} of layer {layer} among those recorded of it")
+        others = [str(k) for k in run.info["measure"]["neuron_layers"] if k != layer]
+        hint = f"; --layer {' or '.join(others)} may be meant" if others else ""
+        raise ConfigError(f"no token of the run has neuron {number} of layer {layer} among those recorded of it{hint}")
     return _neuron(rows[0])
 
 
@@ -193,6 +195,14 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
 # --- what is shown ---------------------------------------------------------------------------------------
 
 
+def said_layer(run: Run, layer: int) -> str:
+    """The layer, the others that were recorded, and of which tokens neurons were: what heads every view."""
+    others = ", ".join(str(k) for k in run.info["measure"]["neuron_layers"] if k != layer)
+    high_only = "; neurons of HIGH tokens alone were recorded: all figures are of these"
+    return (f"Layer {layer}" + (f" (--layer: {others})" if others else "")
+            + (high_only if "neurons_above" in run.info["measure"] else ""))  # fmt: skip
+
+
 def render_selective(found: Sequence[Neuron], console: Console) -> None:
     """The most selective neurons of a layer."""
     table = _table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
@@ -201,7 +211,8 @@ def render_selective(found: Sequence[Neuron], console: Console) -> None:
         table.add_row(str(x.neuron), *figures, _types(x))
     console.print(table)
     _legend(console, "n: tokens that have the neuron among their neurons. bits: how far its tokens' types are from all "
-                     f"tokens' types. Neurons met less than {LEAST_N} times are left out.")  # fmt: skip
+                     "tokens' types, which is more by chance where n is small. answers to: types that make most of "
+                     f"these bits. Neurons met less than {LEAST_N} times are left out.")  # fmt: skip
 
 
 def render_word(word: str, found: Sequence[Concept], occurrences: int, console: Console) -> None:
@@ -232,6 +243,9 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
     for text, n, lift in neuron.types:
         table.add_row(Text(printable(text)), f"{n:,}", f"{lift:,.1f}")
     console.print(table)
+    _legend(console, "largest: with its sign, as the mean. selectivity: how far its tokens' types are from all tokens' "
+                     "types. Types come by their part in that, n of their tokens with the neuron, and lift: times as "
+                     "often as by chance. Below, tokens in which it is furthest from 0.")  # fmt: skip
     lines = Table(box=None, show_header=False, pad_edge=False)
     sides: tuple[JustifyMethod, ...] = ("right", "right", "left")
     for justify in sides:

@@ -26,7 +26,7 @@ SIGNAL = re.compile(r"[a-z][a-z_]*")
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 
-MOST_TOP_NEURONS = 256
+TOP_NEURONS, MOST_TOP_NEURONS = 8, 256
 ANY_DEPTH = 10_000
 """Of a model that is not known yet: more than any has."""
 
@@ -48,7 +48,7 @@ class RunConfig:
     store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
     layers: str = _option("2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings")
     signals: str = _option("strength", "what to record beside strength: shift, attention, ... as in shift,attention")
-    top_neurons: int = _option(8, "neurons to record of each token, furthest from 0 (signal neurons; 5 bytes each)")
+    top_neurons: int = _option(TOP_NEURONS, "neurons to record of each token, furthest from 0 (5 bytes each)")
     neurons_of: str = _option("all", "tokens to record neurons of: all, or high (HIGH by --thresholds, which it needs)")
     revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
     dtype: str = _option("auto", "of the matrix products; auto: half where a pilot finds it safe, else float32")
@@ -99,6 +99,9 @@ class RunConfig:
                 raise ConfigError(f"{name} is empty; it must be given")
         if self.thresholds == "":
             raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
+        if self.top_neurons != TOP_NEURONS and "neurons" not in signal_names(self.signals):
+            raise ConfigError(f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or leave "
+                              "top_neurons out")  # fmt: skip
         if self.neurons_of == "high" and "neurons" not in signal_names(self.signals):
             raise ConfigError("neurons_of is high, but signals does not have neurons: add it, or leave neurons_of out")
         if self.neurons_of == "high" and self.thresholds is None:

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     claims = commands.add_parser(
         "claims", help="what is claimed of the measure, each figure beside its control", epilog=EPILOG,
-        description="Figures with 95 %% intervals by bootstrap over documents. Signals that the run recorded beside "
+        description="Figures with 95 % intervals by bootstrap over documents. Signals that the run recorded beside "
         "strength (afn run --signals) add theirs.",
     )  # fmt: skip
     claims.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -64,9 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     claims.add_argument("--masking", action="store_true",
                         help="mask HIGH tokens, and as many others, and see what the model's output loses")  # fmt: skip
-    claims.add_argument(
-        "--sample", type=_positive, default=200, metavar="N", help="documents that --masking takes (default: 200)"
-    )
+    claims.add_argument("--sample", type=_positive, metavar="N", help="documents that --masking takes (default: 200)")
     claims.add_argument("--model", help="where the run's model is now, for --masking (default: where it was)")
     claims.add_argument("--trust-remote-code", action="store_true", help=_help_of("trust_remote_code"))
     claims.add_argument("--allow-pickle", action="store_true", help=_help_of("allow_pickle"))
@@ -263,6 +261,8 @@ def _add_bench(commands: Any) -> None:
 
 
 def _count(text: str) -> int:
+    if not text.isdecimal() and not (text[:1] == "-" and text[1:].isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is less than 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,8 @@ PILOT_DOCUMENTS = 2000
 PILOT_S = 2.0
 BYTES_PER_TOKEN = 6.0
 """Upper estimate of the store's bytes for a token of one series, offsets included; each further series adds 3."""
+MOST_REASONS = 5
+"""Why documents of a corpus without a token are quarantined, as told at its end."""
 NEVER = 3.4e38
 """A strength that none has."""
 BYTES_PER_NEURON = 6.5
@@ -127,7 +130,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
             f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: {', '.join(lost[:9])}"
         )
     if not sum(c.counts["tokens"] for c in ordered):
-        raise CorpusError(_no_tokens(ordered))
+        raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
     pieces, readable = pipeline.vocabulary_texts(files)
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
@@ -218,7 +221,7 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
     processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
     num_texts, num_tokens, num_bytes, seconds = 0, 0, 0, 0.0
     alone, *others = processor.signals
-    taken = dict.fromkeys([alone.name, *(s.name for s in others)], 0.0)
+    taken: dict[str, list[float]] = {s.name: [] for s in (alone, *others)}
     for begin in range(0, len(texts), 32):
         started = time.monotonic()
         measured = processor.measure(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
@@ -229,7 +232,7 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
         if others:
             prepared = processor.preparer.prepare(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
             for signals in ([alone], *([alone, other] for other in others)):
-                taken[signals[-1].name] += processor.seconds(prepared, signals)
+                taken[signals[-1].name].append(processor.seconds(prepared, signals))
         if seconds > PILOT_S:
             break
     processor.close()
@@ -251,7 +254,8 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
         round(tokens * bytes_per_token), todo_bytes * per_byte / rate / workers if rate else 0.0, workers, rate,
         config.model, task.layers, files.depth, task.dtype, device, measure["window_tokens"],
         measure["overlap_tokens"], task.measure_id,
-        {s.name: taken[s.name] / taken[alone.name] - 1 for s in others} if taken[alone.name] else {},
+        {s.name: statistics.median(a / b for a, b in zip(taken[s.name], taken[alone.name], strict=True)) - 1
+         for s in others if taken[alone.name]},
     )  # fmt: skip
 
 
@@ -378,9 +382,17 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
     )
 
 
-def _no_tokens(commits: list[manifest.Commit]) -> str:
+def _no_tokens(store: str, measure_id: str, commits: list[manifest.Commit]) -> str:
+    reasons: list[str] = []
+    for commit in commits:
+        table = manifest.read_shard_table(store, measure_id, commit, "documents")
+        rows = zip(*(table[name].to_pylist() for name in ("source", "status")), strict=True)
+        reasons += [f"{source}: {why.removeprefix('quarantined: ')}" for source, why in rows if why != "empty"]
+        if len(reasons) >= MOST_REASONS:
+            break
+    told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS])
     totals = {k: sum(c.counts[k] for c in commits) for k in ("documents", "empty", "quarantined")}
     return (
         f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} empty, "
-        f"{totals['quarantined']} quarantined; the documents tables in the store say why"
+        f"{totals['quarantined']} quarantined{':' if told else ''}{told}"
     )

@@ -315,7 +315,7 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
     theirs, ours = ({k: v for k, v in m.items() if k not in BESIDE_STRENGTH} for m in (run.info["measure"], measure))
     if theirs != ours:
         raise ConfigError(
-            f"thresholds of {run.uri} are of another measure, and mean nothing here: {_differences(theirs, ours)}"
+            f"thresholds of {run.uri} are of another measure, and mean nothing here: {_differences(theirs, ours, 'it')}"
         )
     return frozen_rows(run)
 
@@ -373,10 +373,10 @@ def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> 
     return message + "Use another --store, or --allow-another-measure to keep both in this one"
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What two measures differ in."""
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], who: str = "the store") -> str:
+    """What two measures differ in; ``who`` has theirs."""
     return "; ".join(
-        f"{k}: the store has {_short(theirs.get(k))}, this run asks for {_short(ours.get(k))}"
+        f"{k}: {who} has {_short(theirs.get(k))}, this run asks for {_short(ours.get(k))}"
         for k in sorted({*theirs, *ours} - {"id"}) if theirs.get(k) != ours.get(k)
     )  # fmt: skip
 
@@ -603,6 +603,12 @@ def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) ->
             "give 'afn run' again"
         )
     return data
+
+
+def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
+    """One table of a committed shard. Raises ``StoreError`` when it is not what the commit says."""
+    entry = commit.files[table]
+    return _table(read_file(store, measure_id, commit.shard, entry), str(entry["name"]))
 
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[str, Commit]:

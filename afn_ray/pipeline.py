@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from afn_ray import manifest, model, neurons, reading, records, tokens
-from afn_ray.config import RunConfig, resolve_layers
+from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import (
@@ -156,7 +156,7 @@ def wants_outliers(task: Task) -> bool:
 def with_signals(task: Task, signals: str = STRENGTH) -> Task:
     """``task`` that looks at ``signals``, whose names are of columns, and at nothing else."""
     recorded = tuple(series(task.layers, find_signals(signals)[0]))
-    config = replace(task.config, signals=signals, neurons_of="all")
+    config = replace(task.config, signals=signals, neurons_of="all", top_neurons=TOP_NEURONS)
     return replace(task, config=config, series=recorded, neuron_layers=(), neurons_above=())
 
 

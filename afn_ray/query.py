@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
 """A store names its folders and files as it likes, and all of these stand in SQL."""
 
 MAX_TIMEOUT_S = 1_000_000
+CLOSE_S = 5.0
+"""For calls of other threads to end."""
 
 
 def open_run(
@@ -244,7 +247,14 @@ class Run:
 
     def close(self) -> None:
         """End the session; results taken from it stay readable."""
-        self._connection.close()
+        until = time.monotonic() + CLOSE_S
+        while True:
+            try:
+                return self._connection.close()
+            except duckdb.Error:  # another thread is in a call: DuckDB refuses instead of waiting
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.01)
 
     def __enter__(self) -> Run:
         return self

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from afn_ray import cli
+from afn_ray import cli, grammar
 
 
 def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -165,7 +165,7 @@ def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
 
 
 def test_the_parser_has_no_option_without_help() -> None:
-    (commands,) = (a for a in cli._parser()._actions if a.choices)
+    (commands,) = (a for a in grammar.parser()._actions if a.choices)
     assert all(a.help for parser in commands.choices.values() for a in parser._actions)
 
 

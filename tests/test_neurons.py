@@ -193,10 +193,12 @@ def test_neurons_of_high_tokens_alone(made: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neurons_of is high, but what is HIGH"):
         replace(made, neurons_of="high")
     with pytest.raises(ConfigError, match="neurons_of is high, but signals does not have neurons"):
-        replace(made, neurons_of="high", thresholds=made.store, signals="shift")
+        replace(made, neurons_of="high", thresholds=made.store, signals="shift", top_neurons=8)
+    with pytest.raises(ConfigError, match="top_neurons is 5, but signals does not have neurons"):
+        replace(made, signals="shift")
     with pytest.raises(ConfigError, match="ask for 803 numbers of each token, expected at most 640"):
         afn_ray.run(replace(made, top_neurons=200, store=str(tmp_path / "wide")))
-    base = afn_ray.run(replace(made, signals="strength", store=str(tmp_path / "base")))
+    base = afn_ray.run(replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "base")))
     config = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "store"))
     with afn_ray.run(config) as run, afn_ray.open_run(made.store) as other:
         for layer in (1, 3):
@@ -406,14 +408,14 @@ def test_what_is_not_there_is_told(
 def test_a_run_without_neurons_says_how_to_have_them(
     made: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with afn_ray.run(replace(made, signals="strength", store=str(tmp_path / "s"))) as run:
+    with afn_ray.run(replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "s"))) as run:
         assert run.sql("FROM token_neurons").fetchall() == run.sql("FROM neuron_types").fetchall() == []
     assert command(str(tmp_path / "s")) == 2
     assert "recorded no neurons; 'afn run --signals neurons' does" in capsys.readouterr().err
 
 
 def test_a_text_is_explained_against_a_run_with_neurons(made: RunConfig, tmp_path: Path) -> None:
-    with afn_ray.run(replace(made, signals="strength", store=str(tmp_path / "base"))) as base:
+    with afn_ray.run(replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "base"))) as base:
         high = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "high"))
         afn_ray.run(high).close()
         plain = explain.explain(base.uri, "In the beginning", signals="shift")

@@ -483,6 +483,9 @@ def test_a_corpus_without_any_token_is_an_error(tmp_path: Path, make_config: Mak
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": ""}, {"text": " "}])
     with pytest.raises(CorpusError, match="no token to measure: 2 documents, 2 empty, 0 quarantined"):
         afn_ray.run(make_config(corpus=(str(corpus),)))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": 1}, {"text": ""}, {"text": [2]}])
+    with pytest.raises(CorpusError, match=r"1 empty, 2 quarantined:\n  \S+bad.jsonl: .+\n  \S+bad.jsonl: "):
+        afn_ray.run(make_config(corpus=(str(bad),), store=str(tmp_path / "other")))
 
 
 def test_a_store_in_memory_works_in_this_process_and_is_refused_with_workers(

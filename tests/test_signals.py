@@ -138,7 +138,8 @@ def test_half_precision_signals_stay_near(name: str, family: Any) -> None:  # no
     both = [load(family(name)[0], Received.needs, dtype=dtype) for dtype in ("float32", "bfloat16")]
     for full, half in zip(*(measure(one, signals) for one in both), strict=True):
         for series_name, values in full.items():
-            error = np.abs(half[series_name] - values) / np.maximum(values, np.median(values))
+            scale = np.maximum(values, np.median(values))
+            error = np.abs(half[series_name] - values) / np.where(scale > 0, scale, 1)  # a lone token gets no attention
             assert np.quantile(error, 0.9) < 0.02, series_name
 
 
