@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.schema import (
+    NEURON_LIST,
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
     PAIRS_SCHEMA,
     SPECIAL,
-    TOP_NEURONS,
     neurons_column,
 )
 from afn_ray.thresholds import COMPACT_KEYS, TYPE_BITS, starts
@@ -128,9 +128,9 @@ def lists_of(measured: Floats, kept: npt.NDArray[np.bool_] | None = None) -> pa.
         mask=None if kept is None else np.append(~kept, False),
     )
     items = pa.StructArray.from_arrays(
-        [pa.array(which[there].astype(np.uint16)), pa.array(values[there])], fields=list(TOP_NEURONS.value_type)
+        [pa.array(which[there].astype(np.uint16)), pa.array(values[there])], fields=list(NEURON_LIST.value_type)
     )
-    return pa.ListArray.from_arrays(offsets, items, type=TOP_NEURONS)
+    return pa.ListArray.from_arrays(offsets, items, type=NEURON_LIST)
 
 
 def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[pa.Table, pa.Table]:

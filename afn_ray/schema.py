@@ -189,7 +189,7 @@ def documents_schema(series: Sequence[Series]) -> pa.Schema:
 
 MOST_NEURONS = 1 << 16
 """Of an MLP; their numbers are recorded as uint16."""
-TOP_NEURONS = pa.list_(
+NEURON_LIST = pa.list_(
     pa.field(
         "item",
         pa.struct([pa.field("neuron", pa.uint16(), nullable=False), pa.field("value", pa.float32(), nullable=False)]),
@@ -213,7 +213,7 @@ def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
         [
             pa.field("doc", pa.int32(), nullable=False),
             pa.field("position", pa.int32(), nullable=False),
-            *(pa.field(neurons_column(k), TOP_NEURONS) for k in layers),
+            *(pa.field(neurons_column(k), NEURON_LIST) for k in layers),
         ]
     )
 

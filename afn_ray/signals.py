@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as functional
 
-from afn_ray.config import SIGNAL, signal_names
+from afn_ray.config import SIGNAL, TOP_NEURONS, signal_names
 from afn_ray.errors import ConfigError
 from afn_ray.schema import STRENGTH, Series
 
@@ -166,7 +166,7 @@ class Neurons(Signal):
     name, unit = "neurons", "of the input of the MLP's last product"
     first_layer, needs, is_series = 1, frozenset({"neurons"}), False
 
-    def __init__(self, top: int = 8) -> None:
+    def __init__(self, top: int = TOP_NEURONS) -> None:
         self.columns = tuple(f"{what}_{i}" for what in ("neuron", "value") for i in range(top))  # type: ignore[misc]
         self._top = top
 
@@ -200,7 +200,7 @@ def _elsewhere() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def find_signals(text: str, top_neurons: int = 8) -> tuple[tuple[Signal, ...], list[str]]:
+def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signal, ...], list[str]]:
     """The signals that ``text`` names, and what tells each from others of its name: for one of another package its
     version too, since what was measured by another one is another measure.
 
