@@ -99,7 +99,7 @@ def test_verify_show_and_explain_know_them(nights: tuple[RunConfig, str, str], t
 def test_what_cannot_be_taken_is_refused(nights: tuple[RunConfig, str, str], tmp_path: Path) -> None:
     config, first, _ = nights
     other = replace(config, store=str(tmp_path / "other"), layers="2", thresholds=first)
-    with pytest.raises(ConfigError, match=r"another measure.*layers: the store has \[1, 2\], this run asks for \[2\]"):
+    with pytest.raises(ConfigError, match=r"another measure.*layers: it has \[1, 2\], this run asks for \[2\]"):
         afn_ray.run(other)
     with pytest.raises(StoreError, match="neither a store nor a run"):
         afn_ray.run(replace(config, thresholds=str(tmp_path / "nothing")))
