@@ -30,6 +30,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# One thread each, for the suite's processes have the cores between them: threads that wait for others' cores spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from afn_ray import demo, manifest, pipeline, storage
 from afn_ray.config import RunConfig
