@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afn_ray import model, pipeline
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.schema import SPECIAL
+
+if TYPE_CHECKING:  # torch is loaded where a pilot runs, not where its decision is read
+    from afn_ray import pipeline
 
 PILOT_TOKENS = 16_384
 """Tokens that the pilot measures; 0.2 % of them is 33."""
@@ -81,6 +83,8 @@ def candidates(asked: str, device: str) -> tuple[str, ...]:
     """Half precisions to try on ``device``, the best first: float16 is ten times closer at a GPU's same speed."""
     if asked != "auto":
         return () if asked == "float32" else (asked,)
+    from afn_ray import model
+
     order = ("float16", "bfloat16") if device == "cuda" else ("bfloat16",)
     return tuple(d for d in order if model.has_fast_products(d, device))
 
@@ -92,6 +96,8 @@ def decide(task: pipeline.Task, texts: Sequence[str]) -> Precision:
     own precision, and the median relative error is under ``MAX_MEDIAN_ERROR``. A precision that the config names
     is taken, with the same figures beside it.
     """
+    from afn_ray import model, pipeline
+
     task = pipeline.with_signals(task)
     asked = task.config.dtype
     names = candidates(asked, task.device)
@@ -143,6 +149,8 @@ def _groups(texts: Sequence[str]) -> list[list[str]]:
 
 
 def _try(task: pipeline.Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
+    from afn_ray import model, pipeline
+
     found = []
     try:
         with (

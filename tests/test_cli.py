@@ -188,3 +188,14 @@ def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, floa
     assert cli._waits(live) == says
     state = State(4, 1, 1, live=live, seconds=10.0)
     assert (says or "10 tokens/s") in cli._note(Event("working", "", state=state))
+
+
+def test_what_reads_a_run_loads_neither_torch_nor_ray() -> None:
+    """They take seconds to load, and an analyst's machine may be small."""
+    code = (
+        "import sys\n"
+        "from afn_ray import charts, claims, compare, concepts, garbage, query, report, shell, show, verify\n"
+        "print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
