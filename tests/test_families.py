@@ -1,4 +1,4 @@
-"""Every layer of every family is the plain model's, packed or padded, and the README's table of models says so."""
+"""Every layer of every family is the plain model's, packed or padded, and the guide's table of models says so."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_every_family_that_is_taken_has_a_test_and_no_other_is() -> None:
 
 
 def test_the_table_of_models_says_what_is_tested() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    text = (Path(__file__).parent.parent / "infra/guide/signals.md").read_text("utf-8")
     section = text[text.index("\n## Models\n") :]
     table = [line for line in section[: section.index("\n## ", 1)].splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs; the first two blocks are CI's, in fresh environments."""
+"""Every command and every line of Python in the README and the guide runs; the first two blocks are CI's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ SMALL_BENCH = {
     "monitor": ["--texts", "2"],
     "signals": ["--tokens", "600", "--repeat", "1"],
 }
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *(ROOT / "infra/guide" / f"{n}.md" for n in "questions signals audit engine store".split()))
+"""In the order in which their commands can be given: those of one stand on what those before it made."""
+TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    return re.findall(rf"^```{kind}\n(.*?)^```", TEXT, re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +126,24 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
     (commands,) = (a for a in grammar.parser()._actions if a.choices)
     flags = {flag for parser in commands.choices.values() for a in parser._actions for flag in a.option_strings}
-    prose = re.sub(r"^```.*?^```", "", README.read_text("utf-8"), flags=re.M | re.S)
+    prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
     named = set(re.findall(r"`(--[a-z-]+)", prose))
     assert named and named <= flags, named - flags
+
+
+def test_links_lead_somewhere() -> None:
+    """In every page of the project: files that exist, and headings that are there."""
+    pages = [ROOT / "README.md", *(ROOT / "infra").rglob("*.md"), *(ROOT / ".github").glob("*.md")]
+    assert len(pages) > 8
+    for page in pages:
+        prose = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", prose):
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), (page, link)
+            if heading:
+                heads = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M)
+                assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads], (page, link)
 
 
 def test_benchmark_measures(tmp_path: Path) -> None:
@@ -136,7 +154,7 @@ def test_benchmark_measures(tmp_path: Path) -> None:
         "seconds, peak = benchmark.timed([sys.executable, '-c', work])\n"
         "print(json.dumps([seconds, peak, benchmark.cpu_name()]))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(README.parent / "jobs")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "jobs")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     seconds, peak, name = json.loads(done.stdout)

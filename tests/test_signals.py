@@ -333,9 +333,9 @@ def test_a_signal_that_is_not_there_is_told_with_those_that_are() -> None:
         find_signals("entropy")
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+GUIDE = (Path(__file__).parent.parent / "infra/guide/signals.md").read_text("utf-8")
 PACKAGE = (
-    next(b for b in re.findall(r"^```py\n(.*?)^```", README, re.M | re.S) if "class Largest(Signal):" in b)
+    next(b for b in re.findall(r"^```py\n(.*?)^```", GUIDE, re.M | re.S) if "class Largest(Signal):" in b)
     + """
 
 dict = dict
