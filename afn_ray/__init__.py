@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from afn_ray.config import RunConfig, config_from
+from afn_ray.config import RunConfig
 from afn_ray.errors import (
     AfnError,
     ConfigError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from afn_ray.job import Estimate, dry_run, run
     from afn_ray.query import Run, open_run, write_catalog
     from afn_ray.report import write_report
+    from afn_ray.settings import config_from
     from afn_ray.verify import Finding, Verification, verify_store
 
 __version__ = "0.1.0"
@@ -67,8 +68,8 @@ __all__ = [
 _LAZY = {
     "Audit": "audit", "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Garbage": "garbage",
     "Policy": "audit", "Run": "query", "Verification": "verify", "collect_garbage": "garbage",
-    "compare_runs": "compare:compare", "dry_run": "job", "open_run": "query", "read_policy": "audit", "run": "job",
-    "run_audit": "audit", "verify_store": "verify",
+    "compare_runs": "compare:compare", "config_from": "settings", "dry_run": "job", "open_run": "query",
+    "read_policy": "audit", "run": "job", "run_audit": "audit", "verify_store": "verify",
     "write_catalog": "query", "write_report": "report",
 }  # fmt: skip
 

@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import time
-import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +25,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import compare, job, manifest, storage
+from afn_ray import compare, job, manifest, settings, storage
 from afn_ray.compare import Comparison
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, count
@@ -271,15 +270,10 @@ BASELINES: dict[str, Callable[[RunFolder], RunFolder | None]] = {"previous": _pr
 # --- policy ----------------------------------------------------------------------------------------------
 
 
-def read_policy(file: Path) -> Policy:
-    """The policy in the TOML ``file``. Raises ``ConfigError`` for a key that does not exist, with those that do, and
-    for a value that is none."""
-    try:
-        values = tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"policy {file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"policy {file} is not TOML: {error}") from error
+def read_policy(file: str | Path) -> Policy:
+    """The policy in the TOML ``file``, a path or any fsspec URL. Raises ``ConfigError`` for a key that does not exist,
+    with those that do, and for a value that is none."""
+    values = settings.read_toml(file, "policy")
     source = values.pop("source", {})
     if not isinstance(source, dict):
         raise ConfigError(f"policy {file}: source is {source!r}; expected a table, [source]")
@@ -295,7 +289,7 @@ def read_policy(file: Path) -> Policy:
     return Policy(limits, source_limits, layer, min_tokens)
 
 
-def _check_keys(file: Path, table: str, values: Mapping[str, Any], known: Mapping[str, str]) -> None:
+def _check_keys(file: str | Path, table: str, values: Mapping[str, Any], known: Mapping[str, str]) -> None:
     if unknown := sorted(values.keys() - known.keys()):
         tables = "" if table else IN_SOURCE
         raise ConfigError(
@@ -307,7 +301,7 @@ def _listed(known: Mapping[str, str]) -> str:
     return "\n".join(f"  {key}: {meaning}" for key, meaning in known.items())
 
 
-def _limit(file: Path, key: str, value: object) -> float:
+def _limit(file: str | Path, key: str, value: object) -> float:
     """A limit as a number: 0.02 and "2%" are the same."""
     if key.startswith("max_") and not key.endswith("_ratio"):
         return _whole(file, key, value)
@@ -320,7 +314,7 @@ def _limit(file: Path, key: str, value: object) -> float:
     raise ConfigError(f'policy {file}: {key} is {value!r}; expected a number from 0, or a share as in "2%"')
 
 
-def _whole(file: Path, key: str, value: object) -> int:
+def _whole(file: str | Path, key: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ConfigError(f"policy {file}: {key} is {value!r}; expected a whole number from 0")

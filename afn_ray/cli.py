@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from afn_ray import grammar
-from afn_ray.config import RunConfig, config_from
+from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
 
 if TYPE_CHECKING:
@@ -115,8 +115,9 @@ def _run(args: argparse.Namespace) -> None:
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
         given.pop("corpus", None)  # none on the command line: the file's
-    config = config_from(given, args.config)
-    from afn_ray import job
+    from afn_ray import job, settings
+
+    config = settings.config_from(given, args.config)
 
     console = Console(stderr=True, highlight=False)
     with _progress(console, args.quiet) as on_event:
@@ -206,11 +207,11 @@ def _neurons(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from afn_ray import audit, manifest, report
+    from afn_ray import audit, manifest, report, settings
     from afn_ray.cluster import connection
 
     connection.lost_exit_code = AUDIT_FAILED
-    config, policy = config_from({}, args.config), audit.read_policy(args.policy)
+    config, policy = settings.config_from({}, args.config), audit.read_policy(args.policy)
     url = args.webhook or os.environ.get("AFN_WEBHOOK")
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None

@@ -1,14 +1,11 @@
-"""RunConfig: everything a user can ask of a run, said by flags or by a TOML file."""
+"""RunConfig: everything a user can ask of a run, and what it may be."""
 
 from __future__ import annotations
 
 import re
 import sys
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from afn_ray.errors import ConfigError
@@ -162,34 +159,6 @@ def _check_type(name: str, value: object) -> None:
     if not ok:
         expected = "a list of strings" if name == "corpus" else getattr(hint, "__name__", str(hint))
         raise ConfigError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-
-
-def config_from(values: Mapping[str, Any], file: Path | None = None) -> RunConfig:
-    """RunConfig from ``values`` (the flags that were given) over the TOML ``file``; flags win.
-
-    Raises ``ConfigError`` for an unknown key (it lists the known ones), a wrong type or a missing key.
-    """
-    merged: dict[str, Any] = {}
-    if file is not None:
-        try:
-            merged = tomllib.loads(file.read_text("utf-8"))
-        except OSError as error:
-            raise ConfigError(f"config file {file} cannot be read: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {file} is not TOML: {error}") from error
-    merged.update(values)
-    known = [f.name for f in fields(RunConfig)]
-    if unknown := sorted(set(merged) - set(known)):
-        where = f" in {file}" if file is not None else ""
-        raise ConfigError(f"unknown key{where}: {', '.join(unknown)}; known keys: {', '.join(known)}")
-    corpus = merged.get("corpus")
-    if isinstance(corpus, str):
-        merged["corpus"] = (corpus,)
-    elif isinstance(corpus, list):
-        merged["corpus"] = tuple(corpus)
-    if missing := [name for name in ("corpus", "model", "store") if merged.get(name) is None]:
-        raise ConfigError(f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)")
-    return RunConfig(**merged)
 
 
 def signal_names(spec: str) -> tuple[str, ...]:

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import cluster, manifest, model, pipeline
-from afn_ray.config import config_from, resolve_layers
+from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
+from afn_ray.settings import config_from
 from afn_ray.signals import find_signals
 
 TOP = 10

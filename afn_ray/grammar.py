@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
         "audit", help="the nightly audit: run, compare with an earlier run, judge by a policy", epilog=AUDIT_EPILOG,
         description="Writes audit.json, and tells of a broken policy once more when the same command is given again.",
     )  # fmt: skip
-    audit.add_argument("config", metavar="RUN_TOML", type=Path, help="what to run: a file as of 'afn run --config'")
-    audit.add_argument("--policy", metavar="FILE", type=Path, required=True, help="TOML file of limits")
+    audit.add_argument("config", metavar="RUN_TOML", help="what to run: a file or URL as of 'afn run --config'")
+    audit.add_argument("--policy", metavar="FILE", required=True, help="TOML file of limits, or its URL")
     audit.add_argument(
         "--baseline", metavar="RUN", default="previous",
         help="previous: the store's newest run before this one; week: the newest that began 6.5 days earlier; or a "
@@ -230,7 +230,7 @@ def _add_run(commands: Any) -> None:
         description="Give the same command again to resume; with nothing changed it does nothing.",
     )  # fmt: skip
     run.add_argument("corpus", metavar="CORPUS", nargs="*", default=argparse.SUPPRESS, help=_help_of("corpus"))
-    run.add_argument("--config", metavar="FILE", type=Path, help="TOML file with the same keys; flags win")
+    run.add_argument("--config", metavar="FILE", help="TOML file with the same keys, or its URL; flags win")
     run.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     run.add_argument("--quiet", action="store_true", help="no progress; errors still show")
     for field in fields(RunConfig):

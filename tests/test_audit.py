@@ -25,10 +25,10 @@ import afn_ray
 from afn_ray import audit, cli, compare, job, manifest, report, verify
 from afn_ray.audit import Policy, Rule
 from afn_ray.compare import Comparison
-from afn_ray.config import config_from
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
+from afn_ray.settings import config_from
 
 SCRIPT = Path(__file__).parent.parent / "jobs" / "nightly_audit.py"
 

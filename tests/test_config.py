@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import MISSING, asdict, fields
 from fractions import Fraction
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_new
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afn_ray.config import CHOICES, HINTS, RunConfig, config_from, resolve_layers
+from afn_ray.audit import read_policy
+from afn_ray.config import CHOICES, HINTS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
+from afn_ray.settings import MOST_BYTES, config_from
 
 NEEDED: dict[str, Any] = {"corpus": ("a.txt",), "model": "m", "store": "s"}
 KEYS = [f.name for f in fields(RunConfig)]
@@ -194,3 +198,52 @@ def test_what_is_no_layer_is_refused_at_once_and_shows_how_to_say_it(spec: str) 
 def test_a_share_is_the_nearest_layer(share: Fraction, depth: int) -> None:
     (layer,) = resolve_layers(f"{share.numerator}/{share.denominator}", depth)
     assert abs(layer - share * depth) <= Fraction(1, 2)
+
+
+# --- behind a URL ----------------------------------------------------------------------------------------
+
+
+def test_a_config_behind_a_url_is_the_file(quiet_place: str, tmp_path: Path) -> None:
+    text = 'corpus = ["s3://b/one", "/two"]\nmodel = "a/hub-name"\nstore = "gs://b/s"\nworkers = 3\n'
+    write_new(f"{quiet_place}/run.toml", text.encode())
+    (tmp_path / "run.toml").write_text(text)
+    found = config_from({"workers": 5}, f"{quiet_place}/run.toml")
+    assert found == config_from({"workers": 5}, tmp_path / "run.toml")
+    assert (found.corpus, found.model, found.workers) == (("s3://b/one", "/two"), "a/hub-name", 5)
+    with pytest.raises(ConfigError, match=r"config file .*none\.toml.*: [Nn]o such file"):
+        config_from({}, f"{quiet_place}/none.toml")
+
+
+@pytest.mark.parametrize("name", ["corpus", "store", "scratch", "thresholds"])
+def test_a_relative_place_behind_a_url_is_refused(name: str, memory: str, tmp_path: Path) -> None:
+    """Where it leads would depend on the machine. In a file of this machine, and as a flag, it may be."""
+    text = _toml({"corpus": "/c", "store": "/s", "model": "m", name: "results/here"})
+    write_new(f"{memory}/run.toml", text.encode())
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{name} in {memory}/run.toml is 'results/here', which is another place"):
+        config_from({}, f"{memory}/run.toml")
+    flag = ("results/here",) if name == "corpus" else "results/here"
+    assert config_from({name: flag}, f"{memory}/run.toml") == config_from({}, tmp_path / "run.toml")
+
+
+def test_a_file_that_nobody_wrote_by_hand_is_refused_before_it_is_read_whole(memory: str) -> None:
+    write_new(f"{memory}/run.toml", b"#" * (MOST_BYTES + 1))
+    for file in (f"{memory}/run.toml", "/dev/zero"):
+        with pytest.raises(ConfigError, match=rf"config file {file} has more than 1,048,576 bytes"):
+            config_from(NEEDED, file)
+        with pytest.raises(ConfigError, match=rf"policy {file} has more than 1,048,576 bytes"):
+            read_policy(file)
+
+
+def test_a_config_may_come_through_a_pipe() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, _toml(NEEDED).encode())
+    os.close(writer)
+    assert config_from({}, f"/dev/fd/{reader}") == RunConfig(**NEEDED)
+    os.close(reader)
+
+
+def test_credentials_in_the_url_of_a_config_are_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="holds credentials") as caught:
+        config_from({}, "s3://key:hush@bucket/run.toml")
+    assert "hush" not in str(caught.value)

@@ -24,9 +24,10 @@ from conftest import edit_sealed, write_jsonl
 
 import afn_ray
 from afn_ray import charts, claims, grammar, manifest, report, show
-from afn_ray.config import RunConfig, config_from
+from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA
+from afn_ray.settings import config_from
 
 MAX_PAGE_BYTES = 3_000_000
 EVIL = "<script>window.ran = 1</script>"
