@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
         if args.dry_run:
             estimate = job.dry_run(config, on_event)
         else:
-            with job.run(config, on_event) as run:
+            with job.run(config, on_event, reduce_only=args.reduce_only) as run:
                 uri = run.uri
     if args.dry_run:
         _print_estimate(estimate, Console(highlight=False))

@@ -18,6 +18,7 @@ from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
 from afn_ray.schema import SPECIAL, Document, fingerprint
 
+LACKING = "not in the store when the run was reduced alone"
 SAMPLE_DOCUMENTS = 200
 PILOT_DOCUMENTS = 2000
 PILOT_S = 2.0
@@ -72,29 +73,35 @@ class Estimate:
     signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1
 
 
-def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
+def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False) -> Run:
     """Measure every token of ``config.corpus`` and return the complete run, ready to be asked.
 
     A shard that the store has is not done again, so the same call after a crash resumes and after success does
-    nothing. Raises ``ConfigError`` before any work, ``IncompleteRun`` when shards were given up (the others are
-    committed), ``Interrupted`` when the call can be repeated to resume.
+    nothing. ``reduce_only``: no shard is done and no pilot run; the store must have the measure, and all shards but
+    ``allow_quarantined``. Raises ``ConfigError`` before any work, ``IncompleteRun`` when shards were given up or are
+    lacking (the others are committed), ``Interrupted`` when the call can be repeated to resume.
     """
     began = time.monotonic()
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
-    device = cluster.find_device(config)
+    device = "cpu" if reduce_only else cluster.find_device(config)
     files = pipeline.find_model(config)
     task, measure = pipeline.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = manifest.make_plan(config, _hashing(on_event))
     task, measure = pipeline.with_labels(task, measure, plan.labels)
-    decided = _decide_precision(task, measure, plan, on_event, keep=True)
+    decided = _decide_precision(task, measure, plan, on_event, keep=True, reduce_only=reduce_only)
     task, measure = pipeline.in_dtype(task, measure, decided.dtype)
-    task, measure = _find_outliers(task, measure, plan, on_event, keep=True)
+    task, measure = _find_outliers(task, measure, plan, on_event, keep=True, reduce_only=reduce_only)
     frozen = manifest.find_frozen(config, measure)
     if config.neurons_of == "high":
         task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
+    commits: dict[str, manifest.Commit] = {}
+    if reduce_only:  # before anything is written
+        commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
+        if len(plan.shards) - len(commits) > config.allow_quarantined:
+            raise IncompleteRun(_lacking(config, task.measure_id, plan, len(commits)))
     folder = manifest.begin_run(config, measure, plan, begun_ns, frozen)
     if folder.info:
         if gone := manifest.lost_shards(config.store, task.measure_id, plan.shards, folder):
@@ -104,7 +111,8 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
             )
         on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
         return open_run(folder.uri)
-    commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
+    if not reduce_only:
+        commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
     todo = [s for s in plan.shards if s.id not in commits]
     on_event(
         Event("planned", f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
@@ -112,7 +120,9 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Run:
                          f"{len(todo):,} to do")
     )  # fmt: skip
     state = dispatch.State(0)
-    if todo:
+    if reduce_only:
+        state.failures = dict.fromkeys((s.id for s in todo), LACKING)
+    elif todo:
         where = "in this process" if cluster.runs_inline(config, todo) else "on Ray"
         on_event(Event("starting", f"starting workers on {device}, {where}"))
         state = cluster.process_shards(config, task, todo, _working(on_event))
@@ -260,14 +270,17 @@ def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estima
 
 
 def _decide_precision(
-    task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool
-) -> precision.Precision:
+    task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
+    reduce_only: bool = False,
+) -> precision.Precision:  # fmt: skip
     """What the store's first run decided, so that every later one measures the same; else a pilot's decision."""
     config = task.config
     if config.dtype == "float32":
         return precision.decide(task, ())
     key = fingerprint([measure, config.dtype])
     stored = manifest.read_pilot(config.store, key)
+    if stored is None and reduce_only:
+        raise StoreError(_no_pilot(config.store))
     if stored is None:
         on_event(Event("pilot", "a pilot compares half precision with float32"))
         sample = corpus.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
@@ -283,20 +296,23 @@ def _decide_precision(
         )  # fmt: skip
     if decided.against:
         on_event(Event("warning", f"warning: {decided.dtype} is not safe here: {decided.against}"))
-    if decided.device != task.device:
+    if decided.device != task.device and not reduce_only:
         on_event(Event("warning", f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
                                   "it may be slow here"))  # fmt: skip
     return decided
 
 
 def _find_outliers(
-    task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool
-) -> tuple[pipeline.Task, dict[str, Any]]:
+    task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
+    reduce_only: bool = False,
+) -> tuple[pipeline.Task, dict[str, Any]]:  # fmt: skip
     """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where a signal asks."""
     if not pipeline.wants_outliers(task):
         return task, measure
     key = fingerprint([measure, "outliers"])
     stored = manifest.read_pilot(task.config.store, key)
+    if stored is None and reduce_only:
+        raise StoreError(_no_pilot(task.config.store))
     if stored is None:
         on_event(Event("pilot", "a pilot looks for outlier dimensions"))
         sample = corpus.sample(plan.files, task.config.read_options, PILOT_DOCUMENTS)
@@ -379,6 +395,23 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
         "committed, and the same command tries the others again (--allow-quarantined N: a run that lacks up to N "
         "counts as complete)"
         ":\n" + "\n".join(lines)
+    )
+
+
+def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there: int) -> str:
+    num_shards = len(plan.shards)
+    none = "" if num_there else f"; of measure {measure_id} it has none: is the config the one that measured?"
+    return (
+        f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, and --reduce-only does "
+        f"none{none}; the same command without it does them (--allow-quarantined N: a run that lacks up to N counts as "
+        "complete)"
+    )
+
+
+def _no_pilot(store: str) -> str:
+    return (
+        f"no run in {store} has decided the precision or the outlier dimensions of what this config asks for, and "
+        "--reduce-only decides nothing: give the config that measured, or leave --reduce-only out"
     )
 
 

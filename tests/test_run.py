@@ -11,6 +11,7 @@ import lzma
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import transformers
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import lexicon, manifest, pipeline, records, show, storage
+from afn_ray import cluster, job, lexicon, manifest, model, pipeline, precision, records, show, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -606,6 +607,98 @@ def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
         with afn_ray.run(config) as run:
             ((size,),) = run.sql("SELECT sum(token_bytes) / sum(n_tokens) FROM shards").fetchall()
         assert size <= limit
+
+
+# --- the reduce alone ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and from then on what loads a model, asks for a device or joins Ray fails."""
+
+    def forbid() -> None:
+        def fail(*args: Any, **named: Any) -> Any:
+            raise AssertionError("the reduce alone needs no model, no device and no workers")
+
+        monkeypatch.setattr(pipeline.Processor, "__init__", fail)
+        for name in ("find_device", "pilot", "process_shards"):
+            monkeypatch.setattr(cluster, name, fail)
+
+    return forbid
+
+
+def interrupted(*args: Any, **named: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def files_below(folder: str) -> set[Path]:
+    return {f for f in Path(folder).rglob("*") if f.is_file()}
+
+
+def test_the_reduce_alone_gives_what_the_run_would_have_given(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    no_model: Callable[[], None],
+) -> None:  # fmt: skip
+    """With the precision and the outlier dimensions that the store's pilots found."""
+    write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
+    asked: dict[str, Any] = {"corpus": (str(tmp_path / "c.jsonl"),), "dtype": "auto", "signals": "trimmed"}
+    monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: dtype == "bfloat16")
+    monkeypatch.setattr(precision, "PILOT_TOKENS", 1000)
+    whole, part = make_config(**asked, store=str(tmp_path / "whole")), make_config(**asked)
+    with afn_ray.run(whole) as run:
+        expected = run.info
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "reduce_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            afn_ray.run(part)
+    with pytest.raises(StoreError, match="no complete run"):
+        manifest.find_run(part.store)
+    no_model()
+    monkeypatch.setattr(model, "has_fast_products", interrupted)  # no matter what is fast here
+    events: list[str] = []
+    with job.run(replace(part, device="cuda"), lambda e: events.append(e.message), reduce_only=True) as run:
+        assert run.info["measure"] == expected["measure"] and run.info["measure"]["outliers"]
+        assert {k: run.info["precision"][k] for k in ("dtype", "asked")} == {
+            k: expected["precision"][k] for k in ("dtype", "asked")
+        }
+        assert run.info["counts"] == expected["counts"] | {"shards_reused": expected["counts"]["shards"]}
+        ours, theirs = manifest.find_run(part.store), manifest.find_run(whole.store)
+        assert set(ours.info["tables"]) == set(theirs.info["tables"])
+        for name in set(ours.info["tables"]) - {"plan", "shards"}:  # which name attempts
+            assert manifest.read_table(ours, name) == manifest.read_table(theirs, name), name
+    assert not any("may be slow" in event or "pilot compares" in event for event in events)
+
+
+def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    no_model: Callable[[], None],
+) -> None:  # fmt: skip
+    write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:120]])
+    config = make_config(corpus=(str(tmp_path / "c.jsonl"),))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            afn_ray.run(config)
+    no_model()
+    before = files_below(config.store)
+    with pytest.raises(IncompleteRun, match=r"^2 of 4 shards are not in .*store, and --reduce-only does none; the"):
+        job.run(config, reduce_only=True)
+    with pytest.raises(IncompleteRun, match=r"4 of 4 shards are not .* it has none: is the config the one that"):
+        job.run(replace(config, layers="0"), reduce_only=True)
+    for other in (replace(config, dtype="auto"), replace(config, signals="trimmed")):
+        with pytest.raises(StoreError, match="has decided the precision or the outlier dimensions"):
+            job.run(other, reduce_only=True)
+    assert files_below(config.store) == before
+
+    with job.run(replace(config, allow_quarantined=2), reduce_only=True) as run:
+        assert [q["reason"] for q in run.info["quarantined"]] == [job.LACKING] * 2
+        assert run.info["counts"]["shards"] == 2
+        ((documents,),) = run.sql("SELECT count(*) FROM documents").fetchall()
+        assert documents == run.info["counts"]["documents"] < 120
+    monkeypatch.undo()
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["shards"] == 4 and run.info["counts"]["shards_reused"] == 2
+        assert run.info["counts"]["documents"] == 120
 
 
 def test_a_complete_run_whose_shards_were_deleted_is_not_called_done(tmp_path: Path, make_config: MakeConfig) -> None:
