@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from afn_ray import bench, model, pipeline
-from afn_ray.bench import contest, machine, monitor, ours, peers, reduce, sql, texts
+from afn_ray.bench import contest, demo, machine, monitor, ours, peers, reduce, sql, texts
 from afn_ray.bench import signals as bench_signals
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, ModelError
@@ -266,6 +266,21 @@ def test_the_watch_tells_whose_work_it_is() -> None:
         other.wait()
     # Others may be at work on this machine too, so only the least is known.
     assert stranger.peak_bytes == 0 and stranger.foreign > 0.5 / len(stranger._cores)
+
+
+def test_a_demo_is_measured_with_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the minutes of one: a command's time and its processes' memory, and the table of several."""
+    work = "import time; x = bytes([1]) * (200 << 20); time.sleep(1.5)"
+    seconds, peak = demo.timed([sys.executable, "-c", work])
+    assert seconds > 1.5 and 200 << 20 < peak < 400 << 20
+    with pytest.raises(AfnError, match="left with 3"):
+        demo.timed([sys.executable, "-c", "raise SystemExit(3)"])
+    rows = iter([{"demo, s": 3.0, "x": 1.0}, {"demo, s": 1.0, "x": 5.0}, {"demo, s": 2.0, "x": 3.0}])
+    monkeypatch.setattr(demo, "_measured", lambda workers: next(rows))
+    out = StringIO()
+    demo.render(demo.measure(None, 3, lambda note: None), Console(file=out, width=200))
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["demo,", "s", "2.000", "(1.000-3.000)"] in lines and ["x", "3.000", "(1.000-5.000)"] in lines
 
 
 def test_the_cluster_job_is_the_same_command() -> None:

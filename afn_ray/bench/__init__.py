@@ -36,8 +36,14 @@ BUILT_IN = "BERT-base shape, random weights"
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
     commands = parser.add_subparsers(
-        required=True, metavar="WHAT", dest="what", help="engine, monitor, reduce, safety, screen, signals or sql"
+        required=True, metavar="WHAT", dest="what", help="demo, engine, monitor, reduce, safety, screen, signals or sql"
     )
+    demo = commands.add_parser(
+        "demo", allow_abbrev=False, help="time, memory and bytes per token of 'afn demo', and the same command again",
+        description="Every repetition starts a fresh store in a temporary folder.",
+    )  # fmt: skip
+    demo.add_argument("--workers", type=int, metavar="N", help="workers (default: one per core)")
+    demo.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     engine = commands.add_parser(
         "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
         description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
@@ -107,7 +113,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
-    for command in (engine, monitor, reduce, safety, screen, signals, sql):
+    for command in (demo, engine, monitor, reduce, safety, screen, signals, sql):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
@@ -131,7 +137,12 @@ def call(args: argparse.Namespace) -> None:
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_COLUMNS)
-    if args.what == "monitor":
+    if args.what == "demo":
+        from afn_ray.bench import demo
+
+        result = demo.measure(args.workers, args.repeat, lambda note: notes.print(note, markup=False))
+        demo.render(result, console)
+    elif args.what == "monitor":
         from afn_ray.bench import monitor
 
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
