@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -12,15 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import ray
+import yaml
 from conftest import write_jsonl
+from packaging.requirements import Requirement
+from ray.dashboard.modules.job.cli import job_cli_group
 
 import afn_ray
-from afn_ray import storage
+from afn_ray import grammar, settings, storage
+from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f.name for f in (ROOT / "jobs").glob("*.py"))
@@ -32,10 +40,10 @@ class Head:
     """A Ray of one node with the job API, on loopback, whose Python has this one's packages, but for afn-ray."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))  # the paths of sockets are short
+        self.folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))  # the paths of sockets are short
         self._mark = secrets.token_hex(8)
-        venv.create(self._folder / "image", symlinks=True)
-        (self.packages,) = (self._folder / "image" / "lib").glob("python*/site-packages")
+        venv.create(self.folder / "image", symlinks=True)
+        (self.packages,) = (self.folder / "image" / "lib").glob("python*/site-packages")
         ours = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         (self.packages / "image.pth").write_text("\n".join(ours))  # not what hooks into imports there: afn-ray is one
         inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_ADDRESS", "VIRTUAL_ENV")}
@@ -43,20 +51,20 @@ class Head:
         dashboard, client = _free_ports(2)
         self.url = f"http://127.0.0.1:{dashboard}"
         self._environment = inherited | {
-            "PATH": f"{self._folder / 'image' / 'bin'}:{inherited['PATH']}", "AFN_TEST_MARK": self._mark,
+            "PATH": f"{self.folder / 'image' / 'bin'}:{inherited['PATH']}", "AFN_TEST_MARK": self._mark,
             "RAY_API_SERVER_ADDRESS": self.url,
         }  # fmt: skip
-        with (self._folder / "out").open("w") as out:
+        with (self.folder / "out").open("w") as out:
             self._process = subprocess.Popen(
                 [*self._ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0", "--num-cpus=2",
                  "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--dashboard-agent-listen-port=0",
                  f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0",
-                 f"--object-store-memory={80 << 20}", f"--temp-dir={self._folder / 'ray'}", "--disable-usage-stats"],
-                env=self._environment, stdout=out, stderr=out, start_new_session=True, cwd=self._folder,
+                 f"--object-store-memory={80 << 20}", f"--temp-dir={self.folder / 'ray'}", "--disable-usage-stats"],
+                env=self._environment, stdout=out, stderr=out, start_new_session=True, cwd=self.folder,
             )  # fmt: skip
         try:
             until = time.monotonic() + PATIENCE_S
-            while "Ray runtime started" not in (said := (self._folder / "out").read_text()):
+            while "Ray runtime started" not in (said := (self.folder / "out").read_text()):
                 assert self._process.poll() is None and time.monotonic() < until, said
                 time.sleep(0.1)
             from ray.job_submission import JobSubmissionClient
@@ -68,12 +76,12 @@ class Head:
 
     @property
     def _ray(self) -> list[str]:
-        return [str(self._folder / "image" / "bin" / "python"), "-m", "ray.scripts.scripts"]
+        return [str(self.folder / "image" / "bin" / "python"), "-m", "ray.scripts.scripts"]
 
     @property
     def shipped(self) -> list[Path]:
         """Folders that jobs came with, as the node has them."""
-        return sorted(self._folder.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*[0-9a-f]"))
+        return sorted(self.folder.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*[0-9a-f]"))
 
     def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
         """``ray job`` as a user gives it in the repository's folder."""
@@ -109,7 +117,7 @@ class Head:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _free_ports(n: int) -> list[int]:
@@ -153,8 +161,9 @@ def commits(store: str) -> list[str]:
 def test_a_scan_is_stopped_and_the_same_submission_resumes_it(head: Head, bucket: str) -> None:
     """Shipped to a node whose own afn-ray cannot be imported."""
     (head.packages / "afn_ray.py").write_text("raise ImportError('of the image')")
-    command = ["--working-dir", ".", "--", "python", "jobs/activation_scan.py", f"{bucket}/run.toml"]
-    submitted = head.ray("submit", "--no-wait", "--submission-id=scan-1", *command, "--workers=1")
+    script = ["python", "jobs/activation_scan.py", f"{bucket}/run.toml"]
+    environment = ["--runtime-env", "jobs/runtime-env.yaml"]  # of which nothing is lacking: it needs no index
+    submitted = head.ray("submit", "--no-wait", "--submission-id=scan-1", *environment, "--", *script, "--workers=1")
     assert submitted.returncode == 0, submitted.stderr
     until = time.monotonic() + PATIENCE_S
     while len(commits(f"{bucket}/run")) < 2:
@@ -166,9 +175,10 @@ def test_a_scan_is_stopped_and_the_same_submission_resumes_it(head: Head, bucket
     said = head.ray("logs", "scan-1").stdout
     assert status == "STOPPED" and "afn: stopped; the same command resumes" in said and "Traceback" not in said
     assert not any("activation_scan" in words or "_Worker" in words for words in head.running())
+    assert len(list(head.folder.glob("ray/session_2*/runtime_resources/pip/*/virtualenv/bin/python"))) == 1
     before = {uri: storage.read_bytes(uri) for uri in commits(f"{bucket}/run")}
 
-    again = head.ray("submit", "--submission-id=scan-2", *command)
+    again = head.ray("submit", "--submission-id=scan-2", "--working-dir", ".", "--", *script)
     assert again.returncode == 0 and "succeeded" in again.stdout, again.stdout + again.stderr
     status, code, logs = head.wait("scan-2")
     assert (status, code) == ("SUCCEEDED", 0)
@@ -185,11 +195,71 @@ def test_a_scan_is_stopped_and_the_same_submission_resumes_it(head: Head, bucket
 
 
 def test_what_is_shipped_is_the_code_alone(head: Head) -> None:
-    (folder,) = head.shipped
-    files = [f for f in folder.rglob("*") if f.is_file()]
-    assert {f.relative_to(folder).parts[0] for f in files} >= {"afn_ray", "jobs", "constraints.txt"}
-    assert not {f.relative_to(folder).parts[0] for f in files} & {".git", ".venv", "tests", ".ci", ".mypy_cache"}
-    assert sum(f.stat().st_size for f in files) < 4 << 20
+    assert head.shipped
+    for folder in head.shipped:  # one, unless something was edited meanwhile
+        files = [f for f in folder.rglob("*") if f.is_file()]
+        top = {f.relative_to(folder).parts[0] for f in files}
+        assert top >= {"afn_ray", "jobs", "constraints.txt"}
+        assert not top & {".git", ".github", ".venv", ".venv-dev", "tests", ".ci", ".mypy_cache"}
+        assert sum(f.stat().st_size for f in files) < 4 << 20
+
+
+def test_the_runtime_environment_has_every_package_at_its_pinned_version() -> None:
+    asked = yaml.safe_load((ROOT / "jobs" / "runtime-env.yaml").read_text("utf-8"))
+    constraints, *names = asked["pip"]["packages"]
+    assert constraints == "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["s3"]]
+    assert {normal(n) for n in names} == {normal(Requirement(r).name) for r in needed} - {"ray"}
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = {normal(name): pin for name, at, pin in (line.partition("==") for line in lines) if at}
+    assert {normal(n) for n in names} <= pinned.keys()
+    assert ray.runtime_env.RuntimeEnv(**(asked | {"working_dir": "s3://of-no-matter/here.zip"})).to_dict()["env_vars"]
+
+
+PAGE = (ROOT / "infra" / "guide" / "jobs.md").read_text("utf-8")
+
+
+def test_what_the_page_says_is_so(tmp_path: Path) -> None:
+    """Its commands parse and name what is there; its config is one; its flags and exit codes exist."""
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
+    seen = set()
+    for line in lines:
+        program, group, name, *words = shlex.split(line)
+        assert (program, group) == ("ray", "job")
+        parsed = job_cli_group.commands[name].make_context(name, words).params
+        if name == "submit":
+            seen.add(Path(check_entrypoint(parsed["entrypoint"])).name)
+            assert not (file := parsed["runtime_env"]) or (ROOT / file).is_file()
+    for row in re.findall(r"^\| `jobs/(\S+) .*$", PAGE, re.M):
+        seen.add(row)
+    assert seen == set(SCRIPTS)
+    (text,) = re.findall(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)
+    (tmp_path / "run.toml").write_text(text)
+    assert settings.config_from({}, tmp_path / "run.toml").workers == 100
+    given = {flag for command in COMMANDS.values() for action in command._actions for flag in action.option_strings}
+    of_ray = {flag for command in job_cli_group.commands.values() for p in command.params for flag in p.opts}
+    assert set(re.findall(r"`(--[a-z-]+)", PAGE)) <= given | of_ray
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", PAGE, re.M)} == {
+        0, IncompleteRun.exit_code, ConfigError.exit_code, Interrupted.exit_code
+    }  # fmt: skip
+
+
+(COMMANDS,) = (action.choices for action in grammar.parser()._actions if action.choices)
+MEANT = {"activation_scan": ["run", "--config"], "reduce": ["run", "--reduce-only", "--config"],
+         "nightly_audit": ["audit"], "benchmark": ["bench"]}  # fmt: skip
+
+
+def check_entrypoint(words: Sequence[str]) -> str:
+    """The script that an entry point starts, once it exists and its command takes these flags."""
+    python, script, *flags = words
+    assert python == "python" and (ROOT / script.removeprefix("/opt/afn-ray/")).is_file()
+    grammar.parser().parse_args([*MEANT[Path(script).stem], *flags])
+    return script
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 ENDS = {
