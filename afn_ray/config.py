@@ -85,6 +85,7 @@ class RunConfig:
     allow_pickle: bool = _option(False, "load pickled weights, which can run code, where there are no safetensors")
     allow_untested: bool = _option(False, "try a model of a family that has no test")
     allow_another_measure: bool = _option(False, "let a store that holds one measure take another")
+    allow_open_cluster: bool = _option(False, "join a Ray that asks for no token: who reaches it can run code there")
 
     def __post_init__(self) -> None:
         for f in fields(self):

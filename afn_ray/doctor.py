@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import ipaddress
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -29,7 +26,6 @@ from afn_ray.errors import AfnError, ConfigError, printable
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
 """Free space to warn and to fail at: a shard's unfinished files take about 50 MB a worker, a GB of text about 2 GB."""
-CONNECT_S = 5.0
 RAY_S = 150.0
 
 
@@ -154,16 +150,29 @@ def _space(name: str, folder: Path, otherwise: str) -> Check:
 
 def _ray(address: str | None) -> Check:
     """Tries Ray in a process of its own, with which all that it started ends."""
+    from afn_ray.cluster import access
+
     began = time.monotonic()
-    if address is not None and (refused := _refused(address)):
-        return Check("Ray", False, refused, "check the address (host:6379), the cluster and firewalls")
-    if address is not None and not _is_loopback(address) and _probe(address, RAY_AUTH_MODE="disabled").returncode == 0:
-        return Check("Ray", False, f"the cluster at {address} takes tasks without a token: whoever reaches it can run "
-                     "code there", "start every node with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (KubeRay: "
-                     "authOptions: {mode: token}), and set both here")  # fmt: skip
+    exposed = address is not None and not access.is_loopback(address)
+    if address is not None:
+        if access.is_client(address):
+            return Check("Ray", False, access.CLIENT.format(address), "leave out ray://, and give the port of its head")
+        if refused := access.unreachable(address):
+            return Check("Ray", False, refused, "check the address (host:6379), the cluster and firewalls")
+        try:
+            is_open = exposed and access.is_open(address)
+        except ConfigError as error:
+            return Check("Ray", False, str(error), "ask whoever runs the cluster how its nodes are started")
+        if is_open:
+            return Check("Ray", False, f"the cluster at {address} answers without a token: whoever reaches it can run "
+                         "code there", access.HOW_TO_CLOSE)  # fmt: skip
     done = _probe(address)
     if done.returncode == 0:
-        return Check("Ray", True, f"{done.stdout.strip()}; {time.monotonic() - began:.0f} s")
+        found = f"{done.stdout.strip()}; {time.monotonic() - began:.0f} s"
+        if exposed and os.environ.get("RAY_USE_TLS") != "1":
+            return Check("Ray", None, f"{found}; its token travels in clear text", "set RAY_USE_TLS=1 and its "
+                         "certificates on every node and here, or keep others off that network")  # fmt: skip
+        return Check("Ray", True, found)
     message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix("; 'afn doctor' tells more")
     if "Unauthenticated" in done.stderr or "AuthenticationError" in done.stderr:
         return Check("Ray", False, f"the cluster at {address} wants a token, and not the one we have, if any",
@@ -173,10 +182,10 @@ def _ray(address: str | None) -> Check:
     return Check("Ray", False, message, "the cluster needs this Ray and Python version, and afn-ray on its nodes")
 
 
-def _probe(address: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
+def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
     code = "import sys; from afn_ray import doctor; doctor.probe_ray(*sys.argv[1:])"
     command = [sys.executable, "-c", code, *([address] if address else [])]
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     try:
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=RAY_S, check=False)  # noqa: S603
     except subprocess.TimeoutExpired as error:
@@ -192,35 +201,6 @@ def probe_ray(address: str | None = None) -> None:
         print(connection.probe(address))
     except (AfnError, ImportError) as error:
         sys.exit(" ".join(str(error).split()))
-
-
-def _host(address: str) -> tuple[str | None, int | None]:
-    """Host and port of ``host:port`` or ``ray://host:port``; none for ``auto``."""
-    try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
-        return (parts.hostname, parts.port) if parts.port else (None, None)
-    except ValueError as error:
-        raise ConfigError(f"{address!r} is no address of a Ray cluster: {error}") from error
-
-
-def _is_loopback(address: str) -> bool:
-    host, _ = _host(address)
-    try:
-        return host == "localhost" or (host is not None and ipaddress.ip_address(host).is_loopback)
-    except ValueError:  # a name
-        return False
-
-
-def _refused(address: str) -> str | None:
-    """Why nothing can be reached at ``address``, told in seconds where Ray takes minutes."""
-    host, port = _host(address)
-    if host is None:
-        return None
-    try:
-        socket.create_connection((host, port or 0), timeout=CONNECT_S).close()
-    except OSError as error:
-        return f"nothing answers at {address}: {error}"
-    return None
 
 
 # --- model and store -------------------------------------------------------------------------------------

@@ -328,9 +328,8 @@ def local_ray(s3_server: str) -> Iterator[None]:
     """One local Ray of four logical CPUs for the whole session; its workers inherit the way to the bucket."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        object_store_memory=128 << 20,
-    )  # fmt: skip
+    from afn_ray.cluster import access
+
+    access.start_local(num_cpus=4, object_store_memory=128 << 20)
     yield
     ray.shutdown()

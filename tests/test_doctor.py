@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from afn_ray import cli, doctor
-from afn_ray.cluster import connection
+from afn_ray.cluster import access, connection
 from afn_ray.doctor import Check, check, render
 from afn_ray.errors import ConfigError, ModelError
 
@@ -156,21 +156,27 @@ def test_free_space(free: int, ok: bool | None, tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_open_cluster_is_refused_before_it_gets_our_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, str]] = []
-
-    def probe(address: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
-        calls.append(environment)
-        return completed(0, "Ray ran a task")
-
-    monkeypatch.setattr(doctor, "_probe", probe)
-    monkeypatch.setattr(doctor, "_refused", lambda address: None)
+    monkeypatch.setattr(doctor, "_probe", lambda address: pytest.fail("sent our token"))
+    monkeypatch.setattr(access, "unreachable", lambda where: None)
+    monkeypatch.setattr(access, "is_open", lambda where: True)
     found = doctor._ray("10.0.0.7:6379")
     assert found.ok is False and "without a token" in found.found and "RAY_AUTH_MODE=token" in found.advice
-    assert calls == [{"RAY_AUTH_MODE": "disabled"}]
-    for address in ("127.0.0.1:6379", "localhost:6379", "[::1]:6379", "ray://127.0.0.1:10001", None):
-        calls.clear()
+    client = doctor._ray("ray://127.0.0.1:10001")
+    assert client.ok is False and "Ray Client" in client.found
+    monkeypatch.setattr(doctor, "_probe", lambda address: completed(0, "Ray ran a task"))
+    for address in ("127.0.0.1:6379", "localhost:6379", "[::1]:6379", None):  # none of another machine's
         assert doctor._ray(address).ok is True
-        assert calls == [{}]
+
+
+def test_a_token_in_clear_text_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_probe", lambda address: completed(0, "Ray ran a task"))
+    monkeypatch.setattr(access, "unreachable", lambda where: None)
+    monkeypatch.setattr(access, "is_open", lambda where: False)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    found = doctor._ray("10.0.0.7:6379")
+    assert found.ok is None and "clear text" in found.found and "RAY_USE_TLS=1" in found.advice
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    assert doctor._ray("10.0.0.7:6379").ok is True
 
 
 @pytest.mark.parametrize(
@@ -184,8 +190,9 @@ def test_an_open_cluster_is_refused_before_it_gets_our_token(monkeypatch: pytest
 def test_a_cluster_that_does_not_take_our_task(
     error: str, found: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_probe", lambda *_, **__: completed(1, "", error))
-    monkeypatch.setattr(doctor, "_refused", lambda address: None)
+    monkeypatch.setattr(doctor, "_probe", lambda address: completed(1, "", error))
+    monkeypatch.setattr(access, "unreachable", lambda where: None)
+    monkeypatch.setattr(access, "is_open", lambda where: False)
     got = doctor._ray("cluster.example:6379")
     assert got.ok is False and found in got.found and advice in got.advice
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -209,10 +208,9 @@ class RayData:
     """
 
     def __init__(self, spec: Spec) -> None:
-        # Read as Ray is imported: an open Ray runs code for whoever reaches it.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        from afn_ray.cluster import access
+
+        access.choose_token(own=True)
         import ray.data  # noqa: F401
 
         self._spec = spec
@@ -220,12 +218,12 @@ class RayData:
     def run(self, texts: Sequence[Text]) -> Outcome:
         import ray
 
+        from afn_ray.cluster import access
         from afn_ray.cluster.connection import WORKER_ENV
 
         gpu = self._spec.device == "cuda"
-        ray.init(
-            address="local", num_cpus=self._spec.workers, include_dashboard=False, log_to_driver=False,
-            logging_level="ERROR", object_store_memory=1 << 29,
+        access.start_local(
+            num_cpus=self._spec.workers, object_store_memory=1 << 29,
             runtime_env={"env_vars": {} if gpu else WORKER_ENV},
         )  # fmt: skip
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import secrets
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from afn_ray import dispatch, model, storage
+from afn_ray.cluster import access
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, ModelError, count
 
@@ -48,30 +48,28 @@ def address(config: RunConfig) -> str | None:
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[None]:
-    """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own."""
+    """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own.
+
+    Raises ``ConfigError`` where there is none, and where whoever reaches it could run code on it.
+    """
     if any(map(storage.is_process_memory, (config.store, *config.corpus))):
         raise ConfigError("memory:// lives in one process; use --executor inline, or a store that workers can reach")
     where = address(config)
-    if "ray" not in sys.modules:  # Ray reads these once, as it is imported; who imported it before us has chosen
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # an open Ray runs code for whoever reaches it
-        if where is None:
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    access.choose_token(own=where is None)
     import ray
 
     if ray.is_initialized():
+        access.check(ray.get_runtime_context().gcs_address, config.allow_open_cluster)
         yield
         return
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    if where is None:
-        cpus = max(model.count_devices("cpu"), (config.workers or 1) * (1 + config.tokenizer_workers))
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": cpus,
-                    "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
-    else:
-        options["address"] = where
+    access.check(where, config.allow_open_cluster)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        if where is None:
+            cpus = max(model.count_devices("cpu"), (config.workers or 1) * (1 + config.tokenizer_workers))
+            access.start_local(num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES)
+        else:
+            ray.init(address=where, log_to_driver=False, logging_level="ERROR")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's own
     except SystemExit as stopped:  # which was in force for a moment
