@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -213,6 +216,36 @@ def test_sigterm_stops_resumable_and_leaves_no_scratch(executor: str, tmp_path: 
     assert list(scratch.iterdir()) == []
 
 
+def listening(pids: set[str]) -> set[str]:
+    """Addresses at which ``pids`` listen, of IPv4 and IPv6."""
+    sockets = set()
+    for pid in pids:
+        for handle in Path("/proc", pid, "fd").iterdir():
+            with contextlib.suppress(OSError):  # it was closed
+                sockets.update(re.findall(r"socket:\[(\d+)\]", str(handle.readlink())))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path("/proc/net", table).read_text().splitlines()[1:]:
+            columns = row.split()
+            if columns[3] == "0A" and columns[9] in sockets:
+                words = bytes.fromhex(columns[1].partition(":")[0])
+                address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(socket.AF_INET6 if len(address) == 16 else socket.AF_INET, address))
+    return found
+
+
+def test_a_ray_of_our_own_listens_on_loopback_alone(local_ray: None) -> None:
+    session = ray._private.worker._global_node.get_session_dir_path()
+    pids = {str(os.getpid())}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is not ours
+            if session.encode() in (process / "cmdline").read_bytes():
+                pids.add(process.name)
+    assert len(pids) >= 3  # this one, gcs_server, raylet
+    found = listening(pids)
+    assert found and found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
 def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello there"}])
     code = (
@@ -220,12 +253,13 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
         "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], workers=1)\n"
         "print(afn_ray.run(config).info['counts']['documents'])\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(corpus), str(tiny_bert), str(tmp_path / "store")],
         capture_output=True, text=True, env=environment, timeout=200,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert not list(tmp_path.rglob("auth_token"))  # Ray's own is for every user of the machine to read
 
 
 class Sick(pool._Worker):
