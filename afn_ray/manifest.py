@@ -37,6 +37,8 @@ from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
 IO_THREADS = 16
+JSON_BYTES = 64 << 20
+"""Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
 LOOK_BACK = 100
 """Plans that are read to find the last one of a corpus, in a store that many share."""
 TABLES = ("tokens", "documents", "summary")
@@ -389,20 +391,25 @@ def _short(value: object) -> str:
 def open_folder(store: str, name: str) -> RunFolder:
     """The run ``name`` in ``store``, complete or not. Raises ``StoreError`` for a damaged run.json."""
     uri = storage.join(store, "runs", name)
-    data = storage.read_if_there(storage.join(uri, "run.json"))
-    if data is None:
+    info = _read_json(storage.join(uri, "run.json"))
+    if info is None:
         return RunFolder(uri, store, name, {})
-    info = _json(data, storage.join(uri, "run.json"))
     for key, kind in RUN_KEYS.items():
         if not isinstance(info.get(key), kind):
             raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info.get(key))}")
     return RunFolder(uri, store, name, info)
 
 
+def _read_json(uri: str) -> dict[str, Any] | None:
+    """What the sealed file ``uri`` holds, or None when there is no such file. Raises ``StoreError`` for any other."""
+    data = storage.read_if_there(uri, JSON_BYTES)
+    return None if data is None else _json(data, uri)
+
+
 def _json(data: bytes, uri: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
@@ -442,9 +449,7 @@ def find_run(uri: str) -> RunFolder:
 
 def read_pilot(store: str, key: str) -> dict[str, Any] | None:
     """What an earlier run in ``store`` decided under ``key``, if one did."""
-    uri = storage.join(store, "pilots", f"{key}.json")
-    data = storage.read_if_there(uri)
-    return None if data is None else _json(data, uri)
+    return _read_json(storage.join(store, "pilots", f"{key}.json"))
 
 
 def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -571,10 +576,9 @@ def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
 def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Shard] | None:
     """As ``read_commit``, with the slices that were read and how."""
     uri = storage.join(shard_uri(store, measure_id, shard), "commit.json")
-    data = storage.read_if_there(uri)
-    if data is None:
+    value = _read_json(uri)
+    if value is None:
         return None
-    value = _json(data, uri)
     try:
         commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
         slices = tuple(FileSlice(**piece) for piece in value["slices"])

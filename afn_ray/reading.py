@@ -33,6 +33,12 @@ BATCH_ROWS = 64  # few: the bytes of dictionary-encoded rows cannot be told from
 PEEK_DOCUMENTS = 20
 SAMPLE_BYTES = 1 << 20
 BOM = codecs.BOM_UTF8
+EXPANSION = 200
+EXPANSION_FROM_BYTES = 64 << 20
+"""A stream, or the text of a Parquet row group, that gives more than these and that many times its length is a bomb."""
+ID_CHARS = 1024
+CONLLU_LINE_BYTES = 64
+"""What a line of CoNLL-U counts for besides its bytes: without it lines of a letter would take 200 times theirs."""
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 """What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among them."""
@@ -45,6 +51,10 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 class _Damaged(Exception):
     """A stream ends here: what comes before is good, the rest cannot be had."""
+
+
+class _Bomb(_Damaged):
+    """A stream gives far more than what holds it."""
 
 
 class _TooLong(Exception):
@@ -101,9 +111,9 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
                 num_documents += 1
                 offset = document.offset + 1
         except _Damaged as damage:
+            what = "rest left out of" if isinstance(damage, _Bomb) else "truncated or corrupt"
             yield _problem(
-                slice, offset,
-                f"truncated or corrupt {slice.compression} stream after {num_documents} documents: {damage}",
+                slice, offset, f"{what} {slice.compression} stream after {num_documents} documents: {damage}"
             )  # fmt: skip
         source.drain()
         if source.sha256.hexdigest() != slice.sha256:
@@ -421,7 +431,7 @@ def _conllu_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOp
             document, size = [], 0
         together = together or begins
         document.append(sentence)
-        size += sum(line.length for line in sentence)
+        size += sum(line.length + CONLLU_LINE_BYTES for line in sentence)
         if size > limit:
             document = [[document[0][0]._replace(data=None)]]
     if document:
@@ -439,7 +449,7 @@ def _sentences(lines: Iterator[_Line], limit: int) -> Iterator[list[_Line]]:
             sentence, size = [], 0
             continue
         sentence.append(line)
-        size += line.length
+        size += line.length + CONLLU_LINE_BYTES
         if size > limit:
             sentence = [sentence[0]._replace(data=None)]
     if sentence:
@@ -466,8 +476,14 @@ def _conllu_document(slice: FileSlice, sentences: list[list[_Line]], options: Re
 def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     unreadable = "not a readable Parquet file"
     try:
-        file = pq.ParquetFile(source, buffer_size=BLOCK_BYTES, pre_buffer=False)
-        schema, metadata = file.schema_arrow, file.metadata
+        metadata = pq.read_metadata(source)
+        leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+        # As dictionaries, or 64 rows that share a value of 64 MB would be 4 GB.
+        strings = [c.path for c in leaves if c.path in columns_of(options) and c.physical_type == "BYTE_ARRAY"]
+        file = pq.ParquetFile(
+            source, metadata=metadata, read_dictionary=strings, buffer_size=BLOCK_BYTES, pre_buffer=False
+        )
+        schema = file.schema_arrow
         num_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except UNREADABLE as error:
         yield _problem(slice, 0, f"{unreadable}: {error}")
@@ -485,6 +501,7 @@ def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -
             row = end
             continue
         try:
+            _check_expansion(metadata.row_group(group), options)
             for texts, ids, labels in _batches(file, group, options):
                 for text, doc_id, of_text in zip(texts, ids, labels, strict=True):
                     if text is None:
@@ -499,6 +516,14 @@ def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -
         except UNREADABLE as error:
             yield _problem(slice, row, f"{unreadable}: row group {group}: {error}")
         row = end
+
+
+def _check_expansion(group: Any, options: ReadOptions) -> None:
+    """Raise ``ValueError`` for a row group whose metadata say that a column gives far more than it takes."""
+    for chunk in map(group.column, range(group.num_columns)):
+        given, taken = chunk.total_uncompressed_size, chunk.total_compressed_size
+        if _is_of(chunk.path_in_schema, columns_of(options)) and given > max(EXPANSION_FROM_BYTES, EXPANSION * taken):
+            raise ValueError(f"{taken} bytes of {chunk.path_in_schema} give {given}, over {EXPANSION} times as many")
 
 
 def _batches(file: Any, group: int, options: ReadOptions) -> Iterator[tuple[list[Any], list[str | None], list[Any]]]:
@@ -548,6 +573,10 @@ def _lists(column: Any) -> list[Any]:
 
 def _strings(column: Any) -> list[str | None]:
     """Values of an Arrow array as strings that may hold surrogates; nested ones are None."""
+    if pa.types.is_dictionary(column.type):
+        used = column.indices.unique().drop_null()
+        values = dict(zip(used.to_pylist(), _strings(column.dictionary.take(used)), strict=True))
+        return [values.get(index) for index in column.indices.to_pylist()]
     if not _is_text(column.type):
         try:
             column = column.cast(pa.string())
@@ -607,16 +636,20 @@ def _printable(text: str) -> str:
 def _document(
     slice: FileSlice, offset: int, text: str, doc_id: str | None, options: ReadOptions, spans: tuple[Span, ...] = ()
 ) -> Document:
+    if doc_id is not None and len(doc_id) > ID_CHARS:
+        return _problem(slice, offset, f"id of {len(doc_id)} characters is over the limit of {ID_CHARS}", doc_id)
+    limit = options.max_document_bytes
+    if len(text) > limit:  # said before it is encoded: many rows of Parquet may share one text of a gigabyte
+        size = f"{'' if text.isascii() else 'at least '}{len(text)}"
+        return _problem(slice, offset, f"document of {size} bytes is over max_document_bytes = {limit}", doc_id)
     text, num_replaced = _clean(text)
-    num_bytes = len(text.encode())
-    if num_bytes > options.max_document_bytes:
-        reason = f"document of {num_bytes} bytes is over max_document_bytes = {options.max_document_bytes}"
-        return _problem(slice, offset, reason, doc_id)
+    if (num_bytes := len(text.encode())) > limit:
+        return _problem(slice, offset, f"document of {num_bytes} bytes is over max_document_bytes = {limit}", doc_id)
     return Document(slice.uri, offset, text, doc_id, num_replaced, tags=spans)
 
 
 def _problem(slice: FileSlice, offset: int, reason: str, doc_id: str | None = None) -> Document:
-    return Document(slice.uri, offset, "", doc_id, problem=_printable(reason[:600]))
+    return Document(slice.uri, offset, "", doc_id and doc_id[:ID_CHARS], problem=_printable(reason[:600]))
 
 
 # --- bytes -----------------------------------------------------------------------------------------------
@@ -735,8 +768,13 @@ def _blocks(source: Source, compression: str) -> Iterator[bytes]:
         while len(head) < len(BOM) and (more := stream.read1(size)):
             head += more
         yield head
+        given = 0
         while block := stream.read1(size):
             yield block
+            given += len(block)
+            if compression and given > max(EXPANSION_FROM_BYTES, EXPANSION * source.tell()):
+                raise _Bomb(f"{source.tell()} bytes gave {given}, over {EXPANSION} times as many; decompress the file "
+                            "if it is meant")  # fmt: skip
     except DAMAGE as error:
         raise _Damaged(str(error) or type(error).__name__) from error
 

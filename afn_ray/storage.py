@@ -298,10 +298,15 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
     return _ask(fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end)))
 
 
-def read_if_there(uri: str) -> bytes | None:
-    """All of ``uri``, or None when there is no such file."""
+def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
+    """All of ``uri``, or None when there is no such file. ``StoreError`` where it has more than ``most_bytes``."""
     try:
-        return read_bytes(uri)
+        if most_bytes is None:
+            return read_bytes(uri)
+        data = read_bytes(uri, 0, most_bytes + 1)
+        if len(data) > most_bytes:
+            raise StoreError(f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote")
+        return data
     except StoreError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None

@@ -19,6 +19,8 @@ from afn_ray.errors import ModelError
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker a core: threads would only fight
 
 DEFAULT_WINDOW_TOKENS = 2048
+DESCRIPTION_BYTES = 256 << 20
+"""Of a file that is no weights: the largest tokenizers have 35 MB, and parsing takes many times a file's length."""
 IDENTITY_PATTERNS = ("*.safetensors", "*.gguf", "*.json", "*.txt", "*.model", "merges*", "*.py", "*.bin")
 IGNORED_FILES = {"data_config.json", "generation_config.json", "README.txt", "requirements.txt"}
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
@@ -74,6 +76,8 @@ def find_model(
     if gguf is None and not (folder / "config.json").is_file():
         raise ModelError(f"no model at {name}: {folder} has no config.json")
     _check_weights(name, folder, gguf, allow_pickle)
+    if gguf is None:
+        _check_sizes(name, folder)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, gguf_file=gguf, trust_remote_code=trust_remote_code, local_files_only=True
@@ -123,6 +127,13 @@ def _check_weights(name: str, folder: Path, gguf: str | None, allow_pickle: bool
             f"the weights of {name} are pickled (.bin), and a pickle can run code as it loads; "
             "convert them to safetensors, or give --allow-pickle if you trust where they come from"
         )
+
+
+def _check_sizes(name: str, folder: Path) -> None:
+    for path in (p for pattern in IDENTITY_PATTERNS for p in folder.glob(pattern)):
+        is_weights = path.suffix in (".safetensors", ".gguf", ".bin")
+        if not is_weights and (size := path.stat().st_size) > DESCRIPTION_BYTES:
+            raise ModelError(f"{path.name} of {name} has {size:,} bytes; expected at most {DESCRIPTION_BYTES:,}")
 
 
 def _context_tokens(config: Any) -> int:
