@@ -37,8 +37,8 @@ EXPANSION = 200
 EXPANSION_FROM_BYTES = 64 << 20
 """A stream, or the text of a Parquet row group, that gives more than these and that many times its length is a bomb."""
 ID_CHARS = 1024
-CONLLU_LINE_BYTES = 64
-"""What a line of CoNLL-U counts for besides its bytes: without it lines of a letter would take 200 times theirs."""
+CONLLU_LINES = 1 << 20
+"""Of one document: lines of a letter take 200 times their bytes."""
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 """What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among them."""
@@ -420,7 +420,7 @@ def _conllu_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOp
     """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
     limit = _line_limit(options)
     document: list[list[_Line]] = []
-    size, together = 0, False
+    size, num_lines, together = 0, 0, False
     for sentence in _sentences(_lines(blocks, limit), limit):
         comments = [_decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
         begins = any(map(tags.begins_document, comments))
@@ -428,11 +428,12 @@ def _conllu_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOp
             continue
         if document and (begins or not together):
             yield _conllu_document(slice, document, options)
-            document, size = [], 0
+            document, size, num_lines = [], 0, 0
         together = together or begins
         document.append(sentence)
-        size += sum(line.length + CONLLU_LINE_BYTES for line in sentence)
-        if size > limit:
+        size += sum(line.length for line in sentence)
+        num_lines += len(sentence)
+        if size > limit or num_lines > CONLLU_LINES:
             document = [[document[0][0]._replace(data=None)]]
     if document:
         yield _conllu_document(slice, document, options)
@@ -449,8 +450,8 @@ def _sentences(lines: Iterator[_Line], limit: int) -> Iterator[list[_Line]]:
             sentence, size = [], 0
             continue
         sentence.append(line)
-        size += line.length + CONLLU_LINE_BYTES
-        if size > limit:
+        size += line.length
+        if size > limit or len(sentence) > CONLLU_LINES:
             sentence = [sentence[0]._replace(data=None)]
     if sentence:
         yield sentence
@@ -462,7 +463,8 @@ def _conllu_document(slice: FileSlice, sentences: list[list[_Line]], options: Re
     assert labels is not None
     if any(line.data is None for sentence in sentences for line in sentence):
         limit = _line_limit(options)
-        return _problem(slice, offset, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes")
+        return _problem(slice, offset, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes "
+                        f"or {CONLLU_LINES} lines")  # fmt: skip
     numbered = (
         [(line.number + 1, _decode(line.data or b"").removesuffix("\r")) for line in sentence] for sentence in sentences
     )

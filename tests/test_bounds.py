@@ -7,10 +7,13 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +28,7 @@ import afn_ray
 from afn_ray import cli, corpus, manifest, model, reading, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
-from afn_ray.model.files import load_weights
+from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
 from afn_ray.schema import ReadOptions
 
 MakeConfig = Callable[..., RunConfig]
@@ -65,7 +68,7 @@ def test_what_is_made_to_fill_memory_is_quarantined_and_memory_stays_flat(tmp_pa
         piece = compress(zeros)
         (tmp_path / f"bomb.jsonl.{ending}").write_bytes(piece * 160)
     with (tmp_path / "line.jsonl").open("wb") as sparse:
-        sparse.truncate(1 << 30)
+        sparse.truncate(256 << 20)
     (tmp_path / "deep.jsonl").write_bytes(b'{"text": ' + b"[" * 1_000_000 + b"\n")
     (tmp_path / "digits.jsonl").write_bytes(b'{"text": ' + b"7" * 10_000_000 + b"}\n")
     (tmp_path / "field.csv").write_bytes(b'text\n"' + b"x" * (80 << 20) + b'"\n')
@@ -85,7 +88,7 @@ def test_what_is_made_to_fill_memory_is_quarantined_and_memory_stays_flat(tmp_pa
     found = {name: problems for name, problems, *_ in map(json.loads, done.stdout.splitlines())}
     for name, says, times in (
         *((f"bomb.jsonl.{ending}", "over 200 times as many", 1) for ending in COMPRESS),
-        ("line.jsonl", "line of 1073741824 bytes is over the limit", 1),
+        ("line.jsonl", "line of 268435456 bytes is over the limit", 1),
         ("deep.jsonl", "not JSON: nested too deeply", 1), ("digits.jsonl", "not JSON: Exceeds the limit", 1),
         ("field.csv", "row is over the limit", 1), ("sentence.conllu", "is over the limit of", 1),
         ("id.jsonl", "id of 2000000 characters is over the limit of 1024", 1),
@@ -232,3 +235,49 @@ def test_no_secret_of_the_environment_is_written_or_printed(
     for text in everything:
         for value in (*secrets.values(), "hunter2"):
             assert value not in text
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / ".github" / "SECURITY.md", ROOT / ".github" / "CONTRIBUTING.md", ROOT / "infra" / "guide" / "safety.md"]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+
+
+def test_pages_name_files_bounds_and_commands_that_are_there() -> None:
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (page.parent / link).exists(), (page, link)
+        for flag in re.findall(r"`[^`\n]*?(--[a-z-]+)", text):
+            assert f'"{flag}"' in (ROOT / "tests" / "frozen" / "cli.json").read_text(), flag
+    (everything,), commands = blocks(PAGES[1])[:1], blocks(PAGES[1])[1].splitlines()
+    gate = ROOT / ".ci" / "run"
+    assert everything == ".ci/run\n" and os.access(gate, os.X_OK)
+    for command in commands[1:]:
+        assert re.search(rf"^{re.escape(command)}", gate.read_text(), re.M), command
+    assert commands[0].startswith("python -m pytest -n 0 tests/") and (ROOT / commands[0].split()[-1]).exists()
+    token, licences = blocks(PAGES[2])
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    listed = subprocess.run(["bash", "-euc", f"{token}echo ${{#RAY_AUTH_TOKEN}}\n{licences}"], env=environment,
+                            capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert listed.returncode == 0, listed.stderr
+    length, *lines = listed.stdout.splitlines()
+    assert length == "64" and any(re.match(r"pyarrow \| Apache", line) for line in lines)
+    assert not [line for line in lines if re.search(r"\b(A?GPL|LGPL)", line.partition("|")[2])]
+
+
+def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
+    table = PAGES[2].read_text("utf-8")
+    assert RunConfig(corpus=("-",), model="-", store="-").max_document_bytes == 8 << 20
+    assert (reading.LINE_BYTES, reading.EXPANSION, reading.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
+    assert (manifest.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
+    for bound in (f"{reading.ID_CHARS:,} characters", f"{reading.CONLLU_LINES:,} lines", "256 MiB", "64 MiB", "8 MiB"):
+        assert bound in table
+
+
+def test_the_licence_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text("utf-8")
+    assert "Apache License\n" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["license"] == "Apache-2.0"

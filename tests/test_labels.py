@@ -255,7 +255,7 @@ def test_conllu_is_read_in_bounded_memory_and_what_is_cut_off_is_said(monkeypatc
     monkeypatch.setattr("afn_ray.reading.LINE_BYTES", 1)
     small = replace(OPTIONS, max_document_bytes=80)  # at most 640 bytes of CoNLL-U
     blocks = [first, f"# newdoc\n{first}", first, f"# newdoc\n{second}"]
-    over = "document of CoNLL-U, or a line of it, is over the limit of 640 bytes"
+    over = "document of CoNLL-U, or a line of it, is over the limit of 640 bytes or 1048576 lines"
     documents = read_all(remember("\n\n".join(blocks).encode(), "conllu"), small)
     assert [d.problem for d in documents] == [None, over, None]
     long = first.replace("7\t.", "\n".join(f"{i}\tx\tx\tX\tX\t_\t_\t_\t_\t_" for i in range(7, 90)) + "\n90\t.")
