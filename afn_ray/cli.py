@@ -115,9 +115,10 @@ def _run(args: argparse.Namespace) -> None:
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
         given.pop("corpus", None)  # none on the command line: the file's
-    from afn_ray import job, settings
+    from afn_ray import settings
 
     config = settings.config_from(given, args.config)
+    from afn_ray import job
 
     console = Console(stderr=True, highlight=False)
     with _progress(console, args.quiet) as on_event:

@@ -38,7 +38,16 @@ from afn_ray.config import RunConfig
 from afn_ray.manifest import Commit
 from afn_ray.schema import Shard
 
-SLOW = ("test_ray", "test_readme", "test_audit", "test_bench", "test_object_store", "test_cli", "test_report")
+SLOW = (
+    "test_jobs",
+    "test_ray",
+    "test_readme",
+    "test_audit",
+    "test_bench",
+    "test_object_store",
+    "test_cli",
+    "test_report",
+)
 """Files that begin first: processes take whole files, and the last one should not be long."""
 
 

@@ -141,12 +141,12 @@ def bucket(s3_server: str, tmp_path_factory: pytest.TempPathFactory, verses: lis
     uri = f"s3://{secrets.token_hex(8)}"
     storage.open_filesystem(uri)[0].mkdir(uri)
     files = {"policy.toml": "empty_documents = 0\n"}
-    for name, texts in {"run": verses[:8000], "few": [*verses[:100], ""]}.items():
+    for name, texts in {"run": verses[:5000], "few": [*verses[:100], ""]}.items():
         corpus = write_jsonl(tmp_path_factory.mktemp(name) / "c.jsonl", [{"text": t} for t in texts])
         storage.upload(corpus, f"{uri}/texts/{name}/c.jsonl")
         files[f"{name}.toml"] = (
             f'corpus = "{uri}/texts/{name}"\nmodel = "{tiny_bert}"\nstore = "{uri}/{name}"\nlayers = "0,2"\n'
-            'dtype = "float32"\nshard_bytes = 25000\nscreen = 0\n'
+            'dtype = "float32"\nshard_bytes = 16000\nscreen = 0\n'
         )
     for name, text in files.items():
         storage.write_once(f"{uri}/{name}", text.encode())
@@ -161,16 +161,16 @@ def commits(store: str) -> list[str]:
 def test_a_scan_is_stopped_and_the_same_submission_resumes_it(head: Head, bucket: str) -> None:
     """Shipped to a node whose own afn-ray cannot be imported."""
     (head.packages / "afn_ray.py").write_text("raise ImportError('of the image')")
-    script = ["python", "jobs/activation_scan.py", f"{bucket}/run.toml"]
+    script = ["python", "jobs/activation_scan.py", f"{bucket}/run.toml", "--workers=1"]
     environment = ["--runtime-env", "jobs/runtime-env.yaml"]  # of which nothing is lacking: it needs no index
-    submitted = head.ray("submit", "--no-wait", "--submission-id=scan-1", *environment, "--", *script, "--workers=1")
+    submitted = head.ray("submit", "--no-wait", "--submission-id=scan-1", *environment, "--", *script)
     assert submitted.returncode == 0, submitted.stderr
     until = time.monotonic() + PATIENCE_S
     while len(commits(f"{bucket}/run")) < 2:
         assert not head.client.get_job_status("scan-1").is_terminal(), head.client.get_job_logs("scan-1")
         assert time.monotonic() < until
         time.sleep(0.05)
-    assert head.ray("stop", "scan-1").returncode == 0
+    assert head.client.stop_job("scan-1")
     status, _, _ = head.wait("scan-1")
     said = head.ray("logs", "scan-1").stdout
     assert status == "STOPPED" and "afn: stopped; the same command resumes" in said and "Traceback" not in said
@@ -187,7 +187,7 @@ def test_a_scan_is_stopped_and_the_same_submission_resumes_it(head: Head, bucket
     assert before == {uri: storage.read_bytes(uri) for uri in before}  # each names its attempt
     with afn_ray.open_run(f"{bucket}/run") as run:
         counts = run.info["counts"]
-    assert (counts["shards_reused"], counts["shards"]) == (len(before), len(after)) and counts["documents"] == 8000
+    assert (counts["shards_reused"], counts["shards"]) == (len(before), len(after)) and counts["documents"] == 5000
     planned = f"{len(after)} shards: {len(before)} in the store, {len(after) - len(before)} to do"
     for line in (planned, "starting workers on cpu, on Ray", "run s3://"):
         assert line in logs
