@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from afn_ray import grammar
+from afn_ray import grammar, logs
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
 
 if TYPE_CHECKING:
     from afn_ray.job import Estimate, Event, OnEvent
-    from afn_ray.pipeline import Progress
 
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
-LOG_EVERY_S = 10.0
+LOG_EVERY_S = 30.0
 SAMPLE = 200
 """Documents that a check by masking takes."""
 
@@ -58,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest(args.parser, rest[0])}")
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    log = logging.getLogger("afn_ray")
+    log = logging.getLogger(logs.ROOT)
     if not log.handlers:
         log.addHandler(_ToStderr())
     audits, failed = args.command == "audit", True
@@ -70,19 +68,22 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         failed = False
     except KeyboardInterrupt:
         resumable = audits or args.command in ("run", "demo", "gc")
-        errors.print("afn: stopped" + ("; the same command resumes" if resumable else ""), markup=False)
         code = Interrupted.exit_code if resumable else 130
+        _say_end("stopped", "stopped" + ("; the same command resumes" if resumable else ""), code)
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except AfnError as error:
-        errors.print("afn:", printable(str(error), keep="\n"), markup=False)
-        code = error.exit_code
-    except Exception:
-        if not audits:
+        code = AUDIT_FAILED if audits else error.exit_code
+        _say_end("stopped" if isinstance(error, Interrupted) else "failed", str(error), code)
+    except Exception as error:
+        code = AUDIT_FAILED if audits else 1
+        if _json_lines() is not None:
+            _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
+        elif audits:
+            traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
+        else:
             raise
-        traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
-        code = AUDIT_FAILED
     sys.exit(AUDIT_FAILED if audits and failed else code)
 
 
@@ -90,7 +91,32 @@ class _ToStderr(logging.Handler):
     """What the library logs, above a live bar where there is one: that takes over ``sys.stderr``."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print("afn:", printable(record.getMessage()), file=sys.stderr)
+        text = f"afn: {printable(record.getMessage())}" if self.formatter is None else self.format(record)
+        print(text, file=sys.stderr)
+
+
+def _log_as(form: str, quiet: bool) -> None:
+    """``form`` as of ``RunConfig.log_format``."""
+    log = logging.getLogger(logs.ROOT)
+    for handler in log.handlers:
+        handler.setFormatter(logs.Lines("json") if form == "json" else None)
+    log.setLevel(logging.INFO if form == "json" and not quiet else logging.WARNING)
+
+
+def _json_lines() -> logs.Lines | None:
+    """What writes the log as JSON; None where it is for people."""
+    formatters = (handler.formatter for handler in logging.getLogger(logs.ROOT).handlers)
+    return next((f for f in formatters if isinstance(f, logs.Lines)), None)
+
+
+def _say_end(event: str, message: str, code: int, traceback: bool = False) -> None:
+    """Why the command ends as it does, on stderr."""
+    if _json_lines() is None:
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        errors.print("afn:", printable(message, keep="\n"), markup=False)
+    else:
+        fields = {"event": event, "exit_code": code}
+        logging.getLogger(logs.ROOT).error("%s", message, extra={"afn": fields}, exc_info=traceback)
 
 
 @contextlib.contextmanager
@@ -118,6 +144,7 @@ def _run(args: argparse.Namespace) -> None:
     from afn_ray import settings
 
     config = settings.config_from(given, args.config)
+    _log_as(config.log_format, args.quiet)
     from afn_ray import job
 
     console = Console(stderr=True, highlight=False)
@@ -133,6 +160,18 @@ def _run(args: argparse.Namespace) -> None:
         print(uri)
     else:
         print(f"\nNext: afn show {_shell(config.store)}\n      afn sql {_shell(config.store)}")
+
+
+def _status(args: argparse.Namespace) -> int:
+    from afn_ray import status
+
+    found = status.read_status(args.run, args.last)
+    if args.json:
+        print(json.dumps([status.to_json(one) for one in found], indent=1))
+    else:
+        for line in status.lines(found[0]) if len(found) == 1 else status.table(found):
+            print(printable(line))
+    return found[0].exit_code
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -213,6 +252,7 @@ def _audit(args: argparse.Namespace) -> int:
 
     connection.lost_exit_code = AUDIT_FAILED
     config, policy = settings.config_from({}, args.config), audit.read_policy(args.policy)
+    _log_as(config.log_format, args.quiet)
     url = args.webhook or os.environ.get("AFN_WEBHOOK")
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
@@ -235,7 +275,7 @@ def _audit(args: argparse.Namespace) -> int:
         except Exception as error:  # noqa: BLE001 - a page is worth no verdict
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
-        errors.print("afn:", printable(failure), markup=False, soft_wrap=True)
+        logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
     try:
         for line in audit.lines(found):
             print(printable(line))
@@ -382,7 +422,7 @@ def _gc(args: argparse.Namespace) -> None:
 
 
 def _now_and_then() -> Callable[[str], None]:
-    """Prints what it is told on stderr, every ten seconds at most."""
+    """Prints what it is told on stderr, every half a minute at most."""
     console, last = Console(stderr=True, highlight=False), time.monotonic()
 
     def say(message: str) -> None:
@@ -411,9 +451,11 @@ def _shell(text: str) -> str:
 
 @contextlib.contextmanager
 def _progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
-    """Shows events: a live bar on a terminal, else a line when something ends and every ten seconds."""
+    """Shows events: a live bar on a terminal, else a line when something ends and every half a minute."""
     if quiet:
         yield lambda event: None
+    elif (lines := _json_lines()) is not None:
+        yield _log_json(lines)
     elif console.is_terminal:
         with _live(console) as on_event:
             yield on_event
@@ -437,8 +479,9 @@ def _live(console: Console) -> Iterator[OnEvent]:
                 progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
             elif event.state is not None:
                 state = event.state
-                done = len(state.commits) + len(state.failures)
-                progress.update(task, description="shards", completed=done, total=state.num_shards, note=_note(event))
+                progress.update(
+                    task, description="shards", completed=state.num_done, total=state.num_shards, note=_note(event)
+                )
             else:
                 progress.update(task, description=event.message, completed=0, total=None, note="")
 
@@ -458,8 +501,37 @@ def _log(console: Console) -> OnEvent:
             if state is None:
                 console.print(f"{event.message}: {event.done:,} of {event.total:,} files", markup=False)
             else:
-                done = len(state.commits) + len(state.failures)
-                console.print(f"shards {done}/{state.num_shards}  {_note(event)}", markup=False, soft_wrap=True)
+                console.print(
+                    f"shards {state.num_done}/{state.num_shards}  {_note(event)}", markup=False, soft_wrap=True
+                )
+
+    return on_event
+
+
+def _log_json(lines: logs.Lines) -> OnEvent:
+    """Events as records; progress no more often than for people."""
+    last, log = 0.0, logging.getLogger(logs.ROOT)
+
+    def on_event(event: Event) -> None:
+        nonlocal last
+        if event.run:
+            lines.about["run"] = event.run
+        state = event.state
+        if state is None and event.kind != "hashing":
+            level = logging.WARNING if event.kind == "warning" else logging.INFO
+            logs.tell(log, event.kind, event.message.removeprefix("warning: "), level=level)
+        elif time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            if state is None:
+                logs.tell(log, "hashing", event.message, counts={"files_done": event.done, "files": event.total})
+                return
+            counts = {
+                "shards": state.num_shards, "done": len(state.commits), "quarantined": len(state.failures),
+                "running": state.num_running, "retries": state.retries, "workers": state.num_workers,
+                "workers_ready": state.num_ready, "documents": state.live.documents, "tokens": state.live.tokens,
+            }  # fmt: skip
+            logs.tell(log, "progress", _note(event), counts=counts, tokens_per_s=round(state.tokens_per_s, 1),
+                      left_s=state.left_s and round(state.left_s))  # fmt: skip
 
     return on_event
 
@@ -470,29 +542,20 @@ def _note(event: Event) -> str:
     state, live = event.state, event.state.live
     if not state.num_ready and not state.commits:
         return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
-    rate = live.tokens / state.seconds if state.seconds else 0.0
-    done = len(state.commits) + len(state.failures)
-    parts = [f"{live.documents:,} documents", f"{rate:,.0f} tokens/s"]
+    from afn_ray import status
+
+    parts = [f"{live.documents:,} documents", f"{state.tokens_per_s:,.0f} tokens/s"]
     if live.tokens:
         parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
-    if done:
-        left = state.seconds / done * (state.num_shards - done)
-        parts.append(f"{left:,.0f} s left" if left < 600 else f"{left / 60:,.0f} min left")
-    if waits := _waits(live):
+    if (left_s := state.left_s) is not None:
+        parts.append(f"{left_s:,.0f} s left" if left_s < 600 else f"{left_s / 60:,.0f} min left")
+    if waits := status.waits(live):
         parts.append(waits)
     if state.retries:
         parts.append(f"{state.retries} retried")
     if state.failures:
         parts.append(f"{len(state.failures)} FAILED")
     return ", ".join(parts)
-
-
-def _waits(live: Progress) -> str:
-    """What the models wait for, where that takes a fifth of their time."""
-    if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
-        return ""
-    share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
-    return share + ("the tokenizer: try more --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
 
 
 def _print_estimate(e: Estimate, console: Console) -> None:
@@ -534,7 +597,7 @@ def _duration(seconds: float) -> str:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "run": _run, "show": _show, "compare": _compare, "claims": _claims, "neurons": _neurons, "audit": _audit,
-    "sql": _sql, "explain": _explain, "report": _report, "verify": _verify, "gc": _gc, "doctor": _doctor,
-    "demo": _demo, "bench": _bench,
+    "run": _run, "status": _status, "show": _show, "compare": _compare, "claims": _claims, "neurons": _neurons,
+    "audit": _audit, "sql": _sql, "explain": _explain, "report": _report, "verify": _verify, "gc": _gc,
+    "doctor": _doctor, "demo": _demo, "bench": _bench,
 }  # fmt: skip

@@ -18,6 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "executor": ("auto", "ray", "inline"),
     "neurons_of": ("all", "high"),
+    "log_format": ("text", "json"),
 }
 SIGNAL = re.compile(r"[a-z][a-z_]*")
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
@@ -81,6 +82,7 @@ class RunConfig:
     )
     allow_quarantined: int = _option(0, "shards that may be missing from a run that counts as complete")
     scratch: str | None = _option(None, "local folder for unfinished files; default: the system's")
+    log_format: str = _option("text", "of the log on stderr and of workers' logs; json: one object per line")
     trust_remote_code: bool = _option(False, "run Python code that comes with the model")
     allow_pickle: bool = _option(False, "load pickled weights, which can run code, where there are no safetensors")
     allow_untested: bool = _option(False, "try a model of a family that has no test")

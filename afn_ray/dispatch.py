@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+from afn_ray import logs
 from afn_ray.errors import (
     AfnError,
     ConfigError,
@@ -52,6 +54,8 @@ DEADLINE_BYTES = 1 << 20
 """Smaller shards count as this large: what they take is no measure for large ones."""
 LONGEST_PAUSE_S = 60.0
 """Between two starts of workers while starts fail."""
+
+_log = logging.getLogger(__name__)
 
 
 class Cause(Enum):
@@ -158,9 +162,29 @@ class State:
     failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
     stopped: str = ""  # why shards were left undone, where they were
     retries: int = 0
+    num_lost: int = 0  # processes of workers that died or were ended in the midst
+    num_running: int = 0  # shards on workers
+    counts: Counter[str] = field(default_factory=Counter)  # sums of the commits' counts, and shards, bytes in and out
+    fresh_s: list[float] = field(default_factory=list)  # for which each shard held a model, of those done since a look
     live: Progress = field(default_factory=Progress)
     seconds: float = 0.0  # since the first worker was ready
     notices: list[str] = field(default_factory=list)  # what a person should know
+    waits_for: str = ""  # the notice that no worker is there, while that is so
+
+    @property
+    def num_done(self) -> int:
+        """Shards of this call that need no more work: committed or quarantined."""
+        return len(self.commits) + len(self.failures)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all workers, since the first was ready."""
+        return self.live.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the last shard at the pace so far; None while there is none."""
+        return self.seconds / self.num_done * (self.num_shards - self.num_done) if self.num_done else None
 
 
 OnState = Callable[[State], None]
@@ -229,6 +253,7 @@ class Dispatcher:
         self._todo = deque(shards)
         self._suspects: deque[Shard] = deque()
         self._records: dict[str, _Record] = {}
+        self._tries: Counter[str] = Counter()  # of shards that are not done
         self._running: dict[int, dict[str, _Flight]] = {}  # by worker that is ready; by shard
         self._leaving: set[int] = set()
         self._silent: set[int] = set()
@@ -285,6 +310,9 @@ class Dispatcher:
 
     def _hand(self, worker: int, shard: Shard) -> None:
         self._running[worker][shard.id] = _Flight(shard, self._clock(), self._clock())
+        self._tries[shard.id] += 1
+        logs.tell(_log, "shard_handed", f"shard {shard.id} goes to worker {worker}", shard=shard.id, worker=worker,
+                  tries=self._tries[shard.id], uri=shard.slices[0].uri, bytes=shard.num_bytes)  # fmt: skip
         record = self._records.get(shard.id)
         self._pool.hand(worker, shard, record.halvings if record else 0)
 
@@ -296,6 +324,8 @@ class Dispatcher:
         return [flight.shard for flight in self._running.pop(worker, {}).values()]
 
     def _replace(self, worker: int) -> list[Shard]:
+        self.state.num_lost += 1
+        logs.tell(_log, "worker_replaced", f"worker {worker} gets a new process", worker=worker)
         shards = self._forget(worker)
         self._pool.replace(worker)
         return shards
@@ -307,6 +337,7 @@ class Dispatcher:
             self._running[event.worker] = {}
             self._room[event.worker] = None
             self._failed_starts = 0
+            logs.tell(_log, "worker_ready", f"worker {event.worker} has loaded the model", worker=event.worker)
             self._began = self._began if self._began is not None else self._clock()
         elif isinstance(event, Silent):
             if event.worker in self._running:  # not of a process that was replaced in the meantime
@@ -324,7 +355,7 @@ class Dispatcher:
             for other in self._running[event.worker].values():
                 other.since = self._clock()
             if isinstance(event, Done):
-                self._done(flight, event.commit)
+                self._done(event.worker, flight, event.commit)
             else:
                 self._failed(event.worker, flight.shard, event.error)
             if event.worker in self._leaving:
@@ -336,28 +367,39 @@ class Dispatcher:
         if not self._running[worker]:
             self._replace(worker)  # elsewhere, before its node takes it down
 
-    def _done(self, flight: _Flight, commit: Commit) -> None:
-        self.state.commits[flight.shard.id] = commit
+    def _done(self, worker: int, flight: _Flight, commit: Commit) -> None:
+        self._count(worker, flight.shard, commit)
         took_s = self._clock() - flight.since
         self._slowest = max(self._slowest, took_s / max(DEADLINE_BYTES, flight.shard.num_bytes))
         self._quarantines = self._unanswered = 0
+
+    def _count(self, worker: int, shard: Shard, commit: Commit) -> None:
+        state = self.state
+        state.commits[shard.id] = commit
+        state.fresh_s.append(commit.seconds)
+        state.counts.update(commit.counts)
+        num_written = sum(file["bytes"] for file in commit.files.values())
+        state.counts.update(shards=1, bytes_read=shard.num_bytes, bytes_written=num_written)
+        logs.tell(_log, "shard_done", f"shard {shard.id} is committed", shard=shard.id, attempt=commit.attempt,
+                  worker=worker, tries=self._tries.pop(shard.id, 1), counts=commit.counts, seconds=commit.seconds,
+                  bytes=num_written)  # fmt: skip
 
     def _failed(self, worker: int, shard: Shard, error: BaseException) -> None:
         if isinstance(error, Unavailable):
             self._unanswered += 1
             if self._unanswered >= UNANSWERED_IN_ROW * max(1, len(self._running)):
                 raise error
-            self._again(shard)
+            self._again(shard, self._todo, reason(error))
             if self._pool.can_replace:  # perhaps it is only this worker's network
                 self._todo.extend(self._replace(worker))
             return
         if isinstance(error, ConfigError | Interrupted) or not isinstance(error, Exception):
             raise error
         if isinstance(error, CorpusChanged):
-            self.state.failures[shard.id] = reason(error)  # no sign of a fault that all shards share
+            self._quarantine(shard, reason(error))  # no sign of a fault that all shards share
             return
         if isinstance(error, OutOfMemory) and self._halve(shard):
-            self._again(shard)
+            self._again(shard, self._todo, reason(error))
             return
         if isinstance(error, HelperDied):
             others = self._replace(worker) if self._pool.can_replace else []
@@ -371,6 +413,9 @@ class Dispatcher:
 
     def _gone(self, event: Gone) -> None:
         shards = self._forget(event.worker)
+        self.state.num_lost += 1
+        logs.tell(_log, "worker_gone", f"{event.cause.value}: worker {event.worker}", level=logging.WARNING,
+                  worker=event.worker, reason=event.cause.value, shards=[s.id for s in shards])  # fmt: skip
         if event.cause in (Cause.START, Cause.LOADING):
             self._todo.extendleft(reversed(shards))  # of a process before, if any
             self._failed_starts += 1
@@ -380,8 +425,8 @@ class Dispatcher:
             if self._began is None and self._failed_starts >= enough:  # later there may be other places, other times
                 raise event.error or ModelError(event.cause.value)
         elif event.cause is Cause.NODE:
-            self._todo.extendleft(reversed(shards))
-            self.state.retries += len(shards)
+            for shard in reversed(shards):
+                self._again(shard, self._todo, event.cause.value, soon=True)
         else:
             self._blame(shards, event.cause.value, memory=event.cause is Cause.MEMORY)
 
@@ -392,8 +437,7 @@ class Dispatcher:
         alone = len(shards) == 1 if alone is None else alone
         for shard in shards:
             if (memory and self._halve(shard)) or not alone:
-                self.state.retries += 1
-                self._suspects.append(shard)
+                self._again(shard, self._suspects, why)
             else:
                 self._halve(shard)  # the kernel kills for want of memory too, and does not say so
                 self._charge(shard, f"{why}, with this shard alone on it", self._suspects)
@@ -403,18 +447,24 @@ class Dispatcher:
         record.halvings += 1
         return record.halvings <= HALVINGS
 
-    def _again(self, shard: Shard) -> None:
+    def _again(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
         self.state.retries += 1
-        self._todo.append(shard)
+        (queue.appendleft if soon else queue.append)(shard)
+        logs.tell(_log, "shard_retried", f"shard {shard.id} is tried again: {why}", level=logging.WARNING,
+                  shard=shard.id, tries=self._tries[shard.id], uri=shard.slices[0].uri, reason=why)  # fmt: skip
+
+    def _quarantine(self, shard: Shard, why: str) -> None:
+        self.state.failures[shard.id] = why
+        logs.tell(_log, "shard_quarantined", f"shard {shard.id} is quarantined: {why}", level=logging.ERROR,
+                  shard=shard.id, tries=self._tries.pop(shard.id, 1), uri=shard.slices[0].uri, reason=why)  # fmt: skip
 
     def _charge(self, shard: Shard, why: str, queue: deque[Shard]) -> None:
         record = self._records.setdefault(shard.id, _Record())
         record.charges += 1
         if record.charges < ATTEMPTS:
-            self.state.retries += 1
-            queue.appendleft(shard)  # soon: a fault of all shards shows before all were tried
+            self._again(shard, queue, why, soon=True)  # a fault of all shards shows before all were tried
             return
-        self.state.failures[shard.id] = why
+        self._quarantine(shard, why)
         self._quarantines += 1
         if self._quarantines >= self._max_quarantines:
             self.state.stopped = f"{self._quarantines} shards in a row were quarantined and none was done between"
@@ -426,16 +476,20 @@ class Dispatcher:
         self._end_hung()
         if self._running.keys() - self._silent:
             self._patience.reset()
+            self.state.waits_for = ""
         elif (notice := self._patience.check()) is not None:
             self.state.notices.append(notice)
+            self.state.waits_for = notice
         self._report()
 
     def _report(self) -> None:
         state = self.state
         state.num_ready = len(self._running)
+        state.num_running = sum(map(len, self._running.values()))
         state.live = self._pool.progress()
         state.seconds = self._clock() - self._began if self._began is not None else 0.0
         self._on_state(state)
+        state.fresh_s.clear()
 
     def _end_hung(self) -> None:
         now = self._clock()
@@ -475,8 +529,8 @@ class Dispatcher:
         while any(self._running.values()) and (left := end - self._clock()) > 0:
             for event in self._pool.wait(min(left, 0.2)):
                 if isinstance(event, Done):
-                    self.state.commits[event.shard] = event.commit
-                    self._running.get(event.worker, {}).pop(event.shard, None)
+                    if flight := self._running.get(event.worker, {}).pop(event.shard, None):
+                        self._count(event.worker, flight.shard, event.commit)
                 elif isinstance(event, Silent):
                     self._forget(event.worker)
         self._report()

@@ -15,6 +15,10 @@ from afn_ray.errors import ConfigError
 EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
 VERIFY_EPILOG = "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from the store"
 GC_EPILOG = "exit codes: 0 listed, or deleted; 2 usage, or a plan that cannot be read; 75 stopped, resumable"
+STATUS_EPILOG = (
+    "exit codes, of the newest run: 0 complete; 1 failed; 2 usage, or neither a store nor a run; 3 under way; "
+    "75 stopped, or no word from its driver: the same 'afn run' command resumes"
+)
 AUDIT_EPILOG = (
     "exit codes: 0 the policy holds; 1 it is broken; 2 the audit failed or was stopped, and the same command resumes it"
 )
@@ -34,6 +38,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+
+    status = commands.add_parser(
+        "status", help="how far runs are: progress, rate, time left, failures, what they wait for",
+        epilog=STATUS_EPILOG,
+        description="Reads what a run's driver writes into the store every ten seconds, from anywhere.",
+    )  # fmt: skip
+    status.add_argument("run", metavar="RUN|STORE", help="a run's URI, or a store's for all its runs, newest first")
+    status.add_argument("--last", type=_positive, default=20, metavar="N", help="runs of a store to list (default: 20)")
+    status.add_argument("--json", action="store_true", help="print a JSON list, newest first")
+    status.set_defaults(command="status")
 
     show = commands.add_parser("show", help="what a run is, and its honest summary", epilog=EPILOG)
     show.add_argument("run", metavar="RUN", help=RUN_HELP)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, dispatch, lexicon, manifest, outliers, pipeline, precision, screen, storage
+from afn_ray import cluster, corpus, dispatch, lexicon, manifest, outliers, pipeline, precision, screen, status, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
@@ -41,6 +41,7 @@ class Event:
     state: dispatch.State | None = None  # of "working"
     done: int = 0  # of "hashing": files
     total: int = 0
+    run: str = ""  # its name, once it has one: of "planned"
 
 
 OnEvent = Callable[[Event], None]
@@ -81,10 +82,15 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_onl
     ``allow_quarantined``. Raises ``ConfigError`` before any work, ``IncompleteRun`` when shards were given up or are
     lacking (the others are committed), ``Interrupted`` when the call can be repeated to resume.
     """
-    began = time.monotonic()
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
+    with status.reported(config) as reporter:
+        return _run(config, _reporting(reporter, on_event), reporter, reduce_only=reduce_only)
+
+
+def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, reduce_only: bool) -> Run:
+    began = time.monotonic()
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = pipeline.find_model(config)
     task, measure = pipeline.prepare(config, files, device, "float32")
@@ -114,10 +120,12 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_onl
     if not reduce_only:
         commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
     todo = [s for s in plan.shards if s.id not in commits]
+    reporter.begin(folder, plan.shards, commits)
+    task = replace(task, run=folder.id)
     on_event(
         Event("planned", f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
                          f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
-                         f"{len(todo):,} to do")
+                         f"{len(todo):,} to do", run=folder.id)
     )  # fmt: skip
     state = dispatch.State(0)
     if reduce_only:
@@ -335,6 +343,23 @@ def _in_turns(documents: Sequence[Document]) -> list[str]:
         by_source.setdefault(document.source, []).append(document.text)
     rows = itertools.zip_longest(*by_source.values())
     return [text for row in rows for text in row if text is not None]
+
+
+def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
+    """``on_event``, and the run's status goes along."""
+
+    def both(event: Event) -> None:
+        if event.state is not None:
+            reporter.working(event.state)
+        elif event.kind == "warning":
+            reporter.notice(event.message.removeprefix("warning: "))
+        elif event.kind == "hashing":
+            reporter.phase("planning", f"read {event.done:,} of {event.total:,} files")
+        elif event.kind in ("pilot", "starting", "reducing", "screening"):
+            reporter.phase(event.kind, event.message)
+        on_event(event)
+
+    return both
 
 
 def _working(on_event: OnEvent) -> dispatch.OnState:

@@ -8,9 +8,12 @@ Layout of a store::
     runs/<run>/run.json                               written once, last; its existence means complete
     runs/<run>/audited.json                           an audit has given its verdict on the run
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
+    runs/<run>/status.json                            how far it is, for people; replaced while it is under way
+    planning.json                                     the same of a run that has no name yet
 
-Each says itself whether it is whole: a JSON file carries a checksum of all its other bytes (``sealed``), and what
-is in Parquet is listed with size and checksum in the commit.json or run.json that names it.
+Nothing relies on the two that tell how far a run is. Of the others each says itself whether it is whole: a JSON file
+carries a checksum of all its other bytes (``sealed``), and what is in Parquet is listed with size and checksum in the
+commit.json or run.json that names it.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen
 HEX = re.compile("[0-9a-f]{32}")
 PROBE = re.compile("probe-[0-9a-f]{32}")
 SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
-RUN_FILE = re.compile(rf"run\.json|audited\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
+STATUS, PLANNING = "status.json", "planning.json"
+RUN_FILE = re.compile(rf"(run|audited|status)\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
 STAMP = "%Y%m%dT%H%M%S.%fZ"
 """Of the beginning of a run, at the beginning of its name."""
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
@@ -74,6 +78,7 @@ class StoreFiles:
     runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
     pilots: list[str] = field(default_factory=list)  # names
     probes: list[storage.StoredFile] = field(default_factory=list)  # of runs killed as they tried to write
+    planning: list[storage.StoredFile] = field(default_factory=list)  # how far a run is that has no name yet
     foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
 
 
@@ -90,8 +95,10 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
                 there.runs.setdefault(run, []).append(file)
             case ["pilots", name] if name.endswith(".json"):
                 there.pilots.append(name)
-            case [name] if PROBE.fullmatch(_final(name)):
+            case [name] if PROBE.fullmatch(_final(name)) or (_final(name) == PLANNING != name):
                 there.probes.append(file)
+            case [name] if name == PLANNING:
+                there.planning.append(file)
             case _:
                 there.foreign.append(file.uri)
     return there

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
+import logging
 import shutil
 import tempfile
 import threading
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray import manifest, model, neurons, reading, records, tokens
+from afn_ray import logs, manifest, model, neurons, reading, records, tokens
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
@@ -55,6 +56,8 @@ MOST_NUMBERS = 640
 WRITTEN_BEHIND = 2
 """Chunks that wait for the writing thread: bounds memory."""
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -71,6 +74,8 @@ class Task:
     neuron_layers: tuple[int, ...] = ()  # of which neurons are recorded
     neurons_above: tuple[float, ...] = ()  # of each of these the strength from which on they are; empty: of all tokens
     tagged: bool = False  # the corpus is labelled
+    run: str = ""  # its name, and the worker's number: for what is logged
+    worker: int = 0
 
 
 @dataclass(slots=True)
@@ -233,6 +238,25 @@ class Processor:
         for a full disk, ``Unavailable`` where the store or the corpus does not answer, ``StoreError`` for a store that
         fails.
         """
+        attempt = uuid.uuid4().hex[:16]
+        known: dict[str, Any] = {"run": self.task.run, "worker": self.task.worker}
+        known |= {"shard": shard.id, "attempt": attempt}
+        logs.tell(_log, "attempt_began", f"reads {shard.slices[0].uri}", **known, bytes=shard.num_bytes,
+                  halvings=halvings)  # fmt: skip
+        began = time.monotonic()
+        try:
+            commit = self._process(shard, halvings, attempt)
+        except BaseException as error:
+            logs.tell(_log, "attempt_failed", f"{type(error).__name__}: {error}", level=logging.WARNING, **known,
+                      seconds=round(time.monotonic() - began, 3))  # fmt: skip
+            raise
+        ours = commit.attempt == attempt
+        message = "is committed" if ours else f"attempt {commit.attempt} had committed the shard before"
+        logs.tell(_log, "attempt_committed" if ours else "attempt_lost", message, **known, counts=commit.counts,
+                  seconds=round(time.monotonic() - began, 3))  # fmt: skip
+        return commit
+
+    def _process(self, shard: Shard, halvings: int, attempt: str) -> manifest.Commit:
         config = self.task.config
         if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id)) is not None:
             return commit  # another run, or an attempt whose answer was lost, was here first
@@ -242,7 +266,6 @@ class Processor:
         summary = Summary(self.task.series, self.task.tagged)
         pairs = neurons.PairSummary(self.task.neuron_layers)
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
-        attempt = uuid.uuid4().hex[:16]
         origin = {"measure": self.task.measure_id, "shard": shard.id, "attempt": attempt}
         with _scratch_folder(config) as folder:
             with records.ShardFiles(

@@ -432,6 +432,26 @@ def _link_new(target: Path, data: bytes) -> None:
     _sync_folder(target.parent)
 
 
+def write_over(uri: str, data: bytes) -> None:
+    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. Asks once: no result goes this way.
+
+    Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two is there.
+    """
+    fs, path = open_filesystem(uri)
+    local = isinstance(fs, LocalFileSystem)
+    write = (lambda: _replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
+    with _named("writing", uri, StoreError):
+        patiently(write, f"writing {uri}", local=local, retry_for_s=0)
+
+
+def _replace(target: Path, data: bytes) -> None:
+    temporary = _write_temporary(target, data)
+    try:
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def upload(local: Path, uri: str) -> None:
     """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before its commit."""
     fs, path = open_filesystem(uri)
@@ -484,6 +504,13 @@ def remove_if_empty(uri: str) -> None:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
+
+
+def modified_s(uri: str) -> float | None:
+    """When ``uri`` was written, Unix time by its filesystem's clock; None when there is no such file."""
+    fs, path = open_filesystem(uri)
+    info = _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
+    return None if info is None else _modified_s(info)
 
 
 def clock_s(uri: str) -> float:

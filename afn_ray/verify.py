@@ -513,6 +513,7 @@ def _names_of(folder: manifest.RunFolder) -> set[str]:
         "plan.parquet",
         "run.json",
         "audited.json",
+        manifest.STATUS,
         *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t),
     }
 

@@ -180,12 +180,13 @@ def test_the_parser_has_no_option_without_help() -> None:
     ],
 )  # fmt: skip
 def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, float], says: str) -> None:
+    from afn_ray import status
     from afn_ray.cluster import State
     from afn_ray.job import Event
     from afn_ray.pipeline import Progress
 
     live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
-    assert cli._waits(live) == says
+    assert status.waits(live) == says
     state = State(4, 1, 1, live=live, seconds=10.0)
     assert (says or "10 tokens/s") in cli._note(Event("working", "", state=state))
 

@@ -138,15 +138,16 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
     m, s, a, run = "1" * 32, "2" * 32, "a" * 16, "20260102T030405.678Z-0123456789ab"
     ours = {
         "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", f"{a}-tokens.parquet", f".commit.json-{m}")],
-        "runs": [f"runs/{run}/{n}" for n in ("run.json", f"thresholds-{a}.parquet", f".plan.parquet-{m}")],
+        "runs": [f"runs/{run}/{n}" for n in ("run.json", "status.json", f"thresholds-{a}.parquet", f".plan.parquet-{m}")],
         "pilots": ["pilots/abc.json"],
-        "probes": [f"probe-{m}", f".probe-{m}-{m}"],
+        "probes": [f"probe-{m}", f".probe-{m}-{m}", f".planning.json-{m}"],
+        "planning": ["planning.json"],
     }  # fmt: skip
     foreign = [
         f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
         f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet",
         f"runs/{run}/.notes-{m}",
-        "runs/run.json", "run.json", "pilots/abc.txt", "probe-of-mine",
+        "runs/run.json", "run.json", "status.json", f"runs/{run}/planning.json", "pilots/abc.txt", "probe-of-mine",
     ]  # fmt: skip
     root = storage.absolute(store)
     files = [storage.StoredFile(f"{root}/{name}", 1, 0.0) for name in (*itertools.chain(*ours.values()), *foreign)]
@@ -154,6 +155,7 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
     assert [f.uri for f in there.shards.pop((m, s))] == [f"{root}/{n}" for n in ours["shards"]] and not there.shards
     assert [f.uri for f in there.runs.pop(run)] == [f"{root}/{n}" for n in ours["runs"]] and not there.runs
     assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [f"{root}/{n}" for n in ours["probes"]]
+    assert [f.uri for f in there.planning] == [f"{root}/planning.json"]
     assert there.foreign == [f"{root}/{n}" for n in foreign]
 
 

@@ -74,6 +74,7 @@ def test_command_line() -> None:
     [
         [],
         ["run"],
+        ["status"],
         ["show"],
         ["compare"],
         ["audit"],

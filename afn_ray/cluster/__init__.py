@@ -10,6 +10,7 @@ from typing import TypeVar
 from afn_ray import dispatch, model, storage
 from afn_ray.cluster.calls import RayTasks, call_on_place
 from afn_ray.cluster.connection import address, joined, num_units, units_for_workers
+from afn_ray.cluster.metrics import Published
 from afn_ray.cluster.pool import RayPool
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import Dispatcher, OnState, State
@@ -33,7 +34,16 @@ def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_st
         if runs_inline(config, shards):
             return _dispatch(InlinePool(task), config, shards, on_state)
         with joined(config):
-            return _dispatch(RayPool(task, config), config, shards, on_state)
+            published = Published(task.run)
+
+            def seen(state: State) -> None:
+                published.publish(state)
+                on_state(state)
+
+            try:
+                return _dispatch(RayPool(task, config), config, shards, seen)
+            finally:
+                published.close()
     finally:
         sweep_scratch(config)  # workers are killed, not asked
 

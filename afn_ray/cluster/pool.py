@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from afn_ray import dispatch
+from afn_ray import dispatch, logs
 from afn_ray.cluster.connection import address, cause_of, lack, needs, num_units, start_error, units_for_workers
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
@@ -30,6 +30,7 @@ class _Worker:
 
     def __init__(self, task: Task) -> None:
         self._error: Exception | None = None
+        logs.to_stderr(task.config.log_format, run=task.run, worker=task.worker)
         try:
             self._processor = Processor(task)
         except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
@@ -118,7 +119,7 @@ class RayPool:
             )
         while len(self._actors) < min(self._num_wanted, num_useful):
             self._last += 1
-            self._actors[self._last] = actor = _Actor(self._class.remote(self._task))
+            self._actors[self._last] = actor = _Actor(self._class.remote(replace(self._task, worker=self._last)))
             self._ask(actor)
         return len(self._actors)
 

@@ -1,0 +1,53 @@
+"""What happens as log records with fields, and as lines: one JSON object each for machines, plain ones for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from afn_ray.errors import printable
+
+ROOT = "afn_ray"
+"""The logger above all of the package's."""
+
+
+def tell(log: logging.Logger, event: str, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
+    """Log ``message`` as ``event``, a word for machines, with ``fields`` that JSON can hold.
+
+    Fields are names, counts and reasons: never text of the corpus, and nothing of the environment.
+    """
+    if log.isEnabledFor(level):
+        log.log(level, "%s", message, extra={"afn": {"event": event, **fields}})
+
+
+class Lines(logging.Formatter):
+    """One line a record. ``about``: fields of all of them, such as the run, known now or later."""
+
+    def __init__(self, form: str, **about: Any) -> None:
+        """``form``: "json" or "text"."""
+        super().__init__()
+        self.is_json, self.about = form == "json", about
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        level, message = record.levelname.lower(), record.getMessage()
+        fields = {**self.about, **getattr(record, "afn", {"event": "log"})}
+        if not self.is_json:
+            known = [f"{name} {fields[name]}" for name in ("run", "shard", "attempt", "worker") if name in fields]
+            return printable(f"{at} {level} {' '.join(known)}: {message}")
+        line = {"time": at, "level": level, "event": fields.pop("event"), **fields, "message": message}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)  # ASCII: what acts on a terminal is escaped
+
+
+def to_stderr(form: str, **about: Any) -> None:
+    """From now on this process writes all that the package logs to stderr as ``Lines``; for a process of our own."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines(form, **about))
+    log = logging.getLogger(ROOT)
+    log.handlers[:], log.propagate = [handler], False
+    log.setLevel(logging.INFO)

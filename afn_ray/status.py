@@ -1,0 +1,380 @@
+"""How far a run is: a small file in its folder that its driver replaces now and then, and that anyone may read.
+
+Nothing relies on it. Two drivers of one run replace each other's; a store that refuses it is told of once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from afn_ray import manifest, storage
+from afn_ray.config import RunConfig
+from afn_ray.dispatch import State
+from afn_ray.errors import AfnError, Interrupted, StoreError, count
+from afn_ray.manifest import PLANNING, STATUS, Commit, RunFolder
+from afn_ray.pipeline import Progress
+from afn_ray.schema import Shard
+
+EVERY_S = 10.0
+"""Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after the one before."""
+LEAST_S = 1.0
+END_S = 2.0
+"""What the last write may take: a job that is stopped is killed soon after."""
+SILENT_S = 60.0
+"""A driver that has not written for so long is thought to be dead."""
+MOST_TOLD = 20
+"""Failures, and of them the newest notices, that the file lists."""
+COMPLETE, FAILED, USAGE, UNDER_WAY, STOPPED = 0, 1, 2, 3, 75
+"""Exit codes of ``afn status``."""
+EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silent": STOPPED}
+
+_log = logging.getLogger(__name__)
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+class Reporter:
+    """Writes the status of one call of a run, on a thread of its own: a store that is slow holds up nobody."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._store, self._uri = config.store, storage.join(config.store, PLANNING)
+        self._body: dict[str, Any] = {
+            "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": _now(), "written_at": "",
+            "host": socket.gethostname(), "pid": os.getpid(), "every_s": EVERY_S, "corpus": list(config.corpus),
+            "model": config.model, "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
+            "documents_quarantined": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0, "tokens_per_s": 0.0,
+            "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0, "notices": [],
+            "exit_code": None, "reason": "",
+        }  # fmt: skip
+        self._shards: Sequence[Shard] = ()
+        self._reused: dict[str, int] = {}
+        self._changed, self._over = threading.Event(), threading.Event()
+        self._refused = False
+        self._thread = threading.Thread(target=self._write_often, name="afn-status", daemon=True)
+        self._thread.start()
+
+    def begin(self, run: RunFolder, shards: Sequence[Shard], commits: dict[str, Commit]) -> None:
+        """The run has a name and a plan, ``shards``, of which the store has ``commits``."""
+        self._shards = shards
+        self._reused = {k: sum(c.counts[k] for c in commits.values()) for k in ("tokens", "documents", "quarantined")}
+        self._uri = storage.join(run.uri, STATUS)
+        self._set(run=run.id, shards=_shards_of(len(shards), len(commits), State(0)),
+                  **_counts_of(self._reused, State(0)))  # fmt: skip
+
+    def phase(self, name: str, doing: str = "") -> None:
+        """What the run does now: "planning", "pilot", "starting", "reducing" or "screening"."""
+        if (name, doing) != (self._body["phase"], self._body["doing"]):
+            now = name != self._body["phase"]
+            self._set(phase=name, doing=doing, waits_for="", left_s=None)
+            if now:
+                self._changed.set()
+
+    def notice(self, text: str) -> None:
+        """What a person should know."""
+        self._set(notices=[*self._body["notices"], text][-MOST_TOLD:])
+
+    def working(self, state: State) -> None:
+        """How far the dispatcher is."""
+        before, num_before = self._body, self._body["shards"].get("done", 0)
+        shards = _shards_of(len(self._shards), len(self._shards) - state.num_shards, state)
+        self._set(
+            phase="working" if state.num_ready or state.num_done else "starting", doing="", shards=shards,
+            workers={"wanted": state.num_workers, "ready": state.num_ready, "lost": state.num_lost},
+            retries=state.retries, tokens_per_s=round(state.tokens_per_s, 1), left_s=state.left_s,
+            last_commit_at=_now() if shards["done"] > num_before else before["last_commit_at"],
+            waits_for=state.waits_for or _lack(state) or waits(state.live), num_failures=len(state.failures),
+            failures=self._failures(state), **_counts_of(self._reused, state),
+        )  # fmt: skip
+        if self._body["phase"] != before["phase"]:
+            self._changed.set()
+
+    def _failures(self, state: State) -> list[dict[str, str]]:
+        told: list[dict[str, str]] = self._body["failures"]
+        if len(told) == min(len(state.failures), MOST_TOLD):
+            return told
+        first = list(state.failures.items())[:MOST_TOLD]
+        wanted = {shard for shard, _ in first}
+        where = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
+        return [{"shard": shard, "uri": where[shard], "reason": why} for shard, why in first]
+
+    def end(self, phase: str, exit_code: int, reason: str) -> None:
+        """The last word: "complete", "stopped" (resumable) or "failed". Waits until it is written, but not for long."""
+        if phase == "complete" and not self._body["run"]:  # nothing was to do, and nothing is written
+            self._uri = ""
+        self._set(phase=phase, doing="", waits_for="", left_s=None, exit_code=exit_code, reason=reason)
+        self._over.set()
+        self._changed.set()
+        self._thread.join(END_S)
+
+    def _set(self, **values: Any) -> None:
+        self._body = {**self._body, **values}  # a new one: the thread may be at the old one
+
+    def _write_often(self) -> None:
+        planning, has_planning = self._uri, False
+        while not self._over.is_set():
+            self._over.wait(LEAST_S)
+            uri = self._uri
+            if uri and not self._over.is_set():
+                self._changed.clear()
+                self._write(uri)
+                has_planning = has_planning or uri == planning
+                self._changed.wait(EVERY_S - LEAST_S)
+            if has_planning and self._uri != planning:
+                storage.delete([planning])
+                has_planning = False
+        if self._uri:
+            self._write(self._uri)
+        if self._uri != planning:
+            storage.delete([planning])  # of another call, perhaps: this one has got further
+
+    def _write(self, uri: str) -> None:
+        body = {**self._body, "written_at": _now()}
+        try:
+            storage.write_over(uri, (json.dumps(body, indent=1) + "\n").encode())
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is worth no run
+            if not self._refused:
+                self._refused = True
+                _log.warning("the status of the run cannot be written, and it goes on without: %s", error)
+
+
+@contextlib.contextmanager
+def reported(config: RunConfig) -> Iterator[Reporter]:
+    """A reporter of one call, which learns how it ends."""
+    reporter = Reporter(config)
+    try:
+        yield reporter
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        code = error.exit_code if isinstance(error, AfnError) else Interrupted.exit_code if stopped else 1
+        reason = "" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+        reporter.end("stopped" if stopped else "failed", code, reason)
+        raise
+    reporter.end("complete", 0, "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _shards_of(num_planned: int, num_reused: int, state: State) -> dict[str, int]:
+    return {"planned": num_planned, "reused": num_reused, "done": num_reused + len(state.commits),
+            "running": state.num_running, "quarantined": len(state.failures)}  # fmt: skip
+
+
+def _counts_of(reused: dict[str, int], state: State) -> dict[str, int]:
+    """Of what is committed, that of earlier calls with it; bytes are of this call."""
+    total = {k: n + state.counts[k] for k, n in reused.items()}
+    total["documents_quarantined"] = total.pop("quarantined")
+    return {**total, "bytes_read": state.counts["bytes_read"], "bytes_written": state.counts["bytes_written"]}
+
+
+def _lack(state: State) -> str:
+    if state.num_ready or state.num_done:
+        return ""
+    return f"workers: 0 of {state.num_workers} have loaded the model"
+
+
+def waits(live: Progress) -> str:
+    """What the models wait for, where that takes a fifth of their time."""
+    if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
+        return ""
+    share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
+    return share + ("the tokenizer: try more --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is known of a run. ``state`` is its phase, or "silent" where its driver should have written and has not,
+    or "begun" where none has: it was killed at once, or is of an afn-ray before there were statuses."""
+
+    uri: str
+    state: str
+    age_s: float | None  # of the last word, by the store's clock; None for a run that has ended, or has no word
+    body: dict[str, Any]  # as the driver wrote it; of a complete run, what its run.json says
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES.get(self.state, STOPPED if self.state == "begun" else UNDER_WAY)
+
+
+def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
+    """Of the run at ``uri`` alone, or of the ``last`` runs of a store, newest first, one without a name yet before.
+
+    Raises ``StoreError`` where there is neither, ``Interrupted`` when the store does not answer.
+    """
+    uri = storage.absolute(uri).rstrip("/")
+    store, _, name = uri.rpartition("/runs/")
+    if name and "/" not in name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
+        return (_Look(store).run(name),)
+    names = sorted(storage.list_names(storage.join(uri, "runs")), reverse=True)[:last]
+    planning = storage.join(uri, PLANNING)
+    body = _read(planning)
+    if not names and body is None:
+        raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+    look = _Look(uri)
+    with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
+        runs = list(pool.map(look.run, names))
+    if body is not None:
+        runs.insert(0, look.judge(planning, planning, body))
+    return tuple(runs)
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    """None where there is no status that can be read: people look at it, and look again."""
+    data = storage.read_if_there(uri)
+    try:
+        body = json.loads(data) if data is not None else None
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) and body.get("schema_version") == 1 else None
+
+
+class _Look:
+    """One look at the runs of a store, which asks for its time at most once."""
+
+    def __init__(self, store: str) -> None:
+        self._store, self._now_s, self._asks = store, 0.0, threading.Lock()
+
+    def run(self, name: str) -> Status:
+        folder = manifest.open_folder(self._store, name)
+        if folder.info:
+            return Status(folder.uri, "complete", None, _body_of(folder.info))
+        uri = storage.join(folder.uri, STATUS)
+        body = _read(uri)
+        return Status(folder.uri, "begun", None, {"run": name}) if body is None else self.judge(folder.uri, uri, body)
+
+    def judge(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
+        if body["phase"] in EXIT_CODES:
+            return Status(run_uri, body["phase"], None, body)
+        modified_s = storage.modified_s(uri)
+        age_s = 0.0 if modified_s is None else max(0.0, self._now() - modified_s)  # None: its run has a name now
+        return Status(run_uri, "silent" if age_s > SILENT_S else body["phase"], age_s, body)
+
+    def _now(self) -> float:
+        with self._asks:
+            if not self._now_s:
+                try:
+                    self._now_s = storage.clock_s(self._store)
+                except StoreError:  # who may only read goes by the clock here
+                    self._now_s = time.time()
+            return self._now_s
+
+
+def _body_of(info: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of a complete run, under the names of a status."""
+    counts, quarantined = info["counts"], info.get("quarantined", [])
+    return {
+        "run": info["id"], "phase": "complete", "began_at": info["created_at"], "written_at": info["finished_at"],
+        "corpus": list(info["config"].get("corpus", [])), "model": info["config"].get("model", ""),
+        "shards": {"planned": counts.get("shards", 0) + len(quarantined), "reused": counts.get("shards_reused", 0),
+                   "done": counts.get("shards", 0), "running": 0, "quarantined": len(quarantined)},
+        "tokens": counts.get("tokens", 0), "documents": counts.get("documents", 0),
+        "documents_quarantined": counts.get("quarantined", 0), "failures": quarantined[:MOST_TOLD],
+        "num_failures": len(quarantined), "exit_code": 0,
+    }  # fmt: skip
+
+
+def to_json(status: Status) -> dict[str, Any]:
+    """``status`` for machines."""
+    age_s = None if status.age_s is None else round(status.age_s, 1)
+    return {"uri": status.uri, "state": status.state, "age_s": age_s, **status.body}
+
+
+# --- for people ------------------------------------------------------------------------------------------
+
+
+def lines(s: Status) -> Iterator[str]:
+    """One run, a line for each thing worth knowing."""
+    body = s.body
+    yield f"run      {s.uri}"
+    yield f"state    {_said_state(s)}"
+    if s.state == "begun":
+        return
+    by = f", by {body['host']} (pid {body['pid']})" if "host" in body else ""
+    yield f"begun    {body['began_at']}{by}"
+    yield f"corpus   {', '.join(body['corpus'])}"
+    live = s.state not in EXIT_CODES
+    if planned := body["shards"].get("planned"):
+        shards = body["shards"]
+        parts = [f"{shards['done']:,} of {planned:,} done ({shards['done'] / planned:.1%})"]
+        parts += [f"{shards['reused']:,} of them before"] if shards["reused"] else []
+        parts += [f"{shards['running']:,} on workers"] if live and shards["running"] else []
+        parts += [f"{shards['quarantined']:,} quarantined"] if shards["quarantined"] else []
+        parts += [f"{body['retries']:,} tried again"] if body.get("retries") else []
+        yield f"shards   {', '.join(parts)}"
+        bad = body["documents_quarantined"]
+        yield (f"tokens   {body['tokens']:,} of {count(body['documents'], 'document')}"
+               + (f", {bad:,} of them quarantined" if bad else ""))  # fmt: skip
+    if body.get("tokens_per_s"):
+        left = f", {said_time(body['left_s'])} left" if live and body["left_s"] is not None else ""
+        yield f"rate     {body['tokens_per_s']:,.0f} tokens/s{left}"
+    if live and body["workers"]:
+        lost = f", {body['workers']['lost']:,} lost so far" if body["workers"]["lost"] else ""
+        yield f"workers  {body['workers']['ready']:,} of {body['workers']['wanted']:,} ready{lost}"
+    if live and body["waits_for"]:
+        yield f"waits    {body['waits_for']}"
+    if body.get("last_commit_at"):
+        yield f"commit   the last at {body['last_commit_at']}"
+    for failure in body.get("failures", []):
+        yield f"failed   shard {failure['shard']} ({failure['uri']}): {failure['reason']}"
+    if (more := body.get("num_failures", 0) - len(body.get("failures", []))) > 0:
+        yield f"failed   and {count(more, 'more shard')}"
+    for notice in body.get("notices", [])[-3:]:
+        yield f"notice   {notice}"
+
+
+def _said_state(s: Status) -> str:
+    body = s.body
+    if s.state == "complete":
+        return f"complete since {body['written_at']}"
+    if s.state == "begun":
+        return "begun, and no word since: killed? The same 'afn run' command resumes"
+    reason = f": {body['reason'].splitlines()[0]}" if body["reason"] else ""
+    if s.state == "failed":
+        return f"failed at {body['written_at']}, exit code {body['exit_code']}{reason}"
+    if s.state == "stopped":
+        return f"stopped at {body['written_at']}, exit code {body['exit_code']}; the same command resumes{reason}"
+    doing = f" ({body['doing']})" if body["doing"] else ""
+    assert s.age_s is not None
+    if s.state == "silent":
+        return f"{body['phase']}{doing}, but no word for {said_time(s.age_s)}: killed? The same command resumes"
+    return f"{body['phase']}{doing}, told {said_time(s.age_s)} ago"
+
+
+def said_time(seconds: float) -> str:
+    """``seconds`` for people: 90 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def table(runs: Sequence[Status]) -> Iterator[str]:
+    """Runs of a store, one line each under a heading."""
+    rows = [("STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS")]
+    for s in runs:
+        shards = s.body.get("shards") or {}
+        rows.append((
+            s.state, s.body.get("began_at", "")[:16].replace("T", " "),
+            f"{shards['done']:,}/{shards['planned']:,}" if shards.get("planned") else "",
+            f"{s.body['tokens']:,}" if s.body.get("tokens") else "", s.body.get("run", ""),
+            ", ".join(s.body.get("corpus", [])),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        yield "  ".join(cells).rstrip()
