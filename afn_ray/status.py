@@ -12,19 +12,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afn_ray import manifest, storage
 from afn_ray.config import RunConfig
-from afn_ray.dispatch import State
 from afn_ray.errors import AfnError, Interrupted, StoreError, count
 from afn_ray.manifest import PLANNING, STATUS, Commit, RunFolder
-from afn_ray.pipeline import Progress
 from afn_ray.schema import Shard
+
+if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
+    from afn_ray.dispatch import State
+    from afn_ray.pipeline import Progress
 
 EVERY_S = 10.0
 """Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after the one before."""
@@ -70,8 +72,7 @@ class Reporter:
         self._shards = shards
         self._reused = {k: sum(c.counts[k] for c in commits.values()) for k in ("tokens", "documents", "quarantined")}
         self._uri = storage.join(run.uri, STATUS)
-        self._set(run=run.id, shards=_shards_of(len(shards), len(commits), State(0)),
-                  **_counts_of(self._reused, State(0)))  # fmt: skip
+        self._set(run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {}))
 
     def phase(self, name: str, doing: str = "") -> None:
         """What the run does now: "planning", "pilot", "starting", "reducing" or "screening"."""
@@ -95,7 +96,7 @@ class Reporter:
             retries=state.retries, tokens_per_s=round(state.tokens_per_s, 1), left_s=state.left_s,
             last_commit_at=_now() if shards["done"] > num_before else before["last_commit_at"],
             waits_for=state.waits_for or _lack(state) or waits(state.live), num_failures=len(state.failures),
-            failures=self._failures(state), **_counts_of(self._reused, state),
+            failures=self._failures(state), **_counts_of(self._reused, state.counts),
         )  # fmt: skip
         if self._body["phase"] != before["phase"]:
             self._changed.set()
@@ -168,16 +169,17 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _shards_of(num_planned: int, num_reused: int, state: State) -> dict[str, int]:
-    return {"planned": num_planned, "reused": num_reused, "done": num_reused + len(state.commits),
-            "running": state.num_running, "quarantined": len(state.failures)}  # fmt: skip
+def _shards_of(num_planned: int, num_reused: int, state: State | None = None) -> dict[str, int]:
+    done, running, quarantined = (len(state.commits), state.num_running, len(state.failures)) if state else (0, 0, 0)
+    return {"planned": num_planned, "reused": num_reused, "done": num_reused + done, "running": running,
+            "quarantined": quarantined}  # fmt: skip
 
 
-def _counts_of(reused: dict[str, int], state: State) -> dict[str, int]:
+def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
     """Of what is committed, that of earlier calls with it; bytes are of this call."""
-    total = {k: n + state.counts[k] for k, n in reused.items()}
+    total = {k: n + counts.get(k, 0) for k, n in reused.items()}
     total["documents_quarantined"] = total.pop("quarantined")
-    return {**total, "bytes_read": state.counts["bytes_read"], "bytes_written": state.counts["bytes_written"]}
+    return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}
 
 
 def _lack(state: State) -> str:

@@ -138,7 +138,7 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
     m, s, a, run = "1" * 32, "2" * 32, "a" * 16, "20260102T030405.678Z-0123456789ab"
     ours = {
         "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", f"{a}-tokens.parquet", f".commit.json-{m}")],
-        "runs": [f"runs/{run}/{n}" for n in ("run.json", "status.json", f"thresholds-{a}.parquet", f".plan.parquet-{m}")],
+        "runs": [f"runs/{run}/{n}" for n in ("run.json", "status.json", f"signals-{a}.parquet", f".plan.parquet-{m}")],
         "pilots": ["pilots/abc.json"],
         "probes": [f"probe-{m}", f".probe-{m}-{m}", f".planning.json-{m}"],
         "planning": ["planning.json"],

@@ -36,9 +36,9 @@ class _Worker:
         except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
             self._error = error
 
-    def process(self, shard: Shard, halvings: int) -> Commit:
+    def process(self, shard: Shard, halvings: int) -> tuple[Commit, Progress]:
         try:
-            return self._processor.process(shard, halvings)
+            return self._processor.process(shard, halvings), self._processor.progress
         except AfnError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is
@@ -157,7 +157,9 @@ class RayPool:
     def _finished(self, ref: Any) -> Iterator[Event]:
         worker, shard = self._in_flight.pop(ref)
         try:
-            yield Done(worker, shard, self._ray.get(ref))
+            commit, progress = self._ray.get(ref)
+            self._moved_to(worker, progress)
+            yield Done(worker, shard, commit)
         except self._ray.exceptions.RayActorError as error:
             self._died(worker, error)
             yield Silent(worker)
@@ -186,7 +188,7 @@ class RayPool:
                     yield Gone(worker, Cause.LOADING, ModelError(_died_loading(self._config, error)))
             return
         if actor.ready:
-            actor.progress = progress
+            self._moved_to(worker, progress)
             return
         if process == actor.process:  # it lives: asked before its end, or only the way to it was cut for a moment
             actor.look_again = time.monotonic() + POLL_S
@@ -199,6 +201,12 @@ class RayPool:
         actor.ready, actor.node, actor.process, actor.progress = True, node, process, progress
         actor.restarts = _restarts(actor.handle)
         yield Ready(worker)
+
+    def _moved_to(self, worker: int, progress: Progress) -> None:
+        """What its process has done, if that is news: answers may come in another order than they were given."""
+        actor = self._actors[worker]
+        if progress.tokens >= actor.progress.tokens:
+            actor.progress = progress
 
     def _returns(self, error: Any) -> bool:
         """Whether Ray starts the process anew; one that was preempted it calls dead until it has."""
