@@ -20,7 +20,8 @@ SMALL_BENCH = {
     "signals": ["--tokens", "600", "--repeat", "1"],
 }
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", *(ROOT / "infra/guide" / f"{n}.md" for n in "questions signals audit engine store".split()))
+GUIDE = ("questions", "signals", "audit", "engine", "store")
+PAGES = (ROOT / "README.md", *(ROOT / "infra" / "guide" / f"{name}.md" for name in GUIDE))
 """In the order in which their commands can be given: those of one stand on what those before it made."""
 TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
