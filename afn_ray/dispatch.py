@@ -9,10 +9,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
 from afn_ray import logs
+from afn_ray.commits import Commit, Commits
 from afn_ray.errors import (
     AfnError,
     ConfigError,
@@ -24,7 +26,6 @@ from afn_ray.errors import (
     ShardError,
     Unavailable,
 )
-from afn_ray.manifest import Commit
 from afn_ray.pipeline import Progress
 from afn_ray.schema import Shard
 
@@ -41,6 +42,8 @@ QUARANTINES_IN_ROW = 5
 UNANSWERED_IN_ROW = 3
 """Per worker: with so many shards that met no answer and none done between, the store is down for all."""
 POLL_S = 0.5
+LOOK_S = 0.005
+"""For each worker, between two looks around: a look is a question to each, so that many are looked at less often."""
 DRAIN_S = 1.0
 """For shards that are nearly done when the run is stopped: ``ray job stop`` kills after three seconds."""
 SAY_AFTER_S = 20.0
@@ -158,7 +161,7 @@ class State:
     num_shards: int
     num_workers: int = 0
     num_ready: int = 0  # workers that have loaded their model
-    commits: dict[str, Commit] = field(default_factory=dict)
+    commits: Commits = field(default_factory=Commits)
     failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
     stopped: str = ""  # why shards were left undone, where they were
     retries: int = 0
@@ -278,7 +281,7 @@ class Dispatcher:
                     if not self.state.stopped:
                         self._take(event)
                 if self._clock() >= self._next_check:  # it looks at every shard in flight
-                    self._next_check = self._clock() + POLL_S
+                    self._next_check = self._clock() + POLL_S + LOOK_S * len(self._running)
                     self._look_around()
             self._report()
         except KeyboardInterrupt:
@@ -305,8 +308,8 @@ class Dispatcher:
                 self._forget(worker)
                 self._pool.release(worker)
         if self._clock() >= self._next_start:
-            num_busy = sum(map(bool, self._running.values()))
-            self.state.num_workers = self._pool.grow(len(self._todo) + len(self._suspects) + num_busy)
+            # Of those that are ready none is idle: it would have got something, or been let go.
+            self.state.num_workers = self._pool.grow(len(self._todo) + len(self._suspects) + len(self._running))
 
     def _hand(self, worker: int, shard: Shard) -> None:
         self._running[worker][shard.id] = _Flight(shard, self._clock(), self._clock())
@@ -474,7 +477,7 @@ class Dispatcher:
     def _look_around(self) -> None:
         """Hung shards, missing workers and progress."""
         self._end_hung()
-        if self._running.keys() - self._silent:
+        if len(self._running) > len(self._silent):
             self._patience.reset()
             self.state.waits_for = ""
         elif (notice := self._patience.check()) is not None:
@@ -553,5 +556,6 @@ def reason(error: BaseException) -> str:
 def total(parts: Iterable[Progress]) -> Progress:
     """The sum of what workers have done."""
     parts = list(parts)
-    sums = {f.name: sum(getattr(p, f.name) for p in parts) for f in fields(Progress) if f.name != "why_padded"}
+    names = (f.name for f in fields(Progress) if f.name != "why_padded")
+    sums = {name: sum(map(attrgetter(name), parts)) for name in names}  # of a thousand, some times a minute
     return Progress(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from afn_ray import cluster, corpus, dispatch, lexicon, manifest, outliers, pipeline, precision, screen, status, storage
+from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
@@ -103,7 +104,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     frozen = manifest.find_frozen(config, measure)
     if config.neurons_of == "high":
         task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
-    commits: dict[str, manifest.Commit] = {}
+    commits = Commits()
     if reduce_only:  # before anything is written
         commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
         if len(plan.shards) - len(commits) > config.allow_quarantined:
@@ -138,7 +139,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
     done = [s for s in plan.shards if s.id in commits]
-    ordered = [commits[s.id] for s in done]
+    ordered = commits.in_order(s.id for s in done)
     quarantined = [
         {"shard": s.id, "uri": s.slices[0].uri, "reason": state.failures[s.id]}
         for s in plan.shards if s.id in state.failures
@@ -166,7 +167,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
                 readable=readable, worst=config.screen, tasks=tasks,
             )  # fmt: skip
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
-    totals = {k: sum(c.counts[k] for c in ordered) for k in ordered[0].counts}
+    totals = total_counts(ordered)
     num_reused = len(plan.shards) - len(todo)
     info = {
         "measure": {"id": task.measure_id, **measure},
@@ -440,7 +441,7 @@ def _no_pilot(store: str) -> str:
     )
 
 
-def _no_tokens(store: str, measure_id: str, commits: list[manifest.Commit]) -> str:
+def _no_tokens(store: str, measure_id: str, commits: Sequence[manifest.Commit]) -> str:
     reasons: list[str] = []
     for commit in commits:
         table = manifest.read_shard_table(store, measure_id, commit, "documents")

@@ -23,9 +23,9 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -35,13 +35,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afn_ray import corpus, storage
+from afn_ray.commits import Commit as Commit
+from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
-from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
+from afn_ray.schema import (
+    PLAN_SCHEMA,
+    SCHEMA_VERSION,
+    FileInfo,
+    FileSlice,
+    ReadOptions,
+    Shard,
+    fingerprint,
+    fingerprint_of_rows,
+)
 
 IO_THREADS = 16
 JSON_BYTES = 64 << 20
 """Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
+AHEAD = 4096
+"""Rows, or reads, that are prepared together: none of what a driver does at once grows with its run."""
 LOOK_BACK = 100
 """Plans that are read to find the last one of a corpus, in a store that many share."""
 TABLES = ("tokens", "documents", "summary")
@@ -276,16 +289,29 @@ def begin_run(
         name = f"{_stamp(created)}-{suffix}"
     header = {"cuts": _cuts(config), "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
               "config": asdict(config), "measure": measure, "frozen": list(frozen)}  # fmt: skip
-    rows = [
-        {"ordinal": i, "shard": shard.id, **asdict(piece)}
-        for i, shard in enumerate(plan.shards)
-        for piece in shard.slices
-    ]
-    header["sha256"] = fingerprint([header, rows])
-    table = pa.Table.from_pylist(rows, PLAN_SCHEMA).replace_schema_metadata({"afn": json.dumps(header)})
+    table, header["sha256"] = _plan_table(plan.shards, header)
+    table = table.replace_schema_metadata({"afn": json.dumps(header)})
     with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
         storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
     return RunFolder(storage.join(runs, name), config.store, name, {})
+
+
+def _plan_table(shards: Sequence[Shard], header: dict[str, Any]) -> tuple[pa.Table, str]:
+    """The rows of a plan, and the ``fingerprint`` of ``[header, rows]``."""
+    pieces = ((i, shard.id, piece) for i, shard in enumerate(shards) for piece in shard.slices)
+    names = [f.name for f in fields(FileSlice)]
+
+    def groups() -> Iterator[list[dict[str, Any]]]:
+        while rows := [
+            {"ordinal": i, "shard": shard, **{name: getattr(piece, name) for name in names}}
+            for i, shard, piece in itertools.islice(pieces, AHEAD)
+        ]:
+            tables.append(pa.Table.from_pylist(rows, PLAN_SCHEMA))
+            yield rows
+
+    tables = [PLAN_SCHEMA.empty_table()]
+    digest = fingerprint_of_rows(header, groups())
+    return pa.concat_tables(tables).combine_chunks(), digest
 
 
 def _stamp(moment: datetime) -> str:
@@ -558,18 +584,6 @@ def _json_bytes(value: dict[str, Any]) -> bytes:
 # --- commits ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """One shard's result: the winner's files, row counts, checksums and timings."""
-
-    shard: str
-    attempt: str
-    files: dict[str, dict[str, Any]]  # table -> name, rows, bytes, sha256
-    counts: dict[str, int]
-    seconds: float
-    made_by: dict[str, str]  # device and versions
-
-
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
     return storage.join(store, "shards", measure_id, shard)
 
@@ -622,13 +636,17 @@ def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) ->
     return _table(read_file(store, measure_id, commit.shard, entry), str(entry["name"]))
 
 
-def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> dict[str, Commit]:
+def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
     """Commits that the store has of ``shards``, by shard id."""
     there = set(storage.list_names(storage.join(store, "shards", measure_id)))
     ids = [s.id for s in shards if s.id in there]
+    commits = Commits()
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        found = pool.map(lambda shard: read_commit(store, measure_id, shard), ids)
-        return {c.shard: c for c in found if c is not None}
+        for begin in range(0, len(ids), AHEAD):  # a pool takes all that it is given at once
+            for found in pool.map(lambda shard: read_commit(store, measure_id, shard), ids[begin : begin + AHEAD]):
+                if found is not None:
+                    commits[found.shard] = found
+    return commits
 
 
 def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFolder) -> list[str]:

@@ -134,7 +134,7 @@ def reduce_run(
     tasks = tasks or Inline()
     n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
     n_tokens = sum(c.counts["tokens"] for c in commits)
-    files = _files(commits, "summary")
+    files = _Files(commits, "summary")
     submitted = [
         _submit_series(
             tasks, store, measure_id, files, at, series, sink_factor,
@@ -183,10 +183,16 @@ def reduce_run(
     }  # fmt: skip
 
 
-def _files(commits: Sequence[manifest.Commit], table: str) -> list[SummaryFile]:
-    return [
-        SummaryFile(c.shard, f["name"], f["rows"], f["bytes"], f["sha256"]) for c in commits for f in (c.files[table],)
-    ]
+class _Files:
+    """What it takes to read a table of every shard, in order; made anew each time, since a run may have a million."""
+
+    def __init__(self, commits: Sequence[manifest.Commit], table: str) -> None:
+        self._commits, self._table = commits, table
+
+    def __iter__(self) -> Iterator[SummaryFile]:
+        for c in self._commits:
+            file = c.files[self._table]
+            yield SummaryFile(c.shard, file["name"], file["rows"], file["bytes"], file["sha256"])
 
 
 def _neurons(
@@ -194,7 +200,7 @@ def _neurons(
     vocabulary: pa.Table, high_only: bool, readable: Sequence[str],
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The tables of neurons. Tokens that have a list are all but special ones, or those of them that are HIGH."""
-    files = _files(commits, "pairs")
+    files = _Files(commits, "pairs")
     submitted = []
     for layer in layers:
         here = vocabulary.filter((pc.field("layer") == layer) & (pc.field("class") != "special"))
@@ -221,7 +227,7 @@ def _neurons(
 
 
 def _submit_series(
-    tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Sequence[Series],
+    tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], at: int, series: Sequence[Series],
     sink_factor: float, frozen: Sequence[dict[str, Any]],
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """Handles of one series' ``_total``, and of ``_types`` of each part."""
@@ -266,13 +272,13 @@ def _tree(tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequen
     return parts
 
 
-def _submit_tags(tasks: Tasks, store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int) -> Any:
+def _submit_tags(tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], num_series: int) -> Any:
     """A handle of the tag that each type has most often."""
     leaves = (tasks.submit(_tags, store, measure_id, group, num_series) for group in _groups(files, num_series))
     return tasks.submit(_most_frequent, *_tree(tasks, leaves, _add_tags, None))[0]
 
 
-def _groups(files: Sequence[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
+def _groups(files: Iterable[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
     """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` of a series."""
     group: list[SummaryFile] = []
     size = 0
@@ -440,7 +446,8 @@ def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.T
 
 def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes: Sequence[int]) -> pa.Table:
     """Where the shards' files are and how many rows they hold, in plan order."""
-    rows = []
+    tables = [SHARDS_SCHEMA.empty_table()]
+    rows: list[dict[str, Any]] = []
     doc_offset = 0
     for ordinal, (commit, size) in enumerate(zip(commits, num_bytes, strict=True)):
         counts, files = commit.counts, commit.files
@@ -459,7 +466,10 @@ def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes:
             }
         )  # fmt: skip
         doc_offset += counts["documents"]
-    return pa.Table.from_pylist(rows, SHARDS_SCHEMA)
+        if len(rows) == manifest.AHEAD:
+            tables.append(pa.Table.from_pylist(rows, SHARDS_SCHEMA))
+            rows = []
+    return pa.concat_tables([*tables, pa.Table.from_pylist(rows, SHARDS_SCHEMA)]).combine_chunks()
 
 
 def _histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table:

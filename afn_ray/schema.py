@@ -23,8 +23,20 @@ REPLACED = 4
 
 def fingerprint(value: object) -> str:
     """First 128 bits of the SHA-256 of ``value`` as canonical JSON, in hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
+
+
+def fingerprint_of_rows(header: object, groups: Iterable[Sequence[object]]) -> str:
+    """``fingerprint([header, rows])`` of all rows in ``groups``, none of them empty, one in memory at a time."""
+    digest = hashlib.sha256(f"[{_canonical(header)},[".encode())
+    for at, rows in enumerate(groups):
+        digest.update(("," if at else "").encode() + _canonical(list(rows))[1:-1].encode())
+    digest.update(b"]]")
+    return digest.hexdigest()[:32]
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 UPOS, XPOS = "upos", "xpos"

@@ -19,9 +19,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from afn_ray import manifest, storage
+from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError, count
-from afn_ray.manifest import PLANNING, STATUS, Commit, RunFolder
+from afn_ray.manifest import PLANNING, STATUS, RunFolder
 from afn_ray.schema import Shard
 
 if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
@@ -67,10 +68,11 @@ class Reporter:
         self._thread = threading.Thread(target=self._write_often, name="afn-status", daemon=True)
         self._thread.start()
 
-    def begin(self, run: RunFolder, shards: Sequence[Shard], commits: dict[str, Commit]) -> None:
+    def begin(self, run: RunFolder, shards: Sequence[Shard], commits: Commits) -> None:
         """The run has a name and a plan, ``shards``, of which the store has ``commits``."""
         self._shards = shards
-        self._reused = {k: sum(c.counts[k] for c in commits.values()) for k in ("tokens", "documents", "quarantined")}
+        totals = total_counts(commits.values())
+        self._reused = {k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined")}
         self._uri = storage.join(run.uri, STATUS)
         self._set(run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {}))
 

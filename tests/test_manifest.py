@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import RUN_INFO, edit_sealed, rewrite, write_new
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afn_ray import corpus, manifest, retry, storage
+from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError, Unavailable
 from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
@@ -594,3 +596,41 @@ def test_no_byte_of_a_commit_changes_unseen(store: str, tmp_path: Path) -> None:
             manifest.read_commit(store, MEASURE_ID, SHARD.id)
     rewrite(uri, data)
     assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == commit
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 2**40), min_size=8, max_size=8), st.floats(allow_nan=False), st.booleans())
+def test_packed_commits_are_those_that_were_given(numbers: list[int], seconds: float, neurons: bool) -> None:
+    tables = manifest.TABLES + (manifest.NEURON_TABLES if neurons else ())
+    attempt = f"{numbers[0]:016x}"
+    files = {t: {"name": f"{attempt}-{t}.parquet", "rows": numbers[1], "bytes": numbers[2], "sha256": f"{at:064x}"}
+             for at, t in enumerate(tables)}  # fmt: skip
+    counts = {f"count {at}": n for at, n in enumerate(numbers)}
+    ours = Commit("s", attempt, files, counts, seconds, {"device": "cpu", "torch": "2.13.0"})
+    odd = [
+        replace(ours, attempt="a"), replace(ours, files={}), replace(ours, counts={"n": 1 << 70}),
+        replace(ours, files={"tokens": files["tokens"] | {"name": "other"}}), replace(ours, made_by={"a": ["b"]}),
+    ]  # fmt: skip
+    kept, others = Commits(), Commits()
+    for at, commit in enumerate([ours, *odd]):
+        (kept if at % 2 else others)[f"{at}"] = replace(commit, shard=f"{at}")
+    kept |= others
+    assert len(kept) == 6 and "5" in kept and "6" not in kept
+    for at, commit in enumerate(kept.in_order(map(str, range(6)))):
+        assert commit == replace([ours, *odd][at], shard=f"{at}") == kept[f"{at}"]
+    assert sys.getsizeof(kept._packed["0"]) < 400  # this one is packed
+    assert total_counts([ours, ours]) == {name: 2 * n for name, n in counts.items()}
+
+
+def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ReadOptions("auto", "text", None, "file", 1 << 20)
+    shards = tuple(Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5))
+    config = RunConfig(corpus=("/c",), model="-", store=str(tmp_path))
+    monkeypatch.setattr(manifest, "AHEAD", 4)
+    run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS)
+    table = pq.read_table(f"{run.uri}/plan.parquet")
+    header = json.loads(table.schema.metadata[b"afn"])
+    assert header.pop("sha256") == fingerprint([header, table.to_pylist()])
+    assert len(table) == 10 and table["ordinal"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]

@@ -13,26 +13,21 @@ import itertools
 import json
 import pickle
 import random
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
-
-import pyarrow as pa
-from rich.console import Console
-from rich.table import Table
 
 from afn_ray import dispatch, manifest, reduce, storage
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import ATTEMPTS, Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
-from afn_ray.errors import AfnError, OutOfMemory, ShardError, Unavailable
+from afn_ray.errors import OutOfMemory, ShardError, Unavailable
 from afn_ray.pipeline import Progress
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
 
@@ -78,9 +73,9 @@ class Meter:
     """CPU seconds by part, each without the parts within it."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._parts: list[str] = []
-        self._at = 0.0
+        self._at = time.thread_time()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -111,7 +106,6 @@ class _Worker:
     node: int
     life: int = 0  # number of its process
     alive: bool = False
-    leaving: bool = False
     hangs: bool = False
     queue: deque[tuple[Shard, int]] = field(default_factory=deque)  # shard, halvings; the first is at work
     progress: Progress = field(default_factory=Progress)
@@ -140,7 +134,7 @@ class Cluster:
             for s in self._chance.sample(shards, max(1, round(rate * len(shards))))
         }
         for node in range(-(-num_workers // WORKERS_A_NODE)):
-            self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), lambda n=node: self._lose_node(n))
+            self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node))
 
     # --- what the dispatcher asks ------------------------------------------------------------------------
 
@@ -219,7 +213,7 @@ class Cluster:
             self.happened["committed, not told"] += 1
             self.committed.add(one.queue[0][0].id)
         one.life += 1
-        one.alive = one.leaving = one.hangs = False
+        one.alive = one.hangs = False
         one.queue.clear()
 
     def _die(self, worker: int, cause: Cause, back_s: float = 0.0) -> Event:
@@ -235,25 +229,19 @@ class Cluster:
         self._start(worker, back_s)
         return Silent(worker)
 
-    def _lose_node(self, node: int) -> Event | None:
-        workers = [n for n, w in self._workers.items() if w.node == node and w.alive]
-        if workers and not self._workers[workers[0]].leaving and self._chance.random() < 0.5:
-            for worker in workers:  # a notice, and then the end
-                self._workers[worker].leaving = True
-                self._later(0.0, lambda w=worker: Leaving(w) if w in self._workers else None)
-            self._later(NOTICE_S, lambda: self._take_node(node, workers))
-        else:
-            self._take_node(node, workers)
-        self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), lambda: self._lose_node(node))
-        return None
-
-    def _take_node(self, node: int, workers: Sequence[int]) -> None:
-        """All of ``workers`` that are still on ``node`` die together; those that left it are elsewhere."""
+    def _lose_node(self, node: int) -> None:
+        """Its processes die together, half of the time after a notice; those that left meanwhile are elsewhere."""
+        there = [(n, w, w.life) for n, w in self._workers.items() if w.node == node and w.alive]
+        notice_s = NOTICE_S if self._chance.random() < 0.5 else 0.0
+        for worker, one, life in there:
+            if notice_s:
+                self._later(0.0, partial(self._announce, worker))
+            self._later(notice_s, partial(self._taken, worker, one, life))
         self.happened["nodes lost"] += 1
-        for worker in workers:
-            one = self._workers.get(worker)
-            if one is not None and one.alive:
-                self._later(0.0, lambda w=worker, o=one, life=one.life: self._taken(w, o, life))
+        self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node))
+
+    def _announce(self, worker: int) -> Event | None:
+        return Leaving(worker) if worker in self._workers else None
 
     def _taken(self, worker: int, one: _Worker, life: int) -> Event | None:
         if self._workers.get(worker) is not one or one.life != life:
@@ -266,7 +254,7 @@ class Cluster:
         shard, halvings = one.queue[0]
         life = one.life
         if shard.id in self.committed:  # it finds its commit
-            self._later(1.0, lambda: self._tell(worker, one, life, None))
+            self._later(1.0, partial(self._tell, worker, one, life, None))
             return
         seconds = self._chance.lognormvariate(0.0, SPREAD) * SHARD_S
         fate = self.poison.get(shard.id) or self._luck()
@@ -277,7 +265,7 @@ class Cluster:
             self.faults[shard.id] += 1
             one.hangs = True
             return
-        self._later(seconds / 2 if fate else seconds, lambda: self._tell(worker, one, life, fate))
+        self._later(seconds / 2 if fate else seconds, partial(self._tell, worker, one, life, fate))
 
     def _luck(self) -> str | None:
         at = self._chance.random()
@@ -317,7 +305,7 @@ def arrived(shard: str) -> manifest.Commit:
     """A commit as it comes over the wire, with nothing that others share."""
     attempt = shard[:16]
     files = {
-        table: {"name": f"{attempt}-{table}.parquet", "rows": SHARD_TOKENS, "bytes": 20_000_000, "sha256": shard * 2}
+        table: {"name": f"{attempt}-{table}.parquet", "rows": SHARD_TOKENS, "bytes": 2_400_000, "sha256": shard * 2}
         for table in manifest.TABLES
     }
     counts = {"documents": SHARD_TOKENS // 200, "empty": 0, "quarantined": 0, "tokens": SHARD_TOKENS,
@@ -361,13 +349,13 @@ class Tree:
 def plan_of(num_shards: int) -> manifest.Plan:
     """A corpus of large files, cut into ``num_shards``."""
     config = RunConfig(corpus=("-",), model="-", store="-")
-    slices = []
-    for number in range(num_shards):
-        file, at = divmod(number, FILE_SHARDS)
-        uri, digest = f"s3://bucket/corpus/part-{file:06d}.jsonl", f"{number:064x}"
-        size, start = FILE_SHARDS * SHARD_BYTES, at * SHARD_BYTES
-        slices.append(FileSlice(uri, size, f"etag:{file:032x}", "jsonl", "", start, start + SHARD_BYTES, SHARD_BYTES,
-                                SHARD_TOKENS // 200, digest))  # fmt: skip
+    slices: list[FileSlice] = []
+    for file in range(-(-num_shards // FILE_SHARDS)):
+        uri, version = f"s3://bucket/corpus/part-{file:06d}.jsonl", f"etag:{file:032x}"
+        for at in range(min(FILE_SHARDS, num_shards - len(slices))):
+            start = at * SHARD_BYTES
+            slices.append(FileSlice(uri, FILE_SHARDS * SHARD_BYTES, version, "jsonl", "", start, start + SHARD_BYTES,
+                                    SHARD_BYTES, SHARD_TOKENS // 200, f"{len(slices):064x}"))  # fmt: skip
     groups = manifest.group_slices(slices, SHARD_BYTES)
     shards = tuple(Shard.of(group, config.read_options) for group in groups)
     assert len(shards) == num_shards
@@ -392,7 +380,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
     cluster = Cluster(plan.shards, num_workers, seed)
-    for name in ("grow", "hand", "wait", "replace", "release", "num_tokens"):
+    for name in ("grow", "hand", "wait", "replace", "release"):
         setattr(cluster, name, meter.wrap("(the fake cluster)", getattr(cluster, name)))
     looks = Counter[str]()
     dispatcher = dispatch.Dispatcher(
@@ -406,7 +394,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     remember("with all commits")
     _check(plan, cluster, state)
     done = [s for s in plan.shards if s.id in state.commits]
-    ordered = manifest_order(state, done)
+    ordered = state.commits.in_order(s.id for s in done)
     tree = Tree()
     with meter.part("reduce"):
         tables = reduce.reduce_run(
@@ -425,10 +413,6 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
         "happened": dict(cluster.happened), "looks": looks["looks"], "calls": dict(tree.calls),
         "most_args": tree.most_args,
     }  # fmt: skip
-
-
-def manifest_order(state: dispatch.State, done: Sequence[Shard]) -> Sequence[manifest.Commit]:
-    return [state.commits[s.id] for s in done]
 
 
 def _check(plan: manifest.Plan, cluster: Cluster, state: dispatch.State) -> None:

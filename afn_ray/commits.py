@@ -1,0 +1,112 @@
+"""What a commit says, and a run's commits in the driver's memory: some 350 bytes for each."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One shard's result: the winner's files, row counts, checksums and timings."""
+
+    shard: str
+    attempt: str
+    files: dict[str, dict[str, Any]]  # table -> name, rows, bytes, sha256
+    counts: dict[str, int]
+    seconds: float
+    made_by: dict[str, str]  # device and versions
+
+
+class Commits(MutableMapping[str, Commit]):
+    """Commits by shard id, packed: a run may have a million, and as objects each takes 3 kB.
+
+    What they have in common (names of tables and counts, versions) is kept once. A commit that is not packed without
+    loss is kept as it is. ``update`` with another ``Commits`` unpacks nothing.
+    """
+
+    _kinds: list[tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]] = []  # noqa: RUF012 - of all
+    _places: dict[Any, int] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes | Commit] = {}
+
+    def __setitem__(self, shard: str, commit: Commit) -> None:
+        self._packed[shard] = commit
+        with contextlib.suppress(struct.error, ValueError, TypeError, KeyError):
+            packed = self._pack(commit)
+            if self._unpack(shard, packed) == commit:
+                self._packed[shard] = packed
+
+    def __getitem__(self, shard: str) -> Commit:
+        packed = self._packed[shard]
+        return self._unpack(shard, packed) if isinstance(packed, bytes) else packed
+
+    def __delitem__(self, shard: str) -> None:
+        del self._packed[shard]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __contains__(self, shard: object) -> bool:
+        return shard in self._packed
+
+    def __ior__(self, others: Commits) -> Commits:
+        self._packed |= others._packed
+        return self
+
+    def in_order(self, shards: Iterable[str]) -> Sequence[Commit]:
+        """Those of ``shards``, each made when it is asked for."""
+        return _InOrder(self, list(shards))
+
+    def _pack(self, commit: Commit) -> bytes:
+        kind = tuple(commit.files), tuple(commit.counts), tuple(commit.made_by.items())
+        place = self._places.setdefault(kind, len(self._kinds))
+        if place == len(self._kinds):
+            self._kinds.append(kind)
+        files = commit.files.values()
+        numbers = [*commit.counts.values(), *(f["rows"] for f in files), *(f["bytes"] for f in files)]
+        head = struct.pack(f"<Id8s{len(numbers)}q", place, commit.seconds, bytes.fromhex(commit.attempt), *numbers)
+        return head + b"".join(bytes.fromhex(f["sha256"]) for f in files)
+
+    def _unpack(self, shard: str, packed: bytes) -> Commit:
+        (place,) = struct.unpack_from("<I", packed)
+        tables, counted, made_by = self._kinds[place]
+        layout = struct.Struct(f"<Id8s{len(counted) + 2 * len(tables)}q")
+        _, seconds, attempt, *numbers = layout.unpack_from(packed)
+        n, attempt = len(counted), attempt.hex()
+        rows, sizes = numbers[n : n + len(tables)], numbers[n + len(tables) :]
+        digests = (packed[layout.size + 32 * i :][:32].hex() for i in range(len(tables)))
+        files = {
+            table: {"name": f"{attempt}-{table}.parquet", "rows": n_rows, "bytes": size, "sha256": digest}
+            for table, n_rows, size, digest in zip(tables, rows, sizes, digests, strict=True)
+        }
+        return Commit(shard, attempt, files, dict(zip(counted, numbers, strict=False)), seconds, dict(made_by))
+
+
+class _InOrder(Sequence[Commit]):
+    def __init__(self, commits: Commits, shards: list[str]) -> None:
+        self._commits, self._shards = commits, shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return _InOrder(self._commits, self._shards[at])
+        return self._commits[self._shards[at]]
+
+
+def total_counts(commits: Iterable[Commit]) -> dict[str, int]:
+    """The sums of all counts of ``commits``."""
+    totals: Counter[str] = Counter()
+    for commit in commits:
+        totals.update(commit.counts)
+    return dict(totals)
