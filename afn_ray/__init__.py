@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from afn_ray.audit import Audit, Policy, read_policy, run_audit
     from afn_ray.compare import Comparison
     from afn_ray.compare import compare as compare_runs
+    from afn_ray.estimate import Estimate, dry_run
     from afn_ray.garbage import Garbage, collect_garbage
-    from afn_ray.job import Estimate, dry_run, run
+    from afn_ray.job import run
     from afn_ray.query import Run, open_run, write_catalog
     from afn_ray.report import write_report
     from afn_ray.settings import config_from
@@ -66,9 +67,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Audit": "audit", "Comparison": "compare", "Estimate": "job", "Finding": "verify", "Garbage": "garbage",
+    "Audit": "audit", "Comparison": "compare", "Estimate": "estimate", "Finding": "verify", "Garbage": "garbage",
     "Policy": "audit", "Run": "query", "Verification": "verify", "collect_garbage": "garbage",
-    "compare_runs": "compare:compare", "config_from": "settings", "dry_run": "job", "open_run": "query",
+    "compare_runs": "compare:compare", "config_from": "settings", "dry_run": "estimate", "open_run": "query",
     "read_policy": "audit", "run": "job", "run_audit": "audit", "verify_store": "verify",
     "write_catalog": "query", "write_report": "report",
 }  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +24,8 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
 
 if TYPE_CHECKING:
-    from afn_ray.job import Estimate, Event, OnEvent
+    from afn_ray.estimate import Cost, Estimate
+    from afn_ray.job import Event, OnEvent
 
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
 LOG_EVERY_S = 30.0
@@ -141,21 +142,23 @@ def _run(args: argparse.Namespace) -> None:
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
         given.pop("corpus", None)  # none on the command line: the file's
+    if not args.dry_run and (args.rate or args.prices):
+        raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
     from afn_ray import settings
 
     config = settings.config_from(given, args.config)
     _log_as(config.log_format, args.quiet)
-    from afn_ray import job
+    from afn_ray import estimate, job
 
     console = Console(stderr=True, highlight=False)
     with _progress(console, args.quiet) as on_event:
         if args.dry_run:
-            estimate = job.dry_run(config, on_event)
+            found = estimate.dry_run(config, on_event, rate=args.rate, prices=args.prices)
         else:
             with job.run(config, on_event, reduce_only=args.reduce_only) as run:
                 uri = run.uri
     if args.dry_run:
-        _print_estimate(estimate, Console(highlight=False))
+        _print_estimate(found, Console(highlight=False))
     elif args.quiet:
         print(uri)
     else:
@@ -561,7 +564,7 @@ def _note(event: Event) -> str:
 def _print_estimate(e: Estimate, console: Console) -> None:
     about = "" if e.documents_exact else "about "
     todo = e.num_shards - e.num_shards_done
-    speed = f"{e.num_workers} workers of {e.tokens_per_second:,.0f} tokens/s (measured here)"
+    signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
     rows = [
         ("model", f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}"),
         ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
@@ -569,25 +572,48 @@ def _print_estimate(e: Estimate, console: Console) -> None:
         ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
         ("tokens", f"about {e.tokens:,} (from a sample)"),
         ("store", f"about {e.store_bytes:,} bytes"),
-        ("time", f"about {_duration(e.seconds)}: {speed}"),
-        *(
-            (
-                (
-                    "signals",
-                    "time of the forward pass beside strength alone: "
-                    + ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items()),
-                ),
-            )
-            if e.signal_costs
-            else ()
-        ),
+        ("rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"),
+        ("time", f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
+                 f"and screening {_duration(e.reduce_s)}"),
+        ("work", f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
+                 f"{e.seconds / 3600:,.3f}"),
+        ("requests", f"about {e.num_puts:,} PUT or LIST and {e.num_gets:,} GET or HEAD, where corpus and store are "
+                     "buckets"),
+        *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
+        *(_bill(e) if e.prices else []),
         ("measure", e.measure),
-    ]
+    ]  # fmt: skip
     for name, value in rows:
         console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
     for uri in e.skipped:
         console.print(f"skipped  {printable(uri)}: its ending is no known format", markup=False, soft_wrap=True)
     console.print("nothing was done (--dry-run)", markup=False)
+
+
+def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
+    """The money, with its arithmetic; what has no price is said and left out of the sum."""
+    assert e.prices is not None and e.monthly is not None
+    currency = e.prices.currency
+    yield "prices", f"in {currency}, of {e.prices.as_of}"
+    for cost in (*e.costs, e.monthly):
+        a_month = " a month" if cost is e.monthly else ""
+        yield "money", f"{cost.what}: {_arithmetic(cost, currency)}{a_month}"
+        if cost.what == "workers" and e.prices.worker_hour_on_demand is not None:
+            dearer = replace(cost, price=e.prices.worker_hour_on_demand)
+            yield "money", f"workers, all on demand instead: {_arithmetic(dearer, currency)}"
+    total = sum(cost.total for cost in e.costs if cost.total is not None)
+    without = [cost.what for cost in e.costs if cost.price is None]
+    yield "money", f"the run: {_amount(total)} {currency}" + (f" without {', '.join(without)}" if without else "")
+
+
+def _arithmetic(cost: Cost, currency: str) -> str:
+    if cost.price is None:
+        return f"{_amount(cost.amount)} {cost.unit}, for which there is no price"
+    return f"{_amount(cost.amount)} {cost.unit} x {cost.price:g} = {_amount(cost.total or 0.0)} {currency}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.2f}" if value >= 100 else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

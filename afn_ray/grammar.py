@@ -246,9 +246,12 @@ def _add_run(commands: Any) -> None:
     run.add_argument("corpus", metavar="CORPUS", nargs="*", default=argparse.SUPPRESS, help=_help_of("corpus"))
     run.add_argument("--config", metavar="FILE", help="TOML file with the same keys, or its URL; flags win")
     alone = run.add_mutually_exclusive_group()
-    alone.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    alone.add_argument("--dry-run", action="store_true", help="print the plan, its time and its price, and do nothing")
     alone.add_argument("--reduce-only", action="store_true",
                        help="measure nothing: reduce what the store has, without workers or a GPU")  # fmt: skip
+    run.add_argument("--rate", metavar="FILE", type=Path,
+                     help="of --dry-run: what 'afn bench rate' measured; default: a sample, here")  # fmt: skip
+    run.add_argument("--prices", metavar="FILE", type=Path, help="of --dry-run: TOML file of what things cost")
     run.add_argument("--quiet", action="store_true", help="no progress; errors still show")
     for field in fields(RunConfig):
         if field.name == "corpus":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,26 +10,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, dispatch, lexicon, manifest, outliers, pipeline, precision, screen, status, storage
+from afn_ray import (
+    cluster,
+    corpus,
+    dispatch,
+    lexicon,
+    manifest,
+    model,
+    outliers,
+    pipeline,
+    precision,
+    screen,
+    status,
+    storage,
+)
 from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
-from afn_ray.schema import SPECIAL, Document, fingerprint
+from afn_ray.schema import Document, fingerprint
 
 LACKING = "not in the store when the run was reduced alone"
-SAMPLE_DOCUMENTS = 200
 PILOT_DOCUMENTS = 2000
-PILOT_S = 2.0
-BYTES_PER_TOKEN = 6.0
-"""Upper estimate of the store's bytes for a token of one series, offsets included; each further series adds 3."""
 MOST_REASONS = 5
 """Why documents of a corpus without a token are quarantined, as told at its end."""
 NEVER = 3.4e38
 """A strength that none has."""
-BYTES_PER_NEURON = 6.5
-"""Upper estimate of the store's bytes for one neuron of a token, counts by type included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +55,38 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a run would do, and about how long it would take."""
+class Prepared:
+    """What a run is to do, before it looks at what the store has."""
 
-    num_files: int
-    skipped: tuple[str, ...]
-    num_documents: int
-    documents_exact: bool
-    num_bytes: int
-    num_shards: int
-    num_shards_done: int  # already in the store
-    tokens: int  # estimated from a sample
-    store_bytes: int  # estimated
-    seconds: float  # of the forward passes, estimated from a pilot on this machine
-    num_workers: int
-    tokens_per_second: float  # of one worker, measured on the pilot
-    model: str
-    layers: tuple[int, ...]
-    depth: int
-    dtype: str
-    device: str
-    window_tokens: int
-    overlap_tokens: int
-    measure: str
-    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1
+    config: RunConfig
+    device: str  # of the workers
+    files: model.ModelFiles
+    plan: manifest.Plan
+    begun_ns: int  # before the first file was looked at
+    decided: precision.Precision
+    task: pipeline.Task
+    measure: dict[str, Any]
+    frozen: list[dict[str, Any]]  # thresholds that it labels by, as of ``manifest.find_frozen``
+
+
+def prepare(config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bool = False) -> Prepared:
+    """Plan the corpus of a normalised config and decide what to measure.
+
+    ``keep`` writes what pilots found into the store, for later runs; with ``reduce_only`` none is run.
+    """
+    device = "cpu" if reduce_only else cluster.find_device(config)
+    files = pipeline.find_model(config)
+    task, measure = pipeline.prepare(config, files, device, "float32")
+    begun_ns = time.time_ns()
+    plan = manifest.make_plan(config, _hashing(on_event))
+    task, measure = pipeline.with_labels(task, measure, plan.labels)
+    decided = _decide_precision(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
+    task, measure = pipeline.in_dtype(task, measure, decided.dtype)
+    task, measure = _find_outliers(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
+    frozen = manifest.find_frozen(config, measure)
+    if config.neurons_of == "high":
+        task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
+    return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
 
 
 def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False) -> Run:
@@ -92,24 +106,14 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_onl
 
 def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, reduce_only: bool) -> Run:
     began = time.monotonic()
-    device = "cpu" if reduce_only else cluster.find_device(config)
-    files = pipeline.find_model(config)
-    task, measure = pipeline.prepare(config, files, device, "float32")
-    begun_ns = time.time_ns()
-    plan = manifest.make_plan(config, _hashing(on_event))
-    task, measure = pipeline.with_labels(task, measure, plan.labels)
-    decided = _decide_precision(task, measure, plan, on_event, keep=True, reduce_only=reduce_only)
-    task, measure = pipeline.in_dtype(task, measure, decided.dtype)
-    task, measure = _find_outliers(task, measure, plan, on_event, keep=True, reduce_only=reduce_only)
-    frozen = manifest.find_frozen(config, measure)
-    if config.neurons_of == "high":
-        task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
+    asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
+    plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
     commits = Commits()
     if reduce_only:  # before anything is written
         commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
         if len(plan.shards) - len(commits) > config.allow_quarantined:
             raise IncompleteRun(_lacking(config, task.measure_id, plan, len(commits)))
-    folder = manifest.begin_run(config, measure, plan, begun_ns, frozen)
+    folder = manifest.begin_run(config, measure, plan, asked.begun_ns, frozen)
     if folder.info:
         if gone := manifest.lost_shards(config.store, task.measure_id, plan.shards, folder):
             raise StoreError(
@@ -133,7 +137,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         state.failures = dict.fromkeys((s.id for s in todo), LACKING)
     elif todo:
         where = "in this process" if cluster.runs_inline(config, todo) else "on Ray"
-        on_event(Event("starting", f"starting workers on {device}, {where}"))
+        on_event(Event("starting", f"starting workers on {asked.device}, {where}"))
         state = cluster.process_shards(config, task, todo, _working(on_event))
     if state.stopped or len(state.failures) > config.allow_quarantined:
         raise IncompleteRun(_failed(state, plan))
@@ -151,7 +155,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
-    pieces, readable = pipeline.vocabulary_texts(files)
+    pieces, readable = pipeline.vocabulary_texts(asked.files)
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(
             config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
@@ -173,16 +177,16 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         "measure": {"id": task.measure_id, **measure},
         "model": {
             "name": config.model,
-            "type": files.model_type,
-            "depth": files.depth,
-            "hidden_size": files.hidden_size,
+            "type": asked.files.model_type,
+            "depth": asked.files.depth,
+            "hidden_size": asked.files.hidden_size,
         },
         "layers": list(task.layers),
         "tables": names,
         "config": asdict(config),
         "function_words": lexicon.SOURCE,
         "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
-        "precision": decided.to_json(),
+        "precision": asked.decided.to_json(),
         "counts": {
             "shards": len(ordered),
             "shards_reused": num_reused,
@@ -220,67 +224,9 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     return open_run(folder.uri)
 
 
-def dry_run(config: RunConfig, on_event: OnEvent = lambda event: None) -> Estimate:
-    """What ``run(config)`` would do. Reads the corpus once to plan, tries the model on a sample, writes nothing."""
-    config = normalised(config)
-    lexicon.function_words(config.language)
-    device = cluster.find_device(config)
-    files = pipeline.find_model(config)
-    task, measure = pipeline.prepare(config, files, device, "float32")
-    plan = manifest.make_plan(config, _hashing(on_event))
-    task, measure = pipeline.with_labels(task, measure, plan.labels)
-    decided = _decide_precision(task, measure, plan, on_event, keep=False)
-    task, measure = pipeline.in_dtype(task, measure, decided.dtype)
-    task, measure = _find_outliers(task, measure, plan, on_event, keep=False)
-    frozen = manifest.find_frozen(config, measure)
-    if config.neurons_of == "high":
-        task, measure = pipeline.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
-    done = manifest.find_commits(config.store, task.measure_id, plan.shards)
-    texts = [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)]
-    processor = pipeline.Processor(replace(task, device=cluster.local_device(device)))
-    num_texts, num_tokens, num_bytes, seconds = 0, 0, 0, 0.0
-    alone, *others = processor.signals
-    taken: dict[str, list[float]] = {s.name: [] for s in (alone, *others)}
-    for begin in range(0, len(texts), 32):
-        started = time.monotonic()
-        measured = processor.measure(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
-        seconds += time.monotonic() - started
-        num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
-        num_texts += len(texts[begin : begin + 32])
-        num_bytes += sum(len(t.encode()) for t in texts[begin : begin + 32])
-        if others:
-            prepared = processor.preparer.prepare(texts[begin : begin + 32], [False] * len(texts[begin : begin + 32]))
-            for signals in ([alone], *([alone, other] for other in others)):
-                taken[signals[-1].name].append(processor.seconds(prepared, signals))
-        if seconds > PILOT_S:
-            break
-    processor.close()
-    exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
-    share = _text_share(plan, texts[:num_texts])
-    todo_bytes = sum(s.num_bytes for s in plan.shards if s.id not in done)
-    per_byte = share * num_tokens / max(1, num_bytes)
-    tokens = round(plan.num_bytes * per_byte)
-    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
-    if not exact and num_texts:
-        documents = max(documents, round(plan.num_bytes * share / (num_bytes / num_texts)))
-    rate = num_tokens / seconds if seconds else 0.0
-    workers = min(cluster.count_workers(config, device), max(1, len(plan.shards) - len(done)))
-    bytes_per_token = BYTES_PER_TOKEN + 3.0 * (len(task.series) - 1) - (0 if config.offsets else 2)
-    high = 0.25 if config.neurons_of == "high" else 1.0  # of tokens, where others' thresholds fit
-    bytes_per_token += BYTES_PER_NEURON * config.top_neurons * len(task.neuron_layers) * high
-    return Estimate(
-        len(plan.files), plan.skipped, documents, exact, plan.num_bytes, len(plan.shards), len(done), tokens,
-        round(tokens * bytes_per_token), todo_bytes * per_byte / rate / workers if rate else 0.0, workers, rate,
-        config.model, task.layers, files.depth, task.dtype, device, measure["window_tokens"],
-        measure["overlap_tokens"], task.measure_id,
-        {s.name: statistics.median(a / b for a, b in zip(taken[s.name], taken[alone.name], strict=True)) - 1
-         for s in others if taken[alone.name]},
-    )  # fmt: skip
-
-
 def _decide_precision(
     task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
-    reduce_only: bool = False,
+    reduce_only: bool,
 ) -> precision.Precision:  # fmt: skip
     """What the store's first run decided, so that every later one measures the same; else a pilot's decision."""
     config = task.config
@@ -313,7 +259,7 @@ def _decide_precision(
 
 def _find_outliers(
     task: pipeline.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
-    reduce_only: bool = False,
+    reduce_only: bool,
 ) -> tuple[pipeline.Task, dict[str, Any]]:  # fmt: skip
     """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where a signal asks."""
     if not pipeline.wants_outliers(task):
@@ -379,17 +325,6 @@ def _working(on_event: OnEvent) -> dispatch.OnState:
         on_event(Event("working", "", state=state))
 
     return on_state
-
-
-def _text_share(plan: manifest.Plan, texts: list[str]) -> float:
-    """Bytes of text in a byte of corpus: all of it in text files, else exact sizes over the sample's mean."""
-    if all(s.format == "txt" for shard in plan.shards for s in shard.slices):
-        return 1.0
-    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
-    counted = sum(s.num_bytes for shard in plan.shards for s in shard.slices if s.num_documents >= 0)
-    if not texts or not documents or not counted:
-        return 1.0
-    return sum(len(t.encode()) for t in texts) / len(texts) * documents / counted
 
 
 def normalised(config: RunConfig) -> RunConfig:

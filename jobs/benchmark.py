@@ -1,8 +1,10 @@
 """Measurements on a node of a cluster, as a Ray job.
 
     python jobs/benchmark.py engine --json figures.json
+    python jobs/benchmark.py rate s3://bucket/run.toml --json rate.json
     python jobs/benchmark.py reduce --shards 10000
     python jobs/benchmark.py safety --store s3://bucket/prefix
+    python jobs/benchmark.py simulate --shards 100000
 
 is ``afn bench``, whose help lists what can be measured. Exit code 0: measured; 2: the request is wrong. On a cluster:
 ``ray job submit --working-dir . -- python jobs/benchmark.py engine``; it measures the node that has the job.

@@ -195,7 +195,7 @@ def test_a_dry_run_decides_and_writes_nothing(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
-    estimate = job.dry_run(make_config(corpus=(str(corpus),), dtype="auto"))
+    estimate = afn_ray.dry_run(make_config(corpus=(str(corpus),), dtype="auto"))
     assert estimate.dtype in ("float32", "bfloat16")
     assert not (tmp_path / "store").exists()
 

@@ -36,8 +36,9 @@ BUILT_IN = "BERT-base shape, random weights"
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
     commands = parser.add_subparsers(
-        required=True, metavar="WHAT", dest="what", help="demo, engine, monitor, reduce, safety, screen, signals or sql"
-    )
+        required=True, metavar="WHAT", dest="what",
+        help="demo, engine, monitor, rate, reduce, safety, screen, signals, simulate or sql",
+    )  # fmt: skip
     demo = commands.add_parser(
         "demo", allow_abbrev=False, help="time, memory and bytes per token of 'afn demo', and the same command again",
         description="Every repetition starts a fresh store in a temporary folder.",
@@ -69,6 +70,15 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     monitor.add_argument("--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)")
     monitor.add_argument("--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
+    rate = commands.add_parser(
+        "rate", allow_abbrev=False, help="tokens per second of one worker at a run's own work, for --dry-run --rate",
+        description="Whole shards of the run's own texts, from JSONL to committed Parquet, by one worker; on a CPU it "
+        "keeps to one core. Nothing is written to the run's store.",
+    )  # fmt: skip
+    rate.add_argument("config", metavar="RUN_TOML", type=Path, help="what to run: a file as of 'afn run --config'")
+    cpu, cuda = TOKENS_PER_WORKER.values()
+    rate.add_argument("--tokens", type=int, metavar="N", help=f"about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})")
+    rate.add_argument("--repeat", type=int, default=3, metavar="N", help="turns (default: 3)")
     reduce = commands.add_parser(
         "reduce", allow_abbrev=False, help="seconds and memory of the reduce of many shards, in different orders",
         description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of each type. Every "
@@ -101,6 +111,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     signals.add_argument("--tokens", type=int, metavar="N",
                          help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})")  # fmt: skip
     signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
+    simulate = commands.add_parser(
+        "simulate", allow_abbrev=False, help="what the driver of a huge run takes, and that it loses no shard",
+        description="The real plan, dispatcher and reduce over workers and a clock that are fake, with crashes, lost "
+        "nodes, hangs, want of memory and outages of the store. Each run has its own process.",
+    )  # fmt: skip
+    simulate.add_argument("--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)")
+    simulate.add_argument("--workers", type=int, default=1000, metavar="N", help="workers (default: 1,000)")
+    simulate.add_argument("--repeat", type=int, default=1, metavar="N", help="runs, each of its own luck (default: 1)")
     sql = commands.add_parser(
         "sql", allow_abbrev=False, help="seconds and memory of questions to a large run, and of its reduce",
         description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
@@ -113,7 +131,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
         command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                              help="auto takes a GPU when there is one")  # fmt: skip
-    for command in (demo, engine, monitor, reduce, safety, screen, signals, sql):
+    for command in (demo, engine, monitor, rate, reduce, safety, screen, signals, simulate, sql):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
@@ -147,6 +165,20 @@ def call(args: argparse.Namespace) -> None:
 
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
         monitor.render(result, console)
+    elif args.what == "rate":
+        from afn_ray import settings
+        from afn_ray.bench import rate
+
+        config = settings.config_from({}, args.config)
+        result = rate.measure(config, args.tokens, args.repeat, lambda note: notes.print(note, markup=False))
+        rate.render(result, console)
+    elif args.what == "simulate":
+        from afn_ray.bench import simulate
+
+        result = simulate.measure(
+            args.shards, args.workers, args.repeat, lambda note: notes.print(note, markup=False)
+        )  # fmt: skip
+        simulate.render(result, console)
     elif args.what == "reduce":
         from afn_ray.bench import reduce
 

@@ -43,7 +43,7 @@ def measure(
     beside the model takes its time.
     """
     device = model.choose_device(device)
-    with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch, _one_core(device):
+    with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch, one_core(device):
         folder = str(save_bert(Path(scratch) / "model")) if name is None else name
         files = model.find_model(folder, None, trust_remote_code=False, allow_pickle=False)
         k = one_layer(layer, files.depth)
@@ -124,7 +124,7 @@ def _write_corpus(path: Path, files: model.ModelFiles, job: _Job, num_tokens: in
 
 
 @contextlib.contextmanager
-def _one_core(device: str) -> Iterator[None]:
+def one_core(device: str) -> Iterator[None]:
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     if device == "cpu":
         os.sched_setaffinity(0, {min(before)})

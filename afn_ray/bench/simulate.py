@@ -8,65 +8,51 @@ end exactly once, whatever fails: that is asserted as it goes.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
-import pickle
-import random
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from afn_ray import dispatch, manifest, reduce, storage
 from afn_ray.bench import machine
+from afn_ray.bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
 from afn_ray.config import RunConfig
-from afn_ray.dispatch import ATTEMPTS, Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
-from afn_ray.errors import OutOfMemory, ShardError, Unavailable
-from afn_ray.pipeline import Progress
+from afn_ray.dispatch import ATTEMPTS
+from afn_ray.errors import AfnError
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
 
-SHARD_S, SPREAD = 300.0, 0.25
-"""Of a worker for a shard, lognormal: mean, and standard deviation of the logarithm."""
-SHARD_BYTES, SHARD_TOKENS = 16 << 20, 4_000_000
-FILE_SHARDS = 64
-"""Shards that one file of the corpus makes."""
-LOAD_S = 60.0
-"""From the start of a process until its model is loaded."""
-VERDICT_S = 5.0
-"""From a death until its reason is known."""
-WORKERS_A_NODE = 8
-NODE_LOST_H = 24.0
-"""Hours that a node lives in the mean; half of the losses are announced ``NOTICE_S`` before."""
-NOTICE_S = 120.0
-NODE_BACK_S = 300.0
-OUTAGE_EVERY_H, OUTAGE_S = 24.0, 300.0
-"""The store answers nobody for so long, two minutes of which a call waits by itself."""
-RATES = {
-    "crash": 1e-4,  # one in 833 hours of a worker
-    "raise": 1e-4,
-    "memory": 1e-4,
-    "hang": 1e-5,
-    "unavailable": 1e-4,
-}
-"""Of attempts, what passes by itself."""
-POISON = {"raise": 1e-5, "crash": 1e-5, "memory": 1e-5, "hang": 2e-6}
-"""Of shards, what fails at every attempt."""
-BAD_START = 0.01
-"""Of processes, those that die as they load the model."""
-COMMITTED = 0.05
-"""Of attempts whose process dies, those that were committed and not yet told of."""
 COMMITS_READ = 2_000
 """Commits that are written and found again, on the local disk."""
 SERIES = Series("strength", 8)
 MEASURE_ID = "0" * 32
-RAY_EVENT_MS, RAY_CALL_MS = 8.0, 0.46
-"""Of the driver on Ray, for an event with 3,000 tasks in flight, and for a look at a worker or a call of the reduce."""
+RAY_WAIT_MS, RAY_CALL_MS = 1.5, 0.14
+"""Of the driver's CPU inside Ray, measured with one local Ray (AMD EPYC, 2.60): its two ``ray.wait`` over 3,000 tasks
+under way (n = 60), and a question to an actor with its answer (n = 1,000)."""
+
+
+def measure(num_shards: int, num_workers: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
+    """``simulate`` with seeds from 0 on, each in a process of its own; as ``--json`` has it."""
+    rounds = []
+    for seed in range(repeat):
+        command = [sys.executable, "-m", "afn_ray.bench.simulate", *map(str, (num_shards, num_workers, seed))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
+        with machine.Watch([process.pid]) as watch:
+            answer, _ = process.communicate()
+        if process.returncode:
+            raise AfnError(f"{' '.join(command)} left with {process.returncode}")
+        rounds.append({**json.loads(answer), "foreign": round(watch.foreign, 3)})
+        on_note(f"{seed + 1}/{repeat}: {rounds[-1]['cpu_s']:.0f} s of CPU of the driver")
+    return {**machine.facts("cpu"), "shards": num_shards, "workers": num_workers, "repeat": repeat, "rounds": rounds}
 
 
 class Meter:
@@ -99,223 +85,6 @@ class Meter:
                 return call(*args)
 
         return measured
-
-
-@dataclass(slots=True)
-class _Worker:
-    node: int
-    life: int = 0  # number of its process
-    alive: bool = False
-    hangs: bool = False
-    queue: deque[tuple[Shard, int]] = field(default_factory=deque)  # shard, halvings; the first is at work
-    progress: Progress = field(default_factory=Progress)
-
-
-class Cluster:
-    """A ``dispatch.Pool`` of workers that take their time on a fake clock, and fail at ``RATES``."""
-
-    can_replace = True
-
-    def __init__(self, shards: Sequence[Shard], num_workers: int, seed: int) -> None:
-        self.now = 0.0
-        self.num_attempts = 0
-        self.happened: Counter[str] = Counter()
-        self.committed: set[str] = set()
-        self._chance = random.Random(seed)  # noqa: S311 - a simulation
-        self._num_wanted = num_workers
-        self._workers: dict[int, _Worker] = {}
-        self._last = -1
-        self._future: list[tuple[float, int, Callable[[], Event | None]]] = []
-        self._order = itertools.count()
-        self.faults: Counter[str] = Counter()  # shard -> attempts that failed by its own fault
-        self.poison = {
-            s.id: kind
-            for kind, rate in POISON.items()
-            for s in self._chance.sample(shards, max(1, round(rate * len(shards))))
-        }
-        for node in range(-(-num_workers // WORKERS_A_NODE)):
-            self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node))
-
-    # --- what the dispatcher asks ------------------------------------------------------------------------
-
-    def clock(self) -> float:
-        return self.now
-
-    def grow(self, num_useful: int) -> int:
-        while len(self._workers) < min(self._num_wanted, num_useful):
-            self._last += 1
-            self._workers[self._last] = _Worker(self._last // WORKERS_A_NODE)
-            self._start(self._last)
-        return len(self._workers)
-
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
-        one = self._workers[worker]
-        one.queue.append((shard, halvings))
-        self.num_attempts += 1
-        if len(one.queue) == 1 and one.alive:
-            self._begin(worker)
-
-    def wait(self, timeout_s: float) -> list[Event]:
-        end = self.now + timeout_s
-        while self._future and self._future[0][0] <= end:
-            self.now, _, happen = heapq.heappop(self._future)
-            if (event := happen()) is not None:
-                return [event]
-        self.now = end
-        return []
-
-    def replace(self, worker: int) -> None:
-        self._end(worker)
-        self._start(worker)
-
-    def release(self, worker: int) -> None:
-        assert not self._workers.pop(worker).queue
-
-    def progress(self) -> Progress:
-        return dispatch.total(w.progress for w in self._workers.values())
-
-    def num_tokens(self, worker: int) -> int:
-        one = self._workers[worker]
-        return 0 if one.hangs else int(self.now)
-
-    def lack(self) -> str:
-        return "workers are under way"
-
-    def close(self) -> None:
-        pass
-
-    # --- what happens ------------------------------------------------------------------------------------
-
-    def _later(self, seconds: float, happen: Callable[[], Event | None]) -> None:
-        heapq.heappush(self._future, (self.now + seconds, next(self._order), happen))
-
-    def _start(self, worker: int, after_s: float = 0.0) -> None:
-        one = self._workers[worker]
-        life = one.life
-        dies = self._chance.random() < BAD_START
-
-        def ready() -> Event | None:
-            if self._workers.get(worker) is not one or one.life != life:
-                return None
-            if dies:
-                self.happened["died as it loaded"] += 1
-                self._start(worker)
-                return Gone(worker, Cause.LOADING)
-            one.alive = True
-            return Ready(worker)
-
-        self._later(after_s + LOAD_S, ready)
-
-    def _end(self, worker: int) -> None:
-        """The process of ``worker`` is no more; what it was about to tell may be committed."""
-        one = self._workers[worker]
-        if one.queue and one.alive and not one.hangs and self._chance.random() < COMMITTED:
-            self.happened["committed, not told"] += 1
-            self.committed.add(one.queue[0][0].id)
-        one.life += 1
-        one.alive = one.hangs = False
-        one.queue.clear()
-
-    def _die(self, worker: int, cause: Cause, back_s: float = 0.0) -> Event:
-        self._end(worker)
-        self.happened[cause.name.lower()] += 1
-        one = self._workers[worker]
-        life = one.life
-
-        def gone() -> Event | None:
-            return Gone(worker, cause) if self._workers.get(worker) is one and one.life == life else None
-
-        self._later(min(VERDICT_S, back_s + LOAD_S / 2), gone)
-        self._start(worker, back_s)
-        return Silent(worker)
-
-    def _lose_node(self, node: int) -> None:
-        """Its processes die together, half of the time after a notice; those that left meanwhile are elsewhere."""
-        there = [(n, w, w.life) for n, w in self._workers.items() if w.node == node and w.alive]
-        notice_s = NOTICE_S if self._chance.random() < 0.5 else 0.0
-        for worker, one, life in there:
-            if notice_s:
-                self._later(0.0, partial(self._announce, worker))
-            self._later(notice_s, partial(self._taken, worker, one, life))
-        self.happened["nodes lost"] += 1
-        self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node))
-
-    def _announce(self, worker: int) -> Event | None:
-        return Leaving(worker) if worker in self._workers else None
-
-    def _taken(self, worker: int, one: _Worker, life: int) -> Event | None:
-        if self._workers.get(worker) is not one or one.life != life:
-            return None
-        return self._die(worker, Cause.NODE, NODE_BACK_S)
-
-    def _begin(self, worker: int) -> None:
-        """The first shard in the queue of ``worker`` is its turn."""
-        one = self._workers[worker]
-        shard, halvings = one.queue[0]
-        life = one.life
-        if shard.id in self.committed:  # it finds its commit
-            self._later(1.0, partial(self._tell, worker, one, life, None))
-            return
-        seconds = self._chance.lognormvariate(0.0, SPREAD) * SHARD_S
-        fate = self.poison.get(shard.id) or self._luck()
-        if fate == "memory" and halvings and shard.id not in self.poison:
-            fate = None
-        if fate == "hang":
-            self.happened["hang"] += 1
-            self.faults[shard.id] += 1
-            one.hangs = True
-            return
-        self._later(seconds / 2 if fate else seconds, partial(self._tell, worker, one, life, fate))
-
-    def _luck(self) -> str | None:
-        at = self._chance.random()
-        for kind, rate in RATES.items():
-            at -= rate
-            if at < 0:
-                return kind
-        return None
-
-    def _tell(self, worker: int, one: _Worker, life: int, fate: str | None) -> Event | None:
-        """How the attempt that is at work on ``worker`` ended."""
-        if self._workers.get(worker) is not one or one.life != life:
-            return None
-        shard = one.queue[0][0]
-        if fate is None and self.now % (OUTAGE_EVERY_H * 3600) > OUTAGE_EVERY_H * 3600 - OUTAGE_S + 120:
-            fate = "unavailable"
-        if fate is not None:
-            self.faults[shard.id] += fate != "unavailable"
-        if fate == "crash":
-            return self._die(worker, Cause.CRASH)
-        one.queue.popleft()
-        if one.queue:
-            self._begin(worker)
-        if fate is not None:
-            self.happened[fate] += 1
-            errors = {"raise": ShardError, "memory": OutOfMemory, "unavailable": Unavailable}
-            return Failed(worker, shard.id, errors[fate]("simulated"))
-        if shard.id not in self.committed:
-            self.committed.add(shard.id)
-            one.progress.documents += SHARD_TOKENS // 200
-            one.progress.tokens += SHARD_TOKENS
-            one.progress.forward_tokens += SHARD_TOKENS
-        return Done(worker, shard.id, arrived(shard.id))
-
-
-def arrived(shard: str) -> manifest.Commit:
-    """A commit as it comes over the wire, with nothing that others share."""
-    attempt = shard[:16]
-    files = {
-        table: {"name": f"{attempt}-{table}.parquet", "rows": SHARD_TOKENS, "bytes": 2_400_000, "sha256": shard * 2}
-        for table in manifest.TABLES
-    }
-    counts = {"documents": SHARD_TOKENS // 200, "empty": 0, "quarantined": 0, "tokens": SHARD_TOKENS,
-              "special": SHARD_TOKENS // 100, "windows": SHARD_TOKENS // 200, "forward_tokens": SHARD_TOKENS,
-              "chars": SHARD_BYTES}  # fmt: skip
-    made_by = {"device": "cuda", "afn-ray": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0"}
-    commit: manifest.Commit = pickle.loads(  # noqa: S301 - our own, a line above
-        pickle.dumps(manifest.Commit(shard, attempt, files, counts, 301.25, made_by))
-    )
-    return commit
 
 
 class Tree:
@@ -364,7 +133,7 @@ def plan_of(num_shards: int) -> manifest.Plan:
 
 def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     """One run from its plan to its reduced tables, as ``--json`` has it. Asserts that every shard ends once."""
-    meter, began = Meter(), time.process_time()
+    meter = Meter()
     resident = [("at the start", machine.own_memory_bytes("VmRSS"))]
 
     def remember(name: str) -> None:
@@ -379,20 +148,20 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
             manifest.begin_run(config, {"simulated": True}, plan, time.time_ns())
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
-    cluster = Cluster(plan.shards, num_workers, seed)
+    crowd = Crowd(plan.shards, num_workers, seed)
     for name in ("grow", "hand", "wait", "replace", "release"):
-        setattr(cluster, name, meter.wrap("(the fake cluster)", getattr(cluster, name)))
+        setattr(crowd, name, meter.wrap("(the crowd)", getattr(crowd, name)))
     looks = Counter[str]()
     dispatcher = dispatch.Dispatcher(
-        cluster, plan.shards, lambda state: looks.update(["looks"]), wait_s=1e9, allow_quarantined=num_shards,
-        clock=cluster.clock,
+        crowd, plan.shards, lambda state: looks.update(["looks"]), wait_s=1e9, allow_quarantined=num_shards,
+        clock=crowd.clock,
     )  # fmt: skip
     for method, name in (("_hand_out", "hand out"), ("_take", "events"), ("_look_around", "look around")):
         setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
     with meter.part("loop"):
         state = dispatcher.run()
     remember("with all commits")
-    _check(plan, cluster, state)
+    _check(plan, crowd, state)
     done = [s for s in plan.shards if s.id in state.commits]
     ordered = state.commits.in_order(s.id for s in done)
     tree = Tree()
@@ -403,27 +172,27 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
         )  # fmt: skip
     assert tables["shards"].num_rows == len(done)
     remember("with the reduce planned")
-    fake_s = meter.seconds.pop("(the fake cluster)")
+    crowd_s = meter.seconds.pop("(the crowd)")
     return {
-        "shards": num_shards, "workers": num_workers, "seed": seed, "hours": cluster.now / 3600,
-        "cpu_s": time.process_time() - began - fake_s, "fake_s": fake_s,
+        "shards": num_shards, "workers": num_workers, "seed": seed, "hours": crowd.now / 3600,
+        "cpu_s": sum(meter.seconds.values()), "crowd_s": crowd_s,
         "parts_s": dict(meter.seconds), "find_commits_us": commit_us,
         "resident_bytes": dict(resident), "peak_bytes": machine.own_memory_bytes("VmHWM"),
-        "attempts": cluster.num_attempts, "retries": state.retries, "quarantined": len(state.failures),
-        "happened": dict(cluster.happened), "looks": looks["looks"], "calls": dict(tree.calls),
+        "attempts": crowd.num_attempts, "retries": state.retries, "quarantined": len(state.failures),
+        "happened": dict(crowd.happened), "looks": looks["looks"], "calls": dict(tree.calls),
         "most_args": tree.most_args,
     }  # fmt: skip
 
 
-def _check(plan: manifest.Plan, cluster: Cluster, state: dispatch.State) -> None:
+def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
     """Every shard ended once: committed, or quarantined by its own fault."""
     assert not state.stopped, state.stopped
     planned = {s.id for s in plan.shards}
     assert len(state.commits) + len(state.failures) == len(planned) == len(plan.shards)
     assert set(state.commits) | state.failures.keys() == planned
-    assert set(state.commits) <= cluster.committed, "a commit that the store does not have"
-    assert all(cluster.faults[shard] >= ATTEMPTS for shard in state.failures), "quarantined without its own fault"
-    assert cluster.poison.keys() <= state.failures.keys(), "a poison was committed"
+    assert set(state.commits) <= crowd.committed, "a commit that the store does not have"
+    assert all(crowd.faults[shard] >= ATTEMPTS for shard in state.failures), "quarantined without its own fault"
+    assert crowd.poison.keys() <= state.failures.keys(), "a poison was committed"
 
 
 def _find_some(store: str, shards: Sequence[Shard]) -> float:
@@ -437,6 +206,58 @@ def _find_some(store: str, shards: Sequence[Shard]) -> float:
     began = time.process_time()
     assert len(manifest.find_commits(store, MEASURE_ID, shards)) == len(shards)
     return (time.process_time() - began) / len(shards) * 1e6
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """What the driver takes, by part; its bottleneck; and what befell the run."""
+    machine.print_facts(result, console)
+    rounds, n = result["rounds"], result["shards"]
+    hours = statistics.median(r["hours"] for r in rounds)
+    console.print(
+        f"\n{n:,} shards of {SHARD_S:g} s on {result['workers']:,} workers, {hours:,.1f} simulated hours; n = "
+        f"{result['repeat']}, median (lowest-highest)", markup=False,
+    )  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for heading in ("the driver", "", ""):
+        table.add_column(heading, justify="right" if not heading else "left", no_wrap=True)
+
+    def row(name: str, unit: str, of: Callable[[dict[str, Any]], float]) -> None:
+        values = [of(r) for r in rounds]
+        table.add_row(name, f"{statistics.median(values):,.1f}", f"({min(values):,.1f}-{max(values):,.1f}) {unit}")
+
+    row("CPU in all", "s", lambda r: r["cpu_s"])
+    row("CPU for a shard", "us", lambda r: r["cpu_s"] / n * 1e6)
+    parts = sorted(rounds[0]["parts_s"], key=lambda part: -rounds[0]["parts_s"][part])
+    for part in parts:
+        row(f"  {part}", "us a shard", lambda r, part=part: r["parts_s"][part] / n * 1e6)  # type: ignore[misc]
+    row("to find a commit again", "us", lambda r: r["find_commits_us"])
+    row("inside Ray beside that, reckoned", "ms a shard", lambda r: ray_ms(r))
+    row("memory at its peak", "MB", lambda r: r["peak_bytes"] / 1e6)
+    for name in list(rounds[0]["resident_bytes"])[1:]:
+        row(f"  {name}", "bytes a shard more than at the start", lambda r, name=name: grown(r, name))  # type: ignore[misc]
+    console.print(table)
+    one = rounds[0]
+    told = ", ".join(f"{number:,} {what}" for what, number in sorted(one["happened"].items()))
+    console.print(
+        f"\nOf seed 0: {told}; {one['attempts']:,} attempts, {one['attempts'] / n - 1:.2%} more than shards; "
+        f"{one['quarantined']:,} quarantined, each by its own fault; every other committed once. Calls of the reduce: "
+        f"{', '.join(f'{number:,} {name}' for name, number in one['calls'].items())}. Most of the driver's own time "
+        f"goes into: {parts[0]}. Others took up to {max(r['foreign'] for r in rounds):.0%} of the cores meanwhile.",
+        markup=False,
+    )  # fmt: skip
+
+
+def grown(run: dict[str, Any], name: str) -> float:
+    """Bytes a shard that the driver had more than at its start."""
+    resident = run["resident_bytes"]
+    return float(resident[name] - resident["at the start"]) / int(run["shards"])
+
+
+def ray_ms(run: dict[str, Any]) -> float:
+    """Milliseconds of the driver inside Ray for a shard: its hand-out, its event, its share of looks and of calls."""
+    looks = run["looks"] * run["workers"] / run["shards"]
+    calls = sum(run["calls"].values()) / run["shards"]
+    return float(RAY_WAIT_MS + RAY_CALL_MS * (run["attempts"] / run["shards"] + looks + calls))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Tokens per second of one worker at a run's own work, on this machine: what ``afn run --dry-run --rate`` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from afn_ray import corpus, dispatch, estimate, job, model, pipeline
+from afn_ray.bench import TOKENS_PER_WORKER, machine
+from afn_ray.bench.signals import one_core
+from afn_ray.config import RunConfig
+from afn_ray.errors import CorpusError
+
+SAMPLE_DOCUMENTS = 2000
+NUM_SHARDS = 3
+"""That the texts make: as in a run the next one is read while one is measured and one is written."""
+CHARS_A_TOKEN = 4
+
+
+def measure(
+    config: RunConfig, num_tokens: int | None, repeat: int, on_note: Callable[[str], None]
+) -> dict[str, Any]:  # fmt: skip
+    """Tokens per second of shards of the config's own corpus, ``repeat`` times in fresh stores; as ``--json`` has it.
+
+    About ``num_tokens`` of its first documents of each file, again and again where they are too few. On a CPU the
+    whole process keeps to one core, as a worker does among its like.
+    """
+    config = job.normalised(config)
+    files, _ = corpus.list_files(config.corpus, config.read_options)
+    texts = [d.text for d in corpus.sample(files, config.read_options, SAMPLE_DOCUMENTS) if d.text]
+    if not texts:
+        raise CorpusError(f"no document to measure in {', '.join(config.corpus)}")
+    with tempfile.TemporaryDirectory(prefix="afn-bench-", dir=config.scratch) as name:
+        folder = Path(name)
+        asked = replace(
+            config, corpus=(str(folder / "corpus.jsonl"),), store=str(folder / "store"), scratch=name, format="auto",
+            text_column="text", id_column=None, labels=None, executor="inline",
+        )  # fmt: skip
+        device = model.choose_device(config.device)
+        num_tokens = num_tokens or TOKENS_PER_WORKER[device] * NUM_SHARDS
+        num_bytes = _write(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
+        asked = replace(asked, shard_bytes=max(1024, num_bytes // NUM_SHARDS))
+        with one_core(device):
+            prepared = job.prepare(asked, lambda event: on_note(event.message) if event.message else None, keep=False)
+            began = time.monotonic()
+            processor = pipeline.Processor(prepared.task)
+            load_s = time.monotonic() - began
+            rates, counted = [], 0
+            with machine.Watch([os.getpid()]) as watch:
+                for turn in range(-1, repeat):  # the first warms up
+                    seconds, counted = _once(processor, prepared, f"{asked.store}-{turn}")
+                    if turn >= 0:
+                        rates.append(counted / seconds)
+                    on_note(f"{counted / seconds:,.0f} tokens/s" + (" (warm-up)" if turn < 0 else ""))
+            processor.close()
+    return {
+        **machine.facts(device), "model": config.model, "tokens": counted, "repeat": repeat,
+        "foreign": round(watch.foreign, 3), "load_s": load_s, "tokens_per_second": rates,
+        "speed": estimate.speed_of(prepared.task, prepared.measure),
+    }  # fmt: skip
+
+
+def _write(path: Path, texts: list[str], least_bytes: int) -> int:
+    size, at = 0, 0
+    with path.open("w", encoding="utf-8") as file:
+        while size < least_bytes:
+            size += file.write(json.dumps({"text": texts[at % len(texts)]}) + "\n")
+            at += 1
+    return size
+
+
+def _once(processor: pipeline.Processor, prepared: job.Prepared, store: str) -> tuple[float, int]:
+    """Seconds of all shards in a fresh store, as many at a time as a worker has; and their tokens but special ones."""
+    processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
+    began = time.monotonic()
+    with ThreadPoolExecutor(dispatch.SLOTS) as pool:
+        commits = list(pool.map(processor.process, prepared.plan.shards))
+    seconds = time.monotonic() - began
+    shutil.rmtree(store)
+    return seconds, sum(c.counts["tokens"] - c.counts["special"] for c in commits)
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """The rate, what it is of, and how far to trust it."""
+    machine.print_facts(result, console)
+    speed, rates = result["speed"], result["tokens_per_second"]
+    console.print(
+        f"{result['model']}: layers {', '.join(map(str, speed['layers']))}, {', '.join(speed['signals'])}, "
+        f"{speed['dtype']} on {speed['device']}, windows of {speed['window_tokens']}", markup=False,
+    )  # fmt: skip
+    console.print(
+        f"{statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f}-{max(rates):,.0f}) of one worker, from files to "
+        f"committed Parquet; n = {result['repeat']}, {result['tokens']:,} tokens; loaded in {result['load_s']:.1f} s; "
+        f"others took {result['foreign']:.0%} of the cores", markup=False,
+    )  # fmt: skip

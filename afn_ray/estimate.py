@@ -1,0 +1,304 @@
+"""What a run would do, how long it would take and what it would cost, before any of it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from afn_ray import cluster, corpus, lexicon, manifest, pipeline
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError
+from afn_ray.job import OnEvent, normalised, prepare
+from afn_ray.schema import SPECIAL, fingerprint
+
+SAMPLE_DOCUMENTS = 200
+PILOT_S = 2.0
+BYTES_PER_TOKEN = 6.0
+"""Upper estimate of the store's bytes for a token of one series, offsets included; each further series adds 3."""
+BYTES_PER_SERIES, OFFSET_BYTES = 3.0, 2.0
+BYTES_PER_NEURON = 6.5
+"""Upper estimate of the store's bytes for one neuron of a token, counts by type included."""
+REDUCE_TOKENS_PER_S = 2.5e6
+"""Of one series, by one core: between what 10,000 small shards and 50 large ones took."""
+SCREEN_TOKENS_PER_S = 3.5e6
+"""Of all layers, by one core."""
+READ_BYTES = 1 << 20
+"""Of the corpus, in one request: once to plan, where the file is new, and once to measure."""
+PUTS_A_SHARD, GETS_A_SHARD = 5, 12
+"""Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike, and GET with HEAD
+beside those for the corpus's bytes. Each table of neurons is one PUT more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What one worker does, as ``afn bench rate`` measured it."""
+
+    tokens_per_second: float
+    load_s: float  # until a process has loaded the model
+    where: str  # machine, versions, n and spread
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What things cost, in one ``currency``; None: not known, and left out of every sum."""
+
+    currency: str
+    as_of: str  # of whom and when
+    worker_hour: float | None = None
+    worker_hour_on_demand: float | None = None
+    head_hour: float | None = None
+    storage_gb_month: float | None = None
+    put_million: float | None = None
+    get_million: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A line of a bill: ``amount`` of ``unit`` at ``price`` each; None: no price is known."""
+
+    what: str
+    amount: float
+    unit: str
+    price: float | None
+
+    @property
+    def total(self) -> float | None:
+        return None if self.price is None else self.amount * self.price
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run would do, and about how long it would take."""
+
+    num_files: int
+    skipped: tuple[str, ...]
+    num_documents: int
+    documents_exact: bool
+    num_bytes: int
+    num_shards: int
+    num_shards_done: int  # already in the store
+    tokens: int  # estimated from a sample
+    store_bytes: int  # estimated
+    seconds: float  # from the first worker's start to the reduced tables
+    load_s: float  # of these, until models are loaded
+    reduce_s: float  # of these, by the reduce and the screening
+    num_workers: int
+    worker_hours: float  # GPU-hours where workers have GPUs
+    num_puts: int  # requests to an object store
+    num_gets: int
+    tokens_per_second: float  # of one worker
+    rate: str  # where it was measured
+    model: str
+    layers: tuple[int, ...]
+    depth: int
+    dtype: str
+    device: str
+    window_tokens: int
+    overlap_tokens: int
+    measure: str
+    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1
+    prices: Prices | None
+    costs: tuple[Cost, ...]  # of the run; none without prices
+    monthly: Cost | None  # of what it leaves in the store
+
+
+def dry_run(
+    config: RunConfig, on_event: OnEvent = lambda event: None, *, rate: Path | None = None, prices: Path | None = None
+) -> Estimate:
+    """What ``job.run(config)`` would do. Reads the corpus once to plan, tries the model on a sample, writes nothing.
+
+    ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is measured here.
+    ``prices``: a TOML file with keys of ``Prices``. Raises ``ConfigError`` for a rate of something else.
+    """
+    money = None if prices is None else read_prices(prices)
+    config = normalised(config)
+    lexicon.function_words(config.language)
+    asked = prepare(config, on_event, keep=False)
+    task, plan, measure, device = asked.task, asked.plan, asked.measure, asked.device
+    speed = speed_of(task, measure)
+    known = None if rate is None else read_rate(rate, speed)
+    done = manifest.find_commits(config.store, task.measure_id, plan.shards)
+    pilot = _pilot(task, [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)])
+    exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
+    share = _text_share(plan, pilot.texts)
+    todo = [s for s in plan.shards if s.id not in done]
+    per_byte = share * pilot.num_tokens / max(1, pilot.num_bytes)
+    tokens = round(plan.num_bytes * per_byte)
+    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
+    if not exact and pilot.texts:
+        documents = max(documents, round(plan.num_bytes * share / (pilot.num_bytes / len(pilot.texts))))
+    workers = min(cluster.count_workers(config, device), max(1, len(todo)))
+    measured = known or Rate(pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0, pilot.load_s, "measured here")
+    load_s = measured.load_s if todo else 0.0
+    work = sum(s.num_bytes for s in todo) * per_byte / measured.tokens_per_second if measured.tokens_per_second else 0.0
+    reduce_s = reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
+    store_bytes = tokens * bytes_per_token(config, len(task.series), len(task.neuron_layers))
+    seconds = load_s + work / workers + reduce_s
+    puts = len(todo) * (PUTS_A_SHARD + (2 if task.neuron_layers else 0))
+    gets = sum(GETS_A_SHARD + gets_of_corpus(s.num_bytes) for s in todo)
+    hours = workers * seconds / 3600
+    costs, monthly = bill(money, hours, seconds / 3600, puts, gets, store_bytes)
+    return Estimate(
+        len(plan.files), plan.skipped, documents, exact, plan.num_bytes, len(plan.shards), len(plan.shards) - len(todo),
+        tokens, round(store_bytes), seconds, load_s, reduce_s, workers, hours, puts, gets, measured.tokens_per_second,
+        measured.where, config.model, task.layers, asked.files.depth, task.dtype, device, measure["window_tokens"],
+        measure["overlap_tokens"], task.measure_id, pilot.signal_costs, money, costs, monthly,
+    )  # fmt: skip
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------
+
+
+def bytes_per_token(config: RunConfig, num_series: int, num_neuron_layers: int) -> float:
+    """Upper estimate of what the store holds for each token."""
+    size = BYTES_PER_TOKEN + BYTES_PER_SERIES * (num_series - 1) - (0 if config.offsets else OFFSET_BYTES)
+    high = 0.25 if config.neurons_of == "high" else 1.0  # of tokens, where others' thresholds fit
+    return size + BYTES_PER_NEURON * config.top_neurons * num_neuron_layers * high
+
+
+def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
+    """Seconds of one core for the reduce of ``tokens``; its leaves, which are most of it, are as many as cores."""
+    return tokens * num_series / REDUCE_TOKENS_PER_S + (tokens / SCREEN_TOKENS_PER_S if screened else 0.0)
+
+
+def gets_of_corpus(num_bytes: int) -> int:
+    """Requests that read a shard's bytes, to plan and to measure."""
+    return 2 * -(-num_bytes // READ_BYTES)
+
+
+def bill(
+    prices: Prices | None, worker_hours: float, hours: float, num_puts: int, num_gets: int, store_bytes: float
+) -> tuple[tuple[Cost, ...], Cost | None]:
+    """What a run costs, line by line, and what its store costs a month; nothing without ``prices``."""
+    if prices is None:
+        return (), None
+    return (
+        Cost("workers", worker_hours, "worker-hours", prices.worker_hour),
+        Cost("head", hours, "hours", prices.head_hour),
+        Cost("PUT", num_puts / 1e6, "million", prices.put_million),
+        Cost("GET", num_gets / 1e6, "million", prices.get_million),
+    ), Cost("store", store_bytes / 1e9, "GB", prices.storage_gb_month)
+
+
+def _text_share(plan: manifest.Plan, texts: Sequence[str]) -> float:
+    """Bytes of text in a byte of corpus: all of it in text files, else exact sizes over the sample's mean."""
+    if all(s.format == "txt" for shard in plan.shards for s in shard.slices):
+        return 1.0
+    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
+    counted = sum(s.num_bytes for shard in plan.shards for s in shard.slices if s.num_documents >= 0)
+    if not texts or not documents or not counted:
+        return 1.0
+    return sum(len(t.encode()) for t in texts) / len(texts) * documents / counted
+
+
+# --- a sample, measured here -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Pilot:
+    """What a sample took in this process."""
+
+    texts: Sequence[str]
+    load_s: float
+    num_tokens: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    signal_costs: dict[str, float] = field(default_factory=dict)
+
+
+def _pilot(task: pipeline.Task, texts: Sequence[str]) -> _Pilot:
+    began = time.monotonic()
+    processor = pipeline.Processor(replace(task, device=cluster.local_device(task.device)))
+    pilot = _Pilot((), time.monotonic() - began)
+    alone, *others = processor.signals
+    taken: dict[str, float] = dict.fromkeys((s.name for s in (alone, *others)), 0.0)
+    num_read = 0
+    while num_read < len(texts) and pilot.seconds <= PILOT_S:
+        some = list(texts[num_read : num_read + 32])
+        num_read += len(some)
+        began = time.monotonic()
+        measured = processor.measure(some, [False] * len(some))
+        pilot.seconds += time.monotonic() - began
+        pilot.num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
+        pilot.num_bytes += sum(len(t.encode()) for t in some)
+        if others:
+            prepared = processor.preparer.prepare(some, [False] * len(some))
+            sets = [[alone], *([alone, other] for other in others)]
+            turns = [[processor.seconds(prepared, signals) for signals in sets] for _ in range(2)]
+            for name, seconds in zip(taken, map(min, *turns), strict=True):  # the other one was disturbed
+                taken[name] += seconds
+    processor.close()
+    pilot.texts = texts[:num_read]
+    # More work takes more time; where it seems to take less, the cost is lost in the noise.
+    pilot.signal_costs = {s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]}
+    return pilot
+
+
+# --- files of rates and prices ---------------------------------------------------------------------------
+
+
+def speed_of(task: pipeline.Task, measure: dict[str, Any]) -> dict[str, Any]:
+    """What of a run changes how many tokens a worker does in a second, but for the machine and the texts."""
+    return {
+        "model": fingerprint(measure["model"]), "layers": list(task.layers), "signals": measure["signals"],
+        "top_neurons": task.config.top_neurons if task.neuron_layers else 0, "dtype": task.dtype, "device": task.device,
+        "window_tokens": measure["window_tokens"], "overlap_tokens": measure["overlap_tokens"],
+        "batch_tokens": task.config.batch_tokens, "tokenizer_workers": task.config.tokenizer_workers,
+    }  # fmt: skip
+
+
+def read_rate(path: Path, speed: dict[str, Any]) -> Rate:
+    """The rate in ``path``, which ``afn bench rate --json`` wrote. Raises ``ConfigError`` if it is not of ``speed``."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        theirs, rates, load_s = value["speed"], value["tokens_per_second"], value["load_s"]
+        numbers = sorted(map(float, rates))
+        machine, versions = value["machine"], value["versions"]
+    except OSError as error:
+        raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}") from error
+    if not numbers or not all(0 < n < math.inf for n in (*numbers, load_s)):
+        raise ConfigError(f"--rate {path} holds {rates} tokens a second and {load_s} s; expected numbers over 0")
+    differing = [
+        f"{key}: it has {theirs.get(key)}, this run asks for {speed[key]}"
+        for key in speed if theirs.get(key) != speed[key]
+    ]  # fmt: skip
+    if differing:
+        raise ConfigError(
+            f"--rate {path} was measured for something else: {'; '.join(differing)}; measure this run's: "
+            "'afn bench rate RUN_TOML --json FILE'"
+        )
+    median = numbers[len(numbers) // 2]
+    where = (
+        f"on {machine}, torch {versions['torch']}, n = {len(numbers)}, {numbers[0]:,.0f}-{numbers[-1]:,.0f}, others "
+        f"took {value['foreign']:.0%} of its cores"
+    )
+    return Rate(median, load_s, where)
+
+
+def read_prices(path: Path) -> Prices:
+    """The prices in the TOML file ``path``. Raises ``ConfigError`` for what they cannot be."""
+    try:
+        value = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--prices {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--prices {path} is not TOML: {error}") from error
+    known = [f.name for f in fields(Prices)]
+    if unknown := sorted(value.keys() - set(known)):
+        raise ConfigError(f"--prices {path} has {', '.join(unknown)}; expected some of {', '.join(known)}")
+    for name in ("currency", "as_of"):
+        if not isinstance(value.get(name), str) or not value[name]:
+            raise ConfigError(f"--prices {path}: {name} is {value.get(name)!r}; expected a text")
+    for name in known[2:]:
+        price = value.get(name, 0)
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
+            raise ConfigError(f"--prices {path}: {name} is {price!r}; expected a number, 0 or more")
+    return Prices(**value)

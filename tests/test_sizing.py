@@ -1,0 +1,203 @@
+"""What a run is said to take: rates that are its own, money with its arithmetic, and a crowd that loses no shard."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_jsonl
+from test_bench import printed
+
+import afn_ray
+from afn_ray import cli, estimate, storage
+from afn_ray.bench import crowd, machine, rate, simulate
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError
+from afn_ray.estimate import Prices, bill, read_prices
+
+MakeConfig = Callable[..., RunConfig]
+PRICES = """
+currency = "EUR"
+as_of = "an example of 2026-11-22"
+worker_hour = 2.0
+worker_hour_on_demand = 5
+head_hour = 0.5
+put_million = 10.0
+storage_gb_month = 0.25
+"""
+
+
+def printed_estimate(found: estimate.Estimate, capsys: pytest.CaptureFixture[str]) -> str:
+    cli._print_estimate(found, cli.Console(highlight=False, soft_wrap=True, width=1000))
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, verses: list[str]) -> str:
+    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
+
+
+# --- rates -----------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
+    tmp_path: Path, make_config: MakeConfig, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, file = make_config(corpus=(corpus,), layers="1,2"), tmp_path / "rate.json"
+    result = rate.measure(config, 1500, 3, lambda note: None)
+    assert not Path(config.store).exists()  # it measures elsewhere
+    assert "layers 1, 2, strength, float32 on cpu" in printed(rate.render, result)
+    result |= {"tokens_per_second": [300.0, 100.0, 200.0], "load_s": 7.0}
+    file.write_text(json.dumps(result))
+
+    found = afn_ray.dry_run(config, rate=file)
+    assert found.tokens_per_second == 200.0 and found.load_s == 7.0  # the median
+    work_s = found.tokens / 200.0
+    reduce_s = 2 * found.tokens / estimate.REDUCE_TOKENS_PER_S + found.tokens / estimate.SCREEN_TOKENS_PER_S
+    assert found.reduce_s == pytest.approx(reduce_s)
+    assert found.seconds == pytest.approx(7.0 + work_s + reduce_s, rel=1e-3)
+    assert found.worker_hours == pytest.approx(found.seconds / 3600)
+    text = printed_estimate(found, capsys)
+    assert "200 tokens/s of one worker (on" in text and "n = 3, 100-300" in text
+
+    others = {"layers": "2", "signals": "shift", "window_tokens": 32}
+    with pytest.raises(ConfigError) as refused:
+        afn_ray.dry_run(replace(config, **others), rate=file)
+    assert all(f"{key}: it has {result['speed'][key]}, this run asks for" in str(refused.value) for key in others)
+    assert "dtype" not in str(refused.value) and "model" not in str(refused.value)
+    for key in result["speed"]:  # whatever changes the speed
+        other = result | {"speed": result["speed"] | {key: "other"}}
+        file.write_text(json.dumps(other))
+        with pytest.raises(ConfigError, match=f"something else: {key}: it has other"):
+            estimate.read_rate(file, result["speed"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"speed": {}}', "speed"])
+def test_a_file_that_holds_no_rate_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rate.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not what 'afn bench rate --json' writes"):
+        estimate.read_rate(tmp_path / "rate.json", {})
+    with pytest.raises(ConfigError, match="cannot be read"):
+        estimate.read_rate(tmp_path / "none.json", {})
+
+
+def test_what_a_signal_costs_is_never_less_than_nothing(make_config: MakeConfig, corpus: str) -> None:
+    found = afn_ray.dry_run(make_config(corpus=(corpus,), signals="shift,attention"))
+    assert found.signal_costs.keys() == {"shift", "attention"} and min(found.signal_costs.values()) >= 0
+
+
+# --- money -----------------------------------------------------------------------------------------------
+
+
+def test_money_is_shown_with_its_arithmetic_and_a_price_that_is_missing_is_said(
+    tmp_path: Path, make_config: MakeConfig, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prices.toml").write_text(PRICES)
+    found = afn_ray.dry_run(make_config(corpus=(corpus,)), prices=tmp_path / "prices.toml")
+    text = printed_estimate(found, capsys)
+    assert "prices   in EUR, of an example of 2026-11-22" in text
+    total = 0.0
+    for amount, price, product in re.findall(r"money    \w+: ([\d.e-]+) [\w-]+ x ([\d.]+) = ([\d.e-]+) EUR\n", text):
+        assert float(product) == pytest.approx(float(amount) * float(price), rel=1e-3)
+        total += float(product)
+    ((said,),) = [re.findall(r"the run: ([\d.e-]+) EUR without GET\n", text)]
+    assert float(said) == pytest.approx(total, rel=1e-3) and total > 0
+    assert "all on demand instead" in text and "million, for which there is no price" in text and "a month" in text
+    assert "money" not in printed_estimate(afn_ray.dry_run(make_config(corpus=(corpus,))), capsys)
+
+
+def test_a_bill_is_the_sum_of_its_lines() -> None:
+    prices = Prices("EUR", "today", worker_hour=2.0, head_hour=0.5, put_million=10.0, storage_gb_month=0.25)
+    lines, monthly = bill(prices, 1000.0, 10.0, 3_000_000, 5_000_000, 8e9)
+    assert [(c.what, c.total) for c in lines] == [("workers", 2000.0), ("head", 5.0), ("PUT", 30.0), ("GET", None)]
+    assert monthly is not None and monthly.total == 2.0
+    assert bill(None, 1.0, 1.0, 1, 1, 1.0) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("worker_hour = -1", "worker_hour is -1; expected a number, 0 or more"),
+        ("worker_hour = nan", "worker_hour is nan"),
+        ("worker_hour = true", "worker_hour is True"),
+        ('worker_hour = "2"', "worker_hour is '2'"),
+        ("gpu_hour = 2", "has gpu_hour; expected some of currency, as_of, worker_hour"),
+        ('currency = ""', "currency is ''; expected a text"),
+        ("worker_hour", "is not TOML"),
+    ],
+)
+def test_prices_that_cannot_be_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    name = line.partition(" ")[0]
+    kept = [row for row in PRICES.splitlines() if not row.startswith(f"{name} ")]
+    (tmp_path / "prices.toml").write_text("\n".join([*kept, line]))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_prices(tmp_path / "prices.toml")
+
+
+def test_rates_and_prices_are_of_a_dry_run(tmp_path: Path, corpus: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", corpus, "--model", "m", "--store", str(tmp_path / "s"), "--rate", "rate.json"])
+    assert end.value.code == ConfigError.exit_code
+
+
+# --- requests --------------------------------------------------------------------------------------------
+
+
+def test_the_requests_of_a_shard_are_those_that_a_bucket_saw(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig, object_store: str,
+    verses: list[str],
+) -> None:  # fmt: skip
+    (log,) = {(p / "log").resolve() for p in tmp_path_factory.getbasetemp().glob("s3*") if (p / "log").exists()}
+    bucket = object_store.removeprefix("s3://")
+
+    def counted() -> Counter[str]:
+        lines = [re.sub(r"\x1b\[\d+m", "", line) for line in log.read_text().splitlines() if f"/{bucket}" in line]
+        kinds = ("LIST" if "list-type=2" in line else re.findall(r'"([A-Z]+) /', line)[0] for line in lines)
+        return Counter("GET" if kind in ("GET", "HEAD") else "PUT" for kind in kinds)
+
+    seen = []
+    for num_shards in (2, 6):
+        for at in range(num_shards):
+            rows = ({"text": t, "pad": "-" * 500} for t in verses[at * 5 : at * 5 + 5])  # two do not fit into a shard
+            body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            storage.write_once(f"{object_store}/{num_shards}/corpus-{at}.jsonl", body)
+        config = make_config(
+            corpus=(f"{object_store}/{num_shards}/",), store=f"{object_store}/{num_shards}-store", shard_bytes=4096
+        )  # fmt: skip
+        before = counted()
+        with afn_ray.run(config) as run:
+            assert run.info["counts"]["shards"] == num_shards
+            after = counted()
+        after.subtract(before)
+        seen.append(after)
+    more = {kind: (seen[1][kind] - seen[0][kind]) / 4 for kind in ("PUT", "GET")}
+    assert more == {"PUT": estimate.PUTS_A_SHARD, "GET": estimate.GETS_A_SHARD + estimate.gets_of_corpus(4096)}
+
+
+# --- the crowd -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_crowd_that_fails_all_the_time_ends_every_shard_once(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in crowd.RATES:
+        monkeypatch.setitem(crowd.RATES, name, 0.004)
+    monkeypatch.setattr(crowd, "POISON", dict.fromkeys(crowd.POISON, 0.002))
+    monkeypatch.setattr(crowd, "NODE_LOST_H", 2.0)
+    monkeypatch.setattr(crowd, "OUTAGE_EVERY_H", 2.0)
+    monkeypatch.setattr(simulate, "COMMITS_READ", 20)
+    result: dict[str, Any] = simulate.simulate(1500, 60, seed)  # it asserts that none is lost, none done twice
+    assert result["quarantined"] >= 4 * 3 and result["attempts"] > 1500 + result["quarantined"]
+    assert {"crash", "hang", "memory", "node", "raise", "unavailable", "nodes lost"} <= result["happened"].keys()
+    assert result["calls"]["total"] == 1 and result["calls"]["read"] >= 1500 / 64
+    assert result["most_args"] <= 64 + 1
+
+    text = printed(simulate.render, {**machine.facts("cpu"), "shards": 1500, "workers": 60, "repeat": 1,
+                                     "rounds": [result | {"foreign": 0.1}]})  # fmt: skip
+    for expected in ("1,500 shards", "look around", "bytes a shard more than at the start", "quarantined"):
+        assert expected in text
