@@ -577,8 +577,7 @@ def _print_estimate(e: Estimate, console: Console) -> None:
                  f"and screening {_duration(e.reduce_s)}"),
         ("work", f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
                  f"{e.seconds / 3600:,.3f}"),
-        ("requests", f"about {e.num_puts:,} PUT or LIST and {e.num_gets:,} GET or HEAD, where corpus and store are "
-                     "buckets"),
+        ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
         *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
         *(_bill(e) if e.prices else []),
         ("measure", e.measure),

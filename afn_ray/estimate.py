@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, lexicon, manifest, pipeline
+from afn_ray import cluster, corpus, lexicon, manifest, pipeline, settings, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.job import OnEvent, normalised, prepare
@@ -28,7 +27,7 @@ REDUCE_TOKENS_PER_S = 2.5e6
 """Of one series, by one core: between what 10,000 small shards and 50 large ones took."""
 SCREEN_TOKENS_PER_S = 3.5e6
 """Of all layers, by one core."""
-READ_BYTES = 1 << 20
+READ_BYTES = storage.READ_AHEAD_BYTES
 """Of the corpus, in one request: once to plan, where the file is new, and once to measure."""
 PUTS_A_SHARD, GETS_A_SHARD = 5, 12
 """Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike, and GET with HEAD
@@ -89,7 +88,7 @@ class Estimate:
     load_s: float  # of these, until models are loaded
     reduce_s: float  # of these, by the reduce and the screening
     num_workers: int
-    worker_hours: float  # GPU-hours where workers have GPUs
+    worker_hours: float  # of the workers, from first to last; GPU-hours where they have GPUs
     num_puts: int  # requests to an object store
     num_gets: int
     tokens_per_second: float  # of one worker
@@ -285,12 +284,7 @@ def read_rate(path: Path, speed: dict[str, Any]) -> Rate:
 
 def read_prices(path: Path) -> Prices:
     """The prices in the TOML file ``path``. Raises ``ConfigError`` for what they cannot be."""
-    try:
-        value = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--prices {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--prices {path} is not TOML: {error}") from error
+    value = settings.read_toml(path, "--prices")
     known = [f.name for f in fields(Prices)]
     if unknown := sorted(value.keys() - set(known)):
         raise ConfigError(f"--prices {path} has {', '.join(unknown)}; expected some of {', '.join(known)}")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import write_jsonl
 from test_bench import printed
 
 import afn_ray
-from afn_ray import cli, estimate, storage
+from afn_ray import cli, estimate, reduce, storage
 from afn_ray.bench import crowd, machine, rate, simulate
+from afn_ray.bench.reduce import NUM_TYPES
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.estimate import Prices, bill, read_prices
@@ -201,3 +205,104 @@ def test_a_crowd_that_fails_all_the_time_ends_every_shard_once(seed: int, monkey
                                      "rounds": [result | {"foreign": 0.1}]})  # fmt: skip
     for expected in ("1,500 shards", "look around", "bytes a shard more than at the start", "quarantined"):
         assert expected in text
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "infra" / "guide" / "sizing.md"
+TEXT_BYTES = 4
+"""Of a token, in English text and a vocabulary of 30,522; and what one worker does in a second, as the page says."""
+CPU_RATE, WORKERS = 2_250.0, 100
+SUMMARY_BYTES = 1.15
+DRIVER_BYTES = 2_000
+PAIR_BYTES = 64
+"""Of memory while sums merge: ``SeriesSummary.merge``."""
+
+
+def distinct_pairs(tokens: float) -> float:
+    """Pairs of a type and a strength that differ, in the mean, under the law of ``afn bench reduce``."""
+    shares = 1 / np.arange(10, NUM_TYPES + 10)
+    shares /= shares.sum()
+    bins_a_sd = 0.1 * 2**15 / math.log(2)  # 15 bits of mantissa, strengths whose logarithms have a deviation of 0.1
+    at = np.arange(-6, 6, 1 / 100)
+    chance = np.exp(-(at**2) / 2) / math.sqrt(2 * math.pi) / bins_a_sd
+    parts = np.array_split(tokens * shares, 50)
+    return float(sum(-np.expm1(-part[:, None] * chance).sum() for part in parts) * bins_a_sd / 100)
+
+
+def table(tokens: float) -> dict[str, str]:
+    """A column of the page's table."""
+    config = RunConfig(corpus=("-",), model="-", store="-")
+    num_bytes = tokens * TEXT_BYTES
+    shards = math.ceil(num_bytes / config.shard_bytes)
+    puts, gets = (
+        shards * estimate.PUTS_A_SHARD,
+        shards * (estimate.GETS_A_SHARD + estimate.gets_of_corpus(config.shard_bytes)),
+    )
+    store = tokens * estimate.bytes_per_token(config, 1, 0)
+    parts = min(reduce.MAX_PARTS, 1 + int(tokens * SUMMARY_BYTES) // reduce.PART_BYTES)
+    hours, reduce_hours = tokens / CPU_RATE / 3600, estimate.reduce_core_s(tokens, 1, screened=True) / 3600
+    in_all = hours + reduce_hours
+    lines, monthly = bill(read_prices(ROOT / "infra" / "prices.toml"), in_all, in_all / WORKERS, puts, gets, store)
+    totals = [cost.total for cost in (*lines, monthly) if cost is not None and cost.total is not None]
+    assert len(totals) == 5
+    return {
+        "corpus, GB": f"{num_bytes / 1e9:,.0f}",
+        "shards of 16 MiB": f"{shards:,}",
+        "store, GB": f"{store / 1e9:,.0f}",
+        "summaries in it, GB": f"{tokens * SUMMARY_BYTES / 1e9:,.1f}",
+        "PUT and LIST": f"{puts:,}",
+        "GET and HEAD": f"{gets:,}",
+        "worker-hours": f"{hours:,.0f}",
+        "reduce and screening, core-hours": f"{reduce_hours:,.1f}",
+        "memory of a merge of the reduce, GB": f"{distinct_pairs(tokens) * PAIR_BYTES / parts / 1e9:.1f}",
+        "memory of the driver for its shards, GB": f"{shards * DRIVER_BYTES / 1e9:,.2f}",
+        "workers, USD": f"{lines[0].total:,.0f}",
+        "head, USD": f"{lines[1].total:,.0f}",
+        "requests, USD": f"{(lines[2].total or 0) + (lines[3].total or 0):,.2f}",
+        "the run, USD": f"{sum(totals[:4]):,.0f}",
+        "the store, USD a month": f"{totals[4]:,.2f}",
+    }
+
+
+def test_the_table_of_the_page_is_what_its_arithmetic_gives() -> None:
+    columns = [table(tokens) for tokens in (1e9, 1e11, 1e13)]
+    rows = [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
+    text = PAGE.read_text("utf-8")
+    missing = [row for row in rows if row not in text]
+    assert not missing, "\n".join(rows)
+
+
+def test_the_law_of_the_page_is_that_of_what_was_reduced() -> None:
+    """Of 66,929,845 generated tokens in 16 summaries: 77 MB, of which each pair takes 1 to 2 bytes."""
+    assert 1.0 < 77e6 / (16 * distinct_pairs(66_929_845 / 16)) < 2.0
+
+
+@pytest.mark.parametrize("kind", ["sh", "toml"])
+def test_what_the_page_tells_to_do_works(
+    kind: str, tmp_path: Path, corpus: str, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
+    assert blocks
+    if kind == "toml":
+        for block in blocks:
+            (tmp_path / "prices.toml").write_text(block)
+            read_prices(tmp_path / "prices.toml")
+        return
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "infra").symlink_to(ROOT / "infra")
+    lines = (f'corpus = ["{corpus}"]', f'model = "{tiny_bert}"', 'store = "results"', 'dtype = "float32"',
+             'executor = "inline"')  # fmt: skip
+    (tmp_path / "run.toml").write_text("\n".join(lines))
+    smaller = {"rate": ["--tokens", "600", "--repeat", "1"], "simulate": ["--shards", "300", "--workers", "10"]}
+    told = ""
+    for command in [line for block in blocks for line in block.splitlines() if line.startswith("afn ")]:
+        words = shlex.split(command)[1:]
+        with pytest.raises(SystemExit) as end:
+            cli.main([*words, *(smaller[words[1]] if words[0] == "bench" else [])])
+        told += capsys.readouterr().out
+        assert end.value.code == 0, (command, told)
+    assert "the run: " in told and "USD" in told and "most of the driver" in told.lower()
