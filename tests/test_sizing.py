@@ -216,7 +216,7 @@ TEXT_BYTES = 4
 """Of a token, in English text and a vocabulary of 30,522; and what one worker does in a second, as the page says."""
 CPU_RATE, WORKERS = 2_250.0, 100
 SUMMARY_BYTES = 1.15
-DRIVER_BYTES = 2_000
+DRIVER_BYTES = 2_400
 PAIR_BYTES = 64
 """Of memory while sums merge: ``SeriesSummary.merge``."""
 
