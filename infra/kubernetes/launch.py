@@ -2,10 +2,10 @@
 
     python launch.py TEMPLATE
 
-runs in a pod of a Job, whose name (JOB_NAME) the copy takes and which owns it (JOB_UID): a launcher that takes the place
-of one that was lost finds the RayJob that is under way and waits on, and who deletes the Job stops it. With QUEUE the
-copy stays suspended until Kueue admits it. Exit code 0: the job succeeded; 1: it failed; 2: it cannot be started; 75: no
-word from the API server, start another launcher. It needs nothing but Python.
+runs in a pod of a Job, whose name (JOB_NAME) the copy takes and which owns it (JOB_UID): a launcher in place of one
+that was lost finds the RayJob under way and waits on, and who deletes the Job stops it. With QUEUE the copy stays
+suspended until Kueue admits it. Exit code 0: the job succeeded; 1: it failed; 2: it cannot be started; 75: no word
+from the API server, start another launcher. It needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 SCHEME = "https"
 POLL_S, PATIENCE_S, TIMEOUT_S = 15.0, 600.0, 30.0
+TEMPLATE_LABEL = "afn-ray/template"
 ENDED = {"Complete", "Failed", "ValidationFailed"}
 
 
@@ -56,8 +57,10 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
             with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:  # noqa: S310
                 return dict(json.load(answer))
         except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode(errors="replace")[:500]
             if error.code < 500 and error.code not in (408, 429):
-                raise Refused(error.code, error.read().decode(errors="replace")[:500]) from error
+                raise Refused(error.code, said) from error
             failed: Exception = error
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             failed = error
@@ -69,7 +72,7 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
 
 def copy_of(template: dict[str, Any], name: str, owner_uid: str, queue: str) -> dict[str, Any]:
     """The RayJob ``name``: ``template`` let go, or left to ``queue`` to let go."""
-    labels = dict(template["metadata"].get("labels", {}))
+    labels = {k: v for k, v in template["metadata"]["labels"].items() if k != TEMPLATE_LABEL}
     if queue:
         labels["kueue.x-k8s.io/queue-name"] = queue
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": owner_uid, "controller": False}

@@ -1,0 +1,863 @@
+"""infra/: every manifest is of its real schema, safe by default, in step with the code, and set in one place."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import write_jsonl
+
+from afn_ray import audit, grammar, job, storage
+from afn_ray.cluster import connection
+from afn_ray.config import RunConfig, config_from
+
+ROOT = Path(__file__).parent.parent
+INFRA = ROOT / "infra"
+KUBERNETES = INFRA / "kubernetes"
+CRDS = ROOT.parent / "shared" / "kuberay-crds"
+KUBERNETES_VERSION = "1.33"
+APPLIED = ("access", "once", "nightly", "raycronjob")
+"""Folders that are applied; the others are parts of them."""
+
+Manifest = dict[str, Any]
+
+
+def lacks(why: str) -> None:
+    """Skips, but never in CI."""
+    pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+
+
+def render(folder: Path) -> list[Manifest]:
+    if shutil.which("kubectl") is None:
+        lacks("kubectl renders the manifests, and is not here")
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def lint(tool: str, file: Path) -> None:
+    """``tool``, which comes with the extra dev, has nothing to say about ``file``."""
+    program = shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert program, f"{tool} is not here; it comes with the extra dev"
+    done = subprocess.run([program, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, list[Manifest]]:
+    return {folder: render(KUBERNETES / folder) for folder in APPLIED}
+
+
+@pytest.fixture
+def variant(tmp_path: Path) -> Callable[..., list[Manifest]]:
+    """``variant(folder, components, **values)``: its manifests with more components, and other values."""
+
+    def make(folder: str, components: tuple[str, ...] = (), **values: str) -> list[Manifest]:
+        copy = tmp_path / "kubernetes"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(KUBERNETES, copy)
+        kustomization = yaml.safe_load((copy / folder / "kustomization.yaml").read_text())
+        kustomization["components"] += [f"../{component}" for component in components]
+        (copy / folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        given = yaml.safe_load((copy / "values" / "values.yaml").read_text())
+        assert set(values) <= set(given["data"])
+        given["data"] |= values
+        (copy / "values" / "values.yaml").write_text(yaml.safe_dump(given))
+        identity = (copy / "values" / "identity.yaml").read_text().replace("{}", "{cloud/role: us}")
+        (copy / "values" / "identity.yaml").write_text(identity)
+        return render(copy / folder)
+
+    return make
+
+
+def named(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
+    (found,) = (m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"]))
+    return found
+
+
+def rayjob_spec(manifests: list[Manifest]) -> Manifest:
+    """The spec of the one RayJob of ``manifests``, or that of the RayCronJob's."""
+    for m in manifests:
+        if m["kind"] in ("RayJob", "RayCronJob"):
+            return dict(m["spec"].get("jobTemplate", m["spec"]))
+    raise AssertionError("no RayJob")
+
+
+def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Every pod that comes of ``manifests``, by its component; the head's with the autoscaler that KubeRay adds."""
+    found = {}
+    for m in manifests:
+        if m["kind"] in ("RayJob", "RayCronJob"):
+            spec = rayjob_spec([m])
+            cluster = spec["rayClusterSpec"]
+            (workers,) = cluster["workerGroupSpecs"]
+            head = json.loads(json.dumps(cluster["headGroupSpec"]["template"]))
+            if cluster["enableInTreeAutoscaling"]:
+                kept = {
+                    k: cluster["autoscalerOptions"][k] for k in ("env", "resources", "securityContext", "volumeMounts")
+                }
+                image = head["spec"]["containers"][0]["image"]
+                head["spec"]["containers"].append({"name": "autoscaler", "image": image, **kept})
+            found |= {"head": head, "worker": workers["template"], "submitter": spec["submitterPodTemplate"]}
+        if m["kind"] == "CronJob":
+            found["launcher"] = m["spec"]["jobTemplate"]["spec"]["template"]
+    return found
+
+
+# --- schemas ---------------------------------------------------------------------------------------------
+
+
+def strict(schema: Any) -> Any:
+    """``schema`` that refuses what it does not name: the API server drops such fields, and says nothing."""
+    if isinstance(schema, list):
+        return [strict(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {k: strict(v) for k, v in schema.items()}
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and not open_ended and "type" in schema:
+        made["additionalProperties"] = False
+    return made
+
+
+@pytest.fixture(scope="module")
+def ray_schemas() -> dict[str, Any]:
+    if not CRDS.is_dir():
+        pytest.skip(f"KubeRay's schemas are not in {CRDS}")
+    schemas = {}
+    for kind in ("RayJob", "RayCronJob"):
+        crd = yaml.load((CRDS / f"ray.io_{kind.lower()}s.yaml").read_bytes(), yaml.CSafeLoader)
+        (version,) = (v for v in crd["spec"]["versions"] if v["name"] == "v1")
+        schema = strict(version["schema"]["openAPIV3Schema"])
+        schemas[kind] = jsonschema.Draft202012Validator(schema)
+    return schemas
+
+
+@pytest.mark.parametrize("folder", APPLIED)
+def test_kuberay_takes_them(rendered: dict[str, list[Manifest]], ray_schemas: dict[str, Any], folder: str) -> None:
+    for m in rendered[folder]:
+        if m["apiVersion"] == "ray.io/v1":
+            ray_schemas[m["kind"]].validate(m)
+        for pod in pods([m]).values():
+            as_pod = {"apiVersion": "v1", "kind": "Pod", **pod}
+            kubernetes_validate.validate(as_pod, KUBERNETES_VERSION, strict=True)
+
+
+def test_kuberay_schemas_find_what_is_not_there(
+    rendered: dict[str, list[Manifest]], ray_schemas: dict[str, Any]
+) -> None:
+    m = json.loads(json.dumps(named(rendered["once"], "RayJob")))
+    m["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["securityContekst"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="securityContekst"):
+        ray_schemas["RayJob"].validate(m)
+
+
+@pytest.mark.parametrize("folder", APPLIED)
+def test_kubernetes_takes_them(rendered: dict[str, list[Manifest]], folder: str) -> None:
+    core = [m for m in rendered[folder] if m["apiVersion"] != "ray.io/v1"]
+    assert core
+    for m in core:
+        kubernetes_validate.validate(m, KUBERNETES_VERSION, strict=True)
+
+
+def test_kubernetes_schemas_find_what_is_not_there(rendered: dict[str, list[Manifest]]) -> None:
+    m = json.loads(json.dumps(named(rendered["nightly"], "CronJob")))
+    m["spec"]["concurencyPolicy"] = m["spec"].pop("concurrencyPolicy")
+    with pytest.raises(kubernetes_validate.ValidationError, match="concurencyPolicy"):
+        kubernetes_validate.validate(m, KUBERNETES_VERSION, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "components"), [("once", ("cpu",)), ("once", ("cpu", "kueue")), ("nightly", ("kueue",))]
+)
+def test_variants_are_of_the_schema_too(
+    variant: Callable[..., list[Manifest]], ray_schemas: dict[str, Any], folder: str, components: tuple[str, ...]
+) -> None:
+    made = named(variant(folder, components, queue="lane", **{"max-workers": "5"}), "RayJob")
+    ray_schemas["RayJob"].validate(made)
+    (workers,) = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    text = yaml.safe_dump(made)
+    assert ("nvidia.com/gpu" in text) == ("cpu" not in components)
+    if "kueue" in components:
+        assert made["spec"]["suspend"] and made["spec"]["shutdownAfterJobFinishes"]
+        assert made["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == ("lane" if folder == "once" else None)
+        assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"] == 5
+        assert not made["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
+
+
+def test_queues_for_kueue_are_enough_for_the_job(rendered: dict[str, list[Manifest]]) -> None:
+    flavor, cluster_queue, local_queue = yaml.safe_load_all((KUBERNETES / "kueue" / "queues.yaml").read_text())
+    assert local_queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    (quota,) = group["flavors"]
+    assert quota["name"] == flavor["metadata"]["name"]
+    gib = {r["name"]: r["nominalQuota"] for r in quota["resources"]}
+    assert set(gib) == set(group["coveredResources"])
+    (workers,) = rayjob_spec(rendered["once"])["rayClusterSpec"]["workerGroupSpecs"]
+    asked = workers["template"]["spec"]["containers"][0]["resources"]["requests"]
+    head = rayjob_spec(rendered["once"])["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    n = workers["maxReplicas"]
+    assert gib["nvidia.com/gpu"] >= n * int(asked["nvidia.com/gpu"])
+    assert gib["cpu"] > n * int(asked["cpu"]) + int(head["resources"]["requests"]["cpu"])
+    memory = [
+        int(x.removesuffix("Gi")) for x in (gib["memory"], asked["memory"], head["resources"]["requests"]["memory"])
+    ]
+    assert memory[0] > n * memory[1] + memory[2]
+
+
+# --- safe by default -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["once", "nightly", "raycronjob"])
+def test_whatever_starts_ray_is_in_token_mode(rendered: dict[str, list[Manifest]], folder: str) -> None:
+    cluster = rayjob_spec(rendered[folder])["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    found = {c["name"]: c for component, pod in pods(rendered[folder]).items() if component != "launcher"
+             for c in pod["spec"]["containers"]}  # fmt: skip
+    assert set(found) == {"ray-head", "autoscaler", "ray-worker", "submitter"}
+    for container in found.values():
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        assert not any(e["name"] == "RAY_AUTH_TOKEN" for e in container["env"])  # KubeRay's, from its Secret
+
+
+def test_a_field_that_an_old_kuberay_does_not_know_leaves_nothing_open() -> None:
+    """It drops authOptions, so nobody gives a token: the image's Ray then does not start."""
+    assert re.search(r"^ +RAY_AUTH_MODE=token", (INFRA / "Containerfile").read_text(), re.M)
+
+
+@pytest.mark.parametrize("folder", ["once", "nightly", "raycronjob"])
+def test_pods_are_restricted(rendered: dict[str, list[Manifest]], folder: str) -> None:
+    """As Kubernetes' Pod Security Standard "restricted" has it, which the namespace enforces; and more."""
+    uid = re.search(r"useradd --uid (\d+)", (INFRA / "Containerfile").read_text())
+    assert uid
+    for component, pod in pods(rendered[folder]).items():
+        spec = pod["spec"]
+        assert not {"hostNetwork", "hostPID", "hostIPC", "hostUsers"} & set(spec)
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == int(uid[1])
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for volume in spec.get("volumes", []):
+            assert set(volume) - {"name"} <= {"emptyDir", "configMap"}
+        mounted = {v["name"] for v in spec.get("volumes", [])}
+        for c in spec["containers"]:
+            assert c["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                                            "capabilities": {"drop": ["ALL"]}}  # fmt: skip
+            assert {v["name"] for v in c.get("volumeMounts", [])} <= mounted
+            assert not any("hostPort" in port for port in c.get("ports", []))
+            assert c["resources"]["limits"]["memory"] == c["resources"]["requests"]["memory"]
+            if component != "launcher":
+                assert {"/home/afn", "/tmp"} <= {v["mountPath"] for v in c["volumeMounts"]}
+        # Kubernetes' own credentials go to those who call it.
+        assert spec["automountServiceAccountToken"] is (component in ("head", "launcher"))
+
+
+def test_nothing_is_exposed_and_no_secret_is_in_a_file(rendered: dict[str, list[Manifest]]) -> None:
+    kinds = {m["kind"] for manifests in rendered.values() for m in manifests}
+    assert not kinds & {"Secret", "Service", "Ingress", "ClusterRole", "ClusterRoleBinding"}
+    for folder in ("once", "nightly", "raycronjob"):
+        head = rayjob_spec(rendered[folder])["rayClusterSpec"]["headGroupSpec"]
+        assert head["serviceType"] == "ClusterIP" and not head.get("enableIngress")
+    secret = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:password|secret_?key|auth_token)\s*[:=]\s*['\"]?[\w/+]{8}")
+    for file in (f for f in INFRA.rglob("*") if f.is_file()):
+        assert not secret.search(file.read_text("utf-8")), file
+
+
+def test_the_namespace_enforces_the_standard(rendered: dict[str, list[Manifest]]) -> None:
+    namespace = named(rendered["access"], "Namespace")
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    name = namespace["metadata"]["name"]
+    for m in (m for manifests in rendered.values() for m in manifests if m["kind"] != "Namespace"):
+        assert m["metadata"]["namespace"] == name
+    assert named(rendered["nightly"], "RoleBinding")["subjects"][0]["namespace"] == name
+
+
+def selects(selector: Manifest, labels: dict[str, str]) -> bool:
+    for e in selector.get("matchExpressions", []):
+        assert e["operator"] == "In"
+        if labels.get(e["key"]) not in e["values"]:
+            return False
+    return all(labels.get(k) == v for k, v in selector.get("matchLabels", {}).items())
+
+
+@pytest.mark.parametrize("folder", ["once", "nightly"])
+def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> None:
+    """Ray's ports are for the cluster's own pods, its dashboard for two callers more, metrics for Prometheus."""
+    labels = {component: pod["metadata"]["labels"] for component, pod in pods(rendered[folder]).items()}
+    policies = [m["spec"] for m in rendered["access"] if m["kind"] == "NetworkPolicy"]
+    namespaces = yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"]
+    outside = {
+        "operator": (namespaces["operator-namespace"], {"app.kubernetes.io/name": "kuberay-operator"}),
+        "prometheus": (namespaces["monitoring-namespace"], {}),
+        "stranger": ("default", {"app.kubernetes.io/name": "afn-ray", "app.kubernetes.io/component": "head"}),
+        "neighbour": ("afn", {}),
+    }
+    ports = {8265, 6379, 10001, 8080, 44217, 44227, 52365}
+
+    def reaches(namespace: str, caller: dict[str, str], to: dict[str, str]) -> set[int]:
+        mine = [p for p in policies if selects(p["podSelector"], to)]
+        assert mine and all(p["policyTypes"] == ["Ingress"] for p in mine)
+        reached: set[int] = set()
+        for rule in (r for p in mine for r in p["ingress"]):
+            for peer in rule["from"]:
+                there = {"kubernetes.io/metadata.name": namespace}
+                in_space = (
+                    selects(peer["namespaceSelector"], there) if "namespaceSelector" in peer else namespace == "afn"
+                )
+                if in_space and selects(peer.get("podSelector", {}), caller):
+                    reached |= {p["port"] for p in rule["ports"]} if "ports" in rule else ports
+        return reached
+
+    for to in ("head", "worker"):
+        for caller in ("head", "worker"):
+            assert reaches("afn", labels[caller], labels[to]) == ports
+        assert reaches("afn", labels["submitter"], labels[to]) == {8265}
+        assert reaches(*outside["operator"], labels[to]) == {8265}
+        assert reaches(*outside["prometheus"], labels[to]) == {8080, 44217, 44227}
+        assert not reaches(*outside["stranger"], labels[to]) and not reaches(*outside["neighbour"], labels[to])
+    for to in set(labels) & {"submitter", "launcher"}:
+        assert not any(reaches("afn", labels[caller], labels[to]) for caller in labels)
+
+
+def test_what_may_not_be_evicted(rendered: dict[str, list[Manifest]]) -> None:
+    labels = {component: pod["metadata"]["labels"] for component, pod in pods(rendered["nightly"]).items()}
+    budgets = {m["metadata"]["name"]: m["spec"] for m in rendered["access"] if m["kind"] == "PodDisruptionBudget"}
+    chosen = {name: {c for c in labels if selects(b["selector"], labels[c])} for name, b in budgets.items()}
+    assert chosen == {"afn-head": {"head"}, "afn-worker": {"worker"}}
+    for budget in budgets.values():  # pods without a scale take this form alone
+        assert isinstance(budget["minAvailable"], int) and "maxUnavailable" not in budget
+    assert budgets["afn-head"]["minAvailable"] > 100 > budgets["afn-worker"]["minAvailable"] > 0
+
+
+def test_the_launcher_may_do_what_it_does_and_no_more(rendered: dict[str, list[Manifest]]) -> None:
+    role, binding = named(rendered["nightly"], "Role"), named(rendered["nightly"], "RoleBinding")
+    assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["get", "create"]}]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    account = named(rendered["nightly"], "ServiceAccount")["metadata"]["name"]
+    assert [s["name"] for s in binding["subjects"]] == [account]
+    assert pods(rendered["nightly"])["launcher"]["spec"]["serviceAccountName"] == account
+    known = {m["metadata"]["name"] for m in rendered["access"] if m["kind"] == "ServiceAccount"}
+    assert {pods(rendered["nightly"])[c]["spec"]["serviceAccountName"] for c in ("head", "worker")} == known
+
+
+# --- in step with the code -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_config(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return config_from({}, KUBERNETES / "values" / "run.toml")
+
+
+def test_a_pod_is_what_one_worker_asks_for(rendered: dict[str, list[Manifest]], run_config: RunConfig) -> None:
+    assert run_config.device == "cuda" and run_config.workers  # a cluster without workers yet cannot tell
+    needs = connection.needs(run_config, run_config.device)
+    (workers,) = rayjob_spec(rendered["once"])["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    has = container["resources"]["limits"]
+    assert (int(has["cpu"]), int(has["nvidia.com/gpu"])) == (needs["num_cpus"], needs["num_gpus"])
+    assert container["resources"]["requests"] == has
+    assert workers["maxReplicas"] == run_config.workers and workers["minReplicas"] == workers["replicas"] == 0
+    assert not {e["name"] for e in container["env"]} & set(connection.WORKER_ENV)  # each worker brings its own
+    assert int(workers["rayStartParams"]["object-store-memory"]) >= connection.OBJECT_STORE_BYTES
+
+
+@pytest.mark.parametrize("folder", ["once", "nightly", "raycronjob"])
+def test_what_a_run_on_spot_needs(rendered: dict[str, list[Manifest]], folder: str) -> None:
+    from ray._private import ray_constants
+
+    spec = rayjob_spec(rendered[folder])
+    cluster = spec["rayClusterSpec"]
+    assert spec["shutdownAfterJobFinishes"] and spec["backoffLimit"] > 0 and spec["activeDeadlineSeconds"] > 0
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert cluster["enableInTreeAutoscaling"] and cluster["autoscalerOptions"]["version"] == "v2"
+    assert cluster["rayVersion"] == constraints()["ray"]
+    drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert hasattr(ray_constants, drain)
+    for component in ("head", "worker"):
+        pod = pods(rendered[folder])[component]["spec"]
+        env = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+        assert pod["terminationGracePeriodSeconds"] > float(env[drain]) >= 30
+        assert pod["terminationGracePeriodSeconds"] > float(env["RAY_JOB_STOP_WAIT_TIME_S"])
+        assert pod.get("restartPolicy", "Never") == "Never"  # autoscaler v2
+    spot = {("eks.amazonaws.com/capacityType", "SPOT"), ("karpenter.sh/capacity-type", "spot"),
+            ("cloud.google.com/gke-spot", "true"), ("kubernetes.azure.com/scalesetpriority", "spot")}  # fmt: skip
+    terms = {}
+    for component in ("head", "worker"):
+        affinity = pods(rendered[folder])[component]["spec"]["affinity"]["nodeAffinity"]
+        (terms[component],) = [t["nodeSelectorTerms"] for t in affinity.values()]
+    ((never,), any_of) = terms["head"], terms["worker"]
+    assert {(e["key"], *e["values"]) for e in never["matchExpressions"] if e["operator"] == "NotIn"} == spot
+    assert {(e["key"], *e["values"]) for t in any_of for e in t["matchExpressions"] if e["operator"] == "In"} == spot
+    tolerated = {t["key"] for t in pods(rendered[folder])["worker"]["spec"]["tolerations"]}
+    assert {"nvidia.com/gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} == tolerated
+
+
+def test_the_nights_do_not_overlap(rendered: dict[str, list[Manifest]]) -> None:
+    cron = named(rendered["nightly"], "CronJob")["spec"]
+    template = named(rendered["nightly"], "RayJob")
+    assert cron["concurrencyPolicy"] == "Forbid"
+    assert template["spec"]["suspend"] is True and template["metadata"]["labels"]["afn-ray/template"] == "true"
+    (launcher,) = pods(rendered["nightly"])["launcher"]["spec"]["containers"]
+    assert launcher["command"][-1] == template["metadata"]["name"]
+    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] > template["spec"]["activeDeadlineSeconds"]
+    assert "suspend" not in rayjob_spec(rendered["raycronjob"])
+    assert rayjob_spec(rendered["raycronjob"]) == {k: v for k, v in template["spec"].items() if k != "suspend"}
+    assert not any(m["kind"] == "RayJob" for m in rendered["raycronjob"])
+
+
+@pytest.mark.parametrize("folder", ["once", "nightly"])
+def test_what_is_run_exists_and_takes_its_arguments(rendered: dict[str, list[Manifest]], folder: str) -> None:
+    python, script, config, *flags = shlex.split(rayjob_spec(rendered[folder])["entrypoint"])
+    workdir = re.search(r"^COPY jobs (\S+)$", (INFRA / "Containerfile").read_text(), re.M)
+    assert python == "python" and workdir and script.startswith(workdir[1])
+    assert (ROOT / "jobs" / Path(script).relative_to(workdir[1])).is_file()
+    command = {"activation_scan.py": ["run", "--config"], "nightly_audit.py": ["audit"]}[Path(script).name]
+    grammar.parser().parse_args([*command, config, *flags])
+    (mount,) = (v["mountPath"] for v in pods(rendered[folder])["head"]["spec"]["containers"][0]["volumeMounts"]
+                if v["name"] == "config")  # fmt: skip
+    files = named(rendered[folder], "ConfigMap")["data"]
+    for path in (config, *(f for f in flags if f.endswith(".toml"))):
+        assert Path(path).parent == Path(mount) and Path(path).name in files
+    assert "store" in tomllib.loads(files["run.toml"])
+
+
+def test_the_policy_can_be_read() -> None:
+    audit.read_policy(KUBERNETES / "values" / "policy.toml")
+
+
+def test_values_are_in_one_place(variant: Callable[..., list[Manifest]], rendered: dict[str, list[Manifest]]) -> None:
+    values = yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"]
+    run = tomllib.loads((KUBERNETES / "values" / "run.toml").read_text())
+    named_once = {values["image"], *run["corpus"], run["store"], run["model"]}
+    for file in (f for f in INFRA.rglob("*") if f.suffix in (".yaml", ".py", ".toml", ".sbatch")):
+        if "values" not in file.parts:
+            assert not [v for v in named_once if v in file.read_text()], file
+            assert not re.search(r"s3://|gs://[a-z]", file.read_text()), file
+    other = {"image": "elsewhere/afn:9.9", "max-workers": "3", "schedule": "5 5 * * 5", "time-zone": "Europe/Vienna",
+             "queue": "lane", "operator-namespace": "op", "monitoring-namespace": "mon"}  # fmt: skip
+    assert set(other) == set(values)
+    used = set()
+    for folder in APPLIED:
+        text = yaml.safe_dump_all(variant(folder, **other))
+        assert values["image"] not in text and "SET_BY_VALUES" not in text
+        used |= {key for key, value in other.items() if re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", text)}
+        images = set(re.findall(r"image: (\S+)", text))
+        assert text.count("cloud/role: us") == (2 if folder == "access" else 0)
+        assert images == (set() if folder == "access" else {other["image"]})
+        assert "SET_BY_VALUES" not in yaml.safe_dump_all(rendered[folder])
+    assert used == set(other)
+    assert re.search(r":[\w.]*\d[\w.]*$", values["image"])  # a version, never "latest"
+
+
+# --- the launcher ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launch", KUBERNETES / "launch.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "token").write_text("of-the-pod\n")
+    (tmp_path / "namespace").write_text("afn")
+    monkeypatch.setattr(module.ssl, "create_default_context", lambda cafile: cafile.name == "ca.crt" and None)
+    for name, value in (("ACCOUNT", tmp_path), ("SCHEME", "http"), ("POLL_S", 0.01), ("PATIENCE_S", 0.3)):
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+class Api:
+    """As much of an API server as a launcher meets. ``answers``: status codes given before it works."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Manifest] = {}
+        self.statuses: list[Manifest] = []
+        self.answers: list[int] = []
+        self.created = 0
+
+    def __call__(self, method: str, name: str, body: Manifest | None) -> tuple[int, Manifest]:
+        if self.answers:
+            return self.answers.pop(0), {}
+        if method == "POST":
+            assert body is not None
+            if body["metadata"]["name"] in self.jobs:
+                return 409, {}
+            self.jobs[body["metadata"]["name"]] = body
+            self.created += 1
+            return 201, body
+        if name not in self.jobs:
+            return 404, {}
+        if "afn-ray/template" in self.jobs[name]["metadata"]["labels"]:
+            return 200, self.jobs[name]
+        status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
+        return 200, {**self.jobs[name], "status": status}
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch, rendered: dict[str, list[Manifest]]) -> Iterator[Api]:
+    api = Api()
+    api.jobs["afn-nightly"] = named(rendered["nightly"], "RayJob")
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            prefix = "/apis/ray.io/v1/namespaces/afn/rayjobs"
+            assert self.path.startswith(prefix) and self.headers["Authorization"] == "Bearer of-the-pod"
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+            code, value = api(self.command, self.path.removeprefix(prefix).strip("/"), body)
+            data = json.dumps(value).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.server_port))
+    yield api
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+BROKEN = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "exit code 1"}
+
+
+def test_a_launcher_waits_for_the_end_of_a_copy_of_the_template(launcher: ModuleType, api: Api) -> None:
+    api.statuses = [{}, {"jobDeploymentStatus": "Initializing"}, {"jobDeploymentStatus": "Retrying"},
+                    {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, DONE]  # fmt: skip
+    assert launcher.launch("afn-nightly", "afn-nightly-123", "uid", "") == 0
+    assert api.statuses == [DONE]
+    template, made = api.jobs["afn-nightly"], api.jobs["afn-nightly-123"]
+    assert made["spec"] == {**template["spec"], "suspend": False}
+    (owner,) = made["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["uid"]) == ("Job", "afn-nightly-123", "uid")
+
+
+def test_a_copy_for_kueue_stays_suspended(launcher: ModuleType, api: Api) -> None:
+    api.statuses = [{"jobDeploymentStatus": "Suspended"}, DONE]
+    assert launcher.launch("afn-nightly", "n", "uid", "lane") == 0
+    assert api.jobs["n"]["spec"]["suspend"] is True
+    assert api.jobs["n"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lane"
+
+
+def test_a_launcher_in_place_of_a_lost_one_starts_nothing(launcher: ModuleType, api: Api) -> None:
+    api.statuses = [DONE]
+    assert [launcher.launch("afn-nightly", "n", "uid", "") for _ in range(2)] == [0, 0]
+    assert api.created == 1
+
+
+@pytest.mark.parametrize(
+    "status", [BROKEN, {**DONE, "jobStatus": "STOPPED"}, {"jobDeploymentStatus": "ValidationFailed"}]
+)
+def test_a_failed_night_fails_its_job(
+    launcher: ModuleType, api: Api, status: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.statuses = [status]
+    assert launcher.launch("afn-nightly", "n", "uid", "") == 1
+    assert "RayJob n failed" in capsys.readouterr().err
+
+
+def test_an_api_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(launcher: ModuleType, api: Api) -> None:
+    api.statuses, api.answers = [DONE], [500, 503, 429]
+    assert launcher.launch("afn-nightly", "n", "uid", "") == 0
+    api.answers = [403]
+    with pytest.raises(launcher.Refused, match="403"):
+        launcher.launch("afn-nightly", "m", "uid", "")
+    api.answers = [503] * 10_000
+    with pytest.raises(launcher.NoAnswer):
+        launcher.launch("afn-nightly", "m", "uid", "")
+    with pytest.raises(launcher.Refused, match="404"):
+        api.answers.clear()
+        launcher.launch("nothing", "m", "uid", "")
+
+
+def test_a_cronjob_tells_a_failed_night_from_a_lost_launcher(rendered: dict[str, list[Manifest]]) -> None:
+    rules = named(rendered["nightly"], "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    codes = {code for r in rules if r["action"] == "FailJob" for code in r["onExitCodes"]["values"]}
+    exits = {int(x) for x in re.findall(r"sys\.exit\((\d+)\)|return (\d)", (KUBERNETES / "launch.py").read_text())
+             for x in x if x}  # fmt: skip
+    assert codes == {1, 2} and exits == {0, 1, 2, 75}
+
+
+# --- the image -------------------------------------------------------------------------------------------
+
+
+def constraints() -> dict[str, str]:
+    lines = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    return dict(line.split("==") for line in lines)
+
+
+def test_the_containerfile() -> None:
+    file = INFRA / "Containerfile"
+    lint("hadolint", file)
+    text = file.read_text()
+    *_, user = re.findall(r"^USER (\S+)", text, re.M)
+    assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", user)
+    (python,) = re.findall(r"^ARG PYTHON=(\S+)", text, re.M)
+    assert re.fullmatch(r"3\.11\.\d+-slim-\w+", python)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r'^ARG EXTRAS="(\S+)"', text, re.M)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    pinned = {name.lower().replace("_", "-") for name in constraints()}
+    for requirement in (
+        *project["dependencies"],
+        *(r for e in extras.split(",") for r in project["optional-dependencies"][e]),
+    ):
+        assert re.split(r"[\[><=; ]", requirement)[0].lower().replace("_", "-") in pinned, requirement
+    assert f"ARG VERSION={project['version']}" in text
+    assert all("-c constraints.txt" in c or "--no-deps" in c for c in re.findall(r"pip install .*", text))
+
+
+def test_what_an_image_is_built_from_is_there_and_nothing_else_is_sent() -> None:
+    sources = [s for line in re.findall(r"^COPY (?!--from)(.+)$", (INFRA / "Containerfile").read_text(), re.M)
+               for s in line.split()[:-1]]  # fmt: skip
+    first, *rest = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert first == "*"
+    let_in = {line.removeprefix("!") for line in rest if line.startswith("!")}
+    assert set(sources) == let_in - {"LICENSE"} and all((ROOT / s).exists() for s in sources)
+    template = yaml.safe_load((KUBERNETES / "nightly" / "cronjob.yaml").read_text())
+    command = template["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert f"COPY infra/kubernetes/launch.py {command[1]}\n" in (INFRA / "Containerfile").read_text()
+
+
+# --- clouds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_a_ray_cluster_on_machines(cloud: str, run_config: RunConfig) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    given = yaml.safe_load((INFRA / "ray" / f"{cloud}.yaml").read_text())
+    config = prepare_config(given)
+    validate_config(config)
+    assert config["provider"]["use_internal_ips"] is True
+    head, workers = (config["available_node_types"][name] for name in ("head", "workers"))
+    assert (
+        head["resources"] == {"CPU": 0} and workers["min_workers"] == 0 and workers["max_workers"] == run_config.workers
+    )
+    needs = connection.needs(run_config, "cuda")
+    assert workers["resources"] == {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"]}
+    for node in (head["node_config"], workers["node_config"]):
+        if cloud == "aws":
+            assert node["SecurityGroupIds"] and node["SubnetIds"] and node["IamInstanceProfile"]
+            assert node["MetadataOptions"]["HttpTokens"] == "required"
+        else:
+            assert node["networkInterfaces"] and not any("accessConfigs" in n for n in node["networkInterfaces"])
+            assert node["serviceAccounts"]
+    spot = workers["node_config"].get("InstanceMarketOptions", workers["node_config"].get("scheduling"))
+    assert spot.get("MarketType") == "spot" or spot.get("provisioningModel") == "SPOT"
+    assert not {"InstanceMarketOptions", "scheduling"} & set(head["node_config"])
+    starts = [c for role in ("head", "worker") for c in config[f"{role}_start_ray_commands"]]
+    for command in starts:
+        for words in re.findall(r"\S+=token \S*(?: \S+=\S+)* \S*/ray (?:start|stop)", command):
+            assert words.startswith("RAY_AUTH_MODE=token ")
+        assert command.count("/ray st") == command.count("RAY_AUTH_MODE=token")
+    (start,) = (c for c in starts if "--head" in c)
+    assert "--dashboard-host=127.0.0.1" in start and "--num-cpus=0" in start
+    assert "~/.ray/auth_token" in config["file_mounts"] and "RAY_AUTH_TOKEN" not in json.dumps(given)
+    assert not config["docker"]
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout"):
+        validate_config({**config, "idle_timeout": 5})
+
+
+def template() -> Manifest:
+    """infra/cloud/aws.yaml with its tags as what they stand before."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return loader.construct_scalar(node)
+        return loader.construct_sequence(node)  # type: ignore[arg-type]
+
+    Loader.add_multi_constructor("!", plain)
+    return dict(yaml.load((INFRA / "cloud" / "aws.yaml").read_text(), Loader))
+
+
+def test_the_template_of_rights_is_one_that_cloudformation_takes() -> None:
+    lint("cfn-lint", INFRA / "cloud" / "aws.yaml")
+
+
+CALLS = {"head_object": "GetObject", "get_object": "GetObject", "put_object": "PutObject",
+         "delete_object": "DeleteObject", "list_objects_v2": "ListBucket", "head_bucket": "ListBucket",
+         "create_multipart_upload": "PutObject",
+         "upload_part": "PutObject", "complete_multipart_upload": "PutObject",
+         "abort_multipart_upload": "AbortMultipartUpload"}  # fmt: skip
+"""Calls of S3's API, and the right that each asks for."""
+
+
+def test_a_run_needs_the_rights_that_the_template_gives(
+    make_config: Callable[..., RunConfig], object_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from s3fs import S3FileSystem
+
+    corpus, store = f"{object_store}/texts", f"{object_store}/afn"
+    storage.upload(write_jsonl(tmp_path / "a.jsonl", [{"text": "In the beginning"}] * 3), f"{corpus}/a.jsonl")
+    made: list[tuple[str, str, str]] = []
+    call = S3FileSystem._call_s3
+
+    async def recorded(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        words = {k: v for a in args if isinstance(a, dict) for k, v in a.items()} | kwargs
+        made.append((CALLS[method], words["Bucket"], words.get("Key", words.get("Prefix", ""))))
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", recorded)
+    config = make_config(corpus=(corpus,), store=store, executor="inline")
+    with job.run(config):
+        pass
+    bucket = object_store.removeprefix("s3://")
+    policy = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    names = {"arn:${AWS::Partition}:s3:::${CorpusBucket}": bucket, "${Store.Arn}": bucket, "${CorpusPrefix}": "texts",
+             "${StorePrefix}": "afn", "CorpusPrefix": "texts", "StorePrefix": "afn"}  # fmt: skip
+
+    def allows(statement: Manifest, right: str, tried: str) -> bool:
+        if f"s3:{right}" not in listed(statement["Action"]):
+            return False
+        given = (
+            statement["Condition"]["StringLikeIfExists"]["s3:prefix"]
+            if right == "ListBucket"
+            else statement["Resource"]
+        )
+        for pattern in listed(given):
+            for name, value in names.items():
+                pattern = pattern.replace(name, value)
+            if re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), tried):
+                return True
+        return False
+
+    def allowed(right: str, key: str) -> bool:
+        return any(allows(s, right, key if right == "ListBucket" else f"{bucket}/{key}") for s in policy)
+
+    assert {b for _, b, _ in made} == {bucket}
+    assert not {(right, key) for right, _, key in made if not allowed(right, key)}
+    assert {right for right, _, _ in made} == {"GetObject", "PutObject", "DeleteObject", "ListBucket"}
+    assert allowed("AbortMultipartUpload", "afn/shards/m/s/a-tokens.parquet")  # of larger files
+    for kept in ("shards/m/s/commit.json", "runs/r/run.json", "runs/r/thresholds.parquet"):
+        assert not allowed("DeleteObject", f"afn/{kept}")
+    assert not allowed("PutObject", "texts/a.jsonl") and not allowed("GetObject", "elsewhere/a")
+
+
+def listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def test_the_store_bucket_holds_writers_to_the_protocol() -> None:
+    resources = template()["Resources"]
+    bucket = resources["Store"]["Properties"]
+    assert all(bucket["PublicAccessBlockConfiguration"].values()) and len(bucket["PublicAccessBlockConfiguration"]) == 4
+    (rule,) = bucket["LifecycleConfiguration"]["Rules"]
+    assert rule["Status"] == "Enabled" and rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] <= 7
+    assert resources["Store"]["DeletionPolicy"] == "Retain"
+    by_id = {s["Sid"]: s for s in resources["StorePolicy"]["Properties"]["PolicyDocument"]["Statement"]}
+    once = by_id["ACommitIsWrittenOnce"]
+    assert once["Effect"] == "Deny" and once["Condition"]["Null"] == {"s3:if-none-match": "true"}
+    assert once["Resource"].endswith("/commit.json")
+
+
+# --- Slurm -----------------------------------------------------------------------------------------------
+
+SBATCH = INFRA / "slurm" / "afn.sbatch"
+
+
+def test_the_slurm_script_is_clean() -> None:
+    lint("shellcheck", SBATCH)
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(\S*)$", SBATCH.read_text(), re.M))
+    assert options["signal"] == "B:TERM@300" and "requeue" in options
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """``slurm(driver_code, restarts)``: the script among commands that write down how they were called."""
+    fakes = {
+        "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\nn3\\n"; fi',
+        "hostname": "echo 10.0.0.1 10.0.0.2",
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "ray": 'if [ "$1" = start ]; then exec sleep 30; fi',
+        "python": """if [ "$DRIVER" = wait ]; then
+            trap "exit 75" TERM; touch "$LOG.up"; while :; do sleep 0.05; done
+        fi; exit "$DRIVER\"""",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in fakes.items():
+        path = tmp_path / "bin" / name
+        log = f'echo "{name} $*" >> "$LOG"; echo "{name} $RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> "$LOG.env"'
+        path.write_text(f"#!/bin/sh\n{log}\n{body}\n")
+        path.chmod(0o755)
+
+    def start(driver: str, restarts: int = 0) -> subprocess.Popen[str]:
+        env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "DRIVER": driver,
+               "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "16",
+               "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
+        return subprocess.Popen(["bash", str(SBATCH), "run.toml", "--workers", "8"], env=env, text=True, cwd=tmp_path,
+                                stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+    return start
+
+
+def test_a_slurm_job_starts_a_ray_with_a_token_of_its_own(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    tokens = set()
+    for code in (0, 2):
+        with slurm(str(code)) as job:
+            assert job.wait(30) == code, job.stderr and job.stderr.read()
+        calls, environment = (tmp_path / "log").read_text(), (tmp_path / "log.env").read_text()
+        seen = {
+            tuple(line.split()[1:]) for line in environment.splitlines() if line.split()[0] in ("ray", "python", "srun")
+        }
+        ((mode, token),) = seen
+        assert mode == "token" and re.fullmatch("[0-9a-f]{64}", token) and token not in calls
+        tokens.add(token)
+        (tmp_path / "log").unlink()
+        (tmp_path / "log.env").unlink()
+        assert "scontrol requeue" not in calls
+        starts = [line for line in calls.splitlines() if line.startswith("ray start")]
+        assert sorted("--head" in s for s in starts) == [False, True]
+        assert all("--block --num-cpus=16 --num-gpus=4" in s for s in starts)
+        assert "srun --overlap --nodes=2 --ntasks=2 --exclude=n1 ray start" in calls
+        assert "python jobs/activation_scan.py run.toml --address 10.0.0.1:20007 --workers 8" in calls
+    assert len(tokens) == 2
+
+
+def test_a_slurm_job_that_is_stopped_is_queued_again(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    with slurm("wait") as job:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "log.up").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)  # to the batch shell alone, as --signal=B:TERM does
+        assert job.wait(30) == 75
+    assert "scontrol requeue 7" in (tmp_path / "log").read_text()
+    (tmp_path / "log").unlink()
+    with slurm("75", restarts=20) as job:  # not for ever
+        assert job.wait(30) == 75
+    assert "scontrol requeue" not in (tmp_path / "log").read_text()
