@@ -802,7 +802,7 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         "ray": 'if [ "$1" = start ]; then exec sleep 30; fi',
         "python": """if [ "$DRIVER" = wait ]; then
             trap "exit 75" TERM; touch "$LOG.up"; while :; do sleep 0.05; done
-        fi; exit "$DRIVER\"""",
+        fi; until [ "$(grep -c "^ray start" "$LOG")" = 2 ]; do sleep 0.02; done; exit $DRIVER""",
     }
     (tmp_path / "bin").mkdir()
     for name, body in fakes.items():
@@ -861,3 +861,72 @@ def test_a_slurm_job_that_is_stopped_is_queued_again(
     with slurm("75", restarts=20) as job:  # not for ever
         assert job.wait(30) == 75
     assert "scontrol requeue" not in (tmp_path / "log").read_text()
+
+
+# --- the page --------------------------------------------------------------------------------------------
+
+PAGE = (INFRA / "README.md").read_text("utf-8")
+COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
+
+
+def test_what_the_page_names_exists() -> None:
+    prose = re.sub(r"^```.*?^```", "", PAGE, flags=re.M | re.S)
+    paths = set(re.findall(r"(?:infra|jobs)/[\w./-]*\w", PAGE))
+    assert len(paths) > 12
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"^\| `([\w.]+)` \|", prose, re.M):
+        assert (KUBERNETES / "values" / name).is_file()
+    for component in re.findall(r"^- `\.\./(\w+)`", prose, re.M):
+        assert yaml.safe_load((KUBERNETES / component / "kustomization.yaml").read_text())["kind"] == "Component"
+    resources = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    assert {a for s in resources for a in listed(s["Action"])} == set(re.findall(r"`(s3:\w+)`", PAGE))
+    rayjob = yaml.safe_load((KUBERNETES / "cluster" / "rayjob.yaml").read_text())
+    uid = rayjob["spec"]["submitterPodTemplate"]["spec"]["securityContext"]["runAsUser"]
+    hours, retries = rayjob["spec"]["activeDeadlineSeconds"] / 3600, rayjob["spec"]["backoffLimit"]
+    assert f"user {uid}" in PAGE and f"has {hours:.0f} hours" in PAGE and retries == 2 and "retried twice" in PAGE
+    args = re.findall(r"--build-arg (\w+)=", PAGE)
+    assert args and all(f"ARG {name}=" in (INFRA / "Containerfile").read_text() for name in args)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifest]]) -> None:
+    program, *words = shlex.split(command.replace("(umask 077 && ", "").rstrip(")"))
+    if program == "kubectl" and words[:2] == ["apply", "-k"]:
+        assert Path(words[2]).relative_to(KUBERNETES.relative_to(ROOT)).name in rendered
+    elif program == "kubectl":
+        assert words[:2] == ["-n", named(rendered["access"], "Namespace")["metadata"]["name"]]
+        match words[2:]:
+            case ["create", "job", source, "afn-tonight"]:
+                assert source == f"--from=cronjob/{named(rendered['nightly'], 'CronJob')['metadata']['name']}"
+            case ["delete", "job", name]:
+                assert name == "afn-tonight"
+            case ["get", "rayjob", name]:
+                assert name == named(rendered["once"], "RayJob")["metadata"]["name"]
+            case ["logs", "-f", "-l", label]:
+                assert label.partition("=")[::2] in pods(rendered["once"])["submitter"]["metadata"]["labels"].items()
+            case _:
+                raise AssertionError(command)
+    elif program == "ray":
+        from ray.scripts import scripts
+
+        (name, *rest) = words
+        group: Any = scripts.cli
+        if name == "job":
+            group, name, rest = group.commands["job"], rest[0], rest[1:]
+        group.commands[name].make_context(name, rest, resilient_parsing=True)
+    elif program == "docker":
+        image = yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"]["image"]
+        assert words[0] in ("build", "push") and image in words
+    elif program == "sbatch":
+        (script,) = (w for w in words if w.endswith(".sbatch"))
+        config, *flags = words[words.index(script) + 1 :]
+        grammar.parser().parse_args(["run", "--config", config, *flags])
+    elif program == "aws":
+        given = dict(w.split("=") for w in words[words.index("--parameter-overrides") + 1 :])
+        parameters = template()["Parameters"]
+        assert {k for k, v in parameters.items() if "Default" not in v} <= set(given) <= set(parameters)
+        run = tomllib.loads((KUBERNETES / "values" / "run.toml").read_text())
+        assert given["CorpusBucket"] in run["corpus"][0] and f"{given['StoreBucket']}/afn" in run["store"]
+    else:
+        assert command == "export RAY_AUTH_MODE=token"
