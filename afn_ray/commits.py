@@ -37,7 +37,7 @@ class Commits(MutableMapping[str, Commit]):
 
     def __setitem__(self, shard: str, commit: Commit) -> None:
         self._packed[shard] = commit
-        with contextlib.suppress(struct.error, ValueError, TypeError, KeyError):
+        with contextlib.suppress(struct.error, ValueError, TypeError, KeyError, AttributeError, OverflowError):
             packed = self._pack(commit)
             if self._unpack(shard, packed) == commit:
                 self._packed[shard] = packed

@@ -103,7 +103,7 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
     if names is not None and (missing := reading.missing_column(names, options)) is not None:
-        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {reading.listing(names)}")
+        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {reading.columns(names)}")
 
 
 def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:

@@ -186,8 +186,10 @@ class State:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the last shard at the pace so far; None while there is none."""
-        return self.seconds / self.num_done * (self.num_shards - self.num_done) if self.num_done else None
+        """Seconds to the last shard at the pace so far; None before each worker has ended about one."""
+        if self.num_done < max(1, min(self.num_ready, self.num_shards // 2)):
+            return None
+        return self.seconds / self.num_done * (self.num_shards - self.num_done)
 
 
 OnState = Callable[[State], None]

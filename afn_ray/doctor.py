@@ -46,7 +46,7 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
     cluster, default ``RAY_ADDRESS``, else a local Ray is started and stopped. Raises nothing: what goes wrong is
     a failed check that says what to do.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     tries: list[tuple[str, Callable[[], Check], str]] = [
         ("Python", _python, ""),
         ("packages", _packages, ""),

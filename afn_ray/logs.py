@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from afn_ray.errors import printable
+
+T = TypeVar("T")
 
 ROOT = "afn_ray"
 """The logger above all of the package's."""
@@ -42,6 +45,24 @@ class Lines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)  # ASCII: what acts on a terminal is escaped
+
+
+class Bystander:
+    """Makes calls that a run can do without: the first exception of one is told, and none reaches the run."""
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        """``what``: what there is none of when a call fails, as "metrics"."""
+        self._log, self._what, self._told = log, what, False
+
+    def call(self, function: Callable[..., T], *args: Any) -> T | None:
+        """``function(*args)``, or None where it raised."""
+        try:
+            return function(*args)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is worth no run
+            if not self._told:
+                self._told = True
+                self._log.warning("the run goes on without %s: %s: %s", self._what, type(error).__name__, error)
+            return None
 
 
 def to_stderr(form: str, **about: Any) -> None:

@@ -515,8 +515,8 @@ def mark_audited(run: RunFolder) -> None:
 def is_audited(run: RunFolder) -> bool:
     """Whether ``mark_audited`` was called for ``run``. Raises ``StoreError`` for a mark that is damaged."""
     uri = storage.join(run.uri, "audited.json")
-    data = storage.read_if_there(uri)
-    return data is not None and _json(data, uri).get("run") == run.id
+    body = _read_json(uri)
+    return body is not None and body.get("run") == run.id
 
 
 def created_at(run: RunFolder) -> str:
@@ -588,6 +588,14 @@ def shard_uri(store: str, measure_id: str, shard: str) -> str:
     return storage.join(store, "shards", measure_id, shard)
 
 
+_IS: dict[str, Callable[[Any], bool]] = {
+    "counts": lambda x: isinstance(x, dict) and all(type(n) is int and 0 <= n < 1 << 62 for n in x.values()),
+    "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
+    "made_by": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
+}
+"""What is added up or kept of a commit that anyone may have written."""
+
+
 def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
     """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
     found = read_committed(store, measure_id, shard)
@@ -609,8 +617,11 @@ def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Sha
     files = commit.files if isinstance(commit.files, dict) else {}
     names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
     escapes = any("/" in n or n in ("", ".", "..") for n in names)
-    if set(files) not in (set(TABLES), set(TABLES + NEURON_TABLES)) or escapes or not isinstance(commit.counts, dict):
+    if set(files) not in (set(TABLES), set(TABLES + NEURON_TABLES)) or escapes:
         raise StoreError(f"{uri} is damaged: it names the files {names}")
+    for what in ("counts", "seconds", "made_by"):
+        if not _IS[what](got := getattr(commit, what)):
+            raise StoreError(f"{uri} is damaged: {what} is {_short(got)}")
     if (value.get("measure"), commit.shard) != (measure_id, shard):
         raise StoreError(
             f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"

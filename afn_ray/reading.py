@@ -46,6 +46,8 @@ UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
 """What pyarrow raises for a file that is not Parquet, or damaged."""
 
 MARK = "afn_ray.mark"
+COLUMN = re.compile(r"[\w.:/$@+-]{1,40}")
+"""What looks like the name of a column, and not like a line of text."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -322,7 +324,7 @@ def _json_document(slice: FileSlice, offset: int, line: bytes, options: ReadOpti
             doc_id = _clean(str(found))[0]
     for column in (options.text_column, options.labels):
         if column is not None and column not in value:
-            return _problem(slice, offset, f"no column {column!r}; it has: {listing(value)}", doc_id)
+            return _problem(slice, offset, f"no column {column!r}; it has: {columns(value)}", doc_id)
     text = value[options.text_column]
     if options.labels is not None:
         return _labelled_document(slice, offset, text, value[options.labels], doc_id, options)
@@ -366,7 +368,7 @@ def _csv_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptio
         yield _problem(slice, 0, f"header: {header}")
         return
     if (missing := missing_column(header, options)) is not None:
-        yield _problem(slice, 0, f"no column {missing!r}; it has: {listing(header)}")
+        yield _problem(slice, 0, f"no column {missing!r}; it has: {columns(header)}")
         return
     text_at = header.index(options.text_column)
     id_at = None if options.id_column is None else header.index(options.id_column)
@@ -491,7 +493,7 @@ def _parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -
         yield _problem(slice, 0, f"{unreadable}: {error}")
         return
     if (missing := missing_column(schema.names, options)) is not None:
-        yield _problem(slice, 0, f"no column {missing!r}; it has: {listing(schema.names)}")
+        yield _problem(slice, 0, f"no column {missing!r}; it has: {columns(schema.names)}")
         return
     kind = schema.field(schema.names.index(options.text_column)).type
     row = sum(num_rows[: slice.start])
@@ -609,6 +611,16 @@ def listing(names: Iterable[str], width: int = 40) -> str:
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return _printable(", ".join(name[:width] for name in names[:10])) + more
+
+
+def columns(names: Iterable[str]) -> str:
+    """``names`` of columns for a message; where a header is missing they are text, which no log may have."""
+    names = list(names)
+    shown = [name for name in names if COLUMN.fullmatch(name)]
+    parts = [listing(shown)] if shown else []
+    if num_hidden := len(names) - len(shown):
+        parts.append(f"{num_hidden} not shown, which {'is' if num_hidden == 1 else 'are'} no single word")
+    return ", and ".join(parts) or "none"
 
 
 # --- documents -------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from afn_ray import manifest, storage
+from afn_ray import logs, manifest, storage
 from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError, count
@@ -37,10 +37,24 @@ END_S = 2.0
 SILENT_S = 60.0
 """A driver that has not written for so long is thought to be dead."""
 MOST_TOLD = 20
-"""Failures, and of them the newest notices, that the file lists."""
+"""Failures, newest notices and places of the corpus that the file lists."""
+MOST_CHARS = 2000
+"""Of a reason."""
 COMPLETE, FAILED, USAGE, UNDER_WAY, STOPPED = 0, 1, 2, 3, 75
 """Exit codes of ``afn status``."""
 EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silent": STOPPED}
+
+NOTHING: dict[str, Any] = {
+    "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "", "written_at": "", "host": "",
+    "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
+    "documents_quarantined": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0, "tokens_per_s": 0.0, "left_s": None,
+    "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0, "notices": [], "exit_code": None,
+    "reason": "",
+}  # fmt: skip
+"""A status before the first word: its keys, and what kind of value each has."""
+SHARDS, WORKERS = ("planned", "reused", "done", "running", "quarantined"), ("wanted", "ready", "lost")
+MOST_BYTES = 1 << 20
+"""Of a status: it lists ``MOST_TOLD`` failures."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,20 +65,18 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Writes the status of one call of a run, on a thread of its own: a store that is slow holds up nobody."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._store, self._uri = config.store, storage.join(config.store, PLANNING)
+    def __init__(self, config: RunConfig, *, planning: bool = True) -> None:
+        """``planning``: whether there is a word before the run has a name."""
+        self._planning = storage.join(config.store, PLANNING)
+        self._uri = self._planning if planning else ""
+        self._bystander = logs.Bystander(_log, f"a status in {config.store}")
         self._body: dict[str, Any] = {
-            "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": _now(), "written_at": "",
-            "host": socket.gethostname(), "pid": os.getpid(), "every_s": EVERY_S, "corpus": list(config.corpus),
-            "model": config.model, "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
-            "documents_quarantined": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0, "tokens_per_s": 0.0,
-            "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0, "notices": [],
-            "exit_code": None, "reason": "",
+            **NOTHING, "began_at": _now(), "host": socket.gethostname(), "pid": os.getpid(),
+            "corpus": list(config.corpus[:MOST_TOLD]), "model": config.model,
         }  # fmt: skip
         self._shards: Sequence[Shard] = ()
         self._reused: dict[str, int] = {}
         self._changed, self._over = threading.Event(), threading.Event()
-        self._refused = False
         self._thread = threading.Thread(target=self._write_often, name="afn-status", daemon=True)
         self._thread.start()
 
@@ -90,6 +102,9 @@ class Reporter:
 
     def working(self, state: State) -> None:
         """How far the dispatcher is."""
+        self._bystander.call(self._working, state)
+
+    def _working(self, state: State) -> None:
         before, num_before = self._body, self._body["shards"].get("done", 0)
         shards = _shards_of(len(self._shards), len(self._shards) - state.num_shards, state)
         self._set(
@@ -110,13 +125,14 @@ class Reporter:
         first = list(state.failures.items())[:MOST_TOLD]
         wanted = {shard for shard, _ in first}
         where = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
-        return [{"shard": shard, "uri": where[shard], "reason": why} for shard, why in first]
+        return [{"shard": shard, "uri": where[shard], "reason": why[:MOST_CHARS]} for shard, why in first]
 
     def end(self, phase: str, exit_code: int, reason: str) -> None:
         """The last word: "complete", "stopped" (resumable) or "failed". Waits until it is written, but not for long."""
         if phase == "complete" and not self._body["run"]:  # nothing was to do, and nothing is written
             self._uri = ""
-        self._set(phase=phase, doing="", waits_for="", left_s=None, exit_code=exit_code, reason=reason)
+        self._set(phase=phase, doing="", waits_for="", left_s=None, exit_code=exit_code,
+                  reason=reason[:MOST_CHARS])  # fmt: skip
         self._over.set()
         self._changed.set()
         self._thread.join(END_S)
@@ -125,37 +141,28 @@ class Reporter:
         self._body = {**self._body, **values}  # a new one: the thread may be at the old one
 
     def _write_often(self) -> None:
-        planning, has_planning = self._uri, False
-        while not self._over.is_set():
+        over = False
+        while not over:
             self._over.wait(LEAST_S)
-            uri = self._uri
-            if uri and not self._over.is_set():
-                self._changed.clear()
-                self._write(uri)
-                has_planning = has_planning or uri == planning
+            self._changed.clear()
+            over = self._over.is_set()
+            if uri := self._uri:
+                self._bystander.call(self._write, uri)
+            if uri != self._planning and (uri or self._body["phase"] == "complete"):
+                # Ours, or of a call before, and read first: this one has got further.
+                self._bystander.call(storage.delete, [self._planning])
+            if not over:
                 self._changed.wait(EVERY_S - LEAST_S)
-            if has_planning and self._uri != planning:
-                storage.delete([planning])
-                has_planning = False
-        if self._uri:
-            self._write(self._uri)
-        if self._uri != planning:
-            storage.delete([planning])  # of another call, perhaps: this one has got further
 
     def _write(self, uri: str) -> None:
         body = {**self._body, "written_at": _now()}
-        try:
-            storage.write_over(uri, (json.dumps(body, indent=1) + "\n").encode())
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is worth no run
-            if not self._refused:
-                self._refused = True
-                _log.warning("the status of the run cannot be written, and it goes on without: %s", error)
+        storage.write_over(uri, (json.dumps(body, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager
-def reported(config: RunConfig) -> Iterator[Reporter]:
-    """A reporter of one call, which learns how it ends."""
-    reporter = Reporter(config)
+def reported(config: RunConfig, *, planning: bool = True) -> Iterator[Reporter]:
+    """A reporter of one call, which learns how it ends. ``planning``: as of ``Reporter``."""
+    reporter = Reporter(config, planning=planning)
     try:
         yield reporter
     except BaseException as error:
@@ -212,6 +219,11 @@ class Status:
     body: dict[str, Any]  # as the driver wrote it; of a complete run, what its run.json says
 
     @property
+    def last_word(self) -> str:
+        """When its driver wrote last, ISO 8601, UTC; empty where it has not."""
+        return str(self.body.get("written_at", ""))
+
+    @property
     def exit_code(self) -> int:
         return EXIT_CODES.get(self.state, STOPPED if self.state == "begun" else UNDER_WAY)
 
@@ -234,18 +246,43 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
         runs = list(pool.map(look.run, names))
     if body is not None:
-        runs.insert(0, look.judge(planning, planning, body))
+        ahead = look.judge(planning, planning, body)
+        # What a driver left that died before its run had a name is no news once a run has said more.
+        if ahead.state not in ("silent", *EXIT_CODES) or all(r.last_word < ahead.last_word for r in runs):
+            runs.insert(0, ahead)
     return tuple(runs)
 
 
 def _read(uri: str) -> dict[str, Any] | None:
     """None where there is no status that can be read: people look at it, and look again."""
-    data = storage.read_if_there(uri)
     try:
+        data = storage.read_if_there(uri, MOST_BYTES)
         body = json.loads(data) if data is not None else None
-    except ValueError:
+    except (StoreError, ValueError, RecursionError):  # too long, half written, a stranger's
         return None
-    return body if isinstance(body, dict) and body.get("schema_version") == 1 else None
+    return body if _is_status(body) else None
+
+
+def _is_status(body: Any) -> bool:
+    """Whether ``body`` has what a status has, each value of its kind: anyone may write to a store."""
+
+    def numbers(value: dict[str, Any], names: Sequence[str]) -> bool:
+        return not value or all(type(value.get(name)) is int for name in names)
+
+    def fits(value: Any, like: Any) -> bool:
+        if like is None:
+            return value is None or isinstance(value, int | float | str)
+        return isinstance(value, int | float) if isinstance(like, int | float) else isinstance(value, type(like))
+
+    return (
+        isinstance(body, dict)
+        and all(name in body and fits(body[name], like) for name, like in NOTHING.items())
+        and body["schema_version"] == NOTHING["schema_version"]
+        and numbers(body["shards"], SHARDS) and numbers(body["workers"], WORKERS)
+        and (body["left_s"] is None or isinstance(body["left_s"], int | float))
+        and all(isinstance(text, str) for text in [*body["corpus"], *body["notices"]])
+        and all(isinstance(f, dict) and {"shard", "uri", "reason"} <= f.keys() for f in body["failures"])
+    )  # fmt: skip
 
 
 class _Look:
@@ -259,8 +296,11 @@ class _Look:
         if folder.info:
             return Status(folder.uri, "complete", None, _body_of(folder.info))
         uri = storage.join(folder.uri, STATUS)
-        body = _read(uri)
-        return Status(folder.uri, "begun", None, {"run": name}) if body is None else self.judge(folder.uri, uri, body)
+        if (body := _read(uri)) is not None:
+            return self.judge(folder.uri, uri, body)
+        found = self.judge(folder.uri, storage.join(folder.uri, "plan.parquet"), {**NOTHING, "phase": "starting"})
+        return Status(folder.uri, "begun", None, {"run": name}) if found.state == "silent" else replace(
+            found, body={"run": name})  # fmt: skip
 
     def judge(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
         if body["phase"] in EXIT_CODES:
@@ -307,7 +347,7 @@ def lines(s: Status) -> Iterator[str]:
     body = s.body
     yield f"run      {s.uri}"
     yield f"state    {_said_state(s)}"
-    if s.state == "begun":
+    if "phase" not in body:
         return
     by = f", by {body['host']} (pid {body['pid']})" if "host" in body else ""
     yield f"begun    {body['began_at']}{by}"
@@ -344,6 +384,8 @@ def lines(s: Status) -> Iterator[str]:
 
 def _said_state(s: Status) -> str:
     body = s.body
+    if s.state == "starting" and "phase" not in body:
+        return "begun a moment ago"
     if s.state == "complete":
         return f"complete since {body['written_at']}"
     if s.state == "begun":

@@ -191,12 +191,14 @@ def test_files_of_a_gigabyte_are_refused_before_they_are_read(
         (folder / name).write_bytes(before)
     shard = tmp_path / "store" / "shards" / "m" / "s"
     run = tmp_path / "store" / "runs" / "r"
-    for place, name in ((shard, "commit.json"), (run, "run.json")):
-        place.mkdir(parents=True)
+    for place, name in ((shard, "commit.json"), (run, "run.json"), (run, "audited.json")):
+        place.mkdir(parents=True, exist_ok=True)
         with (place / name).open("wb") as sparse:
             sparse.truncate(1 << 30)
+    folder_of_run = manifest.RunFolder(str(run), str(tmp_path / "store"), "r", {})
     reads = ((lambda: manifest.read_committed(str(tmp_path / "store"), "m", "s"), shard / "commit.json"),
-             (lambda: manifest.open_folder(str(tmp_path / "store"), "r"), run / "run.json"))  # fmt: skip
+             (lambda: manifest.open_folder(str(tmp_path / "store"), "r"), run / "run.json"),
+             (lambda: manifest.is_audited(folder_of_run), run / "audited.json"))  # fmt: skip
     for read, path in reads:
         with pytest.raises(StoreError, match=r"has more than 67,108,864 bytes"):
             read()

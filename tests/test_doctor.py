@@ -18,6 +18,7 @@ from rich.console import Console
 
 from afn_ray import cli, doctor
 from afn_ray.cluster import access, connection
+from afn_ray.config import RunConfig
 from afn_ray.doctor import Check, check, render
 from afn_ray.errors import ConfigError, ModelError
 
@@ -219,9 +220,11 @@ def test_the_address_of_the_environment_is_tried(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
     check(None, None, None)
     check(None, None, "10.0.0.8:6379")
-    monkeypatch.setenv("RAY_ADDRESS", "local")
-    check(None, None, None)
-    assert tried == ["10.0.0.7:6379", "10.0.0.8:6379", None]
+    for ours in ("local", ""):  # Ray takes an empty one for none
+        monkeypatch.setenv("RAY_ADDRESS", ours)
+        check(None, None, None)
+        assert connection.address(RunConfig(corpus=("c",), model="m", store="s")) is None
+    assert tried == ["10.0.0.7:6379", "10.0.0.8:6379", None, None]
 
 
 def test_the_probe_s_process_says_what_is_wrong_in_its_last_line(

@@ -573,6 +573,11 @@ DAMAGES: dict[str, Damage] = {
     "another measure": lambda c: c.update(measure="0" * 32),
     "no slices": lambda c: c.pop("slices"),
     "slices of text": lambda c: c.update(slices="x"),
+    "no maker": lambda c: c.update(made_by=None),
+    "a count of text": lambda c: c["counts"].update(tokens="many"),
+    "a count below 0": lambda c: c["counts"].update(tokens=-1),
+    "a count beyond all": lambda c: c["counts"].update(tokens=10**400),
+    "seconds of text": lambda c: c.update(seconds="x"),
     "another version": lambda c: c.update(schema_version=99),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from conftest import stop_after, write_jsonl
 
 import afn_ray
 from afn_ray import cli, garbage, logs, manifest, status, storage, verify
+from afn_ray.cluster import metrics
 from afn_ray.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import State
@@ -164,6 +166,8 @@ def test_a_driver_without_a_word_is_thought_dead_by_the_clock_of_the_store(
     assert (found.state, found.exit_code) == ("silent", status.STOPPED)
     assert "working, but no word for 3 min: killed?" in "\n".join(status.lines(found))
     file.unlink()
+    plan = Path(uri, "plan.parquet")
+    os.utime(plan, (now - 200, now - 200))
     assert (read(config).state, read(config).exit_code) == ("begun", status.STOPPED)
 
 
@@ -181,7 +185,7 @@ def test_a_store_that_refuses_the_status_is_told_of_once_and_the_run_goes_on(
     monkeypatch.setattr(storage, "write_over", refuse)
     with afn_ray.run(make_config(corpus=(corpus,))) as run:
         assert run.info["counts"]["documents"] == 60
-    told = [r for r in caplog.records if "status of the run cannot be written" in r.message]
+    told = [r for r in caplog.records if "the run goes on without a status in" in r.message]
     assert len(tries) > 1 and len(told) == 1 and "permission denied" in told[0].message
 
 
@@ -221,6 +225,78 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
     left = garbage.collect_garbage(config.store, keep=1, min_age_h=0, delete=True)
     assert len(left.runs) == 1 and len(status.read_status(config.store)) == 1
     assert [p.name for p in Path(config.store, "runs").iterdir()] == [found[0].body["run"]]
+
+
+def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(make_config: MakeConfig, corpus: str) -> None:
+    config = make_config(corpus=(corpus,))
+    planning = storage.join(config.store, manifest.PLANNING)
+    failed = {**status.NOTHING, "phase": "failed", "exit_code": 2, "reason": "a misspelt flag"}
+
+    def plant(written_at: str, **values: Any) -> None:
+        storage.write_over(planning, json.dumps(failed | values | {"written_at": written_at}).encode())
+
+    plant("2020-01-01T00:00:00+00:00")  # by a call of before, which planned for long
+    with afn_ray.run(config):
+        assert not storage.exists(planning)
+    plant("2020-01-01T00:00:00+00:00")  # which could not delete it
+    (only,) = status.read_status(config.store)
+    assert only.exit_code == status.COMPLETE
+    plant("2099-01-01T00:00:00+00:00")
+    assert [s.state for s in status.read_status(config.store)] == ["failed", "complete"]
+    plant("2020-01-01T00:00:00+00:00", phase="planning")
+    assert [s.state for s in status.read_status(config.store)] == ["planning", "complete"]  # under way: it is young
+
+
+def test_a_run_that_has_just_begun_is_under_way_and_not_killed(
+    make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(corpus=(corpus,))
+    seen: list[status.Status] = []
+
+    def look(*args: Any) -> Any:
+        seen.extend(status.read_status(config.store))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.Reporter, "begin", look)
+    with pytest.raises(KeyboardInterrupt):
+        afn_ray.run(config)
+    assert [(s.state, s.exit_code) for s in seen if s.body.get("run")] == [("starting", status.UNDER_WAY)]
+    assert "begun a moment ago" in "\n".join(status.lines(seen[-1]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, "[]", "{}", '{"schema_version": 1}', "x" * 99, "9" * 5000,
+     json.dumps(status.NOTHING | {"shards": {"planned": "many"}}), json.dumps(status.NOTHING | {"left_s": "soon"}),
+     json.dumps(status.NOTHING | {"failures": ["none"]}), json.dumps(status.NOTHING | {"corpus": [1]}),
+     json.dumps(status.NOTHING | {"reason": "x" * status.MOST_BYTES})],
+)  # fmt: skip
+def test_a_strangers_status_is_none(make_config: MakeConfig, corpus: str, text: str) -> None:
+    config = make_config(corpus=(corpus,))
+    with afn_ray.run(config) as run:
+        folder = Path(run.uri)
+    (folder / "run.json").unlink()
+    (folder / manifest.STATUS).write_text(text)
+    (found,) = status.read_status(config.store)
+    assert found.state in ("starting", "begun") and list(status.lines(found)) and list(status.table([found]))
+
+
+def test_what_watches_a_run_never_ends_it(
+    make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any) -> None:
+        raise TypeError("no number")
+
+    monkeypatch.setattr(status, "_counts_of", broken)
+    monkeypatch.setattr(status.Reporter, "begin", lambda *args: None)
+    with afn_ray.run(make_config(corpus=(corpus,))) as run:
+        assert run.info["counts"]["documents"] == 60
+    assert [r.getMessage().split(": ", 1)[1] for r in caplog.records if "goes on without" in r.getMessage()] == [
+        "TypeError: no number"
+    ]
+    told = metrics.Published.__new__(metrics.Published)
+    told._bystander = logs.Bystander(logging.getLogger("afn_ray"), "metrics")
+    told.publish(State(1))  # it has no gauges at all
 
 
 def test_what_is_no_store_has_no_status(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 def address(config: RunConfig) -> str | None:
     """Where a cluster is that was started by others; None where a Ray of our own is to be."""
     given = config.address or os.environ.get("RAY_ADDRESS")
-    return None if given == "local" else given
+    return None if given in ("", "local") else given
 
 
 @contextmanager

@@ -6,10 +6,14 @@ is of, so workers would leave a new set behind at every restart. A run has these
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
+from afn_ray import logs
 from afn_ray.dispatch import State
+
+_log = logging.getLogger(__name__)
 
 COUNTERS = {
     "afn_tokens_total": "Tokens of committed shards",
@@ -54,9 +58,13 @@ class Published:
         self._seconds = make(metrics.Histogram, SHARD_SECONDS, SHARD_SECONDS_HELP, boundaries=list(BOUNDS_S))
         self._sums: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._last_commit = time.time()
+        self._bystander = logs.Bystander(_log, "metrics")
 
     def publish(self, state: State) -> None:
         """What ``state`` has that was not told before."""
+        self._bystander.call(self._publish, state)
+
+    def _publish(self, state: State) -> None:
         if state.fresh_s:
             self._last_commit = time.time()
         for seconds in state.fresh_s:
@@ -87,4 +95,4 @@ class Published:
         """The run has no workers any more."""
         for name, gauge in self._gauges.items():
             if name not in LASTING:
-                gauge.set(0)
+                self._bystander.call(gauge.set, 0)
