@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pyarrow.parquet as pq
 
-from afn_ray import reading, storage
+from afn_ray import reading, storage, streams
 from afn_ray.errors import CorpusError
 from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 
@@ -134,7 +134,7 @@ def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
 
 
 def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
-    with reading.Source(file.uri, 0, file.size) as source:
+    with streams.Source(file.uri, 0, file.size) as source:
         source.drain()
         return _slice(file, format, compression, num_documents=num_documents, sha256=source.sha256.hexdigest())
 
@@ -144,15 +144,15 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
     has_ink = False  # the line under way is not blank
-    with reading.Source(file.uri, 0, file.size) as source:
-        while block := source.read(reading.BLOCK_BYTES):
+    with streams.Source(file.uri, 0, file.size) as source:
+        while block := source.read(streams.BLOCK_BYTES):
             block_start = end
             while end < block_start + len(block):
                 at = end - block_start
                 newline = block.find(b"\n", max(at, start + shard_bytes - block_start))
                 piece = block[at : newline + 1] if newline >= 0 else block[at:]
                 sha256.update(piece)
-                *ended, last = (piece.removeprefix(reading.BOM) if end == 0 else piece).split(b"\n")
+                *ended, last = (piece.removeprefix(streams.BOM) if end == 0 else piece).split(b"\n")
                 for line in ended:
                     num_documents += has_ink or bool(line.strip())
                     has_ink = False
@@ -168,7 +168,7 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
 
 def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
     columns = reading.columns_of(options)
-    with reading.Source(file.uri, 0, file.size) as source:
+    with streams.Source(file.uri, 0, file.size) as source:
         try:
             parquet = pq.ParquetFile(source)
             names, metadata = parquet.schema_arrow.names, parquet.metadata

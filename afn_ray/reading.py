@@ -5,43 +5,31 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
 import csv
-import gzip
 import hashlib
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import storage, tags
+from afn_ray import storage, streams, tags
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
 from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions, Span
+from afn_ray.streams import BLOCK_BYTES, BOM, EXPANSION, EXPANSION_FROM_BYTES, Bomb, Damaged, Line, Source
 
-BLOCK_BYTES = 1 << 20
-DECOMPRESSED_BLOCK_BYTES = 1 << 16  # decoded in the call that meets damage is lost, so ask for little
-LINE_BYTES = 64 << 20
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 64  # few: the bytes of dictionary-encoded rows cannot be told from the file's metadata
 PEEK_DOCUMENTS = 20
 SAMPLE_BYTES = 1 << 20
-BOM = codecs.BOM_UTF8
-EXPANSION = 200
-EXPANSION_FROM_BYTES = 64 << 20
-"""A stream, or the text of a Parquet row group, that gives more than these and that many times its length is a bomb."""
 ID_CHARS = 1024
 CONLLU_LINES = 1 << 20
 """Of one document: lines of a letter take 200 times their bytes."""
 
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among them."""
 UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
 """What pyarrow raises for a file that is not Parquet, or damaged."""
 
@@ -51,28 +39,8 @@ COLUMN = re.compile(r"[\w.:/$@+-]{1,40}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-class _Damaged(Exception):
-    """A stream ends here: what comes before is good, the rest cannot be had."""
-
-
-class _Bomb(_Damaged):
-    """A stream gives far more than what holds it."""
-
-
 class _TooLong(Exception):
     """A CSV row is over the line limit."""
-
-
-class _Stream(Protocol):
-    def read1(self, size: int, /) -> bytes: ...
-
-
-class _Line(NamedTuple):
-    offset: int  # bytes from the start of the file
-    number: int  # lines from the start of the stream
-    length: int  # bytes, without the newline
-    data: bytes | None  # without the newline; None when over the limit
-    blank: bool
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -112,8 +80,8 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
                 yield document
                 num_documents += 1
                 offset = document.offset + 1
-        except _Damaged as damage:
-            what = "rest left out of" if isinstance(damage, _Bomb) else "truncated or corrupt"
+        except Damaged as damage:
+            what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
             yield _problem(
                 slice, offset, f"{what} {slice.compression} stream after {num_documents} documents: {damage}"
             )  # fmt: skip
@@ -186,11 +154,11 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
             with contextlib.suppress(*UNREADABLE):
                 return list(pq.ParquetFile(source).schema_arrow.names)
             return None
-        lines = _lines(_blocks(source, slice.compression), _line_limit(options))
+        lines = streams.lines(streams.blocks(source, slice.compression), streams.line_limit(options))
         names: dict[str, None] = {}
-        with contextlib.suppress(_Damaged):
+        with contextlib.suppress(Damaged):
             if slice.format == "csv":
-                header = next(_rows(lines, _line_limit(options)), None)
+                header = next(_rows(lines, streams.line_limit(options)), None)
                 names.update(dict.fromkeys(header if isinstance(header, list) else []))
             elif slice.format == "jsonl":
                 seen = 0
@@ -207,7 +175,7 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
     """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file; reads about 1 MB."""
     documents: list[Document] = []
     budget = None if slice.format == "parquet" else SAMPLE_BYTES
-    with Source(slice.uri, slice.start, slice.end, budget) as source, contextlib.suppress(_Damaged):
+    with Source(slice.uri, slice.start, slice.end, budget) as source, contextlib.suppress(Damaged):
         if slice.format == "txt" and options.txt_documents == "file":
             return _sample_text(source, slice, options)[:max_documents]
         num_bytes = 0
@@ -222,8 +190,8 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
 
 def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list[Document]:
     head = bytearray()
-    with contextlib.suppress(_Damaged):
-        for block in _blocks(source, slice.compression):
+    with contextlib.suppress(Damaged):
+        for block in streams.blocks(source, slice.compression):
             head += block
             if len(head) >= SAMPLE_BYTES:
                 break
@@ -271,10 +239,10 @@ def hash_chunks(source: Source, columns: Sequence[str], groups: Iterable[list[tu
 
 
 def _documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice``, whose bytes ``source`` gives; raises ``_Damaged`` where a stream ends too early."""
+    """Documents of ``slice``, whose bytes ``source`` gives; raises ``Damaged`` where a stream ends too early."""
     if slice.format == "parquet":
         return _parquet_documents(source, slice, options)
-    blocks = _blocks(source, slice.compression)
+    blocks = streams.blocks(source, slice.compression)
     if slice.format == "csv":
         return _csv_documents(blocks, slice, options)
     if slice.format == "conllu":
@@ -298,8 +266,8 @@ def _whole_document(blocks: Iterator[bytes], slice: FileSlice, options: ReadOpti
 
 
 def _line_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    limit = _line_limit(options)
-    for line in _lines(blocks, limit, slice.start):
+    limit = streams.line_limit(options)
+    for line in streams.lines(blocks, limit, slice.start):
         if line.blank:
             continue
         offset = line.number if slice.compression else line.offset
@@ -359,8 +327,8 @@ def _json(line: bytes) -> Any:
 
 
 def _csv_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    limit = _line_limit(options)
-    rows = _rows(_lines(blocks, limit), limit)
+    limit = streams.line_limit(options)
+    rows = _rows(streams.lines(blocks, limit), limit)
     header = next(rows, None)
     if header is None:
         return
@@ -382,7 +350,7 @@ def _csv_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptio
             yield _document(slice, number, row[text_at], doc_id, options)
 
 
-def _rows(lines: Iterator[_Line], limit: int) -> Iterator[list[str] | str]:
+def _rows(lines: Iterator[Line], limit: int) -> Iterator[list[str] | str]:
     """Rows of a CSV stream, the header first; a string says why a row could not be parsed."""
     held = 0  # bytes fed since the last row
     ended = False
@@ -420,10 +388,10 @@ def _rows(lines: Iterator[_Line], limit: int) -> Iterator[list[str] | str]:
 
 def _conllu_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
-    limit = _line_limit(options)
-    document: list[list[_Line]] = []
+    limit = streams.line_limit(options)
+    document: list[list[Line]] = []
     size, num_lines, together = 0, 0, False
-    for sentence in _sentences(_lines(blocks, limit), limit):
+    for sentence in _sentences(streams.lines(blocks, limit), limit):
         comments = [_decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
         begins = any(map(tags.begins_document, comments))
         if len(comments) == len(sentence) and not begins:
@@ -441,9 +409,9 @@ def _conllu_documents(blocks: Iterator[bytes], slice: FileSlice, options: ReadOp
         yield _conllu_document(slice, document, options)
 
 
-def _sentences(lines: Iterator[_Line], limit: int) -> Iterator[list[_Line]]:
+def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
     """Lines between blank ones; of more than ``limit`` bytes the first alone, without its data."""
-    sentence: list[_Line] = []
+    sentence: list[Line] = []
     size = 0
     for line in lines:
         if line.blank:
@@ -459,12 +427,12 @@ def _sentences(lines: Iterator[_Line], limit: int) -> Iterator[list[_Line]]:
         yield sentence
 
 
-def _conllu_document(slice: FileSlice, sentences: list[list[_Line]], options: ReadOptions) -> Document:
+def _conllu_document(slice: FileSlice, sentences: list[list[Line]], options: ReadOptions) -> Document:
     first, labels = sentences[0][0], options.labels_in("conllu")
     offset = first.number if slice.compression else first.offset
     assert labels is not None
     if any(line.data is None for sentence in sentences for line in sentence):
-        limit = _line_limit(options)
+        limit = streams.line_limit(options)
         return _problem(slice, offset, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes "
                         f"or {CONLLU_LINES} lines")  # fmt: skip
     numbered = (
@@ -664,158 +632,3 @@ def _document(
 
 def _problem(slice: FileSlice, offset: int, reason: str, doc_id: str | None = None) -> Document:
     return Document(slice.uri, offset, "", doc_id and doc_id[:ID_CHARS], problem=_printable(reason[:600]))
-
-
-# --- bytes -----------------------------------------------------------------------------------------------
-
-
-class Source:
-    """The bytes ``start`` to ``end`` of a file, hashed as they are read.
-
-    What goes wrong below is a ``CorpusError``, never an ``OSError``: readers would take that for bad content
-    and quarantine what a second try can read. With a ``budget``, ``_Damaged`` where more bytes are asked for.
-    """
-
-    def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
-        self._file = storage.open_read(uri)
-        self._uri, self._start, self._budget = uri, start, budget
-        self.size = end - start
-        self._at = 0
-        self.closed = False
-        self.rewind()
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def close(self) -> None:
-        """Nothing: pyarrow closes what it has been lent; ``with`` closes the file."""
-
-    def rewind(self) -> None:
-        self.sha256 = hashlib.sha256()
-        self.seek(0)
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = offset + (0, self._at, self.size)[whence]
-        try:
-            self._file.seek(self._start + self._at)
-        except OSError as error:
-            raise CorpusError(f"reading {self._uri}: {error}") from error
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self._budget is not None and self._at >= self._budget:
-            raise _Damaged("over the budget")
-        left = max(self.size - self._at, 0)
-        try:
-            data = self._file.read(min(size, left) if size >= 0 else left)
-        except OSError as error:
-            raise CorpusError(f"reading {self._uri}: {error}") from error
-        self._at += len(data)
-        self.sha256.update(data)
-        return data
-
-    read1 = read
-
-    def drain(self) -> None:
-        while self.read(BLOCK_BYTES):
-            pass
-
-
-class _Zst:
-    """A zstd stream of any number of frames.
-
-    Arrow loses what it decoded in the call that meets damage. Then this starts anew, goes to where it was and
-    on byte by byte.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._given = 0
-        self._step: int | None = None
-        self._open()
-
-    def _open(self) -> None:
-        self._source.rewind()
-        self._stream = pa.CompressedInputStream(pa.PythonFile(self._source, "r"), "zstd")
-
-    def read1(self, size: int, /) -> bytes:
-        try:
-            data = bytes(self._stream.read(self._step or size))
-        except DAMAGE:
-            if self._step:
-                raise
-            self._step = 1
-            self._open()
-            skip = self._given
-            while skip and (skipped := len(self._stream.read(min(skip, size)))):
-                skip -= skipped
-            data = bytes(self._stream.read(1))
-        self._given += len(data)
-        return data
-
-
-def _decompressed(source: Source, compression: str) -> _Stream:
-    if compression == "gz":
-        return gzip.GzipFile(fileobj=source, mode="rb")
-    if compression == "bz2":
-        return bz2.BZ2File(source)
-    return lzma.LZMAFile(cast(IO[bytes], source)) if compression == "xz" else _Zst(source)
-
-
-def _blocks(source: Source, compression: str) -> Iterator[bytes]:
-    """What ``source`` holds, decompressed; raises ``_Damaged``. A byte order mark is whole in the first block."""
-    if source.size == 0:  # some decompressors take nothing for damage
-        return
-    stream = _decompressed(source, compression) if compression else source
-    size = DECOMPRESSED_BLOCK_BYTES if compression else BLOCK_BYTES
-    head = b""
-    try:
-        while len(head) < len(BOM) and (more := stream.read1(size)):
-            head += more
-        yield head
-        given = 0
-        while block := stream.read1(size):
-            yield block
-            given += len(block)
-            if compression and given > max(EXPANSION_FROM_BYTES, EXPANSION * source.tell()):
-                raise _Bomb(f"{source.tell()} bytes gave {given}, over {EXPANSION} times as many; decompress the file "
-                            "if it is meant")  # fmt: skip
-    except DAMAGE as error:
-        raise _Damaged(str(error) or type(error).__name__) from error
-
-
-def _line_limit(options: ReadOptions) -> int:
-    """Bytes of the longest line or CSV row that is parsed: other columns and escapes need room beside the text."""
-    return max(LINE_BYTES, 8 * options.max_document_bytes)
-
-
-def _lines(blocks: Iterable[bytes], limit: int, start: int = 0) -> Iterator[_Line]:
-    """Lines of ``blocks``, the first of which is at byte ``start`` of its file; holds ``limit`` bytes at most."""
-    offset, number, length, blank = start, 0, 0, True
-    pieces: list[bytes] = []
-    for i, block in enumerate(blocks):
-        if i == 0 and start == 0 and block.startswith(BOM):
-            block, offset = block[len(BOM) :], len(BOM)
-        parts = block.split(b"\n")
-        for j, part in enumerate(parts):
-            length += len(part)
-            blank = blank and (not part or part.isspace())
-            if length <= limit:
-                pieces.append(part)
-            else:
-                pieces.clear()
-            if j + 1 < len(parts):
-                yield _Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)
-                offset, number, length, blank = offset + length + 1, number + 1, 0, True
-                pieces.clear()
-    if length:
-        yield _Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)

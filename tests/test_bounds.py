@@ -25,7 +25,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import cli, corpus, manifest, model, reading, storage
+from afn_ray import cli, corpus, manifest, model, reading, storage, streams
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
@@ -44,18 +44,18 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 READ = """
 import dataclasses, json, re, sys, time
 from pathlib import Path
-from afn_ray import corpus, reading, storage
+from afn_ray import corpus, reading, storage, streams
 from afn_ray.schema import ReadOptions
 for uri in sys.argv[1:]:
     options = ReadOptions("auto", "text", "id" if uri.endswith("id.jsonl") else None, "line", 8 << 20, None)
     slice = corpus._whole(storage.stat(uri), options)
     problems = {}
     try:
-        with reading.Source(uri, 0, slice.size) as source:
+        with streams.Source(uri, 0, slice.size) as source:
             for document in reading._documents(source, slice, options):
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1
-    except reading._Damaged as damage:
+    except streams.Damaged as damage:
         problems[str(damage)] = 1
     peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
     print(json.dumps([Path(uri).name, problems, peak, round(time.process_time(), 1)]))
@@ -273,7 +273,7 @@ def test_pages_name_files_bounds_and_commands_that_are_there() -> None:
 def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     table = PAGES[2].read_text("utf-8")
     assert RunConfig(corpus=("-",), model="-", store="-").max_document_bytes == 8 << 20
-    assert (reading.LINE_BYTES, reading.EXPANSION, reading.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
+    assert (streams.LINE_BYTES, streams.EXPANSION, streams.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
     assert (manifest.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
     for bound in (f"{reading.ID_CHARS:,} characters", f"{reading.CONLLU_LINES:,} lines", "256 MiB", "64 MiB", "8 MiB"):
         assert bound in table

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import corpus, reading, storage
+from afn_ray import corpus, reading, storage, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions
 
@@ -149,7 +149,7 @@ def test_cuts_conserve_documents_and_offsets(
     file = remember(data, "txt")
     whole = read_all(file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "BLOCK_BYTES", max(block, 3))
+        patch.setattr(streams, "BLOCK_BYTES", max(block, 3))
         slices = corpus.cut(file, OPTIONS, shard_bytes)
         assert read_all(file, OPTIONS, shard_bytes) == whole
     bounds = [0] + [s.end for s in slices]
@@ -295,7 +295,7 @@ def test_documents_over_the_limit() -> None:
 
 
 def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LINE_BYTES", 4 << 20)
+    monkeypatch.setattr(streams, "LINE_BYTES", 4 << 20)
     options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
     with (tmp_path / "a.jsonl").open("wb") as sink:
         sink.write(jsonl({"text": "before"}))
@@ -313,7 +313,7 @@ def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.gz", "csv.gz"])
 def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    monkeypatch.setattr(reading, "LINE_BYTES", 4 << 20)
+    monkeypatch.setattr(streams, "LINE_BYTES", 4 << 20)
     with gzip.open(tmp_path / f"bomb.{ending}", "wb", compresslevel=1) as sink:
         sink.write(b"text\n")
         for _ in range(200):
@@ -412,7 +412,7 @@ def test_csv_quote_that_is_not_closed() -> None:
 
 
 def test_csv_row_over_the_limit_ends_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LINE_BYTES", 1000)
+    monkeypatch.setattr(streams, "LINE_BYTES", 1000)
     options = dataclasses.replace(OPTIONS, max_document_bytes=100)
     assert len(read_all(remember(b"text\n" + b"a\n" * 2000, "csv"), options)) == 2000  # of a row, not of the file
     for row in (b'"' + b"b\n" * 1000 + b'"', b"b" * 2000):
@@ -504,7 +504,7 @@ def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = [os.urandom(5000).hex() for _ in range(40)]
     file = parquet(tmp_path / "a.parquet", {"text": rows})
     monkeypatch.setattr(reading, "BATCH_BYTES", 20_500)
-    with reading.Source(file.uri, 0, file.size) as source:
+    with streams.Source(file.uri, 0, file.size) as source:
         sizes = [len(t) for t, _, _ in reading._batches(pq.ParquetFile(source), 0, OPTIONS)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
@@ -735,7 +735,7 @@ def test_a_file_that_changes_while_it_is_read_ends_with_an_error(tmp_path: Path,
     num_rows = 200_000 if name == "a.jsonl" else 500
     file = write(tmp_path, name, content(name, "a", num_rows))
     (slice,) = corpus.cut(file, OPTIONS, 1 << 30)
-    assert slice.num_bytes > 2 * reading.BLOCK_BYTES or name == "a.parquet"
+    assert slice.num_bytes > 2 * streams.BLOCK_BYTES or name == "a.parquet"
     documents = reading.read(slice, OPTIONS)
     next(documents)
     write(tmp_path, name if how == "in place" else "new", content(name, "b", num_rows))
@@ -824,16 +824,16 @@ def test_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(plain))
     assert file.size > 2 << 20
     read = 0
-    original = reading.Source.read
+    original = streams.Source.read
 
-    def counting(self: reading.Source, size: int = -1, /) -> bytes:
+    def counting(self: streams.Source, size: int = -1, /) -> bytes:
         nonlocal read
         data = original(self, size)
         read += len(data)
         return data
 
-    monkeypatch.setattr(reading.Source, "read", counting)
-    monkeypatch.setattr(reading.Source, "read1", counting)
+    monkeypatch.setattr(streams.Source, "read", counting)
+    monkeypatch.setattr(streams.Source, "read1", counting)
     found = corpus.sample([file], options, 100_000)
     assert 0 < read < 3 << 19 if name != "a.parquet" else 0 < read < 3 << 20
     if "txt" in name and options is not OPTIONS and options.txt_documents == "file":

@@ -252,7 +252,7 @@ def test_conllu_is_read_in_bounded_memory_and_what_is_cut_off_is_said(monkeypatc
     *whole, broken = read_all(remember(cut, "conllu.gz"))
     assert len(whole) > 900 and {d.problem for d in whole} == {None}
     assert f"truncated or corrupt gz stream after {len(whole)} documents" in str(broken.problem)
-    monkeypatch.setattr("afn_ray.reading.LINE_BYTES", 1)
+    monkeypatch.setattr("afn_ray.streams.LINE_BYTES", 1)
     small = replace(OPTIONS, max_document_bytes=80)  # at most 640 bytes of CoNLL-U
     blocks = [first, f"# newdoc\n{first}", first, f"# newdoc\n{second}"]
     over = "document of CoNLL-U, or a line of it, is over the limit of 640 bytes or 1048576 lines"

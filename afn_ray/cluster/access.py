@@ -15,6 +15,12 @@ from urllib.parse import urlsplit
 from afn_ray.errors import ConfigError
 
 CONNECT_S = 5.0
+REFUSED = ("Unauthenticated", "AuthenticationError", "authentication_token_loader")
+"""What Ray says to who has no token, or a wrong one."""
+WANTS_TOKEN = (
+    "the cluster at {} wants a token, and not the one we have, if any: set RAY_AUTH_TOKEN to the cluster's, or "
+    "RAY_AUTH_TOKEN_PATH to a file that has it"
+)
 ASK_S = 90.0
 """Ray itself gives up after 45 s."""
 HOW_TO_CLOSE = (
@@ -64,11 +70,13 @@ def check(where: str | None, allow_open: bool) -> None:
         what, how = "RAY_AUTH_MODE=disabled starts a Ray that asks", "unset it"
     elif is_client(where):
         raise ConfigError(CLIENT.format(where))
+    elif (why := unreachable(where)) is not None:
+        raise ConfigError(f"{why}; check the address (host:6379), the cluster and firewalls")
     else:
         is_refused = not is_loopback(where) and is_open(where)
         what, how = f"the cluster at {where} asks", HOW_TO_CLOSE
     if is_refused and not allow_open:
-        raise ConfigError(f"{what} for no token: whoever reaches it can run code there; {how}, or join it all the same "
+        raise ConfigError(f"{what} for no token: whoever reaches it can run code there; {how}, or go on all the same "
                           "with --allow-open-cluster")  # fmt: skip
     if is_refused:
         _log.warning("%s for no token: whoever reaches it can run code there, with what this run may read and write",
@@ -92,23 +100,29 @@ def is_open(where: str) -> bool:
     Raises ``ConfigError`` when it does not answer at all, and when it cannot be told.
     """
     if where not in _asked:
-        if (why := unreachable(where)) is not None:
-            raise ConfigError(f"{why}; check the address (host:6379), the cluster and firewalls")
-        ray = [sys.executable, "-m", "ray.scripts.scripts"]
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_TOKEN")}
-        try:
-            asked = subprocess.run(  # noqa: S603
-                [*ray, "health-check", "--skip-version-check", "--address", where],
-                env=kept | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=ASK_S, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise ConfigError(f"the cluster at {where} does not answer within {ASK_S:g} s") from error
-        is_closed = "Unauthenticated" in asked.stderr
+        asked = _ask(where, kept | {"RAY_AUTH_MODE": "disabled"})
+        is_closed = any(word in asked.stderr for word in REFUSED)
         if asked.returncode and not is_closed:
             said = asked.stderr.strip().rpartition("\n")[2]
             raise ConfigError(f"whether the cluster at {where} asks for a token cannot be told: {said}")
         _asked[where] = not is_closed
     return _asked[where]
+
+
+def refuses_us(where: str) -> bool:
+    """Whether the Ray at ``where`` wants a token, and not the one that this process has, if any."""
+    said = _ask(where, dict(os.environ)).stderr
+    return any(word in said for word in REFUSED)
+
+
+def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Ray's own look at the health of a head, in a process of its own: it prints, and holds on to what it found."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", where]
+    try:
+        return subprocess.run(ray, env=environment, capture_output=True, text=True, timeout=ASK_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"the cluster at {where} does not answer within {ASK_S:g} s") from error
 
 
 def unreachable(where: str) -> str | None:

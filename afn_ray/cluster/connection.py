@@ -75,6 +75,8 @@ def joined(config: RunConfig) -> Iterator[None]:
     except SystemExit as stopped:  # which was in force for a moment
         raise KeyboardInterrupt from stopped
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        if where is not None and access.refuses_us(where):
+            raise ConfigError(access.WANTS_TOKEN.format(where)) from error
         which = f"the cluster at {where}" if where else "a local Ray"
         raise ConfigError(f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
     over = threading.Event()
