@@ -28,7 +28,8 @@ from conftest import write_jsonl
 
 from afn_ray import audit, grammar, job, storage
 from afn_ray.cluster import connection
-from afn_ray.config import RunConfig, config_from
+from afn_ray.config import RunConfig
+from afn_ray.settings import config_from
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -759,7 +760,8 @@ def test_a_run_needs_the_rights_that_the_template_gives(
     assert not {(right, key) for right, _, key in made if not allowed(right, key)}
     assert {right for right, _, _ in made} == {"GetObject", "PutObject", "DeleteObject", "ListBucket"}
     assert allowed("AbortMultipartUpload", "afn/shards/m/s/a-tokens.parquet")  # of larger files
-    for kept in ("shards/m/s/commit.json", "runs/r/run.json", "runs/r/thresholds.parquet"):
+    assert ("DeleteObject", bucket, "afn/planning.json") in made  # what a run replaces and deletes, beside leftovers
+    for kept in ("shards/m/s/commit.json", "runs/r/status.json", "runs/r/run.json", "runs/r/thresholds.parquet"):
         assert not allowed("DeleteObject", f"afn/{kept}")
     assert not allowed("PutObject", "texts/a.jsonl") and not allowed("GetObject", "elsewhere/a")
 
