@@ -486,23 +486,38 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class Api:
-    """As much of an API server as a launcher meets. ``answers``: status codes given before it works."""
+    """As much of an API server as a launcher meets. ``answers``: status codes given before it works.
+
+    ``batch``: Jobs by name. As KubeRay does, it submits a RayJob by a Job of the same name, and takes one that is there
+    for its own, so that nothing is submitted. ``leaving``: how often a RayJob is still seen before it is gone.
+    """
 
     def __init__(self) -> None:
         self.jobs: dict[str, Manifest] = {}
+        self.batch = {"afn-nightly-123"}
+        self.leaving: dict[str, int] = {}
         self.statuses: list[Manifest] = []
         self.answers: list[int] = []
         self.created = 0
 
     def __call__(self, method: str, name: str, body: Manifest | None) -> tuple[int, Manifest]:
         if self.answers:
-            return self.answers.pop(0), {}
+            if (code := self.answers.pop(0)) != 200:
+                return code, {}
         if method == "POST":
             assert body is not None
-            if body["metadata"]["name"] in self.jobs:
+            name = body["metadata"]["name"]
+            if name in self.leaving:
+                self.leaving[name] -= 1
+                if not self.leaving[name]:
+                    del self.leaving[name], self.jobs[name]
+            if name in self.jobs:
                 return 409, {}
-            self.jobs[body["metadata"]["name"]] = body
+            self.jobs[name] = body
             self.created += 1
+            if name in self.batch:
+                self.statuses = [{"jobDeploymentStatus": "Running"}] * 2 + [LATE]
+            self.batch.add(name)
             return 201, body
         if name not in self.jobs:
             return 404, {}
@@ -546,31 +561,50 @@ def api(monkeypatch: pytest.MonkeyPatch, rendered: dict[str, list[Manifest]]) ->
 
 
 DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+LATE = {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}
 BROKEN = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "exit code 1"}
 
 
-def test_a_launcher_waits_for_the_end_of_a_copy_of_the_template(launcher: ModuleType, api: Api) -> None:
+def test_a_launcher_waits_for_the_end_of_a_copy_of_the_template(
+    launcher: ModuleType, api: Api, rendered: dict[str, list[Manifest]]
+) -> None:
     api.statuses = [{}, {"jobDeploymentStatus": "Initializing"}, {"jobDeploymentStatus": "Retrying"},
                     {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, DONE]  # fmt: skip
     assert launcher.launch("afn-nightly", "afn-nightly-123", "uid", "") == 0
     assert api.statuses == [DONE]
-    template, made = api.jobs["afn-nightly"], api.jobs["afn-nightly-123"]
+    template, made = api.jobs["afn-nightly"], api.jobs["afn-nightly-123-run"]
     assert made["spec"] == {**template["spec"], "suspend": False}
     (owner,) = made["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["name"], owner["uid"]) == ("Job", "afn-nightly-123", "uid")
+    assert api.batch == {"afn-nightly-123", "afn-nightly-123-run"}  # the launcher's, and the submitter's
+    night = f"{named(rendered['nightly'], 'CronJob')['metadata']['name']}-{2**31}-run"
+    assert len(night) <= 47  # what KubeRay takes
 
 
 def test_a_copy_for_kueue_stays_suspended(launcher: ModuleType, api: Api) -> None:
     api.statuses = [{"jobDeploymentStatus": "Suspended"}, DONE]
     assert launcher.launch("afn-nightly", "n", "uid", "lane") == 0
-    assert api.jobs["n"]["spec"]["suspend"] is True
-    assert api.jobs["n"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lane"
+    assert api.jobs["n-run"]["spec"]["suspend"] is True
+    assert api.jobs["n-run"]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "lane"
 
 
 def test_a_launcher_in_place_of_a_lost_one_starts_nothing(launcher: ModuleType, api: Api) -> None:
     api.statuses = [DONE]
     assert [launcher.launch("afn-nightly", "n", "uid", "") for _ in range(2)] == [0, 0]
     assert api.created == 1
+
+
+def test_a_rayjob_of_an_earlier_job_of_that_name_is_not_taken_for_this_one(
+    launcher: ModuleType, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.statuses = [DONE]
+    assert launcher.launch("afn-nightly", "n", "yesterday", "") == 0
+    with monkeypatch.context() as patch, pytest.raises(launcher.Unknown, match="n-run is not of this Job"):
+        patch.setattr(launcher, "PATIENCE_S", 0.05)
+        launcher.launch("afn-nightly", "n", "today", "")
+    api.leaving["n-run"], api.batch = 3, set()
+    assert launcher.launch("afn-nightly", "n", "today", "") == 0
+    assert api.created == 2 and api.jobs["n-run"]["metadata"]["ownerReferences"][0]["uid"] == "today"
 
 
 @pytest.mark.parametrize(
@@ -581,28 +615,56 @@ def test_a_failed_night_fails_its_job(
 ) -> None:
     api.statuses = [status]
     assert launcher.launch("afn-nightly", "n", "uid", "") == 1
-    assert "RayJob n failed" in capsys.readouterr().err
+    assert "RayJob n-run failed" in capsys.readouterr().err
 
 
 def test_an_api_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(launcher: ModuleType, api: Api) -> None:
     api.statuses, api.answers = [DONE], [500, 503, 429]
     assert launcher.launch("afn-nightly", "n", "uid", "") == 0
-    api.answers = [403]
-    with pytest.raises(launcher.Refused, match="403"):
-        launcher.launch("afn-nightly", "m", "uid", "")
-    api.answers = [503] * 10_000
-    with pytest.raises(launcher.NoAnswer):
+    api.answers = [422]
+    with pytest.raises(launcher.Refused, match="422"):
         launcher.launch("afn-nightly", "m", "uid", "")
     with pytest.raises(launcher.Refused, match="404"):
-        api.answers.clear()
         launcher.launch("nothing", "m", "uid", "")
+
+
+@pytest.mark.parametrize("code", [503, 401, 403])
+def test_a_night_under_way_is_given_up_for_no_answer(
+    launcher: ModuleType, api: Api, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that is renewed late or a right that is lost for a while: the RayJob runs on."""
+    monkeypatch.setenv("JOB_NAME", "m")
+    monkeypatch.setenv("JOB_UID", "uid")
+    api.statuses, api.answers = [DONE], [200, 200, code, code]
+    assert launcher.main("afn-nightly") == 0
+    monkeypatch.setattr(launcher, "PATIENCE_S", 0.03)
+    api.answers = [code] * 10_000
+    assert launcher.main("afn-nightly") == 75  # another launcher
+    assert "no answer from the API server" in capsys.readouterr().err
+
+
+def test_whatever_goes_wrong_with_a_launcher_says_nothing_of_the_night(
+    launcher: ModuleType, api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert launcher.main("afn-nightly") == 75  # JOB_NAME is not there
+    monkeypatch.setenv("JOB_NAME", "m")
+    monkeypatch.setenv("JOB_UID", "uid")
+    api.statuses = [DONE]
+    assert launcher.main("nothing") == 2
+    monkeypatch.setattr(launcher, "PATIENCE_S", 0.03)
+    (tmp_path / "token").unlink()
+    assert launcher.main("afn-nightly") == 75
+    monkeypatch.setattr(launcher.ssl, "create_default_context", lambda cafile: cafile.read_text())
+    (tmp_path / "token").write_text("of-the-pod")
+    assert launcher.main("afn-nightly") == 75
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    assert launcher.main("afn-nightly") == 75
 
 
 def test_a_cronjob_tells_a_failed_night_from_a_lost_launcher(rendered: dict[str, list[Manifest]]) -> None:
     rules = named(rendered["nightly"], "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
     codes = {code for r in rules if r["action"] == "FailJob" for code in r["onExitCodes"]["values"]}
-    exits = {int(x) for x in re.findall(r"sys\.exit\((\d+)\)|return (\d)", (KUBERNETES / "launch.py").read_text())
-             for x in x if x}  # fmt: skip
+    exits = {int(x) for x in re.findall(r"return (\d+)", (KUBERNETES / "launch.py").read_text())}
     assert codes == {1, 2} and exits == {0, 1, 2, 75}
 
 

@@ -2,10 +2,10 @@
 
     python launch.py TEMPLATE
 
-runs in a pod of a Job, whose name (JOB_NAME) the copy takes and which owns it (JOB_UID): a launcher in place of one
-that was lost finds the RayJob under way and waits on, and who deletes the Job stops it. With QUEUE the copy stays
-suspended until Kueue admits it. Exit code 0: the job succeeded; 1: it failed; 2: it cannot be started; 75: no word
-from the API server, start another launcher. It needs nothing but Python.
+runs in a pod of a Job (JOB_NAME), which owns the copy (JOB_UID): a launcher in place of one that was lost finds the
+RayJob under way and waits on, and who deletes the Job stops it. With QUEUE the copy stays suspended until Kueue admits
+it. Exit code 0: the job succeeded; 1: it failed; 2: it cannot be started; 75: nothing is known, start another launcher.
+It needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import ssl
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -26,6 +27,9 @@ SCHEME = "https"
 POLL_S, PATIENCE_S, TIMEOUT_S = 15.0, 600.0, 30.0
 TEMPLATE_LABEL = "afn-ray/template"
 ENDED = {"Complete", "Failed", "ValidationFailed"}
+PASSING = {401, 403, 408, 429}
+"""Refusals that end without us: a token is renewed, a right given, a quota freed. Meanwhile a RayJob may be at work, so
+they are no verdict."""
 
 
 class Refused(Exception):
@@ -36,46 +40,45 @@ class Refused(Exception):
         self.status = status
 
 
-class NoAnswer(Exception):
-    """The API server has not answered for ``PATIENCE_S``."""
+class Unknown(Exception):
+    """For ``PATIENCE_S`` nothing could be learnt or done; it says nothing of the RayJob."""
 
 
 def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the API server answers; asked again for ``PATIENCE_S``. Raises ``Refused`` or ``NoAnswer``."""
+    """What the API server answers; asked again for ``PATIENCE_S``. Raises ``Refused`` or ``Unknown``."""
     server = f"{SCHEME}://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
-    namespace = (ACCOUNT / "namespace").read_text().strip()
-    context = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")
     until = time.monotonic() + PATIENCE_S
     while True:
-        token = (ACCOUNT / "token").read_text().strip()  # each time: it is renewed under us
-        request = urllib.request.Request(  # noqa: S310 - https, but for tests
-            f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{path}", method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
-        )  # fmt: skip
         try:
+            namespace, token = ((ACCOUNT / name).read_text().strip() for name in ("namespace", "token"))
+            request = urllib.request.Request(  # noqa: S310 - https, but for tests
+                f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{path}", method=method,
+                data=None if body is None else json.dumps(body).encode(),
+                headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
+            )  # fmt: skip
+            context = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")  # like the token it is renewed under us
             with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:  # noqa: S310
                 return dict(json.load(answer))
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read().decode(errors="replace")[:500]
-            if error.code < 500 and error.code not in (408, 429):
+            if error.code < 500 and error.code not in PASSING:
                 raise Refused(error.code, said) from error
-            failed: Exception = error
+            failed = f"{error}: {said}"
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-            failed = error
+            failed = str(error)
         if time.monotonic() > until:
-            raise NoAnswer(str(failed)) from failed
-        print(f"launch: the API server does not answer ({failed}); asking again", flush=True)
+            raise Unknown(f"no answer from the API server for {PATIENCE_S:.0f} s: {failed}")
+        print(f"launch: no answer from the API server ({failed}); asking again", flush=True)
         time.sleep(POLL_S)
 
 
-def copy_of(template: dict[str, Any], name: str, owner_uid: str, queue: str) -> dict[str, Any]:
-    """The RayJob ``name``: ``template`` let go, or left to ``queue`` to let go."""
+def copy_of(template: dict[str, Any], name: str, job: str, job_uid: str, queue: str) -> dict[str, Any]:
+    """The RayJob ``name`` of the Job ``job``: ``template`` let go, or left to ``queue`` to let go."""
     labels = {k: v for k, v in template["metadata"]["labels"].items() if k != TEMPLATE_LABEL}
     if queue:
         labels["kueue.x-k8s.io/queue-name"] = queue
-    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": owner_uid, "controller": False}
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": job_uid, "controller": False}
     return {
         "apiVersion": "ray.io/v1", "kind": "RayJob",
         "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
@@ -83,18 +86,41 @@ def copy_of(template: dict[str, Any], name: str, owner_uid: str, queue: str) -> 
     }  # fmt: skip
 
 
-def launch(template: str, name: str, owner_uid: str, queue: str) -> int:
-    """Exit code of the RayJob ``name``, a copy of ``template`` that this or an earlier launcher has started."""
-    try:
-        call("POST", "", copy_of(call("GET", f"/{template}"), name, owner_uid, queue))
-        print(f"launch: RayJob {name} is created from {template}", flush=True)
-    except Refused as error:
-        if error.status != 409:
-            raise
-        print(f"launch: RayJob {name} is there already; waiting for it", flush=True)
+def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
+    """See to it that the RayJob ``name`` of this Job is there, once one of an earlier Job of that name is gone."""
+    made = copy_of(call("GET", f"/{template}"), name, job, job_uid, queue)
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            call("POST", "", made)
+            print(f"launch: RayJob {name} is created from {template}", flush=True)
+            return
+        except Refused as error:
+            if error.status != 409:
+                raise
+        try:
+            owners = call("GET", f"/{name}")["metadata"].get("ownerReferences", [])
+        except Refused as error:
+            if error.status != 404:
+                raise
+            continue  # it went meanwhile
+        if job_uid in {owner["uid"] for owner in owners}:
+            print(f"launch: RayJob {name} is there already; waiting for it", flush=True)
+            return
+        if time.monotonic() > until:
+            raise Unknown(f"RayJob {name} is not of this Job and has not gone for {PATIENCE_S:.0f} s; delete it")
+        print(f"launch: RayJob {name} is of another Job; waiting for it to go", flush=True)
+        time.sleep(POLL_S)
+
+
+def launch(template: str, job: str, job_uid: str, queue: str) -> int:
+    """Exit code of the copy of ``template`` that this or an earlier launcher of the Job ``job`` has started."""
+    # Not the Job's own name: KubeRay submits by a Job that is named as the RayJob, and would take this one for it.
+    name = f"{job}-run"
+    start(template, name, job, job_uid, queue)
     said = ""
     while True:
-        status = call("GET", f"/{name}").get("status", {})
+        status = call("GET", f"/{name}").get("status") or {}
         phase = f"{status.get('jobDeploymentStatus') or 'new'} {status.get('jobStatus') or ''}".strip()
         if phase != said:
             print(f"launch: RayJob {name} is {said and 'now '}{phase}", flush=True)
@@ -108,14 +134,20 @@ def launch(template: str, name: str, owner_uid: str, queue: str) -> int:
         time.sleep(POLL_S)
 
 
-if __name__ == "__main__":
-    (argument,) = sys.argv[1:]
-    job = os.environ["JOB_NAME"]
+def main(template: str) -> int:
+    """What to leave with. Python's own 1, of an error nobody thought of, would say that the RayJob failed."""
     try:
-        sys.exit(launch(argument, job, os.environ["JOB_UID"], os.environ.get("QUEUE", "")))
+        return launch(template, os.environ["JOB_NAME"], os.environ["JOB_UID"], os.environ.get("QUEUE", ""))
     except Refused as error:
-        print(f"launch: RayJob {job} cannot be started or read: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NoAnswer as error:
-        print(f"launch: the API server has not answered for {PATIENCE_S:.0f} s: {error}", file=sys.stderr)
-        sys.exit(75)
+        print(f"launch: the RayJob cannot be started or read: {error}", file=sys.stderr)
+        return 2
+    except Unknown as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 75
+    except Exception:  # noqa: BLE001 - see above
+        traceback.print_exc()
+        return 75
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
