@@ -31,6 +31,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, count
 from afn_ray.manifest import RunFolder
 
+PAGE = "report.html"
 JSON_VERSION = 1
 """Raised when an entry of audit.json goes or changes its meaning."""
 WEEK = timedelta(days=6.5)
@@ -438,15 +439,14 @@ def to_bytes(found: Audit) -> bytes:
     return (json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_json(found: Audit, folder: Path) -> Path:
-    """Write audit.json in ``folder``, in place of an older one; it appears whole or not at all."""
-    target = folder / "audit.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}") from error
-    with storage.write_local(target) as file:
-        file.write(to_bytes(found))
+def write_json(found: Audit, folder: str) -> str:
+    """Write audit.json in ``folder``, a path or any fsspec URL, in place of an older one, whose page goes.
+
+    It appears whole or not at all. Returns its URI. Raises ``StoreError`` or ``Unavailable``.
+    """
+    target = storage.join(folder, "audit.json")
+    storage.write_over(target, to_bytes(found), retry_for_s=None)
+    storage.remove(storage.join(folder, PAGE))
     return target
 
 
@@ -538,12 +538,11 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
     return f"the webhook at {urlsplit(url).hostname} did not take the verdict: {why}"
 
 
-def call_command(command: list[str], audit_json: Path) -> str | None:
-    """Run ``command``, without a shell, AFN_AUDIT_JSON being audit.json's path; None if it left with 0, or why not."""
+def call_command(command: list[str], audit_json: str) -> str | None:
+    """Run ``command``, without a shell, AFN_AUDIT_JSON being audit.json's URI; None if it left with 0, or why not."""
     try:
         done = subprocess.run(  # noqa: S603 - it is what the user asked for
-            command, env={**os.environ, "AFN_AUDIT_JSON": str(audit_json.absolute())}, timeout=COMMAND_TIMEOUT_S,
-            check=False,
+            command, env={**os.environ, "AFN_AUDIT_JSON": audit_json}, timeout=COMMAND_TIMEOUT_S, check=False
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"--on-broken {command[0]} was stopped after {COMMAND_TIMEOUT_S:g} s"

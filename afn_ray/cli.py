@@ -250,12 +250,13 @@ def _neurons(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from afn_ray import audit, manifest, report, settings
+    from afn_ray import audit, manifest, report, settings, storage
     from afn_ray.cluster import connection
 
     connection.lost_exit_code = AUDIT_FAILED
     config, policy = settings.config_from({}, args.config), audit.read_policy(args.policy)
     _log_as(config.log_format, args.quiet)
+    out = storage.absolute(args.out)  # one that cannot be opened is told now, not after the run
     url = args.webhook or os.environ.get("AFN_WEBHOOK")
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
@@ -266,15 +267,15 @@ def _audit(args: argparse.Namespace) -> int:
         found = audit.run_audit(
             config, policy, baseline=args.baseline, frozen=args.frozen, mark=False, on_event=on_event
         )  # fmt: skip
-    written = audit.write_json(found, args.out)
-    (args.out / "report.html").unlink(missing_ok=True)  # of another verdict
+    written = audit.write_json(found, out)
     failures = []
     if not found.passed:
         failures = [audit.post(webhook, audit.to_bytes(found)) if webhook else None,
                     audit.call_command(command, written) if command else None]  # fmt: skip
     if not args.no_report:
         try:
-            report.write_report(found.run, args.out / "report.html", baseline=found.baseline, with_claims=False)
+            page = report.render(found.run, found.comparison, with_claims=False)
+            storage.write_over(storage.join(out, audit.PAGE), page.encode(), retry_for_s=None)
         except Exception as error:  # noqa: BLE001 - a page is worth no verdict
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict

@@ -113,13 +113,8 @@ def parser() -> argparse.ArgumentParser:
              "run's URI (default: previous)",
     )  # fmt: skip
     audit.add_argument("--frozen", action="store_true", help="label by the thresholds of the runs before this one")
-    audit.add_argument(
-        "--out",
-        metavar="DIR",
-        type=_local,
-        default="audit",
-        help="folder of audit.json and report.html (default: audit)",
-    )
+    audit.add_argument("--out", metavar="DIR", default="audit",
+                       help="folder of audit.json and report.html, or its URL (default: audit)")  # fmt: skip
     audit.add_argument("--no-report", action="store_true", help="no report.html, and none of its packages")
     audit.add_argument("--webhook", metavar="URL", help="POST audit.json there if the policy is broken "
                        "(default: AFN_WEBHOOK of the environment, which no list of processes shows)")  # fmt: skip

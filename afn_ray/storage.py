@@ -432,16 +432,17 @@ def _link_new(target: Path, data: bytes) -> None:
     _sync_folder(target.parent)
 
 
-def write_over(uri: str, data: bytes) -> None:
-    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. Asks once: no result goes this way.
+def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
+    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. No result goes this way.
 
-    Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two is there.
+    A store that does not answer is asked again for ``retry_for_s`` (None: as for anything else), by default not at
+    all. Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two is there.
     """
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
     write = (lambda: _replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
     with _named("writing", uri, StoreError):
-        patiently(write, f"writing {uri}", local=local, retry_for_s=0)
+        patiently(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
 
 def _replace(target: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ import pytest
 from conftest import RUN_INFO, stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import audit, cli, compare, job, manifest, report, verify
+from afn_ray import audit, cli, compare, job, manifest, report, storage, verify
 from afn_ray.audit import Policy, Rule
 from afn_ray.compare import Comparison
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
@@ -419,6 +419,24 @@ def test_the_report_lies_beside_the_verdict(nights: Nights) -> None:
     assert nights.said["run"]["id"] in page and nights.said["baseline"]["id"] in page
 
 
+def test_a_verdict_and_its_page_lie_behind_a_url_too(
+    nights: Nights, memory: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nights.reports = True
+    assert nights.audit("--out", f"{memory}/verdicts") == 0
+    assert storage.list_names(f"{memory}/verdicts") == ["audit.json", "report.html"]
+    first = storage.read_bytes(f"{memory}/verdicts/audit.json")
+    assert json.loads(first)["run"]["id"].encode() in storage.read_bytes(f"{memory}/verdicts/report.html")
+    nights.reports = False
+    (nights.folder / "policy.toml").write_text("min_tokens_ratio = 2\n")
+    nights.add(1, 600, 620)
+    assert nights.audit("--out", f"{memory}/verdicts", "--on-broken", "printenv AFN_AUDIT_JSON") == 1
+    assert storage.list_names(f"{memory}/verdicts") == ["audit.json"]  # no page of another verdict
+    assert storage.read_bytes(f"{memory}/verdicts/audit.json") != first
+    assert f"{memory}/verdicts/audit.json\n".replace("memory://", "memory:///") in capfd.readouterr().out
+    assert not (nights.folder / "out").exists()
+
+
 def test_without_the_reports_packages_an_audit_says_so_before_the_run(
     nights: Nights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -490,7 +508,7 @@ def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights) -
     assert nights.audit() == 0
     first = nights.said["run"]
     nights.reports = True
-    killed_night(nights, report, "write_report")
+    killed_night(nights, report, "render")
     assert nights.said["baseline"] == first
 
 
@@ -508,7 +526,7 @@ def test_a_report_that_fails_costs_no_verdict(
     def fail(*args: Any, **options: Any) -> None:
         raise QueryError("too slow")
 
-    monkeypatch.setattr(report, "write_report", fail)
+    monkeypatch.setattr(report, "render", fail)
     assert nights.audit() == 0 and nights.said["verdict"] == "pass"
     assert "report.html could not be written: too slow" in capsys.readouterr().err
     assert manifest.is_audited(manifest.find_run(nights.store))
@@ -539,7 +557,7 @@ STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "writing": lambda patch: patch.setattr(Path, "replace", interrupted),
     "telling": lambda patch: patch.setattr(audit, "call_command", interrupted),
     "the mark": lambda patch: patch.setattr(manifest, "mark_audited", interrupted),
-    "the report": lambda patch: patch.setattr(report, "write_report", interrupted),
+    "the report": lambda patch: patch.setattr(report, "render", interrupted),
 }
 TOLD = ("telling", "the mark", "the report")
 """Steps before which audit.json was written."""
@@ -607,7 +625,7 @@ def test_a_mistake_in_what_was_typed_is_2_before_any_work(
         (["--webhook", "http://example.org/secret"], "http, which anybody on the way reads"),
         (["--webhook", "ftp://example.org/secret"], "expected https"),
         (["--webhook", "example.org/secret"], "expected https"),
-        (["--out", "s3://bucket/x"], "not a file of this machine"),
+        (["--out", "nowhere://bucket/x"], "cannot be opened"),
     ):
         assert nights.audit(*more) == 2
         err = capfd.readouterr().err

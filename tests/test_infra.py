@@ -26,7 +26,7 @@ import pytest
 import yaml
 from conftest import write_jsonl
 
-from afn_ray import audit, grammar, job, storage
+from afn_ray import audit, grammar, storage
 from afn_ray.cluster import connection
 from afn_ray.config import RunConfig
 from afn_ray.settings import config_from
@@ -66,6 +66,10 @@ def lint(tool: str, file: Path) -> None:
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, list[Manifest]]:
     return {folder: render(KUBERNETES / folder) for folder in APPLIED}
+
+
+def values() -> dict[str, str]:
+    return dict(yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"])
 
 
 @pytest.fixture
@@ -303,7 +307,7 @@ def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> N
     """Ray's ports are for the cluster's own pods, its dashboard for two callers more, metrics for Prometheus."""
     labels = {component: pod["metadata"]["labels"] for component, pod in pods(rendered[folder]).items()}
     policies = [m["spec"] for m in rendered["access"] if m["kind"] == "NetworkPolicy"]
-    namespaces = yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"]
+    namespaces = values()
     outside = {
         "operator": (namespaces["operator-namespace"], {"app.kubernetes.io/name": "kuberay-operator"}),
         "prometheus": (namespaces["monitoring-namespace"], {}),
@@ -418,7 +422,7 @@ def test_the_nights_do_not_overlap(rendered: dict[str, list[Manifest]]) -> None:
     assert template["spec"]["suspend"] is True and template["metadata"]["labels"]["afn-ray/template"] == "true"
     (launcher,) = pods(rendered["nightly"])["launcher"]["spec"]["containers"]
     assert launcher["command"][-1] == template["metadata"]["name"]
-    assert cron["jobTemplate"]["spec"]["activeDeadlineSeconds"] > template["spec"]["activeDeadlineSeconds"]
+    assert "activeDeadlineSeconds" not in cron["jobTemplate"]["spec"]  # the RayJob's begins anew at each retry
     assert "suspend" not in rayjob_spec(rendered["raycronjob"])
     assert rayjob_spec(rendered["raycronjob"]) == {k: v for k, v in template["spec"].items() if k != "suspend"}
     assert not any(m["kind"] == "RayJob" for m in rendered["raycronjob"])
@@ -431,7 +435,12 @@ def test_what_is_run_exists_and_takes_its_arguments(rendered: dict[str, list[Man
     assert python == "python" and workdir and script.startswith(workdir[1])
     assert (ROOT / "jobs" / Path(script).relative_to(workdir[1])).is_file()
     command = {"activation_scan.py": ["run", "--config"], "nightly_audit.py": ["audit"]}[Path(script).name]
-    grammar.parser().parse_args([*command, config, *flags])
+    given = grammar.parser().parse_args([*command, config, *flags])
+    if given.command == "audit":  # all of a pod is gone when its job ends
+        assert given.out == values()["audits"] and "://" in given.out
+        head = pods(rendered[folder])["head"]["spec"]["containers"][0]
+        (hook,) = (e["valueFrom"] for e in head["env"] if e["name"] == "AFN_WEBHOOK")
+        assert hook == {"secretKeyRef": {"name": "afn-webhook", "key": "url", "optional": True}}
     (mount,) = (v["mountPath"] for v in pods(rendered[folder])["head"]["spec"]["containers"][0]["volumeMounts"]
                 if v["name"] == "config")  # fmt: skip
     files = named(rendered[folder], "ConfigMap")["data"]
@@ -445,27 +454,28 @@ def test_the_policy_can_be_read() -> None:
 
 
 def test_values_are_in_one_place(variant: Callable[..., list[Manifest]], rendered: dict[str, list[Manifest]]) -> None:
-    values = yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"]
+    default = values()
     run = tomllib.loads((KUBERNETES / "values" / "run.toml").read_text())
-    named_once = {values["image"], *run["corpus"], run["store"], run["model"]}
+    named_once = {default["image"], default["audits"], *run["corpus"], run["store"], run["model"]}
     for file in (f for f in INFRA.rglob("*") if f.suffix in (".yaml", ".py", ".toml", ".sbatch")):
         if "values" not in file.parts:
             assert not [v for v in named_once if v in file.read_text()], file
             assert not re.search(r"s3://|gs://[a-z]", file.read_text()), file
     other = {"image": "elsewhere/afn:9.9", "max-workers": "3", "schedule": "5 5 * * 5", "time-zone": "Europe/Vienna",
-             "queue": "lane", "operator-namespace": "op", "monitoring-namespace": "mon"}  # fmt: skip
-    assert set(other) == set(values)
+             "queue": "lane", "operator-namespace": "op", "monitoring-namespace": "mon",
+             "audits": "gs://b/nights"}  # fmt: skip
+    assert set(other) == set(default)
     used = set()
     for folder in APPLIED:
         text = yaml.safe_dump_all(variant(folder, **other))
-        assert values["image"] not in text and "SET_BY_VALUES" not in text
+        assert default["image"] not in text and "SET_BY_VALUES" not in text
         used |= {key for key, value in other.items() if re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", text)}
         images = set(re.findall(r"image: (\S+)", text))
         assert text.count("cloud/role: us") == (2 if folder == "access" else 0)
         assert images == (set() if folder == "access" else {other["image"]})
         assert "SET_BY_VALUES" not in yaml.safe_dump_all(rendered[folder])
     assert used == set(other)
-    assert re.search(r":[\w.]*\d[\w.]*$", values["image"])  # a version, never "latest"
+    assert re.search(r":[\w.]*\d[\w.]*$", default["image"])  # a version, never "latest"
 
 
 # --- the launcher ----------------------------------------------------------------------------------------
@@ -501,9 +511,8 @@ class Api:
         self.created = 0
 
     def __call__(self, method: str, name: str, body: Manifest | None) -> tuple[int, Manifest]:
-        if self.answers:
-            if (code := self.answers.pop(0)) != 200:
-                return code, {}
+        if self.answers and (code := self.answers.pop(0)) != 200:
+            return code, {}
         if method == "POST":
             assert body is not None
             name = body["metadata"]["name"]
@@ -793,12 +802,13 @@ def test_a_run_needs_the_rights_that_the_template_gives(
 
     monkeypatch.setattr(S3FileSystem, "_call_s3", recorded)
     config = make_config(corpus=(corpus,), store=store, executor="inline")
-    with job.run(config):
-        pass
+    night = audit.run_audit(config, audit.read_policy(KUBERNETES / "values" / "policy.toml"), frozen=True)
+    assert audit.write_json(night, f"{object_store}/audits") == f"{object_store}/audits/audit.json"
     bucket = object_store.removeprefix("s3://")
     policy = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]
     names = {"arn:${AWS::Partition}:s3:::${CorpusBucket}": bucket, "${Store.Arn}": bucket, "${CorpusPrefix}": "texts",
-             "${StorePrefix}": "afn", "CorpusPrefix": "texts", "StorePrefix": "afn"}  # fmt: skip
+             "${StorePrefix}": "afn", "CorpusPrefix": "texts", "StorePrefix": "afn",
+             "${AuditPrefix}": "audits"}  # fmt: skip
 
     def allows(statement: Manifest, right: str, tried: str) -> bool:
         if f"s3:{right}" not in listed(statement["Action"]):
@@ -825,6 +835,7 @@ def test_a_run_needs_the_rights_that_the_template_gives(
     assert ("DeleteObject", bucket, "afn/planning.json") in made  # what a run replaces and deletes, beside leftovers
     for kept in ("shards/m/s/commit.json", "runs/r/status.json", "runs/r/run.json", "runs/r/thresholds.parquet"):
         assert not allowed("DeleteObject", f"afn/{kept}")
+    assert {("PutObject", "audits/audit.json"), ("DeleteObject", "audits/report.html")} <= {(r, k) for r, _, k in made}
     assert not allowed("PutObject", "texts/a.jsonl") and not allowed("GetObject", "elsewhere/a")
 
 
@@ -948,7 +959,7 @@ def test_what_the_page_names_exists() -> None:
     rayjob = yaml.safe_load((KUBERNETES / "cluster" / "rayjob.yaml").read_text())
     uid = rayjob["spec"]["submitterPodTemplate"]["spec"]["securityContext"]["runAsUser"]
     hours, retries = rayjob["spec"]["activeDeadlineSeconds"] / 3600, rayjob["spec"]["backoffLimit"]
-    assert f"user {uid}" in PAGE and f"has {hours:.0f} hours" in PAGE and retries == 2 and "retried twice" in PAGE
+    assert f"user {uid}" in PAGE and f"each has {hours:.0f} hours" in PAGE and retries == 2 and "retried twice" in PAGE
     args = re.findall(r"--build-arg (\w+)=", PAGE)
     assert args and all(f"ARG {name}=" in (INFRA / "Containerfile").read_text() for name in args)
 
@@ -961,6 +972,10 @@ def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifes
     elif program == "kubectl":
         assert words[:2] == ["-n", named(rendered["access"], "Namespace")["metadata"]["name"]]
         match words[2:]:
+            case ["create", "secret", "generic", secret, key]:
+                head = pods(rendered["nightly"])["head"]["spec"]["containers"][0]
+                (hook,) = (e["valueFrom"]["secretKeyRef"] for e in head["env"] if e["name"] == "AFN_WEBHOOK")
+                assert secret == hook["name"] and key.startswith(f"--from-file={hook['key']}=")
             case ["create", "job", source, "afn-tonight"]:
                 assert source == f"--from=cronjob/{named(rendered['nightly'], 'CronJob')['metadata']['name']}"
             case ["delete", "job", name]:
@@ -980,7 +995,7 @@ def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifes
             group, name, rest = group.commands["job"], rest[0], rest[1:]
         group.commands[name].make_context(name, rest, resilient_parsing=True)
     elif program == "docker":
-        image = yaml.safe_load((KUBERNETES / "values" / "values.yaml").read_text())["data"]["image"]
+        image = values()["image"]
         assert words[0] in ("build", "push") and image in words
     elif program == "sbatch":
         (script,) = (w for w in words if w.endswith(".sbatch"))
