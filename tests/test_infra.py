@@ -424,8 +424,20 @@ def test_the_nights_do_not_overlap(rendered: dict[str, list[Manifest]]) -> None:
     assert launcher["command"][-1] == template["metadata"]["name"]
     assert "activeDeadlineSeconds" not in cron["jobTemplate"]["spec"]  # the RayJob's begins anew at each retry
     assert "suspend" not in rayjob_spec(rendered["raycronjob"])
-    assert rayjob_spec(rendered["raycronjob"]) == {k: v for k, v in template["spec"].items() if k != "suspend"}
+    same = json.loads(json.dumps(template["spec"]).replace('"configMap": {"name": "afn-nightly"}',
+                                                           '"configMap": {"name": "afn-raycronjob"}'))  # fmt: skip
+    assert rayjob_spec(rendered["raycronjob"]) == {k: v for k, v in same.items() if k != "suspend"}
     assert not any(m["kind"] == "RayJob" for m in rendered["raycronjob"])
+
+
+def test_each_use_has_a_config_of_its_own(rendered: dict[str, list[Manifest]]) -> None:
+    """Applied for a scan, edited values change no night; deleted with a scan, nights keep theirs."""
+    made = {folder: [m["metadata"]["name"] for m in rendered[folder] if m["kind"] == "ConfigMap"] for folder in APPLIED}
+    assert made == {"access": [], "once": ["afn-scan"], "nightly": ["afn-nightly"], "raycronjob": ["afn-raycronjob"]}
+    for folder in ("once", "nightly", "raycronjob"):
+        for component in ("head", "worker"):
+            (config,) = (v for v in pods(rendered[folder])[component]["spec"]["volumes"] if v["name"] == "config")
+            assert [config["configMap"]["name"]] == made[folder]
 
 
 @pytest.mark.parametrize("folder", ["once", "nightly"])
