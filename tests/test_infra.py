@@ -341,6 +341,30 @@ def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> N
         assert not any(reaches("afn", labels[caller], labels[to]) for caller in labels)
 
 
+def test_prometheus_looks_where_the_pods_are(rendered: dict[str, list[Manifest]]) -> None:
+    (monitor,) = render(KUBERNETES / "monitoring")
+    assert monitor["kind"] == "PodMonitor" and "namespaceSelector" not in monitor["spec"]  # so its own alone
+    assert monitor["metadata"]["namespace"] == named(rendered["once"], "RayJob")["metadata"]["namespace"]
+    (end,) = monitor["spec"]["podMetricsEndpoints"]
+    for component in ("head", "worker"):
+        assert selects(monitor["spec"]["selector"], {"ray.io/node-type": component})  # KubeRay's label
+        ports = {
+            p["name"]: p["containerPort"] for p in pods(rendered["once"])[component]["spec"]["containers"][0]["ports"]
+        }
+        assert ports[end["port"]] == 8080
+
+
+def test_alerts_of_nights_ask_for_the_names_that_nights_have(rendered: dict[str, list[Manifest]]) -> None:
+    groups = {
+        g["name"]: g["rules"] for g in yaml.safe_load((INFRA / "monitoring" / "alerts.yaml").read_text())["groups"]
+    }
+    asked = " ".join(rule["expr"] for rule in groups["afn-nights"])
+    name = named(rendered["nightly"], "CronJob")["metadata"]["name"]
+    assert set(re.findall(r'cronjob="(.*?)"', asked)) == {name}
+    (pattern,) = set(re.findall(r'job_name=~"(.*?)"', asked))
+    assert re.fullmatch(pattern, f"{name}-29412345") and not re.fullmatch(pattern, "afn-tonight")
+
+
 def test_what_may_not_be_evicted(rendered: dict[str, list[Manifest]]) -> None:
     labels = {component: pod["metadata"]["labels"] for component, pod in pods(rendered["nightly"]).items()}
     budgets = {m["metadata"]["name"]: m["spec"] for m in rendered["access"] if m["kind"] == "PodDisruptionBudget"}
@@ -980,7 +1004,7 @@ def test_what_the_page_names_exists() -> None:
 def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifest]]) -> None:
     program, *words = shlex.split(command.replace("(umask 077 && ", "").rstrip(")"))
     if program == "kubectl" and words[:2] == ["apply", "-k"]:
-        assert Path(words[2]).relative_to(KUBERNETES.relative_to(ROOT)).name in rendered
+        assert Path(words[2]).relative_to(KUBERNETES.relative_to(ROOT)).name in (*rendered, "monitoring")
     elif program == "kubectl":
         assert words[:2] == ["-n", named(rendered["access"], "Namespace")["metadata"]["name"]]
         match words[2:]:

@@ -577,7 +577,7 @@ def test_every_query_of_the_dashboard_is_promql(promtool: str, tmp_path: Path) -
 
 
 def test_the_pod_monitor_asks_for_the_port_that_pods_name() -> None:
-    monitor = yaml.safe_load((MONITORING / "podmonitor.yaml").read_text())
+    monitor = yaml.safe_load((INFRA / "kubernetes" / "monitoring" / "podmonitor.yaml").read_text())
     assert (monitor["apiVersion"], monitor["kind"]) == ("monitoring.coreos.com/v1", "PodMonitor")
     (expression,) = monitor["spec"]["selector"]["matchExpressions"]
     assert expression["key"] == "ray.io/node-type" and expression["values"] == ["head", "worker"]
