@@ -905,14 +905,16 @@ def test_the_slurm_script_is_clean() -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """``slurm(driver_code, restarts)``: the script among commands that write down how they were called."""
+    """``slurm(driver_code, restarts, addresses)``: the script among commands that write down how they were called."""
     fakes = {
         "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\nn3\\n"; fi',
-        "hostname": "echo 10.0.0.1 10.0.0.2",
+        "hostname": 'if [ "$1" = -I ]; then echo "fd00::2 $ADDRESSES"; else echo 127.0.1.1; fi',
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-        "ray": 'if [ "$1" = start ]; then exec sleep 30; fi',
+        "ray": """case "$*" in *--address=*) [ ! -e "$LOG.lost" ] || exit 1;; esac
+            if [ "$1" = start ]; then exec /bin/sleep 30; fi""",
+        "sleep": "exec /bin/sleep 0.05",
         "python": """if [ "$DRIVER" = wait ]; then
-            trap "exit 75" TERM; touch "$LOG.up"; while :; do sleep 0.05; done
+            trap "exit 75" TERM; touch "$LOG.up"; while :; do /bin/sleep 0.05; done
         fi; until [ "$(grep -c "^ray start" "$LOG")" = 2 ]; do sleep 0.02; done; exit $DRIVER""",
     }
     (tmp_path / "bin").mkdir()
@@ -922,10 +924,10 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         path.write_text(f"#!/bin/sh\n{log}\n{body}\n")
         path.chmod(0o755)
 
-    def start(driver: str, restarts: int = 0) -> subprocess.Popen[str]:
+    def start(driver: str, restarts: int = 0, addresses: str = "10.0.0.1 10.0.0.2") -> subprocess.Popen[str]:
         env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "DRIVER": driver,
                "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "16",
-               "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
+               "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": str(restarts), "ADDRESSES": addresses}  # fmt: skip
         return subprocess.Popen(["bash", str(SBATCH), "run.toml", "--workers", "8"], env=env, text=True, cwd=tmp_path,
                                 stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
 
@@ -972,6 +974,25 @@ def test_a_slurm_job_that_is_stopped_is_queued_again(
     with slurm("75", restarts=20) as job:  # not for ever
         assert job.wait(30) == 75
     assert "scontrol requeue" not in (tmp_path / "log").read_text()
+
+
+def test_a_slurm_job_whose_workers_are_lost_is_queued_again(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "log.lost").touch()
+    with slurm("wait") as job:
+        assert job.wait(30) == 75 and job.stderr
+        assert "the Ray of the other nodes has ended before the run" in job.stderr.read()
+    assert "scontrol requeue 7" in (tmp_path / "log").read_text()
+
+
+def test_a_slurm_job_whose_head_no_node_can_reach_does_not_begin(
+    slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    with slurm("0", addresses="127.0.0.1") as job:
+        assert job.wait(30) == 2 and job.stderr
+        assert "no IPv4 address" in job.stderr.read()
+    assert "ray start" not in (tmp_path / "log").read_text()
 
 
 # --- the page --------------------------------------------------------------------------------------------
