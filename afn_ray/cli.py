@@ -257,7 +257,7 @@ def _audit(args: argparse.Namespace) -> int:
     config, policy = settings.config_from({}, args.config), audit.read_policy(args.policy)
     _log_as(config.log_format, args.quiet)
     out = storage.absolute(args.out)  # one that cannot be opened is told now, not after the run
-    url = args.webhook or os.environ.get("AFN_WEBHOOK")
+    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()  # a Secret made of a file ends with its newline
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
     if not args.no_report:

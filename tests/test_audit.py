@@ -782,7 +782,7 @@ def test_webhooks_that_are_no_addresses(url: str) -> None:
 def test_a_broken_policy_is_told_and_stays_broken_where_nobody_listens(
     nights: Nights, hook: Hook, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("AFN_WEBHOOK", hook.url)
+    monkeypatch.setenv("AFN_WEBHOOK", f"{hook.url}\n")  # as a Secret made of a file has it
     assert nights.audit() == 0 and not hook.got  # nothing to tell
     (nights.folder / "policy.toml").write_text("empty_documents = 0\n")
     write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}, {"text": "word"}])

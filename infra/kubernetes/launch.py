@@ -103,7 +103,7 @@ def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
         except Refused as error:
             if error.status != 404:
                 raise
-            continue  # it went meanwhile
+            owners = []  # it has gone meanwhile
         if job_uid in {owner["uid"] for owner in owners}:
             print(f"launch: RayJob {name} is there already; waiting for it", flush=True)
             return
