@@ -573,11 +573,7 @@ def _print_estimate(e: Estimate, console: Console) -> None:
         ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
         ("tokens", f"about {e.tokens:,} (from a sample)"),
         ("store", f"about {e.store_bytes:,} bytes"),
-        ("rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"),
-        ("time", f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
-                 f"and screening {_duration(e.reduce_s)}"),
-        ("work", f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
-                 f"{e.seconds / 3600:,.3f}"),
+        *_pace(e),
         ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
         *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
         *(_bill(e) if e.prices else []),
@@ -588,6 +584,21 @@ def _print_estimate(e: Estimate, console: Console) -> None:
     for uri in e.skipped:
         console.print(f"skipped  {printable(uri)}: its ending is no known format", markup=False, soft_wrap=True)
     console.print("nothing was done (--dry-run)", markup=False)
+
+
+def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
+    """Rate, time and work; or why they are not told."""
+    if e.tokens_per_second is None:
+        yield "rate", f"not known: {e.rate}"
+    else:
+        yield "rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"
+    if e.seconds is None or e.load_s is None or e.worker_hours is None:
+        yield "time", f"not known without a rate; {count(e.num_workers, 'worker')}"
+        return
+    yield "time", (f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
+                   f"and screening {_duration(e.reduce_s)}")  # fmt: skip
+    yield "work", (f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
+                   f"{e.seconds / 3600:,.3f}")  # fmt: skip
 
 
 def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
@@ -601,6 +612,9 @@ def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
         if cost.what == "workers" and e.prices.worker_hour_on_demand is not None:
             dearer = replace(cost, price=e.prices.worker_hour_on_demand)
             yield "money", f"workers, all on demand instead: {_arithmetic(dearer, currency)}"
+    if not e.costs:
+        yield "money", "the run: not known without a rate"
+        return
     total = sum(cost.total for cost in e.costs if cost.total is not None)
     without = [cost.what for cost in e.costs if cost.price is None]
     yield "money", f"the run: {_amount(total)} {currency}" + (f" without {', '.join(without)}" if without else "")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
+import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,15 @@ class Estimate:
     num_shards_done: int  # already in the store
     tokens: int  # estimated from a sample
     store_bytes: int  # estimated
-    seconds: float  # from the first worker's start to the reduced tables
-    load_s: float  # of these, until models are loaded
+    seconds: float | None  # from the first worker's start to the reduced tables; None: no rate is known
+    load_s: float | None  # of these, until models are loaded
     reduce_s: float  # of these, by the reduce and the screening
     num_workers: int
-    worker_hours: float  # of the workers, from first to last; GPU-hours where they have GPUs
+    worker_hours: float | None  # of the workers, from first to last; GPU-hours where they have GPUs
     num_puts: int  # requests to an object store
     num_gets: int
-    tokens_per_second: float  # of one worker
-    rate: str  # where it was measured
+    tokens_per_second: float | None  # of one worker; None: not measured on the workers' device
+    rate: str  # where it was measured, or why it was not
     model: str
     layers: tuple[int, ...]
     depth: int
@@ -101,9 +102,10 @@ class Estimate:
     window_tokens: int
     overlap_tokens: int
     measure: str
-    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1
+    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1;
+    # none where the sample was tried on another device than the workers'
     prices: Prices | None
-    costs: tuple[Cost, ...]  # of the run; none without prices
+    costs: tuple[Cost, ...]  # of the run; none without prices, or while its hours are not known
     monthly: Cost | None  # of what it leaves in the store
 
 
@@ -112,7 +114,8 @@ def dry_run(
 ) -> Estimate:
     """What ``job.run(config)`` would do. Reads the corpus once to plan, tries the model on a sample, writes nothing.
 
-    ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is measured here.
+    ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is measured here,
+    and where this machine lacks the workers' device, time, hours and money are None: they are not told.
     ``prices``: a TOML file with keys of ``Prices``. Raises ``ConfigError`` for a rate of something else.
     """
     money = None if prices is None else read_prices(prices)
@@ -133,21 +136,27 @@ def dry_run(
     if not exact and pilot.texts:
         documents = max(documents, round(plan.num_bytes * share / (pilot.num_bytes / len(pilot.texts))))
     workers = min(cluster.count_workers(config, device), max(1, len(todo)))
-    measured = known or Rate(pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0, pilot.load_s, "measured here")
-    load_s = measured.load_s if todo else 0.0
-    work = sum(s.num_bytes for s in todo) * per_byte / measured.tokens_per_second if measured.tokens_per_second else 0.0
+    here = cluster.local_device(device)
+    if known is None and here == device:
+        known = Rate(pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0, pilot.load_s, "measured here")
+    where = known.where if known else _no_rate(device, here)
     reduce_s = reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
     store_bytes = tokens * bytes_per_token(config, len(task.series), len(task.neuron_layers))
-    seconds = load_s + work / workers + reduce_s
+    load_s = (known.load_s if known else None) if todo else 0.0
+    seconds = None if load_s is None else load_s + reduce_s
+    if known and seconds is not None and known.tokens_per_second:
+        seconds += sum(s.num_bytes for s in todo) * per_byte / known.tokens_per_second / workers
     puts = len(todo) * (PUTS_A_SHARD + (2 if task.neuron_layers else 0))
     gets = sum(GETS_A_SHARD + gets_of_corpus(s.num_bytes) for s in todo)
-    hours = workers * seconds / 3600
-    costs, monthly = bill(money, hours, seconds / 3600, puts, gets, store_bytes)
+    hours = None if seconds is None else seconds / 3600
+    worker_hours = None if hours is None else workers * hours
+    costs, monthly = bill(money, worker_hours, hours, puts, gets, store_bytes)
     return Estimate(
         len(plan.files), plan.skipped, documents, exact, plan.num_bytes, len(plan.shards), len(plan.shards) - len(todo),
-        tokens, round(store_bytes), seconds, load_s, reduce_s, workers, hours, puts, gets, measured.tokens_per_second,
-        measured.where, config.model, task.layers, asked.files.depth, task.dtype, device, measure["window_tokens"],
-        measure["overlap_tokens"], task.measure_id, pilot.signal_costs, money, costs, monthly,
+        tokens, round(store_bytes), seconds, load_s, reduce_s, workers, worker_hours, puts, gets,
+        known.tokens_per_second if known else None, where, config.model, task.layers, asked.files.depth, task.dtype,
+        device, measure["window_tokens"], measure["overlap_tokens"], task.measure_id,
+        pilot.signal_costs if here == device else {}, money, costs, monthly,
     )  # fmt: skip
 
 
@@ -172,17 +181,31 @@ def gets_of_corpus(num_bytes: int) -> int:
 
 
 def bill(
-    prices: Prices | None, worker_hours: float, hours: float, num_puts: int, num_gets: int, store_bytes: float
-) -> tuple[tuple[Cost, ...], Cost | None]:
-    """What a run costs, line by line, and what its store costs a month; nothing without ``prices``."""
+    prices: Prices | None, worker_hours: float | None, hours: float | None, num_puts: int, num_gets: int,
+    store_bytes: float,
+) -> tuple[tuple[Cost, ...], Cost | None]:  # fmt: skip
+    """What a run costs, line by line, and what its store costs a month; nothing without ``prices``.
+
+    Without hours there is no line of the run: its requests alone would look like its price.
+    """
     if prices is None:
         return (), None
+    monthly = Cost("store", store_bytes / 1e9, "GB", prices.storage_gb_month)
+    if worker_hours is None or hours is None:
+        return (), monthly
     return (
         Cost("workers", worker_hours, "worker-hours", prices.worker_hour),
         Cost("head", hours, "hours", prices.head_hour),
         Cost("PUT", num_puts / 1e6, "million", prices.put_million),
         Cost("GET", num_gets / 1e6, "million", prices.get_million),
-    ), Cost("store", store_bytes / 1e9, "GB", prices.storage_gb_month)
+    ), monthly
+
+
+def _no_rate(device: str, here: str) -> str:
+    return (
+        f"the workers' device is {device} and this machine's is {here}: measure on one of theirs with 'afn bench rate "
+        "RUN_TOML --json FILE' and give --rate FILE"
+    )
 
 
 def _text_share(plan: manifest.Plan, texts: Sequence[str]) -> float:
@@ -252,19 +275,39 @@ def speed_of(task: pipeline.Task, measure: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is 0 or more, and what a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "speed": (lambda v: isinstance(v, dict), "an object"),
+    "tokens_per_second": (lambda v: isinstance(v, list) and bool(v) and all(_is_number(n) and n for n in v),
+                          "a list of numbers over 0"),
+    "load_s": (_is_number, "a number, 0 or more"),
+    "machine": (lambda v: isinstance(v, str), "a text"),
+    "versions": (lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str), "an object with that of torch"),
+    "foreign": (_is_number, "a number, 0 or more"),
+}  # fmt: skip
+"""What is read of the file that ``afn bench rate --json`` writes."""
+
+
 def read_rate(path: Path, speed: dict[str, Any]) -> Rate:
     """The rate in ``path``, which ``afn bench rate --json`` wrote. Raises ``ConfigError`` if it is not of ``speed``."""
     try:
         value = json.loads(path.read_text("utf-8"))
-        theirs, rates, load_s = value["speed"], value["tokens_per_second"], value["load_s"]
-        numbers = sorted(map(float, rates))
-        machine, versions = value["machine"], value["versions"]
     except OSError as error:
         raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}") from error
-    if not numbers or not all(0 < n < math.inf for n in (*numbers, load_s)):
-        raise ConfigError(f"--rate {path} holds {rates} tokens a second and {load_s} s; expected numbers over 0")
+    found: dict[str, Any] = value if isinstance(value, dict) else {}
+    for key, (is_right, expected) in RATE_KEYS.items():
+        if not is_right(found.get(key)):
+            raise ConfigError(
+                f"--rate {path} is not what 'afn bench rate --json' writes: {key} is {found.get(key)!r}; expected "
+                f"{expected}"
+            )
+    theirs, rates = found["speed"], found["tokens_per_second"]
     differing = [
         f"{key}: it has {theirs.get(key)}, this run asks for {speed[key]}"
         for key in speed if theirs.get(key) != speed[key]
@@ -274,12 +317,11 @@ def read_rate(path: Path, speed: dict[str, Any]) -> Rate:
             f"--rate {path} was measured for something else: {'; '.join(differing)}; measure this run's: "
             "'afn bench rate RUN_TOML --json FILE'"
         )
-    median = numbers[len(numbers) // 2]
     where = (
-        f"on {machine}, torch {versions['torch']}, n = {len(numbers)}, {numbers[0]:,.0f}-{numbers[-1]:,.0f}, others "
-        f"took {value['foreign']:.0%} of its cores"
+        f"on {found['machine']}, torch {found['versions']['torch']}, n = {len(rates)}, "
+        f"{min(rates):,.0f}-{max(rates):,.0f}, others took {found['foreign']:.0%} of its cores"
     )
-    return Rate(median, load_s, where)
+    return Rate(statistics.median(rates), found["load_s"], where)
 
 
 def read_prices(path: Path) -> Prices:
@@ -293,6 +335,6 @@ def read_prices(path: Path) -> Prices:
             raise ConfigError(f"--prices {path}: {name} is {value.get(name)!r}; expected a text")
     for name in known[2:]:
         price = value.get(name, 0)
-        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
+        if not _is_number(price):
             raise ConfigError(f"--prices {path}: {name} is {price!r}; expected a number, 0 or more")
     return Prices(**value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -18,12 +19,12 @@ from conftest import write_jsonl
 from test_bench import printed
 
 import afn_ray
-from afn_ray import cli, estimate, reduce, storage
+from afn_ray import cli, cluster, estimate, job, pipeline, reduce, storage
 from afn_ray.bench import crowd, machine, rate, simulate
 from afn_ray.bench.reduce import NUM_TYPES
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
-from afn_ray.estimate import Prices, bill, read_prices
+from afn_ray.estimate import Prices, Rate, bill, read_prices
 
 MakeConfig = Callable[..., RunConfig]
 PRICES = """
@@ -57,7 +58,7 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
     result = rate.measure(config, 1500, 3, lambda note: None)
     assert not Path(config.store).exists()  # it measures elsewhere
     assert "layers 1, 2, strength, float32 on cpu" in printed(rate.render, result)
-    result |= {"tokens_per_second": [300.0, 100.0, 200.0], "load_s": 7.0}
+    result |= {"tokens_per_second": [300.0, 100.0, 150.0, 250], "load_s": 7.0}
     file.write_text(json.dumps(result))
 
     found = afn_ray.dry_run(config, rate=file)
@@ -65,10 +66,11 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
     work_s = found.tokens / 200.0
     reduce_s = 2 * found.tokens / estimate.REDUCE_TOKENS_PER_S + found.tokens / estimate.SCREEN_TOKENS_PER_S
     assert found.reduce_s == pytest.approx(reduce_s)
+    assert found.seconds is not None
     assert found.seconds == pytest.approx(7.0 + work_s + reduce_s, rel=1e-3)
     assert found.worker_hours == pytest.approx(found.seconds / 3600)
     text = printed_estimate(found, capsys)
-    assert "200 tokens/s of one worker (on" in text and "n = 3, 100-300" in text
+    assert "200 tokens/s of one worker (on" in text and "n = 4, 100-300" in text
 
     others = {"layers": "2", "signals": "shift", "window_tokens": 32}
     with pytest.raises(ConfigError) as refused:
@@ -82,7 +84,7 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
             estimate.read_rate(file, result["speed"])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"speed": {}}', "speed"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"speed": {}}', "speed", pytest.param("[" * 100_000, id="deep")])
 def test_a_file_that_holds_no_rate_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "rate.json").write_text(text)
     with pytest.raises(ConfigError, match="is not what 'afn bench rate --json' writes"):
@@ -91,9 +93,76 @@ def test_a_file_that_holds_no_rate_is_refused(tmp_path: Path, text: str) -> None
         estimate.read_rate(tmp_path / "none.json", {})
 
 
-def test_what_a_signal_costs_is_never_less_than_nothing(make_config: MakeConfig, corpus: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("speed", []),
+        ("tokens_per_second", []),
+        ("tokens_per_second", 9.0),
+        ("tokens_per_second", ["200"]),
+        ("tokens_per_second", [200.0, 0.0]),
+        ("tokens_per_second", [10**400]),
+        ("load_s", "7"),
+        ("load_s", True),
+        ("load_s", math.nan),
+        ("machine", None),
+        ("versions", {}),
+        ("versions", "2.13"),
+        ("foreign", "x"),
+        ("foreign", -1),
+    ],
+)
+def test_a_rate_with_a_wrong_value_is_refused_by_its_name(tmp_path: Path, key: str, wrong: Any) -> None:
+    right = {"speed": {"dtype": "float32"}, "tokens_per_second": [9], "load_s": 0, "machine": "m",
+             "versions": {"torch": "2"}, "foreign": 0.25}  # fmt: skip
+    file = tmp_path / "rate.json"
+    file.write_text(json.dumps(right))
+    assert estimate.read_rate(file, {"dtype": "float32"}) == Rate(9, 0, "on m, torch 2, n = 1, 9-9, others took 25% of "
+                                                                  "its cores")  # fmt: skip
+    file.write_text(json.dumps(right | {key: wrong}))
+    with pytest.raises(ConfigError, match=f"rate.json is not what .* writes: {key} is .*; expected "):
+        estimate.read_rate(file, {"dtype": "float32"})
+
+
+def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_here(
+    tmp_path: Path, make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cluster, "find_device", lambda config: "cuda")
+    monkeypatch.setattr(cluster, "local_device", lambda device: "cpu")
+    (tmp_path / "prices.toml").write_text(PRICES)
+    config = make_config(corpus=(corpus,), executor="ray", workers=4, signals="shift")
+    found = afn_ray.dry_run(config, prices=tmp_path / "prices.toml")
+    assert (found.seconds, found.load_s, found.worker_hours, found.tokens_per_second) == (None, None, None, None)
+    assert not found.costs and not found.signal_costs  # of a CPU, and of no worker
+    assert found.device == "cuda" and found.tokens > 0 and found.num_puts > 0 and found.monthly is not None
+    text = printed_estimate(found, capsys)
+    assert re.search(
+        r"rate     not known: the workers' device is cuda and this machine's is cpu: .*'afn bench rate ", text
+    )
+    assert "time     not known" in text and "give --rate FILE" in text and "money    the run: not known" in text
+    assert "money    store: " in text
+    assert not re.search(r"hours|tokens/s|worker_hour|workers:|the run: [0-9]", text)
+
+    asked = job.prepare(job.normalised(config), lambda event: None, keep=False)
+    rate = {"speed": estimate.speed_of(asked.task, asked.measure), "tokens_per_second": [50.0], "load_s": 1.0,
+            "machine": "H", "versions": {"torch": "2"}, "foreign": 0.0}  # fmt: skip
+    (tmp_path / "rate.json").write_text(json.dumps(rate))
+    known = afn_ray.dry_run(config, rate=tmp_path / "rate.json", prices=tmp_path / "prices.toml")
+    assert known.seconds is not None and known.seconds > known.tokens / 50.0 / known.num_workers
+    assert len(known.costs) == 4 and "GPU-hours" in printed_estimate(known, capsys)
+
+
+def test_what_a_signal_costs_is_the_lesser_of_two_turns_and_never_less_than_nothing(
+    make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = {("strength",): [2.0, 1.0], ("strength", "shift"): [0.9, 0.8], ("strength", "attention"): [1.5, 9.0]}
+    taken = {names: itertools.cycle(seconds) for names, seconds in turns.items()}
+    monkeypatch.setattr(
+        pipeline.Processor, "seconds", lambda self, prepared, signals: next(taken[tuple(s.name for s in signals)])
+    )
     found = afn_ray.dry_run(make_config(corpus=(corpus,), signals="shift,attention"))
-    assert found.signal_costs.keys() == {"shift", "attention"} and min(found.signal_costs.values()) >= 0
+    assert found.signal_costs == {"shift": 0.0, "attention": 0.5}
 
 
 # --- money -----------------------------------------------------------------------------------------------
@@ -122,6 +191,7 @@ def test_a_bill_is_the_sum_of_its_lines() -> None:
     assert [(c.what, c.total) for c in lines] == [("workers", 2000.0), ("head", 5.0), ("PUT", 30.0), ("GET", None)]
     assert monthly is not None and monthly.total == 2.0
     assert bill(None, 1.0, 1.0, 1, 1, 1.0) == ((), None)
+    assert bill(prices, None, None, 3_000_000, 5_000_000, 8e9) == ((), monthly)
 
 
 @pytest.mark.parametrize(
