@@ -142,6 +142,7 @@ def _run(args: argparse.Namespace) -> None:
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
         given.pop("corpus", None)  # none on the command line: the file's
+    _log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
     if not args.dry_run and (args.rate or args.prices):
         raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
     from afn_ray import settings
@@ -455,11 +456,14 @@ def _shell(text: str) -> str:
 
 @contextlib.contextmanager
 def _progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
-    """Shows events: a live bar on a terminal, else a line when something ends and every half a minute."""
-    if quiet:
-        yield lambda event: None
-    elif (lines := _json_lines()) is not None:
+    """Shows events: a live bar on a terminal, else a line when something ends and every half a minute.
+
+    ``quiet``: warnings alone.
+    """
+    if (lines := _json_lines()) is not None:  # whose level leaves warnings alone where it is to be quiet
         yield _log_json(lines)
+    elif quiet:
+        yield _warnings(console)
     elif console.is_terminal:
         with _live(console) as on_event:
             yield on_event
@@ -490,6 +494,14 @@ def _live(console: Console) -> Iterator[OnEvent]:
                 progress.update(task, description=event.message, completed=0, total=None, note="")
 
         yield on_event
+
+
+def _warnings(console: Console) -> OnEvent:
+    def on_event(event: Event) -> None:
+        if event.kind == "warning":
+            console.print(printable(event.message), markup=False, soft_wrap=True)
+
+    return on_event
 
 
 def _log(console: Console) -> OnEvent:

@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--allow-http", action="store_true", help="let --webhook be http to another machine")
     audit.add_argument("--on-broken", metavar="COMMAND", help="run that, without a shell, if the policy is broken; "
                        "AFN_AUDIT_JSON says where audit.json is")  # fmt: skip
-    audit.add_argument("--quiet", action="store_true", help="no progress; errors still show")
+    audit.add_argument("--quiet", action="store_true", help="no progress; warnings and errors still show")
     audit.set_defaults(command="audit")
 
     sql = commands.add_parser(
@@ -247,7 +247,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--rate", metavar="FILE", type=Path,
                      help="of --dry-run: what 'afn bench rate' measured; default: a sample, here")  # fmt: skip
     run.add_argument("--prices", metavar="FILE", type=Path, help="of --dry-run: TOML file of what things cost")
-    run.add_argument("--quiet", action="store_true", help="no progress; errors still show")
+    run.add_argument("--quiet", action="store_true", help="no progress; warnings and errors still show")
     for field in fields(RunConfig):
         if field.name == "corpus":
             continue

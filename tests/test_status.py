@@ -22,7 +22,7 @@ import yaml
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cli, garbage, logs, manifest, status, storage, verify
+from afn_ray import cli, cluster, garbage, logs, manifest, status, storage, verify
 from afn_ray.cluster import metrics
 from afn_ray.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.config import RunConfig
@@ -351,6 +351,44 @@ def test_an_unexpected_error_is_one_line_of_json_too(
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (end.value.code, last["exit_code"], last["event"], last["level"]) == (1, 1, "failed", "error")
     assert last["message"] == "RuntimeError: on two\nlines \x1b[31m" and "in fail" in last["traceback"]
+    cli._log_as("text", quiet=False)
+
+
+def test_what_is_wrong_with_the_config_is_one_line_of_json_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "odd.toml").write_text("modle = 1\n")
+    for flags in (["--config", str(tmp_path / "nope.toml")], ["--config", str(tmp_path / "odd.toml")], ["--rate", "r"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["run", *flags, "--log-format", "json"])
+        (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+        assert (line["event"], line["exit_code"], end.value.code) == ("failed", 2, 2)
+    cli._log_as("text", quiet=False)
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_quiet_run_still_warns(
+    form: str, corpus: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def notice(config: Any, task: Any, shards: Any, on_state: Any) -> State:
+        state = State(len(shards), failures={shards[0].id: "it failed"}, notices=["be careful"])
+        on_state(state)
+        return state
+
+    monkeypatch.setattr(cluster, "process_shards", notice)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", corpus, "--model", str(tiny_bert), "--store", str(tmp_path / "s"), "--dtype", "float32",
+                  "--executor", "inline", "--quiet", "--log-format", form])  # fmt: skip
+    assert end.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    if form == "json":
+        warning, failed = map(json.loads, said)
+        assert (warning["event"], warning["message"], failed["event"]) == ("warning", "be careful", "failed")
+        (run,) = Path(tmp_path, "s", "runs").iterdir()
+        assert warning["run"] == failed["run"] == run.name
+    else:
+        assert said[0] == "warning: be careful" and said[1].startswith("afn: 1 of ")
     cli._log_as("text", quiet=False)
 
 
