@@ -30,9 +30,9 @@ SCREEN_TOKENS_PER_S = 3.5e6
 """Of all layers, by one core."""
 READ_BYTES = storage.READ_AHEAD_BYTES
 """Of the corpus, in one request: once to plan, where the file is new, and once to measure."""
-PUTS_A_SHARD, GETS_A_SHARD = 5, 12
+PUTS_A_SHARD, GETS_A_SHARD = 4, 12
 """Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike, and GET with HEAD
-beside those for the corpus's bytes. Each table of neurons is one PUT more."""
+beside those for the corpus's bytes. Each table of neurons is one PUT more. The status is written by the clock."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,8 +113,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
     simulate = commands.add_parser(
         "simulate", allow_abbrev=False, help="what the driver of a huge run takes, and that it loses no shard",
-        description="The real plan, dispatcher and reduce over workers and a clock that are fake, with crashes, lost "
-        "nodes, hangs, want of memory and outages of the store. Each run has its own process.",
+        description="The real plan, dispatcher, status and reduce over workers and a clock that are fake, with "
+        "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own process.",
     )  # fmt: skip
     simulate.add_argument("--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)")
     simulate.add_argument("--workers", type=int, default=1000, metavar="N", help="workers (default: 1,000)")

@@ -1,14 +1,16 @@
-"""What the driver of a huge run takes: the real plan, dispatcher and reduce over workers and a clock that are fake.
+"""What the driver of a huge run takes: real plan, dispatcher, status and reduce over workers and a clock that are fake.
 
     python -m afn_ray.bench.simulate SHARDS WORKERS SEED
 
 is one such run in a process of its own, so that its memory is its own; it prints one line of JSON. Every shard has to
-end exactly once, whatever fails: that is asserted as it goes.
+end exactly once, whatever fails: that is asserted as it goes. Not driven: Ray, whose part is reckoned; metrics; the
+merges of the reduce.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -23,9 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import dispatch, manifest, reduce, storage
+from afn_ray import dispatch, logs, manifest, reduce, status, storage
 from afn_ray.bench import machine
 from afn_ray.bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
+from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import ATTEMPTS
 from afn_ray.errors import AfnError
@@ -142,26 +145,36 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     with meter.part("plan"):
         plan = plan_of(num_shards)
     remember("with the plan")
-    with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
-        with meter.part("begin the run"):
-            config = RunConfig(corpus=("-",), model="-", store=store)
-            manifest.begin_run(config, {"simulated": True}, plan, time.time_ns())
-        remember("with the run begun")
-        commit_us = _find_some(store, plan.shards[:COMMITS_READ])
     crowd = Crowd(plan.shards, num_workers, seed)
     for name in ("grow", "hand", "wait", "replace", "release"):
         setattr(crowd, name, meter.wrap("(the crowd)", getattr(crowd, name)))
     looks = Counter[str]()
-    dispatcher = dispatch.Dispatcher(
-        crowd, plan.shards, lambda state: looks.update(["looks"]), wait_s=1e9, allow_quarantined=num_shards,
-        clock=crowd.clock,
-    )  # fmt: skip
-    for method, name in (("_hand_out", "hand out"), ("_take", "events"), ("_look_around", "look around")):
-        setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
-    with meter.part("loop"):
-        state = dispatcher.run()
+    with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
+        config = RunConfig(corpus=("-",), model="-", store=store)
+        with meter.part("begin the run"):
+            folder = manifest.begin_run(config, {"simulated": True}, plan, time.time_ns())
+        remember("with the run begun")
+        commit_us = _find_some(store, plan.shards[:COMMITS_READ])
+        with status.reported(config) as reporter:
+            tell = meter.wrap("status", reporter.working)
+            meter.wrap("status", reporter.begin)(folder, plan.shards, Commits())
+
+            def on_state(state: dispatch.State) -> None:
+                looks["looks"] += 1
+                tell(state)
+
+            dispatcher = dispatch.Dispatcher(
+                crowd, plan.shards, on_state, wait_s=1e9, allow_quarantined=num_shards, clock=crowd.clock
+            )  # fmt: skip
+            for method, name in (("_hand_out", "hand out"), ("_take", "events"), ("_look_around", "look around")):
+                setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
+            with meter.part("loop"):
+                state = dispatcher.run()
+        told = json.loads(storage.read_bytes(storage.join(folder.uri, manifest.STATUS)))
     remember("with all commits")
     _check(plan, crowd, state)
+    shards = told["shards"]
+    assert (shards["done"], shards["quarantined"]) == (len(state.commits), len(state.failures)), "a status that lags"
     done = [s for s in plan.shards if s.id in state.commits]
     ordered = state.commits.in_order(s.id for s in done)
     tree = Tree()
@@ -261,4 +274,5 @@ def ray_ms(run: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
+    logging.getLogger(logs.ROOT).addHandler(logging.NullHandler())  # thousands of losses, which are the point
     print(json.dumps(simulate(*map(int, sys.argv[1:4]))))
