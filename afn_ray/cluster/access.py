@@ -17,7 +17,7 @@ from afn_ray.errors import ConfigError
 CONNECT_S = 5.0
 REFUSED = ("Unauthenticated", "AuthenticationError", "authentication_token_loader")
 """What Ray says to who has no token, or a wrong one."""
-WANTS_TOKEN = (
+NOT_OURS = (
     "the cluster at {} wants a token, and not the one we have, if any: set RAY_AUTH_TOKEN to the cluster's, or "
     "RAY_AUTH_TOKEN_PATH to a file that has it"
 )

@@ -76,7 +76,7 @@ def joined(config: RunConfig) -> Iterator[None]:
         raise KeyboardInterrupt from stopped
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         if where is not None and access.refuses_us(where):
-            raise ConfigError(access.WANTS_TOKEN.format(where)) from error
+            raise ConfigError(access.NOT_OURS.format(where)) from error
         which = f"the cluster at {where}" if where else "a local Ray"
         raise ConfigError(f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
     over = threading.Event()
