@@ -42,6 +42,19 @@ class Rate:
     tokens_per_second: float
     load_s: float  # until a process has loaded the model
     where: str  # machine, versions, n and spread
+    speed: dict[str, Any] = field(default_factory=dict)  # what it was measured for, as of ``speed_of``
+
+    def check(self, speed: dict[str, Any], file: Path) -> None:
+        """Raise ``ConfigError`` if it is not of ``speed``."""
+        differing = [
+            f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
+            for key in speed if self.speed.get(key) != speed[key]
+        ]  # fmt: skip
+        if differing:
+            raise ConfigError(
+                f"--rate {file} was measured for something else: {'; '.join(differing)}; measure this run's: "
+                "'afn bench rate RUN_TOML --json FILE'"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +132,14 @@ def dry_run(
     ``prices``: a TOML file with keys of ``Prices``. Raises ``ConfigError`` for a rate of something else.
     """
     money = None if prices is None else read_prices(prices)
+    known = None if rate is None else read_rate(rate)  # before the corpus is read, which may take hours
     config = normalised(config)
     lexicon.function_words(config.language)
     asked = prepare(config, on_event, keep=False)
     task, plan, measure, device = asked.task, asked.plan, asked.measure, asked.device
     speed = speed_of(task, measure)
-    known = None if rate is None else read_rate(rate, speed)
+    if known is not None and rate is not None:
+        known.check(speed, rate)
     done = manifest.find_commits(config.store, task.measure_id, plan.shards)
     pilot = _pilot(task, [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)])
     exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
@@ -292,8 +307,8 @@ RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What is read of the file that ``afn bench rate --json`` writes."""
 
 
-def read_rate(path: Path, speed: dict[str, Any]) -> Rate:
-    """The rate in ``path``, which ``afn bench rate --json`` wrote. Raises ``ConfigError`` if it is not of ``speed``."""
+def read_rate(path: Path) -> Rate:
+    """The rate in ``path``. Raises ``ConfigError`` for what ``afn bench rate --json`` did not write."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -307,21 +322,12 @@ def read_rate(path: Path, speed: dict[str, Any]) -> Rate:
                 f"--rate {path} is not what 'afn bench rate --json' writes: {key} is {found.get(key)!r}; expected "
                 f"{expected}"
             )
-    theirs, rates = found["speed"], found["tokens_per_second"]
-    differing = [
-        f"{key}: it has {theirs.get(key)}, this run asks for {speed[key]}"
-        for key in speed if theirs.get(key) != speed[key]
-    ]  # fmt: skip
-    if differing:
-        raise ConfigError(
-            f"--rate {path} was measured for something else: {'; '.join(differing)}; measure this run's: "
-            "'afn bench rate RUN_TOML --json FILE'"
-        )
+    rates = found["tokens_per_second"]
     where = (
         f"on {found['machine']}, torch {found['versions']['torch']}, n = {len(rates)}, "
         f"{min(rates):,.0f}-{max(rates):,.0f}, others took {found['foreign']:.0%} of its cores"
     )
-    return Rate(statistics.median(rates), found["load_s"], where)
+    return Rate(statistics.median(rates), found["load_s"], where, found["speed"])
 
 
 def read_prices(path: Path) -> Prices:
@@ -329,10 +335,13 @@ def read_prices(path: Path) -> Prices:
     value = settings.read_toml(path, "--prices")
     known = [f.name for f in fields(Prices)]
     if unknown := sorted(value.keys() - set(known)):
-        raise ConfigError(f"--prices {path} has {', '.join(unknown)}; expected some of {', '.join(known)}")
-    for name in ("currency", "as_of"):
-        if not isinstance(value.get(name), str) or not value[name]:
-            raise ConfigError(f"--prices {path}: {name} is {value.get(name)!r}; expected a text")
+        raise ConfigError(f"--prices {path} has {', '.join(unknown)}{settings.nearest(unknown, known)}; expected "
+                          f"currency, as_of and some of {', '.join(known[2:])}")  # fmt: skip
+    for name, what in (("currency", "of all prices"), ("as_of", "whose prices these are, and of when")):
+        if name not in value:
+            raise ConfigError(f"--prices {path} lacks {name}: a text, {what}")
+        if not isinstance(value[name], str) or not value[name]:
+            raise ConfigError(f"--prices {path}: {name} is {value[name]!r}; expected a text, {what}")
     for name in known[2:]:
         price = value.get(name, 0)
         if not _is_number(price):

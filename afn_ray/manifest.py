@@ -477,6 +477,9 @@ def find_run(uri: str) -> RunFolder:
             return run
     if names:
         raise StoreError(f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun")
+    if storage.exists(storage.join(uri, PLANNING)):
+        raise StoreError(f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn status "
+                         f"{uri}' tells more")  # fmt: skip
     raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
 
 

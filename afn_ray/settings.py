@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
     known = [f.name for f in fields(RunConfig)]
     if unknown := sorted(set(merged) - set(known)):
         where = f" in {file}" if file is not None else ""
-        raise ConfigError(f"unknown key{where}: {', '.join(unknown)}; known keys: {', '.join(known)}")
+        raise ConfigError(
+            f"unknown key{where}: {', '.join(unknown)}{nearest(unknown, known)}; known keys: {', '.join(known)}"
+        )
     corpus = merged.get("corpus")
     if isinstance(corpus, str):
         merged["corpus"] = (corpus,)
@@ -73,6 +76,12 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
             if name in found and name not in values:
                 _check_absolute(name, getattr(config, name), str(file))
     return config
+
+
+def nearest(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What may have been meant by ``unknown`` names, in brackets; empty where no known one is near."""
+    found = [near for name in unknown for near in difflib.get_close_matches(name, known, 1)]
+    return f" (did you mean {', '.join(found)}?)" if found else ""
 
 
 def _check_absolute(name: str, value: str | tuple[str, ...], file: str) -> None:

@@ -98,7 +98,7 @@ class Reporter:
 
     def notice(self, text: str) -> None:
         """What a person should know."""
-        self._set(notices=[*self._body["notices"], text][-MOST_TOLD:])
+        self._set(notices=[*self._body["notices"], f"{_now()}: {text}"][-MOST_TOLD:])
 
     def working(self, state: State) -> None:
         """How far the dispatcher is."""
@@ -362,7 +362,7 @@ def lines(s: Status) -> Iterator[str]:
         parts += [f"{body['retries']:,} tried again"] if body.get("retries") else []
         yield f"shards   {', '.join(parts)}"
         bad = body["documents_quarantined"]
-        yield (f"tokens   {body['tokens']:,} of {count(body['documents'], 'document')}"
+        yield (f"tokens   {body['tokens']:,}, from {count(body['documents'], 'document')}"
                + (f", {bad:,} of them quarantined" if bad else ""))  # fmt: skip
     if body.get("tokens_per_s"):
         left = f", {said_time(body['left_s'])} left" if live and body["left_s"] is not None else ""
@@ -398,7 +398,9 @@ def _said_state(s: Status) -> str:
     doing = f" ({body['doing']})" if body["doing"] else ""
     assert s.age_s is not None
     if s.state == "silent":
-        return f"{body['phase']}{doing}, but no word for {said_time(s.age_s)}: killed? The same command resumes"
+        return (
+            f"silent: no word for {said_time(s.age_s)}, while {body['phase']}{doing}: killed? The same command resumes"
+        )
     return f"{body['phase']}{doing}, told {said_time(s.age_s)} ago"
 
 

@@ -91,7 +91,7 @@ def test_an_unknown_key_is_named_and_the_known_ones_are_listed(tmp_path: Path) -
     file.write_text("layer = 8\n")
     with pytest.raises(ConfigError) as caught:
         config_from(NEEDED, file)
-    assert f"unknown key in {file}: layer;" in str(caught.value)
+    assert f"unknown key in {file}: layer (did you mean layers?);" in str(caught.value)
     assert str(caught.value).endswith("known keys: " + ", ".join(KEYS))
 
 

@@ -130,6 +130,13 @@ def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
     assert named and named <= flags, named - flags
 
 
+def test_the_job_that_the_readme_submits_is_one_of_the_project() -> None:
+    (line,) = re.findall(r"^ray job submit .*$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    words = shlex.split(line)
+    assert words[3:5] == ["--working-dir", "."] and words[words.index("--") + 1] == "python"
+    assert (ROOT / words[-2]).is_file() and words[-1].endswith("/run.toml")  # test_jobs submits the like
+
+
 def test_links_lead_somewhere() -> None:
     """In every page of the project: files that exist, and headings that are there."""
     pages = [ROOT / "README.md", *(ROOT / "infra").rglob("*.md"), *(ROOT / ".github").glob("*.md")]

@@ -81,16 +81,16 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
         other = result | {"speed": result["speed"] | {key: "other"}}
         file.write_text(json.dumps(other))
         with pytest.raises(ConfigError, match=f"something else: {key}: it has other"):
-            estimate.read_rate(file, result["speed"])
+            estimate.read_rate(file).check(result["speed"], file)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"speed": {}}', "speed", pytest.param("[" * 100_000, id="deep")])
 def test_a_file_that_holds_no_rate_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "rate.json").write_text(text)
     with pytest.raises(ConfigError, match="is not what 'afn bench rate --json' writes"):
-        estimate.read_rate(tmp_path / "rate.json", {})
+        estimate.read_rate(tmp_path / "rate.json")
     with pytest.raises(ConfigError, match="cannot be read"):
-        estimate.read_rate(tmp_path / "none.json", {})
+        estimate.read_rate(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,11 @@ def test_a_rate_with_a_wrong_value_is_refused_by_its_name(tmp_path: Path, key: s
              "versions": {"torch": "2"}, "foreign": 0.25}  # fmt: skip
     file = tmp_path / "rate.json"
     file.write_text(json.dumps(right))
-    assert estimate.read_rate(file, {"dtype": "float32"}) == Rate(9, 0, "on m, torch 2, n = 1, 9-9, others took 25% of "
-                                                                  "its cores")  # fmt: skip
+    assert estimate.read_rate(file) == Rate(9, 0, "on m, torch 2, n = 1, 9-9, others took 25% of its cores",
+                                            {"dtype": "float32"})  # fmt: skip
     file.write_text(json.dumps(right | {key: wrong}))
     with pytest.raises(ConfigError, match=f"rate.json is not what .* writes: {key} is .*; expected "):
-        estimate.read_rate(file, {"dtype": "float32"})
+        estimate.read_rate(file)
 
 
 def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_here(
@@ -201,7 +201,7 @@ def test_a_bill_is_the_sum_of_its_lines() -> None:
         ("worker_hour = nan", "worker_hour is nan"),
         ("worker_hour = true", "worker_hour is True"),
         ('worker_hour = "2"', "worker_hour is '2'"),
-        ("gpu_hour = 2", "has gpu_hour; expected some of currency, as_of, worker_hour"),
+        ("gpu_hour = 2", "has gpu_hour (did you mean worker_hour?); expected currency, as_of and some of worker_hour"),
         ('currency = ""', "currency is ''; expected a text"),
         ("worker_hour", "is not TOML"),
     ],

@@ -164,7 +164,7 @@ def test_a_driver_without_a_word_is_thought_dead_by_the_clock_of_the_store(
     os.utime(file, (now - 200, now - 200))
     found = read(config)
     assert (found.state, found.exit_code) == ("silent", status.STOPPED)
-    assert "working, but no word for 3 min: killed?" in "\n".join(status.lines(found))
+    assert "silent: no word for 3 min, while working: killed?" in "\n".join(status.lines(found))
     file.unlink()
     plan = Path(uri, "plan.parquet")
     os.utime(plan, (now - 200, now - 200))

@@ -144,7 +144,8 @@ def lack(num_waiting: int, config: RunConfig, device: str) -> str:
     has, free = ray.cluster_resources(), ray.available_resources()
     amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
     nodes = count(sum(node["Alive"] for node in ray.nodes()), "node")
-    return f"asked for {count(num_waiting, 'more worker')} of {asks} each; the cluster has {amounts} on {nodes}"
+    return (f"asked for {count(num_waiting, 'more worker')} of {asks} each; the cluster has {amounts} on {nodes}, and "
+            "one that has its place loads the model first")  # fmt: skip
 
 
 def cause_of(error: BaseException) -> BaseException:
