@@ -248,7 +248,7 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     if body is not None:
         ahead = look.judge(planning, planning, body)
         # What a driver left that died before its run had a name is no news once a run has said more.
-        if ahead.state not in ("silent", *EXIT_CODES) or all(r.last_word < ahead.last_word for r in runs):
+        if ahead.state not in ("silent", *EXIT_CODES) or all(r.last_word <= ahead.last_word for r in runs):
             runs.insert(0, ahead)
     return tuple(runs)
 

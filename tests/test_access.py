@@ -10,6 +10,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,9 +77,10 @@ def head(folder: Path, **environment: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for Ray's sockets, whose names may have 107 characters."""
-    return tmp_path_factory.mktemp("r")
+def short() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose names may have 107 characters: pytest's own is too long for some pids."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="module")
