@@ -113,7 +113,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["run", "x", "--model", "y", "--store", "z", "--layers", "eight"], "layers is 'eight'; expected numbers"),
         (["run", "--config", "nowhere.toml"], "config file nowhere.toml cannot be read"),
         (["run", "--config", "broken.toml"], "is not TOML"),
-        (["run", "--config", "typo.toml"], "unknown key in typo.toml: modle (did you mean model?); known keys: corpus, model, store"),
+        (["run", "--config", "typo.toml"], "unknown key in typo.toml: modle (did you mean model?); known keys: corpus"),
         (["run", "no.jsonl", "--model", "{model}", "--store", "s"], "no.jsonl: no such file or folder"),
         (["run", "c.jsonl", "--model", "no/such", "--store", "s"], "no model 'no/such'"),
         (["run", "c.jsonl", "--model", "{model}", "--store", "s", "--layers", "9"], "layers 0 (embeddings) to 3"),
