@@ -135,6 +135,8 @@ class Document:
     num_replaced: int = 0  # bytes sequences of invalid UTF-8 that became U+FFFD
     problem: str | None = None  # why it is quarantined; ``text`` is then empty
     tags: tuple[Span, ...] = ()  # sorted, none empty, no two of them over the same character
+    lost_bytes: int = 0  # bytes of the file, as it is stored, that a quarantined row stands for
+    lost_documents: int | None = None  # documents that it stands for; None: the format does not tell
 
 
 STRENGTH = "strength"
