@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import AfnError, ConfigError, printable
+from afn_ray import cgroup
+from afn_ray.errors import AfnError, ConfigError, count, printable
 
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
@@ -116,23 +117,32 @@ def _packages() -> Check:
 def _torch() -> Check:
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    machine = _machine()
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        gpus = f"torch {torch.__version__} with {', '.join(names)}; {cores} CPU cores"
+        gpus = f"torch {torch.__version__} with {', '.join(names)}; {machine}"
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             return Check("torch", None, f"{gpus}; no bfloat16", "run with --dtype float32")
         return Check("torch", True, gpus)
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in all builds
     half = [name for name in ("amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16") if capabilities.get(name)]
     found = (
-        f"torch {torch.__version__} on the CPU: {cores} cores, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__} on the CPU: {machine}, {torch.backends.cpu.get_cpu_capability()}, "
         f"half precision: {', '.join(half) or 'none (float32 is the default and fastest)'}"
     )
     if Path("/proc/driver/nvidia/version").exists():
         return Check("torch", None, f"{found}; there is an NVIDIA driver, but torch sees no GPU",
                      "install a CUDA build of torch (pytorch.org), or check CUDA_VISIBLE_DEVICES")  # fmt: skip
     return Check("torch", True, found)
+
+
+def _machine() -> str:
+    """CPU cores and memory that a run may use, and beside them what the machine has where that is more."""
+    cores, of = cgroup.num_cores(), os.cpu_count() or 1
+    memory = cgroup.memory_bytes()
+    return (f"{cores} of {of} CPU cores" if cores < of else count(cores, "CPU core")) + (
+        f", {memory / 2**30:,.1f} GiB of memory" if memory is not None else ""
+    )
 
 
 def _space(name: str, folder: Path, otherwise: str) -> Check:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import duckdb
 import pyarrow as pa
 
-from afn_ray import manifest, storage
+from afn_ray import cgroup, manifest, storage
 from afn_ray.compare import compare
 from afn_ray.config import SIGNAL
 from afn_ray.errors import ConfigError, QueryError, StoreError
@@ -334,7 +334,7 @@ def _settings(memory_limit: str, threads: int | None) -> dict[str, Any]:
         "allow_extension_repositories": "forbidden",
         "allow_persistent_secrets": False,
     }
-    return settings if threads is None else settings | {"threads": threads}
+    return settings | {"threads": cgroup.num_cores() if threads is None else threads}
 
 
 # --- a run's tables, files and row -----------------------------------------------------------------------

@@ -15,6 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
+from afn_ray import cgroup
+
 SAMPLE_S = 0.5
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -31,7 +33,7 @@ def facts(device: str) -> dict[str, Any]:
 
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(),
+        "cores": cgroup.num_cores(), "python": platform.python_version(),
         "versions": {package: version(package) for package in ("afn-ray", "torch", "transformers", "ray")},
     }  # fmt: skip
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import manifest, reduce
+from afn_ray import cgroup, manifest, reduce
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
@@ -50,7 +49,7 @@ def measure(num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[st
 
     ``num_tokens``: in a shard, in the mean; shards have half to one and a half as many.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = cgroup.num_cores()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         began = time.monotonic()
         index: list[dict[str, Any]] = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import manifest, query, reduce, screen
+from afn_ray import cgroup, manifest, query, reduce, screen
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
@@ -215,7 +214,7 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         began = time.monotonic()
         spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=spawn) as pool:
+        with ProcessPoolExecutor(cgroup.num_cores(), mp_context=spawn) as pool:
             for _ in pool.map(partial(write_shard, store, num_documents=num_documents), range(num_shards + 1)):
                 pass
         size = sum(f.stat().st_size for f in Path(store).rglob("*-tokens.parquet"))

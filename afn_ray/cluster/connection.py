@@ -66,8 +66,7 @@ def joined(config: RunConfig) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if where is None:
-            cpus = max(model.count_devices("cpu"), (config.workers or 1) * (1 + config.tokenizer_workers))
-            access.start_local(num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES)
+            access.start_local(num_cpus=_local_cpus(config), object_store_memory=OBJECT_STORE_BYTES)
         else:
             ray.init(address=where, log_to_driver=False, logging_level="ERROR")
         if threading.current_thread() is threading.main_thread():
@@ -107,6 +106,14 @@ def _watch_gcs(over: threading.Event) -> None:
                            host, port, time.monotonic() - since, error)  # fmt: skip
                 sys.stderr.flush()
                 os._exit(lost_exit_code)
+
+
+def _local_cpus(config: RunConfig) -> int:
+    """CPUs of a local Ray: what Ray itself finds here, or fewer that we may use, or more for the workers asked for."""
+    from ray._private.utils import get_num_cpus  # what ray.init() counts by; nothing public says it beforehand
+
+    found = min(int(get_num_cpus(override_docker_cpu_warning=True)), model.count_devices("cpu"))
+    return max(1, found, (config.workers or 1) * (1 + config.tokenizer_workers))
 
 
 def num_units(device: str) -> int:

@@ -14,6 +14,7 @@ import tokenizers
 import torch
 import transformers
 
+from afn_ray import cgroup
 from afn_ray.errors import ModelError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker a core: threads would only fight
@@ -220,7 +221,7 @@ def choose_device(device: str) -> str:
 
 def count_devices(device: str) -> int:
     """GPUs, or CPU cores that this process may use."""
-    return torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    return torch.cuda.device_count() if device == "cuda" else cgroup.num_cores()
 
 
 def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch.nn.Module:
