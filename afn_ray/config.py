@@ -44,7 +44,7 @@ class RunConfig:
     corpus: tuple[str, ...] = field(metadata={"help": "files, folders or globs; any fsspec URL"})
     model: str = field(metadata={"help": "model folder, GGUF file, or hub name"})
     store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
-    layers: str = _option("2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings")
+    layers: str = _option("0,2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings, the control")
     signals: str = _option("strength", "what to record beside strength: shift, attention, ... as in shift,attention")
     top_neurons: int = _option(TOP_NEURONS, "neurons to record of each token, furthest from 0 (5 bytes each)")
     neurons_of: str = _option("all", "tokens to record neurons of: all, or high (HIGH by --thresholds, which it needs)")

@@ -227,7 +227,7 @@ def _model(name: str | None) -> Check:
         except ConfigError as error:
             return Check("model", None, "not tried", f"name one with --model, or: {error}")
     began = time.monotonic()
-    config = RunConfig(corpus=("-",), model=name, store="-")
+    config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
     files = pipeline.find_model(config)
     task, measure = pipeline.prepare(config, files, choose_device("auto"), "float32")
     processor = pipeline.Processor(task)

@@ -217,7 +217,11 @@ def cautions(summary: Summary) -> list[str]:
             sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
             lines.append(f"  {sinks}: compare medians, not means.")
     if all(layer.layer != 0 for layer in summary.layers):
-        lines.append("Layer 0 was not recorded: add it (--layers 0,...) to see what the embeddings alone explain.")
+        with_control = ",".join(map(str, (0, *(layer.layer for layer in summary.layers))))
+        lines.append(
+            "Layer 0 was not recorded: to see what the embeddings alone explain, give the same 'afn run' "
+            f"command with --layers {with_control} and another --store."
+        )
     lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
     return lines
 

@@ -201,7 +201,7 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
         values: dict[str, Any] = {
             "corpus": (str(tmp_path / "corpus"),), "model": str(tiny_bert), "store": str(tmp_path / "store"),
             "executor": "inline", "shard_bytes": 4096, "batch_tokens": 256,
-            "dtype": "float32",
+            "dtype": "float32", "layers": "2/3",
         }  # fmt: skip
         return RunConfig(**(values | changes))
 

@@ -162,6 +162,12 @@ def test_every_field_has_a_help_and_all_but_three_a_default() -> None:
     assert [f.name for f in fields(RunConfig) if f.default is MISSING] == ["corpus", "model", "store"]
 
 
+@pytest.mark.parametrize(("depth", "layers"), [(12, (0, 8)), (6, (0, 4)), (1, (0, 1)), (0, (0,))])
+def test_unless_asked_otherwise_the_control_is_recorded(depth: int, layers: tuple[int, ...]) -> None:
+    config = RunConfig(corpus=("c",), model="m", store="s")
+    assert resolve_layers(config.layers, depth) == layers
+
+
 @pytest.mark.parametrize(
     ("spec", "depth", "layers"),
     [
