@@ -216,7 +216,7 @@ def test_class_shares_stand_beside_their_control(tmp_path: Path, width: int, lay
         shares = [f"{facts[k].classes[at].share:.3f} ({facts[k].classes[at].low:.3f}-" for k in shown]
         assert all(share in line for share in shares)
     if layers[0] != 0:
-        assert "same 'afn run' command with --layers 0,8" in " ".join(text.split())
+        assert f"command with --layers 0,{layers[0]}" in " ".join(text.split())
 
 
 def test_the_summary_names_the_run_its_model_and_what_to_be_careful_about(tmp_path: Path) -> None:
