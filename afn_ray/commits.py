@@ -9,6 +9,12 @@ from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+COUNTS = (
+    "documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars", "replaced",
+    "lost_bytes", "lost_documents", "lost_unknown",
+)  # fmt: skip
+"""What a commit counts. ``replaced``: characters; ``lost_unknown``: losses of an unknown number of documents."""
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from afn_ray import logs, manifest, model, neurons, reading, records, tokens
+from afn_ray.commits import COUNTS
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
@@ -260,9 +261,7 @@ class Processor:
         config = self.task.config
         if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id)) is not None:
             return commit  # another run, or an attempt whose answer was lost, was here first
-        counts = dict.fromkeys(
-            ("documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars"), 0
-        )
+        counts = dict.fromkeys(COUNTS, 0)
         summary = Summary(self.task.series, self.task.tagged)
         pairs = neurons.PairSummary(self.task.neuron_layers)
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
@@ -391,6 +390,7 @@ class Processor:
             else "ok" if n_tokens[i] else "empty"
             for i, d in enumerate(chunk)
         ]  # fmt: skip
+        losses = [_loss(d, rejected=rejected) for d, rejected in zip(chunk, bad.tolist(), strict=True)]
         keep = ~bad[encoded.docs]
         n_tokens = np.where(bad, 0, n_tokens)
         by_series = dict(zip(self.task.series, values, strict=True))
@@ -426,6 +426,8 @@ class Processor:
                     "n_windows": prepared.n_windows,
                     "n_chars": [len(d.text) for d in chunk],
                     "n_replaced": [d.num_replaced for d in chunk],
+                    "lost_bytes": [num_bytes for num_bytes, _ in losses],
+                    "lost_documents": [num_documents for _, num_documents in losses],
                     "text_sha256": [
                         None if d.problem is not None else hashlib.sha256(d.text.encode()).digest() for d in chunk
                     ],
@@ -441,6 +443,10 @@ class Processor:
             ("special", int((flags[keep] & SPECIAL).sum())), ("windows", int(prepared.n_windows.sum())),
             ("forward_tokens", sum(b.forward_tokens for b in prepared.batches)),
             ("chars", sum(len(d.text) for d in chunk)),
+            ("replaced", sum(d.num_replaced for d in chunk)),
+            ("lost_bytes", sum(num_bytes for num_bytes, _ in losses)),
+            ("lost_documents", sum(num_documents or 0 for _, num_documents in losses)),
+            ("lost_unknown", sum(num_documents is None for _, num_documents in losses)),
         ):  # fmt: skip
             counts[name] += value
         with self._counting:  # the next shard may have begun to write as well
@@ -494,6 +500,15 @@ def _probes(encoder: tokens.TextEncoder, window: int) -> list[list[int]]:
     suffix = list(encoder.template.suffix)
     found = [encoded.token_ids[a:b].tolist() for a, b in itertools.pairwise(encoded.bounds)]
     return [ids if len(ids) <= width else ids[: width - len(suffix)] + suffix for ids in found if len(ids) > 2]
+
+
+def _loss(document: Document, *, rejected: bool) -> tuple[int, int | None]:
+    """Bytes of its file and documents that are lost with ``document``; ``rejected``: the model could not take it."""
+    if rejected:
+        return len(document.text.encode()), 1
+    if document.problem is None and not document.lost_bytes:
+        return 0, 0
+    return document.lost_bytes, document.lost_documents
 
 
 def _document_means(

@@ -457,7 +457,9 @@ def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes:
             {
                 "ordinal": ordinal, "shard": commit.shard, "doc_offset": doc_offset, "n_documents": counts["documents"],
                 "n_empty": counts["empty"], "n_quarantined": counts["quarantined"], "n_tokens": counts["tokens"],
-                "n_windows": counts["windows"], "padding_share": max(0.0, 1 - counts["tokens"] / forward),
+                "n_windows": counts["windows"], "n_replaced": counts["replaced"],
+                **{name: counts[name] for name in ("lost_bytes", "lost_documents", "lost_unknown")},
+                "padding_share": max(0.0, 1 - counts["tokens"] / forward),
                 "num_bytes": size, "token_bytes": files["tokens"]["bytes"],
                 "document_bytes": files["documents"]["bytes"], "summary_bytes": files["summary"]["bytes"],
                 **{f"{t}_bytes": files[t]["bytes"] if t in files else 0 for t in manifest.NEURON_TABLES},

@@ -38,9 +38,8 @@ def check_rows(
 ) -> None:
     """Raises ``Wrong`` at the first promise that the rows of a shard break."""
     series, tagged = _check_schemas(tables, commit, measure)
-    documents = tables["documents"].read(
-        ["doc", "n_tokens", "n_windows", "n_chars", "status", *(f"mean_{s.name}" for s in series)]
-    )
+    columns = ["doc", "n_tokens", "n_windows", "n_chars", "n_replaced", "lost_bytes", "lost_documents", "status"]
+    documents = tables["documents"].read([*columns, *(f"mean_{s.name}" for s in series)])
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
     counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
     if wrong := {k: commit.counts.get(k) for k, n in counts.items() if commit.counts.get(k) != n}:
@@ -114,7 +113,25 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
     return {
         "documents": len(documents), "empty": int(empty.sum()), "quarantined": int(quarantined.sum()),
         "tokens": total, "windows": int(documents["n_windows"].to_numpy().sum()),
-        "chars": int(documents["n_chars"].to_numpy().sum()),
+        "chars": int(documents["n_chars"].to_numpy().sum()), **_check_losses(documents),
+    }  # fmt: skip
+
+
+def _check_losses(documents: pa.Table) -> dict[str, int]:
+    """What ``documents`` give for what was replaced and lost."""
+    replaced, lost_bytes = (documents[name].to_numpy() for name in ("n_replaced", "lost_bytes"))
+    unknown = pc.is_null(documents["lost_documents"]).to_numpy()
+    known = pc.fill_null(documents["lost_documents"], 0).to_numpy()
+    status = documents["status"].cast(pa.string())
+    whole = ~pc.starts_with(status, "quarantined").to_numpy() & (lost_bytes == 0)
+    wrong = (np.minimum(np.minimum(replaced, lost_bytes), known) < 0) | (whole & (unknown | (known > 0)))
+    if wrong.any():
+        doc = int(np.argmax(wrong))
+        names = ("status", "n_replaced", "lost_bytes", "lost_documents")
+        raise Wrong("documents", f"doc {doc} has {documents.slice(doc, 1).select(names).to_pylist()[0]}")
+    return {
+        "replaced": int(replaced.sum()), "lost_bytes": int(lost_bytes.sum()),
+        "lost_documents": int(known.sum()), "lost_unknown": int(unknown.sum()),
     }  # fmt: skip
 
 

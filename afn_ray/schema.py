@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised when a stored table or the meaning of a stored value changes; part of every measure."""
 
 SPECIAL = 1
@@ -193,7 +193,9 @@ def documents_schema(series: Sequence[Series]) -> pa.Schema:
             pa.field("n_tokens", pa.int32(), nullable=False),
             pa.field("n_windows", pa.int32(), nullable=False),
             pa.field("n_chars", pa.int32(), nullable=False),
-            pa.field("n_replaced", pa.int32(), nullable=False),
+            pa.field("n_replaced", pa.int64(), nullable=False),
+            pa.field("lost_bytes", pa.int64(), nullable=False),  # of the file as stored, for which the row stands
+            pa.field("lost_documents", pa.int64()),  # 0 where nothing is lost; null: nobody can tell
             pa.field("text_sha256", pa.binary(32)),
             pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
             *(pa.field(f"mean_{s.name}", pa.float32()) for s in series),
@@ -426,6 +428,10 @@ SHARDS_SCHEMA = pa.schema(
         pa.field("n_quarantined", pa.int64(), nullable=False),
         pa.field("n_tokens", pa.int64(), nullable=False),
         pa.field("n_windows", pa.int64(), nullable=False),
+        pa.field("n_replaced", pa.int64(), nullable=False),
+        pa.field("lost_bytes", pa.int64(), nullable=False),  # of the corpus files, not measured
+        pa.field("lost_documents", pa.int64(), nullable=False),  # where their number is known
+        pa.field("lost_unknown", pa.int64(), nullable=False),  # losses of an unknown number of documents
         pa.field("padding_share", pa.float64(), nullable=False),
         pa.field("num_bytes", pa.int64(), nullable=False),  # read from the corpus
         pa.field("token_bytes", pa.int64(), nullable=False),

@@ -142,7 +142,8 @@ def documents_view(source: str, layers: Sequence[int], others: Sequence[Series])
     means = "".join(f", mean_{s.name}" for s in [*(Series(STRENGTH, k) for k in layers), *others])
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
-            n_tokens, n_windows, n_chars, n_replaced, lower(hex(text_sha256)) AS text_sha256, status{means}
+            n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
+            lower(hex(text_sha256)) AS text_sha256, status{means}
         FROM {source}"""  # noqa: S608
 
 

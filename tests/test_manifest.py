@@ -381,12 +381,12 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     [
         (b"{", "is damaged"),
         (b"\xff", "is damaged"),
-        (b"[]", "schema version list, expected 4"),
-        (b"{}", "schema version None, expected 4"),
-        (b'{"schema_version": 4}', "is damaged: its bytes do not have the checksum that it carries"),
-        (manifest.sealed({"schema_version": 4}), "is damaged: id is null"),
-        (manifest.sealed({"schema_version": 4}) + b" ", "is damaged: its bytes do not have the checksum"),
-        (b'{"schema_version": 2}', "schema version 2, expected 4; use the afn-ray that wrote it"),
+        (b"[]", "schema version list, expected 5"),
+        (b"{}", "schema version None, expected 5"),
+        (b'{"schema_version": 5}', "is damaged: its bytes do not have the checksum that it carries"),
+        (manifest.sealed({"schema_version": 5}), "is damaged: id is null"),
+        (manifest.sealed({"schema_version": 5}) + b" ", "is damaged: its bytes do not have the checksum"),
+        (b'{"schema_version": 2}', "schema version 2, expected 5; use the afn-ray that wrote it"),
     ],
 )
 def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes, says: str) -> None:

@@ -128,8 +128,9 @@ def make_shard(
         digest = hashlib.sha256(b"%d %d" % (seed, doc)).digest()
         documents.append(
             {"doc": doc, "doc_id": f"id-{seed}-{doc}" if with_ids else None, "source": "a.txt", "offset": 10 * doc,
-             "n_tokens": n, "n_windows": 1, "n_chars": 5 * n, "n_replaced": 0, "text_sha256": digest,
-             "status": "ok" if n else "empty", **{f"mean_{strength_column(k)}": 1.0 if n else None for k in LAYERS}}
+             "n_tokens": n, "n_windows": 1, "n_chars": 5 * n, "n_replaced": 0, "lost_bytes": 0, "lost_documents": 0,
+             "text_sha256": digest, "status": "ok" if n else "empty",
+             **{f"mean_{strength_column(k)}": 1.0 if n else None for k in LAYERS}}
         )  # fmt: skip
     return (
         pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), offsets)),

@@ -40,6 +40,7 @@ def _documents(n: int) -> pa.Table:
         {
             "doc": range(n), "doc_id": [None, *map(str, range(1, n))], "source": ["a.txt"] * n, "offset": range(n),
             "n_tokens": [20] * n, "n_windows": [1] * n, "n_chars": [99] * n, "n_replaced": [0] * n,
+            "lost_bytes": [0] * n, "lost_documents": [0] * n,
             "text_sha256": [bytes(32)] * n, "status": ["ok"] * n, "mean_strength_0": [None, *[1.0] * (n - 1)],
             "mean_strength_8": [2.0] * n,
         },

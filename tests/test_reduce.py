@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 import afn_ray
 from afn_ray import cluster, manifest, reduce, storage
 from afn_ray.cluster import calls
+from afn_ray.commits import COUNTS
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.records import ShardFiles
@@ -104,7 +105,8 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.
         files.summary.write_each(summary.tables())
     empty = tokens.num_docs - len(np.unique(tokens.docs))
     counts = {
-        "documents": tokens.num_docs + 1, "empty": empty, "quarantined": 1, "tokens": len(tokens.docs),
+        **dict.fromkeys(COUNTS, 0), "documents": tokens.num_docs + 1, "empty": empty, "quarantined": 1,
+        "tokens": len(tokens.docs),
         "special": int((tokens.flags & SPECIAL).sum()), "windows": tokens.num_docs,
         "forward_tokens": 2 * len(tokens.docs), "chars": 9,
     }  # fmt: skip

@@ -244,7 +244,13 @@ def test_bad_documents_are_quarantined_with_their_reason_and_nothing_is_lost(
     assert counts["documents"] == len(documents)
     assert counts["quarantined"] == sum(s.startswith("quarantined") for _, s in status)
     replaced = next(d for d in documents if d["source"].endswith("b.txt"))
-    assert replaced["n_replaced"] == 2
+    assert replaced["n_replaced"] == counts["replaced"] == 2
+    for document in documents:  # what is quarantined may be lost, what is not is whole
+        if not document["status"].startswith("quarantined"):
+            assert (document["lost_bytes"], document["lost_documents"]) == (0, 0)
+    assert counts["lost_bytes"] == sum(d["lost_bytes"] for d in documents)
+    assert counts["lost_documents"] == sum(d["lost_documents"] or 0 for d in documents)
+    assert counts["lost_unknown"] == sum(d["lost_documents"] is None for d in documents) > 0
     assert sum(bool(r["flags"] & REPLACED) for r in tokens) == sum(
         r["doc"] == replaced["doc"] and bool(r["flags"] & REPLACED) for r in tokens
     )
@@ -267,6 +273,10 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
             "ok", "quarantined: the model gave a strength that is not finite in float32", "ok",
         ]  # fmt: skip
         assert {r["doc"] for r in all_rows(run, "tokens")} == {0, 2}
+        lost = [(d["lost_bytes"], d["lost_documents"]) for d in all_rows(run, "documents")]
+        assert lost == [(0, 0), (len("poison here"), 1), (0, 0)]
+        totals = {"lost_bytes": len("poison here"), "lost_documents": 1, "lost_unknown": 0}
+        assert {name: run.info["counts"][name] for name in totals} == totals
 
 
 def test_the_second_run_does_nothing_and_says_so(

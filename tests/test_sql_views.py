@@ -76,7 +76,8 @@ def worded_shard(seed: int, num_documents: int, special: bool) -> tuple[pa.Table
         n = sum(t["doc"] == doc for t in tokens)
         documents.append(
             {"doc": doc, "doc_id": f"{seed}-{doc}", "source": "a.txt", "offset": doc, "n_tokens": n, "n_windows": 1,
-             "n_chars": at, "n_replaced": 0, "text_sha256": hashlib.sha256(b"").digest(), "status": "ok",
+             "n_chars": at, "n_replaced": 0, "lost_bytes": 0, "lost_documents": 0,
+             "text_sha256": hashlib.sha256(b"").digest(), "status": "ok",
              **{f"mean_{strength_column(k)}": 1.0 for k in LAYERS}}
         )  # fmt: skip
         written.append(words)

@@ -418,6 +418,11 @@ ROW_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "a token more": ("documents", lambda t: put(t, "n_tokens", 0, t["n_tokens"][0].as_py() + 1), "together"),
     "called empty": ("documents", lambda t: put(t, "status", 0, "empty"), "and status 'empty'"),
     "another mean": ("documents", lambda t: put(t, "mean_strength_2", 0, 1.0), "doc 0: mean_strength_2 is 1.0"),
+    "bytes lost": ("documents", lambda t: put(t, "lost_bytes", 0, 7), "its counts are {'lost_bytes'"),
+    "a document said to be lost": ("documents", lambda t: put(t, "lost_documents", 0, 1), "doc 0 has {'status': 'ok'"),
+    "a loss unknown": ("documents", lambda t: put(t, "lost_documents", 0, None), "doc 0 has {'status': 'ok'"),
+    "less than nothing lost": ("documents", lambda t: put(t, "lost_bytes", 0, -1), "doc 0 has {'status': 'ok'"),
+    "characters replaced": ("documents", lambda t: put(t, "n_replaced", 0, 2), "its counts are {'replaced'"),
     "more characters": ("documents", lambda t: put(t, "n_chars", 0, 10**6), "its counts are {'chars'"),
     "other counts of documents": ("summary", lambda t: put(t, "n_docs", 0, 10**6), "not the summary"),
     "a type lost": ("summary", lambda t: t.slice(1), "not the summary"),
@@ -467,6 +472,7 @@ RUN_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "share of a type": ("vocabulary", lambda t: put(t, "share_high_low", 9, 0.123), "row 9: share_high_low"),
     "histogram": ("histogram", lambda t: put(t, "n", 9, 7777), "row 9: n is 7777"),
     "offsets of shards": ("shards", lambda t: put(t, "doc_offset", 1, 0), "row 1: doc_offset is 0"),
+    "loss of shards": ("shards", lambda t: put(t, "lost_bytes", 0, 9), "row 0: lost_bytes is 9"),
     "order of shards": ("shards", lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "row 0: ordinal is 1"),
     "a shard twice": ("shards", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "rows, expected"),
     "another file": ("shards", lambda t: put(t, "tokens_file", 0, t["tokens_file"][1].as_py()), "tokens_file"),
@@ -485,6 +491,8 @@ def test_a_run_whose_table_was_edited_is_found(made: Path, tmp_path: Path, edit:
 
 INFO_EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "counts": ("tables", lambda i: i["counts"].update(tokens=1)),
+    "bytes lost": ("tables", lambda i: i["counts"].update(lost_bytes=i["counts"]["lost_bytes"] + 1)),
+    "characters replaced": ("tables", lambda i: i["counts"].update(replaced=1)),
     "layers": ("tables", lambda i: i.update(layers=[2])),
     "measure": ("misplaced", lambda i: i["measure"].update(dtype="bfloat16")),
     "name": ("misplaced", lambda i: i.update(id="20990101T000000.000Z-000000000000")),

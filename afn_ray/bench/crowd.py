@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from afn_ray import dispatch, manifest
+from afn_ray.commits import COUNTS
 from afn_ray.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
 from afn_ray.pipeline import Progress
@@ -258,7 +259,7 @@ def arrived(shard: str) -> manifest.Commit:
         table: {"name": f"{attempt}-{table}.parquet", "rows": SHARD_TOKENS, "bytes": 4_800_000, "sha256": shard * 2}
         for table in manifest.TABLES
     }
-    counts = {"documents": SHARD_TOKENS // 200, "empty": 0, "quarantined": 0, "tokens": SHARD_TOKENS,
+    counts = {**dict.fromkeys(COUNTS, 0), "documents": SHARD_TOKENS // 200, "tokens": SHARD_TOKENS,
               "special": SHARD_TOKENS // 100, "windows": SHARD_TOKENS // 200, "forward_tokens": SHARD_TOKENS,
               "chars": SHARD_BYTES}  # fmt: skip
     made_by = {"device": "cuda", "afn-ray": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0"}

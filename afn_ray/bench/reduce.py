@@ -28,6 +28,7 @@ from rich.table import Table
 
 from afn_ray import cgroup, manifest, reduce
 from afn_ray.bench import machine
+from afn_ray.commits import COUNTS
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.records import TableFile
@@ -139,8 +140,8 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
 
 def _commit(row: dict[str, Any]) -> manifest.Commit:
     """The commit that a shard with this summary would have."""
-    counts = {"documents": row["documents"], "empty": 0, "quarantined": 0, "tokens": row["tokens"], "special": 0,
-              "windows": row["documents"], "forward_tokens": row["tokens"], "chars": 0}  # fmt: skip
+    counts = {**dict.fromkeys(COUNTS, 0), "documents": row["documents"], "tokens": row["tokens"],
+              "windows": row["documents"], "forward_tokens": row["tokens"]}  # fmt: skip
     files = {
         table: {"name": f"0-{table}.parquet", "rows": row["rows"], "bytes": row["bytes"], "sha256": row["sha256"]}
         for table in manifest.TABLES

@@ -32,6 +32,7 @@ from rich.table import Table
 from afn_ray import cgroup, manifest, query, reduce, screen
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
+from afn_ray.commits import COUNTS
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.records import ShardFiles, make_table
@@ -147,7 +148,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                             "source": [shard.slices[0].uri] * len(docs), "offset": docs.astype(np.int64),
                             "n_tokens": np.full(len(docs), DOCUMENT_TOKENS), "n_windows": np.ones(len(docs), int),
                             "n_chars": np.full(len(docs), 6 * DOCUMENT_TOKENS),
-                            "n_replaced": np.zeros(len(docs), int),
+                            **dict.fromkeys(("n_replaced", "lost_bytes", "lost_documents"), np.zeros(len(docs), int)),
                             "text_sha256": [sha256(b"%d %d" % (number, i)).digest() for i in docs.tolist()],
                             "status": ["ok"] * len(docs), f"mean_{SERIES.name}": mean,
                         },
@@ -156,7 +157,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                 )  # fmt: skip
             files.summary.write_each(summary.tables())
         tokens = num_documents * DOCUMENT_TOKENS
-        counts = {"documents": num_documents, "empty": 0, "quarantined": 0, "tokens": tokens,
+        counts = {**dict.fromkeys(COUNTS, 0), "documents": num_documents, "tokens": tokens,
                   "special": 2 * num_documents, "windows": num_documents, "forward_tokens": tokens,
                   "chars": 6 * tokens}  # fmt: skip
         manifest.publish(
