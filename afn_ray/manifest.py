@@ -19,7 +19,6 @@ commit.json or run.json that names it.
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import re
@@ -32,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from afn_ray import corpus, storage
+from afn_ray import blocks, corpus, parquet, storage
+from afn_ray.blocks import Blocks
 from afn_ray.commits import Commit as Commit
 from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
@@ -241,7 +240,7 @@ def _read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
 
 def _table(data: bytes, uri: str) -> pa.Table:
     try:
-        return pq.read_table(pa.BufferReader(data))
+        return parquet.read(data)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
 
@@ -292,7 +291,7 @@ def begin_run(
     table, header["sha256"] = _plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})
     with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
-        storage.write_once(storage.join(runs, name, "plan.parquet"), _parquet_bytes(table))
+        storage.write_once(storage.join(runs, name, "plan.parquet"), parquet.encode(table))
     return RunFolder(storage.join(runs, name), config.store, name, {})
 
 
@@ -536,7 +535,7 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
     Nothing is replaced: a rival's file, or one that an unfinished reduce left behind, is kept where it holds the
     same, and stands beside ours where it does not.
     """
-    data = _parquet_bytes(table)
+    data = parquet.encode(table)
     file = f"{name}.parquet"
     try:
         storage.write_once(storage.join(run.uri, file), data)
@@ -549,7 +548,8 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
 
 
 def _entry(name: str, data: bytes) -> dict[str, Any]:
-    return {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}
+    """What run.json says of a table's file."""
+    return {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest(), "crc32": blocks.checksums(data)}
 
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
@@ -572,12 +572,6 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
             "give the 'afn run' command again"
         )
     return _table(data, uri)
-
-
-def _parquet_bytes(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
 
 
 def _json_bytes(value: dict[str, Any]) -> bytes:
@@ -630,6 +624,31 @@ def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Sha
             f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"
         )
     return commit, read
+
+
+def committed_blocks(store: str, measure_id: str, shard: str) -> dict[str, Blocks]:
+    """The blocks of the files of a committed shard, by the names of the files."""
+    uri = storage.join(shard_uri(store, measure_id, shard), "commit.json")
+    value = _read_json(uri)
+    if value is None:
+        raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
+    try:
+        files, crc32 = value["files"], value["crc32"]
+        return {str(files[table]["name"]): Blocks.of(files[table]["bytes"], crc32[table]) for table in files}
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}") from error
+
+
+def find_blocks(run: RunFolder, name: str) -> Blocks:
+    """The blocks of the file ``name``, below the store, which is a shard's of the complete ``run`` or its own."""
+    uri, (*folders, file) = storage.join(run.store, name), name.split("/")
+    try:
+        if folders[0] == "shards":
+            return committed_blocks(run.store, *folders[1:])[file]
+        (entry,) = (entry for entry in run.info["tables"].values() if entry.get("name") == file)
+        return Blocks.of(entry["bytes"], entry["crc32"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise StoreError(f"{uri} is not the file that was committed{ASK_VERIFY}") from error
 
 
 def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
@@ -685,11 +704,11 @@ def publish(
     """
     folder = shard_uri(store, measure_id, shard.id)
     files: dict[str, dict[str, Any]] = {}
+    crc32: dict[str, str] = {}
     for table, (path, rows) in tables.items():
+        digest, crc32[table] = blocks.file_checksums(path)
         name = f"{attempt}-{table}.parquet"
-        files[table] = {
-            "name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": storage.sha256_file(path),
-        }  # fmt: skip
+        files[table] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
     uris = [storage.join(folder, str(file["name"])) for file in files.values()]
     try:
         for uri, (path, _) in zip(uris, tables.values(), strict=True):
@@ -698,7 +717,7 @@ def publish(
         storage.delete(uris)
         raise
     commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
-    body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit),
+    body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit), "crc32": crc32,
             "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options),
             "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
     try:

@@ -177,7 +177,7 @@ class Run:
         tables = _tables(folder, baseline)
         files = _files(folder, tables["shards"])
         named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-        self._files = storage.ReadOnlyFiles(folder.store, named)
+        self._files = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
         with self._plain_errors():
             self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
             self._connection.register_filesystem(self._files)

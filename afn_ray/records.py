@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afn_ray import parquet
 from afn_ray.errors import Interrupted
 from afn_ray.schema import (
     PAIRS_SCHEMA,
@@ -50,9 +51,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
             encodings[leaf] = "BYTE_STREAM_SPLIT"
         elif not pa.types.is_fixed_size_binary(kind):
             dictionaries.append(leaf)
-    return pq.ParquetWriter(
-        path, schema, compression="zstd", compression_level=3, use_dictionary=dictionaries, column_encoding=encodings
-    )
+    return parquet.writer(path, schema, compression_level=3, use_dictionary=dictionaries, column_encoding=encodings)
 
 
 def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:

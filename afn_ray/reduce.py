@@ -30,9 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from afn_ray import lexicon, manifest, neurons
+from afn_ray import lexicon, manifest, neurons, parquet
 from afn_ray.errors import StoreError
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
@@ -340,7 +339,7 @@ def _read_pairs(store: str, measure_id: str, files: Sequence[SummaryFile], layer
 
     def read(file: SummaryFile) -> neurons.Pairs:
         data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
-        table = pq.read_table(pa.BufferReader(data), filters=[("layer", "=", layer)], use_threads=False)
+        table = parquet.read(data, filters=[("layer", "=", layer)], use_threads=False)
         return neurons.Pairs.from_table(table)
 
     total = neurons.EMPTY
@@ -385,19 +384,16 @@ def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -
 
 def _encode(table: pa.Table) -> bytes:
     """A sum as it travels: 2 to 4 bytes for a distinct pair of a type and a strength, where memory takes 16."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, row_group_size=max(1, len(table)), compression="zstd",
+    return parquet.encode(
+        table, row_group_size=max(1, len(table)),
         use_dictionary=["counts.list.element", "neuron", "n"], write_statistics=False,
         column_encoding={n: "DELTA_BINARY_PACKED" for n in ("bins.list.element", "total") if n.split(".")[0] in
                          table.column_names},
     )  # fmt: skip
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
 
 
 def _decode(data: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(data), use_threads=False).combine_chunks()
+    return parquet.read(data, use_threads=False).combine_chunks()
 
 
 def _slices(part: bytes) -> Iterator[SeriesSummary]:
@@ -437,8 +433,8 @@ def _read_series(
 def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.Table | None:
     """Row group ``at`` of a summary; None where it is not there: of a shard without tokens, or without tags."""
     data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
-    parquet = pq.ParquetFile(pa.BufferReader(data))
-    return parquet.read_row_group(at, use_threads=False) if at < parquet.num_row_groups else None
+    summary = parquet.open_file(data)
+    return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None
 
 
 # --- the tables ------------------------------------------------------------------------------------------

@@ -39,9 +39,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from afn_ray import manifest, records
+from afn_ray import manifest, parquet, records
 from afn_ray.reduce import FAN_IN, Inline, Tasks
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA, SPECIAL, WORD_START, Shard, strength_column
 from afn_ray.thresholds import BIN_BITS, COMPACT_KEYS, Histogram, round_strengths, to_bins, to_values
@@ -199,7 +198,7 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
 
 def _read(store: str, measure_id: str, place: Place, entry: dict[str, Any], columns: Sequence[str]) -> pa.Table:
     data = manifest.read_file(store, measure_id, place.shard, entry)
-    return pq.read_table(pa.BufferReader(data), columns=list(columns), use_threads=False).combine_chunks()
+    return parquet.read(data, columns, use_threads=False).combine_chunks()
 
 
 def _scan(
@@ -218,7 +217,7 @@ def _scan(
         n = np.zeros(len(source), np.int64)
         features = [np.zeros(len(source), np.float32) for _ in FEATURES]
         pieces: list[tuple[Histogram, ...]] = [tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)]
-        file = pq.ParquetFile(pa.BufferReader(manifest.read_file(store, measure_id, place.shard, place.tokens)))
+        file = parquet.open_file(manifest.read_file(store, measure_id, place.shard, place.tokens))
         ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
         for _, tokens in records.whole_documents(file, ends, ["token_id", "flags", *map(strength_column, layers)]):
             flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()

@@ -18,7 +18,6 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from afn_ray import parquet
 from afn_ray.errors import QueryError, printable
 from afn_ray.query import Result, Run
 from afn_ray.views import MACROS, VIEWS
@@ -97,7 +97,7 @@ def _write_json(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
 
 def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
     schema = pa.schema([f.with_name(n) for f, n in zip(reader.schema, _unique(reader.schema.names), strict=True)])
-    with pa.parquet.ParquetWriter(out, schema, compression="zstd") as writer:
+    with parquet.writer(out, schema) as writer:
         for batch in reader:
             writer.write_batch(batch.rename_columns(schema.names))
 

@@ -26,6 +26,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from afn_ray.blocks import Blocks
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
 from afn_ray.retry import http_status, patiently
 from afn_ray.schema import FileInfo
@@ -603,9 +604,15 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     protocol = "afn"
     cachable = False
 
-    def __init__(self, root: str, files: Mapping[str, tuple[str, int]]) -> None:
-        """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable."""
+    def __init__(
+        self, root: str, files: Mapping[str, tuple[str, int]], find_blocks: Callable[[str], Blocks]
+    ) -> None:  # fmt: skip
+        """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable.
+
+        ``find_blocks(name)`` gives a file's checksums when it is first read. What is read is held against them.
+        """
         super().__init__()
+        self._find_blocks, self._blocks = find_blocks, dict[str, Blocks]()
         self.failed: AfnError | None = None  # how a read failed last: DuckDB makes text of what it meets
         self._fs, path = open_filesystem(root)
         self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
@@ -614,8 +621,8 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode != "rb":
             self._refuse()
-        target, size = self._find(path)
-        return _RangeFile(lambda start, end: self._read(target, start, end), size, threading.local())
+        name, (_, size) = self._strip_protocol(path), self._find(path)
+        return _RangeFile(lambda start, end: self._checked(name, start, end), size, threading.local())
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         return {"name": path, "size": self._find(path)[1], "type": "file"}
@@ -635,6 +642,22 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         except KeyError:
             raise PermissionError(f"{path} is not a file of this run") from None
 
+    def _checked(self, name: str, start: int, end: int) -> bytes:
+        target, size = self._files[name]
+        try:
+            if (blocks := self._blocks.get(name)) is None:
+                blocks = self._blocks[name] = self._find_blocks(name)
+            data = blocks.read(start, end, partial(self._read, target)) if blocks.num_bytes == size else None
+            if data is None:
+                raise StoreError(
+                    f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum that was committed; "
+                    "'afn verify' says what else is, and what to do"
+                )
+            return data
+        except AfnError as error:
+            self.failed = error
+            raise
+
     def _read(self, target: str, start: int, end: int) -> bytes:
         if self._local_root is not None:
             real = os.path.realpath(target)
@@ -647,12 +670,10 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
         try:
             return patiently(read, f"reading {target}", local=self._local_root is not None)
-        except Unavailable as error:
-            self.failed = error
-            raise
         except FileNotFoundError as error:
-            self.failed = StoreError(f"{target} is gone from the store; 'afn verify' says what else is, and what to do")
-            raise self.failed from error
+            raise StoreError(
+                f"{target} is gone from the store; 'afn verify' says what else is, and what to do"
+            ) from error
 
     def _refuse(self, *args: Any, **options: Any) -> Any:
         raise PermissionError("a run is read-only")

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import manifest, query, records, recount, reduce, rows, screen, storage
+from afn_ray import blocks, manifest, parquet, query, records, recount, reduce, rows, screen, storage
+from afn_ray.blocks import Blocks
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import Place
 from afn_ray.schema import (
@@ -224,6 +225,7 @@ def _check_shard(
     uri = storage.join(folder, "commit.json")
     try:
         found = manifest.read_committed(store, *place)
+        listed = manifest.committed_blocks(store, *place) if found is not None else {}
     except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
         checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
         return checked
@@ -243,10 +245,12 @@ def _check_shard(
         file_uri = storage.join(folder, str(entry["name"]))
         origin = {"measure": place[0], "shard": place[1], "attempt": checked.commit.attempt, "table": table}
         data, finding = _read(file_uri, entry, redo)
+        if finding is None and listed.get(str(entry["name"])) != Blocks(len(data), blocks.checksums(data)):
+            finding = Finding("damaged", file_uri, f"its blocks do not have the CRC-32 that {uri} lists; {redo}")
         checked.num_files, checked.num_bytes = checked.num_files + 1, checked.num_bytes + len(data)
         if finding is None:
             try:
-                tables[table] = pq.ParquetFile(pa.BufferReader(data))
+                tables[table] = parquet.open_file(data)
             except (pa.ArrowException, OSError) as error:
                 finding = Finding("damaged", file_uri, f"it is no Parquet file: {error}; {redo}")
             else:
@@ -309,6 +313,9 @@ class _Run:
                 continue
             advice = self._begin_again if name == "plan" else self._redo
             data, finding = _read(self._table_uri(name), entry, advice)
+            if finding is None and blocks.checksums(data) != entry.get("crc32"):
+                message = f"its blocks do not have the CRC-32 that {self._run_json} lists; {advice}"
+                finding = Finding("damaged", self._table_uri(name), message)
             self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + len(data)
             if finding is not None:
                 self.findings.append(finding)

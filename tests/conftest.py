@@ -33,7 +33,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # One thread each, for the suite's processes have the cores between them: threads that wait for others' cores spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from afn_ray import demo, manifest, pipeline, storage
+from afn_ray import blocks, demo, manifest, pipeline, storage
 from afn_ray.config import RunConfig
 from afn_ray.manifest import Commit
 from afn_ray.schema import Shard
@@ -238,8 +238,26 @@ def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) ->
     pq.write_table(edit(pq.read_table(io.BytesIO(storage.read_bytes(uri)))), sink)
     data = sink.getvalue()
     rewrite(uri, data)
-    listed = {"name": f"{name}.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    edit_sealed(f"{run_uri}/run.json", lambda info: info["tables"].update({name: listed}))
+    edit_sealed(f"{run_uri}/run.json", lambda info: info["tables"].update({name: listed(f"{name}.parquet", data)}))
+
+
+def listed(name: str, data: bytes) -> dict[str, Any]:
+    """What run.json says of a file."""
+    return {
+        "name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "crc32": blocks.checksums(data),
+    }  # fmt: skip
+
+
+def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
+    """Put ``data`` in the place of a committed shard's table, and have its commit say that this is right."""
+
+    def edit(commit: dict[str, Any]) -> None:
+        entry = commit["files"][table]
+        rewrite(f"{folder}/{entry['name']}", data)
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} | changes
+        commit["crc32"][table] = blocks.checksums(data)
+
+    edit_sealed(f"{folder}/commit.json", edit)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import hashlib
 import json
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import edit_sealed, write_jsonl
+from conftest import recommit, write_jsonl
 from test_corpus import COMPRESS, OPTIONS, jsonl, one, parquet, read_all, remember
 from tokenizers import Tokenizer
 
@@ -484,8 +483,7 @@ def test_verify_finds_a_tag_that_was_changed(tmp_path: Path, make_config: Callab
     assert table["tag"].to_pylist() == [None, "O", "O", "B-TIME", None, None, "O", "O", "B-TIME", None, None]
     changed = pa.array([None, "O", "O", "O", None, None, "O", "O", "B-TIME", None, None]).dictionary_encode()
     pq.write_table(table.set_column(at, table.schema.field(at), changed), file)
-    listed = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    edit_sealed(str(file.with_name("commit.json")), lambda body: body["files"]["tokens"].update(listed))
+    recommit(str(file.parent), "tokens", file.read_bytes())
     (finding,) = verify.verify_store(config.store).findings
     assert finding.kind == "rows" and "not the summary of the tokens" in finding.message
 

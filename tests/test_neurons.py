@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import edit_sealed, edit_table, save_model, write_jsonl
+from conftest import edit_sealed, edit_table, recommit, save_model, write_jsonl
 from test_families import PACKED, PADDED, SMALL, documents, family  # noqa: F401
 from test_signals import load
 
@@ -241,11 +241,7 @@ def test_verify_proves_them_and_finds_what_was_changed(made: RunConfig) -> None:
     ):  # fmt: skip
         try:
             pq.write_table(change.replace_schema_metadata(table.schema.metadata), path)
-            value = json.loads(kept_commit)
-            value.pop("sha256")
-            data = path.read_bytes()
-            value["files"]["neurons"] |= {"bytes": len(data), "sha256": storage.sha256_file(path)}
-            commit.write_bytes(manifest.sealed(value))
+            recommit(str(path.parent), "neurons", path.read_bytes())
             (finding,) = [f for f in verify.verify_store(made.store).findings if f.kind == "rows"]
             assert why in finding.message
         finally:

@@ -29,7 +29,7 @@ from fsspec.registry import _registry as fsspec_registry
 from s3fs import S3FileSystem
 
 import afn_ray
-from afn_ray import cli, corpus, manifest, reading, retry, storage
+from afn_ray import blocks, cli, corpus, manifest, reading, retry, storage
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
 from afn_ray.schema import FileInfo, ReadOptions
@@ -545,7 +545,10 @@ def test_sql_over_large_files_is_right_on_many_threads(
         plain.register("rows_by_arrow", pq.read_table(tables["zstd"]))
         expected = plain.sql(CHECKSUM + "rows_by_arrow").fetchall()
     assert expected[0][0] == SQL_ROWS
-    files = storage.ReadOnlyFiles(root, {name: (f"{root}/{name}", size) for name, size in sizes.items()})
+    of_file = {name: blocks.Blocks(sizes[name], blocks.checksums(path.read_bytes())) for name, path in tables.items()}
+    files = storage.ReadOnlyFiles(
+        root, {name: (f"{root}/{name}", size) for name, size in sizes.items()}, of_file.__getitem__
+    )  # fmt: skip
     for name, threads in itertools.product(tables, (2, 8, 2, 8) if kind == "local" else (2, 8, 8)):
         with duckdb.connect(config={"threads": threads}) as connection:
             connection.register_filesystem(files)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import duckdb
@@ -22,13 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RUN_INFO, edit_sealed, edit_table
 
-from afn_ray import manifest, query, storage, views
+from afn_ray import blocks, manifest, query, storage, views
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.query import Run, open_run
 from afn_ray.schema import (
     MOVERS_SCHEMA,
     REPLACED,
+    SCHEMA_VERSION,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SPECIAL,
@@ -60,6 +62,7 @@ def write_run(
     """A run over ``shards`` (tokens, documents) as ``afn run`` leaves it; thresholds by numpy."""
     rows, offset = [], 0
     for i, (tokens, documents) in enumerate(shards):
+        commit: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "files": {}, "crc32": {}}
         row: dict[str, Any] = dict.fromkeys(SHARDS_SCHEMA.names, 0) | {"neurons_file": None}
         row |= {"ordinal": i, "shard": f"s{i}", "doc_offset": offset, "n_documents": len(documents),
                 "n_tokens": len(tokens), "summary_file": f"shards/m/s{i}/a-summary.parquet"}  # fmt: skip
@@ -68,6 +71,9 @@ def write_run(
             uri = storage.join(store, row[f"{kind}_file"])
             size = write_parquet(uri, table, **options) if not storage.exists(uri) else storage.stat(uri).size
             row[f"{kind[:-1]}_bytes"] = size
+            commit["files"][kind] = {"name": f"a-{kind}.parquet", "bytes": size}
+            commit["crc32"][kind] = blocks.checksums(storage.read_bytes(uri))
+        storage.write_over(storage.join(store, f"shards/m/s{i}/commit.json"), manifest.sealed(commit))
         rows.append(row)
         offset += len(documents)
     tokens = pa.concat_tables([t for t, _ in shards]).unify_dictionaries()
@@ -653,12 +659,34 @@ def test_a_lost_or_cut_file_is_named(tmp_path: Path) -> None:
         run.sql("SELECT sum(strength_8) FROM tokens").fetchall()
 
 
+@pytest.mark.parametrize("table", ["tokens", "documents"])
+def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(tmp_path: Path, table: str) -> None:
+    write_run(str(tmp_path), SHARDS, LAYERS)
+    file = tmp_path / f"shards/m/s1/a-{table}.parquet"
+    kept = file.read_bytes()
+    ask = f"SELECT bit_xor(hash(t)), count(*) FROM {table} t"
+    with open_run(str(tmp_path)) as run:
+        right = run.sql(ask).fetchall()
+    random = Random(table)
+    for _ in range(20):
+        damaged = bytearray(kept)
+        damaged[at := random.randrange(len(kept))] ^= 1 << random.randrange(8)
+        file.write_bytes(damaged)
+        wrong = pytest.raises(StoreError, match=rf"s1/a-{table}\.parquet is damaged.*afn verify")
+        with wrong, open_run(str(tmp_path)) as run:
+            assert run.sql(ask).fetchall() == right, at
+    file.write_bytes(kept)
+    with open_run(str(tmp_path)) as run:
+        assert run.sql(ask).fetchall() == right
+
+
 # --- reading from many threads, and speed ----------------------------------------------------------------
 
 
 def read_only_files(folder: Path) -> storage.ReadOnlyFiles:
     (folder / "file").write_bytes(bytes(range(100)))
-    return storage.ReadOnlyFiles(str(folder), {"name": (str(folder / "file"), 100)})
+    found = blocks.Blocks(100, blocks.checksums(bytes(range(100))))
+    return storage.ReadOnlyFiles(str(folder), {"name": (str(folder / "file"), 100)}, lambda name: found)
 
 
 def test_every_thread_has_a_position_of_its_own(tmp_path: Path) -> None:

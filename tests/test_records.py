@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from afn_ray import records
+from afn_ray import parquet, records
 from afn_ray.errors import Interrupted
 from afn_ray.records import ShardFiles, make_table
 from afn_ray.schema import SUMMARY_SCHEMA, Series, documents_schema, tokens_schema
@@ -166,3 +166,22 @@ def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path: Path) -
     with pytest.raises(OSError) as caught:
         ShardFiles(tmp_path / "nowhere", SERIES, (), True, ORIGIN)
     assert caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("table", ["tokens", "documents", "encoded"])
+def test_every_page_has_a_checksum_and_a_reader_that_checks_it(tmp_path: Path, table: str) -> None:
+    with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
+        files.tokens.write(_tokens(2000, True))
+        files.documents.write(_documents(100))
+    (tmp_path / "encoded.parquet").write_bytes(parquet.encode(_documents(100)))
+    data = (tmp_path / f"{table}.parquet").read_bytes()
+    rows = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    assert parquet.open_file(data).read().equals(parquet.read(data))
+    for at in range(rows.num_columns):
+        chunk = rows.column(at)
+        damaged = bytearray(data)
+        begins = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
+        damaged[min(begins) + chunk.total_compressed_size - 1] ^= 1  # the last byte of the last page
+        for read in (lambda data: parquet.open_file(data).read(), parquet.read):
+            with pytest.raises(OSError, match="CRC checksum verification failed"):
+                read(bytes(damaged))

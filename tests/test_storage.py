@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import errno
+import hashlib
 import multiprocessing
 import os
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import boto3
@@ -17,7 +19,7 @@ from conftest import write_new
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from afn_ray import storage
+from afn_ray import blocks, storage
 from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
 
 BODY_BYTES = 3 << 20  # more than one block, so that a torn write would show
@@ -455,3 +457,27 @@ def test_an_etag_counts_before_a_time(info: dict[str, Any], version: str) -> Non
 def test_sha256_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert storage.sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 65_536, 65_537, 65_536 * blocks.MOST_BLOCKS + 1])
+def test_any_part_of_a_file_is_checked_by_its_blocks(tmp_path: Path, num_bytes: int) -> None:
+    data = Random(num_bytes).randbytes(num_bytes)
+    (tmp_path / "x").write_bytes(data)
+    sha256, checksums = blocks.file_checksums(tmp_path / "x")
+    assert sha256 == hashlib.sha256(data).hexdigest() and checksums == blocks.checksums(data)
+    found = blocks.Blocks.of(num_bytes, checksums)
+    assert len(checksums) <= blocks.MOST_BLOCKS * blocks.CRC_CHARS
+    random = Random(1)
+    for _ in range(20):
+        start, end = sorted(random.randrange(num_bytes + 1) for _ in range(2))
+        assert found.read(start, end, lambda a, b: data[a:b]) == data[start:end]
+        if start < end:
+            damaged = bytearray(data)
+            damaged[random.randrange(start, end)] ^= 1 << random.randrange(8)
+            for wrong in (bytes(damaged), data[: end - 1]):
+                assert found.read(start, end, lambda a, b, wrong=wrong: wrong[a:b]) is None
+    for wrong in (checksums + "00000000", checksums[:-1] or "0", None, 7):
+        with pytest.raises(ValueError, match="crc32"):
+            blocks.Blocks.of(num_bytes, wrong)
+    with pytest.raises(ValueError, match="bytes is"):
+        blocks.Blocks.of(-1, checksums)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import edit_sealed, edit_table, rewrite, stop_after, write_jsonl
+from conftest import edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
 
 import afn_ray
 from afn_ray import manifest, storage, verify_store
@@ -113,14 +112,9 @@ def flip(uri: str, at: float) -> None:
     rewrite(uri, bytes(data))
 
 
-def listed(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 def swap(store: Copy, table: str, data: bytes, **changes: Any) -> None:
     """Put ``data`` in the place of a shard's file, and have its commit say that this is right."""
-    rewrite(store.file(table), data)
-    edit_sealed(store.commit, lambda c: c["files"][table].update(listed(data) | changes))
+    recommit(store.shards[0], table, data, **changes)
 
 
 def edit_rows(store: Copy, table: str, edit: Callable[[pa.Table], pa.Table]) -> None:

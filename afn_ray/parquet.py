@@ -1,0 +1,34 @@
+"""Parquet files with a checksum of each page: written into every file, checked by every read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def open_file(source: Any, **options: Any) -> pq.ParquetFile:
+    """``source`` (bytes, a path or a file) as a Parquet file. Reading a damaged page raises ``OSError``."""
+    source = pa.BufferReader(source) if isinstance(source, bytes) else source
+    return pq.ParquetFile(source, page_checksum_verification=True, **options)
+
+
+def read(data: bytes, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
+    """The table in ``data``. Raises ``OSError`` or ``pa.ArrowException`` for a damaged page or file."""
+    columns = None if columns is None else list(columns)
+    return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True, **options)
+
+
+def writer(sink: Any, schema: pa.Schema, **options: Any) -> pq.ParquetWriter:
+    """A writer of ``schema`` to ``sink``, compressed with zstd."""
+    return pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True, **options)
+
+
+def encode(table: pa.Table, **options: Any) -> bytes:
+    """``table`` as a Parquet file, compressed with zstd."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, **options)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
