@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray import logs, manifest, model, neurons, reading, records, tokens
+from afn_ray import disk, logs, manifest, model, neurons, reading, records, tokens
 from afn_ray.commits import COUNTS
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
@@ -532,21 +532,27 @@ SCRATCH_PREFIX = "afn-scratch-"
 @contextmanager
 def _scratch_folder(config: RunConfig) -> Iterator[Path]:
     """A folder for one attempt's unfinished files, locked while its owner lives."""
-    try:
-        if config.scratch is not None:
-            Path(config.scratch).mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=config.scratch)
-    except OSError as error:
-        raise ConfigError(f"scratch folder {config.scratch or tempfile.gettempdir()}: {error.strerror}") from error
-    with folder as name, (Path(name) / "new-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        Path(lock.name).rename(Path(name) / "lock")  # seen only once it is held
-        yield Path(name)
+    root = disk.scratch_folder(config.scratch)
+    with contextlib.ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root)))
+            lock = stack.enter_context((folder / "new-lock").open("w"))
+            if disk.lock(lock):
+                Path(lock.name).rename(folder / "lock")  # seen only once it is held
+        except OSError as error:
+            if error.errno in disk.FULL:
+                raise Interrupted(
+                    f"no space left in the scratch folder {root}; make room, or give another --scratch or TMPDIR, and "
+                    "run the same command again: it resumes"
+                ) from error
+            raise ConfigError(f"scratch folder {root}: {error.strerror}") from error
+        yield folder
 
 
 def sweep_scratch(config: RunConfig) -> None:
     """Remove what killed workers left on this machine: scratch folders whose lock nobody holds."""
-    for lock in Path(config.scratch or tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/lock"):
+    for lock in disk.scratch_folder(config.scratch).glob(f"{SCRATCH_PREFIX}*/lock"):
         with contextlib.suppress(OSError), lock.open() as file:  # held, gone, or somebody else's
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent)

@@ -26,6 +26,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from afn_ray import disk
 from afn_ray.blocks import Blocks
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
 from afn_ray.retry import http_status, patiently
@@ -33,7 +34,6 @@ from afn_ray.schema import FileInfo
 
 T = TypeVar("T")
 
-COPY_BYTES = 1 << 20
 READ_AHEAD_BYTES = 4 << 20
 DELETE_FOR_S = 10.0
 """Of trying again to delete: what stays is garbage, and whoever deletes is on the way out."""
@@ -65,6 +65,7 @@ NO_CREDENTIALS = frozenset({
 })  # fmt: skip
 
 
+UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
 NO_BUCKET = "bucket does not exist"
 
 
@@ -138,6 +139,10 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
         if isinstance(error, PermissionError):
             why = f" ({error})" if error.errno is None and str(error) else ""
             raise kind(f"{action} {uri}: permission denied; check owner, mode or credentials{why}") from error
+        if error.errno in UNSUPPORTED:
+            raise kind(
+                f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a folder elsewhere"
+            ) from error
         raise kind(f"{action} {uri}: {error.strerror or error}") from error
     except Exception as error:
         names = {c.__name__ for c in type(error).__mro__}
@@ -301,11 +306,12 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
 
 def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
     """All of ``uri``, or None when there is no such file. ``StoreError`` where it has more than ``most_bytes``."""
+    end = None if most_bytes is None else most_bytes + 1
     try:
-        if most_bytes is None:
-            return read_bytes(uri)
-        data = read_bytes(uri, 0, most_bytes + 1)
-        if len(data) > most_bytes:
+        data = read_bytes(uri, 0, end)
+        if not data and is_local(uri) and disk.wait_for_content(Path(absolute(uri)), disk.READER_S):
+            data = read_bytes(uri, 0, end)
+        if most_bytes is not None and len(data) > most_bytes:
             raise StoreError(f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote")
         return data
     except StoreError as error:
@@ -407,7 +413,10 @@ def write_once(uri: str, data: bytes) -> None:
 
     def create() -> None:
         if local:
-            _link_new(Path(path), data)
+            try:
+                disk.create_once(Path(path), data)
+            except disk.NameTaken:
+                raise AlreadyWritten(uri) from None
             return
         try:
             fs.pipe_file(path, data, mode="create")
@@ -421,18 +430,6 @@ def write_once(uri: str, data: bytes) -> None:
     _ask(fs, "writing", uri, StoreError, create)
 
 
-def _link_new(target: Path, data: bytes) -> None:
-    # fsspec's local create exposes a partial file; a hard link appears whole and only once.
-    temporary = _write_temporary(target, data)
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise AlreadyWritten(str(target)) from None
-    finally:
-        temporary.unlink()
-    _sync_folder(target.parent)
-
-
 def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
     """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. No result goes this way.
 
@@ -441,39 +438,18 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
     """
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
-    write = (lambda: _replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
+    write = (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
     with _named("writing", uri, StoreError):
         patiently(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
-
-
-def _replace(target: Path, data: bytes) -> None:
-    temporary = _write_temporary(target, data)
-    try:
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def upload(local: Path, uri: str) -> None:
     """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before its commit."""
     fs, path = open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        _ask(fs, "writing", uri, StoreError, lambda: _copy(local, Path(path)))
+        _ask(fs, "writing", uri, StoreError, lambda: disk.copy(local, Path(path)))
     else:
         _ask(fs, "writing", uri, StoreError, lambda: fs.put_file(str(local), path))
-
-
-def _copy(local: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with local.open("rb") as source, target.open("wb") as sink:
-            while block := source.read(COPY_BYTES):
-                sink.write(block)
-            sink.flush()
-            os.fsync(sink.fileno())
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
 
 
 def delete(uris: list[str]) -> None:
@@ -542,26 +518,12 @@ def check_writable(uri: str) -> None:
     raise StoreError(f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be safe")
 
 
-def _write_temporary(target: Path, data: bytes) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as sink:
-            sink.write(data)
-            sink.flush()
-            os.fsync(sink.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def find_lacks(uri: str) -> list[str]:
+    """What the filesystem of the writable folder ``uri`` lacks, and what is done instead."""
+    fs, path = open_filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    return _ask(fs, "looking at", uri, StoreError, lambda: disk.find_lacks(Path(path)))
 
 
 @contextlib.contextmanager
@@ -571,7 +533,7 @@ def write_local(path: Path) -> Iterator[IO[bytes]]:
         with path.open("wb") as file:
             yield file
         return
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    unfinished = path.with_name(f".{path.name[:40]}-{os.getpid()}")  # as long a name as there may be, and a bit
     try:
         with unfinished.open("wb") as file:
             yield file

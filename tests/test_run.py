@@ -24,7 +24,7 @@ import transformers
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cluster, job, lexicon, manifest, model, pipeline, precision, records, show, storage
+from afn_ray import cluster, disk, job, lexicon, manifest, model, pipeline, precision, records, show
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -398,9 +398,9 @@ def test_a_full_disk_stops_the_run_resumable_and_leaves_nothing_half_visible(
 
             patch.setattr(records, "_writer", full_writer)
         else:
-            real = storage._write_temporary
+            real = disk.write_temporary
             patch.setattr(
-                storage, "_write_temporary",
+                disk, "write_temporary",
                 lambda path, data: (_ for _ in ()).throw(full) if path.name == "commit.json" else real(path, data),
             )  # fmt: skip
         with pytest.raises(Interrupted, match=r"no space left.*run the same command again: it resumes") as error:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import stat
 import threading
 from pathlib import Path
 from random import Random
@@ -19,7 +20,7 @@ from conftest import write_new
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from afn_ray import blocks, storage
+from afn_ray import blocks, disk, storage
 from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
 
 BODY_BYTES = 3 << 20  # more than one block, so that a torn write would show
@@ -135,6 +136,114 @@ def test_a_killed_writer_leaves_no_final_name(tmp_path: Path) -> None:
     assert all(name.startswith(".") for name in _left(str(tmp_path)))  # hidden: no one takes it for a file
     storage.write_once(uri, b"again")
     assert storage.read_bytes(uri) == b"again"
+
+
+# --- filesystems that lack something ---------------------------------------------------------------------
+
+LINKLESS = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS]
+"""What exFAT, SMB and FUSE say to who wants a hard link."""
+
+
+@pytest.fixture(params=LINKLESS, ids=[errno.errorcode[n] for n in LINKLESS])
+def poor_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filesystem without hard links and without fsync of folders."""
+    fsync = os.fsync
+
+    def no_link(*args: object, **options: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    def no_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(os, "fsync", no_folders)
+
+
+def test_without_hard_links_one_writer_wins_and_its_content_is_whole(poor_disk: None, tmp_path: Path) -> None:
+    import queue
+
+    for trial in range(3):
+        uri, start, wins = str(tmp_path / f"{trial}"), threading.Barrier(8), queue.Queue[int | None]()
+        _race(uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins)
+    assert _left(str(tmp_path)) == ["0", "1", "2"]
+    storage.check_writable(str(tmp_path / "store"))
+    assert _left(str(tmp_path / "store")) == []
+    lacks = storage.find_lacks(str(tmp_path / "store"))
+    assert [what.partition(" (")[0] for what in lacks] == ["hard links", "fsync of folders"]
+    assert _left(str(tmp_path / "store")) == []
+
+
+def test_a_usual_disk_lacks_nothing(tmp_path: Path) -> None:
+    assert storage.find_lacks(str(tmp_path)) == [] == _left(str(tmp_path))
+
+
+def test_readers_of_a_claimed_name_wait_for_its_content(poor_disk: None, tmp_path: Path) -> None:
+    target, replace = tmp_path / "commit.json", Path.replace
+    claimed, read = threading.Event(), threading.Event()
+
+    def slow(self: Path, other: Path) -> Path:
+        claimed.set()
+        read.wait(10)
+        return replace(self, other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", slow)
+        writer = threading.Thread(target=storage.write_once, args=(str(target), b"whole"))
+        writer.start()
+        assert claimed.wait(10) and target.stat().st_size == 0
+        threading.Timer(0.1, read.set).start()
+        assert storage.read_if_there(str(target)) == b"whole"
+        writer.join(10)
+
+
+def test_a_claim_whose_writer_ended_is_named_with_what_to_do(
+    poor_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "CLAIM_S", 0.05)
+    (tmp_path / "commit.json").touch()
+    with pytest.raises(StoreError, match=r"commit\.json: it is empty.*delete that file and run the same command again"):
+        storage.write_once(str(tmp_path / "commit.json"), b"x")
+    assert _left(str(tmp_path)) == ["commit.json"]
+
+
+def test_an_exception_after_the_claim_gives_the_name_back(
+    poor_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, other: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", fail)
+        storage.write_once(str(tmp_path / "a"), b"x")
+    assert _left(str(tmp_path)) == []
+
+
+def test_a_filesystem_that_lets_two_claim_one_name_is_refused(
+    poor_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, *mode: opened(path, flags & ~os.O_EXCL, *mode))
+    with pytest.raises(StoreError, match="lets a second writer replace a file"):
+        storage.check_writable(str(tmp_path))
+
+
+def test_what_a_filesystem_cannot_do_is_no_want_of_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(Path, "mkdir", unable)
+    with pytest.raises(StoreError, match="its filesystem does not support that") as caught:
+        storage.check_writable(str(tmp_path))
+    assert "permission" not in str(caught.value)
+
+
+def test_a_result_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 251 + ".csv")
+    with storage.write_local(path) as file:
+        file.write(b"a")
+    assert path.read_bytes() == b"a" and len(_left(str(tmp_path))) == 1
 
 
 # --- upload ----------------------------------------------------------------------------------------------
