@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import cgroup
+from afn_ray import cgroup, disk
+from afn_ray.address import check as check_address
+from afn_ray.address import of_cluster
 from afn_ray.errors import AfnError, ConfigError, count, printable
 
 PACKAGE = "afn-ray"
@@ -47,14 +48,14 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
     cluster, default ``RAY_ADDRESS``, else a local Ray is started and stopped. Raises nothing: what goes wrong is
     a failed check that says what to do.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or None
+    address = of_cluster(address)
     tries: list[tuple[str, Callable[[], Check], str]] = [
         ("Python", _python, ""),
         ("packages", _packages, ""),
         ("torch", _torch, f"reinstall torch: {_install('torch')}"),
-        ("Ray", lambda: _ray(None if address == "local" else address), f"reinstall Ray: {_install('ray')}"),
+        ("Ray", lambda: _ray(address), f"reinstall Ray: {_install('ray')}"),
         ("model", lambda: _model(model), "try --model with a folder that holds config.json and model.safetensors"),
-        ("scratch space", lambda: _space("scratch space", Path(tempfile.gettempdir()), "set TMPDIR"), ""),
+        ("scratch space", _scratch, ""),
         ("store", lambda: _store(store), "check the store's URL, and its credentials in the environment"),
     ]  # fmt: skip
     checks = []
@@ -145,10 +146,29 @@ def _machine() -> str:
     )
 
 
+def _scratch() -> Check:
+    """The folders in which a run without --scratch, and a local Ray, write what is unfinished."""
+    from afn_ray.cluster import session
+
+    scratch = disk.scratch_folder(None)
+    checks = [_space("scratch space", scratch, "set TMPDIR, or give --scratch")]
+    if session.folder().parent != scratch:
+        checks.append(_space("scratch space", session.folder(), "set RAY_TMPDIR"))
+    try:
+        session.check()
+    except AfnError as error:
+        checks.append(Check("scratch space", False, str(error), "small runs work without Ray: --executor inline"))
+    worst = max(checks, key=lambda c: (True, None, False).index(c.ok))
+    return Check("scratch space", worst.ok, "; ".join(c.found for c in checks), worst.advice)
+
+
 def _space(name: str, folder: Path, otherwise: str) -> Check:
     """Free space on the disk that holds ``folder``, or will."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError as error:  # some mounts do not tell
+        return Check(name, None, f"free space at {folder} is not known: {error.strerror}", "see that there is room")
     found = f"{free / 2**30:,.1f} GiB free at {folder}"
     if free < LOW_BYTES:
         return Check(name, False if free < LEAST_BYTES else None, found, f"make room, or {otherwise}")
@@ -163,10 +183,13 @@ def _ray(address: str | None) -> Check:
     from afn_ray.cluster import access
 
     began = time.monotonic()
-    exposed = address is not None and not access.is_loopback(address)
+    exposed = False
     if address is not None:
-        if access.is_client(address):
-            return Check("Ray", False, access.CLIENT.format(address), "leave out ray://, and give the port of its head")
+        try:
+            check_address(address)
+        except ConfigError as error:
+            return Check("Ray", False, str(error), "set --address or RAY_ADDRESS to that, or unset it for a local Ray")
+        exposed = not access.is_loopback(address)
         if refused := access.unreachable(address):
             return Check("Ray", False, refused, "check the address (host:6379), the cluster and firewalls")
         try:
@@ -254,6 +277,8 @@ def _store(uri: str | None) -> Check:
     found = f"{uri} is writable" + ("" if there else " (it is new)")
     if not storage.is_local(uri):
         return Check("store", True, found)
+    if lacks := storage.find_lacks(uri):
+        found += f"; its filesystem lacks {' and '.join(lacks)}"
     space = _space("store", Path(storage.absolute(uri)), "use another --store")
     return Check("store", space.ok, f"{found}; {space.found}", space.advice)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import parquet
+from afn_ray import disk, parquet
 from afn_ray.errors import Interrupted
 from afn_ray.schema import (
     PAIRS_SCHEMA,
@@ -189,7 +188,7 @@ def _scratch(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in disk.FULL:
             raise Interrupted(
                 f"no space left on scratch while writing {path}; make room or give another --scratch, "
                 "and run the same command again: it resumes"

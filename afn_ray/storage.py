@@ -129,7 +129,7 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in disk.FULL:
             raise Interrupted(
                 f"no space left while {action} {uri}; make room and run the same command again: it resumes"
             ) from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import importlib.util
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from afn_ray import cli, doctor
-from afn_ray.cluster import access, connection
+from afn_ray import address, cli, doctor
+from afn_ray.cluster import access, connection, session
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, Interrupted
 
 pytestmark = pytest.mark.ray
 TOKEN = secrets.token_hex(32)
@@ -160,6 +162,75 @@ def test_what_is_no_address_of_a_head_is_refused(monkeypatch: pytest.MonkeyPatch
         where = "{}:{}".format(*mute.getsockname())
         with pytest.raises(ConfigError, match=rf"{where} does not answer within 0.01 s"):
             access.check(where, allow_open=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("http://head:8265", r"ray job submit --address http://head:8265 -- afn run \.\.\."),
+        ("https://me:secret@head/ray", r"ray job submit --address https://head/ray"),
+        ("ray://head:10001", "Ray Client"),
+        ("ssh://head:22", "expected host:6379"),
+        ("head", "it has no port; expected host:6379"),
+        ("head:port", "expected host:6379"),
+        ("head:99999", "expected host:6379"),
+        ("head:6379/ray", "expected host:6379"),
+        ("head :6379", "expected host:6379"),
+        (":6379", "expected host:6379"),
+    ],
+)
+def test_what_has_not_the_form_of_an_address_says_what_to_do(
+    where: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        address.check(where)
+    assert "secret" not in str(caught.value)
+    monkeypatch.setenv("RAY_ADDRESS", where)
+    with pytest.raises(ConfigError, match=said), connection.joined(RunConfig(corpus=("c",), model="m", store="/s")):
+        pytest.fail("joined")
+    found = doctor._ray(where)
+    assert found.ok is False and found.advice
+
+
+@pytest.mark.parametrize("where", ["auto", "head:6379", "10.0.0.7:6379", "[::1]:6379"])
+def test_addresses_of_heads_pass(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address.check(where)
+    monkeypatch.setenv("RAY_ADDRESS", f" {where}\n")  # of a Secret made of a file
+    assert address.of_cluster(None) == where
+    assert address.of_cluster("local") is None
+
+
+def test_a_full_or_too_long_folder_of_rays_is_named_and_resumable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def joined() -> None:
+        with connection.joined(RunConfig(corpus=("c",), model="m", store="/s", address="local")):
+            pytest.fail("joined")
+
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(Interrupted, match=r"sockets in .*longlong.*may have 107; set RAY_TMPDIR to a folder") as caught:
+        joined()
+    assert caught.value.exit_code == 75
+    monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="afn-", dir="/tmp"))
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+        with pytest.raises(Interrupted, match=r"no space left for a local Ray in .*1.0 MiB free, expected 16.*resumes"):
+            joined()
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        patch.setattr(Path, "touch", _full)
+        with pytest.raises(Interrupted, match="no space left for a local Ray"):
+            joined()
+    session.check()
+    monkeypatch.setenv("RAY_TMPDIR", "/proc/afn")
+    with pytest.raises(ConfigError, match=r"cannot write its folder /proc/afn/ray: .*set RAY_TMPDIR"):
+        joined()
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
 def test_a_ray_of_our_own_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

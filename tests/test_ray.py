@@ -23,7 +23,7 @@ from conftest import stop_after, write_jsonl
 
 import afn_ray
 from afn_ray import cluster, demo
-from afn_ray.cluster import pool
+from afn_ray.cluster import pool, session
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import Ready
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
@@ -48,6 +48,14 @@ def recorded(run: afn_ray.Run) -> tuple[pa.Table, pa.Table, pa.Table, pa.Table]:
 
 def plain(tables: tuple[pa.Table, ...]) -> list[list[dict[str, Any]]]:
     return [t.to_pylist() for t in tables]
+
+
+def test_ray_has_its_sockets_where_they_are_looked_for(local_ray: None) -> None:
+    from ray._private.worker import _global_node
+
+    socket = Path(_global_node.plasma_store_socket_name).relative_to(session.folder())
+    assert len(str(socket)) <= len(session.LONGEST_SOCKET)
+    assert re.sub(r"\d+", "0", str(socket)) == re.sub(r"\d+", "0", session.LONGEST_SOCKET)
 
 
 def test_rows_are_identical_for_one_two_and_four_workers_and_without_ray(

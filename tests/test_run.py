@@ -5,11 +5,14 @@ from __future__ import annotations
 import bz2
 import csv
 import errno
+import fcntl
 import gzip
 import json
 import lzma
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -378,6 +381,45 @@ def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
     monkeypatch.setattr(pipeline.Processor, "process", process)
     with afn_ray.run(config) as run:
         assert run.info["counts"]["shards_reused"] == len(tries)
+
+
+def test_a_run_on_a_filesystem_without_links_locks_and_fsync_of_folders(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
+    config = make_config(corpus=(str(corpus),), scratch=str(tmp_path / "scratch"))
+    fsync = os.fsync
+
+    def unable(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", unable)
+    monkeypatch.setattr(fcntl, "flock", unable)
+    monkeypatch.setattr(os, "fsync", lambda fd: unable() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd))
+    with afn_ray.run(config) as run:
+        assert len(all_rows(run, "documents")) == 60
+    assert not list((tmp_path / "scratch").iterdir())
+    with afn_ray.run(config) as again:
+        assert again.uri == run.uri
+
+
+def test_a_full_tmpdir_is_named_and_resumable(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:6]])
+    config = make_config(corpus=(str(corpus),), scratch=None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", full)
+        with pytest.raises(Interrupted, match=rf"no space left in the scratch folder {tmp_path}/tmp; make room, or"):
+            afn_ray.run(config)
+    with afn_ray.run(config) as run:
+        assert len(all_rows(run, "documents")) == 6
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("where", ["scratch", "store"])

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 from typing import Any
-from urllib.parse import urlsplit
 
+from afn_ray import address
+from afn_ray.cluster import session
 from afn_ray.errors import ConfigError
 
 CONNECT_S = 5.0
@@ -47,6 +48,7 @@ def choose_token(own: bool) -> None:
 def start_local(**options: Any) -> None:
     """``ray.init`` of a Ray of our own, with a token and on loopback alone; ``options`` are ``ray.init``'s."""
     choose_token(own=True)
+    session.check()
     import ray
     from ray._private import ray_constants
 
@@ -68,11 +70,10 @@ def check(where: str | None, allow_open: bool) -> None:
     if where is None:
         is_refused = os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled"
         what, how = "RAY_AUTH_MODE=disabled starts a Ray that asks", "unset it"
-    elif is_client(where):
-        raise ConfigError(CLIENT.format(where))
-    elif (why := unreachable(where)) is not None:
-        raise ConfigError(f"{why}; check the address (host:6379), the cluster and firewalls")
     else:
+        address.check(where)
+        if (why := unreachable(where)) is not None:
+            raise ConfigError(f"{why}; check the address (host:6379), the cluster and firewalls")
         is_refused = not is_loopback(where) and is_open(where)
         what, how = f"the cluster at {where} asks", HOW_TO_CLOSE
     if is_refused and not allow_open:
@@ -81,17 +82,6 @@ def check(where: str | None, allow_open: bool) -> None:
     if is_refused:
         _log.warning("%s for no token: whoever reaches it can run code there, with what this run may read and write",
                      what)  # fmt: skip
-
-
-CLIENT = (
-    "{} is an address of Ray Client, which afn-ray does not use: give host:6379 on a machine of the cluster, or submit "
-    "the command as a job"
-)
-
-
-def is_client(where: str) -> bool:
-    """Whether ``where`` is an address of Ray Client."""
-    return where.startswith("ray://")
 
 
 def is_open(where: str) -> bool:
@@ -127,11 +117,10 @@ def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess
 
 def unreachable(where: str) -> str | None:
     """Why nothing can be reached at ``where``, told in seconds where Ray takes minutes; None also for ``auto``."""
-    host, port = _host(where)
-    if host is None:
+    if where == "auto":
         return None
     try:
-        socket.create_connection((host, port or 0), timeout=CONNECT_S).close()
+        socket.create_connection(address.host_and_port(where), timeout=CONNECT_S).close()
     except OSError as error:
         return f"nothing answers at {where}: {error}"
     return None
@@ -139,17 +128,10 @@ def unreachable(where: str) -> str | None:
 
 def is_loopback(where: str) -> bool:
     """Whether ``where`` is an address of this machine that no other reaches."""
-    host, _ = _host(where)
+    if where == "auto":
+        return False
+    host, _ = address.host_and_port(where)
     try:
-        return host == "localhost" or (host is not None and ipaddress.ip_address(host).is_loopback)
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return False
-
-
-def _host(where: str) -> tuple[str | None, int | None]:
-    """Host and port of ``host:port``; none for ``auto``."""
-    try:
-        parts = urlsplit(f"//{where}")
-        return (parts.hostname, parts.port) if parts.port else (None, None)
-    except ValueError as error:
-        raise ConfigError(f"{where!r} is no address of a Ray cluster: {error}") from error

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from afn_ray import dispatch, model, storage
+from afn_ray.address import of_cluster
 from afn_ray.cluster import access
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, ModelError, count
@@ -42,8 +43,7 @@ _log = logging.getLogger(__name__)
 
 def address(config: RunConfig) -> str | None:
     """Where a cluster is that was started by others; None where a Ray of our own is to be."""
-    given = config.address or os.environ.get("RAY_ADDRESS")
-    return None if given in ("", "local") else given
+    return of_cluster(config.address)
 
 
 @contextmanager
