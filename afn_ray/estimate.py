@@ -265,7 +265,7 @@ def _pilot(task: pipeline.Task, texts: Sequence[str]) -> _Pilot:
         pilot.num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
         pilot.num_bytes += sum(len(t.encode()) for t in some)
         if others:
-            prepared = processor.preparer.prepare(some, [False] * len(some))
+            prepared = processor.preparer.prepare(some, [False] * len(some), refused=measured.encoded.problems)
             sets = [[alone], *([alone, other] for other in others)]
             turns = [[processor.seconds(prepared, signals) for signals in sets] for _ in range(2)]
             for name, seconds in zip(taken, map(min, *turns), strict=True):  # the other one was disturbed

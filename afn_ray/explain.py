@@ -224,6 +224,8 @@ def _measure(plan: pipeline.Task, text: str, replaced: bool) -> tuple[pipeline.M
     with contextlib.closing(pipeline.Processor(plan)) as processor:
         measured = processor.measure([text], [replaced])
         pieces = processor.preparer.pieces
+    if problem := measured.encoded.problems.get(0):
+        raise ModelError(f"{plan.config.model} cannot measure this text; a run would quarantine it: {problem}")
     if not len(measured.encoded.token_ids):
         raise ConfigError("the text has no tokens; give one with at least a word")
     if bad := [s.name for s, v in zip(plan.series, measured.values, strict=True) if not np.isfinite(v).all()]:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -48,6 +48,7 @@ class Recipe:
     batch_tokens: int
     causal: bool
     packed: bool
+    num_embeddings: int | None = None  # token ids that the model has a vector for; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +76,24 @@ class Preparer:
 
     def __init__(self, recipe: Recipe, encoder: tokens.TextEncoder | None = None) -> None:
         self.recipe = recipe
-        self.encoder = encoder or tokens.TextEncoder(Tokenizer.from_str(recipe.tokenizer))
+        self.encoder = encoder or tokens.TextEncoder(Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings)
         self.pieces, self.readable = self.encoder.texts()
         self._width, self._overlap = tokens.window_sizes(
             recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
         )
 
-    def prepare(self, texts: Sequence[str], replaced: Sequence[bool], halvings: int = 0) -> Prepared:
+    def prepare(
+        self, texts: Sequence[str], replaced: Sequence[bool], halvings: int = 0,
+        refused: Mapping[int, str] | None = None,
+    ) -> Prepared:  # fmt: skip
         """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for invalid UTF-8.
 
-        ``halvings``: how often the token budget is halved.
+        ``halvings``: how often the token budget is halved; ``refused``: texts at fault, which are packed as if they
+        were empty, and why.
         """
         began = time.monotonic()
         recipe, template = self.recipe, self.encoder.template
-        encoded = self.encoder.encode(texts, replaced)
+        encoded = self.encoder.encode(texts, replaced, refused)
         windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
         budget = max(1, recipe.batch_tokens >> halvings)
         batches = list(tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed))

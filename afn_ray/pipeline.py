@@ -13,21 +13,21 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray import disk, logs, manifest, model, neurons, reading, records, tokens
+from afn_ray import culprits, disk, logs, manifest, model, neurons, reading, records, tokens
 from afn_ray.commits import COUNTS
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
-from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory
+from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory, ShardError
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import (
     SCHEMA_VERSION,
@@ -44,6 +44,7 @@ from afn_ray.signals import Neurons, Signal, States, find_signals, series
 from afn_ray.thresholds import Summary, round_strengths
 
 Values = npt.NDArray[np.float32]
+Result = TypeVar("Result")
 
 PROBES = ("A", "The quick brown fox jumps over the lazy dog.", "Strength is a norm; a norm is not a meaning, yet.")
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
@@ -56,6 +57,8 @@ MOST_NUMBERS = 640
 """Measured of a token: a chunk of a quarter of a million tokens is then 0.6 GB, and a few of them are on their way."""
 WRITTEN_BEHIND = 2
 """Chunks that wait for the writing thread: bounds memory."""
+NONE_MEASURED = 5
+"""Documents of a shard that are at fault, and none measured beside them: the fault is no document's."""
 
 _log = logging.getLogger(__name__)
 
@@ -205,17 +208,20 @@ class Processor:
                 f"model {config.model} differs on this worker from the one planned: {', '.join(differing)}"
             )
         tokenizer = model.load_tokenizer(files)
-        encoder = tokens.TextEncoder(tokenizer)
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens, task.outliers)
+        encoder = tokens.TextEncoder(tokenizer, self.model.num_embeddings)
         self.signals, _ = find_signals(config.signals, config.top_neurons)
         needs = frozenset(need for signal in self.signals for need in signal.needs)
-        self.model.prepare(_probes(encoder, window), needs)
+        probes = _probes(encoder, window)
+        self._probe = min(probes, key=len)
+        self.model.prepare(probes, needs)
         self.progress.why_padded = self.model.why_padded or ""
         recipe = Recipe(
-            tokenizer.to_str(), window, config.overlap_tokens, batch_tokens, self.model.causal, self.model.packed
-        )
+            tokenizer.to_str(), window, config.overlap_tokens, batch_tokens, self.model.causal, self.model.packed,
+            self.model.num_embeddings,
+        )  # fmt: skip
         self._num_rows = len(task.series) + 2 * config.top_neurons * len(task.neuron_layers)  # of what is measured
         self.preparer = Preparer(recipe, encoder)
         self.feed = Feed(self.preparer, config.tokenizer_workers)
@@ -283,22 +289,37 @@ class Processor:
         self, documents: Iterator[Document], halvings: int, files: records.ShardFiles, summary: Summary,
         pairs: neurons.PairSummary, counts: dict[str, int],
     ) -> float:  # fmt: skip
-        """Returns the seconds for which the shard held the model."""
-        behind: deque[Future[None]] = deque()
+        """Returns the seconds for which the shard held the model.
+
+        Raises ``ShardError`` where no document of the shard can be measured and ``NONE_MEASURED`` are at fault.
+        """
+        behind: deque[Future[list[str]]] = deque()
+        num_at_fault, first = 0, ""
+
+        def finish() -> None:
+            nonlocal num_at_fault, first
+            problems = behind.popleft().result()
+            num_at_fault += len(problems)
+            first = first or "".join(problems[:1])
+
         with self.feed.chunks(documents, halvings) as chunks, ThreadPoolExecutor(1, "afn-write") as writer:
             with self._turn():
                 began = waiting = time.monotonic()
                 for chunk in chunks:
                     self.progress.wait_s += time.monotonic() - waiting
                     self.progress.read_s += chunk.read_s
-                    values = self.values(chunk.prepared)
+                    chunk, values = self._measure_chunk(chunk, halvings)
                     behind.append(writer.submit(self._record, chunk, values, files, summary, pairs, counts))
                     if len(behind) > WRITTEN_BEHIND:
-                        behind.popleft().result()
+                        finish()
                     waiting = time.monotonic()
                 seconds = time.monotonic() - began
-            for record in behind:
-                record.result()
+            while behind:
+                finish()
+        if num_at_fault >= NONE_MEASURED and not counts["tokens"]:
+            raise ShardError(
+                f"none of {num_at_fault:,} documents could be measured, so the fault may be none of theirs: {first}"
+            )
         return seconds
 
     @contextmanager
@@ -312,23 +333,75 @@ class Processor:
 
     def mean_squares(self, texts: list[str]) -> npt.NDArray[np.float64]:
         """Of each dimension of the hidden state over the tokens of ``texts``, special ones apart: [n_layers, size]."""
-        prepared = self.preparer.prepare(texts, [False] * len(texts))
-        total, n = np.zeros((len(self.task.layers), self.model.files.hidden_size)), 0
-        for batch in prepared.batches:
-            states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
-            states = states[:, prepared.encoded.flags[batch.rows] & SPECIAL == 0]
-            total += (states.astype(np.float64) ** 2).sum(axis=1)
-            n += states.shape[1]
-        return total / max(1, n)
+
+        def squares(prepared: Prepared) -> npt.NDArray[np.float64]:
+            total, n = np.zeros((len(self.task.layers), self.model.files.hidden_size)), 0
+            for batch in prepared.batches:
+                states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
+                states = states[:, prepared.encoded.flags[batch.rows] & SPECIAL == 0]
+                total += (states.astype(np.float64) ** 2).sum(axis=1)
+                n += states.shape[1]
+            return total / max(1, n)
+
+        replaced = [False] * len(texts)
+        return self._without_culprits(texts, replaced, 0, self.preparer.prepare(texts, replaced), squares)[1]
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
             raise Interrupted("stopped; the same command resumes")
 
     def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
-        """All series of every token of ``texts``, which are encoded, cut into windows and batched together."""
+        """All series of every token of ``texts``, which are encoded, cut into windows and batched together.
+
+        Texts at fault have no token; ``encoded.problems`` says why.
+        """
         prepared = self.preparer.prepare(texts, replaced)
-        return Measured(prepared.encoded, self.values(prepared), len(self.task.layers))
+        prepared, values = self._without_culprits(texts, replaced, 0, prepared, self.values)
+        return Measured(prepared.encoded, values, len(self.task.layers))
+
+    def _measure_chunk(self, chunk: Chunk, halvings: int) -> tuple[Chunk, Values]:
+        """``values`` of ``chunk``; where the model cannot take some of its documents, of the others."""
+        texts, replaced = [d.text for d in chunk.documents], [d.num_replaced > 0 for d in chunk.documents]
+        prepared, values = self._without_culprits(texts, replaced, halvings, chunk.prepared, self.values)
+        return replace(chunk, prepared=prepared), values
+
+    def _without_culprits(
+        self, texts: list[str], replaced: list[bool], halvings: int, prepared: Prepared,
+        run: Callable[[Prepared], Result],
+    ) -> tuple[Prepared, Result]:  # fmt: skip
+        """``run(prepared)``; where it fails for some of ``texts``, with these packed as if they were empty.
+
+        Only a text that fails alone is at fault, while the model still takes a probe: what fails for everything, or
+        only in company, is raised as it came.
+        """
+        try:
+            return prepared, run(prepared)
+        except Exception as error:
+            if not _may_blame(error) or not self._takes_probe():
+                raise
+            refused = prepared.encoded.problems
+            suspects = [i for i, n in enumerate(np.diff(prepared.encoded.bounds).tolist()) if n]
+
+            def attempt(some: list[int]) -> None:
+                few = self.preparer.prepare([texts[i] for i in some], [replaced[i] for i in some], halvings)
+                run(few)
+
+            found = culprits.find_culprits(attempt, suspects, _may_blame)
+            if not found or not self._takes_probe():
+                raise
+        why = {i: f"the model cannot take it: {culprits.first_line(error)}" for i, error in found.items()}
+        prepared = self.preparer.prepare(texts, replaced, halvings, refused | why)
+        return prepared, run(prepared)
+
+    def _takes_probe(self) -> bool:
+        """Whether the model still measures what it measured at load."""
+        ids = np.asarray(self._probe, np.int64)
+        try:
+            return bool(np.isfinite(self.model.measure(ids, [len(ids)], self.signals)).all())
+        except Exception as error:
+            if not _may_blame(error):
+                raise
+            return False
 
     def values(self, prepared: Prepared) -> Values:
         """Rounded [n_measured, n_tokens]: the series, then for each layer whose neurons are recorded their numbers and
@@ -374,8 +447,8 @@ class Processor:
     def _record(
         self, read: Chunk, values: Values, files: records.ShardFiles, summary: Summary, pairs: neurons.PairSummary,
         counts: dict[str, int],
-    ) -> None:  # fmt: skip
-        """Write the rows of one chunk and add it to the summaries."""
+    ) -> list[str]:  # fmt: skip
+        """Write the rows of one chunk and add it to the summaries; returns why documents are at fault that are read."""
         began = time.monotonic()
         first_doc = counts["documents"]
         chunk, prepared, encoded = read.documents, read.prepared, read.prepared.encoded
@@ -384,13 +457,15 @@ class Processor:
         bad = np.zeros(len(chunk), bool)
         bad[encoded.docs[~(values >= 0).all(axis=0) | np.isinf(values).any(axis=0)]] = True
         bad[encoded.docs[~(np.abs(tops) < neurons.LIMIT).all(axis=0)]] = True
+        problems = encoded.problems | {
+            i: self._why_bad(values[:, encoded.docs == i]) for i in np.flatnonzero(bad).tolist()
+        }
         status = [
-            f"quarantined: {d.problem}" if d.problem is not None
-            else f"quarantined: {self._why_bad(values[:, encoded.docs == i])}" if bad[i]
+            f"quarantined: {d.problem or problems[i]}" if d.problem is not None or i in problems
             else "ok" if n_tokens[i] else "empty"
             for i, d in enumerate(chunk)
         ]  # fmt: skip
-        losses = [_loss(d, rejected=rejected) for d, rejected in zip(chunk, bad.tolist(), strict=True)]
+        losses = [_loss(d, rejected=i in problems) for i, d in enumerate(chunk)]
         keep = ~bad[encoded.docs]
         n_tokens = np.where(bad, 0, n_tokens)
         by_series = dict(zip(self.task.series, values, strict=True))
@@ -452,6 +527,7 @@ class Processor:
         with self._counting:  # the next shard may have begun to write as well
             self.progress.documents += len(chunk)
             self.progress.write_s += time.monotonic() - began
+        return list(problems.values())
 
     def _neurons(
         self, tops: Values, by_series: Mapping[Series, Values], docs: npt.NDArray[np.int32],
@@ -479,6 +555,15 @@ class Processor:
         return f"the model gave a {self.task.series[at].signal} that is {what}"
 
 
+def _may_blame(error: BaseException) -> bool:
+    """Whether ``error`` of a forward pass may be the fault of a text in it."""
+    return (
+        culprits.is_of_input(error)
+        and not model.is_out_of_memory(error)
+        and not model.is_device_fault(error)
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Tokens of some texts and what was measured of them, rounded [n_series, n_tokens]."""
@@ -496,16 +581,19 @@ class Measured:
 def _probes(encoder: tokens.TextEncoder, window: int) -> list[list[int]]:
     """Token sequences for the self-check, each with its template; the last is as long as a window, or nearly."""
     width = min(window, LONG_PROBE_TOKENS)
-    encoded = encoder.encode([*PROBES, " ".join(PROBES * (1 + width // 16))])
+    problems = encoder.encode(PROBES).problems
+    able = [text for i, text in enumerate(PROBES) if i not in problems]
+    encoded = encoder.encode([*able, " ".join(able * (1 + width // 16))])
     suffix = list(encoder.template.suffix)
     found = [encoded.token_ids[a:b].tolist() for a, b in itertools.pairwise(encoded.bounds)]
     return [ids if len(ids) <= width else ids[: width - len(suffix)] + suffix for ids in found if len(ids) > 2]
 
 
 def _loss(document: Document, *, rejected: bool) -> tuple[int, int | None]:
-    """Bytes of its file and documents that are lost with ``document``; ``rejected``: the model could not take it."""
+    """Bytes of its file and documents that are lost with ``document``; ``rejected``: its text was read and not
+    measured."""
     if rejected:
-        return len(document.text.encode()), 1
+        return max(1, len(document.text.encode())), 1
     if document.problem is None and not document.lost_bytes:
         return 0, 0
     return document.lost_bytes, document.lost_documents

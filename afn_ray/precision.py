@@ -165,6 +165,8 @@ def _try(task: pipeline.Task, chunks: Sequence[list[str]], reference: np.ndarray
     finally:
         model.free_memory()
     got, largest = np.concatenate(found, axis=1), peak()
+    if got.shape != reference.shape:
+        return Trial(task.dtype, False, "it cannot take a text that float32 takes", peak=largest)
     if not np.isfinite(got).all():
         return Trial(task.dtype, False, "it gives strengths that are not finite", peak=largest)
     flips, errors = {}, {}

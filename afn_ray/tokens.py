@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import bisect
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from afn_ray.culprits import find_culprits, first_line, is_of_input
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START, Span
 
 Int32 = npt.NDArray[np.int32]
+
+MOST_IDS = 1 << 31
+"""Token ids that the tables can hold."""
+NAME_CHARS = 40
+"""Longest token in a message, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,8 @@ class Template:
 class Encoded:
     """Tokens of some documents, one after the other, each with its template around it.
 
-    Document i holds the rows ``bounds[i]`` to ``bounds[i + 1]``; none when its text has no token at all.
+    Document i holds the rows ``bounds[i]`` to ``bounds[i + 1]``; none when its text has no token at all, or is at
+    fault: ``problems`` says why.
     """
 
     bounds: npt.NDArray[np.int64]  # [n_docs + 1]
@@ -43,6 +50,7 @@ class Encoded:
     end: Int32
     flags: npt.NDArray[np.uint8]
     word_end: Int32  # of tokens that start a word: character offset where the word ends; else 0
+    problems: dict[int, str] = field(default_factory=dict)  # document -> why it has no rows
 
     @property
     def docs(self) -> Int32:
@@ -70,17 +78,29 @@ class Window:
 
 
 class TextEncoder:
-    """A fast tokenizer set up to encode untrusted texts of any length, without truncation or padding."""
+    """A fast tokenizer set up to encode untrusted texts of any length, without truncation or padding.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    ``num_embeddings``: token ids that the model has a vector for; None: not known. Raises ``ModelError`` for a
+    tokenizer that cannot encode even an "a".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_embeddings: int | None = None) -> None:
         tokenizer.no_truncation()  # tokenizer.json often carries both, for another purpose
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, not a control token
         self._tokenizer = tokenizer
+        self._num_ids = MOST_IDS if num_embeddings is None else num_embeddings
         self.template = self._find_template()
+        if beyond := [i for i in (*self.template.prefix, *self.template.suffix) if i >= self._num_ids]:
+            raise ModelError(f"the tokenizer puts {self._name(beyond[0])} around every text, and {self._beyond}")
 
     def _find_template(self) -> Template:
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        try:
+            encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        except BaseException as error:
+            if not is_of_input(error):
+                raise
+            raise ModelError(f"the tokenizer cannot encode 'a': {first_line(error)}") from error
         text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         if not text or text != list(range(text[0], text[-1] + 1)):
             raise ModelError(f"the tokenizer makes {encoding.tokens} of 'a': no text between its special tokens")
@@ -99,10 +119,20 @@ class TextEncoder:
             readable.append(text.strip() or text)
         return pieces, readable
 
-    def encode(self, texts: Sequence[str], replaced: Sequence[bool] | None = None) -> Encoded:
-        """Tokens of ``texts``; ``replaced`` marks those in which U+FFFD stands for invalid UTF-8."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        lengths = np.array([len(e) for e in encodings], np.int64)
+    def encode(
+        self, texts: Sequence[str], replaced: Sequence[bool] | None = None, refused: Mapping[int, str] | None = None
+    ) -> Encoded:
+        """Tokens of ``texts``; ``replaced`` marks those in which U+FFFD stands for invalid UTF-8.
+
+        A text that the tokenizer cannot take, or that gets a token that the model or the text does not have, is given
+        none, as an empty one, and the reason. ``refused``: texts that are known to be at fault, and why. Raises
+        ``ModelError`` for a tokenizer that can take nothing any more.
+        """
+        problems = dict(refused or {})
+        encodings = self._encodings(texts, problems)
+        kept = [i for i in range(len(texts)) if i not in problems]
+        lengths = np.zeros(len(texts), np.int64)
+        lengths[kept] = [len(e) for e in encodings]
         before, after = len(self.template.prefix), len(self.template.suffix)
         bounds = np.zeros(len(texts) + 1, np.int64)
         np.cumsum(np.where(lengths > 0, lengths + before + after, 0), out=bounds[1:])
@@ -114,17 +144,20 @@ class TextEncoder:
         first = np.cumsum(lengths) - lengths  # of each text, among the text tokens
         text_of = np.repeat(np.arange(len(texts)), lengths)
         rows = np.arange(n) + (bounds[:-1] + before - first)[text_of]
-        token_ids[rows] = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, n)
-        spans = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int32, 2 * n)
-        start[rows], end[rows] = spans[::2], spans[1::2]
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, n)
+        spans = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2 * n)
+        if found := self._find_wrong(texts, text_of, ids, spans):
+            return self.encode(texts, replaced, problems | found)
+        token_ids[rows], inside = ids, spans.astype(np.int32)
+        start[rows], end[rows] = inside[::2], inside[1::2]
         words = np.fromiter((-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n)
         characters, origin = _characters(texts)
         at = origin[text_of]  # of each token's text, among the characters
-        starts = _word_starts(text_of, words, spans[::2], spans[1::2], characters, at)
+        starts = _word_starts(text_of, words, inside[::2], inside[1::2], characters, at)
         flags[rows] = starts * np.uint8(WORD_START)
         heads = np.flatnonzero(starts)
         tails = np.append(heads, n)[1:] - 1  # the last token of each word
-        word_end[rows[heads]] = _with_marks(tails, text_of, spans[::2], spans[1::2], characters, at, origin)
+        word_end[rows[heads]] = _with_marks(tails, text_of, inside[::2], inside[1::2], characters, at, origin)
         for i in np.flatnonzero(replaced if replaced is not None else []).tolist():
             for row in range(bounds[i] + before, bounds[i] + before + lengths[i]):
                 if "\ufffd" in texts[i][start[row] : end[row]]:
@@ -134,7 +167,48 @@ class TextEncoder:
             token_ids[bounds[i] : bounds[i] + before] = self.template.prefix
             token_ids[last : bounds[i + 1]] = self.template.suffix
             start[last : bounds[i + 1]] = end[last : bounds[i + 1]] = end[last - 1]
-        return Encoded(bounds, token_ids, start, end, flags, word_end)
+        return Encoded(bounds, token_ids, start, end, flags, word_end, problems)
+
+    def _encodings(self, texts: Sequence[str], problems: dict[int, str]) -> list[Encoding]:
+        """Of those ``texts`` that have no problem; adds those that the tokenizer cannot take."""
+
+        def encode(some: Sequence[int]) -> list[Encoding]:
+            return self._tokenizer.encode_batch([texts[i] for i in some], add_special_tokens=False)
+
+        kept = [i for i in range(len(texts)) if i not in problems]
+        try:
+            return encode(kept)
+        except BaseException as error:
+            if not is_of_input(error):
+                raise
+            found = find_culprits(encode, kept, is_of_input)
+        self._find_template()  # or it is no text's fault
+        problems |= {i: f"the tokenizer cannot take it: {first_line(why)}" for i, why in found.items()}
+        return encode([i for i in kept if i not in problems])
+
+    def _find_wrong(
+        self, texts: Sequence[str], text_of: npt.NDArray[np.int64], ids: npt.NDArray[np.int64],
+        spans: npt.NDArray[np.int64],
+    ) -> dict[int, str]:  # fmt: skip
+        """Texts with a token that the model has no vector for, or whose characters they do not have; and why."""
+        start, end = spans[::2], spans[1::2]
+        beyond = ids >= self._num_ids
+        outside = (start < 0) | (end < start) | (end > np.array([len(t) for t in texts], np.int64)[text_of])
+        problems: dict[int, str] = {}
+        for at in np.flatnonzero(beyond | outside).tolist():
+            text = int(text_of[at])
+            why = f"{self._name(int(ids[at]))}: {self._beyond}"
+            if not beyond[at]:
+                why = f"the tokenizer gives characters {start[at]} to {end[at]} of {len(texts[text])}"
+            problems.setdefault(text, why)
+        return problems
+
+    def _name(self, token_id: int) -> str:
+        return f"token id {token_id} ({(self._tokenizer.id_to_token(token_id) or '')[:NAME_CHARS]!r})"
+
+    @property
+    def _beyond(self) -> str:
+        return f"the model has embeddings for the ids 0 to {self._num_ids - 1}"
 
 
 def _characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:

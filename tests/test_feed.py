@@ -6,16 +6,18 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import string
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from afn_ray import feed, model, tokens
 from afn_ray.errors import ShardError
@@ -103,7 +105,7 @@ class Counted:
 def assert_same(one: Prepared, other: Prepared) -> None:
     for f in fields(tokens.Encoded):
         a, b = getattr(one.encoded, f.name), getattr(other.encoded, f.name)
-        assert a.dtype == b.dtype and np.array_equal(a, b), f.name
+        assert a == b if f.name == "problems" else a.dtype == b.dtype and np.array_equal(a, b), f.name
     assert one.surfaces == other.surfaces
     assert np.array_equal(one.n_windows, other.n_windows)
     assert len(one.batches) == len(other.batches)
@@ -137,6 +139,31 @@ def test_texts_without_a_token_have_no_batch(preparer: Preparer) -> None:
     for texts in ([], ["", "\u200b"]):
         got = preparer.prepare(texts, [False] * len(texts))
         assert got.batches == [] and got.n_windows.tolist() == [0] * len(texts) and len(got.encoded.token_ids) == 0
+
+
+def test_texts_at_fault_are_packed_as_if_they_were_empty(preparer: Preparer, verses: list[str]) -> None:
+    texts = [" ".join(verses[i : i + 1 + i % 5]) for i in range(40)]
+    got = preparer.prepare(texts, [False] * 40, 1, {7: "this", 39: "that"})
+    expected = preparer.prepare(["" if i in (7, 39) else t for i, t in enumerate(texts)], [False] * 40, 1)
+    assert got.encoded.problems == {7: "this", 39: "that"} and got.n_windows[[7, 39]].tolist() == [0, 0]
+    assert len(got.batches) > 1
+    assert_same(replace(got, encoded=replace(got.encoded, problems={})), expected)
+
+
+def test_a_process_finds_the_documents_at_fault_that_a_thread_finds(recipe: Recipe, verses: list[str]) -> None:
+    pieces = [(c, -1.0) for c in f" {string.ascii_letters}.,:;"]
+    recipe = replace(recipe, tokenizer=Tokenizer(models.Unigram(pieces, unk_id=None)).to_str(), num_embeddings=55)
+    rows = documents(verses, 12)  # ":" is id 55, and the tokenizer has no "?"
+    rows += [replace(rows[0], text="what?"), replace(rows[0], text="a: b")]
+    made = [Feed(Preparer(recipe), n) for n in (0, 1)]
+    one, other = ([c.prepared for c in feed_.chunks(rows)] for feed_ in made)
+    for feed_ in made:
+        feed_.close()
+    assert len(one) == len(other) == 1
+    assert_same(one[0], other[0])
+    problems = one[0].encoded.problems
+    assert "cannot take it: Exception" in problems[12] and "token id 55 (':')" in problems[13]
+    assert sum(b.forward_tokens for b in one[0].batches) > 0 and len(problems) < len(rows)
 
 
 # --- order and bounds ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import lzma
 import os
 import shutil
 import stat
+import string
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,12 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cluster, disk, job, lexicon, manifest, model, pipeline, precision, records, show
+from afn_ray import cluster, demo, disk, job, lexicon, manifest, model, pipeline, precision, records, show
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -280,6 +282,153 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
         assert lost == [(0, 0), (len("poison here"), 1), (0, 0)]
         totals = {"lost_bytes": len("poison here"), "lost_documents": 1, "lost_unknown": 0}
         assert {name: run.info["counts"][name] for name in totals} == totals
+
+
+def fail_on(monkeypatch: pytest.MonkeyPatch, word: str, error: BaseException) -> list[int]:
+    """From now on the model raises ``error`` for batches with ``word``, a token of its own; returns their sizes."""
+    token = tokenizers.Tokenizer.from_file(str(demo.model_folder() / "tokenizer.json")).token_to_id(word)
+    submit = model.Model.submit
+    failed: list[int] = []
+
+    def submit_or_fail(self: Any, ids: Any, lengths: Any, *signals: Any) -> Any:
+        pending = submit(self, ids, lengths, *signals)
+        if token in ids[: sum(lengths)]:
+            failed.append(len(lengths))
+            raise error
+        return pending
+
+    monkeypatch.setattr(model.Model, "submit", submit_or_fail)
+    return failed
+
+
+def assert_quarantined_alone(
+    config: RunConfig, folder: Path, rows: list[dict[str, str]], bad: dict[int, str]
+) -> list[dict[str, Any]]:
+    """``bad`` documents of a run over ``rows`` have those reasons, and all else is bit for bit what it is where their
+    texts are empty; returns the documents."""
+    seen = []
+    for name in ("as-they-are", "emptied"):
+        emptied = [{**r, "text": ""} if i in bad and name == "emptied" else r for i, r in enumerate(rows)]
+        corpus = write_jsonl(folder / f"{name}.jsonl", emptied)
+        with afn_ray.run(replace(config, corpus=(str(corpus),), store=str(folder / name), shard_bytes=1 << 20)) as run:
+            seen.append((all_rows(run, "tokens"), all_rows(run, "documents"), run.info["counts"]))
+    (tokens, documents, counts), (expected, plain, _) = seen
+    assert tokens == expected and len(tokens) > 0
+    for i, (d, p) in enumerate(zip(documents, plain, strict=True)):
+        assert d["doc_id"] == rows[i]["id"] == p["doc_id"]
+        if i in bad:
+            assert d["status"] == f"quarantined: {bad[i]}" and d["n_tokens"] == d["n_windows"] == 0
+            assert d["n_chars"] == len(rows[i]["text"])
+            assert (d["lost_bytes"], d["lost_documents"]) == (len(rows[i]["text"].encode()), 1)
+        else:
+            assert {k: v for k, v in d.items() if k not in ("source", "offset")} == {
+                k: v for k, v in p.items() if k not in ("source", "offset")
+            }
+    assert counts["quarantined"] == len(bad)
+    return documents
+
+
+def test_a_document_that_the_tokenizer_cannot_take_is_quarantined_alone(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], tiny_bert: Path
+) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "unigram")
+    pieces = [("[CLS]", 0.0), ("[SEP]", 0.0), *((c, -1.0) for c in f" {string.ascii_letters}.,:;?!()'-")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=None))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("special_tokens_map.json", "vocab.txt"):
+        (folder / name).unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    rows = [{"id": f"d{i}", "text": v} for i, v in enumerate(verses[:60])]
+    rows[3]["text"] += " \u05d0"
+    rows[50]["text"] = "\u4e2d\u6587 is not in it"
+    why = "the tokenizer cannot take it: Exception: Encountered an unknown token but `unk_id` is missing"
+    config = make_config(model=str(folder), id_column="id")
+    assert_quarantined_alone(config, tmp_path, rows, {3: why, 50: why})
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_a_document_that_the_model_cannot_take_is_quarantined_alone(
+    kind: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    tiny_mpnet: Path,
+) -> None:  # fmt: skip
+    failed = fail_on(monkeypatch, "abraham", ValueError("no\x1b[31m such\nplace"))
+    rows = [{"id": f"d{i}", "text": " ".join(verses[i : i + 2])} for i in range(100)]
+    rows[77]["text"] += " Abraham went."
+    rows[99]["text"] = f"Abraham {rows[99]['text']}"
+    bad = dict.fromkeys((77, 99), r"the model cannot take it: ValueError: no\x1b[31m such")
+    config = make_config(id_column="id", **({"model": str(tiny_mpnet)} if kind == "padded" else {}))
+    assert_quarantined_alone(config, tmp_path, rows, bad)
+    assert 2 <= len(failed) <= 2 * 2 * 8  # a hundred documents are halved seven times, for two of them
+
+
+def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it_was_tried(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": f"d{i}", "text": v} for i, v in enumerate(verses[:100])]
+    rows[50]["text"] += " Abraham"
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    fail_on(monkeypatch, "abraham", IndexError("index out of range in self"))
+    config = make_config(corpus=(str(corpus),), id_column="id")
+    tables = []
+    for name in ("whole", "stopped"):
+        config = replace(config, store=str(tmp_path / name))
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                stop_after(patch, 2)
+                with pytest.raises((KeyboardInterrupt, Interrupted)):
+                    afn_ray.run(config)
+        with afn_ray.run(config) as run:
+            assert run.info["counts"]["shards"] > 3 and run.info["counts"]["quarantined"] == 1
+            tables.append((all_rows(run, "tokens"), all_rows(run, "documents")))
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), OSError(5, "input/output error")]
+)
+def test_a_broken_device_or_disk_quarantines_no_document(
+    error: Exception, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in [*verses[:20], "Abraham went", *verses[20:30]]])
+    failed = fail_on(monkeypatch, "abraham", error)
+    with pytest.raises(IncompleteRun, match=f"{type(error).__name__}: .*{error.args[-1]}"):
+        afn_ray.run(make_config(corpus=(str(corpus),), shard_bytes=1 << 20))
+    assert len(failed) == 2  # once in each of the shard's two attempts
+
+
+def test_a_model_that_fails_on_everything_quarantines_no_document(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in verses[:200]])
+    values = pipeline.Processor._values
+    broken: list[bool] = []
+
+    def fail(self: Any, prepared: Any) -> Any:
+        if not broken:
+            broken.append(True)
+            monkeypatch.setattr(model.Model, "submit", lambda *args: 1 / 0)
+        return values(self, prepared)
+
+    monkeypatch.setattr(pipeline.Processor, "_values", fail)
+    config = make_config(corpus=(str(corpus),))
+    with pytest.raises(IncompleteRun, match="ZeroDivisionError: division by zero") as e:
+        afn_ray.run(config)
+    assert "in a row" in str(e.value) and not list(Path(config.store).rglob("commit.json"))
+
+
+def test_a_shard_none_of_whose_documents_can_be_measured_fails_as_one(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_on(monkeypatch, "abraham", ValueError("no"))
+    enough = pipeline.NONE_MEASURED
+    for n, error, told in (
+        (enough, IncompleteRun, f"none of {enough} documents could be measured, so the fault may be none of theirs"),
+        (enough - 1, CorpusError, f"no token to measure: {enough} documents, 1 empty, {enough - 1} quarantined"),
+    ):
+        texts = [*(f"Abraham {v}" for v in verses[:n]), ""]
+        corpus = write_jsonl(tmp_path / f"{n}.jsonl", [{"text": t} for t in texts])
+        with pytest.raises(error, match=rf"(?s){told}.*the model cannot take it: ValueError: no"):
+            afn_ray.run(make_config(corpus=(str(corpus),), shard_bytes=1 << 20))
 
 
 def test_the_second_run_does_nothing_and_says_so(

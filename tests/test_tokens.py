@@ -19,7 +19,7 @@ import transformers
 from conftest import save_model, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import afn_ray
 from afn_ray import demo
@@ -409,6 +409,128 @@ def test_a_lower_casing_tokenizer_has_surfaces_for_capitals_alone() -> None:
 def test_a_tokenizer_that_makes_nothing_of_text_is_refused() -> None:
     with pytest.raises(ModelError, match="no text between its special tokens"):
         TextEncoder(Tokenizer(models.BPE()))
+
+
+# --- texts that a tokenizer cannot take ------------------------------------------------------------------
+
+
+class PanicException(BaseException):
+    """What a panic of a Rust library is in Python."""
+
+
+class Faulty:
+    """MiniLM's tokenizer, which fails for texts with ``word``, or does what ``spoil`` does to their encodings."""
+
+    def __init__(self, word: str, error: BaseException | None = None, offsets: tuple[int, int] | None = None) -> None:
+        self.word, self.error, self.offsets, self.calls = word, error, offsets, 0
+        self.inner = Tokenizer.from_file(str(FILE))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[object]:
+        self.calls += 1
+        if self.error is not None and any(self.word in t for t in texts):
+            raise self.error
+        encodings = self.inner.encode_batch(texts, add_special_tokens=add_special_tokens)
+        if self.offsets is None:
+            return encodings
+        return [self._spoiled(e) if self.word in t else e for t, e in zip(texts, encodings, strict=True)]
+
+    def _spoiled(self, e: Encoding) -> object:
+        assert self.offsets is not None
+        return SizedNamespace(ids=e.ids, offsets=[*e.offsets[:-1], self.offsets], word_ids=e.word_ids)
+
+
+class SizedNamespace(SimpleNamespace):
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def without_word(num_ids: int | None = None) -> TextEncoder:
+    """A Unigram tokenizer of the small letters and a space, which has no piece for anything else and says so."""
+    pieces = [(c, -1.0) for c in " abcdefghijklmnopqrstuvwxyz"]
+    return TextEncoder(Tokenizer(models.Unigram(pieces, unk_id=None)), num_ids)
+
+
+def assert_as_if_empty(encoder: TextEncoder, plain: TextEncoder, texts: list[str], bad: dict[int, str]) -> None:
+    """``bad`` texts have no rows and those reasons; every row of the others is what ``plain`` makes of them."""
+    got = encoder.encode(texts, [False] * len(texts))
+    expected = plain.encode(["" if i in bad else t for i, t in enumerate(texts)])
+    assert got.problems.keys() == bad.keys()
+    for i, reason in bad.items():
+        assert reason in got.problems[i]
+    for name in ("bounds", "token_ids", "start", "end", "flags", "word_end"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert a.dtype == b.dtype and np.array_equal(a, b), name
+    assert len(got.token_ids) > 0
+
+
+def test_a_text_that_the_tokenizer_has_no_piece_for_costs_itself_alone(verses: list[str]) -> None:
+    texts = ["in the beginning", "Let", "", "there be", "light \u05d0", "and", "\u05d0"]
+    reason = "the tokenizer cannot take it: Exception: "
+    assert_as_if_empty(without_word(), without_word(), texts, {1: reason, 4: reason, 6: reason})
+
+
+@pytest.mark.parametrize("error", [PanicException("index out of bounds"), ValueError("no"), TypeError("no")])
+def test_a_text_that_breaks_the_tokenizer_costs_itself_alone(error: BaseException, verses: list[str]) -> None:
+    texts = [*verses[:40], f"{verses[40]} poison", *verses[41:100], "poison", verses[0]]
+    broken = Faulty("poison", error)
+    encoder = TextEncoder(cast(Tokenizer, broken))
+    assert_as_if_empty(encoder, MINILM, texts, {40: f"{type(error).__name__}: ", 100: f"{type(error).__name__}: "})
+    assert broken.calls < 4 * math.log2(len(texts)) + 4
+
+
+def test_texts_that_all_break_the_tokenizer_take_two_calls_each(verses: list[str]) -> None:
+    broken = Faulty("poison", ValueError("no"))
+    got = TextEncoder(cast(Tokenizer, broken)).encode([f"poison {v}" for v in verses[:64]])
+    assert len(got.problems) == 64 and not len(got.token_ids) and broken.calls <= 2 * 64 + 2
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), OSError(5, "input/output"), KeyboardInterrupt()])
+def test_want_of_memory_a_disk_and_ctrl_c_are_no_text_s_fault(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        TextEncoder(cast(Tokenizer, Faulty("poison", error))).encode(["a", "poison"])
+
+
+def test_a_tokenizer_that_takes_nothing_any_more_is_no_text_s_fault() -> None:
+    broken = Faulty("", ValueError("lock poisoned"))
+    encoder = TextEncoder(cast(Tokenizer, broken))
+    broken.encode = broken.encode_batch  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="cannot encode 'a'"):
+        encoder.encode(["a", "b"])
+
+
+def test_a_text_with_a_token_beyond_the_embeddings_costs_itself_alone() -> None:
+    texts = ["and there was light", "a", "the beginning", "quintessentially yours", ""]
+    ids = [e.ids for e in Tokenizer.from_file(str(FILE)).encode_batch(texts, add_special_tokens=False)]
+    most = max(ids[0])
+    encoder = TextEncoder(Tokenizer.from_file(str(FILE)), most + 1)
+    bad = {
+        i: f"the model has embeddings for the ids 0 to {most}" for i, row in enumerate(ids) if row and max(row) > most
+    }
+    assert 0 < len(bad) < 4 and 0 not in bad
+    assert_as_if_empty(encoder, MINILM, texts, bad)
+    first = next(i for i in bad)
+    name = Tokenizer.from_file(str(FILE)).id_to_token(next(i for i in ids[first] if i > most))
+    assert repr(name) in encoder.encode(texts).problems[first]
+
+
+@pytest.mark.parametrize("offsets", [(3, 1 << 20), (9, 3), (0, 1 << 31)])
+def test_a_text_whose_tokens_are_not_of_its_characters_costs_itself_alone(offsets: tuple[int, int]) -> None:
+    texts = ["let there be light", "let there be poison", "light"]
+    encoder = TextEncoder(cast(Tokenizer, Faulty("poison", offsets=offsets)))
+    assert_as_if_empty(encoder, MINILM, texts, {1: f"gives characters {offsets[0]} to {offsets[1]} of 19"})
+
+
+def test_a_template_beyond_the_embeddings_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"puts token id 101 \('\[CLS\]'\) around every text.* ids 0 to 99"):
+        TextEncoder(Tokenizer.from_file(str(FILE)), 100)
+
+
+def test_a_tokenizer_that_cannot_encode_at_all_is_refused() -> None:
+    with pytest.raises(ModelError, match="cannot encode 'a': Exception: "):
+        TextEncoder(Tokenizer(models.Unigram([("b", -1.0)], unk_id=None)))
 
 
 # --- other kinds of tokenizers ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from afn_ray.model.files import (
     count_devices,
     find_model,
     free_memory,
+    is_device_fault,
     is_out_of_memory,
     load_tokenizer,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "find_model",
     "free_memory",
     "has_fast_products",
+    "is_device_fault",
     "is_out_of_memory",
     "load_tokenizer",
 ]

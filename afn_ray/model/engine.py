@@ -292,6 +292,11 @@ class Model:
         compare_norms(what, got, expected, torch.bfloat16)  # its epsilon takes some of it
 
     @property
+    def num_embeddings(self) -> int:
+        """Token ids that the model has a vector for: from 0 on."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @property
     def _name(self) -> str:
         return f"{self.files.name} ({self.files.model_type})"
 
@@ -382,13 +387,15 @@ class Model:
         self._calls = 0
         self._read.clear()
         run = self._run_packed if self.packed else self._run_padded
-        with torch.inference_mode(), _one_thread(self.device):
-            layout = run(ids, lengths)
-            values = torch.stack([self._read[s] for s in measured(self.layers, signals)])
-        self._read.clear()
-        self._before = self._neurons = self._unscaled = self._layout = None
-        if self._cast is not None:
-            self._cast.clear()
+        try:
+            with torch.inference_mode(), _one_thread(self.device):
+                layout = run(ids, lengths)
+                values = torch.stack([self._read[s] for s in measured(self.layers, signals)])
+        finally:  # what a failed pass left behind is not the next one's
+            self._read.clear()
+            self._before = self._neurons = self._unscaled = self._layout = None
+            if self._cast is not None:
+                self._cast.clear()
         return Pending(values, layout)
 
     def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> Callable[[Norms], Norms]:

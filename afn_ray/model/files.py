@@ -35,6 +35,9 @@ TESTED = frozenset({
 })  # fmt: skip
 """Model types whose layers are held against the plain model's by a test (``tests/test_families.py``)."""
 
+ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "device-side assert")
+"""How messages of a GPU's libraries call them."""
+
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -201,6 +204,12 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that the device, or this process, had too little memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether ``error`` is of an accelerator, which may be broken for all that comes after it."""
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or any(name in str(error) for name in ACCELERATORS)
 
 
 def free_memory() -> None:
