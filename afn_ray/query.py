@@ -1,27 +1,27 @@
-"""The only door to DuckDB: a run's tables as SQL views, read-only and sandboxed."""
+"""A run's tables as SQL views, asked in a process of their own, and the catalog for other clients."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from afn_ray import cgroup, manifest, storage
+from afn_ray import cgroup, manifest, sandbox, session, storage
 from afn_ray.compare import compare
 from afn_ray.config import SIGNAL
-from afn_ray.errors import ConfigError, QueryError, StoreError
+from afn_ray.errors import ConfigError, QueryError, StoreError, printable
 from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
@@ -38,22 +38,15 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
+from afn_ray.session import Answer, Made, Setup, Steps
 from afn_ray.views import DERIVED, VIEWS, File, NeuronFiles, statements
-
-T = TypeVar("T")
-
-ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
-"""SELECT is also FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE; MULTI is PIVOT without an IN list."""
-
-READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
 """A store names its folders and files as it likes, and all of these stand in SQL."""
 
 MAX_TIMEOUT_S = 1_000_000
-CLOSE_S = 5.0
-"""For calls of other threads to end."""
+MAX_THREADS = 1024
 
 
 def open_run(
@@ -84,13 +77,16 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     folder = manifest.find_run(uri)
     tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
     files = _files(folder, tables["shards"])
+    named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
+    read = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
+    made = _statements(folder, tables, files, "store() || ", read)
     place = folder.store.rstrip("/").replace("'", "''")
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         # The format of DuckDB 1.0: by default the file has one that only the newest clients open.
         with duckdb.connect(unfinished, config={"storage_compatibility_version": "v1.0.0"}) as connection:
             connection.execute(f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'")
-            _create(connection, folder, tables, files, "store() || ")
+            session.fill(connection, tables, made)
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
@@ -98,72 +94,176 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     except FileExistsError as error:
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it") from error
     except (duckdb.Error, OSError) as error:
-        raise ConfigError(f"{path} cannot be written: {_readable(str(error), 'DuckDB')}") from error
+        raise ConfigError(f"{path} cannot be written: {_readable(str(error))}") from error
     finally:
         for left in (unfinished, unfinished.with_name(f"{unfinished.name}.wal")):
             left.unlink(missing_ok=True)
 
 
+KEYS = itertools.count()
+"""Of relations, unlike in a process and in those forked from it."""
+
+BATCH_ROWS = 1 << 17
+
+
 class Result:
     """The rows of one query: lazy, computed by the method that asks for them, anew each time.
 
-    It has every method of ``duckdb.DuckDBPyRelation`` (``fetchall``, ``df``, ``pl``, ``to_arrow_table``,
-    ``filter``, ``limit``, ``aggregate``, ...); those that return a relation return a ``Result``. Errors are
-    ``QueryError``, and each call has the run's time limit for itself.
+    It has every method of ``duckdb.DuckDBPyRelation`` that takes no Python function (``fetchall``, ``df``, ``pl``,
+    ``to_arrow_table``, ``filter``, ``limit``, ``aggregate``, ...); those that return a relation return a ``Result``.
+    It is computed in the run's own process, and its rows come from there as Arrow. Errors are ``QueryError``; each
+    call has the run's time limit for itself, and what it returns at once is bounded by the memory limit
+    (``to_arrow_reader`` is not: it takes rows a batch at a time).
     """
 
-    __slots__ = ("_ask", "_relation")
+    __slots__ = ("_key", "_made", "_run", "_steps")
 
-    def __init__(self, relation: duckdb.DuckDBPyRelation, ask: Callable[[Callable[[], Any]], Any]) -> None:
-        """``ask`` calls what reads ``relation``, under the run's limits."""
-        self._relation, self._ask = relation, ask
+    def __init__(self, run: Run, steps: Steps) -> None:
+        """What ``steps`` make; SQL that is wrong is found here."""
+        self._run, self._steps, self._key = run, steps, next(KEYS)
+        self._made = self._bind()
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns."""
-        return self._relation.columns
+        return list(self._made["columns"])
 
     @property
     def types(self) -> list[str]:
         """SQL types of the columns."""
-        return [str(t) for t in self._relation.types]
+        return list(self._made["types"])
 
-    def to_arrow_reader(self, batch_size: int = 1 << 17) -> pa.RecordBatchReader:
+    dtypes = types
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and columns there are; the rows are counted."""
+        ((rows,),) = self.aggregate("count(*)").fetchall()
+        return rows, len(self.columns)
+
+    def to_arrow_reader(self, batch_size: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """The rows as a stream of Arrow batches; the time limit holds for each batch, not for who reads them."""
-        reader = self._ask(lambda: self._relation.to_arrow_reader(batch_size))
-        batches = iter(lambda: self._ask(lambda: next(reader, None)), None)
-        return pa.RecordBatchReader.from_batches(reader.schema, batches)
+        schema, batches = self._batches(batch_size)
+        if _is_lossless(schema):  # DuckDB's own kinds of numbers, as the nearest that Arrow has
+            schema = self._run._local(schema.empty_table()).to_arrow_table().schema
+            batches = (b for t in batches for b in self._run._local(pa.table(t)).to_arrow_table().to_batches())
+        return pa.RecordBatchReader.from_batches(schema, batches)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") and name != "__arrow_c_stream__":
-            raise AttributeError(name)
-        attribute = getattr(self._relation, name)
-        return self._limited(attribute) if callable(attribute) else attribute
+    arrow = to_arrow_reader
 
-    def _limited(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            value = self._ask(lambda: method(*(_unwrapped(a) for a in args), **options))
-            return Result(value, self._ask) if isinstance(value, duckdb.DuckDBPyRelation) else value
+    def to_arrow_table(self, batch_size: int = BATCH_ROWS) -> pa.Table:
+        """All rows as one table."""
+        table = self._table(batch_size)
+        return self._run._local(table).to_arrow_table() if _is_lossless(table.schema) else table
 
-        return call
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        return self.to_arrow_reader().__arrow_c_stream__(requested_schema)
+
+    def show(self, **options: Any) -> None:
+        """Print the first rows as a table, as ``duckdb.DuckDBPyRelation.show`` does."""
+        print(printable(self._ask("text", options).fields["value"], keep="\n"), end="")
 
     def __repr__(self) -> str:
-        return str(self._ask(lambda: repr(self._relation)))
+        return printable(self._ask("text", None).fields["value"], keep="\n")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in OF_ROWS:
+            return partial(self._of_rows, name)
+        if isinstance(getattr(duckdb.DuckDBPyRelation, name, None), property):
+            return self._step("__getattribute__", name)
+        return partial(self._step, name)
+
+    def _of_rows(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """A method that returns all rows in some form."""
+        table = self._table(BATCH_ROWS)
+        with self._run._plain_errors():
+            return getattr(self._run._local(table, self.types), name)(*arguments, **options)
+
+    def _step(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method there; what it makes is a result too, unless it is a value."""
+        step = (name, tuple(map(_sent, arguments)), {k: _sent(v) for k, v in options.items()})
+        made = Result(self._run, (*self._steps, step))
+        return made._made.get("value", made)
+
+    def _bind(self) -> dict[str, Any]:
+        return self._run._asked("bind", self._key, self._steps)[1].fields
+
+    def _ask(self, do: str, *arguments: Any) -> Answer:
+        return self._numbered(do, *arguments)[1]
+
+    def _numbered(self, do: str, *arguments: Any) -> tuple[int, Answer]:
+        number, answer = self._run._asked(do, self._key, *arguments)
+        if "unknown" in answer.fields:  # asked before, or too long ago
+            self._bind()
+            number, answer = self._run._asked(do, self._key, *arguments)
+        return number, answer
+
+    def _batches(self, batch_rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Schema and rows as they come, DuckDB's own types kept."""
+        reader, answer = self._numbered("read", batch_rows)
+        with self._run._plain_errors():
+            first = pa.ipc.open_stream(answer.arrow).read_all()
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            last = answer.fields["last"]
+            try:
+                yield from first.to_batches()
+                while not last:
+                    _, more = self._run._asked("next", reader)
+                    last = more.fields["last"]
+                    if more.arrow:
+                        yield from pa.ipc.open_stream(more.arrow)
+            finally:
+                if not last:
+                    self._run._process.forget(reader)
+
+        return first.schema, batches()
+
+    def _table(self, batch_rows: int) -> pa.Table:
+        schema, batches = self._batches(batch_rows)
+        taken, num_bytes = [], 0
+        for batch in batches:
+            taken.append(batch)
+            num_bytes += batch.nbytes
+            if num_bytes > self._run._limits.memory_bytes:
+                raise QueryError(
+                    f"the result is larger than the memory limit of {self._run._limits.memory}: ask for less, take it "
+                    "a batch at a time with .to_arrow_reader(), write it with afn sql --out, or raise the limit"
+                )
+        return pa.Table.from_batches(taken, schema)
 
 
-def _unwrapped(value: object) -> object:
-    return value._relation if isinstance(value, Result) else value
+OF_ROWS = frozenset({
+    "fetchall", "df", "to_df", "fetchdf", "pl", "fetchnumpy", "to_dicts", "iter_rows", "torch", "tf",
+    "fetch_arrow_table", "fetch_record_batch", "fetch_arrow_reader",
+})  # fmt: skip
+"""Methods of a relation that return rows; the others make another relation, or a value."""
+
+
+def _is_lossless(schema: pa.Schema) -> bool:
+    """Whether a type is DuckDB's own, which Arrow has under a name alone."""
+    return "extension<" in str(schema.types)
+
+
+def _sent(value: Any) -> Any:
+    """An argument of a method as it is sent."""
+    if isinstance(value, Result):
+        return Made(value._steps)
+    if isinstance(value, duckdb.Expression):
+        return str(value)
+    if callable(value):
+        raise QueryError("a Python function cannot be called there; take the rows out, as with .df(), and call it here")
+    return value
 
 
 class Run:
     """A complete run as SQL views and macros, those of ``views``.
 
-    A query cannot write, and cannot read anything but this run's own files:
-
-    - one statement, and only one that reads, in a read-only transaction on a connection of its own;
-    - DuckDB's own filesystem is off; what it reads comes through ``storage.ReadOnlyFiles``, which has nothing but
-      the run's tokens and documents files and no way to write;
-    - no external access, no extensions, no secrets, no Python variables, no spilling, and a locked configuration.
+    Queries run in a process of their own (``sandbox``), which cannot write, and cannot read anything but this run's
+    own files (``session``). One that passes its limits is stopped; where that does not help the process is killed, and
+    the next query gets a new one.
     """
 
     def __init__(
@@ -172,23 +272,22 @@ class Run:
     ) -> None:  # fmt: skip
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise QueryError(f"the time limit is {timeout_s} s; expected more than 0 and at most {MAX_TIMEOUT_S}")
+        if threads is not None and not 0 < threads <= MAX_THREADS:
+            raise QueryError(f"threads is {threads}; expected 1 to {MAX_THREADS}, or None for one per core")
+        self._limits = sandbox.Limits(
+            memory_limit, sandbox.memory_bytes(memory_limit), threads or cgroup.num_cores(), timeout_s
+        )
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
-        self._memory_limit, self._timeout_s = memory_limit, timeout_s
         tables = _tables(folder, baseline)
         files = _files(folder, tables["shards"])
         named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
         self._files = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
-        with self._plain_errors():
-            self._connection = duckdb.connect(":memory:", config=_settings(memory_limit, threads))
-            self._connection.register_filesystem(self._files)
-            _create(self._connection, folder, tables, files, AFN)
-            for statement in (
-                "SET disabled_filesystems = 'LocalFileSystem'",
-                "SET allowed_directories = ['afn://']",  # it grants writing too, which ReadOnlyFiles refuses
-                "SET enable_external_access = false",
-                "SET lock_configuration = true",
-            ):
-                self._connection.execute(statement)
+        self._here: duckdb.DuckDBPyConnection | None = None
+        setup = Setup(
+            _settings(self._limits), tables, _statements(folder, tables, files, AFN, self._files),
+            {name: size for name, (_, size) in named.items()}, self._limits.process_bytes, timeout_s,
+        )  # fmt: skip
+        self._process = sandbox.Process(self._files, setup, self._limits)
 
     def sql(self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> Result:
         """The result of one statement that reads; nothing is computed before a method of it is called.
@@ -196,26 +295,7 @@ class Run:
         ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). Raises ``QueryError`` for SQL
         that is wrong or forbidden; the result's methods raise it for a query over its limits.
         """
-        with self._plain_errors():
-            statements = self._connection.extract_statements(query)
-        if len(statements) != 1:
-            raise QueryError(f"expected one SQL statement, got {len(statements)}; ask them one by one")
-        if (kind := statements[0].type) not in ALLOWED:
-            raise QueryError(
-                f"{kind.name} is not allowed: a run is read-only. Ask with SELECT, FROM, WITH, DESCRIBE, SHOW, "
-                "SUMMARIZE, PIVOT or EXPLAIN; for changes of your own, take rows out with .to_arrow_table() or --format"
-            )
-        with self._plain_errors():
-            cursor = self._connection.cursor()
-            cursor.execute(READ_ONLY)
-
-        def relation() -> duckdb.DuckDBPyRelation:
-            try:
-                return cursor.sql(query, params=parameters)
-            except duckdb.ProgrammingError as error:
-                raise _placed(error, cursor, query, parameters) from error
-
-        return Result(self._ask(cursor, relation), partial(self._ask, cursor))
+        return Result(self, ((query, parameters, {}),))
 
     def tokens(self) -> Result:
         """One row per token, in the order of the corpus within a shard."""
@@ -246,15 +326,8 @@ class Run:
         return {name: self.sql(f"FROM {name}").columns for name in VIEWS}
 
     def close(self) -> None:
-        """End the session; results taken from it stay readable."""
-        until = time.monotonic() + CLOSE_S
-        while True:
-            try:
-                return self._connection.close()
-            except duckdb.Error:  # another thread is in a call: DuckDB refuses instead of waiting
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.01)
+        """End the session, and its process."""
+        self._process.close()
 
     def __enter__(self) -> Run:
         return self
@@ -264,58 +337,45 @@ class Run:
     ) -> None:
         self.close()
 
-    def _ask(self, cursor: duckdb.DuckDBPyConnection, call: Callable[[], T]) -> T:
-        """What ``call`` returns; what it runs on ``cursor`` ends at the time limit and at Ctrl-C.
+    def _asked(self, do: str, *arguments: Any) -> tuple[int, Answer]:
+        """The number and the answer of a request. Raises ``QueryError`` for an answer that is an error."""
+        number, answer = self._process.ask(do, *arguments)
+        failed, self._files.failed = self._files.failed, None
+        if (error := answer.fields.get("error")) is not None:
+            raise failed or QueryError(_readable(error, self._limits))
+        return number, answer
 
-        It runs in another thread: DuckDB does not always notice a signal, and its own max_execution_time would
-        count the time that the reader of a stream takes.
-        """
-        with self._plain_errors(), ThreadPoolExecutor(1) as pool:
-            future = pool.submit(call)
-            try:
-                late = not wait([future], self._timeout_s).done
-            finally:
-                while not wait([future], 0).done:  # more than once: an interrupt before the query begins is lost
-                    cursor.interrupt()
-                    wait([future], 0.05)
-            if (error := future.exception()) is None:
-                return future.result()
-            cursor.rollback()  # the error ended the transaction, and the result may be asked again
-            cursor.execute(READ_ONLY)
-            if late:
-                raise QueryError(
-                    f"stopped after {self._timeout_s:g} s; ask for less, as in WHERE doc < 1000, or give it more time"
-                ) from error
-            raise error
+    def _local(self, table: pa.Table, types: Sequence[str] = ()) -> duckdb.DuckDBPyRelation:
+        """Rows that were computed as a relation of this process, which reads them and nothing else."""
+        if self._here is None:
+            here = duckdb.connect(":memory:", config=session.CLOSED | {"threads": 1})
+            here.execute("SET enable_external_access = false")
+            here.execute("SET lock_configuration = true")
+            self._here = here
+        relation = self._here.cursor().from_arrow(table)
+        if list(types) == [str(kind) for kind in relation.types] or not types:
+            return relation
+        columns = zip(relation.columns, relation.types, types, strict=True)
+        return relation.project(", ".join(
+            _identifier(name) if str(kind) == wanted else f"{_identifier(name)}::{wanted} AS {_identifier(name)}"
+            for name, kind, wanted in columns
+        ))  # fmt: skip
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
         try:
             yield
-        except (duckdb.Error, OSError, pa.ArrowException) as error:  # Arrow streams have errors of their own
-            failed, self._files.failed = self._files.failed, None
-            if failed is not None:
-                raise failed from error
-            raise QueryError(_readable(str(error), self._memory_limit)) from error
+        except (duckdb.Error, OSError, pa.ArrowException) as error:
+            raise QueryError(_readable(str(error), self._limits)) from error
 
 
-def _placed(error: duckdb.Error, cursor: duckdb.DuckDBPyConnection, query: str, parameters: Any) -> duckdb.Error:
-    """``error`` with the line and place in ``query``, which DuckDB gives on executing but not to a lazy relation."""
-    try:
-        cursor.execute(f"EXPLAIN\n{query}", parameters)
-    except duckdb.Error as placed:
-        if str(placed).startswith(str(error)):
-            line = r"(?m)^LINE (\d+)"
-            return type(error)(re.sub(line, lambda m: f"LINE {int(m[1]) - 1:>{len(m[1])}}", str(placed)))
-    return error
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
-def _readable(message: str, memory_limit: str) -> str:
-    if "Out of Memory Error" in message:
-        return (
-            f"the query needs more memory than its limit of {memory_limit}; ask for less, as in WHERE doc < 1000, "
-            "or raise the memory limit"
-        )
+def _readable(message: str, limits: sandbox.Limits | None = None) -> str:
+    if limits is not None and session.OUT_OF_MEMORY.search(message):
+        return str(limits.memory_error())
     if "Permission Error" in message or "read-only mode" in message:
         return f"{message.strip()}\nA query reads the views of its run, and writes nothing"
     if "Traceback (most recent call last)" in message:  # our filesystem's error, told by DuckDB
@@ -323,18 +383,8 @@ def _readable(message: str, memory_limit: str) -> str:
     return message.strip()
 
 
-def _settings(memory_limit: str, threads: int | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "memory_limit": memory_limit,
-        "temp_directory": "",
-        "python_enable_replacements": False,
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-        "allow_community_extensions": False,
-        "allow_extension_repositories": "forbidden",
-        "allow_persistent_secrets": False,
-    }
-    return settings | {"threads": cgroup.num_cores() if threads is None else threads}
+def _settings(limits: sandbox.Limits) -> dict[str, Any]:
+    return session.CLOSED | {"memory_limit": f"{limits.memory_bytes}B", "threads": limits.threads}
 
 
 # --- a run's tables, files and row -----------------------------------------------------------------------
@@ -362,14 +412,15 @@ def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> 
     tables["movers"] = MOVERS_SCHEMA.empty_table() if found is None else found.movers
     tables["drift"] = DRIFT_SCHEMA.empty_table() if found is None else found.drift
     tables["class_drift"] = CLASS_DRIFT_SCHEMA.empty_table() if found is None else found.classes
+    tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
     return tables
 
 
-def _create(
-    connection: duckdb.DuckDBPyConnection, folder: manifest.RunFolder, tables: Mapping[str, pa.Table],
-    files: Mapping[str, Sequence[_File]], before: str,
-) -> None:  # fmt: skip
-    """Make the run's tables, views and macros in ``connection``; ``before`` is SQL before the name of a file."""
+def _statements(
+    folder: manifest.RunFolder, tables: Mapping[str, pa.Table], files: Mapping[str, Sequence[_File]], before: str,
+    read: storage.ReadOnlyFiles,
+) -> list[str]:  # fmt: skip
+    """SQL of the run's views and macros, over its ``tables``; ``before`` is SQL before the name of a file."""
     quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
     layers = folder.info["layers"]
     if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
@@ -377,28 +428,29 @@ def _create(
     others = [Series(r["signal"], r["layer"]) for r in tables["signals"].to_pylist()]
     if wrong := [s.name for s in others if not SIGNAL.fullmatch(s.signal)]:
         raise StoreError(f"{folder.uri}/signals.parquet is damaged: {wrong[0]!r} is no signal")
-    for name, table in tables.items():
-        connection.register("incoming", table)
-        connection.execute(f"CREATE TABLE {name} AS FROM incoming")
-        connection.unregister("incoming")
     paths = {table: _paths(of_table, before) for table, of_table in files.items()}
-    columns = _columns(connection, paths["tokens"][0].path)
+    columns = _columns(read, files["tokens"][0].name)
     neurons = None
     if "neurons" in paths:
-        found = [re.fullmatch(r"neurons_(\d+)", c) for c in _columns(connection, paths["neurons"][0].path)]
+        found = [re.fullmatch(r"neurons_(\d+)", c) for c in _columns(read, files["neurons"][0].name)]
         neurons = NeuronFiles([int(m[1]) for m in found if m], paths["neurons"], paths["neuron_types"][0].path)
-    connection.execute("CREATE SCHEMA internal")
-    connection.register("incoming", NEURON_TYPES_SCHEMA.empty_table())
-    connection.execute("CREATE TABLE internal.no_neuron_types AS FROM incoming")
-    connection.unregister("incoming")
-    for statement in statements(
+    return statements(
         paths["tokens"], paths["documents"], layers, quartiles, others, neurons, "start" in columns, "tag" in columns
-    ):
-        connection.execute(statement)
+    )
 
 
-def _columns(connection: duckdb.DuckDBPyConnection, path: str) -> list[str]:
-    return connection.sql(f"FROM read_parquet([{path}])").columns
+def _columns(files: storage.ReadOnlyFiles, name: str) -> list[str]:
+    """Columns of a Parquet file."""
+    try:
+        names: list[str] = pq.read_schema(files.open(name)).names
+    except PermissionError as error:
+        raise QueryError(str(error)) from error
+    except (OSError, pa.ArrowException) as error:
+        failed, files.failed = files.failed, None
+        if failed is not None:
+            raise failed from error
+        raise StoreError(f"{name} of the store is damaged: {error}") from error
+    return names
 
 
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:

@@ -643,6 +643,19 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     mkdir = makedirs = rmdir = rm = rm_file = mv = copy = cp_file = put_file = pipe_file = touch = _refuse
 
 
+class ServedFiles(ReadOnlyFiles):
+    """The same files in a process that cannot read them itself, and asks one that can."""
+
+    def __init__(self, sizes: Mapping[str, int], read: Callable[[str, int, int], bytes]) -> None:
+        """``sizes``: in bytes, by name. ``read``: the bytes of a file, by its name, from start to end."""
+        fsspec.AbstractFileSystem.__init__(self)
+        self._files = {name: (name, size) for name, size in sizes.items()}
+        self._ask = read
+
+    def _checked(self, name: str, start: int, end: int) -> bytes:
+        return self._ask(name, start, end)
+
+
 class _RangeFile(io.RawIOBase):
     """A file read by ranges: between reads nothing is open, so thousands of files need no descriptors.
 
