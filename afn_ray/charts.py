@@ -287,15 +287,16 @@ def layers_charts(summary: show.Summary) -> list[Chart]:
 # --- claims ----------------------------------------------------------------------------------------------
 
 
-def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, list[Chart]]]:
-    """Each claim with a chart for each of what it is measured by: figures beside controls, with their intervals.
+def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, str, list[Chart]]]:
+    """Each claim's question, which control answers it as well, and a chart for each of what it is measured by.
 
     Drawn are those of ``layer``, of layer 0 and of none; of the claim about layers all. The tables have every layer.
     """
     return [
-        (sentence, [_claim_chart(claim, what, [f for f in mine if f.what == what], layer)
-                    for what in dict.fromkeys(f.what for f in mine)])
-        for claim, sentence in claims.CLAIMS.items()
+        (question, claims.against_controls(mine),
+         [_claim_chart(claim, what, [f for f in mine if f.what == what], layer)
+          for what in dict.fromkeys(f.what for f in mine)])
+        for claim, question in claims.CLAIMS.items()
         if (mine := [f for f in found.figures if f.claim == claim])
     ]  # fmt: skip
 
@@ -331,7 +332,7 @@ def _claim_chart(claim: str, what: str, figures: Sequence[claims.Figure], layer:
     title = what[0].upper() + what[1:]
     heads = ("of", "layer", "", "value", "95 % interval", "tokens", "documents")
     name = "claim-" + "-".join(re.findall("[a-z0-9]+", f"{claim} {what}".lower()))
-    spec = _spec(f"{claims.CLAIMS[claim]}: {what}", 26 * len(values), layers, values)
+    spec = _spec(f"{claims.CLAIMS[claim]} {what}", 26 * len(values), layers, values)
     return Chart(name, title, spec, Table(title, heads, cells, left=3))
 
 
@@ -386,15 +387,16 @@ def vocabulary_chart(words: pa.Table) -> Chart:
     ]  # fmt: skip
     title = "Frequency against HIGH share, a point for each type"
     spec = _spec(title, 420, layers, data={"name": "types"}, params=[{"name": "query", "value": ""}])
-    rows = words.sort_by([("n", "descending"), ("token_id", "ascending")]).slice(0, MAX_ROWS).to_pylist()
+    frequent = compare.whole_words(words).sort_by([("n", "descending"), ("token_id", "ascending")])
+    rows = frequent.slice(0, MAX_ROWS).to_pylist()
     cells = tuple((cut(r["text"]), r["class"], f"{r['n']:,}", f"{r['share_high']:.3f}") for r in rows)
-    return Chart("vocabulary", title, spec, Table("The most frequent types", ("type", "class", "n", "HIGH"), cells, 2))
+    return Chart("vocabulary", title, spec, Table("The most frequent words", ("word", "class", "n", "HIGH"), cells, 2))
 
 
 def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
-    """The types whose HIGH share moved most surely, before and now; None where none has."""
-    some = (pc.field("layer") == layer) & (pc.field("status") == "both") & (pc.field("q") < compare.SIGNIFICANT)
-    rows = sorted(movers.filter(some).to_pylist(), key=lambda r: (r["q"], -abs(r["z"])))[:MAX_ROWS]
+    """The words whose HIGH share moved most surely, before and now; None where none has."""
+    words = compare.whole_words(compare.moved(movers.filter(pc.field("layer") == layer)))
+    rows = sorted(words.to_pylist(), key=lambda r: (r["q"], -abs(r["z"])))[:MAX_ROWS]
     if not rows:
         return None
     texts = [cut(r["text"]) for r in rows]
@@ -419,11 +421,11 @@ def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
             for run in ("before", "now")
         ),
     ]  # fmt: skip
-    title = f"Types that moved most surely at layer {layer}"
+    title = f"Words that moved most surely at layer {layer}"
     cells = tuple(
         (name, r["class"], f"{r['n_a']:,}", f"{r['n_b']:,}", number(r["share_high_a"], 3), number(r["share_high_b"], 3),
          number(r["median_a"]), number(r["median_b"]), number(r["z"], 1), f"{r['q']:.2g}")
         for name, r in zip(names, rows, strict=True)
     )  # fmt: skip
-    heads = ("type", "class", "n before", "now", "HIGH before", "now", "median before", "now", "z", "q")
+    heads = ("word", "class", "n before", "now", "HIGH before", "now", "median before", "now", "z", "q")
     return Chart("movers", title, _spec(title, 24 * len(rows), layers, values), Table(title, heads, cells, 2))

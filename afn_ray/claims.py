@@ -77,17 +77,17 @@ class Claims:
 
 
 CLAIMS = {
-    "classes": "Content words are HIGH more often than function words and punctuation",
-    "tags": "Some tags are HIGH more often than others (which of them are content words is known of UPOS alone)",
-    "shift": "HIGH tokens dominate what a layer changes",
-    "layers": "One layer separates best, and HIGH is stable around it",
-    "types": "Strength is of a word in its context, not of the word",
-    "frequency": "Strength is more than frequency, position or length",
-    "dimensions": "Strength is of the whole state, not of a few dimensions",
-    "sinks": "A few tokens do not make the figures",
-    "masking": "The model's output rests on HIGH tokens",
+    "classes": "Are content words HIGH more often than function words and punctuation?",
+    "tags": "Are some tags HIGH more often than others?",
+    "shift": "Do HIGH tokens dominate what a layer changes?",
+    "layers": "Does one layer separate best, and is HIGH stable around it?",
+    "types": "Does the word alone decide its strength?",
+    "frequency": "Is HIGH more than rarity, position and length?",
+    "dimensions": "Do a few dimensions make the strength?",
+    "sinks": "Do a few tokens make the figures?",
+    "masking": "Does the model's output rest on HIGH tokens?",
 }
-"""Each claim with its sentence; figures of a claim stand beside what else would give them."""
+"""Each claim as the question that its figures answer, beside the controls that could answer it as well."""
 
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
@@ -519,26 +519,76 @@ def to_json(found: Claims) -> dict[str, Any]:
 
 
 def render(found: Claims, console: Console) -> None:
-    """A table for each claim: figure by figure, each with its controls."""
-    for claim, sentence in CLAIMS.items():
+    """A question for each claim, the control that answers it as well, and the figures, each with its controls."""
+    for claim, question in CLAIMS.items():
         if not (mine := [f for f in found.figures if f.claim == claim]):
             continue
-        table = Table(title=f"\n{sentence}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                      pad_edge=False, show_edge=False)  # fmt: skip
-        for heading in ("layer", "", "", "value", "95 % interval", "tokens", "documents"):
-            left = heading in ("layer", "")
-            table.add_column(heading, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+        console.print(Text(f"\n{question}", style="bold"))
+        if sentence := against_controls(mine):
+            console.print(Text(printable(sentence)))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column("", overflow="fold", ratio=1)
+        table.add_column("layer", no_wrap=True)
+        for heading in ("value", "95 % interval"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for what in dict.fromkeys(f.what for f in mine):
-            table.add_row("", f"{what}:")
-            for f in (f for f in mine if f.what == what):
-                layer = "" if f.layer is None else str(f.layer)
+            of_this = [f for f in mine if f.what == what]
+            table.add_row(Text(f"{what}, of {_amount([f.n for f in of_this], 'token')} in "
+                               f"{_amount([f.n_docs for f in of_this], 'document')}:"))  # fmt: skip
+            for f in of_this:
+                name = f"  {f.of}{' (control)' if f.is_control else ''}"
                 interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
-                figures = (shown(f.value), interval, f"{f.n:,}", f"{f.n_docs:,}")
-                table.add_row(layer, Text(f"  {printable(f.of)}"), "control" if f.is_control else "", *figures)
+                table.add_row(Text(printable(name)), "" if f.layer is None else str(f.layer), shown(f.value), interval)
         console.print(table)
     console.print()
     for note in found.notes:
         console.print(note, markup=False)
+
+
+def against_controls(figures: Sequence[Figure]) -> str:
+    """Which controls equal or beat the first figure of the deepest layer, in numbers; empty where it has no control.
+
+    ``figures`` are of one claim. A control beats the figure when its interval lies above, equals it when they overlap.
+    """
+    known = [f for f in figures if math.isfinite(f.value)]
+    deepest = max((f.layer for f in known if f.layer is not None and not f.is_control), default=None)
+    whats = sorted(dict.fromkeys(f.what for f in known), key=lambda what: what != AUC)  # a sort keeps equals in order
+    for what in whats:
+        of_this = [f for f in known if f.what == what and f.layer in (None, 0, deepest)]
+        main = next((f for f in of_this if not f.is_control and f.layer == deepest), None)
+        controls = [f for f in of_this if f.is_control]
+        if main is not None and main.claim == "tags":  # a tag is held against itself at layer 0
+            main = max((f for f in of_this if not f.is_control), key=lambda f: f.value)
+            controls = [f for f in controls if f.of == main.of]
+        if main is not None and controls:
+            break
+    else:
+        return ""
+    low, high = _interval(main)
+    beat = [f for f in controls if _interval(f)[0] > high]
+    equal = [f for f in controls if f not in beat and _interval(f)[1] >= low]
+    place = "" if deepest is None else f" at layer {deepest}"
+    parts = [f"{what[0].upper()}{what[1:]}, {main.of}{place}: {shown(main.value)}."]
+    parts += [f"Beaten by {_named(beat)}."] if beat else []
+    parts += [f"Equalled by {_named(equal)}."] if equal else []
+    if not beat and not equal:
+        nearest = max(controls, key=lambda f: f.value)
+        parts += [f"No control reaches it; the nearest is {_named([nearest])}."]
+    return " ".join(parts)
+
+
+def _interval(figure: Figure) -> tuple[float, float]:
+    return (figure.value, figure.value) if math.isnan(figure.low) else (figure.low, figure.high)
+
+
+def _named(figures: Sequence[Figure]) -> str:
+    names = [f.of if f.layer is None or f.of.startswith("layer") else f"{f.of} at layer {f.layer}" for f in figures]
+    return ", ".join(f"{name} ({shown(f.value)})" for name, f in zip(names, figures, strict=True))
+
+
+def _amount(numbers: Sequence[int], noun: str) -> str:
+    least, most = min(numbers), max(numbers)
+    return count(most, noun) if least == most else f"{least:,} to {count(most, noun)}"
 
 
 def shown(value: float) -> str:

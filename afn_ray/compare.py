@@ -23,7 +23,7 @@ from afn_ray import manifest
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import RunFolder
 from afn_ray.reduce import wilson
-from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, in_order
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PARTS_OF_WORDS, in_order
 from afn_ray.thresholds import Histogram, starts, to_bins, to_values
 
 JSON_VERSION = 2
@@ -447,6 +447,16 @@ def describe(run: RunFolder) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def whole_words(types: pa.Table) -> pa.Table:
+    """Rows of ``types`` (with a column ``class``) that are no part of a word: what a list of words may show."""
+    return types.filter(pc.invert(pc.is_in(types["class"], pa.array(PARTS_OF_WORDS))))
+
+
+def moved(movers: pa.Table) -> pa.Table:
+    """Rows of ``movers`` whose HIGH share moved: a q below ``SIGNIFICANT``."""
+    return movers.filter(pc.fill_null(pc.less(movers["q"], SIGNIFICANT), False))
+
+
 def num_moved(movers: pa.Table) -> int:
     """How many of ``movers`` have a q below ``SIGNIFICANT``."""
-    return int(pc.sum(pc.less(movers["q"], SIGNIFICANT)).as_py() or 0)
+    return len(moved(movers))

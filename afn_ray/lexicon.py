@@ -1,4 +1,4 @@
-"""Classes of vocabulary types: special, punctuation, number, fragment, function, content."""
+"""Classes of vocabulary types: special, punctuation, number, fragment, piece, function, content."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def languages() -> list[str]:
     return sorted(stopwords.LANGUAGE_MAPPING)
 
 
-def classify(text: str, *, special: bool, starts_word: bool, language: str) -> str:
+def classify(text: str, *, special: bool, starts_word: bool, is_whole: bool, language: str) -> str:
     """Class of the type that reads ``text``.
 
     Unicode categories decide: all symbols and punctuation (P*, S*) is punctuation; digits (N*) with at most
-    punctuation around them are a number; marks that no text is left of are punctuation. A piece that mostly
-    continues words is a fragment, whatever it spells, and so are bytes that make no character of their own.
+    punctuation around them are a number; marks that no text is left of are punctuation. A type that mostly
+    continues words (not ``starts_word``) is a fragment, whatever it spells, and so are bytes that make no character
+    of their own. One that mostly starts words of several tokens (not ``is_whole``) is a piece.
     """
     if special:
         return "special"
@@ -49,4 +50,6 @@ def classify(text: str, *, special: bool, starts_word: bool, language: str) -> s
         return "number"
     if not starts_word:
         return "fragment"
+    if not is_whole:
+        return "piece"
     return "function" if text.lower() in function_words(language) else "content"

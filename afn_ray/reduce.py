@@ -70,7 +70,8 @@ Z_95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution, for Wilson's interval."""
 
 STATISTICS_SCHEMA = pa.schema(
-    [pa.field("special", pa.bool_(), nullable=False), pa.field("n_word_start", pa.int64(), nullable=False)]
+    [pa.field("special", pa.bool_(), nullable=False)]
+    + [pa.field(name, pa.int64(), nullable=False) for name in ("n_word_start", "n_whole")]
     + [f for f in VOCABULARY_SCHEMA if f.name in
        ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")]
 )  # fmt: skip
@@ -549,7 +550,8 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     high = values >= np.float32(np.inf if q3 is None else q3)
     columns: dict[str, Any] = {
         "special": types[first] >= SPECIAL_KEY >> BIN_BITS, "token_id": types[first] % (SPECIAL_KEY >> BIN_BITS),
-        "n": n, "n_docs": merged.docs.counts, "n_word_start": merged.word_starts.counts, "mean": mean, "sd": sd,
+        "n": n, "n_docs": merged.docs.counts, "n_word_start": merged.word_starts.counts,
+        "n_whole": merged.whole_words.counts, "mean": mean, "sd": sd,
         "min": values[first], "q1": quartile[1], "q2": quartile[2], "q3": quartile[3],
         "max": values[np.append(first[1:], len(keys)) - 1], "n_high": np.add.reduceat(np.where(high, counts, 0), first),
     }  # fmt: skip
@@ -572,9 +574,12 @@ def vocabulary_table(
         is_special = columns["special"].tolist()
         classes = ["special" if s else tags.get(i, UNTAGGED) for i, s in zip(ids, is_special, strict=True)]
     else:
+        kinds = [columns[name].tolist() for name in ("special", "n", "n_word_start", "n_whole")]
         classes = [
-            lexicon.classify(text, special=bool(s), starts_word=bool(2 * w >= c), language=language)
-            for text, s, w, c in zip(texts, columns["special"], columns["n_word_start"], n, strict=True)
+            lexicon.classify(
+                text, special=s, starts_word=2 * starts >= count, is_whole=2 * whole >= starts, language=language
+            )
+            for text, s, count, starts, whole in zip(texts, *kinds, strict=True)
         ]
     low, upper = wilson(n_high, n)
     columns |= {

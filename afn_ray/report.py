@@ -85,7 +85,7 @@ def render(
         salient, screened = _salient(tables, main.layer), _screened(run, tables)
         claimed = _claims(tables) if with_claims else "they were not asked for"
     claims_of = [] if isinstance(claimed, str) else charts.claims_charts(claimed, main.layer)
-    drawn["claims"] = [chart for _, group in claims_of for chart in group]
+    drawn["claims"] = [chart for *_, group in claims_of for chart in group]
     style, script, template = (
         resources.files("afn_ray").joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js", "html.jinja")
     )
@@ -94,7 +94,8 @@ def render(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
     page: str = environment.from_string(template).render(
-        run=run, title=_title(info["config"]["corpus"]), summary=summary, main=main,
+        run=run, title=_title(info["config"]["corpus"]), model=show.model_title(info["model"]["name"]),
+        summary=summary, main=main,
         glance=_glance(summary, comparison), facts=show.facts(summary), cautions=show.cautions(summary),
         thresholds=_thresholds_table(summary), charts=drawn, points=points, salient=salient, screened=screened,
         claims=claims_of, claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
@@ -262,7 +263,7 @@ def _drift(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     table = comparison.movers
     movers = table.filter(pc.equal(table["layer"], layer))
     of_status = {s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")}
-    moved = of_status["both"].filter(pc.less(of_status["both"]["q"], compare.SIGNIFICANT))
+    moved = compare.moved(movers)
     high = "{share_high_%s:.3f} ({share_high_low_%s:.3f}–{share_high_high_%s:.3f})"
     classes = tuple(
         (r["class"], f"{r['n_a']:,}", f"{r['n_b']:,}", percent(r["share_a"]), percent(r["share_b"]),
@@ -284,11 +285,13 @@ def _drift(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
 
 
 def _types_table(types: pa.Table, n: str, caption: str) -> Table:
-    rows = types.sort_by([(n, "descending"), ("token_id", "ascending")]).slice(0, MAX_ROWS).to_pylist()
-    ab = n[-1]
-    some = f"{caption}, the most frequent {MAX_ROWS} of {len(types):,}" if len(types) > MAX_ROWS else caption
+    words = compare.whole_words(types).sort_by([(n, "descending"), ("token_id", "ascending")])
+    rows, ab = words.slice(0, MAX_ROWS).to_pylist(), n[-1]
+    some = (
+        f"{caption}, the most frequent {len(rows)} words of {len(types):,} types" if len(types) > len(rows) else caption
+    )
     cells = ((cut(r["text"]), r["class"], f"{r[n]:,}", percent(r[f"share_high_{ab}"])) for r in rows)
-    return Table(some, ("type", "class", "n", "HIGH"), tuple(cells), left=2)
+    return Table(some, ("word", "class", "n", "HIGH"), tuple(cells), left=2)
 
 
 # --- what is read off the tokens -------------------------------------------------------------------------

@@ -254,6 +254,7 @@ SUMMARY_SCHEMA = pa.schema(
         pa.field("token_id", pa.int32(), nullable=False),
         pa.field("n_docs", pa.int64(), nullable=False),
         pa.field("n_word_start", pa.int64(), nullable=False),
+        pa.field("n_whole", pa.int64(), nullable=False),  # that are a whole word by themselves
         pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
         pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
     ]
@@ -384,8 +385,10 @@ NEURON_TYPES_SCHEMA = pa.schema(
 )
 """Each neuron with each type that it meets at least five times."""
 
-CLASSES = ("content", "function", "fragment", "number", "punctuation", "special")
+CLASSES = ("content", "function", "piece", "fragment", "number", "punctuation", "special")
 """Classes of a type, in the order in which tables show them."""
+PARTS_OF_WORDS = ("piece", "fragment")
+"""Classes of types that mostly begin or continue a word of several tokens: no list of words has them."""
 UNTAGGED = "untagged"
 """Class of what has no tag in a labelled corpus."""
 RESERVED = ("special", UNTAGGED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -172,6 +173,22 @@ def _print(table: Table, console: Console) -> None:
     console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
+GENERIC = re.compile(r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE)
+"""Names of folders that do not say which model is in them."""
+
+
+def model_title(name: str) -> str:
+    """What the model ``name`` (a hub name, a folder or a GGUF file) is called, without where it is on a disk."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
+    if not parts or (len(parts) == 2 and not name.startswith(("/", ".", "~"))):
+        return name  # a hub name, or a folder below the one that the run began in
+    for part in parts:
+        if part.startswith("models--"):  # the hub's cache
+            return part.removeprefix("models--").replace("--", "/")
+    at = next((at for at in reversed(range(len(parts))) if not GENERIC.fullmatch(parts[at])), len(parts) - 1)
+    return "/".join(parts[at:])
+
+
 def facts(summary: Summary) -> list[tuple[str, str]]:
     """What the run is: names and values, for people to read."""
     info = summary.info
@@ -183,7 +200,8 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("documents", f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
                       f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files"),
         ("tokens", f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)"),
-        ("model", f"{model['name']} ({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
+        ("model", f"{model_title(model['name'])} "
+                  f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
         *([("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
@@ -401,18 +419,24 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     """The types that moved most surely, and the most frequent that are new or vanished."""
     here = movers.filter(pc.equal(movers["layer"], layer))
     of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
-    both = of_status["both"]
-    moved = f"{compare.num_moved(here):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
-    title = f"Types at layer {layer}: {moved}"
-    table = _table(title, "token", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
-    for row in both.filter(pc.not_equal(both["z"], 0)).slice(0, MOVERS).to_pylist():
+    both, moved = of_status["both"], compare.moved(here)
+    words = compare.whole_words(moved)
+    title = f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
+    table = _table(title, "word", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
+    if parts := len(moved) - len(words):
+        table.caption, table.caption_justify = f"and {count(parts, 'part')} of words: afn compare --json", "left"
+    for row in words.slice(0, MOVERS).to_pylist():
         medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
         table.add_row(
             Text(printable(row["text"])), Text(printable(row["class"])), f"{row['n_a']:,}", f"{row['n_b']:,}",
             f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
         )  # fmt: skip
-    _print(table, console)
+    if len(moved):
+        _print(table, console)
+    else:
+        console.print(Text(title, style="bold"))
     for status, verb, n in (("new", "are new", "n_b"), ("vanished", "have vanished", "n_a")):
         types = of_status[status]
-        most = ", ".join(f"{r['text']} ({r[n]:,})" for r in types.slice(0, MOVERS).to_pylist())
+        words = compare.whole_words(types).slice(0, MOVERS).to_pylist()
+        most = ", ".join(f"{r['text']} ({r[n]:,})" for r in words)
         console.print(Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))), soft_wrap=True)

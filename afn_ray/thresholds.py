@@ -112,6 +112,7 @@ class Summary:
         self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
+        self._whole_words: list[Histogram] = []
         self._tags = [TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))] if tagged else None
 
     def add(
@@ -125,6 +126,7 @@ class Summary:
         in_docs = np.unique((docs.astype(np.int64) << (TYPE_BITS + 1)) + (types >> BIN_BITS))
         self._docs.append(Histogram.of((in_docs & ((2 << TYPE_BITS) - 1)) << BIN_BITS))
         self._word_starts.append(Histogram.of(types[(flags & WORD_START) > 0]))
+        self._whole_words.append(Histogram.of(types[whole_words(docs, flags)]))
         for series, parts in self._values.items():
             parts.append(Histogram.of(types + to_bins(values[series])))
             if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
@@ -136,9 +138,10 @@ class Summary:
 
     def tables(self) -> Iterable[pa.Table]:
         """One table per series, as in ``SUMMARY_SCHEMA``; with tags as in ``TAGGED_SUMMARY_SCHEMA``, theirs last."""
-        docs, starts = Histogram.merge(self._docs), Histogram.merge(self._word_starts)
+        counts = (self._docs, self._word_starts, self._whole_words)
+        docs, starts, wholes = (Histogram.merge(parts) for parts in counts)
         for series, parts in self._values.items():
-            table = SeriesSummary(Histogram.merge(parts), docs, starts).to_table(series)
+            table = SeriesSummary(Histogram.merge(parts), docs, starts, wholes).to_table(series)
             yield (
                 table
                 if self._tags is None
@@ -181,7 +184,7 @@ class TypeTags:
         zeros, ends = np.zeros(len(self.table), np.int64), np.arange(len(self.table) + 1, dtype=np.int32)
         columns = {
             "signal": pa.array(["tag"] * len(zeros), pa.string()), "layer": zeros, "special": zeros, "n_docs": zeros,
-            "n_word_start": zeros, "bins": pa.ListArray.from_arrays(ends, zeros),
+            "n_word_start": zeros, "n_whole": zeros, "bins": pa.ListArray.from_arrays(ends, zeros),
             "counts": pa.ListArray.from_arrays(ends, self.table["n"].combine_chunks()),
             "token_id": self.table["token_id"], "tag": self.table["tag"],
         }  # fmt: skip
@@ -198,6 +201,17 @@ class TypeTags:
         return {token_id: tag for token_id, (_, tag) in best.items()}
 
 
+def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which tokens are a word by themselves: they start one, and the next token of their document does not continue it.
+
+    ``docs`` and ``flags``: of the tokens of whole documents, [n].
+    """
+    goes_on = np.zeros(len(flags), np.bool_)
+    goes_on[:-1] = (flags[1:] & (SPECIAL | WORD_START) == 0) & (docs[1:] == docs[:-1])
+    is_whole: npt.NDArray[np.bool_] = ((flags & WORD_START) != 0) & ~goes_on
+    return is_whole
+
+
 def _look_up(histogram: Histogram, keys: Ints) -> Ints:
     """Counts of ``keys``, 0 for those that do not occur."""
     if not len(histogram.keys):
@@ -208,11 +222,12 @@ def _look_up(histogram: Histogram, keys: Ints) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class SeriesSummary:
-    """One series' summary of one shard or of many: values, document counts and word starts by type."""
+    """One series' summary of one shard or of many: values, and by type documents, word starts and whole words."""
 
     values: Histogram  # keys: special, type, bin
     docs: Histogram  # keys: special, type
     word_starts: Histogram
+    whole_words: Histogram
 
     @classmethod
     def from_table(cls, table: pa.Table) -> SeriesSummary:
@@ -222,7 +237,7 @@ class SeriesSummary:
         types += table["token_id"].to_numpy().astype(np.int64) << BIN_BITS
         if not len(types):
             empty = Histogram(np.empty(0, np.int64), np.empty(0, np.int64))
-            return cls(empty, empty, empty)
+            return cls(empty, empty, empty, empty)
         lists = table["bins"].chunk(0)
         lengths = np.diff(lists.offsets.to_numpy())
         bins = lists.flatten().to_numpy().astype(np.int64)
@@ -231,6 +246,7 @@ class SeriesSummary:
             Histogram(np.repeat(types, lengths) + bins, counts),
             Histogram(types, table["n_docs"].to_numpy()),
             Histogram(types, table["n_word_start"].to_numpy()),
+            Histogram(types, table["n_whole"].to_numpy()),
         )
 
     def to_table(self, series: Series) -> pa.Table:
@@ -247,6 +263,7 @@ class SeriesSummary:
             pa.array(((keys % SPECIAL_KEY) >> BIN_BITS).astype(np.int32)),
             pa.array(_look_up(self.docs, keys)),
             pa.array(_look_up(self.word_starts, keys)),
+            pa.array(_look_up(self.whole_words, keys)),
             pa.ListArray.from_arrays(ends, bins, type=SUMMARY_SCHEMA.field("bins").type),
             pa.ListArray.from_arrays(
                 ends, pa.array(self.values.counts), type=SUMMARY_SCHEMA.field("counts").type
@@ -275,4 +292,5 @@ class SeriesSummary:
             Histogram.merge(p.values for p in parts),
             Histogram.merge(p.docs for p in parts),
             Histogram.merge(p.word_starts for p in parts),
+            Histogram.merge(p.whole_words for p in parts),
         )

@@ -3,6 +3,7 @@ masking changes against plain Hugging Face."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_jsonl
+from rich.console import Console
 from scipy import stats
 
 import afn_ray
@@ -258,10 +260,10 @@ def test_frozen_labels_change_no_claim(store: str, figures: By, tmp_path: Path, 
 
 def test_a_page_draws_every_figure_of_the_layer_and_lists_those_of_all(found: claims.Claims) -> None:
     drawn = charts.claims_charts(found, 3)
-    assert [sentence for sentence, _ in drawn] == [
+    assert [question for question, *_ in drawn] == [
         said for claim, said in claims.CLAIMS.items() if claim not in ("masking", "tags")
     ]
-    every = [chart for _, group in drawn for chart in group]
+    every = [chart for *_, group in drawn for chart in group]
     assert len({chart.name for chart in every}) == len(every) == len({(f.claim, f.what) for f in found.figures})
     assert sum(len(chart.table.rows) for chart in every) == len(found.figures)
     (auc_chart,) = (c for c in every if c.title == claims.AUC)
@@ -295,7 +297,51 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
     with pytest.raises(SystemExit):
         cli.main(["claims", config.store])
     said = capsys.readouterr().out
-    assert "Content words are HIGH more often" in said and "control" in said and "95 % interval" in said
+    assert "Are content words HIGH more often than function words and punctuation?" in said
+    assert "(control)" in said and "95 % interval" in said and "at layer 2: " in said
+
+
+def _figure(of: str, layer: int | None, value: float, half: float = math.nan, control: bool = False) -> claims.Figure:
+    return claims.Figure("classes", claims.AUC, of, layer, value, value - half, value + half, 99, 9, control)
+
+
+def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_figure() -> None:
+    main = [_figure("strength", 2, 0.4, 0.01), _figure("strength", 4, 0.8, 0.01)]
+    controls = [
+        _figure("strength", 0, 0.9, 0.01, True), _figure("rarity (idf)", None, 0.81, 0.005, True),
+        _figure("attention received", 4, 0.5, 0.01, True), _figure("attention received", 2, 0.99, 0.001, True),
+    ]  # fmt: skip
+    assert claims.against_controls([*main, *controls]) == (
+        "AUC of content against function words and punctuation, strength at layer 4: 0.800. Beaten by strength at "
+        "layer 0 (0.900). Equalled by rarity (idf) (0.810)."
+    )
+    assert claims.against_controls([*main, *controls[2:]]).endswith(
+        "0.800. No control reaches it; the nearest is attention received at layer 4 (0.500)."
+    )
+    assert claims.against_controls(main) == claims.against_controls(controls) == ""
+    nan = _figure("strength", 4, math.nan)
+    assert claims.against_controls([nan, *controls]) == claims.against_controls([]) == ""
+
+
+def test_a_tag_is_held_against_itself_at_layer_0() -> None:
+    figures = [
+        claims.Figure("tags", "share that is HIGH", name, layer, value, value, value, 9, 9, layer == 0)
+        for name, layer, value in (("DET", 0, 0.1), ("NOUN", 0, 0.6), ("DET", 4, 0.2), ("NOUN", 4, 0.5))
+    ]
+    assert (
+        claims.against_controls(figures)
+        == "Share that is HIGH, NOUN at layer 4: 0.500. Beaten by NOUN at layer 0 (0.600)."
+    )
+
+
+def test_claims_fit_80_columns(found: claims.Claims) -> None:
+    out = io.StringIO()
+    claims.render(found, Console(file=out, width=80, highlight=False))
+    said = out.getvalue()
+    assert max(map(len, said.splitlines())) <= 80 and "…" not in said
+    for figure in found.figures:  # no figure is split over two lines
+        if not math.isnan(figure.low):
+            assert f"{claims.shown(figure.low)} to {claims.shown(figure.high)}" in said
 
 
 # --- masking ---------------------------------------------------------------------------------------------

@@ -481,8 +481,22 @@ def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison
                      f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}", "3.jsonl", "types are new: ", "types have vanished: ",
                      *compared.notes):  # fmt: skip
         assert expected in text, expected
-    first = rows_of(compared.movers, layer=2)[0]
-    assert f"{first['z']:+.1f}" in text and f"{first['q']:.1e}" in text
+
+
+def test_the_terminal_lists_movers_only_where_they_moved(compared: Comparison) -> None:
+    movers = rows_of(compared.movers, layer=2)
+    both = [m for m in movers if m["status"] == "both"]
+    assert not [m for m in both if m["q"] < compare.SIGNIFICANT] and "median A" not in shown(compared, 200)
+    table = compared.movers
+    q = [1e-9 if m in both[:3] else m["q"] for m in table.to_pylist()]
+    classes = ["piece" if m == both[1] else "content" for m in table.to_pylist()]
+    for name, values in (("q", q), ("class", classes)):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.field(name), pa.array(values, table.field(name).type))
+    text = shown(replace(compared, movers=table), 200)
+    listed = text[text.index("median A") : text.index("1 part of words")]
+    assert f"3 of {len(both):,} in both moved" in text
+    assert [f"{m['z']:+.1f}" in listed and m["text"] in listed for m in both[:3]] == [True, False, True]
 
 
 def test_the_terminal_shows_what_ranks_leave_and_no_control_characters(

@@ -16,6 +16,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -279,6 +280,17 @@ def test_a_piece_is_a_fragment_where_it_mostly_continues_words(
 ) -> None:
     flags = [WORD_START] * starts + [0] * (4 - starts)
     assert _one_document(store, scratch, [3] * 4, flags, [1.0] * 4)["vocabulary"]["class"].to_pylist() == [name] * 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "split", "name"), [(2, 2, "content"), (3, 1, "content"), (1, 2, "piece"), (0, 1, "piece")]
+)
+def test_a_type_is_a_piece_where_it_mostly_begins_longer_words(
+    store: str, scratch: Path, whole: int, split: int, name: str
+) -> None:
+    ids, flags = [3] * whole + [3, 4] * split, [WORD_START] * whole + [WORD_START, 0] * split
+    vocabulary = _one_document(store, scratch, ids, flags, [1.0] * len(ids))["vocabulary"]
+    assert vocabulary.filter(pc.equal(vocabulary["token_id"], 3))["class"].to_pylist() == [name] * 2
 
 
 def test_special_tokens_alone_have_no_threshold(store: str, scratch: Path) -> None:

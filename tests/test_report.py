@@ -358,7 +358,9 @@ def test_words_and_marks_stand_out_from_what_is_behind_them() -> None:
     assert set(dark) == set(light)
     texts = [(c, b) for c in ("ink", "faint", "accent") for b in ("page", "card")]
     texts += [(f"text-{i}", f"back-{i}") for i in (2, 3, 4)] + [("page", "ink")]
-    marks = [(c, "page") for c in ("now", "before", "content", "function", "fragment", "number", "punctuation")]
+    marks = [
+        (c, "page") for c in ("now", "before", "content", "function", "piece", "fragment", "number", "punctuation")
+    ]
     for colours in (light, dark):
         for least, pairs in ((4.5, texts), (3.0, marks)):  # WCAG 2.2: text, and graphics
             for a, b in pairs:
@@ -490,11 +492,31 @@ def test_light_and_dark_are_two_colourings_of_the_same_drawing(opened: Opener, t
     assert printed.startswith(b"%PDF") and len(printed) > 50_000
 
 
-def test_a_narrow_screen_needs_no_sideways_scrolling(opened: Opener) -> None:
+OUTSIDE = """() => [...document.querySelectorAll('main *:not(svg *)')].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth + 0.5);
+}).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40))"""
+"""What a reader would have to scroll sideways for, within a table too."""
+
+
+@pytest.mark.parametrize("width", [360, 600, 1024, 1600])
+def test_tables_captions_and_all_else_fit_the_screen(opened: Opener, width: int) -> None:
     tab = opened()
-    tab.set_viewport_size({"width": 390, "height": 800})
-    tab.wait_for_function("document.querySelector('[data-chart=vocabulary] svg').clientWidth <= 390")
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    tab.set_viewport_size({"width": width, "height": 800})
+    tab.wait_for_function(f"document.querySelector('[data-chart=vocabulary] svg').clientWidth <= {width}")
+    tab.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert tab.evaluate(OUTSIDE) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_list_of_words_has_whole_words_alone(runs: list[manifest.RunFolder], page: Path) -> None:
+    words = _words(runs[1], 3)
+    parts = {r["text"] for r in words.to_pylist() if r["class"] in ("piece", "fragment")}
+    whole = {r["text"] for r in words.to_pylist() if r["class"] not in ("piece", "fragment")}
+    frequent = charts.vocabulary_chart(words).table
+    assert parts and frequent.heads[0] == "word"
+    assert {row[0] for row in frequent.rows} <= {charts.cut(text) for text in whole}
+    assert not [row for row in frequent.rows if row[1] in ("piece", "fragment")]
 
 
 def test_the_keyboard_reaches_what_can_be_used(opened: Opener) -> None:

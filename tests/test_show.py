@@ -244,4 +244,24 @@ def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     show.render(replace(summary, info=hostile, layers=(facts,)), console)
     assert isinstance(console.file, io.StringIO) and "frozen thresholds" in console.file.getvalue()
     assert "\x1b" not in console.file.getvalue()
-    assert "/data/[bold]news[/bold]/*.jsonl" in text and "/models/[red]bert" in text
+    assert "/data/[bold]news[/bold]/*.jsonl" in text and " [red]bert" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("/srv/secret/models/minilm", "minilm"),
+        ("/srv/models/minilm/", "minilm"),
+        ("./minilm", "minilm"),
+        ("~/lab/gt_minilm/model", "gt_minilm/model"),
+        ("/runs/bert-7/checkpoint-1000", "bert-7/checkpoint-1000"),
+        ("/srv/quantised/smollm2-135m.Q8_0.gguf", "smollm2-135m.Q8_0.gguf"),
+        ("/root/.cache/hub/models--org--name/snapshots/" + "0a" * 20, "org/name"),
+        ("C:\\models\\minilm", "minilm"),
+        ("/model", "model"),
+    ],
+)
+def test_a_model_is_named_without_where_it_is_on_a_disk(name: str, title: str) -> None:
+    assert show.model_title(name) == title

@@ -172,15 +172,18 @@ def _summarise(docs: Sequence[Sequence[Any]], cuts: Sequence[int]) -> Summary:
 
 
 def _brute_force(docs: Sequence[Sequence[Any]], at: int) -> dict[tuple[bool, int], Any]:
-    """(special, type) -> n_docs, n_word_start, value -> count."""
-    found: dict[tuple[bool, int], Any] = defaultdict(lambda: [set(), 0, Counter()])
+    """(special, type) -> n_docs, n_word_start, n_whole, value -> count."""
+    found: dict[tuple[bool, int], Any] = defaultdict(lambda: [set(), 0, 0, Counter()])
     for doc, tokens in enumerate(docs):
-        for token_id, special, start, *values in tokens:
+        for place, (token_id, special, start, *values) in enumerate(tokens):
+            following = tokens[place + 1] if place + 1 < len(tokens) else None
+            goes_on = following is not None and not following[1] and not following[2]
             entry = found[special, token_id]
             entry[0].add(doc)
             entry[1] += start
-            entry[2][float(round_strengths(np.array(values, np.float32))[at])] += 1
-    return {key: (len(docs), starts, dict(counts)) for key, (docs, starts, counts) in found.items()}
+            entry[2] += start and not goes_on
+            entry[3][float(round_strengths(np.array(values, np.float32))[at])] += 1
+    return {key: (len(docs), starts, whole, dict(counts)) for key, (docs, starts, whole, counts) in found.items()}
 
 
 def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
@@ -189,12 +192,12 @@ def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
     for key, n in zip(summary.values.keys.tolist(), summary.values.counts.tolist(), strict=True):
         value = to_values(np.array([key % 2**24]))[0]
         values[bool(key >> 55), (key >> 24) % 2**31][float(value)] = n
-    docs, starts = (
-        dict(zip(h.keys.tolist(), h.counts.tolist(), strict=True)) for h in (summary.docs, summary.word_starts)
-    )
+    by_type = [
+        dict(zip(h.keys.tolist(), h.counts.tolist(), strict=True))
+        for h in (summary.docs, summary.word_starts, summary.whole_words)
+    ]
     return {
-        (s, t): (docs[(s << 55) + (t << 24)], starts[(s << 55) + (t << 24)], counts)
-        for (s, t), counts in values.items()
+        (s, t): (*(counts[(s << 55) + (t << 24)] for counts in by_type), of_type) for (s, t), of_type in values.items()
     }
 
 
