@@ -51,6 +51,16 @@ SLOW = (
 """Files that begin first: processes take whole files, and the last one should not be long."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-long", action="store_true", help="tests/fuzz tries thousands of instances, not some")
+
+
+@pytest.fixture(scope="session")
+def fuzz_length(request: pytest.FixtureRequest) -> str:
+    """How long the fuzzers of tests/fuzz go on: ``short``, the gate's, or ``long`` with ``--fuzz-long``."""
+    return "long" if request.config.getoption("--fuzz-long") else "short"
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of them, in turn."""
