@@ -575,6 +575,8 @@ def _note(event: Event) -> str:
 
 
 def _print_estimate(e: Estimate, console: Console) -> None:
+    from afn_ray import losses
+
     about = "" if e.documents_exact else "about "
     todo = e.num_shards - e.num_shards_done
     signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
@@ -593,8 +595,8 @@ def _print_estimate(e: Estimate, console: Console) -> None:
     ]  # fmt: skip
     for name, value in rows:
         console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
-    for uri in e.skipped:
-        console.print(f"skipped  {printable(uri)}: its ending is no known format", markup=False, soft_wrap=True)
+    if skipped := losses.describe_skipped(e.skipped):
+        console.print(f"skipped  {printable(skipped)}", markup=False, soft_wrap=True)
     console.print("nothing was done (--dry-run)", markup=False)
 
 

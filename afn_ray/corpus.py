@@ -20,18 +20,21 @@ COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 SAMPLE_FILES = 8
 
 
-def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[FileInfo], list[str]]:
-    """Files that ``patterns`` name, once each and sorted by URI, and the URIs left out for an unknown ending.
+def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[FileInfo], list[FileInfo]]:
+    """Files that ``patterns`` name, once each and sorted by URI, and those left out for an unknown ending.
 
     Endings decide only when ``options.format`` is ``auto``. Raises ``CorpusError`` when nothing is left.
     """
     found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern)}
-    files = [file for uri, file in sorted(found.items()) if _kind(uri, options)[0]]
-    skipped = sorted(found.keys() - {file.uri for file in files})
+    files: list[FileInfo] = []
+    skipped: list[FileInfo] = []
+    for uri, file in sorted(found.items()):
+        (files if _kind(uri, options)[0] else skipped).append(file)
     if not files:
+        found_uris = reading.listing([file.uri for file in skipped], 200)
         raise CorpusError(
             f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be followed by "
-            f".{', .'.join(COMPRESSIONS)}. Found: {reading.listing(skipped, 200)}. If they all have one format, name "
+            f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
             "it with --format"
         )
     return files, skipped

@@ -15,7 +15,7 @@ from afn_ray import cluster, corpus, lexicon, manifest, pipeline, settings, stor
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.job import OnEvent, normalised, prepare
-from afn_ray.schema import SPECIAL, fingerprint
+from afn_ray.schema import SPECIAL, FileInfo, fingerprint
 
 SAMPLE_DOCUMENTS = 200
 PILOT_S = 2.0
@@ -90,7 +90,7 @@ class Estimate:
     """What a run would do, and about how long it would take."""
 
     num_files: int
-    skipped: tuple[str, ...]
+    skipped: tuple[FileInfo, ...]  # for an unknown ending
     num_documents: int
     documents_exact: bool
     num_bytes: int

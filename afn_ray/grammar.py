@@ -127,8 +127,8 @@ def parser() -> argparse.ArgumentParser:
     sql = commands.add_parser(
         "sql", help="ask a run in SQL", epilog=EPILOG,
         description="Views: tokens, documents, vocabulary, words, classes, thresholds, labels, histogram, signals, "
-        "signal_vocabulary, token_neurons, neurons, neuron_types, sources, screened, shards, run, and with --baseline "
-        "movers, drift, class_drift. Macros: kwic(word, n := 5, most := NULL), "
+        "signal_vocabulary, token_neurons, neurons, neuron_types, files, sources, screened, shards, run, and with "
+        "--baseline movers, drift, class_drift. Macros: kwic(word, n := 5, most := NULL), "
         "document_text(document). Without a QUERY, a shell.",
     )  # fmt: skip
     sql.add_argument("run", metavar="RUN", help=RUN_HELP)

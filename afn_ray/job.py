@@ -15,6 +15,7 @@ from afn_ray import (
     corpus,
     dispatch,
     lexicon,
+    losses,
     manifest,
     model,
     outliers,
@@ -121,6 +122,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
                 f"delete {folder.uri}/run.json and give this command again to do them anew"
             )
         on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
+        _report_losses(folder, on_event)
         return open_run(folder.uri)
     if not reduce_only:
         commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
@@ -163,12 +165,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
             frozen=frozen, neuron_layers=task.neuron_layers, high_neurons=bool(task.neurons_above), tagged=task.tagged,
             tasks=tasks,
         )  # fmt: skip
+        tables["files"] = losses.files_table(
+            config.store, task.measure_id, ordered, shards=plan.shards, skipped=plan.skipped, tasks=tasks
+        )
         if config.screen:
             on_event(Event("screening", "looking for strange documents"))
             tables |= screen.scan_run(
                 config.store, task.measure_id, ordered, task.layers, shards=plan.shards,
-                labels=tables["frozen" if frozen else "thresholds"], vocabulary=tables["vocabulary"],
-                readable=readable, worst=config.screen, tasks=tasks,
+                labels=tables["frozen" if frozen else "thresholds"], files=tables["files"],
+                vocabulary=tables["vocabulary"], readable=readable, worst=config.screen, tasks=tasks,
             )  # fmt: skip
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = total_counts(ordered)
@@ -185,7 +190,12 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         "tables": names,
         "config": asdict(config),
         "function_words": lexicon.SOURCE,
-        "corpus": {"files": len(plan.files), "skipped": list(plan.skipped), "bytes": plan.num_bytes},
+        "corpus": {
+            "files": len(plan.files),
+            "bytes": plan.num_bytes,
+            "skipped": len(plan.skipped),
+            "skipped_bytes": sum(file.size for file in plan.skipped),
+        },
         "precision": asked.decided.to_json(),
         "counts": {
             "shards": len(ordered),
@@ -214,14 +224,20 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     )  # fmt: skip
     for shard in quarantined:
         on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
-    if plan.skipped:
-        on_event(
-            Event(
-                "complete",
-                f"{count(len(plan.skipped), 'file')} skipped for an unknown ending: {', '.join(plan.skipped[:5])}",
-            )
-        )
+    _report_losses(folder, on_event)
     return open_run(folder.uri)
+
+
+def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
+    """What the complete ``run`` did not measure of its corpus; what it lost is a warning."""
+    files = manifest.read_table(run, "files")
+    found = losses.total(files)
+    if skipped := losses.describe_skipped(losses.skipped_files(files)):
+        on_event(Event("complete", f"skipped: {skipped}"))
+    if replaced := losses.describe_replaced(found):
+        on_event(Event("complete", f"replaced: {replaced}"))
+    if lost := losses.describe(found):
+        on_event(Event("warning", f"warning: lost: {lost}"))
 
 
 def _decide_precision(

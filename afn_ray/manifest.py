@@ -63,7 +63,7 @@ RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
     "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
-RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "sources", "screened",
+RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "sources", "screened",
               "signals", "signal_vocabulary", "neurons", "neuron_types")  # fmt: skip
 HEX = re.compile("[0-9a-f]{32}")
 PROBE = re.compile("probe-[0-9a-f]{32}")
@@ -131,7 +131,7 @@ class Plan:
 
     shards: tuple[Shard, ...]
     files: tuple[FileInfo, ...]
-    skipped: tuple[str, ...]  # URIs with an ending that is no known format
+    skipped: tuple[FileInfo, ...]  # with an ending that is no known format
     num_hashed: int  # files read to plan; the others were remembered
 
     @property

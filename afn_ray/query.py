@@ -25,6 +25,7 @@ from afn_ray.errors import ConfigError, QueryError, StoreError, printable
 from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
+    FILES_SCHEMA,
     HISTOGRAM_SCHEMA,
     MOVERS_SCHEMA,
     NEURON_TYPES_SCHEMA,
@@ -391,7 +392,7 @@ def _settings(limits: sandbox.Limits) -> dict[str, Any]:
 
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
-    "histogram": HISTOGRAM_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
+    "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
 }  # fmt: skip
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons")

@@ -451,10 +451,29 @@ SHARDS_SCHEMA = pa.schema(
 )
 """A run's shards in plan order: where their files are and how many rows they hold."""
 
+FILES_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),  # URI of the file
+        pa.field("is_skipped", pa.bool_(), nullable=False),  # left out for its unknown ending
+        pa.field("bytes", pa.int64(), nullable=False),  # of the file
+        pa.field("num_bytes", pa.int64(), nullable=False),  # of it that were to be read: of Parquet its columns
+        pa.field("lost_bytes", pa.int64(), nullable=False),  # of these, not measured
+        pa.field("share_read", pa.float64(), nullable=False),  # of num_bytes, measured
+        pa.field("n_quarantined", pa.int64(), nullable=False),  # rows of documents
+        pa.field("lost_documents", pa.int64(), nullable=False),  # where their number is known
+        pa.field("lost_unknown", pa.int64(), nullable=False),  # losses of an unknown number of documents
+        pa.field("n_replaced", pa.int64(), nullable=False),  # characters
+    ]
+)
+"""What was read of each file of a run's corpus."""
+
 SOURCES_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("source", pa.string(), nullable=False),  # URI of a file, or of a folder where files are many
+        *(FILES_SCHEMA.field(name) for name in ("bytes", "lost_bytes", "share_read")),
+        pa.field("n_documents", pa.int64(), nullable=False),  # read, empty and quarantined ones among them
+        *(FILES_SCHEMA.field(name) for name in ("n_quarantined", "lost_documents", "lost_unknown", "n_replaced")),
         pa.field("n_docs", pa.int64(), nullable=False),  # with tokens
         pa.field("n", pa.int64(), nullable=False),  # tokens, special ones apart
         pa.field("n_high", pa.int64(), nullable=False),

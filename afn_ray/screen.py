@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import manifest, parquet, records
+from afn_ray import losses, manifest, parquet, records
 from afn_ray.reduce import FAN_IN, Inline, Tasks
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA, SPECIAL, WORD_START, Shard, strength_column
 from afn_ray.thresholds import BIN_BITS, COMPACT_KEYS, Histogram, round_strengths, to_bins, to_values
@@ -101,11 +101,12 @@ RANKED = pa.schema(
 
 def scan_run(
     store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int], *, shards: Sequence[Shard],
-    labels: pa.Table, vocabulary: pa.Table, readable: Sequence[str], worst: int, tasks: Tasks | None = None,
+    labels: pa.Table, files: pa.Table, vocabulary: pa.Table, readable: Sequence[str], worst: int,
+    tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The run's ``sources`` and ``screened`` tables, by ``tasks`` or in this process.
 
-    ``commits`` in plan order; ``shards`` that were planned, whose files are the sources; ``labels`` and
+    ``commits`` in plan order; ``shards`` that were planned, whose files are the sources; ``labels``, ``files`` and
     ``vocabulary`` are the run's tables, ``readable`` the tokenizer's texts by token id; ``worst`` documents are kept.
     Of documents that share a text the strangest is kept, the first where they are equal. Raises ``StoreError`` for a
     file that is not as committed.
@@ -127,7 +128,7 @@ def scan_run(
     ]
     sums, *parts = (_tree(tasks, _add, [s[at] for s in scanned]) for at in (0, *range(2, 2 + num_parts)))
     repeated = [tasks.submit(_repeated, part)[0] for part in parts]
-    spread, sources = tasks.submit(_describe, names, layers, labels, sums, num_results=2)
+    spread, sources = tasks.submit(_describe, names, layers, labels, sums, _by_name(files, depth), num_results=2)
     ranked = [tasks.submit(_rank, layer, worst, s[1], names, depth, spread, *repeated)[0] for s in scanned]
     table = tasks.result(_tree(tasks, _worst, ranked, worst))
     return {
@@ -150,6 +151,14 @@ def source_depth(uris: Collection[str]) -> int | None:
 def source_of(uri: str, depth: int | None) -> str:
     """The source of the file ``uri``: itself, or the folder that its first ``depth`` parts name."""
     return uri if depth is None else "/".join(uri.split("/")[:-1][:depth])
+
+
+def _by_name(files: pa.Table, depth: int | None) -> dict[str, dict[str, Any]]:
+    """Columns of ``SOURCES_SCHEMA`` that the run's ``files`` give, by source."""
+    read = files.filter(pc.invert(files["is_skipped"]))
+    names = pa.array([source_of(uri, depth) for uri in read["source"].to_pylist()], pa.string())
+    read = read.set_column(0, "source", names)
+    return {row.pop("source"): row for row in losses.add_files(read).to_pylist()}
 
 
 def _tree(tasks: Tasks, merge: Callable[..., Sequence[Any]], handles: list[Any], *first: Any) -> Any:
@@ -205,7 +214,7 @@ def _scan(
     store: str, measure_id: str, places: Sequence[Place], depth: int | None, names: Sequence[str],
     layers: Sequence[int], limits: Limits, num_parts: int,
 ) -> list[Any]:  # fmt: skip
-    """Sums by source (strengths of each layer, then each feature), a table of features, and hashes in parts."""
+    """Sums by source (strengths of each layer, each feature, documents), a table of features, and hashes in parts."""
     index = {name: at for at, name in enumerate(names)}
     sums: list[tuple[Histogram, ...]] = []
     tables, hashes = [], []
@@ -237,7 +246,7 @@ def _scan(
                 pieces = _add(*pieces)
         here = np.flatnonzero(n)  # documents with tokens
         of_docs = [Histogram.of((source[here] << BIN_BITS) + to_bins(x[here])) for x in features]
-        sums.append((*_add(*pieces)[0], *of_docs))
+        sums.append((*_add(*pieces)[0], *of_docs, Histogram.of(source)))
         keys = _hashes(documents["text_sha256"])[here]
         hashes.append(keys)
         tables.append(
@@ -301,10 +310,13 @@ def _repeated(part: tuple[Histogram]) -> list[Histogram]:
 
 
 def _describe(
-    names: Sequence[str], layers: Sequence[int], labels: pa.Table, sums: tuple[Histogram, ...]
-) -> tuple[Spread, pa.Table]:
-    """What is usual for each source, and the ``sources`` table."""
-    strengths, of_docs = sums[: len(layers)], sums[len(layers) :]
+    names: Sequence[str], layers: Sequence[int], labels: pa.Table, sums: tuple[Histogram, ...],
+    read: Mapping[str, Mapping[str, Any]],
+) -> tuple[Spread, pa.Table]:  # fmt: skip
+    """What is usual for each source, and the ``sources`` table; ``read`` as of ``_by_name``."""
+    strengths, of_docs, documents = sums[: len(layers)], sums[len(layers) : -1], sums[-1]
+    n_documents = np.zeros(len(names), np.int64)
+    n_documents[documents.keys] = documents.counts
     spreads = [[*_by_source(h, len(names)), Histogram.of(h.keys & BIN_MASK, h.counts)] for h in of_docs]
     deepest = [*_by_source(strengths[-1], len(names))]
     deepest.append(Histogram.of(strengths[-1].keys & BIN_MASK, strengths[-1].counts))
@@ -320,7 +332,8 @@ def _describe(
         for at, h in enumerate(_by_source(histogram, len(names))):
             high = to_values(h.keys) >= np.float32(np.inf if q3[layer] is None else q3[layer])
             rows.append({
-                "layer": layer, "source": names[at], "n_docs": int(spread.n_docs[at]), "n": h.n,
+                **read[names[at]], "layer": layer, "source": names[at], "n_documents": int(n_documents[at]),
+                "n_docs": int(spread.n_docs[at]), "n": h.n,
                 "n_high": int(h.counts[high].sum()), "bins": h.keys, "counts": h.counts,
             })  # fmt: skip
     return spread, pa.Table.from_pylist(rows, SOURCES_SCHEMA)

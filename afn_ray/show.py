@@ -15,8 +15,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import compare, lexicon, manifest, precision
+from afn_ray import compare, lexicon, losses, manifest, precision
 from afn_ray.errors import count, printable
+from afn_ray.losses import Losses
 from afn_ray.query import Run
 from afn_ray.reduce import wilson
 from afn_ray.schema import in_order
@@ -67,6 +68,8 @@ class Summary:
     info: dict[str, Any]
     bytes_per_token: dict[str, float]  # tokens, documents, summary, neurons, pairs, all
     padding_share: float
+    losses: Losses
+    skipped: str  # files that were left out of the corpus, in words
     layers: tuple[LayerFacts, ...]
 
 
@@ -76,6 +79,7 @@ def summarise(run: manifest.RunFolder) -> Summary:
     vocabulary = manifest.read_table(run, "vocabulary")
     histogram = manifest.read_table(run, "histogram")
     shards = manifest.read_table(run, "shards")
+    files = manifest.read_table(run, "files")
     n = max(1, sum(shards["n_tokens"].to_pylist()))
     size = {t: sum(shards[f"{c}_bytes"].to_pylist()) / n for t, c in
             (("tokens", "token"), ("documents", "document"), ("summary", "summary"), ("neurons", "neurons"),
@@ -101,7 +105,10 @@ def summarise(run: manifest.RunFolder) -> Summary:
             )
         )
     padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
-    return Summary(run.uri, run.info, {**size, "all": sum(size.values())}, max(0.0, padding), tuple(layers))
+    return Summary(
+        run.uri, run.info, {**size, "all": sum(size.values())}, max(0.0, padding), losses.total(files),
+        losses.describe_skipped(losses.skipped_files(files)), tuple(layers),
+    )  # fmt: skip
 
 
 def _ratio(a: float, b: float) -> float:
@@ -199,6 +206,8 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         ("corpus", ", ".join(info["config"]["corpus"])),
         ("documents", f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
                       f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files"),
+        ("lost", losses.describe(summary.losses) or "nothing"),
+        *([("replaced", replaced)] if (replaced := losses.describe_replaced(summary.losses)) else []),
         ("tokens", f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)"),
         ("model", f"{model_title(model['name'])} "
                   f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
@@ -215,8 +224,8 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
     if missing := info.get("quarantined"):
         uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
         rows.append(("missing", f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}"))
-    if skipped := info["corpus"]["skipped"]:
-        rows.append(("skipped", f"{len(skipped)} files with an ending that is no known format"))
+    if summary.skipped:
+        rows.append(("skipped", summary.skipped))
     return rows
 
 

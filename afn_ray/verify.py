@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import blocks, manifest, parquet, query, records, recount, reduce, rows, screen, storage
+from afn_ray import blocks, losses, manifest, parquet, query, records, recount, reduce, rows, screen, storage
 from afn_ray.blocks import Blocks
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import Place
@@ -397,7 +397,7 @@ class _Run:
             if not self.findings:
                 self._ask_duckdb(memory_limit, sum(c.counts["tokens"] for c in commits))
             if not self.findings:
-                self._compare(self._reduced(commits, num_bytes, stored["vocabulary"]), stored)
+                self._compare(self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"]), stored)
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
@@ -413,13 +413,13 @@ class _Run:
                 self._find("tables", self._table_uri(name), differs)
 
     def _reduced(
-        self, commits: Sequence[manifest.Commit], num_bytes: Sequence[int], vocabulary: pa.Table
+        self, commits: Sequence[manifest.Commit], num_bytes: Sequence[int], vocabulary: pa.Table, files: pa.Table
     ) -> dict[str, pa.Table]:
         """The run's tables anew: reduced from the summaries, which were proved to be those of the rows, and screened.
 
         The tokenizer and the word lists that name and sort types may not be here, or be newer: ``token``, ``text``
-        and ``class`` are taken from the stored vocabulary, and have only its checksum to speak for them; classes that
-        are tags are recomputed.
+        and ``class`` are taken from the stored ``vocabulary``, and have only its checksum to speak for them; classes
+        that are tags are recomputed. Which files were left out of the corpus is taken from the stored ``files``.
         """
         ids = vocabulary["token_id"].to_pylist()
         pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
@@ -441,11 +441,14 @@ class _Run:
             column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
             at = others.column_names.index("class")
             tables["signal_vocabulary"] = others.set_column(at, "class", pa.array(column, pa.string()))
+        tables["files"] = losses.files_table(
+            self.folder.store, self.measure_id, commits, shards=self.shards, skipped=losses.skipped_files(files)
+        )
         if self._config.get("screen"):
             tables |= screen.scan_run(
                 self.folder.store, self.measure_id, commits, self.measure["layers"], shards=self.shards,
-                labels=tables["frozen" if self._frozen else "thresholds"], vocabulary=tables["vocabulary"],
-                readable=readable, worst=self._config["screen"],
+                labels=tables["frozen" if self._frozen else "thresholds"], files=tables["files"],
+                vocabulary=tables["vocabulary"], readable=readable, worst=self._config["screen"],
             )  # fmt: skip
         return tables
 

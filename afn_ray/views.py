@@ -22,6 +22,7 @@ VIEWS = {
     "neurons": "what each of these neurons answers to, per layer; empty where none were recorded",
     "neuron_types": "each neuron with each type that it meets at least five times; empty where none were recorded",
     "histogram": "how often each distinct strength occurs, per layer; special tokens apart",
+    "files": "what was read of each file of the corpus, and what was lost; files left out for their ending as well",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run has none",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",

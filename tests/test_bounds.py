@@ -108,7 +108,7 @@ def test_a_bomb_costs_its_own_file_and_what_came_before_it_stays(tmp_path: Path)
     (tmp_path / "c.txt.gz.gz").write_bytes(gzip.compress(gzip.compress(text)))  # what is inside is no known format
     options = replace(OPTIONS, id_column=None)
     files, skipped = corpus.list_files([str(tmp_path)], options)
-    assert [Path(uri).name for uri in skipped] == ["c.txt.gz.gz"]
+    assert [Path(file.uri).name for file in skipped] == ["c.txt.gz.gz"]
     documents = [d for f in files for s in corpus.cut(f, options, 1 << 20) for d in reading.read(s, options)]
     assert [d.text for d in documents if d.problem is None] == [*map(str, range(1000)), "fine"]
     (problem,) = (d.problem for d in documents if d.problem is not None)

@@ -102,7 +102,8 @@ def test_list_files_takes_known_endings_once_and_sorted(tmp_path: Path) -> None:
         write(tmp_path, name, b"x")
     files, skipped = corpus.list_files([str(tmp_path / "*.txt"), str(tmp_path)], OPTIONS)
     assert [f.uri for f in files] == sorted(str(tmp_path / n) for n in known)
-    assert skipped == sorted(str(tmp_path / n) for n in unknown)
+    assert [file.uri for file in skipped] == sorted(str(tmp_path / n) for n in unknown)
+    assert [file.size for file in skipped] == [Path(file.uri).stat().st_size for file in skipped]
 
 
 def test_list_files_without_a_known_ending_says_what_to_do(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from afn_ray.errors import QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.query import Run, open_run
 from afn_ray.schema import (
+    FILES_SCHEMA,
     MOVERS_SCHEMA,
     REPLACED,
     SCHEMA_VERSION,
@@ -99,7 +100,7 @@ def write_run(
     tables = {}
     for table, schema, values in (
         ("shards", SHARDS_SCHEMA, rows), ("thresholds", THRESHOLDS_SCHEMA, thresholds),
-        ("vocabulary", VOCABULARY_SCHEMA, vocabulary),
+        ("vocabulary", VOCABULARY_SCHEMA, vocabulary), ("files", FILES_SCHEMA, []),
     ):  # fmt: skip
         tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(values, schema))
     info = {

@@ -20,11 +20,26 @@ from rich.console import Console
 
 from afn_ray import manifest, show
 from afn_ray.manifest import RunFolder
-from afn_ray.schema import HISTOGRAM_SCHEMA, PLAN_SCHEMA, SHARDS_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
+from afn_ray.schema import (
+    FILES_SCHEMA,
+    HISTOGRAM_SCHEMA,
+    PLAN_SCHEMA,
+    SHARDS_SCHEMA,
+    THRESHOLDS_SCHEMA,
+    VOCABULARY_SCHEMA,
+)
 
 CLASSES = ("content", "function", "fragment", "number", "punctuation")
 COUNTS = {"documents": 31_103, "empty": 2, "quarantined": 1, "tokens": 1_000_000, "special": 62_200, "windows": 31_100,
           "forward_tokens": 1_250_000, "chars": 9, "shards": 9, "shards_reused": 4}  # fmt: skip
+FILES = [
+    dict.fromkeys(FILES_SCHEMA.names, 0)
+    | {"source": source, "is_skipped": False, "bytes": size, "num_bytes": size, "share_read": 1.0}
+    for source, size in (("/data/a.jsonl", 900_000), ("/data/[b]b\x1b.gz", 100_000))
+]
+FILES[1] |= {"lost_bytes": 40_000, "share_read": 0.6, "n_quarantined": 2, "lost_documents": 1, "lost_unknown": 1,
+             "n_replaced": 37}  # fmt: skip
+FILES.append(FILES[0] | {"source": "/data/x.pdf", "is_skipped": True, "num_bytes": 0, "share_read": 0.0})
 
 
 def _type(layer: int, token_id: int, text: str, name: str, n: int, n_high: int, idf: float) -> dict[str, Any]:
@@ -76,6 +91,7 @@ def _run(
     for table, content, schema in (
         ("thresholds", thresholds, THRESHOLDS_SCHEMA), ("vocabulary", rows, VOCABULARY_SCHEMA),
         ("histogram", histogram, HISTOGRAM_SCHEMA), ("shards", shards, SHARDS_SCHEMA),
+        ("files", FILES, FILES_SCHEMA),
     ):  # fmt: skip
         tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(content, schema))
     info = {
@@ -83,7 +99,7 @@ def _run(
         "config": {"corpus": ["/data/[bold]news[/bold]/*.jsonl"]},
         "model": {"name": "/models/[red]bert", "type": "bert", "depth": 12, "hidden_size": 768},
         "measure": {"dtype": "float32", "signals": ["strength"]}, "precision": RUN_INFO["precision"],
-        "corpus": {"files": 12, "skipped": ["/data/x.pdf"], "bytes": 5},
+        "corpus": {"files": 12, "skipped": 1, "skipped_bytes": 900_000, "bytes": 5},
         "finished_at": "2026-11-22T01:02:03+00:00", "seconds": 12.3,
     }  # fmt: skip
     return manifest.finish_run(run, info)
@@ -101,6 +117,16 @@ def test_quarantined_shards_are_named(tmp_path: Path) -> None:
     assert " missing " not in _shown(run, 200)
     run.info["quarantined"] = [{"shard": "a", "uri": f"/data/[b]{i}", "reason": "bad"} for i in range(4)]
     assert f"4 of {4 + COUNTS['shards']} shards: /data/[b]0, /data/[b]1, /data/[b]2, ..." in _shown(run, 200)
+
+
+def test_what_was_lost_replaced_and_skipped_is_named_with_its_size(tmp_path: Path) -> None:
+    shown = _shown(_run(tmp_path), 200)
+    lost = "40 kB of 1.0 MB (4%) in 1 file: [b]b\\x1b.gz (60% read); 1 document or more"
+    for name, text in (
+        ("lost", lost), ("replaced", "37 characters in 1 file: [b]b\\x1b.gz"),
+        ("skipped", "1 file (900 kB) with an ending that is no known format: x.pdf"),
+    ):  # fmt: skip
+        assert re.search(rf"^\s*{name}\s+{re.escape(text)}\s*$", shown, re.M), shown
 
 
 # --- the data --------------------------------------------------------------------------------------------
@@ -225,7 +251,8 @@ def test_the_summary_names_the_run_its_model_and_what_to_be_careful_about(tmp_pa
         "Run 20261122T010203.004Z-abcdef012345", "31,103 = 31,100 measured + 2 empty + 1 quarantined, in 12 files",
         "1,000,000, of them 62,200 special", "(bert, 12 layers, float32)", "0, 8  (0 = embeddings)",
         "6.00 bytes a token in the tokens table, 7.00 in all", "20.0%", "5 of 9 shards new",
-        "1 files with an ending that is no known format", "Layer 8: Q3 lies 6.2% above the median (CV 0.12)",
+        "1 file (900 kB) with an ending that is no known format: x.pdf",
+        "Layer 8: Q3 lies 6.2% above the median (CV 0.12)",
         "special tokens have mean 2.7500, the others 4.0000", "12 sinks over 10 medians: compare medians, not means.",
         "Never compare raw strengths across layers",
     ):  # fmt: skip

@@ -172,7 +172,7 @@ def test_a_store_that_is_whole_is_said_to_be(store: Copy) -> None:
     counts = run.info["counts"]
     assert (v.num_shards, v.num_rows, v.num_runs) == (counts["shards"], counts["tokens"], 1)
     assert counts["shards"] > 3 and counts["empty"] == 2 and counts["quarantined"] == 1
-    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 7
+    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 8
     sizes = {f.uri: f.size for f in storage.list_below(store.uri) if not f.uri.endswith(".json")}
     assert v.num_bytes == sum(sizes.values())
     one = verify_store(run.uri)
@@ -467,6 +467,10 @@ RUN_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "histogram": ("histogram", lambda t: put(t, "n", 9, 7777), "row 9: n is 7777"),
     "offsets of shards": ("shards", lambda t: put(t, "doc_offset", 1, 0), "row 1: doc_offset is 0"),
     "loss of shards": ("shards", lambda t: put(t, "lost_bytes", 0, 9), "row 0: lost_bytes is 9"),
+    "loss of a file": ("files", lambda t: put(t, "lost_bytes", 0, 9), "row 0: lost_bytes is 9"),
+    "characters of a file": ("files", lambda t: put(t, "n_replaced", 0, 9), "row 0: n_replaced is 9"),
+    "a file less": ("files", lambda t: t.slice(1), "rows, expected"),
+    "loss of a source": ("sources", lambda t: put(t, "share_read", 0, 0.5), "row 0: share_read is 0.5"),
     "order of shards": ("shards", lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "row 0: ordinal is 1"),
     "a shard twice": ("shards", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "rows, expected"),
     "another file": ("shards", lambda t: put(t, "tokens_file", 0, t["tokens_file"][1].as_py()), "tokens_file"),

@@ -29,7 +29,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import cgroup, manifest, query, reduce, screen
+from afn_ray import cgroup, losses, manifest, query, reduce, screen
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.commits import COUNTS
@@ -181,8 +181,9 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     )  # fmt: skip
     seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")
     began = time.monotonic()
+    tables["files"] = losses.files_table(store, measure_id, ordered, shards=shards, skipped=())
     tables |= screen.scan_run(
-        store, measure_id, ordered, (LAYER,), shards=shards, labels=tables["thresholds"],
+        store, measure_id, ordered, (LAYER,), shards=shards, labels=tables["thresholds"], files=tables["files"],
         vocabulary=tables["vocabulary"], readable=readable, worst=config.screen,
     )  # fmt: skip
     screening_s = time.monotonic() - began
@@ -190,7 +191,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     info = {
         "measure": {"id": measure_id, **MEASURE}, "model": {"name": "generated"}, "layers": [LAYER],
         "tables": {name: manifest.write_table(folder, name, table) for name, table in tables.items()},
-        "config": asdict(config), "corpus": {"files": num_shards, "skipped": [], "bytes": num_shards},
+        "config": asdict(config), "corpus": {"files": num_shards, "bytes": num_shards, "skipped": 0},
         "precision": {"dtype": "float32"}, "quarantined": [], "seconds": 0.0,
         "counts": {"shards": num_shards, "documents": sum(c.counts["documents"] for c in ordered), "tokens": tokens},
         "created_at": manifest.created_at(folder), "finished_at": manifest.created_at(folder),
