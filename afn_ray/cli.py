@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace) -> None:
     console = Console(stderr=True, highlight=False)
     with _progress(console, args.quiet) as on_event:
         if args.dry_run:
-            found = estimate.dry_run(config, on_event, rate=args.rate, prices=args.prices)
+            found = estimate.dry_run(config, on_event, rate=args.rate, prices=args.prices, reduce_only=args.reduce_only)
         else:
             with job.run(config, on_event, reduce_only=args.reduce_only) as run:
                 uri = run.uri
@@ -585,7 +585,7 @@ def _print_estimate(e: Estimate, console: Console) -> None:
         ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
         ("corpus", f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files"),
         ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
-        ("tokens", f"about {e.tokens:,} (from a sample)"),
+        ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
         *_pace(e),
         ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
@@ -600,8 +600,24 @@ def _print_estimate(e: Estimate, console: Console) -> None:
     console.print("nothing was done (--dry-run)", markup=False)
 
 
+def _tokens(e: Estimate) -> str:
+    """How many tokens, and how that is known."""
+    there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
+    if e.tokens_exact:
+        more = f"{e.tokens - e.tokens_there:,} counted" if e.tokens > e.tokens_there else ""
+        return f"{e.tokens:,}: {', '.join(filter(None, (there, more)))}"
+    parts = [there, "the rest from a sample" if there else "from a sample"]
+    if e.num_beginnings:
+        parts.append(f"of {count(e.num_beginnings, 'large file')} the beginning alone")
+    interval = f"{e.tokens_low:,} to {e.tokens_high:,} with 95 %"
+    return f"about {e.tokens:,} ({interval}): {', '.join(filter(None, parts))}"
+
+
 def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
     """Rate, time and work; or why they are not told."""
+    if e.num_shards_done == e.num_shards and e.seconds is not None:
+        yield "time", f"about {_duration(e.seconds)}: nothing is left to measure"
+        return
     if e.tokens_per_second is None:
         yield "rate", f"not known: {e.rate}"
     else:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from afn_ray import cluster, corpus, lexicon, manifest, pipeline, settings, storage
+from afn_ray import cluster, corpus, counting, lexicon, pipeline, settings, storage
+from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
-from afn_ray.job import OnEvent, normalised, prepare
-from afn_ray.schema import SPECIAL, FileInfo, fingerprint
+from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.job import OnEvent, normalised, prepare, take_stock
+from afn_ray.schema import FileInfo, fingerprint
 
 SAMPLE_DOCUMENTS = 200
 PILOT_S = 2.0
@@ -96,8 +97,13 @@ class Estimate:
     num_bytes: int
     num_shards: int
     num_shards_done: int  # already in the store
-    tokens: int  # estimated from a sample
-    store_bytes: int  # estimated
+    tokens: int  # special ones among them, as a run counts them
+    tokens_low: int  # of the 95 % interval; where all are counted, ``tokens``
+    tokens_high: int
+    tokens_exact: bool  # what the store has is added up from its commits, what is small is counted
+    tokens_there: int  # of them already in the store
+    num_beginnings: int  # large slices that could be sampled only at their beginning
+    store_bytes: int  # estimated, but for what is there
     seconds: float | None  # from the first worker's start to the reduced tables; None: no rate is known
     load_s: float | None  # of these, until models are loaded
     reduce_s: float  # of these, by the reduce and the screening
@@ -123,56 +129,83 @@ class Estimate:
 
 
 def dry_run(
-    config: RunConfig, on_event: OnEvent = lambda event: None, *, rate: Path | None = None, prices: Path | None = None
-) -> Estimate:
-    """What ``job.run(config)`` would do. Reads the corpus once to plan, tries the model on a sample, writes nothing.
+    config: RunConfig, on_event: OnEvent = lambda event: None, *, rate: Path | None = None, prices: Path | None = None,
+    reduce_only: bool = False,
+) -> Estimate:  # fmt: skip
+    """What ``job.run(config)`` would do, or what it would refuse: it is that call's own preparation.
 
-    ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is measured here,
-    and where this machine lacks the workers' device, time, hours and money are None: they are not told.
-    ``prices``: a TOML file with keys of ``Prices``. Raises ``ConfigError`` for a rate of something else.
+    Reads the corpus once to plan, counts or samples what the store lacks, tries the model on a little of it, and leaves
+    nothing behind. ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is
+    measured here, and where this machine lacks the workers' device, time, hours and money are None: they are not told.
+    ``prices``: a TOML file with keys of ``Prices``. Raises what ``job.run`` raises before its work begins, and
+    ``ConfigError`` for a rate of something else.
     """
     money = None if prices is None else read_prices(prices)
     known = None if rate is None else read_rate(rate)  # before the corpus is read, which may take hours
     config = normalised(config)
     lexicon.function_words(config.language)
-    asked = prepare(config, on_event, keep=False)
+    storage.try_writable(config.store)
+    asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
     task, plan, measure, device = asked.task, asked.plan, asked.measure, asked.device
-    speed = speed_of(task, measure)
     if known is not None and rate is not None:
-        known.check(speed, rate)
-    done = manifest.find_commits(config.store, task.measure_id, plan.shards)
-    pilot = _pilot(task, [d.text for d in corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)])
-    exact = all(s.num_documents >= 0 for shard in plan.shards for s in shard.slices)
-    share = _text_share(plan, pilot.texts)
-    todo = [s for s in plan.shards if s.id not in done]
-    per_byte = share * pilot.num_tokens / max(1, pilot.num_bytes)
-    tokens = round(plan.num_bytes * per_byte)
-    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
-    if not exact and pilot.texts:
-        documents = max(documents, round(plan.num_bytes * share / (pilot.num_bytes / len(pilot.texts))))
+        known.check(speed_of(task, measure), rate)
+    stock = take_stock(asked, on_event, reduce_only=reduce_only)
+    todo = [] if reduce_only else [s for s in plan.shards if s.id not in stock.commits]
+    there = _what_is_there(stock.commits)
+    lacking = counting.NOTHING
+    if todo:
+        slices = [piece for s in todo for piece in s.slices]
+        lacking = counting.count(slices, config.read_options, pipeline.text_encoder(asked.files))
+    tokens = there.tokens + lacking.tokens
+    if lacking.exact and not tokens:
+        raise CorpusError("the corpus has no token to measure: all of its documents are empty or quarantined")
+    sample = corpus.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS) if todo else []
+    pilot = _pilot(task, [d.text for d in sample])
     workers = min(cluster.count_workers(config, device), max(1, len(todo)))
     here = cluster.local_device(device)
-    if known is None and here == device:
+    if known is None and here == device and todo:
         known = Rate(pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0, pilot.load_s, "measured here")
-    where = known.where if known else _no_rate(device, here)
-    reduce_s = reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
-    store_bytes = tokens * bytes_per_token(config, len(task.series), len(task.neuron_layers))
+    where = known.where if known else _no_rate(device, here) if todo else "nothing is left to measure"
+    reduce_s = 0.0 if stock.complete else reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
+    store_bytes = there.num_bytes + lacking.tokens * bytes_per_token(config, len(task.series), len(task.neuron_layers))
     load_s = (known.load_s if known else None) if todo else 0.0
     seconds = None if load_s is None else load_s + reduce_s
     if known and seconds is not None and known.tokens_per_second:
-        seconds += sum(s.num_bytes for s in todo) * per_byte / known.tokens_per_second / workers
+        seconds += lacking.tokens / known.tokens_per_second / workers
     puts = len(todo) * (PUTS_A_SHARD + (2 if task.neuron_layers else 0))
     gets = sum(GETS_A_SHARD + gets_of_corpus(s.num_bytes) for s in todo)
     hours = None if seconds is None else seconds / 3600
     worker_hours = None if hours is None else workers * hours
     costs, monthly = bill(money, worker_hours, hours, puts, gets, store_bytes)
     return Estimate(
-        len(plan.files), plan.skipped, documents, exact, plan.num_bytes, len(plan.shards), len(plan.shards) - len(todo),
-        tokens, round(store_bytes), seconds, load_s, reduce_s, workers, worker_hours, puts, gets,
-        known.tokens_per_second if known else None, where, config.model, task.layers, asked.files.depth, task.dtype,
-        device, measure["window_tokens"], measure["overlap_tokens"], task.measure_id,
-        pilot.signal_costs if here == device else {}, money, costs, monthly,
+        num_files=len(plan.files), skipped=plan.skipped, num_documents=there.documents + lacking.documents,
+        documents_exact=lacking.num_documents_exact, num_bytes=plan.num_bytes, num_shards=len(plan.shards),
+        num_shards_done=len(plan.shards) - len(todo), tokens=tokens, tokens_low=there.tokens + lacking.low,
+        tokens_high=there.tokens + lacking.high, tokens_exact=lacking.exact, tokens_there=there.tokens,
+        num_beginnings=lacking.num_beginnings, store_bytes=round(store_bytes), seconds=seconds, load_s=load_s,
+        reduce_s=reduce_s, num_workers=workers, worker_hours=worker_hours, num_puts=puts, num_gets=gets,
+        tokens_per_second=known.tokens_per_second if known else None, rate=where, model=config.model,
+        layers=task.layers, depth=asked.files.depth, dtype=task.dtype, device=device,
+        window_tokens=measure["window_tokens"], overlap_tokens=measure["overlap_tokens"], measure=task.measure_id,
+        signal_costs=pilot.signal_costs if here == device else {}, prices=money, costs=costs, monthly=monthly,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What the store has of a run."""
+
+    tokens: int
+    documents: int
+    num_bytes: int
+
+
+def _what_is_there(commits: Commits) -> _There:
+    tokens = documents = num_bytes = 0
+    for commit in commits.values():
+        tokens, documents = tokens + commit.counts["tokens"], documents + commit.counts["documents"]
+        num_bytes += sum(file["bytes"] for file in commit.files.values())
+    return _There(tokens, documents, num_bytes)
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------
@@ -223,17 +256,6 @@ def _no_rate(device: str, here: str) -> str:
     )
 
 
-def _text_share(plan: manifest.Plan, texts: Sequence[str]) -> float:
-    """Bytes of text in a byte of corpus: all of it in text files, else exact sizes over the sample's mean."""
-    if all(s.format == "txt" for shard in plan.shards for s in shard.slices):
-        return 1.0
-    documents = sum(max(0, s.num_documents) for shard in plan.shards for s in shard.slices)
-    counted = sum(s.num_bytes for shard in plan.shards for s in shard.slices if s.num_documents >= 0)
-    if not texts or not documents or not counted:
-        return 1.0
-    return sum(len(t.encode()) for t in texts) / len(texts) * documents / counted
-
-
 # --- a sample, measured here -----------------------------------------------------------------------------
 
 
@@ -241,18 +263,18 @@ def _text_share(plan: manifest.Plan, texts: Sequence[str]) -> float:
 class _Pilot:
     """What a sample took in this process."""
 
-    texts: Sequence[str]
     load_s: float
     num_tokens: int = 0
-    num_bytes: int = 0
     seconds: float = 0.0
     signal_costs: dict[str, float] = field(default_factory=dict)
 
 
 def _pilot(task: pipeline.Task, texts: Sequence[str]) -> _Pilot:
+    if not texts:
+        return _Pilot(0.0)
     began = time.monotonic()
     processor = pipeline.Processor(replace(task, device=cluster.local_device(task.device)))
-    pilot = _Pilot((), time.monotonic() - began)
+    pilot = _Pilot(time.monotonic() - began)
     alone, *others = processor.signals
     taken: dict[str, float] = dict.fromkeys((s.name for s in (alone, *others)), 0.0)
     num_read = 0
@@ -262,8 +284,7 @@ def _pilot(task: pipeline.Task, texts: Sequence[str]) -> _Pilot:
         began = time.monotonic()
         measured = processor.measure(some, [False] * len(some))
         pilot.seconds += time.monotonic() - began
-        pilot.num_tokens += int((measured.encoded.flags & SPECIAL == 0).sum())
-        pilot.num_bytes += sum(len(t.encode()) for t in some)
+        pilot.num_tokens += len(measured.encoded.token_ids)
         if others:
             prepared = processor.preparer.prepare(some, [False] * len(some), refused=measured.encoded.problems)
             sets = [[alone], *([alone, other] for other in others)]
@@ -271,7 +292,6 @@ def _pilot(task: pipeline.Task, texts: Sequence[str]) -> _Pilot:
             for name, seconds in zip(taken, map(min, *turns), strict=True):  # the other one was disturbed
                 taken[name] += seconds
     processor.close()
-    pilot.texts = texts[:num_read]
     # More work takes more time; where it seems to take less, the cost is lost in the noise.
     pilot.signal_costs = {s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]}
     return pilot

@@ -90,6 +90,47 @@ def prepare(config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bo
     return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
 
 
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What the store has of a run."""
+
+    commits: Commits
+    complete: bool  # with the same plan reduced
+
+
+def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
+    """What the store has of ``asked``; writes nothing, and refuses what ``run`` refuses before it begins to work."""
+    commits = _commits_to_reduce(asked) if reduce_only else Commits()
+    same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
+    if not reduce_only:
+        commits = manifest.find_commits(asked.config.store, asked.task.measure_id, asked.plan.shards)
+    if same is not None and same.info:
+        _say_nothing_to_do(asked, same, on_event)
+        return Stock(commits, True)
+    todo = [] if reduce_only else [s for s in asked.plan.shards if s.id not in commits]
+    cluster.check(asked.config, todo, asked.plan.shards)
+    return Stock(commits, False)
+
+
+def _commits_to_reduce(asked: Prepared) -> Commits:
+    """The commits that a reduce alone goes by. Raises ``IncompleteRun`` where too many are lacking."""
+    config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
+    commits = manifest.find_commits(config.store, measure_id, plan.shards)
+    if len(plan.shards) - len(commits) > config.allow_quarantined:
+        raise IncompleteRun(_lacking(config, measure_id, plan, len(commits)))
+    return commits
+
+
+def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: OnEvent) -> None:
+    """Raises ``StoreError`` where the store has lost shards of the ``complete`` run of ``asked``."""
+    if gone := manifest.lost_shards(asked.config.store, asked.task.measure_id, asked.plan.shards, complete):
+        raise StoreError(
+            f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the store, as {gone[0]}: "
+            f"delete {complete.uri}/run.json and give this command again to do them anew"
+        )
+    on_event(Event("complete", f"nothing to do: run {complete.uri} is complete and the corpus has not changed"))
+
+
 def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False) -> Run:
     """Measure every token of ``config.corpus`` and return the complete run, ready to be asked.
 
@@ -109,19 +150,10 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     began = time.monotonic()
     asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
     plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
-    commits = Commits()
-    if reduce_only:  # before anything is written
-        commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
-        if len(plan.shards) - len(commits) > config.allow_quarantined:
-            raise IncompleteRun(_lacking(config, task.measure_id, plan, len(commits)))
+    commits = _commits_to_reduce(asked) if reduce_only else Commits()  # before anything is written
     folder = manifest.begin_run(config, measure, plan, asked.begun_ns, frozen)
     if folder.info:
-        if gone := manifest.lost_shards(config.store, task.measure_id, plan.shards, folder):
-            raise StoreError(
-                f"run {folder.uri} is complete, but {len(gone)} of its shards are gone from the store, as {gone[0]}: "
-                f"delete {folder.uri}/run.json and give this command again to do them anew"
-            )
-        on_event(Event("complete", f"nothing to do: run {folder.uri} is complete and the corpus has not changed"))
+        _say_nothing_to_do(asked, folder, on_event)
         _report_losses(folder, on_event)
         return open_run(folder.uri)
     if not reduce_only:

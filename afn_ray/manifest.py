@@ -258,13 +258,13 @@ class RunFolder:
     info: dict[str, Any]
 
 
-def begin_run(
-    config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]] = ()
-) -> RunFolder:
-    """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new one.
+def find_begun(
+    config: RunConfig, measure: dict[str, Any], plan: Plan, frozen: Sequence[dict[str, Any]] = ()
+) -> tuple[RunFolder | None, str]:
+    """The store's newest run where it is that of ``plan``, complete or not; and the newest one's name, or "".
 
-    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``. Raises
-    ``StoreError`` when the store holds another measure and the config does not allow a second one.
+    Writes nothing. Raises ``StoreError`` when the store holds another measure and the config does not allow a second
+    one.
     """
     measure_id = fingerprint(measure)
     held = storage.list_names(storage.join(config.store, "shards"))
@@ -276,11 +276,27 @@ def begin_run(
     begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
     newest = next(begun, "")
     if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
-        return same  # one that lacks shards is complete, and asked again it is tried again
+        return same, newest  # one that lacks shards is complete, and asked again it is tried again
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
         if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
-            return same  # it labels by these thresholds, which are its own
+            return same, newest  # it labels by these thresholds, which are its own
+    return None, newest
+
+
+def begin_run(
+    config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]] = ()
+) -> RunFolder:
+    """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new one.
+
+    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``. Raises
+    ``StoreError`` as ``find_begun`` does.
+    """
+    same, newest = find_begun(config, measure, plan, frozen)
+    if same is not None:
+        return same
+    suffix = _suffix(fingerprint(measure), plan.shards, config, frozen)
+    runs = storage.join(config.store, "runs")
     created = datetime.now(UTC)
     name = f"{_stamp(created)}-{suffix}"
     if name < newest:  # the clock went back, and the newest run is found by its name

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import os
 import posixpath
 import re
@@ -505,6 +506,22 @@ def clock_s(uri: str) -> float:
 
 def check_writable(uri: str) -> None:
     """Prove that files can be created below ``uri`` and deleted again. Raises ``StoreError``."""
+    _probe(uri)
+
+
+def try_writable(uri: str) -> None:
+    """As ``check_writable``; folders that it makes on a disk are removed again."""
+    local = None if "://" in uri else Path(uri)
+    missing = [] if local is None else list(itertools.takewhile(lambda p: not p.exists(), (local, *local.parents)))
+    try:
+        _probe(uri)
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else's by now, or never made
+                folder.rmdir()
+
+
+def _probe(uri: str) -> None:
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
     text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
     try:

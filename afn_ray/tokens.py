@@ -119,6 +119,10 @@ class TextEncoder:
             readable.append(text.strip() or text)
         return pieces, readable
 
+    def count(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Tokens of each of ``texts``, those of the template among them."""
+        return np.diff(self.encode(texts).bounds)
+
     def encode(
         self, texts: Sequence[str], replaced: Sequence[bool] | None = None, refused: Mapping[int, str] | None = None
     ) -> Encoded:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import math
 import re
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,19 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 from test_bench import printed
+from tokenizers import Tokenizer
 
 import afn_ray
-from afn_ray import cli, cluster, estimate, job, pipeline, reduce, storage
+from afn_ray import cli, cluster, counting, estimate, job, manifest, pipeline, reduce, storage, tokens
 from afn_ray.bench import crowd, machine, rate, simulate
 from afn_ray.bench.reduce import NUM_TYPES
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
+from afn_ray.errors import AfnError, ConfigError, StoreError
 from afn_ray.estimate import Prices, Rate, bill, read_prices
 
 MakeConfig = Callable[..., RunConfig]
+NUM_SEEDS = 30
 PRICES = """
 currency = "EUR"
 as_of = "an example of 2026-11-22"
@@ -378,3 +384,140 @@ def test_what_the_page_tells_to_do_works(
         told += capsys.readouterr().out
         assert end.value.code == 0, (command, told)
     assert "the run: " in told and "USD" in told and "most of the driver" in told.lower()
+
+
+# --- a dry run is the run's own preparation --------------------------------------------------------------
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another measure": ({"layers": "1"}, "holds another measure"),
+    "no such layer": ({"layers": "9"}, "layer 9 does not exist"),
+    "no such signal": ({"signals": "shfit"}, "shfit"),
+    "no such column": ({"text_column": "body"}, "no column 'body'"),
+    "a long window": ({"window_tokens": 65}, "window_tokens is 65"),
+    "no such language": ({"language": "xx"}, "xx"),
+    "thresholds of another measure": ({"thresholds": "{store}", "layers": "1", "store": "{new}"}, "another measure"),
+    "no such thresholds": ({"thresholds": "{new}"}, "neither a store nor a run"),
+    "a store below a file": ({"store": "{corpus}/s"}, "c.jsonl/s"),
+    "a store of one process": ({"store": "memory://s", "executor": "ray"}, "lives in one process"),
+    "a Ray that is open": ({"executor": "ray", "store": "{new}"}, "asks for no token"),
+    "a cluster that is not there": ({"executor": "ray", "store": "{new}", "address": "127.0.0.1:1"}, "nothing answers"),
+    "a reduce of nothing": ({"store": "{new}", "reduce_only": True}, "are not in"),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> RunConfig:
+    """A store with a complete run of a small corpus."""
+    folder = tmp_path_factory.mktemp("measured")
+    corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:60]])
+    config = RunConfig(
+        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), executor="inline", shard_bytes=2048,
+        batch_tokens=256, dtype="float32",
+    )  # fmt: skip
+    afn_ray.run(config).close()
+    return config
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    case: str, measured: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, expected = REFUSED[case]
+    if case == "a Ray that is open":
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    places = {"corpus": measured.corpus[0], "store": measured.store, "new": str(tmp_path / "new")}
+    changes = {k: v.format(**places) if isinstance(v, str) else v for k, v in changes.items()}
+    reduce_only = changes.pop("reduce_only", False)
+    said = []
+    for call in (afn_ray.dry_run, job.run):
+        with pytest.raises(AfnError) as refused:
+            call(replace(measured, **changes), reduce_only=reduce_only)
+        said.append((type(refused.value), refused.value.exit_code, re.sub("probe-[0-9a-f]+", "", str(refused.value))))
+        if call is afn_ray.dry_run:
+            assert not (tmp_path / "new").exists()
+    assert said[0] == said[1] and expected in said[0][2]
+
+
+def test_what_the_store_has_is_told_exactly_and_the_rest_beside_it(
+    measured: RunConfig, tmp_path: Path, verses: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with afn_ray.open_run(measured.store) as run:
+        counts = run.info["counts"]
+    found = afn_ray.dry_run(measured)
+    assert (found.tokens, found.tokens_low, found.tokens_high) == (counts["tokens"],) * 3
+    assert found.tokens_exact and found.num_documents == 60 and found.num_shards_done == found.num_shards
+    assert found.store_bytes == sum(p.stat().st_size for p in Path(measured.store).glob("shards/*/*/*.parquet"))
+    text = printed_estimate(found, capsys)
+    assert f"tokens   {counts['tokens']:,}: {counts['tokens']:,} in the store" in text
+    assert "nothing is left to measure" in text
+
+    rows = [{"text": t} for t in verses[1000:1100]]
+    more = write_jsonl(tmp_path / "more.jsonl", rows)
+    grown = replace(measured, corpus=(*measured.corpus, str(more)))
+    part = afn_ray.dry_run(grown)
+    assert 0 < part.num_shards_done < part.num_shards and part.tokens_exact
+    assert 0 < part.tokens_there <= counts["tokens"] < part.tokens
+    with afn_ray.run(replace(grown, store=str(tmp_path / "fresh"))) as run:
+        assert part.tokens == run.info["counts"]["tokens"]
+
+
+def test_a_run_that_lost_shards_is_refused_by_its_dry_run_too(measured: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(measured.store, tmp_path / "store")
+    config = replace(measured, store=str(tmp_path / "store"))
+    shutil.rmtree(next((tmp_path / "store" / "shards").glob("*/*")))
+    with pytest.raises(StoreError, match="are gone from the store"):
+        afn_ray.dry_run(config)
+
+
+# --- what is not counted is estimated with an interval --------------------------------------------------
+
+
+def write_unlike_files(folder: Path, kind: str) -> Path:
+    """Files whose texts differ in tokens a byte, in length and in what is beside the text; four are of one kind."""
+    chance = np.random.default_rng(7)
+    folder.mkdir()
+    words = {"en": ["the", "lord", "spake", "unto", "moses", "saying"], "rare": [f"zq{i}x" for i in range(90)],
+             "long": ["antidisestablishmentarianism", "incomprehensible"], "zh": list("天地玄黄宇宙洪荒")}  # fmt: skip
+    for at in range(12):
+        name = list(words)[at % 4]
+        rows = []
+        for _ in range(int(chance.integers(20, 90))):
+            n = int(chance.lognormal(3.5, 1.2)) + 1
+            text = " ".join(chance.choice(words[name], n).tolist())
+            rows.append({"text": text, "noise": "-" * int(chance.integers(0, 60))})
+        data = "".join(json.dumps(row, ensure_ascii=at % 3 == 0) + "\n" for row in rows).encode()
+        if kind == "jsonl.gz":
+            data = gzip.compress(data)
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{at}.parquet", row_group_size=16)
+        else:
+            (folder / f"{at}.{kind}").write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_the_interval_holds_the_true_count_as_often_as_it_says(
+    kind: str, tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = tokens.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
+    config = RunConfig(
+        corpus=(str(write_unlike_files(tmp_path / "c", kind)),), model="m", store=str(tmp_path), shard_bytes=32 << 10
+    )
+    plan = manifest.make_plan(config)
+    slices = [piece for shard in plan.shards for piece in shard.slices]
+    truth = counting.count(slices, config.read_options, encoder)
+    assert truth.exact and truth.low == truth.tokens == truth.high
+    for name, value in {"EXACT_BYTES": 0, "STRATA": 8, "PLACES": 96, "BLOCK_BYTES": 1000}.items():
+        monkeypatch.setattr(counting, name, value)
+    found = []
+    for seed in range(NUM_SEEDS):
+        monkeypatch.setattr(counting, "fingerprint", lambda value, seed=seed: f"{seed:x}")
+        found.append(counting.count(slices, config.read_options, encoder))
+    held = sum(c.low <= truth.tokens <= c.high for c in found)
+    bias = sum(c.tokens for c in found) / NUM_SEEDS / truth.tokens - 1
+    width = sum(c.high - c.low for c in found) / NUM_SEEDS / truth.tokens
+    print(kind, truth.tokens, held / NUM_SEEDS, bias, width)
+    assert not any(c.exact for c in found) and held >= 0.9 * NUM_SEEDS
+    assert abs(bias) < 0.01 + 2 * width / 4 / math.sqrt(NUM_SEEDS) and width < 0.5
+    assert max(abs(c.documents / truth.documents - 1) for c in found) < 0.2

@@ -81,14 +81,14 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
 
 
 def _once(processor: pipeline.Processor, prepared: job.Prepared, store: str) -> tuple[float, int]:
-    """Seconds of all shards in a fresh store, as many at a time as a worker has; and their tokens but special ones."""
+    """Seconds of all shards in a fresh store, as many at a time as a worker has; and their tokens."""
     processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
     began = time.monotonic()
     with ThreadPoolExecutor(dispatch.SLOTS) as pool:
         commits = list(pool.map(processor.process, prepared.plan.shards))
     seconds = time.monotonic() - began
     shutil.rmtree(store)
-    return seconds, sum(c.counts["tokens"] - c.counts["special"] for c in commits)
+    return seconds, sum(c.counts["tokens"] for c in commits)
 
 
 def render(result: dict[str, Any], console: Console) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from afn_ray import dispatch, model, storage
 from afn_ray.cluster.calls import RayTasks, call_on_place
-from afn_ray.cluster.connection import address, joined, num_units, units_for_workers
+from afn_ray.cluster.connection import address, check_own, joined, num_units, units_for_workers
 from afn_ray.cluster.metrics import Published
 from afn_ray.cluster.pool import RayPool
 from afn_ray.config import RunConfig
@@ -46,6 +46,22 @@ def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_st
                 published.close()
     finally:
         sweep_scratch(config)  # workers are killed, not asked
+
+
+def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) -> None:
+    """Raise what ``process_shards`` and ``tasks`` would raise of a Ray that cannot, or must not, be joined.
+
+    ``todo``: shards to process; ``planned``: those to reduce. A Ray of our own is not started.
+    """
+    works = bool(todo) and not runs_inline(config, todo)
+    reduces = len(planned) > FAN_IN and not runs_inline(config, planned)
+    if not works and not reduces:
+        return
+    if address(config) is None:
+        check_own(config)
+    else:
+        with joined(config):
+            pass
 
 
 def _dispatch(pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState) -> State:

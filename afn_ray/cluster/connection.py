@@ -46,14 +46,25 @@ def address(config: RunConfig) -> str | None:
     return of_cluster(config.address)
 
 
+def check_own(config: RunConfig) -> None:
+    """Raise ``ConfigError`` where a Ray of our own would be refused by ``joined``; starts none."""
+    _check_reachable(config)
+    access.choose_token(own=True)
+    access.check(None, config.allow_open_cluster)
+
+
+def _check_reachable(config: RunConfig) -> None:
+    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+        raise ConfigError("memory:// lives in one process; use --executor inline, or a store that workers can reach")
+
+
 @contextmanager
 def joined(config: RunConfig) -> Iterator[None]:
     """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own.
 
     Raises ``ConfigError`` where there is none, and where whoever reaches it could run code on it.
     """
-    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
-        raise ConfigError("memory:// lives in one process; use --executor inline, or a store that workers can reach")
+    _check_reachable(config)
     where = address(config)
     access.choose_token(own=where is None)
     import ray
