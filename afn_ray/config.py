@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "format": ("auto", "txt", "jsonl", "csv", "parquet", "conllu"),
     "txt_documents": ("file", "line"),
+    "csv_escape": ("auto", "doubled", "backslash"),
     "device": ("auto", "cpu", "cuda"),
     "executor": ("auto", "ray", "inline"),
     "neurons_of": ("all", "high"),
@@ -59,6 +60,7 @@ class RunConfig:
     )
     format: str = _option("auto", "format of the files; auto goes by their ending")
     txt_documents: str = _option("file", "a document is one .txt file, or one line of it")
+    csv_escape: str = _option("auto", "how CSV writes a quote within quotes; auto: doubled, doubtful rows quarantined")
     offsets: bool = _option(True, "record character offsets (about 1 byte a token)")
     language: str = _option("en", "language of the function words, ISO 639-1")
     sink_factor: float = _option(10.0, "a token over this many medians is a sink")
@@ -142,7 +144,8 @@ class RunConfig:
     @property
     def read_options(self) -> ReadOptions:
         return ReadOptions(
-            self.format, self.text_column, self.id_column, self.txt_documents, self.max_document_bytes, self.labels
+            self.format, self.text_column, self.id_column, self.txt_documents, self.max_document_bytes, self.labels,
+            self.csv_escape,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pyarrow.parquet as pq
 
-from afn_ray import reading, storage, streams
+from afn_ray import documents, reading, row_groups, storage, streams
 from afn_ray.errors import CorpusError
 from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 
@@ -31,7 +31,7 @@ def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[File
     for uri, file in sorted(found.items()):
         (files if _kind(uri, options)[0] else skipped).append(file)
     if not files:
-        found_uris = reading.listing([file.uri for file in skipped], 200)
+        found_uris = documents.listing([file.uri for file in skipped], 200)
         raise CorpusError(
             f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be followed by "
             f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
@@ -66,7 +66,7 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
     format, compression = _kind(file.uri, options)
     if format == "parquet":
         return _cut_parquet(file, options, shard_bytes)
-    if reading.is_lines(format, options) and not compression:
+    if reading.is_lines(format, options) and not compression and not _encoding(file):
         return _cut_lines(file, format, shard_bytes)
     if format == "csv":
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
@@ -105,8 +105,8 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 
 
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
-    if names is not None and (missing := reading.missing_column(names, options)) is not None:
-        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {reading.columns(names)}")
+    if names is not None and (missing := documents.missing_column(names, options)) is not None:
+        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}")
 
 
 def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
@@ -134,6 +134,12 @@ def _slice(
 def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
     """All of ``file``, not hashed: for a first look."""
     return _slice(file, *_kind(file.uri, options))
+
+
+def _encoding(file: FileInfo) -> str:
+    """UTF-16 or UTF-32, where ``file`` says so: then a byte is no newline, and the file is one slice."""
+    with streams.Source(file.uri, 0, file.size) as source:
+        return streams.encoding_of(source.read(streams.LONGEST_BOM))
 
 
 def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
@@ -170,15 +176,16 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
 
 
 def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
-    columns = reading.columns_of(options)
+    columns = documents.columns_of(options)
     with streams.Source(file.uri, 0, file.size) as source:
         try:
-            parquet = pq.ParquetFile(source)
-            names, metadata = parquet.schema_arrow.names, parquet.metadata
-            groups = reading.column_chunks(metadata, columns, file.size)
-        except reading.UNREADABLE:
+            opened = pq.ParquetFile(source)
+            names, metadata = opened.schema_arrow.names, opened.metadata
+            groups = row_groups.column_chunks(metadata, columns, file.size)
+        except row_groups.UNREADABLE:
             return [_cut_whole(file, "parquet", "", -1)]
         _require_columns(file, names, options)
+        row_groups.check_id_type(opened, file.uri, options)
         slices: list[FileSlice] = []
         start = num_bytes = num_documents = 0
         sizes = [sum(size for _, size in chunks) for chunks in groups]
@@ -186,7 +193,7 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             num_bytes += size
             num_documents += metadata.row_group(end - 1).num_rows
             if end == len(sizes) or num_bytes + sizes[end] > shard_bytes:
-                sha256 = reading.hash_chunks(source, columns, groups[start:end])
+                sha256 = row_groups.hash_chunks(source, columns, groups[start:end])
                 slices.append(_slice(file, "parquet", "", start, end, num_bytes, num_documents, sha256))
                 start, num_bytes, num_documents = end, 0, 0
-        return slices or [_slice(file, "parquet", "", 0, 0, 0, 0, reading.hash_chunks(source, columns, []))]
+        return slices or [_slice(file, "parquet", "", 0, 0, 0, 0, row_groups.hash_chunks(source, columns, []))]

@@ -61,6 +61,7 @@ class ReadOptions:
     txt_documents: str  # "file" or "line"
     max_document_bytes: int
     labels: str | None = None  # column of the tags; None: none, but of CoNLL-U
+    csv_escape: str = "auto"  # of a quote in a quoted field of CSV: "doubled", "backslash"; "auto": no doubt is left
 
     def labels_in(self, format: str) -> str | None:
         """Where the tags of a file of ``format`` come from; None: it has none."""
@@ -72,8 +73,10 @@ class ReadOptions:
             return [self.txt_documents, self.max_document_bytes]
         if format == "conllu":
             return [self.labels_in(format), self.max_document_bytes]
-        labels = [self.labels] if self.labels else []
-        return [self.text_column, self.id_column, self.max_document_bytes, *labels]
+        more = [self.labels] if self.labels else []
+        if format == "csv" and self.csv_escape != "auto":
+            more = [self.csv_escape]
+        return [self.text_column, self.id_column, self.max_document_bytes, *more]
 
 
 @dataclass(frozen=True, slots=True)

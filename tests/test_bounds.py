@@ -25,7 +25,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import cli, corpus, manifest, model, reading, storage, streams
+from afn_ray import cli, corpus, documents, manifest, model, reading, storage, streams
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
@@ -44,7 +44,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 READ = """
 import dataclasses, json, re, sys, time
 from pathlib import Path
-from afn_ray import corpus, reading, storage, streams
+from afn_ray import corpus, reading, row_groups, storage, streams
 from afn_ray.schema import ReadOptions
 for uri in sys.argv[1:]:
     options = ReadOptions("auto", "text", "id" if uri.endswith("id.jsonl") else None, "line", 8 << 20, None)
@@ -52,7 +52,11 @@ for uri in sys.argv[1:]:
     problems = {}
     try:
         with streams.Source(uri, 0, slice.size) as source:
-            for document in reading._documents(source, slice, options):
+            if slice.format == "parquet":
+                documents = row_groups.parquet_documents(source, slice, options)
+            else:
+                documents = reading._documents(streams.Stream(source, slice.compression), slice, options)
+            for document in documents:
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1
     except streams.Damaged as damage:
@@ -275,7 +279,13 @@ def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     assert RunConfig(corpus=("-",), model="-", store="-").max_document_bytes == 8 << 20
     assert (streams.LINE_BYTES, streams.EXPANSION, streams.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
     assert (manifest.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
-    for bound in (f"{reading.ID_CHARS:,} characters", f"{reading.CONLLU_LINES:,} lines", "256 MiB", "64 MiB", "8 MiB"):
+    for bound in (
+        f"{documents.ID_CHARS:,} characters",
+        f"{reading.CONLLU_LINES:,} lines",
+        "256 MiB",
+        "64 MiB",
+        "8 MiB",
+    ):
         assert bound in table
 
 

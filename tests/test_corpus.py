@@ -13,8 +13,11 @@ import lzma
 import os
 import random
 import tracemalloc
+import unicodedata
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import corpus, reading, storage, streams
+from afn_ray import corpus, reading, row_groups, storage, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions
 
@@ -47,6 +50,12 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
     "zst": zstd,
 }
+
+
+PIECE = 1 << 10
+"""The exactness of a place in a compressed stream, in bytes."""
+SKIPPABLE = bytes.fromhex("502a4d18") + (300).to_bytes(4, "little") + b"x" * 300
+"""A frame of zstd that readers skip."""
 
 
 def write(folder: Path, name: str, data: bytes) -> FileInfo:
@@ -76,6 +85,12 @@ def read_all(file: FileInfo, options: ReadOptions = OPTIONS, shard_bytes: int = 
 def texts(documents: Sequence[Document]) -> list[str | None]:
     """Texts, with None for the quarantined."""
     return [d.text if d.problem is None else None for d in documents]
+
+
+def is_garbled(text: str, num_replaced: int) -> bool:
+    """Whether four characters, and more than one of twenty, are replaced or control characters."""
+    num_bad = num_replaced + sum(unicodedata.category(c) == "Cc" and c not in "\t\n\f\r\x7f" for c in text)
+    return num_bad >= 4 and num_bad * 20 > len(text)
 
 
 def one(data: bytes, ending: str, options: ReadOptions = OPTIONS) -> Document:
@@ -161,8 +176,9 @@ def test_cuts_conserve_documents_and_offsets(
     assert len(whole) == len(expected)
     for document, line in zip(whole, expected, strict=True):
         assert data[document.offset : document.offset + len(line)] == line
-        assert document.text == line.removesuffix(b"\r").decode(errors="replace")
-        assert document.num_replaced == document.text.count("\ufffd") - line.count("\ufffd".encode())
+        text = line.removesuffix(b"\r").decode(errors="replace")
+        assert document.num_replaced == text.count("\ufffd") - line.count("\ufffd".encode())
+        assert texts([document]) == [None if is_garbled(text, document.num_replaced) else text]
 
 
 @settings(max_examples=60, deadline=None)
@@ -248,11 +264,20 @@ def test_missing_keys_are_listed_in_bounds_and_printable() -> None:
 
 @pytest.mark.parametrize(
     ("found", "doc_id"),
-    [("x", "x"), (7, "7"), (1.5, "1.5"), ("", ""), (None, None), ([1], None), (True, None), ("\ud800", "\ufffd")],
+    [("x", "x"), (7, "7"), ("", ""), (None, None), (2**70 + 1, "1180591620717411303425")],
 )
 def test_json_ids(found: object, doc_id: str | None) -> None:
     document = one(jsonl({"text": "a", "id": found}), "jsonl", IDS)
     assert (document.doc_id, document.text, document.problem) == (doc_id, "a", None)
+
+
+@pytest.mark.parametrize("found", [1.5, 1e300, [1], {"a": 1}, True, "\ud800"])
+def test_json_ids_that_are_none_quarantine_their_row(found: object) -> None:
+    row = jsonl({"text": "a", "id": found})
+    bad, good = read_all(remember(row + jsonl({"text": "b", "id": 1}), "jsonl"), IDS)
+    expected = "id is not valid UTF-8" if found == "\ud800" else f"id is {type(found).__name__}, expected a string or"
+    assert bad.problem is not None and expected in bad.problem
+    assert (bad.lost_bytes, bad.lost_documents, good.doc_id) == (len(row) - 1, 1, "1")
 
 
 def test_a_missing_id_is_none_and_a_problem_keeps_its_id() -> None:
@@ -271,10 +296,10 @@ def test_blank_lines_crlf_and_bom() -> None:
 
 
 def test_only_what_was_replaced_in_the_text_counts() -> None:
-    row = b'{"other": "\xff\xff", "text": "a\xff\xe2\x82b\xef\xbf\xbd\\ufffd\\ud800\\ud83d\\ude00", "id": "\xff"}'
+    row = b'{"other": "\xff\xff", "text": "a\xff\xe2\x82b\xef\xbf\xbd\\ufffd\\ud800\\ud83d\\ude00", "id": "\xc3\xa9"}'
     document = one(row, "jsonl", IDS)
     assert document.text == "a\ufffd\ufffdb\ufffd\ufffd\ufffd\U0001f600"
-    assert (document.num_replaced, document.doc_id) == (3, "\ufffd")
+    assert (document.num_replaced, document.doc_id) == (3, "\xe9")
     document = one(b"a\xffb\xef\xbf\xbd", "txt", WHOLE)
     assert (document.text, document.num_replaced) == ("a\ufffdb\ufffd", 1)
 
@@ -378,6 +403,113 @@ def test_corrupt_streams_are_one_problem(ending: str) -> None:
     assert bad.problem is not None and "after 0 documents" in bad.problem
 
 
+def several(ending: str) -> tuple[list[bytes], list[str]]:
+    """Three streams of one file, and the texts of its documents."""
+    words = random.Random(1)
+    rows = [[" ".join(words.choices(["in", "the", "beginning", "god", "created", "heaven"], k=9)) for _ in range(8)]
+            for _ in range(3)]  # fmt: skip
+    return [COMPRESS[ending](jsonl(*({"text": t} for t in part))) for part in rows], [t for part in rows for t in part]
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
+def test_a_flipped_bit_in_any_stream_is_told_with_what_it_cost(ending: str) -> None:
+    streams_, expected = several(ending)
+    whole = b"".join(streams_)
+    starts = [0, len(streams_[0]), len(streams_[0] + streams_[1])]
+    places = [at + i for at in starts for i in range(14)] + [
+        *range(0, len(whole), 9),
+        *range(len(whole) - 12, len(whole)),
+    ]
+    num_told = 0
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        documents = read_all(remember(bytes(data), f"jsonl.{ending}"))
+        bad = [d for d in documents if d.problem is not None]
+        num_told += bool(bad)
+        if not bad:
+            assert texts(documents) == expected, place
+            continue
+        start = max(at for at in starts if at <= place)
+        (one_bad,) = bad[-1:]
+        assert one_bad.problem is not None and f"truncated or corrupt {ending} stream" in one_bad.problem
+        assert texts(documents)[: 8 * starts.index(start)] == expected[: 8 * starts.index(start)]
+        # The rest of the file from the damage on, and no more than from the start of its stream.
+        assert len(whole) - place <= one_bad.lost_bytes + PIECE and one_bad.lost_bytes <= len(whole) - start, place
+    assert num_told > len(places) * 0.7
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
+def test_what_is_behind_a_stream_and_is_none_is_told(ending: str, options: ReadOptions) -> None:
+    first, second = COMPRESS[ending](b"a\nb\n"), COMPRESS[ending](b"c\n" * 40)
+    for rest in (b"garbage", first[:1], second[:-3], b"\xff" * 3000, b"\0\0\0\0x", second[::-1]):
+        documents = read_all(remember(first + rest, f"txt.{ending}"), options)
+        bad = documents[-1]
+        assert bad.problem is not None and f"truncated or corrupt {ending} stream" in bad.problem, rest
+        if options is WHOLE:
+            assert texts(documents) == [None] and bad.lost_bytes == len(first + rest)
+        else:
+            assert texts(documents)[:2] == ["a", "b"] and bad.lost_bytes >= len(rest.lstrip(b"\0"))
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_streams_without_content_and_legal_padding_are_no_damage(ending: str) -> None:
+    empty, full = COMPRESS[ending](b""), COMPRESS[ending](b"a\n")
+    padding = {"gz": [b"\0", b"\0" * 2000], "xz": [b"\0" * 4, b"\0" * 2000], "bz2": [], "zst": [SKIPPABLE]}[ending]
+    for data in (empty * 3, full + empty, empty + full + empty + full):
+        for more in (b"", *padding):
+            found = read_all(remember(data + more, f"txt.{ending}"))
+            assert texts(found) == ["a"] * data.count(full)
+            found = read_all(remember(data + more + full, f"txt.{ending}"))
+            assert texts(found) == ["a"] * (data.count(full) + 1)
+    if ending == "xz":
+        (good, bad) = read_all(remember(full + b"\0" * 6, "txt.xz"))
+        assert bad.problem is not None and "6 zeros, expected a multiple of 4" in bad.problem
+    if ending == "bz2":
+        (good, bad) = read_all(remember(full + b"\0" * 4, "txt.bz2"))
+        assert good.text == "a" and bad.lost_bytes == 4
+
+
+def test_what_a_cut_or_a_bomb_loses_is_counted_in_bytes_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [random.Random(i).randbytes(30).hex() for i in range(3000)]
+    for ending, compress in COMPRESS.items():
+        whole = compress(jsonl(*({"text": t} for t in rows)))
+        half = whole[: len(whole) // 2]
+        *good, bad = read_all(remember(half, f"jsonl.{ending}"))
+        assert texts(good) == rows[: len(good)] and bad.problem is not None and bad.lost_documents is None
+        assert "uncounted" in bad.problem or ending == "zst"
+        kept = len(half) - bad.lost_bytes  # by the share of the documents
+        assert abs(kept / len(whole) - len(good) / len(rows)) < 0.02, ending
+        if ending == "zst":  # Arrow writes no checksum
+            continue
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 1
+        *good, bad = read_all(remember(bytes(damaged), f"jsonl.{ending}"))
+        assert bad.problem is not None and "truncated or corrupt" in bad.problem
+        if ending != "bz2":  # which gives what a block holds, and then its checksum
+            assert abs(bad.lost_bytes / len(whole) - (1 - len(good) / len(rows))) < 0.05, ending
+    monkeypatch.setattr(streams, "EXPANSION_FROM_BYTES", 1 << 16)
+    first = gzip.compress(b"a\n" * 9)
+    *good, bad = read_all(remember(first + gzip.compress(bytes(1 << 24)), "txt.gz"))
+    assert texts(good) == ["a"] * 9
+    assert bad.problem is not None and "over 200 times as many" in bad.problem
+    assert len(gzip.compress(bytes(1 << 24))) * 0.9 < bad.lost_bytes <= len(gzip.compress(bytes(1 << 24)))
+
+
+def test_a_bad_row_of_a_stream_counts_its_share_of_the_file(tmp_path: Path) -> None:
+    text = "in the beginning was the word " * 30
+    for ending in ("", *COMPRESS):
+        data = (jsonl({"text": text}) * 4 + jsonl({"body": text}) + b"{\n") * 50
+        file = remember(COMPRESS[ending](data) if ending else data, f"jsonl.{ending}".rstrip("."))
+        bad = [d for d in read_all(file) if d.problem is not None]
+        assert len(bad) == 100 and all(d.lost_documents == 1 and d.lost_bytes >= 1 for d in bad)
+        long, short = bad[0::2], bad[1::2]
+        if not ending:
+            assert {d.lost_bytes for d in long} == {len(jsonl({"body": text})) - 1}
+            assert {d.lost_bytes for d in short} == {1}
+
+
 # --- CSV -------------------------------------------------------------------------------------------------
 
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -389,27 +521,33 @@ def test_csv_gives_back_what_was_written(rows: list[tuple[str, str]], bom: bool)
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, quoting=csv.QUOTE_ALL)
     writer.writerows([("id", "text"), *rows])
-    documents = read_all(remember(BOM * bom + buffer.getvalue().encode(), "csv"), IDS)
-    assert [(d.offset, d.doc_id, d.text) for d in documents] == [(i, a or None, b) for i, (a, b) in enumerate(rows)]
-    assert all(d.problem is None and d.num_replaced == 0 for d in documents)
+    options = dataclasses.replace(IDS, csv_escape="doubled")
+    documents = read_all(remember(BOM * bom + buffer.getvalue().encode(), "csv"), options)
+    assert [(d.offset, d.doc_id) for d in documents] == [(i, a or None) for i, (a, _) in enumerate(rows)]
+    assert texts(documents) == [None if is_garbled(b, 0) else b for _, b in rows]
+    assert all(d.num_replaced == 0 for d in documents)
 
 
 def test_csv_rows_that_are_not_right() -> None:
     data = b'id,text\n1,a\n2\n3,c,d\n\n4,\n5,x\x00\xff\n\xff,e\n6,"line\r\n\r\nline ""q"""\n7,a\rb\n8,last\n'
     documents = read_all(remember(data, "csv"), IDS)
     problems = ["row has 1 fields, the header has 2", "row has 3 fields, the header has 2"]
-    assert texts(documents) == ["a", None, None, "", "x\x00\ufffd", "e", 'line\r\n\r\nline "q"', None, "last"]
+    assert texts(documents) == ["a", None, None, "", "x\x00\ufffd", None, 'line\r\n\r\nline "q"', None, "last"]
     assert [d.problem for d in documents[1:3]] == problems
+    assert documents[5].problem is not None and documents[5].problem.startswith("the id is not valid UTF-8")
     assert documents[7].problem is not None and documents[7].problem.startswith("not CSV: ")
     assert [d.num_replaced for d in documents] == [0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert [d.offset for d in documents] == list(range(9))
-    assert documents[5].doc_id == "\ufffd"
+    lost = [len(b"2"), len(b"3,c,d"), len(b"\xff,e"), len(b"7,a\rb")]
+    bad = [d for d in documents if d.problem is not None]
+    assert [(d.lost_bytes, d.lost_documents) for d in bad] == [(n + 1, 1) for n in lost]
 
 
 def test_csv_quote_that_is_not_closed() -> None:
-    *good, bad = read_all(remember(b'text\na\n"b\nc\nd\n', "csv"))
+    *good, bad = read_all(remember(b'text\na\n"b\nc\n\nd\n', "csv"))
     assert texts(good) == ["a"]
-    assert bad.problem == "quoted field is not closed before the end of the file"
+    assert bad.problem == ("quoted field is not closed before the end of the file, and took all of it from line 3 on")
+    assert (bad.lost_bytes, bad.lost_documents) == (len(b'"b\nc\n\nd\n'), 3)
 
 
 def test_csv_row_over_the_limit_ends_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +593,7 @@ def test_parquet_invalid_utf8_is_replaced(tmp_path: Path) -> None:
     for i, column in enumerate((raw, claimed)):
         documents = read_all(parquet(tmp_path / f"{i}.parquet", {"text": column, "id": column}), IDS)
         assert [(d.text, d.num_replaced, d.doc_id) for d in documents] == [
-            ("a\ufffdb", 1, "a\ufffdb"), ("\ufffd", 0, "\ufffd"),
+            ("a\ufffdb", 1, "61ff62"), ("\ufffd", 0, "\ufffd"),
         ]  # fmt: skip
 
 
@@ -467,10 +605,45 @@ def test_parquet_text_that_is_no_string_is_a_problem_per_row(tmp_path: Path, val
         assert problem is not None and problem.endswith(", expected a string") and problem.isprintable()
 
 
-def test_parquet_ids_of_other_types(tmp_path: Path) -> None:
-    for i, (values, expected) in enumerate([([1.5, None], ["1.5", None]), ([[1], [2]], [None, None])]):
-        documents = read_all(parquet(tmp_path / f"{i}.parquet", {"text": ["a", "b"], "id": values}), IDS)
-        assert [(d.text, d.doc_id) for d in documents] == list(zip("ab", expected, strict=True))
+UUIDS = [uuid.UUID(int=n) for n in (0x31323334_3536_3738_9000_616263646566, 2**127 + 1, 0)]
+IDS_OF_TYPES: dict[str, tuple[Any, list[str | None]]] = {
+    "uuid": (pa.array([u.bytes for u in UUIDS], pa.uuid()), [str(u) for u in UUIDS]),
+    "bytes": (pa.array([b"ab", b"\xff\x00", None]), ["ab", "ff00", None]),
+    "16 bytes": (pa.array([u.bytes for u in UUIDS], pa.binary(16)), [UUIDS[0].hex, UUIDS[1].hex, "00" * 16]),
+    "int64": (pa.array([-(2**63), 2**63 - 1, None]), [str(-(2**63)), str(2**63 - 1), None]),
+    "uint64": (pa.array([2**64 - 1, 2**64 - 2, 0], pa.uint64()), [str(2**64 - 1), str(2**64 - 2), "0"]),
+    "decimal": (pa.array([Decimal("1.50"), Decimal("12345678901234567890.12"), None]),
+                ["1.50", "12345678901234567890.12", None]),
+    "date": (pa.array([date(2024, 2, 29), None, date(1, 1, 1)]), ["2024-02-29", None, "0001-01-01"]),
+    "timestamp": (pa.array([1, 2, None], pa.timestamp("ns", "UTC")),
+                  ["1970-01-01 00:00:00.000000001Z", "1970-01-01 00:00:00.000000002Z", None]),
+    "time": (pa.array([1, 2, None], pa.time64("us")), ["00:00:00.000001", "00:00:00.000002", None]),
+    "bool": (pa.array([True, False, None]), ["true", "false", None]),
+    "dictionary": (pa.array(["a", None, "b"]).dictionary_encode(), ["a", None, "b"]),
+    "string_view": (pa.array(["a", None, ""], pa.string_view()), ["a", None, ""]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDS_OF_TYPES)
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_parquet_ids_are_the_text_of_their_values(tmp_path: Path, name: str, store_schema: bool) -> None:
+    column, expected = IDS_OF_TYPES[name]
+    file = parquet(tmp_path / "a.parquet", {"text": list("abc"), "id": column}, store_schema=store_schema)
+    assert [(d.text, d.doc_id) for d in read_all(file, IDS)] == list(zip("abc", expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([1.5, 2.5]), pa.array([[1], [2]]), pa.array([{"a": 1}, None]), pa.nulls(2),
+     pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())), pa.array([1, 2], pa.float16())],
+    ids=lambda column: str(column.type),
+)  # fmt: skip
+def test_parquet_ids_that_are_none_are_refused_before_anything_is_read(tmp_path: Path, column: pa.Array) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": ["a", "b"], "id": column})
+    kind = pq.ParquetFile(file.uri).schema_arrow.field("id").type
+    with pytest.raises(CorpusError) as error:
+        corpus.cut(file, IDS, 100)
+    assert f"id column 'id' of {file.uri} is {kind}, of which no id can be made; expected strings" in str(error.value)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 3000, 20_000, 1 << 30])
@@ -504,16 +677,16 @@ def test_parquet_hash_is_of_the_columns_that_are_read(tmp_path: Path) -> None:
 def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [os.urandom(5000).hex() for _ in range(40)]
     file = parquet(tmp_path / "a.parquet", {"text": rows})
-    monkeypatch.setattr(reading, "BATCH_BYTES", 20_500)
+    monkeypatch.setattr(row_groups, "BATCH_BYTES", 20_500)
     with streams.Source(file.uri, 0, file.size) as source:
-        sizes = [len(t) for t, _, _ in reading._batches(pq.ParquetFile(source), 0, OPTIONS)]
+        sizes = [len(t) for t, _, _ in row_groups._File(source, OPTIONS).batches(0)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
 
 
 def test_parquet_rows_that_do_not_come_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
-    monkeypatch.setattr(reading, "_batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)]))
+    monkeypatch.setattr(row_groups._File, "batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)]))
     documents = read_all_inexact(file)
     assert texts(documents) == ["a", "a", "a", None]
     assert documents[3].problem == "not a readable Parquet file: row group 0: 2 rows are missing"
