@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException, HTTPMessage
@@ -25,10 +25,11 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import compare, job, manifest, settings, storage
+from afn_ray import compare, job, losses, manifest, settings, storage
 from afn_ray.compare import Comparison
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, count
+from afn_ray.losses import Losses
 from afn_ray.manifest import RunFolder
 
 PAGE = "report.html"
@@ -44,10 +45,16 @@ WEBHOOK_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 300.0
 
 RUN_LIMITS = {
-    "quarantined_documents": "share of the documents read that may be quarantined",
+    "quarantined_documents": "share of the rows of documents that may be quarantined; the rest of a damaged file is "
+                             "one row, so limit what is lost too",
     "quarantined_shards": "share of the shards that may be missing (of those that allow_quarantined lets pass)",
     "empty_documents": "share of the documents read that may be empty",
-}
+    "lost_bytes": "bytes of the corpus that may be lost: damaged, cut off, quarantined",
+    "lost_share": "share of the bytes to be read that may be lost",
+    "lost_documents": "documents that may be lost; a loss of a number that nobody can tell breaks every limit",
+    "replaced_characters": "characters that may be replaced (U+FFFD), for bytes that are no text",
+    "replaced_share": "share of the characters that may be replaced",
+}  # fmt: skip
 """What is asked of the run alone; each key with its meaning."""
 DISTANCE_LIMITS = {
     "psi": "population stability index of the strengths, at most",
@@ -58,7 +65,7 @@ DISTANCE_LIMITS = {
     "q3_shift": "change of Q3 relative to the baseline's, up or down, at most",
     "share_high_shift": "change of the share of HIGH tokens, at most (says something where thresholds are frozen)",
 }
-"""What is asked of two runs, and in ``[source]`` of each source in both; the worst one counts."""
+"""What is asked of two runs, and in ``[source]`` of each source in both."""
 DRIFT_LIMITS = {
     **DISTANCE_LIMITS,
     "class_share_shift": "change of any class's share of the tokens, at most",
@@ -71,10 +78,27 @@ DRIFT_LIMITS = {
     "min_tokens_ratio": "tokens of this run over the baseline's, at least",
     "max_tokens_ratio": "tokens of this run over the baseline's, at most",
 }
+SOURCE_LIMITS = {
+    **DISTANCE_LIMITS,
+    "min_tokens_ratio": "tokens of a source in this run over those in the baseline, at least",
+}
+"""What is asked in ``[source]`` of each source, the worst one counts; of one that is gone max_vanished_sources asks."""
+WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
+"""Limits of the run alone that are numbers and no shares."""
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
-SOURCE_OPTIONS = {"min_tokens": f"tokens that a source needs in both runs to be judged; default: {LEAST_TOKENS}"}
+SOURCE_OPTIONS = {
+    "min_tokens": f"tokens that a source needs in both runs (for min_tokens_ratio: in the baseline) to be judged; "
+                  f"default: {LEAST_TOKENS}"
+}  # fmt: skip
 IN_SOURCE = "\n  [source]: limits for the worst source"
-SHARES = (*RUN_LIMITS, "ks", "js", "share_high_shift", "class_share_shift", "class_high_shift")
+SHARES = (
+    *(key for key in RUN_LIMITS if key not in WHOLE),
+    "ks",
+    "js",
+    "share_high_shift",
+    "class_share_shift",
+    "class_high_shift",
+)
 """What is never over 1."""
 OF_MEASURE = ("model", "revision", "layers", "dtype", "window_tokens", "overlap_tokens")
 """What of a config makes runs of one measure; files of the model may still differ."""
@@ -113,6 +137,7 @@ class Audit:
     run: RunFolder
     baseline: RunFolder | None  # None: the first night
     comparison: Comparison | None
+    losses: Losses  # of the run
     notes: tuple[str, ...]
 
 
@@ -141,11 +166,12 @@ def run_audit(
         run = manifest.find_run(opened.uri)
     before = named or BASELINES[baseline](run)
     comparison = None if before is None else compare.compare(before, run)
-    rules = tuple(judge(policy, run, comparison))
+    lost = losses.of_run(run)
+    rules = tuple(judge(policy, run, comparison, lost, _sources_of(run)))
     notes = tuple(_notes(policy, run, comparison, baseline))
     if mark:
         manifest.mark_audited(run)
-    return Audit(all(r.passed is not False for r in rules), rules, run, before, comparison, notes)
+    return Audit(all(r.passed is not False for r in rules), rules, run, before, comparison, lost, notes)
 
 
 def _notes(policy: Policy, run: RunFolder, comparison: Comparison | None, baseline: str) -> Iterator[str]:
@@ -162,7 +188,10 @@ def _notes(policy: Policy, run: RunFolder, comparison: Comparison | None, baseli
     yield from comparison.notes
     if policy.source_limits:
         layer = _judged_layer(policy, run, comparison)
-        judged = {r["source"] for r in _judged_sources(comparison, layer, policy.min_tokens)} | {None}
+        rows = _judged_sources(comparison, layer, policy.min_tokens)
+        if "min_tokens_ratio" in policy.source_limits:
+            rows += _shrinkable(comparison, layer, policy.min_tokens, _sources_of(run))
+        judged = {row["source"] for row in rows} | {None}
         there = [r for r in _at(comparison.drift, layer).to_pylist() if r["n_b"] and r["source"] not in judged]
         new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in there if not r["n_a"]]
         if new:
@@ -279,7 +308,7 @@ def read_policy(file: str | Path) -> Policy:
     if not isinstance(source, dict):
         raise ConfigError(f"policy {file}: source is {source!r}; expected a table, [source]")
     _check_keys(file, "", values, RUN_LIMITS | DRIFT_LIMITS | OPTIONS)
-    _check_keys(file, "[source] ", source, DISTANCE_LIMITS | SOURCE_OPTIONS)
+    _check_keys(file, "[source] ", source, SOURCE_LIMITS | SOURCE_OPTIONS)
     layer = _whole(file, "layer", values.pop("layer")) if "layer" in values else None
     min_tokens = _whole(file, "min_tokens", source.pop("min_tokens", LEAST_TOKENS))
     limits = {key: _limit(file, key, value) for key, value in values.items()}
@@ -304,7 +333,7 @@ def _listed(known: Mapping[str, str]) -> str:
 
 def _limit(file: str | Path, key: str, value: object) -> float:
     """A limit as a number: 0.02 and "2%" are the same."""
-    if key.startswith("max_") and not key.endswith("_ratio"):
+    if key in WHOLE or (key.startswith("max_") and not key.endswith("_ratio")):
         return _whole(file, key, value)
     if isinstance(value, int | float) and value > 1 and key.removeprefix("source.") in SHARES:
         raise ConfigError(f'policy {file}: {key} is {value!r}, and a share is at most 1; is it "{value:g}%"?')
@@ -321,26 +350,34 @@ def _whole(file: str | Path, key: str, value: object) -> int:
     raise ConfigError(f"policy {file}: {key} is {value!r}; expected a whole number from 0")
 
 
-def judge(policy: Policy, run: RunFolder, comparison: Comparison | None) -> Iterator[Rule]:
+def judge(
+    policy: Policy, run: RunFolder, comparison: Comparison | None, lost: Losses, sources: Collection[str]
+) -> Iterator[Rule]:
     """Every limit of ``policy`` held against ``run`` and ``comparison``, in the policy's order.
 
-    Without a comparison, or where the baseline has no table of sources, what needs one is not judged. Raises
-    ``ConfigError`` for limits that this run's layers or tables can never be held against.
+    ``lost`` is what the run lost, ``sources`` are those that it read, with tokens or without. Without a comparison,
+    or where the baseline has no table of sources, what needs one is not judged. Raises ``ConfigError`` for limits that
+    this run's layers or tables can never be held against.
     """
     layer = _judged_layer(policy, run, comparison)
     if (policy.source_limits or policy.limits.keys() & set(OF_SOURCES)) and "sources" not in run.info["tables"]:
         raise ConfigError(
             f"the policy limits sources, but run {run.uri} has no table of them: run it with its screening (--screen)"
         )
-    alone = dict(_of_run(run))
+    alone = dict(_of_run(run, lost))
     moved = {} if comparison is None else dict(_of_comparison(comparison, layer))
     for key, limit in policy.limits.items():
         value, where = alone[key] if key in alone else moved.get(key, (None, None))
         yield _rule(key, limit, value, where, (RUN_LIMITS | DRIFT_LIMITS)[key])
-    sources = [] if comparison is None else _judged_sources(comparison, layer, policy.min_tokens)
     for key, limit in policy.source_limits.items():
-        value, where = max(((_distance(row, key), row["source"]) for row in sources), default=(None, None))
-        yield _rule(f"source.{key}", limit, value, where, DISTANCE_LIMITS[key])
+        value, where = None, None
+        if comparison is not None and key == "min_tokens_ratio":
+            rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
+            value, where = min(((row["n_b"] / row["n_a"], row["source"]) for row in rows), default=(None, None))
+        elif comparison is not None:
+            rows = _judged_sources(comparison, layer, policy.min_tokens)
+            value, where = max(((_distance(row, key), row["source"]) for row in rows), default=(None, None))
+        yield _rule(f"source.{key}", limit, value, where, SOURCE_LIMITS[key])
 
 
 def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
@@ -353,20 +390,31 @@ def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None)
 def _rule(key: str, limit: float, value: float | None, where: str | None, meaning: str) -> Rule:
     if value is None:
         return Rule(key, limit, None, None, where, meaning)
-    passed = value >= limit if key.startswith("min_") else value <= limit
+    passed = value >= limit if _is_minimum(key) else value <= limit
     return Rule(key, limit, value if math.isfinite(value) else None, passed, where, meaning)
+
+
+def _is_minimum(key: str) -> bool:
+    return key.removeprefix("source.").startswith("min_")
 
 
 Measured = tuple[str, tuple[float | None, str | None]]
 
 
-def _of_run(run: RunFolder) -> Iterator[Measured]:
-    """Values of ``RUN_LIMITS``."""
+def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
+    """Values of ``RUN_LIMITS``; of what is lost with the worst files."""
     counts = run.info["counts"]
     missing = len(run.info["quarantined"])
     yield "quarantined_documents", (counts["quarantined"] / max(1, counts["documents"]), None)
     yield "quarantined_shards", (missing / max(1, counts["shards"] + missing), None)
     yield "empty_documents", (counts["empty"] / max(1, counts["documents"]), None)
+    files, replaced = losses.worst_files(lost) or None, losses.replaced_files(lost) or None
+    yield "lost_bytes", (lost.lost_bytes, files)
+    yield "lost_share", (lost.share, files)
+    unknown = None if files is None else f"{losses.said_documents(lost)}: {files}"
+    yield "lost_documents", (math.inf if lost.lost_unknown else lost.lost_documents, unknown)
+    yield "replaced_characters", (lost.replaced, replaced)
+    yield "replaced_share", (lost.replaced / max(1, counts["chars"]), replaced)
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
@@ -402,6 +450,23 @@ def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list
     return [r for r in rows if r["source"] is not None and min(r["n_a"], r["n_b"]) >= max(1, min_tokens)]
 
 
+def _shrinkable(comparison: Comparison, layer: int, min_tokens: int, sources: Collection[str]) -> list[dict[str, Any]]:
+    """Sources of ``min_tokens`` in the baseline that this run has read, be it without finding a token."""
+    there = [f"{name}/" for name in sources]
+    return [
+        row for row in _at(comparison.drift, layer).to_pylist()
+        if row["source"] is not None and row["n_a"] >= max(1, min_tokens)
+        and (row["n_b"] or any(name.startswith(f"{row['source']}/") for name in there))
+    ]  # fmt: skip
+
+
+def _sources_of(run: RunFolder) -> frozenset[str]:
+    """Files, or folders where they are many, that ``run`` read, whether they had tokens or not."""
+    if "sources" not in run.info["tables"]:
+        return frozenset()
+    return frozenset(manifest.read_table(run, "sources")["source"].to_pylist())
+
+
 def _distance(row: dict[str, Any], key: str) -> float:
     """What ``key`` of ``DISTANCE_LIMITS`` is in a row of ``DRIFT_SCHEMA`` whose tokens are in both runs."""
     if key == "share_high_shift":
@@ -430,6 +495,7 @@ def to_json(found: Audit) -> dict[str, Any]:
         "run": compare.describe(found.run),
         "baseline": None if found.baseline is None else compare.describe(found.baseline),
         "counts": found.run.info["counts"],
+        "lost": losses.to_json(found.losses),
         "notes": list(found.notes),
     }
 
@@ -454,10 +520,11 @@ def lines(found: Audit) -> Iterator[str]:
     """The verdict for a person: each rule, broken ones first, then what to know, then the answer."""
     for rule in sorted(found.rules, key=lambda r: (r.passed is not False, r.passed is not None)):
         said = {True: "holds", False: "BROKEN", None: "not judged"}[rule.passed]
-        value = "" if rule.passed is None else "infinite" if rule.value is None else f"{rule.value:.5g}"
+        value = "" if rule.passed is None else _said_value(rule)
         where = f" ({rule.where})" if rule.where is not None else ""
-        sign = ">=" if rule.key.startswith("min_") else "<="
-        yield f"{said:<11}{rule.key:<24}{value:>12} {sign} {rule.limit:g}{where}"
+        sign = ">=" if _is_minimum(rule.key) else "<="
+        limit = f"{rule.limit:,}" if rule.key in WHOLE else f"{rule.limit:g}"
+        yield f"{said:<11}{rule.key:<24}{value:>12} {sign} {limit}{where}"
     yield from found.notes
     broken = sum(rule.passed is False for rule in found.rules)
     against = "" if found.baseline is None else f", against {found.baseline.uri}"
@@ -468,6 +535,12 @@ def lines(found: Audit) -> Iterator[str]:
     elif judged < len(found.rules):
         verdict += f" as far as it was judged: {judged} of {count(len(found.rules), 'limit')}"
     yield f"{verdict}; run {found.run.uri}{against}"
+
+
+def _said_value(rule: Rule) -> str:
+    if rule.value is None:
+        return "unknown" if rule.key == "lost_documents" else "infinite"
+    return f"{rule.value:,}" if rule.key in WHOLE else f"{rule.value:.5g}"
 
 
 # --- to be told ------------------------------------------------------------------------------------------

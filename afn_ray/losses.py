@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -187,6 +187,14 @@ def of_run(run: manifest.RunFolder) -> Losses:
     return total(manifest.read_table(run, "files"))
 
 
+def to_json(found: Losses) -> dict[str, Any]:
+    """``found`` as plain values."""
+    body = asdict(found)
+    body["lost_share"] = found.share
+    body["worst"] = [{"source": uri, "share_read": share} for uri, share in found.worst]
+    return body
+
+
 # --- in words --------------------------------------------------------------------------------------------
 
 
@@ -194,20 +202,30 @@ def describe(found: Losses) -> str:
     """What was lost, as "43 kB of 1.2 MB (3.6%) in 2 files: a.gz (52.1% read), ..."; empty where nothing was."""
     if not found.any:
         return ""
-    names = _names([uri for uri, _ in found.worst])
-    files = [f"{name} ({_rounded_down(share)} read)" for name, (_, share) in zip(names, found.worst, strict=True)]
     return (
         f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} ({_rounded_up(found.share)}) in "
-        f"{count(found.num_files, 'file')}: {_listed(files, found.num_files)}; {said_documents(found)}"
+        f"{count(found.num_files, 'file')}: {worst_files(found)}; {said_documents(found)}"
     )
+
+
+def worst_files(found: Losses) -> str:
+    """Names of the files that lost most, with the share of each that was read."""
+    names = _names([uri for uri, _ in found.worst])
+    files = [f"{name} ({_rounded_down(share)} read)" for name, (_, share) in zip(names, found.worst, strict=True)]
+    return _listed(files, found.num_files)
 
 
 def describe_replaced(found: Losses) -> str:
     """Where characters were replaced; empty where none was."""
     if not found.replaced:
         return ""
-    files = _listed(_names(found.most_replaced), found.num_replaced_files)
-    return f"{count(found.replaced, 'character')} in {count(found.num_replaced_files, 'file')}: {files}"
+    files = count(found.num_replaced_files, "file")
+    return f"{count(found.replaced, 'character')} in {files}: {replaced_files(found)}"
+
+
+def replaced_files(found: Losses) -> str:
+    """Names of the files of most replaced characters."""
+    return _listed(_names(found.most_replaced), found.num_replaced_files)
 
 
 def describe_skipped(files: Sequence[FileInfo]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import RUN_INFO, stop_after, write_jsonl
 
@@ -26,6 +29,7 @@ from afn_ray import audit, cli, compare, job, manifest, report, storage, verify
 from afn_ray.audit import Policy, Rule
 from afn_ray.compare import Comparison
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
+from afn_ray.losses import Losses
 from afn_ray.manifest import RunFolder
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
 from afn_ray.settings import config_from
@@ -72,6 +76,9 @@ def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean
         ('psi = "a tenth"', "psi is 'a tenth'; expected a number"),
         ("psi = [0.1]", "expected a number"),
         ("max_new_types = 0.5", "max_new_types is 0.5; expected a whole number"),
+        ('lost_bytes = "2%"', "lost_bytes is '2%'; expected a whole number"),
+        ("lost_documents = 0.5", "lost_documents is 0.5; expected a whole number"),
+        ("lost_share = 2", 'a share is at most 1; is it "2%"?'),
         ('max_new_types = "2%"', "max_new_types is '2%'; expected a whole number"),
         ("layer = 8.0\npsi = 1", "layer is 8.0; expected a whole number"),
         ("source = 3", "expected a table"),
@@ -98,7 +105,8 @@ def test_a_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def run_of(**changes: Any) -> RunFolder:
-    counts = {"documents": 200, "empty": 10, "quarantined": 4, "shards": 9, "tokens": 5000, "special": 400}
+    counts = {"documents": 200, "empty": 10, "quarantined": 4, "shards": 9, "tokens": 5000, "special": 400,
+              "chars": 800}  # fmt: skip
     info = {"layers": [0, 2], "counts": counts, "quarantined": [{}], "tables": {"sources": {}}, "measure": {"id": "m"},
             "config": {"corpus": ["c"]}, "model": {"name": "x"}, "created_at": "", "finished_at": ""}  # fmt: skip
     return RunFolder("s/runs/b", "s", "b", {**info, **changes})
@@ -122,7 +130,7 @@ COMPARED = Comparison(
             drift_row(2, "long", 2000, 2000, psi=0.25, q3_b=6.0),
             drift_row(2, "longer", 2000, 2000, ks=0.5, share_high_a=0.5),
             drift_row(2, "new", 0, 2000), drift_row(2, "short", 999, 1000, psi=9.0, ks=1.0), drift_row(2, "gone", 1, 0),
-            drift_row(2, "gone too", 1000, 0),
+            drift_row(2, "gone too", 1000, 0), drift_row(2, "cut", 4000, 1000),
         ],
         DRIFT_SCHEMA,
     ),
@@ -156,19 +164,28 @@ VALUES: dict[str, tuple[float, str | None]] = {
     "min_tokens_ratio": (1.25, None), "max_tokens_ratio": (1.25, None),
     "source.psi": (0.25, "long"), "source.ks": (0.5, "longer"), "source.js": (0.0, "longer"),
     "source.q1_shift": (0.0, "longer"), "source.q2_shift": (0.0, "longer"), "source.q3_shift": (0.5, "long"),
-    "source.share_high_shift": (0.25, "longer"),
+    "source.share_high_shift": (0.25, "longer"), "source.min_tokens_ratio": (0.25, "cut"),
+    "lost_bytes": (500, "a.gz (50% read)"), "lost_share": (0.25, "a.gz (50% read)"),
+    "lost_documents": (86, "86 documents: a.gz (50% read)"), "replaced_characters": (8, "a.gz"),
+    "replaced_share": (0.01, "a.gz"),
 }  # fmt: skip
 
 
-def one_rule(key: str, limit: float, comparison: Comparison | None = COMPARED, run: RunFolder | None = None) -> Rule:
+LOST = Losses(2000, 500, 86, 0, 8, 1, (("/c/a.gz", 0.5),), 1, ("/c/a.gz",))
+SOURCES = ("long", "longer", "new", "short", "cut", "elsewhere")
+
+
+def one_rule(key: str, limit: float, comparison: Comparison | None = COMPARED, run: RunFolder | None = None,
+    lost: Losses = LOST,
+) -> Rule:  # fmt: skip
     plain = key.removeprefix("source.")
     policy = Policy({} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000)
-    (rule,) = audit.judge(policy, run or run_of(), comparison)
+    (rule,) = audit.judge(policy, run or run_of(), comparison, lost, SOURCES)
     return rule
 
 
 def test_every_key_is_judged() -> None:
-    known = {*audit.RUN_LIMITS, *audit.DRIFT_LIMITS, *(f"source.{key}" for key in audit.DISTANCE_LIMITS)}
+    known = {*audit.RUN_LIMITS, *audit.DRIFT_LIMITS, *(f"source.{key}" for key in audit.SOURCE_LIMITS)}
     assert set(VALUES) == known
 
 
@@ -177,9 +194,10 @@ def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
     value, where = VALUES[key]
     rule = one_rule(key, value)
     assert (rule.key, rule.value, rule.where, rule.passed) == (key, pytest.approx(value), where, True)
-    beyond = value + 0.001 if key.startswith("min_") else value - 0.001
+    beyond = value + 0.001 if "min_" in key else value - 0.001
     assert one_rule(key, beyond).passed is False
-    assert rule.meaning in (audit.RUN_LIMITS | audit.DRIFT_LIMITS).values()
+    known = audit.SOURCE_LIMITS if key.startswith("source.") else audit.RUN_LIMITS | audit.DRIFT_LIMITS
+    assert rule.meaning == known[key.removeprefix("source.")]
 
 
 @pytest.mark.parametrize("key", VALUES)
@@ -192,10 +210,34 @@ def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
 
 
 def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
-    (rule,) = audit.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED)
+    (rule,) = audit.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED, LOST, SOURCES)
     assert rule.value == 0.9 and rule.passed is False
     with pytest.raises(ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"):
-        list(audit.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None))
+        list(audit.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None, LOST, SOURCES))
+
+
+def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -> None:
+    rule = one_rule("lost_documents", 10**9, lost=replace(LOST, lost_unknown=1))
+    assert (rule.passed, rule.value, rule.where) == (False, None, "86 documents or more: a.gz (50% read)")
+    found = audit.Audit(False, (rule,), run_of(), None, None, LOST, ())
+    said = next(audit.lines(found))
+    assert said.split()[:5] == ["BROKEN", "lost_documents", "unknown", "<=", "1,000,000,000"]
+    assert said.endswith("(86 documents or more: a.gz (50% read))")
+    nothing = Losses(2000, 0, 0, 0, 0, 0, (), 0, ())
+    rule = one_rule("lost_documents", 0, lost=nothing)
+    assert (rule.passed, rule.value, rule.where) == (True, 0, None)
+
+
+def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those() -> None:
+    policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
+    gone, ratio = audit.judge(policy, run_of(), COMPARED, LOST, SOURCES)
+    assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
+    for there in ("gone too", "gone too/or a file of the folder"):  # the run read it, and found nothing
+        _, ratio = audit.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
+        assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
+    small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
+    (ratio,) = audit.judge(small, run_of(), COMPARED, LOST, SOURCES)
+    assert ratio.passed is None
 
 
 def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_one_without() -> None:
@@ -212,7 +254,7 @@ def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> 
     rule = one_rule("q1_shift", 1e9, moved)
     assert rule.passed is False and rule.value is None
     assert one_rule("q2_shift", 0, moved).passed is True
-    found = audit.Audit(False, (rule,), run_of(), COMPARED.a, moved, ())
+    found = audit.Audit(False, (rule,), run_of(), COMPARED.a, moved, LOST, ())
     assert "infinite" in next(audit.lines(found)) and json.dumps(audit.to_json(found), allow_nan=False)
 
 
@@ -316,6 +358,56 @@ LOOSE = "psi = 2\nq3_shift = '50%'\nmax_new_types = 9999\nquarantined_documents 
 @pytest.fixture
 def nights(tmp_path: Path, tiny_bert: Path, verses: list[str]) -> Nights:
     return Nights(tmp_path / "nights", tiny_bert, verses, LOOSE)
+
+
+def cut_gz(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
+    data = gzip.compress(write_jsonl(folder / "x", rows).read_bytes())
+    (folder / "x").unlink()
+    (folder / "a.jsonl.gz").write_bytes(data if whole else data[: round(0.97 * len(data))])
+
+
+def unclosed_csv(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
+    lines = ["text", *(f'"{row["text"]}"' for row in rows)]
+    if not whole:
+        lines[300] = lines[300][:-1]
+    (folder / "a.csv").write_text("\n".join(lines) + "\n")
+
+
+def damaged_parquet(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
+    path = folder / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=200, use_dictionary=False)
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    if not whole:
+        with path.open("r+b") as file:
+            file.seek(chunk.data_page_offset)
+            file.write(b"\xff" * 40)
+
+
+POLICIES = {
+    "guide": re.findall(
+        r"^```toml\n(.*?)^```", (SCRIPT.parent.parent / "infra/guide/audit.md").read_text(), re.M | re.S
+    )[0],
+    "kubernetes": (SCRIPT.parent.parent / "infra/kubernetes/values/policy.toml").read_text(),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("damage", [cut_gz, unclosed_csv, damaged_parquet])
+def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
+    damage: Callable[[Path, list[dict[str, str]], bool], None], policy: str, tmp_path: Path, tiny_bert: Path,
+    verses: list[str],
+) -> None:  # fmt: skip
+    rows = [{"text": verse} for verse in verses[:600]]
+    nights = Nights(tmp_path / "nights", tiny_bert, verses, POLICIES[policy])
+    damage(nights.folder / "corpus", rows, True)
+    assert nights.audit() == 0
+    damage(nights.folder / "corpus", rows, False)
+    assert nights.audit() == 1
+    said = nights.said
+    broken = {r["key"]: r for r in said["rules"] if r["passed"] is False}
+    assert "lost_documents" in broken and "a." in broken["lost_documents"]["where"]
+    assert said["counts"]["quarantined"] == 1 and said["lost"]["num_files"] == 1
+    assert said["lost"]["lost_unknown"] or said["lost"]["lost_documents"] > 100
 
 
 def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> None:
