@@ -69,7 +69,11 @@ class RunConfig:
     )
     screen: int = _option(1000, "strangest documents to list, found in one more scan of what is recorded; 0: no scan")
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
-    shard_bytes: int = _option(16 << 20, "corpus bytes in one shard: the unit of work and retry")
+    shard_bytes: int | None = _option(
+        None,
+        "corpus bytes in one shard, the unit of work and retry; default: a 64th of the corpus's size, rounded up to "
+        "a power of 4, but 64 KiB at least and 16 MiB at most",
+    )
     batch_tokens: int | None = _option(
         None, "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move the last bit"
     )

@@ -18,6 +18,10 @@ COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings that all formats but Parquet may have."""
 
 SAMPLE_FILES = 8
+LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 64 << 10, 16 << 20
+"""64 KiB are 8 batches of a CPU; 16 MiB are about five minutes of one worker."""
+SHARDS_IN_CLASS = 64
+"""Shards of the largest corpus of a size class between the two."""
 
 
 def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[FileInfo], list[FileInfo]]:
@@ -38,6 +42,19 @@ def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[File
             "it with --format"
         )
     return files, skipped
+
+
+def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
+    """Bytes of a shard of a corpus of ``files``: a function of the power of 4 that their sizes add up to at most.
+
+    Shards thus keep their ids while the corpus grows within its class, for any number of workers. There are 16 to 64 of
+    them, fewer where a file cannot be cut or most of its bytes are not read, and more beyond 1 GiB.
+    """
+    num_bytes = sum(file.size for file in files)
+    size_class = 1
+    while size_class < num_bytes:
+        size_class *= 4
+    return min(MOST_SHARD_BYTES, max(LEAST_SHARD_BYTES, size_class // SHARDS_IN_CLASS))
 
 
 def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:

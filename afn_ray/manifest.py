@@ -133,6 +133,7 @@ class Plan:
     files: tuple[FileInfo, ...]
     skipped: tuple[FileInfo, ...]  # with an ending that is no known format
     num_hashed: int  # files read to plan; the others were remembered
+    shard_bytes: int = 0  # by which the files were cut
 
     @property
     def num_bytes(self) -> int:
@@ -153,17 +154,18 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     options = config.read_options
     files, skipped = corpus.list_files(config.corpus, options)
     corpus.check_columns(files, options)
-    known = _remembered(config)
+    shard_bytes = corpus.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
+    known = _remembered(config, shard_bytes)
     missing = [f for f in files if f not in known]
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        cuts = pool.map(lambda f: corpus.cut(f, options, config.shard_bytes), missing)
+        cuts = pool.map(lambda f: corpus.cut(f, options, shard_bytes), missing)
         for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
             known[file] = slices
             if on_file is not None:
                 on_file(done, len(missing))
     slices = [s for file in files for s in known[file]]
-    groups = group_slices(slices, config.shard_bytes)
-    return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing))
+    groups = group_slices(slices, shard_bytes)
+    return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing), shard_bytes)
 
 
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
@@ -194,13 +196,13 @@ def _share(text: str) -> float:
     return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
 
 
-def _remembered(config: RunConfig) -> dict[FileInfo, list[FileSlice]]:
+def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
     """What the store's newest runs of the same cuts know of files: their slices, where nothing changed.
 
     The newest one of this corpus, and those of others that came since.
     """
     known: dict[FileInfo, list[FileSlice]] = {}
-    cuts = _cuts(config)
+    cuts = _cuts(config, shard_bytes)
     names = storage.list_names(storage.join(config.store, "runs"))
     for name in itertools.islice(reversed(names), LOOK_BACK):
         plan = _read_plan(config.store, name)
@@ -223,9 +225,9 @@ def _trusted(version: str, hashed_ns: int) -> bool:
     return kind == "etag" or (kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS)
 
 
-def _cuts(config: RunConfig) -> str:
+def _cuts(config: RunConfig, shard_bytes: int) -> str:
     """Fingerprint of what decides where files are cut."""
-    return fingerprint([SCHEMA_VERSION, asdict(config.read_options), config.shard_bytes])
+    return fingerprint([SCHEMA_VERSION, asdict(config.read_options), shard_bytes])
 
 
 def _read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
@@ -302,7 +304,8 @@ def begin_run(
     if name < newest:  # the clock went back, and the newest run is found by its name
         created = datetime.strptime(newest.partition("-")[0], STAMP).replace(tzinfo=UTC) + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
-    header = {"cuts": _cuts(config), "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
+    header = {"cuts": _cuts(config, plan.shard_bytes), "shard_bytes": plan.shard_bytes,
+              "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
               "config": asdict(config), "measure": measure, "frozen": list(frozen)}  # fmt: skip
     table, header["sha256"] = _plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})

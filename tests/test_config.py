@@ -115,7 +115,7 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, says: str) -
 
 WRONG_TYPES = {
     "corpus": (["a"], (1,), "a"), "model": (1, None, True), "layers": (8, None), "sink_factor": ("10", True, None),
-    "workers": (1.0, "1", True), "shard_bytes": (None, 2.0**20, True), "offsets": (1, "yes", None),
+    "workers": (1.0, "1", True), "shard_bytes": ("auto", 2.0**20, True), "offsets": (1, "yes", None),
     "revision": (1, False), "id_column": (0,), "trust_remote_code": ("false", 0),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError, Unavailable
 from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
-from afn_ray.schema import SCHEMA_VERSION, FileSlice, ReadOptions, Shard, fingerprint
+from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
 MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
 MEASURE_ID = fingerprint(MEASURE)
@@ -639,3 +639,51 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
     header = json.loads(table.schema.metadata[b"afn"])
     assert header.pop("sha256") == fingerprint([header, table.to_pylist()])
     assert len(table) == 10 and table["ordinal"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+# --- the size of a shard ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shard_bytes"),
+    [(0, 64 << 10), (1, 64 << 10), (1_900_000, 64 << 10), (4 << 20, 64 << 10), ((4 << 20) + 1, 256 << 10),
+     (16 << 20, 256 << 10), (60_000_000, 1 << 20), (256 << 20, 4 << 20), ((256 << 20) + 1, 16 << 20),
+     (1 << 50, 16 << 20)],
+)  # fmt: skip
+def test_the_size_class_of_the_corpus_alone_decides_the_size_of_a_shard(num_bytes: int, shard_bytes: int) -> None:
+    for num_files in (1, 7):
+        sizes = [num_bytes // num_files] * (num_files - 1)
+        sizes.append(num_bytes - sum(sizes))
+        assert corpus.choose_shard_bytes([FileInfo(f"/{n}", n, "etag:x") for n in sizes]) == shard_bytes
+
+
+def test_a_corpus_that_grows_within_its_class_keeps_its_shards_and_its_hashes(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+
+    def write(name: str, num_lines: int) -> None:
+        _write(folder / name, [f"{name} {i} " + "y" * 980 for i in range(num_lines)])
+        os.utime(folder / name, ns=(OLD_NS, OLD_NS + num_lines))
+
+    write("a.jsonl", 1900)
+    asked = RunConfig(corpus=(str(folder),), model="m", store=str(tmp_path / "store"))
+    first = make_plan(asked)
+    assert 25 <= len(first.shards) <= 32 and first.shard_bytes == 64 << 10
+    assert max(s.num_bytes for s in first.shards) < 66 << 10
+    _begin(asked)
+    assert make_plan(replace(asked, workers=9)) == replace(first, num_hashed=0)
+
+    write("a.jsonl", 2000)  # lines at the end
+    write("b.jsonl", 300)
+    grown = make_plan(asked)
+    assert grown.num_hashed == 2 and _ids(grown)[: len(first.shards) - 1] == _ids(first)[:-1]
+    _begin(asked)
+    write("c.jsonl", 2100)  # over the border: all of it is cut anew
+    crossed = make_plan(asked)
+    assert crossed.shard_bytes == 256 << 10 and crossed.num_hashed == 3
+    assert not set(_ids(crossed)) & set(_ids(grown)) and 16 <= len(crossed.shards) <= 20
+    (folder / "c.jsonl").unlink()
+    back = make_plan(asked)  # and back: as it was, and remembered
+    assert back == replace(grown, num_hashed=0)
+    named = make_plan(replace(asked, shard_bytes=64 << 10))  # the same size, asked for by name
+    assert _ids(named) == _ids(grown) and named.num_hashed == 0

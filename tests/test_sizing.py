@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 import afn_ray
 from afn_ray import cli, cluster, counting, estimate, job, manifest, pipeline, reduce, storage, tokens
+from afn_ray import corpus as corpora
 from afn_ray.bench import crowd, machine, rate, simulate
 from afn_ray.bench.reduce import NUM_TYPES
 from afn_ray.config import RunConfig
@@ -314,10 +315,11 @@ def table(tokens: float) -> dict[str, str]:
     """A column of the page's table."""
     config = RunConfig(corpus=("-",), model="-", store="-")
     num_bytes = tokens * TEXT_BYTES
-    shards = math.ceil(num_bytes / config.shard_bytes)
+    shard_bytes = corpora.MOST_SHARD_BYTES  # of any corpus over 256 MiB
+    shards = math.ceil(num_bytes / shard_bytes)
     puts, gets = (
         shards * estimate.PUTS_A_SHARD,
-        shards * (estimate.GETS_A_SHARD + estimate.gets_of_corpus(config.shard_bytes)),
+        shards * (estimate.GETS_A_SHARD + estimate.gets_of_corpus(shard_bytes)),
     )
     store = tokens * estimate.bytes_per_token(config, 1, 0)
     parts = min(reduce.MAX_PARTS, 1 + int(tokens * SUMMARY_BYTES) // reduce.PART_BYTES)
