@@ -31,6 +31,15 @@ CHUNK_BYTES = 1 << 20
 ANSWER_S = 5.0
 """How often it is asked whether a tokenizer process is alive."""
 
+START_S = 120.0
+"""Longest that a tokenizer process may take until it is ready, in seconds: imports from a slow disk take some."""
+
+CLOSE_S = 10.0
+"""Longest that tokenizer processes may take to end before they are killed, in seconds."""
+
+EXIT_CODE_S = 1.0
+"""Longest that the exit code of a process that has died is waited for, in seconds."""
+
 GIVEN_UP = (CancelledError, RuntimeError)
 """What chunks meet whose pool was given up under them."""
 
@@ -104,13 +113,25 @@ class Preparer:
         return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A chunk that a pool prepares."""
+
+    prepared: Future[Prepared]
+    started: Future[None] | None  # the pool's process is ready; None: a thread needs no start
+    submitted: float  # monotonic
+
+
 _preparer: Preparer
 
 
-def _start(recipe: Recipe) -> None:
-    global _preparer
+def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _use(recipe: Recipe) -> None:
+    global _preparer
     _preparer = Preparer(recipe)
 
 
@@ -137,7 +158,8 @@ class Feed:
         self.ahead = AHEAD + num_processes
         self.executors: list[Executor]
         self._prepare: Callable[[list[str], list[bool], int], Prepared]
-        self._renewing = threading.Lock()
+        self._renewing, self._starting = threading.Lock(), threading.Lock()
+        self._started: dict[Executor, Future[None]] = {}
         self._open()
 
     def _open(self) -> None:
@@ -145,7 +167,9 @@ class Feed:
         if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
             spawn = multiprocessing.get_context("spawn")
             # A pool each: one of several may hang when a process dies while it starts another.
-            self.executors = [ProcessPoolExecutor(1, spawn, _start, (preparer.recipe,)) for _ in range(num_processes)]
+            # The recipe is the first task: a start that sends more than a pipe holds waits for ever for a process that
+            # died before it read.
+            self.executors = [ProcessPoolExecutor(1, spawn, _start) for _ in range(num_processes)]
             self._prepare = _prepare
         else:
             self.executors = [ThreadPoolExecutor(1, "afn-tokenize")]
@@ -156,25 +180,51 @@ class Feed:
         """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone."""
         return Chunks(self, documents, halvings)
 
-    def submit(self, documents: list[Document], halvings: int) -> Future[Prepared]:
+    def submit(self, documents: list[Document], halvings: int) -> _Work:
         """Prepare a chunk, behind those submitted before it."""
         texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
-        return next(self._turns).submit(self._prepare, texts, replaced, halvings)
+        executor = next(self._turns)
+        with self._starting:
+            started = self._started.get(executor)
+            if started is None and self._num_processes:
+                started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
+        return _Work(executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic())
+
+    def why_dead(self, executors: Sequence[Executor]) -> str:
+        """How the first process of ``executors`` that is dead ended, or that one has not started in time."""
+        end = time.monotonic() + EXIT_CODE_S
+        while time.monotonic() < end:
+            for executor in executors:
+                for process in _processes(executor):
+                    if process.exitcode is not None:
+                        when = "" if _is_ready(self._started.get(executor)) else " as it started"
+                        return f"died{when} ({_ending(process.exitcode)})"
+            time.sleep(0.02)
+        return "died"
 
     def renew(self, broken: list[Executor]) -> None:
         """New processes in place of ``broken``, unless another shard has met them before and did it."""
         with self._renewing:
             if self.executors is broken:
                 for executor in broken:
-                    for process in _processes(executor):
-                        process.kill()
+                    _kill(_processes(executor))
                     executor.shutdown(wait=False, cancel_futures=True)  # a broken one may never end
+                    self._started.pop(executor, None)
                 self._open()
 
     def close(self) -> None:
-        """Ends the thread or the processes."""
+        """Ends the thread or the processes, of which one that hangs is killed."""
+        processes = [p for executor in self.executors for p in _processes(executor)]
+        late = threading.Timer(CLOSE_S, _kill, (processes,))
+        late.daemon = True
+        late.start()
         for executor in self.executors:
             executor.shutdown(wait=True, cancel_futures=True)
+        late.cancel()
+
+
+class _NotStarted(BrokenProcessPool):
+    """A process lives, and is not ready."""
 
 
 class Chunks:
@@ -186,7 +236,7 @@ class Chunks:
 
     def __init__(self, feed: Feed, documents: Iterable[Document], halvings: int) -> None:
         self._feed, self._executors, self._halvings = feed, feed.executors, halvings
-        self._ready: Queue[Any] = Queue(feed.ahead)  # documents, seconds, future; an error; None at the end
+        self._ready: Queue[Any] = Queue(feed.ahead)  # documents, seconds, work; an error; None at the end
         self._stopped = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(documents,), name="afn-read", daemon=True)
         self._reader.start()
@@ -203,28 +253,36 @@ class Chunks:
                 raise StopIteration
             if isinstance(item, BaseException):
                 raise item
-            documents, seconds, prepared = item
-            return Chunk(documents, self._result(prepared), seconds)
+            documents, seconds, work = item
+            return Chunk(documents, self._result(work), seconds)
         except BaseException as error:
             self.close()
             renewed = self._feed.executors is not self._executors  # by a shard beside this one
             if not isinstance(error, BrokenProcessPool) and not (renewed and isinstance(error, GIVEN_UP)):
                 raise
+            why = str(error) if isinstance(error, _NotStarted) else self._feed.why_dead(self._executors)
             self._feed.renew(self._executors)
             raise HelperDied(
-                "a tokenizer process died: is there enough memory for --tokenizer-workers? "
-                "(A script that calls afn_ray.run with them needs if __name__ == '__main__')"
+                f"a tokenizer process {why}; what it said is on stderr. Is there enough memory for "
+                "--tokenizer-workers? (A script that calls afn_ray.run with them must be a file, and needs "
+                "if __name__ == '__main__')"
             ) from error
 
-    def _result(self, prepared: Future[Prepared]) -> Prepared:
-        """What ``prepared`` holds. A pool whose process was killed as it answered may never notice."""
+    def _result(self, work: _Work) -> Prepared:
+        """What ``work`` gives. A pool whose process was killed as it answered may never notice."""
         while True:
             try:
-                return prepared.result(timeout=ANSWER_S)
+                if work.started is not None and work.started.done():
+                    work.started.result()
+                return work.prepared.result(timeout=ANSWER_S)
             except FutureTimeoutError:
-                dead = not all(p.is_alive() for e in self._executors for p in _processes(e))
-                if dead and not prepared.done():
+                if work.prepared.done():
+                    continue
+                if not all(p.is_alive() for e in self._executors for p in _processes(e)):
                     raise BrokenProcessPool("a process died and its pool did not notice") from None
+                waited = time.monotonic() - work.submitted
+                if work.started is not None and not work.started.done() and waited > START_S:
+                    raise _NotStarted(f"has not started in {waited:,.0f} s") from None
 
     def __enter__(self) -> Chunks:
         return self
@@ -239,7 +297,7 @@ class Chunks:
             with contextlib.suppress(Empty):
                 item = self._ready.get(timeout=0.05)
                 if isinstance(item, tuple):
-                    item[2].cancel()
+                    item[2].prepared.cancel()
 
     def _read(self, documents: Iterable[Document]) -> None:
         try:
@@ -258,6 +316,22 @@ class Chunks:
 def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
     """Of a pool; there are none before its first chunk."""
     return list((getattr(executor, "_processes", None) or {}).values())
+
+
+def _is_ready(started: Future[None] | None) -> bool:
+    return started is not None and started.done() and not started.cancelled() and started.exception() is None
+
+
+def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _ending(code: int) -> str:
+    """What the exit code of a process says."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" + (", as for want of memory" if code == -9 else "")
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

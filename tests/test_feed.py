@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from afn_ray import feed, model, tokens
-from afn_ray.errors import ShardError
+from afn_ray.errors import HelperDied, ShardError
 from afn_ray.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import Document
 
@@ -343,6 +343,51 @@ def test_a_process_that_dies_while_another_starts_leaves_none_behind(
     finally:
         for pid in filter(is_alive, started):
             os.kill(pid, signal.SIGKILL)
+
+
+EARLY_END = """
+import os, sys
+if "spawn_main" in " ".join(sys.orig_argv):
+    {}
+"""
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("os._exit(3)", r"died as it started \(exit code 3\)"),
+     ("os.kill(os.getpid(), 9)", r"died as it started \(signal 9, Killed, as for want of memory\)"),
+     ("import time; time.sleep(600)", r"has not started in")],
+)  # fmt: skip
+def test_a_tokenizer_process_that_does_not_start_is_an_error_and_no_hang(
+    what: str, said: str, preparer: Preparer, tmp_path: Path, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where its recipe has more bytes than the pipe to it holds."""
+    (tmp_path / "sitecustomize.py").write_text(EARLY_END.format(what))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(feed, "ANSWER_S", 0.1)
+    monkeypatch.setattr(feed, "START_S", 1.0)
+    large = Preparer(replace(preparer.recipe, tokenizer=preparer.recipe.tokenizer + " " * (1 << 20)), preparer.encoder)
+    processes = Feed(large, 1)
+    with pytest.raises(HelperDied, match=said):
+        list(processes.chunks(documents(verses, 5)))
+    assert "afn-read" not in our_threads()
+    processes.close()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_tokenizer_process_that_hangs_is_killed_at_the_end(
+    preparer: Preparer, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "CLOSE_S", 0.2)
+    processes = Feed(preparer, 1)
+    chunks = processes.chunks(documents(verses, 50))
+    next(chunks)
+    (running,) = pids(processes)
+    os.kill(running, signal.SIGSTOP)
+    chunks.close()
+    processes.close()
+    assert eventually(lambda: not is_alive(running), 10)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -14,6 +14,7 @@ import shutil
 import stat
 import string
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ import transformers
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cluster, demo, disk, job, lexicon, manifest, model, pipeline, precision, records, show
+from afn_ray import cluster, demo, disk, dispatch, job, lexicon, manifest, model, pipeline, precision, records, show
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -550,6 +551,30 @@ def test_a_run_on_a_filesystem_without_links_locks_and_fsync_of_folders(
     assert not list((tmp_path / "scratch").iterdir())
     with afn_ray.run(config) as again:
         assert again.uri == run.uri
+
+
+@pytest.mark.parametrize("deadline_s", [0.2, None])
+def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
+    deadline_s: float | None, tmp_path: Path, make_config: MakeConfig, verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:6]])
+    config = make_config(corpus=(str(corpus),), executor="inline")
+    released, read = threading.Event(), pipeline.reading.read
+
+    def hang(*asked: Any) -> Any:
+        released.wait(60)
+        return read(*asked)
+
+    monkeypatch.setattr(dispatch, "DEADLINE_S", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.reading, "read", hang)
+        with pytest.raises(Interrupted, match=r"\(.*c\.jsonl\) is not done after .*--shard-deadline") as caught:
+            afn_ray.run(replace(config, shard_deadline_s=deadline_s))
+        released.set()
+    assert caught.value.exit_code == 75
+    with afn_ray.run(config) as run:
+        assert len(all_rows(run, "documents")) == 6
 
 
 def test_a_full_tmpdir_is_named_and_resumable(
