@@ -545,6 +545,7 @@ def _log_json(lines: logs.Lines) -> OnEvent:
                 "shards": state.num_shards, "done": len(state.commits), "quarantined": len(state.failures),
                 "running": state.num_running, "retries": state.retries, "workers": state.num_workers,
                 "workers_ready": state.num_ready, "documents": state.live.documents, "tokens": state.live.tokens,
+                "lost_bytes": state.counts["lost_bytes"],
             }  # fmt: skip
             logs.tell(log, "progress", _note(event), counts=counts, tokens_per_s=round(state.tokens_per_s, 1),
                       left_s=state.left_s and round(state.left_s))  # fmt: skip
@@ -558,7 +559,7 @@ def _note(event: Event) -> str:
     state, live = event.state, event.state.live
     if not state.num_ready and not state.commits:
         return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
-    from afn_ray import status
+    from afn_ray import losses, status
 
     parts = [f"{live.documents:,} documents", f"{state.tokens_per_s:,.0f} tokens/s"]
     if live.tokens:
@@ -567,6 +568,8 @@ def _note(event: Event) -> str:
         parts.append(f"{left_s:,.0f} s left" if left_s < 600 else f"{left_s / 60:,.0f} min left")
     if waits := status.waits(live):
         parts.append(waits)
+    if lost := state.counts["lost_bytes"]:
+        parts.append(f"{losses.said_bytes(lost)} lost")
     if state.retries:
         parts.append(f"{state.retries} retried")
     if state.failures:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from afn_ray import logs, manifest, storage
+from afn_ray import logs, losses, manifest, storage
 from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError, count
@@ -47,9 +47,9 @@ EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silen
 NOTHING: dict[str, Any] = {
     "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "", "written_at": "", "host": "",
     "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
-    "documents_quarantined": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0, "tokens_per_s": 0.0, "left_s": None,
-    "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0, "notices": [], "exit_code": None,
-    "reason": "",
+    "documents_quarantined": 0, "bytes_lost": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0,
+    "tokens_per_s": 0.0, "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0,
+    "notices": [], "exit_code": None, "reason": "",
 }  # fmt: skip
 """A status before the first word: its keys, and what kind of value each has."""
 SHARDS, WORKERS = ("planned", "reused", "done", "running", "quarantined"), ("wanted", "ready", "lost")
@@ -84,7 +84,7 @@ class Reporter:
         """The run has a name and a plan, ``shards``, of which the store has ``commits``."""
         self._shards = shards
         totals = total_counts(commits.values())
-        self._reused = {k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined")}
+        self._reused = {k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")}
         self._uri = storage.join(run.uri, STATUS)
         self._set(run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {}))
 
@@ -187,7 +187,7 @@ def _shards_of(num_planned: int, num_reused: int, state: State | None = None) ->
 def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
     """Of what is committed, that of earlier calls with it; bytes are of this call."""
     total = {k: n + counts.get(k, 0) for k, n in reused.items()}
-    total["documents_quarantined"] = total.pop("quarantined")
+    total["documents_quarantined"], total["bytes_lost"] = total.pop("quarantined"), total.pop("lost_bytes")
     return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}
 
 
@@ -328,8 +328,8 @@ def _body_of(info: dict[str, Any]) -> dict[str, Any]:
         "shards": {"planned": counts.get("shards", 0) + len(quarantined), "reused": counts.get("shards_reused", 0),
                    "done": counts.get("shards", 0), "running": 0, "quarantined": len(quarantined)},
         "tokens": counts.get("tokens", 0), "documents": counts.get("documents", 0),
-        "documents_quarantined": counts.get("quarantined", 0), "failures": quarantined[:MOST_TOLD],
-        "num_failures": len(quarantined), "exit_code": 0,
+        "documents_quarantined": counts.get("quarantined", 0), "bytes_lost": counts.get("lost_bytes", 0),
+        "failures": quarantined[:MOST_TOLD], "num_failures": len(quarantined), "exit_code": 0,
     }  # fmt: skip
 
 
@@ -364,6 +364,8 @@ def lines(s: Status) -> Iterator[str]:
         bad = body["documents_quarantined"]
         yield (f"tokens   {body['tokens']:,}, from {count(body['documents'], 'document')}"
                + (f", {bad:,} of them quarantined" if bad else ""))  # fmt: skip
+    if lost := body["bytes_lost"]:
+        yield f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run names the files"
     if body.get("tokens_per_s"):
         left = f", {said_time(body['left_s'])} left" if live and body["left_s"] is not None else ""
         yield f"rate     {body['tokens_per_s']:,.0f} tokens/s{left}"

@@ -80,6 +80,7 @@ def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
     assert body["shards"]["done"] == body["shards"]["planned"] == counts["shards"]
     assert {k: body[k] for k in ("tokens", "documents")} == {k: counts[k] for k in ("tokens", "documents")}
     assert body["documents_quarantined"] == counts["quarantined"]
+    assert body["bytes_lost"] == counts["lost_bytes"]
     assert body["bytes_read"] == Path(corpus).stat().st_size
     written = Path(config.store, "shards").rglob("*.parquet")
     assert body["bytes_written"] == sum(path.stat().st_size for path in written)
@@ -313,7 +314,7 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     reporter = status.Reporter(make_config(store=memory, corpus=("s3://corpus/2026-11-22",)))
     piece = FileSlice("s3://corpus/2026-11-22/7.jsonl", 9, "", "jsonl", "", 0, 9, 9, 1, "")
     shard = Shard("bad", (piece,), ReadOptions("jsonl", "text", None, "file", 1 << 20))
-    before = Commit("x", "", {}, {"tokens": 24_011, "documents": 110, "quarantined": 0}, 1.0, {})
+    before = Commit("x", "", {}, {"tokens": 24_011, "documents": 110, "quarantined": 0, "lost_bytes": 13_000}, 1.0, {})
     reporter.begin(
         manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}),
         [shard] * 190,
@@ -321,7 +322,7 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     )
     state = State(
         90, num_workers=8, num_ready=7, num_lost=2, num_running=21, retries=3, seconds=100.0,
-        counts=Counter(tokens=70_012, documents=1000, quarantined=5),
+        counts=Counter(tokens=70_012, documents=1000, quarantined=5, lost_bytes=5000),
         live=Progress(tokens=50_000, forward_tokens=60_000, model_s=60.0, wait_s=40.0, read_s=9.0),
         failures={"bad": "HelperDied: it died"}, notices=["a worker was replaced"],
     )  # fmt: skip
@@ -408,7 +409,7 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
     assert (progress["event"], progress["tokens_per_s"], progress["left_s"]) == ("progress", 10.0, None)
     assert progress["counts"] == {
         "shards": 10, "done": 0, "quarantined": 0, "running": 3, "retries": 0, "workers": 2, "workers_ready": 1,
-        "documents": 7, "tokens": 100,
+        "documents": 7, "tokens": 100, "lost_bytes": 0,
     }  # fmt: skip
     assert (warning["level"], warning["message"]) == ("warning", "be careful")
 
