@@ -29,6 +29,7 @@ from afn_ray import compare, job, losses, manifest, settings, storage
 from afn_ray.compare import Comparison
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, count
+from afn_ray.layout import STAMP
 from afn_ray.losses import Losses
 from afn_ray.manifest import RunFolder
 
@@ -253,10 +254,10 @@ def _last_told(runs: Iterator[RunFolder]) -> RunFolder | None:
 
 def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]:
     """The store's complete runs that began before the one named ``before``, the newest first."""
-    for name in reversed(storage.list_names(storage.join(store, "runs"))):
+    for name in reversed(manifest.run_names(store)):
         if before is None or name < before:
             run = manifest.open_folder(store, name)
-            if run.info:
+            if run.info and not manifest.is_copy(run):
                 yield run
 
 
@@ -291,7 +292,7 @@ def _corpus(run: RunFolder) -> list[str]:
 
 
 def _began(run: RunFolder) -> datetime:
-    return datetime.strptime(run.id.partition("-")[0], manifest.STAMP).replace(tzinfo=UTC)
+    return datetime.strptime(run.id.partition("-")[0], STAMP).replace(tzinfo=UTC)
 
 
 BASELINES: dict[str, Callable[[RunFolder], RunFolder | None]] = {"previous": _previous, "week": _last_week}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,10 @@ LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 
 TOP_NEURONS, MOST_TOP_NEURONS = 8, 256
+MOST_CORPUS_BYTES = 8 << 20
+"""Length of ``corpus`` as JSON, which goes into every plan.parquet and run.json, in bytes."""
+MOST_QUARANTINED = 5_000
+"""Missing shards that a run.json lists."""
 ANY_DEPTH = 10_000
 """Of a model that is not known yet: more than any has."""
 
@@ -117,6 +122,13 @@ class RunConfig:
             raise ConfigError(f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}")
         if self.labels == "":
             raise ConfigError("labels is empty; name the column that holds the tags, or leave it out")
+        if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
+            raise ConfigError(
+                f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at most "
+                f"{MOST_CORPUS_BYTES:,}: name folders or globs that hold the files"
+            )
+        if self.allow_quarantined > MOST_QUARANTINED:
+            raise ConfigError(f"allow_quarantined is {self.allow_quarantined}; expected at most {MOST_QUARANTINED}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")

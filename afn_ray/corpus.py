@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 
 from afn_ray import documents, reading, row_groups, storage, streams
 from afn_ray.errors import CorpusError
-from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.layout import is_store_file
+from afn_ray.schema import (
+    UPOS,
+    XPOS,
+    Document,
+    FileInfo,
+    FileSlice,
+    ReadOptions,
+)
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
            "conllu": "conllu"}  # fmt: skip
@@ -24,16 +32,29 @@ SHARDS_IN_CLASS = 64
 """Shards of the largest corpus of a size class between the two."""
 
 
-def list_files(patterns: Sequence[str], options: ReadOptions) -> tuple[list[FileInfo], list[FileInfo]]:
-    """Files that ``patterns`` name, once each and sorted by URI, and those left out for an unknown ending.
+def list_files(
+    patterns: Sequence[str], options: ReadOptions, store: str | None = None
+) -> tuple[list[FileInfo], list[FileInfo]]:
+    """Files that ``patterns`` name and those of them that are left out, once each and sorted by URI.
 
-    Endings decide only when ``options.format`` is ``auto``. Raises ``CorpusError`` when nothing is left.
+    Left out are unknown endings, when ``options.format`` is ``auto``, and what is in ``store`` or has the place of a
+    file in any other store. Raises ``CorpusError`` when nothing is left, or a pattern names a place in ``store``.
     """
+    in_store = storage.below(store) if store is not None else lambda folder: False
+    for pattern in patterns:
+        if in_store(storage.absolute(pattern)):
+            raise CorpusError(f"corpus {pattern} is in the store {store}; give a --store that is not above the corpus")
     found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern)}
     files: list[FileInfo] = []
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):
-        (files if _kind(uri, options)[0] else skipped).append(file)
+        left_out = is_store_file(uri) or in_store(uri.rpartition("/")[0]) or not _kind(uri, options)[0]
+        (skipped if left_out else files).append(file)
+    if not files and all(is_store_file(file.uri) for file in skipped):
+        raise CorpusError(
+            f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a store is no corpus: "
+            "name the folder with the texts"
+        )
     if not files:
         found_uris = documents.listing([file.uri for file in skipped], 200)
         raise CorpusError(

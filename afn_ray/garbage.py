@@ -59,10 +59,10 @@ def collect_garbage(
     """Find, and with ``delete`` remove, the runs of ``store`` that are not kept and the shards that only they list.
 
     Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), of each measure and corpus the newest
-    audited run (the next audit is held against it), every run begun after the newest complete one, and any other that
-    is not complete while a file of it, or of a shard that it plans, is younger than ``min_age_h`` hours: it may be
-    under way. A shard that no kept run lists stays while it is younger than that: a run that is just beginning may have
-    found it. Files that afn-ray does not write are left alone.
+    audited run (the next audit is held against it), every run begun after the newest complete one, copies of runs
+    under other names, and any other that is not complete while a file of it, or of a shard that it plans, is younger
+    than ``min_age_h`` hours: it may be under way. A shard that no kept run lists stays while it is younger than that: a
+    run that is just beginning may have found it. Files that afn-ray does not write are left alone.
 
     Can be killed, repeated and run beside others and beside runs. Raises ``ConfigError`` for what makes no sense,
     ``StoreError`` where a plan cannot be read, for then nobody knows what it refers to (nothing is deleted), or where
@@ -101,7 +101,9 @@ def _kept(store: str, there: manifest.StoreFiles, keep: int, named: Sequence[str
     """Names of the runs that stay, sorted."""
     names = sorted(there.runs)
     complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
-    kept = {_named(store, run, names) for run in named} | set(complete[-keep:])
+    copies = [n for n in complete if manifest.is_copied(store, n)]
+    complete = [n for n in complete if n not in copies]
+    kept = {_named(store, run, names) for run in named} | set(complete[-keep:]) | set(copies)
     kept |= _last_audited(store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])])
     for name in names:
         if name in kept or name in complete:
@@ -175,7 +177,7 @@ def _shards_removed(store: str, doomed: Sequence[Place], known: set[str], old_s:
         for begin in range(0, len(doomed), manifest.IO_THREADS):
             few = doomed[begin : begin + manifest.IO_THREADS]
             files = dict(zip(few, pool.map(listed, few), strict=True))
-            for name in set(storage.list_names(storage.join(store, "runs"))) - known:
+            for name in set(manifest.run_names(store)) - known:
                 if places := _planned(store, name):
                     known.add(name)
                     needed |= places

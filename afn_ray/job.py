@@ -36,6 +36,10 @@ LACKING = "not in the store when the run was reduced alone"
 PILOT_DOCUMENTS = 2000
 MOST_REASONS = 5
 """Why documents of a corpus without a token are quarantined, as told at its end."""
+MOST_SHARDS = 20
+"""Shards that are named one by one at the end of a run."""
+MOST_CHARS = 1000
+"""Length of the reason of a missing shard in run.json."""
 NEVER = 3.4e38
 """A strength that none has."""
 
@@ -179,7 +183,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     done = [s for s in plan.shards if s.id in commits]
     ordered = commits.in_order(s.id for s in done)
     quarantined = [
-        {"shard": s.id, "uri": s.slices[0].uri, "reason": state.failures[s.id]}
+        {"shard": s.id, "uri": s.slices[0].uri, "reason": state.failures[s.id][:MOST_CHARS]}
         for s in plan.shards if s.id in state.failures
     ]  # fmt: skip
     if lost := [s.id for s in plan.shards if s.id not in commits and s.id not in state.failures]:
@@ -254,7 +258,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
                           f"{count(measured, 'document')}, {totals['empty']:,} empty, "
                           f"{totals['quarantined']:,} quarantined{why}")
     )  # fmt: skip
-    for shard in quarantined:
+    for shard in quarantined[:MOST_SHARDS]:
         on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
     _report_losses(folder, on_event)
     return open_run(folder.uri)
@@ -397,7 +401,9 @@ def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
 
 def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
     where = {s.id: s.slices[0].uri for s in plan.shards}
-    lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in sorted(state.failures.items())]
+    lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in sorted(state.failures.items())[:MOST_SHARDS]]
+    if (more := len(state.failures) - MOST_SHARDS) > 0:
+        lines.append(f"  and {count(more, 'more shard')}")
     stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? " if state.stopped else ""
     return (
         f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; what is done is "

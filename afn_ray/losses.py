@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from afn_ray import manifest, parquet
 from afn_ray.errors import count
+from afn_ray.layout import is_store_file
 from afn_ray.reduce import FAN_IN, Inline, Tasks
 from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
 
@@ -230,11 +231,15 @@ def replaced_files(found: Losses) -> str:
 
 def describe_skipped(files: Sequence[FileInfo]) -> str:
     """Files that were left out for their names; empty where none was."""
-    if not files:
-        return ""
-    size = said_bytes(sum(file.size for file in files))
-    names = _listed(_names([file.uri for file in files[:NAMED_FILES]]), len(files))
-    return f"{count(len(files), 'file')} ({size}) with an ending that is no known format: {names}"
+    stored = [file for file in files if is_store_file(file.uri)]
+    others = [file for file in files if not is_store_file(file.uri)]
+    parts = []
+    for some, why in ((stored, "of an afn-ray store"), (others, "with an ending that is no known format")):
+        if some:
+            size = said_bytes(sum(file.size for file in some))
+            names = _listed(_names([file.uri for file in some[:NAMED_FILES]]), len(some))
+            parts.append(f"{count(len(some), 'file')} ({size}) {why}: {names}")
+    return "; ".join(parts)
 
 
 def said_documents(found: Losses) -> str:

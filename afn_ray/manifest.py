@@ -38,6 +38,8 @@ from afn_ray.commits import Commit as Commit
 from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
+from afn_ray.layout import HEX, LATEST, STAMP, is_run_name
+from afn_ray.layout import PLANNING as PLANNING
 from afn_ray.schema import (
     PLAN_SCHEMA,
     SCHEMA_VERSION,
@@ -52,6 +54,10 @@ from afn_ray.schema import (
 IO_THREADS = 16
 JSON_BYTES = 64 << 20
 """Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
+MOST_SLICES = 10_000
+"""Slices of one shard; its commit.json has a line of 0.5 kB beside the name for each."""
+MOST_NAMES_BYTES = 16 << 20
+"""Names of the slices of one shard together, as JSON writes them, in bytes."""
 AHEAD = 4096
 """Rows, or reads, that are prepared together: none of what a driver does at once grows with its run."""
 LOOK_BACK = 100
@@ -65,13 +71,10 @@ RUN_KEYS: dict[str, type] = {
 }  # fmt: skip
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "sources", "screened",
               "signals", "signal_vocabulary", "neurons", "neuron_types")  # fmt: skip
-HEX = re.compile("[0-9a-f]{32}")
 PROBE = re.compile("probe-[0-9a-f]{32}")
 SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
-STATUS, PLANNING = "status.json", "planning.json"
+STATUS = "status.json"
 RUN_FILE = re.compile(rf"(run|audited|status)\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
-STAMP = "%Y%m%dT%H%M%S.%fZ"
-"""Of the beginning of a run, at the beginning of its name."""
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
@@ -103,7 +106,7 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
                 HEX.fullmatch(measure) and HEX.fullmatch(shard) and SHARD_FILE.fullmatch(_final(name))
             ):
                 there.shards.setdefault((measure, shard), []).append(file)
-            case ["runs", run, name] if RUN_FILE.fullmatch(_final(name)):
+            case ["runs", run, name] if is_run_name(run) and RUN_FILE.fullmatch(_final(name)):
                 there.runs.setdefault(run, []).append(file)
             case ["pilots", name] if name.endswith(".json"):
                 there.pilots.append(name)
@@ -122,6 +125,36 @@ def _final(name: str) -> str:
     return unfinished[1] if unfinished else name
 
 
+def run_names(store: str) -> list[str]:
+    """Names of the runs in ``store``, in the order in which they were begun; copies under such names among them."""
+    return [name for name in storage.list_names(storage.join(store, "runs")) if is_run_name(name)]
+
+
+def is_copy(run: RunFolder) -> bool:
+    """Whether ``run`` is complete under another name: somebody's copy of a run, which is foreign."""
+    return bool(run.info) and run.info["id"] != run.id
+
+
+def is_copied(store: str, name: str) -> bool:
+    """Whether the run ``name`` is a copy of another; one whose run.json is damaged is not."""
+    try:
+        return is_copy(open_folder(store, name))
+    except StoreError:
+        return False
+
+
+def set_copies_apart(store: str, there: StoreFiles) -> None:
+    """Move complete runs in ``there`` that are copies of others in it to its foreign files."""
+    for name in sorted(there.runs):
+        try:
+            run = open_folder(store, name)
+        except StoreError:  # damaged, which is not foreign
+            continue
+        if is_copy(run) and run.info["id"] in there.runs:
+            there.foreign += [file.uri for file in there.runs[name]]
+            del there.runs[name]
+
+
 # --- plan ------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +164,7 @@ class Plan:
 
     shards: tuple[Shard, ...]
     files: tuple[FileInfo, ...]
-    skipped: tuple[FileInfo, ...]  # with an ending that is no known format
+    skipped: tuple[FileInfo, ...]  # with an ending that is no known format, or of a store
     num_hashed: int  # files read to plan; the others were remembered
     shard_bytes: int = 0  # by which the files were cut
 
@@ -152,7 +185,7 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     ``on_file(done, total)`` is called as files are hashed. Raises ``CorpusError``.
     """
     options = config.read_options
-    files, skipped = corpus.list_files(config.corpus, options)
+    files, skipped = corpus.list_files(config.corpus, options, config.store)
     corpus.check_columns(files, options)
     shard_bytes = corpus.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
     known = _remembered(config, shard_bytes)
@@ -169,7 +202,7 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
 
 
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
-    """Slices in order, small ones together up to ``shard_bytes``.
+    """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and ``MOST_NAMES_BYTES``.
 
     A group also ends behind every later slice of a file, so that lines appended to a file of several slices make
     anew its last one alone; and, once a quarter full, behind a slice whose path hashes so: four times in
@@ -178,16 +211,19 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
     """
     groups: list[list[FileSlice]] = []
     current: list[FileSlice] = []
-    size = 0
+    size = names = 0
     for piece in slices:
-        if current and size + piece.num_bytes > shard_bytes:
+        named = len(json.dumps(piece.uri))
+        full = len(current) == MOST_SLICES or names + named > MOST_NAMES_BYTES
+        if current and (full or size + piece.num_bytes > shard_bytes):
             groups.append(current)
-            current, size = [], 0
+            current, size, names = [], 0, 0
         current.append(piece)
         size += piece.num_bytes
+        names += named
         if piece.start or (size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes):
             groups.append(current)
-            current, size = [], 0
+            current, size, names = [], 0, 0
     return [*groups, current] if current else groups
 
 
@@ -203,21 +239,34 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
     """
     known: dict[FileInfo, list[FileSlice]] = {}
     cuts = _cuts(config, shard_bytes)
-    names = storage.list_names(storage.join(config.store, "runs"))
+    names = run_names(config.store)
     for name in itertools.islice(reversed(names), LOOK_BACK):
         plan = _read_plan(config.store, name)
         if plan is None or plan[1].get("cuts") != cuts:
             continue
         table, begun = plan
         of_plan: dict[FileInfo, list[FileSlice]] = {}
-        for row in table.drop_columns(["ordinal", "shard"]).to_pylist():
-            piece = FileSlice(**row)
+        for row in _proved_rows(storage.join(config.store, "runs", name, "plan.parquet"), table, begun):
+            piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
             if _trusted(piece.version, begun["begun_ns"]):
                 of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
         known = of_plan | known
         if begun["config"]["corpus"] == list(config.corpus):
             break
     return known
+
+
+def _proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the plan at ``uri``. Raises ``StoreError`` where they and ``header`` are not what was written."""
+    asked = {key: value for key, value in header.items() if key != "sha256"}
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        digest = fingerprint_of_rows(asked, [rows] if rows else [])
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}{ASK_VERIFY}") from error
+    if header.get("sha256") != digest:
+        raise StoreError(f"{uri} is damaged: its rows and header do not have the checksum that it carries{ASK_VERIFY}")
+    return rows
 
 
 def _trusted(version: str, hashed_ns: int) -> bool:
@@ -237,7 +286,13 @@ def _read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
     if data is None:
         return None
     table = _table(data, uri)
-    return table, json.loads((table.schema.metadata or {}).get(b"afn", b"{}"))
+    try:
+        header = json.loads((table.schema.metadata or {})[b"afn"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StoreError(f"{uri} is damaged: its header is none: {error!r}{ASK_VERIFY}") from error
+    if not isinstance(header, dict):
+        raise StoreError(f"{uri} is damaged: its header is {_short(header)}{ASK_VERIFY}")
+    return table, header
 
 
 def _table(data: bytes, uri: str) -> pa.Table:
@@ -269,15 +324,16 @@ def find_begun(
     one.
     """
     measure_id = fingerprint(measure)
-    held = storage.list_names(storage.join(config.store, "shards"))
-    runs = storage.join(config.store, "runs")
-    names = storage.list_names(runs)
+    held = [name for name in storage.list_names(storage.join(config.store, "shards")) if HEX.fullmatch(name)]
+    names = run_names(config.store)
     if held and measure_id not in held and not config.allow_another_measure:
         raise StoreError(_other_measure(config.store, names, measure))
     suffix = _suffix(measure_id, plan.shards, config, frozen)
-    begun = (n for n in reversed(names) if storage.exists(storage.join(runs, n, "plan.parquet")))
+    begun = (n for n in reversed(names) if _is_begun(config.store, n))
     newest = next(begun, "")
     if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
+        if not same.info and (begun_plan := _read_plan(config.store, newest)) is not None:
+            _proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
         return same, newest  # one that lacks shards is complete, and asked again it is tried again
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
@@ -299,9 +355,9 @@ def begin_run(
         return same
     suffix = _suffix(fingerprint(measure), plan.shards, config, frozen)
     runs = storage.join(config.store, "runs")
-    created = datetime.now(UTC)
+    created = min(datetime.now(UTC), LATEST)
     name = f"{_stamp(created)}-{suffix}"
-    if name < newest:  # the clock went back, and the newest run is found by its name
+    if name <= newest:  # the clock went back, and the newest run is found by its name
         created = datetime.strptime(newest.partition("-")[0], STAMP).replace(tzinfo=UTC) + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
     header = {"cuts": _cuts(config, plan.shard_bytes), "shard_bytes": plan.shard_bytes,
@@ -312,6 +368,11 @@ def begin_run(
     with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
         storage.write_once(storage.join(runs, name, "plan.parquet"), parquet.encode(table))
     return RunFolder(storage.join(runs, name), config.store, name, {})
+
+
+def _is_begun(store: str, name: str) -> bool:
+    """Whether the folder ``name`` is a run that has its plan, and no copy."""
+    return storage.exists(storage.join(store, "runs", name, "plan.parquet")) and not is_copied(store, name)
 
 
 def _plan_table(shards: Sequence[Shard], header: dict[str, Any]) -> tuple[pa.Table, str]:
@@ -472,8 +533,18 @@ def _json(data: bytes, uri: str) -> dict[str, Any]:
 
 
 def sealed(body: dict[str, Any]) -> bytes:
-    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte changes unseen."""
-    return _json_bytes({**body, "sha256": sha256(_json_bytes(body)).hexdigest()})
+    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte changes unseen.
+
+    Raises ``StoreError`` for what no reader would take.
+    """
+    data = _json_bytes({**body, "sha256": sha256(_json_bytes(body)).hexdigest()})
+    if len(data) > JSON_BYTES:
+        longest = max(body, key=lambda key: len(_json_bytes({key: body[key]})))
+        raise StoreError(
+            f"a JSON file of {len(data):,} bytes was not written: at most {JSON_BYTES:,} are read, and most of it is "
+            f"its entry {longest}"
+        )
+    return data
 
 
 def find_run(uri: str) -> RunFolder:
@@ -488,10 +559,10 @@ def find_run(uri: str) -> RunFolder:
         if not run.info:
             raise StoreError(f"run {uri} is not complete; give its 'afn run' command again to finish it")
         return run
-    names = storage.list_names(storage.join(uri, "runs"))
+    names = run_names(uri)
     for name in reversed(names):
         run = open_folder(uri, name)
-        if run.info:
+        if run.info and not is_copy(run):
             return run
     if names:
         raise StoreError(f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun")

@@ -29,6 +29,7 @@ from afn_ray.commits import COUNTS
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory, ShardError
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
+from afn_ray.layout import SCRATCH_PREFIX
 from afn_ray.schema import (
     SCHEMA_VERSION,
     SPECIAL,
@@ -617,9 +618,6 @@ def _document_means(
     total = np.bincount(encoded.docs, np.where(counted, values, 0).astype(np.float64), len(n_tokens))
     none = (n == 0) | (n_tokens == 0)
     return pa.array((total / np.where(none, 1, n)).astype(np.float32), mask=none)
-
-
-SCRATCH_PREFIX = "afn-scratch-"
 
 
 @contextmanager

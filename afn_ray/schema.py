@@ -457,7 +457,7 @@ SHARDS_SCHEMA = pa.schema(
 FILES_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),  # URI of the file
-        pa.field("is_skipped", pa.bool_(), nullable=False),  # left out for its unknown ending
+        pa.field("is_skipped", pa.bool_(), nullable=False),  # left out: of an unknown ending, or of a store
         pa.field("bytes", pa.int64(), nullable=False),  # of the file
         pa.field("num_bytes", pa.int64(), nullable=False),  # of it that were to be read: of Parquet its columns
         pa.field("lost_bytes", pa.int64(), nullable=False),  # of these, not measured

@@ -98,7 +98,7 @@ class Reporter:
 
     def notice(self, text: str) -> None:
         """What a person should know."""
-        self._set(notices=[*self._body["notices"], f"{_now()}: {text}"][-MOST_TOLD:])
+        self._set(notices=[*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"][-MOST_TOLD:])
 
     def working(self, state: State) -> None:
         """How far the dispatcher is."""
@@ -236,15 +236,17 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     uri = storage.absolute(uri).rstrip("/")
     store, _, name = uri.rpartition("/runs/")
     if name and "/" not in name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
-        return (_Look(store).run(name),)
-    names = sorted(storage.list_names(storage.join(uri, "runs")), reverse=True)[:last]
+        found = _Look(store).run(name)
+        return (found,) if found is not None else ()
+    names = manifest.run_names(uri)[: -last - 1 : -1]
     planning = storage.join(uri, PLANNING)
     body = _read(planning)
     if not names and body is None:
         raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
     look = _Look(uri)
     with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
-        runs = list(pool.map(look.run, names))
+        looks = zip(names, pool.map(look.run, names), strict=True)
+    runs = [s for name, s in looks if s is not None and s.body.get("run", name) == name]  # others are copies
     if body is not None:
         ahead = look.judge(planning, planning, body)
         # What a driver left that died before its run had a name is no news once a run has said more.
@@ -291,14 +293,17 @@ class _Look:
     def __init__(self, store: str) -> None:
         self._store, self._now_s, self._asks = store, 0.0, threading.Lock()
 
-    def run(self, name: str) -> Status:
+    def run(self, name: str) -> Status | None:
+        """None: there is no such run."""
         folder = manifest.open_folder(self._store, name)
         if folder.info:
             return Status(folder.uri, "complete", None, _body_of(folder.info))
         uri = storage.join(folder.uri, STATUS)
         if (body := _read(uri)) is not None:
             return self.judge(folder.uri, uri, body)
-        found = self.judge(folder.uri, storage.join(folder.uri, "plan.parquet"), {**NOTHING, "phase": "starting"})
+        if storage.modified_s(plan := storage.join(folder.uri, "plan.parquet")) is None:
+            return None
+        found = self.judge(folder.uri, plan, {**NOTHING, "phase": "starting"})
         return Status(folder.uri, "begun", None, {"run": name}) if found.state == "silent" else replace(
             found, body={"run": name})  # fmt: skip
 
@@ -324,7 +329,7 @@ def _body_of(info: dict[str, Any]) -> dict[str, Any]:
     counts, quarantined = info["counts"], info.get("quarantined", [])
     return {
         "run": info["id"], "phase": "complete", "began_at": info["created_at"], "written_at": info["finished_at"],
-        "corpus": list(info["config"].get("corpus", [])), "model": info["config"].get("model", ""),
+        "corpus": list(info["config"].get("corpus", []))[:MOST_TOLD], "model": info["config"].get("model", ""),
         "shards": {"planned": counts.get("shards", 0) + len(quarantined), "reused": counts.get("shards_reused", 0),
                    "done": counts.get("shards", 0), "running": 0, "quarantined": len(quarantined)},
         "tokens": counts.get("tokens", 0), "documents": counts.get("documents", 0),

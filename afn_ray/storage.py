@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from stat import S_ISREG
 from types import SimpleNamespace
@@ -122,6 +122,21 @@ def absolute(uri: str) -> str:
     """``uri`` in the one form under which it is remembered: absolute, with its protocol unless local."""
     fs, path = open_filesystem(uri)
     return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def below(folder: str) -> Callable[[str], bool]:
+    """A test whether a URI, absolute as listings have it, is ``folder`` or below it; on a local disk by links too."""
+    fs, path = open_filesystem(folder)
+    root = absolute(folder).rstrip("/")
+    real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else None
+
+    @cache
+    def is_below(uri: str) -> bool:
+        if f"{uri}/".startswith(f"{root}/"):
+            return True
+        return real is not None and "://" not in uri and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
+
+    return is_below
 
 
 @contextlib.contextmanager
@@ -316,7 +331,7 @@ def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
             raise StoreError(f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote")
         return data
     except StoreError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             return None
         raise
 

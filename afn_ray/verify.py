@@ -110,6 +110,7 @@ def verify_store(
         raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
     if store == uri:
         there = manifest.sort_files(store, storage.list_below(store))
+        manifest.set_copies_apart(store, there)
         runs = [_Run(store, name) for name in sorted(there.runs)]
     else:
         runs = [run := _Run(store, name)]

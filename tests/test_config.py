@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afn_ray.audit import read_policy
-from afn_ray.config import CHOICES, HINTS, RunConfig, resolve_layers
+from afn_ray.config import CHOICES, HINTS, MOST_QUARANTINED, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
 from afn_ray.settings import MOST_BYTES, config_from
 
@@ -38,6 +38,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["strength", "strength,shift", "strength,attention,shift"])
     if name == "top_neurons":
         return st.just(8)  # others want the signal
+    if name == "allow_quarantined":
+        return st.integers(0, MOST_QUARANTINED)
     if HINTS[name] in (float, float | None):
         return st.floats(1.5, 1e6) | st.integers(2, 100)
     return {bool: st.booleans(), int: COUNTS, int | None: COUNTS}.get(HINTS[name], NAMES)

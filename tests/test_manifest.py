@@ -11,7 +11,8 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from afn_ray import corpus, manifest, retry, storage
 from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
-from afn_ray.errors import Interrupted, StoreError, Unavailable
+from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 
@@ -687,3 +688,64 @@ def test_a_corpus_that_grows_within_its_class_keeps_its_shards_and_its_hashes(tm
     assert back == replace(grown, num_hashed=0)
     named = make_plan(replace(asked, shard_bytes=64 << 10))  # the same size, asked for by name
     assert _ids(named) == _ids(grown) and named.num_hashed == 0
+
+
+# --- bounds and what is foreign ---
+
+
+def test_a_shard_has_a_bounded_number_of_slices_and_bytes_of_names() -> None:
+    slices = [_slice(f"/corpus/{i}", 1) for i in range(manifest.MOST_SLICES * 2 + 1)]
+    groups = manifest.group_slices(slices, 1 << 40)
+    assert [s for g in groups for s in g] == slices
+    assert [len(g) for g in groups] == [manifest.MOST_SLICES, manifest.MOST_SLICES, 1]
+    long = [_slice(f"/corpus/{i}/" + "\x01" * 4000, 1) for i in range(2000)]  # 24 kB each in JSON
+    groups = manifest.group_slices(long, 1 << 40)
+    assert [s for g in groups for s in g] == long
+    assert all(sum(len(json.dumps(s.uri)) for s in g) <= manifest.MOST_NAMES_BYTES for g in groups)
+    body = {"slices": [asdict(s) for s in groups[0]]}
+    assert len(manifest.sealed(body)) < manifest.JSON_BYTES
+
+
+def test_nothing_is_written_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
+    monkeypatch.setattr(manifest, "JSON_BYTES", 1000)
+    with pytest.raises(StoreError, match=r"of 1,\d\d\d bytes was not written: .* its entry long"):
+        manifest.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
+    with pytest.raises(ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"):
+        replace(config, corpus=tuple(f"/a/folder/with/a/name/that/has/some/length/{i:050}" for i in range(100_000)))
+    with pytest.raises(ConfigError, match="allow_quarantined is 5001; expected at most 5000"):
+        replace(config, allow_quarantined=5001)
+
+
+def test_a_clock_that_was_in_the_year_9999_does_not_end_later_runs(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+
+    names = []
+    for at in range(5):
+        with monkeypatch.context() as patch:
+            if at in (1, 2):
+                patch.setattr(manifest, "datetime", Clock)
+            names.append(finish_run(_begin(replace(config, sink_factor=2.0 + at)), RUN_INFO).id)
+        assert find_run(config.store).id == names[-1]
+    assert names == sorted(names) and len(set(names)) == 5
+    assert all(manifest.is_run_name(name) for name in names)
+
+
+def test_a_plan_with_a_flipped_bit_is_not_remembered_in_silence(config: RunConfig) -> None:
+    run = _begin(config)
+    data = storage.read_bytes(f"{run.uri}/plan.parquet")
+    for at in random.Random(1).sample(range(4, len(data)), 25):
+        damaged = bytearray(data)
+        damaged[at] ^= 16
+        rewrite(f"{run.uri}/plan.parquet", bytes(damaged))
+        try:
+            plan = make_plan(config)
+        except StoreError as error:
+            assert "plan.parquet is damaged" in str(error)
+        else:  # what tells how it was compressed, or a bit that nobody reads
+            rewrite(f"{run.uri}/plan.parquet", data)
+            assert plan.shards == make_plan(config).shards

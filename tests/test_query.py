@@ -45,6 +45,7 @@ from afn_ray.schema import (
 )
 
 LAYERS = (0, 8)
+RUN = "20260102T030405.000Z-0123456789ab"
 PIECES = ["[CLS]", "ri", "##ver", "bank", "##s", "."]
 TEXTS = ["", "ri", "ver", "bank", "s", "."]
 SINK_FACTOR = 3.0
@@ -58,7 +59,7 @@ def write_parquet(uri: str, table: pa.Table, **options: Any) -> int:
 
 
 def write_run(
-    store: str, shards: list[tuple[pa.Table, pa.Table]], layers: tuple[int, ...], name: str = "r1", **options: Any
+    store: str, shards: list[tuple[pa.Table, pa.Table]], layers: tuple[int, ...], name: str = RUN, **options: Any
 ) -> str:
     """A run over ``shards`` (tokens, documents) as ``afn run`` leaves it; thresholds by numpy."""
     rows, offset = [], 0
@@ -161,7 +162,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(store: Path) -> Iterator[Run]:
-    with open_run(f"{store}/runs/r1", threads=2, memory_limit="500MB", timeout_s=20) as run:
+    with open_run(f"{store}/runs/{RUN}", threads=2, memory_limit="500MB", timeout_s=20) as run:
         yield run
 
 
@@ -260,7 +261,7 @@ def test_words_are_a_first_token_and_what_follows_it(run: Run) -> None:
 
 def test_the_run_is_one_row(run: Run, store: Path) -> None:
     [row] = run.sql("FROM run").to_dicts()
-    assert row["id"] == run.id == "r1"
+    assert row["id"] == run.id == RUN
     assert (row["model"], row["layers"], row["corpus"]) == ("tiny", [0, 8], ["a.txt", "b's.txt"])
     assert (row["n_documents"], row["n_shards"]) == (39, 4)
     assert row["finished_at"].isoformat() == "2026-01-02T03:04:05"  # UTC, as created_at
@@ -367,13 +368,13 @@ ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000000) a, range(100000
 @pytest.mark.parametrize("method", ["fetchall", "to_arrow_reader"])
 def test_a_query_without_end_is_stopped(store: Path, text: str, method: str) -> None:
     began = time.monotonic()
-    with open_run(f"{store}/runs/r1", timeout_s=0.3) as run, pytest.raises(QueryError, match="stopped after 0"):
+    with open_run(f"{store}/runs/{RUN}", timeout_s=0.3) as run, pytest.raises(QueryError, match="stopped after 0"):
         list(getattr(run.sql(text), method)())
     assert time.monotonic() - began < 5
 
 
 def test_the_time_limit_is_for_the_query_and_not_for_its_reader(store: Path) -> None:
-    with open_run(f"{store}/runs/r1", timeout_s=0.5, threads=2) as run:
+    with open_run(f"{store}/runs/{RUN}", timeout_s=0.5, threads=2) as run:
         reader = run.sql("SELECT a.range, sqrt(a.range) FROM range(2000000) a").to_arrow_reader(100_000)
         rows = 0
         for batch in reader:
@@ -406,11 +407,11 @@ def test_ctrl_c_stops_a_query_and_the_run_goes_on(run: Run, method: str) -> None
 @pytest.mark.parametrize("limits", [{"memory_limit": "lots"}, {"threads": 0}, {"timeout_s": 0}])
 def test_a_limit_that_makes_no_sense_is_refused(store: Path, limits: dict[str, Any]) -> None:
     with pytest.raises(QueryError):
-        open_run(f"{store}/runs/r1", **limits)
+        open_run(f"{store}/runs/{RUN}", **limits)
 
 
 def test_a_closed_run_cannot_be_asked(store: Path) -> None:
-    run = open_run(f"{store}/runs/r1")
+    run = open_run(f"{store}/runs/{RUN}")
     run.close()
     with pytest.raises(QueryError, match="closed"):
         run.sql("SELECT 1")
@@ -483,7 +484,7 @@ FROM read_text('/etc/passwd')
 FROM read_text('/dev/stdin')
 FROM glob('*')
 FROM glob('{store}/**')
-FROM read_text('{store}/runs/r1/run.json')
+FROM read_text('{store}/runs/20260102T030405.000Z-0123456789ab/run.json')
 FROM read_parquet('{token}')
 FROM read_parquet('{other}')
 FROM read_parquet('file://{token}')
@@ -558,7 +559,7 @@ def test_no_way_out_of_the_run(
     for name in ("secret.txt", "secret.csv", "secret.json"):
         (tmp_path / name).write_text('{"password": "hunter2"}')
     before = snapshot(store, tmp_path)
-    with open_run(f"{store}/runs/r1", threads=2, timeout_s=20) as run:
+    with open_run(f"{store}/runs/{RUN}", threads=2, timeout_s=20) as run:
         rows = {view: run.sql(f"FROM {view} ORDER BY ALL").fetchall() for view in run.tables()}
         through = []
         for text in attacks(store, tmp_path):
@@ -592,7 +593,7 @@ def test_the_engine_itself_cannot_write_or_read_elsewhere(store: Path, tmp_path:
     """Behind the rule of one reading statement: on DuckDB's own connection nothing leaves or enters either."""
     (tmp_path / "secret.txt").write_text("hunter2")
     before = snapshot(store, tmp_path)
-    with open_run(f"{store}/runs/r1", threads=2) as run:
+    with open_run(f"{store}/runs/{RUN}", threads=2) as run:
         cursor = session_of(run).connection.cursor()
         for text in attacks(store, tmp_path):
             try:
@@ -680,13 +681,16 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(tmp_path:
     with open_run(str(tmp_path)) as run:
         right = run.sql(ask).fetchall()
     random = Random(table)
+    wrong = rf"s1/a-{table}\.parquet is damaged.*afn verify"
     for _ in range(20):
         damaged = bytearray(kept)
         damaged[at := random.randrange(len(kept))] ^= 1 << random.randrange(8)
         file.write_bytes(damaged)
-        wrong = pytest.raises(StoreError, match=rf"s1/a-{table}\.parquet is damaged.*afn verify")
-        with wrong, open_run(str(tmp_path)) as run:
-            assert run.sql(ask).fetchall() == right, at
+        with pytest.raises(StoreError, match=wrong), run._files.open(f"shards/m/s1/a-{table}.parquet") as part:
+            part.seek(at)
+            part.read(1)
+    with open_run(str(tmp_path)) as run, pytest.raises(StoreError, match=wrong):
+        run.sql(ask).fetchall()
     file.write_bytes(kept)
     with open_run(str(tmp_path)) as run:
         assert run.sql(ask).fetchall() == right

@@ -10,6 +10,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import stat
 import string
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,25 @@ import transformers
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cluster, demo, disk, dispatch, job, lexicon, manifest, model, pipeline, precision, records, show
+from afn_ray import (
+    cli,
+    cluster,
+    demo,
+    disk,
+    dispatch,
+    garbage,
+    job,
+    lexicon,
+    losses,
+    manifest,
+    model,
+    pipeline,
+    precision,
+    records,
+    show,
+    status,
+    verify,
+)
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -941,3 +961,83 @@ def test_a_complete_run_whose_shards_were_deleted_is_not_called_done(tmp_path: P
     Path(run.uri, "run.json").unlink()
     with afn_ray.run(config) as run:
         assert run.tokens().fetchall() == expected
+
+
+# --- what lies in a store and is not a run's -------------------------------------------------------------
+
+
+def _lie_about(store: Path, first: str, what: str) -> list[Path]:
+    """Put foreign things into ``store``, whose only run is ``first``; returns what must stay as it is."""
+    runs = store / "runs"
+    if what == "year 9999":
+        (runs / first).rename(runs / f"99991231T235959.999Z-{first.partition('-')[2]}")
+        return [runs / f"99991231T235959.999Z-{first.partition('-')[2]}"]
+    names = [f"old-{first}", "my copy of a run", f"29990101T000000.000Z-{first.partition('-')[2]}"]
+    copies = [shutil.copytree(runs / first, runs / name) for name in names]
+    (runs / "latest").symlink_to(first)
+    for name in ("29980101T000000.000Z-0123456789ab", "notes", "~20260101T000000.000Z-0123456789ab"):
+        (runs / name).write_text("of mine")
+    (measure,) = (store / "shards").iterdir()
+    (store / "shards" / "notes").write_text("of mine")
+    (store / "shards" / "latest").symlink_to(measure.name)
+    (measure / "notes").write_text("of mine")
+    return [*copies, runs / "notes", store / "shards" / "notes"]
+
+
+@pytest.mark.parametrize("what", ["year 9999", "copies, files and links"])
+def test_foreign_names_in_a_store_are_listed_and_left_alone(what: str, tmp_path: Path, make_config: MakeConfig) -> None:
+    config = make_config(corpus=(str(tmp_path / "corpus"),), thresholds=None)
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"text": "The LORD is my shepherd."}] * 5)
+    with afn_ray.run(config) as run:
+        first = run.id
+    store = Path(config.store)
+    kept = _lie_about(store, first, what)
+    held = {file: file.read_bytes() for top in kept for file in ([top] if top.is_file() else top.iterdir())}
+    write_jsonl(tmp_path / "corpus" / "b.jsonl", [{"text": "I shall not want."}] * 5)
+    with afn_ray.run(config) as run:
+        assert run.sql("SELECT count(*) FROM documents").fetchall() == [(10,)]
+        assert run.id != first and run.id[:4] == str(datetime.now(UTC).year)
+    with afn_ray.run(config) as again:
+        assert again.id == run.id
+    with afn_ray.open_run(config.store) as newest:
+        assert newest.id == run.id
+    assert {s.body["run"] for s in status.read_status(config.store)} <= {first, run.id}
+    found = verify.verify_store(config.store)
+    assert not found.findings
+    assert {str(file) for file in held} <= set(found.foreign)
+    for command in ("status", "show", "verify", "gc"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, config.store])
+    garbage.collect_garbage(config.store, keep=1, min_age_h=0, delete=True)
+    assert {file: file.read_bytes() for file in held} == held
+    with afn_ray.open_run(config.store) as newest:
+        assert newest.sql("SELECT count(*) FROM tokens").fetchall()[0][0] > 0
+
+
+def test_a_store_inside_its_corpus_folder_is_left_out_of_the_corpus(tmp_path: Path, make_config: MakeConfig) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "texts").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    texts = [write_jsonl(folder / "texts" / "a.jsonl", [{"text": "Selah."}])]
+    config = make_config(store=str(folder / "results"), format="jsonl", screen=0)  # whatever the ending
+    with afn_ray.run(config) as first:
+        pass
+    with afn_ray.run(config) as again:
+        assert again.id == first.id
+    texts.append(write_jsonl(folder / "texts" / "b.jsonl", [{"text": "Amen."}]))
+    (folder / "elsewhere" / "afn-scratch-x").mkdir(parents=True)
+    (folder / "elsewhere" / "afn-scratch-x" / "tokens.parquet").write_bytes(b"")
+    with afn_ray.run(config) as run:
+        assert run.sql("SELECT count(*), count(*) FILTER (status = 'ok') FROM documents").fetchall() == [(2, 2)]
+        files = manifest.read_table(manifest.find_run(run.uri), "files")
+    assert re.match(r"\d\d files \(.*\) of an afn-ray store: ", losses.describe_skipped(losses.skipped_files(files)))
+    for pattern in (folder, f"{folder}/**", tmp_path / "link", f"{folder}/[er]*/**"):
+        for store in (folder / "results", tmp_path / "another"):  # its own, and then it is another's
+            asked = replace(config, corpus=(str(pattern), str(folder / "texts")), store=str(store))
+            plan = manifest.make_plan(asked)
+            assert {os.path.realpath(f.uri) for f in plan.files} == {str(text) for text in texts}, pattern
+    with pytest.raises(CorpusError, match=r"corpus .*texts is in the store .*corpus; give a --store"):
+        afn_ray.run(replace(config, corpus=(str(folder / "texts"),), store=str(folder)))
+    with pytest.raises(CorpusError, match="files found are of an afn-ray store"):
+        afn_ray.run(replace(config, corpus=(f"{folder}/results/runs/*/*.parquet",), store=str(tmp_path / "s")))
