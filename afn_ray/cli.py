@@ -24,6 +24,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
 
 if TYPE_CHECKING:
+    from afn_ray.dispatch import State
     from afn_ray.estimate import Cost, Estimate
     from afn_ray.job import Event, OnEvent
 
@@ -486,10 +487,8 @@ def _live(console: Console) -> Iterator[OnEvent]:
             elif event.kind == "hashing":
                 progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
             elif event.state is not None:
-                state = event.state
-                progress.update(
-                    task, description="shards", completed=state.num_done, total=state.num_shards, note=_note(event)
-                )
+                what, done, total = _bar(event.state)
+                progress.update(task, description=what, completed=done, total=total, note=_note(event))
             else:
                 progress.update(task, description=event.message, completed=0, total=None, note="")
 
@@ -517,9 +516,8 @@ def _log(console: Console) -> OnEvent:
             if state is None:
                 console.print(f"{event.message}: {event.done:,} of {event.total:,} files", markup=False)
             else:
-                console.print(
-                    f"shards {state.num_done}/{state.num_shards}  {_note(event)}", markup=False, soft_wrap=True
-                )
+                what, done, total = _bar(state)
+                console.print(f"{what} {done:,}/{total:,}  {_note(event)}", markup=False, soft_wrap=True)
 
     return on_event
 
@@ -546,11 +544,19 @@ def _log_json(lines: logs.Lines) -> OnEvent:
                 "running": state.num_running, "retries": state.retries, "workers": state.num_workers,
                 "workers_ready": state.num_ready, "documents": state.live.documents, "tokens": state.live.tokens,
                 "lost_bytes": state.counts["lost_bytes"],
+                "documents_measured": state.num_measured, "documents_planned": state.num_documents,
             }  # fmt: skip
             logs.tell(log, "progress", _note(event), counts=counts, tokens_per_s=round(state.tokens_per_s, 1),
                       left_s=state.left_s and round(state.left_s))  # fmt: skip
 
     return on_event
+
+
+def _bar(state: State) -> tuple[str, int, int]:
+    """What the bar counts, how many of them are done, and of how many: documents where their number is planned."""
+    if state.num_documents:
+        return "documents", state.num_measured, state.num_documents
+    return "shards", state.num_done, state.num_shards
 
 
 def _note(event: Event) -> str:
@@ -561,7 +567,10 @@ def _note(event: Event) -> str:
         return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
     from afn_ray import losses, status
 
-    parts = [f"{live.documents:,} documents", f"{state.tokens_per_s:,.0f} tokens/s"]
+    counted = f"{state.num_measured:,} documents"
+    if state.num_documents:  # which the bar has
+        counted = f"{state.num_done:,} of {count(state.num_shards, 'shard')}"
+    parts = [counted, f"{state.tokens_per_s:,.0f} tokens/s"]
     if live.tokens:
         parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
     if (left_s := state.left_s) is not None:

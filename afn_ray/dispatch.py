@@ -58,6 +58,9 @@ DEADLINE_BYTES = 1 << 20
 LONGEST_PAUSE_S = 60.0
 """Between two starts of workers while starts fail."""
 
+PACE_S, PACE_SHARE = 5.0, 0.02
+"""What documents must have taken, and which share of all they must be, until they tell the time left."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -173,6 +176,7 @@ class State:
     seconds: float = 0.0  # since the first worker was ready
     notices: list[str] = field(default_factory=list)  # what a person should know
     waits_for: str = ""  # the notice that no worker is there, while that is so
+    num_documents: int | None = None  # planned; None where a format does not tell before it is read
 
     @property
     def num_done(self) -> int:
@@ -185,10 +189,19 @@ class State:
         return self.live.tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def num_measured(self) -> int:
+        """Documents that have been through a model, within shards under way too; those of a failed attempt count."""
+        measured = max(self.counts["documents"], round(self.live.measured))
+        return measured if self.num_documents is None else min(measured, self.num_documents)
+
+    @property
     def left_s(self) -> float | None:
-        """Seconds to the last shard at the pace so far; None before each worker has ended about one."""
+        """Seconds to the last shard at the pace so far; None before each worker has ended about one, or documents have
+        shown the pace."""
         if self.num_done < max(1, min(self.num_ready, self.num_shards // 2)):
-            return None
+            if not self.num_documents or self.seconds < PACE_S or self.num_measured < PACE_SHARE * self.num_documents:
+                return None
+            return self.seconds / self.num_measured * (self.num_documents - self.num_measured)
         return self.seconds / self.num_done * (self.num_shards - self.num_done)
 
 
@@ -272,7 +285,7 @@ class Dispatcher:
         self._max_quarantines = max(QUARANTINES_IN_ROW, allow_quarantined + 1)
         self._patience = Patience(wait_s, pool.lack, clock)
         self._began: float | None = None  # when the first worker was ready
-        self.state = State(len(shards))
+        self.state = State(len(shards), num_documents=_num_documents(shards))
 
     def run(self) -> State:
         """Until every shard is done or quarantined; or ``state.stopped`` says why not."""
@@ -539,6 +552,16 @@ class Dispatcher:
                 elif isinstance(event, Silent):
                     self._forget(event.worker)
         self._report()
+
+
+def _num_documents(shards: Iterable[Shard]) -> int | None:
+    total = 0
+    for shard in shards:
+        for piece in shard.slices:
+            if piece.num_documents < 0:
+                return None
+            total += piece.num_documents
+    return total
 
 
 class Told(Exception):

@@ -96,6 +96,7 @@ class Progress:
     model_s: float = 0.0
     write_s: float = 0.0  # on the writing thread
     why_padded: str = ""  # empty: sequences are packed without padding
+    measured: float = 0.0  # documents, those of a chunk in the model by the share of its tokens
 
 
 def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str) -> tuple[Task, dict[str, Any]]:
@@ -431,11 +432,15 @@ class Processor:
         self.progress.tokenize_s += prepared.seconds
         result = np.full((self._num_rows, len(prepared.encoded.token_ids)), np.nan, np.float32)
         under_way: deque[tuple[tokens.TokenBatch, model.Pending]] = deque()
+        num_texts, num_tokens = len(prepared.n_windows), len(prepared.encoded.token_ids)
+        if not num_tokens:
+            self.progress.measured += num_texts
 
         def take() -> None:
             batch, pending = under_way.popleft()
             result[:, batch.rows] = pending.result()[:, batch.kept]
             self.progress.tokens += len(batch.rows)
+            self.progress.measured += num_texts * len(batch.rows) / num_tokens
 
         for batch in prepared.batches:
             self._check_stopped()

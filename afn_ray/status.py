@@ -47,7 +47,8 @@ EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silen
 NOTHING: dict[str, Any] = {
     "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "", "written_at": "", "host": "",
     "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
-    "documents_quarantined": 0, "bytes_lost": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0,
+    "documents_quarantined": 0, "documents_measured": 0, "documents_planned": None,
+    "bytes_lost": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0,
     "tokens_per_s": 0.0, "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0,
     "notices": [], "exit_code": None, "reason": "",
 }  # fmt: skip
@@ -113,6 +114,7 @@ class Reporter:
             retries=state.retries, tokens_per_s=round(state.tokens_per_s, 1), left_s=state.left_s,
             last_commit_at=_now() if shards["done"] > num_before else before["last_commit_at"],
             waits_for=state.waits_for or _lack(state) or waits(state.live), num_failures=len(state.failures),
+            documents_measured=state.num_measured, documents_planned=state.num_documents,
             failures=self._failures(state), **_counts_of(self._reused, state.counts),
         )  # fmt: skip
         if self._body["phase"] != before["phase"]:
@@ -282,6 +284,7 @@ def _is_status(body: Any) -> bool:
         and body["schema_version"] == NOTHING["schema_version"]
         and numbers(body["shards"], SHARDS) and numbers(body["workers"], WORKERS)
         and (body["left_s"] is None or isinstance(body["left_s"], int | float))
+        and (body["documents_planned"] is None or type(body["documents_planned"]) is int)
         and all(isinstance(text, str) for text in [*body["corpus"], *body["notices"]])
         and all(isinstance(f, dict) and {"shard", "uri", "reason"} <= f.keys() for f in body["failures"])
     )  # fmt: skip
@@ -371,6 +374,9 @@ def lines(s: Status) -> Iterator[str]:
                + (f", {bad:,} of them quarantined" if bad else ""))  # fmt: skip
     if lost := body["bytes_lost"]:
         yield f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run names the files"
+    if live and body["documents_planned"]:
+        planned = count(body["documents_planned"], "document")
+        yield f"measured {body['documents_measured']:,} of {planned} of this call"
     if body.get("tokens_per_s"):
         left = f", {said_time(body['left_s'])} left" if live and body["left_s"] is not None else ""
         yield f"rate     {body['tokens_per_s']:,.0f} tokens/s{left}"

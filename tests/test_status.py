@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import yaml
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cli, cluster, garbage, logs, manifest, status, storage, verify
+from afn_ray import cli, cluster, dispatch, garbage, logs, manifest, status, storage, verify
 from afn_ray.cluster import metrics
 from afn_ray.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.config import RunConfig
@@ -89,6 +89,41 @@ def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
     found = read(config)
     assert (found.state, found.exit_code, found.body["tokens"]) == ("complete", 0, counts["tokens"])
     assert not Path(config.store, "planning.json").exists()
+
+
+def test_a_run_of_one_shard_moves(
+    make_config: MakeConfig, tmp_path: Path, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*({"text": t} for t in verses[:400]), {"text": ""}, "no JSON"]
+    corpus = str(write_jsonl(tmp_path / "one.jsonl", rows))
+    monkeypatch.setattr(dispatch, "POLL_S", 0.002)
+    monkeypatch.setattr(dispatch, "LOOK_S", 0.0)
+    bars: list[tuple[str, int, int]] = []
+    on_the_way: list[float | None] = []
+
+    def look(event: Any) -> None:
+        if event.state is not None:
+            bars.append(cli._bar(event.state))
+            if not event.state.num_done:
+                on_the_way.append(bars[-1][1])
+
+    with afn_ray.run(make_config(corpus=(corpus,), shard_bytes=1 << 20), look) as run:
+        assert run.info["counts"]["shards"] == 1
+    assert len({n for n in on_the_way if n and 0 < n < 402}) >= 5  # before any shard is done
+    assert [b[1] for b in bars] == sorted(b[1] for b in bars)
+    assert bars[-1] == ("documents", 402, 402)
+    end = json.loads(Path(run.uri, "status.json").read_text())
+    assert (end["documents_measured"], end["documents_planned"]) == (402, 402)
+
+
+def test_documents_tell_the_time_left_before_a_shard_is_done() -> None:
+    state = State(1, num_ready=1, num_documents=1000, seconds=20.0, live=Progress(measured=250.0))
+    assert state.left_s == 60.0
+    assert replace(state, seconds=1.0).left_s is None  # too early
+    assert replace(state, num_documents=None).left_s is None
+    assert cli._bar(replace(state, num_documents=None)) == ("shards", 0, 1)
+    again = replace(state, live=Progress(measured=1700.0))  # attempts that failed count too
+    assert (again.num_measured, again.left_s) == (1000, 0.0)
 
 
 def test_a_run_that_is_stopped_and_resumed_counts_what_was_there_before(
@@ -269,6 +304,7 @@ def test_a_run_that_has_just_begun_is_under_way_and_not_killed(
     "text",
     ["[" * 200_000, "[]", "{}", '{"schema_version": 1}', "x" * 99, "9" * 5000,
      json.dumps(status.NOTHING | {"shards": {"planned": "many"}}), json.dumps(status.NOTHING | {"left_s": "soon"}),
+     json.dumps(status.NOTHING | {"documents_planned": "some"}),
      json.dumps(status.NOTHING | {"failures": ["none"]}), json.dumps(status.NOTHING | {"corpus": [1]}),
      json.dumps(status.NOTHING | {"reason": "x" * status.MOST_BYTES})],
 )  # fmt: skip
@@ -323,7 +359,8 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     state = State(
         90, num_workers=8, num_ready=7, num_lost=2, num_running=21, retries=3, seconds=100.0,
         counts=Counter(tokens=70_012, documents=1000, quarantined=5, lost_bytes=5000),
-        live=Progress(tokens=50_000, forward_tokens=60_000, model_s=60.0, wait_s=40.0, read_s=9.0),
+        live=Progress(tokens=50_000, forward_tokens=60_000, model_s=60.0, wait_s=40.0, read_s=9.0, measured=1900.5),
+        num_documents=9000,
         failures={"bad": "HelperDied: it died"}, notices=["a worker was replaced"],
     )  # fmt: skip
     state.commits = dict.fromkeys("abcdefghi", before)
@@ -397,7 +434,8 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
     from afn_ray.job import Event
 
     lines = logs.Lines("json")
-    state = State(10, num_workers=2, num_ready=1, num_running=3, seconds=10.0, live=Progress(7, 100, 120))
+    state = State(10, num_workers=2, num_ready=1, num_running=3, seconds=10.0, num_documents=900,
+                  live=Progress(7, 100, 120, measured=9.4))  # fmt: skip
     with caplog.at_level("INFO", logs.ROOT):
         on_event = cli._log_json(lines)
         on_event(Event("planned", "10 shards", run="a-run"))
@@ -409,7 +447,7 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
     assert (progress["event"], progress["tokens_per_s"], progress["left_s"]) == ("progress", 10.0, None)
     assert progress["counts"] == {
         "shards": 10, "done": 0, "quarantined": 0, "running": 3, "retries": 0, "workers": 2, "workers_ready": 1,
-        "documents": 7, "tokens": 100, "lost_bytes": 0,
+        "documents": 7, "tokens": 100, "lost_bytes": 0, "documents_measured": 9, "documents_planned": 900,
     }  # fmt: skip
     assert (warning["level"], warning["message"]) == ("warning", "be careful")
 
