@@ -342,7 +342,7 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
         if key == "model" and theirs.get(key) != ours[key]:
             a, b = theirs.get(key) or {}, ours[key]
             files = sorted(f for f in {*a, *b} if a.get(f) != b.get(f))
-            differs.append(f"these files differ: {', '.join(files)}")
+            differs.append(f"these parts of it differ: {', '.join(files)}")
         elif theirs.get(key) != ours.get(key):
             differs.append(f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} here")
     return (

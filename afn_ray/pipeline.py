@@ -74,7 +74,7 @@ class Task:
     dtype: str  # of the matrix products
     device: str
     measure_id: str
-    identity: dict[str, str]  # of the model's files
+    identity: dict[str, str]  # of the model, as ``model.identity`` gives it
     outliers: tuple[tuple[int, ...], ...] = ()  # dimensions of each layer that a signal leaves out
     neuron_layers: tuple[int, ...] = ()  # of which neurons are recorded
     neurons_above: tuple[float, ...] = ()  # of each of these the strength from which on they are; empty: of all tokens
@@ -109,7 +109,9 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
     window = _window_tokens(config, files)
     if window > files.context_tokens:
         raise ModelError(f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}")
-    encoder = tokens.TextEncoder(model.load_tokenizer(files))
+    tokenizer = model.load_tokenizer(files)
+    identity = model.identity(files, tokenizer)
+    encoder = tokens.TextEncoder(tokenizer, files.num_embeddings)
     _, overlap = tokens.window_sizes(window, config.overlap_tokens, encoder.template)
     signals, names = find_signals(config.signals, config.top_neurons)
     recorded = tuple(series(layers, signals))
@@ -121,12 +123,12 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
         raise ConfigError(f"signals and layers ask for {num_rows} numbers of each token, expected at most "
                           f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)")  # fmt: skip
     measure = {
-        "schema_version": SCHEMA_VERSION, "model": files.identity, "model_type": files.model_type,
+        "schema_version": SCHEMA_VERSION, "model": identity, "model_type": files.model_type,
         "layers": list(layers), "signals": names, "series": [list(s) for s in recorded],
         "window_tokens": window, "overlap_tokens": overlap, "offsets": config.offsets,
         **({"neuron_layers": list(neuron_layers), "top_neurons": config.top_neurons} if neuron_layers else {}),
     }  # fmt: skip
-    task = Task(config, layers, recorded, "", device, "", files.identity, neuron_layers=neuron_layers)
+    task = Task(config, layers, recorded, "", device, "", identity, neuron_layers=neuron_layers)
     return in_dtype(task, measure, dtype)
 
 
@@ -207,14 +209,13 @@ class Processor:
         sweep_scratch(task.config)
         config = task.config
         files = find_model(config)
-        if files.identity != task.identity:
-            differing = sorted(
-                k for k in {*files.identity, *task.identity} if files.identity.get(k) != task.identity.get(k)
-            )
+        tokenizer = model.load_tokenizer(files)
+        identity = model.identity(files, tokenizer)
+        if identity != task.identity:
+            differing = sorted(k for k in {*identity, *task.identity} if identity.get(k) != task.identity.get(k))
             raise ModelError(
                 f"model {config.model} differs on this worker from the one planned: {', '.join(differing)}"
             )
-        tokenizer = model.load_tokenizer(files)
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens, task.outliers)

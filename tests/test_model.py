@@ -6,23 +6,25 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import varlen
 from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
 from afn_ray.errors import ModelError
-from afn_ray.model import attention, linear
+from afn_ray.model import attention, files, linear, parts
 from afn_ray.signals import Signal, Site, norm
 from afn_ray.thresholds import round_strengths
 from afn_ray.tokens import TextEncoder
@@ -589,8 +591,6 @@ def test_remote_code_needs_a_flag(tmp_path: Path, tiny_bert: Path) -> None:
 
 
 def test_missing_weights_are_refused_and_not_random(tmp_path: Path, tiny_bert: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(tiny_bert, tmp_path / "holes")
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
@@ -618,6 +618,245 @@ def test_weights_in_many_files_are_those_of_one(tmp_path: Path, tiny_bert: Path)
     (folder / shards[-1]).unlink()
     with pytest.raises(ModelError, match=rf"sharded cannot be loaded: .*{shards[-1]}"):
         load(folder, [3])
+
+
+# --- a folder's parts, held against each other -----------------------------------------------------------
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    weights = edit(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_bert: Path) -> Path:
+    """A copy of the tiny BERT."""
+    return shutil.copytree(tiny_bert, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json", "special_tokens_map.json"]])
+def test_a_folder_without_a_tokenizer_is_refused(left: list[str], folder: Path) -> None:
+    for name in {"tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"} - {*left}:
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer: .*copy has no tokenizer\.json.*Copy the files"):
+        model.load_tokenizer(find(folder))
+
+
+def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(ModelError, match="makes its unknown token of every word, with a vocabulary of 5 entries"):
+        model.load_tokenizer(find(folder))
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["covfefe"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match=r"1 id that the model has no embedding for: 30522 \('covfefe'\) is the first"):
+        model.load_tokenizer(find(folder))
+    edit_weights(folder, lambda w: w | {"embeddings.word_embeddings.weight": torch.rand(30000, 32)})
+    edit_json(folder / "config.json", vocab_size=30000)
+    with pytest.raises(ModelError, match=r"523 ids that the model has no embedding for: 30000 .* is 30,000"):
+        model.load_tokenizer(find(folder))
+
+
+def test_a_special_token_beyond_the_embeddings_is_only_text_in_texts(folder: Path, tiny_bert: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    texts = ["an <image> here"]
+    got, plain = (TextEncoder(model.load_tokenizer(find(f)), 30522).encode(texts) for f in (folder, tiny_bert))
+    assert got.token_ids.tolist() == plain.token_ids.tolist() and not got.problems
+
+
+def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    at = "encoder.layer.0.attention.self.query"
+    return weights | {
+        f"{at}.lora_A.default.weight": torch.rand(4, 32),
+        f"{at}.lora_B.default.weight": torch.rand(32, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "changes", "why"),
+    [
+        (with_lora, {}, r"hold 2 tensors that BertModel does not have .*query\.lora_A\.default\.weight.*merge it into"),
+        (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, {}, r"does not have .*merge it into"),
+        (dict, {"num_hidden_layers": 2}, r"hold 16 tensors .*encoder\.layer\.2\..*config\.json says 2 blocks"),
+        (dict, {"num_hidden_layers": 4}, r"16 weights are not in its files .*encoder\.layer\.3\..*says 4 blocks of 32"),
+        (dict, {"hidden_size": 16}, r"embeddings\.LayerNorm\.bias is \(32,\), expected \(16,\)"),
+        (dict, {"vocab_size": 30600}, r"1 tensor of its files .* is \(30522, 32\), expected \(30600, 32\)"),
+        (lambda w: w | {"emb_ln.weight": torch.rand(32)}, {}, r"hold 1 tensor that BertModel does not have .*emb_ln"),
+        (lambda w: w | {"encoder.cls.weight": torch.rand(32)}, {}, r"hold 1 tensor .*encoder\.cls\.weight"),
+    ],
+)  # fmt: skip
+def test_weights_and_a_config_that_are_not_of_one_model_are_refused(
+    edit: Callable[..., Any], changes: dict[str, Any], why: str, folder: Path
+) -> None:
+    edit_weights(folder, edit)
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=why):
+        model.Model(find(folder), [1], "float32", "cpu", 256)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [("BertConfig", "MaskedLM"), ("RobertaConfig", "SequenceClassification"), ("DistilBertConfig", "MaskedLM"),
+     ("ElectraConfig", "PreTraining"), ("ModernBertConfig", "MaskedLM"), ("NomicBertConfig", "SequenceClassification"),
+     ("EuroBertConfig", "SequenceClassification"), ("DebertaV2Config", "SequenceClassification"),
+     ("GPTNeoXConfig", "CausalLM"), ("LlamaConfig", "TokenClassification"), ("AlbertConfig", "PreTraining"),
+     ("OPTConfig", "SequenceClassification")],
+)  # fmt: skip
+def test_heads_that_no_layer_depends_on_may_be_in_the_weights(config: str, kind: str, tmp_path: Path) -> None:
+    size = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 16, "max_position_embeddings": 20, "pad_token_id": 1}  # fmt: skip
+    made = getattr(transformers, config)(**size)
+    whole = getattr(transformers, f"AutoModelFor{kind}").from_config(made)
+    whole.save_pretrained(tmp_path)
+    loaded = files.load_weights(find(tmp_path))
+    for name, value in loaded.named_parameters():
+        if "pooler" not in name:
+            assert torch.equal(value, whole.base_model.get_parameter(name)), name
+
+
+def test_buffers_that_old_checkpoints_hold_are_no_weights(folder: Path, tmp_path: Path, tiny_gpt: Path) -> None:
+    edit_weights(folder, lambda w: w | {"embeddings.position_ids": torch.arange(64)[None]})
+    assert files.load_weights(find(folder))
+    gpt = shutil.copytree(tiny_gpt, tmp_path / "gpt")
+    edit_weights(gpt, lambda w: w | {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.ones(1)})
+    assert files.load_weights(find(gpt))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("names", [["adapter_config.json"], ["adapter_model.safetensors"], ["adapter_model.bin"]])
+def test_an_adapter_is_refused_whether_peft_is_installed_or_not(alone: bool, names: list[str], folder: Path) -> None:
+    for name in names:
+        (folder / name).write_bytes(b"{}")
+    for name in ("config.json", "model.safetensors") if alone else ():
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match=rf"copy holds an adapter \({names[0]}\).*Merge it into its weights"):
+        find(folder)
+
+
+def sharded(folder: Path, source: Path) -> list[str]:
+    (folder / "model.safetensors").unlink()
+    transformers.AutoModel.from_pretrained(source).save_pretrained(folder, max_shard_size="1MB")
+    return sorted(p.name for p in folder.glob("model-*.safetensors"))
+
+
+def test_files_of_weights_that_disagree_are_refused(folder: Path, tiny_bert: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    shards, index = sharded(folder, tiny_bert), folder / "model.safetensors.index.json"
+    listed = index.read_text()
+    before = find(folder).identity
+    (folder / "consolidated.safetensors").write_bytes(b"not read")
+    (folder / "pytorch_model.bin").write_bytes(b"nor this")
+    assert find(folder).identity == before == find(folder, allow_pickle=True).identity
+
+    (folder / "model.safetensors").write_bytes(whole)
+    with pytest.raises(
+        ModelError, match=r"two sets of weights, model\.safetensors and model\.safetensors\.index\.json"
+    ):
+        find(folder)
+    index.unlink()
+    with pytest.raises(ModelError, match=rf"weights that model\.safetensors knows nothing of: {shards[0]}"):
+        find(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf"{len(shards)} parts of its weights .*no model\.safetensors\.index\.json"):
+        find(folder)
+    index.write_text(listed)
+    (folder / "model-00009-of-00009.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"index\.json knows nothing of: model-00009-of-00009"):
+        find(folder)
+    (folder / "model-00009-of-00009.safetensors").unlink()
+    (folder / shards[0]).rename(folder / "elsewhere")
+    with pytest.raises(ModelError, match=rf"names {len(shards)} files of weights, and .* lacks {shards[0]}"):
+        find(folder)
+    (folder / "elsewhere").rename(folder / shards[0])
+    for wrong, why in (
+        ('{"weight_map": {"a": "../secret.safetensors"}}', "expected a name in its own folder"),
+        ('{"weight_map": {"a": 7}}', "expected a name in its own folder"), ("{}", "has no weight_map"),
+        ("[]", "expected an object"), ("{", "cannot be read as JSON"),
+    ):  # fmt: skip
+        index.write_text(wrong)
+        with pytest.raises(ModelError, match=why):
+            find(folder)
+
+
+def test_weights_that_the_config_names_are_those_of_the_measure(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "mine.safetensors")
+    with pytest.raises(ModelError, match=r"has mine\.safetensors, expected model\.safetensors"):
+        find(folder)
+    edit_json(folder / "config.json", transformers_weights="mine.safetensors")
+    assert "mine.safetensors" in find(folder).identity and files.load_weights(find(folder))
+    edit_json(folder / "config.json", transformers_weights="lost.safetensors")
+    with pytest.raises(ModelError, match=r"names lost\.safetensors as its weights"):
+        find(folder)
+
+
+def test_quantized_weights_and_code_of_another_repository_are_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", auto_map={"AutoModel": "someone/else--code.Model"})
+    assert find(folder)
+    with pytest.raises(ModelError, match=r"code of .* is in another repository \(someone/else\)"):
+        model.find_model(str(folder), None, trust_remote_code=True, allow_pickle=False)
+    edit_json(folder / "config.json", auto_map={}, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ModelError, match=r"are quantized \(bitsandbytes\)"):
+        find(folder)
+
+
+def test_a_tokenizer_file_that_makes_its_library_panic_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic(*args: Any, **options: Any) -> Any:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(ModelError, match=r"its tokenizer\) cannot be loaded: called `Option::unwrap"):
+        model.load_tokenizer(find(folder))
+
+
+@pytest.mark.parametrize("variable", sorted(parts.ROUNDING))
+def test_an_environment_that_rounds_float32_products_is_refused(
+    variable: str, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "BF16" if "FPMATH" in variable else "1")
+    with pytest.raises(ModelError, match=f"{variable} is .* rounds the inputs of float32 products"):
+        files.load_weights(find(tiny_bert))
+
+
+def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(
+    folder: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def identity() -> dict[str, str]:
+        return model.identity(find(folder), model.load_tokenizer(find(folder)))
+
+    before = identity()
+    assert before.keys() == {"config.json", "model.safetensors", "tokenizer", "tokenizers", "transformers"}
+    assert before["transformers"] == ".".join(transformers.__version__.split(".")[:2])
+    for name in ("eval_results.json", "all_results.json", "trainer_state.json", "notes.txt", "README.md", "train.py",
+                 "optimizer.pt", "training_args.bin", "generation_config.json", "config_sentence_transformers.json",
+                 "modules.json", "optimizer.safetensors"):  # fmt: skip
+        (folder / name).write_text("{}")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "events.json").write_text("{}")
+    (folder / "vocab.txt").unlink()  # tokenizer.json says it all
+    assert identity() == before
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    edit_json(folder / "config.json", layer_norm_eps=1e-6)
+    edit_weights(folder, lambda w: {k: v * 2 for k, v in w.items()})
+    after = identity()
+    assert {k for k in before if after[k] != before[k]} == {"config.json", "model.safetensors", "tokenizer"}
 
 
 def test_damaged_weights_are_an_error_that_names_the_model(tmp_path: Path, tiny_bert: Path) -> None:

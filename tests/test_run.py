@@ -38,6 +38,8 @@ from afn_ray import (
     demo,
     disk,
     dispatch,
+    doctor,
+    estimate,
     garbage,
     job,
     lexicon,
@@ -53,6 +55,7 @@ from afn_ray import (
 )
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
+from afn_ray.model import files as model_files
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 
 MakeConfig = Callable[..., RunConfig]
@@ -450,6 +453,58 @@ def test_a_shard_none_of_whose_documents_can_be_measured_fails_as_one(
         corpus = write_jsonl(tmp_path / f"{n}.jsonl", [{"text": t} for t in texts])
         with pytest.raises(error, match=rf"(?s){told}.*the model cannot take it: ValueError: no"):
             afn_ray.run(make_config(corpus=(str(corpus),), shard_bytes=1 << 20))
+
+
+def test_a_model_whose_parts_do_not_fit_is_refused_by_a_run_a_dry_run_and_the_doctor_alike(
+    tmp_path: Path, make_config: MakeConfig, tiny_bert: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
+    folder = shutil.copytree(tiny_bert, tmp_path / "bert")
+    plain = (folder / "config.json").read_text()
+
+    def more_blocks(on: bool) -> None:
+        text = json.dumps(json.loads(plain) | {"num_hidden_layers": 2}) if on else plain
+        (folder / "config.json").write_text(text)
+
+    def lacks_tokenizer(on: bool) -> None:
+        for name in ("tokenizer.json", "vocab.txt"):
+            (folder / name).unlink(missing_ok=True) if on else shutil.copy(tiny_bert / name, folder)
+
+    def with_adapter(on: bool) -> None:
+        (folder / "adapter_config.json").write_text("{}") if on else (folder / "adapter_config.json").unlink()
+
+    for spoil, why in (
+        (more_blocks, r"hold 16 tensors"), (lacks_tokenizer, "has no tokenizer"), (with_adapter, "holds an adapter"),
+    ):  # fmt: skip
+        spoil(True)
+        config = make_config(corpus=(str(corpus),), model=str(folder), layers="1")
+        for ask in (lambda: afn_ray.run(config), lambda: estimate.dry_run(config), lambda: doctor._model(str(folder))):  # noqa: B023
+            with pytest.raises(ModelError, match=why):
+                ask()
+        spoil(False)
+    assert not list(Path(config.store).rglob("commit.json"))
+
+
+def test_a_measure_is_of_what_changes_a_value(
+    tmp_path: Path, make_config: MakeConfig, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_id(folder: Path) -> str:
+        config = make_config(model=str(folder))
+        return pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")[0].measure_id
+
+    before = measure_id(tiny_bert)
+    copy = shutil.copytree(tiny_bert, tmp_path / "copy")
+    for name in ("eval_results.json", "notes.txt", "README.md", "trainer_state.json"):
+        (copy / name).write_text("{}")
+    assert measure_id(copy) == before
+    with monkeypatch.context() as patch:
+        patch.setitem(model_files.MAKERS, "transformers", "5.99")
+        assert measure_id(copy) != before
+    vocabulary = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary["normalizer"] = None
+    (copy / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert measure_id(copy) != before
 
 
 def test_the_second_run_does_nothing_and_says_so(

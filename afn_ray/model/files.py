@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ import torch
 import transformers
 
 from afn_ray import cgroup
+from afn_ray.culprits import is_of_input
 from afn_ray.errors import ModelError
+from afn_ray.model import parts
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker a core: threads would only fight
 
 DEFAULT_WINDOW_TOKENS = 2048
 DESCRIPTION_BYTES = 256 << 20
 """Of a file that is no weights: the largest tokenizers have 35 MB, and parsing takes many times a file's length."""
-IDENTITY_PATTERNS = ("*.safetensors", "*.gguf", "*.json", "*.txt", "*.model", "merges*", "*.py", "*.bin")
+DESCRIPTIONS = ("*.json", "*.txt", "*.model", "merges*", "*.py", "*.tiktoken", "*.spm")
+FETCHED = ("*.safetensors", "*.gguf", "*.bin", *DESCRIPTIONS)
 IGNORED_FILES = {"data_config.json", "generation_config.json", "README.txt", "requirements.txt"}
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
                            "roberta-prelayernorm", "data2vec-text", "xmod", "ibert"}  # fmt: skip
@@ -40,6 +44,11 @@ ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "dev
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
+MAKERS = {
+    package.__name__: ".".join(package.__version__.split(".")[:2]) for package in (tokenizers, transformers)
+}  # fmt: skip
+"""Versions, without that of mends, of what decides which tokens a text has and what a block computes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
@@ -52,9 +61,10 @@ class ModelFiles:
     hidden_size: int
     model_type: str
     context_tokens: int  # longest input the model takes
+    num_embeddings: int | None  # token ids that the config has a vector for; None: it does not tell
     trust_remote_code: bool
     allow_pickle: bool
-    identity: dict[str, str] = field(repr=False)  # file -> SHA-256
+    identity: dict[str, str] = field(repr=False)  # file of the config, weights or code -> SHA-256
 
 
 def find_model(
@@ -77,11 +87,14 @@ def find_model(
         raise ModelError(f"no model at {name}: expected a folder with config.json, or a .gguf file")
     else:
         folder = _fetch(name, revision, trust_remote_code, allow_pickle)
-    if gguf is None and not (folder / "config.json").is_file():
-        raise ModelError(f"no model at {name}: {folder} has no config.json")
-    _check_weights(name, folder, gguf, allow_pickle)
+    parts.check_folder(name, folder)
+    weights: list[str] = []
     if gguf is None:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"no model at {name}: {folder} has no config.json")
         _check_sizes(name, folder)
+        parts.check_config(name, folder, trust_remote_code)
+        weights = parts.weight_files(name, folder, allow_pickle)
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, gguf_file=gguf, trust_remote_code=trust_remote_code, local_files_only=True
@@ -100,9 +113,11 @@ def find_model(
     depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
     if not isinstance(depth, int) or not isinstance(hidden, int):
         raise ModelError(f"{name} ({config.model_type}) does not say how many layers it has; is it a model of text?")
+    num_embeddings = getattr(text, "vocab_size", None)
     return ModelFiles(
-        name, folder, gguf, depth, hidden, str(config.model_type), _context_tokens(text), trust_remote_code,
-        allow_pickle, _identity(folder, gguf, trust_remote_code),
+        name, folder, gguf, depth, hidden, str(config.model_type), _context_tokens(text),
+        num_embeddings if isinstance(num_embeddings, int) else None, trust_remote_code, allow_pickle,
+        _identity(folder, gguf, weights, trust_remote_code),
     )  # fmt: skip
 
 
@@ -110,7 +125,7 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [p for p in IDENTITY_PATTERNS if (p != "*.py" or trust_remote_code) and (p != "*.bin" or allow_pickle)]
+    patterns = [p for p in FETCHED if (p != "*.py" or trust_remote_code) and (p != "*.bin" or allow_pickle)]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -121,22 +136,9 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
         ) from error
 
 
-def _check_weights(name: str, folder: Path, gguf: str | None, allow_pickle: bool) -> None:
-    if gguf is not None or any(folder.glob("*.safetensors")):
-        return
-    if not any(folder.glob("*.bin")):
-        raise ModelError(f"no weights at {name}: {folder} has no .safetensors file")
-    if not allow_pickle:
-        raise ModelError(
-            f"the weights of {name} are pickled (.bin), and a pickle can run code as it loads; "
-            "convert them to safetensors, or give --allow-pickle if you trust where they come from"
-        )
-
-
 def _check_sizes(name: str, folder: Path) -> None:
-    for path in (p for pattern in IDENTITY_PATTERNS for p in folder.glob(pattern)):
-        is_weights = path.suffix in (".safetensors", ".gguf", ".bin")
-        if not is_weights and (size := path.stat().st_size) > DESCRIPTION_BYTES:
+    for path in (p for pattern in DESCRIPTIONS for p in folder.glob(pattern)):
+        if (size := path.stat().st_size) > DESCRIPTION_BYTES:
             raise ModelError(f"{path.name} of {name} has {size:,} bytes; expected at most {DESCRIPTION_BYTES:,}")
 
 
@@ -161,22 +163,32 @@ def _rotary_limit(config: Any) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _identity(folder: Path, gguf: str | None, trust_remote_code: bool) -> dict[str, str]:
+def _identity(folder: Path, gguf: str | None, weights: Sequence[str], trust_remote_code: bool) -> dict[str, str]:
+    """SHA-256 of the files that change a value, but for the tokenizer's: what is made of them counts.
+
+    Code of the model's own may read any file beside it.
+    """
     if gguf is not None:
-        paths = [folder / gguf]
-    else:
-        found = {p for pattern in IDENTITY_PATTERNS for p in folder.glob(pattern)}
-        paths = sorted(p for p in found if p.name not in IGNORED_FILES and (p.suffix != ".py" or trust_remote_code))
-        if any(p.suffix == ".safetensors" for p in paths):
-            paths = [p for p in paths if p.suffix != ".bin"]
-    result = {}
-    for path in paths:
-        with path.open("rb") as source:
-            result[path.name if gguf is None else "model.gguf"] = hashlib.file_digest(source, "sha256").hexdigest()
-    return result
+        return {"model.gguf": _sha256(folder / gguf)}
+    names = {"config.json", *weights}
+    if trust_remote_code:
+        found = {p.name for pattern in DESCRIPTIONS for p in folder.glob(pattern)}
+        names |= found - IGNORED_FILES - {f"{parts.SAFETENSORS}.index.json", f"{parts.PICKLED}.index.json"}
+    return {name: _sha256(folder / name) for name in sorted(names)}
 
 
-def _loading_failed(name: str, error: Exception) -> str:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """What decides the values of ``files`` with ``tokenizer``: their content, and who makes tokens and blocks of it."""
+    made = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    return files.identity | {"tokenizer": made} | MAKERS
+
+
+def _loading_failed(name: str, error: BaseException) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = ""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
@@ -189,16 +201,22 @@ def _loading_failed(name: str, error: Exception) -> str:
 
 
 def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
-    """The model's fast (Rust) tokenizer. Raises ``ModelError`` when it has none."""
+    """The model's fast (Rust) tokenizer. Raises ``ModelError`` when it has none, or one of another model."""
+    if files.gguf is None and not files.trust_remote_code:
+        parts.check_has_tokenizer(files.name, files.folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             files.folder, gguf_file=files.gguf, trust_remote_code=files.trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # transformers raises nearly anything for a tokenizer file it cannot use
+    except BaseException as error:  # transformers raises nearly anything for a file it cannot use, and Rust panics
+        if not is_of_input(error) and not isinstance(error, OSError):
+            raise
         raise ModelError(_loading_failed(f"{files.name} (its tokenizer)", error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one")
-    return tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    made = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    parts.check_tokenizer(files.name, made, tokenizer.unk_token_id, files.num_embeddings)
+    return made
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -236,8 +254,10 @@ def count_devices(device: str) -> int:
 def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch.nn.Module:
     """The model of ``kind``, one of transformers' classes, in float32 on the CPU; frozen.
 
-    Raises ``ModelError`` where weights that ``kind`` needs are not in the files: they would be random.
+    Raises ``ModelError`` where weights that ``kind`` needs are not in the files and would be random, where they have
+    another shape, and where the files hold weights that it does not have.
     """
+    parts.check_environment()
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # the report of unused heads: what is missing is checked below
@@ -247,7 +267,7 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
             model, info = kind.from_pretrained(
                 files.folder, gguf_file=files.gguf, dtype=torch.float32, local_files_only=True,
                 trust_remote_code=files.trust_remote_code, use_safetensors=not files.allow_pickle or None,
-                output_loading_info=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # transformers raises nearly anything for files it cannot use
         raise ModelError(_loading_failed(files.name, error)) from error
@@ -257,10 +277,13 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
         k for k in info["missing_keys"]
         if not k.endswith("position_ids") and not (kind is transformers.AutoModel and "pooler" in k)
     )  # fmt: skip
-    if missing or info["mismatched_keys"]:
-        what = missing or [str(k) for k in info["mismatched_keys"]]
+    parts.check_shapes(files.name, info["mismatched_keys"])
+    parts.check_weights(files.name, model, files.depth, info["unexpected_keys"])
+    if missing:
         raise ModelError(
-            f"model {files.name}: {len(what)} weights are not in its files and would be random: {', '.join(what[:3])}"
+            f"model {files.name}: {len(missing)} weights are not in its files and would be random: "
+            f"{', '.join(missing[:3])}. config.json says {files.depth} blocks of {files.hidden_size}: is it another "
+            "model's?"
         )
     model.eval()
     if getattr(model.config, "use_cache", False):

@@ -1,0 +1,258 @@
+"""Hold the parts of a model folder against each other: config, weights and tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from afn_ray.culprits import is_of_input
+from afn_ray.errors import ModelError, count
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""Names of weights that transformers loads; ``.index.json`` behind them where they are in many files."""
+ADAPTERS = ("adapter_config.json", "adapter_model*")
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "merges*", "tekken.json", "*.tiktoken", "*.spm")
+"""Files out of which transformers makes a tokenizer; without any it makes one that knows no word."""
+READABLE = "The quick fox, a lazy dog. 1 + 2 = 3; \u4e00 \u4e2d \u306e \u0438 \u0432 \u0648 \u05d5 \u03ba\u03b1\u03b9"
+"""Characters of several scripts, of which every vocabulary has one."""
+
+HEADS = frozenset({
+    "classifier", "cls", "decoder", "dense", "discriminator_predictions", "embed_out", "generator_lm_head",
+    "generator_predictions", "head", "lm_head", "lm_predictions", "logits_proj", "mask_predictions",
+    "multiple_choice_head", "pooler", "pre_classifier", "predictions", "qa_outputs", "score", "sequence_summary",
+    "sop_classifier", "v_head", "vocab_layer_norm", "vocab_projector", "vocab_transform",
+})  # fmt: skip
+"""Modules behind the last block, by what transformers and trl call them: no layer depends on them."""
+BUFFERS = (".position_ids", ".token_type_ids", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias",
+           ".attention.bias", ".attention.masked_bias")  # fmt: skip
+"""Tensors that older versions of transformers saved and newer ones compute: positions, masks, frequencies."""
+ADAPTED = (
+    ".lora_",
+    ".lora.",
+    "lora_embedding",
+    ".ia3_",
+    ".oft_",
+    ".vera_",
+    ".adapter",
+    "base_model.model.",
+    "modules_to_save",
+)
+"""What is in the names of an adapter's tensors."""
+MOST_NAMES = 3
+"""Tensors that a message names."""
+
+ROUNDING = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0"),
+            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("", "0")}  # fmt: skip
+"""Environment variables that round the inputs of float32 products, and their values that do not."""
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises ``ModelError`` where ``folder`` holds an adapter, with or without the weights that it is for."""
+    found = sorted({p.name for pattern in ADAPTERS for p in folder.glob(pattern)})
+    if found:
+        raise ModelError(
+            f"{name} holds an adapter ({', '.join(found)}), which transformers applies only where the package peft is "
+            "installed. Merge it into its weights (peft: merge_and_unload, then save_pretrained), and give that "
+            "folder; where it should not count, move its files elsewhere"
+        )
+
+
+def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
+    """Raises ``ModelError`` for quantized weights, and for code that is not in ``folder``."""
+    config = read_json(name, folder / "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if part.get("quantization_config"):
+            method = part["quantization_config"]
+            method = method.get("quant_method", "?") if isinstance(method, dict) else method
+            raise ModelError(
+                f"the weights of {name} are quantized ({method}), and what they are depends on a package of their own; "
+                "give the model's own weights, or save it dequantized (model.dequantize(), then save_pretrained)"
+            )
+    described = [config]
+    if (path := folder / "tokenizer_config.json").is_file():
+        described.append(read_json(name, path))
+    for part in described if trust_remote_code else ():
+        places = part.get("auto_map")
+        listed = places.values() if isinstance(places, dict) else []
+        for place in (p for each in listed for p in (each if isinstance(each, list) else [each])):
+            if "--" in str(place):
+                repository = str(place).partition("--")[0]
+                raise ModelError(
+                    f"the code of {name} is in another repository ({repository}), which may change while the folder "
+                    "does not: put its .py files into the folder, and leave the repository out of auto_map"
+                )
+
+
+def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
+    """Names of the files whose weights transformers loads, with their index. Raises ``ModelError`` where there are
+    none, some are missing, or others beside them would be left out without a word."""
+    explicit = read_json(name, folder / "config.json").get("transformers_weights")
+    if isinstance(explicit, str):
+        if not (folder / _plain(name, explicit)).is_file():
+            raise ModelError(f"config.json of {name} names {explicit} as its weights, and {folder} does not have it")
+        single, index = (explicit, "") if not explicit.endswith(".index.json") else ("", explicit)
+        return [single] if single else [index, *_indexed(name, folder, index)]
+    for single in (SAFETENSORS, PICKLED) if allow_pickle else (SAFETENSORS,):
+        index = f"{single}.index.json"
+        stem, suffix = single.split(".")
+        parts = {p.name for p in folder.glob(f"{stem}-*-of-*.{suffix}")}
+        whole, indexed = (folder / single).is_file(), (folder / index).is_file()
+        if not whole and not indexed:
+            if parts:
+                raise ModelError(
+                    f"{name} has {count(len(parts), 'part')} of its weights ({min(parts)}, ...) and no {index} that "
+                    "says what is in them; copy that too"
+                )
+            continue
+        used = [] if whole else _indexed(name, folder, index)
+        if whole and indexed:
+            raise ModelError(f"{name} has two sets of weights, {single} and {index}; keep the one that is meant")
+        if unused := sorted(parts - set(used)):
+            raise ModelError(
+                f"{name} has weights that {single if whole else index} knows nothing of: "
+                f"{', '.join(unused[:MOST_NAMES])}; remove them, or give the folder that they are of"
+            )
+        return [single] if whole else [index, *used]
+    others = sorted(p.name for p in folder.glob("*.safetensors"))
+    if others:
+        raise ModelError(f"no weights at {name}: {folder} has {', '.join(others[:MOST_NAMES])}, expected {SAFETENSORS} "
+                         f"or {SAFETENSORS}.index.json")  # fmt: skip
+    if allow_pickle or not any(folder.glob("pytorch_model*.bin")):
+        raise ModelError(f"no weights at {name}: {folder} has no .safetensors file")
+    raise ModelError(
+        f"the weights of {name} are pickled (.bin), and a pickle can run code as it loads; "
+        "convert them to safetensors, or give --allow-pickle if you trust where they come from"
+    )
+
+
+def _indexed(name: str, folder: Path, index: str) -> list[str]:
+    """Files that ``index`` names, all there."""
+    weight_map = read_json(name, folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} of {name} has no weight_map, which says what file each tensor is in")
+    files = sorted({_plain(name, file) for file in weight_map.values()})
+    if missing := [f for f in files if not (folder / f).is_file()]:
+        raise ModelError(
+            f"{name} cannot be loaded: {index} names {count(len(files), 'file')} of weights, and {folder} lacks "
+            f"{', '.join(missing[:MOST_NAMES])}; copy them too"
+        )
+    return files
+
+
+def _plain(name: str, file: object) -> str:
+    if not isinstance(file, str) or not file or Path(file).name != file:
+        raise ModelError(f"{name} names {file!r} as a file of its weights; expected a name in its own folder")
+    return file
+
+
+def read_json(name: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} of {name} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} of {name} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def check_has_tokenizer(name: str, folder: Path) -> None:
+    """Raises ``ModelError`` for a folder without a tokenizer's files."""
+    if not any(p.is_file() for pattern in TOKENIZERS for p in folder.glob(pattern)):
+        raise ModelError(
+            f"{name} has no tokenizer: {folder} has no tokenizer.json, and no vocab.txt, vocab.json, merges.txt or "
+            "*.model. Copy the files of the model's own tokenizer into it (AutoTokenizer: save_pretrained)"
+        )
+
+
+def check_tokenizer(
+    name: str, tokenizer: tokenizers.Tokenizer, unknown: int | None, num_embeddings: int | None
+) -> None:
+    """Raises ``ModelError`` for a tokenizer of ids that the model has no vector for, or without a vocabulary.
+
+    ``unknown``: id of the token for what is in no vocabulary. Special tokens beyond the embeddings may be there (Gemma
+    3 of 1 B has one for images): in texts they are text, and a template that has one is refused apart.
+    """
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special}
+    if num_embeddings is not None:
+        names = {i: piece for piece, i in vocabulary.items()} | {i: token.content for i, token in added.items()}
+        if beyond := sorted(i for i in names if i >= num_embeddings):
+            raise ModelError(
+                f"the tokenizer of {name} has {count(len(beyond), 'id')} that the model has no embedding for: "
+                f"{beyond[0]} ({names[beyond[0]][:40]!r}) is the first, and vocab_size in config.json is "
+                f"{num_embeddings:,}. Give the model's own tokenizer; or, where tokens were added to it, a model with "
+                "vectors for them (resize_token_embeddings, and trained)"
+            )
+    try:
+        ids = tokenizer.encode(READABLE, add_special_tokens=False).ids
+    except BaseException as error:  # one without unknown tokens says so in this way
+        if not is_of_input(error):
+            raise
+        return
+    if not ids or (unknown is not None and set(ids) == {unknown}):
+        raise ModelError(
+            f"the tokenizer of {name} makes {'nothing' if not ids else 'its unknown token'} of every word, with a "
+            f"vocabulary of {count(len(vocabulary) + len(added), 'entry').replace('entrys', 'entries')}: a file of the "
+            "tokenizer is missing or another model's. Copy the files of the model's own tokenizer into the folder "
+            "(AutoTokenizer: save_pretrained)"
+        )
+
+
+def find_unused(model: torch.nn.Module, keys: Iterable[str]) -> list[str]:
+    """Which of a checkpoint's ``keys`` that ``model`` has no parameter for belong to its body, and would be lost."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    unused = []
+    for key in sorted(keys):
+        inner = key.removeprefix(prefix) if len(prefix) > 1 else key
+        first = inner.partition(".")[0]
+        is_pooler = first == "pooler"  # which reads the last layer, and families have or have not
+        is_head = inner == key and first in HEADS and not hasattr(model, first)
+        is_adapted = any(mark in f".{key}" for mark in ADAPTED)
+        if is_adapted or not (is_pooler or is_head or key.endswith(BUFFERS) or f".{key}" in BUFFERS):
+            unused.append(key)
+    return unused
+
+
+def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Iterable[str]) -> None:
+    """Raises ``ModelError`` where a checkpoint holds weights of the body that ``model`` of ``depth`` blocks lacks."""
+    unused = find_unused(model, unexpected)
+    if not unused:
+        return
+    hint = f"config.json says {count(depth, 'block')}: is it another model's?"
+    if any(mark in f".{key}" for key in unused for mark in ADAPTED):
+        hint = "they are an adapter's: merge it into the weights (peft: merge_and_unload, then save_pretrained)"
+    raise ModelError(
+        f"model {name}: its files hold {count(len(unused), 'tensor')} that {type(model).__name__} does not have and "
+        f"that would be left out: {', '.join(unused[:MOST_NAMES])}; {hint}"
+    )
+
+
+def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
+    """Raises ``ModelError`` where tensors have other shapes in the files than the config gives them."""
+    told = []
+    for key in mismatched:
+        named = isinstance(key, tuple) and len(key) == 3
+        told.append(f"{key[0]} is {tuple(key[1])}, expected {tuple(key[2])}" if named else str(key))
+    if told:
+        raise ModelError(
+            f"model {name}: {count(len(told), 'tensor')} of its files have other shapes than config.json says: "
+            f"{'; '.join(sorted(told)[:MOST_NAMES])}. Is config.json another model's?"
+        )
+
+
+def check_environment() -> None:
+    """Raises ``ModelError`` where this process rounds float32 products, which the measure does not tell."""
+    for variable, exact in ROUNDING.items():
+        if (value := os.environ.get(variable, "")).upper() not in exact:
+            raise ModelError(f"{variable} is {value!r}, which rounds the inputs of float32 products: unset it, and "
+                             "give --dtype bfloat16 or float16 where speed is wanted")  # fmt: skip
+    if (precision := torch.get_float32_matmul_precision()) != "highest":
+        raise ModelError(f"torch multiplies float32 in precision {precision!r}, expected 'highest': leave "
+                         "torch.set_float32_matmul_precision out")  # fmt: skip
