@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from afn_ray import grammar, logs
+from afn_ray import disk, grammar, logs, terminal
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
 
@@ -40,12 +40,11 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
     Threads are not waited for: one of ours may hang in an upload, and libraries' have been seen to abort the
     interpreter as it ended, with a code that says nothing of what was done.
     """
+    terminal.prepare()
     try:
         main(argv)
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+        os._exit(terminal.finish(end.code if isinstance(end.code, int) else 0 if end.code is None else 1))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -73,14 +72,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = Interrupted.exit_code if resumable else 130
         _say_end("stopped", "stopped" + ("; the same command resumes" if resumable else ""), code)
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        terminal.drop(sys.stdout)
         code = 0
+    except UnicodeError as error:
+        code = AUDIT_FAILED if audits else ConfigError.exit_code
+        _say_end("failed", f"text that is not {getattr(error, 'encoding', 'UTF-8')}: {error}", code)
     except AfnError as error:
         code = AUDIT_FAILED if audits else error.exit_code
         _say_end("stopped" if isinstance(error, Interrupted) else "failed", str(error), code)
     except Exception as error:
         code = AUDIT_FAILED if audits else 1
-        if _json_lines() is not None:
+        if isinstance(error, OSError) and error.errno in disk.FULL:
+            code = AUDIT_FAILED if audits else Interrupted.exit_code
+            _say_end("stopped", f"no space left: {error}; make room and run the same command again", code)
+        elif _json_lines() is not None:
             _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
         elif audits:
             traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
@@ -174,8 +179,7 @@ def _status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([status.to_json(one) for one in found], indent=1))
     else:
-        for line in status.lines(found[0]) if len(found) == 1 else status.table(found):
-            print(printable(line))
+        _print_lines(status.lines(found[0]) if len(found) == 1 else status.table(found))
     return found[0].exit_code
 
 
@@ -282,12 +286,7 @@ def _audit(args: argparse.Namespace) -> int:
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
         logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
-    try:
-        for line in audit.lines(found):
-            print(printable(line))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the verdict is the exit code all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print_lines(audit.lines(found))
     manifest.mark_audited(found.run)  # last: whatever ends this before, its step is told of again, or with the next
     return 0 if found.passed else POLICY_BROKEN
 
@@ -313,6 +312,16 @@ def _sql(args: argparse.Namespace) -> None:
             shell.print_result(relation, args.format, out, max_rows=None if args.out else args.max_rows or None)
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    """Print ``lines``, as far as somebody reads them: the verdict is the exit code all the same."""
+    try:
+        for line in lines:
+            print(printable(line))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        terminal.drop(sys.stdout)
+
+
 def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
     from afn_ray import storage
 
@@ -320,9 +329,9 @@ def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    text = terminal.read_input() if args.text == "-" else args.text
     from afn_ray import explain, explained
 
-    text = sys.stdin.read() if args.text == "-" else args.text
     result = explain.explain(
         args.run,
         text,
@@ -406,8 +415,7 @@ def _verify(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(result), indent=1))
     else:
-        for line in verify.lines(result):
-            print(printable(line))
+        _print_lines(verify.lines(result))
     if result.findings:
         raise Damaged(f"{result.uri} is damaged: {count(len(result.findings), 'finding')}")
 
@@ -423,8 +431,7 @@ def _gc(args: argparse.Namespace) -> None:
         print(json.dumps(asdict(found), indent=1))
         return
     flags = [f"--keep={args.keep}", *(f"--keep-run={run}" for run in args.keep_run), f"--min-age-h={args.min_age_h:g}"]
-    for line in garbage.lines(found, flags):
-        print(printable(line))
+    _print_lines(garbage.lines(found, flags))
 
 
 def _now_and_then() -> Callable[[str], None]:

@@ -330,7 +330,7 @@ RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def read_rate(path: Path) -> Rate:
     """The rate in ``path``. Raises ``ConfigError`` for what ``afn bench rate --json`` did not write."""
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(settings.decode(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

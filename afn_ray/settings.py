@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,9 @@ from afn_ray.errors import AfnError, ConfigError, Unavailable
 
 MOST_BYTES = 1 << 20
 """Of such a file: people write them."""
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+         (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
+"""Byte order marks and what follows them; the longer of two that begin alike first."""
 PLACES = ("corpus", "store", "scratch", "thresholds")
 """Keys that name places. ``model`` may also be a hub name, which looks like a relative path."""
 
@@ -36,9 +40,17 @@ def read_toml(file: str | Path, what: str) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise ConfigError(f"{what} {file} has more than {MOST_BYTES:,} bytes; is it another file?")
     try:
-        return tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(decode(data))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{what} {file} is not TOML: {error}") from error
+
+
+def decode(data: bytes) -> str:
+    """The text in ``data``: UTF-8, or what the byte order mark says that editors on Windows put there."""
+    for mark, encoding in MARKS:
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding)
+    return data.decode("utf-8")
 
 
 def _read(file: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from afn_ray import cli, grammar
+from afn_ray import cli, grammar, terminal
 
 
 def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -162,6 +163,49 @@ def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
     command = f"{sys.executable} -m afn_ray sql {store} 'FROM tokens' --format csv | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+
+
+STREAMS = [  # what is done to the streams, exit code, what is on stderr
+    ("show {store} <&- >&- 2>&-", 0, ""),
+    ("show {store} >/dev/full", 75, "No space left on device"),
+    ("show nowhere 2>/dev/full", 2, ""),
+    ("show nowhere 2>&-", 2, ""),
+    ("verify nowhere 2>&1 | true; (exit ${{PIPESTATUS[0]}})", 2, ""),
+    ("sql {store} 'SELECT chr(233) || chr(8364) AS x' --format csv", 0, ""),
+    ("sql {store} 'SELECT chr(233) || chr(8364) AS x'", 0, ""),
+    ("show caf\u00e9", 2, "neither a store nor a run"),
+    ("explain {store} - <<< $'caf\\xe9'", 2, "standard input is not UTF-8: "),
+]
+
+
+def test_streams_that_are_closed_full_or_not_utf8_end_in_no_traceback(store: Path, tmp_path: Path) -> None:
+    """All at once, in a locale whose encoding has no letters beyond ASCII."""
+    lines = [
+        f"( {{ {sys.executable} -m afn_ray {how.format(store=store)}; }} >{at}.out 2>{at}.err; echo $? >{at}.code ) &"
+        for at, (how, _, _) in enumerate(STREAMS)
+    ]
+    (tmp_path / "all.sh").write_text("\n".join([*lines, "wait"]), "utf-8")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    subprocess.run(["bash", "all.sh"], cwd=tmp_path, env=env, check=True)
+    for at, (how, code, said) in enumerate(STREAMS):
+        errors = (tmp_path / f"{at}.err").read_text("utf-8")
+        assert "Traceback" not in errors and "Exception ignored" not in errors, (how, errors)
+        assert (tmp_path / f"{at}.code").read_text().strip() == str(code), (how, errors)
+        assert said in errors, (how, errors)
+    assert "\u00e9\u20ac" in (tmp_path / "5.out").read_text("utf-8")  # data is UTF-8 whatever people read
+    assert "\\xe9\\u20ac" in (tmp_path / "6.out").read_text("ascii")
+
+
+def test_a_log_that_nobody_reads_any_more_stops_no_work() -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="ascii") as log:  # noqa: PTH123
+        steady = terminal._Steady(log)
+        print("heard", file=steady, flush=True)  # type: ignore[arg-type]
+        assert os.read(reader, 99) == b"heard\n"
+        os.close(reader)
+        print("not heard", file=steady, flush=True)  # type: ignore[arg-type]
+        print("x" * 100_000, file=steady, flush=True)  # type: ignore[arg-type]
+        assert steady.encoding == "ascii"
 
 
 def test_the_parser_has_no_option_without_help() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import time
@@ -241,6 +242,22 @@ def test_a_file_that_nobody_wrote_by_hand_is_refused_before_it_is_read_whole(mem
             config_from(NEEDED, file)
         with pytest.raises(ConfigError, match=rf"policy {file} has more than 1,048,576 bytes"):
             read_policy(file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_config_of_an_editor_on_windows_is_the_same(encoding: str, tmp_path: Path) -> None:
+    """With a byte order mark and its line ends; the other order of bytes too."""
+    text = 'corpus = "caf\u00e9"\nmodel = "m"\nstore = "s"\n'
+    file = tmp_path / "run.toml"
+    data = text.replace("\n", "\r\n").encode(encoding)
+    swapped = {"utf-16": codecs.BOM_UTF16_BE, "utf-32": codecs.BOM_UTF32_BE}.get(encoding, b"")
+    other = swapped + text.encode(f"{encoding}-be") if swapped else data
+    for content in (data, other):
+        file.write_bytes(content)
+        assert config_from({}, file) == config_from({"corpus": ("caf\u00e9",), "model": "m", "store": "s"})
+    file.write_bytes(text.encode("utf-16-le"))  # without a mark nobody can tell
+    with pytest.raises(ConfigError, match="is not TOML"):
+        config_from({}, file)
 
 
 def test_a_config_may_come_through_a_pipe() -> None:
