@@ -151,10 +151,11 @@ def _run(args: argparse.Namespace) -> None:
     _log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
     if not args.dry_run and (args.rate or args.prices):
         raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
-    from afn_ray import settings
+    from afn_ray import lakehouse, settings
 
     config = settings.config_from(given, args.config)
     _log_as(config.log_format, args.quiet)
+    lakehouse.refuse_patterns(config.corpus)
     from afn_ray import estimate, job
 
     console = Console(stderr=True, highlight=False)

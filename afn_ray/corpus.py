@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pyarrow.parquet as pq
 
-from afn_ray import documents, reading, row_groups, storage, streams
+from afn_ray import documents, lakehouse, reading, row_groups, storage, streams
 from afn_ray.errors import CorpusError
 from afn_ray.layout import is_store_file
 from afn_ray.schema import (
@@ -38,7 +38,8 @@ def list_files(
     """Files that ``patterns`` name and those of them that are left out, once each and sorted by URI.
 
     Left out are unknown endings, when ``options.format`` is ``auto``, and what is in ``store`` or has the place of a
-    file in any other store. Raises ``CorpusError`` when nothing is left, or a pattern names a place in ``store``.
+    file in any other store. Raises ``CorpusError`` when nothing is left, or a pattern names a place in ``store``,
+    and for tables of Delta Lake and its like, whose files are not all to be read.
     """
     in_store = storage.below(store) if store is not None else lambda folder: False
     for pattern in patterns:
@@ -62,6 +63,7 @@ def list_files(
             f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
             "it with --format"
         )
+    lakehouse.refuse_tables({file.uri.rpartition("/")[0] for file in files})
     return files, skipped
 
 
@@ -144,7 +146,8 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
     if names is not None and (missing := documents.missing_column(names, options)) is not None:
-        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}")
+        why = documents.why_missing(names, options)
+        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}")
 
 
 def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:

@@ -17,6 +17,7 @@ GARBLED_SHARE = 0.05
 """Largest share of a document's characters that may be replaced or control characters."""
 GARBLED_FROM = 4
 """Fewest replaced and control characters that say so: one of four letters proves nothing."""
+SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 COLUMN = re.compile(r"[\w.:/$@+-]{1,40}")
 """What looks like the name of a column, and not like a line of text."""
@@ -135,6 +136,20 @@ def columns_of(options: ReadOptions) -> list[str]:
 def missing_column(names: Sequence[str], options: ReadOptions) -> str | None:
     """The first column that is to be read and not among ``names``."""
     return next((c for c in columns_of(options) if c not in names), None)
+
+
+def why_missing(names: Sequence[str], options: ReadOptions) -> str:
+    """Why the names of columns may not be those that were meant; empty where nothing says so."""
+    line = ",".join(names)
+    if why := garbled(line, line.count(INVALID)):
+        return why
+    for separator, name in SEPARATORS.items():
+        if any(options.text_column in (part.strip(' "') for part in field.split(separator)) for field in names):
+            return (
+                f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
+                "read_csv('FILE')) TO 'corpus.parquet'\""
+            )
+    return ""
 
 
 def listing(names: Iterable[str], width: int = 40) -> str:

@@ -12,6 +12,8 @@ import json
 import lzma
 import os
 import random
+import re
+import sys
 import tracemalloc
 import unicodedata
 import uuid
@@ -27,9 +29,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import corpus, reading, row_groups, storage, streams
+from afn_ray import cli, corpus, reading, row_groups, storage, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
-from afn_ray.schema import Document, FileInfo, ReadOptions
+from afn_ray.schema import Document, FileInfo, ReadOptions, Shard
 
 OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
 IDS = dataclasses.replace(OPTIONS, id_column="id")
@@ -146,6 +148,54 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
     for pattern in (str(tmp_path / name), f"memory://{tmp_path.name}/{name}"):
         (file,), _ = corpus.list_files([pattern], OPTIONS)
         assert texts(read_all(file)) == ["x"]
+
+
+# --- tables ----------------------------------------------------------------------------------------------
+
+TABLES = {
+    "Delta Lake": ("_delta_log/00000000000000000000.json", "delta_scan('{0}')"),
+    "Iceberg": ("metadata/v1.metadata.json", "iceberg_scan('{0}')"),
+    "Hudi": (".hoodie/hoodie.properties", 'format("hudi").load("{0}")'),
+    "Spark stream": ("_spark_metadata/0", 'spark.read.parquet("{0}")'),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_table_is_refused_however_it_is_given(tmp_path: Path, name: str, remote: bool) -> None:
+    mark, export = TABLES[name]
+    place = f"memory://lake{tmp_path.name}" if remote else str(tmp_path)
+    table = f"{place}/lake/events"
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": ["a"]}), sink)
+    data = [f"{table}/part-0.parquet", f"{table}/data/year=2026/part-1.parquet"]
+    for uri in [*data, f"{place}/lake/plain/metadata/a.parquet"]:
+        storage.write_once(uri, sink.getvalue())
+    patterns = [table, table + "/", f"{place}/lake", place, f"{table}/*.parquet", f"{table}/data/*/*", data[1],
+                f"{place}/lake/ev*/**/*.parquet"]  # fmt: skip
+    for pattern in patterns:
+        assert corpus.list_files([pattern], OPTIONS)
+    storage.write_once(f"{table}/{mark}", b"{}")
+    for pattern in patterns:
+        with pytest.raises(CorpusError, match=f"events is an? .*{mark.split('/')[0]}|what a Spark stream") as error:
+            corpus.list_files([pattern], OPTIONS)
+        assert export.format(storage.absolute(table)) in str(error.value)
+    files, _ = corpus.list_files([f"{place}/lake/plain"], OPTIONS)
+    assert [f.uri.rpartition("/")[2] for f in files] == ["a.parquet"]
+
+
+def test_the_command_refuses_a_table_before_it_loads_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "events" / "_delta_log").mkdir(parents=True)
+    parquet(tmp_path / "events" / "a.parquet", {"text": ["a"]})
+    monkeypatch.setitem(sys.modules, "afn_ray.job", None)  # who imports it, fails
+    monkeypatch.setitem(sys.modules, "afn_ray.estimate", None)
+    for pattern in (tmp_path / "events", tmp_path / "events" / "*.parquet"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["run", str(pattern), "--model", "none", "--store", str(tmp_path / "store")])
+        assert stopped.value.code == 2
+        assert "is a Delta Lake table" in capsys.readouterr().err
 
 
 # --- cutting ---------------------------------------------------------------------------------------------
@@ -353,6 +403,112 @@ def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert peak < 48 << 20
     assert file.size < 1 << 20
     assert all(d.problem is not None for d in documents) and documents
+
+
+# --- encodings -------------------------------------------------------------------------------------------
+
+RUSSIAN = ["Старая собака лаяла на луну.", "Реки текут в море, а море не полно.", "Да"]
+UTF = ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+
+
+def marked(text: str, encoding: str) -> bytes:
+    return ("\ufeff" + text).encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", UTF)
+@pytest.mark.parametrize("compression", ["", "gz", "zst"])
+def test_a_byte_order_mark_decides(encoding: str, compression: str) -> None:
+    conllu = "".join(f"1\t{t.split()[0]}\t_\tNOUN\t_\t_\t_\t_\t_\t_\n\n" for t in RUSSIAN)
+    for ending, text, expected in (
+        ("txt", "\r\n".join(RUSSIAN) + "\n", RUSSIAN),
+        ("jsonl", "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in RUSSIAN), RUSSIAN),
+        ("csv", "text\n" + "".join(f'"{t}"\r\n' for t in RUSSIAN), RUSSIAN),
+        ("conllu", conllu, [t.split()[0] for t in RUSSIAN]),
+    ):
+        data = marked(text, encoding)
+        if compression:
+            data, ending = COMPRESS[compression](data), f"{ending}.{compression}"
+        documents = read_all(remember(data, ending), OPTIONS, 20)
+        assert texts(documents) == expected
+        assert [d.num_replaced for d in documents] == [0] * 3
+        whole = one(data, ending, WHOLE) if ending.startswith("txt") else None
+        assert whole is None or (whole.text, whole.num_replaced) == (text, 0)
+    file = remember(marked('{"text": "a"}\n', encoding), "jsonl")
+    corpus.check_columns([file], OPTIONS)
+    with pytest.raises(CorpusError, match=r"no column 'body'.*it has: text"):
+        corpus.check_columns([file], dataclasses.replace(OPTIONS, text_column="body"))
+
+
+@pytest.mark.parametrize("encoding", UTF)
+@pytest.mark.parametrize("block", [3, 5, 1 << 20])
+def test_what_is_invalid_after_a_byte_order_mark_is_replaced_and_counted(
+    encoding: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "BLOCK_BYTES", block)
+    lone = b"\x00\xd8" + b"\0\0" * ("32" in encoding)
+    lone = lone[::-1] if encoding.endswith("be") else lone
+    text = "the old dog " * 20
+    data = marked(text, encoding) + lone + text.encode(encoding) + b"x"  # and half a character at the end
+    documents = read_all(remember(data + b"" * 2, "txt"))
+    assert [(d.text, d.num_replaced) for d in documents] == [(f"{text}\ufffd{text}\ufffd", 2)]
+
+
+def test_a_mark_in_two_bytes_leaves_the_limit_of_a_document_in_utf8() -> None:
+    options = dataclasses.replace(WHOLE, max_document_bytes=1000)
+    for size, ok in ((1000, True), (1001, False)):
+        found = one(marked("x" * size, "utf-16-le"), "txt", options)
+        assert (found.problem is None) is ok and found.lost_bytes == (0 if ok else 2 * size + 2)
+
+
+GARBLED = {
+    "cp1251": ("\n".join(RUSSIAN[:2]).encode("cp1251"), "cp1251"),
+    "shift-jis": ("吾輩は猫である。名前はまだ無い。".encode("shift-jis"), "Shift-JIS"),
+    "utf-16 without a mark": ("In the beginning God created".encode("utf-16-le"), "UTF-16 or UTF-32 without a byte"),
+    "russian utf-16 without a mark": (RUSSIAN[0].encode("utf-16-le"), "UTF-16 without a byte order mark"),
+    "utf-32 without a mark": ("In the beginning".encode("utf-32-be"), "UTF-16 or UTF-32 without a byte order mark"),
+    "jpeg": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + random.Random(0).randbytes(4000), "binary data"),
+    "twice encoded": ("\n".join(RUSSIAN).encode().decode("latin-1").encode(), "once read as latin-1"),
+    "NUL": (b"ab" + b"\0" * 40, "binary data"),
+}
+
+
+@pytest.mark.parametrize("name", GARBLED)
+def test_what_is_no_utf8_text_is_quarantined_with_the_likely_cause(name: str) -> None:
+    data, cause = GARBLED[name]
+    document = one(data, "txt", WHOLE)
+    text = data.decode(errors="replace")
+    assert document.problem is not None and cause in document.problem
+    assert f"of {len(text):,} characters " in document.problem
+    assert (document.lost_bytes, document.lost_documents) == (len(data), 1)
+    assert document.num_replaced == text.count("\ufffd")
+
+
+def test_rows_in_another_encoding_are_quarantined_and_the_others_are_read() -> None:
+    rows = [b'{"text": "%s"}' % RUSSIAN[0].encode("cp1251"), b'{"text": "%s"}' % RUSSIAN[0].encode()]
+    nul = json.dumps({"text": "a" + "\0" * 9}).encode()
+    bad, good, escaped = read_all(remember(b"\n".join([*rows, nul]), "jsonl"))
+    assert bad.problem is not None and "cp1251" in bad.problem
+    assert (bad.lost_bytes, bad.lost_documents, bad.num_replaced) == (len(rows[0]), 1, 23)
+    assert good.text == RUSSIAN[0] and escaped.problem is not None and "9 control characters" in escaped.problem
+    (line,) = read_all(remember('{"text": "the old dog"}'.encode("utf-16-le"), "jsonl"))
+    assert line.problem is not None and line.problem.startswith("not JSON: ") and "UTF-16" in line.problem
+    file = remember("id,text\n1,a\n".encode("utf-16-le"), "csv")
+    with pytest.raises(CorpusError, match=r"no column 'text'.*UTF-16 or UTF-32 without a byte order mark"):
+        corpus.check_columns([file], OPTIONS)
+
+
+def test_a_few_wrong_characters_are_measured_and_counted() -> None:
+    french = "Le chat de la voisine a mangé la souris grise du jardin public ce matin. " * 9
+    document = one(french.encode("latin-1"), "txt", WHOLE)
+    assert (document.problem, document.num_replaced) == (None, 9)
+    assert (document.text, document.lost_bytes) == (french.replace("é", "\ufffd"), 0)
+    assert texts(read_all(remember("café\nnaïf, été".encode("latin-1"), "txt"))) == [
+        "caf\ufffd",
+        "na\ufffdf, \ufffdt\ufffd",
+    ]
+    log = "\x1b[31mred\x1b[0m and a long line of a log, of which the colours are but a small part, as it should be"
+    assert one(log.encode(), "txt").text == log
+    assert one(("a\ufffd" * 99).encode(), "txt").num_replaced == 0  # of the source's own
 
 
 # --- compression -----------------------------------------------------------------------------------------
@@ -569,6 +725,84 @@ def test_csv_fields_longer_than_the_module_likes() -> None:
     )
 
 
+SPARK = [r'"a","He said \"hi\" and left, then"', r'"b","ends with a backslash \\"', r'c,C:\temp', r'"d","say \"\""',
+         r'"e","C:\temp, or so"', '"f","two\\\nlines"', '"g",""']  # fmt: skip
+SPARK_TEXTS = ['He said "hi" and left, then', "ends with a backslash \\", r"C:\temp", 'say ""', r"C:\temp, or so",
+               "two\nlines", ""]  # fmt: skip
+
+
+def csv_of(*rows: str, header: str = "id,text") -> bytes:
+    return "".join(row + "\n" for row in (header, *rows)).encode()
+
+
+def test_csv_with_backslashes_before_its_quotes_is_read_when_it_is_said() -> None:
+    options = dataclasses.replace(IDS, csv_escape="backslash")
+    documents = read_all(remember(csv_of(*SPARK), "csv"), options)
+    assert [(d.doc_id, d.text, d.problem) for d in documents] == [
+        (i, t, None) for i, t in zip("abcdefg", SPARK_TEXTS, strict=True)
+    ]
+    shards = [
+        Shard.of(corpus.cut(remember(csv_of(*SPARK), "csv"), o, 1000), o).options.identity("csv")
+        for o in (IDS, options)
+    ]
+    assert shards[0] != shards[1]  # what one dialect measured is not taken for the other's
+    assert IDS.identity("jsonl") == options.identity("jsonl")
+
+
+@pytest.mark.parametrize("row", [row for row in SPARK if "\n" not in row])
+@pytest.mark.parametrize("last", [True, False])
+def test_csv_with_backslashes_before_its_quotes_never_gives_another_text(row: str, last: bool) -> None:
+    right = SPARK_TEXTS[SPARK.index(row)]
+    header = "id,text" if last else "text,id"
+    if not last:
+        row = ",".join(reversed(row.split(",", 1)))
+    documents = read_all(remember(csv_of(row, *["x,yes"] * 3, header=header), "csv"), IDS)
+    found = [d for d in documents if d.problem is None]
+    assert all(d.text in (right, "yes", "x") for d in found)
+    assert len(documents) > len(found) or right in [d.text for d in found]
+    problems = " ".join(d.problem or "" for d in documents)
+    if '\\"' in row and len(documents) > len(found):
+        assert "--csv-escape backslash" in problems
+
+
+def test_csv_that_other_programs_read_otherwise_is_not_guessed_at() -> None:
+    rows = ['a,"ok ""quoted"" text"', 'b,5" pipe of the dog', 'c,"abc" def', 'd, "spaced"', 'e," spaced"', "f,\\N",
+            r'g,"C:\dir\"', '"h","{""a"": ""say \\""hi\\"" to""}"', "\\N,i", "j,'a'"]  # fmt: skip
+    documents = read_all(remember(csv_of(*rows), "csv"), IDS)
+    assert texts(documents) == [
+        'ok "quoted" text', '5" pipe of the dog', None, None, " spaced", None, None, r'{"a": "say \"hi\" to"}', "i",
+        "'a'",
+    ]  # fmt: skip
+    assert documents[8].doc_id is None
+    for at, why in ((2, "not CSV: ',' expected after"), (3, "space before its opening quote"),
+                    (5, "text is \\N, what MySQL"), (6, "it can be read in two ways")):  # fmt: skip
+        assert why in (documents[at].problem or "")
+        assert (documents[at].lost_bytes, documents[at].lost_documents) == (len(rows[at]) + 1, 1)
+    doubled = dataclasses.replace(IDS, csv_escape="doubled")
+    assert texts(read_all(remember(csv_of(rows[6]), "csv"), doubled)) == ["C:\\dir\\"]
+
+
+def test_an_unclosed_quote_that_another_closes_counts_the_lines_it_took() -> None:
+    data = csv_of('1,"abc', "2,def", "", '3,"ghi"', "4,jkl")
+    bad, good = read_all(remember(data, "csv"), IDS)
+    assert (good.doc_id, good.text) == ("4", "jkl")
+    assert bad.lost_documents == 3 and bad.lost_bytes == len('1,"abc\n2,def\n\n3,"ghi"\n')
+    assert bad.problem is not None and bad.problem.startswith("not CSV: ")
+    for ending, compress in COMPRESS.items():
+        packed = compress(csv_of(*(f"{i},{random.Random(i).random()}" for i in range(500)), '9,"abc', *["9,x"] * 200))
+        *good_rows, last = read_all(remember(packed, f"csv.{ending}"), IDS)
+        assert len(good_rows) == 500 and last.lost_documents == 201
+        assert 0 < last.lost_bytes < len(packed) / 2
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "';'"), ("\t", "tabs"), ("|", "'|'")])
+def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name: str) -> None:
+    data = f'id{separator}"text"\n1{separator}a\n'.encode()
+    for file in (remember(data, "csv"), remember(marked(data.decode(), "utf-16-le"), "csv")):
+        with pytest.raises(CorpusError, match=rf"no column 'text'.*separated by {re.escape(name)}, expected commas"):
+            corpus.check_columns([file], OPTIONS)
+
+
 # --- Parquet ---------------------------------------------------------------------------------------------
 
 TYPES = [
@@ -712,6 +946,65 @@ def test_parquet_with_a_damaged_page_keeps_the_other_row_groups(tmp_path: Path) 
     problem = documents[10].problem
     assert problem is not None and problem.startswith("not a readable Parquet file: row group 1: ")
     assert all(d.problem is None for i, d in enumerate(documents) if i != 10)
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()], ids=str)
+def test_parquet_encodings_of_text(tmp_path: Path, encoding: str, kind: pa.DataType) -> None:
+    rows = [f"the old dog {i}" if i % 7 else None for i in range(500)]
+    columns = {"text": pa.array(rows, pa.string()).cast(kind), "id": pa.array(range(500), pa.int64())}
+    how = {"text": encoding, "id": "BYTE_STREAM_SPLIT"}
+    file = parquet(tmp_path / "a.parquet", columns, use_dictionary=False, column_encoding=how, row_group_size=100,
+                   data_page_version="2.0")  # fmt: skip
+    documents = read_all(file, IDS)
+    assert texts(documents) == rows
+    assert [d.doc_id for d in documents] == [str(i) for i in range(500)]
+
+
+def test_parquet_text_that_shares_prefixes_is_read_in_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_groups, "SHARED_BYTES", 4 << 20)
+    columns = {"text": ["x" * (1 << 20)] * 64}
+    file = parquet(tmp_path / "a.parquet", columns, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"},
+                   compression="none")  # fmt: skip
+    assert file.size < 3 << 20
+    options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
+    before, most = pa.total_allocated_bytes(), 0
+    for slice in corpus.cut(file, options, 1 << 30):
+        for document in reading.read(slice, options):
+            most = max(most, pa.total_allocated_bytes() - before)
+            assert document.problem == f"document of {1 << 20} bytes is over max_document_bytes = 1000"
+    assert most < 24 << 20
+
+
+def test_what_parquet_loses_is_counted_in_bytes_and_rows(tmp_path: Path) -> None:
+    rows = [os.urandom(8).hex() for _ in range(30)]
+    file = parquet(tmp_path / "a.parquet", {"text": rows, "other": rows}, row_group_size=10, use_dictionary=False)
+    chunks = [pq.read_metadata(file.uri).row_group(i).column(0) for i in range(3)]
+    data = bytearray(Path(file.uri).read_bytes())
+    data[chunks[1].data_page_offset : chunks[1].data_page_offset + 60] = b"\xff" * 60
+    bad = next(d for d in read_all_inexact(write(tmp_path, "b.parquet", bytes(data))) if d.problem is not None)
+    assert (bad.lost_bytes, bad.lost_documents) == (chunks[1].total_compressed_size, 10)
+    for i, cut in enumerate((data[:-20], data[:-5] + b"\xff" * 5, b"no parquet")):
+        (bad,) = read_all(write(tmp_path, f"{i}.parquet", bytes(cut)))
+        assert (bad.lost_bytes, bad.lost_documents) == (len(cut), None)
+    file = parquet(tmp_path / "c.parquet", {"text": ["a" * 900, None, "x" * 99, "é" * 50]}, use_dictionary=False)
+    options = dataclasses.replace(OPTIONS, max_document_bytes=500)
+    size = pq.read_metadata(file.uri).row_group(0).column(0).total_compressed_size
+    bad_rows = [d for d in read_all(file, options) if d.problem is not None]
+    assert [d.lost_documents for d in bad_rows] == [1, 1] and all(1 <= d.lost_bytes <= size for d in bad_rows)
+
+
+def test_a_flipped_bit_of_a_page_with_a_checksum_is_told(tmp_path: Path) -> None:
+    rows = [os.urandom(8).hex() for _ in range(30)]
+    file = parquet(tmp_path / "a.parquet", {"text": rows}, row_group_size=10, use_dictionary=False,
+                   compression="none", write_page_checksum=True)  # fmt: skip
+    data = bytearray(Path(file.uri).read_bytes())
+    data[data.index(rows[12].encode()) + 3] ^= 1
+    documents = read_all_inexact(write(tmp_path, "b.parquet", bytes(data)))
+    assert texts(documents) == [*rows[:10], None, *rows[20:]]
+    assert documents[10].lost_documents == 10
 
 
 def read_all_inexact(file: FileInfo) -> list[Document]:
