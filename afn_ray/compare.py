@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import manifest
+from afn_ray import losses, manifest
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import RunFolder
 from afn_ray.reduce import wilson
@@ -385,6 +385,8 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         other = b if run is a else a
         if left_out := [k for k in run.info["layers"] if k not in layers]:
             yield f"Of {name} {_listed(left_out)} were not compared: {other.uri} has them not."
+        if lost := losses.describe(losses.of_run(run)):
+            yield f"{name} lost {lost}."
         if missing := run.info.get("quarantined"):
             yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
         if "sources" not in run.info["tables"]:

@@ -171,8 +171,7 @@ def total(files: pa.Table) -> Losses:
     """What ``files``, of ``FILES_SCHEMA``, lost together."""
     read = files.filter(pc.invert(files["is_skipped"]))
     sums = {name: int(pc.sum(read[name]).as_py() or 0) for name in ("num_bytes", *SUMS)}
-    lost = np.any([read[name].to_numpy() > 0 for name in ("lost_bytes", "lost_documents", "lost_unknown")], axis=0)
-    losers = read.filter(pa.array(lost, pa.bool_()))
+    losers = read.filter(lost_something(read))
     worst = losers.sort_by([("lost_bytes", "descending"), ("source", "ascending")]).slice(0, NAMED_FILES)
     replaced = read.filter(pc.greater(read["n_replaced"], 0))
     most = replaced.sort_by([("n_replaced", "descending"), ("source", "ascending")]).slice(0, NAMED_FILES)
@@ -181,6 +180,12 @@ def total(files: pa.Table) -> Losses:
         len(losers), tuple(zip(worst["source"].to_pylist(), worst["share_read"].to_pylist(), strict=True)),
         len(replaced), tuple(most["source"].to_pylist()),
     )  # fmt: skip
+
+
+def lost_something(files: pa.Table) -> pa.Array:
+    """Of each row whether anything was lost."""
+    lost = [files[name].to_numpy() > 0 for name in ("lost_bytes", "lost_documents", "lost_unknown")]
+    return pa.array(np.any(lost, axis=0), pa.bool_())
 
 
 def of_run(run: manifest.RunFolder) -> Losses:
@@ -204,7 +209,7 @@ def describe(found: Losses) -> str:
     if not found.any:
         return ""
     return (
-        f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} ({_rounded_up(found.share)}) in "
+        f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} ({rounded_up(found.share)}) in "
         f"{count(found.num_files, 'file')}: {worst_files(found)}; {said_documents(found)}"
     )
 
@@ -212,7 +217,7 @@ def describe(found: Losses) -> str:
 def worst_files(found: Losses) -> str:
     """Names of the files that lost most, with the share of each that was read."""
     names = _names([uri for uri, _ in found.worst])
-    files = [f"{name} ({_rounded_down(share)} read)" for name, (_, share) in zip(names, found.worst, strict=True)]
+    files = [f"{name} ({rounded_down(share)} read)" for name, (_, share) in zip(names, found.worst, strict=True)]
     return _listed(files, found.num_files)
 
 
@@ -261,12 +266,12 @@ def said_bytes(n: int) -> str:
     return f"{value:.1f} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
 
 
-def _rounded_down(share: float) -> str:
+def rounded_down(share: float) -> str:
     """``share`` in percent, never 100% where something is missing."""
     return f"{math.floor(share * 1000) / 10:g}%"
 
 
-def _rounded_up(share: float) -> str:
+def rounded_up(share: float) -> str:
     """``share`` in percent, never 0% where there is something."""
     return f"{math.ceil(share * 1000) / 10:g}%"
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import charts, claims, compare, manifest, query, show, storage
+from afn_ray import charts, claims, compare, losses, manifest, query, show, storage
 from afn_ray.charts import MAX_ROWS, Chart, Table, cut, number, percent
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, printable
@@ -99,7 +99,7 @@ def render(
         glance=_glance(summary, comparison), facts=show.facts(summary), cautions=show.cautions(summary),
         thresholds=_thresholds_table(summary), charts=drawn, points=points, salient=salient, screened=screened,
         claims=claims_of, claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
-        features=FEATURES, sources=_sources_table(run, main.layer), comparison=comparison,
+        features=FEATURES, sources=_sources_table(run, main.layer), files=_files_table(run), comparison=comparison,
         drift=None if comparison is None else _drift(comparison, main.layer),
         command=command_line(info["config"]), config=json.dumps(info["config"], indent=1),
         data={"charts": {chart.name: chart.spec for group in drawn.values() for chart in group}, "points": points},
@@ -184,6 +184,9 @@ def _glance(summary: show.Summary, comparison: compare.Comparison | None) -> lis
         (f"{counts['tokens'] - counts['special']:,}", "tokens", f"and {counts['special']:,} special ones, apart"),
         (f"{counts['documents']:,}", "documents", f"{counts['quarantined']:,} quarantined, {counts['empty']:,} empty"),
     ]
+    if (lost := summary.losses).any:
+        against = f"{losses.rounded_up(lost.share)} of the corpus: {losses.said_documents(lost)}"
+        cards.append((losses.said_bytes(lost.lost_bytes), "lost", against))
     for share, control in list(zip(main.classes, first.classes, strict=True))[:1]:  # content, where there is any
         against = f"at layer 0, the control: {percent(control.share)}" if first.layer == 0 else "layer 0 not recorded"
         cards.append((percent(share.share), f"of {share.name} tokens are HIGH at layer {main.layer}", against))
@@ -236,6 +239,35 @@ def _sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
         for r in rows.slice(0, MAX_ROWS).to_pylist()
     )
     return Table(caption, ("source", "documents", "tokens", "HIGH"), tuple(cells))
+
+
+def _files_table(run: manifest.RunFolder) -> Table | None:
+    """The files that lost most, or of which most was replaced; None where none did."""
+    table = manifest.read_table(run, "files")
+    lossy = pc.or_(losses.lost_something(table), pc.greater(table["n_replaced"], 0))
+    order = [("lost_bytes", "descending"), ("n_replaced", "descending"), ("source", "ascending")]
+    rows = table.filter(lossy).sort_by(order)
+    if not len(rows):
+        return None
+    caption = "Files that were not read as a whole" + (
+        f", the worst {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
+    )
+    cells = (
+        (
+            row["source"], losses.said_bytes(row["num_bytes"]), losses.said_bytes(row["lost_bytes"]),
+            losses.rounded_down(row["share_read"]), _said_lost_documents(row), f"{row['n_replaced']:,}",
+        )
+        for row in rows.slice(0, MAX_ROWS).to_pylist()
+    )  # fmt: skip
+    heads = ("file", "size", "lost", "read", "documents lost", "characters replaced")
+    return Table(caption, heads, tuple(cells))
+
+
+def _said_lost_documents(row: Mapping[str, Any]) -> str:
+    known = f"{row['lost_documents']:,}"
+    if not row["lost_unknown"]:
+        return known
+    return f"{known} or more" if row["lost_documents"] else "unknown"
 
 
 def _whole(comparison: compare.Comparison) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -232,6 +233,8 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
 def cautions(summary: Summary) -> list[str]:
     """What the figures do not say; a line that belongs to the one before it is indented."""
     lines = []
+    if summary.losses.any:
+        lines.append(f"Lost, and in no figure: {losses.describe(summary.losses)}.")
     for layer in summary.layers:
         main = layer.thresholds["tokens"]
         line = f"Layer {layer.layer}: Q3 lies {layer.q3_over_q2 - 1:.1%} above the median (CV {layer.cv:.2f})"
@@ -313,7 +316,7 @@ def render_classes(summary: Summary, console: Console) -> None:
 
 def render_caution(summary: Summary, console: Console) -> None:
     """What the figures do not say."""
-    lines = ["[bold]To be careful about[/bold]", *cautions(summary)]
+    lines = ["[bold]To be careful about[/bold]", *(escape(printable(line)) for line in cautions(summary))]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 

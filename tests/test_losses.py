@@ -13,7 +13,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import job, losses, manifest, pipeline, verify
+from afn_ray import compare, job, losses, manifest, pipeline, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
 from afn_ray.schema import FILES_SCHEMA, FileInfo
@@ -139,6 +139,12 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
     size = (tmp_path / "corpus" / "b.jsonl").stat().st_size
     assert (files["b.jsonl"]["lost_bytes"], files["b.jsonl"]["lost_documents"]) == (size, 20)
     assert files["b.jsonl"]["share_read"] == 0 and files["a.jsonl"]["lost_bytes"] == 0
+
+
+def test_a_comparison_says_which_run_lost_what(lossy: tuple[RunConfig, list[str]]) -> None:
+    notes = compare.compare(lossy[0].store, lossy[0].store).notes
+    said = losses.describe(losses.of_run(manifest.find_run(lossy[0].store)))
+    assert f"A lost {said}." in notes and f"B lost {said}." in notes
 
 
 # --- in words --------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import afn_ray
 from afn_ray import charts, claims, grammar, manifest, report, show
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
-from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA
+from afn_ray.schema import FEATURES, FILES_SCHEMA, SCREENED_SCHEMA, SOURCES_SCHEMA
 from afn_ray.settings import config_from
 
 MAX_PAGE_BYTES = 3_000_000
@@ -73,7 +73,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
             rows = run.sql("SELECT doc, source, n_tokens FROM documents WHERE doc >= $1 ORDER BY doc", [650]).fetchall()
     screened = _screened(found[1], {doc: (source, n) for doc, source, n in rows})
     assert len(screened) == len(HOSTILE)
-    sources = [{"layer": k, "source": f"{EVIL}/{i}", "n_docs": 2, "n": 8, "n_high": i, "bins": [5], "counts": [8]}
+    nothing = dict.fromkeys(SOURCES_SCHEMA.names, 0)
+    sources = [nothing | {"layer": k, "source": f"{EVIL}/{i}", "n_docs": 2, "n": 8, "n_high": i,
+                          "bins": [5], "counts": [8]}
                for k in range(4) for i in range(3)]  # fmt: skip
     found[1] = _add_tables(found[1], screened=screened, sources=pa.Table.from_pylist(sources, SOURCES_SCHEMA))
     return found
@@ -181,6 +183,26 @@ def test_what_a_run_lacks_is_told_with_what_to_do(plain: str) -> None:
     text = _Page.of(plain).text
     assert "afn report RUN --baseline RUN" in text
     assert "made without screening" in text and "no table of its sources" in text
+
+
+def test_what_was_lost_is_said_first_and_listed_by_file(
+    runs: list[manifest.RunFolder], plain: str, tmp_path: Path
+) -> None:
+    assert "Files that were not read as a whole" not in _Page.of(plain).text
+    whole = dict.fromkeys(FILES_SCHEMA.names, 0) | {"source": "/c/whole", "is_skipped": False, "share_read": 1.0}
+    cut = whole | {"source": f"{EVIL}/a.gz", "num_bytes": 100_000, "lost_bytes": 48_100, "share_read": 0.519,
+                   "lost_documents": 7, "lost_unknown": 1}  # fmt: skip
+    odd = whole | {"source": "/c/odd.txt", "num_bytes": 100_000, "n_replaced": 37}
+    shutil.copytree(runs[0].store, tmp_path / "store")
+    run = manifest.find_run(f"{tmp_path}/store/runs/{runs[0].id}")
+    run = _add_tables(run, files=pa.Table.from_pylist([whole, odd, cut], FILES_SCHEMA))
+    text = _Page.of(report.render(run, with_claims=False)).text
+    assert "48 kBlost24.1% of the corpus: 7 documents or more" in text
+    assert "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 documents or more." in text
+    caption = "Files that were not read as a whole"
+    listed = text[text.index(caption) :]
+    assert f"{EVIL}/a.gz100 kB48 kB51.9%7 or more0 /c/odd.txt100 kB0 bytes100%037" in listed
+    assert "/c/whole" not in listed
 
 
 def test_without_a_package_the_extra_is_named(
