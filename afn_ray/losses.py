@@ -235,16 +235,20 @@ def replaced_files(found: Losses) -> str:
 
 
 def describe_skipped(files: Sequence[FileInfo]) -> str:
-    """Files that were left out for their names; empty where none was."""
-    stored = [file for file in files if is_store_file(file.uri)]
+    """Files that were left out of the corpus, and why; empty where none was."""
+    of_store = [file for file in files if is_store_file(file.uri)]
     others = [file for file in files if not is_store_file(file.uri)]
     parts = []
-    for some, why in ((stored, "of an afn-ray store"), (others, "with an ending that is no known format")):
-        if some:
-            size = said_bytes(sum(file.size for file in some))
-            names = _listed(_names([file.uri for file in some[:NAMED_FILES]]), len(some))
-            parts.append(f"{count(len(some), 'file')} ({size}) {why}: {names}")
+    if others:
+        names = _listed(_names([file.uri for file in others[:NAMED_FILES]]), len(others))
+        parts.append(f"{_sized(others)} with an ending that is no known format: {names}")
+    if of_store:
+        parts.append(f"{_sized(of_store)} of a store")
     return "; ".join(parts)
+
+
+def _sized(files: Sequence[FileInfo]) -> str:
+    return f"{count(len(files), 'file')} ({said_bytes(sum(file.size for file in files))})"
 
 
 def said_documents(found: Losses) -> str:

@@ -116,6 +116,7 @@ def test_the_end_of_a_run_says_what_was_lost_each_time(lossy: tuple[RunConfig, l
     config, said = lossy
     for messages in (said, said_by_a_run(config)):  # the second time there is nothing to do
         assert messages[-1].startswith("warning: lost: ") and " in 3 files: " in messages[-1]
+        assert "d.parquet (0% read)" in messages[-1] and messages[-1].endswith("; 2 documents or more")
         assert "replaced: 2 characters in 1 file: e.txt" in messages
         assert any(text.startswith("skipped: 1 file (") and text.endswith(": c.pdf") for text in messages)
 
@@ -185,6 +186,11 @@ def test_files_of_one_name_are_told_apart() -> None:
     files = [FileInfo(f"/c/{i}.pdf", 10**i, "") for i in range(7)]
     assert losses.describe_skipped(files) == (
         "7 files (1.1 MB) with an ending that is no known format: 0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf, and 2 more"
+    )
+    own = FileInfo("/c/store/runs/20261122T010203.004Z-abcdef012345/run.json", 5, "")
+    assert losses.describe_skipped([own]) == "1 file (5 bytes) of a store"
+    assert losses.describe_skipped([own, *files[:1]]) == (
+        "1 file (1 byte) with an ending that is no known format: 0.pdf; 1 file (5 bytes) of a store"
     )
 
 
