@@ -341,8 +341,9 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
     for key in sorted({*theirs, *ours} - {"id"}):
         if key == "model" and theirs.get(key) != ours[key]:
             a, b = theirs.get(key) or {}, ours[key]
-            files = sorted(f for f in {*a, *b} if a.get(f) != b.get(f))
-            differs.append(f"these parts of it differ: {', '.join(files)}")
+            parts = sorted(p for p in {*a, *b} if a.get(p) != b.get(p))
+            told = [f"{p} ({a.get(p)} in the run, {b[p]} here)" if p in model.MAKERS else p for p in parts]
+            differs.append(f"these parts of it differ: {', '.join(told)}")
         elif theirs.get(key) != ours.get(key):
             differs.append(f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} here")
     return (

@@ -208,6 +208,15 @@ def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
         explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path / "gone"))
 
 
+def test_a_run_of_another_version_of_transformers_is_not_compared(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = model.MAKERS["transformers"]
+    monkeypatch.setitem(model.MAKERS, "transformers", "5.99")
+    with pytest.raises(ModelError, match=rf"parts of it differ: transformers \({ours} in the run, 5\.99 here\)"):
+        explain(corpus.folder.uri, "In the beginning")
+
+
 @pytest.mark.parametrize("flag", ["trust_remote_code", "allow_pickle"])
 def test_a_run_cannot_make_its_reader_run_code(corpus: Corpus, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     info = corpus.folder.info | {"config": corpus.folder.info["config"] | {flag: True, "model": "/evil"}}

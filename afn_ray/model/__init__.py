@@ -3,6 +3,7 @@
 from afn_ray.model.engine import Model, Pending
 from afn_ray.model.files import (
     DEFAULT_WINDOW_TOKENS,
+    MAKERS,
     VERSIONS,
     ModelFiles,
     choose_device,
@@ -19,6 +20,7 @@ from afn_ray.model.task import Decided, decide
 
 __all__ = [
     "DEFAULT_WINDOW_TOKENS",
+    "MAKERS",
     "VERSIONS",
     "Decided",
     "Model",
