@@ -525,7 +525,10 @@ def _json(data: bytes, uri: str) -> dict[str, Any]:
         raise StoreError(f"{uri} is damaged: {error}") from error
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
-        raise StoreError(f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it")
+        raise StoreError(
+            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it, or measure the "
+            "corpus anew in another --store"
+        )
     value.pop("sha256", None)
     if data != sealed(value):
         raise StoreError(f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}")

@@ -387,7 +387,10 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         (b'{"schema_version": 5}', "is damaged: its bytes do not have the checksum that it carries"),
         (manifest.sealed({"schema_version": 5}), "is damaged: id is null"),
         (manifest.sealed({"schema_version": 5}) + b" ", "is damaged: its bytes do not have the checksum"),
-        (b'{"schema_version": 2}', "schema version 2, expected 5; use the afn-ray that wrote it"),
+        (
+            b'{"schema_version": 2}',
+            "schema version 2, expected 5; use the afn-ray that wrote it, or measure the corpus anew",
+        ),
     ],
 )
 def test_a_run_json_that_cannot_be_read_is_named(config: RunConfig, body: bytes, says: str) -> None:
