@@ -222,7 +222,7 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
         try:
             opened = pq.ParquetFile(source)
             names, metadata = opened.schema_arrow.names, opened.metadata
-            groups = row_groups.column_chunks(metadata, columns, file.size)
+            groups = row_groups.column_chunks(source, columns)
         except row_groups.UNREADABLE:
             return [_cut_whole(file, "parquet", "", -1)]
         _require_columns(file, names, options)

@@ -112,7 +112,7 @@ def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
     """SHA-256, in hex, of the bytes of ``slice`` in its file of ``size`` bytes, as ``corpus.cut`` takes it."""
     if _is_row_groups(slice):
         with Source(slice.uri, 0, size) as source, contextlib.suppress(*UNREADABLE):
-            groups = column_chunks(parquet.open_file(source).metadata, columns_of(options), size)
+            groups = column_chunks(source, columns_of(options))
             return hash_chunks(source, columns_of(options), groups[slice.start : slice.end])
         return "unreadable"
     with Source(slice.uri, slice.start, slice.end) as source:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import parquet
+from afn_ray import footer, parquet
 from afn_ray.documents import Origin, columns, columns_of, decode, document, labelled_document, missing_column, problem
 from afn_ray.errors import CorpusError
 from afn_ray.schema import Document, FileSlice, ReadOptions
@@ -32,19 +32,17 @@ Ids = list[str | None]
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def column_chunks(metadata: Any, columns: Sequence[str], size: int) -> list[list[tuple[int, int]]]:
+def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int, int]]]:
     """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one outside the file."""
-    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaves = [i for i, path in enumerate(paths) if _is_of(path, columns)]
     groups: list[list[tuple[int, int]]] = []
-    for group in range(metadata.num_row_groups):
+    for group, chunks in enumerate(footer.read_chunks(source)):
         groups.append([])
-        for leaf in leaves:
-            chunk = metadata.row_group(group).column(leaf)
-            offset = min(o for o in (chunk.dictionary_page_offset, chunk.data_page_offset) if o)
-            if not 0 <= offset <= offset + chunk.total_compressed_size <= size:
+        for chunk in chunks:
+            if not _is_of(chunk.path, columns):
+                continue
+            if not 0 <= chunk.offset <= chunk.offset + chunk.taken <= source.size:
                 raise ValueError(f"row group {group} lies outside the file")
-            groups[-1].append((offset, chunk.total_compressed_size))
+            groups[-1].append((chunk.offset, chunk.taken))
     return groups
 
 
@@ -86,11 +84,14 @@ class _File:
         self._source = source
         self.options = options
         self.metadata = pq.read_metadata(source)
+        self._chunks = footer.read_chunks(source)
         leaves = [self.metadata.schema.column(i) for i in range(self.metadata.num_columns)]
         self._indices = [i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns_of(options))]
         self._strings = [i for i in self._indices if _is_plain_string(leaves[i], columns_of(options))]
         self._open: dict[tuple[str, ...], Any] = {}
         self.schema = self._with(()).schema_arrow
+        if any([chunk.path for chunk in chunks] != [leaf.path for leaf in leaves] for chunks in self._chunks):
+            raise ValueError("its row groups have not the columns of the file")
         self.num_rows = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
         self._is_uuid = {leaf.path for leaf in leaves if _is_uuid(leaf)}
 
@@ -99,27 +100,26 @@ class _File:
 
     def stored(self, group: int) -> tuple[int, int]:
         """Bytes that the columns of a row group take in the file, and those they give."""
-        chunks = [self.metadata.row_group(group).column(i) for i in self._indices]
-        return sum(c.total_compressed_size for c in chunks), sum(c.total_uncompressed_size for c in chunks)
+        chunks = [self._chunks[group][i] for i in self._indices]
+        return sum(c.taken for c in chunks), sum(c.given for c in chunks)
 
     def check_expansion(self, group: int) -> None:
         """Raise ``ValueError`` for a row group whose metadata say that a column gives far more than it takes."""
         for i in self._indices:
-            chunk = self.metadata.row_group(group).column(i)
-            given, taken = chunk.total_uncompressed_size, chunk.total_compressed_size
-            if given > max(EXPANSION_FROM_BYTES, EXPANSION * taken):
+            chunk = self._chunks[group][i]
+            if chunk.given > max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken):
                 raise ValueError(
-                    f"{taken} bytes of {chunk.path_in_schema} give {given}, over {EXPANSION} times as many"
+                    f"{chunk.taken} bytes of {chunk.path} give {chunk.given}, over {EXPANSION} times as many"
                 )
 
     def batches(self, group: int) -> Iterator[tuple[Texts, Ids, list[Any]]]:
         """Texts, ids and tags of one row group, a few megabytes at a time where its metadata allow to tell."""
-        options, metadata = self.options, self.metadata.row_group(group)
+        options, chunks = self.options, self._chunks[group]
         # As dictionaries, or 64 rows that share a value of 64 MB would be 4 GB. Arrow cannot read delta encodings so.
-        dense = [i for i in self._strings if any("DELTA" in e for e in metadata.column(i).encodings)]
-        shared = tuple(metadata.column(i).path_in_schema for i in self._strings if i not in dense)
+        dense = [i for i in self._strings if chunks[i].has_deltas]
+        shared = tuple(chunks[i].path for i in self._strings if i not in dense)
         num_bytes = self.stored(group)[1]
-        num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * metadata.num_rows // max(num_bytes, 1)))
+        num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * self.num_rows[group] // max(num_bytes, 1)))
         if dense:
             num_rows = min(num_rows, max(1, SHARED_BYTES // max(num_bytes, 1)))
         batches = self._with(shared).iter_batches(

@@ -25,7 +25,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import cli, corpus, documents, manifest, model, reading, storage, streams
+from afn_ray import cli, corpus, documents, footer, manifest, model, reading, storage, streams
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
@@ -278,6 +278,7 @@ def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     table = PAGES[2].read_text("utf-8")
     assert RunConfig(corpus=("-",), model="-", store="-").max_document_bytes == 8 << 20
     assert (streams.LINE_BYTES, streams.EXPANSION, streams.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
+    assert footer.FOOTER_BYTES == 64 << 20
     assert (manifest.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
     for bound in (
         f"{documents.ID_CHARS:,} characters",

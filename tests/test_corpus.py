@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import csv
 import dataclasses
@@ -595,6 +596,27 @@ def test_a_flipped_bit_in_any_stream_is_told_with_what_it_cost(ending: str) -> N
     assert num_told > len(places) * 0.7
 
 
+ZSTD = base64.b64decode(
+    "KLUv/QRo1QAAiDAgdGhlIG9sZCBkb2cKMTIzAwQKQMAVsw4dCartKLUv/QRo1QAAiDQgdGhlIG9sZCBkb2cKNTY3AwQKQMAV"
+    "sw6ghVwRKLUv/QRo7QAAkDggdGhlIG9sZCBkb2cKOTEwMQMA4BAyZSyOWQey10Tz"
+)
+"""Three frames with checksums, of 4 lines each."""
+
+
+def test_a_flipped_bit_in_any_frame_of_zstd_with_checksums_is_told() -> None:
+    expected = [f"{i} the old dog" for i in range(12)]
+    assert texts(read_all(remember(ZSTD, "txt.zst"))) == expected
+    for place in range(len(ZSTD)):
+        data = bytearray(ZSTD)
+        data[place] ^= 1 << place % 8
+        for options in (OPTIONS, WHOLE):
+            documents = read_all(remember(bytes(data), "txt.zst"), options)
+            if documents[-1].problem is None:
+                assert "\n".join(d.text for d in documents).strip() == "\n".join(expected), place
+            else:
+                assert documents[-1].lost_bytes >= len(ZSTD) * (2 - place * 3 // len(ZSTD)) // 3 - 9, place
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
 def test_what_is_behind_a_stream_and_is_none_is_told(ending: str, options: ReadOptions) -> None:
@@ -1005,6 +1027,32 @@ def test_a_flipped_bit_of_a_page_with_a_checksum_is_told(tmp_path: Path) -> None
     documents = read_all_inexact(write(tmp_path, "b.parquet", bytes(data)))
     assert texts(documents) == [*rows[:10], None, *rows[20:]]
     assert documents[10].lost_documents == 10
+
+
+def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process(tmp_path: Path) -> None:
+    rows = [os.urandom(8).hex() for _ in range(30)]
+    file = parquet(tmp_path / "a.parquet", {"text": rows, "id": range(30)}, row_group_size=10)
+    data = Path(file.uri).read_bytes()
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    expected = [(str(i), row) for i, row in enumerate(rows)]
+    num_right = num_told = 0
+    counts = [at for at in range(begin, len(data)) if data[at] == 20]  # zigzag of 10, as the rows of a group
+    for place in [*range(begin, len(data), 11), *counts]:
+        damaged = bytearray(data)
+        damaged[place] ^= 16 if place in counts else 1 << place % 8
+        try:
+            documents = [
+                d for s in corpus.cut(remember(bytes(damaged), "parquet"), IDS, 100) for d in reading.read(s, IDS)
+            ]
+        except CorpusError:
+            num_told += 1  # another name of a column, or another type
+            continue
+        bad = [d for d in documents if d.problem is not None]
+        num_told += bool(bad)
+        num_right += not bad
+        assert bad or [(d.doc_id, d.text) for d in documents] == expected, place
+        assert all(d.lost_bytes > 0 for d in bad)
+    assert num_right > 9 and num_told > 20
 
 
 def read_all_inexact(file: FileInfo) -> list[Document]:
