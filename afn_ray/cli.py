@@ -156,6 +156,9 @@ def _run(args: argparse.Namespace) -> None:
     config = settings.config_from(given, args.config)
     _log_as(config.log_format, args.quiet)
     lakehouse.refuse_patterns(config.corpus)
+    from afn_ray import precheck
+
+    precheck.check_run(config)
     from afn_ray import estimate, job
 
     console = Console(stderr=True, highlight=False)
@@ -209,6 +212,10 @@ def _claims(args: argparse.Namespace) -> None:
 
     if args.sample is not None and not args.masking:
         raise ConfigError("--sample is of documents to mask: give --masking too, or leave it out")
+    if args.masking:
+        from afn_ray import precheck
+
+        precheck.check_question(args.run, args.model)
     with query.open_run(args.run, timeout_s=args.timeout) as run:
         masked: tuple[list[Any], tuple[str, ...]] = ([], ())
         if args.masking:  # first: the model may not be here
@@ -257,12 +264,17 @@ def _neurons(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from afn_ray import audit, manifest, report, settings, storage
+    from afn_ray import precheck, settings
+
+    config = settings.config_from({}, args.config)
+    _log_as(config.log_format, args.quiet)
+    settings.read_toml(args.policy, "policy")
+    precheck.check_run(config)
+    from afn_ray import audit, manifest, report, storage
     from afn_ray.cluster import connection
 
     connection.lost_exit_code = AUDIT_FAILED
-    config, policy = settings.config_from({}, args.config), audit.read_policy(args.policy)
-    _log_as(config.log_format, args.quiet)
+    policy = audit.read_policy(args.policy)
     out = storage.absolute(args.out)  # one that cannot be opened is told now, not after the run
     url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()  # a Secret made of a file ends with its newline
     webhook = audit.check_webhook(url, args.allow_http) if url else None
@@ -331,6 +343,9 @@ def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
 
 def _explain(args: argparse.Namespace) -> None:
     text = terminal.read_input() if args.text == "-" else args.text
+    from afn_ray import precheck
+
+    precheck.check_question(args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer)
     from afn_ray import explain, explained
 
     result = explain.explain(

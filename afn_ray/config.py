@@ -22,6 +22,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "neurons_of": ("all", "high"),
     "log_format": ("text", "json"),
 }
+BUILT_IN_SIGNALS = ("strength", "shift", "centred", "trimmed", "attention", "neurons")
+SIGNAL_GROUP = "afn_ray.signals"
+"""Entry points of other packages that have signals: ``name = "package.module:Class"``."""
 SIGNAL = re.compile(r"[a-z][a-z_]*")
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pyarrow.parquet as pq
 
 from afn_ray import documents, lakehouse, reading, row_groups, storage, streams
-from afn_ray.errors import CorpusError
+from afn_ray.errors import CorpusError, nearest
 from afn_ray.layout import is_store_file
 from afn_ray.schema import (
     UPOS,
@@ -146,7 +146,7 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
     if names is not None and (missing := documents.missing_column(names, options)) is not None:
-        why = documents.why_missing(names, options)
+        why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
         raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}")
 
 

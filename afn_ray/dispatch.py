@@ -25,6 +25,7 @@ from afn_ray.errors import (
     OutOfMemory,
     ShardError,
     Unavailable,
+    count,
 )
 from afn_ray.pipeline import Progress
 from afn_ray.schema import Shard
@@ -153,6 +154,9 @@ class Pool(Protocol):
     def lack(self) -> str:
         """What the workers that are not ready wait for: what was asked for, and what there is."""
 
+    def num_loading(self) -> int:
+        """Workers that have a place and load the model."""
+
     def close(self) -> None:
         """End all workers."""
 
@@ -232,8 +236,11 @@ class _Record:
 class Patience:
     """Says what is waited for after a while, and gives up after ``wait_s``."""
 
-    def __init__(self, wait_s: float, lack: Callable[[], str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._wait_s, self._lack, self._clock = wait_s, lack, clock
+    def __init__(
+        self, wait_s: float, lack: Callable[[], str], clock: Callable[[], float] = time.monotonic,
+        num_loading: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        self._wait_s, self._lack, self._clock, self._num_loading = wait_s, lack, clock, num_loading
         self.reset()
 
     def reset(self) -> None:
@@ -245,12 +252,16 @@ class Patience:
         waited = self._clock() - self._since
         if waited >= self._wait_s:
             raise Interrupted(
-                f"no worker for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the same command resumes"
+                f"{self._who()} for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the same command resumes"
             )
         if self._said or waited < SAY_AFTER_S:
             return None
         self._said = True
-        return f"no worker for {waited:,.0f} s: {self._lack()}; waiting for up to {self._wait_s:,.0f} s (--wait)"
+        return f"{self._who()} for {waited:,.0f} s: {self._lack()}; waiting for up to {self._wait_s:,.0f} s (--wait)"
+
+    def _who(self) -> str:
+        loading = self._num_loading()
+        return f"{count(loading, 'worker')} loading the model" if loading else "no worker"
 
 
 class Dispatcher:
@@ -283,7 +294,7 @@ class Dispatcher:
         self._next_start = 0.0
         self._failed_starts = self._quarantines = self._unanswered = 0
         self._max_quarantines = max(QUARANTINES_IN_ROW, allow_quarantined + 1)
-        self._patience = Patience(wait_s, pool.lack, clock)
+        self._patience = Patience(wait_s, pool.lack, clock, pool.num_loading)
         self._began: float | None = None  # when the first worker was ready
         self.state = State(len(shards), num_documents=_num_documents(shards))
 

@@ -20,7 +20,9 @@
 Every constructor takes the message alone, so that errors survive pickling between processes.
 """
 
+import difflib
 import re
+from collections.abc import Sequence
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """What moves the cursor, rings, recolours or reorders a terminal: control characters and those of direction."""
@@ -34,6 +36,12 @@ def printable(text: str, keep: str = "") -> str:
 def count(n: int, noun: str) -> str:
     """``n`` of ``noun``, which takes an s for more than one: "1 shard", "1,000 shards"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def nearest(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """What may have been meant by ``unknown`` names, in brackets; empty where no known one is near."""
+    found = [near for name in unknown for near in difflib.get_close_matches(name, known, 1)]
+    return f" (did you mean {', '.join(found)}?)" if found else ""
 
 
 class AfnError(Exception):

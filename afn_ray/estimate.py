@@ -14,7 +14,7 @@ from typing import Any
 from afn_ray import cluster, corpus, counting, lexicon, pipeline, settings, storage
 from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.errors import ConfigError, CorpusError, nearest
 from afn_ray.job import OnEvent, normalised, prepare, take_stock
 from afn_ray.schema import FileInfo, fingerprint
 
@@ -355,7 +355,7 @@ def read_prices(path: Path) -> Prices:
     value = settings.read_toml(path, "--prices")
     known = [f.name for f in fields(Prices)]
     if unknown := sorted(value.keys() - set(known)):
-        raise ConfigError(f"--prices {path} has {', '.join(unknown)}{settings.nearest(unknown, known)}; expected "
+        raise ConfigError(f"--prices {path} has {', '.join(unknown)}{nearest(unknown, known)}; expected "
                           f"currency, as_of and some of {', '.join(known[2:])}")  # fmt: skip
     for name, what in (("currency", "of all prices"), ("as_of", "whose prices these are, and of when")):
         if name not in value:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from afn_ray import errors
 from afn_ray.config import CHOICES, HINTS, RunConfig
 from afn_ray.errors import ConfigError
 
@@ -22,6 +22,8 @@ STATUS_EPILOG = (
 AUDIT_EPILOG = (
     "exit codes: 0 the policy holds; 1 it is broken; 2 the audit failed or was stopped, and the same command resumes it"
 )
+CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+"""What argparse says of a word that is none of those it expects."""
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
 
@@ -29,6 +31,8 @@ class _Parser(argparse.ArgumentParser):
     """A mistake is told in one line; the whole usage, 50 lines for some commands, is what --help is for."""
 
     def error(self, message: str) -> NoReturn:
+        if choice := CHOICE.search(message):
+            message += errors.nearest([choice[1]], re.findall(r"[^', ]+", choice[2]))
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}; '{self.prog} --help' tells more\n")
 
 
@@ -229,8 +233,7 @@ def parser() -> argparse.ArgumentParser:
 def nearest(command: argparse.ArgumentParser, flag: str) -> str:
     """What may have been meant by ``flag``, in brackets; empty where no flag of ``command`` is near."""
     flags = [option for action in command._actions for option in action.option_strings]
-    found = difflib.get_close_matches(flag.partition("=")[0], flags, 1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    return errors.nearest([flag.partition("=")[0]], flags)
 
 
 def _add_run(commands: Any) -> None:

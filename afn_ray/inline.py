@@ -64,6 +64,9 @@ class InlinePool:
     def lack(self) -> str:
         return "this process is its only worker"
 
+    def num_loading(self) -> int:
+        return 0  # it has loaded the model before it is asked
+
     def close(self) -> None:
         self._processor.stop()
         if not self._join(STOP_S):

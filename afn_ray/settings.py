@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from afn_ray import storage
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, ConfigError, Unavailable
+from afn_ray.errors import AfnError, ConfigError, Unavailable, nearest
 
 MOST_BYTES = 1 << 20
 """Of such a file: people write them."""
@@ -88,12 +87,6 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
             if name in found and name not in values:
                 _check_absolute(name, getattr(config, name), str(file))
     return config
-
-
-def nearest(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """What may have been meant by ``unknown`` names, in brackets; empty where no known one is near."""
-    found = [near for name in unknown for near in difflib.get_close_matches(name, known, 1)]
-    return f" (did you mean {', '.join(found)}?)" if found else ""
 
 
 def _check_absolute(name: str, value: str | tuple[str, ...], file: str) -> None:

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as functional
 
-from afn_ray.config import SIGNAL, TOP_NEURONS, signal_names
-from afn_ray.errors import ConfigError
+from afn_ray.config import SIGNAL, SIGNAL_GROUP, TOP_NEURONS, signal_names
+from afn_ray.errors import ConfigError, nearest
 from afn_ray.schema import STRENGTH, Series
 
 NEEDS = frozenset({"attention", "neurons", "norm", "outliers"})
@@ -20,8 +20,6 @@ DIMENSIONS = 3
 """Outlier dimensions of a layer."""
 TAKEN = frozenset({"high", "quartile", "sink", "neurons"})
 """Columns that have a layer behind their name too."""
-GROUP = "afn_ray.signals"
-"""Entry points of other packages: ``name = "package.module:Class"``."""
 
 
 @dataclass(slots=True)
@@ -197,7 +195,7 @@ def known() -> list[str]:
 
 
 def _elsewhere() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+    return {point.name: point for point in entry_points(group=SIGNAL_GROUP)}
 
 
 def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signal, ...], list[str]]:
@@ -218,7 +216,7 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
             package = others[name].dist
             identities.append(f"{name} of {package.name} {package.version}" if package else name)
         else:
-            raise ConfigError(f"there is no signal {name!r}; there are {', '.join(known())}")
+            raise ConfigError(f"there is no signal {name!r}{nearest([name], known())}; there are {', '.join(known())}")
     columns = [c for s in found for c in s.columns]
     if twice := sorted({c for c in columns if columns.count(c) > 1}):
         raise ConfigError(f"two signals measure {', '.join(twice)}; leave one of them out")

@@ -527,13 +527,17 @@ def check_writable(uri: str) -> None:
 def try_writable(uri: str) -> None:
     """As ``check_writable``; folders that it makes on a disk are removed again."""
     local = None if "://" in uri else Path(uri)
-    missing = [] if local is None else list(itertools.takewhile(lambda p: not p.exists(), (local, *local.parents)))
+    missing = [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
     try:
         _probe(uri)
     finally:
         for folder in missing:
             with contextlib.suppress(OSError):  # somebody else's by now, or never made
                 folder.rmdir()
+
+
+def _is_missing(path: Path) -> bool:
+    return not os.path.exists(path)  # noqa: PTH110 - which pathlib's does not say of a name that is too long
 
 
 def _probe(uri: str) -> None:

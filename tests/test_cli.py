@@ -14,6 +14,7 @@ import pytest
 from conftest import write_jsonl
 
 from afn_ray import cli, grammar, terminal
+from afn_ray.config import BUILT_IN_SIGNALS
 
 
 def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -111,16 +112,10 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["run", "x", "--model", "y", "--store", "z", "--workers", "0"], "workers is 0; expected at least 1"),
         (["run", "x", "--model", "y", "--store", "z", "--workers", "two"], "invalid int value: 'two'"),
         (["run", "x", "--model", "y", "--store", "z", "--dtype", "float8"], "invalid choice: 'float8'"),
-        (["run", "x", "--model", "y", "--store", "z", "--layers", "eight"], "layers is 'eight'; expected numbers"),
         (["run", "--config", "nowhere.toml"], "config file nowhere.toml cannot be read"),
         (["run", "--config", "broken.toml"], "is not TOML"),
         (["run", "--config", "typo.toml"], "unknown key in typo.toml: modle (did you mean model?); known keys: corpus"),
-        (["run", "no.jsonl", "--model", "{model}", "--store", "s"], "no.jsonl: no such file or folder"),
         (["run", "c.jsonl", "--model", "no/such", "--store", "s"], "no model 'no/such'"),
-        (["run", "c.jsonl", "--model", "{model}", "--store", "s", "--layers", "9"], "layers 0 (embeddings) to 3"),
-        (["run", "c.jsonl", "--model", "{model}", "--store", "s", "--text-column", "body"], "it has: text"),
-        (["run", "c.jsonl", "--model", "{model}", "--store", "c.jsonl/s"], "c.jsonl/s"),
-        (["run", "c.exe", "--model", "{model}", "--store", "s"], "no file has a known ending"),
         (["verify", "nowhere"], "nowhere is neither a store nor a run"),
         (["verify", "{store}", "--min-age-h", "-1"], "min_age_h is -1.0; expected 0 or more hours"),
         (["verify", "{store}", "--memory-limit", "lots"], "--memory-limit: 'lots' is no size; give one such as 2GB"),
@@ -133,8 +128,6 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["sql", "{store}", "COPY tokens TO 'x.csv'"], "afn:"),
         (["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x"], "cannot be written"),
         (["explain", "{store}", ""], "afn:"),
-        (["explain", "{store}", "hello", "--layer", "7"], "7"),
-        (["unknown"], "invalid choice: 'unknown'"),
         ([], "afn [-h] [--version] COMMAND"),
     ],
 )
@@ -152,6 +145,107 @@ def test_what_is_typed_wrong_leaves_with_2_and_a_line_that_helps(
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.csv").exists()
+
+
+WRONG = [  # what is asked, what the refusal says; each in a second, without torch, transformers or Ray
+    ("run c.jsonl --model {model} --store s --signals shfit", "no signal 'shfit' (did you mean shift?)"),
+    ("run c.jsonl --model {model} --store s --layers 9", "layer 9 does not exist; the model has layers 0 (embeddings)"),
+    ("run c.jsonl --model {model} --store s --layers eight", "layers is 'eight'; expected numbers"),
+    ("run c.jsonl --model {model} --store s --text-column txet", "no column 'txet' in"),
+    ("run c.jsonl --model {model} --store s --text-column txet", "did you mean text?"),
+    ("run c.jsonl --model {model} --store s --id-column nr", "no column 'nr' in"),
+    ("run c.jsonl --model {model} --store s --language xx", "no function words for language 'xx'"),
+    ("run c.jsonl --model {model} --store s --device cuda", "device is cuda, but there is no driver of a GPU here"),
+    ("run c.jsonl --model {model} --store s --device cdua", "invalid choice: 'cdua'"),
+    ("run c.jsonl --model {model} --store s --address http://head:8265", "ray job submit --address http://head:8265"),
+    ("run c.jsonl --model {model} --store s --address head", "it has no port"),
+    ("run c.jsonl --model {model} --store s --thresholds nowhere", "nowhere is neither a store nor a run"),
+    ("run c.jsonl --model {model} --store s --revision main", "is on this disk, and revision 'main' is for hub models"),
+    ("run c.jsonl --model {model} --store c.jsonl", "c.jsonl"),
+    ("run c.jsonl --model {model} --store c.jsonl/s", "c.jsonl/s"),
+    ("run c.jsonl --model {model} --store /proc/s", "/proc/s"),
+    ("run no.jsonl --model {model} --store s", "no.jsonl: no such file or folder"),
+    ("run no*.jsonl --model {model} --store s", "no*.jsonl: no files match"),
+    ("run c.exe --model {model} --store s", "no file has a known ending"),
+    ("run c.jsonl --model ./none --store s", "no model at ./none"),
+    ("run c.jsonl --model c.jsonl --store s", "no model at c.jsonl: expected a folder with config.json"),
+    ("run c.jsonl --model empty --store s", "empty has no config.json"),
+    ("run c.jsonl --model bare --store s", "bare has no .safetensors file"),
+    ("run c.jsonl --model broken --store s", "its config.json is not JSON"),
+    ("run c.jsonl --model {long} --store s", "File name too long"),
+    ("run c.jsonl --model {model} --store {long}", "File name too long"),
+    ("run {long} --model {model} --store s", "File name too long"),
+    ("run c.jsonl --model {model} --store s --dry-run --layers 9", "layer 9 does not exist"),
+    ("audit run.toml --policy none.toml", "policy none.toml cannot be read"),
+    ("audit run.toml --policy p.toml", "no.jsonl: no such file or folder"),
+    ("explain {store} hello --layer 7", "layer 7 was not recorded; the run has"),
+    ("explain {store} hello --layers 7", "layer 7 does not exist; the model has layers 0"),
+    ("explain {store} hello --signals shfit", "did you mean shift?"),
+    ("explain {store} hello --model ./none", "no model at ./none"),
+    ("explain nowhere hello", "nowhere is neither a store nor a run"),
+    ("claims {store} --masking --model ./none", "no model at ./none"),
+    ("claims nowhere", "nowhere is neither a store nor a run"),
+    ("bench rate run.toml", "no.jsonl: no such file or folder"),
+    ("bench rrate run.toml", "(did you mean rate?)"),
+    ("shwo {store}", "invalid choice: 'shwo'"),
+    ("shwo {store}", "(did you mean show?)"),
+    ("sql {store} --fromat csv", "(did you mean --format?)"),
+    ("sql {store} --format jsno", "(did you mean json?)"),
+]
+TRY_ALL = """
+import contextlib, io, json, sys, time
+from afn_ray import cli
+found = []
+for argv in json.load(sys.stdin):
+    said, began = io.StringIO(), time.process_time()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            cli.main(argv)
+        except SystemExit as end:
+            code = end.code
+    heavy = [m for m in ("torch", "transformers", "ray") if m in sys.modules]
+    found.append([code, said.getvalue(), heavy, time.process_time() - began])
+print(json.dumps(found))
+"""
+
+
+def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, store: Path, tiny_bert: Path) -> None:
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    (tmp_path / "c.exe").write_text("x")
+    for folder, config in (("empty", None), ("bare", "{}"), ("broken", "{")):
+        (tmp_path / folder).mkdir()
+        if config is not None:
+            (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "broken" / "model.safetensors").touch()
+    (tmp_path / "run.toml").write_text(f'corpus = "no.jsonl"\nmodel = "{tiny_bert}"\nstore = "s"\n')
+    (tmp_path / "p.toml").write_text("")
+    named = {"model": tiny_bert, "store": store, "long": "x" * 300}
+    asked = [[word.format(**named) for word in line.split()] for line, _ in WRONG]
+    done = subprocess.run(
+        [sys.executable, "-c", TRY_ALL], input=json.dumps(asked), capture_output=True, text=True, cwd=tmp_path
+    )
+    found = json.loads(done.stdout or "[]")
+    assert len(found) == len(WRONG), done.stderr
+    for (line, says), (code, said, heavy, cpu_s) in zip(WRONG, found, strict=True):
+        assert says in said and code == 2, (line, code, said)
+        assert heavy == [], (line, heavy)
+        assert len(said.strip().splitlines()) == 1 and "Traceback" not in said, (line, said)
+        assert cpu_s < 2, (line, cpu_s)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "bare",
+        "broken",
+        "c.exe",
+        "c.jsonl",
+        "empty",
+        "p.toml",
+        "run.toml",
+    ]
+
+
+def test_signals_are_those_that_are_known_before_torch_is_loaded() -> None:
+    from afn_ray import signals
+
+    assert tuple(signals.BUILT_IN) == BUILT_IN_SIGNALS
 
 
 def test_control_characters_of_names_do_not_reach_the_terminal() -> None:

@@ -66,6 +66,7 @@ class FakePool:
     wanted: int = 2
     start: Callable[[int], Fate] = lambda nth: None
     can_replace: bool = True
+    loading: int = 0  # of the workers that are not ready
     at: Callable[[FakePool], None] = lambda pool: None  # at every look at the clock
     now: float = 0.0
     events: list[tuple[float, Event]] = field(default_factory=list)
@@ -161,6 +162,9 @@ class FakePool:
         return self.tokens.get(worker, 0)
 
     tokens: dict[int, int] = field(default_factory=dict)
+
+    def num_loading(self) -> int:
+        return self.loading
 
     def lack(self) -> str:
         return "2 workers of 1 GPU each were asked for; the cluster has 0 GPU"
@@ -485,6 +489,15 @@ def test_without_capacity_it_says_so_within_thirty_seconds_and_gives_up_in_time(
     assert e.value.exit_code == 75
     assert len(seen) == 1 and SAY_AFTER_S <= seen[0][0] <= 30 and "0 GPU" in seen[0][1]
     assert 300 <= pool.now <= 300 + 2 * POLL_S
+
+
+def test_workers_that_load_their_model_are_no_lack_of_workers() -> None:
+    pool = FakePool(num_places=0, loading=2)
+    notices: list[str] = []
+    with pytest.raises(Interrupted, match=r"^2 workers loading the model for 300 s \(--wait 300\)"):
+        run(pool, wait_s=300.0, on_state=lambda state: notices.extend(state.notices[len(notices) :]))
+    assert len(notices) == 1 and notices[0].startswith("2 workers loading the model for 20 s: ")
+    assert "no worker" not in notices[0]
 
 
 def test_capacity_that_goes_to_zero_and_comes_back() -> None:

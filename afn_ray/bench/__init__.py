@@ -166,10 +166,12 @@ def call(args: argparse.Namespace) -> None:
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
         monitor.render(result, console)
     elif args.what == "rate":
-        from afn_ray import settings
-        from afn_ray.bench import rate
+        from afn_ray import precheck, settings
 
         config = settings.config_from({}, args.config)
+        precheck.check_run(config)
+        from afn_ray.bench import rate
+
         result = rate.measure(config, args.tokens, args.repeat, lambda note: notes.print(note, markup=False))
         rate.render(result, console)
     elif args.what == "simulate":

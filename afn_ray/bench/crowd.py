@@ -130,6 +130,9 @@ class Crowd:
     def lack(self) -> str:
         return "workers are under way"
 
+    def num_loading(self) -> int:
+        return 0
+
     def close(self) -> None:
         pass
 

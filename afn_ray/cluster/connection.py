@@ -153,8 +153,8 @@ def needs(config: RunConfig, device: str) -> dict[str, Any]:
     }
 
 
-def lack(num_waiting: int, config: RunConfig, device: str) -> str:
-    """What ``num_waiting`` workers ask for, and what the cluster has."""
+def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0) -> str:
+    """What those of ``num_waiting`` workers ask for that have no place yet, and what the cluster has."""
     import ray
 
     one = needs(config, device)
@@ -162,8 +162,10 @@ def lack(num_waiting: int, config: RunConfig, device: str) -> str:
     has, free = ray.cluster_resources(), ray.available_resources()
     amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
     nodes = count(sum(node["Alive"] for node in ray.nodes()), "node")
-    return (f"asked for {count(num_waiting, 'more worker')} of {asks} each; the cluster has {amounts} on {nodes}, and "
-            "one that has its place loads the model first")  # fmt: skip
+    if 0 < num_waiting <= num_loading:
+        return "each logs that it is ready with --log-format json"
+    asked = count(num_waiting - num_loading, "more worker")
+    return f"asked for {asked} of {asks} each; the cluster has {amounts} on {nodes}"
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -278,7 +278,11 @@ class RayPool:
         return self._actors[worker].progress.tokens
 
     def lack(self) -> str:
-        return lack(sum(not a.ready for a in self._actors.values()), self._config, self._task.device)
+        num_waiting = sum(not a.ready for a in self._actors.values())
+        return lack(num_waiting, self._config, self._task.device, self.num_loading())
+
+    def num_loading(self) -> int:
+        return sum(_has_place(a.handle) for a in self._actors.values() if not a.ready)
 
     def close(self) -> None:
         self._close(list(self._actors.values()))
@@ -311,6 +315,13 @@ def _ran_out_of_memory(process: str) -> bool:
         return False
     found = gcs_pb2.WorkerTableData.FromString(data)
     return bool(found.exit_type == common_pb2.WorkerExitType.Value("NODE_OUT_OF_MEMORY"))
+
+
+def _has_place(actor: Any) -> bool:
+    """Whether ``actor`` has a process, which loads its model; Ray has the number of none for one that waits."""
+    from ray._private.state import state
+
+    return bool(state.actor_table(actor._actor_id.hex()).get("Pid"))
 
 
 def _restarts(actor: Any) -> int:
