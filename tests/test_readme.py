@@ -6,13 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
+from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import demo, grammar, shell
+from afn_ray import cli, demo, grammar, shell
 
 SMALL_BENCH = {
     "engine": ["--tokens", "3000", "--repeat", "1", "--profiles", "short", "--variants", "loop,tuned,engine,job"],
@@ -57,6 +58,105 @@ def test_the_first_two_blocks_are_the_two_commands_of_a_newcomer() -> None:
     first, second = blocks("sh")[:2]
     assert 'pip install -c constraints.txt -e ".[demo]" && afn demo' in first
     assert 'pip install -c constraints.txt -e ".[dev]" && python -m pytest' in second
+
+
+def commands_of(heading: str) -> list[str]:
+    """The commands in the README's section of this ``heading``; "": before the first."""
+    text = PAGES[0].read_text("utf-8")
+    section = text.partition(f"\n## {heading}\n" if heading else "\n")[2].partition("\n## ")[0]
+    return [line for block in re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S) for line in block.splitlines()]
+
+
+@dataclass
+class Newcomer:
+    """Types commands, in this process."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def types(self, command: str, code: int = 0) -> str:
+        """``command`` as a shell would split it; returns what it prints, in one line."""
+        words = shlex.split(command)
+        assert words[0] == "afn"
+        with pytest.raises(SystemExit) as end:
+            cli.main(words[1:])
+        said = self.capsys.readouterr()
+        assert end.value.code == code, (command, said)
+        return " ".join((said.out + said.err).split())
+
+
+@pytest.fixture
+def newcomer(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny_bert: Path,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Newcomer:
+    """In a folder with a corpus of two shards and a line that is none, a model, and a demo over fewer verses."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "model").symlink_to(tiny_bert)
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", [*({"id": i, "text": t} for i, t in enumerate(verses[:600])), "{no"])
+    (tmp_path / "run.toml").write_text(blocks("toml")[0])
+    few = write_jsonl(tmp_path / "few.jsonl", [{"citation": str(i), "text": t} for i, t in enumerate(verses[:80])])
+    monkeypatch.setattr(demo, "corpus_file", lambda: few)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    return Newcomer(capsys)
+
+
+def test_the_first_section_leads_from_the_demo_to_its_next_commands(newcomer: Newcomer) -> None:
+    said = newcomer.types(commands_of("")[0].rpartition("&& ")[2])
+    printed = PAGES[0].read_text("utf-8").partition("The demo ends with this:")[2].partition("\n## ")[0]
+    promised = [line.removeprefix("Next:    ") for line in printed.splitlines() if line.startswith("Next:    afn")]
+    assert len(promised) == 3
+    for command in promised:
+        assert f"Next: {command}" in said  # word for word what the page shows
+        assert newcomer.types(command)
+
+
+def test_the_section_on_a_corpus_of_ones_own_fits_together(
+    newcomer: Newcomer, verses: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, show, dry_run, from_file, sql = commands_of("Your own corpus")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        newcomer.types(first, code=75)
+    done = newcomer.types(dry_run)  # of what is done and what is not
+    assert "2, of them 1 in the store and 1 to do" in done and "in the store, " in done and " counted" in done
+    said = newcomer.types(first)  # the same command resumes
+    assert "1 in the store, 1 to do" in said and f"Next: {show}" in said
+    with afn_ray.open_run("results") as run:
+        counts = run.info["counts"]
+    assert (counts["shards"], counts["shards_reused"], counts["documents"]) == (2, 1, 601)
+    shown = newcomer.types(show)
+    assert "(control)" in shown and "was not recorded" not in shown
+
+    done = newcomer.types(dry_run)
+    assert f"{counts['tokens']:,}: {counts['tokens']:,} in the store" in done and "nothing to do" in done
+    assert "nothing to do" in newcomer.types(first)
+    assert "601 documents" in newcomer.types(f"{from_file} --dry-run")
+    newcomer.types(from_file)
+    assert "nothing to do" in newcomer.types(from_file)
+    rows = newcomer.types(sql)
+    assert "corpus/a.jsonl" in rows and "quarantined: not JSON" in rows
+
+    write_jsonl(tmp_path / "corpus" / "b.jsonl", [{"id": i, "text": t} for i, t in enumerate(verses[600:1200])])
+    assert "2 in the store, " in newcomer.types(first)  # only what is new
+    refused = dry_run.replace("--dry-run", "--layers 0")
+    for command in (refused, f"{refused} --dry-run"):
+        assert "holds another measure" in newcomer.types(command, code=2)
+
+
+def test_what_show_recommends_works(newcomer: Newcomer) -> None:
+    first, show, *_ = commands_of("Your own corpus")
+    newcomer.types(f"{first} --layers 2/3")
+    (layers,) = re.findall(
+        r"give the same 'afn run' command with --layers ([\d,]+) and another --store", newcomer.types(show)
+    )
+    newcomer.types(first.replace("results", "others") + f" --layers {layers}")
+    shown = newcomer.types(show.replace("results", "others"))
+    assert "(control)" in shown and "was not recorded" not in shown
 
 
 @pytest.mark.ray
