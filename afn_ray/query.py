@@ -504,8 +504,12 @@ def _paths(files: Sequence[_File], before: str) -> list[File]:
     """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces (``FILE_NAME``,
     ``RUN_FILE_NAME``)."""
     return [
-        File(f"{before}'{f.name}'", f.shard["doc_offset"], f.shard["n_documents"], f.shard["n_tokens"]) for f in files
-    ]
+        File(
+            f"{before}'{f.name}'", f.shard["doc_offset"], f.shard["n_documents"], f.shard["n_tokens"],
+            None if before == AFN else f.name.split("/")[-2],
+        )
+        for f in files
+    ]  # fmt: skip
 
 
 def _run_row(folder: manifest.RunFolder) -> pa.Table:

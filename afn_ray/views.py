@@ -44,6 +44,10 @@ SLICES = 16
 """Parts of a run that ``words`` is read in: side by side, and for one document that part alone."""
 SLICE_TOKENS = 1 << 21
 """Below so many tokens a part is not worth its planning."""
+FAR_TOKENS = 1 << 18
+"""Tokens on each side of a word that ``kwic`` looks at, at most."""
+CONTEXT_CHARS = 10_000
+"""Characters on each side that ``kwic`` gives, at least where there are as many."""
 CONTINUES = SPECIAL | WORD_START
 """A token with neither flag continues a word."""
 
@@ -55,15 +59,25 @@ class File(NamedTuple):
     doc_offset: int
     n_documents: int
     n_tokens: int
+    folder: str | None
+    """Its shard's, unlike any other's: for clients before DuckDB 1.3, which do not number files."""
 
 
 def _rows(files: Sequence[File]) -> str:
     """The rows of ``files`` in order, with ``doc`` run-wide and each row's place."""
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
-    return (
-        f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file_index::BIGINT + 1] + doc AS doc), "  # noqa: S608
-        f"file_index AS file, file_row_number AS row FROM read_parquet([{paths}], hive_partitioning = false))"
-    )
+    numbered = f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], {PLAIN})"  # noqa: S608
+    if files[0].folder is not None:
+        folders = ", ".join(f"'{f.folder}'" for f in files)
+        numbered = (
+            "SELECT * EXCLUDE (filename, file_row_number), file_row_number AS row, "  # noqa: S608
+            f"list_position([{folders}], string_split(filename, '/')[-2]) - 1 AS file "
+            f"FROM read_parquet([{paths}], {PLAIN}, filename = true, file_row_number = true)"
+        )
+    return f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM ({numbered}))"  # noqa: S608
+
+
+PLAIN = "hive_partitioning = false"
 
 
 class NeuronFiles(NamedTuple):
@@ -93,7 +107,7 @@ def statements(
         f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
         f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets, tagged)}",
         f"CREATE VIEW classes AS {classes_view(layers, tagged)}",
-        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(_rows(tokens), layers, labels, offsets)}",
+        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, layers, labels, offsets)}",
         f"CREATE MACRO document_text(document) AS ({document_text_macro(_rows(tokens), offsets)})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
@@ -214,7 +228,7 @@ def words_view(
     parts = []
     for part in _parts(files):
         last = part[-1].doc_offset + part[-1].n_documents
-        words = _words(_rows(part), layers, labels, offsets, tagged)
+        words = _words(part, layers, labels, offsets, tagged)
         parts.append(f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}")
     return " UNION ALL ".join(parts)
 
@@ -234,35 +248,43 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
 
 
 def _words(
-    rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool, tagged: bool
+    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool, tagged: bool
 ) -> str:
-    """SQL of the words of ``rows``: up to ``PIECES`` tokens are put together in passing, longer words by grouping.
+    """SQL of the words of ``files``: up to ``PIECES`` tokens are put together in passing, longer words by grouping.
 
     A word has the tag of its first token.
     """
+    rows, portable = _rows(files), files[0].folder is not None
     strengths = [f"strength_{k}" for k in layers]
     columns = ["token_id", *strengths, *(['"end"'] if offsets else [])]
     every = range(1, PIECES + 1)
-    leads = [f"lead(is_head, {j}, true) OVER () AS is_head_{j}" for j in every]
-    leads += [f"lead({c}, {j}) OVER () AS {_piece(c, j)}" for c in columns for j in range(1, PIECES)]
     # A token is of a long word when no other word begins before its place in the word has passed PIECES.
     inside = " ".join(
         f"WHEN {at} THEN NOT ({' OR '.join(f'is_head_{j}' for j in range(1, PIECES - at + 1))})" for at in range(PIECES)
     )
+    ahead = f"""
+        SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number, row_number() OVER () AS nth
+        FROM (
+            SELECT *, is_first OR flags & {WORD_START} <> 0 AS is_head FROM (
+                SELECT *, coalesce(doc <> lag(doc) OVER (), true) AS is_first
+                FROM {rows} WHERE flags & {SPECIAL} = 0
+            )
+        )"""  # noqa: S608
+    if portable:  # another version of DuckDB that opens a catalog gets further arguments of lag and lead twice
+        for j in every:
+            head = f"is_head_{j - 1}" if j > 1 else "is_head"
+            leads = [f"coalesce(lead({head}) OVER (), true) AS is_head_{j}"]
+            leads += [f"lead({_piece(c, j - 1)}) OVER () AS {_piece(c, j)}" for c in columns if j < PIECES]
+            ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
+    else:  # the same, in half the time
+        leads = [f"lead(is_head, {j}, true) OVER () AS is_head_{j}" for j in every]
+        leads += [f"lead({c}, {j}) OVER () AS {_piece(c, j)}" for c in columns for j in range(1, PIECES)]
+        ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
     tokens = f"""
         SELECT *, (number - first_number)::INTEGER AS word, CASE place {inside} ELSE true END AS is_long FROM (
             SELECT *, max(number) FILTER (is_first) OVER (ROWS UNBOUNDED PRECEDING) AS first_number,
                 nth - max(nth) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS place
-            FROM (
-                SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number,
-                    row_number() OVER () AS nth, {", ".join(leads)}
-                FROM (
-                    SELECT *, is_first OR flags & {WORD_START} <> 0 AS is_head FROM (
-                        SELECT *, doc <> lag(doc, 1, -1::BIGINT) OVER () AS is_first
-                        FROM {rows} WHERE flags & {SPECIAL} = 0
-                    )
-                )
-            )
+            FROM ({ahead})
         )"""  # noqa: S608
 
     def by_length(of: Callable[[list[int]], str]) -> str:
@@ -341,16 +363,19 @@ def document_text_macro(rows: str, offsets: bool) -> str:
 # --- keyword in context ----------------------------------------------------------------------------------
 
 
-def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool) -> str:
+def kwic_macro(
+    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool
+) -> str:  # fmt: skip
     """SQL of every occurrence of ``word``, or of ``most`` that come early, with ``n`` words on both sides.
 
     It never sorts the run: token ids are found in the vocabulary, the heads of the word by a scan, and what stands
     beside them by the numbers of their rows. Nearly always the first ``20 * most + 1000`` heads are enough for
     ``most``; only where too many turn out to begin other words, all are looked at.
     """
+    rows, portable = _rows(files), files[0].folder is not None
     some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
     every = _occurrences(rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", "")
-    beside = "(4 * n + 16)"  # tokens on each side that are looked at for n words
+    words = "greatest(n, 0)::BIGINT"
     most_tokens = "4 * length(word)"  # of the word: a tokenizer of bytes may take four for one character
     places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
     strengths = "".join(
@@ -361,30 +386,73 @@ def kwic_macro(rows: str, layers: Sequence[int], labels: Mapping[int, Mapping[st
     )
     names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
     names += [f"{x}_{k}" for k in layers for x in ("max_strength", "mean_strength", "first_strength", "high")]
-    around = (
-        f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + 1)) AS near "  # noqa: S608
-        "FROM found"
-    )
-    near = f"""
-        SELECT f.head, t.*, s.text FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
-        JOIN internal.types s USING (token_id)"""  # noqa: S608
     also = f", min(position) AS position, count(*) AS n_tokens{places}{strengths}"
+    place = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
+
+    def near(heads: str, beside: str, ends: str = "") -> str:
+        """SQL of the tokens at most ``beside`` before or behind the words at ``heads``."""
+        around = (
+            f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + 1)) AS near "  # noqa: S608
+            f"FROM {heads}"
+        )
+        return f"""
+            SELECT f.head, t.*, s.text{ends} FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
+            JOIN internal.types s USING (token_id)"""  # noqa: S608
+
+    def numbered(heads: str, beside: str) -> str:
+        """SQL of the words beside ``heads``, as far as ``beside`` tokens hold them; ``place`` 0 is the word itself."""
+        of_ends = {"first_row": "min(t.row)", "first_position": "min(t.position)", "end_row": "max(t.row)"}
+        window = "OVER (PARTITION BY t.file, f.head, t.doc)"
+        tokens = near(heads, beside, "".join(f", {sql} {window} AS {name}" for name, sql in of_ends.items()))
+        spelled = _spelled(
+            tokens, "file, head, doc", offsets, also + "".join(f", any_value({name}) AS {name}" for name in of_ends)
+        )
+        return f"""
+            SELECT *, first_row = head - {beside} AND first_position > 0 AS begins_before,
+                end_row = head + {most_tokens} + {beside} AS ends_behind,
+                begins_before AND number = 0 AS is_cut_before, ends_behind AND last_row = end_row AS is_cut_behind
+            FROM (SELECT *, {place} FROM ({spelled})) WHERE place IS NOT NULL"""  # noqa: S608
+
+    def side(which: str, cut: str) -> str:
+        text = f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), '')"
+        return f"CASE WHEN length({text}) > {chars} THEN {cut.format(f'({text})')} ELSE {text} END"
+
+    chars = f"greatest({CONTEXT_CHARS}, 100 * {words})"
     found = f"""
             SELECT doc, any_value(COLUMNS([{", ".join(repr(c.strip(chr(34))) for c in ("position", "text", *names))}]))
                     FILTER (place = 0),
-                coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place < 0)), '') AS left_context,
-                coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place > 0)), '') AS right_context
-            FROM numbered WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
+                {side("<", f"'…' || right({{}}, {chars})")} AS left_context,
+                {side(">", f"left({{}}, {chars}) || '…'")} AS right_context
+            FROM chosen WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
+    far = f"least(256 * {words} + 1024, {FAR_TOKENS})"
+    whole = (
+        "CASE WHEN is_cut_before THEN '…' ELSE '' END || text || CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
+    )
+    # Few tokens first, and more for those that lack words. Before DuckDB 1.4 planning that takes half a minute.
+    beside = f"least(64 * {words} + 256, {FAR_TOKENS})"
+    chosen = f"""
+        chosen AS (
+            SELECT *, {place} FROM ({_spelled(near("found", beside), "file, head, doc", offsets, also)})
+            WHERE number > 0 AND last_row < head + {most_tokens} + {beside}
+        )"""  # noqa: S608
+    if not portable:
+        chosen = f"""
+        close AS MATERIALIZED ({numbered("found", f"least(4 * {words} + 16, {FAR_TOKENS})")}),
+        lacking AS MATERIALIZED (
+            SELECT file, head AS row FROM close GROUP BY file, head
+            HAVING count(*) FILTER (place < 0 AND NOT is_cut_before) < n AND bool_or(begins_before)
+                OR count(*) FILTER (place > 0 AND NOT is_cut_behind) < n AND bool_or(ends_behind)
+        ),
+        chosen AS (
+            SELECT c.* FROM close c ANTI JOIN lacking l ON c.file = l.file AND c.head = l.row
+            UNION ALL SELECT * REPLACE ({whole}) FROM ({numbered("lacking", far)})
+        )"""  # noqa: S608
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
             SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT most
         ),
-        stretches AS ({_spelled(near, "file, head, doc", offsets, also)}),
-        numbered AS (
-            SELECT *, number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place
-            FROM stretches WHERE number > 0 AND last_row < head + {most_tokens} + {beside}
-        )
+        {chosen}
         SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)}
         FROM (SELECT doc, doc_id, source FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
 

@@ -193,6 +193,32 @@ def test_a_word_of_more_tokens_than_characters_is_found(tmp_path: Path) -> None:
             assert got.fetchall() == [(word, 4 * len(word), side, side)]
 
 
+@pytest.mark.parametrize("num_tokens", [60, 300])
+def test_words_of_many_tokens_are_as_many_words_beside_it(tmp_path: Path, num_tokens: int) -> None:
+    """Three words of many tokens on each side, and at last one that is too long to be shown whole."""
+    (piece,), (bank,) = cut("ri"), cut("bank")
+    long = [(piece, WORD_START), *[(piece, 0)] * (num_tokens - 1)]
+    ids = [(bank, 0), *long * 3, (bank, WORD_START), *long * 3, (piece, WORD_START), *[(piece, 0)] * 30_000]
+    tokens = [
+        {"doc": 0, "position": i, "token_id": t, "flags": f, "surface": None, "start": 3 * i + (f == WORD_START),
+         "end": 3 * i + 3, **{strength_column(k): 1.0 for k in LAYERS}}
+        for i, (t, f) in enumerate(ids)
+    ]  # fmt: skip
+    one = WORDED[0][1].slice(0, 1)
+    write_run(str(tmp_path), [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)], LAYERS)
+    word = "ri" * num_tokens
+    with open_run(str(tmp_path)) as run:
+        for n in range(4):
+            side = " ".join([word] * n)
+            contexts = run.sql("SELECT left_context, right_context FROM kwic('bank', $n) WHERE position > 0", {"n": n})
+            assert contexts.fetchall() == [(side, side)]
+        ((left, right),) = run.sql(
+            "SELECT left_context, right_context FROM kwic('bank', 5) WHERE position > 0"
+        ).fetchall()
+    assert left == f"bank {word} {word} {word}"  # the document begins there
+    assert right.startswith(f"{word} {word} {word} riri") and right.endswith("ri…") and len(right) < 10_001
+
+
 def scans_files(plan: dict[str, Any]) -> bool:
     """Whether rows of files come out of ``plan``, in their number."""
     if plan["name"].endswith(("UNNEST", "GROUP_BY", "AGGREGATE")):
@@ -279,22 +305,39 @@ def test_the_histogram_counts_every_token(nights: tuple[str, str]) -> None:
 
 CLIENT = """
 import json, sys, duckdb
+answers = []
 with duckdb.connect(sys.argv[1], read_only=True) as connection:
-    try:
-        for sql in sys.argv[2:]:
-            rows = connection.execute(sql).fetchall()
-    except duckdb.Error as error:
-        sys.exit(str(error))
-print(json.dumps(rows, default=str))
+    for sql in sys.argv[2:]:
+        try:
+            answers.append(connection.execute(sql).fetchall())
+        except duckdb.Error as error:
+            answers.append(str(error))
+print("ANSWERS", json.dumps(answers, default=str))
 """
 
 
-def client(catalog: Path, *sql: str) -> Any:
-    """Rows of the last of ``sql``, asked in a fresh process from an unrelated folder; its error as text."""
+def client(catalog: Path, *sql: str, packages: Path | None = None) -> list[Any]:
+    """Rows of each of ``sql``, or its error as text, asked in one fresh process from an unrelated folder.
+
+    ``packages``: where another version of DuckDB is.
+    """
+    path = {} if packages is None else {"PYTHONPATH": str(packages)}
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(catalog), *sql], capture_output=True, text=True, cwd="/", env=os.environ
-    )
-    return json.loads(done.stdout) if done.returncode == 0 else done.stderr
+        [sys.executable, "-c", CLIENT, str(catalog), *sql], capture_output=True, text=True, cwd="/",
+        env={**os.environ, **path}, check=True,
+    )  # fmt: skip
+    answers: list[Any] = json.loads(done.stdout.rpartition("ANSWERS ")[2])  # some versions draw their progress before
+    return answers
+
+
+EVERYTHING = [f"FROM {view} ORDER BY ALL" for view in views.VIEWS if view != "run"]
+EVERYTHING += ["FROM kwic('lord')", "FROM kwic('lord', n := 2, most := 3)", "SELECT document_text(3)"]
+
+
+def answers_here(run_uri: str, baseline: str) -> list[Any]:
+    """What ``EVERYTHING`` gives without a catalog."""
+    with open_run(run_uri, baseline=baseline) as run:
+        return [json.loads(json.dumps(run.sql(sql).fetchall(), default=str)) for sql in EVERYTHING]
 
 
 def test_a_catalog_opens_anywhere_and_follows_a_moved_store(nights: tuple[str, str], tmp_path: Path) -> None:
@@ -304,19 +347,42 @@ def test_a_catalog_opens_anywhere_and_follows_a_moved_store(nights: tuple[str, s
     run_uri = f"{store}/runs/{after.rpartition('/')[2]}"
     catalog = tmp_path / "catalog.duckdb"
     write_catalog(run_uri, catalog, baseline=before)
-    views_and_macros = [f"FROM {view} ORDER BY ALL" for view in views.VIEWS if view != "run"]
-    views_and_macros += ["FROM kwic('lord')", "SELECT document_text(3)"]
-    with open_run(run_uri, baseline=before) as run:
-        expected = [json.loads(json.dumps(run.sql(sql).fetchall(), default=str)) for sql in views_and_macros]
-    assert [client(catalog, sql) for sql in views_and_macros] == expected
+    expected = answers_here(run_uri, before)
+    assert client(catalog, *EVERYTHING) == expected
     moved = store.rename(tmp_path / "elsewhere")
-    assert client(catalog, views_and_macros[2]) == expected[2]  # the small tables are inside
-    assert "No files found" in client(catalog, views_and_macros[0])
-    assert "SET VARIABLE afn_store" in str(
-        client(catalog, "SELECT comment FROM duckdb_views() WHERE view_name = 'tokens'")
-    )
+    comment = "SELECT comment FROM duckdb_views() WHERE view_name = 'tokens'"
+    small, lost, comments = client(catalog, EVERYTHING[2], EVERYTHING[0], comment)
+    assert small == expected[2]  # the small tables are inside
+    assert "No files found" in lost
+    assert "SET VARIABLE afn_store" in str(comments)
     here = f"SET VARIABLE afn_store = '{str(moved).replace(chr(39), chr(39) * 2)}'"
-    assert [client(catalog, here, sql) for sql in views_and_macros] == expected
+    assert client(catalog, here, *EVERYTHING)[1:] == expected
+
+
+@pytest.fixture(scope="module")
+def catalog(nights: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """A catalog of a true run, and what ``EVERYTHING`` gives without it."""
+    before, after = nights
+    path = tmp_path_factory.mktemp("catalog") / "catalog.duckdb"
+    write_catalog(after, path, baseline=before)
+    return path, answers_here(after, before)
+
+
+@pytest.mark.parametrize("version", ["1.1.3", "1.5.6", "2.0.1"])
+def test_a_catalog_gives_other_versions_of_duckdb_the_same_rows(
+    catalog: tuple[Path, list[Any]], tmp_path: Path, version: str
+) -> None:
+    """The oldest client that it is for, the last of 1.x, and the newest there was when this was written."""
+    packages = tmp_path / "packages"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
+    done = subprocess.run([*command, f"duckdb=={version}"], capture_output=True, text=True)
+    if done.returncode != 0 and "CI" not in os.environ:
+        pytest.skip(f"DuckDB {version} cannot be installed here: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stderr
+    path, expected = catalog
+    asked, *answers = client(path, "SELECT version()", *EVERYTHING, packages=packages)
+    assert asked == [[f"v{version}"]]
+    assert answers == expected
 
 
 def test_a_catalog_replaces_nothing_and_is_whole_or_not_there(worded: str, tmp_path: Path) -> None:
@@ -355,7 +421,7 @@ def test_the_command_writes_a_catalog_or_asks(
     assert afn("--open", str(catalog)) == (2, AnyText("exists and stays"))
     code, text = afn("SELECT count(*) > 0 AS filled FROM movers", "--format", "csv")
     assert (code, text.split()) == (0, ['"filled"', "true"])
-    assert client(catalog, "SELECT count(*) > 0 FROM movers") == [[True]]
+    assert client(catalog, "SELECT count(*) > 0 FROM movers") == [[[True]]]
 
 
 class AnyText(str):
