@@ -65,7 +65,9 @@ def add_sources(uri: str, granularity: Callable[[str], str] = lambda source: sou
             rows.append({"layer": layer, "source": name, "n_docs": 1, "n": len(here),
                          "n_high": int((here >= found.q3[layer]).sum()),
                          "bins": histogram.keys.tolist(), "counts": histogram.counts.tolist()})  # fmt: skip
-    entry = manifest.write_table(run, "sources", pa.Table.from_pylist(rows, SOURCES_SCHEMA))
+    nothing = dict.fromkeys(SOURCES_SCHEMA.names, 0)
+    table = pa.Table.from_pylist([nothing | row for row in rows], SOURCES_SCHEMA)
+    entry = manifest.write_table(run, "sources", table)
     edit_sealed(f"{run.uri}/run.json", lambda info: info["tables"].update(sources=entry))
     return manifest.find_run(uri)
 
