@@ -280,7 +280,9 @@ def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     assert (streams.LINE_BYTES, streams.EXPANSION, streams.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
     assert footer.FOOTER_BYTES == 64 << 20
     assert (manifest.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
+    garbled = f"{documents.GARBLED_SHARE * 100:.0f} %, from {documents.GARBLED_FROM} on"
     for bound in (
+        garbled,
         f"{documents.ID_CHARS:,} characters",
         f"{reading.CONLLU_LINES:,} lines",
         "256 MiB",
