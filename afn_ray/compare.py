@@ -82,6 +82,11 @@ def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool 
             f"runs {a.uri} and {b.uri} have no layer in common: {_listed(a.info['layers'])} against "
             f"{_listed(b.info['layers'])}"
         )
+    with manifest.named_damage(f"{a.uri} or {b.uri}"):
+        return _compared(a, b, layers, ranks_only=ranks_only, same_measure=same_measure)
+
+
+def _compared(a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_measure: bool) -> Comparison:
     histograms, vocabularies, sources = (
         [_by_layer(run, name) for run in (a, b)] for name in ("histogram", "vocabulary", "sources")
     )

@@ -500,6 +500,49 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
+DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, pa.ArrowException)
+"""What work on a JSON file or a table raises that has its checksum and is not what afn-ray writes."""
+
+
+@contextlib.contextmanager
+def named_damage(uri: str) -> Iterator[None]:
+    """Raises ``StoreError`` for what is read below ``uri`` and is not what afn-ray writes."""
+    try:
+        yield
+    except DAMAGES as error:
+        raise StoreError(f"{uri} is damaged: it is not what afn-ray writes: {error!r}{ASK_VERIFY}") from error
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_time(value: Any) -> bool:
+    return value == "" or bool(datetime.fromisoformat(value))
+
+
+_INFO_IS: dict[str, Callable[[Any], bool]] = {
+    "layers": lambda x: all(type(layer) is int for layer in x),
+    "counts": lambda x: all(map(_is_count, x.values())),
+    "corpus": lambda x: all(map(_is_count, x.values())),
+    "config": lambda x: isinstance(x.get("model", ""), str) and all(isinstance(c, str) for c in x.get("corpus", [])),
+    "model": lambda x: isinstance(x.get("name", ""), str),
+    "measure": lambda x: isinstance(x.get("id", ""), str),
+    "created_at": _is_time,
+    "finished_at": _is_time,
+    "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
+    "quarantined": lambda x: all(isinstance(q[k], str) for q in x for k in ("shard", "uri", "reason")),
+}
+"""What is shown or added up of a run.json that anyone may have written."""
+
+
+def _is_info(key: str, value: Any) -> bool:
+    try:
+        return _INFO_IS[key](value)
+    except DAMAGES:
+        return False
+
+
 def open_folder(store: str, name: str) -> RunFolder:
     """The run ``name`` in ``store``, complete or not. Raises ``StoreError`` for a damaged run.json."""
     uri = storage.join(store, "runs", name)
@@ -509,6 +552,9 @@ def open_folder(store: str, name: str) -> RunFolder:
     for key, kind in RUN_KEYS.items():
         if not isinstance(info.get(key), kind):
             raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info.get(key))}")
+    for key in _INFO_IS.keys() & info.keys():
+        if not _is_info(key, info[key]):
+            raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info[key])}")
     return RunFolder(uri, store, name, info)
 
 

@@ -76,11 +76,12 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
     folder = manifest.find_run(uri)
-    tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
-    files = _files(folder, tables["shards"])
-    named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-    read = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
-    made = _statements(folder, tables, files, "store() || ", read)
+    with manifest.named_damage(folder.uri):
+        tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
+        files = _files(folder, tables["shards"])
+        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
+        read = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
+        made = _statements(folder, tables, files, "store() || ", read)
     place = folder.store.rstrip("/").replace("'", "''")
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -279,13 +280,15 @@ class Run:
             memory_limit, sandbox.memory_bytes(memory_limit), threads or cgroup.num_cores(), timeout_s
         )
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
-        tables = _tables(folder, baseline)
-        files = _files(folder, tables["shards"])
-        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-        self._files = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
         self._here: duckdb.DuckDBPyConnection | None = None
+        with manifest.named_damage(folder.uri):
+            tables = _tables(folder, baseline)
+            files = _files(folder, tables["shards"])
+            named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
+            self._files = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
+            made = _statements(folder, tables, files, AFN, self._files)
         setup = Setup(
-            _settings(self._limits), tables, _statements(folder, tables, files, AFN, self._files),
+            _settings(self._limits), tables, made,
             {name: size for name, (_, size) in named.items()}, self._limits.process_bytes, timeout_s,
         )  # fmt: skip
         self._process = sandbox.Process(self._files, setup, self._limits)
@@ -457,7 +460,7 @@ def _columns(files: storage.ReadOnlyFiles, name: str) -> list[str]:
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
     try:
         return manifest.read_table(folder, name).select(schema.names).cast(schema)
-    except (KeyError, pa.ArrowException) as error:
+    except manifest.DAMAGES as error:
         raise StoreError(f"{folder.uri}/{name}.parquet is damaged: {error}") from error
 
 

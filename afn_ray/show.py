@@ -76,6 +76,11 @@ class Summary:
 
 def summarise(run: manifest.RunFolder) -> Summary:
     """The summary of a complete run, from its small tables alone."""
+    with manifest.named_damage(run.uri):
+        return _summarise(run)
+
+
+def _summarise(run: manifest.RunFolder) -> Summary:
     thresholds, labels = manifest.read_table(run, "thresholds").to_pylist(), manifest.labels(run).to_pylist()
     vocabulary = manifest.read_table(run, "vocabulary")
     histogram = manifest.read_table(run, "histogram")
@@ -258,6 +263,11 @@ def cautions(summary: Summary) -> list[str]:
 
 def render(summary: Summary, console: Console) -> None:
     """What the run is, its thresholds, its class shares beside their control, and what to be careful about."""
+    with manifest.named_damage(summary.uri):
+        _render(summary, console)
+
+
+def _render(summary: Summary, console: Console) -> None:
     table = _table(f"Run {summary.info['id']}", "", "", left=2)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
     table.show_header = False

@@ -300,7 +300,8 @@ class _Look:
         """None: there is no such run."""
         folder = manifest.open_folder(self._store, name)
         if folder.info:
-            return Status(folder.uri, "complete", None, _body_of(folder.info))
+            with manifest.named_damage(storage.join(folder.uri, "run.json")):
+                return Status(folder.uri, "complete", None, _body_of(folder.info))
         uri = storage.join(folder.uri, STATUS)
         if (body := _read(uri)) is not None:
             return self.judge(folder.uri, uri, body)

@@ -222,6 +222,18 @@ def _check_shard(
     ``redo``: what to do about it when it is not as it was committed.
     """
     checked = _Checked()
+    try:
+        _check_into(checked, store, place, files, measure, age, redo)
+    except manifest.DAMAGES as error:
+        folder = manifest.shard_uri(store, *place)
+        checked.findings.append(Finding("damaged", folder, f"it is not what afn-ray writes: {error!r}; {redo}"))
+    return checked
+
+
+def _check_into(
+    checked: _Checked, store: str, place: Place, files: Sequence[storage.StoredFile],
+    measure: Mapping[str, Any] | None, age: _Age, redo: str,
+) -> None:  # fmt: skip
     folder = manifest.shard_uri(store, *place)
     uri = storage.join(folder, "commit.json")
     try:
@@ -229,13 +241,13 @@ def _check_shard(
         listed = manifest.committed_blocks(store, *place) if found is not None else {}
     except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
         checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
-        return checked
+        return
     named = set() if found is None else {"commit.json", *(f["name"] for f in found[0].files.values())}
     checked.orphans += [
         _orphan(file, age, done=found is not None) for file in files if file.uri.rpartition("/")[2] not in named
     ]
     if found is None:
-        return checked
+        return
     checked.commit, read = found
     identity = Shard.of(read.slices, read.options).id
     if identity != place[1]:
@@ -262,7 +274,7 @@ def _check_shard(
         if finding is not None:
             checked.findings.append(finding)
     if checked.findings:
-        return checked  # what its rows are is no question any more
+        return  # what its rows are is no question any more
     checked.num_rows = tables["tokens"].metadata.num_rows
     try:
         rows.check_rows(tables, checked.commit, read, measure)
@@ -272,7 +284,6 @@ def _check_shard(
         checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
         checked.findings.append(Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}"))
-    return checked
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -309,7 +320,7 @@ class _Run:
             mark = storage.join(uri, "audited.json")
             self._find("damaged", mark, _without(error, mark), "delete it: the next audit judges the run's step again")
         for name, entry in self.folder.info.get("tables", {}).items():
-            if not isinstance(entry, dict) or "name" not in entry:
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or "/" in entry["name"]:
                 self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
                 continue
             advice = self._begin_again if name == "plan" else self._redo
@@ -364,6 +375,14 @@ class _Run:
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
         """Compare the complete run with its shards. Damage of a shard is told there, and leaves the run unproved."""
+        try:
+            self._check(checked, memory_limit)
+        except (StoreError, *manifest.DAMAGES) as error:
+            told = str(error) if isinstance(error, StoreError) else f"it is not what afn-ray writes: {error!r}"
+            self._find("tables", self.folder.uri, told)
+            self.proved = False
+
+    def _check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
         info = self.folder.info
         if not info or not self.shards:
             return

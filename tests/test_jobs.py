@@ -294,3 +294,19 @@ def test_every_script_says_how_it_ended(head: Head, bucket: str, tiny_bert: Path
         counts = run.info["counts"]
         assert run.info["config"]["sink_factor"] == 5 and counts["shards_reused"] == counts["shards"]
     assert "starting workers" not in head.client.get_job_logs("reduce")
+
+
+def test_stores_that_the_pages_make_here_are_not_shipped_with_a_job() -> None:
+    from ray._private.thirdparty.pathspec import PathSpec
+
+    ignored = PathSpec.from_lines("gitwildmatch", (ROOT / ".rayignore").read_text("utf-8").splitlines())
+    pages = [ROOT / "README.md", *(ROOT / "infra").rglob("*.md")]
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    before = r"(?:--store[ =]|^store = \"|afn (?:show|sql|report|explain|status|verify|gc) )"
+    names = set(re.findall(before + r"([\w.-]+)", text, re.M))
+    stores = {name for name in names if not name.startswith("-") and name not in ("DIR", "s3", "RUN", "STORE")}
+    assert {"afn-demo", "results", "results-0", "results-1"} <= stores
+    assert not [name for name in stores if not ignored.match_file(f"{name}/shards/m/s/a-tokens.parquet")]
+    written = set(re.findall(r"(?:--out|--html)[ =]([\w.-]+\.\w+)", text))
+    assert not [name for name in written if not ignored.match_file(name)]
+    assert not ignored.match_file("afn_ray/store.py") and not ignored.match_file("jobs/activation_scan.py")
