@@ -158,7 +158,7 @@ def _run(args: argparse.Namespace) -> None:
     lakehouse.refuse_patterns(config.corpus)
     from afn_ray import precheck
 
-    precheck.check_run(config)
+    precheck.check_run(config, reduce_only=args.reduce_only)
     from afn_ray import estimate, job
 
     console = Console(stderr=True, highlight=False)

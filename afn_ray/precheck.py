@@ -19,10 +19,10 @@ GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/de
 """Of NVIDIA, of Windows below a Linux of its own, and of AMD: without any of them no torch sees a GPU."""
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
     """Raise ``ConfigError`` for what a run of ``config`` would refuse later, and take longer to.
 
-    What is asked of other machines is left to the run: a hub, a bucket, a cluster.
+    What is asked of other machines is left to the run: a hub, a bucket, a cluster. ``reduce_only``: it needs no device.
     """
     lexicon.function_words(config.language)
     is_here = config.executor == "inline"
@@ -31,7 +31,7 @@ def check_run(config: RunConfig) -> None:
     else:
         is_here = True
     check_signals(config.signals)
-    check_device(config.device if is_here else "auto")
+    check_device(config.device if is_here and not reduce_only else "auto")
     depth = check_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     if depth is not None:
         resolve_layers(config.layers, depth)

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from afn_ray import cli, grammar, terminal
-from afn_ray.config import BUILT_IN_SIGNALS
+from afn_ray import cli, grammar, precheck, terminal
+from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 
 
 def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -240,6 +240,15 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, 
         "p.toml",
         "run.toml",
     ]
+
+
+def test_a_reduce_alone_asks_for_no_gpu(tmp_path: Path, tiny_bert: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    config = RunConfig(
+        corpus=(str(corpus),), model=str(tiny_bert), store=str(tmp_path / "s"), device="cuda", executor="inline"
+    )
+    precheck.check_run(config, reduce_only=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
 
 
 def test_signals_are_those_that_are_known_before_torch_is_loaded() -> None:
