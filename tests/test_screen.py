@@ -135,7 +135,8 @@ def test_planted_junk_is_found(tmp_path: Path, minilm: Path, verses: list[str]) 
     texts, planted = bench.plant(verses[20_000:23_000], 1)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(minilm), store=str(tmp_path / "store"), executor="inline", dtype="float32"
+        corpus=(str(corpus),), model=str(minilm), store=str(tmp_path / "store"), executor="inline",
+        dtype="float32", layers="2/3",
     )  # fmt: skip
     with afn_ray.run(config) as run:
         found = bench.evaluate(run, planted)["orders"]
