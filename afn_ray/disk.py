@@ -23,6 +23,9 @@ NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """How filesystems answer that have no locks on files (NFS without its lock service, some FUSE)."""
 
+FOLDER_TRIES = 5
+"""How often a folder is made that goes before there is a file in it."""
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 CLAIM_S = 10.0
@@ -115,9 +118,8 @@ def replace(target: Path, data: bytes) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """Copy the file ``source`` to ``target``, which is removed again where that fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with source.open("rb") as reader, target.open("wb") as sink:
+        with source.open("rb") as reader, _created(target) as sink:
             while block := reader.read(COPY_BYTES):
                 sink.write(block)
             sink.flush()
@@ -129,10 +131,9 @@ def copy(source: Path, target: Path) -> None:
 
 def write_temporary(target: Path, data: bytes) -> Path:
     """A hidden file beside ``target`` that holds ``data``."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
-        with temporary.open("wb") as sink:
+        with _created(temporary) as sink:
             sink.write(data)
             sink.flush()
             os.fsync(sink.fileno())
@@ -140,6 +141,18 @@ def write_temporary(target: Path, data: bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
+
+
+def _created(target: Path) -> IO[bytes]:
+    """``target``, open for writing, in a folder that another process may remove while it is empty."""
+    for left in reversed(range(FOLDER_TRIES)):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return target.open("wb")
+        except FileNotFoundError:
+            if not left:
+                raise
+    raise AssertionError
 
 
 def sync_folder(folder: Path) -> None:
