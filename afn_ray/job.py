@@ -14,6 +14,7 @@ from afn_ray import (
     cluster,
     corpus,
     dispatch,
+    epochs,
     lexicon,
     losses,
     manifest,
@@ -107,7 +108,8 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
     same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
     if not reduce_only:
-        commits = manifest.find_commits(asked.config.store, asked.task.measure_id, asked.plan.shards)
+        shards = epochs.newest(asked.config.store).marked(asked.task.measure_id, asked.plan.shards)
+        commits = manifest.find_commits(asked.config.store, asked.task.measure_id, shards)
     if same is not None and same.info:
         _say_nothing_to_do(asked, same, on_event)
         return Stock(commits, True)
@@ -119,7 +121,8 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
 def _commits_to_reduce(asked: Prepared) -> Commits:
     """The commits that a reduce alone goes by. Raises ``IncompleteRun`` where too many are lacking."""
     config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
-    commits = manifest.find_commits(config.store, measure_id, plan.shards)
+    shards = epochs.newest(config.store).marked(measure_id, plan.shards)
+    commits = manifest.find_commits(config.store, measure_id, shards)
     if len(plan.shards) - len(commits) > config.allow_quarantined:
         raise IncompleteRun(_lacking(config, measure_id, plan, len(commits)))
     return commits
@@ -154,14 +157,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     began = time.monotonic()
     asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
     plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
-    commits = _commits_to_reduce(asked) if reduce_only else Commits()  # before anything is written
-    folder = manifest.begin_run(config, measure, plan, asked.begun_ns, frozen)
+    if reduce_only:
+        _commits_to_reduce(asked)  # before anything is written
+    claim = manifest.begin_run(config, measure, plan, asked.begun_ns, frozen)
+    plan, folder = replace(plan, shards=claim.shards), claim.run
     if folder.info:
         _say_nothing_to_do(asked, folder, on_event)
         _report_losses(folder, on_event)
-        return open_run(folder.uri)
-    if not reduce_only:
-        commits = manifest.find_commits(config.store, task.measure_id, plan.shards)
+        return _opened(claim)
+    commits = manifest.find_commits(config.store, task.measure_id, plan.shards)  # after the claim: gc leaves these
     todo = [s for s in plan.shards if s.id not in commits]
     reporter.begin(folder, plan.shards, commits)
     task = replace(task, run=folder.id)
@@ -261,7 +265,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     for shard in quarantined[:MOST_SHARDS]:
         on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
     _report_losses(folder, on_event)
-    return open_run(folder.uri)
+    return _opened(claim)
+
+
+def _opened(claim: manifest.Claim) -> Run:
+    """The complete run of ``claim``, which needs its lease no longer."""
+    run = open_run(claim.run.uri)
+    if claim.lease is not None:
+        storage.delete([claim.lease])
+    return run
 
 
 def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:

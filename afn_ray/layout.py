@@ -18,6 +18,7 @@ PLANNING = "planning.json"
 
 STORE_FILE = re.compile(
     rf"/(?:shards/{HEX.pattern}/{HEX.pattern}/[^/]+|runs/{RUN_NAME.pattern}/[^/]+|pilots/{HEX.pattern}\.json|"
+    rf"gc/[0-9]{{8}}\.parquet|"
     rf"probe-{HEX.pattern}|{SCRATCH_PREFIX}[^/]+/[^/]+)$"
 )
 """End of the path of a file that a run leaves in a store, or an attempt on scratch."""

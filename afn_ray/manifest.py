@@ -3,13 +3,16 @@
 Layout of a store::
 
     shards/<measure>/<shard>/commit.json              the commit; its existence is the truth
+    shards/<measure>/<shard>/commit-<n>.json          the same, of a shard that a gc had given up before (``epochs``)
     shards/<measure>/<shard>/<attempt>-<table>.parquet
     runs/<run>/plan.parquet                           written when the run begins; also what it remembers of files
     runs/<run>/run.json                               written once, last; its existence means complete
     runs/<run>/audited.json                           an audit has given its verdict on the run
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
+    runs/<run>/lease-<id>.json                        a process has taken up a run that was there; it ends without
     runs/<run>/status.json                            how far it is, for people; replaced while it is under way
     planning.json                                     the same of a run that has no name yet
+    gc/<epoch>.parquet                                what gc has given up so far (``epochs``)
 
 Nothing relies on the two that tell how far a run is. Of the others each says itself whether it is whole: a JSON file
 carries a checksum of all its other bytes (``sealed``), and what is in Parquet is listed with size and checksum in the
@@ -22,6 +25,7 @@ import contextlib
 import itertools
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -32,11 +36,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from afn_ray import blocks, corpus, parquet, storage
+from afn_ray import blocks, corpus, epochs, parquet, storage
 from afn_ray.blocks import Blocks
 from afn_ray.commits import Commit as Commit
 from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
+from afn_ray.epochs import Place as Place
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.layout import HEX, LATEST, STAMP, is_run_name
 from afn_ray.layout import PLANNING as PLANNING
@@ -72,17 +77,19 @@ RUN_KEYS: dict[str, type] = {
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "sources", "screened",
               "signals", "signal_vocabulary", "neurons", "neuron_types")  # fmt: skip
 PROBE = re.compile("probe-[0-9a-f]{32}")
-SHARD_FILE = re.compile(rf"commit\.json|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
+COMMIT = re.compile(r"commit(?:-([1-9][0-9]{0,8}))?\.json")
+LEASE = re.compile(r"lease-[0-9a-f]{32}\.json")
+SHARD_FILE = re.compile(rf"{COMMIT.pattern}|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
 STATUS = "status.json"
-RUN_FILE = re.compile(rf"(run|audited|status)\.json|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet")
+RUN_FILE = re.compile(
+    rf"(run|audited|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
+)
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 RACY_NS = 2_000_000_000
 """A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
 
 
 # --- what lies in a store --------------------------------------------------------------------------------
-
-Place = tuple[str, str]  # measure, shard
 
 
 @dataclass(slots=True)
@@ -92,7 +99,7 @@ class StoreFiles:
     shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
     runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
     pilots: list[str] = field(default_factory=list)  # names
-    probes: list[storage.StoredFile] = field(default_factory=list)  # of runs killed as they tried to write
+    probes: list[storage.StoredFile] = field(default_factory=list)  # of processes killed as they tried to write
     planning: list[storage.StoredFile] = field(default_factory=list)  # how far a run is that has no name yet
     foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
 
@@ -110,6 +117,9 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
                 there.runs.setdefault(run, []).append(file)
             case ["pilots", name] if name.endswith(".json"):
                 there.pilots.append(name)
+            case [epochs.FOLDER, name] if epochs.FILE.fullmatch(_final(name)):
+                if name != _final(name):
+                    there.probes.append(file)
             case [name] if PROBE.fullmatch(_final(name)) or (_final(name) == PLANNING != name):
                 there.probes.append(file)
             case [name] if name == PLANNING:
@@ -313,6 +323,16 @@ class RunFolder:
     store: str
     id: str
     info: dict[str, Any]
+    condemned: bool = False  # a gc has given it up: it can never be complete
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run that no gc removes while its process is at work, and the shards that it may use."""
+
+    run: RunFolder
+    shards: tuple[Shard, ...]  # of the plan, in the generations that count
+    lease: str | None  # URI; None: the run is new, and its plan is the claim
 
 
 def find_begun(
@@ -331,10 +351,12 @@ def find_begun(
     suffix = _suffix(measure_id, plan.shards, config, frozen)
     begun = (n for n in reversed(names) if _is_begun(config.store, n))
     newest = next(begun, "")
-    if newest.endswith(suffix) and not (same := open_folder(config.store, newest)).info.get("quarantined"):
-        if not same.info and (begun_plan := _read_plan(config.store, newest)) is not None:
-            _proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
-        return same, newest  # one that lacks shards is complete, and asked again it is tried again
+    if newest.endswith(suffix):
+        same = open_folder(config.store, newest)
+        if not same.condemned and not same.info.get("quarantined"):
+            if not same.info and (begun_plan := _read_plan(config.store, newest)) is not None:
+                _proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
+            return same, newest  # one that lacks shards is complete, and asked again it is tried again
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
         if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
@@ -344,17 +366,32 @@ def find_begun(
 
 def begin_run(
     config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]] = ()
-) -> RunFolder:
+) -> Claim:
     """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new one.
 
-    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``. Raises
+    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``. The claim is written
+    before the newest epoch is read; ``epochs`` says why. A run that a gc gave up in between is begun anew. Raises
     ``StoreError`` as ``find_begun`` does.
     """
-    same, newest = find_begun(config, measure, plan, frozen)
-    if same is not None:
-        return same
+    run, newest = find_begun(config, measure, plan, frozen)
+    lease = None
+    if run is not None:
+        lease = storage.join(run.uri, f"lease-{uuid.uuid4().hex}.json")
+        with contextlib.suppress(storage.AlreadyWritten):  # our own, its first answer lost
+            storage.write_once(lease, sealed({"schema_version": SCHEMA_VERSION, "run": run.id}))
+    else:
+        run = _new_run(config, measure, plan, begun_ns, frozen, newest)
+    while run.id in (epoch := epochs.newest(config.store)).condemned:
+        run, lease = _new_run(config, measure, plan, begun_ns, frozen, max(newest, *epoch.condemned)), None
+    return Claim(run, epoch.marked(fingerprint(measure), plan.shards), lease)
+
+
+def _new_run(
+    config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]],
+    newest: str,
+) -> RunFolder:  # fmt: skip
+    """A run whose name comes after that of ``newest``, or is of this millisecond."""
     suffix = _suffix(fingerprint(measure), plan.shards, config, frozen)
-    runs = storage.join(config.store, "runs")
     created = min(datetime.now(UTC), LATEST)
     name = f"{_stamp(created)}-{suffix}"
     if name <= newest:  # the clock went back, and the newest run is found by its name
@@ -365,9 +402,10 @@ def begin_run(
               "config": asdict(config), "measure": measure, "frozen": list(frozen)}  # fmt: skip
     table, header["sha256"] = _plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})
+    uri = storage.join(config.store, "runs", name)
     with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
-        storage.write_once(storage.join(runs, name, "plan.parquet"), parquet.encode(table))
-    return RunFolder(storage.join(runs, name), config.store, name, {})
+        storage.write_once(storage.join(uri, "plan.parquet"), parquet.encode(table))
+    return RunFolder(uri, config.store, name, {})
 
 
 def _is_begun(store: str, name: str) -> bool:
@@ -544,11 +582,13 @@ def _is_info(key: str, value: Any) -> bool:
 
 
 def open_folder(store: str, name: str) -> RunFolder:
-    """The run ``name`` in ``store``, complete or not. Raises ``StoreError`` for a damaged run.json."""
+    """The run ``name`` in ``store``, complete, not yet, or condemned. Raises ``StoreError`` for a damaged run.json."""
     uri = storage.join(store, "runs", name)
     info = _read_json(storage.join(uri, "run.json"))
     if info is None:
         return RunFolder(uri, store, name, {})
+    if "condemned" in info:
+        return RunFolder(uri, store, name, {}, condemned=True)
     for key, kind in RUN_KEYS.items():
         if not isinstance(info.get(key), kind):
             raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info.get(key))}")
@@ -605,6 +645,8 @@ def find_run(uri: str) -> RunFolder:
     store, _, name = uri.rpartition("/runs/")
     if name and "/" not in name and storage.exists(storage.join(uri, "plan.parquet")):
         run = open_folder(store, name)
+        if run.condemned:
+            raise StoreError(f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists those that are there")
         if not run.info:
             raise StoreError(f"run {uri} is not complete; give its 'afn run' command again to finish it")
         return run
@@ -642,8 +684,30 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     try:
         storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
     except storage.AlreadyWritten:
-        return open_folder(run.store, run.id)  # another process finished the same run with the same tables
+        theirs = open_folder(run.store, run.id)  # another process finished the same run with the same tables
+        if theirs.condemned:
+            raise Interrupted(
+                f"'afn gc' has given up run {run.uri}, which had stood still; the same command begins a new one"
+            ) from None
+        return theirs
     return RunFolder(run.uri, run.store, run.id, body)
+
+
+def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
+    """Make sure that ``run`` is never complete (again); False where it has been completed meanwhile.
+
+    Its run.json says so in place of what would make it complete: one name, so that only one of the two can be written.
+    ``complete``: it was, and no process is about to take it up.
+    """
+    uri, body = storage.join(run.uri, "run.json"), {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch}
+    if complete:
+        storage.write_over(uri, sealed(body), retry_for_s=None)
+        return True
+    try:
+        storage.write_once(uri, sealed(body))
+    except storage.AlreadyWritten:
+        return open_folder(run.store, run.id).condemned
+    return True
 
 
 def mark_audited(run: RunFolder) -> None:
@@ -732,22 +796,33 @@ _IS: dict[str, Callable[[Any], bool]] = {
 """What is added up or kept of a commit that anyone may have written."""
 
 
-def read_commit(store: str, measure_id: str, shard: str) -> Commit | None:
+def commit_name(generation: int) -> str:
+    """Name of the commit of that generation of a shard."""
+    return f"commit-{generation}.json" if generation else "commit.json"
+
+
+def generation_of(name: str) -> int | None:
+    """The generation of the commit called ``name``; None for any other file."""
+    found = COMMIT.fullmatch(name)
+    return int(found[1] or 0) if found else None
+
+
+def read_commit(store: str, measure_id: str, shard: str, generation: int = 0) -> Commit | None:
     """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
-    found = read_committed(store, measure_id, shard)
+    found = read_committed(store, measure_id, shard, generation)
     return None if found is None else found[0]
 
 
-def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Shard] | None:
+def read_committed(store: str, measure_id: str, shard: str, generation: int = 0) -> tuple[Commit, Shard] | None:
     """As ``read_commit``, with the slices that were read and how."""
-    uri = storage.join(shard_uri(store, measure_id, shard), "commit.json")
+    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = _read_json(uri)
     if value is None:
         return None
     try:
         commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
         slices = tuple(FileSlice(**piece) for piece in value["slices"])
-        read = Shard(commit.shard, slices, ReadOptions(**value["options"]))
+        read = Shard(commit.shard, slices, ReadOptions(**value["options"]), generation)
     except (KeyError, TypeError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
     files = commit.files if isinstance(commit.files, dict) else {}
@@ -765,9 +840,9 @@ def read_committed(store: str, measure_id: str, shard: str) -> tuple[Commit, Sha
     return commit, read
 
 
-def committed_blocks(store: str, measure_id: str, shard: str) -> dict[str, Blocks]:
+def committed_blocks(store: str, measure_id: str, shard: str, generation: int = 0) -> dict[str, Blocks]:
     """The blocks of the files of a committed shard, by the names of the files."""
-    uri = storage.join(shard_uri(store, measure_id, shard), "commit.json")
+    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = _read_json(uri)
     if value is None:
         raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
@@ -783,11 +858,31 @@ def find_blocks(run: RunFolder, name: str) -> Blocks:
     uri, (*folders, file) = storage.join(run.store, name), name.split("/")
     try:
         if folders[0] == "shards":
-            return committed_blocks(run.store, *folders[1:])[file]
+            return _blocks_by_name(run.store, folders[1], folders[2], file)
         (entry,) = (entry for entry in run.info["tables"].values() if entry.get("name") == file)
         return Blocks.of(entry["bytes"], entry["crc32"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"{uri} is not the file that was committed{ASK_VERIFY}") from error
+
+
+def _blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks:
+    """The blocks of ``file`` from the commit that names it, of whichever generation."""
+    refused: Exception = KeyError(file)
+
+    def generations() -> Iterator[int]:
+        yield 0  # most shards have this one alone
+        names = storage.list_names(shard_uri(store, measure_id, shard))
+        yield from sorted(n for name in names if (n := generation_of(name)))
+
+    for generation in generations():
+        try:
+            found = committed_blocks(store, measure_id, shard, generation)
+        except StoreError as error:
+            refused = error
+        else:
+            if file in found:
+                return found[file]
+    raise refused
 
 
 def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
@@ -809,13 +904,17 @@ def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) ->
 
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
-    """Commits that the store has of ``shards``, by shard id."""
+    """Commits that the store has of ``shards``, in their generations, by shard id."""
     there = set(storage.list_names(storage.join(store, "shards", measure_id)))
-    ids = [s.id for s in shards if s.id in there]
+    held = [shard for shard in shards if shard.id in there]
     commits = Commits()
+
+    def read(shard: Shard) -> Commit | None:
+        return read_commit(store, measure_id, shard.id, shard.generation)
+
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        for begin in range(0, len(ids), AHEAD):  # a pool takes all that it is given at once
-            for found in pool.map(lambda shard: read_commit(store, measure_id, shard), ids[begin : begin + AHEAD]):
+        for begin in range(0, len(held), AHEAD):  # a pool takes all that it is given at once
+            for found in pool.map(read, held[begin : begin + AHEAD]):
                 if found is not None:
                     commits[found.shard] = found
     return commits
@@ -827,7 +926,7 @@ def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFo
     missing = {q["shard"] for q in run.info.get("quarantined", [])}
     return [
         s.id for s in shards
-        if s.id not in there and s.id not in missing and read_commit(store, measure_id, s.id) is None
+        if s.id not in there and s.id not in missing and not storage.list_names(shard_uri(store, measure_id, s.id))
     ]  # fmt: skip
 
 
@@ -860,20 +959,21 @@ def publish(
             "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options),
             "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
     try:
-        storage.write_once(storage.join(folder, "commit.json"), sealed(body))
+        storage.write_once(storage.join(folder, commit_name(shard.generation)), sealed(body))
         return commit
     except storage.AlreadyWritten:  # by a rival, or by ourselves where a first answer was lost
-        winner = read_commit(store, measure_id, shard.id)
+        winner = read_commit(store, measure_id, shard.id, shard.generation)
     except Unavailable:  # the store may have the commit, or get it yet: what it names must stay
         raise
     except (StoreError, Interrupted) as error:  # it may have the commit all the same
-        winner = read_commit(store, measure_id, shard.id)
+        winner = read_commit(store, measure_id, shard.id, shard.generation)
         if winner is None:
             if isinstance(error, Interrupted):  # a full disk needs the room
                 storage.delete(uris)
             raise
     if winner is None:
-        raise StoreError(f"{folder}/commit.json exists but cannot be read back; is something deleting from the store?")
+        name = commit_name(shard.generation)
+        raise StoreError(f"{folder}/{name} exists but cannot be read back; is something deleting from the store?")
     if winner.attempt != attempt:
         storage.delete(uris)
         if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:  # padding depends on the batches

@@ -273,7 +273,7 @@ class Processor:
 
     def _process(self, shard: Shard, halvings: int, attempt: str) -> manifest.Commit:
         config = self.task.config
-        if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id)) is not None:
+        if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id, shard.generation)) is not None:
             return commit  # another run, or an attempt whose answer was lost, was here first
         counts = dict.fromkeys(COUNTS, 0)
         summary = Summary(self.task.series, self.task.tagged)

@@ -116,6 +116,7 @@ class Shard:
     id: str  # fingerprint of its slices and of how they are read
     slices: tuple[FileSlice, ...]
     options: ReadOptions
+    generation: int = 0  # of the commit that counts, as of ``epochs``
 
     @classmethod
     def of(cls, slices: Sequence[FileSlice], options: ReadOptions) -> Shard:

@@ -297,8 +297,10 @@ class _Look:
         self._store, self._now_s, self._asks = store, 0.0, threading.Lock()
 
     def run(self, name: str) -> Status | None:
-        """None: there is no such run."""
+        """None: there is no such run, or a gc has removed it."""
         folder = manifest.open_folder(self._store, name)
+        if folder.condemned:
+            return None
         if folder.info:
             with manifest.named_damage(storage.join(folder.uri, "run.json")):
                 return Status(folder.uri, "complete", None, _body_of(folder.info))

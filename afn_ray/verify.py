@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,25 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import blocks, losses, manifest, parquet, query, records, recount, reduce, rows, screen, storage
+from afn_ray import (
+    blocks,
+    epochs,
+    losses,
+    manifest,
+    orphans,
+    parquet,
+    query,
+    records,
+    recount,
+    reduce,
+    rows,
+    screen,
+    storage,
+)
 from afn_ray.blocks import Blocks
 from afn_ray.errors import ConfigError, StoreError, count
 from afn_ray.manifest import Place
+from afn_ray.orphans import Age, Orphan, Plans
 from afn_ray.schema import (
     Shard,
     fingerprint,
@@ -49,17 +64,6 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Orphan:
-    """A file of an attempt or a reduce that lost or died: no commit and no run names it."""
-
-    uri: str
-    num_bytes: int
-    age_s: float
-    removable: bool  # its shard or run is complete, or it is old enough that nobody is at work on it
-    removed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Verification:
     """What was checked, and what was found."""
 
@@ -68,6 +72,7 @@ class Verification:
     orphans: tuple[Orphan, ...]
     foreign: tuple[str, ...]  # URIs of files in the store that afn-ray never writes there; they are left alone
     incomplete: tuple[str, ...]  # URIs of runs that have not ended; no damage
+    condemned: tuple[str, ...]  # URIs of runs that a gc gave up and has not removed yet; no damage
     unproved: tuple[str, ...]  # URIs of complete runs whose tables could not be shown to be right, for what was found
     num_shards: int  # committed
     num_files: int  # of shards and runs
@@ -81,9 +86,9 @@ class Verification:
 class _Checked:
     """One committed shard as it was found."""
 
-    commit: manifest.Commit | None = None
+    commits: dict[int, manifest.Commit] = field(default_factory=dict)  # by generation
     findings: list[Finding] = field(default_factory=list)
-    orphans: list[Orphan] = field(default_factory=list)
+    unnamed: list[storage.StoredFile] = field(default_factory=list)  # by none of its commits
     num_files: int = 0
     num_bytes: int = 0
     num_rows: int = 0
@@ -95,9 +100,10 @@ def verify_store(
 ) -> Verification:  # fmt: skip
     """Check all committed shards and complete runs of the store at ``uri``, or one run and its shards.
 
-    Every file is read once, a few shards at a time. ``clean`` removes orphans; those of a shard without a commit
-    only when they are older than ``min_age_h`` hours. ``memory_limit`` is DuckDB's. Damage is returned, not raised.
-    Raises ``StoreError`` when there is neither a store nor a run, ``Interrupted`` when it does not answer.
+    Every file is read once, a few shards at a time. ``clean`` removes orphans: at once where a commit or a run.json
+    keeps all others from being used, and those of a shard that no run plans when they are older than ``min_age_h``
+    hours; those of a shard that a run is about to do stay. ``memory_limit`` is DuckDB's. Damage is returned, not
+    raised. Raises ``StoreError`` when there is neither a store nor a run, ``Interrupted`` when it does not answer.
     """
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
@@ -108,11 +114,20 @@ def verify_store(
         store = uri
     if store == uri and not {"runs", "shards"} & {*storage.list_names(uri)}:
         raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+    findings: list[Finding] = []
+    dead: list[str] = []
     if store == uri:
         there = manifest.sort_files(store, storage.list_below(store))
+        epoch = _newest_epoch(store, findings)
+        for name in sorted(there.runs):
+            if _is_condemned(store, name):
+                left = there.runs.pop(name)
+                dead += [storage.join(store, "runs", name)] if len(left) > 1 else []
         manifest.set_copies_apart(store, there)
         runs = [_Run(store, name) for name in sorted(there.runs)]
     else:
+        if _is_condemned(store, name):
+            manifest.find_run(uri)  # it says so
         runs = [run := _Run(store, name)]
         planned = {(run.measure_id, shard.id) for shard in run.shards}
         there = manifest.sort_files(store, storage.list_below(uri))
@@ -121,40 +136,49 @@ def verify_store(
                 store, storage.list_below(storage.join(store, "shards", run.measure_id))
             ).shards
             there.shards = {place: files for place, files in shards.items() if place in planned}
+        epoch = _newest_epoch(store, findings)
     files = there.shards
-    age = _Age(storage.clock_s(store) if clean else time.time(), min_age_h)
+    age = Age(storage.clock_s(store) if clean else time.time(), min_age_h)
     measures = {run.measure_id: run.measure for run in runs if run.measure}
     lists: dict[Place, list[str]] = {}  # complete runs by what they list
     for run in runs:
         for shard in run.shards if run.complete else ():
             lists.setdefault((run.measure_id, shard.id), []).append(storage.join(run.folder.uri, "run.json"))
 
+    generations = epoch.generations()
+
     def check(place: Place) -> _Checked:
         redo = _redo_shard(manifest.shard_uri(store, *place), lists.get(place, []))
-        return _check_shard(store, place, files[place], measures.get(place[0]), age, redo)
+        return _check_shard(
+            store, place, files[place], measures.get(place[0]), generations.get(place, epoch.number), redo
+        )
 
     checked: dict[Place, _Checked] = {}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for place, one in zip(files, pool.map(check, files), strict=True):
             checked[place] = one
             on_progress(f"{len(checked):,} of {len(files):,} shards checked")
-    findings = [f for one in checked.values() for f in one.findings]
+    findings += [f for one in checked.values() for f in one.findings]
     for pilot in there.pilots:
         findings += _check_pilot(store, pilot)
     for run in runs:
         on_progress(f"recomputing {run.folder.uri}")
         run.check(checked, memory_limit)
         findings += run.findings
-    orphans = [_orphan(file, age, done=False) for file in there.probes]
-    orphans += [o for one in checked.values() for o in one.orphans]
+    plans = Plans()
     for run in runs:
-        orphans += run.orphans(there.runs.get(run.folder.id, []), age)
-    if clean:
-        orphans = _cleaned(store, orphans)
-    done = [one for one in checked.values() if one.commit is not None]
+        if run.shards:
+            plans.add(run.folder.id, {(run.measure_id, s.id) for s in run.shards}, complete=run.complete)
+    loose = [age.orphan(file) for file in there.probes]
+    loose += _of_shards(store, checked, epoch, plans, age)
+    for run in runs:
+        loose += run.orphans(there.runs.get(run.folder.id, []), age)
+    if clean and epoch.number >= 0:
+        loose = orphans.cleaned(store, loose, plans, age)
+    done = [one for one in checked.values() if one.commits]
     return Verification(
-        uri, tuple(sorted(findings, key=lambda f: f.uri)), tuple(orphans), tuple(there.foreign),
-        tuple(r.folder.uri for r in runs if not r.complete),
+        uri, tuple(sorted(findings, key=lambda f: f.uri)), tuple(loose), tuple(there.foreign),
+        tuple(r.folder.uri for r in runs if not r.complete), tuple(sorted(dead)),
         tuple(r.folder.uri for r in runs if r.complete and not r.proved), len(done),
         sum(one.num_files for one in done) + sum(r.num_files for r in runs),
         sum(one.num_bytes for one in done) + sum(r.num_bytes for r in runs),
@@ -162,18 +186,34 @@ def verify_store(
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _Age:
-    """How old a file must be before nobody can be at work on it."""
+def _is_condemned(store: str, name: str) -> bool:
+    try:
+        return manifest.open_folder(store, name).condemned
+    except StoreError:  # damaged: told below
+        return False
 
-    now_s: float  # by the store's clock, if anything is to be removed
-    min_age_h: float
+
+def _newest_epoch(store: str, findings: list[Finding]) -> epochs.Epoch:
+    try:
+        return epochs.newest(store)
+    except StoreError as error:
+        uri, _, what = str(error).partition(" ")
+        findings.append(Finding("damaged", uri, what.removeprefix("is damaged: ")))
+        return epochs.Epoch(-1)
 
 
-def _orphan(file: storage.StoredFile, age: _Age, *, done: bool) -> Orphan:
-    """``done``: what it was written for is complete, so nobody is at work on it."""
-    age_s = max(0.0, age.now_s - file.modified_s)
-    return Orphan(file.uri, file.size, age_s, done or age_s >= 3600 * age.min_age_h)
+def _of_shards(
+    store: str, checked: Mapping[Place, _Checked], epoch: epochs.Epoch, plans: Plans, age: Age
+) -> Iterator[Orphan]:
+    """Files in the folders of shards that none of their commits names."""
+    if any(one.unnamed for one in checked.values()):
+        plans.add_new(store)
+        plans.unreadable |= epoch.number < 0
+    generations = epoch.generations()
+    for place, one in checked.items():
+        generation = generations.get(place, epoch.number)
+        may = orphans.may_remove(place, generation, committed=generation in one.commits, plans=plans)
+        yield from (age.orphan(file, may) for file in one.unnamed)
 
 
 def _redo_shard(folder: str, runs: Sequence[str]) -> str:
@@ -214,49 +254,58 @@ def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Findi
 
 
 def _check_shard(
-    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None, age: _Age,
-    redo: str,
+    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None,
+    generation: int, redo: str,
 ) -> _Checked:  # fmt: skip
     """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no run knows it.
 
-    ``redo``: what to do about it when it is not as it was committed.
+    ``generation``: the one that counts; ``redo``: what to do about it when it is not as it was committed.
     """
     checked = _Checked()
+    folder = manifest.shard_uri(store, *place)
     try:
-        _check_into(checked, store, place, files, measure, age, redo)
+        names = {file.uri.rpartition("/")[2]: file for file in files}
+        generations = {n for name in names if (n := manifest.generation_of(name)) is not None}
+        found = {}
+        for number in sorted({*generations, max(0, generation)}):  # the one that counts may have come since
+            name = manifest.commit_name(number)
+            try:
+                committed = manifest.read_committed(store, *place, number)
+                blocks_of = {} if committed is None else manifest.committed_blocks(store, *place, number)
+            except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
+                uri = storage.join(folder, name)
+                checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
+                return checked
+            if committed is not None:
+                found[number] = (*committed, blocks_of)
+        named = {manifest.commit_name(number) for number in generations}
+        for number, one in found.items():
+            checked.commits[number] = one[0]
+            named |= {str(file["name"]) for file in one[0].files.values()}
+            uri = storage.join(folder, manifest.commit_name(number))
+            _check_commit(checked, uri, one, (place[0], measure), redo)
+        checked.unnamed = [file for name, file in names.items() if name not in named]
     except manifest.DAMAGES as error:
-        folder = manifest.shard_uri(store, *place)
         checked.findings.append(Finding("damaged", folder, f"it is not what afn-ray writes: {error!r}; {redo}"))
     return checked
 
 
-def _check_into(
-    checked: _Checked, store: str, place: Place, files: Sequence[storage.StoredFile],
-    measure: Mapping[str, Any] | None, age: _Age, redo: str,
+def _check_commit(
+    checked: _Checked, uri: str, committed: tuple[manifest.Commit, Shard, Mapping[str, Blocks]],
+    of: tuple[str, Mapping[str, Any] | None], redo: str,
 ) -> None:  # fmt: skip
-    folder = manifest.shard_uri(store, *place)
-    uri = storage.join(folder, "commit.json")
-    try:
-        found = manifest.read_committed(store, *place)
-        listed = manifest.committed_blocks(store, *place) if found is not None else {}
-    except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
-        checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
-        return
-    named = set() if found is None else {"commit.json", *(f["name"] for f in found[0].files.values())}
-    checked.orphans += [
-        _orphan(file, age, done=found is not None) for file in files if file.uri.rpartition("/")[2] not in named
-    ]
-    if found is None:
-        return
-    checked.commit, read = found
+    """Add to ``checked`` what is wrong with the commit at ``uri`` and its files. ``of``: the measure's id, and it."""
+    commit, read, listed = committed
+    folder = uri.rpartition("/")[0]
+    findings: list[Finding] = []
     identity = Shard.of(read.slices, read.options).id
-    if identity != place[1]:
-        message = f"it is the commit of shard {place[1]}, but its slices are those of shard {identity}; {redo}"
-        checked.findings.append(Finding("misplaced", uri, message))
+    if identity != commit.shard:
+        message = f"it is the commit of shard {commit.shard}, but its slices are those of shard {identity}; {redo}"
+        findings.append(Finding("misplaced", uri, message))
     tables: dict[str, pq.ParquetFile] = {}
-    for table, entry in checked.commit.files.items():
+    for table, entry in commit.files.items():
         file_uri = storage.join(folder, str(entry["name"]))
-        origin = {"measure": place[0], "shard": place[1], "attempt": checked.commit.attempt, "table": table}
+        origin = {"measure": of[0], "shard": commit.shard, "attempt": commit.attempt, "table": table}
         data, finding = _read(file_uri, entry, redo)
         if finding is None and listed.get(str(entry["name"])) != Blocks(len(data), blocks.checksums(data)):
             finding = Finding("damaged", file_uri, f"its blocks do not have the CRC-32 that {uri} lists; {redo}")
@@ -272,15 +321,16 @@ def _check_into(
                     message = f"it was written as {got}, expected {origin}; {redo}"
                     finding = Finding("misplaced", file_uri, message)
         if finding is not None:
-            checked.findings.append(finding)
-    if checked.findings:
+            findings.append(finding)
+    checked.findings += findings
+    if findings:
         return  # what its rows are is no question any more
-    checked.num_rows = tables["tokens"].metadata.num_rows
+    checked.num_rows += tables["tokens"].metadata.num_rows
     try:
-        rows.check_rows(tables, checked.commit, read, measure)
+        rows.check_rows(tables, commit, read, of[1])
     except rows.Wrong as wrong:
         table, message = wrong.args
-        file_uri = storage.join(folder, str(checked.commit.files[table]["name"])) if table else uri
+        file_uri = storage.join(folder, str(commit.files[table]["name"])) if table else uri
         checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
         checked.findings.append(Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}"))
@@ -364,14 +414,15 @@ class _Run:
                 message = f"it reads part of {uri} never: its last slice ends at {end}, the file at {piece.size}"
                 self._find("plan", self._plan, message, self._begin_again)
 
-    def orphans(self, files: Iterable[storage.StoredFile], age: _Age) -> Iterator[Orphan]:
+    def orphans(self, files: Iterable[storage.StoredFile], age: Age) -> Iterator[Orphan]:
         """Those of ``files``, which lie in the run's folder, that it does not name; none before it is complete."""
         if not self.folder.info:
             return
-        named = _names_of(self.folder)
+        named = orphans.names_of(self.folder)
         for file in files:
-            if file.uri.rpartition("/")[2] not in named:
-                yield _orphan(file, age, done=True)
+            name = file.uri.rpartition("/")[2]
+            if name not in named and not manifest.LEASE.fullmatch(name):
+                yield age.orphan(file, True)
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
         """Compare the complete run with its shards. Damage of a shard is told there, and leaves the run unproved."""
@@ -399,9 +450,12 @@ class _Run:
         kept = [s for s in self.shards if s.id not in given_up]
         found = [checked.get((self.measure_id, s.id)) for s in kept]
         commits = []
+        named = self._named_files()
         for shard, one in zip(kept, found, strict=True):
-            if one is not None and one.commit is not None:
-                commits.append(one.commit)
+            if one is not None and one.commits:
+                folder = f"shards/{self.measure_id}/{shard.id}"
+                theirs = [c for c in one.commits.values() if f"{folder}/{c.files['tokens']['name']}" in named]
+                commits.append(theirs[0] if theirs else one.commits[max(one.commits)])
             elif one is None or not one.findings:
                 uri = storage.join(manifest.shard_uri(self.folder.store, self.measure_id, shard.id), "commit.json")
                 self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
@@ -421,6 +475,13 @@ class _Run:
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
+
+    def _named_files(self) -> set[str]:
+        """The files of tokens that the run names; none where its table says nothing."""
+        try:
+            return set(manifest.read_table(self.folder, "shards")["tokens_file"].to_pylist())
+        except (StoreError, *manifest.DAMAGES):
+            return set()
 
     def _table_uri(self, name: str) -> str:
         return storage.join(self.folder.uri, str(self.folder.info["tables"][name]["name"]))
@@ -533,38 +594,6 @@ def _difference(stored: pa.Table, expected: pa.Table) -> str:
     return ""
 
 
-# --- orphans ---------------------------------------------------------------------------------------------
-
-
-def _names_of(folder: manifest.RunFolder) -> set[str]:
-    """Files in a run's folder that are its own."""
-    tables = folder.info.get("tables", {}).values()
-    return {
-        "plan.parquet",
-        "run.json",
-        "audited.json",
-        manifest.STATUS,
-        *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t),
-    }
-
-
-def _cleaned(store: str, orphans: Sequence[Orphan]) -> list[Orphan]:
-    """``orphans`` once the removable ones are removed; one that was named in the meantime stays."""
-    done: list[Orphan] = []
-    for folder, group in itertools.groupby(orphans, key=lambda o: o.uri.rpartition("/")[0]):
-        mine = list(group)
-        named: set[str] = set()
-        if folder.rpartition("/")[0].endswith("/runs"):
-            named = _names_of(manifest.open_folder(store, folder.rpartition("/")[2]))
-        elif folder != storage.absolute(store):
-            commit = manifest.read_commit(store, *folder.split("/")[-2:])
-            named = set() if commit is None else {str(f["name"]) for f in commit.files.values()}
-        storage.delete([o.uri for o in mine if o.removable and o.uri.rpartition("/")[2] not in named])
-        left = {file.uri for file in storage.list_below(folder)}
-        done += [replace(o, removed=o.uri not in left) for o in mine]
-    return done
-
-
 # --- what is shown ---------------------------------------------------------------------------------------
 
 
@@ -583,6 +612,8 @@ def lines(v: Verification) -> Iterator[str]:
         yield f"foreign     {uri}: afn-ray does not write such a file; it is left alone"
     for uri in v.incomplete:
         yield f"incomplete  {uri}: give its 'afn run' command again to finish it"
+    for uri in v.condemned:
+        yield f"condemned   {uri}: 'afn gc' gave it up; 'afn gc --delete' removes what is left of it"
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"
     yield (

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from conftest import rewrite, write_jsonl
 from fsspec.implementations.memory import MemoryFileSystem
 
 import afn_ray
-from afn_ray import cli, collect_garbage, manifest, storage, verify_store
+from afn_ray import cli, collect_garbage, epochs, manifest, storage, verify_store
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.garbage import Garbage
+from afn_ray.garbage import lines as garbage_lines
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
 """Of a corpus of two files, each in one of two states; the last night has nothing that no earlier one had."""
@@ -79,7 +80,17 @@ def store(made: Made, tmp_path: Path) -> str:
 
 
 def files_of(store: str) -> dict[str, int]:
-    return {f.uri: f.size for f in storage.list_below(store)}
+    """Size by URI of all files but what collections remember: their epochs, and what is left of a run that went."""
+    files = (f for f in storage.list_below(store) if not f.uri.startswith(f"{store}/gc/"))
+    return {f.uri: f.size for f in files if not (f.uri.endswith("/run.json") and is_grave(f.uri))}
+
+
+def is_grave(uri: str) -> bool:
+    return "condemned" in json.loads(storage.read_bytes(uri))
+
+
+def graves(store: str) -> list[str]:
+    return [f.uri for f in storage.list_below(f"{store}/runs") if f.uri.endswith("/run.json") and is_grave(f.uri)]
 
 
 def planned(store: str, runs: Iterator[str] | tuple[str, ...]) -> set[str]:
@@ -244,17 +255,19 @@ def stop_at(patch: pytest.MonkeyPatch, n: int, error: BaseException) -> list[str
 def test_what_refers_goes_before_what_it_refers_to(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = stop_at(monkeypatch, 10**6, KeyboardInterrupt())
     found = collect(store, delete=True)
-    assert len(gone) == found.num_files == len(set(gone))
+    assert len(graves(store)) == len(found.runs) == 3
+    assert len(gone) == found.num_files - len(found.runs) == len(set(gone))  # run.json stays, as its grave
     is_run = ["/runs/" in uri for uri in gone]
     assert is_run == sorted(is_run, reverse=True)
-    for folder in (*found.runs, *found.shards):
+    for folder in found.shards:
         first, *rest = (uri for uri in gone if uri.startswith(f"{folder.uri}/"))
-        assert first.endswith(("/run.json", "/commit.json")) and len(rest) == folder.num_files - 1
+        assert first.endswith("/commit.json") and len(rest) == folder.num_files - 1
 
 
 def test_killed_at_any_point_the_store_is_whole_and_the_next_call_ends_it(made: Made, tmp_path: Path) -> None:
     kept = made.runs[-1:]
-    total = collect(made.copy(str(tmp_path / "all"))).num_files
+    found = collect(made.copy(str(tmp_path / "all")))
+    total = found.num_files - len(found.runs)  # run.json stays
     assert total > 25
     for n in range(total):
         store = made.copy(str(tmp_path / f"{n}"))
@@ -334,37 +347,187 @@ def test_a_run_begun_meanwhile_keeps_its_shards(made: Made, store: str, tiny_ber
         if not begun:
             with afn_ray.run(config_of(made.corpus, tiny_bert, store)) as run:
                 begun.append(run.uri.rpartition("/")[2])
-                assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"]
+                assert run.info["counts"]["shards_reused"] < run.info["counts"]["shards"]
 
-    doomed = {shard.uri.rpartition("/")[2] for shard in collect(store).shards}
+    doomed = {shard.uri for shard in collect(store).shards}
     done = collect(store, delete=True, on_progress=on_progress)
-    found = {shard.uri.rpartition("/")[2] for shard in done.shards}
-    assert found == doomed - planned(store, tuple(begun)) and found < doomed
+    assert {shard.uri for shard in done.shards} == doomed and not done.num_spared
     check_whole(store, (made.runs[-1], *begun))
+    assert planned(store, tuple(begun)) & {uri.rpartition("/")[2] for uri in doomed}  # done anew under other names
 
 
-def test_a_run_that_found_what_went_the_next_instant_is_finished_by_the_same_command(
-    made: Made, store: str, tiny_bert: Path, verses: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one moment that no order closes: runs were looked at, this one begins and finds a commit, the commit goes."""
+@dataclass(frozen=True)
+class Night:
+    """A run of the second night's corpus, whose shards are garbage by now, beside a collection."""
+
+    store: str
+    config: RunConfig
+    runs: list[str]
+    tokens: int
+
+    once: Any = field(default_factory=threading.Lock)
+
+    def run(self) -> None:
+        """Once, whoever asks; the others wait for it."""
+        with self.once:
+            if not self.runs:
+                with afn_ray.run(self.config) as run:
+                    assert run.info["counts"]["tokens"] == self.tokens
+                    self.runs.append(run.uri.rpartition("/")[2])
+
+    def check(self, kept: str) -> None:
+        """Nothing is lacking, nor after the collections of tomorrow, and the same command has nothing to do."""
+        assert self.runs
+        whole = verify_store(self.store, clean=True, min_age_h=0)
+        assert not whole.findings and not whole.unproved and whole.num_runs >= 2
+        again: list[str] = []
+        afn_ray.run(self.config, lambda event: again.append(event.message)).close()
+        assert any("nothing to do" in message for message in again)
+        for name in (kept, *self.runs):
+            afn_ray.open_run(f"{self.store}/runs/{name}").close()
+        collect(self.store, delete=True)
+        check_whole(self.store, tuple(self.runs))
+        assert not collect(self.store).shards
+        shards = {uri.split("/")[-2] for uri in files_of(self.store) if "/shards/" in uri}
+        assert shards == planned(self.store, tuple(self.runs))
+
+
+@pytest.fixture
+def night(made: Made, store: str, tiny_bert: Path, verses: list[str]) -> Night:
     set_corpus(made.corpus, NIGHTS[1], verses)
-    config = config_of(made.corpus, tiny_bert, store)
-    find = manifest.find_commits
+    tokens = manifest.open_folder(store, made.runs[1]).info["counts"]["tokens"]
+    return Night(store, config_of(made.corpus, tiny_bert, store), [], tokens)
 
-    garbage = [shard.uri for shard in collect(store).shards[:2]]
 
-    def find_in_vain(*args: Any) -> Any:
-        found = find(*args)
-        storage.delete([f"{uri}/{name}" for uri in garbage for name in storage.list_names(uri)])
-        return found
+def test_a_run_beside_a_collection_that_waits_in_a_delete_loses_nothing(
+    night: Night, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = storage.remove
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match="no such file"):
-        patch.setattr(manifest, "find_commits", find_in_vain)
-        afn_ray.run(config)
-    with afn_ray.run(config) as run:
-        assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"] - 2
+    def slow(uri: str, retry_for_s: float | None = None) -> None:
+        if "/shards/" in uri:
+            night.run()
+        remove(uri, retry_for_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", slow)
+        collect(night.store, delete=True)
+    night.check(made.runs[-1])
+
+
+@pytest.mark.parametrize("late", ["asked again", "an hour late"])
+def test_a_delete_whose_answer_was_lost_hits_nothing_new(
+    night: Night, made: Made, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    remove = storage.remove
+    asked: list[str] = []
+
+    def lossy(uri: str, retry_for_s: float | None = None) -> None:
+        remove(uri, retry_for_s)
+        if uri.startswith(f"{night.store}/shards/"):
+            asked.append(uri)
+            night.run()
+            if late == "asked again":
+                remove(uri, retry_for_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove", lossy)
+        collect(night.store, delete=True)
+    for uri in asked if late == "an hour late" else ():
+        remove(uri)
+    night.check(made.runs[-1])
+
+
+def test_two_collections_beside_a_run_lose_nothing(night: Night, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, waits = storage.remove, threading.Lock()
+
+    def slow(uri: str, retry_for_s: float | None = None) -> None:
+        if "/shards/" in uri and threading.current_thread() is not threading.main_thread():
+            with waits:
+                if not night.runs:  # before this one deletes anything, another goes through the store, and a run
+                    monkeypatch.setattr(storage, "remove", remove)
+                    collect(night.store, delete=True)
+                    night.run()
+        remove(uri, retry_for_s)
+
+    monkeypatch.setattr(storage, "remove", slow)
+    collect(night.store, delete=True)
+    night.check(made.runs[-1])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_run_claims_as_a_collection_publishes_is_spared(
+    night: Night, made: Made, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    publish = epochs.publish
+    doomed = {shard.uri for shard in collect(night.store).shards}
+
+    def beside(*args: Any) -> bool:
+        if when == "before":
+            night.run()
+        done = publish(*args)
+        if when == "after":
+            night.run()
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "publish", beside)
+        done = collect(night.store, delete=True)
+    assert done.num_spared > 0 and {shard.uri for shard in done.shards} < doomed
+    assert any(f"{done.num_spared:,} shard" in line for line in garbage_lines(done, []))
+    night.check(made.runs[-1])
+
+
+def test_a_run_that_was_taken_up_is_spared(made: Made, store: str, tmp_path: Path) -> None:
+    """A process has found it the newest, and stood still while another run came and a collection began."""
+    lease = f"{store}/runs/{made.runs[0]}/lease-{'1' * 32}.json"
+    with pytest.MonkeyPatch.context() as patch:
+        publish = epochs.publish
+        patch.setattr(epochs, "publish", lambda *args: (storage.write_once(lease, b"{}"), publish(*args))[1])
+        done = collect(store, delete=True)
+    assert done.spared == made.runs[:1] and made.runs[0] in done.kept
+    check_whole(store, (made.runs[0], made.runs[-1]))
+    assert collect(store, min_age_h=24).kept == (made.runs[0], made.runs[-1])  # while the lease is young
+    assert not verify_store(store, clean=True, min_age_h=0).orphans and storage.exists(lease)
     collect(store, delete=True)
-    check_whole(store, (run.uri.rpartition("/")[2],))
+    check_whole(store, made.runs[-1:])
+
+
+def test_a_run_that_was_given_up_can_not_end(made: Made, store: str) -> None:
+    name = made.runs[0]
+    run = manifest.open_folder(store, name)
+    storage.delete([f"{run.uri}/run.json"])  # its process stands still for days, right before it writes this
+    for file in storage.list_below(run.uri):
+        os.utime(file.uri, (0, 0))
+    plan = storage.read_bytes(f"{run.uri}/plan.parquet")
+    collect(store, delete=True)
+    storage.write_once(f"{run.uri}/plan.parquet", plan)
+    with pytest.raises(Interrupted, match=r"has given up run .*; the same command begins a new one"):
+        manifest.finish_run(run, run.info)
+    with pytest.raises(StoreError, match="was removed by 'afn gc'"):
+        manifest.find_run(run.uri)
+    assert name not in collect(store).kept and collect(store, delete=True).num_files == 1
+    check_whole(store, made.runs[-1:])
+    for grave in graves(store):
+        os.utime(grave, (0, 0))
+    assert collect(store, delete=True).num_files == 3 and not graves(store)
+    assert set(storage.list_names(f"{store}/runs")) == set(made.runs[-1:])
+
+
+def test_what_is_damaged_of_an_epoch_stops_all_and_is_named(night: Night, made: Made) -> None:
+    collect(night.store, delete=True)
+    ((epoch, _),) = ((f.uri, f.size) for f in storage.list_below(f"{night.store}/gc"))
+    data = storage.read_bytes(epoch)
+    copied = epoch.replace("01.parquet", "02.parquet")
+    for uri, content in ((epoch, data[:-1]), (copied, data)):
+        rewrite(uri, content)
+        for call in (night.run, lambda: collect(night.store)):
+            with pytest.raises(StoreError, match=rf"{Path(uri).name} is damaged: .*restore it from a backup"):
+                call()
+        assert [(f.kind, f.uri) for f in verify_store(night.store, clean=True).findings] == [("damaged", uri)]
+    storage.delete([epoch, copied])
+    night.run()
+    check_whole(night.store, (made.runs[-1], *night.runs))
 
 
 # --- what cannot be known --------------------------------------------------------------------------------

@@ -891,7 +891,7 @@ def test_the_store_bucket_holds_writers_to_the_protocol() -> None:
     by_id = {s["Sid"]: s for s in resources["StorePolicy"]["Properties"]["PolicyDocument"]["Statement"]}
     once = by_id["ACommitIsWrittenOnce"]
     assert once["Effect"] == "Deny" and once["Condition"]["Null"] == {"s3:if-none-match": "true"}
-    assert once["Resource"].endswith("/commit.json")
+    assert once["Resource"].endswith("/commit*.json")
 
 
 # --- Slurm -----------------------------------------------------------------------------------------------

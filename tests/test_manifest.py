@@ -76,7 +76,7 @@ def _ids(plan: Plan) -> list[str]:
 
 def _begin(config: RunConfig, measure: dict[str, Any] = MEASURE, begun_ns: int | None = None) -> RunFolder:
     time.sleep(0.002)  # names of runs tell milliseconds
-    return begin_run(config, measure, make_plan(config), time.time_ns() if begun_ns is None else begun_ns)
+    return begin_run(config, measure, make_plan(config), time.time_ns() if begun_ns is None else begun_ns).run
 
 
 # --- groups of slices ------------------------------------------------------------------------------------
@@ -140,16 +140,20 @@ def test_the_end_of_a_file_of_several_slices_stands_alone() -> None:
 def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_ours(store: str) -> None:
     m, s, a, run = "1" * 32, "2" * 32, "a" * 16, "20260102T030405.678Z-0123456789ab"
     ours = {
-        "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", f"{a}-tokens.parquet", f".commit.json-{m}")],
-        "runs": [f"runs/{run}/{n}" for n in ("run.json", "status.json", f"signals-{a}.parquet", f".plan.parquet-{m}")],
+        "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", "commit-12.json", f"{a}-tokens.parquet")]
+        + [f"shards/{m}/{s}/.commit.json-{m}"],
+        "runs": [f"runs/{run}/{n}" for n in ("run.json", "status.json", f"signals-{a}.parquet", f"lease-{m}.json")]
+        + [f"runs/{run}/.plan.parquet-{m}"],
         "pilots": ["pilots/abc.json"],
-        "probes": [f"probe-{m}", f".probe-{m}-{m}", f".planning.json-{m}"],
+        "probes": [f"probe-{m}", f".probe-{m}-{m}", f".planning.json-{m}", f"gc/.00000001.parquet-{m}"],
+        "of gc": ["gc/00000001.parquet"],
         "planning": ["planning.json"],
     }  # fmt: skip
     foreign = [
         f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
         f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet",
         f"runs/{run}/.notes-{m}",
+        f"shards/{m}/{s}/commit-0.json", f"shards/{m}/{s}/commit-x.json", "gc/1.parquet", f"runs/{run}/lease-1.json",
         "runs/run.json", "run.json", "status.json", f"runs/{run}/planning.json", "pilots/abc.txt", "probe-of-mine",
     ]  # fmt: skip
     root = storage.absolute(store)
@@ -638,7 +642,7 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
     shards = tuple(Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5))
     config = RunConfig(corpus=("/c",), model="-", store=str(tmp_path))
     monkeypatch.setattr(manifest, "AHEAD", 4)
-    run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS)
+    run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS).run
     table = pq.read_table(f"{run.uri}/plan.parquet")
     header = json.loads(table.schema.metadata[b"afn"])
     assert header.pop("sha256") == fingerprint([header, table.to_pylist()])

@@ -260,7 +260,8 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
     assert not checked.findings and not checked.orphans and not checked.foreign
     left = garbage.collect_garbage(config.store, keep=1, min_age_h=0, delete=True)
     assert len(left.runs) == 1 and len(status.read_status(config.store)) == 1
-    assert [p.name for p in Path(config.store, "runs").iterdir()] == [found[0].body["run"]]
+    assert manifest.open_folder(config.store, found[0].body["run"]).info
+    assert [p.name for p in Path(found[1].uri).iterdir()] == ["run.json"]  # it says that the run was removed
 
 
 def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(make_config: MakeConfig, corpus: str) -> None:

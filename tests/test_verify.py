@@ -599,7 +599,7 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
     read = manifest.read_committed
     calls = []
 
-    def commits_late(*place: str) -> Any:
+    def commits_late(*place: Any) -> Any:
         found = read(*place)
         if found is None and not calls:
             calls.append(place)

@@ -152,7 +152,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         config = RunConfig(corpus=("-",), model="-", store=store)
         with meter.part("begin the run"):
-            folder = manifest.begin_run(config, {"simulated": True}, plan, time.time_ns())
+            folder = manifest.begin_run(config, {"simulated": True}, plan, time.time_ns()).run
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
         with status.reported(config) as reporter:

@@ -172,7 +172,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     measure_id = fingerprint(MEASURE)
     commits = manifest.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]
-    folder = manifest.begin_run(config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns())
+    folder = manifest.begin_run(config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()).run
     written, readable = pieces()
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
     tables = reduce.reduce_run(

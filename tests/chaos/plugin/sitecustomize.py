@@ -123,7 +123,7 @@ def _patch(pipeline: object) -> None:
         return publish(store, measure_id, shard, attempt, *args, **options)
 
     def write_uploaded(uri, data, *args, **options):  # type: ignore[no-untyped-def]
-        if uri.endswith("/commit.json"):
+        if uri.rpartition("/")[2].startswith("commit"):
             commit = json.loads(data)
             _reach("uploaded", commit["shard"], commit["slices"][0]["uri"], attempt=commit["attempt"])
         return write_once(uri, data, *args, **options)
