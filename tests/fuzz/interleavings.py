@@ -1,0 +1,313 @@
+"""Every order of the storage calls of a few processes, each run with the product's own code on a store in memory.
+
+A process is a thread that stops before each call. One is let go at a time, so a run of all of them is a list of
+choices, and all lists are tried. Two calls that do not touch the same name need not be tried in both orders: a "sleep
+set" (Godefroid, 1996) leaves out every order that differs from one tried in nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afn_ray import storage
+
+STORE = "/model"
+MOST_CALLS = 80
+MOST_CHANGES = 4
+NOW_S = 1e6
+WAIT_S = 60.0
+"""Longest that a process may take between two calls."""
+
+
+class Ended(BaseException):
+    """This order is not tried to its end, or the process was killed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that a process is about to make."""
+
+    kind: str  # "read", "list", "write", "delete"
+    name: str  # of a file, or of the folder that is listed
+
+    def commutes(self, other: Call) -> bool:
+        """Whether the two give the same in either order."""
+        if {self.kind, other.kind} <= {"read", "list"}:
+            return True
+        if "list" in (self.kind, other.kind):
+            folder, file = (self, other) if self.kind == "list" else (other, self)
+            return not file.name.startswith(f"{folder.name}/")
+        return self.name != other.name
+
+
+@dataclass
+class Process:
+    """One process: its body, and where it is."""
+
+    name: str
+    body: Callable[[], Any]
+    killed_at: int | None = None  # before which of its calls
+    result: Any = None
+    error: BaseException | None = None
+    num_calls: int = 0
+    call: Call | None = None
+    over: bool = False
+    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+
+
+class World:
+    """A store in memory, and the processes that share it."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.old: frozenset[str] = frozenset()  # names of files that are older than a day; others are of now
+        self.processes: list[Process] = []
+        self.on_delete: list[Callable[[str], None]] = []  # called ahead of each
+        self.deletes = 0  # of shards' files
+        self.fault = ("", 0)
+        self.echoes: list[str] = []  # names whose DELETE acts late, or again
+        self.ended = False
+        self._of_thread: dict[int, Process] = {}
+        self._stopped = threading.Semaphore(0)
+        self.history: list[str] = []  # what was called, by whom
+
+    # --- processes ---
+
+    def start(self, *processes: Process) -> None:
+        self.processes = list(processes)
+        for process in processes:
+            threading.Thread(target=self._live, args=(process,), daemon=True).start()
+            self._wait()
+
+    def _wait(self) -> None:
+        assert self._stopped.acquire(timeout=WAIT_S), "a process neither calls nor ends"
+
+    def _live(self, process: Process) -> None:
+        self._of_thread[threading.get_ident()] = process
+        try:
+            process.result = process.body()
+        except Ended:
+            pass
+        except BaseException as error:  # noqa: BLE001 - told to whoever judges
+            process.error = error
+        process.over, process.call = True, None
+        self._stopped.release()
+
+    def step(self, process: Process) -> None:
+        """Let ``process`` make the call that it stands before, and go on to its next."""
+        if process.call is not None:
+            self.history.append(f"{process.name:6} {process.call.kind:6} {process.call.name}")
+        process.go.release()
+        self._wait()
+
+    def end(self) -> None:
+        """Have every process that is not over end."""
+        self.ended = True
+        for process in self.processes:
+            while not process.over:
+                self.step(process)
+
+    def about(self, kind: str, name: str) -> None:
+        process = self._of_thread.get(threading.get_ident())
+        if process is None:  # before the processes start, or behind their end
+            return
+        if process.num_calls != process.killed_at and not self.ended:
+            process.call = Call(kind, name)
+            self._stopped.release()
+            process.go.acquire()
+        if self.ended or process.num_calls == process.killed_at:
+            raise Ended
+        process.num_calls += 1
+
+    # --- the store ---
+
+    def read_if_there(self, uri: str, most_bytes: int | None = None) -> bytes | None:
+        self.about("read", uri)
+        return self.files.get(uri)
+
+    def read_bytes(self, uri: str, start: int | None = None, end: int | None = None) -> bytes:
+        data = self.read_if_there(uri)
+        if data is None:
+            raise storage.StoreError(f"reading {uri}: no such file or folder") from FileNotFoundError()
+        return data[start:end]
+
+    def exists(self, uri: str) -> bool:
+        return self.read_if_there(uri) is not None
+
+    def list_names(self, uri: str) -> list[str]:
+        self.about("list", uri)
+        return sorted({name.removeprefix(f"{uri}/").split("/")[0] for name in self.files if name.startswith(f"{uri}/")})
+
+    def list_below(self, uri: str) -> list[storage.StoredFile]:
+        folders = [f"{STORE}/{name}" for name in ("gc", "runs", "shards")] if uri == STORE else [uri]
+        found = []
+        for folder in folders:  # page by page: no listing of a whole store is of one moment
+            self.about("list", folder)
+            found += [n for n in sorted(self.files) if n.startswith(f"{folder}/")]
+        return [storage.StoredFile(n, len(self.files.get(n, b"")), 0.0 if n in self.old else NOW_S) for n in found]
+
+    def write_once(self, uri: str, data: bytes) -> None:
+        self.about("write", uri)
+        if uri in self.files:
+            raise storage.AlreadyWritten(uri)
+        self.files[uri] = data
+
+    def write_over(self, uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
+        self.about("write", uri)
+        self.files[uri] = data
+
+    def upload(self, local: Path, uri: str) -> None:
+        self.write_over(uri, local.read_bytes())
+
+    def remove(self, uri: str, retry_for_s: float | None = None) -> None:
+        self.about("delete", uri)
+        if "/shards/" in uri:
+            how, at = self.fault
+            if how and self.deletes == at:
+                self.echoes.append(uri)
+            self.deletes += 1
+            if how == "late" and self.deletes == at + 1:
+                return
+        self._delete(uri)
+
+    def lose(self, how: str, at: int) -> None:
+        """The ``at``-th DELETE of a shard's file is answered, and acts "late", when it is echoed, or "twice"."""
+        self.fault, self.deletes = (how, at), 0
+
+    def echo(self) -> None:
+        """Have the DELETE act that was lost."""
+        while self.echoes:
+            uri = self.echoes[0]
+            self.about("delete", uri)
+            if uri in self.echoes:
+                self.echoes.remove(uri)
+                self._delete(uri)
+
+    def _delete(self, uri: str) -> None:
+        if uri in self.files:
+            for check in self.on_delete:
+                check(uri)
+            del self.files[uri]
+
+    def put_in_place(self, patch: pytest.MonkeyPatch) -> None:
+        """The product's door to stores leads here."""
+        for name in ("read_if_there", "read_bytes", "exists", "list_names", "list_below", "write_once", "write_over",
+                     "upload", "remove"):  # fmt: skip
+            patch.setattr(storage, name, getattr(self, name))
+        patch.setattr(storage, "absolute", lambda uri: uri)
+        patch.setattr(storage, "remove_if_empty", lambda uri: None)
+        patch.setattr(storage, "clock_s", lambda uri: NOW_S)
+
+
+class Inline:
+    """An executor in the caller's own thread, so that a process is one thread."""
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def map(self, call: Callable[..., Any], *values: Iterable[Any]) -> Iterator[Any]:
+        return map(call, *values)
+
+
+def sample(make: Callable[[], World], judge: Callable[[World], None], seeds: Iterable[int]) -> int:
+    """As ``explore``, in one random order for each of ``seeds``; returns how many these were.
+
+    The first process goes on until it has to wait for another: at a few random calls, as faults of order need no more
+    (Burckhardt and others, 2010, "probabilistic concurrency testing").
+    """
+    num = 0
+    for num, seed in enumerate(seeds, 1):  # noqa: B007
+        dice = random.Random(seed)
+        world = make()
+        order = dice.sample(world.processes, len(world.processes))
+        changes = {dice.randrange(MOST_CALLS) for _ in range(dice.randint(0, MOST_CHANGES))}
+        for at in itertools.count():
+            ready = [p for p in order if not p.over]
+            if not ready:
+                break
+            if at in changes:
+                order.remove(ready[0])
+                order.append(ready[0])
+                ready = ready[1:] or ready
+            world.step(ready[0])
+        _judge(world, judge)
+    return num
+
+
+def _judge(world: World, judge: Callable[[World], None]) -> None:
+    try:
+        judge(world)
+    except BaseException as error:
+        error.add_note("\n".join(world.history))
+        raise
+
+
+@dataclass
+class _Node:
+    """A moment at which several processes could go on."""
+
+    calls: dict[int, Call]  # by process, of those that are not over
+    asleep: set[int]  # whose call, made now, gives nothing new
+    tried: set[int] = field(default_factory=set)
+    chosen: int = -1
+
+
+def explore(make: Callable[[], World], judge: Callable[[World], None], most: int | None = None) -> tuple[int, bool]:
+    """Run ``make``'s world in every order and call ``judge`` with each at its end.
+
+    Returns how many orders were judged, and whether these were all; ``most``: stop behind so many tries, some of
+    which only repeat others.
+    """
+    path: list[_Node] = []
+    judged = tried = 0
+    while True:
+        world = make()
+        tried += 1
+        depth, redundant = 0, False
+        while calls := {i: p.call for i, p in enumerate(world.processes) if p.call is not None}:
+            if depth == len(path):
+                asleep: set[int] = set()
+                if path:
+                    last = path[-1]
+                    made = last.calls[last.chosen]
+                    asleep = {
+                        i for i in last.asleep | (last.tried - {last.chosen})
+                        if i in calls and last.calls[i].commutes(made)
+                    }  # fmt: skip
+                path.append(_Node(calls, asleep))
+                if not (free := [i for i in calls if i not in asleep]):
+                    redundant = True
+                    path.pop()
+                    break
+                path[-1].chosen = free[0]
+                path[-1].tried.add(free[0])
+            world.step(world.processes[path[depth].chosen])
+            depth += 1
+        if redundant:
+            world.end()
+        else:
+            judged += 1
+            _judge(world, judge)
+        if most is not None and tried >= most:
+            return judged, False
+        while path:
+            node = path[-1]
+            if left := [i for i in node.calls if i not in node.tried and i not in node.asleep]:
+                node.chosen = left[0]
+                node.tried.add(left[0])
+                break
+            path.pop()
+        if not path:
+            return judged, True
