@@ -6,6 +6,7 @@ run is complete, with the rows of an undisturbed run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -240,6 +241,43 @@ def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path
         folder = manifest.shard_uri(store, "m", shard.id)
         names = {str(f["name"]) for f in by_a.files.values()} | {"commit.json"}
         assert set(storage.list_names(folder)) == names  # the loser's files are gone
+
+
+def test_collections_runs_and_cleaning_beside_each_other_are_killed(
+    ground: Ground, drivers: Drivers, chaos: Chaos
+) -> None:
+    """Each night's shards are the garbage of the next, and the night behind that needs them again."""
+    store, dice = ground.store(), random.Random(14)
+    nights = (ground.arguments(store), ground.arguments(store, **{"shard-bytes": "4096"}))
+    chaos.plan(slow_s=0.05)
+    for arguments in nights:
+        with drivers.start(*arguments) as driver:
+            assert driver.finish()[0] == 0
+    tidy = (["gc", store, "--keep", "1", "--min-age-h", "0", "--delete"], ["gc", store, "--keep", "1", "--delete"],
+            ["verify", store, "--clean", "--min-age-h", "0"])  # fmt: skip
+    struck = 0
+    for night in range(4):
+        commands = [nights[night % 2], *tidy]
+        with contextlib.ExitStack() as stack:
+            running = [stack.enter_context(drivers.start(*arguments)) for arguments in commands]
+            for _ in range(6):
+                time.sleep(dice.uniform(0.1, 0.8))
+                at = dice.randrange(len(running))
+                struck += running[at].is_alive
+                running[at].kill_all()
+                running[at].finish()
+                running[at] = stack.enter_context(drivers.start(*commands[at]))
+            ended = [driver.finish() for driver in running]
+        assert ended[0][0] == 0, ended[0][1]
+        assert all(code == 0 for code, _ in ended[1:3]), ended
+        with afn_ray.open_run(store) as run:
+            ((tokens,),) = run.sql("SELECT count(*) FROM tokens").fetchall()
+            assert tokens == len(ground.expected[0])
+        ground.check_whole(store)
+    assert struck > 5
+    with drivers.start(*nights[0]) as driver:
+        assert driver.finish()[0] == 0
+    ground.check(store)
 
 
 @pytest.mark.only("s3", "a local disk gives no unknown answers; its faults are those of the other tests")
