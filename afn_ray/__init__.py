@@ -83,3 +83,8 @@ def __getattr__(name: str) -> Any:
         module, _, attribute = _LAZY[name].partition(":")  # afn_ray.compare is the module, once it is imported
         return getattr(import_module(f"afn_ray.{module}"), attribute or name)
     raise AttributeError(f"module 'afn_ray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The names that there are, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -311,8 +311,10 @@ def _sql(args: argparse.Namespace) -> None:
         if args.query is not None:
             raise ConfigError(f"--open writes {args.catalog} and asks nothing; leave out --open or the query")
         query.write_catalog(args.run, args.catalog, baseline=args.baseline)
-        print(f"{args.catalog} is written; any DuckDB client opens it, as in: duckdb {_shell(str(args.catalog))}")
+        name = printable(str(args.catalog))
+        print(f"{name} is written; any DuckDB client opens it, as in: duckdb {_shell(name)}")
         return
+    form = _format_of(args.format, args.out)
     with query.open_run(
         args.run, baseline=args.baseline, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
     ) as run:  # fmt: skip
@@ -322,7 +324,7 @@ def _sql(args: argparse.Namespace) -> None:
         relation = run.sql(args.query)
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(_output(args.out)) if args.out else None
-            shell.print_result(relation, args.format, out, max_rows=None if args.out else args.max_rows or None)
+            shell.print_result(relation, form, out, max_rows=None if args.out else args.max_rows or None)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -333,6 +335,19 @@ def _print_lines(lines: Iterable[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         terminal.drop(sys.stdout)
+
+
+ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
+"""Of files that ``afn sql`` writes."""
+
+
+def _format_of(asked: str | None, out: Path | None) -> str:
+    """What was asked for, else what the ending of the file says."""
+    if asked is not None or out is None or (out.exists() and not out.is_file()):  # a pipe, /dev/stdout
+        return asked or "table"
+    if (form := ENDINGS.get(out.suffix.lower())) is None:
+        raise ConfigError(f"{out}: the ending says no format; end it in {', '.join(ENDINGS)}, or give --format")
+    return form
 
 
 def _output(path: Path) -> contextlib.AbstractContextManager[Any]:

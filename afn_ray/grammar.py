@@ -144,7 +144,11 @@ def parser() -> argparse.ArgumentParser:
         "--open", metavar="FILE", type=_local, nargs="?", const=Path("catalog.duckdb"), dest="catalog",
         help="write the views into a file that any DuckDB client opens, and do nothing else (default: catalog.duckdb)",
     )  # fmt: skip
-    sql.add_argument("--format", choices=("table", "csv", "json", "parquet"), default="table", help="default: table")
+    sql.add_argument(
+        "--format",
+        choices=("table", "csv", "json", "parquet"),
+        help="default: by the ending of --out; without that, table",
+    )
     sql.add_argument("--out", metavar="FILE", type=_local, help="write there instead of the terminal")
     sql.add_argument("--max-rows", type=_count, default=100, help="rows that a table shows (default: 100; 0 = all)")
     sql.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a query (default: 60)")

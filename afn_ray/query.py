@@ -293,13 +293,18 @@ class Run:
         )  # fmt: skip
         self._process = sandbox.Process(self._files, setup, self._limits)
 
-    def sql(self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> Result:
+    def sql(
+        self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Any
+    ) -> Result:  # fmt: skip
         """The result of one statement that reads; nothing is computed before a method of it is called.
 
-        ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). Raises ``QueryError`` for SQL
-        that is wrong or forbidden; the result's methods raise it for a query over its limits.
+        ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). ``tables`` are your own, from
+        pandas, polars or Arrow, under the names that the query gives them, as in
+        ``run.sql("FROM words JOIN meta USING (doc)", meta=frame)``. Raises ``QueryError`` for SQL that is
+        wrong or forbidden; the result's methods raise it for a query over its limits.
         """
-        return Result(self, ((query, parameters, {}),))
+        own = {name: self._own(name, table) for name, table in tables.items()}
+        return Result(self, ((query, parameters, own),))
 
     def tokens(self) -> Result:
         """One row per token, in the order of the corpus within a shard."""
@@ -333,6 +338,11 @@ class Run:
         """End the session, and its process."""
         self._process.close()
 
+    def __repr__(self) -> str:
+        model, layers = self.info.get("model", {}).get("name"), self.info["layers"]
+        tokens = self.info.get("counts", {}).get("tokens", 0)
+        return printable(f"<Run {self.id}: {model}, layers {layers}, {tokens:,} tokens, {self.uri}>")
+
     def __enter__(self) -> Run:
         return self
 
@@ -340,6 +350,21 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _own(self, name: str, table: Any) -> pa.Table:
+        """A table of the caller's, as it is sent."""
+        if name.lower() in VIEWS:
+            raise QueryError(f"{name} is a view of the run; give your table another name")
+        try:
+            arrow = pa.table(table)
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise QueryError(f"{name} is no table of pandas, polars or Arrow: {error}") from error
+        if arrow.nbytes > self._limits.memory_bytes // 2:
+            raise QueryError(
+                f"{name} has {arrow.nbytes:,} bytes, over half of the memory limit of {self._limits.memory}; "
+                "take the columns that the query needs, or raise the limit"
+            )
+        return arrow
 
     def _asked(self, do: str, *arguments: Any) -> tuple[int, Answer]:
         """The number and the answer of a request. Raises ``QueryError`` for an answer that is an error."""
@@ -381,7 +406,10 @@ def _readable(message: str, limits: sandbox.Limits | None = None) -> str:
     if limits is not None and session.OUT_OF_MEMORY.search(message):
         return str(limits.memory_error())
     if "Permission Error" in message or "read-only mode" in message:
-        return f"{message.strip()}\nA query reads the views of its run, and writes nothing"
+        return (
+            f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table of your own comes "
+            "from Python: run.sql(query, name=table), of pandas, polars or Arrow"
+        )
     if "Traceback (most recent call last)" in message:  # our filesystem's error, told by DuckDB
         return message.strip().rpartition("\n")[2]
     return message.strip()

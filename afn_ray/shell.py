@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -69,8 +70,23 @@ def print_result(
         raise QueryError("Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a program")
     reader = result.to_arrow_reader(BATCH_ROWS)
     write = {"csv": _write_csv, "json": _write_json, "parquet": _write_parquet}[format]
-    write(reader, sink)
+    target: Any = _Terminal(sink) if sink.isatty() else sink
+    write(reader, target)
     sink.flush()
+
+
+class _Terminal(io.RawIOBase):
+    """What is written, with characters that act on a terminal shown as escapes."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out, self._decoder = out, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._out.write(printable(self._decoder.decode(bytes(data)), keep="\n\t").encode())
+        return len(data)
 
 
 def _write_csv(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
@@ -121,8 +137,36 @@ def _values(column: pa.Array) -> list[Any]:
     """The column's values as JSON has them. A FLOAT is the shortest number that reads back as it."""
     if pa.types.is_float32(column.type):
         return [None if text is None else _plain(float(text)) for text in column.cast(pa.string()).to_pylist()]
-    values = column.to_pylist()
+    values = _listed(column)
     return values if _is_flat(column.type) and not pa.types.is_floating(column.type) else [_plain(v) for v in values]
+
+
+def _listed(column: pa.Array) -> list[Any]:
+    """The column's values; dates that Python does not have, as of the year 20000, are text."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ArithmeticError, ValueError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ArithmeticError, ValueError):
+        pass
+    kind = scalar.type
+    if pa.types.is_struct(kind):
+        return {name: _value(part) for name, part in scalar.items()}
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_value(part) for part in scalar.values]
+    most = 2**31 - 1 if pa.types.is_date32(kind) else 2**63 - 1
+    if getattr(scalar, "value", None) in (most, -most):
+        return "infinity" if scalar.value > 0 else "-infinity"
+    try:
+        return scalar.cast(pa.string()).as_py()
+    except (pa.ArrowException, ArithmeticError, ValueError):
+        return str(scalar.value) if hasattr(scalar, "value") else repr(scalar)
 
 
 def _plain(value: Any) -> Any:
@@ -168,7 +212,7 @@ def _first_rows(reader: pa.RecordBatchReader, max_rows: int | None) -> tuple[lis
     """The first ``max_rows`` rows, and whether there are more; the rest is not computed."""
     rows: list[tuple[Any, ...]] = []
     for batch in reader:
-        rows += zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        rows += zip(*map(_listed, batch.columns), strict=True)
         if max_rows is not None and len(rows) > max_rows:
             return rows[:max_rows], True
     return rows, False

@@ -325,6 +325,36 @@ def test_parameters_by_position_and_by_name(run: Run) -> None:
     assert run.sql(sql, {"token": "##ver"}).fetchall() == [("ver",)]
 
 
+def test_own_tables_are_joined(run: Run) -> None:
+    import pandas
+    import polars
+
+    rows = {"doc": [0, 1], "day": ["mon", "tue"]}
+    for table in (pandas.DataFrame(rows), polars.DataFrame(rows), pa.table(rows)):
+        joined = run.sql("SELECT day FROM documents JOIN meta USING (doc) ORDER BY doc", meta=table)
+        assert joined.fetchall() == joined.fetchall() == [("mon",), ("tue",)]
+    with pytest.raises(QueryError, match="is a view"):
+        run.sql("FROM tokens", tokens=pa.table(rows))
+    with pytest.raises(QueryError, match="no table"):
+        run.sql("FROM meta", meta=3)
+    with pytest.raises(QueryError, match=r"name=table"):
+        run.sql("FROM read_csv('dates.csv')").fetchall()
+
+
+def test_a_crash_a_hang_and_memory_leave_the_run_usable(store: Path) -> None:
+    deep = "SELECT json_transform('1', repeat('[',50000)||'\"INT\"'||repeat(']',50000))"
+    slow = "SELECT levenshtein(repeat('a',300000), repeat('b',300000))"
+    large = "SELECT length(repeat('x',2000000000))"
+    with open_run(str(store), timeout_s=1, memory_limit="300MB", threads=2) as run:
+        assert run.id in repr(run) and "tiny" in repr(run)
+        for text, said in ((deep, "SIGSEGV"), (slow, "stopped after 1 s"), (large, "limit of 300MB")):
+            began = time.monotonic()
+            with pytest.raises(QueryError, match=said):
+                run.sql(text).fetchall()
+            assert time.monotonic() - began < 20  # a start, the limit and its grace, on a busy machine
+            assert run.sql("SELECT 1").fetchall() == [(1,)]
+
+
 def test_results_of_one_run_are_independent(run: Run) -> None:
     reader = run.sql("FROM range(500000)").to_arrow_reader(1000)
     first = reader.read_next_batch()

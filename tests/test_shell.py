@@ -166,6 +166,28 @@ def test_text_of_the_corpus_cannot_act_on_the_terminal(run: Run, text: str) -> N
     assert not UNSAFE.search(out.getvalue().decode().replace("\n", ""))
 
 
+@pytest.mark.parametrize("format", ["csv", "json"])
+def test_other_formats_are_escaped_on_a_terminal_and_exact_elsewhere(run: Run, format: str) -> None:
+    class Terminal(io.BytesIO):
+        def isatty(self) -> bool:
+            return True
+
+    text, out = "é\x1b[2J\x9b\u202e", Terminal()
+    shell.print_result(run.sql("SELECT $t AS x", {"t": text}), format, out)
+    assert not UNSAFE.search(out.getvalue().decode().replace("\n", "")) and "é" in out.getvalue().decode()
+    exact = io.BytesIO()
+    shell.print_result(run.sql("SELECT $t AS x", {"t": text}), format, exact)
+    assert "\u202e" in exact.getvalue().decode()
+
+
+@pytest.mark.parametrize("format", ["table", "csv", "json"])
+def test_dates_that_python_does_not_have_are_text(run: Run, format: str) -> None:
+    sql = "SELECT DATE '20000-01-02' AS a, 'infinity'::DATE AS b, '-infinity'::TIMESTAMP AS c, DATE '2026-01-02' AS d"
+    text = printed(run, sql, format).decode()
+    assert all(word in text for word in ("20000-01-02", "infinity", "-infinity", "2026-01-02"))
+    assert printed(run, "SELECT [DATE '20000-01-02'] AS a, DATE '0044-03-15 (BC)' AS b", format)
+
+
 def test_a_plan_is_printed_as_it_is_drawn(run: Run) -> None:
     text = printed(run, "EXPLAIN SELECT count(*) FROM tokens", "table").decode()
     assert "Read Parquet" in text.replace("_", " ").title()
