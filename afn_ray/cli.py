@@ -324,7 +324,8 @@ def _sql(args: argparse.Namespace) -> None:
         relation = run.sql(args.query)
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(_output(args.out)) if args.out else None
-            shell.print_result(relation, form, out, max_rows=None if args.out else args.max_rows or None)
+            num_rows = shell.print_result(relation, form, out, max_rows=None if args.out else args.max_rows or None)
+        shell.say_why_empty(run, args.query, num_rows)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -237,6 +237,12 @@ class Result:
         return pa.Table.from_batches(taken, schema)
 
 
+EMPTY_BY_DESIGN = (
+    "signals", "signal_vocabulary", "token_neurons", "neurons", "neuron_types", "sources", "screened", "movers",
+    "drift", "class_drift",
+)  # fmt: skip
+"""Views that say in their description when they are empty."""
+
 OF_ROWS = frozenset({
     "fetchall", "df", "to_df", "fetchdf", "pl", "fetchnumpy", "to_dicts", "iter_rows", "torch", "tf",
     "fetch_arrow_table", "fetch_record_batch", "fetch_arrow_reader",
@@ -333,6 +339,24 @@ class Run:
     def tables(self) -> dict[str, list[str]]:
         """The columns of each view."""
         return {name: self.sql(f"FROM {name}").columns for name in VIEWS}
+
+    def why_empty(self, query: str) -> list[str]:
+        """What may be the reason, as far as the text of ``query`` tells, for which it has no rows."""
+        notes = [f"{v}: {VIEWS[v]}" for v in EMPTY_BY_DESIGN if re.search(rf"\b{v}\b", query) and not self._has_rows(v)]
+        layers = self.info["layers"]
+        if wrong := sorted({int(k) for k in re.findall(r"\blayer\s*=\s*(\d+)", query)} - set(layers)):
+            notes.append(f"layer {wrong[0]} was not recorded; the run has {', '.join(map(str, layers))}")
+        if asked := re.findall(r"\bclass\s*=\s*'([^']*)'", query):
+            has = [c for (c,) in self.sql("SELECT DISTINCT class FROM vocabulary ORDER BY class").fetchall()]
+            has += [c for (c,) in self.sql("SELECT DISTINCT class FROM class_drift").fetchall() if c not in has]
+            if "classes" not in query and (wrong_class := [c for c in asked if c not in has]):
+                notes.append(f"no type is of class {wrong_class[0]!r}; the run has {', '.join(has)}")
+        if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*\S\s+\S(?:[^']|'')*)'", query):
+            notes.append(f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its context")
+        return notes
+
+    def _has_rows(self, view: str) -> bool:
+        return bool(self.sql(f"SELECT 1 FROM {view} LIMIT 1").fetchall())  # noqa: S608 - a name of ours
 
     def close(self) -> None:
         """End the session, and its process."""

@@ -51,28 +51,43 @@ BATCH_ROWS = 1 << 14
 
 def print_result(
     result: Result, format: str = "table", out: IO[bytes] | None = None, max_rows: int | None = None
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Print ``result`` as table, csv, json (an array of objects) or parquet to ``out``; None is standard output.
 
     A table fits the terminal, shows ``max_rows`` rows at most (None: all) and says what it leaves out. The others
     are complete, and are written as they are computed. In CSV, null is an empty field and empty text is ``""``;
     in JSON, null, NaN and infinities are null; in both, bytes are hex and dates ISO 8601. Raises ``QueryError``
-    for a query over its limits, and for Parquet on a terminal.
+    for a query over its limits, and for Parquet on a terminal. Returns how many rows there were (of a table: shown).
     """
     if format == "table":
-        _print_table(result, out, max_rows)
-        return
+        return _print_table(result, out, max_rows)
     if format not in FORMATS:
         raise QueryError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     sys.stdout.flush()
     sink = sys.stdout.buffer if out is None else out
     if format == "parquet" and sink.isatty():
         raise QueryError("Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a program")
-    reader = result.to_arrow_reader(BATCH_ROWS)
+    batches = result.to_arrow_reader(BATCH_ROWS)
+    num_rows = 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal num_rows
+        for batch in batches:
+            num_rows += batch.num_rows
+            yield batch
+
+    reader = pa.RecordBatchReader.from_batches(batches.schema, counted())
     write = {"csv": _write_csv, "json": _write_json, "parquet": _write_parquet}[format]
     target: Any = _Terminal(sink) if sink.isatty() else sink
     write(reader, target)
     sink.flush()
+    return num_rows
+
+
+def say_why_empty(run: Run, query: str, num_rows: int) -> None:
+    """Print, on standard error, why a query may have no rows."""
+    for note in run.why_empty(query) if num_rows == 0 else ():
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 class _Terminal(io.RawIOBase):
@@ -192,7 +207,7 @@ def _as_text(value: Any) -> str | None:
 # --- tables ----------------------------------------------------------------------------------------------
 
 
-def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> None:
+def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
     target = sys.stdout if out is None else io.StringIO()
     console = Console(file=target, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
@@ -206,6 +221,7 @@ def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) ->
         _draw(console, reader.schema, rows, more)
     if out is not None and isinstance(target, io.StringIO):
         out.write(target.getvalue().encode())
+    return len(rows)
 
 
 def _first_rows(reader: pa.RecordBatchReader, max_rows: int | None) -> tuple[list[tuple[Any, ...]], bool]:
@@ -371,7 +387,8 @@ class Shell:
         for statement in [*statements, rest.strip()]:
             if SQL_PARTS.sub(lambda m: "" if m[0][:2] in ("--", "/*") else m[0], statement).strip():
                 began = time.monotonic()
-                print_result(self.run.sql(statement), self.format, max_rows=MAX_ROWS)
+                num_rows = print_result(self.run.sql(statement), self.format, max_rows=MAX_ROWS)
+                say_why_empty(self.run, statement, num_rows)
                 if self.timer:
                     self._say(f"{time.monotonic() - began:.3f} s")
 

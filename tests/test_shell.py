@@ -188,6 +188,21 @@ def test_dates_that_python_does_not_have_are_text(run: Run, format: str) -> None
     assert printed(run, "SELECT [DATE '20000-01-02'] AS a, DATE '0044-03-15 (BC)' AS b", format)
 
 
+@pytest.mark.parametrize(
+    ("sql", "note"),
+    [
+        ("FROM movers", "empty without a baseline"), ("FROM neurons", "none were recorded"),
+        ("FROM vocabulary WHERE layer = 5", "layer 5 was not recorded; the run has 0, 8"),
+        ("FROM vocabulary WHERE class = 'noun'", "no type is of class 'noun'; the run has content"),
+        ("FROM kwic('river bank')", "takes one word"), ("SELECT 1 WHERE false", ""), ("FROM vocabulary", ""),
+    ],
+)  # fmt: skip
+def test_an_empty_answer_says_why(run: Run, sql: str, note: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shell.Shell(run).execute(f"{sql};")
+    err = capsys.readouterr().err
+    assert note in err and bool(err) == bool(note)
+
+
 def test_a_plan_is_printed_as_it_is_drawn(run: Run) -> None:
     text = printed(run, "EXPLAIN SELECT count(*) FROM tokens", "table").decode()
     assert "Read Parquet" in text.replace("_", " ").title()
