@@ -311,7 +311,7 @@ def _planned(store: str, name: str) -> set[Place]:
         shards, header = manifest.read_shards(run)
     except StoreError as error:
         plan, end = (storage.join(run.uri, file) for file in ("plan.parquet", "run.json"))
-        if not storage.exists(plan) and not storage.exists(end):
+        if not storage.exists(plan) and (not storage.exists(end) or manifest.open_folder(store, name).condemned):
             return set()
         raise StoreError(
             f"{error}; which shards the run refers to is not known, so no shard can be deleted. Restore its plan, or "
