@@ -149,6 +149,7 @@ def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_onl
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
+    manifest.keep_from_jobs(config.store)
     with status.reported(config, planning=not reduce_only) as reporter:  # which may find that it cannot
         return _run(config, _reporting(reporter, on_event), reporter, reduce_only=reduce_only)
 

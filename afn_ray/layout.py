@@ -15,6 +15,8 @@ LATEST = datetime(3000, 1, 1, tzinfo=UTC)
 SCRATCH_PREFIX = "afn-scratch-"
 """Beginning of the name of an attempt's folder for unfinished files."""
 PLANNING = "planning.json"
+RAY_IGNORE = ".rayignore"
+"""File for which Ray leaves a folder out of what it ships with a job."""
 
 STORE_FILE = re.compile(
     rf"/(?:shards/{HEX.pattern}/{HEX.pattern}/[^/]+|runs/{RUN_NAME.pattern}/[^/]+|pilots/{HEX.pattern}\.json|"

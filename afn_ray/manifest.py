@@ -12,6 +12,7 @@ Layout of a store::
     runs/<run>/lease-<id>.json                        a process has taken up a run that was there; it ends without
     runs/<run>/status.json                            how far it is, for people; replaced while it is under way
     planning.json                                     the same of a run that has no name yet
+    .rayignore                                        keeps a store on a disk out of what Ray ships with a job
     gc/<epoch>.parquet                                what gc has given up so far (``epochs``)
 
 Nothing relies on the two that tell how far a run is. Of the others each says itself whether it is whole: a JSON file
@@ -43,7 +44,7 @@ from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
 from afn_ray.epochs import Place as Place
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
-from afn_ray.layout import HEX, LATEST, STAMP, is_run_name
+from afn_ray.layout import HEX, LATEST, RAY_IGNORE, STAMP, is_run_name
 from afn_ray.layout import PLANNING as PLANNING
 from afn_ray.schema import (
     PLAN_SCHEMA,
@@ -101,6 +102,7 @@ class StoreFiles:
     pilots: list[str] = field(default_factory=list)  # names
     probes: list[storage.StoredFile] = field(default_factory=list)  # of processes killed as they tried to write
     planning: list[storage.StoredFile] = field(default_factory=list)  # how far a run is that has no name yet
+    ignore: list[storage.StoredFile] = field(default_factory=list)  # what keeps the store out of a job
     foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
 
 
@@ -124,6 +126,8 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
                 there.probes.append(file)
             case [name] if name == PLANNING:
                 there.planning.append(file)
+            case [name] if _final(name) == RAY_IGNORE:
+                there.ignore.append(file)
             case _:
                 there.foreign.append(file.uri)
     return there
@@ -133,6 +137,16 @@ def _final(name: str) -> str:
     """The name that a file was to get, where a local write was killed before it had it."""
     unfinished = re.fullmatch(r"\.(.+)-[0-9a-f]{32}", name)
     return unfinished[1] if unfinished else name
+
+
+def keep_from_jobs(store: str) -> None:
+    """Write the file for which Ray leaves a ``store`` on a disk out of a job that is submitted from a folder above it.
+
+    A store soon has more than the 512 MiB that Ray ships, and no job needs it.
+    """
+    if storage.is_local(store):
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(storage.join(store, RAY_IGNORE), b"*\n")
 
 
 def run_names(store: str) -> list[str]:

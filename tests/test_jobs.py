@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from ray.dashboard.modules.job.cli import job_cli_group
 
 import afn_ray
-from afn_ray import grammar, settings, storage
+from afn_ray import grammar, manifest, settings, storage
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 
 ROOT = Path(__file__).parent.parent
@@ -294,6 +294,22 @@ def test_every_script_says_how_it_ended(head: Head, bucket: str, tiny_bert: Path
         counts = run.info["counts"]
         assert run.info["config"]["sink_factor"] == 5 and counts["shards_reused"] == counts["shards"]
     assert "starting workers" not in head.client.get_job_logs("reduce")
+
+
+def test_a_store_below_the_working_directory_is_not_shipped_whatever_its_name(tmp_path: Path) -> None:
+    from ray._private.runtime_env import packaging
+
+    store = tmp_path / "any" / "name"
+    manifest.keep_from_jobs(str(store))
+    manifest.keep_from_jobs(str(store))  # a second run finds it there
+    (store / "runs").mkdir()
+    (store / "runs" / "tokens.parquet").write_bytes(b"x")
+    (tmp_path / "run.toml").write_text("")
+    shipped: list[str] = []
+    packaging._dir_travel(
+        tmp_path, [], lambda path: shipped.append(path.relative_to(tmp_path).as_posix()), include_gitignore=False
+    )
+    assert "run.toml" in shipped and not [name for name in shipped if name.startswith("any/name/")]
 
 
 def test_stores_that_the_pages_make_here_are_not_shipped_with_a_job() -> None:

@@ -148,6 +148,7 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
         "probes": [f"probe-{m}", f".probe-{m}-{m}", f".planning.json-{m}", f"gc/.00000001.parquet-{m}"],
         "of gc": ["gc/00000001.parquet"],
         "planning": ["planning.json"],
+        "ignore": [".rayignore"],
     }  # fmt: skip
     foreign = [
         f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
@@ -163,6 +164,7 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
     assert [f.uri for f in there.runs.pop(run)] == [f"{root}/{n}" for n in ours["runs"]] and not there.runs
     assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [f"{root}/{n}" for n in ours["probes"]]
     assert [f.uri for f in there.planning] == [f"{root}/planning.json"]
+    assert [f.uri for f in there.ignore] == [f"{root}/.rayignore"]
     assert there.foreign == [f"{root}/{n}" for n in foreign]
 
 
