@@ -305,7 +305,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _sql(args: argparse.Namespace) -> None:
-    from afn_ray import query, shell
+    from afn_ray import joined, query, shell
 
     if args.catalog:
         if args.query is not None:
@@ -315,13 +315,14 @@ def _sql(args: argparse.Namespace) -> None:
         print(f"{name} is written; any DuckDB client opens it, as in: duckdb {_shell(name)}")
         return
     form = _format_of(args.format, args.out)
+    tables = joined.read_tables(args.joined)
     with query.open_run(
         args.run, baseline=args.baseline, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
     ) as run:  # fmt: skip
         if args.query is None:
-            shell.interactive(run)
+            shell.interactive(run, tables)
             return
-        relation = run.sql(args.query)
+        relation = run.sql(args.query, **tables)
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(_output(args.out)) if args.out else None
             num_rows = shell.print_result(relation, form, out, max_rows=None if args.out else args.max_rows or None)

@@ -149,6 +149,8 @@ def parser() -> argparse.ArgumentParser:
         choices=("table", "csv", "json", "parquet"),
         help="default: by the ending of --out; without that, table",
     )
+    sql.add_argument("--with", metavar="NAME=FILE", action="append", default=[], dest="joined",
+                     help="a table of your own to join: a CSV, JSONL or Parquet file; repeatable")  # fmt: skip
     sql.add_argument("--out", metavar="FILE", type=_local, help="write there instead of the terminal")
     sql.add_argument("--max-rows", type=_count, default=100, help="rows that a table shows (default: 100; 0 = all)")
     sql.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for a query (default: 60)")

@@ -432,7 +432,7 @@ def _readable(message: str, limits: sandbox.Limits | None = None) -> str:
     if "Permission Error" in message or "read-only mode" in message:
         return (
             f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table of your own comes "
-            "from Python: run.sql(query, name=table), of pandas, polars or Arrow"
+            "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, polars or Arrow"
         )
     if "Traceback (most recent call last)" in message:  # our filesystem's error, told by DuckDB
         return message.strip().rpartition("\n")[2]

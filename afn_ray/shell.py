@@ -374,7 +374,9 @@ class _Completer(Completer):
 class Shell:
     """What one prompt or script does with its lines: SQL up to a semicolon, and commands that begin with a dot."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
+        """``tables`` are the user's own, by name."""
+        self.tables = dict(tables or {})
         self.run, self.format, self.timer, self.done = run, "table", False, False
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -387,7 +389,7 @@ class Shell:
         for statement in [*statements, rest.strip()]:
             if SQL_PARTS.sub(lambda m: "" if m[0][:2] in ("--", "/*") else m[0], statement).strip():
                 began = time.monotonic()
-                num_rows = print_result(self.run.sql(statement), self.format, max_rows=MAX_ROWS)
+                num_rows = print_result(self.run.sql(statement, **self.tables), self.format, max_rows=MAX_ROWS)
                 say_why_empty(self.run, statement, num_rows)
                 if self.timer:
                     self._say(f"{time.monotonic() - began:.3f} s")
@@ -443,12 +445,12 @@ def examples(layer: int) -> list[str]:
     ]
 
 
-def interactive(run: Run) -> None:
+def interactive(run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
     """A prompt over ``run`` until Ctrl-D or ``.quit``; without a terminal, the statements on standard input.
 
     In the prompt an error is printed and the next line read; on standard input it is raised at once (``QueryError``).
     """
-    shell = Shell(run)
+    shell = Shell(run, tables)
     if not sys.stdin.isatty():
         _script(shell, sys.stdin)
         return

@@ -102,7 +102,8 @@ def statements(
     # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
     made = [
         "CREATE TABLE internal.types AS "
-        "SELECT token_id, any_value(token) AS token, any_value(text) AS text FROM vocabulary GROUP BY token_id",
+        "SELECT token_id, any_value(token) AS token, any_value(text) AS text, "
+        "any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP BY token_id",
         f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets, tagged)}",
         f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
         f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets, tagged)}",
@@ -252,7 +253,7 @@ def _words(
 ) -> str:
     """SQL of the words of ``files``: up to ``PIECES`` tokens are put together in passing, longer words by grouping.
 
-    A word has the tag of its first token.
+    A word has the tag of its first token, and the class of that token's type.
     """
     rows, portable = _rows(files), files[0].folder is not None
     strengths = [f"strength_{k}" for k in layers]
@@ -297,10 +298,10 @@ def _words(
         return by_length(lambda places: f"greatest({', '.join(_piece(name, j) for j in places)})")
 
     text = by_length(lambda places: " || ".join(["text", *(f"texts[{_piece('token_id', j)} + 1]" for j in places[1:])]))
-    short = ["doc", "word", f"coalesce(surface, {text}) AS text", "pieces AS n_tokens", "position"]
+    short = ["doc", "word", f"coalesce(surface, {text}) AS text", "class", "pieces AS n_tokens", "position"]
     long = [
-        "doc", "word", "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text", "count(*) AS n_tokens",
-        "min(position) AS position",
+        "doc", "word", "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text",
+        "any_value(class) FILTER (place = 0) AS class", "count(*) AS n_tokens", "min(position) AS position",
     ]  # fmt: skip
     if tagged:
         short += ["tag"]

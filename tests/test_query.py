@@ -245,7 +245,7 @@ def test_words_are_a_first_token_and_what_follows_it(run: Run) -> None:
     for word in words:
         tokens = word.pop("tokens")
         text = tokens[0]["surface"] or "".join(TEXTS[r["token_id"]] for r in tokens)
-        row = word | {"text": text, "n_tokens": len(tokens), "position": tokens[0]["position"],
+        row = word | {"text": text, "class": "content", "n_tokens": len(tokens), "position": tokens[0]["position"],
                       "start": tokens[0]["start"], "end": tokens[-1]["end"]}  # fmt: skip
         for k in LAYERS:
             values = [r[f"strength_{k}"] for r in tokens]

@@ -22,8 +22,8 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from test_query import ENDLESS, LAYERS, SHARDS, write_run
 
-from afn_ray import shell
-from afn_ray.errors import UNSAFE, QueryError
+from afn_ray import joined, shell
+from afn_ray.errors import UNSAFE, ConfigError, QueryError
 from afn_ray.query import Run, open_run
 
 
@@ -201,6 +201,29 @@ def test_an_empty_answer_says_why(run: Run, sql: str, note: str, capsys: pytest.
     shell.Shell(run).execute(f"{sql};")
     err = capsys.readouterr().err
     assert note in err and bool(err) == bool(note)
+
+
+def test_files_of_your_own_are_joined(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+
+    (tmp_path / "a.csv").write_text("doc,day\n0,2026-01-02\n1,2026-01-03\n")
+    (tmp_path / "b.jsonl").write_text('{"doc": 1, "who": "x"}\n')
+    pq.write_table(pa.table({"doc": [1]}), tmp_path / "c.parquet")
+    tables = joined.read_tables(
+        [f"{n}={tmp_path}/{n}{e}" for n, e in (("a", ".csv"), ("b", ".jsonl"), ("c", ".parquet"))]
+    )
+    prompt = shell.Shell(run, tables)
+    prompt.execute(".format csv")
+    prompt.execute("SELECT day, who FROM documents JOIN a USING (doc) JOIN b USING (doc) JOIN c USING (doc);")
+    assert capsys.readouterr().out.split() == ['"day","who"', '"2026-01-03","x"']
+    for wrong in ("a", "a.b=x.csv", f"a={tmp_path}/a.txt", f"a={tmp_path}/none.csv", "=x.csv"):
+        with pytest.raises(ConfigError):
+            joined.read_tables([wrong])
+    monkeypatch.setattr(joined, "MAX_ROWS", 1)
+    with pytest.raises(ConfigError, match="over 1 rows"):
+        joined.read_table(tmp_path / "a.csv")
 
 
 def test_a_plan_is_printed_as_it_is_drawn(run: Run) -> None:

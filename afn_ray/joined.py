@@ -1,0 +1,62 @@
+"""Tables of the user's own, read from files to be joined with a run: bounded in bytes and rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from afn_ray.errors import ConfigError
+
+MAX_BYTES = 256 << 20
+"""Of a file, and of the table that it becomes."""
+MAX_ROWS = 10_000_000
+ENDINGS = (".csv", ".jsonl", ".parquet")
+
+
+def read_tables(given: list[str]) -> dict[str, pa.Table]:
+    """The tables of ``name=file`` by name. Raises ``ConfigError``."""
+    tables: dict[str, pa.Table] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or not path:
+            raise ConfigError(f"--with {one}: expected NAME=FILE with a name of letters, digits and _")
+        if name in tables:
+            raise ConfigError(f"--with {one}: {name} is given twice")
+        tables[name] = read_table(Path(path))
+    return tables
+
+
+def read_table(path: Path) -> pa.Table:
+    """A CSV, JSONL or Parquet file, types guessed. Raises ``ConfigError``."""
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
+    batches, rows, num_bytes = [], 0, 0
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are joined")
+        for batch in _batches(path):
+            batches.append(batch)
+            rows, num_bytes = rows + batch.num_rows, num_bytes + batch.nbytes
+            if rows > MAX_ROWS or num_bytes > MAX_BYTES:
+                raise ConfigError(f"{path} becomes over {MAX_ROWS:,} rows or {MAX_BYTES:,} bytes; take what is needed")
+        if not batches:
+            raise ConfigError(f"{path} has no rows")
+        return pa.Table.from_batches(batches)
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    if path.suffix.lower() == ".csv":
+        yield from pa.csv.open_csv(path)
+    elif path.suffix.lower() == ".jsonl":
+        yield from pa.json.open_json(path)
+    else:
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from file.iter_batches()
