@@ -180,6 +180,8 @@ class Result:
     def _of_rows(self, name: str, *arguments: Any, **options: Any) -> Any:
         """A method that returns all rows in some form."""
         table = self._table(BATCH_ROWS)
+        if name == "fetchall" and set(self.types) <= PLAIN_TYPES:  # the same, without a query in this process
+            return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
         with self._run._plain_errors():
             return getattr(self._run._local(table, self.types), name)(*arguments, **options)
 
@@ -242,6 +244,9 @@ EMPTY_BY_DESIGN = (
     "drift", "class_drift",
 )  # fmt: skip
 """Views that say in their description when they are empty."""
+
+PLAIN_TYPES = frozenset({"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE", "VARCHAR"})
+"""Types whose values are the same from Arrow as from DuckDB."""
 
 OF_ROWS = frozenset({
     "fetchall", "df", "to_df", "fetchdf", "pl", "fetchnumpy", "to_dicts", "iter_rows", "torch", "tf",
