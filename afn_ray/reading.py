@@ -75,8 +75,9 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
                 offset, done = found.offset + 1, stream.done
         except Damaged as damage:
             what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
+            is_one = slice.format == "txt" and not is_lines(slice.format, options)
             yield problem(
-                Origin(slice.uri, offset, stream.lost_from(done), None),
+                Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
                 f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
             )
         source.drain()
@@ -301,6 +302,7 @@ def _conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) ->
         if len(comments) == len(sentence) and not begins:
             continue
         if document and (begins or not together):
+            stream.done = sentence[0].offset  # the sentence that is read already is not done
             yield _conllu_document(_origin(stream, slice, document[0][0], size), document, options)
             document, size, num_lines = [], 0, 0
         together = together or begins
@@ -314,7 +316,8 @@ def _conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) ->
 
 
 def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
-    """Lines between blank ones; of more than ``limit`` bytes the first alone, without its data."""
+    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and one without data that
+    stands for the others."""
     sentence: list[Line] = []
     size = 0
     for line in lines:
@@ -324,9 +327,11 @@ def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
             sentence, size = [], 0
             continue
         sentence.append(line)
-        size += line.length
+        size += line.length + 1
         if size > limit or len(sentence) > CONLLU_LINES:
-            sentence = [sentence[0]._replace(data=None)]
+            kept = [line for line in sentence if line.data is not None and tags.begins_document(decode(line.data))][:1]
+            rest = size - sum(line.length + 1 for line in kept)
+            sentence = [*kept, sentence[0]._replace(data=None, length=rest - 1)]
     if sentence:
         yield sentence
 

@@ -556,8 +556,10 @@ def test_corrupt_streams_are_one_problem(ending: str) -> None:
     bad = one(b"this is no compressed stream at all", f"jsonl.{ending}")
     assert bad.problem is not None
     assert bad.problem.startswith(f"truncated or corrupt {ending} stream after 0 documents: ")
-    bad = one(COMPRESS[ending](b"text " * 999)[:-9], f"txt.{ending}", WHOLE)
+    data = COMPRESS[ending](b"text " * 999)[:-9]
+    bad = one(data, f"txt.{ending}", WHOLE)
     assert bad.problem is not None and "after 0 documents" in bad.problem
+    assert (bad.lost_bytes, bad.lost_documents) == (len(data), 1)  # the file is one document
 
 
 def several(ending: str) -> tuple[list[bytes], list[str]]:

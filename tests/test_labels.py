@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -260,6 +261,20 @@ def test_conllu_is_read_in_bounded_memory_and_what_is_cut_off_is_said(monkeypatc
     long = first.replace("7\t.", "\n".join(f"{i}\tx\tx\tX\tX\t_\t_\t_\t_\t_" for i in range(7, 90)) + "\n90\t.")
     documents = read_all(remember(f"{long}\n\n{second}".encode(), "conllu"), small)
     assert [d.problem for d in documents] == [over, None]
+    assert documents[0].lost_bytes == len(long.encode()) + 1
+    blocks = [f"# newdoc\n{second}", f"# newdoc id = long\n{long}", f"# newdoc\n{second}"]
+    documents = read_all(remember("\n\n".join(blocks).encode(), "conllu"), small)
+    assert [d.problem for d in documents] == [None, over, None]  # the long one ends the document before it
+    assert documents[1].lost_bytes == len(blocks[1].encode()) + 1
+
+
+@pytest.mark.parametrize("ending", ["gz", "bz2"])
+def test_a_sentence_of_conllu_that_was_read_ahead_of_damage_is_lost_with_the_rest(ending: str) -> None:
+    short, long = (f"1\t{word}\t_\tNOUN\t_\t_\t_\t_\t_\t_\n\n" for word in ("x", os.urandom(9000).hex()))
+    data = COMPRESS[ending]((short + long).encode()) + b"no stream"
+    good, bad = read_all(remember(data, f"conllu.{ending}"))
+    assert good.problem is None and bad.problem is not None
+    assert bad.lost_bytes > 9000  # of the long sentence, which the end of the stream alone would have given
 
 
 # --- tokens ----------------------------------------------------------------------------------------------
