@@ -106,8 +106,8 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
     format, compression = _kind(file.uri, options)
     if format == "parquet":
         return _cut_parquet(file, options, shard_bytes)
-    if reading.is_lines(format, options) and not compression and not _encoding(file):
-        return _cut_lines(file, format, shard_bytes)
+    if reading.is_lines(format, options) and not compression and (slices := _cut_lines(file, format, shard_bytes)):
+        return slices
     if format == "csv":
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
     if format == "txt" and not reading.is_lines(format, options):
@@ -177,12 +177,6 @@ def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
     return _slice(file, *_kind(file.uri, options))
 
 
-def _encoding(file: FileInfo) -> str:
-    """UTF-16 or UTF-32, where ``file`` says so: then a byte is no newline, and the file is one slice."""
-    with streams.Source(file.uri, 0, file.size) as source:
-        return streams.encoding_of(source.read(streams.LONGEST_BOM))
-
-
 def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
     with streams.Source(file.uri, 0, file.size) as source:
         source.drain()
@@ -190,12 +184,15 @@ def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int
 
 
 def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]:
+    """Slices of lines; none for UTF-16 and UTF-32, of which a byte is no newline."""
     slices: list[FileSlice] = []
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
     has_ink = False  # the line under way is not blank
     with streams.Source(file.uri, 0, file.size) as source:
-        while block := source.read(streams.BLOCK_BYTES):
+        while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
+            if end == 0 and streams.encoding_of(block):
+                return []
             block_start = end
             while end < block_start + len(block):
                 at = end - block_start

@@ -6,6 +6,7 @@ chunk that are damaged, so they are parsed here: Thrift's compact protocol, as t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from afn_ray.streams import Source
@@ -41,6 +42,12 @@ def read_chunks(source: Source) -> list[list[Chunk]]:
     source.seek(-8 - num_bytes, 2)
     data = source.read(num_bytes)
     source.seek(0)
+    return _parse(data)
+
+
+@lru_cache(2)
+def _parse(data: bytes) -> list[list[Chunk]]:
+    """Chunks of the footer ``data``; kept, for the slices of a file are read one behind the other."""
     try:
         footer = _Reader(data).struct()
         groups = [[_chunk(column[3]) for column in group[1]] for group in footer[4]]

@@ -30,7 +30,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import cli, corpus, reading, row_groups, storage, streams
+from afn_ray import cli, corpus, footer, reading, row_groups, storage, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions, Shard
 
@@ -1055,6 +1055,15 @@ def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process
         assert bad or [(d.doc_id, d.text) for d in documents] == expected, place
         assert all(d.lost_bytes > 0 for d in bad)
     assert num_right > 9 and num_told > 20
+
+
+def test_the_footer_of_a_file_is_parsed_once_for_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = parquet(tmp_path / "a.parquet", {"text": [os.urandom(8).hex() for _ in range(40)]}, row_group_size=2)
+    parsed = []
+    real = footer._Reader.struct
+    monkeypatch.setattr(footer._Reader, "struct", lambda reader: parsed.append(reader._at) or real(reader))
+    assert len(read_all(file, OPTIONS, 1)) == 40
+    assert parsed.count(0) == 1  # structs within it begin later
 
 
 def read_all_inexact(file: FileInfo) -> list[Document]:
