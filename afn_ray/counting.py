@@ -158,7 +158,8 @@ def _student(variances: Sequence[tuple[float, int]]) -> float:
 
 def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
     """Whether any part of ``piece`` can be read without what is before it."""
-    return reading.is_lines(piece.format, options) and not piece.compression
+    # Of UTF-16, which is not cut, the documents are not counted.
+    return reading.is_lines(piece.format, options) and not piece.compression and piece.num_documents >= 0
 
 
 class _Reader:
@@ -212,7 +213,8 @@ class _Reader:
         texts: list[str] = []
         num_bytes = 0
         read, share = piece, 1.0
-        if piece.format not in ("parquet", "txt") and piece.num_bytes > self._most_bytes:
+        is_stream = piece.format in ("csv", "conllu") or reading.is_lines(piece.format, self._options)
+        if is_stream and piece.num_bytes > self._most_bytes:
             read = _part_of(piece, piece.start, piece.start + self._most_bytes)
             share = self._most_bytes / piece.num_bytes
         for document in reading.read(read, self._options):

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -504,7 +505,10 @@ def test_the_interval_holds_the_true_count_as_often_as_it_says(
 ) -> None:
     encoder = tokens.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
     config = RunConfig(
-        corpus=(str(write_unlike_files(tmp_path / "c", kind)),), model="m", store=str(tmp_path), shard_bytes=32 << 10
+        corpus=(str(write_unlike_files(tmp_path / "c", kind)),),
+        model="m",
+        store=str(tmp_path / "s"),
+        shard_bytes=32 << 10,
     )
     plan = manifest.make_plan(config)
     slices = [piece for shard in plan.shards for piece in shard.slices]
@@ -523,3 +527,31 @@ def test_the_interval_holds_the_true_count_as_often_as_it_says(
     assert not any(c.exact for c in found) and held >= 0.9 * NUM_SEEDS
     assert abs(bias) < 0.01 + 2 * width / 4 / math.sqrt(NUM_SEEDS) and width < 0.5
     assert max(abs(c.documents / truth.documents - 1) for c in found) < 0.2
+
+
+@pytest.mark.parametrize(("ending", "encoding"), [("txt", "utf-16"), ("txt.gz", "utf-8"), ("jsonl", "utf-16")])
+def test_lines_that_are_read_from_the_beginning_alone_are_counted_from_it(
+    ending: str, encoding: str, tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"the lord spake unto moses {os.urandom(8).hex()}" for _ in range(3000)]
+    rows = [json.dumps({"text": line}) if "json" in ending else line for line in lines]
+    data = "".join(row + "\n" for row in rows).encode(encoding)
+    (tmp_path / f"c.{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    config = RunConfig(
+        corpus=(str(tmp_path / f"c.{ending}"),), model="m", store=str(tmp_path / "s"), txt_documents="line"
+    )
+    encoder = tokens.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
+    slices = [piece for shard in manifest.make_plan(config).shards for piece in shard.slices]
+    truth = counting.count(slices, config.read_options, encoder)
+    sizes = {"EXACT_BYTES": 0, "READ_BYTES": 20_000, "LEAST_READ_BYTES": 20_000, "BLOCK_BYTES": 1000}
+    for name, value in sizes.items():
+        monkeypatch.setattr(counting, name, value)
+    texts: list[int] = []
+    real = tokens.TextEncoder.count
+    monkeypatch.setattr(
+        tokens.TextEncoder, "count", lambda self, some: texts.append(sum(map(len, some))) or real(self, some)
+    )
+    found = counting.count(slices, config.read_options, encoder)
+    assert truth.exact and truth.documents == 3000 and not found.exact and found.num_beginnings == 1
+    assert found.tokens == pytest.approx(truth.tokens, rel=0.1) and max(texts) <= 1000
+    assert found.documents == pytest.approx(3000, rel=0.1)
