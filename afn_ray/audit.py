@@ -415,7 +415,7 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
     unknown = None if files is None else f"{losses.said_documents(lost)}: {files}"
     yield "lost_documents", (math.inf if lost.lost_unknown else lost.lost_documents, unknown)
     yield "replaced_characters", (lost.replaced, replaced)
-    yield "replaced_share", (lost.replaced / max(1, counts["chars"]), replaced)
+    yield "replaced_share", (min(1.0, lost.replaced / max(1, counts["chars"])), replaced)
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:

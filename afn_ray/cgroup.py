@@ -52,7 +52,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
     for line in _read(root / "proc/self/mountinfo").splitlines():
         mount, _, filesystem = line.partition(" - ")
         _, _, _, top, point, *_ = mount.split()
-        kind, _, options = filesystem.split(maxsplit=2)
+        kind, *_, options = filesystem.split()  # the source between them may be empty
         name = "" if kind == "cgroup2" else controller
         if not (kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))) or name not in within:
             continue

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from afn_ray import storage
+from afn_ray import cgroup, storage
 from afn_ray.errors import QueryError
 from afn_ray.session import FRAME, LENGTH, OUT_OF_MEMORY, READ, Answer, Request, Setup, receive
 
@@ -53,12 +53,13 @@ UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def memory_bytes(text: str) -> int:
-    """``text`` as DuckDB reads it: 500MB, 2GB, 1.5GiB, or 50% of this machine's. Raises ``QueryError``."""
+    """``text`` as DuckDB reads it: 500MB, 2GB, 1.5GiB, or 50% of what this process may have. Raises ``QueryError``."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?|(%))\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise QueryError(f"the memory limit is {text!r}; expected a size such as 500MB, 2GB or 1.5GiB")
     if found[4]:
-        return int(float(found[1]) / 100 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        everything = cgroup.memory_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(float(found[1]) / 100 * everything)
     return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[(found[2] or "").lower()])
 
 

@@ -228,6 +228,11 @@ def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -
     assert (rule.passed, rule.value, rule.where) == (True, 0, None)
 
 
+def test_the_share_of_replaced_characters_is_at_most_all_of_them() -> None:
+    """Those of quarantined documents are counted as well, whose text is not."""
+    assert one_rule("replaced_share", 0.5, lost=replace(LOST, replaced=10**9)).value == 1.0
+
+
 def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those() -> None:
     policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
     gone, ratio = audit.judge(policy, run_of(), COMPARED, LOST, SOURCES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from afn_ray import cgroup, model
+from afn_ray import cgroup, model, sandbox
 from afn_ray.cluster import connection
 from afn_ray.config import RunConfig
 
@@ -37,7 +37,9 @@ def sixty_four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_the_quota_of_a_container_is_counted_in_whole_cores(tmp_path: Path, quota: str, cores: int) -> None:
     files = {"sys/fs/cgroup/cpu.max": quota + "\n"}
-    root = tree(tmp_path, files, V2.format(top="/", point="/sys/fs/cgroup"), "0::/\n")
+    without_source = "22 1 0:5 / /run rw - tmpfs  rw\n"
+    mounts = without_source + V2.format(top="/", point="/sys/fs/cgroup")
+    root = tree(tmp_path, files, mounts, "0::/\n")
     assert cgroup.num_cores(root) == cores
 
 
@@ -110,3 +112,8 @@ def test_ray_still_counts_by_the_function_that_is_asked() -> None:
     from ray._private.utils import get_num_cpus
 
     assert get_num_cpus(override_docker_cpu_warning=True) >= 1
+
+
+def test_a_share_of_the_memory_is_of_what_the_container_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "memory_bytes", lambda: 1 << 30)
+    assert sandbox.memory_bytes("50%") == 1 << 29
