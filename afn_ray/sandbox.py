@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import pickle
 import re
 import select
 import signal
@@ -17,6 +16,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,7 @@ class _Child:
         package = str(Path(__file__).resolve().parent.parent)
         path = [str(Path(p).resolve()) for p in (*sys.path, package) if p]
         self._sockets = [self._requests, self._stops, served]
+        self._sender = Connection(os.dup(self._requests.fileno()), readable=False)
         try:
             self._process = subprocess.Popen(  # noqa: S603 - this Python and our own code
                 [sys.executable, "-I", "-S", "-c", CODE, json.dumps(path), *(str(s.fileno()) for s in theirs)],
@@ -169,6 +170,7 @@ class _Child:
                 | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )  # fmt: skip
         except OSError as error:
+            self._sender.close()
             for one in self._sockets:
                 one.close()
             raise QueryError(f"the process that runs SQL cannot be started: {error}") from error
@@ -181,7 +183,7 @@ class _Child:
         return self._owner == os.getpid() and self._process.poll() is None
 
     def set_up(self, setup: Setup) -> None:
-        self._send(pickle.dumps(setup, protocol=5))
+        self._send(setup)
         answer = self._receive(0, time.monotonic() + START_S)
         if "error" in answer.fields:
             self.end()
@@ -189,18 +191,16 @@ class _Child:
         self._most_resident = _resident_bytes(self._process.pid) + self._limits.process_bytes
 
     def ask(self, request: Request, limits: Limits) -> Answer:
-        try:
-            data = pickle.dumps(request, protocol=5)
-        except Exception as error:
-            raise QueryError(f"a parameter cannot be sent to the process that runs SQL: {error}") from error
-        self._send(data)
+        self._send(request)
         return self._receive(request.number, time.monotonic() + limits.timeout_s)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, what: Setup | Request) -> None:
         try:
-            self._requests.sendall(LENGTH.pack(len(data)) + data)
+            self._sender.send(what)
         except OSError:
             raise self._died() from None
+        except Exception as error:  # whatever an object of the caller's raises when it is to be copied
+            raise QueryError(f"a parameter cannot be sent to the process that runs SQL: {error}") from error
 
     def _receive(self, number: int, until: float) -> Answer:
         late = False
@@ -274,6 +274,7 @@ class _Child:
 
     def end(self) -> None:
         """Kill it and close what led to it; a process that was forked from ours leaves it alone."""
+        self._sender.close()
         for one in self._sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR) if self._owner == os.getpid() else None

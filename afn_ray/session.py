@@ -1,8 +1,8 @@
 """The process that runs SQL: a sandboxed DuckDB session over a run's files, which answers one request at a time.
 
 It is started by ``sandbox``, and has nothing but sockets: it reads files through the process that started it, opens
-none of its own, and cannot write any. Requests come pickled, from the process that may do everything anyway; answers
-go back as JSON and Arrow, which execute nothing.
+none of its own, and cannot write any. Requests come as ``multiprocessing`` sends objects, from the process that may do
+everything anyway; answers go back as JSON and Arrow, which execute nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import re
 import resource
 import signal
@@ -22,6 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 import duckdb
@@ -48,7 +48,7 @@ CLOSED: dict[str, Any] = {
 FRAME = struct.Struct("<IQ")
 """Before an answer: bytes of its JSON, and of its Arrow stream."""
 LENGTH = struct.Struct("<Q")
-"""Before a request: its bytes. From the other process, to stop one: its number."""
+"""From the other process, to stop a request: its number."""
 READ = struct.Struct("<IQQ")
 """Before the name of a file to read: bytes of the name, start and end of the range."""
 
@@ -355,7 +355,8 @@ def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
     _limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
     _limit(resource.RLIMIT_STACK, STACK_BYTES)
     try:
-        setup = pickle.loads(receive(requests, *LENGTH.unpack(receive(requests, LENGTH.size))))  # noqa: S301 - ours
+        receiver = Connection(os.dup(requests_fd), writable=False)
+        setup: Setup = receiver.recv()
         _limit(resource.RLIMIT_DATA, _data_bytes() + setup.memory_bytes)
         try:
             session = Session(setup, _Reads(files))
@@ -364,7 +365,7 @@ def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
         threading.Thread(target=_listen, args=(stops, session), daemon=True).start()
         _send(requests, Answer({"ready": True}))
         while True:
-            request = pickle.loads(receive(requests, *LENGTH.unpack(receive(requests, LENGTH.size))))  # noqa: S301
+            request: Request = receiver.recv()
             _limit_cpu(setup.timeout_s)
             _send(requests, session.answer(request))
     except (EOFError, OSError):
