@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ SHARED_BYTES = 256 << 20
 """Most bytes of a batch whose rows may share bytes and are not read as dictionaries."""
 UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
 """What pyarrow raises for a file that is not Parquet, or damaged."""
+
+MARKED_HEX = re.compile(r"\\x([0-9a-f]{2})*")
+"""An id of bytes that are no text."""
 
 Texts = list[Any]
 Ids = list[str | None]
@@ -299,8 +303,7 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
         if is_uuid:
             return [None if value is None else str(uuid.UUID(bytes=value)) for value in _bytes(values)]
         if _is_string(values.type) or _is_binary(values.type):
-            is_text = _is_string(values.type)
-            return [None if value is None else _id_of_bytes(value, is_text) for value in _bytes(values)]
+            return [None if value is None else _id_of_bytes(value, values.type) for value in _bytes(values)]
         if _is_any(values.type, "decimal"):
             return [None if value is None else f"{value:f}" for value in values.to_pylist()]
         texts: list[str | None] = values.cast(pa.string()).to_pylist()
@@ -309,10 +312,14 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
     return _of_values(column, convert)
 
 
-def _id_of_bytes(value: bytes, is_text: bool) -> str:
-    """``value`` as text where it is some, in hex where it is not."""
+def _id_of_bytes(value: bytes, kind: Any) -> str:
+    """``value`` as text where it is some, in hex where it is not.
+
+    Hex has ``\\x`` before it, and so has text that looks like such: no two values have one id. Those of a fixed
+    length need none, for hex is longer than any of their texts.
+    """
     with contextlib.suppress(UnicodeDecodeError):
         text = value.decode()
-        if is_text or text.isprintable():
+        if (_is_string(kind) or text.isprintable()) and not MARKED_HEX.fullmatch(text):
             return text
-    return value.hex()
+    return value.hex() if _is_any(kind, "fixed_size_binary") else f"\\x{value.hex()}"

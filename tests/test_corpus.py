@@ -866,7 +866,7 @@ def test_parquet_text_that_is_no_string_is_a_problem_per_row(tmp_path: Path, val
 UUIDS = [uuid.UUID(int=n) for n in (0x31323334_3536_3738_9000_616263646566, 2**127 + 1, 0)]
 IDS_OF_TYPES: dict[str, tuple[Any, list[str | None]]] = {
     "uuid": (pa.array([u.bytes for u in UUIDS], pa.uuid()), [str(u) for u in UUIDS]),
-    "bytes": (pa.array([b"ab", b"\xff\x00", None]), ["ab", "ff00", None]),
+    "bytes": (pa.array([b"ab", b"\xff\x00", None]), ["ab", "\\xff00", None]),
     "16 bytes": (pa.array([u.bytes for u in UUIDS], pa.binary(16)), [UUIDS[0].hex, UUIDS[1].hex, "00" * 16]),
     "int64": (pa.array([-(2**63), 2**63 - 1, None]), [str(-(2**63)), str(2**63 - 1), None]),
     "uint64": (pa.array([2**64 - 1, 2**64 - 2, 0], pa.uint64()), [str(2**64 - 1), str(2**64 - 2), "0"]),
@@ -888,6 +888,19 @@ def test_parquet_ids_are_the_text_of_their_values(tmp_path: Path, name: str, sto
     column, expected = IDS_OF_TYPES[name]
     file = parquet(tmp_path / "a.parquet", {"text": list("abc"), "id": column}, store_schema=store_schema)
     assert [(d.text, d.doc_id) for d in read_all(file, IDS)] == list(zip("abc", expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.binary(2)], ids=str)
+def test_no_two_ids_of_bytes_are_one(tmp_path: Path, kind: pa.DataType) -> None:
+    values = [b"\xff\x00", b"ff00", rb"\xff00", rb"\x5c78", b"\x00", b"00", b"", rb"\x", b"ab", b"\x01\x02"]
+    if pa.types.is_fixed_size_binary(kind):
+        values = [v for v in values if len(v) == 2]
+    column = pa.array(values, pa.binary()).view(kind) if kind == pa.string() else pa.array(values, kind)
+    file = parquet(tmp_path / "a.parquet", {"text": ["x"] * len(values), "id": column})
+    ids = [d.doc_id for d in read_all(file, IDS)]
+    assert len({*ids}) == len(values) and None not in ids
+    assert ids[values.index(b"\xff\x00")] == ("ff00" if kind == pa.binary(2) else r"\xff00")
+    assert kind == pa.binary(2) or ids[values.index(b"ff00")] == "ff00"
 
 
 @pytest.mark.parametrize(
