@@ -111,9 +111,9 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
     if format == "csv":
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
     if format == "txt" and not reading.is_lines(format, options):
-        num_documents = -1 if compression and file.size else 1
+        num_documents = -1 if compression else 1
     else:
-        num_documents = -1 if file.size else 0
+        num_documents = -1 if file.size or compression else 0
     return [_cut_whole(file, format, compression, num_documents)]
 
 

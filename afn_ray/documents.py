@@ -24,6 +24,8 @@ COLUMN = re.compile(r"[\w.:/$@+-]{1,40}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x80-\x9f]")
 """C0 but for tab, newline, carriage return and form feed; and C1."""
+SEVEN_BIT = re.compile("\x1b\\$[@AB(]|\x1b\\$\\)C")
+"""What begins text in ISO-2022, whose bytes are all ASCII: nothing of it is invalid."""
 INVALID = "\udcff"
 """What ``streams.MARK`` makes of an invalid sequence."""
 
@@ -100,6 +102,8 @@ def problem(origin: Origin, reason: str, doc_id: str | None = None, num_replaced
 
 def garbled(text: str, num_replaced: int) -> str:
     """Why ``text`` with so many replaced characters is no text, and what it may be; empty where it is one."""
+    if SEVEN_BIT.search(text):
+        return "it looks like ISO-2022, as of Japanese mail (it has the mark ESC $); convert the file to UTF-8"
     num_controls = len(CONTROLS.findall(text))
     num_bad = num_replaced + num_controls
     if num_bad < GARBLED_FROM or num_bad <= GARBLED_SHARE * len(text):
@@ -144,11 +148,16 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
     if why := garbled(line, line.count(INVALID)):
         return why
     for separator, name in SEPARATORS.items():
-        if any(options.text_column in (part.strip(' "') for part in field.split(separator)) for field in names):
+        parts = (part.strip(' "') for field in names if separator in field for part in field.split(separator))
+        if options.text_column in parts:
             return (
                 f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
                 "read_csv('FILE')) TO 'corpus.parquet'\""
             )
+    if any(name.strip(" \ufeff") == options.text_column for name in names):
+        return f"a name in its header has spaces or a byte order mark around {options.text_column!r}: remove them"
+    if any(name.startswith("sep=") for name in names):
+        return "its first line, sep=, is for Excel: remove it"
     return ""
 
 

@@ -371,8 +371,8 @@ class Stream:
             yield data
 
     def _decompressed(self) -> Iterator[bytes]:
-        if self._source.size == 0:  # some decompressors take nothing for damage
-            return
+        if self._compression and self._source.size == 0:  # some decompressors take nothing for an end
+            raise Damaged(f"the file has 0 bytes, and what {self._compression} makes of nothing has more")
         if not self._compression:
             while block := self._source.read(BLOCK_BYTES):
                 yield block

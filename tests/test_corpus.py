@@ -265,16 +265,28 @@ def test_what_cannot_be_cut_is_one_slice(ending: str, options: ReadOptions, num_
     assert slice.sha256 == hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "jsonl.gz", "txt.bz2", "csv.xz", "jsonl.zst"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "conllu"])
 def test_an_empty_file_has_no_documents(ending: str) -> None:
     (slice,) = corpus.cut(remember(b"", ending), OPTIONS, 100)
     assert (slice.start, slice.end, slice.num_documents) == (0, 0, 0)
     assert list(reading.read(slice, OPTIONS)) == []
 
 
-@pytest.mark.parametrize("ending", ["txt", "txt.bz2"])
-def test_an_empty_text_file_is_an_empty_document(ending: str) -> None:
-    document = one(b"", ending, WHOLE)
+@pytest.mark.parametrize("ending", ["jsonl.gz", "txt.bz2", "csv.xz", "jsonl.zst", "conllu.gz"])
+@pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["lines", "whole"])
+def test_a_compressed_file_without_a_byte_is_cut_short(ending: str, options: ReadOptions) -> None:
+    (slice,) = corpus.cut(remember(b"", ending), options, 100)
+    (document,) = reading.read(slice, options)
+    is_one = ending == "txt.bz2" and options is WHOLE  # a file is a document
+    assert slice.num_documents == -1
+    assert (document.lost_bytes, document.lost_documents) == (1, 1 if is_one else None)
+    assert document.problem is not None and "the file has 0 bytes" in document.problem
+    (nothing,) = corpus.cut(remember(COMPRESS[ending.rpartition(".")[2]](b""), ending), OPTIONS, 100)
+    assert list(reading.read(nothing, OPTIONS)) == []
+
+
+def test_an_empty_text_file_is_an_empty_document() -> None:
+    document = one(b"", "txt", WHOLE)
     assert (document.text, document.problem) == ("", None)
 
 
@@ -482,6 +494,15 @@ def test_what_is_no_utf8_text_is_quarantined_with_the_likely_cause(name: str) ->
     assert f"of {len(text):,} characters " in document.problem
     assert (document.lost_bytes, document.lost_documents) == (len(data), 1)
     assert document.num_replaced == text.count("\ufffd")
+
+
+@pytest.mark.parametrize("encoding", ["iso2022_jp", "iso2022_jp_2", "iso2022_kr"])
+def test_text_of_seven_bits_that_is_none_is_quarantined(encoding: str) -> None:
+    text = "안녕하세요. " * 30 if encoding == "iso2022_kr" else "吾輩は猫である。名前はまだ無い。" * 30
+    for data, ending in ((text.encode(encoding), "txt"), (b'{"text": "%s"}' % text.encode(encoding), "jsonl")):
+        found = one(data, ending, WHOLE)
+        assert found.problem is not None and "ISO-2022" in found.problem and found.lost_bytes == len(data)
+    assert one(b"\x1b[31mred\x1b(B and ESC $5", "txt", WHOLE).problem is None
 
 
 def test_rows_in_another_encoding_are_quarantined_and_the_others_are_read() -> None:
@@ -827,6 +848,22 @@ def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name:
             corpus.check_columns([file], OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        ("id, text", "spaces"),
+        ("\ufefftext,id", "byte order mark"),
+        ("sep=;\nid;text", "sep="),
+        ("a,b", "it has: a, b$"),
+    ],
+)
+def test_a_header_without_the_column_is_told_by_what_is_wrong_with_it(header: str, why: str) -> None:
+    file = remember(f"\ufeff{header}\n1,2\n".encode(), "csv")
+    with pytest.raises(CorpusError, match=why) as caught:
+        corpus.check_columns([file], OPTIONS)
+    assert "separated by" not in str(caught.value)
+
+
 # --- Parquet ---------------------------------------------------------------------------------------------
 
 TYPES = [
@@ -851,7 +888,7 @@ def test_parquet_invalid_utf8_is_replaced(tmp_path: Path) -> None:
     for i, column in enumerate((raw, claimed)):
         documents = read_all(parquet(tmp_path / f"{i}.parquet", {"text": column, "id": column}), IDS)
         assert [(d.text, d.num_replaced, d.doc_id) for d in documents] == [
-            ("a\ufffdb", 1, "61ff62"), ("\ufffd", 0, "\ufffd"),
+            ("a\ufffdb", 1, r"\x61ff62"), ("\ufffd", 0, "\ufffd"),
         ]  # fmt: skip
 
 
