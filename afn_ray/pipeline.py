@@ -382,6 +382,7 @@ class Processor:
         Only a text that fails alone is at fault, while the model still takes a probe: what fails for everything, or
         only in company, is raised as it came.
         """
+        measured = self.progress.measured
         try:
             return prepared, run(prepared)
         except Exception as error:
@@ -391,12 +392,13 @@ class Processor:
             suspects = [i for i, n in enumerate(np.diff(prepared.encoded.bounds).tolist()) if n]
 
             def attempt(some: list[int]) -> None:
-                few = self.preparer.prepare([texts[i] for i in some], [replaced[i] for i in some], halvings)
-                run(few)
+                self.progress.measured = measured  # what is tried here is measured once more
+                run(self.preparer.prepare([texts[i] for i in some], [replaced[i] for i in some], halvings))
 
             found = culprits.find_culprits(attempt, suspects, _may_blame)
             if not found or not self._takes_probe():
                 raise
+        self.progress.measured = measured
         why = {i: f"the model cannot take it: {culprits.first_line(error)}" for i, error in found.items()}
         prepared = self.preparer.prepare(texts, replaced, halvings, refused | why)
         return prepared, run(prepared)

@@ -394,6 +394,7 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
     fail_on(monkeypatch, "abraham", IndexError("index out of range in self"))
     config = make_config(corpus=(str(corpus),), id_column="id")
     tables = []
+    measured = [0.0]
     for name in ("whole", "stopped"):
         config = replace(config, store=str(tmp_path / name))
         if name == "stopped":
@@ -401,8 +402,9 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
                 stop_after(patch, 2)
                 with pytest.raises((KeyboardInterrupt, Interrupted)):
                     afn_ray.run(config)
-        with afn_ray.run(config) as run:
+        with afn_ray.run(config, lambda e: measured.append(e.state.live.measured if e.state else 0.0)) as run:
             assert run.info["counts"]["shards"] > 3 and run.info["counts"]["quarantined"] == 1
+            assert max(measured) < 101  # what is tried again is not said to be done
             tables.append((all_rows(run, "tokens"), all_rows(run, "documents")))
     assert tables[0] == tables[1]
 
