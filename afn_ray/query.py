@@ -349,7 +349,7 @@ class Run:
         """What may be the reason, as far as the text of ``query`` tells, for which it has no rows."""
         notes = [f"{v}: {VIEWS[v]}" for v in EMPTY_BY_DESIGN if re.search(rf"\b{v}\b", query) and not self._has_rows(v)]
         layers = self.info["layers"]
-        if wrong := sorted({int(k) for k in re.findall(r"\blayer\s*=\s*(\d+)", query)} - set(layers)):
+        if wrong := sorted({int(k) for k in re.findall(r"\blayer\s*=\s*(\d{1,9})\b", query)} - set(layers)):
             notes.append(f"layer {wrong[0]} was not recorded; the run has {', '.join(map(str, layers))}")
         if asked := re.findall(r"\bclass\s*=\s*'([^']*)'", query):
             has = [c for (c,) in self.sql("SELECT DISTINCT class FROM vocabulary ORDER BY class").fetchall()]

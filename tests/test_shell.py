@@ -195,6 +195,7 @@ def test_dates_that_python_does_not_have_are_text(run: Run, format: str) -> None
         ("FROM vocabulary WHERE layer = 5", "layer 5 was not recorded; the run has 0, 8"),
         ("FROM vocabulary WHERE class = 'noun'", "no type is of class 'noun'; the run has content"),
         ("FROM kwic('river bank')", "takes one word"), ("SELECT 1 WHERE false", ""), ("FROM vocabulary", ""),
+        (f"SELECT 1 WHERE 'layer = {'9' * 5000}' = ''", ""),
     ],
 )  # fmt: skip
 def test_an_empty_answer_says_why(run: Run, sql: str, note: str, capsys: pytest.CaptureFixture[str]) -> None:
