@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from afn_ray import parquet, storage, streams, tags
@@ -68,8 +69,12 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     with Source(slice.uri, slice.start, slice.end) as source:
         stream = Stream(source, slice.compression)
         num_documents = offset = done = 0
+        left = source.size  # bytes; what rows of a compressed stream take of it is estimated
         try:
             for found in _documents(stream, slice, options):
+                if found.problem is not None:
+                    found = replace(found, lost_bytes=max(1, min(found.lost_bytes, left)))
+                    left -= found.lost_bytes
                 yield found
                 num_documents += 1
                 offset, done = found.offset + 1, stream.done
@@ -77,7 +82,7 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
             what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
             is_one = slice.format == "txt" and not is_lines(slice.format, options)
             yield problem(
-                Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
+                Origin(slice.uri, offset, max(1, min(stream.lost_from(done), left)), 1 if is_one else None),
                 f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
             )
         source.drain()

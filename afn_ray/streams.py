@@ -237,14 +237,17 @@ def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
                 piece = pieces.read() if decoder.needs_input else b""
                 if decoder.needs_input and not piece:
                     raise EOFError("the end of the file is missing, and what was in it is lost too, uncounted")
-                if given := decoder.decompress(piece, DECOMPRESSED_BLOCK_BYTES):
+                given = decoder.decompress(piece, DECOMPRESSED_BLOCK_BYTES)
+                if decoder.eof:
+                    pieces.put_back(len(decoder.unused_data))
+                    pieces.used = pieces.at
+                elif given:
                     pieces.used = max(start, pieces.before)
+                if given:
                     yield given
         except DAMAGE as error:
             what = f"stream {number}, which begins at byte {start}: {_words(error)}"
             raise Damaged(f"{what}; what came of that stream may be altered") from error
-        pieces.put_back(len(decoder.unused_data))
-        pieces.used = pieces.at
         padding = pieces.skip_zeros() if compression in ("gz", "xz") else 0
         if compression == "xz" and padding % 4:
             raise Damaged(f"stream {number} is followed by {padding} zeros, expected a multiple of 4")

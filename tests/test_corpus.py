@@ -711,6 +711,17 @@ def test_a_bad_row_of_a_stream_counts_its_share_of_the_file(tmp_path: Path) -> N
             assert {d.lost_bytes for d in short} == {1}
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_rows_of_small_streams_lose_no_more_than_their_file_has(ending: str) -> None:
+    """All of them are read ahead with the first row."""
+    data = b"".join(COMPRESS[ending](b"{no %d\n" % i) for i in range(9))
+    documents = read_all(remember(data, f"jsonl.{ending}"))
+    lost = [d.lost_bytes for d in documents]
+    assert len(lost) == 9 and sum(lost) <= len(data) + len(lost)
+    if ending in ("gz", "bz2", "xz"):  # of which the end of each stream is known
+        assert max(lost) <= -(-len(data) // 9)
+
+
 # --- CSV -------------------------------------------------------------------------------------------------
 
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

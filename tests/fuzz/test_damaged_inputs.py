@@ -128,6 +128,8 @@ def silent_loss(rows: Rows, found: list[Document], data: bytes, format: str, com
     problems = [d for d in found if d.problem is not None]
     if bad := [d for d in problems if not 0 < d.lost_bytes <= len(data)]:
         return f"a problem without its lost bytes, or with more than the file: {bad[0]}"
+    if (total := sum(d.lost_bytes for d in problems)) > len(data) + len(problems):  # each has one at least
+        return f"{total} bytes are lost of {len(data)}"
     if problems:
         return ""
     if format == "parquet" or compression:
