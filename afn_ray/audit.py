@@ -14,7 +14,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from http.client import HTTPException, HTTPMessage
@@ -193,16 +193,26 @@ def _notes(policy: Policy, run: RunFolder, comparison: Comparison | None, baseli
         if "min_tokens_ratio" in policy.source_limits:
             rows += _shrinkable(comparison, layer, policy.min_tokens, _sources_of(run))
         judged = {row["source"] for row in rows} | {None}
-        there = [r for r in _at(comparison.drift, layer).to_pylist() if r["n_b"] and r["source"] not in judged]
+        left = [r for r in _at(comparison.drift, layer).to_pylist() if r["source"] not in judged]
+        there = [row for row in left if row["n_b"]]
         new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in there if not r["n_a"]]
         if new:
-            more = f" and {len(new) - TOLD_SOURCES:,} more" if len(new) > TOLD_SOURCES else ""
             yield (
                 f"[source] judged nothing of {count(len(new), 'new source')}, which have nothing to be held against: "
-                f"{', '.join(new[:TOLD_SOURCES])}{more}; max_new_sources limits them."
+                f"{_first(new)}; max_new_sources limits them."
+            )
+        if gone := [f"{r['source']} ({count(r['n_a'], 'token')})" for r in left if not r["n_b"]]:
+            yield (
+                f"[source] judged nothing of {count(len(gone), 'source')} of the baseline without a token in this run: "
+                f"{_first(gone)}; max_vanished_sources limits them."
             )
         if small := len(there) - len(new):
             yield f"[source] judged nothing of {count(small, 'source')} under min_tokens, {policy.min_tokens:,}."
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - TOLD_SOURCES:,} more" if len(names) > TOLD_SOURCES else ""
+    return f"{', '.join(names[:TOLD_SOURCES])}{more}"
 
 
 def _named(uri: str) -> RunFolder:

@@ -233,13 +233,19 @@ def test_the_share_of_replaced_characters_is_at_most_all_of_them() -> None:
     assert one_rule("replaced_share", 0.5, lost=replace(LOST, replaced=10**9)).value == 1.0
 
 
-def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those() -> None:
+def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
     gone, ratio = audit.judge(policy, run_of(), COMPARED, LOST, SOURCES)
     assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
     for there in ("gone too", "gone too/or a file of the folder"):  # the run read it, and found nothing
         _, ratio = audit.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
         assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
+    monkeypatch.setattr(audit, "_sources_of", lambda run: frozenset(SOURCES))
+    (note,) = (n for n in audit._notes(policy, run_of(), COMPARED, "week") if "of the baseline" in n)
+    assert "judged nothing of 2 sources of the baseline without a token in this run: gone (1 token), gone too (" in note
+    assert "max_vanished_sources limits them" in note
     small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
     (ratio,) = audit.judge(small, run_of(), COMPARED, LOST, SOURCES)
     assert ratio.passed is None
