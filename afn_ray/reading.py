@@ -52,8 +52,9 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     try:
         now = _check(slice, options)
         if slice.format == "parquet":
+            share = _Share(slice.num_bytes)
             with Source(slice.uri, 0, now.size) as source:
-                yield from parquet_documents(source, slice, options)
+                yield from map(share.bound, parquet_documents(source, slice, options))
             _check(slice, options, trusted="etag:")  # pages are read here and there, and not hashed on the way
         else:
             yield from _read_bytes(slice, options)
@@ -69,25 +70,38 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     with Source(slice.uri, slice.start, slice.end) as source:
         stream = Stream(source, slice.compression)
         num_documents = offset = done = 0
-        left = source.size  # bytes; what rows of a compressed stream take of it is estimated
+        share = _Share(source.size)
         try:
             for found in _documents(stream, slice, options):
-                if found.problem is not None:
-                    found = replace(found, lost_bytes=max(1, min(found.lost_bytes, left)))
-                    left -= found.lost_bytes
-                yield found
+                yield share.bound(found)
                 num_documents += 1
                 offset, done = found.offset + 1, stream.done
         except Damaged as damage:
             what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
             is_one = slice.format == "txt" and not is_lines(slice.format, options)
-            yield problem(
-                Origin(slice.uri, offset, max(1, min(stream.lost_from(done), left)), 1 if is_one else None),
+            rest = problem(
+                Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
                 f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
             )
+            yield share.bound(rest)
         source.drain()
         if source.sha256.hexdigest() != slice.sha256:
             raise _changed(slice, storage.stat(slice.uri), source.sha256.hexdigest())
+
+
+class _Share:
+    """What the rows of a slice of ``num_bytes`` may lose together: of compressed ones, each is an estimate."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+
+    def bound(self, found: Document) -> Document:
+        """``found`` with no more lost bytes than are left, and with one at least."""
+        if found.problem is None:
+            return found
+        lost_bytes = max(1, min(found.lost_bytes, self._left))
+        self._left -= lost_bytes
+        return replace(found, lost_bytes=lost_bytes)
 
 
 def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInfo:

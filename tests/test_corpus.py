@@ -1118,6 +1118,14 @@ def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process
     assert num_right > 9 and num_told > 20
 
 
+def test_rows_that_share_a_text_lose_no_more_than_their_file_has(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, max_document_bytes=100)
+    file = parquet(tmp_path / "a.parquet", {"text": ["x" * 5000] * 300}, compression="none", row_group_size=100)
+    documents = read_all(file, options, 1)
+    assert len(documents) == 300 and all(d.problem is not None and d.lost_bytes > 0 for d in documents)
+    assert sum(d.lost_bytes for d in documents) <= file.size + 300
+
+
 def test_the_footer_of_a_file_is_parsed_once_for_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": [os.urandom(8).hex() for _ in range(40)]}, row_group_size=2)
     parsed = []
