@@ -48,6 +48,8 @@ FAR_TOKENS = 1 << 18
 """Tokens on each side of a word that ``kwic`` looks at, at most."""
 CONTEXT_CHARS = 10_000
 """Characters on each side that ``kwic`` gives, at least where there are as many."""
+SPACES = "'\u0120', '\u2581'"
+"""What tokens of byte-level BPE and of SentencePiece have in place of the space before a word, as SQL."""
 CONTINUES = SPECIAL | WORD_START
 """A token with neither flag continues a word."""
 
@@ -100,10 +102,10 @@ def statements(
     whether they have ``tag``.
     """
     # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
+    is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
     made = [
-        "CREATE TABLE internal.types AS "
-        "SELECT token_id, any_value(token) AS token, any_value(text) AS text, "
-        "any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP BY token_id",
+        "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, any_value(text) AS text, "  # noqa: S608
+        f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP BY token_id",
         f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets, tagged)}",
         f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
         f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets, tagged)}",
@@ -340,14 +342,16 @@ def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
     ``key`` tells stretches apart; words are numbered from 1 in each, and 0 is what is left of one begun before it.
     ``gap`` is what stands before a word, ``also`` more columns.
     """
+    # Most tokenizers of BPE count the space before a word among its characters.
+    holds_space = 'is_spaced AND "end" - start > length(ltrim(text))'
     gap = (
-        "CASE WHEN start > lag(\"end\") OVER w THEN ' ' ELSE '' END"
+        f"CASE WHEN start > lag(\"end\") OVER w OR ({holds_space}) THEN ' ' ELSE '' END"
         if offsets
         else f"CASE WHEN flags & {WORD_START} <> 0 THEN ' ' ELSE '' END"
     )
     return f"""
         SELECT {key}, number, min(row) AS row, max(row) AS last_row, any_value(gap ORDER BY position) AS gap,
-            coalesce(max(surface), string_agg(text, '' ORDER BY position)) AS text{also}
+            coalesce(max(surface), ltrim(string_agg(text, '' ORDER BY position))) AS text{also}
         FROM (
             SELECT *, count(*) FILTER (flags & {WORD_START} <> 0) OVER w AS number, {gap} AS gap
             FROM ({rows}) WHERE flags & {SPECIAL} = 0 WINDOW w AS (PARTITION BY {key} ORDER BY position)
@@ -356,7 +360,9 @@ def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
 
 def document_text_macro(rows: str, offsets: bool) -> str:
     """SQL of the text of the document numbered ``document``."""
-    of_document = f"SELECT t.*, s.text FROM {rows} t JOIN internal.types s USING (token_id) WHERE t.doc = document"  # noqa: S608
+    of_document = (
+        f"SELECT t.*, s.text, s.is_spaced FROM {rows} t JOIN internal.types s USING (token_id) WHERE t.doc = document"  # noqa: S608
+    )
     words = _spelled(of_document, "doc", offsets)
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
 
@@ -397,7 +403,8 @@ def kwic_macro(
             f"FROM {heads}"
         )
         return f"""
-            SELECT f.head, t.*, s.text{ends} FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
+            SELECT f.head, t.*, s.text, s.is_spaced{ends}
+            FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
             JOIN internal.types s USING (token_id)"""  # noqa: S608
 
     def numbered(heads: str, beside: str) -> str:

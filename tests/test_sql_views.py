@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import test_query
 from test_query import LAYERS, TEXTS, make_shard, write_run
 
 from afn_ray import cli, manifest, views
@@ -138,6 +140,27 @@ def test_a_document_is_put_together(run: Run) -> None:
     whole = ["".join(w["gap"] + w["text"] for w in words) or None for words in WRITTEN]
     assert got == list(enumerate(whole))
     assert run.sql("SELECT document_text($d)", {"d": 30}).fetchall() == [(whole[30],)]
+
+
+@pytest.mark.parametrize("space", ["\u0120", "\u2581"])
+def test_a_space_that_a_token_holds_stands_between_the_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str
+) -> None:
+    """GPT-2's, Qwen's and Llama's tokens begin with the space before a word; others may stand without one."""
+    monkeypatch.setattr(test_query, "PIECES", [space + piece for piece in test_query.PIECES])
+    shards = []
+    for table, documents, _ in WORDED:
+        rows = table.to_pylist()
+        for before, row in itertools.pairwise(rows):
+            if row["doc"] == before["doc"] and row["start"] > before["end"]:
+                row["start"] = before["end"]
+        shards.append((pa.Table.from_pylist(rows, table.schema), documents))
+    write_run(str(tmp_path), shards, LAYERS)
+    with open_run(str(tmp_path)) as run:
+        got = run.sql("SELECT document_text(doc) FROM documents ORDER BY doc").fetchall()
+        assert got == [("".join(w["gap"] + w["text"] for w in words) or None,) for words in WRITTEN]
+        contexts = run.sql("SELECT doc, position, left_context, text, right_context FROM kwic('river', 3)").fetchall()
+        assert contexts == [(o[0], o[1], *o[4:7]) for o in occurrences("river", 3)] != []
 
 
 # --- keyword in context ----------------------------------------------------------------------------------
