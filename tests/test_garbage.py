@@ -26,6 +26,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.garbage import Garbage
 from afn_ray.garbage import lines as garbage_lines
+from afn_ray.layout import RAY_IGNORE
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
 """Of a corpus of two files, each in one of two states; the last night has nothing that no earlier one had."""
@@ -80,8 +81,9 @@ def store(made: Made, tmp_path: Path) -> str:
 
 
 def files_of(store: str) -> dict[str, int]:
-    """Size by URI of all files but what collections remember: their epochs, and what is left of a run that went."""
-    files = (f for f in storage.list_below(store) if not f.uri.startswith(f"{store}/gc/"))
+    """Size by URI of all files but the store's own: epochs, what is left of a run that went, and its .rayignore."""
+    own = (f"{store}/gc/", f"{store}/{RAY_IGNORE}")
+    files = (f for f in storage.list_below(store) if not f.uri.startswith(own))
     return {f.uri: f.size for f in files if not (f.uri.endswith("/run.json") and is_grave(f.uri))}
 
 

@@ -26,6 +26,7 @@ import afn_ray
 from afn_ray import manifest, storage, verify_store
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.layout import RAY_IGNORE
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.verify import Finding, Verification, lines
 
@@ -93,7 +94,7 @@ class Copy:
 
 def copy(source: Path, target: str) -> Copy:
     for file in source.rglob("*"):
-        if file.is_file():
+        if file.is_file() and file.name != RAY_IGNORE:  # nothing relies on it
             storage.write_once(f"{target}/{file.relative_to(source)}", file.read_bytes())
     tokens = [f for f in storage.list_below(target) if f.uri.endswith("-tokens.parquet")]
     return Copy(target, tuple(f.uri.rpartition("/")[0] for f in sorted(tokens, key=lambda f: -f.size)))
