@@ -198,7 +198,8 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
-    pieces, readable = pipeline.vocabulary_texts(asked.files)
+    encoder = pipeline.text_encoder(asked.files)
+    pieces, readable = encoder.texts()
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(
             config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
@@ -244,6 +245,10 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
             "shards_quarantined": len(quarantined),
             **totals,
         },
+        "unknown": {
+            "token": None if encoder.unknown is None else pieces[encoder.unknown],
+            "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
+        },
         "quarantined": quarantined,
         "created_at": manifest.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -285,6 +290,8 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
         on_event(Event("complete", f"skipped: {skipped}"))
     if replaced := losses.describe_replaced(found):
         on_event(Event("complete", f"replaced: {replaced}"))
+    if unknown := losses.describe_unknown(run.info):
+        on_event(Event("warning", f"warning: unknown: {unknown}"))
     if lost := losses.describe(found):
         on_event(Event("warning", f"warning: lost: {lost}"))
 

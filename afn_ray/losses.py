@@ -201,6 +201,37 @@ def to_json(found: Losses) -> dict[str, Any]:
     return body
 
 
+# --- what the tokenizer does not know --------------------------------------------------------------------
+
+UNKNOWN_SHARE = 0.05
+"""Share of the tokens of text from which unknown ones are a warning; of text in a model's own language it is 0.001."""
+
+
+def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
+    """Tokens of text in a run's ``vocabulary`` that have the id ``unknown``."""
+    if unknown is None or not len(vocabulary):
+        return 0
+    of_layer = pc.equal(vocabulary["layer"], pc.min(vocabulary["layer"]))
+    of_text = pc.not_equal(vocabulary["class"].cast(pa.string()), "special")
+    found = vocabulary.filter(pc.and_(pc.and_(of_layer, of_text), pc.equal(vocabulary["token_id"], unknown)))
+    return int(pc.sum(found["n"]).as_py() or 0)
+
+
+def describe_unknown(info: Mapping[str, Any]) -> str:
+    """How much of a run's text its tokenizer does not know, where that is over ``UNKNOWN_SHARE``; else empty."""
+    found, counts = info.get("unknown"), info["counts"]
+    num_tokens = counts["tokens"] - counts["special"]
+    if not isinstance(found, dict) or not isinstance(num := found.get("tokens"), int):
+        return ""
+    if not UNKNOWN_SHARE * num_tokens < num <= num_tokens:
+        return ""
+    return (
+        f"{num:,} of {count(num_tokens, 'token')} of text ({rounded_up(num / num_tokens)}) are {found.get('token')}, "
+        "which stands for whatever the tokenizer does not know: their strengths say nothing of words. Is the model one "
+        "of the corpus's language, and the tokenizer the model's own?"
+    )
+
+
 # --- in words --------------------------------------------------------------------------------------------
 
 

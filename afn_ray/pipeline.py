@@ -185,11 +185,6 @@ def find_model(config: RunConfig) -> model.ModelFiles:
     )  # fmt: skip
 
 
-def vocabulary_texts(files: model.ModelFiles) -> tuple[list[str], list[str]]:
-    """The vocabulary by token id: as the tokenizer writes it, and as a reader does."""
-    return text_encoder(files).texts()
-
-
 def text_encoder(files: model.ModelFiles) -> tokens.TextEncoder:
     """What turns texts into the tokens of ``files``."""
     return tokens.TextEncoder(model.load_tokenizer(files))

@@ -214,6 +214,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
                       f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files"),
         ("lost", losses.describe(summary.losses) or "nothing"),
         *([("replaced", replaced)] if (replaced := losses.describe_replaced(summary.losses)) else []),
+        *([("unknown", unknown)] if (unknown := losses.describe_unknown(info)) else []),
         ("tokens", f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)"),
         ("model", f"{model_title(model['name'])} "
                   f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),

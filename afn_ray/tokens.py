@@ -77,6 +77,10 @@ class Window:
     keep_end: int
 
 
+UNIGRAM_UNKNOWN = "<unk>"
+"""Unknown token of Unigram models, which do not say it: that of SentencePiece."""
+
+
 class TextEncoder:
     """A fast tokenizer set up to encode untrusted texts of any length, without truncation or padding.
 
@@ -118,6 +122,13 @@ class TextEncoder:
                 text = text.removeprefix(continuing)
             readable.append(text.strip() or text)
         return pieces, readable
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of the token for what is in no vocabulary; None where there is none, as in one of bytes."""
+        model = self._tokenizer.model
+        token = UNIGRAM_UNKNOWN if type(model).__name__ == "Unigram" else getattr(model, "unk_token", None)
+        return None if token is None else self._tokenizer.token_to_id(token)
 
     def count(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
         """Tokens of each of ``texts``, those of the template among them."""

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import compare, job, losses, manifest, pipeline, verify
+from afn_ray import compare, job, losses, manifest, pipeline, show, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
 from afn_ray.schema import FILES_SCHEMA, FileInfo
@@ -119,6 +119,23 @@ def test_the_end_of_a_run_says_what_was_lost_each_time(lossy: tuple[RunConfig, l
         assert "d.parquet (0% read)" in messages[-1] and messages[-1].endswith("; 2 documents or more")
         assert "replaced: 2 characters in 1 file: e.txt" in messages
         assert any(text.startswith("skipped: 1 file (") and text.endswith(": c.pdf") for text in messages)
+
+
+def test_text_that_the_tokenizer_does_not_know_is_a_warning_each_time_and_in_show(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    thai = "\u0e44\u0e17\u0e22 " * 9
+    texts = [*verses[:5], *[thai] * 30]
+    corpus = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    config = make_config(corpus=(str(corpus),))
+    for _ in range(2):
+        (unknown,) = (text for text in said_by_a_run(config) if text.startswith("warning: unknown: "))
+        assert unknown.startswith("warning: unknown: 270 of ") and " are [UNK], which" in unknown
+    run = manifest.find_run(config.store)
+    assert run.info["unknown"] == {"token": "[UNK]", "tokens": 270}
+    assert dict(show.facts(show.summarise(run)))["unknown"] == unknown.removeprefix("warning: unknown: ")
+    for altered in ({}, {"unknown": 1}, {"unknown": {"tokens": "x"}}, {"unknown": {"tokens": 10**9}}):
+        assert losses.describe_unknown({k: v for k, v in run.info.items() if k != "unknown"} | altered) == ""
 
 
 def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(

@@ -203,7 +203,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
         made.store, measure_id, [found[s.id] for s in shards], header["measure"]["layers"], shards=shards,
         labels=manifest.labels(run), files=manifest.read_table(run, "files"),
         vocabulary=manifest.read_table(run, "vocabulary"),
-        readable=pipeline.vocabulary_texts(pipeline.find_model(made))[1], worst=1000, tasks=Shuffled(seed),
+        readable=pipeline.text_encoder(pipeline.find_model(made)).texts()[1], worst=1000, tasks=Shuffled(seed),
     )  # fmt: skip
     assert len(shards) > 3
     for name, table in tables.items():
