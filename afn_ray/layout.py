@@ -20,7 +20,7 @@ RAY_IGNORE = ".rayignore"
 
 STORE_FILE = re.compile(
     rf"/(?:shards/{HEX.pattern}/{HEX.pattern}/[^/]+|runs/{RUN_NAME.pattern}/[^/]+|pilots/{HEX.pattern}\.json|"
-    rf"gc/[0-9]{{8}}\.parquet|"
+    rf"gc/[0-9]{{8}}\.parquet|{re.escape(RAY_IGNORE)}|"
     rf"probe-{HEX.pattern}|{SCRATCH_PREFIX}[^/]+/[^/]+)$"
 )
 """End of the path of a file that a run leaves in a store, or an attempt on scratch."""

@@ -1088,7 +1088,7 @@ def test_a_store_inside_its_corpus_folder_is_left_out_of_the_corpus(tmp_path: Pa
     with afn_ray.run(config) as run:
         assert run.sql("SELECT count(*), count(*) FILTER (status = 'ok') FROM documents").fetchall() == [(2, 2)]
         files = manifest.read_table(manifest.find_run(run.uri), "files")
-    assert re.match(r"\d\d files \(.*\) of an afn-ray store: ", losses.describe_skipped(losses.skipped_files(files)))
+    assert re.fullmatch(r"\d\d files \(.*\) of a store", losses.describe_skipped(losses.skipped_files(files)))
     for pattern in (folder, f"{folder}/**", tmp_path / "link", f"{folder}/[er]*/**"):
         for store in (folder / "results", tmp_path / "another"):  # its own, and then it is another's
             asked = replace(config, corpus=(str(pattern), str(folder / "texts")), store=str(store))
