@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import compare, job, losses, manifest, settings, storage
+from afn_ray import compare, job, losses, manifest, precheck, settings, storage
 from afn_ray.compare import Comparison
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, count
@@ -228,8 +228,7 @@ def _named(uri: str) -> RunFolder:
 
 
 def _frozen(config: RunConfig, named: RunFolder | None) -> RunConfig:
-    if config.thresholds is not None:
-        raise ConfigError(f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen")
+    precheck.check_frozen(config)
     source = named or _last_told(_asked_alike(config))
     return config if source is None else replace(config, thresholds=source.uri)
 

@@ -269,6 +269,8 @@ def _audit(args: argparse.Namespace) -> int:
     config = settings.config_from({}, args.config)
     _log_as(config.log_format, args.quiet)
     settings.read_toml(args.policy, "policy")
+    if args.frozen:
+        precheck.check_frozen(config)
     precheck.check_run(config)
     from afn_ray import audit, manifest, report, storage
     from afn_ray.cluster import connection

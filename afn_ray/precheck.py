@@ -46,6 +46,12 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
         manifest.find_run(config.thresholds)
 
 
+def check_frozen(config: RunConfig) -> None:
+    """Raise ``ConfigError`` where ``config`` names thresholds, and ``afn audit --frozen`` is to choose them."""
+    if config.thresholds is not None:
+        raise ConfigError(f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen")
+
+
 def check_question(
     run_uri: str, model: str | None, *, signals: str | None = None, layers: str | None = None, layer: int | None = None
 ) -> None:  # fmt: skip
