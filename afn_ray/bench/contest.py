@@ -476,7 +476,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         for name, f in variants.items():
             stages = ", ".join(f"{k[:-2]} {v:.2f}" for k, v in f["stages"].items())
             seconds = statistics.median(f["seconds"])
-            console.print(f"  {name}: {f['texts']} texts, {seconds:.2f} s of which each process {stages}", markup=False)
+            took = f"{f['texts']} texts, {seconds:.2f} s; stages, which overlap"
+            console.print(f"  {name}: {took}: {stages}", markup=False)
         _render_bars(result, profile, console)
     console.print()
     for name, reason in result["skipped"].items():
