@@ -22,9 +22,9 @@ from test_families import PACKED, PADDED, SMALL, documents, family  # noqa: F401
 from test_signals import load
 
 import afn_ray
-from afn_ray import cli, concepts, explain, manifest, neurons, storage, verify
+from afn_ray import cli, concepts, explain, manifest, neurons, verify
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, ModelError, StoreError
+from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 from afn_ray.schema import neurons_column
 from afn_ray.signals import Neurons, Strength
 
@@ -274,31 +274,43 @@ def test_the_name_of_a_run_is_no_sql(made: RunConfig, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(made.store, store)
     (run,) = (store / "runs").iterdir()
-    name = f"x') ; COPY (SELECT 1) TO '{'pwned.csv'}'; --"
-    run.rename(run.with_name(name))
-    edit_sealed(str(run.with_name(name) / "run.json"), lambda info: info.update(id=name))
-    with pytest.raises(StoreError, match="is not the name of a run's table"):
-        afn_ray.open_run(str(store))
-    with pytest.raises(StoreError, match="is not the name of a run's table"):
-        afn_ray.write_catalog(str(store), tmp_path / "catalog.duckdb")
+    sql = "x') ; COPY (SELECT 1) TO 'pwned.csv'; --"
+
+    def is_refused(uri: Path, said: str) -> None:
+        with pytest.raises(StoreError, match=said):
+            afn_ray.open_run(str(uri))
+        with pytest.raises(StoreError, match=said):
+            afn_ray.write_catalog(str(uri), tmp_path / "catalog.duckdb")
+
+    edit_sealed(str(run / "run.json"), lambda info: info["tables"]["neuron_types"].update(name=sql))
+    is_refused(store, "is not the name of a run's table")
+    run = run.rename(run.with_name(sql))
+    edit_sealed(str(run / "run.json"), lambda info: info.update(id=sql))
+    is_refused(store, "is neither a store nor a run")  # which has no run of a name that afn-ray gives
+    is_refused(run, "is not the name of a run's table")
     assert not Path("pwned.csv").exists()
 
 
 def test_a_neuron_without_bounds_quarantines_its_document(
     made: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Neurons.measure
+    plain, why = Neurons.measure, "the model gave a neuron of 16,777,216 or more, or one that is not finite"
+    everywhere = False
 
     def endless(self: Neurons, site: Any) -> Any:
-        return [x * 1e9 if i >= TOP else x for i, x in enumerate(plain(self, site))]
+        found = plain(self, site)
+        for values in found[TOP:]:
+            (values if everywhere else values[..., :1]).mul_(1e12)  # of all tokens, or of the first of a batch
+        return found
 
     monkeypatch.setattr(Neurons, "measure", endless)
-    with pytest.raises(afn_ray.AfnError, match="121 quarantined"):
-        afn_ray.run(replace(made, store=str(tmp_path / "store")))
-    (uri, *_) = (f.uri for f in storage.list_below(str(tmp_path)) if f.uri.endswith("-documents.parquet"))
-    assert "quarantined: the model gave a neuron of 16,777,216 or more, or one that is not finite" in set(
-        pq.read_table(uri)["status"].to_pylist()
-    )
+    with afn_ray.run(replace(made, store=str(tmp_path / "store"))) as run:
+        status = Counter(status for (status,) in run.sql("SELECT status FROM documents").fetchall())
+        assert 3 <= status[f"quarantined: {why}"] < 20 and status["ok"] > 100
+        assert set(status) == {"ok", "empty", f"quarantined: {why}"}
+    everywhere = True
+    with pytest.raises(IncompleteRun, match=f"none of 42 documents could be measured, .*: {why}"):
+        afn_ray.run(replace(made, store=str(tmp_path / "other")))
 
 
 def test_a_catalog_has_them(made: RunConfig, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from test_families import CONTEXT, LAYERS, PACKED, PADDED, documents, family  # 
 import afn_ray
 from afn_ray import manifest, model, outliers, storage, verify
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, CorpusError, ModelError
+from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, ModelError
 from afn_ray.model import attention
+from afn_ray.pipeline import NONE_MEASURED
 from afn_ray.signals import Centred, Received, Shift, Signal, Strength, Trimmed, find_signals, series
 
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
@@ -390,13 +391,14 @@ def test_a_signal_of_another_package_is_measured_and_its_version_is_of_the_measu
         (wrong,) = run.sql("SELECT count(*) FROM tokens WHERE largest_2 > strength_2 OR largest_2 <= 0").fetchall()
         assert wrong == (0,) and run.sql("SELECT count(*) FROM signals").fetchall() == [(2,)]
     assert not verify.verify_store(config.store).findings
-    other = str(tmp_path / "other")
-    with pytest.raises(CorpusError, match="20 quarantined"):
+    other, why = str(tmp_path / "other"), "the model gave a negative that is negative"
+    with pytest.raises(IncompleteRun, match=f"none of 20 documents could be measured, .*: {why}"):
+        afn_ray.run(replace(config, signals="negative", store=other))
+    write_jsonl(corpus, [{"text": t} for t in verses[: NONE_MEASURED - 1]])  # too few to accuse the model
+    with pytest.raises(CorpusError, match=f"{NONE_MEASURED - 1} quarantined"):
         afn_ray.run(replace(config, signals="negative", store=other))
     (uri,) = (f.uri for f in storage.list_below(other) if f.uri.endswith("-documents.parquet"))
-    assert set(pq.read_table(uri)["status"].to_pylist()) == {
-        "quarantined: the model gave a negative that is negative"
-    }  # fmt: skip
+    assert set(pq.read_table(uri)["status"].to_pylist()) == {f"quarantined: {why}"}
 
 
 @pytest.mark.parametrize(
