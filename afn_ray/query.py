@@ -314,6 +314,8 @@ class Run:
         ``run.sql("FROM words JOIN meta USING (doc)", meta=frame)``. Raises ``QueryError`` for SQL that is
         wrong or forbidden; the result's methods raise it for a query over its limits.
         """
+        if not query.isascii() and any("\ud800" <= c <= "\udfff" for c in query):
+            raise QueryError("the query is no Unicode text: was it written in another encoding than UTF-8?")
         own = {name: self._own(name, table) for name, table in tables.items()}
         return Result(self, ((query, parameters, own),))
 
@@ -425,6 +427,8 @@ class Run:
             yield
         except (duckdb.Error, OSError, pa.ArrowException) as error:
             raise QueryError(_readable(str(error), self._limits)) from error
+        except ArithmeticError as error:  # an interval of a million years
+            raise QueryError(f"a value is beyond what Python can hold ({error}); cast it, as with ::VARCHAR") from error
 
 
 def _identifier(name: str) -> str:

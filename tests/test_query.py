@@ -814,3 +814,12 @@ def test_opening_and_asking_the_vocabulary_is_quick(tmp_path: Path) -> None:
     assert opened - began < 2
     assert started - opened < 10  # 0.6 s on a core of its own
     assert asked - started < 0.2
+
+
+def test_values_beyond_python_and_queries_that_are_no_text_are_refused(run: Run) -> None:
+    for asked in ("SELECT INTERVAL 1000000000 MONTH", "SELECT MAP {INTERVAL 1000000000 MONTH: 1}"):
+        with pytest.raises(QueryError, match="beyond what Python can hold"):
+            run.sql(asked).fetchall()
+    assert run.sql("SELECT (INTERVAL 1000000000 MONTH)::VARCHAR").fetchall() == [("83333333 years 4 months",)]
+    with pytest.raises(QueryError, match="no Unicode text"):
+        run.sql("SELECT '\udcc3'")
