@@ -99,7 +99,9 @@ def check_model(name: str, revision: str | None, *, trust_remote_code: bool = Fa
             raise ModelError(f"no model at {name}: expected a folder with config.json, or a .gguf file")
         return None
     if not (path / "config.json").is_file():
-        raise ModelError(f"no model at {name}: {path} has no config.json")
+        inside = sorted(p.parent.name for p in path.glob("*/config.json"))
+        hint = f"; its folder {inside[0]} has one: give {path / inside[0]}" if inside else ""
+        raise ModelError(f"no model at {name}: {path} has no config.json{hint}")
     if not any(p.suffix in (".safetensors", ".bin") for p in path.iterdir()):
         raise ModelError(f"no weights at {name}: {path} has no .safetensors file")
     return None if trust_remote_code else _depth(name, path / "config.json")

@@ -360,6 +360,11 @@ class Run:
                 notes.append(f"no type is of class {wrong_class[0]!r}; the run has {', '.join(has)}")
         if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*\S\s+\S(?:[^']|'')*)'", query):
             notes.append(f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its context")
+        elif re.search(r"\bkwic\([^)]*,\s*(?:n\s*:=\s*)?-\s*\d", query):
+            notes.append("kwic takes the number of words on each side, 0 or more")
+        elif found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
+            notes.append(f"kwic finds whole words, upper or lower case: {found[1]!r} is none of them, or "
+                         "the rest of the query leaves no row")  # fmt: skip
         return notes
 
     def _has_rows(self, view: str) -> bool:

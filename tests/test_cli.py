@@ -171,6 +171,7 @@ WRONG = [  # what is asked, what the refusal says; each in a second, without tor
     ("run c.jsonl --model ./none --store s", "no model at ./none"),
     ("run c.jsonl --model c.jsonl --store s", "no model at c.jsonl: expected a folder with config.json"),
     ("run c.jsonl --model empty --store s", "empty has no config.json"),
+    ("run c.jsonl --model outer --store s", "its folder 0_Transformer has one"),
     ("run c.jsonl --model bare --store s", "bare has no .safetensors file"),
     ("run c.jsonl --model broken --store s", "its config.json is not JSON"),
     ("run c.jsonl --model {long} --store s", "File name too long"),
@@ -213,6 +214,8 @@ print(json.dumps(found))
 def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, store: Path, tiny_bert: Path) -> None:
     write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     (tmp_path / "c.exe").write_text("x")
+    (tmp_path / "outer" / "0_Transformer").mkdir(parents=True)
+    (tmp_path / "outer" / "0_Transformer" / "config.json").write_text("{}")
     for folder, config in (("empty", None), ("bare", "{}"), ("broken", "{")):
         (tmp_path / folder).mkdir()
         if config is not None:
@@ -238,6 +241,7 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, 
         "c.exe",
         "c.jsonl",
         "empty",
+        "outer",
         "p.toml",
         "run.toml",
     ]
