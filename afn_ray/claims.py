@@ -555,25 +555,25 @@ def against_controls(figures: Sequence[Figure]) -> str:
     whats = sorted(dict.fromkeys(f.what for f in known), key=lambda what: what != AUC)  # a sort keeps equals in order
     for what in whats:
         of_this = [f for f in known if f.what == what and f.layer in (None, 0, deepest)]
-        main = next((f for f in of_this if not f.is_control and f.layer == deepest), None)
-        controls = [f for f in of_this if f.is_control]
-        if main is not None and main.claim == "tags":  # a tag is held against itself at layer 0
-            main = max((f for f in of_this if not f.is_control), key=lambda f: f.value)
-            controls = [f for f in controls if f.of == main.of]
-        if main is not None and controls:
+        mine = [f for f in of_this if not f.is_control and f.layer == deepest]
+        if not mine:
+            continue
+        main = max(mine, key=lambda f: f.value) if mine[0].claim == "tags" else mine[0]
+        # The same at layer 0 is a control, and what is no measure of a layer; not what is measured otherwise there.
+        controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
+        if controls:
             break
     else:
         return ""
     low, high = _interval(main)
     beat = [f for f in controls if _interval(f)[0] > high]
     equal = [f for f in controls if f not in beat and _interval(f)[1] >= low]
-    place = "" if deepest is None else f" at layer {deepest}"
-    parts = [f"{what[0].upper()}{what[1:]}, {main.of}{place}: {shown(main.value)}."]
-    parts += [f"Beaten by {_named(beat)}."] if beat else []
-    parts += [f"Equalled by {_named(equal)}."] if equal else []
+    parts = [f"{what[0].upper()}{what[1:]}: {_named([main])}."]
+    parts += [f"Beaten by: {_named(beat)}."] if beat else []
+    parts += [f"Equalled by: {_named(equal)}."] if equal else []
     if not beat and not equal:
         nearest = max(controls, key=lambda f: f.value)
-        parts += [f"No control reaches it; the nearest is {_named([nearest])}."]
+        parts += [f"No control reaches it; the nearest: {_named([nearest])}."]
     return " ".join(parts)
 
 
@@ -582,8 +582,8 @@ def _interval(figure: Figure) -> tuple[float, float]:
 
 
 def _named(figures: Sequence[Figure]) -> str:
-    names = [f.of if f.layer is None or f.of.startswith("layer") else f"{f.of} at layer {f.layer}" for f in figures]
-    return ", ".join(f"{name} ({shown(f.value)})" for name, f in zip(names, figures, strict=True))
+    places = ["" if f.layer is None else f", layer {f.layer}" for f in figures]
+    return "; ".join(f"{f.of}{place}, {shown(f.value)}" for f, place in zip(figures, places, strict=True))
 
 
 def _amount(numbers: Sequence[int], noun: str) -> str:

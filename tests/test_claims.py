@@ -298,7 +298,7 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
         cli.main(["claims", config.store])
     said = capsys.readouterr().out
     assert "Are content words HIGH more often than function words and punctuation?" in said
-    assert "(control)" in said and "95 % interval" in said and "at layer 2: " in said
+    assert "(control)" in said and "95 % interval" in said and ", layer 2, " in said
 
 
 def _figure(of: str, layer: int | None, value: float, half: float = math.nan, control: bool = False) -> claims.Figure:
@@ -312,11 +312,11 @@ def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_fig
         _figure("attention received", 4, 0.5, 0.01, True), _figure("attention received", 2, 0.99, 0.001, True),
     ]  # fmt: skip
     assert claims.against_controls([*main, *controls]) == (
-        "AUC of content against function words and punctuation, strength at layer 4: 0.800. Beaten by strength at "
-        "layer 0 (0.900). Equalled by rarity (idf) (0.810)."
+        "AUC of content against function words and punctuation: strength, layer 4, 0.800. "
+        "Beaten by: strength, layer 0, 0.900. Equalled by: rarity (idf), 0.810."
     )
     assert claims.against_controls([*main, *controls[2:]]).endswith(
-        "0.800. No control reaches it; the nearest is attention received at layer 4 (0.500)."
+        "0.800. No control reaches it; the nearest: attention received, layer 4, 0.500."
     )
     assert claims.against_controls(main) == claims.against_controls(controls) == ""
     nan = _figure("strength", 4, math.nan)
@@ -329,8 +329,7 @@ def test_a_tag_is_held_against_itself_at_layer_0() -> None:
         for name, layer, value in (("DET", 0, 0.1), ("NOUN", 0, 0.6), ("DET", 4, 0.2), ("NOUN", 4, 0.5))
     ]
     assert (
-        claims.against_controls(figures)
-        == "Share that is HIGH, NOUN at layer 4: 0.500. Beaten by NOUN at layer 0 (0.600)."
+        claims.against_controls(figures) == "Share that is HIGH: NOUN, layer 4, 0.500. Beaten by: NOUN, layer 0, 0.600."
     )
 
 

@@ -439,7 +439,7 @@ def test_verify_compare_show_claims_and_report_take_such_a_run(
         cli.main(["claims", uri])
     said = capsys.readouterr().out
     said = " ".join(said.split())
-    assert "Are content words HIGH" in said and "NOUN (control) 0" in said and " at layer 0 (" in said
+    assert "Are content words HIGH" in said and "NOUN (control) 0" in said and ", layer 0, " in said
     page = afn_ray.write_report(uri, tmp_path / "page.html").read_text("utf-8")
     assert "PUNCT" in page and "tableau20" in page
 
