@@ -48,6 +48,8 @@ SPARE_BYTES = 256 << 20
 SPARE_BYTES_PER_THREAD = 16 << 20
 """Stacks and arenas."""
 MAX_NAME_BYTES = 4096
+MOST_TEXT_BYTES = 64 << 20
+"""Longest error, or names and types of a result's columns, that the process may answer with, in bytes of JSON."""
 
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -228,6 +230,8 @@ class _Child:
             text_bytes, arrow_bytes = FRAME.unpack(receive(self._requests, FRAME.size))
             if arrow_bytes > self._limits.process_bytes:
                 raise self._killed(self._limits.memory_error())
+            if text_bytes > MOST_TEXT_BYTES:
+                raise self._killed(_text_error(text_bytes))
             fields = json.loads(receive(self._requests, text_bytes))
             return Answer(fields, pa.py_buffer(receive(self._requests, arrow_bytes)))
         except (EOFError, OSError):
@@ -284,6 +288,13 @@ class _Child:
             self._process.wait()
         if self._process.stderr is not None:
             self._process.stderr.close()
+
+
+def _text_error(num_bytes: int) -> QueryError:
+    return QueryError(
+        f"the error or the names of the columns that the query gives take {num_bytes:,} bytes; expected at most "
+        f"{MOST_TEXT_BYTES:,}. Ask for fewer columns, or in fewer words"
+    )
 
 
 def _resident_bytes(pid: int) -> int:

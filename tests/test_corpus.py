@@ -1118,6 +1118,34 @@ def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process
     assert num_right > 9 and num_told > 20
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"\xf9\xfc" + b"\x80\x80\x20" + bytes(1 << 19),  # a list of 2^19 structs without fields
+        b"\xfb" + b"\x80\x80\x20" + b"\x33" + bytes([3]) * (1 << 20),  # a map of 2^19 bytes
+        b"\xfc" + b"\x15\x02" * (1 << 20) + b"\0",  # a struct of 2^20 numbers
+    ],
+    ids=["structs", "map", "fields"],
+)
+def test_a_footer_of_too_many_values_is_quarantined(
+    field: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(footer, "MOST_VALUES", 100_000)
+    file = parquet(tmp_path / "a.parquet", {"text": ["In the beginning"] * 30})
+    data = Path(file.uri).read_bytes()
+    begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    metadata = data[begin:-9] + field + b"\0"  # a field that pyarrow does not know, and leaves out
+    data = data[:begin] + metadata + len(metadata).to_bytes(4, "little") + b"PAR1"
+    (document,) = read_all_inexact(write(tmp_path, "b.parquet", data))
+    assert document.problem is not None and "its footer has more than 100,000 values" in document.problem
+    assert document.lost_bytes == len(data)
+
+
+def test_a_list_in_a_footer_that_is_longer_than_it_is_refused_before_it_is_read() -> None:
+    with pytest.raises(ValueError, match="more than 4,000,000 values"):
+        footer._parse(b"\x29\xfc\xff\xff\xff\xff\xff\xff\xff\xff\x7f")
+
+
 def test_rows_that_share_a_text_lose_no_more_than_their_file_has(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, max_document_bytes=100)
     file = parquet(tmp_path / "a.parquet", {"text": ["x" * 5000] * 300}, compression="none", row_group_size=100)
