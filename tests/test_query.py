@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RUN_INFO, edit_sealed, edit_table
 
-from afn_ray import blocks, manifest, query, session, storage, views
+from afn_ray import blocks, manifest, query, sandbox, session, storage, views
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.manifest import RunFolder
 from afn_ray.query import Run, open_run
@@ -418,6 +418,17 @@ def test_a_query_over_its_memory_says_so(run: Run) -> None:
         run.sql("SELECT string_agg(range::VARCHAR, '') FROM range(1000000000)").fetchall()
     with pytest.raises(QueryError, match="memory"):  # sorting would spill to disk, which there is none of
         run.sql("SELECT sum(x) FROM (SELECT a.range AS x FROM range(200000000) a ORDER BY hash(x))").fetchall()
+
+
+def test_an_answer_of_too_much_text_is_refused_unread_and_the_run_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.sql("SELECT 1").fetchall() == [(1,)]
+    monkeypatch.setattr(sandbox, "MOST_TEXT_BYTES", 10_000)
+    for sql in ("SELECT error(repeat('x', 20000))", f'SELECT 1 AS "{"x" * 20_000}"'):
+        with pytest.raises(QueryError, match=r"take 20,[0-9]{3} bytes; expected at most 10,000"):
+            run.sql(sql).fetchall()
+    assert run.sql("SELECT 2").fetchall() == [(2,)]
 
 
 @pytest.mark.parametrize("method", ["fetchall", "to_arrow_reader"])
