@@ -174,7 +174,7 @@ class State:
     retries: int = 0
     num_lost: int = 0  # processes of workers that died or were ended in the midst
     num_running: int = 0  # shards on workers
-    counts: Counter[str] = field(default_factory=Counter)  # sums of the commits' counts, and shards, bytes in and out
+    counts: Counter[str] = field(default_factory=Counter)  # sums of the commits' counts, shards, bytes in and out
     fresh_s: list[float] = field(default_factory=list)  # for which each shard held a model, of those done since a look
     live: Progress = field(default_factory=Progress)
     seconds: float = 0.0  # since the first worker was ready
@@ -484,6 +484,7 @@ class Dispatcher:
 
     def _quarantine(self, shard: Shard, why: str) -> None:
         self.state.failures[shard.id] = why
+        self.state.counts["lost_bytes"] += shard.num_bytes
         logs.tell(_log, "shard_quarantined", f"shard {shard.id} is quarantined: {why}", level=logging.ERROR,
                   shard=shard.id, tries=self._tries.pop(shard.id, 1), uri=shard.slices[0].uri, reason=why)  # fmt: skip
 

@@ -243,7 +243,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
             "shards": len(ordered),
             "shards_reused": num_reused,
             "shards_quarantined": len(quarantined),
-            **totals,
+            **losses.with_given_up(totals, [s for s in plan.shards if s.id in state.failures]),
         },
         "unknown": {
             "token": None if encoder.unknown is None else pieces[encoder.unknown],

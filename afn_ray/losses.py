@@ -29,6 +29,9 @@ SUMS = ("n_quarantined", "lost_bytes", "lost_documents", "lost_unknown", "n_repl
 COUNTED = ("quarantined", "lost_bytes", "lost_documents", "lost_unknown", "replaced")
 """The same among the counts of a commit."""
 
+LOST = ("lost_bytes", "lost_documents", "lost_unknown")
+"""Of these, what a shard that was given up has as well."""
+
 Entry = tuple[str, dict[str, Any]]
 """A shard and its file of documents, as its commit lists it."""
 
@@ -87,6 +90,12 @@ def files_table(
     read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))
     read = read.select(FILES_SCHEMA.names).cast(FILES_SCHEMA)
     return pa.concat_tables([read, _not_read(skipped)]).sort_by("source").combine_chunks()
+
+
+def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[str, int]:
+    """``counts``, sums over commits, with the losses of ``shards`` that were given up."""
+    planned = _planned(list(shards), set())
+    return {name: n + (pc.sum(planned[name]).as_py() or 0 if name in LOST else 0) for name, n in counts.items()}
 
 
 def add_files(files: pa.Table) -> pa.Table:

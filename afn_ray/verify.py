@@ -461,7 +461,7 @@ class _Run:
                 self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
         if self.findings or any(one is None or one.findings for one in found):
             return
-        if totals := _wrong_totals(info["counts"], commits):
+        if totals := _wrong_totals(info["counts"], commits, [s for s in self.shards if s.id in given_up]):
             self._find("tables", self._run_json, totals)
         num_bytes = [s.num_bytes for s in kept]
         try:
@@ -566,10 +566,13 @@ class _Run:
                     )  # fmt: skip
 
 
-def _wrong_totals(stored: Mapping[str, Any], commits: Sequence[manifest.Commit]) -> str:
-    """How the counts of a run.json differ from the sums over its commits; empty where they do not."""
+def _wrong_totals(
+    stored: Mapping[str, Any], commits: Sequence[manifest.Commit], given_up: Sequence[Shard]
+) -> str:  # fmt: skip
+    """How the counts of a run.json differ from the sums over its commits and the shards that it gave up; empty where
+    they do not."""
     totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
-    expected = {**totals, "shards": len(commits)}
+    expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
     wrong = {k: stored.get(k) for k, n in expected.items() if stored.get(k) != n}
     return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}" if wrong else ""
 

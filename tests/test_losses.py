@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import compare, job, losses, manifest, pipeline, show, verify
+from afn_ray import compare, job, losses, manifest, pipeline, show, status, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
 from afn_ray.schema import FILES_SCHEMA, FileInfo
@@ -157,6 +158,15 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
     size = (tmp_path / "corpus" / "b.jsonl").stat().st_size
     assert (files["b.jsonl"]["lost_bytes"], files["b.jsonl"]["lost_documents"]) == (size, 20)
     assert files["b.jsonl"]["share_read"] == 0 and files["a.jsonl"]["lost_bytes"] == 0
+    counts, found = run.info["counts"], losses.of_run(manifest.find_run(run.uri))
+    assert (counts["lost_bytes"], counts["lost_documents"], counts["lost_unknown"]) == (
+        found.lost_bytes, found.lost_documents, found.lost_unknown,
+    )  # fmt: skip
+    (shown,) = status.read_status(run.uri)
+    assert shown.body["bytes_lost"] == found.lost_bytes > 0
+    written = json.loads(Path(run.uri, "status.json").read_text())
+    assert written["bytes_lost"] == found.lost_bytes  # as it was counted while it ran
+    assert not verify.verify_store(run.uri.rpartition("/runs/")[0]).findings
 
 
 def test_a_comparison_says_which_run_lost_what(lossy: tuple[RunConfig, list[str]]) -> None:
