@@ -332,7 +332,7 @@ def _sql(args: argparse.Namespace) -> None:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Print ``lines``, as far as somebody reads them: the verdict is the exit code all the same."""
+    """Print ``lines``; a reader that ends early is no error, for the exit code has the verdict."""
     try:
         for line in lines:
             print(printable(line))

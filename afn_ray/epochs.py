@@ -108,7 +108,7 @@ def publish(store: str, epoch: Epoch) -> bool:
     except storage.AlreadyWritten:  # perhaps our own, its answer lost: the next one says the same
         return False
     names = _names(store)
-    if names[-1:] != [name]:  # whoever published the newer ones removed this name: it was free again
+    if names[-1:] != [name]:  # the writer of newer ones removed this name, so it was free again
         return False
     storage.delete([storage.join(store, FOLDER, old) for old in names[:-1]])
     return True

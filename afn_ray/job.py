@@ -119,7 +119,7 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
 
 
 def _commits_to_reduce(asked: Prepared) -> Commits:
-    """The commits that a reduce alone goes by. Raises ``IncompleteRun`` where too many are lacking."""
+    """Commits of the plan, for a reduce alone. Raises ``IncompleteRun`` where too many are lacking."""
     config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
     shards = epochs.newest(config.store).marked(measure_id, plan.shards)
     commits = manifest.find_commits(config.store, measure_id, shards)

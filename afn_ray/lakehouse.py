@@ -41,7 +41,7 @@ def refuse_patterns(patterns: Iterable[str]) -> None:
 
 
 def refuse_tables(uris: Iterable[str]) -> None:
-    """Raise ``CorpusError`` where a file or folder of ``uris`` is a table, or lies in one."""
+    """Raise ``CorpusError`` where a file or folder of ``uris`` is a table or part of one."""
     folders = sorted({folder for uri in uris for folder in _above(uri)})
     with ThreadPoolExecutor(THREADS) as pool:
         for folder, kind in zip(folders, pool.map(_kind, folders), strict=True):

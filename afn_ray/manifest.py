@@ -155,7 +155,7 @@ def run_names(store: str) -> list[str]:
 
 
 def is_copy(run: RunFolder) -> bool:
-    """Whether ``run`` is complete under another name: somebody's copy of a run, which is foreign."""
+    """Whether ``run`` is a copy of a complete run under another name, which is foreign."""
     return bool(run.info) and run.info["id"] != run.id
 
 

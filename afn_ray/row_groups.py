@@ -259,7 +259,7 @@ def _plain(column: Any) -> Any:
 
 
 def _lists(column: Any) -> list[Any]:
-    """Values of an Arrow array, nested as they are; one that is not UTF-8 is told by its type, for it is no list."""
+    """Values of an Arrow array, nested as they are; the type of one that is not UTF-8 shows that it is no list."""
 
     def value(scalar: Any) -> Any:
         try:

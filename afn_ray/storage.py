@@ -537,7 +537,7 @@ def try_writable(uri: str) -> None:
         _probe(uri)
     finally:
         for folder in missing:
-            with contextlib.suppress(OSError):  # somebody else's by now, or never made
+            with contextlib.suppress(OSError):  # another process's by now, or never made
                 folder.rmdir()
 
 
