@@ -370,3 +370,12 @@ def local_ray(s3_server: str) -> Iterator[None]:
     access.start_local(num_cpus=4, object_store_memory=128 << 20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has joined no Ray: another test's may be there."""
+    from afn_ray.cluster import access
+
+    access.choose_token(own=False)  # before Ray is imported
+    monkeypatch.setattr("ray.is_initialized", lambda: False)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import write_jsonl
 
 from afn_ray import address, cli, doctor
 from afn_ray.cluster import access, connection, session
@@ -97,16 +98,18 @@ def token_head(short: Path) -> Iterator[str]:
         yield where
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_an_open_cluster_is_refused_and_joined_only_by_a_flag_that_says_so(
-    open_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    open_head: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
     found = doctor._ray(open_head)
     assert found.ok is False and "without a token" in found.found and "RAY_AUTH_MODE=token" in found.advice
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray may be there
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("joined it"))
+    words = ["run", str(corpus), "--model", str(tiny_bert), "--store", str(tmp_path / "store"), "--executor", "ray"]
     with pytest.raises(SystemExit) as left:
-        cli.main(["run", "-", "--model", "-", "--store", str(tmp_path), "--executor", "ray", "--address", open_head])
+        cli.main([*words, "--address", open_head])
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert f"the cluster at {open_head} asks for no token: whoever reaches it can run code there" in said
@@ -120,13 +123,13 @@ def refuse(**_: object) -> None:
     raise ConnectionError("Failed to connect to the cluster")
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_cluster_with_a_token_takes_it_and_no_other(token_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     found = doctor._ray(token_head)
     assert found.ok is None and "ran a task of afn-ray" in found.found and "clear text" in found.found
     assert not access.refuses_us(token_head)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray may be there
     for token in ("f" * 64, None):
         if token is None:
             monkeypatch.delenv("RAY_AUTH_TOKEN")
@@ -179,6 +182,7 @@ def test_what_is_no_address_of_a_head_is_refused(monkeypatch: pytest.MonkeyPatch
         (":6379", "expected host:6379"),
     ],
 )
+@pytest.mark.usefixtures("no_ray")
 def test_what_has_not_the_form_of_an_address_says_what_to_do(
     where: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +204,7 @@ def test_addresses_of_heads_pass(where: str, monkeypatch: pytest.MonkeyPatch) ->
     assert address.of_cluster("local") is None
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_full_or_too_long_folder_of_rays_is_named_and_resumable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +213,6 @@ def test_a_full_or_too_long_folder_of_rays_is_named_and_resumable(
             pytest.fail("joined")
 
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
     with pytest.raises(Interrupted, match=r"sockets in .*longlong.*may have 107; set RAY_TMPDIR to a folder") as caught:
         joined()

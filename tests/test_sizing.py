@@ -422,6 +422,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: 
     return config
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_dry_run_refuses_what_the_run_refuses(
     case: str, measured: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
