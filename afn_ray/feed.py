@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExec
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from queue import Empty, Queue
 from typing import Any
 
@@ -125,8 +126,21 @@ class _Work:
 _preparer: Preparer
 
 
+@contextlib.contextmanager
+def _without_sigint() -> Iterator[None]:
+    """What is spawned here never gets SIGINT: Ctrl-C goes to all of a terminal, and the parent ends its processes.
+
+    A process that ignores it by itself does so only after its imports, which take seconds.
+    """
+    resource_tracker.ensure_running()  # spawn starts it otherwise, and that lets SIGINT in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; a process inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of a terminal; the parent ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -187,7 +201,8 @@ class Feed:
         with self._starting:
             started = self._started.get(executor)
             if started is None and self._num_processes:
-                started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
+                with _without_sigint():  # the first task of a pool spawns its process
+                    started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
         return _Work(executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic())
 
     def why_dead(self, executors: Sequence[Executor]) -> str:

@@ -401,6 +401,17 @@ def test_ctrl_c_is_for_the_parent_alone(processes: Feed, verses: list[str]) -> N
     assert num_taken == 20
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_ctrl_c_as_processes_start_is_for_the_parent_alone(processes: Feed, verses: list[str]) -> None:
+    chunks = processes.chunks(documents(verses, 4))
+    assert eventually(lambda: len(pids(processes)) == 2)
+    while not all(started.done() for started in list(processes._started.values())):
+        for pid in pids(processes):
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.001)
+    assert len(list(chunks)) == 4
+
+
 ORPHANS = """
 import sys, time
 from pathlib import Path
