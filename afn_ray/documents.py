@@ -147,17 +147,17 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
     line = ",".join(names)
     if why := garbled(line, line.count(INVALID)):
         return why
+    if any(name.startswith("sep=") for name in names):
+        return "its first line, sep=, is for Excel: remove it"
     for separator, name in SEPARATORS.items():
-        parts = (part.strip(' "') for field in names if separator in field for part in field.split(separator))
-        if options.text_column in parts:
+        parts = [part.strip(' "') for field in names if separator in field for part in field.split(separator)]
+        if options.text_column in parts or (parts and len(names) == 1):  # a header of one field, as of Excel in Europe
             return (
                 f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
                 "read_csv('FILE')) TO 'corpus.parquet'\""
             )
     if any(name.strip(" \ufeff") == options.text_column for name in names):
         return f"a name in its header has spaces or a byte order mark around {options.text_column!r}: remove them"
-    if any(name.startswith("sep=") for name in names):
-        return "its first line, sep=, is for Excel: remove it"
     return ""
 
 

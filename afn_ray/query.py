@@ -363,8 +363,7 @@ class Run:
         elif re.search(r"\bkwic\([^)]*,\s*(?:n\s*:=\s*)?-\s*\d", query):
             notes.append("kwic takes the number of words on each side, 0 or more")
         elif found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
-            notes.append(f"kwic finds whole words, upper or lower case: {found[1]!r} is none of them, or "
-                         "the rest of the query leaves no row")  # fmt: skip
+            notes.append(f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves no row")
         return notes
 
     def _has_rows(self, view: str) -> bool:

@@ -854,7 +854,8 @@ def test_an_unclosed_quote_that_another_closes_counts_the_lines_it_took() -> Non
 @pytest.mark.parametrize(("separator", "name"), [(";", "';'"), ("\t", "tabs"), ("|", "'|'")])
 def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name: str) -> None:
     data = f'id{separator}"text"\n1{separator}a\n'.encode()
-    for file in (remember(data, "csv"), remember(marked(data.decode(), "utf-16-le"), "csv")):
+    others = f"\ufeffKunde Nr{separator}Text{separator}Betrag\n1{separator}a{separator}2\n".encode()
+    for file in (remember(data, "csv"), remember(marked(data.decode(), "utf-16-le"), "csv"), remember(others, "csv")):
         with pytest.raises(CorpusError, match=rf"no column 'text'.*separated by {re.escape(name)}, expected commas"):
             corpus.check_columns([file], OPTIONS)
 
