@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,12 +31,14 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
 from afn_ray.query import Run, open_run
 from afn_ray.reduce import reduce_run
-from afn_ray.schema import Document, fingerprint
+from afn_ray.schema import Document, Shard, fingerprint
 
 LACKING = "not in the store when the run was reduced alone"
 PILOT_DOCUMENTS = 2000
 MOST_REASONS = 5
 """Why documents of a corpus without a token are quarantined, as told at its end."""
+MOST_REASONS = 1000
+"""Shards given up whose file and reason run.json keeps; of more it has the id alone, and can still be read."""
 MOST_SHARDS = 20
 """Shards that are named one by one at the end of a run."""
 MOST_CHARS = 1000
@@ -187,10 +189,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     commits |= state.commits
     done = [s for s in plan.shards if s.id in commits]
     ordered = commits.in_order(s.id for s in done)
-    quarantined = [
-        {"shard": s.id, "uri": s.slices[0].uri, "reason": state.failures[s.id][:MOST_CHARS]}
-        for s in plan.shards if s.id in state.failures
-    ]  # fmt: skip
+    quarantined = given_up([s for s in plan.shards if s.id in state.failures], state.failures)
     if lost := [s.id for s in plan.shards if s.id not in commits and s.id not in state.failures]:
         raise IncompleteRun(
             f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: {', '.join(lost[:9])}"
@@ -272,6 +271,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
     _report_losses(folder, on_event)
     return _opened(claim)
+
+
+def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
+    """``shards`` that were given up, as run.json lists them: the first with file and reason, the others by id alone."""
+    listed = [
+        {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
+        for s in shards[:MOST_REASONS]
+    ]  # fmt: skip
+    return listed + [{"shard": s.id, "uri": "", "reason": ""} for s in shards[MOST_REASONS:]]
 
 
 def _opened(claim: manifest.Claim) -> Run:

@@ -17,7 +17,7 @@ import afn_ray
 from afn_ray import compare, job, losses, manifest, pipeline, show, status, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
-from afn_ray.schema import FILES_SCHEMA, FileInfo
+from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 
 MakeConfig = Callable[..., RunConfig]
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
@@ -167,6 +167,16 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
     written = json.loads(Path(run.uri, "status.json").read_text())
     assert written["bytes_lost"] == found.lost_bytes  # as it was counted while it ran
     assert not verify.verify_store(run.uri.rpartition("/runs/")[0]).findings
+
+
+def test_a_run_json_holds_whatever_number_of_shards_was_given_up() -> None:
+    piece = FileSlice("/c/" + "x" * 200, 1, "time:1", "jsonl", "", 0, 1, 1, 1, "0" * 64)
+    options = ReadOptions("jsonl", "text", None, "file", 1000)
+    shards = [Shard(f"{i:032x}", (piece,), options) for i in range(100_000)]
+    found = job.given_up(shards, {s.id: "\U0001f600" * 5000 for s in shards})
+    assert [f["shard"] for f in found] == [s.id for s in shards]
+    assert all(f["uri"] == piece.uri and f["reason"] for f in found[: job.MOST_REASONS])
+    assert len(manifest.sealed({"quarantined": found})) < manifest.JSON_BYTES // 2
 
 
 def test_a_comparison_says_which_run_lost_what(lossy: tuple[RunConfig, list[str]]) -> None:
