@@ -96,7 +96,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     except FileExistsError as error:
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it") from error
     except (duckdb.Error, OSError) as error:
-        raise ConfigError(f"{path} cannot be written: {_readable(str(error))}") from error
+        raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
     finally:
         for left in (unfinished, unfinished.with_name(f"{unfinished.name}.wal")):
             left.unlink(missing_ok=True)
@@ -192,16 +192,16 @@ class Result:
         return made._made.get("value", made)
 
     def _bind(self) -> dict[str, Any]:
-        return self._run._asked("bind", self._key, self._steps)[1].fields
+        return self._run._process.ask("bind", self._key, self._steps)[1].fields
 
     def _ask(self, do: str, *arguments: Any) -> Answer:
         return self._numbered(do, *arguments)[1]
 
     def _numbered(self, do: str, *arguments: Any) -> tuple[int, Answer]:
-        number, answer = self._run._asked(do, self._key, *arguments)
+        number, answer = self._run._process.ask(do, self._key, *arguments)
         if "unknown" in answer.fields:  # asked before, or too long ago
             self._bind()
-            number, answer = self._run._asked(do, self._key, *arguments)
+            number, answer = self._run._process.ask(do, self._key, *arguments)
         return number, answer
 
     def _batches(self, batch_rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -215,7 +215,7 @@ class Result:
             try:
                 yield from first.to_batches()
                 while not last:
-                    _, more = self._run._asked("next", reader)
+                    _, more = self._run._process.ask("next", reader)
                     last = more.fields["last"]
                     if more.arrow:
                         yield from pa.ipc.open_stream(more.arrow)
@@ -401,14 +401,6 @@ class Run:
             )
         return arrow
 
-    def _asked(self, do: str, *arguments: Any) -> tuple[int, Answer]:
-        """The number and the answer of a request. Raises ``QueryError`` for an answer that is an error."""
-        number, answer = self._process.ask(do, *arguments)
-        failed, self._files.failed = self._files.failed, None
-        if (error := answer.fields.get("error")) is not None:
-            raise failed or QueryError(_readable(error, self._limits))
-        return number, answer
-
     def _local(self, table: pa.Table, types: Sequence[str] = ()) -> duckdb.DuckDBPyRelation:
         """Rows that were computed as a relation of this process, which reads them and nothing else."""
         if self._here is None:
@@ -430,26 +422,13 @@ class Run:
         try:
             yield
         except (duckdb.Error, OSError, pa.ArrowException) as error:
-            raise QueryError(_readable(str(error), self._limits)) from error
+            raise QueryError(sandbox.readable(str(error), self._limits)) from error
         except ArithmeticError as error:  # an interval of a million years
             raise QueryError(f"a value is beyond what Python can hold ({error}); cast it, as with ::VARCHAR") from error
 
 
 def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
-
-
-def _readable(message: str, limits: sandbox.Limits | None = None) -> str:
-    if limits is not None and session.OUT_OF_MEMORY.search(message):
-        return str(limits.memory_error())
-    if "Permission Error" in message or "read-only mode" in message:
-        return (
-            f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table of your own comes "
-            "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, polars or Arrow"
-        )
-    if "Traceback (most recent call last)" in message:  # our filesystem's error, told by DuckDB
-        return message.strip().rpartition("\n")[2]
-    return message.strip()
 
 
 def _settings(limits: sandbox.Limits) -> dict[str, Any]:

@@ -107,19 +107,22 @@ class Process:
         self._forgotten: list[int] = []
 
     def ask(self, do: str, *arguments: Any) -> tuple[int, Answer]:
-        """The number and the answer of a request, which may be an error of SQL.
+        """The number and the answer of a request.
 
-        Raises ``QueryError`` for a query over a limit, or one that its process died of.
+        Raises ``QueryError`` for SQL that is wrong or over a limit, or that its process died of, and what reading a
+        file raised.
         """
         with self._lock:
             if self._closed:
                 raise QueryError("the run is closed; open it again")
+            self._files.failed = None  # what a query met that was stopped
             child = self._started()
             forget, self._forgotten = tuple(self._forgotten), []
             request = Request(next(self._numbers), do, arguments, forget)
             answer = child.ask(request, self._limits)
             if _is_broken(answer):
                 self._end()
+            self._check(answer)
         return request.number, answer
 
     def forget(self, reader: int) -> None:
@@ -136,13 +139,36 @@ class Process:
             self._end()
             self._child = child = _Child(self._files, self._limits)
             weakref.finalize(self, child.end)
-            child.set_up(self._setup)
+            try:
+                self._check(child.set_up(self._setup))
+            except BaseException:
+                self._end()
+                raise
         return self._child
+
+    def _check(self, answer: Answer) -> None:
+        """Raise what an answer stands for that is an error: of a file that could not be read, or of SQL."""
+        if (error := answer.fields.get("error")) is not None:
+            raise self._files.failed or QueryError(readable(error, self._limits))
 
     def _end(self) -> None:
         if self._child is not None:
             self._child.end()
             self._child = None
+
+
+def readable(message: str, limits: Limits | None = None) -> str:
+    """An error of DuckDB's as it is told: without what is of no use to who asked."""
+    if limits is not None and OUT_OF_MEMORY.search(message):
+        return str(limits.memory_error())
+    if "Permission Error" in message or "read-only mode" in message:
+        return (
+            f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table of your own comes "
+            "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, polars or Arrow"
+        )
+    if "Traceback (most recent call last)" in message:  # our filesystem's error, told by DuckDB
+        return message.strip().rpartition("\n")[2]
+    return message.strip()
 
 
 def _is_broken(answer: Answer) -> bool:
@@ -184,13 +210,11 @@ class _Child:
     def is_usable(self) -> bool:
         return self._owner == os.getpid() and self._process.poll() is None
 
-    def set_up(self, setup: Setup) -> None:
+    def set_up(self, setup: Setup) -> Answer:
         self._send(setup)
         answer = self._receive(0, time.monotonic() + START_S)
-        if "error" in answer.fields:
-            self.end()
-            raise QueryError(answer.fields["error"])
         self._most_resident = _resident_bytes(self._process.pid) + self._limits.process_bytes
+        return answer
 
     def ask(self, request: Request, limits: Limits) -> Answer:
         self._send(request)
