@@ -151,11 +151,10 @@ def _run(args: argparse.Namespace) -> None:
     _log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
     if not args.dry_run and (args.rate or args.prices):
         raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
-    from afn_ray import lakehouse, settings
+    from afn_ray import settings
 
     config = settings.config_from(given, args.config)
     _log_as(config.log_format, args.quiet)
-    lakehouse.refuse_patterns(config.corpus)
     from afn_ray import precheck
 
     precheck.check_run(config, reduce_only=args.reduce_only)

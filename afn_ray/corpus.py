@@ -45,7 +45,8 @@ def list_files(
     for pattern in patterns:
         if in_store(storage.absolute(pattern)):
             raise CorpusError(f"corpus {pattern} is in the store {store}; give a --store that is not above the corpus")
-    found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern)}
+    others: set[str] = set()
+    found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern, others)}
     files: list[FileInfo] = []
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):
@@ -63,7 +64,7 @@ def list_files(
             f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
             "it with --format"
         )
-    lakehouse.refuse_tables({file.uri.rpartition("/")[0] for file in files})
+    lakehouse.refuse_tables(patterns, found.keys() | others)
     return files, skipped
 
 

@@ -11,8 +11,12 @@ from afn_ray import storage
 from afn_ray.errors import CorpusError, StoreError
 
 THREADS = 16
-ICEBERG_METADATA = re.compile(r".+\.metadata\.json(\.gz)?|version-hint\.text")
+ICEBERG_METADATA = re.compile(r"[^/]+\.metadata\.json(\.gz)?|version-hint\.text")
+MARK = re.compile(rf"/(?:(?:_delta_log|\.hoodie|_spark_metadata)(?=/|$)|metadata(?:/(?:{ICEBERG_METADATA.pattern}))?$)")
+"""What the name of a file or folder in a table has behind the table's own; a look there says whether it is one."""
 ROOT = re.compile(r"[a-z0-9+.-]+://[^/]*")
+HTTP = ("http://", "https://")
+"""Servers that answer what they like for what is not there."""
 
 GLOB = re.compile(r"(?:(?<=/)|^)[^/]*[*?[]")
 """The first part of a path with a wildcard."""
@@ -35,16 +39,28 @@ ICEBERG = _Kind("an Iceberg table", "metadata", """duckdb -c "COPY (FROM iceberg
 KINDS = (DELTA, HUDI, SINK, ICEBERG)
 
 
-def refuse_patterns(patterns: Iterable[str]) -> None:
-    """``refuse_tables`` for what globs begin with, and for what is no glob; reads no listing."""
-    refuse_tables(storage.absolute(GLOB.split(pattern)[0]) for pattern in patterns)
+def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
+    """Raise ``CorpusError`` where what ``patterns`` name is a table, is in one, or has one below it.
 
-
-def refuse_tables(uris: Iterable[str]) -> None:
-    """Raise ``CorpusError`` where a file or folder of ``uris`` is a table or part of one."""
-    folders = sorted({folder for uri in uris for folder in _above(uri)})
+    ``uris``: all that was seen as they were listed, hidden names too where they are remote. Only there may a look at
+    each folder take long, so the listing says which to look at; what is above a pattern was not listed.
+    """
+    local: set[str] = set()
+    folders: set[str] = set()
+    for uri in uris:
+        if "://" not in uri:
+            local.add(uri.rpartition("/")[0])
+        elif not uri.startswith(HTTP):
+            folders.update(uri[: mark.start()] for mark in MARK.finditer(uri))
+    for folder in local:
+        folders.update(_above(folder))
+    for pattern in patterns:
+        root = storage.absolute(GLOB.split(pattern)[0]).rstrip("/")
+        if "://" in root and not root.startswith(HTTP) and not ROOT.fullmatch(root):
+            folders.update(_above(root.rpartition("/")[0]))
+    ordered = sorted(folders)
     with ThreadPoolExecutor(THREADS) as pool:
-        for folder, kind in zip(folders, pool.map(_kind, folders), strict=True):
+        for folder, kind in zip(ordered, pool.map(_kind, ordered), strict=True):
             if kind is not None:
                 raise CorpusError(
                     f"{folder} is {kind.name} (it has {kind.mark}): its log alone says which of its files count, and "
@@ -53,16 +69,16 @@ def refuse_tables(uris: Iterable[str]) -> None:
                 )
 
 
-def _above(uri: str) -> list[str]:
-    """``uri`` and the folders above it, but for partitions (``year=2026``), which are never tables themselves."""
+def _above(folder: str) -> list[str]:
+    """``folder`` and those above it, but for partitions (``year=2026``), which are never tables themselves.
+
+    Nor the root of a bucket: who may read a prefix alone may not look there.
+    """
     folders: list[str] = []
-    folder = uri.rstrip("/")
-    if folder.startswith(("http://", "https://")):  # servers answer what they like for what is not there
-        return folders
-    while folder:
+    while folder and not ROOT.fullmatch(folder):
         if "=" not in folder.rpartition("/")[2]:
             folders.append(folder)
-        folder = "" if ROOT.fullmatch(folder) else folder.rpartition("/")[0]
+        folder = folder.rpartition("/")[0]
     return folders
 
 

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -208,14 +208,18 @@ def stat(uri: str) -> FileInfo:
     return _ask(fs, "looking at", uri, CorpusError, lambda: _file_info(fs, fs.info(path)))
 
 
-def find_files(pattern: str) -> list[FileInfo]:
+def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
     """Files that ``pattern`` (a file, a folder with all below it, or a glob) names, sorted by URI.
 
     Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do. Links are
     followed. Raises ``CorpusError`` when there are none, and rather than leave out what cannot be listed.
+    ``left_out`` gets what else a remote listing had, files and folders.
     """
     fs, path = open_filesystem(pattern)
-    found = _ask(fs, "listing", pattern, CorpusError, lambda: _match(fs, path, pattern))
+    others: list[str] = []
+    found = _ask(fs, "listing", pattern, CorpusError, lambda: _match(fs, path, pattern, others))
+    if left_out is not None:
+        left_out.update(str(fs.unstrip_protocol(name)).rstrip("/") for name in others)
     if not found:
         raise CorpusError(f"{pattern}: no files match")
     for file in found:
@@ -224,7 +228,7 @@ def find_files(pattern: str) -> list[FileInfo]:
     return sorted(found, key=lambda f: f.uri)
 
 
-def _match(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[FileInfo]:
+def _match(fs: fsspec.AbstractFileSystem, path: str, pattern: str, left_out: list[str]) -> list[FileInfo]:
     local = isinstance(fs, LocalFileSystem)
     info = _info(fs, path)
     if info is not None and info["type"] == "file":  # a file or folder whose name holds * or [ is still one
@@ -232,15 +236,27 @@ def _match(fs: fsspec.AbstractFileSystem, path: str, pattern: str) -> list[FileI
     if info is not None and info["type"] == "directory":
         if local:
             return [_file_info(fs, {"name": name}) for name in _walk(path)]
-        return [
-            _file_info(fs, info) for info in _below(fs, path)
-            if not any(_is_hidden(part) for part in posixpath.relpath(info["name"], path).split("/"))
-        ]  # fmt: skip
+
+        def is_plain(name: str) -> bool:
+            return not any(_is_hidden(part) for part in posixpath.relpath(name, path).split("/"))
+
+        return [_file_info(fs, info) for info in _sifted(_below(fs, path), is_plain, left_out)]
     if not any(c in path for c in "*?["):
         raise FileNotFoundError(pattern)
     if local:
         return [_file_info(fs, {"name": name}) for name in fs.glob(path) if Path(name).is_file()]
-    return [_file_info(fs, info) for info in _glob(fs, path)]
+    return [_file_info(fs, info) for info in _glob(fs, path, left_out)]
+
+
+def _sifted(
+    entries: Iterable[dict[str, Any]], is_wanted: Callable[[str], Any], left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Those of ``entries`` whose names are wanted; the names of the others go to ``left_out``."""
+    for info in entries:
+        if is_wanted(info["name"]):
+            yield info
+        else:
+            left_out.append(info["name"])
 
 
 def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
@@ -260,7 +276,7 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any
     return (info for name, info in found.items() if info["type"] == "file" and not name.endswith("/"))
 
 
-def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> Iterator[dict[str, Any]]:
+def _glob(fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
     """Files that match ``pattern``, one level of folders after the other; fsspec's own leaves out as its find does."""
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
@@ -269,12 +285,13 @@ def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> Iterator[dict[str, Any
         matches = re.compile(glob_translate("/".join(parts[:depth] if "**" not in part else parts))).match
         if "**" in part:
             for folder in folders:
-                yield from (info for info in _below(fs, folder) if matches(info["name"]))
+                yield from _sifted(_below(fs, folder), matches, left_out)
             return
-        entries = [info for folder in folders for info in fs.ls(folder, detail=True) if matches(info["name"])]
+        entries = [i for folder in folders for i in _sifted(fs.ls(folder, detail=True), matches, left_out)]
         folders = [info["name"] for info in entries if info["type"] == "directory"]
         if depth == len(parts):
             yield from (info for info in entries if info["type"] == "file")
+            left_out += folders
 
 
 def _is_hidden(name: str) -> bool:

@@ -185,6 +185,27 @@ def test_a_table_is_refused_however_it_is_given(tmp_path: Path, name: str, remot
     assert [f.uri.rpartition("/")[2] for f in files] == ["a.parquet"]
 
 
+@pytest.mark.parametrize("pattern", ["lake", "lake/*/*.jsonl", "lake/**/*.jsonl"])
+def test_the_look_for_tables_takes_as_long_for_many_folders_as_for_two(
+    memory: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+    exists = storage.exists
+    monkeypatch.setattr(storage, "exists", lambda uri: looks.append(uri) or exists(uri))
+    num_looks = []
+    for num_folders in (2, 40):
+        place = f"{memory}/{num_folders}"
+        for i in range(num_folders):
+            storage.write_once(f"{place}/lake/folder-{i}/a.jsonl", b'{"text": "a"}')
+        looks.clear()
+        assert len(corpus.list_files([f"{place}/{pattern}"], OPTIONS)[0]) == num_folders
+        num_looks.append(len(looks))
+    assert 0 < num_looks[0] == num_looks[1]
+    storage.write_once(f"{place}/lake/folder-7/_delta_log/0.json", b"{}")
+    with pytest.raises(CorpusError, match="folder-7 is a Delta Lake table"):
+        corpus.list_files([f"{place}/{pattern}"], OPTIONS)
+
+
 def test_the_command_refuses_a_table_before_it_loads_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
