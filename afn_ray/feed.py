@@ -311,8 +311,8 @@ class Chunks:
         while self._reader.is_alive():  # it may wait for room
             with contextlib.suppress(Empty):
                 item = self._ready.get(timeout=0.05)
-                if isinstance(item, tuple):
-                    item[2].prepared.cancel()
+                if isinstance(item, tuple) and item[2].started is None:
+                    item[2].prepared.cancel()  # not in a process: a pool that breaks fails at a chunk that is cancelled
 
     def _read(self, documents: Iterable[Document]) -> None:
         try:
