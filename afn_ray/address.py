@@ -1,4 +1,4 @@
-"""Which Ray a run is to join, and whether that is an address at all; seen without Ray."""
+"""Address of the Ray that a run joins, checked without loading Ray."""
 
 from __future__ import annotations
 

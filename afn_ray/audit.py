@@ -66,7 +66,7 @@ DISTANCE_LIMITS = {
     "q3_shift": "change of Q3 relative to the baseline's, up or down, at most",
     "share_high_shift": "change of the share of HIGH tokens, at most (says something where thresholds are frozen)",
 }
-"""What is asked of two runs, and in ``[source]`` of each source in both."""
+"""Limits on two runs and, in ``[source]``, on each source in both; each key with its meaning."""
 DRIFT_LIMITS = {
     **DISTANCE_LIMITS,
     "class_share_shift": "change of any class's share of the tokens, at most",
@@ -83,7 +83,7 @@ SOURCE_LIMITS = {
     **DISTANCE_LIMITS,
     "min_tokens_ratio": "tokens of a source in this run over those in the baseline, at least",
 }
-"""What is asked in ``[source]`` of each source, the worst one counts; of one that is gone max_vanished_sources asks."""
+"""Limits in ``[source]`` on the worst source; max_vanished_sources limits those that are gone."""
 WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
 """Limits of the run alone that are numbers and no shares."""
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}

@@ -52,7 +52,7 @@ class Blocks:
 
     @classmethod
     def of(cls, num_bytes: object, checksums: object) -> Blocks:
-        """What a JSON file says. Raises ``ValueError`` where it cannot be."""
+        """Checksums as a JSON file lists them. Raises ``ValueError`` for values that are no such list."""
         if type(num_bytes) is not int or num_bytes < 0 or not isinstance(checksums, str):
             raise ValueError(f"bytes is {num_bytes!r:.40} and crc32 {checksums!r:.40}, expected a size and hex digits")
         expected = CRC_CHARS * -(-num_bytes // block_bytes(num_bytes))

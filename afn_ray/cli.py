@@ -341,11 +341,11 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
-"""Of files that ``afn sql`` writes."""
+"""Formats of the files that ``afn sql`` writes, by ending."""
 
 
 def _format_of(asked: str | None, out: Path | None) -> str:
-    """What was asked for, else what the ending of the file says."""
+    """Format that was asked for, else that of the file's ending."""
     if asked is not None or out is None or (out.exists() and not out.is_file()):  # a pipe, /dev/stdout
         return asked or "table"
     if (form := ENDINGS.get(out.suffix.lower())) is None:
@@ -594,7 +594,7 @@ def _log_json(lines: logs.Lines) -> OnEvent:
 
 
 def _bar(state: State) -> tuple[str, int, int]:
-    """What the bar counts, how many of them are done, and of how many: documents where their number is planned."""
+    """Unit of the bar, how many are done, and how many there are: documents where their number is planned."""
     if state.num_documents:
         return "documents", state.num_measured, state.num_documents
     return "shards", state.num_done, state.num_shards
