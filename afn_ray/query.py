@@ -22,6 +22,7 @@ from afn_ray import cgroup, manifest, sandbox, session, storage
 from afn_ray.compare import compare
 from afn_ray.config import SIGNAL
 from afn_ray.errors import ConfigError, QueryError, StoreError, printable
+from afn_ray.sandbox import Allowance
 from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
@@ -114,16 +115,17 @@ class Result:
     It has every method of ``duckdb.DuckDBPyRelation`` that takes no Python function (``fetchall``, ``df``, ``pl``,
     ``to_arrow_table``, ``filter``, ``limit``, ``aggregate``, ...); those that return a relation return a ``Result``.
     It is computed in the run's own process, and its rows come from there as Arrow. Errors are ``QueryError``; each
-    call has the run's time limit for itself, and what it returns at once is bounded by the memory limit
-    (``to_arrow_reader`` is not: it takes rows a batch at a time).
+    call has the run's time limit for itself, the first one less what it took to prepare the query, and what it
+    returns at once is bounded by the memory limit (``to_arrow_reader`` is not: it takes rows a batch at a time).
     """
 
-    __slots__ = ("_key", "_made", "_run", "_steps")
+    __slots__ = ("_first", "_key", "_made", "_run", "_steps")
 
     def __init__(self, run: Run, steps: Steps) -> None:
         """What ``steps`` make; SQL that is wrong is found here."""
         self._run, self._steps, self._key = run, steps, next(KEYS)
-        self._made = self._bind()
+        self._first: Allowance | None = run._allowance()
+        self._made = self._bind(self._first)
 
     @property
     def columns(self) -> list[str]:
@@ -163,10 +165,10 @@ class Result:
 
     def show(self, **options: Any) -> None:
         """Print the first rows as a table, as ``duckdb.DuckDBPyRelation.show`` does."""
-        print(printable(self._ask("text", options).fields["value"], keep="\n"), end="")
+        print(self._text(options), end="")
 
     def __repr__(self) -> str:
-        return printable(self._ask("text", None).fields["value"], keep="\n")
+        return self._text(None)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -191,22 +193,30 @@ class Result:
         made = Result(self._run, (*self._steps, step))
         return made._made.get("value", made)
 
-    def _bind(self) -> dict[str, Any]:
-        return self._run._process.ask("bind", self._key, self._steps)[1].fields
+    def _allowance(self) -> Allowance:
+        """The time of one call; the first call's is what preparing the query has left."""
+        allowance, self._first = self._first or self._run._allowance(), None
+        return allowance
 
-    def _ask(self, do: str, *arguments: Any) -> Answer:
-        return self._numbered(do, *arguments)[1]
+    def _bind(self, allowance: Allowance) -> dict[str, Any]:
+        return self._run._process.ask(allowance, "bind", self._key, self._steps)[1].fields
 
-    def _numbered(self, do: str, *arguments: Any) -> tuple[int, Answer]:
-        number, answer = self._run._process.ask(do, self._key, *arguments)
+    def _ask(self, allowance: Allowance, do: str, argument: Any) -> tuple[int, Answer]:
+        number, answer = self._run._process.ask(allowance, do, self._key, argument)
         if "unknown" in answer.fields:  # asked before, or too long ago
-            self._bind()
-            number, answer = self._run._process.ask(do, self._key, *arguments)
+            self._bind(allowance)
+            number, answer = self._run._process.ask(allowance, do, self._key, argument)
         return number, answer
 
-    def _batches(self, batch_rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """Schema and rows as they come, DuckDB's own types kept."""
-        reader, answer = self._numbered("read", batch_rows)
+    def _text(self, options: dict[str, Any] | None) -> str:
+        _, answer = self._ask(self._allowance(), "text", options)
+        return printable(answer.fields["value"], keep="\n")
+
+    def _batches(
+        self, batch_rows: int, allowance: Allowance | None = None
+    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Schema and rows as they come, DuckDB's own types kept; each batch has the limit, or all ``allowance``."""
+        reader, answer = self._ask(allowance or self._allowance(), "read", batch_rows)
         with self._run._plain_errors():
             first = pa.ipc.open_stream(answer.arrow).read_all()
 
@@ -215,7 +225,7 @@ class Result:
             try:
                 yield from first.to_batches()
                 while not last:
-                    _, more = self._run._process.ask("next", reader)
+                    _, more = self._run._process.ask(allowance or self._run._allowance(), "next", reader)
                     last = more.fields["last"]
                     if more.arrow:
                         yield from pa.ipc.open_stream(more.arrow)
@@ -226,7 +236,7 @@ class Result:
         return first.schema, batches()
 
     def _table(self, batch_rows: int) -> pa.Table:
-        schema, batches = self._batches(batch_rows)
+        schema, batches = self._batches(batch_rows, self._allowance())
         taken, num_bytes = [], 0
         for batch in batches:
             taken.append(batch)
@@ -303,6 +313,9 @@ class Run:
             {name: size for name, (_, size) in named.items()}, self._limits.process_bytes, timeout_s,
         )  # fmt: skip
         self._process = sandbox.Process(self._files, setup, self._limits)
+
+    def _allowance(self) -> Allowance:
+        return Allowance(self._limits.timeout_s)
 
     def sql(
         self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Any

@@ -92,6 +92,13 @@ class Limits:
         )
 
 
+@dataclass
+class Allowance:
+    """Time that the requests of one query may still take together."""
+
+    left_s: float
+
+
 class Process:
     """The process that answers; started at the first question, and again after it was killed or died.
 
@@ -106,8 +113,8 @@ class Process:
         self._numbers = itertools.count(1)
         self._forgotten: list[int] = []
 
-    def ask(self, do: str, *arguments: Any) -> tuple[int, Answer]:
-        """The number and the answer of a request.
+    def ask(self, allowance: Allowance, do: str, *arguments: Any) -> tuple[int, Answer]:
+        """The number and the answer of a request, which takes its time from ``allowance``.
 
         Raises ``QueryError`` for SQL that is wrong or over a limit, or that its process died of, and what reading a
         file raised.
@@ -119,7 +126,7 @@ class Process:
             child = self._started()
             forget, self._forgotten = tuple(self._forgotten), []
             request = Request(next(self._numbers), do, arguments, forget)
-            answer = child.ask(request, self._limits)
+            answer = child.ask(request, allowance)
             if _is_broken(answer):
                 self._end()
             self._check(answer)
@@ -216,9 +223,13 @@ class _Child:
         self._most_resident = _resident_bytes(self._process.pid) + self._limits.process_bytes
         return answer
 
-    def ask(self, request: Request, limits: Limits) -> Answer:
-        self._send(request)
-        return self._receive(request.number, time.monotonic() + limits.timeout_s)
+    def ask(self, request: Request, allowance: Allowance) -> Answer:
+        began = time.monotonic()
+        try:
+            self._send(request)
+            return self._receive(request.number, began + allowance.left_s)
+        finally:
+            allowance.left_s = max(0.0, allowance.left_s - (time.monotonic() - began))
 
     def _send(self, what: Setup | Request) -> None:
         try:

@@ -223,7 +223,7 @@ class Session:
         """The first batch of a relation; the number of this request is its reader's."""
         cursor, relation = self._relation(key)
         with self._at_work(cursor):
-            reader = relation.to_arrow_reader(batch_rows)
+            reader = _within_arrow(relation).to_arrow_reader(batch_rows)
             batch = next(reader, None)
             # Few rows are all there are, nearly always: that is known without another request.
             is_full = batch is not None and batch.num_rows >= batch_rows
@@ -318,6 +318,44 @@ def fill(
         connection.unregister("incoming")
     for statement in statements:
         connection.execute(statement)
+
+
+FARTHEST_INTERVAL_H = 2_562_047
+"""Hours of an INTERVAL, beside its months and days, that no longer fit Arrow's 64 bits of nanoseconds."""
+
+
+def _within_arrow(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """``relation``, which fails at an INTERVAL that Arrow cannot hold; DuckDB itself makes another value of it."""
+    checks = [_beyond_arrow(f"#{at}", kind) for at, kind in enumerate(relation.types, 1)]
+    if not any(checks):
+        return relation
+    columns = []
+    for at, (name, check) in enumerate(zip(relation.columns, checks, strict=True), 1):
+        quoted = name.replace('"', '""')
+        value = f"CASE WHEN {check} THEN error('{BEYOND_ARROW}') ELSE #{at} END" if check else f"#{at}"
+        columns.append(f'{value} AS "{quoted}"')
+    return relation.project(", ".join(columns))
+
+
+BEYOND_ARROW = "an INTERVAL of 292 years or more, counted in hours, is beyond what Arrow can hold; cast it ::VARCHAR"
+
+
+def _beyond_arrow(value: str, kind: Any, depth: int = 0) -> str:
+    """SQL that is true where ``value`` of type ``kind`` holds such an INTERVAL; empty where none can be in it."""
+    if kind.id == "interval":
+        return f"abs(datepart('hour', {value})) >= {FARTHEST_INTERVAL_H}"
+    found: list[str] = []
+    if kind.id in ("list", "array", "map"):
+        lists = {"key": f"map_keys({value})", "value": f"map_values({value})", "child": value}
+        for name, inner in kind.children:
+            if name in lists and (check := _beyond_arrow(f"x{depth}", inner, depth + 1)):
+                found.append(f"len(list_filter({lists[name]}, lambda x{depth}: {check})) > 0")
+    elif kind.id in ("struct", "tuple", "union"):
+        function = "union_extract" if kind.id == "union" else "struct_extract"
+        for at, (name, inner) in enumerate(kind.children, 1):
+            key = str(at) if kind.id == "tuple" else "'" + name.replace("'", "''") + "'"
+            found.append(_beyond_arrow(f"{function}({value}, {key})", inner, depth))
+    return " OR ".join(f"coalesce({check}, false)" for check in found if check)
 
 
 def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

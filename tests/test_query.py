@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -834,3 +835,22 @@ def test_values_beyond_python_and_queries_that_are_no_text_are_refused(run: Run)
     assert run.sql("SELECT (INTERVAL 1000000000 MONTH)::VARCHAR").fetchall() == [("83333333 years 4 months",)]
     with pytest.raises(QueryError, match="no Unicode text"):
         run.sql("SELECT '\udcc3'")
+
+
+FAR = "to_hours(90000000)"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [FAR, f"-{FAR}", f"[{FAR}]", f"[NULL, {FAR}]::INTERVAL[2]", f"MAP {{'a': {FAR}}}", f"MAP {{{FAR}: 1}}",
+     f"{{'a': [{{'it''s': {FAR}}}]}}", f"row(1, {FAR})", f"union_value(k := {FAR})"],
+)  # fmt: skip
+def test_an_interval_that_arrow_would_alter_is_refused(run: Run, value: str) -> None:
+    with pytest.raises(QueryError, match="292 years"):
+        run.sql(f"SELECT 1 AS i, {value} AS i").fetchall()
+
+
+def test_other_intervals_come_as_they_are(run: Run) -> None:
+    day, month = timedelta(days=1), timedelta(days=30)
+    asked = "SELECT INTERVAL 1 DAY, [INTERVAL 1 MONTH, NULL], NULL::INTERVAL, {'a': INTERVAL 1 DAY}, to_hours(2562046)"
+    assert run.sql(asked).fetchall() == [(day, [month, None], None, {"a": day}, timedelta(hours=2562046))]

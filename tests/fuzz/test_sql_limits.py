@@ -10,11 +10,13 @@ from test_query import LAYERS, SHARDS, write_run
 
 from afn_ray import sandbox
 from afn_ray.errors import QueryError
-from afn_ray.query import open_run
+from afn_ray.query import Run, open_run
 
 TIMEOUT_S, MEMORY = 1.0, "300MB"
-SLACK_S = 15.0
-"""A start, the grace and the load of the machine."""
+SLACK_S = 2.0
+"""Longest that a statement may go on past its limit, in seconds: the grace and the end of its process are in it."""
+TRIES = 3
+"""Tries at a statement that was late: a machine that others use too may be late once, and not each time."""
 
 
 def nested(before: str, inner: str, after: str, depth: int) -> str:
@@ -53,6 +55,16 @@ LONG = {
 }
 
 
+def seconds_of(run: Run, text: str) -> float:
+    """Time until the answer, or until an error that says something."""
+    began = time.monotonic()
+    try:
+        run.sql(text).fetchall()
+    except QueryError as error:
+        assert len(str(error).strip()) > 10, text[:100]
+    return time.monotonic() - began
+
+
 def test_no_statement_passes_its_limits(tmp_path: Path, fuzz_length: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(str(tmp_path), SHARDS, LAYERS)
     resident = [0]
@@ -65,11 +77,10 @@ def test_no_statement_passes_its_limits(tmp_path: Path, fuzz_length: str, monkey
     monkeypatch.setattr(sandbox, "_resident_bytes", watched)
     with open_run(str(tmp_path), timeout_s=TIMEOUT_S, memory_limit=MEMORY, threads=2) as run:
         for name, text in (SHORT | LONG if fuzz_length == "long" else SHORT).items():
-            began = time.monotonic()
-            try:
-                run.sql(text).fetchall()
-            except QueryError as error:
-                assert len(str(error).strip()) > 10, name
-            assert time.monotonic() - began < 2 * (TIMEOUT_S + sandbox.GRACE_S) + SLACK_S, name
-            assert run.sql("SELECT 42").fetchall() == [(42,)], name
+            took = []
+            while not took or (took[-1] > TIMEOUT_S + SLACK_S and len(took) < TRIES):
+                assert run.sql("SELECT 42").fetchall() == [(42,)], name
+                took.append(seconds_of(run, text))
+            assert took[-1] <= TIMEOUT_S + SLACK_S, (name, took)
+        assert run.sql("SELECT 42").fetchall() == [(42,)]
         assert max(resident) < 200 * 2**20 + run._limits.process_bytes
