@@ -167,9 +167,10 @@ def run_audit(
         run = manifest.find_run(opened.uri)
     before = named or BASELINES[baseline](run)
     comparison = None if before is None else compare.compare(before, run)
-    lost = losses.of_run(run)
-    rules = tuple(judge(policy, run, comparison, lost, _sources_of(run)))
-    notes = tuple(_notes(policy, run, comparison, baseline))
+    with manifest.named_damage(run.uri):
+        lost = losses.of_run(run)
+        rules = tuple(judge(policy, run, comparison, lost, _sources_of(run)))
+        notes = tuple(_notes(policy, run, comparison, baseline))
     if mark:
         manifest.mark_audited(run)
     return Audit(all(r.passed is not False for r in rules), rules, run, before, comparison, lost, notes)

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -618,9 +619,21 @@ def _read_json(uri: str) -> dict[str, Any] | None:
     return None if data is None else _json(data, uri)
 
 
+class Part(dict[str, Any]):
+    """One object of a JSON file of the store; asking for a key that it lacks raises ``StoreError``."""
+
+    def __init__(self, uri: str, value: dict[str, Any]) -> None:
+        """``uri`` names the file."""
+        super().__init__(value)
+        self.uri = uri
+
+    def __missing__(self, key: str) -> Any:
+        raise StoreError(f"{self.uri} is damaged: it has no {key!r} where afn-ray writes one{ASK_VERIFY}")
+
+
 def _json(data: bytes, uri: str) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_hook=partial(Part, uri))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:

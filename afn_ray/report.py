@@ -66,8 +66,15 @@ def render(
     run: manifest.RunFolder, comparison: compare.Comparison | None = None, *, with_claims: bool = True
 ) -> str:  # fmt: skip
     """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the tokens once, and
-    more often ``with_claims``."""
+    more often ``with_claims``. Raises ``StoreError`` for a damaged run."""
     jinja2, vl_convert = check_packages()
+    with manifest.named_damage(run.uri):
+        return _render(jinja2, vl_convert, run, comparison, with_claims)
+
+
+def _render(
+    jinja2: Any, vl_convert: Any, run: manifest.RunFolder, comparison: compare.Comparison | None, with_claims: bool
+) -> str:  # fmt: skip
     info, summary = run.info, show.summarise(run)
     main = summary.layers[-1]
     words = _by_layer(manifest.read_table(run, "vocabulary"), info["layers"])

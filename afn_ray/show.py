@@ -203,7 +203,12 @@ def model_title(name: str) -> str:
 
 
 def facts(summary: Summary) -> list[tuple[str, str]]:
-    """What the run is: names and values, for people to read."""
+    """What the run is: names and values, for people to read. Raises ``StoreError`` for a damaged run.json."""
+    with manifest.named_damage(summary.uri):
+        return _facts(summary)
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
     info = summary.info
     counts, model, size = info["counts"], info["model"], summary.bytes_per_token
     read = counts["documents"] - counts["empty"] - counts["quarantined"]

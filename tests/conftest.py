@@ -62,8 +62,14 @@ def fuzz_length(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of them, in turn."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of them, in turn.
+
+    A long run of a fuzzer has no time limit.
+    """
+    for item in items:
+        if config.getoption("--fuzz-long") and "fuzz_length" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(0))
     kinds = ("local", "s3")
     numbers: dict[str, int] = {}
     for item in items:
