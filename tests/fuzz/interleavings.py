@@ -1,23 +1,28 @@
 """Every order of the storage calls of a few processes, each run with the product's own code on a store in memory.
 
 A process is a thread that stops before each call. One is let go at a time, so a run of all of them is a list of
-choices, and all lists are tried. Two calls that do not touch the same name need not be tried in both orders: a "sleep
-set" (Godefroid, 1996) leaves out every order that differs from one tried in nothing else.
+choices, and all lists are tried. Two things leave out orders that give nothing new (both Godefroid, 1996): a "sleep
+set" leaves out the second order of two calls that do not touch the same name, and a moment that equals an earlier one
+is not gone on from again. Two moments are equal where the store holds the same and each process has seen the same.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, tzinfo
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from afn_ray import storage
+from afn_ray import manifest, storage
 
 STORE = "/model"
 MOST_CALLS = 80
@@ -25,6 +30,14 @@ MOST_CHANGES = 4
 NOW_S = 1e6
 WAIT_S = 60.0
 """Longest that a process may take between two calls."""
+
+
+class Still(datetime):
+    """A clock that stands still, so that the same moment comes again in another order."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Still:
+        return cls.fromtimestamp(NOW_S, tz)
 
 
 class Ended(BaseException):
@@ -60,6 +73,7 @@ class Process:
     num_calls: int = 0
     call: Call | None = None
     over: bool = False
+    seen: bytes = b""  # digest of its calls and of what they gave
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
 
@@ -77,6 +91,7 @@ class World:
         self.ended = False
         self._of_thread: dict[int, Process] = {}
         self._stopped = threading.Semaphore(0)
+        self._ids = itertools.count()
         self.history: list[str] = []  # what was called, by whom
 
     # --- processes ---
@@ -127,11 +142,30 @@ class World:
             raise Ended
         process.num_calls += 1
 
+    def gave(self, *values: object) -> None:
+        """The call that was let go gave its process these ``values``."""
+        process = self._of_thread.get(threading.get_ident())
+        if process is not None:
+            process.seen = blake2b(repr((process.seen, process.call, values)).encode(), digest_size=16).digest()
+
+    @staticmethod
+    @functools.cache
+    def digest(data: bytes) -> bytes:
+        return blake2b(data, digest_size=16).digest()
+
+    def moment(self) -> bytes:
+        """Digest of all that what comes depends on: the store, what each process has seen, and faults to come."""
+        files = sorted((name, self.digest(data)) for name, data in self.files.items())
+        processes = [(p.seen, p.call, p.over) for p in self.processes]
+        return blake2b(repr((files, processes, self.deletes, self.echoes)).encode(), digest_size=16).digest()
+
     # --- the store ---
 
     def read_if_there(self, uri: str, most_bytes: int | None = None) -> bytes | None:
         self.about("read", uri)
-        return self.files.get(uri)
+        data = self.files.get(uri)
+        self.gave(None if data is None else self.digest(data))
+        return data
 
     def read_bytes(self, uri: str, start: int | None = None, end: int | None = None) -> bytes:
         data = self.read_if_there(uri)
@@ -144,24 +178,31 @@ class World:
 
     def list_names(self, uri: str) -> list[str]:
         self.about("list", uri)
-        return sorted({name.removeprefix(f"{uri}/").split("/")[0] for name in self.files if name.startswith(f"{uri}/")})
+        below = [name.removeprefix(f"{uri}/") for name in self.files if name.startswith(f"{uri}/")]
+        names = sorted({name.split("/")[0] for name in below})
+        self.gave(names)
+        return names
 
     def list_below(self, uri: str) -> list[storage.StoredFile]:
         folders = [f"{STORE}/{name}" for name in ("gc", "runs", "shards")] if uri == STORE else [uri]
         found = []
         for folder in folders:  # page by page: no listing of a whole store is of one moment
             self.about("list", folder)
-            found += [n for n in sorted(self.files) if n.startswith(f"{folder}/")]
+            names = [n for n in sorted(self.files) if n.startswith(f"{folder}/")]
+            self.gave(names, [len(self.files[n]) for n in names])
+            found += names
         return [storage.StoredFile(n, len(self.files.get(n, b"")), 0.0 if n in self.old else NOW_S) for n in found]
 
     def write_once(self, uri: str, data: bytes) -> None:
         self.about("write", uri)
+        self.gave(uri in self.files)
         if uri in self.files:
             raise storage.AlreadyWritten(uri)
         self.files[uri] = data
 
     def write_over(self, uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
         self.about("write", uri)
+        self.gave()
         self.files[uri] = data
 
     def upload(self, local: Path, uri: str) -> None:
@@ -169,6 +210,7 @@ class World:
 
     def remove(self, uri: str, retry_for_s: float | None = None) -> None:
         self.about("delete", uri)
+        self.gave()
         if "/shards/" in uri:
             how, at = self.fault
             if how and self.deletes == at:
@@ -187,6 +229,7 @@ class World:
         while self.echoes:
             uri = self.echoes[0]
             self.about("delete", uri)
+            self.gave(uri in self.echoes)
             if uri in self.echoes:
                 self.echoes.remove(uri)
                 self._delete(uri)
@@ -205,6 +248,15 @@ class World:
         patch.setattr(storage, "absolute", lambda uri: uri)
         patch.setattr(storage, "remove_if_empty", lambda uri: None)
         patch.setattr(storage, "clock_s", lambda uri: NOW_S)
+        patch.setattr(manifest, "datetime", Still)
+        patch.setattr(manifest.uuid, "uuid4", self.unlike)
+
+    def unlike(self) -> uuid.UUID:
+        """An id that no other call gets, and that the same call of the same process gets in each order."""
+        process = self._of_thread.get(threading.get_ident())
+        if process is None:
+            return uuid.UUID(int=next(self._ids))
+        return uuid.UUID(int=(1 + self.processes.index(process)) << 64 | process.num_calls)
 
 
 class Inline:
@@ -271,6 +323,7 @@ def explore(make: Callable[[], World], judge: Callable[[World], None], most: int
     which only repeat others.
     """
     path: list[_Node] = []
+    been: dict[bytes, list[set[int]]] = {}  # moments, each with the sleep sets that it was gone on from with
     judged = tried = 0
     while True:
         world = make()
@@ -286,11 +339,13 @@ def explore(make: Callable[[], World], judge: Callable[[World], None], most: int
                         i for i in last.asleep | (last.tried - {last.chosen})
                         if i in calls and last.calls[i].commutes(made)
                     }  # fmt: skip
-                path.append(_Node(calls, asleep))
-                if not (free := [i for i in calls if i not in asleep]):
+                free = [i for i in calls if i not in asleep]
+                before = been.setdefault(world.moment(), [])
+                if not free or any(slept <= asleep for slept in before):
                     redundant = True
-                    path.pop()
                     break
+                before.append(asleep)
+                path.append(_Node(calls, asleep))
                 path[-1].chosen = free[0]
                 path[-1].tried.add(free[0])
             world.step(world.processes[path[depth].chosen])

@@ -394,20 +394,49 @@ def test_a_protocol_that_lacks_a_step_is_found_out(explorer: Explorer, name: str
         explorer.sample(scenario, 3000)
 
 
+def two_processes(body: Callable[[World, str], None], names: tuple[str, str]) -> Callable[[], World]:
+    def make() -> World:
+        world = World()
+        world.start(*(Process(str(i), functools.partial(body, world, name)) for i, name in enumerate(names)))
+        return world
+
+    return make
+
+
 @pytest.mark.parametrize(("names", "expected"), [(("x", "x"), 20), (("x", "y"), 1)])
 def test_orders_are_tried_once_each(names: tuple[str, str], expected: int) -> None:
     """Two processes of three writes: 6 over 3 orders of the same name, and one where no order can be told."""
     seen = set()
 
-    def make() -> World:
-        world = World()
+    def body(world: World, name: str) -> None:
+        for _ in range(3):
+            who = threading.current_thread().name  # no two moments are equal
+            world.write_over(f"{STORE}/{name}", f"{who} {len(world.history)}".encode())
 
-        def body(name: str) -> None:
-            for _ in range(3):
-                world.write_over(f"{STORE}/{name}", b"")
-
-        world.start(*(Process(str(i), functools.partial(body, name)) for i, name in enumerate(names)))
-        return world
-
-    judged, all_of_them = explore(make, lambda world: seen.add(tuple(world.history)))
+    judged, all_of_them = explore(two_processes(body, names), lambda world: seen.add(tuple(world.history)))
     assert all_of_them and judged == len(seen) == expected
+
+
+def test_orders_that_meet_in_an_equal_moment_lose_no_end() -> None:
+    """Two processes add 1 and 2 to a number, twice each: every number that one of the 70 orders gives is found."""
+    steps = {0: 1, 1: 2}
+    expected = set()
+    for order in itertools.permutations((0, 0, 0, 0, 1, 1, 1, 1)):
+        number, read = 0, {}
+        for at, process in enumerate(order):
+            if order[:at].count(process) % 2 == 0:
+                read[process] = number
+            else:
+                number = read[process] + steps[process]
+        expected.add(number)
+    found: list[int] = []
+
+    def body(world: World, name: str) -> None:
+        for _ in range(2):
+            number = int(world.read_if_there(f"{STORE}/x") or b"0")
+            world.write_over(f"{STORE}/x", str(number + int(name)).encode())
+
+    judged, all_of_them = explore(
+        two_processes(body, ("1", "2")), lambda world: found.append(int(world.files[f"{STORE}/x"]))
+    )
+    assert all_of_them and set(found) == expected and judged < 70
