@@ -24,6 +24,9 @@ MAX_LINES = 20
 
 OnProgress = Callable[[str], None]
 
+TRIES = 20
+"""Looks at a store that other collections change meanwhile."""
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
@@ -78,7 +81,7 @@ def collect_garbage(
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     store = storage.absolute(store).rstrip("/")
-    for _ in range(epochs.TRIES):
+    for _ in range(TRIES):
         look = _look(store, Rules(keep, tuple(keep_runs), min_age_h), delete=delete)
         if not delete:
             return _report(look, deleted=False)

@@ -48,17 +48,15 @@ class Ended(BaseException):
 class Call:
     """One call that a process is about to make."""
 
-    kind: str  # "read", "list", "write", "delete"
-    name: str  # of a file, or of the folder that is listed
+    kind: str  # "read", "list", "write", "delete", or "lost delete" where DELETEs are counted to lose one
+    name: str  # of a file, or of the folder that is listed or in which several files are written or deleted
 
     def commutes(self, other: Call) -> bool:
         """Whether the two give the same in either order."""
-        if {self.kind, other.kind} <= {"read", "list"}:
+        if {self.kind, other.kind} <= {"read", "list"} or self.kind == other.kind == "delete":
             return True
-        if "list" in (self.kind, other.kind):
-            folder, file = (self, other) if self.kind == "list" else (other, self)
-            return not file.name.startswith(f"{folder.name}/")
-        return self.name != other.name
+        a, b = f"{self.name}/", f"{other.name}/"
+        return not a.startswith(b) and not b.startswith(a)
 
 
 @dataclass
@@ -80,7 +78,9 @@ class Process:
 class World:
     """A store in memory, and the processes that share it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, coarse: bool = False) -> None:
+        """``coarse``: listing a store is one call, and so are writes and DELETEs of tables in one folder in a row."""
+        self.coarse = coarse
         self.files: dict[str, bytes] = {}
         self.old: frozenset[str] = frozenset()  # names of files that are older than a day; others are of now
         self.processes: list[Process] = []
@@ -134,6 +134,10 @@ class World:
         process = self._of_thread.get(threading.get_ident())
         if process is None:  # before the processes start, or behind their end
             return
+        if self.coarse and kind in ("write", "delete") and name.endswith(".parquet"):
+            name = name.rpartition("/")[0]
+            if process.call == Call(kind, name):
+                return
         if process.num_calls != process.killed_at and not self.ended:
             process.call = Call(kind, name)
             self._stopped.release()
@@ -186,8 +190,11 @@ class World:
     def list_below(self, uri: str) -> list[storage.StoredFile]:
         folders = [f"{STORE}/{name}" for name in ("gc", "runs", "shards")] if uri == STORE else [uri]
         found = []
+        if self.coarse:
+            self.about("list", uri)
         for folder in folders:  # page by page: no listing of a whole store is of one moment
-            self.about("list", folder)
+            if not self.coarse:
+                self.about("list", folder)
             names = [n for n in sorted(self.files) if n.startswith(f"{folder}/")]
             self.gave(names, [len(self.files[n]) for n in names])
             found += names
@@ -209,7 +216,7 @@ class World:
         self.write_over(uri, local.read_bytes())
 
     def remove(self, uri: str, retry_for_s: float | None = None) -> None:
-        self.about("delete", uri)
+        self.about("lost delete" if self.fault[0] else "delete", uri)
         self.gave()
         if "/shards/" in uri:
             how, at = self.fault
@@ -228,7 +235,7 @@ class World:
         """Have the DELETE act that was lost."""
         while self.echoes:
             uri = self.echoes[0]
-            self.about("delete", uri)
+            self.about("lost delete", uri)
             self.gave(uri in self.echoes)
             if uri in self.echoes:
                 self.echoes.remove(uri)
