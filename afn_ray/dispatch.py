@@ -7,9 +7,8 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +26,7 @@ from afn_ray.errors import (
     Unavailable,
     count,
 )
-from afn_ray.pipeline import Progress
+from afn_ray.progress import Progress
 from afn_ray.schema import Shard
 
 SLOTS = 3
@@ -588,11 +587,3 @@ def reason(error: BaseException) -> str:
     frames = [] if isinstance(error, AfnError) else traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {text[-1] if text else 'no message'}{where}"
-
-
-def total(parts: Iterable[Progress]) -> Progress:
-    """The sum of what workers have done."""
-    parts = list(parts)
-    names = (f.name for f in fields(Progress) if f.name != "why_padded")
-    sums = {name: sum(map(attrgetter(name), parts)) for name in names}  # of a thousand, some times a minute
-    return Progress(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))

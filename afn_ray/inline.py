@@ -8,7 +8,8 @@ import threading
 import time
 
 from afn_ray.dispatch import Done, Event, Failed, Ready
-from afn_ray.pipeline import Processor, Progress, Task
+from afn_ray.pipeline import Processor, Task
+from afn_ray.progress import Progress
 from afn_ray.schema import Shard
 
 STOP_S = 1.0

@@ -30,6 +30,7 @@ from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError, Interrupted, ModelError, OutOfMemory, ShardError
 from afn_ray.feed import Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.layout import SCRATCH_PREFIX
+from afn_ray.progress import Progress
 from afn_ray.schema import (
     SCHEMA_VERSION,
     SPECIAL,
@@ -81,22 +82,6 @@ class Task:
     tagged: bool = False  # the corpus is labelled
     run: str = ""  # its name, and the worker's number: for what is logged
     worker: int = 0
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a worker has done so far; counts and seconds only grow."""
-
-    documents: int = 0
-    tokens: int = 0
-    forward_tokens: int = 0  # with padding, filler and overlaps
-    read_s: float = 0.0  # on the reading thread
-    tokenize_s: float = 0.0  # on the tokenizing thread, or in all tokenizer processes together
-    wait_s: float = 0.0  # the model's, for text
-    model_s: float = 0.0
-    write_s: float = 0.0  # on the writing thread
-    why_padded: str = ""  # empty: sequences are packed without padding
-    measured: float = 0.0  # documents, those of a chunk in the model by the share of its tokens
 
 
 def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str) -> tuple[Task, dict[str, Any]]:

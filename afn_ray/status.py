@@ -27,7 +27,7 @@ from afn_ray.schema import Shard
 
 if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
     from afn_ray.dispatch import State
-    from afn_ray.pipeline import Progress
+    from afn_ray.progress import Progress
 
 EVERY_S = 10.0
 """Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after the one before."""

@@ -335,7 +335,7 @@ def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, floa
     from afn_ray import status
     from afn_ray.cluster import State
     from afn_ray.job import Event
-    from afn_ray.pipeline import Progress
+    from afn_ray.progress import Progress
 
     live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
     assert status.waits(live) == says

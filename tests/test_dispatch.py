@@ -41,7 +41,7 @@ from afn_ray.errors import (
     Unavailable,
 )
 from afn_ray.manifest import Commit
-from afn_ray.pipeline import Progress
+from afn_ray.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 
 START_S, WORK_S = 5.0, 10.0

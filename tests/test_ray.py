@@ -27,7 +27,7 @@ from afn_ray.cluster import pool, session
 from afn_ray.config import RunConfig
 from afn_ray.dispatch import Ready
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
-from afn_ray.pipeline import Progress
+from afn_ray.progress import Progress
 
 MakeConfig = Callable[..., RunConfig]
 pytestmark = pytest.mark.ray

@@ -29,7 +29,7 @@ from afn_ray.config import RunConfig
 from afn_ray.dispatch import State
 from afn_ray.errors import ConfigError, IncompleteRun, StoreError
 from afn_ray.manifest import Commit
-from afn_ray.pipeline import Progress
+from afn_ray.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 
 MakeConfig = Callable[..., RunConfig]

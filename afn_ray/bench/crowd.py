@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from afn_ray import dispatch, manifest
+from afn_ray import manifest
 from afn_ray.commits import COUNTS
 from afn_ray.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
-from afn_ray.pipeline import Progress
+from afn_ray.progress import Progress, total
 from afn_ray.schema import Shard
 
 SHARD_S, SPREAD = 300.0, 0.25
@@ -121,7 +121,7 @@ class Crowd:
         assert not self._workers.pop(worker).queue
 
     def progress(self) -> Progress:
-        return dispatch.total(w.progress for w in self._workers.values())
+        return total(w.progress for w in self._workers.values())
 
     def num_tokens(self, worker: int) -> int:
         one = self._workers[worker]

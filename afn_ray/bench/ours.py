@@ -15,6 +15,7 @@ from afn_ray import manifest, pipeline
 from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
+from afn_ray.progress import Progress
 from afn_ray.schema import Document, strength_column
 
 STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
@@ -33,7 +34,7 @@ class _Ours:
         self._task, _ = pipeline.prepare(self._config, files, spec.device, spec.dtype)
         self._processor = pipeline.Processor(self._task)
 
-    def _outcome(self, before: pipeline.Progress, strengths: list[Norms]) -> Outcome:
+    def _outcome(self, before: Progress, strengths: list[Norms]) -> Outcome:
         now, then = asdict(self._processor.progress), asdict(before)
         stages = {name: now[name] - then[name] for name in STAGES}
         return Outcome(strengths, now["forward_tokens"] - then["forward_tokens"], stages)

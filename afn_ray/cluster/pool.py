@@ -13,7 +13,8 @@ from afn_ray.config import RunConfig
 from afn_ray.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
 from afn_ray.manifest import Commit
-from afn_ray.pipeline import Processor, Progress, Task
+from afn_ray.pipeline import Processor, Task
+from afn_ray.progress import Progress, total
 from afn_ray.schema import Shard
 
 POLL_S = 0.5
@@ -221,7 +222,7 @@ class RayPool:
         actor = self._actors[worker]
         actor.ready, actor.dead_since = False, time.monotonic()
         actor.restarts += 1
-        self._released = dispatch.total([self._released, actor.progress])
+        self._released = total([self._released, actor.progress])
         actor.progress = Progress()  # the next process counts from nothing
         if error.preempted:
             actor.node = ""  # no node of that name is alive
@@ -263,7 +264,7 @@ class RayPool:
 
     def release(self, worker: int) -> None:
         actor = self._actors.pop(worker)
-        self._released = dispatch.total([self._released, actor.progress])
+        self._released = total([self._released, actor.progress])
         self._close([actor])
 
     def progress(self) -> Progress:
@@ -272,7 +273,7 @@ class RayPool:
         for actor in self._actors.values():
             if actor.look is None and now >= actor.look_again:
                 self._ask(actor)
-        return dispatch.total([self._released, *(a.progress for a in self._actors.values())])
+        return total([self._released, *(a.progress for a in self._actors.values())])
 
     def num_tokens(self, worker: int) -> int:
         return self._actors[worker].progress.tokens
