@@ -19,16 +19,16 @@ from afn_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from afn_ray.audit import Audit, Policy, read_policy, run_audit
-    from afn_ray.compare import Comparison
-    from afn_ray.compare import compare as compare_runs
-    from afn_ray.estimate import Estimate, dry_run
-    from afn_ray.garbage import Garbage, collect_garbage
-    from afn_ray.job import run
-    from afn_ray.query import Run, open_run, write_catalog
-    from afn_ray.report import write_report
-    from afn_ray.settings import config_from
-    from afn_ray.verify import Finding, Verification, verify_store
+    from afn_ray.analysis.audit import Audit, Policy, read_policy, run_audit
+    from afn_ray.analysis.verify import Finding, Verification, verify_store
+    from afn_ray.query.database import Run, open_run, write_catalog
+    from afn_ray.reduce.compare import Comparison
+    from afn_ray.reduce.compare import compare as compare_runs
+    from afn_ray.runs.estimate import Estimate, dry_run
+    from afn_ray.runs.job import run
+    from afn_ray.show.report import write_report
+    from afn_ray.store.garbage import Garbage, collect_garbage
+    from afn_ray.store.settings import config_from
 
 __version__ = "0.1.0"
 
@@ -67,12 +67,26 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Audit": "audit", "Comparison": "compare", "Estimate": "estimate", "Finding": "verify", "Garbage": "garbage",
-    "Policy": "audit", "Run": "query", "Verification": "verify", "collect_garbage": "garbage",
-    "compare_runs": "compare:compare", "config_from": "settings", "dry_run": "estimate", "open_run": "query",
-    "read_policy": "audit", "run": "job", "run_audit": "audit", "verify_store": "verify",
-    "write_catalog": "query", "write_report": "report",
-}  # fmt: skip
+    "Audit": "analysis.audit",
+    "Comparison": "reduce.compare",
+    "Estimate": "runs.estimate",
+    "Finding": "analysis.verify",
+    "Garbage": "store.garbage",
+    "Policy": "analysis.audit",
+    "Run": "query.database",
+    "Verification": "analysis.verify",
+    "collect_garbage": "store.garbage",
+    "compare_runs": "reduce.compare:compare",
+    "config_from": "store.settings",
+    "dry_run": "runs.estimate",
+    "open_run": "query.database",
+    "read_policy": "analysis.audit",
+    "run": "runs.job",
+    "run_audit": "analysis.audit",
+    "verify_store": "analysis.verify",
+    "write_catalog": "query.database",
+    "write_report": "show.report",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -80,7 +94,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        module, _, attribute = _LAZY[name].partition(":")  # afn_ray.compare is the module, once it is imported
+        module, _, attribute = _LAZY[name].partition(":")
         return getattr(import_module(f"afn_ray.{module}"), attribute or name)
     raise AttributeError(f"module 'afn_ray' has no attribute {name!r}")
 

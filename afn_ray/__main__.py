@@ -1,5 +1,5 @@
 """``python -m afn_ray`` is ``afn``."""
 
-from afn_ray.cli import command
+from afn_ray.cli.commands import command
 
 command()

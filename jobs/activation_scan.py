@@ -13,8 +13,8 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from afn_ray import cli
+        from afn_ray.cli import commands
     except ImportError as error:  # Python would leave with 1, which says that shards are missing
         print(f"activation_scan: afn-ray cannot be imported here: {error}", file=sys.stderr)
         sys.exit(2)
-    cli.command(["run", "--config", *sys.argv[1:]])
+    commands.command(["run", "--config", *sys.argv[1:]])

@@ -16,8 +16,8 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from afn_ray import cli
+        from afn_ray.cli import commands
     except ImportError as error:
         print(f"benchmark: afn-ray cannot be imported here: {error}", file=sys.stderr)
         sys.exit(2)
-    cli.command(["bench", *sys.argv[1:]])
+    commands.command(["bench", *sys.argv[1:]])

@@ -33,10 +33,11 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # One thread each, for the suite's processes have the cores between them: threads that wait for others' cores spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from afn_ray import blocks, demo, manifest, pipeline, storage
 from afn_ray.config import RunConfig
-from afn_ray.manifest import Commit
+from afn_ray.runs import demo, worker
 from afn_ray.schema import Shard
+from afn_ray.store import blocks, manifest, storage
+from afn_ray.store.manifest import Commit
 
 SLOW = (
     "test_jobs",
@@ -278,18 +279,18 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     """Ctrl-C in this process once ``shards`` are committed; returns the ids of those that were."""
-    process = pipeline.Processor.process
+    process = worker.Processor.process
     done: list[str] = []
     one_by_one = threading.Lock()
 
-    def process_or_stop(self: pipeline.Processor, shard: Shard, halvings: int = 0) -> Commit:
+    def process_or_stop(self: worker.Processor, shard: Shard, halvings: int = 0) -> Commit:
         with one_by_one:
             if len(done) == shards:
                 raise KeyboardInterrupt
             done.append(shard.id)
             return process(self, shard, halvings)
 
-    monkeypatch.setattr(pipeline.Processor, "process", process_or_stop)
+    monkeypatch.setattr(worker.Processor, "process", process_or_stop)
     return done
 
 
@@ -371,7 +372,7 @@ def local_ray(s3_server: str) -> Iterator[None]:
     """One local Ray of four logical CPUs for the whole session; its workers inherit the way to the bucket."""
     import ray
 
-    from afn_ray.cluster import access
+    from afn_ray.runs.cluster import access
 
     access.start_local(num_cpus=4, object_store_memory=128 << 20)
     yield
@@ -381,7 +382,7 @@ def local_ray(s3_server: str) -> Iterator[None]:
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has joined no Ray: another test's may be there."""
-    from afn_ray.cluster import access
+    from afn_ray.runs.cluster import access
 
     access.choose_token(own=False)  # before Ray is imported
     monkeypatch.setattr("ray.is_initialized", lambda: False)

@@ -22,7 +22,7 @@ import pytest
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from afn_ray import retry
+from afn_ray.store import retry
 
 KINDS = ("fail", "slow", "lie", "stale")
 METHODS = ("info", "ls", "find", "cat_file", "pipe_file", "put_file", "rm_file")

@@ -21,10 +21,12 @@ from pathlib import Path
 import pytest
 from conftest import write_jsonl
 
-from afn_ray import address, cli, doctor
-from afn_ray.cluster import access, connection, session
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted
+from afn_ray.runs import address
+from afn_ray.runs.cluster import access, connection, session
+from afn_ray.show import doctor
 
 pytestmark = pytest.mark.ray
 TOKEN = secrets.token_hex(32)
@@ -109,7 +111,7 @@ def test_an_open_cluster_is_refused_and_joined_only_by_a_flag_that_says_so(
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("joined it"))
     words = ["run", str(corpus), "--model", str(tiny_bert), "--store", str(tmp_path / "store"), "--executor", "ray"]
     with pytest.raises(SystemExit) as left:
-        cli.main([*words, "--address", open_head])
+        commands.main([*words, "--address", open_head])
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert f"the cluster at {open_head} asks for no token: whoever reaches it can run code there" in said

@@ -25,14 +25,19 @@ import pytest
 from conftest import RUN_INFO, stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import audit, cli, compare, job, manifest, report, storage, verify
-from afn_ray.audit import Policy, Rule
-from afn_ray.compare import Comparison
+from afn_ray.analysis import audit, verify
+from afn_ray.analysis.audit import Policy, Rule
+from afn_ray.cli import commands
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
-from afn_ray.losses import Losses
-from afn_ray.manifest import RunFolder
+from afn_ray.reduce import compare
+from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.losses import Losses
+from afn_ray.runs import job
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
-from afn_ray.settings import config_from
+from afn_ray.show import report
+from afn_ray.store import manifest, storage
+from afn_ray.store.manifest import RunFolder
+from afn_ray.store.settings import config_from
 
 SCRIPT = Path(__file__).parent.parent / "jobs" / "nightly_audit.py"
 
@@ -341,7 +346,7 @@ class Nights:
     def audit(self, *more: str) -> int:
         """Exit code of ``afn audit``, in this process."""
         with pytest.raises(SystemExit) as left:
-            cli.main(self.words(*more))
+            commands.main(self.words(*more))
         assert isinstance(left.value.code, int)
         return left.value.code
 

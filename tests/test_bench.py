@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from afn_ray import bench, model, pipeline
+from afn_ray import bench, model
 from afn_ray.bench import contest, demo, machine, monitor, ours, peers, reduce, sql, texts
 from afn_ray.bench import signals as bench_signals
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, ModelError
-from afn_ray.query import open_run
-from afn_ray.signals import Received
+from afn_ray.model.signals import Received
+from afn_ray.query.database import open_run
+from afn_ray.runs import worker
 
 ROOT = Path(__file__).parent.parent
 
@@ -246,7 +247,7 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
     (text,) = candidate.texts(30, 1)
     config = RunConfig(corpus=("-",), model=folder, store=str(tmp_path), layers="2", executor="inline", dtype="float32",
                        signals="shift" if candidate.without else "shift,attention")  # fmt: skip
-    processor = pipeline.Processor(pipeline.prepare(config, candidate.files, "cpu", "float32")[0])
+    processor = worker.Processor(worker.prepare(config, candidate.files, "cpu", "float32")[0])
     expected = dict(
         zip((s.signal for s in processor.task.series), processor.measure([text], [False]).values, strict=True)
     )

@@ -25,11 +25,15 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import cli, corpus, documents, footer, manifest, model, reading, storage, streams
+from afn_ray import model
+from afn_ray.cli import commands as cli
 from afn_ray.config import RunConfig
+from afn_ray.corpus import documents, footer, reading, streams
+from afn_ray.corpus import listing as corpus
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
 from afn_ray.schema import ReadOptions
+from afn_ray.store import manifest, storage
 
 MakeConfig = Callable[..., RunConfig]
 PIECE = 64 << 20

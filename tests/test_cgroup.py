@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from afn_ray import cgroup, model, sandbox
-from afn_ray.cluster import connection
+from afn_ray import cgroup, model
 from afn_ray.config import RunConfig
+from afn_ray.query import sandbox
+from afn_ray.runs.cluster import connection
 
 V2 = "30 23 0:26 {top} {point} rw,nosuid - cgroup2 cgroup rw,nsdelegate\n"
 V1 = "33 31 0:30 {top} {point} rw - cgroup cgroup rw,{controllers}\n"
@@ -96,7 +97,7 @@ def test_workers_tokenizers_and_a_local_ray_get_what_the_quota_gives(
     def asked(**values: object) -> RunConfig:
         return RunConfig(corpus=("c",), model="m", store="s", **values)  # type: ignore[arg-type]
 
-    from afn_ray import cluster
+    from afn_ray.runs import cluster
 
     assert model.count_devices("cpu") == 4
     assert cluster.count_workers(asked(), "cpu") == 4

@@ -18,9 +18,11 @@ from rich.console import Console
 from scipy import stats
 
 import afn_ray
-from afn_ray import charts, claims, cli, masking
+from afn_ray.analysis import claims, masking
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
+from afn_ray.show import charts
 
 By = dict[tuple[str, str, int | None], claims.Figure]
 
@@ -284,7 +286,7 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
     afn_ray.run(config).close()
     corpus.unlink()  # what is masked was recorded
     with pytest.raises(SystemExit) as left:
-        cli.main(["claims", config.store, "--json", "--masking", "--sample", "5"])
+        commands.main(["claims", config.store, "--json", "--masking", "--sample", "5"])
     assert left.value.code == 0
     answer = json.loads(capsys.readouterr().out)
     found = answer["figures"]
@@ -295,7 +297,7 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
     assert {f["n_docs"] for f in found if f["of"] == "HIGH tokens masked"} == {5}
     assert "became [MASK]" in answer["notes"][-1]
     with pytest.raises(SystemExit):
-        cli.main(["claims", config.store])
+        commands.main(["claims", config.store])
     said = capsys.readouterr().out
     assert "Are content words HIGH more often than function words and punctuation?" in said
     assert "(control)" in said and "95 % interval" in said and ", layer 2, " in said

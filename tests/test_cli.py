@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from afn_ray import cli, grammar, precheck, terminal
+from afn_ray.cli import commands as cli
+from afn_ray.cli import grammar, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
+from afn_ray.runs import precheck
 
 
 def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -257,7 +259,7 @@ def test_a_reduce_alone_asks_for_no_gpu(tmp_path: Path, tiny_bert: Path) -> None
 
 
 def test_signals_are_those_that_are_known_before_torch_is_loaded() -> None:
-    from afn_ray import signals
+    from afn_ray.model import signals
 
     assert tuple(signals.BUILT_IN) == BUILT_IN_SIGNALS
 
@@ -332,10 +334,10 @@ def test_the_parser_has_no_option_without_help() -> None:
     ],
 )  # fmt: skip
 def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, float], says: str) -> None:
-    from afn_ray import status
-    from afn_ray.cluster import State
-    from afn_ray.job import Event
-    from afn_ray.progress import Progress
+    from afn_ray.runs import status
+    from afn_ray.runs.cluster import State
+    from afn_ray.runs.job import Event
+    from afn_ray.runs.progress import Progress
 
     live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
     assert status.waits(live) == says

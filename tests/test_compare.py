@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import afn_ray
-from afn_ray import compare, manifest, show
-from afn_ray.compare import Comparison
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
-from afn_ray.manifest import RunFolder
+from afn_ray.reduce import compare
+from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.histogram import Histogram, to_bins
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOURCES_SCHEMA
-from afn_ray.thresholds import Histogram, to_bins
+from afn_ray.show import overview
+from afn_ray.store import manifest
+from afn_ray.store.manifest import RunFolder
 
 LAYERS = (0, 2)
 DISTANCES = ("psi", "ks", "js")
@@ -471,7 +473,7 @@ def test_json_is_plain_versioned_and_bounded(compared: Comparison, monkeypatch: 
 
 def shown(found: Comparison, width: int) -> str:
     file = io.StringIO()
-    show.render_comparison(found, Console(file=file, width=width, highlight=False))
+    overview.render_comparison(found, Console(file=file, width=width, highlight=False))
     return file.getvalue()
 
 

@@ -30,9 +30,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import cli, corpus, footer, reading, row_groups, storage, streams
+from afn_ray.cli import commands
+from afn_ray.corpus import footer, listing, reading, row_groups, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions, Shard
+from afn_ray.store import storage
 
 OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
 IDS = dataclasses.replace(OPTIONS, id_column="id")
@@ -76,7 +78,7 @@ def remember(data: bytes, ending: str) -> FileInfo:
 def read_all(file: FileInfo, options: ReadOptions = OPTIONS, shard_bytes: int = 1 << 30) -> list[Document]:
     """Documents over all slices; the counts that slices state must be true."""
     documents: list[Document] = []
-    for slice in corpus.cut(file, options, shard_bytes):
+    for slice in listing.cut(file, options, shard_bytes):
         found = list(reading.read(slice, options))
         assert slice.num_documents in (-1, len(found))
         documents += found
@@ -118,7 +120,7 @@ def test_list_files_takes_known_endings_once_and_sorted(tmp_path: Path) -> None:
     unknown = ["h.pdf", "i.parquet.gz", "noending", "j.tar.gz"]
     for name in known + unknown:
         write(tmp_path, name, b"x")
-    files, skipped = corpus.list_files([str(tmp_path / "*.txt"), str(tmp_path)], OPTIONS)
+    files, skipped = listing.list_files([str(tmp_path / "*.txt"), str(tmp_path)], OPTIONS)
     assert [f.uri for f in files] == sorted(str(tmp_path / n) for n in known)
     assert [file.uri for file in skipped] == sorted(str(tmp_path / n) for n in unknown)
     assert [file.size for file in skipped] == [Path(file.uri).stat().st_size for file in skipped]
@@ -127,16 +129,16 @@ def test_list_files_takes_known_endings_once_and_sorted(tmp_path: Path) -> None:
 def test_list_files_without_a_known_ending_says_what_to_do(tmp_path: Path) -> None:
     write(tmp_path, "h.pdf", b"x")
     with pytest.raises(CorpusError, match=r"\.jsonl.*h\.pdf.*--format"):
-        corpus.list_files([str(tmp_path)], OPTIONS)
+        listing.list_files([str(tmp_path)], OPTIONS)
     with pytest.raises(CorpusError, match="no such file"):
-        corpus.list_files([str(tmp_path / "absent")], OPTIONS)
+        listing.list_files([str(tmp_path / "absent")], OPTIONS)
 
 
 def test_explicit_format_applies_to_all_and_compression_goes_by_ending(tmp_path: Path) -> None:
     write(tmp_path, "log", jsonl({"text": "a"}))
     write(tmp_path, "log.1.gz", gzip.compress(jsonl({"text": "b"})))
     options = dataclasses.replace(OPTIONS, format="jsonl")
-    files, skipped = corpus.list_files([str(tmp_path)], options)
+    files, skipped = listing.list_files([str(tmp_path)], options)
     assert skipped == []
     assert [texts(read_all(f, options)) for f in files] == [["a"], ["b"]]
 
@@ -147,7 +149,7 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
     write(tmp_path, "axb.jsonl", jsonl({"text": "not asked for"}))
     storage.write_once(f"memory://{tmp_path.name}/{name}", jsonl({"text": "x"}))
     for pattern in (str(tmp_path / name), f"memory://{tmp_path.name}/{name}"):
-        (file,), _ = corpus.list_files([pattern], OPTIONS)
+        (file,), _ = listing.list_files([pattern], OPTIONS)
         assert texts(read_all(file)) == ["x"]
 
 
@@ -175,13 +177,13 @@ def test_a_table_is_refused_however_it_is_given(tmp_path: Path, name: str, remot
     patterns = [table, table + "/", f"{place}/lake", place, f"{table}/*.parquet", f"{table}/data/*/*", data[1],
                 f"{place}/lake/ev*/**/*.parquet"]  # fmt: skip
     for pattern in patterns:
-        assert corpus.list_files([pattern], OPTIONS)
+        assert listing.list_files([pattern], OPTIONS)
     storage.write_once(f"{table}/{mark}", b"{}")
     for pattern in patterns:
         with pytest.raises(CorpusError, match=f"events is an? .*{mark.split('/')[0]}|what a Spark stream") as error:
-            corpus.list_files([pattern], OPTIONS)
+            listing.list_files([pattern], OPTIONS)
         assert export.format(storage.absolute(table)) in str(error.value)
-    files, _ = corpus.list_files([f"{place}/lake/plain"], OPTIONS)
+    files, _ = listing.list_files([f"{place}/lake/plain"], OPTIONS)
     assert [f.uri.rpartition("/")[2] for f in files] == ["a.parquet"]
 
 
@@ -198,12 +200,12 @@ def test_the_look_for_tables_takes_as_long_for_many_folders_as_for_two(
         for i in range(num_folders):
             storage.write_once(f"{place}/lake/folder-{i}/a.jsonl", b'{"text": "a"}')
         looks.clear()
-        assert len(corpus.list_files([f"{place}/{pattern}"], OPTIONS)[0]) == num_folders
+        assert len(listing.list_files([f"{place}/{pattern}"], OPTIONS)[0]) == num_folders
         num_looks.append(len(looks))
     assert 0 < num_looks[0] == num_looks[1]
     storage.write_once(f"{place}/lake/folder-7/_delta_log/0.json", b"{}")
     with pytest.raises(CorpusError, match="folder-7 is a Delta Lake table"):
-        corpus.list_files([f"{place}/{pattern}"], OPTIONS)
+        listing.list_files([f"{place}/{pattern}"], OPTIONS)
 
 
 def test_the_command_refuses_a_table_before_it_loads_a_model(
@@ -211,11 +213,11 @@ def test_the_command_refuses_a_table_before_it_loads_a_model(
 ) -> None:
     (tmp_path / "events" / "_delta_log").mkdir(parents=True)
     parquet(tmp_path / "events" / "a.parquet", {"text": ["a"]})
-    monkeypatch.setitem(sys.modules, "afn_ray.job", None)  # who imports it, fails
-    monkeypatch.setitem(sys.modules, "afn_ray.estimate", None)
+    monkeypatch.setitem(sys.modules, "afn_ray.runs.job", None)  # who imports it, fails
+    monkeypatch.setitem(sys.modules, "afn_ray.runs.estimate", None)
     for pattern in (tmp_path / "events", tmp_path / "events" / "*.parquet"):
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["run", str(pattern), "--model", "none", "--store", str(tmp_path / "store")])
+            commands.main(["run", str(pattern), "--model", "none", "--store", str(tmp_path / "store")])
         assert stopped.value.code == 2
         assert "is a Delta Lake table" in capsys.readouterr().err
 
@@ -238,7 +240,7 @@ def test_cuts_conserve_documents_and_offsets(
     whole = read_all(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "BLOCK_BYTES", max(block, 3))
-        slices = corpus.cut(file, OPTIONS, shard_bytes)
+        slices = listing.cut(file, OPTIONS, shard_bytes)
         assert read_all(file, OPTIONS, shard_bytes) == whole
     bounds = [0] + [s.end for s in slices]
     assert [s.start for s in slices] == bounds[:-1] and bounds[-1] == len(data)
@@ -257,8 +259,8 @@ def test_cuts_conserve_documents_and_offsets(
 @given(LINES, LINES, st.integers(1, 40))
 def test_appending_leaves_full_slices_as_they_were(old: list[bytes], new: list[bytes], shard_bytes: int) -> None:
     data = b"".join(line + b"\n" for line in old)
-    before = corpus.cut(remember(data, "jsonl"), OPTIONS, shard_bytes)
-    after = corpus.cut(remember(data + b"\n".join(new), "jsonl"), OPTIONS, shard_bytes)
+    before = listing.cut(remember(data, "jsonl"), OPTIONS, shard_bytes)
+    after = listing.cut(remember(data + b"\n".join(new), "jsonl"), OPTIONS, shard_bytes)
     full = [s for s in before if s.num_bytes > shard_bytes]
     assert [s.identity[1:] for s in after[: len(full)]] == [s.identity[1:] for s in full]
     assert len(full) >= len(before) - 1
@@ -266,7 +268,7 @@ def test_appending_leaves_full_slices_as_they_were(old: list[bytes], new: list[b
 
 def test_a_slice_hash_is_that_of_its_bytes() -> None:
     data = jsonl(*({"text": str(i)} for i in range(100)))
-    slices = corpus.cut(remember(data, "jsonl"), OPTIONS, 300)
+    slices = listing.cut(remember(data, "jsonl"), OPTIONS, 300)
     assert len(slices) > 3
     for s in slices:
         assert s.sha256 == hashlib.sha256(data[s.start : s.end]).hexdigest()
@@ -281,14 +283,14 @@ def test_what_cannot_be_cut_is_one_slice(ending: str, options: ReadOptions, num_
     if ending.endswith("gz"):
         data = gzip.compress(data)
     file = remember(data, ending)
-    (slice,) = corpus.cut(file, options, 10)
+    (slice,) = listing.cut(file, options, 10)
     assert (slice.start, slice.end, slice.num_bytes, slice.num_documents) == (0, len(data), len(data), num_documents)
     assert slice.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "conllu"])
 def test_an_empty_file_has_no_documents(ending: str) -> None:
-    (slice,) = corpus.cut(remember(b"", ending), OPTIONS, 100)
+    (slice,) = listing.cut(remember(b"", ending), OPTIONS, 100)
     assert (slice.start, slice.end, slice.num_documents) == (0, 0, 0)
     assert list(reading.read(slice, OPTIONS)) == []
 
@@ -296,13 +298,13 @@ def test_an_empty_file_has_no_documents(ending: str) -> None:
 @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.bz2", "csv.xz", "jsonl.zst", "conllu.gz"])
 @pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["lines", "whole"])
 def test_a_compressed_file_without_a_byte_is_cut_short(ending: str, options: ReadOptions) -> None:
-    (slice,) = corpus.cut(remember(b"", ending), options, 100)
+    (slice,) = listing.cut(remember(b"", ending), options, 100)
     (document,) = reading.read(slice, options)
     is_one = ending == "txt.bz2" and options is WHOLE  # a file is a document
     assert slice.num_documents == -1
     assert (document.lost_bytes, document.lost_documents) == (1, 1 if is_one else None)
     assert document.problem is not None and "the file has 0 bytes" in document.problem
-    (nothing,) = corpus.cut(remember(COMPRESS[ending.rpartition(".")[2]](b""), ending), OPTIONS, 100)
+    (nothing,) = listing.cut(remember(COMPRESS[ending.rpartition(".")[2]](b""), ending), OPTIONS, 100)
     assert list(reading.read(nothing, OPTIONS)) == []
 
 
@@ -468,9 +470,9 @@ def test_a_byte_order_mark_decides(encoding: str, compression: str) -> None:
         whole = one(data, ending, WHOLE) if ending.startswith("txt") else None
         assert whole is None or (whole.text, whole.num_replaced) == (text, 0)
     file = remember(marked('{"text": "a"}\n', encoding), "jsonl")
-    corpus.check_columns([file], OPTIONS)
+    listing.check_columns([file], OPTIONS)
     with pytest.raises(CorpusError, match=r"no column 'body'.*it has: text"):
-        corpus.check_columns([file], dataclasses.replace(OPTIONS, text_column="body"))
+        listing.check_columns([file], dataclasses.replace(OPTIONS, text_column="body"))
 
 
 @pytest.mark.parametrize("encoding", UTF)
@@ -537,7 +539,7 @@ def test_rows_in_another_encoding_are_quarantined_and_the_others_are_read() -> N
     assert line.problem is not None and line.problem.startswith("not JSON: ") and "UTF-16" in line.problem
     file = remember("id,text\n1,a\n".encode("utf-16-le"), "csv")
     with pytest.raises(CorpusError, match=r"no column 'text'.*UTF-16 or UTF-32 without a byte order mark"):
-        corpus.check_columns([file], OPTIONS)
+        listing.check_columns([file], OPTIONS)
 
 
 def test_a_few_wrong_characters_are_measured_and_counted() -> None:
@@ -819,7 +821,7 @@ def test_csv_with_backslashes_before_its_quotes_is_read_when_it_is_said() -> Non
         (i, t, None) for i, t in zip("abcdefg", SPARK_TEXTS, strict=True)
     ]
     shards = [
-        Shard.of(corpus.cut(remember(csv_of(*SPARK), "csv"), o, 1000), o).options.identity("csv")
+        Shard.of(listing.cut(remember(csv_of(*SPARK), "csv"), o, 1000), o).options.identity("csv")
         for o in (IDS, options)
     ]
     assert shards[0] != shards[1]  # what one dialect measured is not taken for the other's
@@ -878,7 +880,7 @@ def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name:
     others = f"\ufeffKunde Nr{separator}Text{separator}Betrag\n1{separator}a{separator}2\n".encode()
     for file in (remember(data, "csv"), remember(marked(data.decode(), "utf-16-le"), "csv"), remember(others, "csv")):
         with pytest.raises(CorpusError, match=rf"no column 'text'.*separated by {re.escape(name)}, expected commas"):
-            corpus.check_columns([file], OPTIONS)
+            listing.check_columns([file], OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -893,7 +895,7 @@ def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name:
 def test_a_header_without_the_column_is_told_by_what_is_wrong_with_it(header: str, why: str) -> None:
     file = remember(f"\ufeff{header}\n1,2\n".encode(), "csv")
     with pytest.raises(CorpusError, match=why) as caught:
-        corpus.check_columns([file], OPTIONS)
+        listing.check_columns([file], OPTIONS)
     assert "separated by" not in str(caught.value)
 
 
@@ -983,7 +985,7 @@ def test_parquet_ids_that_are_none_are_refused_before_anything_is_read(tmp_path:
     file = parquet(tmp_path / "a.parquet", {"text": ["a", "b"], "id": column})
     kind = pq.ParquetFile(file.uri).schema_arrow.field("id").type
     with pytest.raises(CorpusError) as error:
-        corpus.cut(file, IDS, 100)
+        listing.cut(file, IDS, 100)
     assert f"id column 'id' of {file.uri} is {kind}, of which no id can be made; expected strings" in str(error.value)
 
 
@@ -992,7 +994,7 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path, shard_bytes: int) -> 
     rows = [os.urandom(20).hex() for _ in range(1000)]
     columns = {"other": [os.urandom(500) for _ in rows], "text": rows, "id": list(range(1000))}
     file = parquet(tmp_path / "a.parquet", columns, row_group_size=70)
-    slices = corpus.cut(file, IDS, shard_bytes)
+    slices = listing.cut(file, IDS, shard_bytes)
     assert [s.start for s in slices] == [0, *(s.end for s in slices[:-1])] and slices[-1].end == 15
     assert all(s.num_bytes <= shard_bytes or s.end == s.start + 1 for s in slices)
     assert len(slices) == {1: 15, 1 << 30: 1}.get(shard_bytes, len(slices))
@@ -1005,7 +1007,7 @@ def test_parquet_hash_is_of_the_columns_that_are_read(tmp_path: Path) -> None:
     def hashes(name: str, other: int, last: str, options: ReadOptions = OPTIONS) -> list[str]:
         columns = {"other": [other] * 30, "text": ["a"] * 29 + [last], "id": ["a"] * 29 + [last]}
         file = parquet(tmp_path / name, columns, row_group_size=10)
-        return [s.sha256 for s in corpus.cut(file, options, 1)]
+        return [s.sha256 for s in listing.cut(file, options, 1)]
 
     first = hashes("a.parquet", 1, "x")
     assert hashes("b.parquet", 2, "x") == first
@@ -1078,7 +1080,7 @@ def test_parquet_text_that_shares_prefixes_is_read_in_small_batches(
     assert file.size < 3 << 20
     options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
     before, most = pa.total_allocated_bytes(), 0
-    for slice in corpus.cut(file, options, 1 << 30):
+    for slice in listing.cut(file, options, 1 << 30):
         for document in reading.read(slice, options):
             most = max(most, pa.total_allocated_bytes() - before)
             assert document.problem == f"document of {1 << 20} bytes is over max_document_bytes = 1000"
@@ -1127,7 +1129,7 @@ def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process
         damaged[place] ^= 16 if place in counts else 1 << place % 8
         try:
             documents = [
-                d for s in corpus.cut(remember(bytes(damaged), "parquet"), IDS, 100) for d in reading.read(s, IDS)
+                d for s in listing.cut(remember(bytes(damaged), "parquet"), IDS, 100) for d in reading.read(s, IDS)
             ]
         except CorpusError:
             num_told += 1  # another name of a column, or another type
@@ -1186,13 +1188,13 @@ def test_the_footer_of_a_file_is_parsed_once_for_its_slices(tmp_path: Path, monk
 
 
 def read_all_inexact(file: FileInfo) -> list[Document]:
-    return [d for s in corpus.cut(file, OPTIONS, 1 << 30) for d in reading.read(s, OPTIONS)]
+    return [d for s in listing.cut(file, OPTIONS, 1 << 30) for d in reading.read(s, OPTIONS)]
 
 
 def test_parquet_without_rows(tmp_path: Path) -> None:
     for i, how in enumerate(({}, {"row_group_size": 1})):
         file = parquet(tmp_path / f"{i}.parquet", {"text": pa.array([], pa.string())}, **how)
-        (slice,) = corpus.cut(file, OPTIONS, 100)
+        (slice,) = listing.cut(file, OPTIONS, 100)
         assert slice.num_documents == 0
         assert read_all(file) == []
 
@@ -1212,10 +1214,10 @@ def test_cut_and_check_refuse_a_column_that_is_not_there(tmp_path: Path, column:
     for file in files:
         expected = f"no column '{column}' in .*{Path(file.uri).name}; it has: text, b"
         with pytest.raises(CorpusError, match=expected):
-            corpus.check_columns([file], options)
+            listing.check_columns([file], options)
         if "jsonl" not in file.uri:
             with pytest.raises(CorpusError, match=expected):
-                corpus.cut(file, options, 100)
+                listing.cut(file, options, 100)
 
 
 def test_check_columns_lets_pass(tmp_path: Path) -> None:
@@ -1228,9 +1230,9 @@ def test_check_columns_lets_pass(tmp_path: Path) -> None:
         write(tmp_path, "b.csv.gz", b"no gzip"),
         write(tmp_path, "a.txt", b"text"),
     ]
-    corpus.check_columns(files, OPTIONS)
+    listing.check_columns(files, OPTIONS)
     with pytest.raises(CorpusError):
-        corpus.check_columns([write(tmp_path, "c.jsonl", jsonl(*late, {"b": 2}, {"text": "x"}))], OPTIONS)
+        listing.check_columns([write(tmp_path, "c.jsonl", jsonl(*late, {"b": 2}, {"text": "x"}))], OPTIONS)
 
 
 def test_check_columns_sees_long_lines(tmp_path: Path) -> None:
@@ -1238,13 +1240,13 @@ def test_check_columns_sees_long_lines(tmp_path: Path) -> None:
     junk = write(tmp_path, "b.jsonl", b"x" * (3 << 20) + b"\n" + jsonl({"body": "x"}))
     for files in ([file], [junk], [write(tmp_path, "0.jsonl", b""), file]):
         with pytest.raises(CorpusError, match="it has: body"):
-            corpus.check_columns(files, OPTIONS)
+            listing.check_columns(files, OPTIONS)
 
 
 def test_a_line_of_text_in_the_place_of_a_header_is_not_repeated(tmp_path: Path) -> None:
     file = write(tmp_path, "a.csv", b"id,Jane Roe was told on Monday,body\n1,2,3\n")
     with pytest.raises(CorpusError, match=r"it has: id, body, and 1 not shown, which is no single word$"):
-        corpus.check_columns([file], OPTIONS)
+        listing.check_columns([file], OPTIONS)
 
 
 # --- change under way ------------------------------------------------------------------------------------
@@ -1287,7 +1289,7 @@ def content(name: str, text: str, num_rows: int = 5) -> bytes:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_is_touched_is_read(rewrite: Write, name: str, options: ReadOptions) -> None:
     data = content(name, "a")
-    (slice,) = corpus.cut(rewrite(name, data), options, 1000)
+    (slice,) = listing.cut(rewrite(name, data), options, 1000)
     expected = list(reading.read(slice, options))
     assert rewrite(name, data).version != slice.version
     assert list(reading.read(slice, options)) == expected != []
@@ -1297,7 +1299,7 @@ def test_a_file_that_is_touched_is_read(rewrite: Write, name: str, options: Read
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_of_another_content_gives_no_document(rewrite: Write, name: str, options: ReadOptions) -> None:
     planned = rewrite(name, content(name, "a"))
-    (slice,) = corpus.cut(planned, options, 1000)
+    (slice,) = listing.cut(planned, options, 1000)
     for data in (content(name, "b"), content(name, "b", 7), b"te", b""):
         found = rewrite(name, data)
         with pytest.raises(CorpusChanged, match=r"is not the file that was planned.*run the same command again") as e:
@@ -1315,7 +1317,7 @@ def test_a_file_of_another_content_gives_no_document(rewrite: Write, name: str, 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_is_gone_says_so(rewrite: Write, name: str) -> None:
     file = rewrite(name, content(name, "a"))
-    (slice,) = corpus.cut(file, OPTIONS, 1000)
+    (slice,) = listing.cut(file, OPTIONS, 1000)
     storage.delete([file.uri])
     with pytest.raises(CorpusChanged, match="is gone since it was planned; run the same command again"):
         next(reading.read(slice, OPTIONS))
@@ -1324,7 +1326,7 @@ def test_a_file_that_is_gone_says_so(rewrite: Write, name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(tmp_path: Path, name: str) -> None:
     file = write(tmp_path, name, content(name, "a"))
-    (slice,) = corpus.cut(file, OPTIONS, 1000)
+    (slice,) = listing.cut(file, OPTIONS, 1000)
     write(tmp_path, name, content(name, "b"))
     os.utime(file.uri, ns=(0, int(file.version.removeprefix("time:"))))
     assert storage.stat(file.uri) == file
@@ -1337,7 +1339,7 @@ def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(tmp_path
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_lines_behind_or_before_a_slice_do_not_concern_it(rewrite: Write, name: str) -> None:
     data = b"".join(content(name, str(i)) for i in range(10))
-    slices = corpus.cut(rewrite(name, data), OPTIONS, len(data) // 4)
+    slices = listing.cut(rewrite(name, data), OPTIONS, len(data) // 4)
     expected = [list(reading.read(s, OPTIONS)) for s in slices]
     assert len(slices) > 2
     rewrite(name, data + content(name, "new"))
@@ -1354,7 +1356,7 @@ def test_what_is_one_slice_is_another_file_when_it_grows(
     rewrite: Write, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     data = content(name, "a")
-    (slice,) = corpus.cut(rewrite(name, data), WHOLE, 1000)
+    (slice,) = listing.cut(rewrite(name, data), WHOLE, 1000)
     rewrite(name, data + data)
     monkeypatch.setattr(storage, "open_read", lambda uri: pytest.fail("its size says enough"))
     with pytest.raises(CorpusChanged, match=f"size {2 * len(data)}, planned {len(data)}"):
@@ -1366,7 +1368,7 @@ def test_row_groups_and_columns_beside_a_slice_do_not_concern_it(tmp_path: Path)
         columns = {"text": texts, "other": [other] * len(texts)}
         return parquet(tmp_path / "a.parquet", columns, row_group_size=5)
 
-    slices = corpus.cut(rewrite(["a"] * 5 + ["b"] * 5, "x"), OPTIONS, 1)
+    slices = listing.cut(rewrite(["a"] * 5 + ["b"] * 5, "x"), OPTIONS, 1)
     rewrite(["a"] * 5 + ["c"] * 50, "another, of another size")
     first, second = (reading.read(s, OPTIONS) for s in slices)
     assert texts(list(first)) == ["a"] * 5
@@ -1379,7 +1381,7 @@ def test_row_groups_and_columns_beside_a_slice_do_not_concern_it(tmp_path: Path)
 def test_a_file_that_changes_while_it_is_read_ends_with_an_error(tmp_path: Path, name: str, how: str) -> None:
     num_rows = 200_000 if name == "a.jsonl" else 500
     file = write(tmp_path, name, content(name, "a", num_rows))
-    (slice,) = corpus.cut(file, OPTIONS, 1 << 30)
+    (slice,) = listing.cut(file, OPTIONS, 1 << 30)
     assert slice.num_bytes > 2 * streams.BLOCK_BYTES or name == "a.parquet"
     documents = reading.read(slice, OPTIONS)
     next(documents)
@@ -1399,7 +1401,7 @@ def test_a_filesystem_that_does_not_answer_is_not_a_fault_of_the_file(
     rewrite: Write, monkeypatch: pytest.MonkeyPatch, name: str, where: str
 ) -> None:
     file = rewrite(name, content(name, "a"))
-    (slice,) = corpus.cut(file, OPTIONS, 1000)
+    (slice,) = listing.cut(file, OPTIONS, 1000)
 
     def fail(*_: object) -> Any:
         raise Unavailable("the store does not answer")
@@ -1415,7 +1417,7 @@ def test_a_filesystem_that_does_not_answer_is_not_a_fault_of_the_file(
         list(reading.read(slice, OPTIONS))
     if where != "stat":
         with pytest.raises(Unavailable, match="does not answer"):
-            corpus.cut(file, OPTIONS, 1000)
+            listing.cut(file, OPTIONS, 1000)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -1424,7 +1426,7 @@ def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.Mo
         file = parquet(tmp_path / name, {"text": ["a"]})
     else:
         file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(jsonl({"text": "a"})))
-    (slice,) = corpus.cut(file, OPTIONS, 1000)
+    (slice,) = listing.cut(file, OPTIONS, 1000)
 
     class Failing(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
@@ -1434,7 +1436,7 @@ def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ShardError, match="the network is down"):
         list(reading.read(slice, OPTIONS))
     with pytest.raises(CorpusError, match="the network is down"):
-        corpus.cut(file, OPTIONS, 1000)
+        listing.cut(file, OPTIONS, 1000)
 
 
 # --- samples ---------------------------------------------------------------------------------------------
@@ -1443,18 +1445,18 @@ def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.Mo
 def test_sample_is_spread_over_files(tmp_path: Path) -> None:
     data = jsonl({"text": "x"}) * 9 + b"not json\n"
     files = [write(tmp_path, f"{i:02}.jsonl", data) for i in range(20)]
-    found = corpus.sample(files, OPTIONS, 16)
+    found = listing.sample(files, OPTIONS, 16)
     assert len(found) == 16 and all(d.problem is None for d in found)
     sources = sorted({Path(d.source).name for d in found})
     assert len(sources) == 8 and sources[0] == "00.jsonl" and sources[-1] == "19.jsonl"
-    assert len(corpus.sample(files[:1], OPTIONS, 16)) == 9
-    assert len(corpus.sample(files[:2], OPTIONS, 3)) == 3
-    assert corpus.sample([], OPTIONS, 5) == []
+    assert len(listing.sample(files[:1], OPTIONS, 16)) == 9
+    assert len(listing.sample(files[:2], OPTIONS, 3)) == 3
+    assert listing.sample([], OPTIONS, 5) == []
 
 
 def test_sample_gives_what_one_file_lacks_to_the_next(tmp_path: Path) -> None:
     files = [write(tmp_path, "a.jsonl", b""), write(tmp_path, "b.jsonl", jsonl({"text": "x"}) * 50)]
-    assert len(corpus.sample(files, OPTIONS, 10)) == 10
+    assert len(listing.sample(files, OPTIONS, 10)) == 10
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.zst", "a.parquet"])
@@ -1479,7 +1481,7 @@ def test_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 
     monkeypatch.setattr(streams.Source, "read", counting)
     monkeypatch.setattr(streams.Source, "read1", counting)
-    found = corpus.sample([file], options, 100_000)
+    found = listing.sample([file], options, 100_000)
     assert 0 < read < 3 << 19 if name != "a.parquet" else 0 < read < 3 << 20
     if "txt" in name and options is not OPTIONS and options.txt_documents == "file":
         assert [len(d.text) for d in found] == [1 << 20]

@@ -14,16 +14,18 @@ from conftest import write_jsonl
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from afn_ray import feed, manifest, pipeline
 from afn_ray.config import RunConfig
-from afn_ray.pipeline import Processor
+from afn_ray.runs import worker
+from afn_ray.runs.worker import Processor
+from afn_ray.store import manifest
+from afn_ray.tokens import feed
 
 MakeConfig = Callable[..., RunConfig]
 BUDGETS = (64, 100, 256, 1000, 2048, 4096, 16384)
 
 
 def make_processor(config: RunConfig, dtype: str = "float32") -> Processor:
-    task, _ = pipeline.prepare(config, pipeline.find_model(config), "cpu", dtype)
+    task, _ = worker.prepare(config, worker.find_model(config), "cpu", dtype)
     return Processor(task)
 
 
@@ -50,7 +52,7 @@ def processors(request: pytest.FixtureRequest) -> Iterator[Callable[..., Process
 def unrounded() -> Iterator[None]:
     """Every bit that the model gives: rounding would hide most differences."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "round_strengths", lambda values: values)
+        patch.setattr(worker, "round_strengths", lambda values: values)
         yield
 
 
@@ -180,7 +182,7 @@ def test_files_have_the_same_bytes_whoever_makes_them_and_in_whichever_order(
 ) -> None:
     monkeypatch.setattr(feed, "CHUNK_BYTES", 1500)  # a few chunks in every shard
     attempt = SimpleNamespace(hex="a" * 32)  # files name theirs
-    monkeypatch.setattr(pipeline, "uuid", SimpleNamespace(uuid4=lambda: attempt))
+    monkeypatch.setattr(worker, "uuid", SimpleNamespace(uuid4=lambda: attempt))
     plan, _ = shards(make_config(), tmp_path, verses)
     assert len(plan.shards) > 5
     made = []

@@ -9,8 +9,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from afn_ray import dispatch
-from afn_ray.dispatch import (
+from afn_ray.errors import (
+    ConfigError,
+    CorpusChanged,
+    HelperDied,
+    Interrupted,
+    ModelError,
+    OutOfMemory,
+    ShardError,
+    Unavailable,
+)
+from afn_ray.runs import dispatch
+from afn_ray.runs.dispatch import (
     ATTEMPTS,
     DRAIN_S,
     FAILED_STARTS,
@@ -30,19 +40,9 @@ from afn_ray.dispatch import (
     Silent,
     State,
 )
-from afn_ray.errors import (
-    ConfigError,
-    CorpusChanged,
-    HelperDied,
-    Interrupted,
-    ModelError,
-    OutOfMemory,
-    ShardError,
-    Unavailable,
-)
-from afn_ray.manifest import Commit
-from afn_ray.progress import Progress
+from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
+from afn_ray.store.manifest import Commit
 
 START_S, WORK_S = 5.0, 10.0
 

@@ -19,11 +19,12 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from afn_ray import cli, doctor
-from afn_ray.cluster import access, connection, session
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
-from afn_ray.doctor import Check, check, render
 from afn_ray.errors import ConfigError, ModelError
+from afn_ray.runs.cluster import access, connection, session
+from afn_ray.show import doctor
+from afn_ray.show.doctor import Check, check, render
 
 NAMES = ["Python", "packages", "torch", "Ray", "model", "scratch space", "store"]
 
@@ -89,7 +90,7 @@ def test_a_missing_model_and_an_unwritable_store(tmp_path: Path, without_ray: No
     assert {c.name for c in checks.values() if c.ok is False} == {"model", "store"}
     assert by_name(check(str(tmp_path), "/proc/store", None))["store"].ok is False
     with pytest.raises(SystemExit) as left:
-        cli.main(["doctor", "--model", str(tmp_path / "gone")])
+        commands.main(["doctor", "--model", str(tmp_path / "gone")])
     assert left.value.code == 2
 
 
@@ -97,7 +98,7 @@ def test_what_was_not_asked_for_is_no_failure(without_ray: None, monkeypatch: py
     def missing() -> Path:
         raise ConfigError("the demo needs a package")
 
-    monkeypatch.setattr("afn_ray.demo.model_folder", missing)
+    monkeypatch.setattr("afn_ray.runs.demo.model_folder", missing)
     checks = by_name(check(None, None, None))
     assert (checks["model"].ok, checks["store"].ok) == (None, None)
     assert by_name(check(None, "memory://store", None))["store"].advice == "it works with --executor inline only"
@@ -107,7 +108,7 @@ def test_a_model_that_fails_its_self_check(tiny_bert: Path, without_ray: None, m
     def failing(task: Any) -> None:
         raise ModelError("self-check failed: one padded batch against single texts differs by 3.00e-01")
 
-    monkeypatch.setattr("afn_ray.pipeline.Processor", failing)
+    monkeypatch.setattr("afn_ray.runs.worker.Processor", failing)
     found = by_name(check(str(tiny_bert), None, None))["model"]
     assert found.ok is False and "self-check failed" in found.found
 

@@ -22,14 +22,18 @@ import pytest
 from conftest import write_jsonl
 from rich.console import Console
 
-from afn_ray import cli, explained, job, manifest, model
-from afn_ray import explain as module
+from afn_ray import model
+from afn_ray.analysis import explain as module
+from afn_ray.analysis.explain import Explanation, explain, to_json
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
-from afn_ray.explain import Explanation, explain, to_json
-from afn_ray.explained import render_html, render_terminal
 from afn_ray.model import VERSIONS
+from afn_ray.runs import job
 from afn_ray.schema import SPECIAL
+from afn_ray.show import explanation as explained
+from afn_ray.show.explanation import render_html, render_terminal
+from afn_ray.store import manifest
 
 HOSTILE = (
     "In the [bold]beginning[/bold] \x1b[31mred\x1b[0m \x9b2J \u202egnp.exe "
@@ -599,7 +603,7 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(
 
 def test_the_command_asks_for_them(classified: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["explain", classified.folder.uri, TEXT, "--task", "--layer", "0", "--layers", "1", "--json"])
+        commands.main(["explain", classified.folder.uri, TEXT, "--task", "--layer", "0", "--layers", "1", "--json"])
     assert end.value.code == 0
     value = json.loads(capsys.readouterr().out)
     assert (value["decision"]["layer"], value["decision"]["neurons"], value["sweep"]) == (0, [], [1])

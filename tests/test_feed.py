@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from afn_ray import feed, model, tokens
+from afn_ray import model
 from afn_ray.errors import HelperDied, ShardError
-from afn_ray.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.schema import Document
+from afn_ray.tokens import feed, windows
+from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -103,7 +104,7 @@ class Counted:
 
 
 def assert_same(one: Prepared, other: Prepared) -> None:
-    for f in fields(tokens.Encoded):
+    for f in fields(windows.Encoded):
         a, b = getattr(one.encoded, f.name), getattr(other.encoded, f.name)
         assert a == b if f.name == "problems" else a.dtype == b.dtype and np.array_equal(a, b), f.name
     assert one.surfaces == other.surfaces
@@ -131,7 +132,7 @@ def test_every_token_of_every_text_is_in_the_batches_once(preparer: Preparer, ve
     text_tokens = np.maximum(np.diff(got.encoded.bounds) - 2, 0)
     expected = [0 if not n else 1 + max(0, -(-(n - width) // (width - width // 4))) for n in text_tokens.tolist()]
     assert got.n_windows.tolist() == expected and max(expected) > 3
-    assert got.surfaces == tokens.surfaces(got.encoded, texts, preparer.readable)
+    assert got.surfaces == windows.surfaces(got.encoded, texts, preparer.readable)
     assert got.seconds > 0
 
 
@@ -187,8 +188,8 @@ def test_chunks_are_whole_documents_in_order_of_about_their_size(
 @pytest.mark.usefixtures("small_chunks")
 def test_replaced_characters_are_marked_in_their_documents_alone(threads: Feed) -> None:
     rows = [Document("s", 0, "ab\ufffdc", num_replaced=1), Document("s", 1, "ab\ufffdc")]
-    flags = [int(c.prepared.encoded.flags.max() & tokens.REPLACED) for c in threads.chunks(rows)]
-    assert flags == [tokens.REPLACED, 0]
+    flags = [int(c.prepared.encoded.flags.max() & windows.REPLACED) for c in threads.chunks(rows)]
+    assert flags == [windows.REPLACED, 0]
 
 
 def test_no_documents_are_no_chunks(threads: Feed) -> None:

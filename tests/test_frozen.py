@@ -10,9 +10,11 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import explain, manifest, show, verify
+from afn_ray.analysis import explain, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.show import overview
+from afn_ray.store import manifest
 
 POPULATIONS = ("tokens", "tokens_without_sinks")
 
@@ -89,7 +91,7 @@ def test_verify_show_and_explain_know_them(nights: tuple[RunConfig, str, str], t
     config, first, second = nights
     found = verify.verify_store(config.store)
     assert not found.findings and not found.unproved and found.num_runs >= 2
-    summary = show.summarise(manifest.find_run(second))
+    summary = overview.summarise(manifest.find_run(second))
     assert all(f.labels != f.thresholds for f in summary.layers)
     assert [t.q3 for t in explain.explain(second, "In the beginning").thresholds] == [
         t.q3 for t in explain.explain(first, "In the beginning").thresholds

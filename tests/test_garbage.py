@@ -21,12 +21,14 @@ from conftest import rewrite, write_jsonl
 from fsspec.implementations.memory import MemoryFileSystem
 
 import afn_ray
-from afn_ray import cli, collect_garbage, epochs, manifest, storage, verify_store
+from afn_ray import collect_garbage, verify_store
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
-from afn_ray.garbage import Garbage
-from afn_ray.garbage import lines as garbage_lines
-from afn_ray.layout import RAY_IGNORE
+from afn_ray.store import epochs, manifest, storage
+from afn_ray.store.garbage import Garbage
+from afn_ray.store.garbage import lines as garbage_lines
+from afn_ray.store.layout import RAY_IGNORE
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
 """Of a corpus of two files, each in one of two states; the last night has nothing that no earlier one had."""
@@ -601,7 +603,7 @@ def test_the_command_tells_machines_and_says_what_is_wrong(
 ) -> None:
     def gc(*args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as left:
-            cli.main(["gc", store, *args])
+            commands.main(["gc", store, *args])
         return int(str(left.value.code)), *capsys.readouterr()
 
     code, out, _ = gc("--keep", "1", "--min-age-h", "0", "--json")

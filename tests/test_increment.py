@@ -19,9 +19,11 @@ from chaos.ground import recorded
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import corpus, manifest, pipeline, storage
 from afn_ray.config import RunConfig
+from afn_ray.corpus import listing as corpus
+from afn_ray.runs import worker
 from afn_ray.schema import FileInfo
+from afn_ray.store import manifest, storage
 
 B = 1024
 """Bytes of a shard."""
@@ -40,7 +42,7 @@ class Work:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     done = Work()
-    cut, process = corpus.cut, pipeline.Processor.process
+    cut, process = corpus.cut, worker.Processor.process
 
     def counted_cut(*args: Any) -> Any:
         done.hashed += 1
@@ -51,7 +53,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         return process(*args)
 
     monkeypatch.setattr(corpus, "cut", counted_cut)
-    monkeypatch.setattr(pipeline.Processor, "process", counted_process)
+    monkeypatch.setattr(worker.Processor, "process", counted_process)
     return done
 
 

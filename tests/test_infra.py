@@ -26,10 +26,12 @@ import pytest
 import yaml
 from conftest import write_jsonl
 
-from afn_ray import audit, grammar, storage
-from afn_ray.cluster import connection
+from afn_ray.analysis import audit
+from afn_ray.cli import grammar
 from afn_ray.config import RunConfig
-from afn_ray.settings import config_from
+from afn_ray.runs.cluster import connection
+from afn_ray.store import storage
+from afn_ray.store.settings import config_from
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"

@@ -27,8 +27,9 @@ from packaging.requirements import Requirement
 from ray.dashboard.modules.job.cli import job_cli_group
 
 import afn_ray
-from afn_ray import grammar, manifest, settings, storage
+from afn_ray.cli import grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
+from afn_ray.store import manifest, settings, storage
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f.name for f in (ROOT / "jobs").glob("*.py"))

@@ -22,10 +22,18 @@ from test_corpus import COMPRESS, OPTIONS, jsonl, one, parquet, read_all, rememb
 from tokenizers import Tokenizer
 
 import afn_ray
-from afn_ray import claims, cli, compare, corpus, explain, manifest, masking, schema, show, tags, tokens, verify
+from afn_ray import schema
+from afn_ray.analysis import claims, explain, masking, verify
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
+from afn_ray.corpus import listing as corpus
+from afn_ray.corpus import tags
 from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.reduce import compare
 from afn_ray.schema import CLASSES, Shard, Span, in_order, upos_classes
+from afn_ray.show import overview
+from afn_ray.store import manifest
+from afn_ray.tokens import windows
 
 TAGS = dataclasses.replace(OPTIONS, labels="tags")
 
@@ -252,7 +260,7 @@ def test_conllu_is_read_in_bounded_memory_and_what_is_cut_off_is_said(monkeypatc
     *whole, broken = read_all(remember(cut, "conllu.gz"))
     assert len(whole) > 900 and {d.problem for d in whole} == {None}
     assert f"truncated or corrupt gz stream after {len(whole)} documents" in str(broken.problem)
-    monkeypatch.setattr("afn_ray.streams.LINE_BYTES", 1)
+    monkeypatch.setattr("afn_ray.corpus.streams.LINE_BYTES", 1)
     small = replace(OPTIONS, max_document_bytes=80)  # at most 640 bytes of CoNLL-U
     blocks = [first, f"# newdoc\n{first}", first, f"# newdoc\n{second}"]
     over = "document of CoNLL-U, or a line of it, is over the limit of 640 bytes or 1048576 lines"
@@ -283,12 +291,12 @@ def test_a_sentence_of_conllu_that_was_read_ahead_of_damage_is_lost_with_the_res
 @pytest.mark.parametrize("folder", ["wordpiece", "byte_bpe"])
 def test_a_token_has_the_tag_of_its_first_character(request: pytest.FixtureRequest, folder: str) -> None:
     tokenizer = Tokenizer.from_file(str(request.getfixturevalue(folder) / "tokenizer.json"))
-    encoder = tokens.TextEncoder(tokenizer)
+    encoder = windows.TextEncoder(tokenizer)
     texts = ["Nebuchadnezzar's  old\n 漢字 dog.", "no tags here", "", "\u00a0née x"]
     of_first = (Span(0, 14, "PROPN"), Span(14, 16, "PART"), Span(23, 25, "NOUN"), Span(29, 30, "X"))
     spans = [of_first, (), (), (Span(1, 4, "ADJ"),)]
     encoded = encoder.encode(texts)
-    found = tokens.find_tags(encoded, texts, spans)
+    found = windows.find_tags(encoded, texts, spans)
     for row, tag in enumerate(found):
         doc = int(encoded.docs[row])
         start, end = int(encoded.start[row]), int(encoded.end[row])
@@ -405,7 +413,7 @@ def test_classes_are_the_files_own_tags_in_every_table(
     assert Counter(tag.tolist()) == Counter(e["tag"] for e in expected)
     assert {(r["layer"], r["class"]) for r in table} == {(k, t) for k in (0, 2) for t in set(tag.tolist())}
     check_classes(table, rows, tag)
-    summary = show.summarise(manifest.find_run(labelled[1]))
+    summary = overview.summarise(manifest.find_run(labelled[1]))
     assert [(c.name, c.n) for c in summary.layers[0].classes] == [(c, by_type[c]) for c in in_order(by_type)]
 
 
@@ -431,12 +439,12 @@ def test_verify_compare_show_claims_and_report_take_such_a_run(
     assert not found.findings and not found.unproved and (found.num_runs, found.num_shards) == (1, 2)
     assert not [r for r in compare.compare(uri, uri).movers.to_pylist() if r["z"]]
     with pytest.raises(SystemExit):
-        cli.main(["show", uri])
+        commands.main(["show", uri])
     said = capsys.readouterr().out
     assert "PUNCT" in said and "of a type its most frequent tag in 'upos'" in said
     assert {t.token_id for t in explain.explain(uri, "In the beginning").tokens} >= {1999, 1996, 2927}
     with pytest.raises(SystemExit):
-        cli.main(["claims", uri])
+        commands.main(["claims", uri])
     said = capsys.readouterr().out
     said = " ".join(said.split())
     assert "Are content words HIGH" in said and "NOUN (control) 0" in said and ", layer 0, " in said

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afn_ray.errors import ConfigError
-from afn_ray.lexicon import classify, function_words, languages
+from afn_ray.reduce.lexicon import classify, function_words, languages
 from afn_ray.schema import CLASSES
 
 EXAMPLES = {

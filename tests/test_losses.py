@@ -14,10 +14,14 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import compare, job, losses, manifest, pipeline, show, status, verify
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
+from afn_ray.reduce import compare, losses
+from afn_ray.runs import job, status, worker
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
+from afn_ray.show import overview
+from afn_ray.store import manifest
 
 MakeConfig = Callable[..., RunConfig]
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
@@ -134,7 +138,7 @@ def test_text_that_the_tokenizer_does_not_know_is_a_warning_each_time_and_in_sho
         assert unknown.startswith("warning: unknown: 270 of ") and " are [UNK], which" in unknown
     run = manifest.find_run(config.store)
     assert run.info["unknown"] == {"token": "[UNK]", "tokens": 270}
-    assert dict(show.facts(show.summarise(run)))["unknown"] == unknown.removeprefix("warning: unknown: ")
+    assert dict(overview.facts(overview.summarise(run)))["unknown"] == unknown.removeprefix("warning: unknown: ")
     for altered in ({}, {"unknown": 1}, {"unknown": {"tokens": "x"}}, {"unknown": {"tokens": 10**9}}):
         assert losses.describe_unknown({k: v for k, v in run.info.items() if k != "unknown"} | altered) == ""
 
@@ -145,14 +149,14 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
     (tmp_path / "corpus").mkdir()
     for name in "ab":
         write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", [{"text": verse} for verse in verses[:20]])
-    process = pipeline.Processor.process
+    process = worker.Processor.process
 
     def fail(self: Any, shard: Any, halvings: int = 0) -> Any:
         if any(piece.uri.endswith("b.jsonl") for piece in shard.slices):
             raise ShardError("no")
         return process(self, shard, halvings)
 
-    monkeypatch.setattr(pipeline.Processor, "process", fail)
+    monkeypatch.setattr(worker.Processor, "process", fail)
     with afn_ray.run(make_config(shard_bytes=2000, allow_quarantined=9)) as run:
         files = by_name(run.sql("FROM files").to_arrow_table())
     size = (tmp_path / "corpus" / "b.jsonl").stat().st_size

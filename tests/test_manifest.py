@@ -24,12 +24,13 @@ from conftest import RUN_INFO, edit_sealed, rewrite, write_new
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afn_ray import corpus, manifest, retry, storage
-from afn_ray.commits import Commits, total_counts
 from afn_ray.config import RunConfig
+from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
-from afn_ray.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
+from afn_ray.store import manifest, retry, storage
+from afn_ray.store.commits import Commits, total_counts
+from afn_ray.store.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
 
 MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
 MEASURE_ID = fingerprint(MEASURE)
@@ -193,7 +194,7 @@ def test_files_of_the_last_run_are_not_read_again(config: RunConfig, monkeypatch
     before = make_plan(config)
     _begin(config)
     calls: list[str] = []
-    monkeypatch.setattr(corpus, "cut", lambda file, *rest: calls.append(file.uri))
+    monkeypatch.setattr(listing, "cut", lambda file, *rest: calls.append(file.uri))
     again = make_plan(config)
     assert calls == [] and again.num_hashed == 0
     assert again.shards == before.shards and again.files == before.files
@@ -664,7 +665,7 @@ def test_the_size_class_of_the_corpus_alone_decides_the_size_of_a_shard(num_byte
     for num_files in (1, 7):
         sizes = [num_bytes // num_files] * (num_files - 1)
         sizes.append(num_bytes - sum(sizes))
-        assert corpus.choose_shard_bytes([FileInfo(f"/{n}", n, "etag:x") for n in sizes]) == shard_bytes
+        assert listing.choose_shard_bytes([FileInfo(f"/{n}", n, "etag:x") for n in sizes]) == shard_bytes
 
 
 def test_a_corpus_that_grows_within_its_class_keeps_its_shards_and_its_hashes(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from afn_ray import demo
-from afn_ray.cluster import connection
+from afn_ray.runs import demo
+from afn_ray.runs.cluster import connection
 
 PEAK = """
 import re, sys
 from pathlib import Path
-from afn_ray.cli import main
+from afn_ray.cli.commands import main
 try:
     main(sys.argv[1:])
 finally:

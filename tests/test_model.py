@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from afn_ray import model
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, files, linear, parts
-from afn_ray.signals import Signal, Site, norm
-from afn_ray.thresholds import round_strengths
-from afn_ray.tokens import TextEncoder
+from afn_ray.model.signals import Signal, Site, norm
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.tokens.windows import TextEncoder
 
 
 def find(folder: Path | str, **options: bool) -> model.ModelFiles:

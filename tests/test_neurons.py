@@ -22,11 +22,14 @@ from test_families import PACKED, PADDED, SMALL, documents, family  # noqa: F401
 from test_signals import load
 
 import afn_ray
-from afn_ray import cli, concepts, explain, manifest, neurons, verify
+from afn_ray.analysis import concepts, explain, verify
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
+from afn_ray.model.signals import Neurons, Strength
+from afn_ray.reduce import neurons
 from afn_ray.schema import neurons_column
-from afn_ray.signals import Neurons, Strength
+from afn_ray.store import manifest
 
 TOP = 5
 BEHIND = re.compile(
@@ -377,7 +380,7 @@ def test_contexts_are_the_tokens_with_most_of_the_neuron(made: RunConfig) -> Non
 
 def command(*args: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["neurons", *args])
+        commands.main(["neurons", *args])
     return int(ended.value.code or 0)
 
 

@@ -29,10 +29,13 @@ from fsspec.registry import _registry as fsspec_registry
 from s3fs import S3FileSystem
 
 import afn_ray
-from afn_ray import blocks, cli, corpus, manifest, reading, retry, storage
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
+from afn_ray.corpus import listing as corpus
+from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
 from afn_ray.schema import FileInfo, ReadOptions
+from afn_ray.store import blocks, manifest, retry, storage
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -105,7 +108,7 @@ def test_a_bucket_gives_the_rows_of_a_disk(
     for words in (["show", config.store], ["explain", config.store, "In the beginning"],
                   ["sql", config.store, "SELECT count(*) AS n FROM documents"]):  # fmt: skip
         with pytest.raises(SystemExit) as left:
-            cli.main(words)
+            commands.main(words)
         out, err = capsys.readouterr()
         assert left.value.code == 0 and out and not err, (words, err)
     assert "451" in out

@@ -12,10 +12,12 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import job, manifest, model, pipeline, precision
+from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
+from afn_ray.runs import job, precision, worker
 from afn_ray.schema import Document
+from afn_ray.store import manifest
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -31,8 +33,8 @@ def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "PILOT_TOKENS", 3000)
 
 
-def task_of(config: RunConfig) -> pipeline.Task:
-    return pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")[0]
+def task_of(config: RunConfig) -> worker.Task:
+    return worker.prepare(config, worker.find_model(config), "cpu", "float32")[0]
 
 
 def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
@@ -55,8 +57,8 @@ def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
     assert trial.flips["4"] < 0.005
 
 
-def strengths(task: pipeline.Task, dtype: str, texts: list[str]) -> np.ndarray:
-    processor = pipeline.Processor(replace(task, dtype=dtype))
+def strengths(task: worker.Task, dtype: str, texts: list[str]) -> np.ndarray:
+    processor = worker.Processor(replace(task, dtype=dtype))
     measured = processor.measure(texts, [False] * len(texts))
     processor.close()
     return measured.strengths[0, (measured.encoded.flags & 1) == 0]
@@ -74,13 +76,13 @@ def test_what_is_not_safe_is_refused_and_says_why(
     damage: Any, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    right = pipeline.Processor._values
+    right = worker.Processor._values
 
     def damaged(self: Any, prepared: Any) -> Any:
         exact = right(self, prepared)
         return exact if self.task.dtype == "float32" else damage(exact)
 
-    monkeypatch.setattr(pipeline.Processor, "_values", damaged)
+    monkeypatch.setattr(worker.Processor, "_values", damaged)
     task = task_of(make_config(dtype="auto"))
     decided = precision.decide(task, verses[:200])
     assert decided.dtype == "float32"

@@ -24,10 +24,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import RUN_INFO, edit_sealed, edit_table
 
-from afn_ray import blocks, manifest, query, sandbox, session, storage, views
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.manifest import RunFolder
-from afn_ray.query import Run, open_run
+from afn_ray.query import database, sandbox, session, views
+from afn_ray.query.database import Run, open_run
 from afn_ray.schema import (
     FILES_SCHEMA,
     MOVERS_SCHEMA,
@@ -44,6 +43,8 @@ from afn_ray.schema import (
     strengths,
     tokens_schema,
 )
+from afn_ray.store import blocks, manifest, storage
+from afn_ray.store.manifest import RunFolder
 
 LAYERS = (0, 8)
 RUN = "20260102T030405.000Z-0123456789ab"
@@ -309,7 +310,7 @@ def test_a_store_in_memory_gives_the_same_rows(run: Run) -> None:
 
 def test_a_result_is_lazy_and_has_the_methods_of_a_relation(run: Run) -> None:
     high = run.tokens().filter("high_8").aggregate("count(*) AS n")
-    assert isinstance(high, query.Result)
+    assert isinstance(high, database.Result)
     assert (high.columns, high.types) == (["n"], ["BIGINT"])
     [(n,)] = high.fetchall()
     assert n == sum(bool(r["high_8"]) for r in run.tokens().to_dicts())

@@ -22,12 +22,12 @@ import ray
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cluster, demo
-from afn_ray.cluster import pool, session
 from afn_ray.config import RunConfig
-from afn_ray.dispatch import Ready
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
-from afn_ray.progress import Progress
+from afn_ray.runs import cluster, demo
+from afn_ray.runs.cluster import pool, session
+from afn_ray.runs.dispatch import Ready
+from afn_ray.runs.progress import Progress
 
 MakeConfig = Callable[..., RunConfig]
 pytestmark = pytest.mark.ray

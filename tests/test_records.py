@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from afn_ray import parquet, records
 from afn_ray.errors import Interrupted
-from afn_ray.records import ShardFiles, make_table
+from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.schema import SUMMARY_SCHEMA, Series, documents_schema, tokens_schema
-from afn_ray.thresholds import Summary, round_strengths
+from afn_ray.store import parquet, records
+from afn_ray.store.records import ShardFiles, make_table
 
 SERIES = (Series("strength", 0), Series("strength", 8))
 ORIGIN = {"measure": "m", "shard": "s", "attempt": "a"}

@@ -25,13 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import afn_ray
-from afn_ray import cluster, manifest, reduce, storage
-from afn_ray.cluster import calls
-from afn_ray.commits import COUNTS
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
-from afn_ray.records import ShardFiles
-from afn_ray.reduce import Inline, call, reduce_run, wilson
+from afn_ray.reduce import tree
+from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
+from afn_ray.reduce.tree import Inline, call, reduce_run, wilson
+from afn_ray.runs import cluster
+from afn_ray.runs.cluster import calls
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     SHARDS_SCHEMA,
@@ -44,7 +44,9 @@ from afn_ray.schema import (
     Series,
     Shard,
 )
-from afn_ray.thresholds import DEFINITION, Summary, round_strengths
+from afn_ray.store import manifest, storage
+from afn_ray.store.commits import COUNTS
+from afn_ray.store.records import ShardFiles
 
 LAYERS = (0, 8)
 SERIES = tuple(Series("strength", layer) for layer in LAYERS)
@@ -391,7 +393,7 @@ def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"FAN_IN": fan_in, "MAX_PARTS": parts, "READ_BYTES": read_bytes, "PART_BYTES": 1,
                             "SLICE_PAIRS": slice_pairs}.items():  # fmt: skip
-            patch.setattr(reduce, name, value)
+            patch.setattr(tree, name, value)
         tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks=tasks)
     for name in ("thresholds", "histogram", "vocabulary"):
         assert tables[name].combine_chunks().equals(expected[name].combine_chunks()), name  # bit by bit
@@ -428,9 +430,9 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
         def result(self, handle: Any) -> Any:
             raise AssertionError("no value is asked for while the tree grows")
 
-    monkeypatch.setattr(reduce, "FAN_IN", 4)
-    files = [reduce.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
-    total, types = reduce._submit_series(Counting(), "/store", MEASURE_ID, files, 0, SERIES[1:], 10.0, [])
+    monkeypatch.setattr(tree, "FAN_IN", 4)
+    files = [tree.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
+    total, types = tree._submit_series(Counting(), "/store", MEASURE_ID, files, 0, SERIES[1:], 10.0, [])
     assert made == 4**5 + (4**5 - 1) // 3 + 5  # groups, merges, then the ends: count, total's three, types
     assert most <= 4 * 6 and len(held) == len([*total, *types])
 
@@ -463,14 +465,14 @@ def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch
     with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
         assert isinstance(tasks, cluster.RayTasks)
         patch.setattr(calls, "MAX_PENDING", 4)
-        patch.setattr(reduce, "PART_BYTES", 1 << 12)
-        patch.setattr(reduce, "FAN_IN", 8)
+        patch.setattr(tree, "PART_BYTES", 1 << 12)
+        patch.setattr(tree, "FAN_IN", 8)
         on_ray = reduce_run(store, MEASURE_ID, commits[::-1], SERIES, tasks=tasks, **asked)
         assert len(tasks._pending) <= 4
     assert inline["shards"].num_rows == 150
     for name in ("thresholds", "histogram", "vocabulary"):
         assert on_ray[name].combine_chunks().equals(inline[name].combine_chunks()), name
-    with _on_ray(reduce.FAN_IN) as tasks:
+    with _on_ray(tree.FAN_IN) as tasks:
         assert isinstance(tasks, Inline)  # one call would read them all: no second process is worth it
 
 
@@ -525,7 +527,7 @@ def test_a_call_is_repeated_when_its_process_dies_and_not_for_ever(local_ray: No
 def test_a_run_on_ray_reduces_there_and_has_the_tables_of_one_in_this_process(
     local_ray: None, tmp_path: Path, make_config: Any, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (cluster, reduce):
+    for module in (cluster, tree):
         monkeypatch.setattr(module, "FAN_IN", 2)
     submitted: list[str] = []
     submit = cluster.RayTasks.submit

@@ -23,11 +23,14 @@ import pytest
 from conftest import edit_sealed, write_jsonl
 
 import afn_ray
-from afn_ray import charts, claims, grammar, manifest, report, show
+from afn_ray.analysis import claims
+from afn_ray.cli import grammar
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.schema import FEATURES, FILES_SCHEMA, SCREENED_SCHEMA, SOURCES_SCHEMA
-from afn_ray.settings import config_from
+from afn_ray.show import charts, overview, report
+from afn_ray.store import manifest
+from afn_ray.store.settings import config_from
 
 MAX_PAGE_BYTES = 3_000_000
 EVIL = "<script>window.ran = 1</script>"
@@ -166,13 +169,13 @@ def test_of_many_layers_some_are_offered_the_first_and_the_last_among_them(runs:
 
 def test_the_figures_of_the_page_are_those_of_the_run(runs: list[manifest.RunFolder], page: Path) -> None:
     text = _Page.of(page.read_text("utf-8")).text
-    summary = show.summarise(runs[1])
+    summary = overview.summarise(runs[1])
     for facts in summary.layers:
         for share in facts.classes:
             assert f"{share.share:.3f}" in text
-        assert show.figure(facts.thresholds["tokens"]["q3"]) in text
+        assert overview.figure(facts.thresholds["tokens"]["q3"]) in text
     assert f"{summary.info['counts']['tokens'] - summary.info['counts']['special']:,}" in text
-    for line in show.cautions(summary):
+    for line in overview.cautions(summary):
         assert line.strip() in text
 
 
@@ -220,7 +223,7 @@ def test_words_that_take_too_long_are_left_out_and_the_page_says_why(
     def late(*args: object, **options: object) -> None:
         raise QueryError("stopped after 300 s")
 
-    monkeypatch.setattr(show, "salient_words", late)
+    monkeypatch.setattr(overview, "salient_words", late)
     monkeypatch.setattr(claims, "claims", late)
     text = _Page.of(report.render(runs[0])).text
     assert "Not known: stopped after 300 s" in text and "Left out: stopped after 300 s." in text
@@ -231,7 +234,7 @@ def test_labels_go_by_frozen_thresholds_where_there_are_any(runs: list[manifest.
     with afn_ray.run(config) as run:
         page = _Page.of(report.render(manifest.find_run(run.uri), with_claims=False))
     assert f"Labels go by frozen thresholds, those of {runs[0].uri}" in page.text
-    (theirs,) = (show.figure(f.thresholds["tokens"]["q3"]) for f in show.summarise(runs[0]).layers[-1:])
+    (theirs,) = (overview.figure(f.thresholds["tokens"]["q3"]) for f in overview.summarise(runs[0]).layers[-1:])
     drawn = page.data["charts"]["histogram-3"]["layer"][-2]["data"]["values"][0]
     assert (drawn["name"], drawn["exact"]) == ("Q3", theirs)
     assert "all, frozen" in page.text and "25.0% of all tokens" not in page.text

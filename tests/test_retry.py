@@ -18,9 +18,9 @@ from aiohttp.http_exceptions import BadHttpMessage
 from faults import TRANSIENT, s3_error
 from fsspec.exceptions import FSTimeoutError
 
-from afn_ray import retry
 from afn_ray.errors import Unavailable
-from afn_ray.retry import http_status, is_transient, patiently
+from afn_ray.store import retry
+from afn_ray.store.retry import http_status, is_transient, patiently
 
 ENDPOINT = "http://bucket.example"
 

@@ -32,31 +32,17 @@ import transformers
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import (
-    cli,
-    cluster,
-    demo,
-    disk,
-    dispatch,
-    doctor,
-    estimate,
-    garbage,
-    job,
-    lexicon,
-    losses,
-    manifest,
-    model,
-    pipeline,
-    precision,
-    records,
-    show,
-    status,
-    verify,
-)
+from afn_ray import model
+from afn_ray.analysis import verify
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
 from afn_ray.model import files as model_files
+from afn_ray.reduce import lexicon, losses
+from afn_ray.runs import cluster, demo, dispatch, estimate, job, precision, status, worker
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
+from afn_ray.show import doctor, overview
+from afn_ray.store import disk, garbage, manifest, records
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -289,14 +275,14 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}])
-    right = pipeline.Processor._values
+    right = worker.Processor._values
 
     def overflow(self: Any, prepared: Any) -> Any:
         strengths = right(self, prepared)
         strengths[:, prepared.encoded.bounds[1] + 1] = np.inf
         return strengths
 
-    monkeypatch.setattr(pipeline.Processor, "_values", overflow)
+    monkeypatch.setattr(worker.Processor, "_values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
             "ok", "quarantined: the model gave a strength that is not finite in float32", "ok",
@@ -426,7 +412,7 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in verses[:200]])
-    values = pipeline.Processor._values
+    values = worker.Processor._values
     broken: list[bool] = []
 
     def fail(self: Any, prepared: Any) -> Any:
@@ -435,7 +421,7 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
             monkeypatch.setattr(model.Model, "submit", lambda *args: 1 / 0)
         return values(self, prepared)
 
-    monkeypatch.setattr(pipeline.Processor, "_values", fail)
+    monkeypatch.setattr(worker.Processor, "_values", fail)
     config = make_config(corpus=(str(corpus),))
     with pytest.raises(IncompleteRun, match="ZeroDivisionError: division by zero") as e:
         afn_ray.run(config)
@@ -446,7 +432,7 @@ def test_a_shard_none_of_whose_documents_can_be_measured_fails_as_one(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_on(monkeypatch, "abraham", ValueError("no"))
-    enough = pipeline.NONE_MEASURED
+    enough = worker.NONE_MEASURED
     for n, error, told in (
         (enough, IncompleteRun, f"none of {enough} documents could be measured, so the fault may be none of theirs"),
         (enough - 1, CorpusError, f"no token to measure: {enough} documents, 1 empty, {enough - 1} quarantined"),
@@ -492,7 +478,7 @@ def test_a_measure_is_of_what_changes_a_value(
 ) -> None:
     def measure_id(folder: Path) -> str:
         config = make_config(model=str(folder))
-        return pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")[0].measure_id
+        return worker.prepare(config, worker.find_model(config), "cpu", "float32")[0].measure_id
 
     before = measure_id(tiny_bert)
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
@@ -517,7 +503,7 @@ def test_the_second_run_does_nothing_and_says_so(
     with afn_ray.run(config) as run:
         first = run.uri
     before = {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()}
-    monkeypatch.setattr(pipeline.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(worker.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded"))
     events = []
     with afn_ray.run(config, events.append) as run:
         assert run.uri == first
@@ -533,7 +519,7 @@ def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
     with afn_ray.run(straight) as run:
         expected = all_rows(run, "tokens")
     config = make_config(corpus=(str(corpus),))
-    process = pipeline.Processor.process
+    process = worker.Processor.process
     done = stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         afn_ray.run(config)
@@ -545,7 +531,7 @@ def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
         again.append(shard.id)
         return process(self, shard, halvings)
 
-    monkeypatch.setattr(pipeline.Processor, "process", watch)
+    monkeypatch.setattr(worker.Processor, "process", watch)
     with afn_ray.run(config) as run:
         assert all_rows(run, "tokens") == expected
         assert run.info["counts"]["shards_reused"] == 2
@@ -558,7 +544,7 @@ def test_rows_do_not_depend_on_the_order_of_shards(
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
     with afn_ray.run(make_config(corpus=(str(corpus),), store=str(tmp_path / "forward"))) as run:
         expected = all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")
-    from afn_ray import cluster
+    from afn_ray.runs import cluster
 
     forward = cluster.process_shards
     monkeypatch.setattr(
@@ -587,7 +573,7 @@ def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:120]])
     config = make_config(corpus=(str(corpus),))
-    process = pipeline.Processor.process
+    process = worker.Processor.process
     tries: dict[str, int] = {}
     poison: list[str] = []
 
@@ -598,14 +584,14 @@ def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
             raise RuntimeError("a fault of this shard")
         return process(self, shard, halvings)
 
-    monkeypatch.setattr(pipeline.Processor, "process", fail)
+    monkeypatch.setattr(worker.Processor, "process", fail)
     with pytest.raises(
         IncompleteRun, match=r"(?s)1 of \d+ shards are quarantined.*RuntimeError: a fault of this shard"
     ) as e:
         afn_ray.run(config)
     assert poison[0] in str(e.value) and "c.jsonl" in str(e.value)
     assert tries.pop(poison[0]) == 2 and set(tries.values()) == {1}
-    monkeypatch.setattr(pipeline.Processor, "process", process)
+    monkeypatch.setattr(worker.Processor, "process", process)
     with afn_ray.run(config) as run:
         assert run.info["counts"]["shards_reused"] == len(tries)
 
@@ -637,7 +623,7 @@ def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
 ) -> None:  # fmt: skip
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:6]])
     config = make_config(corpus=(str(corpus),), executor="inline")
-    released, read = threading.Event(), pipeline.reading.read
+    released, read = threading.Event(), worker.reading.read
 
     def hang(*asked: Any) -> Any:
         released.wait(60)
@@ -645,7 +631,7 @@ def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
 
     monkeypatch.setattr(dispatch, "DEADLINE_S", 0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.reading, "read", hang)
+        patch.setattr(worker.reading, "read", hang)
         with pytest.raises(Interrupted, match=r"\(.*c\.jsonl\) is not done after .*--shard-deadline") as caught:
             afn_ray.run(replace(config, shard_deadline_s=deadline_s))
         released.set()
@@ -861,7 +847,7 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:300]])
     with afn_ray.run(make_config(corpus=(str(corpus),), model=str(minilm), layers="0")) as run:
-        most, least = show.salient_words(run, 0)
+        most, least = overview.salient_words(run, 0)
         ((q3,),) = run.sql("SELECT q3 FROM thresholds WHERE population = 'tokens'").fetchall()
         words: dict[str, list[float]] = {}
         text, values = "", []
@@ -876,9 +862,9 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
     shares = {
         w: np.mean(np.array(v) >= q3)
         for w, v in words.items()
-        if len(v) >= show.SALIENT_MIN_N and w.isalpha() and len(w) > 1 and w not in functions
+        if len(v) >= overview.SALIENT_MIN_N and w.isalpha() and len(w) > 1 and w not in functions
     }
-    assert len(most) == len(least) == show.SALIENT_WORDS <= len(shares)
+    assert len(most) == len(least) == overview.SALIENT_WORDS <= len(shares)
     for word in (*most, *least):
         assert (word.n, word.n_high / word.n) == (len(words[word.text]), shares[word.text])
         assert word.median == np.quantile(words[word.text], 0.5, method="inverted_cdf")
@@ -925,7 +911,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*args: Any, **named: Any) -> Any:
             raise AssertionError("the reduce alone needs no model, no device and no workers")
 
-        monkeypatch.setattr(pipeline.Processor, "__init__", fail)
+        monkeypatch.setattr(worker.Processor, "__init__", fail)
         for name in ("find_device", "pilot", "process_shards"):
             monkeypatch.setattr(cluster, name, fail)
 
@@ -1065,7 +1051,7 @@ def test_foreign_names_in_a_store_are_listed_and_left_alone(what: str, tmp_path:
     assert {str(file) for file in held} <= set(found.foreign)
     for command in ("status", "show", "verify", "gc"):
         with pytest.raises(SystemExit, match="0"):
-            cli.main([command, config.store])
+            commands.main([command, config.store])
     garbage.collect_garbage(config.store, keep=1, min_age_h=0, delete=True)
     assert {file: file.read_bytes() for file in held} == held
     with afn_ray.open_run(config.store) as newest:

@@ -16,13 +16,16 @@ import pytest
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import manifest, pipeline, screen, verify
+from afn_ray.analysis import verify
 from afn_ray.bench import screen as bench
 from afn_ray.config import RunConfig
 from afn_ray.errors import StoreError
+from afn_ray.reduce import screen
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, source_depth, source_of
+from afn_ray.runs import worker
 from afn_ray.schema import FEATURES
-from afn_ray.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, source_depth, source_of
-from afn_ray.thresholds import round_strengths
+from afn_ray.store import manifest
 
 JUNK = "qvx zzkw jjpq xxvb qqzz kkwv jpqx vbzz"
 
@@ -203,7 +206,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
         made.store, measure_id, [found[s.id] for s in shards], header["measure"]["layers"], shards=shards,
         labels=manifest.labels(run), files=manifest.read_table(run, "files"),
         vocabulary=manifest.read_table(run, "vocabulary"),
-        readable=pipeline.text_encoder(pipeline.find_model(made)).texts()[1], worst=1000, tasks=Shuffled(seed),
+        readable=worker.text_encoder(worker.find_model(made)).texts()[1], worst=1000, tasks=Shuffled(seed),
     )  # fmt: skip
     assert len(shards) > 3
     for name, table in tables.items():

@@ -19,12 +19,15 @@ from conftest import edit_table, write_jsonl
 from test_families import CONTEXT, LAYERS, PACKED, PADDED, documents, family  # noqa: F401
 
 import afn_ray
-from afn_ray import manifest, model, outliers, storage, verify
+from afn_ray import model
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, ModelError
 from afn_ray.model import attention
-from afn_ray.pipeline import NONE_MEASURED
-from afn_ray.signals import Centred, Received, Shift, Signal, Strength, Trimmed, find_signals, series
+from afn_ray.model.signals import Centred, Received, Shift, Signal, Strength, Trimmed, find_signals, series
+from afn_ray.runs import outliers
+from afn_ray.runs.worker import NONE_MEASURED
+from afn_ray.store import manifest, storage
 
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
 SIGNALS: list[Signal] = [Strength(), Shift(), Received()]

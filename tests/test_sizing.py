@@ -25,13 +25,18 @@ from test_bench import printed
 from tokenizers import Tokenizer
 
 import afn_ray
-from afn_ray import cli, cluster, counting, estimate, job, manifest, pipeline, reduce, storage, tokens
-from afn_ray import corpus as corpora
 from afn_ray.bench import crowd, machine, rate, simulate
 from afn_ray.bench.reduce import NUM_TYPES
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
+from afn_ray.corpus import listing as corpora
 from afn_ray.errors import AfnError, ConfigError, StoreError
-from afn_ray.estimate import Prices, Rate, bill, read_prices
+from afn_ray.reduce import tree
+from afn_ray.runs import cluster, estimate, job, worker
+from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
+from afn_ray.store import manifest, storage
+from afn_ray.tokens import counting
+from afn_ray.tokens import windows as tokens
 
 MakeConfig = Callable[..., RunConfig]
 NUM_SEEDS = 30
@@ -47,7 +52,7 @@ storage_gb_month = 0.25
 
 
 def printed_estimate(found: estimate.Estimate, capsys: pytest.CaptureFixture[str]) -> str:
-    cli._print_estimate(found, cli.Console(highlight=False, soft_wrap=True, width=1000))
+    commands._print_estimate(found, commands.Console(highlight=False, soft_wrap=True, width=1000))
     return capsys.readouterr().out
 
 
@@ -167,7 +172,7 @@ def test_what_a_signal_costs_is_the_lesser_of_two_turns_and_never_less_than_noth
     turns = {("strength",): [2.0, 1.0], ("strength", "shift"): [0.9, 0.8], ("strength", "attention"): [1.5, 9.0]}
     taken = {names: itertools.cycle(seconds) for names, seconds in turns.items()}
     monkeypatch.setattr(
-        pipeline.Processor, "seconds", lambda self, prepared, signals: next(taken[tuple(s.name for s in signals)])
+        worker.Processor, "seconds", lambda self, prepared, signals: next(taken[tuple(s.name for s in signals)])
     )
     found = afn_ray.dry_run(make_config(corpus=(corpus,), signals="shift,attention"))
     assert found.signal_costs == {"shift": 0.0, "attention": 0.5}
@@ -224,7 +229,7 @@ def test_prices_that_cannot_be_are_refused(tmp_path: Path, line: str, message: s
 
 def test_rates_and_prices_are_of_a_dry_run(tmp_path: Path, corpus: str) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["run", corpus, "--model", "m", "--store", str(tmp_path / "s"), "--rate", "rate.json"])
+        commands.main(["run", corpus, "--model", "m", "--store", str(tmp_path / "s"), "--rate", "rate.json"])
     assert end.value.code == ConfigError.exit_code
 
 
@@ -323,7 +328,7 @@ def table(tokens: float) -> dict[str, str]:
         shards * (estimate.GETS_A_SHARD + estimate.gets_of_corpus(shard_bytes)),
     )
     store = tokens * estimate.bytes_per_token(config, 1, 0)
-    parts = min(reduce.MAX_PARTS, 1 + int(tokens * SUMMARY_BYTES) // reduce.PART_BYTES)
+    parts = min(tree.MAX_PARTS, 1 + int(tokens * SUMMARY_BYTES) // tree.PART_BYTES)
     hours, reduce_hours = tokens / CPU_RATE / 3600, estimate.reduce_core_s(tokens, 1, screened=True) / 3600
     in_all = hours + reduce_hours
     lines, monthly = bill(read_prices(ROOT / "infra" / "prices.toml"), in_all, in_all / WORKERS, puts, gets, store)
@@ -383,7 +388,7 @@ def test_what_the_page_tells_to_do_works(
     for command in [line for block in blocks for line in block.splitlines() if line.startswith("afn ")]:
         words = shlex.split(command)[1:]
         with pytest.raises(SystemExit) as end:
-            cli.main([*words, *(smaller[words[1]] if words[0] == "bench" else [])])
+            commands.main([*words, *(smaller[words[1]] if words[0] == "bench" else [])])
         told += capsys.readouterr().out
         assert end.value.code == 0, (command, told)
     assert "the run: " in told and "USD" in told and "most of the driver" in told.lower()

@@ -19,12 +19,14 @@ import pytest
 import test_query
 from test_query import LAYERS, TEXTS, make_shard, write_run
 
-from afn_ray import cli, manifest, views
-from afn_ray.compare import compare
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError
-from afn_ray.query import Run, open_run, write_catalog
+from afn_ray.query import views
+from afn_ray.query.database import Run, open_run, write_catalog
+from afn_ray.reduce.compare import compare
 from afn_ray.schema import SPECIAL, WORD_START, documents_schema, strength_column, strengths, tokens_schema
+from afn_ray.store import manifest
 
 Word = dict[str, Any]
 SPELLINGS = ["ri", "river", "rivers", "bank", "banks", ".", "verri", "riverbankriverbanks"]
@@ -435,7 +437,7 @@ def test_the_command_writes_a_catalog_or_asks(
 
     def afn(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as left:
-            cli.main(["sql", after, "--baseline", before, *arguments])
+            commands.main(["sql", after, "--baseline", before, *arguments])
         return int(left.value.code or 0), "".join(capsys.readouterr())
 
     assert afn("--open", str(catalog), "FROM movers") == (2, AnyText("asks nothing"))

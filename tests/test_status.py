@@ -22,15 +22,19 @@ import yaml
 from conftest import stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import cli, cluster, dispatch, garbage, logs, manifest, status, storage, verify
-from afn_ray.cluster import metrics
-from afn_ray.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
+from afn_ray import logs
+from afn_ray.analysis import verify
+from afn_ray.cli import commands as cli
 from afn_ray.config import RunConfig
-from afn_ray.dispatch import State
 from afn_ray.errors import ConfigError, IncompleteRun, StoreError
-from afn_ray.manifest import Commit
-from afn_ray.progress import Progress
+from afn_ray.runs import cluster, dispatch, status
+from afn_ray.runs.cluster import metrics
+from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
+from afn_ray.runs.dispatch import State
+from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
+from afn_ray.store import garbage, manifest, storage
+from afn_ray.store.manifest import Commit
 
 MakeConfig = Callable[..., RunConfig]
 INFRA = Path(__file__).parents[1] / "infra"
@@ -432,7 +436,7 @@ def test_a_quiet_run_still_warns(
 
 
 def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> None:
-    from afn_ray.job import Event
+    from afn_ray.runs.job import Event
 
     lines = logs.Lines("json")
     state = State(10, num_workers=2, num_ready=1, num_running=3, seconds=10.0, num_documents=900,
@@ -460,7 +464,7 @@ import os, signal, sys, time, urllib.request
 from pathlib import Path
 import ray
 from afn_ray import cli
-from afn_ray.cluster import pool
+from afn_ray.runs.cluster import pool
 from afn_ray.errors import CorpusChanged
 
 class Unlucky(pool._Worker):

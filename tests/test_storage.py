@@ -20,8 +20,8 @@ from conftest import write_new
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from afn_ray import blocks, disk, storage
 from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
+from afn_ray.store import blocks, disk, storage
 
 BODY_BYTES = 3 << 20  # more than one block, so that a torn write would show
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from afn_ray import thresholds
+from afn_ray.reduce import histogram as thresholds
+from afn_ray.reduce.histogram import BIN_BITS, Histogram, SeriesSummary, Summary, round_strengths, to_bins, to_values
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
-from afn_ray.thresholds import BIN_BITS, Histogram, SeriesSummary, Summary, round_strengths, to_bins, to_values
 
 Floats = npt.NDArray[np.float32]
 

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import afn_ray
-from afn_ray import demo
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
+from afn_ray.runs import demo
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START
-from afn_ray.tokens import (
+from afn_ray.tokens.windows import (
     FILLED_TO,
     Encoded,
     Template,

@@ -23,12 +23,13 @@ import pytest
 from conftest import edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
 
 import afn_ray
-from afn_ray import manifest, storage, verify_store
+from afn_ray import verify_store
+from afn_ray.analysis.verify import Finding, Verification, lines
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
-from afn_ray.layout import RAY_IGNORE
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.verify import Finding, Verification, lines
+from afn_ray.store import manifest, storage
+from afn_ray.store.layout import RAY_IGNORE
 
 
 def config_of(folder: Path, tiny_bert: Path, **changes: Any) -> RunConfig:
@@ -208,7 +209,7 @@ def test_an_unfinished_run_is_no_damage(
 
 
 def test_the_reread_of_many_batches_is_the_same(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afn_ray.records.BATCH_ROWS", 7)
+    monkeypatch.setattr("afn_ray.store.records.BATCH_ROWS", 7)
     assert not verify_store(str(made)).findings
 
 

@@ -166,7 +166,8 @@ def call(args: argparse.Namespace) -> None:
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
         monitor.render(result, console)
     elif args.what == "rate":
-        from afn_ray import precheck, settings
+        from afn_ray.runs import precheck
+        from afn_ray.store import settings
 
         config = settings.config_from({}, args.config)
         precheck.check_run(config)

@@ -23,14 +23,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers.pytorch_utils import Conv1D
 
-from afn_ray import model, pipeline
+from afn_ray import model
 from afn_ray.bench import BUILT_IN, TOKENS_PER_WORKER, VARIANTS, machine
 from afn_ray.bench.peers import Spec, find_blocks
 from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
 from afn_ray.bench.worker import dump_texts
-from afn_ray.cluster.connection import WORKER_ENV
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import AfnError, ConfigError, ModelError
+from afn_ray.runs import worker
+from afn_ray.runs.cluster.connection import WORKER_ENV
 
 LONGEST_WINDOW = 512
 ONE_PROCESS = ("loop", "sentence_transformers", "ray_data")
@@ -290,7 +291,7 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
     workers = (options.workers or model.count_devices("cpu")) if device == "cpu" else 1
     base = Spec(
         "", str(files.folder), layer, files.depth, device, dtype,
-        options.batch_tokens or pipeline.BATCH_TOKENS[device],
+        options.batch_tokens or worker.BATCH_TOKENS[device],
         int(str(default)) if options.tokenizer_workers is None else options.tokenizer_workers,
         min(files.context_tokens, LONGEST_WINDOW), workers, "", {},
     )  # fmt: skip

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from afn_ray import manifest
-from afn_ray.commits import COUNTS
-from afn_ray.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
-from afn_ray.progress import Progress, total
+from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
+from afn_ray.runs.progress import Progress, total
 from afn_ray.schema import Shard
+from afn_ray.store import manifest
+from afn_ray.store.commits import COUNTS
 
 SHARD_S, SPREAD = 300.0, 0.25
 """Of a worker for a shard, lognormal: mean, and standard deviation of the logarithm."""

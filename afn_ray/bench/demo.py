@@ -14,9 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from afn_ray import demo, manifest, query
 from afn_ray.bench.machine import Watch, facts, print_facts
 from afn_ray.errors import AfnError
+from afn_ray.query import database
+from afn_ray.runs import demo
+from afn_ray.store import manifest
 
 
 def measure(workers: int | None, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def _measured(workers: int | None) -> dict[str, float]:
         asked = [*command[:3], "show", store, "--json"]
         summary = json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)  # noqa: S603
         began = time.monotonic()
-        with query.open_run(store) as opened:
+        with database.open_run(store) as opened:
             opening = time.monotonic() - began
             began = time.monotonic()
             opened.sql("SELECT class, sum(n_high) / sum(n) FROM vocabulary GROUP BY ALL ORDER BY ALL").fetchall()

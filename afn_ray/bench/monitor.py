@@ -18,7 +18,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import model, pipeline
+from afn_ray import model
 from afn_ray.bench import machine
 from afn_ray.bench.contest import one_layer
 from afn_ray.bench.peers import find_blocks
@@ -26,7 +26,8 @@ from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model import attention
-from afn_ray.signals import Attention, Received, Shift, Signal, Site, Strength
+from afn_ray.model.signals import Attention, Received, Shift, Signal, Site, Strength
+from afn_ray.runs import worker
 
 LENGTHS = (16, 64, 256, 512)
 DISTILLED_LAYERS = 6
@@ -68,7 +69,7 @@ class _Candidate:
             corpus=("-",), model=folder, store=store, layers=str(self.layer), dtype=self.dtype, device=device,
             window_tokens=self.window, executor="inline",
         )  # fmt: skip
-        self._processor = pipeline.Processor(pipeline.prepare(config, files, device, self.dtype)[0])
+        self._processor = worker.Processor(worker.prepare(config, files, device, self.dtype)[0])
         self._device = device
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
         plain, both = self._load(), [Strength(), Shift()]
@@ -98,7 +99,7 @@ class _Candidate:
     def _gram(self, config: RunConfig) -> torch.Tensor:
         """Of the output projection behind the layer's attention, where the engine finds it."""
         config = replace(config, signals="attention", dtype="float32")
-        processor = pipeline.Processor(pipeline.prepare(config, self.files, self._device, "float32")[0])
+        processor = worker.Processor(worker.prepare(config, self.files, self._device, "float32")[0])
         processor.close()
         engine = processor.model
         gram = engine._places[engine._blocks[self.layer - 1]].gram

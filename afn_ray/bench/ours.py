@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from afn_ray import manifest, pipeline
 from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
-from afn_ray.progress import Progress
+from afn_ray.runs import worker
+from afn_ray.runs.progress import Progress
 from afn_ray.schema import Document, strength_column
+from afn_ray.store import manifest
 
 STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
 
@@ -30,9 +31,9 @@ class _Ours:
             window_tokens=spec.window_tokens, tokenizer_workers=spec.tokenizer_workers, executor="inline",
             scratch=spec.folder,
         )  # fmt: skip
-        files = pipeline.find_model(self._config)
-        self._task, _ = pipeline.prepare(self._config, files, spec.device, spec.dtype)
-        self._processor = pipeline.Processor(self._task)
+        files = worker.find_model(self._config)
+        self._task, _ = worker.prepare(self._config, files, spec.device, spec.dtype)
+        self._processor = worker.Processor(self._task)
 
     def _outcome(self, before: Progress, strengths: list[Norms]) -> Outcome:
         now, then = asdict(self._processor.progress), asdict(before)

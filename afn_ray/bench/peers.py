@@ -208,7 +208,7 @@ class RayData:
     """
 
     def __init__(self, spec: Spec) -> None:
-        from afn_ray.cluster import access
+        from afn_ray.runs.cluster import access
 
         access.choose_token(own=True)
         import ray.data  # noqa: F401
@@ -218,8 +218,8 @@ class RayData:
     def run(self, texts: Sequence[Text]) -> Outcome:
         import ray
 
-        from afn_ray.cluster import access
-        from afn_ray.cluster.connection import WORKER_ENV
+        from afn_ray.runs.cluster import access
+        from afn_ray.runs.cluster.connection import WORKER_ENV
 
         gpu = self._spec.device == "cuda"
         access.start_local(

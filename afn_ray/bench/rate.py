@@ -16,11 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
-from afn_ray import corpus, dispatch, estimate, job, model, pipeline
+from afn_ray import model
 from afn_ray.bench import TOKENS_PER_WORKER, machine
 from afn_ray.bench.signals import one_core
 from afn_ray.config import RunConfig
+from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
+from afn_ray.runs import dispatch, estimate, job, worker
 
 SAMPLE_DOCUMENTS = 2000
 NUM_SHARDS = 3
@@ -37,8 +39,8 @@ def measure(
     whole process keeps to one core, as a worker does among its like.
     """
     config = job.normalised(config)
-    files, _ = corpus.list_files(config.corpus, config.read_options)
-    texts = [d.text for d in corpus.sample(files, config.read_options, SAMPLE_DOCUMENTS) if d.text]
+    files, _ = listing.list_files(config.corpus, config.read_options)
+    texts = [d.text for d in listing.sample(files, config.read_options, SAMPLE_DOCUMENTS) if d.text]
     if not texts:
         raise CorpusError(f"no document to measure in {', '.join(config.corpus)}")
     with tempfile.TemporaryDirectory(prefix="afn-bench-", dir=config.scratch) as name:
@@ -54,7 +56,7 @@ def measure(
         with one_core(device):
             prepared = job.prepare(asked, lambda event: on_note(event.message) if event.message else None, keep=False)
             began = time.monotonic()
-            processor = pipeline.Processor(prepared.task)
+            processor = worker.Processor(prepared.task)
             load_s = time.monotonic() - began
             rates, counted = [], 0
             with machine.Watch([os.getpid()]) as watch:
@@ -80,7 +82,7 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
     return size
 
 
-def _once(processor: pipeline.Processor, prepared: job.Prepared, store: str) -> tuple[float, int]:
+def _once(processor: worker.Processor, prepared: job.Prepared, store: str) -> tuple[float, int]:
     """Seconds of all shards in a fresh store, as many at a time as a worker has; and their tokens."""
     processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
     began = time.monotonic()

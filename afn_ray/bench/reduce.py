@@ -26,15 +26,17 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import cgroup, manifest, reduce
+from afn_ray import cgroup
 from afn_ray.bench import machine
-from afn_ray.commits import COUNTS
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
-from afn_ray.records import TableFile
+from afn_ray.reduce import tree
+from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
-from afn_ray.storage import sha256_file
-from afn_ray.thresholds import Summary, round_strengths
+from afn_ray.store import manifest
+from afn_ray.store.commits import COUNTS
+from afn_ray.store.records import TableFile
+from afn_ray.store.storage import sha256_file
 
 NUM_TYPES = 30_522
 """Of BERT's vocabulary."""
@@ -117,7 +119,7 @@ def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
 
 def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     """Reduce the summaries in ``store`` in the order of ``seed``."""
-    from afn_ray import cluster
+    from afn_ray.runs import cluster
 
     index = json.loads((Path(store) / "index.json").read_text("utf-8"))
     commits = [_commit(index[i]) for i in np.random.default_rng(seed).permutation(len(index))]
@@ -126,7 +128,7 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     shards = [Shard(commit.shard, (), config.read_options) for commit in commits]
     with cluster.tasks(config, shards, lambda notice: print(notice, file=sys.stderr)) as tasks:
         before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
-        tables = reduce.reduce_run(
+        tables = tree.reduce_run(
             store, MEASURE_ID, commits, (SERIES,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
             num_bytes=[1] * len(commits), tasks=tasks,
         )  # fmt: skip

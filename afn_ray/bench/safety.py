@@ -16,9 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import storage
 from afn_ray.bench import machine, texts
 from afn_ray.errors import AfnError
+from afn_ray.store import storage
 
 EXECUTORS = {"inline": 1, "ray": 2}
 """And their workers."""

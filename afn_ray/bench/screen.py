@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import demo, job, storage
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
-from afn_ray.query import Run
+from afn_ray.query.database import Run
+from afn_ray.runs import demo, job
+from afn_ray.store import storage
 
 SHARE = 0.01
 FOREIGN = (  # of the Universal Declaration of Human Rights, in German, Spanish, Finnish and French

@@ -18,14 +18,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import manifest, model, pipeline
+from afn_ray import model
 from afn_ray.bench import machine
 from afn_ray.bench.contest import one_layer
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError
+from afn_ray.model.signals import DIMENSIONS, known
+from afn_ray.runs import worker
 from afn_ray.schema import STRENGTH
-from afn_ray.signals import DIMENSIONS, known
+from afn_ray.store import manifest
 
 PROFILE = "mixed"
 ALONE = "strength"
@@ -92,11 +94,11 @@ class _Job:
 
     def __init__(self, config: RunConfig, files: model.ModelFiles) -> None:
         self.config = config
-        task, measure = pipeline.prepare(config, files, config.device, config.dtype)
-        if pipeline.wants_outliers(task):  # which ones costs nothing
-            task, _ = pipeline.with_outliers(task, measure, [range(DIMENSIONS)] * len(task.layers))
+        task, measure = worker.prepare(config, files, config.device, config.dtype)
+        if worker.wants_outliers(task):  # which ones costs nothing
+            task, _ = worker.with_outliers(task, measure, [range(DIMENSIONS)] * len(task.layers))
         self._task = task
-        self.processor = pipeline.Processor(task)
+        self.processor = worker.Processor(task)
         self._num_runs = 0
 
     def run(self, plan: manifest.Plan) -> tuple[float, int, dict[str, int]]:
@@ -118,7 +120,7 @@ class _Job:
 def _write_corpus(path: Path, files: model.ModelFiles, job: _Job, num_tokens: int) -> None:
     window = min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
     writer = Writer(model.load_tokenizer(files), window)
-    batch = pipeline.BATCH_TOKENS[job.config.device]
+    batch = worker.BATCH_TOKENS[job.config.device]
     texts = writer.write(PROFILE, num_tokens, batch, causal=job.processor.model.causal)
     path.write_text("".join(json.dumps({"text": t.text}) + "\n" for t in texts), "utf-8")
 

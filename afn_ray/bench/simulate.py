@@ -25,14 +25,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import dispatch, logs, manifest, reduce, status, storage
+from afn_ray import logs
 from afn_ray.bench import machine
 from afn_ray.bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
-from afn_ray.commits import Commits
 from afn_ray.config import RunConfig
-from afn_ray.dispatch import ATTEMPTS
 from afn_ray.errors import AfnError
+from afn_ray.reduce import tree as reduce
+from afn_ray.runs import dispatch, status
+from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
+from afn_ray.store import manifest, storage
+from afn_ray.store.commits import Commits
 
 COMMITS_READ = 2_000
 """Commits that are written and found again, on the local disk."""

@@ -29,15 +29,18 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import cgroup, losses, manifest, query, reduce, screen
+from afn_ray import cgroup
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
-from afn_ray.commits import COUNTS
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
-from afn_ray.records import ShardFiles, make_table
+from afn_ray.query import database
+from afn_ray.reduce import losses, screen, tree
+from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, fingerprint
-from afn_ray.thresholds import Summary, round_strengths
+from afn_ray.store import manifest
+from afn_ray.store.commits import COUNTS
+from afn_ray.store.records import ShardFiles, make_table
 
 NUM_TYPES = 30_522
 """Of BERT's vocabulary."""
@@ -175,7 +178,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     folder = manifest.begin_run(config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()).run
     written, readable = pieces()
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
-    tables = reduce.reduce_run(
+    tables = tree.reduce_run(
         store, measure_id, ordered, (SERIES,), pieces=written, readable=readable, language="en", sink_factor=10.0,
         num_bytes=[1] * len(ordered),
     )  # fmt: skip
@@ -255,8 +258,8 @@ def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, An
     sql = QUESTIONS[question]
     words = {name: _spell(number) for name, number in WORDS.items() if f"${name}" in sql}
     began = time.monotonic()
-    with query.open_run(
-        run_uri, baseline=baseline if "baseline" in question else None, timeout_s=query.MAX_TIMEOUT_S
+    with database.open_run(
+        run_uri, baseline=baseline if "baseline" in question else None, timeout_s=database.MAX_TIMEOUT_S
     ) as run:  # fmt: skip
         opening = time.monotonic() - began
         seconds, rows = [], 0

@@ -19,8 +19,8 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from afn_ray import tokens
 from afn_ray.errors import ConfigError
+from afn_ray.tokens import windows as tokens
 
 VOCABULARY = 30_522
 """Of BERT-base."""

@@ -17,8 +17,8 @@ from afn_ray.errors import ModelError
 from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Product, replace_linear_layers, restore
+from afn_ray.model.signals import Attention, Centred, Signal, Site, States, Strength, measured, norm
 from afn_ray.schema import MOST_NEURONS, Series
-from afn_ray.signals import Attention, Centred, Signal, Site, States, Strength, measured, norm
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in

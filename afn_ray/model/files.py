@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from afn_ray import cgroup
-from afn_ray.culprits import is_of_input
 from afn_ray.errors import ModelError
 from afn_ray.model import parts
+from afn_ray.tokens.culprits import is_of_input
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker a core: threads would only fight
 

@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 import torch
 
-from afn_ray.culprits import is_of_input
 from afn_ray.errors import ModelError, count
+from afn_ray.tokens.culprits import is_of_input
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 """Names of weights that transformers loads; ``.index.json`` behind them where they are in many files."""

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from afn_ray.errors import ModelError
 from afn_ray.model.engine import Norms, compare_norms, find_blocks, num_experts
 from afn_ray.model.files import ModelFiles, load_weights
-from afn_ray.signals import norm
+from afn_ray.model.signals import norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,13 @@ from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-PRELOADED = ["afn_ray.cli", "afn_ray.job", "afn_ray.query", "afn_ray.model", "transformers.models.bert.modeling_bert"]
+PRELOADED = [
+    "afn_ray.cli.commands",
+    "afn_ray.runs.job",
+    "afn_ray.query.database",
+    "afn_ray.model",
+    "transformers.models.bert.modeling_bert",
+]
 """What takes seconds to import; a driver is a fork of a process that has it."""
 
 
@@ -25,9 +31,9 @@ def _become_afn(arguments: list[str], said: str, environment: dict[str, str]) ->
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
-    from afn_ray import cli
+    from afn_ray.cli import commands
 
-    cli.command(arguments)
+    commands.command(arguments)
 
 
 class Driver:

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from conftest import write_jsonl
 
 import afn_ray
-from afn_ray import storage, verify
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
+from afn_ray.store import storage
 
 NUM_SHARDS = 12
 SHARD_BYTES = 2048

@@ -31,11 +31,12 @@ from ground import NUM_SHARDS, Ground, make_ground, recorded
 from hosts import Chaos, wait_until
 
 import afn_ray
-from afn_ray import manifest, storage, verify
-from afn_ray.cluster import connection
+from afn_ray.analysis import verify
 from afn_ray.errors import IncompleteRun, Interrupted
-from afn_ray.job import Event
+from afn_ray.runs.cluster import connection
+from afn_ray.runs.job import Event
 from afn_ray.schema import Shard
+from afn_ray.store import manifest, storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

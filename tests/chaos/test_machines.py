@@ -20,7 +20,8 @@ from drivers import Driver, Drivers
 from ground import NUM_SHARDS, Ground, make_ground
 from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
 
-from afn_ray import storage, verify
+from afn_ray.analysis import verify
+from afn_ray.store import storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

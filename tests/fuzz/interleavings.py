@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from afn_ray import manifest, storage
+from afn_ray.store import manifest, storage
 
 STORE = "/model"
 MOST_CALLS = 80

@@ -20,10 +20,14 @@ from conftest import edit_sealed, listed, recommit, rewrite, write_jsonl
 from rich.console import Console
 
 import afn_ray
-from afn_ray import compare, garbage, manifest, report, show, status, verify
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
-from afn_ray.query import open_run
+from afn_ray.query.database import open_run
+from afn_ray.reduce import compare
+from afn_ray.runs import status
+from afn_ray.show import overview, report
+from afn_ray.store import garbage, manifest
 
 NUM_STORES = {"short": 4, "long": 1000}
 
@@ -164,8 +168,8 @@ def ask_sql(store: str) -> None:
 
 def ask_show(store: str) -> None:
     run = manifest.find_run(store)
-    list(show.facts(show.summarise(run)))
-    show.render(show.summarise(run), Console(file=io.StringIO(), width=100))
+    list(overview.facts(overview.summarise(run)))
+    overview.render(overview.summarise(run), Console(file=io.StringIO(), width=100))
 
 
 def ask_status(store: str) -> None:

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from afn_ray import corpus, reading, storage
+from afn_ray.corpus import listing, reading
 from afn_ray.errors import AfnError
 from afn_ray.schema import Document, ReadOptions
+from afn_ray.store import storage
 
 NUM_FILES = {"short": 200, "long": 2000}
 FORMATS = ("jsonl", "txt", "csv", "parquet")
@@ -118,7 +119,7 @@ DAMAGES = (flip, truncate, delete, zero, insert, repeat, append)
 
 def read(path: Path, options: ReadOptions, shard_bytes: int) -> list[Document]:
     file = storage.stat(str(path))
-    slices = corpus.cut(file, options, shard_bytes)
+    slices = listing.cut(file, options, shard_bytes)
     return [document for piece in slices for document in reading.read(piece, options)]
 
 

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pytest
 from interleavings import NOW_S, STORE, Inline, Process, World, explore, sample
 
-from afn_ray import epochs, garbage, manifest, orphans, parquet, storage, verify
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import FileSlice, Shard, fingerprint
+from afn_ray.store import epochs, garbage, manifest, orphans, parquet, storage
 
 CONFIG = RunConfig(corpus=("/c",), model="m", store=STORE, allow_another_measure=True)
 MEASURE = {"layers": [1]}

@@ -16,7 +16,7 @@ import pytest
 from chaos.ground import recorded
 
 import afn_ray
-from afn_ray import verify
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 
@@ -66,7 +66,7 @@ class NthCall:
 def scheduled(schedule: NthCall) -> Iterator[NthCall]:
     """Calls go by ``schedule``; a store that goes on failing is given up soon."""
     with faults.injected(0, 0.0), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("afn_ray.retry.RETRY_FOR_S", 0.05)
+        patch.setattr("afn_ray.store.retry.RETRY_FOR_S", 0.05)
         patch.setattr(faults.FaultyFileSystem, "schedule", schedule)
         yield schedule
 

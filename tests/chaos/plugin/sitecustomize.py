@@ -11,7 +11,7 @@ The environment variable AFN_CHAOS names a file, read anew at every point, so a 
 ``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to the log:
 ``time, pid, node, shard, uri, point``, at "process" ``halvings`` (of the token budget), from "measured" on ``attempt``
 (at "committed": of the attempt that won), and ``fault`` where one follows.
-Nothing is patched before afn_ray.pipeline is imported.
+Nothing is patched before afn_ray.runs.worker is imported.
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ def _patch(pipeline: object) -> None:
 
 
 class _Finder:
-    """Patches afn_ray.pipeline once somebody imports it."""
+    """Patches afn_ray.runs.worker once somebody imports it."""
 
     def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
-        if name != "afn_ray.pipeline":
+        if name != "afn_ray.runs.worker":
             return None
         from importlib.util import find_spec
 

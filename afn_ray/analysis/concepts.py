@@ -1,0 +1,272 @@
+"""Which neurons answer to a word and hardly to others, and what one neuron answers to: words, types, contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from afn_ray.errors import ConfigError, printable
+from afn_ray.query.database import Run
+
+LEAST_N = 20
+"""Neurons met less often are not ranked: what few tokens have in common says little."""
+MOST_OCCURRENCES = 20_000
+"""Of a word that are looked at: the early ones, which are enough for a share. A word that occurs more often is a type,
+so the vocabulary knows how often."""
+CONTEXTS = 10
+WORDS_BESIDE = 6
+TOKENS_BESIDE = 40
+"""On each side, read for the words beside a token."""
+SHOWN_TYPES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Neuron:
+    """A neuron and what it answers to, as in the table ``neurons``."""
+
+    layer: int
+    neuron: int
+    n: int  # tokens that have it among their neurons, special ones apart
+    share: float  # of all tokens whose neurons are recorded
+    mean: float
+    largest: float
+    n_types: int
+    selectivity: float  # bits
+    types: tuple[tuple[str, int, float], ...]  # text, n, lift
+
+
+@dataclass(frozen=True, slots=True)
+class Concept:
+    """A neuron against a word."""
+
+    neuron: Neuron
+    share: float  # of the word's tokens that have the neuron
+    elsewhere: float  # of all other tokens that have it
+    mean: float  # its value in the word
+
+    @property
+    def lift(self) -> float | None:
+        """How many times as often as elsewhere; None where it is never met elsewhere."""
+        return self.share / self.elsewhere if self.elsewhere else None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A token that has the neuron, among the words around it."""
+
+    doc: int
+    position: int
+    value: float
+    left: str
+    word: str
+    right: str
+
+
+def layer_of(run: Run, layer: int | None) -> int:
+    """``layer``, or the deepest whose neurons ``run`` recorded. Raises ``ConfigError`` where there is none."""
+    layers: list[int] = run.info["measure"].get("neuron_layers", [])
+    if not layers:
+        raise ConfigError(f"run {run.uri} recorded no neurons; 'afn run --signals neurons' does")
+    if layer is not None and layer not in layers:
+        recorded = ", ".join(map(str, layers))
+        raise ConfigError(f"neurons of layer {layer} were not recorded; those of {recorded} were")
+    return layers[-1] if layer is None else layer
+
+
+def selective_neurons(run: Run, layer: int, most: int) -> list[Neuron]:
+    """Neurons whose tokens are furthest from the corpus's mixture of types, of those met ``LEAST_N`` times or more."""
+    rows = run.sql(
+        "FROM neurons WHERE layer = ? AND n >= ? ORDER BY selectivity DESC, neuron LIMIT ?", [layer, LEAST_N, most]
+    )
+    return [_neuron(row) for row in rows.to_arrow_table().to_pylist()]
+
+
+def find_neuron(run: Run, layer: int, number: int) -> Neuron:
+    """The neuron ``number`` of ``layer``. Raises ``ConfigError`` for one that no token has among its neurons."""
+    rows = run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number]).to_arrow_table().to_pylist()
+    if not rows:
+        others = [str(k) for k in run.info["measure"]["neuron_layers"] if k != layer]
+        hint = f"; --layer {' or '.join(others)} may be meant" if others else ""
+        raise ConfigError(f"no token of the run has neuron {number} of layer {layer} among those recorded of it{hint}")
+    return _neuron(rows[0])
+
+
+def _neuron(row: dict[str, Any]) -> Neuron:
+    types = tuple((t["text"], t["n"], t["lift"]) for t in row.pop("types"))
+    return Neuron(**row, types=types)
+
+
+def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Concept], int]:
+    """Neurons that tokens of ``word`` have more often than other tokens do, and the occurrences that were looked at.
+
+    Those come first that tell most of the word: share times the logarithm of the lift. Raises ``ConfigError`` for a
+    word that does not occur.
+    """
+    ((occurrences,),) = run.sql(
+        f"SELECT count(*) FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})",  # noqa: S608
+        {"word": word},
+    ).fetchall()
+    if not occurrences:
+        hint = "; it is more than one word, ask for one" if len(word.split()) > 1 else ""
+        raise ConfigError(f"the word {word!r} does not occur in the run{hint}")
+    word_tokens = "(SELECT count(*) FROM mine)"
+    if occurrences == MOST_OCCURRENCES:
+        n = "n_high" if "neurons_above" in run.info["measure"] else "n"
+        word_tokens = (
+            f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
+            f"WHERE layer = {layer} AND class <> 'special' AND lower(text) = lower($word))"
+        )
+    # What unnests one list is taken for one row: a join with the tokens makes its table of that, and not of them all.
+    query = f"""
+        WITH places AS MATERIALIZED (
+            SELECT doc, position + unnest(range(n_tokens))::INTEGER AS position
+            FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})
+        ),
+        mine AS MATERIALIZED (
+            SELECT neurons_{layer} AS items FROM token_neurons t
+            JOIN (SELECT one.* FROM (SELECT unnest(list(places)) AS one FROM places)) f
+                ON t.doc = f.doc AND t.position = f.position
+            WHERE neurons_{layer} IS NOT NULL
+        ),
+        met AS (
+            SELECT item.neuron AS neuron, count(*) AS n, avg(item.value) AS mean
+            FROM (SELECT unnest(items) AS item FROM mine) GROUP BY ALL
+        ),
+        counted AS (
+            SELECT s.*, met.n / (SELECT count(*) FROM mine) AS in_share, met.mean AS mean_in_word,
+                {word_tokens} AS word_tokens, s.n / s.share AS all_tokens
+            FROM met JOIN neurons s ON s.layer = {layer} AND s.neuron = met.neuron
+        )
+        SELECT * EXCLUDE (word_tokens),
+            greatest(0, n - round(in_share * word_tokens)) / greatest(1, all_tokens - word_tokens) AS elsewhere
+        FROM counted WHERE in_share > elsewhere
+        ORDER BY in_share * ln(in_share / greatest(elsewhere, 0.5 / all_tokens)) DESC, neuron LIMIT {most}
+    """  # noqa: S608
+    concepts = []
+    for row in run.sql(query, {"word": word}).to_arrow_table().to_pylist():
+        shares = [row.pop(name) for name in ("in_share", "elsewhere", "mean_in_word")]
+        del row["all_tokens"]
+        concepts.append(Concept(_neuron(row), *shares))
+    return concepts, occurrences
+
+
+def contexts(run: Run, layer: int, number: int, most: int = CONTEXTS) -> list[Context]:
+    """Tokens in which the neuron is furthest from 0, with the words around them; reads all of the layer's neurons."""
+    # Where all tokens have neurons, rows are beside each other; of HIGH tokens alone none is special.
+    high_only = "neurons_above" in run.info["measure"]
+    normal = "token_neurons t" if high_only else "token_neurons t POSITIONAL JOIN tokens WHERE NOT is_special"
+    rows = run.sql(
+        f"""
+        SELECT doc, position, item.value FROM (
+            SELECT t.doc, t.position, unnest(list_filter(neurons_{layer}, lambda x: x.neuron = {number})) AS item
+            FROM {normal}
+        ) ORDER BY abs(item.value) DESC, doc, position LIMIT {most}
+        """  # noqa: S608
+    ).fetchall()
+    return [_context(run, *row) for row in rows]
+
+
+def _context(run: Run, doc: int, position: int, value: float) -> Context:
+    tokens = run.sql(
+        "SELECT position, coalesce(surface, text) AS text, is_word_start, surface IS NOT NULL AS is_whole FROM tokens "
+        "WHERE doc = ? AND position BETWEEN ? AND ? AND NOT is_special ORDER BY position",
+        [doc, position - TOKENS_BESIDE, position + TOKENS_BESIDE],
+    ).fetchall()
+    words: list[tuple[str, bool]] = []  # text, whether it is whole: then its other pieces add nothing
+    at = 0
+    for place, text, is_word_start, is_whole in tokens:
+        if is_word_start or not words:
+            words.append((text, is_whole))
+        elif not words[-1][1]:
+            words[-1] = (words[-1][0] + text, False)
+        if place <= position:
+            at = len(words) - 1
+    texts = [text for text, _ in words]
+    left, right = texts[max(0, at - WORDS_BESIDE) : at], texts[at + 1 : at + 1 + WORDS_BESIDE]
+    return Context(doc, position, value, " ".join(left), texts[at], " ".join(right))
+
+
+# --- what is shown ---------------------------------------------------------------------------------------
+
+
+def said_layer(run: Run, layer: int) -> str:
+    """The layer, the others that were recorded, and of which tokens neurons were: what heads every view."""
+    others = ", ".join(str(k) for k in run.info["measure"]["neuron_layers"] if k != layer)
+    high_only = "; neurons of HIGH tokens alone were recorded: all figures are of these"
+    return (f"Layer {layer}" + (f" (--layer: {others})" if others else "")
+            + (high_only if "neurons_above" in run.info["measure"] else ""))  # fmt: skip
+
+
+def render_selective(found: Sequence[Neuron], console: Console) -> None:
+    """The most selective neurons of a layer."""
+    table = _table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
+    for x in found:
+        figures = (f"{x.n:,}", f"{x.share:.2%}", f"{x.mean:.2f}", f"{x.largest:.2f}", f"{x.selectivity:.1f}")
+        table.add_row(str(x.neuron), *figures, _types(x))
+    console.print(table)
+    _legend(console, "n: tokens that have the neuron among their neurons. bits: how far its tokens' types are from all "
+                     "tokens' types, which is more by chance where n is small. answers to: types that make most of "
+                     f"these bits. Neurons met less than {LEAST_N} times are left out.")  # fmt: skip
+
+
+def render_word(word: str, found: Sequence[Concept], occurrences: int, console: Console) -> None:
+    """The neurons of a word."""
+    limit = ", the early ones" if occurrences == MOST_OCCURRENCES else ""
+    console.print(Text(f"{printable(word)}: {occurrences:,} occurrences{limit}", "bold"))
+    if not found:
+        console.print("no neuron that was recorded of its tokens is met more often in it than elsewhere")
+        return
+    table = _table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
+    for x in found:
+        lift = "only here" if x.lift is None else f"{x.lift:,.0f}" if x.lift >= 10 else f"{x.lift:.1f}"
+        table.add_row(str(x.neuron.neuron), f"{x.share:.1%}", f"{x.elsewhere:.2%}", lift, f"{x.mean:.2f}",
+                      _types(x.neuron))  # fmt: skip
+    console.print(table)
+    _legend(console, "in the word: share of its tokens that have the neuron among their neurons. lift: times as often "
+                     "as in all other tokens. mean: its value in the word.")  # fmt: skip
+
+
+def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) -> None:
+    """One neuron: its types, and the tokens in which it is furthest from 0."""
+    console.print(Text(f"Layer {neuron.layer}, neuron {neuron.neuron}", "bold"))
+    console.print(
+        f"among the neurons of {neuron.n:,} tokens ({neuron.share:.2%}) of {neuron.n_types:,} types; mean "
+        f"{neuron.mean:.2f}, largest {neuron.largest:.2f}, selectivity {neuron.selectivity:.1f} bits"
+    )
+    table = _table("type", "n", "lift")
+    for text, n, lift in neuron.types:
+        table.add_row(Text(printable(text)), f"{n:,}", f"{lift:,.1f}")
+    console.print(table)
+    _legend(console, "largest: with its sign, as the mean. selectivity: how far its tokens' types are from all tokens' "
+                     "types. Types come by their part in that, n of their tokens with the neuron, and lift: times as "
+                     "often as by chance. Below, tokens in which it is furthest from 0.")  # fmt: skip
+    lines = Table(box=None, show_header=False, pad_edge=False)
+    sides: tuple[JustifyMethod, ...] = ("right", "right", "left")
+    for justify in sides:
+        lines.add_column(justify=justify, overflow="fold")
+    for c in found:
+        lines.add_row(f"{c.value:.2f}", Text(printable(c.left)),
+                      Text.assemble((printable(c.word), "bold underline"), f" {printable(c.right)}"))  # fmt: skip
+    console.print(lines)
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        left = head in ("type", "answers to")
+        table.add_column(head, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    return table
+
+
+def _types(neuron: Neuron) -> Text:
+    return Text(", ".join(printable(text) for text, _, _ in neuron.types[:SHOWN_TYPES]))
+
+
+def _legend(console: Console, text: str) -> None:
+    console.print(Text(text, "dim"))

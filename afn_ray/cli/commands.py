@@ -1,0 +1,740 @@
+"""The ``afn`` command: parses, calls, prints, and returns an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from afn_ray import logs
+from afn_ray.cli import grammar, terminal
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
+from afn_ray.store import disk
+
+if TYPE_CHECKING:
+    from afn_ray.runs.dispatch import State
+    from afn_ray.runs.estimate import Cost, Estimate
+    from afn_ray.runs.job import Event, OnEvent
+
+POLICY_BROKEN, AUDIT_FAILED = 1, 2
+LOG_EVERY_S = 30.0
+SAMPLE = 200
+"""Documents that a check by masking takes."""
+
+
+def command(argv: Sequence[str] | None = None) -> NoReturn:
+    """``afn``: ``main``, and then the process ends at once.
+
+    Threads are not waited for: one of ours may hang in an upload, and libraries' have been seen to abort the
+    interpreter as it ended, with a code that says nothing of what was done.
+    """
+    terminal.prepare()
+    try:
+        main(argv)
+    except SystemExit as end:
+        os._exit(terminal.finish(end.code if isinstance(end.code, int) else 0 if end.code is None else 1))
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """What ``afn`` does, with the exit code as ``SystemExit``."""
+    parser = grammar.parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        sys.exit(ConfigError.exit_code)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command == "sql" and args.query is None and not rest[0].startswith("-"):
+        args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest(args.parser, rest[0])}")
+    log = logging.getLogger(logs.ROOT)
+    if not log.handlers:
+        log.addHandler(_ToStderr())
+    audits, failed = args.command == "audit", True
+    try:
+        with _terminable():
+            code = COMMANDS[args.command](args) or 0
+        sys.stdout.flush()
+        failed = False
+    except KeyboardInterrupt:
+        resumable = audits or args.command in ("run", "demo", "gc")
+        code = Interrupted.exit_code if resumable else 130
+        _say_end("stopped", "stopped" + ("; the same command resumes" if resumable else ""), code)
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        terminal.drop(sys.stdout)
+        code = 0
+    except UnicodeError as error:
+        code = AUDIT_FAILED if audits else ConfigError.exit_code
+        _say_end("failed", f"text that is not {getattr(error, 'encoding', 'UTF-8')}: {error}", code)
+    except AfnError as error:
+        code = AUDIT_FAILED if audits else error.exit_code
+        _say_end("stopped" if isinstance(error, Interrupted) else "failed", str(error), code)
+    except Exception as error:
+        code = AUDIT_FAILED if audits else 1
+        if isinstance(error, OSError) and error.errno in disk.FULL:
+            code = AUDIT_FAILED if audits else Interrupted.exit_code
+            _say_end("stopped", f"no space left: {error}; make room and run the same command again", code)
+        elif _json_lines() is not None:
+            _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
+        elif audits:
+            traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
+        else:
+            raise
+    sys.exit(AUDIT_FAILED if audits and failed else code)
+
+
+class _ToStderr(logging.Handler):
+    """What the library logs, above a live bar where there is one: that takes over ``sys.stderr``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"afn: {printable(record.getMessage())}" if self.formatter is None else self.format(record)
+        print(text, file=sys.stderr)
+
+
+def _log_as(form: str, quiet: bool) -> None:
+    """``form`` as of ``RunConfig.log_format``."""
+    log = logging.getLogger(logs.ROOT)
+    for handler in log.handlers:
+        handler.setFormatter(logs.Lines("json") if form == "json" else None)
+    log.setLevel(logging.INFO if form == "json" and not quiet else logging.WARNING)
+
+
+def _json_lines() -> logs.Lines | None:
+    """What writes the log as JSON; None where it is for people."""
+    formatters = (handler.formatter for handler in logging.getLogger(logs.ROOT).handlers)
+    return next((f for f in formatters if isinstance(f, logs.Lines)), None)
+
+
+def _say_end(event: str, message: str, code: int, traceback: bool = False) -> None:
+    """Why the command ends as it does, on stderr."""
+    if _json_lines() is None:
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        errors.print("afn:", printable(message, keep="\n"), markup=False)
+    else:
+        fields = {"event": event, "exit_code": code}
+        logging.getLogger(logs.ROOT).error("%s", message, extra={"afn": fields}, exc_info=traceback)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends like Ctrl-C: workers are stopped, scratch files removed, and the exit code says resumable."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- commands --------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> None:
+    names = {f.name for f in fields(RunConfig)}
+    given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
+    if not given.get("corpus"):
+        given.pop("corpus", None)  # none on the command line: the file's
+    _log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
+    if not args.dry_run and (args.rate or args.prices):
+        raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
+    from afn_ray.store import settings
+
+    config = settings.config_from(given, args.config)
+    _log_as(config.log_format, args.quiet)
+    from afn_ray.runs import precheck
+
+    precheck.check_run(config, reduce_only=args.reduce_only)
+    from afn_ray.runs import estimate, job
+
+    console = Console(stderr=True, highlight=False)
+    with _progress(console, args.quiet) as on_event:
+        if args.dry_run:
+            found = estimate.dry_run(config, on_event, rate=args.rate, prices=args.prices, reduce_only=args.reduce_only)
+        else:
+            with job.run(config, on_event, reduce_only=args.reduce_only) as run:
+                uri = run.uri
+    if args.dry_run:
+        _print_estimate(found, Console(highlight=False))
+    elif args.quiet:
+        print(uri)
+    else:
+        print(f"\nNext: afn show {_shell(config.store)}\n      afn sql {_shell(config.store)}")
+
+
+def _status(args: argparse.Namespace) -> int:
+    from afn_ray.runs import status
+
+    found = status.read_status(args.run, args.last)
+    if args.json:
+        print(json.dumps([status.to_json(one) for one in found], indent=1))
+    else:
+        _print_lines(status.lines(found[0]) if len(found) == 1 else status.table(found))
+    return found[0].exit_code
+
+
+def _show(args: argparse.Namespace) -> None:
+    from afn_ray.show import overview
+    from afn_ray.store import manifest
+
+    summary = overview.summarise(manifest.find_run(args.run))
+    if args.json:
+        print(json.dumps(overview.to_json(summary), indent=1))
+    else:
+        overview.render(summary, Console(highlight=False))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from afn_ray.reduce import compare
+    from afn_ray.show import overview
+
+    found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
+    if args.json:
+        with _output(args.json) as file:
+            file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
+    overview.render_comparison(found, Console(highlight=False))
+
+
+def _claims(args: argparse.Namespace) -> None:
+    from afn_ray.analysis import claims
+    from afn_ray.query import database
+
+    if args.sample is not None and not args.masking:
+        raise ConfigError("--sample is of documents to mask: give --masking too, or leave it out")
+    if args.masking:
+        from afn_ray.runs import precheck
+
+        precheck.check_question(args.run, args.model)
+    with database.open_run(args.run, timeout_s=args.timeout) as run:
+        masked: tuple[list[Any], tuple[str, ...]] = ([], ())
+        if args.masking:  # first: the model may not be here
+            from afn_ray.analysis import masking
+
+            figures, note = masking.check(
+                run, num_documents=args.sample or SAMPLE, model_name=args.model,
+                trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle,
+            )  # fmt: skip
+            masked = figures, (note,)
+        found = claims.claims(run, max_tokens=args.max_tokens)
+        found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
+    if args.json:
+        print(json.dumps(claims.to_json(found), indent=1))
+    else:
+        claims.render(found, Console(highlight=False))
+
+
+def _neurons(args: argparse.Namespace) -> None:
+    from afn_ray.analysis import concepts
+    from afn_ray.query import database
+
+    console = Console(highlight=False)
+    found: Any
+    with database.open_run(args.run, timeout_s=args.timeout) as run:
+        layer = concepts.layer_of(run, args.layer)
+        if args.word is not None:
+            found, occurrences = concepts.neurons_of_word(run, args.word, layer, args.top)
+            value = {"word": args.word, "layer": layer, "occurrences": occurrences,
+                     "neurons": [{**asdict(c), "lift": c.lift} for c in found]}  # fmt: skip
+            render = partial(concepts.render_word, args.word, found, occurrences)
+        elif args.neuron is not None:
+            neuron = concepts.find_neuron(run, layer, args.neuron)
+            found = concepts.contexts(run, layer, args.neuron)
+            value = {**asdict(neuron), "contexts": [asdict(c) for c in found]}
+            render = partial(concepts.render_neuron, neuron, found)
+        else:
+            found = concepts.selective_neurons(run, layer, args.top)
+            value = {"layer": layer, "neurons": [asdict(n) for n in found]}
+            render = partial(concepts.render_selective, found)
+        head = concepts.said_layer(run, layer)
+    if args.json:
+        print(json.dumps(value, indent=1))
+    else:
+        console.print(head, markup=False)
+        render(console)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from afn_ray.runs import precheck
+    from afn_ray.store import settings
+
+    config = settings.config_from({}, args.config)
+    _log_as(config.log_format, args.quiet)
+    settings.read_toml(args.policy, "policy")
+    if args.frozen:
+        precheck.check_frozen(config)
+    precheck.check_run(config)
+    from afn_ray.analysis import audit
+    from afn_ray.runs.cluster import connection
+    from afn_ray.show import report
+    from afn_ray.store import manifest, storage
+
+    connection.lost_exit_code = AUDIT_FAILED
+    policy = audit.read_policy(args.policy)
+    out = storage.absolute(args.out)  # one that cannot be opened is told now, not after the run
+    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()  # a Secret made of a file ends with its newline
+    webhook = audit.check_webhook(url, args.allow_http) if url else None
+    command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
+    if not args.no_report:
+        report.check_packages()  # now, not after the run
+    errors = Console(stderr=True, highlight=False)
+    with _progress(errors, args.quiet) as on_event:
+        found = audit.run_audit(
+            config, policy, baseline=args.baseline, frozen=args.frozen, mark=False, on_event=on_event
+        )  # fmt: skip
+    written = audit.write_json(found, out)
+    failures = []
+    if not found.passed:
+        failures = [audit.post(webhook, audit.to_bytes(found)) if webhook else None,
+                    audit.call_command(command, written) if command else None]  # fmt: skip
+    if not args.no_report:
+        try:
+            page = report.render(found.run, found.comparison, with_claims=False)
+            storage.write_over(storage.join(out, audit.PAGE), page.encode(), retry_for_s=None)
+        except Exception as error:  # noqa: BLE001 - a page is worth no verdict
+            failures.append(f"report.html could not be written: {error or type(error).__name__}")
+    for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
+        logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
+    _print_lines(audit.lines(found))
+    manifest.mark_audited(found.run)  # last: whatever ends this before, its step is told of again, or with the next
+    return 0 if found.passed else POLICY_BROKEN
+
+
+def _sql(args: argparse.Namespace) -> None:
+    from afn_ray.query import database, joined
+    from afn_ray.show import shell
+
+    if args.catalog:
+        if args.query is not None:
+            raise ConfigError(f"--open writes {args.catalog} and asks nothing; leave out --open or the query")
+        database.write_catalog(args.run, args.catalog, baseline=args.baseline)
+        name = printable(str(args.catalog))
+        print(f"{name} is written; any DuckDB client opens it, as in: duckdb {_shell(name)}")
+        return
+    form = _format_of(args.format, args.out)
+    tables = joined.read_tables(args.joined)
+    with database.open_run(
+        args.run, baseline=args.baseline, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
+    ) as run:  # fmt: skip
+        if args.query is None:
+            shell.interactive(run, tables)
+            return
+        relation = run.sql(args.query, **tables)
+        with contextlib.ExitStack() as stack:
+            out = stack.enter_context(_output(args.out)) if args.out else None
+            num_rows = shell.print_result(relation, form, out, max_rows=None if args.out else args.max_rows or None)
+        shell.say_why_empty(run, args.query, num_rows)
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    """Print ``lines``; a reader that ends early is no error, for the exit code has the verdict."""
+    try:
+        for line in lines:
+            print(printable(line))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        terminal.drop(sys.stdout)
+
+
+ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
+"""Formats of the files that ``afn sql`` writes, by ending."""
+
+
+def _format_of(asked: str | None, out: Path | None) -> str:
+    """Format that was asked for, else that of the file's ending."""
+    if asked is not None or out is None or (out.exists() and not out.is_file()):  # a pipe, /dev/stdout
+        return asked or "table"
+    if (form := ENDINGS.get(out.suffix.lower())) is None:
+        raise ConfigError(f"{out}: the ending says no format; end it in {', '.join(ENDINGS)}, or give --format")
+    return form
+
+
+def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
+    from afn_ray.store import storage
+
+    return storage.write_local(path)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    text = terminal.read_input() if args.text == "-" else args.text
+    from afn_ray.runs import precheck
+
+    precheck.check_question(args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer)
+    from afn_ray.analysis import explain
+    from afn_ray.show import explanation
+
+    result = explain.explain(
+        args.run,
+        text,
+        model_name=args.model,
+        trust_remote_code=args.trust_remote_code,
+        allow_pickle=args.allow_pickle,
+        signals=args.signals,
+        layers=args.layers,
+        task=args.task,
+        layer=args.layer,
+    )
+    if args.html:
+        with _output(args.html) as file:
+            file.write(explanation.render_html(result).encode())
+        print(f"{args.html} is written; open it in a browser")
+    elif args.json:
+        print(json.dumps(explain.to_json(result), indent=1))
+    else:
+        explanation.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from afn_ray.show import report
+
+    path = report.write_report(
+        args.run, args.out, baseline=args.baseline, ranks_only=args.ranks_only, with_claims=not args.no_claims
+    )
+    print(f"{path} is written; open it in a browser")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from afn_ray.show import doctor
+
+    checks = doctor.check(args.model, args.store, args.address)
+    doctor.render(checks, Console(highlight=False))
+    if failed := [c.name for c in checks if c.ok is False]:
+        raise ConfigError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from afn_ray.runs import demo
+    from afn_ray.show import overview
+    from afn_ray.store import manifest
+
+    began = time.monotonic()
+    config = demo.demo_config(args.store, args.workers)
+    from afn_ray.runs import job
+
+    console = Console(stderr=True, highlight=False)
+    with _progress(console, quiet=False) as on_event:
+        run = job.run(config, on_event)
+    seconds = time.monotonic() - began
+    summary = overview.summarise(manifest.find_run(run.uri))
+    layer = summary.layers[-1].layer
+    out = Console(highlight=False)
+    tokens = summary.info["counts"]["tokens"]
+    out.print(f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} s\n")
+    overview.render_thresholds(summary, out)
+    overview.render_classes(summary, out)
+    with run:
+        overview.render_salient(run, layer, out)
+    overview.render_caution(summary, out)
+    store = _shell(args.store)
+    query = (
+        f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND class = 'content' AND n > 99 "
+        "ORDER BY share_high DESC LIMIT 9"
+    )
+    out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)
+    for command in (f"show {store}", f"explain {store} 'In the beginning was the Word'", f'sql {store} "{query}"'):
+        out.print(f"Next:    afn {command}", markup=False, soft_wrap=True)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from afn_ray.analysis import verify
+
+    result = verify.verify_store(
+        args.uri,
+        clean=args.clean,
+        min_age_h=args.min_age_h,
+        memory_limit=args.memory_limit,
+        on_progress=_now_and_then(),
+    )
+    if args.json:
+        print(json.dumps(asdict(result), indent=1))
+    else:
+        _print_lines(verify.lines(result))
+    if result.findings:
+        raise Damaged(f"{result.uri} is damaged: {count(len(result.findings), 'finding')}")
+
+
+def _gc(args: argparse.Namespace) -> None:
+    from afn_ray.store import garbage
+
+    found = garbage.collect_garbage(
+        args.store, keep=args.keep, keep_runs=args.keep_run, min_age_h=args.min_age_h, delete=args.delete,
+        on_progress=_now_and_then(),
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    flags = [f"--keep={args.keep}", *(f"--keep-run={run}" for run in args.keep_run), f"--min-age-h={args.min_age_h:g}"]
+    _print_lines(garbage.lines(found, flags))
+
+
+def _now_and_then() -> Callable[[str], None]:
+    """Prints what it is told on stderr, every half a minute at most."""
+    console, last = Console(stderr=True, highlight=False), time.monotonic()
+
+    def say(message: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            console.print(printable(message), markup=False, soft_wrap=True)
+
+    return say
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from afn_ray import bench
+
+    bench.call(args)
+
+
+def _shell(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+# --- progress --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
+    """Shows events: a live bar on a terminal, else a line when something ends and every half a minute.
+
+    ``quiet``: warnings alone.
+    """
+    if (lines := _json_lines()) is not None:  # whose level leaves warnings alone where it is to be quiet
+        yield _log_json(lines)
+    elif quiet:
+        yield _warnings(console)
+    elif console.is_terminal:
+        with _live(console) as on_event:
+            yield on_event
+    else:
+        yield _log(console)
+
+
+@contextlib.contextmanager
+def _live(console: Console) -> Iterator[OnEvent]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
+               TextColumn("{task.fields[note]}"), TimeElapsedColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("planning", total=None, note="")
+
+        def on_event(event: Event) -> None:
+            if event.kind in ("planned", "warning", "complete"):
+                progress.console.print(printable(event.message), markup=False, soft_wrap=True)
+            elif event.kind == "hashing":
+                progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
+            elif event.state is not None:
+                what, done, total = _bar(event.state)
+                progress.update(task, description=what, completed=done, total=total, note=_note(event))
+            else:
+                progress.update(task, description=event.message, completed=0, total=None, note="")
+
+        yield on_event
+
+
+def _warnings(console: Console) -> OnEvent:
+    def on_event(event: Event) -> None:
+        if event.kind == "warning":
+            console.print(printable(event.message), markup=False, soft_wrap=True)
+
+    return on_event
+
+
+def _log(console: Console) -> OnEvent:
+    last = 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal last
+        state = event.state
+        if state is None and event.kind != "hashing":
+            console.print(printable(event.message), markup=False, soft_wrap=True)
+        elif time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            if state is None:
+                console.print(f"{event.message}: {event.done:,} of {event.total:,} files", markup=False)
+            else:
+                what, done, total = _bar(state)
+                console.print(f"{what} {done:,}/{total:,}  {_note(event)}", markup=False, soft_wrap=True)
+
+    return on_event
+
+
+def _log_json(lines: logs.Lines) -> OnEvent:
+    """Events as records; progress no more often than for people."""
+    last, log = 0.0, logging.getLogger(logs.ROOT)
+
+    def on_event(event: Event) -> None:
+        nonlocal last
+        if event.run:
+            lines.about["run"] = event.run
+        state = event.state
+        if state is None and event.kind != "hashing":
+            level = logging.WARNING if event.kind == "warning" else logging.INFO
+            logs.tell(log, event.kind, event.message.removeprefix("warning: "), level=level)
+        elif time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            if state is None:
+                logs.tell(log, "hashing", event.message, counts={"files_done": event.done, "files": event.total})
+                return
+            counts = {
+                "shards": state.num_shards, "done": len(state.commits), "quarantined": len(state.failures),
+                "running": state.num_running, "retries": state.retries, "workers": state.num_workers,
+                "workers_ready": state.num_ready, "documents": state.live.documents, "tokens": state.live.tokens,
+                "lost_bytes": state.counts["lost_bytes"],
+                "documents_measured": state.num_measured, "documents_planned": state.num_documents,
+            }  # fmt: skip
+            logs.tell(log, "progress", _note(event), counts=counts, tokens_per_s=round(state.tokens_per_s, 1),
+                      left_s=state.left_s and round(state.left_s))  # fmt: skip
+
+    return on_event
+
+
+def _bar(state: State) -> tuple[str, int, int]:
+    """Unit of the bar, how many are done, and how many there are: documents where their number is planned."""
+    if state.num_documents:
+        return "documents", state.num_measured, state.num_documents
+    return "shards", state.num_done, state.num_shards
+
+
+def _note(event: Event) -> str:
+    """Documents, tokens per second, padding, time left and failures of a run at work."""
+    assert event.state is not None
+    state, live = event.state, event.state.live
+    if not state.num_ready and not state.commits:
+        return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
+    from afn_ray.reduce import losses
+    from afn_ray.runs import status
+
+    counted = f"{state.num_measured:,} documents"
+    if state.num_documents:  # which the bar has
+        counted = f"{state.num_done:,} of {count(state.num_shards, 'shard')}"
+    parts = [counted, f"{state.tokens_per_s:,.0f} tokens/s"]
+    if live.tokens:
+        parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
+    if (left_s := state.left_s) is not None:
+        parts.append(f"{left_s:,.0f} s left" if left_s < 600 else f"{left_s / 60:,.0f} min left")
+    if waits := status.waits(live):
+        parts.append(waits)
+    if lost := state.counts["lost_bytes"]:
+        parts.append(f"{losses.said_bytes(lost)} lost")
+    if state.retries:
+        parts.append(f"{state.retries} retried")
+    if state.failures:
+        parts.append(f"{len(state.failures)} FAILED")
+    return ", ".join(parts)
+
+
+def _print_estimate(e: Estimate, console: Console) -> None:
+    from afn_ray.reduce import losses
+
+    about = "" if e.documents_exact else "about "
+    todo = e.num_shards - e.num_shards_done
+    signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
+    rows = [
+        ("model", f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}"),
+        ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
+        ("corpus", f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files"),
+        ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
+        ("tokens", _tokens(e)),
+        ("store", f"about {e.store_bytes:,} bytes"),
+        *_pace(e),
+        ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
+        *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
+        *(_bill(e) if e.prices else []),
+        ("measure", e.measure),
+    ]  # fmt: skip
+    for name, value in rows:
+        console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
+    if skipped := losses.describe_skipped(e.skipped):
+        console.print(f"skipped  {printable(skipped)}", markup=False, soft_wrap=True)
+    console.print("nothing was done (--dry-run)", markup=False)
+
+
+def _tokens(e: Estimate) -> str:
+    """How many tokens, and how that is known."""
+    there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
+    if e.tokens_exact:
+        more = f"{e.tokens - e.tokens_there:,} counted" if e.tokens > e.tokens_there else ""
+        return f"{e.tokens:,}: {', '.join(filter(None, (there, more)))}"
+    parts = [there, "the rest from a sample" if there else "from a sample"]
+    if e.num_beginnings:
+        parts.append(f"of {count(e.num_beginnings, 'large file')} the beginning alone")
+    interval = f"{e.tokens_low:,} to {e.tokens_high:,} with 95 %"
+    return f"about {e.tokens:,} ({interval}): {', '.join(filter(None, parts))}"
+
+
+def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
+    """Rate, time and work; or why they are not told."""
+    if e.num_shards_done == e.num_shards and e.seconds is not None:
+        yield "time", f"about {_duration(e.seconds)}: nothing is left to measure"
+        return
+    if e.tokens_per_second is None:
+        yield "rate", f"not known: {e.rate}"
+    else:
+        yield "rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"
+    if e.seconds is None or e.load_s is None or e.worker_hours is None:
+        yield "time", f"not known without a rate; {count(e.num_workers, 'worker')}"
+        return
+    yield "time", (f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
+                   f"and screening {_duration(e.reduce_s)}")  # fmt: skip
+    yield "work", (f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
+                   f"{e.seconds / 3600:,.3f}")  # fmt: skip
+
+
+def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
+    """The money, with its arithmetic; what has no price is said and left out of the sum."""
+    assert e.prices is not None and e.monthly is not None
+    currency = e.prices.currency
+    yield "prices", f"in {currency}, of {e.prices.as_of}"
+    for cost in (*e.costs, e.monthly):
+        a_month = " a month" if cost is e.monthly else ""
+        yield "money", f"{cost.what}: {_arithmetic(cost, currency)}{a_month}"
+        if cost.what == "workers" and e.prices.worker_hour_on_demand is not None:
+            dearer = replace(cost, price=e.prices.worker_hour_on_demand)
+            yield "money", f"workers, all on demand instead: {_arithmetic(dearer, currency)}"
+    if not e.costs:
+        yield "money", "the run: not known without a rate"
+        return
+    total = sum(cost.total for cost in e.costs if cost.total is not None)
+    without = [cost.what for cost in e.costs if cost.price is None]
+    yield "money", f"the run: {_amount(total)} {currency}" + (f" without {', '.join(without)}" if without else "")
+
+
+def _arithmetic(cost: Cost, currency: str) -> str:
+    if cost.price is None:
+        return f"{_amount(cost.amount)} {cost.unit}, for which there is no price"
+    return f"{_amount(cost.amount)} {cost.unit} x {cost.price:g} = {_amount(cost.total or 0.0)} {currency}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.2f}" if value >= 100 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "run": _run, "status": _status, "show": _show, "compare": _compare, "claims": _claims, "neurons": _neurons,
+    "audit": _audit, "sql": _sql, "explain": _explain, "report": _report, "verify": _verify, "gc": _gc,
+    "doctor": _doctor, "demo": _demo, "bench": _bench,
+}  # fmt: skip

@@ -1,0 +1,77 @@
+"""The standard streams of a command, whatever they are: closed, full, without a reader, or not UTF-8."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, TextIO, cast
+
+from afn_ray.errors import ConfigError, Interrupted
+from afn_ray.store import disk
+
+
+class _Steady:
+    """A stream for people, whose end stops nobody: what cannot be written any more is let go."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            drop(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            drop(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare() -> None:
+    """Have all three streams, and none that raises for a character that its encoding lacks.
+
+    A log whose reader has left, or whose disk is full, does not stop the work that it tells of.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the parent process; otherwise the next file would get its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - as long as we live
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = cast(TextIO, _Steady(sys.stderr))
+
+
+def finish(code: int) -> int:
+    """Write out what is buffered; returns ``code``, or what says that the output of a success could not be written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)
+    except OSError as error:
+        drop(sys.stdout)
+        print(f"afn: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        code = code or (Interrupted.exit_code if error.errno in disk.FULL else 1)
+    sys.stderr.flush()
+    return code
+
+
+def drop(stream: TextIO) -> None:
+    """Let what is written to ``stream`` from now on go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def read_input() -> str:
+    """All of standard input, as UTF-8. Raises ``ConfigError`` where it is something else."""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input is not UTF-8: {error.reason} at byte {error.start:,}") from error

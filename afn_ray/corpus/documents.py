@@ -1,0 +1,182 @@
+"""A row of the corpus becomes a document: text without what is invalid, within bounds; or the reason why it is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from afn_ray.corpus import tags
+from afn_ray.corpus.streams import MARK
+from afn_ray.errors import count
+from afn_ray.schema import Document, ReadOptions, Span
+
+ID_CHARS = 1024
+REASON_CHARS = 600
+GARBLED_SHARE = 0.05
+"""Largest share of a document's characters that may be replaced or control characters."""
+GARBLED_FROM = 4
+"""Fewest replaced and control characters that say so: one of four letters proves nothing."""
+SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
+
+COLUMN = re.compile(r"[\w.:/$@+-]{1,40}")
+"""What looks like the name of a column, and not like a line of text."""
+SURROGATES = re.compile("[\ud800-\udfff]")
+CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x80-\x9f]")
+"""C0 but for tab, newline, carriage return and form feed; and C1."""
+SEVEN_BIT = re.compile("\x1b\\$[@AB(]|\x1b\\$\\)C")
+"""What begins text in ISO-2022, whose bytes are all ASCII: nothing of it is invalid."""
+INVALID = "\udcff"
+"""What ``streams.MARK`` makes of an invalid sequence."""
+
+
+class Origin(NamedTuple):
+    """The place of a row in the corpus, and what is lost when it cannot be measured."""
+
+    uri: str
+    offset: int
+    lost_bytes: int  # of the file, as it is stored
+    lost_documents: int | None = 1
+
+
+def decode(data: bytes | bytearray) -> str:
+    """``data`` as text, with a lone surrogate for each invalid sequence."""
+    return data.decode("utf-8", MARK)
+
+
+def clean(text: str) -> tuple[str, int]:
+    """``text`` with U+FFFD for lone surrogates, and their number."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return SURROGATES.subn("\ufffd", text)
+    return text, 0
+
+
+def clean_id(text: str) -> str:
+    """``text`` as an id. Raises ``ValueError`` where it is not UTF-8: of two such ids, one would be made."""
+    if SURROGATES.search(text):
+        raise ValueError("the id is not valid UTF-8; convert the file to UTF-8")
+    return text
+
+
+def document(
+    origin: Origin, text: str, doc_id: str | None, options: ReadOptions, spans: tuple[Span, ...] = ()
+) -> Document:
+    """The document of a row; quarantined where it is over a bound, or garbled."""
+    if doc_id is not None and len(doc_id) > ID_CHARS:
+        return problem(origin, f"id of {len(doc_id)} characters is over the limit of {ID_CHARS}", doc_id)
+    limit = options.max_document_bytes
+    if len(text) > limit:  # said before it is encoded: many rows of Parquet may share one text of a gigabyte
+        size = f"{'' if text.isascii() else 'at least '}{len(text)}"
+        over = f"document of {size} bytes is over max_document_bytes = {limit}"
+        return problem(origin, over, doc_id, text.count(INVALID))
+    text, num_replaced = clean(text)
+    if (num_bytes := len(text.encode())) > limit:
+        over = f"document of {num_bytes} bytes is over max_document_bytes = {limit}"
+        return problem(origin, over, doc_id, num_replaced)
+    if why := garbled(text, num_replaced):
+        return problem(origin, why, doc_id, num_replaced)
+    return Document(origin.uri, origin.offset, text, doc_id, num_replaced, tags=spans)
+
+
+def labelled_document(
+    origin: Origin, text: object, labels: object, doc_id: str | None, options: ReadOptions
+) -> Document:
+    """The document of a row with tags, from the two cells that hold text and tags."""
+    assert options.labels is not None
+    try:
+        text, spans = tags.from_cells(text, labels, options.text_column, options.labels)
+    except ValueError as error:
+        return problem(origin, str(error), doc_id)
+    return document(origin, text, doc_id, options, spans)
+
+
+def problem(origin: Origin, reason: str, doc_id: str | None = None, num_replaced: int = 0) -> Document:
+    """A row that is quarantined."""
+    return Document(
+        origin.uri, origin.offset, "", doc_id and doc_id[:ID_CHARS], num_replaced,
+        problem=printable(reason[:REASON_CHARS]), lost_bytes=origin.lost_bytes, lost_documents=origin.lost_documents,
+    )  # fmt: skip
+
+
+def garbled(text: str, num_replaced: int) -> str:
+    """Why ``text`` with so many replaced characters is no text, and what it may be; empty where it is one."""
+    if SEVEN_BIT.search(text):
+        return "it looks like ISO-2022, as of Japanese mail (it has the mark ESC $); convert the file to UTF-8"
+    num_controls = len(CONTROLS.findall(text))
+    num_bad = num_replaced + num_controls
+    if num_bad < GARBLED_FROM or num_bad <= GARBLED_SHARE * len(text):
+        return ""
+    parts = [
+        part for number, part in (
+            (num_replaced, f"{num_replaced} are invalid UTF-8"),
+            (num_controls, f"{count(num_controls, 'control character')}"),
+        ) if number
+    ]  # fmt: skip
+    return f"of {count(len(text), 'character')} {' and '.join(parts)}: {_likely_cause(text, num_replaced)}"
+
+
+def _likely_cause(text: str, num_replaced: int) -> str:
+    if text.count("\0") * 5 > len(text):
+        return "it looks like UTF-16 or UTF-32 without a byte order mark, or binary data; convert the file to UTF-8"
+    num_low = sum(c < " " for c in CONTROLS.findall(text))  # C0
+    if num_replaced > 4 * num_low:
+        return "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; convert the file to UTF-8"
+    if num_replaced == 0 and num_low == 0:
+        return "it looks like UTF-8 that was once read as latin-1 and written anew; repair the file"
+    return "it looks like binary data, or UTF-16 without a byte order mark; convert the file to UTF-8, or leave it out"
+
+
+# --- columns ---------------------------------------------------------------------------------------------
+
+
+def columns_of(options: ReadOptions) -> list[str]:
+    """Names of the columns that are read."""
+    columns = (options.text_column, options.id_column, options.labels)
+    return list(dict.fromkeys(c for c in columns if c is not None))
+
+
+def missing_column(names: Sequence[str], options: ReadOptions) -> str | None:
+    """The first column that is to be read and not among ``names``."""
+    return next((c for c in columns_of(options) if c not in names), None)
+
+
+def why_missing(names: Sequence[str], options: ReadOptions) -> str:
+    """Why the names of columns may not be those that were meant; empty where nothing says so."""
+    line = ",".join(names)
+    if why := garbled(line, line.count(INVALID)):
+        return why
+    if any(name.startswith("sep=") for name in names):
+        return "its first line, sep=, is for Excel: remove it"
+    for separator, name in SEPARATORS.items():
+        parts = [part.strip(' "') for field in names if separator in field for part in field.split(separator)]
+        if options.text_column in parts or (parts and len(names) == 1):  # a header of one field, as of Excel in Europe
+            return (
+                f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
+                "read_csv('FILE')) TO 'corpus.parquet'\""
+            )
+    if any(name.strip(" \ufeff") == options.text_column for name in names):
+        return f"a name in its header has spaces or a byte order mark around {options.text_column!r}: remove them"
+    return ""
+
+
+def listing(names: Iterable[str], width: int = 40) -> str:
+    """The first ten of ``names``, each cut at ``width``, as one printable line."""
+    names = list(names)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return printable(", ".join(name[:width] for name in names[:10])) + more
+
+
+def columns(names: Iterable[str]) -> str:
+    """``names`` of columns for a message; where a header is missing they are text, which no log may have."""
+    names = list(names)
+    shown = [name for name in names if COLUMN.fullmatch(name)]
+    parts = [listing(shown)] if shown else []
+    if num_hidden := len(names) - len(shown):
+        parts.append(f"{num_hidden} not shown, which {'is' if num_hidden == 1 else 'are'} no single word")
+    return ", and ".join(parts) or "none"
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

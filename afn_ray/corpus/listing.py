@@ -1,0 +1,232 @@
+"""Which files a corpus is, where they are cut into slices, and a small sample of what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import pyarrow.parquet as pq
+
+from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
+from afn_ray.errors import CorpusError, nearest
+from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.store import storage
+from afn_ray.store.layout import is_store_file
+
+FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
+           "conllu": "conllu"}  # fmt: skip
+"""Ending of a file name -> format."""
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+"""Second endings that all formats but Parquet may have."""
+
+SAMPLE_FILES = 8
+LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 64 << 10, 16 << 20
+"""64 KiB are 8 batches of a CPU; 16 MiB are about five minutes of one worker."""
+SHARDS_IN_CLASS = 64
+"""Shards of the largest corpus of a size class between the two."""
+
+
+def list_files(
+    patterns: Sequence[str], options: ReadOptions, store: str | None = None
+) -> tuple[list[FileInfo], list[FileInfo]]:
+    """Files that ``patterns`` name and those of them that are left out, once each and sorted by URI.
+
+    Left out are unknown endings, when ``options.format`` is ``auto``, and what is in ``store`` or has the place of a
+    file in any other store. Raises ``CorpusError`` when nothing is left, or a pattern names a place in ``store``,
+    and for tables of Delta Lake and its like, whose files are not all to be read.
+    """
+    in_store = storage.below(store) if store is not None else lambda folder: False
+    for pattern in patterns:
+        if in_store(storage.absolute(pattern)):
+            raise CorpusError(f"corpus {pattern} is in the store {store}; give a --store that is not above the corpus")
+    others: set[str] = set()
+    found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern, others)}
+    files: list[FileInfo] = []
+    skipped: list[FileInfo] = []
+    for uri, file in sorted(found.items()):
+        left_out = is_store_file(uri) or in_store(uri.rpartition("/")[0]) or not _kind(uri, options)[0]
+        (skipped if left_out else files).append(file)
+    if not files and all(is_store_file(file.uri) for file in skipped):
+        raise CorpusError(
+            f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a store is no corpus: "
+            "name the folder with the texts"
+        )
+    if not files:
+        found_uris = documents.listing([file.uri for file in skipped], 200)
+        raise CorpusError(
+            f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be followed by "
+            f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
+            "it with --format"
+        )
+    lakehouse.refuse_tables(patterns, found.keys() | others)
+    return files, skipped
+
+
+def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
+    """Bytes of a shard of a corpus of ``files``: a function of the power of 4 that their sizes add up to at most.
+
+    Shards thus keep their ids while the corpus grows within its class, for any number of workers. There are 16 to 64 of
+    them, fewer where a file cannot be cut or most of its bytes are not read, and more beyond 1 GiB.
+    """
+    num_bytes = sum(file.size for file in files)
+    size_class = 1
+    while size_class < num_bytes:
+        size_class *= 4
+    return min(MOST_SHARD_BYTES, max(LEAST_SHARD_BYTES, size_class // SHARDS_IN_CLASS))
+
+
+def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
+    """A first look at one file of each format, so that a mistyped column fails now and not after a night.
+
+    Raises ``CorpusError`` when the text column, or the id column or that of the tags if one is asked for, is in none
+    of a file's first 20 documents, or a format cannot have the tags asked for. Empty and unreadable files pass.
+    """
+    first: dict[str, FileInfo] = {}
+    for file in files:
+        if file.size:
+            first.setdefault(_kind(file.uri, options)[0], file)
+    for format, file in first.items():
+        _check_labels(file, format, options)
+        _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
+
+
+def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
+    """Slices of ``file``, in order, none of it left out; reads it once and hashes it.
+
+    Uncompressed lines are cut at the first newline at or after ``shard_bytes`` from a slice's start, so that
+    appending to a file leaves all slices but the last as they were. Parquet is cut between row groups;
+    everything else is one slice. An unreadable Parquet file is one slice, for ``reading`` to quarantine.
+    Raises ``CorpusError`` for a column that a CSV or Parquet file does not have, or a file that cannot be read.
+    """
+    format, compression = _kind(file.uri, options)
+    if format == "parquet":
+        return _cut_parquet(file, options, shard_bytes)
+    if reading.is_lines(format, options) and not compression and (slices := _cut_lines(file, format, shard_bytes)):
+        return slices
+    if format == "csv":
+        _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
+    if format == "txt" and not reading.is_lines(format, options):
+        num_documents = -1 if compression else 1
+    else:
+        num_documents = -1 if file.size or compression else 0
+    return [_cut_whole(file, format, compression, num_documents)]
+
+
+def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) -> list[Document]:
+    """At most ``max_documents`` readable documents from up to 8 files, evenly spaced in ``files``.
+
+    Reads about 1 MB of a file at most. A longer text file gives its beginning.
+    """
+    count = min(SAMPLE_FILES, len(files))
+    chosen = [files[i * (len(files) - 1) // max(count - 1, 1)] for i in range(count)]
+    documents: list[Document] = []
+    for i, file in enumerate(chosen):
+        quota = -(-(max_documents - len(documents)) // (count - i))  # what one file lacks, the next ones give
+        documents += reading.sample(_whole(file, options), options, quota)
+    return documents
+
+
+def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
+    """Format and compression of ``uri``; an unknown format is empty."""
+    name = uri.lower()
+    stem, _, ending = name.rpartition(".")
+    compression = ending if ending in COMPRESSIONS else ""
+    format = options.format
+    if format == "auto":
+        format = FORMATS.get((stem if compression else name).rpartition(".")[2], "")
+        if format == "parquet" and compression:
+            return "", ""
+    return format, "" if format == "parquet" else compression
+
+
+def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
+    if names is not None and (missing := documents.missing_column(names, options)) is not None:
+        why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
+        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}")
+
+
+def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
+    what = f"labels is {options.labels!r}, but {file.uri} is {format}, which has"
+    if options.labels is not None and format in ("txt", "csv"):
+        raise CorpusError(f"{what} no column of tags; JSONL, Parquet and CoNLL-U have")
+    if options.labels not in (None, UPOS, XPOS) and format == "conllu":
+        raise CorpusError(f"{what} {UPOS} and {XPOS}")
+
+
+# --- cutting ---------------------------------------------------------------------------------------------
+
+
+def _slice(
+    file: FileInfo, format: str, compression: str, start: int = 0, end: int | None = None,
+    num_bytes: int | None = None, num_documents: int = -1, sha256: str = "",
+) -> FileSlice:  # fmt: skip
+    end = file.size if end is None else end
+    num_bytes = end - start if num_bytes is None else num_bytes
+    return FileSlice(
+        file.uri, file.size, file.version, format, compression, start, end, num_bytes, num_documents, sha256
+    )  # fmt: skip
+
+
+def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
+    """All of ``file``, not hashed: for a first look."""
+    return _slice(file, *_kind(file.uri, options))
+
+
+def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
+    with streams.Source(file.uri, 0, file.size) as source:
+        source.drain()
+        return _slice(file, format, compression, num_documents=num_documents, sha256=source.sha256.hexdigest())
+
+
+def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]:
+    """Slices of lines; none for UTF-16 and UTF-32, of which a byte is no newline."""
+    slices: list[FileSlice] = []
+    start = end = num_documents = 0
+    sha256 = hashlib.sha256()
+    has_ink = False  # the line under way is not blank
+    with streams.Source(file.uri, 0, file.size) as source:
+        while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
+            if end == 0 and streams.encoding_of(block):
+                return []
+            block_start = end
+            while end < block_start + len(block):
+                at = end - block_start
+                newline = block.find(b"\n", max(at, start + shard_bytes - block_start))
+                piece = block[at : newline + 1] if newline >= 0 else block[at:]
+                sha256.update(piece)
+                *ended, last = (piece.removeprefix(streams.BOM) if end == 0 else piece).split(b"\n")
+                for line in ended:
+                    num_documents += has_ink or bool(line.strip())
+                    has_ink = False
+                has_ink = has_ink or bool(last.strip())
+                end += len(piece)
+                if newline >= 0:
+                    slices.append(_slice(file, format, "", start, end, None, num_documents, sha256.hexdigest()))
+                    start, num_documents, sha256 = end, 0, hashlib.sha256()
+    if start < end or not slices:
+        slices.append(_slice(file, format, "", start, end, None, num_documents + has_ink, sha256.hexdigest()))
+    return slices
+
+
+def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
+    columns = documents.columns_of(options)
+    with streams.Source(file.uri, 0, file.size) as source:
+        try:
+            opened = pq.ParquetFile(source)
+            names, metadata = opened.schema_arrow.names, opened.metadata
+            groups = row_groups.column_chunks(source, columns)
+        except row_groups.UNREADABLE:
+            return [_cut_whole(file, "parquet", "", -1)]
+        _require_columns(file, names, options)
+        row_groups.check_id_type(opened, file.uri, options)
+        slices: list[FileSlice] = []
+        start = num_bytes = num_documents = 0
+        sizes = [sum(size for _, size in chunks) for chunks in groups]
+        for end, size in enumerate(sizes, 1):
+            num_bytes += size
+            num_documents += metadata.row_group(end - 1).num_rows
+            if end == len(sizes) or num_bytes + sizes[end] > shard_bytes:
+                sha256 = row_groups.hash_chunks(source, columns, groups[start:end])
+                slices.append(_slice(file, "parquet", "", start, end, num_bytes, num_documents, sha256))
+                start, num_bytes, num_documents = end, 0, 0
+        return slices or [_slice(file, "parquet", "", 0, 0, 0, 0, row_groups.hash_chunks(source, columns, []))]

@@ -1,0 +1,379 @@
+"""The bytes of a slice become documents.
+
+``read`` never raises for what is in a slice: a bad line, row or stream becomes a ``Document`` with a ``problem``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from afn_ray.corpus import streams, tags
+from afn_ray.corpus.csv_rows import csv_documents, read_rows
+from afn_ray.corpus.documents import (
+    INVALID,
+    Origin,
+    clean_id,
+    columns,
+    columns_of,
+    decode,
+    document,
+    garbled,
+    labelled_document,
+    problem,
+)
+from afn_ray.corpus.row_groups import UNREADABLE, column_chunks, hash_chunks, parquet_documents
+from afn_ray.corpus.streams import BOM, Bomb, Damaged, Line, Source, Stream
+from afn_ray.errors import CorpusChanged, CorpusError, ShardError
+from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.store import parquet, storage
+
+PEEK_DOCUMENTS = 20
+SAMPLE_BYTES = 1 << 20
+CONLLU_LINES = 1 << 20
+"""Of one document: lines of a letter take 200 times their bytes."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """Documents of ``slice`` in order, streamed in bounded memory.
+
+    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly after the last
+    document, when the slice's bytes are not those that were planned, ``ShardError`` when the disk or the network
+    fails, ``Unavailable`` when it does not answer.
+
+    What is planned is bytes: a file that was touched or written anew with the same content is read, and so is a
+    slice of lines or row groups whose own bytes are the same in a file that grew.
+    """
+    try:
+        now = _check(slice, options)
+        if slice.format == "parquet":
+            share = _Share(slice.num_bytes)
+            with Source(slice.uri, 0, now.size) as source:
+                yield from map(share.bound, parquet_documents(source, slice, options))
+            _check(slice, options, trusted="etag:")  # pages are read here and there, and not hashed on the way
+        else:
+            yield from _read_bytes(slice, options)
+    except CorpusError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CorpusChanged(
+                f"{slice.uri} is gone since it was planned; run the same command again to plan without it"
+            ) from error
+        raise ShardError(str(error)) from error
+
+
+def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    with Source(slice.uri, slice.start, slice.end) as source:
+        stream = Stream(source, slice.compression)
+        num_documents = offset = done = 0
+        share = _Share(source.size)
+        try:
+            for found in _documents(stream, slice, options):
+                yield share.bound(found)
+                num_documents += 1
+                offset, done = found.offset + 1, stream.done
+        except Damaged as damage:
+            what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
+            is_one = slice.format == "txt" and not is_lines(slice.format, options)
+            rest = problem(
+                Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
+                f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
+            )
+            yield share.bound(rest)
+        source.drain()
+        if source.sha256.hexdigest() != slice.sha256:
+            raise _changed(slice, storage.stat(slice.uri), source.sha256.hexdigest())
+
+
+class _Share:
+    """What the rows of a slice of ``num_bytes`` may lose together: of compressed ones, each is an estimate."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+
+    def bound(self, found: Document) -> Document:
+        """``found`` with no more lost bytes than are left, and with one at least."""
+        if found.problem is None:
+            return found
+        lost_bytes = max(1, min(found.lost_bytes, self._left))
+        self._left -= lost_bytes
+        return replace(found, lost_bytes=lost_bytes)
+
+
+def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInfo:
+    """The file now. Raises ``CorpusChanged`` when the bytes of ``slice`` are not those that were planned.
+
+    They are not read where the file has the planned size and version, and that begins with ``trusted``.
+    """
+    now = storage.stat(slice.uri)
+    if (now.size, now.version) == (slice.size, slice.version) and now.version.startswith(trusted):
+        return now
+    if now.size != slice.size and not _is_part(slice, options):
+        raise _changed(slice, now)
+    if (sha256 := _hash(slice, options, now.size)) != slice.sha256:
+        raise _changed(slice, now, sha256)
+    return now
+
+
+def _is_part(slice: FileSlice, options: ReadOptions) -> bool:
+    """Whether the file may have another size and ``slice`` the same bytes."""
+    return _is_row_groups(slice) or (is_lines(slice.format, options) and not slice.compression)
+
+
+def _is_row_groups(slice: FileSlice) -> bool:
+    return slice.format == "parquet" and slice.num_documents >= 0  # else the file was unreadable when it was cut
+
+
+def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
+    """SHA-256, in hex, of the bytes of ``slice`` in its file of ``size`` bytes, as ``corpus.cut`` takes it."""
+    if _is_row_groups(slice):
+        with Source(slice.uri, 0, size) as source, contextlib.suppress(*UNREADABLE):
+            groups = column_chunks(source, columns_of(options))
+            return hash_chunks(source, columns_of(options), groups[slice.start : slice.end])
+        return "unreadable"
+    with Source(slice.uri, slice.start, slice.end) as source:
+        source.drain()
+        return source.sha256.hexdigest()
+
+
+def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged:
+    part = f"{'row groups' if _is_row_groups(slice) else 'bytes'} {slice.start} to {slice.end}"
+    differing = [
+        f"{what} {got}, planned {expected}"
+        for what, got, expected in (
+            ("size", now.size, slice.size), ("version", now.version, slice.version),
+            (f"sha256 of {part}", sha256[:12] or None, slice.sha256[:12]),
+        )
+        if got not in (None, expected)
+    ]  # fmt: skip
+    # A plan remembers files by size and version.
+    touch = "touch it and " if (now.size, now.version) == (slice.size, slice.version) else ""
+    return CorpusChanged(
+        f"{slice.uri} is not the file that was planned: {'; '.join(differing)}; {touch}run the same command again "
+        "to plan it anew"
+    )
+
+
+# --- a first look ----------------------------------------------------------------------------------------
+
+
+def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
+    """Columns of the first documents of ``slice``; None when they have none, or none that can be read."""
+    with Source(slice.uri, slice.start, slice.end) as source:
+        if slice.format == "parquet":
+            with contextlib.suppress(*UNREADABLE):
+                return list(parquet.open_file(source).schema_arrow.names)
+            return None
+        stream = Stream(source, slice.compression)
+        names: dict[str, None] = {}
+        with contextlib.suppress(Damaged):
+            if slice.format == "csv":
+                header = next(read_rows(stream, options), None)
+                names.update(dict.fromkeys(header.fields if header else []))
+            elif slice.format == "jsonl":
+                seen = 0
+                for line in streams.lines(stream, streams.line_limit(options)):
+                    value = _json(decode(line.data)) if line.data and not line.blank else None
+                    names.update(dict.fromkeys(value if isinstance(value, dict) else []))
+                    seen += not line.blank
+                    if seen == PEEK_DOCUMENTS or (names and line.offset + line.length > SAMPLE_BYTES):
+                        break
+        return list(names) or None
+
+
+def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[Document]:
+    """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file; reads about 1 MB."""
+    documents: list[Document] = []
+    budget = None if slice.format == "parquet" else SAMPLE_BYTES
+    with Source(slice.uri, slice.start, slice.end, budget) as source, contextlib.suppress(Damaged):
+        if slice.format == "txt" and options.txt_documents == "file":
+            return _sample_text(source, slice, options)[:max_documents]
+        if slice.format == "parquet":
+            found = parquet_documents(source, slice, options)
+        else:
+            found = _documents(Stream(source, slice.compression), slice, options)
+        num_bytes = 0
+        for each in found if max_documents > 0 else ():
+            if each.problem is None:
+                documents.append(each)
+            num_bytes += len(each.text)
+            if len(documents) == max_documents or num_bytes > SAMPLE_BYTES:
+                break
+    return documents
+
+
+def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list[Document]:
+    head = bytearray()
+    with contextlib.suppress(Damaged):
+        for block in Stream(source, slice.compression):
+            head += block
+            if len(head) >= SAMPLE_BYTES:
+                break
+    text = decode(head[:SAMPLE_BYTES].removeprefix(BOM))
+    found = document(Origin(slice.uri, 0, slice.num_bytes), text, None, options)
+    return [found] if found.problem is None else []
+
+
+# --- formats ---------------------------------------------------------------------------------------------
+
+
+def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """Documents of ``slice``, whose bytes ``stream`` gives; raises ``Damaged`` where a stream ends too early."""
+    if slice.format == "csv":
+        return csv_documents(stream, slice, options)
+    if slice.format == "conllu":
+        return _conllu_documents(stream, slice, options)
+    return (_line_documents if is_lines(slice.format, options) else _whole_document)(stream, slice, options)
+
+
+def _whole_document(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    limit = options.max_document_bytes
+    origin = Origin(slice.uri, 0, max(slice.num_bytes, 1))
+    data = bytearray()
+    for block in stream:
+        data += block
+        size = f"{slice.size}" if stream.is_plain else f"at least {len(data)}"
+        if len(data) > limit + len(BOM) or (stream.is_plain and slice.size > limit + len(BOM)):
+            yield problem(origin, f"document of {size} bytes is over max_document_bytes = {limit}")
+            return
+    yield document(origin, decode(data.removeprefix(BOM)), None, options)
+
+
+def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    limit = streams.line_limit(options)
+    for line in streams.lines(stream, limit, slice.start):
+        if line.blank:
+            continue
+        origin = _origin(stream, slice, line, line.length)
+        if line.data is None:
+            yield problem(origin, f"line of {line.length} bytes is over the limit of {limit}")
+        elif slice.format == "txt":
+            yield document(origin, decode(line.data.removesuffix(b"\r")), None, options)
+        else:
+            yield _json_document(origin, decode(line.data), options)
+
+
+def _origin(stream: Stream, slice: FileSlice, line: Line, num_bytes: int) -> Origin:
+    offset = line.offset if stream.is_plain else line.number
+    return Origin(slice.uri, offset, stream.stored(num_bytes))
+
+
+def _json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
+    value = _json(line)
+    if isinstance(value, _NotJson):
+        num_invalid = line.count(INVALID)
+        why = garbled(line, num_invalid)
+        return problem(origin, f"not JSON: {value}{why and '; '}{why}", None, num_invalid)
+    if not isinstance(value, dict):
+        return problem(origin, f"line is {type(value).__name__}, expected an object")
+    try:
+        doc_id = None if options.id_column is None else _json_id(value.get(options.id_column), options.id_column)
+    except ValueError as error:
+        return problem(origin, str(error))
+    for column in (options.text_column, options.labels):
+        if column is not None and column not in value:
+            return problem(origin, f"no column {column!r}; it has: {columns(value)}", doc_id)
+    text = value[options.text_column]
+    if options.labels is not None:
+        return labelled_document(origin, text, value[options.labels], doc_id, options)
+    if isinstance(text, str):
+        return document(origin, text, doc_id, options)
+    kind = "null" if text is None else f"{type(text).__name__}, expected a string"
+    return problem(origin, f"{options.text_column} is {kind}", doc_id)
+
+
+def _json_id(value: object, column: str) -> str | None:
+    """``value`` as an id; None where there is none. ``ValueError`` for what is no string or whole number."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return clean_id(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{column} is {type(value).__name__}, expected a string or a whole number as an id")
+
+
+class _NotJson(str):
+    """Why a line is not JSON."""
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        return _NotJson("nested too deeply")
+    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
+        return _NotJson(error)
+
+
+def _conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
+    limit = streams.line_limit(options)
+    document: list[list[Line]] = []
+    size, num_lines, together = 0, 0, False
+    for sentence in _sentences(streams.lines(stream, limit), limit):
+        comments = [decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
+        begins = any(map(tags.begins_document, comments))
+        if len(comments) == len(sentence) and not begins:
+            continue
+        if document and (begins or not together):
+            stream.done = sentence[0].offset  # the sentence that is read already is not done
+            yield _conllu_document(_origin(stream, slice, document[0][0], size), document, options)
+            document, size, num_lines = [], 0, 0
+        together = together or begins
+        document.append(sentence)
+        size += sum(line.length + 1 for line in sentence)
+        num_lines += len(sentence)
+        if size > limit or num_lines > CONLLU_LINES:
+            document = [[document[0][0]._replace(data=None)]]
+    if document:
+        yield _conllu_document(_origin(stream, slice, document[0][0], size), document, options)
+
+
+def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
+    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and one without data that
+    stands for the others."""
+    sentence: list[Line] = []
+    size = 0
+    for line in lines:
+        if line.blank:
+            if sentence:
+                yield sentence
+            sentence, size = [], 0
+            continue
+        sentence.append(line)
+        size += line.length + 1
+        if size > limit or len(sentence) > CONLLU_LINES:
+            kept = [line for line in sentence if line.data is not None and tags.begins_document(decode(line.data))][:1]
+            rest = size - sum(line.length + 1 for line in kept)
+            sentence = [*kept, sentence[0]._replace(data=None, length=rest - 1)]
+    if sentence:
+        yield sentence
+
+
+def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadOptions) -> Document:
+    labels = options.labels_in("conllu")
+    assert labels is not None
+    if any(line.data is None for sentence in sentences for line in sentence):
+        limit = streams.line_limit(options)
+        return problem(origin, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes or "
+                       f"{CONLLU_LINES} lines")  # fmt: skip
+    numbered = (
+        [(line.number + 1, decode(line.data or b"").removesuffix("\r")) for line in sentence] for sentence in sentences
+    )
+    try:
+        text, spans, doc_id = tags.from_conllu(numbered, labels)
+        doc_id = clean_id(doc_id)
+    except ValueError as error:
+        return problem(origin, f"not CoNLL-U: {error}")
+    return document(origin, text, doc_id or None, options, spans)
+
+
+def is_lines(format: str, options: ReadOptions) -> bool:
+    """Whether every line is a document."""
+    return format == "jsonl" or (format == "txt" and options.txt_documents == "line")

@@ -1,0 +1,335 @@
+"""Parquet in, documents out: row groups, the columns that are read, and the types that text and ids may have."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afn_ray.corpus import footer
+from afn_ray.corpus.documents import (
+    Origin,
+    columns,
+    columns_of,
+    decode,
+    document,
+    labelled_document,
+    missing_column,
+    problem,
+)
+from afn_ray.corpus.streams import BLOCK_BYTES, EXPANSION, EXPANSION_FROM_BYTES, Source
+from afn_ray.errors import CorpusError
+from afn_ray.schema import Document, FileSlice, ReadOptions
+from afn_ray.store import parquet
+
+BATCH_BYTES = 4 << 20
+BATCH_ROWS = 64  # few: the bytes of dictionary-encoded rows cannot be told from the file's metadata
+SHARED_BYTES = 256 << 20
+"""Most bytes of a batch whose rows may share bytes and are not read as dictionaries."""
+UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
+"""What pyarrow raises for a file that is not Parquet, or damaged."""
+
+MARKED_HEX = re.compile(r"\\x([0-9a-f]{2})*")
+"""An id of bytes that are no text."""
+
+Texts = list[Any]
+Ids = list[str | None]
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int, int]]]:
+    """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one outside the file."""
+    groups: list[list[tuple[int, int]]] = []
+    for group, chunks in enumerate(footer.read_chunks(source)):
+        groups.append([])
+        for chunk in chunks:
+            if not _is_of(chunk.path, columns):
+                continue
+            if not 0 <= chunk.offset <= chunk.offset + chunk.taken <= source.size:
+                raise ValueError(f"row group {group} lies outside the file")
+            groups[-1].append((chunk.offset, chunk.taken))
+    return groups
+
+
+def hash_chunks(source: Source, columns: Sequence[str], groups: Iterable[list[tuple[int, int]]]) -> str:
+    """SHA-256, in hex, of the names of ``columns`` and of the bytes of their chunks in ``groups``."""
+    sha256 = hashlib.sha256(json.dumps(columns).encode())
+    for chunks in groups:
+        for offset, left in chunks:
+            source.seek(offset)
+            while left and (block := source.read(min(left, BLOCK_BYTES))):
+                sha256.update(block)
+                left -= len(block)
+    return sha256.hexdigest()
+
+
+def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
+    """Raise ``CorpusError`` where the id column of a ``ParquetFile`` has a type that cannot be an id."""
+    schema = file.schema_arrow
+    if options.id_column is None or options.id_column not in schema.names:
+        return
+    kind = schema.field(schema.names.index(options.id_column)).type
+    if not _is_id(kind):
+        raise CorpusError(
+            f"id column {options.id_column!r} of {uri} is {kind}, of which no id can be made; expected strings, whole "
+            "numbers, decimals, dates, times, booleans, UUIDs or bytes. Cast it to one of them, name another column, "
+            "or leave id_column out: then ids are content hashes"
+        )
+
+
+def _is_of(path: str, columns: Sequence[str]) -> bool:
+    """Whether the leaf at ``path`` belongs to one of ``columns``."""
+    return any(path == column or path.startswith(column + ".") for column in columns)
+
+
+class _File:
+    """An open file, and what of it is read."""
+
+    def __init__(self, source: Source, options: ReadOptions) -> None:
+        self._source = source
+        self.options = options
+        self.metadata = pq.read_metadata(source)
+        self._chunks = footer.read_chunks(source)
+        leaves = [self.metadata.schema.column(i) for i in range(self.metadata.num_columns)]
+        self._indices = [i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns_of(options))]
+        self._strings = [i for i in self._indices if _is_plain_string(leaves[i], columns_of(options))]
+        self._open: dict[tuple[str, ...], Any] = {}
+        self.schema = self._with(()).schema_arrow
+        if any([chunk.path for chunk in chunks] != [leaf.path for leaf in leaves] for chunks in self._chunks):
+            raise ValueError("its row groups have not the columns of the file")
+        self.num_rows = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
+        self._is_uuid = {leaf.path for leaf in leaves if _is_uuid(leaf)}
+
+    def type_of(self, column: str) -> Any:
+        return self.schema.field(self.schema.names.index(column)).type
+
+    def stored(self, group: int) -> tuple[int, int]:
+        """Bytes that the columns of a row group take in the file, and those they give."""
+        chunks = [self._chunks[group][i] for i in self._indices]
+        return sum(c.taken for c in chunks), sum(c.given for c in chunks)
+
+    def check_expansion(self, group: int) -> None:
+        """Raise ``ValueError`` for a row group whose metadata say that a column gives far more than it takes."""
+        for i in self._indices:
+            chunk = self._chunks[group][i]
+            if chunk.given > max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken):
+                raise ValueError(
+                    f"{chunk.taken} bytes of {chunk.path} give {chunk.given}, over {EXPANSION} times as many"
+                )
+
+    def batches(self, group: int) -> Iterator[tuple[Texts, Ids, list[Any]]]:
+        """Texts, ids and tags of one row group, a few megabytes at a time where its metadata allow to tell."""
+        options, chunks = self.options, self._chunks[group]
+        # As dictionaries, or 64 rows that share a value of 64 MB would be 4 GB. Arrow cannot read delta encodings so.
+        dense = [i for i in self._strings if chunks[i].has_deltas]
+        shared = tuple(chunks[i].path for i in self._strings if i not in dense)
+        num_bytes = self.stored(group)[1]
+        num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * self.num_rows[group] // max(num_bytes, 1)))
+        if dense:
+            num_rows = min(num_rows, max(1, SHARED_BYTES // max(num_bytes, 1)))
+        batches = self._with(shared).iter_batches(
+            num_rows, row_groups=[group], columns=columns_of(options), use_threads=False
+        )
+        for batch in batches:
+            text = _column(batch, options.text_column)
+            ids: Ids = [None] * len(text)
+            if options.id_column is not None:
+                ids = _ids(_column(batch, options.id_column), options.id_column in self._is_uuid)
+            labels = ids if options.labels is None else _lists(_column(batch, options.labels))
+            yield _lists(text) if _is_list(text.type) else _strings(text), ids, labels
+
+    def _with(self, dictionaries: tuple[str, ...]) -> Any:
+        """The file with the columns ``dictionaries`` read as such."""
+        if dictionaries not in self._open:
+            self._open[dictionaries] = parquet.open_file(
+                self._source, metadata=self.metadata, read_dictionary=list(dictionaries), buffer_size=BLOCK_BYTES,
+                pre_buffer=False,
+            )  # fmt: skip
+        return self._open[dictionaries]
+
+
+def _column(batch: Any, name: str) -> Any:
+    return batch.column(batch.schema.names.index(name))
+
+
+def _is_plain_string(leaf: Any, columns: Sequence[str]) -> bool:
+    is_string = leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
+    return bool(leaf.path in columns and is_string)
+
+
+def _is_uuid(leaf: Any) -> bool:
+    return bool(leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.logical_type.type == "UUID")
+
+
+# --- documents -------------------------------------------------------------------------------------------
+
+
+def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """Documents of the row groups of ``slice``, whose file ``source`` gives."""
+    unreadable = "not a readable Parquet file"
+    num_documents = slice.num_documents if slice.num_documents >= 0 else None
+    whole = Origin(slice.uri, 0, max(slice.num_bytes, 1), num_documents)
+    try:
+        file = _File(source, options)
+    except UNREADABLE as error:
+        yield problem(whole, f"{unreadable}: {error}")
+        return
+    names = file.schema.names
+    if (missing := missing_column(names, options)) is not None:
+        yield problem(whole, f"no column {missing!r}; it has: {columns(names)}")
+        return
+    kind = file.type_of(options.text_column)
+    is_text = _is_text(kind) or (options.labels is not None and _is_list(kind))
+    row = sum(file.num_rows[: slice.start])
+    for group in range(slice.start, min(slice.end, len(file.num_rows))):
+        end = row + file.num_rows[group]
+        taken, given = file.stored(group)
+        share = taken / max(file.num_rows[group], 1)  # of a row
+
+        def lost(num_rows: float, row: int, share: float = share) -> Origin:
+            return Origin(slice.uri, row, max(1, round(num_rows * share)))
+
+        if not is_text:
+            for offset in range(row, end):
+                yield problem(lost(1, offset), f"{options.text_column} is {kind}, expected a string")
+            row = end
+            continue
+        try:
+            file.check_expansion(group)
+            for texts, ids, labels in file.batches(group):
+                for text, doc_id, of_text in zip(texts, ids, labels, strict=True):
+                    origin = lost(1, row)
+                    if isinstance(text, str) and given:
+                        origin = origin._replace(lost_bytes=max(1, round(len(text) * taken / given)))
+                    if text is None:
+                        yield problem(origin, f"{options.text_column} is null", doc_id)
+                    elif options.labels is not None:
+                        yield labelled_document(origin, text, of_text, doc_id, options)
+                    else:
+                        yield document(origin, text, doc_id, options)
+                    row += 1
+            if row != end:
+                raise ValueError(f"{end - row} rows are missing")
+        except UNREADABLE as error:
+            rest = lost(end - row, row)._replace(lost_documents=end - row)
+            yield problem(rest, f"{unreadable}: row group {group}: {error}")
+        row = end
+
+
+# --- types -----------------------------------------------------------------------------------------------
+
+
+def _is_any(kind: Any, *names: str) -> bool:
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)
+
+
+def _is_string(kind: Any) -> bool:
+    return _is_any(kind, "string", "large_string", "string_view")
+
+
+def _is_binary(kind: Any) -> bool:
+    return _is_any(kind, "binary", "large_binary", "binary_view", "fixed_size_binary")
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type holds strings, or bytes that may be UTF-8."""
+    kind = _storage(kind)
+    return _is_string(kind) or _is_binary(kind) or _is_any(kind, "null")
+
+
+def _is_id(kind: Any) -> bool:
+    """Whether ids can be made of an Arrow type. Not of floats: two large whole numbers may be one."""
+    kind = _storage(kind)
+    return _is_string(kind) or _is_binary(kind) or _is_any(kind, "integer", "decimal", "date", "time", "timestamp",
+                                                           "boolean")  # fmt: skip
+
+
+def _is_list(kind: Any) -> bool:
+    return _is_any(kind, "list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+
+
+def _storage(kind: Any) -> Any:
+    """The type of the values of an Arrow type, without what is wrapped around them."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    return kind.value_type if _is_any(kind, "dictionary") else kind
+
+
+def _plain(column: Any) -> Any:
+    return column.storage if isinstance(column.type, pa.BaseExtensionType) else column
+
+
+def _lists(column: Any) -> list[Any]:
+    """Values of an Arrow array, nested as they are; the type of one that is not UTF-8 shows that it is no list."""
+
+    def value(scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            return error
+
+    return [value(scalar) for scalar in column]
+
+
+def _of_values(column: Any, convert: Callable[[Any], list[Any]]) -> list[Any]:
+    """What ``convert`` makes of an Arrow array; of one with a dictionary, of each value once."""
+    if not _is_any(column.type, "dictionary"):
+        return convert(column)
+    used = column.indices.unique().drop_null()
+    values = dict(zip(used.to_pylist(), convert(column.dictionary.take(used)), strict=True))
+    return [values.get(index) for index in column.indices.to_pylist()]
+
+
+def _bytes(column: Any) -> list[bytes | None]:
+    """Values of an Arrow array of strings or bytes; pyarrow does not check that strings are UTF-8."""
+    values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+    return values
+
+
+def _strings(column: Any) -> list[str | None]:
+    """Values of an Arrow array of text as strings that may hold surrogates."""
+
+    def convert(values: Any) -> list[str | None]:
+        return [None if value is None else decode(value) for value in _bytes(values)]
+
+    return _of_values(_plain(column), convert)
+
+
+def _ids(column: Any, is_uuid: bool) -> Ids:
+    """Values of an Arrow array as ids: one text for each value, and never the same for two."""
+    is_uuid = is_uuid or getattr(column.type, "extension_name", "") == "arrow.uuid"
+    column = _plain(column)
+
+    def convert(values: Any) -> list[str | None]:
+        if is_uuid:
+            return [None if value is None else str(uuid.UUID(bytes=value)) for value in _bytes(values)]
+        if _is_string(values.type) or _is_binary(values.type):
+            return [None if value is None else _id_of_bytes(value, values.type) for value in _bytes(values)]
+        if _is_any(values.type, "decimal"):
+            return [None if value is None else f"{value:f}" for value in values.to_pylist()]
+        texts: list[str | None] = values.cast(pa.string()).to_pylist()
+        return texts
+
+    return _of_values(column, convert)
+
+
+def _id_of_bytes(value: bytes, kind: Any) -> str:
+    """``value`` as text where it is some, in hex where it is not.
+
+    Hex has ``\\x`` before it, and so has text that looks like such: no two values have one id. Those of a fixed
+    length need none, for hex is longer than any of their texts.
+    """
+    with contextlib.suppress(UnicodeDecodeError):
+        text = value.decode()
+        if (_is_string(kind) or text.isprintable()) and not MARKED_HEX.fullmatch(text):
+            return text
+    return value.hex() if _is_any(kind, "fixed_size_binary") else f"\\x{value.hex()}"

@@ -1,0 +1,426 @@
+"""The bytes of one file: a part of it, decompressed, as UTF-8, in lines; all of it within bounds."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import hashlib
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+
+from afn_ray.errors import CorpusError
+from afn_ray.schema import ReadOptions
+from afn_ray.store import storage
+
+BLOCK_BYTES = 1 << 20
+PIECE_BYTES = 1 << 10
+"""Compressed bytes that are decoded at a time: how exactly the place of a damage is known."""
+DECOMPRESSED_BLOCK_BYTES = 1 << 16  # decoded in the call that meets damage is lost, so ask for little
+LINE_BYTES = 64 << 20
+BOM = codecs.BOM_UTF8
+UTF_BOMS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+LONGEST_BOM = 4
+EXPANSION = 200
+EXPANSION_FROM_BYTES = 64 << 20
+"""A stream, or the text of a Parquet row group, that gives more than these and that many times its length is a bomb."""
+
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+"""What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among them."""
+
+MARK = "afn_ray.mark"
+# An invalid sequence becomes a lone surrogate, which UTF-8 cannot hold, so that it can be told from a U+FFFD
+# of the source until the text has been found in its line.
+codecs.register_error(MARK, lambda error: ("\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0))
+
+
+class Damaged(Exception):
+    """A stream ends here: what comes before is good, the rest cannot be had."""
+
+
+class Bomb(Damaged):
+    """A stream gives far more than what holds it."""
+
+
+class Line(NamedTuple):
+    offset: int  # bytes from the start of the file
+    number: int  # lines from the start of the stream
+    length: int  # bytes, without the newline
+    data: bytes | None  # without the newline; None when over the limit
+    blank: bool
+
+
+class Source:
+    """The bytes ``start`` to ``end`` of a file, hashed as they are read.
+
+    What goes wrong below is a ``CorpusError``, never an ``OSError``: readers would take that for bad content
+    and quarantine what a second try can read. With a ``budget``, ``Damaged`` where more bytes are asked for.
+    """
+
+    def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
+        self._file = storage.open_read(uri)
+        self._uri, self._budget = uri, budget
+        self.start, self.size = start, end - start
+        self._at = 0
+        self.closed = False
+        self.rewind()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def close(self) -> None:
+        """Nothing: pyarrow closes what it has been lent; ``with`` closes the file."""
+
+    def rewind(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.seek(0)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._at = offset + (0, self._at, self.size)[whence]
+        try:
+            self._file.seek(self.start + self._at)
+        except OSError as error:
+            raise CorpusError(f"reading {self._uri}: {error}") from error
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1, /) -> bytes:
+        if self._budget is not None and self._at >= self._budget:
+            raise Damaged("over the budget")
+        left = max(self.size - self._at, 0)
+        try:
+            data = self._file.read(min(size, left) if size >= 0 else left)
+        except OSError as error:
+            raise CorpusError(f"reading {self._uri}: {error}") from error
+        self._at += len(data)
+        self.sha256.update(data)
+        return data
+
+    read1 = read
+
+    def drain(self) -> None:
+        while self.read(BLOCK_BYTES):
+            pass
+
+
+# --- decompression ---------------------------------------------------------------------------------------
+
+
+class _Pieces:
+    """A source in pieces of ``PIECE_BYTES`` at most, read a block at a time; a file to pyarrow."""
+
+    closed = False
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.rewind()
+
+    def rewind(self) -> None:
+        self._source.rewind()
+        self._block, self._i = b"", 0
+        self.at = 0  # bytes given
+        self.before = 0  # bytes given before the last piece
+        self.used = 0  # of them, what has been decoded; in doubt fewer
+        self.start = 0  # of the stream under way
+
+    def read(self, size: int = -1, /) -> bytes:
+        if self._i == len(self._block):
+            self._block, self._i = self._source.read(BLOCK_BYTES), 0
+        piece = self._block[self._i : self._i + (PIECE_BYTES if size < 0 else min(size, PIECE_BYTES))]
+        if piece:
+            self.before = self.at
+            self._i += len(piece)
+            self.at += len(piece)
+        return piece
+
+    def put_back(self, num_bytes: int) -> None:
+        """Give the last bytes of the last piece once more."""
+        self._i -= num_bytes
+        self.at -= num_bytes
+        self.before = self.at
+
+    def skip_zeros(self) -> int:
+        """Number of zeros from here to the next other byte or the end."""
+        num_zeros = 0
+        while piece := self.read():
+            rest = piece.lstrip(b"\0")
+            num_zeros += len(piece) - len(rest)
+            if rest:
+                self.put_back(len(rest))
+                break
+        return num_zeros
+
+    def is_over(self) -> bool:
+        if not self.read(1):
+            return True
+        self.put_back(1)
+        return False
+
+    def close(self) -> None:
+        """Nothing: pyarrow closes what it has been lent."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def tell(self) -> int:
+        return self.at
+
+
+class _Decoder(Protocol):
+    """One compressed stream, as ``bz2.BZ2Decompressor`` has it."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def needs_input(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class _Gzip:
+    """A decoder of one gzip member."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        given = self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
+        self.needs_input = not self._zlib.unconsumed_tail and len(given) < max_length
+        return given
+
+
+def _decoder(compression: str) -> _Decoder:
+    if compression == "gz":
+        return _Gzip()
+    return bz2.BZ2Decompressor() if compression == "bz2" else lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
+def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
+    """What is in all streams of a file, one behind the other, up to the last byte of the file.
+
+    Python's own readers take what is no stream, behind the first, for the end of the file.
+    """
+    number = 0
+    while not pieces.is_over():
+        number += 1
+        start = pieces.start = pieces.used = pieces.at
+        decoder = _decoder(compression)
+        try:
+            while not decoder.eof:
+                piece = pieces.read() if decoder.needs_input else b""
+                if decoder.needs_input and not piece:
+                    raise EOFError("the end of the file is missing, and what was in it is lost too, uncounted")
+                given = decoder.decompress(piece, DECOMPRESSED_BLOCK_BYTES)
+                if decoder.eof:
+                    pieces.put_back(len(decoder.unused_data))
+                    pieces.used = pieces.at
+                elif given:
+                    pieces.used = max(start, pieces.before)
+                if given:
+                    yield given
+        except DAMAGE as error:
+            what = f"stream {number}, which begins at byte {start}: {_words(error)}"
+            raise Damaged(f"{what}; what came of that stream may be altered") from error
+        padding = pieces.skip_zeros() if compression in ("gz", "xz") else 0
+        if compression == "xz" and padding % 4:
+            raise Damaged(f"stream {number} is followed by {padding} zeros, expected a multiple of 4")
+
+
+class _Zst:
+    """A zstd stream of any number of frames.
+
+    Arrow loses what it decoded in the call that meets damage. Then this starts anew, goes to where it was and
+    on byte by byte.
+    """
+
+    def __init__(self, pieces: _Pieces) -> None:
+        self._pieces = pieces
+        self._given = 0
+        self._step: int | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self._pieces.rewind()
+        self._stream = pa.CompressedInputStream(pa.PythonFile(self._pieces, "r"), "zstd")
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            while data := self._read():
+                self._pieces.used = self._pieces.before
+                yield data
+        except DAMAGE as error:
+            raise Damaged(_words(error)) from error
+
+    def _read(self) -> bytes:
+        size = DECOMPRESSED_BLOCK_BYTES
+        try:
+            data = bytes(self._stream.read(self._step or size))
+        except DAMAGE:
+            if self._step:
+                raise
+            self._step = 1
+            self._open()
+            skip = self._given
+            while skip and (skipped := len(self._stream.read(min(skip, size)))):
+                skip -= skipped
+            data = bytes(self._stream.read(1))
+        self._given += len(data)
+        return data
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+def encoding_of(head: bytes) -> str:
+    """UTF-16 or UTF-32, where the byte order mark that a file begins with says so; else empty."""
+    return next((name for mark, name in UTF_BOMS if head.startswith(mark)), "")
+
+
+class Stream:
+    """The bytes of a source, decompressed and in UTF-8, in blocks; and how many of the file's they took.
+
+    UTF-16 and UTF-32 with a byte order mark become UTF-8 with one; what is invalid in them becomes the byte FF,
+    which is invalid there too. The mark is whole in the first block. Raises ``Damaged`` as it is read.
+    """
+
+    def __init__(self, source: Source, compression: str) -> None:
+        self._source, self._compression = source, compression
+        self._pieces = _Pieces(source)
+        self._blocks = self._utf8()
+        self.encoding = ""  # known with the first block
+        self.num_bytes = 0  # given
+        self.done = 0  # of them, in lines that were given
+        self._start = 0, 0  # of the compressed stream under way: bytes of the file and of this before it
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes are those of the file."""
+        return not self._compression and not self.encoding
+
+    def stored(self, num_bytes: int) -> int:
+        """Bytes of the file that ``num_bytes`` of the stream took, by the ratio so far; at least 1."""
+        if self.is_plain:
+            return max(num_bytes, 1)
+        taken = self._pieces.at if self._compression else self._source.tell()
+        return max(1, round(num_bytes * taken / max(self.num_bytes, 1)))
+
+    def lost_from(self, start: int) -> int:
+        """Bytes of the file behind those that the first ``start`` bytes of the stream took; at least 1."""
+        if self.is_plain:
+            return max(1, self._source.size - start)
+        used = self._pieces.used if self._compression else self._source.tell()
+        (used_0, given_0), (used_1, given_1) = self._start, (used, self.num_bytes)
+        if start < given_0:
+            (used_0, given_0), (used_1, given_1) = (0, 0), self._start
+        kept = used_0 + (start - given_0) * (used_1 - used_0) // max(given_1 - given_0, 1)
+        return max(1, self._source.size - kept)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._blocks
+
+    def _utf8(self) -> Iterator[bytes]:
+        head = b""
+        blocks = self._decompressed()
+        try:
+            for block in blocks:
+                head += block
+                if len(head) >= LONGEST_BOM:
+                    break
+        except Damaged as damage:  # a few bytes came before it
+            blocks = _raising(damage)
+        if self._source.start == 0:
+            self.encoding = encoding_of(head)
+        if not self.encoding:
+            for block in itertools.chain([head], blocks):
+                self.num_bytes += len(block)
+                yield block
+            return
+        decoder = codecs.getincrementaldecoder(self.encoding)(MARK)
+        for block in itertools.chain([head], blocks, [b""]):
+            text = decoder.decode(block, final=not block)
+            data = text.encode("utf-8", "surrogateescape")
+            self.num_bytes += len(data)
+            yield data
+
+    def _decompressed(self) -> Iterator[bytes]:
+        if self._compression and self._source.size == 0:  # some decompressors take nothing for an end
+            raise Damaged(f"the file has 0 bytes, and what {self._compression} makes of nothing has more")
+        if not self._compression:
+            while block := self._source.read(BLOCK_BYTES):
+                yield block
+            return
+        given = 0
+        for block in _Zst(self._pieces) if self._compression == "zst" else _streams(self._pieces, self._compression):
+            if self._pieces.start > self._start[0]:
+                self._start = self._pieces.start, self.num_bytes
+            given += len(block)
+            if given > max(EXPANSION_FROM_BYTES, EXPANSION * self._pieces.at):
+                raise Bomb(f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; decompress the file "
+                           "if it is meant")  # fmt: skip
+            yield block
+
+
+def _raising(damage: Damaged) -> Iterator[bytes]:
+    raise damage
+    yield b""
+
+
+def line_limit(options: ReadOptions) -> int:
+    """Bytes of the longest line or CSV row that is parsed: other columns and escapes need room beside the text."""
+    return max(LINE_BYTES, 8 * options.max_document_bytes)
+
+
+def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
+    """Lines of ``stream``, the first of which is at byte ``start`` of its file; holds ``limit`` bytes at most."""
+    offset, number, length, blank = start, 0, 0, True
+    pieces: list[bytes] = []
+    for i, block in enumerate(stream):
+        if i == 0 and start == 0 and block.startswith(BOM):
+            block, offset = block[len(BOM) :], len(BOM)
+        parts = block.split(b"\n")
+        for j, part in enumerate(parts):
+            length += len(part)
+            blank = blank and (not part or part.isspace())
+            if length <= limit:
+                pieces.append(part)
+            else:
+                pieces.clear()
+            if j + 1 < len(parts):
+                stream.done = offset + length + 1 - start
+                yield Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)
+                offset, number, length, blank = offset + length + 1, number + 1, 0, True
+                pieces.clear()
+    if length:
+        stream.done = offset + length - start
+        yield Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)

@@ -1,0 +1,331 @@
+"""What a run lost of its corpus, file by file: bytes and documents that were not measured, characters replaced.
+
+A row of ``documents`` says what it stands for. Only shards whose commit counts a loss are read again, by pure calls of
+``reduce.Tasks``; all other files are known to be whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.errors import count
+from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
+from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
+from afn_ray.store import manifest, parquet
+from afn_ray.store.layout import is_store_file
+
+NAMED_FILES = 5
+"""Files that a sentence names, those that lost most."""
+READ = ("source", "status", "n_replaced", "lost_bytes", "lost_documents")
+SUMS = ("n_quarantined", "lost_bytes", "lost_documents", "lost_unknown", "n_replaced")
+"""Columns of ``FILES_SCHEMA`` that the documents of a file add up to."""
+COUNTED = ("quarantined", "lost_bytes", "lost_documents", "lost_unknown", "replaced")
+"""The same among the counts of a commit."""
+
+LOST = ("lost_bytes", "lost_documents", "lost_unknown")
+"""Of these, what a shard that was given up has as well."""
+
+Entry = tuple[str, dict[str, Any]]
+"""A shard and its file of documents, as its commit lists it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The totals of some files, and the files that are worst."""
+
+    num_bytes: int  # of the files' parts that were to be read
+    lost_bytes: int
+    lost_documents: int  # where their number is known
+    lost_unknown: int  # losses of an unknown number of documents
+    replaced: int  # characters
+    num_files: int  # that lost something
+    worst: tuple[tuple[str, float], ...]  # URI and share read, of those that lost most bytes
+    num_replaced_files: int
+    most_replaced: tuple[str, ...]  # URIs
+
+    @property
+    def any(self) -> bool:
+        return self.num_files > 0
+
+    @property
+    def share(self) -> float:
+        """Of the bytes that were to be read, those that were lost."""
+        return min(1.0, self.lost_bytes / self.num_bytes) if self.num_bytes else float(self.any)
+
+
+# --- the table -------------------------------------------------------------------------------------------
+
+
+def files_table(
+    store: str, measure_id: str, commits: Sequence[manifest.Commit], *, shards: Sequence[Shard],
+    skipped: Iterable[FileInfo], tasks: Tasks | None = None,
+) -> pa.Table:  # fmt: skip
+    """A row of ``FILES_SCHEMA`` for each file of the corpus, by URI.
+
+    ``commits`` are those of ``shards`` that were not given up; a shard without one is lost as a whole. Raises
+    ``StoreError`` for a file that is not as committed.
+    """
+    tasks = tasks or Inline()
+    done = {commit.shard for commit in commits}
+    counted = ((c, [c.counts[name] for name in COUNTED]) for c in commits)
+    entries = [(c.shard, c.files["documents"]) for c, counts in counted if any(counts)]
+    handles = [
+        tasks.submit(_losses, store, measure_id, entries[begin : begin + FAN_IN])[0]
+        for begin in range(0, len(entries), FAN_IN)
+    ]
+    while len(handles) > 1:
+        handles = [
+            tasks.submit(_add, *handles[begin : begin + FAN_IN])[0]
+            for begin in range(0, len(handles), FAN_IN)
+        ]  # fmt: skip
+    found = pa.concat_tables([_planned(shards, done), *map(tasks.result, handles)])
+    read = add_files(found)
+    read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))
+    read = read.select(FILES_SCHEMA.names).cast(FILES_SCHEMA)
+    return pa.concat_tables([read, _not_read(skipped)]).sort_by("source").combine_chunks()
+
+
+def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[str, int]:
+    """``counts``, sums over commits, with the losses of ``shards`` that were given up."""
+    planned = _planned(list(shards), set())
+    return {name: n + (pc.sum(planned[name]).as_py() or 0 if name in LOST else 0) for name, n in counts.items()}
+
+
+def add_files(files: pa.Table) -> pa.Table:
+    """The sums of rows that have one ``source``, and the share of their bytes that was read."""
+    (added,) = _add(files)
+    size, lost = (added[name].to_numpy().astype(np.float64) for name in ("num_bytes", "lost_bytes"))
+    empty = np.where(added["n_quarantined"].to_numpy() > 0, 0.0, 1.0)
+    # A document that the model refused counts as its text, which may be more than the file's compressed bytes.
+    share = np.where(size > 0, np.clip(1 - lost / np.maximum(size, 1), 0, 1), empty)
+    return added.append_column("share_read", pa.array(share))
+
+
+def _planned(shards: Sequence[Shard], done: set[str]) -> pa.Table:
+    """A row for each slice; all of it is lost where its shard was given up."""
+    slices = [(piece, int(shard.id not in done)) for shard in shards for piece in shard.slices]
+    rows = {
+        "source": [piece.uri for piece, _ in slices],
+        "bytes": [piece.size if piece.start == 0 else 0 for piece, _ in slices],
+        "num_bytes": [piece.num_bytes for piece, _ in slices],
+        "lost_bytes": [piece.num_bytes * lost for piece, lost in slices],
+        "lost_documents": [max(0, piece.num_documents) * lost for piece, lost in slices],
+        "lost_unknown": [int(piece.num_documents < 0) * lost for piece, lost in slices],
+    }
+    return _table(rows, len(slices))
+
+
+def _losses(store: str, measure_id: str, entries: Sequence[Entry]) -> list[pa.Table]:
+    """What each file lost, from some shards' documents; files that lost nothing are left out."""
+    tables = []
+    for shard, entry in entries:
+        data = manifest.read_file(store, measure_id, shard, entry)
+        documents = parquet.read(data, list(READ), use_threads=False)
+        status = documents["status"].cast(pa.string())
+        rows = {
+            "source": documents["source"].cast(pa.string()).combine_chunks(),
+            "n_quarantined": pc.starts_with(status, "quarantined").to_numpy(),
+            "lost_bytes": documents["lost_bytes"].to_numpy(),
+            "lost_documents": pc.fill_null(documents["lost_documents"], 0).to_numpy(),
+            "lost_unknown": pc.is_null(documents["lost_documents"]).to_numpy(),
+            "n_replaced": documents["n_replaced"].to_numpy(),
+        }
+        some = np.any([rows[name] for name in SUMS], axis=0)
+        tables.append(_table(rows, len(documents)).filter(pa.array(some, pa.bool_())))
+    return _add(*tables)
+
+
+def _table(rows: Mapping[str, Any], num_rows: int) -> pa.Table:
+    """``rows`` as a table of sums; what they lack is 0."""
+    columns = {"source": pa.array(rows["source"], pa.string())}
+    for name in ("bytes", "num_bytes", *SUMS):
+        values = np.asarray(rows.get(name, np.zeros(num_rows)), np.int64)
+        columns[name] = pa.array(values)
+    return pa.table(columns)
+
+
+def _add(*tables: pa.Table) -> list[pa.Table]:
+    """The sums of ``tables``, a row for each file."""
+    rows = pa.concat_tables(tables).group_by("source", use_threads=False)
+    added = rows.aggregate([(name, "sum") for name in ("bytes", "num_bytes", *SUMS)])
+    return [added.rename_columns([name.removesuffix("_sum") for name in added.column_names])]
+
+
+def _not_read(files: Iterable[FileInfo]) -> pa.Table:
+    nothing = dict.fromkeys(FILES_SCHEMA.names, 0)
+    rows = [
+        nothing | {"source": f.uri, "is_skipped": True, "bytes": f.size, "share_read": 0.0}
+        for f in files
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, FILES_SCHEMA)
+
+
+def skipped_files(table: pa.Table) -> list[FileInfo]:
+    """The files of a run's table that were left out of its corpus."""
+    rows = table.filter(table["is_skipped"]).select(["source", "bytes"]).to_pylist()
+    return [FileInfo(row["source"], row["bytes"], "") for row in rows]
+
+
+# --- the totals ------------------------------------------------------------------------------------------
+
+
+def total(files: pa.Table) -> Losses:
+    """What ``files``, of ``FILES_SCHEMA``, lost together."""
+    read = files.filter(pc.invert(files["is_skipped"]))
+    sums = {name: int(pc.sum(read[name]).as_py() or 0) for name in ("num_bytes", *SUMS)}
+    losers = read.filter(lost_something(read))
+    worst = losers.sort_by([("lost_bytes", "descending"), ("source", "ascending")]).slice(0, NAMED_FILES)
+    replaced = read.filter(pc.greater(read["n_replaced"], 0))
+    most = replaced.sort_by([("n_replaced", "descending"), ("source", "ascending")]).slice(0, NAMED_FILES)
+    return Losses(
+        sums["num_bytes"], sums["lost_bytes"], sums["lost_documents"], sums["lost_unknown"], sums["n_replaced"],
+        len(losers), tuple(zip(worst["source"].to_pylist(), worst["share_read"].to_pylist(), strict=True)),
+        len(replaced), tuple(most["source"].to_pylist()),
+    )  # fmt: skip
+
+
+def lost_something(files: pa.Table) -> pa.Array:
+    """Of each row whether anything was lost."""
+    lost = [files[name].to_numpy() > 0 for name in ("lost_bytes", "lost_documents", "lost_unknown")]
+    return pa.array(np.any(lost, axis=0), pa.bool_())
+
+
+def of_run(run: manifest.RunFolder) -> Losses:
+    """What the complete ``run`` lost."""
+    return total(manifest.read_table(run, "files"))
+
+
+def to_json(found: Losses) -> dict[str, Any]:
+    """``found`` as plain values."""
+    body = asdict(found)
+    body["lost_share"] = found.share
+    body["worst"] = [{"source": uri, "share_read": share} for uri, share in found.worst]
+    return body
+
+
+# --- what the tokenizer does not know --------------------------------------------------------------------
+
+UNKNOWN_SHARE = 0.05
+"""Share of the tokens of text from which unknown ones are a warning; of text in a model's own language it is 0.001."""
+
+
+def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
+    """Tokens of text in a run's ``vocabulary`` that have the id ``unknown``."""
+    if unknown is None or not len(vocabulary):
+        return 0
+    of_layer = pc.equal(vocabulary["layer"], pc.min(vocabulary["layer"]))
+    of_text = pc.not_equal(vocabulary["class"].cast(pa.string()), "special")
+    found = vocabulary.filter(pc.and_(pc.and_(of_layer, of_text), pc.equal(vocabulary["token_id"], unknown)))
+    return int(pc.sum(found["n"]).as_py() or 0)
+
+
+def describe_unknown(info: Mapping[str, Any]) -> str:
+    """How much of a run's text its tokenizer does not know, where that is over ``UNKNOWN_SHARE``; else empty."""
+    found, counts = info.get("unknown"), info["counts"]
+    num_tokens = counts["tokens"] - counts["special"]
+    if not isinstance(found, dict) or not isinstance(num := found.get("tokens"), int):
+        return ""
+    if not UNKNOWN_SHARE * num_tokens < num <= num_tokens:
+        return ""
+    return (
+        f"{num:,} of {count(num_tokens, 'token')} of text ({rounded_up(num / num_tokens)}) are {found.get('token')}, "
+        "which stands for whatever the tokenizer does not know: their strengths say nothing of words. Is the model one "
+        "of the corpus's language, and the tokenizer the model's own?"
+    )
+
+
+# --- in words --------------------------------------------------------------------------------------------
+
+
+def describe(found: Losses) -> str:
+    """What was lost, as "43 kB of 1.2 MB (3.6%) in 2 files: a.gz (52.1% read), ..."; empty where nothing was."""
+    if not found.any:
+        return ""
+    return (
+        f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} ({rounded_up(found.share)}) in "
+        f"{count(found.num_files, 'file')}: {worst_files(found)}; {said_documents(found)}"
+    )
+
+
+def worst_files(found: Losses) -> str:
+    """Names of the files that lost most, with the share of each that was read."""
+    names = _names([uri for uri, _ in found.worst])
+    files = [f"{name} ({rounded_down(share)} read)" for name, (_, share) in zip(names, found.worst, strict=True)]
+    return _listed(files, found.num_files)
+
+
+def describe_replaced(found: Losses) -> str:
+    """Where characters were replaced; empty where none was."""
+    if not found.replaced:
+        return ""
+    files = count(found.num_replaced_files, "file")
+    return f"{count(found.replaced, 'character')} in {files}: {replaced_files(found)}"
+
+
+def replaced_files(found: Losses) -> str:
+    """Names of the files of most replaced characters."""
+    return _listed(_names(found.most_replaced), found.num_replaced_files)
+
+
+def describe_skipped(files: Sequence[FileInfo]) -> str:
+    """Files that were left out of the corpus, and why; empty where none was."""
+    of_store = [file for file in files if is_store_file(file.uri)]
+    others = [file for file in files if not is_store_file(file.uri)]
+    parts = []
+    if others:
+        names = _listed(_names([file.uri for file in others[:NAMED_FILES]]), len(others))
+        parts.append(f"{_sized(others)} with an ending that is no known format: {names}")
+    if of_store:
+        parts.append(f"{_sized(of_store)} of a store")
+    return "; ".join(parts)
+
+
+def _sized(files: Sequence[FileInfo]) -> str:
+    return f"{count(len(files), 'file')} ({said_bytes(sum(file.size for file in files))})"
+
+
+def said_documents(found: Losses) -> str:
+    """How many documents are lost, as far as that is known."""
+    if not found.lost_unknown:
+        return count(found.lost_documents, "document")
+    if not found.lost_documents:
+        return "nobody can tell how many documents"
+    return f"{count(found.lost_documents, 'document')} or more"
+
+
+def said_bytes(n: int) -> str:
+    """``n`` bytes with two or three digits: "43 kB"."""
+    if n < 1000:
+        return count(n, "byte")
+    power = min(5, int(math.log10(n)) // 3)
+    value = n / 1000**power
+    unit = ("", "kB", "MB", "GB", "TB", "PB")[power]
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
+
+
+def rounded_down(share: float) -> str:
+    """``share`` in percent, never 100% where something is missing."""
+    return f"{math.floor(share * 1000) / 10:g}%"
+
+
+def rounded_up(share: float) -> str:
+    """``share`` in percent, never 0% where there is something."""
+    return f"{math.ceil(share * 1000) / 10:g}%"
+
+
+def _names(uris: Sequence[str]) -> list[str]:
+    """The files' names, or their whole URIs where two have the same."""
+    names = [uri.rpartition("/")[2] for uri in uris]
+    return names if len({*names}) == len(names) else list(uris)
+
+
+def _listed(names: Sequence[str], num_files: int) -> str:
+    more = [f"and {num_files - len(names):,} more"] if num_files > len(names) else []
+    return ", ".join([*names, *more])

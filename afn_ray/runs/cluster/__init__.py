@@ -1,0 +1,138 @@
+"""The only door to Ray: who does the work of a run, workers there or this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from afn_ray import model
+from afn_ray.config import RunConfig
+from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
+from afn_ray.runs import dispatch
+from afn_ray.runs.cluster.calls import RayTasks, call_on_place
+from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
+from afn_ray.runs.cluster.metrics import Published
+from afn_ray.runs.cluster.pool import RayPool
+from afn_ray.runs.dispatch import Dispatcher, OnState, State
+from afn_ray.runs.inline import InlinePool
+from afn_ray.runs.worker import Task, sweep_scratch
+from afn_ray.schema import Shard
+from afn_ray.store import storage
+
+T = TypeVar("T")
+
+INLINE_BYTES = 1 << 20
+"""A run with less to read than this is done in this process: a local Ray takes 5 seconds and 0.5 GB to start."""
+
+
+def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
+    """Process ``shards``; returns what was committed and what was quarantined, by the rules of ``Dispatcher``.
+
+    Raises at once for what concerns all of them: a model that does not load, a full disk, no capacity.
+    """
+    try:
+        if runs_inline(config, shards):
+            return _dispatch(InlinePool(task), config, shards, on_state)
+        with joined(config):
+            published = Published(task.run)
+
+            def seen(state: State) -> None:
+                published.publish(state)
+                on_state(state)
+
+            try:
+                return _dispatch(RayPool(task, config), config, shards, seen)
+            finally:
+                published.close()
+    finally:
+        sweep_scratch(config)  # workers are killed, not asked
+
+
+def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) -> None:
+    """Raise what ``process_shards`` and ``tasks`` would raise of a Ray that cannot, or must not, be joined.
+
+    ``todo``: shards to process; ``planned``: those to reduce. A Ray of our own is not started.
+    """
+    works = bool(todo) and not runs_inline(config, todo)
+    reduces = len(planned) > FAN_IN and not runs_inline(config, planned)
+    if not works and not reduces:
+        return
+    if address(config) is None:
+        check_own(config)
+    else:
+        with joined(config):
+            pass
+
+
+def _dispatch(pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState) -> State:
+    return Dispatcher(
+        pool, shards, on_state, wait_s=config.wait_s, deadline_s=config.shard_deadline_s,
+        allow_quarantined=config.allow_quarantined,
+    ).run()  # fmt: skip
+
+
+def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
+    """Whether ``shards`` are processed in this process: when asked for, or when they are not worth a local Ray."""
+    if config.executor != "auto":
+        return config.executor == "inline"
+    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+        return True
+    wants_ray = address(config) is not None or config.workers is not None or config.tokenizer_workers > 0
+    started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return not (wants_ray or started) and sum(s.num_bytes for s in shards) < INLINE_BYTES
+
+
+def find_device(config: RunConfig) -> str:
+    """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is here."""
+    if _is_here(config):
+        return model.choose_device(config.device)
+    if config.device != "auto":
+        return config.device
+    with joined(config):
+        return "cuda" if num_units("cuda") else "cpu"
+
+
+def _is_here(config: RunConfig) -> bool:
+    """Whether workers have what this machine has: they are this process, or a local Ray's."""
+    return config.executor == "inline" or address(config) is None
+
+
+def local_device(device: str) -> str:
+    """The device on which to try in this process what workers will do on ``device``."""
+    return device if device == "cpu" else model.choose_device("auto")
+
+
+def count_workers(config: RunConfig, device: str) -> int:
+    """Workers that a run would start, from the config or from what this machine or the cluster has."""
+    if config.executor == "inline":
+        return 1
+    if config.workers is not None:
+        return config.workers
+    if _is_here(config):
+        return units_for_workers(config, model.count_devices(device), device)
+    with joined(config):
+        return units_for_workers(config, num_units(device), device)
+
+
+def pilot(
+    pilot: Callable[[Task, Sequence[str]], T], task: Task, texts: Sequence[str], on_notice: Callable[[str], None]
+) -> T:
+    """``pilot(task, texts)`` where the workers' device is: here for a CPU of this machine, else on a worker's place."""
+    config = task.config
+    if _is_here(config) and (config.executor == "inline" or task.device == "cpu"):
+        return pilot(task, texts)
+    with joined(config):
+        found: T = call_on_place(config, task.device, on_notice, pilot, task, texts)
+        return found
+
+
+@contextmanager
+def tasks(config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None]) -> Iterator[Tasks]:
+    """Who runs the calls of a reduce of ``shards``: this process where it did them or one call reads all, else Ray."""
+    if len(shards) <= FAN_IN or runs_inline(config, shards):
+        yield Inline()
+    else:
+        with joined(config):
+            yield RayTasks(config, on_notice)

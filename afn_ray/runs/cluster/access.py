@@ -1,0 +1,137 @@
+"""Who reaches a Ray: one of our own listens on this machine alone, and one that asks for no token is not joined."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from afn_ray.errors import ConfigError
+from afn_ray.runs import address
+from afn_ray.runs.cluster import session
+
+CONNECT_S = 5.0
+REFUSED = ("Unauthenticated", "AuthenticationError", "authentication_token_loader")
+"""What Ray says to who has no token, or a wrong one."""
+NOT_OURS = (
+    "the cluster at {} wants a token, and not the one we have, if any: set RAY_AUTH_TOKEN to the cluster's, or "
+    "RAY_AUTH_TOKEN_PATH to a file that has it"
+)
+ASK_S = 90.0
+"""Ray itself gives up after 45 s."""
+HOW_TO_CLOSE = (
+    "start every node with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (KubeRay: authOptions: {mode: token}), "
+    "and set both here"
+)
+
+_log = logging.getLogger(__name__)
+_asked: dict[str, bool] = {}  # address -> whether it is open; a command joins more than once
+
+
+def choose_token(own: bool) -> None:
+    """Ask for token authentication in the environment, before Ray is imported; of a Ray of our ``own``, give one.
+
+    Where it is given, Ray does not write one to ``~/.ray/auth_token``, for every user of the machine to read.
+    """
+    if "ray" not in sys.modules:  # Ray reads the mode as it is imported; who imported it before us has chosen
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if own:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def start_local(**options: Any) -> None:
+    """``ray.init`` of a Ray of our own, with a token and on loopback alone; ``options`` are ``ray.init``'s."""
+    choose_token(own=True)
+    session.check()
+    import ray
+    from ray._private import ray_constants
+
+    # The one way to loopback: any address that ray.init is given Ray replaces by one that others reach, and listens
+    # on all. It is put back, since a cluster that is joined later must reach this process.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def check(where: str | None, allow_open: bool) -> None:
+    """Raise ``ConfigError`` for a Ray that others reach and that asks for no token; ``where`` None: one of our own.
+
+    With ``allow_open`` it is a warning.
+    """
+    if where is None:
+        is_refused = os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled"
+        what, how = "RAY_AUTH_MODE=disabled starts a Ray that asks", "unset it"
+    else:
+        address.check(where)
+        if (why := unreachable(where)) is not None:
+            raise ConfigError(f"{why}; check the address (host:6379), the cluster and firewalls")
+        is_refused = not is_loopback(where) and is_open(where)
+        what, how = f"the cluster at {where} asks", HOW_TO_CLOSE
+    if is_refused and not allow_open:
+        raise ConfigError(f"{what} for no token: whoever reaches it can run code there; {how}, or go on all the same "
+                          "with --allow-open-cluster")  # fmt: skip
+    if is_refused:
+        _log.warning("%s for no token: whoever reaches it can run code there, with what this run may read and write",
+                     what)  # fmt: skip
+
+
+def is_open(where: str) -> bool:
+    """Whether the Ray at ``where`` (``host:port`` or ``auto``) answers without a token, asked in a second.
+
+    Raises ``ConfigError`` when it does not answer at all, and when it cannot be told.
+    """
+    if where not in _asked:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_TOKEN")}
+        asked = _ask(where, kept | {"RAY_AUTH_MODE": "disabled"})
+        is_closed = any(word in asked.stderr for word in REFUSED)
+        if asked.returncode and not is_closed:
+            said = asked.stderr.strip().rpartition("\n")[2]
+            raise ConfigError(f"whether the cluster at {where} asks for a token cannot be told: {said}")
+        _asked[where] = not is_closed
+    return _asked[where]
+
+
+def refuses_us(where: str) -> bool:
+    """Whether the Ray at ``where`` wants a token, and not the one that this process has, if any."""
+    said = _ask(where, dict(os.environ)).stderr
+    return any(word in said for word in REFUSED)
+
+
+def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Ray's own look at the health of a head, in a process of its own: it prints, and holds on to what it found."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", where]
+    try:
+        return subprocess.run(ray, env=environment, capture_output=True, text=True, timeout=ASK_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"the cluster at {where} does not answer within {ASK_S:g} s") from error
+
+
+def unreachable(where: str) -> str | None:
+    """Why nothing can be reached at ``where``, told in seconds where Ray takes minutes; None also for ``auto``."""
+    if where == "auto":
+        return None
+    try:
+        socket.create_connection(address.host_and_port(where), timeout=CONNECT_S).close()
+    except OSError as error:
+        return f"nothing answers at {where}: {error}"
+    return None
+
+
+def is_loopback(where: str) -> bool:
+    """Whether ``where`` is an address of this machine that no other reaches."""
+    if where == "auto":
+        return False
+    host, _ = address.host_and_port(where)
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

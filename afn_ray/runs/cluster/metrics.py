@@ -1,0 +1,98 @@
+"""What a run's driver tells Prometheus by way of Ray, whose node agents export it with ``ray_`` before each name.
+
+The driver alone publishes, for it knows what all workers have done: Ray labels each series with the process that it
+is of, so workers would leave a new set behind at every restart. A run has these series once, whatever its size.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from afn_ray import logs
+from afn_ray.runs.dispatch import State
+
+_log = logging.getLogger(__name__)
+
+COUNTERS = {
+    "afn_tokens_total": "Tokens of committed shards",
+    "afn_documents_total": "Documents of committed shards, empty and quarantined ones among them",
+    "afn_documents_quarantined_total": "Documents of committed shards that could not be measured",
+    "afn_shards_total": "Shards committed",
+    "afn_bytes_read_total": "Bytes of the corpus in committed shards",
+    "afn_bytes_written_total": "Bytes of the files of committed shards",
+    "afn_measured_tokens_total": "Tokens that left the model, those of attempts that failed or are under way too",
+    "afn_forward_tokens_total": "Tokens that went through the model, with padding, filler and overlaps",
+    "afn_model_seconds_total": "Seconds in which models worked, over all workers",
+    "afn_wait_seconds_total": "Seconds in which models waited for text, over all workers",
+    "afn_retries_total": "Attempts at shards that were lost or failed and are made again",
+    "afn_workers_lost_total": "Processes of workers that died or were ended before their time",
+}
+GAUGES = {
+    "afn_shards_queued": "Shards that no worker has yet",
+    "afn_shards_running": "Shards on workers",
+    "afn_shards_quarantined": "Shards that are given up",
+    "afn_workers_wanted": "Workers asked for",
+    "afn_workers_ready": "Workers that have loaded the model",
+    "afn_last_commit_timestamp_seconds": "Unix time of the last commit; before the first, of the beginning",
+}
+SHARD_SECONDS = "afn_shard_seconds"
+SHARD_SECONDS_HELP = "Seconds for which a committed shard held its model"
+BOUNDS_S = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0)
+LASTING = ("afn_shards_quarantined", "afn_last_commit_timestamp_seconds")
+"""Gauges that keep their value when the workers of a run have ended; the others are 0 then."""
+
+
+class Published:
+    """The metrics of one run in the Ray that this process has joined."""
+
+    def __init__(self, run: str) -> None:
+        from ray.util import metrics
+
+        def make(kind: Any, name: str, told: str, **more: Any) -> Any:
+            return kind(name, description=told, tag_keys=("run",), **more).set_default_tags({"run": run})
+
+        self._counters = {name: make(metrics.Counter, name, told) for name, told in COUNTERS.items()}
+        self._gauges = {name: make(metrics.Gauge, name, told) for name, told in GAUGES.items()}
+        self._seconds = make(metrics.Histogram, SHARD_SECONDS, SHARD_SECONDS_HELP, boundaries=list(BOUNDS_S))
+        self._sums: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self._last_commit = time.time()
+        self._bystander = logs.Bystander(_log, "metrics")
+
+    def publish(self, state: State) -> None:
+        """What ``state`` has that was not told before."""
+        self._bystander.call(self._publish, state)
+
+    def _publish(self, state: State) -> None:
+        if state.fresh_s:
+            self._last_commit = time.time()
+        for seconds in state.fresh_s:
+            self._seconds.observe(seconds)
+        counts, live = state.counts, state.live
+        sums = {
+            "afn_tokens_total": counts["tokens"], "afn_documents_total": counts["documents"],
+            "afn_documents_quarantined_total": counts["quarantined"], "afn_shards_total": counts["shards"],
+            "afn_bytes_read_total": counts["bytes_read"], "afn_bytes_written_total": counts["bytes_written"],
+            "afn_measured_tokens_total": live.tokens, "afn_forward_tokens_total": live.forward_tokens,
+            "afn_model_seconds_total": live.model_s, "afn_wait_seconds_total": live.wait_s,
+            "afn_retries_total": state.retries, "afn_workers_lost_total": state.num_lost,
+        }  # fmt: skip
+        for name, value in sums.items():
+            if value > self._sums[name]:  # Ray takes no 0: a series begins with its first event
+                self._counters[name].inc(value - self._sums[name])
+                self._sums[name] = value
+        values = {
+            "afn_shards_queued": state.num_shards - state.num_done - state.num_running,
+            "afn_shards_running": state.num_running, "afn_shards_quarantined": len(state.failures),
+            "afn_workers_wanted": state.num_workers, "afn_workers_ready": state.num_ready,
+            "afn_last_commit_timestamp_seconds": self._last_commit,
+        }  # fmt: skip
+        for name, value in values.items():
+            self._gauges[name].set(value)
+
+    def close(self) -> None:
+        """The run has no workers any more."""
+        for name, gauge in self._gauges.items():
+            if name not in LASTING:
+                self._bystander.call(gauge.set, 0)

@@ -1,0 +1,340 @@
+"""Workers on Ray: restartable actors, and why one of their processes died."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from afn_ray import logs
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
+from afn_ray.runs import dispatch
+from afn_ray.runs.cluster.connection import address, cause_of, lack, needs, num_units, start_error, units_for_workers
+from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
+from afn_ray.runs.progress import Progress, total
+from afn_ray.runs.worker import Processor, Task
+from afn_ray.schema import Shard
+from afn_ray.store.manifest import Commit
+
+POLL_S = 0.5
+VERDICT_S = 30.0
+"""How long it may take until Ray knows that the node of a dead worker is dead too."""
+UNITS_S = 5.0
+"""How old a look at the cluster's resources, and at its nodes that leave, may be."""
+CLOSE_S = 2.0
+"""How long workers may take to end their tokenizers before they are killed."""
+
+
+class _Worker:
+    """What an actor runs: one processor, and a look at it while it works."""
+
+    def __init__(self, task: Task) -> None:
+        self._error: Exception | None = None
+        logs.to_stderr(task.config.log_format, run=task.run, worker=task.worker)
+        try:
+            self._processor = Processor(task)
+        except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
+            self._error = error
+
+    def process(self, shard: Shard, halvings: int) -> tuple[Commit, Progress]:
+        try:
+            return self._processor.process(shard, halvings), self._processor.progress
+        except AfnError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            raise dispatch.Told(dispatch.reason(error)) from None
+
+    def look(self) -> tuple[Progress, str, str]:
+        """Progress, and the ids of this node and this process."""
+        import ray
+
+        if self._error is not None:
+            raise self._error
+        context = ray.get_runtime_context()
+        return self._processor.progress, context.get_node_id(), context.get_worker_id()
+
+    def close(self) -> None:
+        self._processor.close()
+
+
+@dataclass(slots=True)
+class _Actor:
+    """An actor and what is known of the process that it has now."""
+
+    handle: Any
+    ready: bool = False
+    look: Any = None  # question under way
+    look_again: float = 0.0  # when to ask, while there is none
+    node: str = ""
+    process: str = ""  # the one it has, or while it is not ready the one it had
+    restarts: int = 0  # that are accounted for
+    progress: Progress = field(default_factory=Progress)
+    nodes: frozenset[str] = frozenset()  # alive when it was looked at first
+    dead_since: float | None = None  # while its verdict is open
+
+
+class RayPool:
+    """Restartable actors, all asked for at once: those that wait for a place are what an autoscaler sees.
+
+    Ray retries nothing (``max_task_retries=0``) but restarts processes. Of a dead process it does not say why it died;
+    that is found out here: its node is gone as well, or had no memory left, or neither.
+    """
+
+    can_replace = True
+
+    def __init__(self, task: Task, config: RunConfig) -> None:
+        import ray
+
+        self._ray, self._task, self._config = ray, task, config
+        self._check_local()
+        self._class = ray.remote(
+            max_restarts=-1, max_task_retries=0, max_concurrency=dispatch.SLOTS, concurrency_groups={"look": 1},
+            **needs(config, task.device),
+        )(_Worker)  # fmt: skip
+        self._actors: dict[int, _Actor] = {}
+        self._last = -1
+        self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
+        self._released = Progress()  # of workers and processes that are no more
+        self._num_wanted = 0
+        self._next_count = self._next_notices = 0.0
+
+    def _check_local(self) -> None:
+        """A local Ray never grows: what it lacks it lacks for good."""
+        if address(self._config) is not None:
+            return
+        if not num_units(self._task.device):
+            name, has = "GPU" if self._task.device == "cuda" else "CPU", self._ray.cluster_resources()
+            raise ConfigError(f"a worker needs one {name}, and this Ray has none; it has {has}")
+        needs = 1 + self._config.tokenizer_workers
+        if not any(n["Resources"].get("CPU", 0) >= needs for n in self._ray.nodes() if n["Alive"]):
+            raise ConfigError(
+                f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of this Ray has so many"
+            )
+
+    def grow(self, num_useful: int) -> int:
+        if time.monotonic() >= self._next_count:
+            self._next_count = time.monotonic() + UNITS_S
+            self._num_wanted = self._config.workers or max(
+                1, units_for_workers(self._config, num_units(self._task.device), self._task.device)
+            )
+        while len(self._actors) < min(self._num_wanted, num_useful):
+            self._last += 1
+            self._actors[self._last] = actor = _Actor(self._class.remote(replace(self._task, worker=self._last)))
+            self._ask(actor)
+        return len(self._actors)
+
+    def _ask(self, actor: _Actor) -> None:
+        actor.look = actor.handle.look.options(concurrency_group="look").remote()
+        if not actor.ready:
+            actor.nodes = self._alive()
+
+    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+        self._in_flight[self._actors[worker].handle.process.remote(shard, halvings)] = (worker, shard.id)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        end = time.monotonic() + timeout_s
+        while True:
+            events = [*self._verdicts(), *self._leaving()]
+            looks = {a.look: n for n, a in self._actors.items() if a.look is not None}
+            # A look that a ready worker answers is no event, and must not end the wait.
+            waited = [*self._in_flight, *(r for r, n in looks.items() if not self._actors[n].ready)]
+            left = 0.0 if events else max(0.0, min(end - time.monotonic(), POLL_S))
+            if waited:
+                self._ray.wait(waited, num_returns=1, timeout=left)
+            else:
+                time.sleep(left)
+            # One call would give one ref, in no order: those that end often would starve the others.
+            refs = [*self._in_flight, *looks]
+            done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
+            for ref in done:
+                if ref in looks:
+                    events += self._looked(looks[ref], ref)
+                elif ref in self._in_flight:  # not if its worker died with the one before it
+                    events += self._finished(ref)
+            if events or time.monotonic() >= end:
+                return events
+
+    def _finished(self, ref: Any) -> Iterator[Event]:
+        worker, shard = self._in_flight.pop(ref)
+        try:
+            commit, progress = self._ray.get(ref)
+            self._moved_to(worker, progress)
+            yield Done(worker, shard, commit)
+        except self._ray.exceptions.RayActorError as error:
+            self._died(worker, error)
+            yield Silent(worker)
+        except self._ray.exceptions.RayTaskError as error:
+            yield Failed(worker, shard, cause_of(error))
+        except self._ray.exceptions.RayError as error:
+            raise Interrupted(f"Ray failed: {dispatch.reason(error)}; the same command resumes") from error
+
+    def _looked(self, worker: int, ref: Any) -> Iterator[Event]:
+        actor = self._actors.get(worker)
+        if actor is None or actor.look is not ref:  # released or replaced since
+            return
+        actor.look = None
+        try:
+            progress, node, process = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            if actor.ready:
+                return  # a look is no work; the task in flight says what happened
+            actor.look_again = time.monotonic() + POLL_S
+            if not self._returns(error):
+                self._ray.kill(self._actors.pop(worker).handle)
+                yield Gone(worker, Cause.START, start_error(error))
+            elif (restarts := _restarts(actor.handle)) > actor.restarts:
+                actor.restarts = restarts
+                if actor.nodes <= self._alive():  # else its node went
+                    yield Gone(worker, Cause.LOADING, ModelError(_died_loading(self._config, error)))
+            return
+        if actor.ready:
+            self._moved_to(worker, progress)
+            return
+        if process == actor.process:  # it lives: asked before its end, or only the way to it was cut for a moment
+            actor.look_again = time.monotonic() + POLL_S
+            if actor.dead_since is not None:
+                yield self._verdict(worker, Cause.NODE)
+            self._ray.kill(actor.handle, no_restart=False)
+            return
+        if actor.dead_since is not None:
+            yield self._verdict(worker, Cause.CRASH if actor.node in self._alive() else Cause.NODE)
+        actor.ready, actor.node, actor.process, actor.progress = True, node, process, progress
+        actor.restarts = _restarts(actor.handle)
+        yield Ready(worker)
+
+    def _moved_to(self, worker: int, progress: Progress) -> None:
+        """What its process has done, if that is news: answers may come in another order than they were given."""
+        actor = self._actors[worker]
+        if progress.tokens >= actor.progress.tokens:
+            actor.progress = progress
+
+    def _returns(self, error: Any) -> bool:
+        """Whether Ray starts the process anew; one that was preempted it calls dead until it has."""
+        exceptions = self._ray.exceptions
+        return isinstance(error, exceptions.ActorUnavailableError) or (
+            isinstance(error, exceptions.RayActorError) and error.preempted
+        )
+
+    def _died(self, worker: int, error: Any) -> None:
+        for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
+            del self._in_flight[ref]
+        actor = self._actors[worker]
+        actor.ready, actor.dead_since = False, time.monotonic()
+        actor.restarts += 1
+        self._released = total([self._released, actor.progress])
+        actor.progress = Progress()  # the next process counts from nothing
+        if error.preempted:
+            actor.node = ""  # no node of that name is alive
+        self._ask(actor)
+
+    def _verdicts(self) -> Iterator[Event]:
+        """Why processes died, once it is known: at the latest when Ray would know that a node is dead."""
+        dead = {n: a for n, a in self._actors.items() if a.dead_since is not None}
+        alive = self._alive() if dead else frozenset()
+        for worker, actor in dead.items():
+            assert actor.dead_since is not None
+            if actor.node not in alive:
+                yield self._verdict(worker, Cause.NODE)
+            elif _ran_out_of_memory(actor.process):
+                yield self._verdict(worker, Cause.MEMORY)
+            elif time.monotonic() - actor.dead_since > VERDICT_S:
+                yield self._verdict(worker, Cause.CRASH)
+
+    def _verdict(self, worker: int, cause: Cause) -> Gone:
+        self._actors[worker].dead_since = None
+        return Gone(worker, cause)
+
+    def _alive(self) -> frozenset[str]:
+        return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
+
+    def _leaving(self) -> Iterator[Event]:
+        if time.monotonic() < self._next_notices:
+            return
+        self._next_notices = time.monotonic() + UNITS_S
+        leaving = _leaving_nodes() if address(self._config) is not None else frozenset()
+        for worker, actor in self._actors.items():
+            if actor.ready and actor.node in leaving:
+                yield Leaving(worker)
+
+    def replace(self, worker: int) -> None:
+        self._ray.kill(self._actors[worker].handle, no_restart=False)
+        self._died(worker, self._ray.exceptions.RayActorError())
+        self._actors[worker].dead_since = None
+
+    def release(self, worker: int) -> None:
+        actor = self._actors.pop(worker)
+        self._released = total([self._released, actor.progress])
+        self._close([actor])
+
+    def progress(self) -> Progress:
+        """As of the last looks; new ones are sent, one question to each worker at a time."""
+        now = time.monotonic()
+        for actor in self._actors.values():
+            if actor.look is None and now >= actor.look_again:
+                self._ask(actor)
+        return total([self._released, *(a.progress for a in self._actors.values())])
+
+    def num_tokens(self, worker: int) -> int:
+        return self._actors[worker].progress.tokens
+
+    def lack(self) -> str:
+        num_waiting = sum(not a.ready for a in self._actors.values())
+        return lack(num_waiting, self._config, self._task.device, self.num_loading())
+
+    def num_loading(self) -> int:
+        return sum(_has_place(a.handle) for a in self._actors.values() if not a.ready)
+
+    def close(self) -> None:
+        self._close(list(self._actors.values()))
+        self._actors.clear()
+
+    def _close(self, actors: Sequence[_Actor]) -> None:
+        if self._config.tokenizer_workers:  # a killed worker's tokenizers end too, but leave their semaphores behind
+            refs = [a.handle.close.options(concurrency_group="look").remote() for a in actors if a.ready]
+            if refs:
+                self._ray.wait(refs, num_returns=len(refs), timeout=CLOSE_S)
+        for actor in actors:
+            self._ray.kill(actor.handle)
+
+
+def _died_loading(config: RunConfig, error: Any) -> str:
+    return (
+        f"a worker died while it loaded {config.model}: is there too little memory for so many? Give fewer --workers "
+        f"({dispatch.reason(error)})"
+    )
+
+
+def _ran_out_of_memory(process: str) -> bool:
+    """Whether Ray's memory monitor ended the worker process of this id; only its dashboard tells in public."""
+    from ray import WorkerID
+    from ray._private.state import state
+    from ray.core.generated import common_pb2, gcs_pb2
+
+    data = state._connect_and_get_accessor().get_worker_info(WorkerID(bytes.fromhex(process)))
+    if data is None:
+        return False
+    found = gcs_pb2.WorkerTableData.FromString(data)
+    return bool(found.exit_type == common_pb2.WorkerExitType.Value("NODE_OUT_OF_MEMORY"))
+
+
+def _has_place(actor: Any) -> bool:
+    """Whether ``actor`` has a process, which loads its model; Ray has the number of none for one that waits."""
+    from ray._private.state import state
+
+    return bool(state.actor_table(actor._actor_id.hex()).get("Pid"))
+
+
+def _restarts(actor: Any) -> int:
+    """How often Ray has started the process of ``actor`` anew."""
+    from ray._private.state import state
+
+    return int(state.actor_table(actor._actor_id.hex()).get("NumRestarts", 0))
+
+
+def _leaving_nodes() -> frozenset[str]:
+    """Ids of nodes that are being drained, on a notice of preemption for one."""
+    from ray._private.state import state
+
+    return frozenset(state.get_draining_nodes())

@@ -1,0 +1,55 @@
+"""Where a Ray of our own keeps its session: a folder with room, and short enough a path for its sockets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from afn_ray.errors import ConfigError, Interrupted
+from afn_ray.store import disk
+
+SOCKET_BYTES = 107
+"""Longest path of a Unix socket, in bytes."""
+LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""Path of a socket within Ray's folder, as long as it gets."""
+LEAST_BYTES = 16 << 20
+"""Room without which a local Ray does not come up: its logs, the files of its ports, its sockets."""
+
+
+def folder() -> Path:
+    """Ray's folder for its sessions, by ``RAY_TMPDIR`` or ``TMPDIR``."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")  # noqa: S108 - Ray's default
+
+
+def check() -> None:
+    """Raise ``Interrupted`` where a local Ray cannot have its session in ``folder()``: full, or too long a path.
+
+    Ray itself waits half a minute for a file that it cannot write, and does not say why. Raises ``ConfigError`` where
+    the folder may not be written.
+    """
+    there = folder()
+    longest = len(os.fsencode(there / LONGEST_SOCKET))
+    if longest > SOCKET_BYTES:
+        raise Interrupted(
+            f"a local Ray cannot have its sockets in {there}: their paths would have {longest} bytes, a socket's may "
+            f"have {SOCKET_BYTES}; set RAY_TMPDIR to a folder with a shorter path and run the same command again"
+        )
+    probe = there / f"afn-probe-{uuid.uuid4().hex}"
+    try:
+        there.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(there).free
+        probe.touch()  # which a quota, or too few inodes, may refuse
+    except OSError as error:
+        if error.errno not in disk.FULL:
+            raise ConfigError(f"a local Ray cannot write its folder {there}: {error.strerror}; set RAY_TMPDIR to "
+                              "another") from error  # fmt: skip
+        free = 0
+    finally:
+        probe.unlink(missing_ok=True)
+    if free < LEAST_BYTES:
+        raise Interrupted(
+            f"no space left for a local Ray in {there}: {free / 2**20:,.1f} MiB free, expected {LEAST_BYTES >> 20}; "
+            "make room, or set RAY_TMPDIR to another folder, and run the same command again: it resumes"
+        )

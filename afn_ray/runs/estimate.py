@@ -1,0 +1,373 @@
+"""What a run would do, how long it would take and what it would cost, before any of it is done."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from afn_ray.config import RunConfig
+from afn_ray.corpus import listing
+from afn_ray.errors import ConfigError, CorpusError, nearest
+from afn_ray.reduce import lexicon
+from afn_ray.runs import cluster, worker
+from afn_ray.runs.job import OnEvent, normalised, prepare, take_stock
+from afn_ray.schema import FileInfo, fingerprint
+from afn_ray.store import settings, storage
+from afn_ray.store.commits import Commits
+from afn_ray.tokens import counting
+
+SAMPLE_DOCUMENTS = 200
+PILOT_S = 2.0
+BYTES_PER_TOKEN = 6.0
+"""Upper estimate of the store's bytes for a token of one series, offsets included; each further series adds 3."""
+BYTES_PER_SERIES, OFFSET_BYTES = 3.0, 2.0
+BYTES_PER_NEURON = 6.5
+"""Upper estimate of the store's bytes for one neuron of a token, counts by type included."""
+REDUCE_TOKENS_PER_S = 2.5e6
+"""Of one series, by one core: between what 10,000 small shards and 50 large ones took."""
+SCREEN_TOKENS_PER_S = 3.5e6
+"""Of all layers, by one core."""
+READ_BYTES = storage.READ_AHEAD_BYTES
+"""Of the corpus, in one request: once to plan, where the file is new, and once to measure."""
+PUTS_A_SHARD, GETS_A_SHARD = 4, 12
+"""Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike, and GET with HEAD
+beside those for the corpus's bytes. Each table of neurons is one PUT more. The status is written by the clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """What one worker does, as ``afn bench rate`` measured it."""
+
+    tokens_per_second: float
+    load_s: float  # until a process has loaded the model
+    where: str  # machine, versions, n and spread
+    speed: dict[str, Any] = field(default_factory=dict)  # what it was measured for, as of ``speed_of``
+
+    def check(self, speed: dict[str, Any], file: Path) -> None:
+        """Raise ``ConfigError`` if it is not of ``speed``."""
+        differing = [
+            f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
+            for key in speed if self.speed.get(key) != speed[key]
+        ]  # fmt: skip
+        if differing:
+            raise ConfigError(
+                f"--rate {file} was measured for something else: {'; '.join(differing)}; measure this run's: "
+                "'afn bench rate RUN_TOML --json FILE'"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What things cost, in one ``currency``; None: not known, and left out of every sum."""
+
+    currency: str
+    as_of: str  # of whom and when
+    worker_hour: float | None = None
+    worker_hour_on_demand: float | None = None
+    head_hour: float | None = None
+    storage_gb_month: float | None = None
+    put_million: float | None = None
+    get_million: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A line of a bill: ``amount`` of ``unit`` at ``price`` each; None: no price is known."""
+
+    what: str
+    amount: float
+    unit: str
+    price: float | None
+
+    @property
+    def total(self) -> float | None:
+        return None if self.price is None else self.amount * self.price
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run would do, and about how long it would take."""
+
+    num_files: int
+    skipped: tuple[FileInfo, ...]  # for an unknown ending
+    num_documents: int
+    documents_exact: bool
+    num_bytes: int
+    num_shards: int
+    num_shards_done: int  # already in the store
+    tokens: int  # special ones among them, as a run counts them
+    tokens_low: int  # of the 95 % interval; where all are counted, ``tokens``
+    tokens_high: int
+    tokens_exact: bool  # what the store has is added up from its commits, what is small is counted
+    tokens_there: int  # of them already in the store
+    num_beginnings: int  # large slices that could be sampled only at their beginning
+    store_bytes: int  # estimated, but for what is there
+    seconds: float | None  # from the first worker's start to the reduced tables; None: no rate is known
+    load_s: float | None  # of these, until models are loaded
+    reduce_s: float  # of these, by the reduce and the screening
+    num_workers: int
+    worker_hours: float | None  # of the workers, from first to last; GPU-hours where they have GPUs
+    num_puts: int  # requests to an object store
+    num_gets: int
+    tokens_per_second: float | None  # of one worker; None: not measured on the workers' device
+    rate: str  # where it was measured, or why it was not
+    model: str
+    layers: tuple[int, ...]
+    depth: int
+    dtype: str
+    device: str
+    window_tokens: int
+    overlap_tokens: int
+    measure: str
+    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1;
+    # none where the sample was tried on another device than the workers'
+    prices: Prices | None
+    costs: tuple[Cost, ...]  # of the run; none without prices, or while its hours are not known
+    monthly: Cost | None  # of what it leaves in the store
+
+
+def dry_run(
+    config: RunConfig, on_event: OnEvent = lambda event: None, *, rate: Path | None = None, prices: Path | None = None,
+    reduce_only: bool = False,
+) -> Estimate:  # fmt: skip
+    """What ``job.run(config)`` would do, or what it would refuse: it is that call's own preparation.
+
+    Reads the corpus once to plan, counts or samples what the store lacks, tries the model on a little of it, and leaves
+    nothing behind. ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is
+    measured here, and where this machine lacks the workers' device, time, hours and money are None: they are not told.
+    ``prices``: a TOML file with keys of ``Prices``. Raises what ``job.run`` raises before its work begins, and
+    ``ConfigError`` for a rate of something else.
+    """
+    money = None if prices is None else read_prices(prices)
+    known = None if rate is None else read_rate(rate)  # before the corpus is read, which may take hours
+    config = normalised(config)
+    lexicon.function_words(config.language)
+    storage.try_writable(config.store)
+    asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
+    task, plan, measure, device = asked.task, asked.plan, asked.measure, asked.device
+    if known is not None and rate is not None:
+        known.check(speed_of(task, measure), rate)
+    stock = take_stock(asked, on_event, reduce_only=reduce_only)
+    todo = [] if reduce_only else [s for s in plan.shards if s.id not in stock.commits]
+    there = _what_is_there(stock.commits)
+    lacking = counting.NOTHING
+    if todo:
+        slices = [piece for s in todo for piece in s.slices]
+        lacking = counting.count(slices, config.read_options, worker.text_encoder(asked.files))
+    tokens = there.tokens + lacking.tokens
+    if lacking.exact and not tokens:
+        raise CorpusError("the corpus has no token to measure: all of its documents are empty or quarantined")
+    sample = listing.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS) if todo else []
+    pilot = _pilot(task, [d.text for d in sample])
+    workers = min(cluster.count_workers(config, device), max(1, len(todo)))
+    here = cluster.local_device(device)
+    if known is None and here == device and todo:
+        known = Rate(pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0, pilot.load_s, "measured here")
+    where = known.where if known else _no_rate(device, here) if todo else "nothing is left to measure"
+    reduce_s = 0.0 if stock.complete else reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
+    store_bytes = there.num_bytes + lacking.tokens * bytes_per_token(config, len(task.series), len(task.neuron_layers))
+    load_s = (known.load_s if known else None) if todo else 0.0
+    seconds = None if load_s is None else load_s + reduce_s
+    if known and seconds is not None and known.tokens_per_second:
+        seconds += lacking.tokens / known.tokens_per_second / workers
+    puts = len(todo) * (PUTS_A_SHARD + (2 if task.neuron_layers else 0))
+    gets = sum(GETS_A_SHARD + gets_of_corpus(s.num_bytes) for s in todo)
+    hours = None if seconds is None else seconds / 3600
+    worker_hours = None if hours is None else workers * hours
+    costs, monthly = bill(money, worker_hours, hours, puts, gets, store_bytes)
+    return Estimate(
+        num_files=len(plan.files), skipped=plan.skipped, num_documents=there.documents + lacking.documents,
+        documents_exact=lacking.num_documents_exact, num_bytes=plan.num_bytes, num_shards=len(plan.shards),
+        num_shards_done=len(plan.shards) - len(todo), tokens=tokens, tokens_low=there.tokens + lacking.low,
+        tokens_high=there.tokens + lacking.high, tokens_exact=lacking.exact, tokens_there=there.tokens,
+        num_beginnings=lacking.num_beginnings, store_bytes=round(store_bytes), seconds=seconds, load_s=load_s,
+        reduce_s=reduce_s, num_workers=workers, worker_hours=worker_hours, num_puts=puts, num_gets=gets,
+        tokens_per_second=known.tokens_per_second if known else None, rate=where, model=config.model,
+        layers=task.layers, depth=asked.files.depth, dtype=task.dtype, device=device,
+        window_tokens=measure["window_tokens"], overlap_tokens=measure["overlap_tokens"], measure=task.measure_id,
+        signal_costs=pilot.signal_costs if here == device else {}, prices=money, costs=costs, monthly=monthly,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What the store has of a run."""
+
+    tokens: int
+    documents: int
+    num_bytes: int
+
+
+def _what_is_there(commits: Commits) -> _There:
+    tokens = documents = num_bytes = 0
+    for commit in commits.values():
+        tokens, documents = tokens + commit.counts["tokens"], documents + commit.counts["documents"]
+        num_bytes += sum(file["bytes"] for file in commit.files.values())
+    return _There(tokens, documents, num_bytes)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------
+
+
+def bytes_per_token(config: RunConfig, num_series: int, num_neuron_layers: int) -> float:
+    """Upper estimate of what the store holds for each token."""
+    size = BYTES_PER_TOKEN + BYTES_PER_SERIES * (num_series - 1) - (0 if config.offsets else OFFSET_BYTES)
+    high = 0.25 if config.neurons_of == "high" else 1.0  # of tokens, where others' thresholds fit
+    return size + BYTES_PER_NEURON * config.top_neurons * num_neuron_layers * high
+
+
+def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
+    """Seconds of one core for the reduce of ``tokens``; its leaves, which are most of it, are as many as cores."""
+    return tokens * num_series / REDUCE_TOKENS_PER_S + (tokens / SCREEN_TOKENS_PER_S if screened else 0.0)
+
+
+def gets_of_corpus(num_bytes: int) -> int:
+    """Requests that read a shard's bytes, to plan and to measure."""
+    return 2 * -(-num_bytes // READ_BYTES)
+
+
+def bill(
+    prices: Prices | None, worker_hours: float | None, hours: float | None, num_puts: int, num_gets: int,
+    store_bytes: float,
+) -> tuple[tuple[Cost, ...], Cost | None]:  # fmt: skip
+    """What a run costs, line by line, and what its store costs a month; nothing without ``prices``.
+
+    Without hours there is no line of the run: its requests alone would look like its price.
+    """
+    if prices is None:
+        return (), None
+    monthly = Cost("store", store_bytes / 1e9, "GB", prices.storage_gb_month)
+    if worker_hours is None or hours is None:
+        return (), monthly
+    return (
+        Cost("workers", worker_hours, "worker-hours", prices.worker_hour),
+        Cost("head", hours, "hours", prices.head_hour),
+        Cost("PUT", num_puts / 1e6, "million", prices.put_million),
+        Cost("GET", num_gets / 1e6, "million", prices.get_million),
+    ), monthly
+
+
+def _no_rate(device: str, here: str) -> str:
+    return (
+        f"the workers' device is {device} and this machine's is {here}: measure on one of theirs with 'afn bench rate "
+        "RUN_TOML --json FILE' and give --rate FILE"
+    )
+
+
+# --- a sample, measured here -----------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Pilot:
+    """What a sample took in this process."""
+
+    load_s: float
+    num_tokens: int = 0
+    seconds: float = 0.0
+    signal_costs: dict[str, float] = field(default_factory=dict)
+
+
+def _pilot(task: worker.Task, texts: Sequence[str]) -> _Pilot:
+    if not texts:
+        return _Pilot(0.0)
+    began = time.monotonic()
+    processor = worker.Processor(replace(task, device=cluster.local_device(task.device)))
+    pilot = _Pilot(time.monotonic() - began)
+    alone, *others = processor.signals
+    taken: dict[str, float] = dict.fromkeys((s.name for s in (alone, *others)), 0.0)
+    num_read = 0
+    while num_read < len(texts) and pilot.seconds <= PILOT_S:
+        some = list(texts[num_read : num_read + 32])
+        num_read += len(some)
+        began = time.monotonic()
+        measured = processor.measure(some, [False] * len(some))
+        pilot.seconds += time.monotonic() - began
+        pilot.num_tokens += len(measured.encoded.token_ids)
+        if others:
+            prepared = processor.preparer.prepare(some, [False] * len(some), refused=measured.encoded.problems)
+            sets = [[alone], *([alone, other] for other in others)]
+            turns = [[processor.seconds(prepared, signals) for signals in sets] for _ in range(2)]
+            for name, seconds in zip(taken, map(min, *turns), strict=True):  # the other one was disturbed
+                taken[name] += seconds
+    processor.close()
+    # More work takes more time; where it seems to take less, the cost is lost in the noise.
+    pilot.signal_costs = {s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]}
+    return pilot
+
+
+# --- files of rates and prices ---------------------------------------------------------------------------
+
+
+def speed_of(task: worker.Task, measure: dict[str, Any]) -> dict[str, Any]:
+    """What of a run changes how many tokens a worker does in a second, but for the machine and the texts."""
+    return {
+        "model": fingerprint(measure["model"]), "layers": list(task.layers), "signals": measure["signals"],
+        "top_neurons": task.config.top_neurons if task.neuron_layers else 0, "dtype": task.dtype, "device": task.device,
+        "window_tokens": measure["window_tokens"], "overlap_tokens": measure["overlap_tokens"],
+        "batch_tokens": task.config.batch_tokens, "tokenizer_workers": task.config.tokenizer_workers,
+    }  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is 0 or more, and what a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "speed": (lambda v: isinstance(v, dict), "an object"),
+    "tokens_per_second": (lambda v: isinstance(v, list) and bool(v) and all(_is_number(n) and n for n in v),
+                          "a list of numbers over 0"),
+    "load_s": (_is_number, "a number, 0 or more"),
+    "machine": (lambda v: isinstance(v, str), "a text"),
+    "versions": (lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str), "an object with that of torch"),
+    "foreign": (_is_number, "a number, 0 or more"),
+}  # fmt: skip
+"""What is read of the file that ``afn bench rate --json`` writes."""
+
+
+def read_rate(path: Path) -> Rate:
+    """The rate in ``path``. Raises ``ConfigError`` for what ``afn bench rate --json`` did not write."""
+    try:
+        value = json.loads(settings.decode(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}") from error
+    found: dict[str, Any] = value if isinstance(value, dict) else {}
+    for key, (is_right, expected) in RATE_KEYS.items():
+        if not is_right(found.get(key)):
+            raise ConfigError(
+                f"--rate {path} is not what 'afn bench rate --json' writes: {key} is {found.get(key)!r}; expected "
+                f"{expected}"
+            )
+    rates = found["tokens_per_second"]
+    where = (
+        f"on {found['machine']}, torch {found['versions']['torch']}, n = {len(rates)}, "
+        f"{min(rates):,.0f}-{max(rates):,.0f}, others took {found['foreign']:.0%} of its cores"
+    )
+    return Rate(statistics.median(rates), found["load_s"], where, found["speed"])
+
+
+def read_prices(path: Path) -> Prices:
+    """The prices in the TOML file ``path``. Raises ``ConfigError`` for what they cannot be."""
+    value = settings.read_toml(path, "--prices")
+    known = [f.name for f in fields(Prices)]
+    if unknown := sorted(value.keys() - set(known)):
+        raise ConfigError(f"--prices {path} has {', '.join(unknown)}{nearest(unknown, known)}; expected "
+                          f"currency, as_of and some of {', '.join(known[2:])}")  # fmt: skip
+    for name, what in (("currency", "of all prices"), ("as_of", "whose prices these are, and of when")):
+        if name not in value:
+            raise ConfigError(f"--prices {path} lacks {name}: a text, {what}")
+        if not isinstance(value[name], str) or not value[name]:
+            raise ConfigError(f"--prices {path}: {name} is {value[name]!r}; expected a text, {what}")
+    for name in known[2:]:
+        price = value.get(name, 0)
+        if not _is_number(price):
+            raise ConfigError(f"--prices {path}: {name} is {price!r}; expected a number, 0 or more")
+    return Prices(**value)

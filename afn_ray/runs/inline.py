@@ -1,0 +1,81 @@
+"""One worker in this process, without Ray, for the dispatcher that has them on Ray otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+
+from afn_ray.runs.dispatch import Done, Event, Failed, Ready
+from afn_ray.runs.progress import Progress
+from afn_ray.runs.worker import Processor, Task
+from afn_ray.schema import Shard
+
+STOP_S = 1.0
+"""How long threads of this process may take to notice that they are to stop; a batch, or an upload, may take longer."""
+
+
+class InlinePool:
+    """One worker in this process: a thread for each shard in flight."""
+
+    can_replace = False
+
+    def __init__(self, task: Task) -> None:
+        self._processor = Processor(task)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._events.put(Ready(0))
+
+    def grow(self, num_useful: int) -> int:
+        return 1
+
+    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+        thread = threading.Thread(target=self._process, args=(shard, halvings), name="afn-shard", daemon=True)
+        self._threads = [t for t in self._threads if t.is_alive()] + [thread]
+        thread.start()
+
+    def _process(self, shard: Shard, halvings: int) -> None:
+        try:
+            self._events.put(Done(0, shard.id, self._processor.process(shard, halvings)))
+        except BaseException as error:  # noqa: BLE001 - the dispatcher says what it means
+            self._events.put(Failed(0, shard.id, error))
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        with contextlib.suppress(queue.Empty):
+            events = [self._events.get(timeout=timeout_s)]
+            while not self._events.empty():
+                events.append(self._events.get())
+            return events
+        return []
+
+    def replace(self, worker: int) -> None:
+        """Never called: ``can_replace`` is false."""
+        raise NotImplementedError
+
+    def release(self, worker: int) -> None:
+        """It ends with the run."""
+
+    def progress(self) -> Progress:
+        return self._processor.progress
+
+    def num_tokens(self, worker: int) -> int:
+        return self._processor.progress.tokens
+
+    def lack(self) -> str:
+        return "this process is its only worker"
+
+    def num_loading(self) -> int:
+        return 0  # it has loaded the model before it is asked
+
+    def close(self) -> None:
+        self._processor.stop()
+        if not self._join(STOP_S):
+            self._processor.close()
+
+    def _join(self, timeout_s: float) -> int:
+        """Number of threads that are still at work after ``timeout_s``."""
+        end = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return sum(t.is_alive() for t in self._threads)

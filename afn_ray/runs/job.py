@@ -1,0 +1,463 @@
+"""One run from start to finish: plan, do what the store lacks, reduce."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from afn_ray import model
+from afn_ray.config import RunConfig
+from afn_ray.corpus import listing
+from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
+from afn_ray.query.database import Run, open_run
+from afn_ray.reduce import lexicon, losses, screen
+from afn_ray.reduce.tree import reduce_run
+from afn_ray.runs import cluster, dispatch, outliers, precision, status, worker
+from afn_ray.schema import Document, Shard, fingerprint
+from afn_ray.store import epochs, manifest, storage
+from afn_ray.store.commits import Commits, total_counts
+
+LACKING = "not in the store when the run was reduced alone"
+PILOT_DOCUMENTS = 2000
+MOST_REASONS = 5
+"""Why documents of a corpus without a token are quarantined, as told at its end."""
+MOST_REASONS = 1000
+"""Shards given up whose file and reason run.json keeps; of more it has the id alone, and can still be read."""
+MOST_SHARDS = 20
+"""Shards that are named one by one at the end of a run."""
+MOST_CHARS = 1000
+"""Length of the reason of a missing shard in run.json."""
+NEVER = 3.4e38
+"""A strength that none has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a person who waits wants to see."""
+
+    kind: str  # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "screening", "complete"
+    message: str
+    state: dispatch.State | None = None  # of "working"
+    done: int = 0  # of "hashing": files
+    total: int = 0
+    run: str = ""  # its name, once it has one: of "planned"
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run is to do, before it looks at what the store has."""
+
+    config: RunConfig
+    device: str  # of the workers
+    files: model.ModelFiles
+    plan: manifest.Plan
+    begun_ns: int  # before the first file was looked at
+    decided: precision.Precision
+    task: worker.Task
+    measure: dict[str, Any]
+    frozen: list[dict[str, Any]]  # thresholds that it labels by, as of ``manifest.find_frozen``
+
+
+def prepare(config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bool = False) -> Prepared:
+    """Plan the corpus of a normalised config and decide what to measure.
+
+    ``keep`` writes what pilots found into the store, for later runs; with ``reduce_only`` none is run.
+    """
+    device = "cpu" if reduce_only else cluster.find_device(config)
+    files = worker.find_model(config)
+    task, measure = worker.prepare(config, files, device, "float32")
+    begun_ns = time.time_ns()
+    plan = manifest.make_plan(config, _hashing(on_event))
+    task, measure = worker.with_labels(task, measure, plan.labels)
+    decided = _decide_precision(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
+    task, measure = worker.in_dtype(task, measure, decided.dtype)
+    task, measure = _find_outliers(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
+    frozen = manifest.find_frozen(config, measure)
+    if config.neurons_of == "high":
+        task, measure = worker.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
+    return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """What the store has of a run."""
+
+    commits: Commits
+    complete: bool  # with the same plan reduced
+
+
+def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
+    """What the store has of ``asked``; writes nothing, and refuses what ``run`` refuses before it begins to work."""
+    commits = _commits_to_reduce(asked) if reduce_only else Commits()
+    same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
+    if not reduce_only:
+        shards = epochs.newest(asked.config.store).marked(asked.task.measure_id, asked.plan.shards)
+        commits = manifest.find_commits(asked.config.store, asked.task.measure_id, shards)
+    if same is not None and same.info:
+        _say_nothing_to_do(asked, same, on_event)
+        return Stock(commits, True)
+    todo = [] if reduce_only else [s for s in asked.plan.shards if s.id not in commits]
+    cluster.check(asked.config, todo, asked.plan.shards)
+    return Stock(commits, False)
+
+
+def _commits_to_reduce(asked: Prepared) -> Commits:
+    """Commits of the plan, for a reduce alone. Raises ``IncompleteRun`` where too many are lacking."""
+    config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
+    shards = epochs.newest(config.store).marked(measure_id, plan.shards)
+    commits = manifest.find_commits(config.store, measure_id, shards)
+    if len(plan.shards) - len(commits) > config.allow_quarantined:
+        raise IncompleteRun(_lacking(config, measure_id, plan, len(commits)))
+    return commits
+
+
+def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: OnEvent) -> None:
+    """Raises ``StoreError`` where the store has lost shards of the ``complete`` run of ``asked``."""
+    if gone := manifest.lost_shards(asked.config.store, asked.task.measure_id, asked.plan.shards, complete):
+        raise StoreError(
+            f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the store, as {gone[0]}: "
+            f"delete {complete.uri}/run.json and give this command again to do them anew"
+        )
+    on_event(Event("complete", f"nothing to do: run {complete.uri} is complete and the corpus has not changed"))
+
+
+def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False) -> Run:
+    """Measure every token of ``config.corpus`` and return the complete run, ready to be asked.
+
+    A shard that the store has is not done again, so the same call after a crash resumes and after success does
+    nothing. ``reduce_only``: no shard is done and no pilot run; the store must have the measure, and all shards but
+    ``allow_quarantined``. Raises ``ConfigError`` before any work, ``IncompleteRun`` when shards were given up or are
+    lacking (the others are committed), ``Interrupted`` when the call can be repeated to resume.
+    """
+    config = normalised(config)
+    lexicon.function_words(config.language)
+    storage.check_writable(config.store)
+    manifest.keep_from_jobs(config.store)
+    with status.reported(config, planning=not reduce_only) as reporter:  # which may find that it cannot
+        return _run(config, _reporting(reporter, on_event), reporter, reduce_only=reduce_only)
+
+
+def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, reduce_only: bool) -> Run:
+    began = time.monotonic()
+    asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
+    plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
+    if reduce_only:
+        _commits_to_reduce(asked)  # before anything is written
+    claim = manifest.begin_run(config, measure, plan, asked.begun_ns, frozen)
+    plan, folder = replace(plan, shards=claim.shards), claim.run
+    if folder.info:
+        _say_nothing_to_do(asked, folder, on_event)
+        _report_losses(folder, on_event)
+        return _opened(claim)
+    commits = manifest.find_commits(config.store, task.measure_id, plan.shards)  # after the claim: gc leaves these
+    todo = [s for s in plan.shards if s.id not in commits]
+    reporter.begin(folder, plan.shards, commits)
+    task = replace(task, run=folder.id)
+    on_event(
+        Event("planned", f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
+                         f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
+                         f"{len(todo):,} to do", run=folder.id)
+    )  # fmt: skip
+    state = dispatch.State(0)
+    if reduce_only:
+        state.failures = dict.fromkeys((s.id for s in todo), LACKING)
+    elif todo:
+        where = "in this process" if cluster.runs_inline(config, todo) else "on Ray"
+        on_event(Event("starting", f"starting workers on {asked.device}, {where}"))
+        state = cluster.process_shards(config, task, todo, _working(on_event))
+    if state.stopped or len(state.failures) > config.allow_quarantined:
+        raise IncompleteRun(_failed(state, plan))
+    commits |= state.commits
+    done = [s for s in plan.shards if s.id in commits]
+    ordered = commits.in_order(s.id for s in done)
+    quarantined = given_up([s for s in plan.shards if s.id in state.failures], state.failures)
+    if lost := [s.id for s in plan.shards if s.id not in commits and s.id not in state.failures]:
+        raise IncompleteRun(
+            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: {', '.join(lost[:9])}"
+        )
+    if not sum(c.counts["tokens"] for c in ordered):
+        raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
+    on_event(Event("reducing", "finding the thresholds and the vocabulary"))
+    encoder = worker.text_encoder(asked.files)
+    pieces, readable = encoder.texts()
+    with cluster.tasks(config, done, _warning(on_event)) as tasks:
+        tables = reduce_run(
+            config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
+            language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
+            frozen=frozen, neuron_layers=task.neuron_layers, high_neurons=bool(task.neurons_above), tagged=task.tagged,
+            tasks=tasks,
+        )  # fmt: skip
+        tables["files"] = losses.files_table(
+            config.store, task.measure_id, ordered, shards=plan.shards, skipped=plan.skipped, tasks=tasks
+        )
+        if config.screen:
+            on_event(Event("screening", "looking for strange documents"))
+            tables |= screen.scan_run(
+                config.store, task.measure_id, ordered, task.layers, shards=plan.shards,
+                labels=tables["frozen" if frozen else "thresholds"], files=tables["files"],
+                vocabulary=tables["vocabulary"], readable=readable, worst=config.screen, tasks=tasks,
+            )  # fmt: skip
+    names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
+    totals = total_counts(ordered)
+    num_reused = len(plan.shards) - len(todo)
+    info = {
+        "measure": {"id": task.measure_id, **measure},
+        "model": {
+            "name": config.model,
+            "type": asked.files.model_type,
+            "depth": asked.files.depth,
+            "hidden_size": asked.files.hidden_size,
+        },
+        "layers": list(task.layers),
+        "tables": names,
+        "config": asdict(config),
+        "function_words": lexicon.SOURCE,
+        "corpus": {
+            "files": len(plan.files),
+            "bytes": plan.num_bytes,
+            "skipped": len(plan.skipped),
+            "skipped_bytes": sum(file.size for file in plan.skipped),
+        },
+        "precision": asked.decided.to_json(),
+        "counts": {
+            "shards": len(ordered),
+            "shards_reused": num_reused,
+            "shards_quarantined": len(quarantined),
+            **losses.with_given_up(totals, [s for s in plan.shards if s.id in state.failures]),
+        },
+        "unknown": {
+            "token": None if encoder.unknown is None else pieces[encoder.unknown],
+            "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
+        },
+        "quarantined": quarantined,
+        "created_at": manifest.created_at(folder),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 1),
+        "made_by": ordered[0].made_by,
+    }
+    folder = manifest.finish_run(folder, info)
+    if len(theirs := folder.info["quarantined"]) > config.allow_quarantined:
+        raise IncompleteRun(
+            f"another process has completed run {folder.uri} without {len(theirs)} shards, more than "
+            f"--allow-quarantined {config.allow_quarantined} permits here; the same command tries them again"
+        )
+    measured = totals["documents"] - totals["empty"] - totals["quarantined"]
+    why = "; their status in the documents view says why" if totals["quarantined"] else ""
+    on_event(
+        Event("complete", f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
+                          f"{count(measured, 'document')}, {totals['empty']:,} empty, "
+                          f"{totals['quarantined']:,} quarantined{why}")
+    )  # fmt: skip
+    for shard in quarantined[:MOST_SHARDS]:
+        on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
+    _report_losses(folder, on_event)
+    return _opened(claim)
+
+
+def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
+    """``shards`` that were given up, as run.json lists them: the first with file and reason, the others by id alone."""
+    listed = [
+        {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
+        for s in shards[:MOST_REASONS]
+    ]  # fmt: skip
+    return listed + [{"shard": s.id, "uri": "", "reason": ""} for s in shards[MOST_REASONS:]]
+
+
+def _opened(claim: manifest.Claim) -> Run:
+    """The complete run of ``claim``, which needs its lease no longer."""
+    run = open_run(claim.run.uri)
+    if claim.lease is not None:
+        storage.delete([claim.lease])
+    return run
+
+
+def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
+    """What the complete ``run`` did not measure of its corpus; what it lost is a warning."""
+    files = manifest.read_table(run, "files")
+    found = losses.total(files)
+    if skipped := losses.describe_skipped(losses.skipped_files(files)):
+        on_event(Event("complete", f"skipped: {skipped}"))
+    if replaced := losses.describe_replaced(found):
+        on_event(Event("complete", f"replaced: {replaced}"))
+    if unknown := losses.describe_unknown(run.info):
+        on_event(Event("warning", f"warning: unknown: {unknown}"))
+    if lost := losses.describe(found):
+        on_event(Event("warning", f"warning: lost: {lost}"))
+
+
+def _decide_precision(
+    task: worker.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
+    reduce_only: bool,
+) -> precision.Precision:  # fmt: skip
+    """What the store's first run decided, so that every later one measures the same; else a pilot's decision."""
+    config = task.config
+    if config.dtype == "float32":
+        return precision.decide(task, ())
+    key = fingerprint([measure, config.dtype])
+    stored = manifest.read_pilot(config.store, key)
+    if stored is None and reduce_only:
+        raise StoreError(_no_pilot(config.store))
+    if stored is None:
+        on_event(Event("pilot", "a pilot compares half precision with float32"))
+        sample = listing.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
+        decided = cluster.pilot(precision.decide, task, _in_turns(sample), _warning(on_event))
+        if keep:
+            stored = manifest.write_pilot(config.store, key, decided.to_json())
+        on_event(Event("planned", precision.describe(decided)))
+    else:
+        decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
+        on_event(
+            Event("planned", f"{precision.describe(decided)}; this store's first run decided it, and another --dtype "
+                             "wants another store")
+        )  # fmt: skip
+    if decided.against:
+        on_event(Event("warning", f"warning: {decided.dtype} is not safe here: {decided.against}"))
+    if decided.device != task.device and not reduce_only:
+        on_event(Event("warning", f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
+                                  "it may be slow here"))  # fmt: skip
+    return decided
+
+
+def _find_outliers(
+    task: worker.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
+    reduce_only: bool,
+) -> tuple[worker.Task, dict[str, Any]]:  # fmt: skip
+    """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where a signal asks."""
+    if not worker.wants_outliers(task):
+        return task, measure
+    key = fingerprint([measure, "outliers"])
+    stored = manifest.read_pilot(task.config.store, key)
+    if stored is None and reduce_only:
+        raise StoreError(_no_pilot(task.config.store))
+    if stored is None:
+        on_event(Event("pilot", "a pilot looks for outlier dimensions"))
+        sample = listing.sample(plan.files, task.config.read_options, PILOT_DOCUMENTS)
+        stored = {"outliers": cluster.pilot(outliers.find_outliers, task, _in_turns(sample), _warning(on_event))}
+        if keep:
+            stored = manifest.write_pilot(task.config.store, key, stored)
+    return worker.with_outliers(task, measure, stored["outliers"])
+
+
+def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[float]:
+    """Q3 of each layer in ``frozen``; where that run had no tokens, none is as strong."""
+    q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
+    return [NEVER if q3[k] is None else q3[k] for k in layers]
+
+
+def _in_turns(documents: Sequence[Document]) -> list[str]:
+    """Texts of ``documents``, one of each source in turn: a pilot that ends early has seen all of them."""
+    by_source: dict[str, list[str]] = {}
+    for document in documents:
+        by_source.setdefault(document.source, []).append(document.text)
+    rows = itertools.zip_longest(*by_source.values())
+    return [text for row in rows for text in row if text is not None]
+
+
+def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
+    """``on_event``, and the run's status goes along."""
+
+    def both(event: Event) -> None:
+        if event.state is not None:
+            reporter.working(event.state)
+        elif event.kind == "warning":
+            reporter.notice(event.message.removeprefix("warning: "))
+        elif event.kind == "hashing":
+            reporter.phase("planning", f"read {event.done:,} of {event.total:,} files")
+        elif event.kind in ("pilot", "starting", "reducing", "screening"):
+            reporter.phase(event.kind, event.message)
+        on_event(event)
+
+    return both
+
+
+def _working(on_event: OnEvent) -> dispatch.OnState:
+    """Passes states on, their notices once each, and says once if the model has to be padded."""
+    warned, num_said = False, 0
+
+    def on_state(state: dispatch.State) -> None:
+        nonlocal warned, num_said
+        if state.live.why_padded and not warned:
+            warned = True
+            on_event(Event("warning", "warning: sequences are padded, not packed, which is slower: "
+                                      f"{state.live.why_padded}"))  # fmt: skip
+        for notice in state.notices[num_said:]:
+            on_event(Event("warning", f"warning: {notice}"))
+        num_said = len(state.notices)
+        on_event(Event("working", "", state=state))
+
+    return on_state
+
+
+def normalised(config: RunConfig) -> RunConfig:
+    """``config`` with the places that it is remembered by, which workers elsewhere see too: absolute ones."""
+    return replace(
+        config,
+        store=storage.absolute(config.store).rstrip("/"),
+        corpus=tuple(map(storage.absolute, config.corpus)),
+        model=storage.absolute(config.model) if Path(config.model).exists() else config.model,
+        scratch=None if config.scratch is None else storage.absolute(config.scratch),
+        thresholds=None if config.thresholds is None else storage.absolute(config.thresholds),
+    )
+
+
+def _warning(on_event: OnEvent) -> Callable[[str], None]:
+    return lambda notice: on_event(Event("warning", f"warning: {notice}"))
+
+
+def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
+    return lambda done, total: on_event(Event("hashing", "reading the corpus to plan", done=done, total=total))
+
+
+def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
+    where = {s.id: s.slices[0].uri for s in plan.shards}
+    lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in sorted(state.failures.items())[:MOST_SHARDS]]
+    if (more := len(state.failures) - MOST_SHARDS) > 0:
+        lines.append(f"  and {count(more, 'more shard')}")
+    stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? " if state.stopped else ""
+    return (
+        f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; what is done is "
+        "committed, and the same command tries the others again (--allow-quarantined N: a run that lacks up to N "
+        "counts as complete)"
+        ":\n" + "\n".join(lines)
+    )
+
+
+def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there: int) -> str:
+    num_shards = len(plan.shards)
+    none = "" if num_there else f"; of measure {measure_id} it has none: is the config the one that measured?"
+    return (
+        f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, and --reduce-only does "
+        f"none{none}; the same command without it does them (--allow-quarantined N: a run that lacks up to N counts as "
+        "complete)"
+    )
+
+
+def _no_pilot(store: str) -> str:
+    return (
+        f"no run in {store} has decided the precision or the outlier dimensions of what this config asks for, and "
+        "--reduce-only decides nothing: give the config that measured, or leave --reduce-only out"
+    )
+
+
+def _no_tokens(store: str, measure_id: str, commits: Sequence[manifest.Commit]) -> str:
+    reasons: list[str] = []
+    for commit in commits:
+        table = manifest.read_shard_table(store, measure_id, commit, "documents")
+        rows = zip(*(table[name].to_pylist() for name in ("source", "status")), strict=True)
+        reasons += [f"{source}: {why.removeprefix('quarantined: ')}" for source, why in rows if why != "empty"]
+        if len(reasons) >= MOST_REASONS:
+            break
+    told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS])
+    totals = {k: sum(c.counts[k] for c in commits) for k in ("documents", "empty", "quarantined")}
+    return (
+        f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} empty, "
+        f"{totals['quarantined']} quarantined{':' if told else ''}{told}"
+    )

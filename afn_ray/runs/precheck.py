@@ -1,0 +1,126 @@
+"""What of a request can be seen to be wrong in a second, before torch, transformers or Ray are loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from afn_ray.config import BUILT_IN_SIGNALS, SIGNAL_GROUP, RunConfig, resolve_layers, signal_names
+from afn_ray.corpus import listing
+from afn_ray.errors import ConfigError, ModelError, nearest
+from afn_ray.reduce import lexicon
+from afn_ray.runs import address
+from afn_ray.store import manifest, storage
+
+MOST_CONFIG_BYTES = 16 << 20
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What families call the number of their blocks in config.json."""
+GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Of NVIDIA, of Windows below a Linux of its own, and of AMD: without any of them no torch sees a GPU."""
+
+
+def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
+    """Raise ``ConfigError`` for what a run of ``config`` would refuse later, and take longer to.
+
+    What is asked of other machines is left to the run: a hub, a bucket, a cluster. ``reduce_only``: it needs no device.
+    """
+    lexicon.function_words(config.language)
+    is_here = config.executor == "inline"
+    if not is_here and (where := address.of_cluster(config.address)) is not None:
+        address.check(where)
+    else:
+        is_here = True
+    check_signals(config.signals)
+    check_device(config.device if is_here and not reduce_only else "auto")
+    depth = check_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    if depth is not None:
+        resolve_layers(config.layers, depth)
+    if not storage.is_process_memory(config.store) and storage.is_local(config.store):
+        storage.try_writable(storage.absolute(config.store))
+    places = [place for place in config.corpus if storage.is_local(place)]
+    if places:
+        options = config.read_options
+        files, _ = listing.list_files([storage.absolute(place) for place in places], options)
+        listing.check_columns(files, options)
+    if config.thresholds is not None and storage.is_local(config.thresholds):
+        manifest.find_run(config.thresholds)
+
+
+def check_frozen(config: RunConfig) -> None:
+    """Raise ``ConfigError`` where ``config`` names thresholds, and ``afn audit --frozen`` is to choose them."""
+    if config.thresholds is not None:
+        raise ConfigError(f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen")
+
+
+def check_question(
+    run_uri: str, model: str | None, *, signals: str | None = None, layers: str | None = None, layer: int | None = None
+) -> None:  # fmt: skip
+    """The same of what is asked of a run and its model: ``afn explain``, ``afn claims --masking``."""
+    run = manifest.find_run(run_uri)
+    if layer is not None and layer not in run.info["layers"]:
+        raise ConfigError(f"layer {layer} was not recorded; the run has {', '.join(map(str, run.info['layers']))}")
+    if signals is not None:
+        check_signals(signals)
+    if layers is not None:
+        resolve_layers(layers, run.info["model"]["depth"])
+    if model is not None:
+        check_model(model, None)
+
+
+def check_signals(spec: str) -> None:
+    """Raise ``ConfigError`` for a signal that there is not, here or in an installed package."""
+    known = [*BUILT_IN_SIGNALS, *sorted(point.name for point in entry_points(group=SIGNAL_GROUP))]
+    for name in signal_names(spec):
+        if name not in known:
+            raise ConfigError(f"there is no signal {name!r}{nearest([name], known)}; there are {', '.join(known)}")
+
+
+def check_device(device: str) -> None:
+    """Raise ``ModelError`` for a GPU that this machine has no driver for."""
+    if device == "cuda" and not any(Path(driver).exists() for driver in GPU_DRIVERS):
+        raise ModelError("device is cuda, but there is no driver of a GPU here; use --device cpu, or leave it out")
+
+
+def check_model(name: str, revision: str | None, *, trust_remote_code: bool = False) -> int | None:
+    """Blocks of the model in the folder ``name``; None where only its own code, another format or a hub knows.
+
+    Raises ``ModelError`` for a path where there is no model.
+    """
+    path = Path(name).expanduser()
+    try:
+        is_there, is_folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise ModelError(f"no model at {name[:60]}...: {error.strerror}") from error
+    if revision is not None and is_there:
+        raise ModelError(f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out")
+    if not is_folder:
+        is_path = is_there or name.startswith(("/", ".", "~")) or name.count("/") > 1
+        if is_path and not (path.suffix == ".gguf" and is_there):
+            raise ModelError(f"no model at {name}: expected a folder with config.json, or a .gguf file")
+        return None
+    if not (path / "config.json").is_file():
+        inside = sorted(p.parent.name for p in path.glob("*/config.json"))
+        hint = f"; its folder {inside[0]} has one: give {path / inside[0]}" if inside else ""
+        raise ModelError(f"no model at {name}: {path} has no config.json{hint}")
+    if not any(p.suffix in (".safetensors", ".bin") for p in path.iterdir()):
+        raise ModelError(f"no weights at {name}: {path} has no .safetensors file")
+    return None if trust_remote_code else _depth(name, path / "config.json")
+
+
+def _depth(name: str, file: Path) -> int | None:
+    if file.stat().st_size > MOST_CONFIG_BYTES:
+        return None  # the model's own check says how large it may be
+    try:
+        config: Any = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"model {name} cannot be loaded: its config.json is not JSON: {error}") from error
+    except OSError as error:
+        raise ModelError(f"model {name} cannot be loaded: {os.strerror(error.errno or 0)}: {file}") from error
+    text = config.get("text_config", config) if isinstance(config, dict) else None
+    if not isinstance(text, dict) or "auto_map" in config:
+        return None
+    found = [text[key] for key in DEPTH_KEYS if isinstance(text.get(key), int)]
+    return found[0] if len(found) == 1 else None

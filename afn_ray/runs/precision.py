@@ -1,0 +1,187 @@
+"""Which precision is safe: half-precision products measured against float32 on a pilot sample."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from afn_ray.errors import ModelError, StoreError
+from afn_ray.schema import SPECIAL
+
+if TYPE_CHECKING:  # torch is loaded where a pilot runs, not where its decision is read
+    from afn_ray.runs import worker
+
+PILOT_TOKENS = 16_384
+"""Tokens that the pilot measures; 0.2 % of them is 33."""
+LEAST_TOKENS = 1_000
+"""A smaller sample says nothing about one label in 500."""
+PILOT_S = 60.0
+"""A pilot that takes longer in float32 goes on with what it has."""
+MAX_FLIPS = 0.002
+MAX_MEDIAN_ERROR = 5e-4
+FLOAT16_RANGE = 65504 / 4
+"""Largest value of a product that leaves room for texts which the pilot did not see."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One half precision against float32, on the pilot's tokens; special ones apart."""
+
+    dtype: str
+    safe: bool
+    why: str  # what speaks against it; empty when it is safe
+    flips: dict[str, float] = field(default_factory=dict)  # layer -> share of tokens whose HIGH label changes
+    median_error: dict[str, float] = field(default_factory=dict)  # layer -> median relative error of strengths
+    peak: float = 0.0  # largest magnitude of a product
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtype of a run's products, and what it rests on."""
+
+    dtype: str
+    asked: str
+    device: str  # on which it was decided
+    why: str
+    n_tokens: int  # of the pilot; 0 where there was none to measure
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def against(self) -> str:
+        """What the pilot has against the chosen precision; empty unless it was asked for all the same."""
+        return next((t.why for t in self.trials if t.dtype == self.dtype), "")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def from_json(value: dict[str, Any]) -> Precision:
+    """The inverse of ``Precision.to_json``. Raises ``StoreError`` for what is not one."""
+    try:
+        return Precision(**{**value, "trials": tuple(Trial(**t) for t in value["trials"])})
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"the store's record of its precision is damaged, or another version's: {error}") from error
+
+
+def describe(precision: Precision) -> str:
+    """One line for people: the dtype, and the pilot's figures behind it."""
+    text = f"products in {precision.dtype} on {precision.device}: {precision.why}"
+    for trial in precision.trials:
+        if trial.dtype == precision.dtype and trial.flips:
+            text += (
+                f" (against float32 on {precision.n_tokens:,} tokens {max(trial.flips.values()):.2%} of the labels "
+                f"change, median relative error {max(trial.median_error.values()):.1e})"
+            )
+    return text
+
+
+def candidates(asked: str, device: str) -> tuple[str, ...]:
+    """Half precisions to try on ``device``, the best first: float16 is ten times closer at a GPU's same speed."""
+    if asked != "auto":
+        return () if asked == "float32" else (asked,)
+    from afn_ray import model
+
+    order = ("float16", "bfloat16") if device == "cuda" else ("bfloat16",)
+    return tuple(d for d in order if model.has_fast_products(d, device))
+
+
+def decide(task: worker.Task, texts: Sequence[str]) -> Precision:
+    """Measure ``texts`` in float32 and in every candidate; ``auto`` takes the first that is safe.
+
+    Safe: less than ``MAX_FLIPS`` of the tokens change their HIGH label at any layer, each against the Q3 of its
+    own precision, and the median relative error is under ``MAX_MEDIAN_ERROR``. A precision that the config names
+    is taken, with the same figures beside it.
+    """
+    from afn_ray import model
+    from afn_ray.runs import worker
+
+    task = worker.with_signals(task)
+    asked = task.config.dtype
+    names = candidates(asked, task.device)
+    if not names:
+        why = "asked for" if asked == "float32" else "half-precision products are no faster"
+        return Precision("float32", asked, task.device, why, 0)
+    chunks, expected, n = [], [], 0
+    with contextlib.closing(worker.Processor(replace(task, dtype="float32"))) as processor:
+        for chunk in _groups(texts):
+            measured = processor.measure(chunk, [False] * len(chunk))
+            counted = (measured.encoded.flags & SPECIAL) == 0
+            chunks.append(chunk)
+            expected.append(measured.strengths[:, counted])
+            n += int(counted.sum())
+            if n >= PILOT_TOKENS or processor.progress.model_s > PILOT_S:
+                break
+    del processor
+    model.free_memory()
+    if n < LEAST_TOKENS:
+        why = f"the pilot has {n:,} tokens, too few to tell"
+        return Precision("float32" if asked == "auto" else asked, asked, task.device, why, n)
+    reference = np.concatenate(expected, axis=1)
+    trials: list[Trial] = []
+    for name in names:
+        trials.append(_try(replace(task, dtype=name), chunks, reference))
+        if trials[-1].safe:
+            break
+    if asked != "auto":
+        slow = "" if model.has_fast_products(asked, task.device) else ", though no faster than float32"
+        return Precision(asked, asked, task.device, f"asked for{slow}", n, tuple(trials))
+    if trials[-1].safe:
+        return Precision(trials[-1].dtype, asked, task.device, "safe on the pilot", n, tuple(trials))
+    why = "; ".join(f"{t.dtype} is not safe: {t.why}" for t in trials)
+    return Precision("float32", asked, task.device, why, n, tuple(trials))
+
+
+def _groups(texts: Sequence[str]) -> list[list[str]]:
+    """The beginnings of ``texts`` in groups of about a quarter of the pilot, so that it ends near its size."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for whole in texts:
+        text = whole[:PILOT_TOKENS]
+        groups[-1].append(text)
+        size += len(text)
+        if size >= PILOT_TOKENS:  # four characters are about one token
+            groups.append([])
+            size = 0
+    return [g for g in groups if g]
+
+
+def _try(task: worker.Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
+    from afn_ray import model
+    from afn_ray.runs import worker
+
+    found = []
+    try:
+        with (
+            contextlib.closing(worker.Processor(task)) as processor,
+            processor.model.watched() as peak,
+        ):
+            for chunk in chunks:
+                measured = processor.measure(chunk, [False] * len(chunk))
+                found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
+    except (ModelError, RuntimeError) as error:  # RuntimeError: the device's memory is not enough, an operator is not
+        return Trial(task.dtype, False, str(error).strip().splitlines()[0])
+    finally:
+        model.free_memory()
+    got, largest = np.concatenate(found, axis=1), peak()
+    if got.shape != reference.shape:
+        return Trial(task.dtype, False, "it cannot take a text that float32 takes", peak=largest)
+    if not np.isfinite(got).all():
+        return Trial(task.dtype, False, "it gives strengths that are not finite", peak=largest)
+    flips, errors = {}, {}
+    for layer, a, b in zip(task.layers, reference, got, strict=True):
+        highs = [v >= np.quantile(v, 0.75, method="inverted_cdf") for v in (a, b)]
+        flips[str(layer)] = float(np.mean(highs[0] != highs[1]))
+        errors[str(layer)] = float(np.median(np.abs(b - a) / np.maximum(np.abs(a), 1e-30)))
+    worst, median = max(flips.values()), max(errors.values())
+    against = []
+    if task.dtype == "float16" and not largest <= FLOAT16_RANGE:
+        against.append(f"a product reaches {largest:,.0f}, too near its range of 65,504")
+    if not worst < MAX_FLIPS:
+        against.append(f"{worst:.2%} of the labels change, {MAX_FLIPS:.1%} may")
+    if not median < MAX_MEDIAN_ERROR:
+        against.append(f"the median relative error is {median:.1e}, {MAX_MEDIAN_ERROR:.0e} may be")
+    return Trial(task.dtype, not against, ", ".join(against), flips, errors, largest)

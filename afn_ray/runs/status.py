@@ -1,0 +1,446 @@
+"""How far a run is: a small file in its folder that its driver replaces now and then, and that anyone may read.
+
+Nothing relies on it. Two drivers of one run replace each other's; a store that refuses it is told of once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from afn_ray import logs
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError, Interrupted, StoreError, count
+from afn_ray.reduce import losses
+from afn_ray.schema import Shard
+from afn_ray.store import manifest, storage
+from afn_ray.store.commits import Commits, total_counts
+from afn_ray.store.manifest import PLANNING, STATUS, RunFolder
+
+if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
+    from afn_ray.runs.dispatch import State
+    from afn_ray.runs.progress import Progress
+
+EVERY_S = 10.0
+"""Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after the one before."""
+LEAST_S = 1.0
+END_S = 2.0
+"""What the last write may take: a job that is stopped is killed soon after."""
+SILENT_S = 60.0
+"""A driver that has not written for so long is thought to be dead."""
+MOST_TOLD = 20
+"""Failures, newest notices and places of the corpus that the file lists."""
+MOST_CHARS = 2000
+"""Of a reason."""
+COMPLETE, FAILED, USAGE, UNDER_WAY, STOPPED = 0, 1, 2, 3, 75
+"""Exit codes of ``afn status``."""
+EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silent": STOPPED}
+
+NOTHING: dict[str, Any] = {
+    "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "", "written_at": "", "host": "",
+    "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
+    "documents_quarantined": 0, "documents_measured": 0, "documents_planned": None,
+    "bytes_lost": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0,
+    "tokens_per_s": 0.0, "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0,
+    "notices": [], "exit_code": None, "reason": "",
+}  # fmt: skip
+"""A status before the first word: its keys, and what kind of value each has."""
+SHARDS, WORKERS = ("planned", "reused", "done", "running", "quarantined"), ("wanted", "ready", "lost")
+MOST_BYTES = 1 << 20
+"""Of a status: it lists ``MOST_TOLD`` failures."""
+
+_log = logging.getLogger(__name__)
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+class Reporter:
+    """Writes the status of one call of a run, on a thread of its own: a store that is slow holds up nobody."""
+
+    def __init__(self, config: RunConfig, *, planning: bool = True) -> None:
+        """``planning``: whether there is a word before the run has a name."""
+        self._planning = storage.join(config.store, PLANNING)
+        self._uri = self._planning if planning else ""
+        self._bystander = logs.Bystander(_log, f"a status in {config.store}")
+        self._body: dict[str, Any] = {
+            **NOTHING, "began_at": _now(), "host": socket.gethostname(), "pid": os.getpid(),
+            "corpus": list(config.corpus[:MOST_TOLD]), "model": config.model,
+        }  # fmt: skip
+        self._shards: Sequence[Shard] = ()
+        self._reused: dict[str, int] = {}
+        self._changed, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write_often, name="afn-status", daemon=True)
+        self._thread.start()
+
+    def begin(self, run: RunFolder, shards: Sequence[Shard], commits: Commits) -> None:
+        """The run has a name and a plan, ``shards``, of which the store has ``commits``."""
+        self._shards = shards
+        totals = total_counts(commits.values())
+        self._reused = {k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")}
+        self._uri = storage.join(run.uri, STATUS)
+        self._set(run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {}))
+
+    def phase(self, name: str, doing: str = "") -> None:
+        """What the run does now: "planning", "pilot", "starting", "reducing" or "screening"."""
+        if (name, doing) != (self._body["phase"], self._body["doing"]):
+            now = name != self._body["phase"]
+            self._set(phase=name, doing=doing, waits_for="", left_s=None)
+            if now:
+                self._changed.set()
+
+    def notice(self, text: str) -> None:
+        """What a person should know."""
+        self._set(notices=[*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"][-MOST_TOLD:])
+
+    def working(self, state: State) -> None:
+        """How far the dispatcher is."""
+        self._bystander.call(self._working, state)
+
+    def _working(self, state: State) -> None:
+        before, num_before = self._body, self._body["shards"].get("done", 0)
+        shards = _shards_of(len(self._shards), len(self._shards) - state.num_shards, state)
+        self._set(
+            phase="working" if state.num_ready or state.num_done else "starting", doing="", shards=shards,
+            workers={"wanted": state.num_workers, "ready": state.num_ready, "lost": state.num_lost},
+            retries=state.retries, tokens_per_s=round(state.tokens_per_s, 1), left_s=state.left_s,
+            last_commit_at=_now() if shards["done"] > num_before else before["last_commit_at"],
+            waits_for=state.waits_for or _lack(state) or waits(state.live), num_failures=len(state.failures),
+            documents_measured=state.num_measured, documents_planned=state.num_documents,
+            failures=self._failures(state), **_counts_of(self._reused, state.counts),
+        )  # fmt: skip
+        if self._body["phase"] != before["phase"]:
+            self._changed.set()
+
+    def _failures(self, state: State) -> list[dict[str, str]]:
+        told: list[dict[str, str]] = self._body["failures"]
+        if len(told) == min(len(state.failures), MOST_TOLD):
+            return told
+        first = list(state.failures.items())[:MOST_TOLD]
+        wanted = {shard for shard, _ in first}
+        where = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
+        return [{"shard": shard, "uri": where[shard], "reason": why[:MOST_CHARS]} for shard, why in first]
+
+    def end(self, phase: str, exit_code: int, reason: str) -> None:
+        """The last word: "complete", "stopped" (resumable) or "failed". Waits until it is written, but not for long."""
+        if phase == "complete" and not self._body["run"]:  # nothing was to do, and nothing is written
+            self._uri = ""
+        self._set(phase=phase, doing="", waits_for="", left_s=None, exit_code=exit_code,
+                  reason=reason[:MOST_CHARS])  # fmt: skip
+        self._over.set()
+        self._changed.set()
+        self._thread.join(END_S)
+
+    def _set(self, **values: Any) -> None:
+        self._body = {**self._body, **values}  # a new one: the thread may be at the old one
+
+    def _write_often(self) -> None:
+        over = False
+        while not over:
+            self._over.wait(LEAST_S)
+            self._changed.clear()
+            over = self._over.is_set()
+            if uri := self._uri:
+                self._bystander.call(self._write, uri)
+            if uri != self._planning and (uri or self._body["phase"] == "complete"):
+                # Ours, or of a call before, and read first: this one has got further.
+                self._bystander.call(storage.delete, [self._planning])
+            if not over:
+                self._changed.wait(EVERY_S - LEAST_S)
+
+    def _write(self, uri: str) -> None:
+        body = {**self._body, "written_at": _now()}
+        storage.write_over(uri, (json.dumps(body, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def reported(config: RunConfig, *, planning: bool = True) -> Iterator[Reporter]:
+    """A reporter of one call, which learns how it ends. ``planning``: as of ``Reporter``."""
+    reporter = Reporter(config, planning=planning)
+    try:
+        yield reporter
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | Interrupted)
+        code = error.exit_code if isinstance(error, AfnError) else Interrupted.exit_code if stopped else 1
+        reason = "" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+        reporter.end("stopped" if stopped else "failed", code, reason)
+        raise
+    reporter.end("complete", 0, "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _shards_of(num_planned: int, num_reused: int, state: State | None = None) -> dict[str, int]:
+    done, running, quarantined = (len(state.commits), state.num_running, len(state.failures)) if state else (0, 0, 0)
+    return {"planned": num_planned, "reused": num_reused, "done": num_reused + done, "running": running,
+            "quarantined": quarantined}  # fmt: skip
+
+
+def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
+    """Of what is committed, that of earlier calls with it; bytes are of this call."""
+    total = {k: n + counts.get(k, 0) for k, n in reused.items()}
+    total["documents_quarantined"], total["bytes_lost"] = total.pop("quarantined"), total.pop("lost_bytes")
+    return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}
+
+
+def _lack(state: State) -> str:
+    if state.num_ready or state.num_done:
+        return ""
+    return f"workers: 0 of {state.num_workers} have loaded the model"
+
+
+def waits(live: Progress) -> str:
+    """What the models wait for, where that takes a fifth of their time."""
+    if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
+        return ""
+    share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
+    return share + ("the tokenizer: try more --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is known of a run. ``state`` is its phase, or "silent" where its driver should have written and has not,
+    or "begun" where none has: it was killed at once, or is of an afn-ray before there were statuses."""
+
+    uri: str
+    state: str
+    age_s: float | None  # of the last word, by the store's clock; None for a run that has ended, or has no word
+    body: dict[str, Any]  # as the driver wrote it; of a complete run, what its run.json says
+
+    @property
+    def last_word(self) -> str:
+        """When its driver wrote last, ISO 8601, UTC; empty where it has not."""
+        return str(self.body.get("written_at", ""))
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES.get(self.state, STOPPED if self.state == "begun" else UNDER_WAY)
+
+
+def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
+    """Of the run at ``uri`` alone, or of the ``last`` runs of a store, newest first, one without a name yet before.
+
+    Raises ``StoreError`` where there is neither, ``Interrupted`` when the store does not answer.
+    """
+    uri = storage.absolute(uri).rstrip("/")
+    store, _, name = uri.rpartition("/runs/")
+    if name and "/" not in name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
+        found = _Look(store).run(name)
+        return (found,) if found is not None else ()
+    names = manifest.run_names(uri)[: -last - 1 : -1]
+    planning = storage.join(uri, PLANNING)
+    body = _read(planning)
+    if not names and body is None:
+        raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+    look = _Look(uri)
+    with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
+        looks = zip(names, pool.map(look.run, names), strict=True)
+    runs = [s for name, s in looks if s is not None and s.body.get("run", name) == name]  # others are copies
+    if body is not None:
+        ahead = look.judge(planning, planning, body)
+        # What a driver left that died before its run had a name is no news once a run has said more.
+        if ahead.state not in ("silent", *EXIT_CODES) or all(r.last_word <= ahead.last_word for r in runs):
+            runs.insert(0, ahead)
+    return tuple(runs)
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    """None where there is no status that can be read: people look at it, and look again."""
+    try:
+        data = storage.read_if_there(uri, MOST_BYTES)
+        body = json.loads(data) if data is not None else None
+    except (StoreError, ValueError, RecursionError):  # too long, half written, a stranger's
+        return None
+    return body if _is_status(body) else None
+
+
+def _is_status(body: Any) -> bool:
+    """Whether ``body`` has what a status has, each value of its kind: anyone may write to a store."""
+
+    def numbers(value: dict[str, Any], names: Sequence[str]) -> bool:
+        return not value or all(type(value.get(name)) is int for name in names)
+
+    def fits(value: Any, like: Any) -> bool:
+        if like is None:
+            return value is None or isinstance(value, int | float | str)
+        return isinstance(value, int | float) if isinstance(like, int | float) else isinstance(value, type(like))
+
+    return (
+        isinstance(body, dict)
+        and all(name in body and fits(body[name], like) for name, like in NOTHING.items())
+        and body["schema_version"] == NOTHING["schema_version"]
+        and numbers(body["shards"], SHARDS) and numbers(body["workers"], WORKERS)
+        and (body["left_s"] is None or isinstance(body["left_s"], int | float))
+        and (body["documents_planned"] is None or type(body["documents_planned"]) is int)
+        and all(isinstance(text, str) for text in [*body["corpus"], *body["notices"]])
+        and all(isinstance(f, dict) and {"shard", "uri", "reason"} <= f.keys() for f in body["failures"])
+    )  # fmt: skip
+
+
+class _Look:
+    """One look at the runs of a store, which asks for its time at most once."""
+
+    def __init__(self, store: str) -> None:
+        self._store, self._now_s, self._asks = store, 0.0, threading.Lock()
+
+    def run(self, name: str) -> Status | None:
+        """None: there is no such run, or a gc has removed it."""
+        folder = manifest.open_folder(self._store, name)
+        if folder.condemned:
+            return None
+        if folder.info:
+            with manifest.named_damage(storage.join(folder.uri, "run.json")):
+                return Status(folder.uri, "complete", None, _body_of(folder.info))
+        uri = storage.join(folder.uri, STATUS)
+        if (body := _read(uri)) is not None:
+            return self.judge(folder.uri, uri, body)
+        if storage.modified_s(plan := storage.join(folder.uri, "plan.parquet")) is None:
+            return None
+        found = self.judge(folder.uri, plan, {**NOTHING, "phase": "starting"})
+        return Status(folder.uri, "begun", None, {"run": name}) if found.state == "silent" else replace(
+            found, body={"run": name})  # fmt: skip
+
+    def judge(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
+        if body["phase"] in EXIT_CODES:
+            return Status(run_uri, body["phase"], None, body)
+        modified_s = storage.modified_s(uri)
+        age_s = 0.0 if modified_s is None else max(0.0, self._now() - modified_s)  # None: its run has a name now
+        return Status(run_uri, "silent" if age_s > SILENT_S else body["phase"], age_s, body)
+
+    def _now(self) -> float:
+        with self._asks:
+            if not self._now_s:
+                try:
+                    self._now_s = storage.clock_s(self._store)
+                except StoreError:  # who may only read goes by the clock here
+                    self._now_s = time.time()
+            return self._now_s
+
+
+def _body_of(info: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says of a complete run, under the names of a status."""
+    counts, quarantined = info["counts"], info.get("quarantined", [])
+    return {
+        "run": info["id"], "phase": "complete", "began_at": info["created_at"], "written_at": info["finished_at"],
+        "corpus": list(info["config"].get("corpus", []))[:MOST_TOLD], "model": info["config"].get("model", ""),
+        "shards": {"planned": counts.get("shards", 0) + len(quarantined), "reused": counts.get("shards_reused", 0),
+                   "done": counts.get("shards", 0), "running": 0, "quarantined": len(quarantined)},
+        "tokens": counts.get("tokens", 0), "documents": counts.get("documents", 0),
+        "documents_quarantined": counts.get("quarantined", 0), "bytes_lost": counts.get("lost_bytes", 0),
+        "failures": quarantined[:MOST_TOLD], "num_failures": len(quarantined), "exit_code": 0,
+    }  # fmt: skip
+
+
+def to_json(status: Status) -> dict[str, Any]:
+    """``status`` for machines."""
+    age_s = None if status.age_s is None else round(status.age_s, 1)
+    return {"uri": status.uri, "state": status.state, "age_s": age_s, **status.body}
+
+
+# --- for people ------------------------------------------------------------------------------------------
+
+
+def lines(s: Status) -> Iterator[str]:
+    """One run, a line for each thing worth knowing."""
+    body = s.body
+    yield f"run      {s.uri}"
+    yield f"state    {_said_state(s)}"
+    if "phase" not in body:
+        return
+    by = f", by {body['host']} (pid {body['pid']})" if "host" in body else ""
+    yield f"begun    {body['began_at']}{by}"
+    yield f"corpus   {', '.join(body['corpus'])}"
+    live = s.state not in EXIT_CODES
+    if planned := body["shards"].get("planned"):
+        shards = body["shards"]
+        parts = [f"{shards['done']:,} of {planned:,} done ({shards['done'] / planned:.1%})"]
+        parts += [f"{shards['reused']:,} of them before"] if shards["reused"] else []
+        parts += [f"{shards['running']:,} on workers"] if live and shards["running"] else []
+        parts += [f"{shards['quarantined']:,} quarantined"] if shards["quarantined"] else []
+        parts += [f"{body['retries']:,} tried again"] if body.get("retries") else []
+        yield f"shards   {', '.join(parts)}"
+        bad = body["documents_quarantined"]
+        yield (f"tokens   {body['tokens']:,}, from {count(body['documents'], 'document')}"
+               + (f", {bad:,} of them quarantined" if bad else ""))  # fmt: skip
+    if lost := body["bytes_lost"]:
+        yield f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run names the files"
+    if live and body["documents_planned"]:
+        planned = count(body["documents_planned"], "document")
+        yield f"measured {body['documents_measured']:,} of {planned} of this call"
+    if body.get("tokens_per_s"):
+        left = f", {said_time(body['left_s'])} left" if live and body["left_s"] is not None else ""
+        yield f"rate     {body['tokens_per_s']:,.0f} tokens/s{left}"
+    if live and body["workers"]:
+        lost = f", {body['workers']['lost']:,} lost so far" if body["workers"]["lost"] else ""
+        yield f"workers  {body['workers']['ready']:,} of {body['workers']['wanted']:,} ready{lost}"
+    if live and body["waits_for"]:
+        yield f"waits    {body['waits_for']}"
+    if body.get("last_commit_at"):
+        yield f"commit   the last at {body['last_commit_at']}"
+    for failure in body.get("failures", []):
+        yield f"failed   shard {failure['shard']} ({failure['uri']}): {failure['reason']}"
+    if (more := body.get("num_failures", 0) - len(body.get("failures", []))) > 0:
+        yield f"failed   and {count(more, 'more shard')}"
+    for notice in body.get("notices", [])[-3:]:
+        yield f"notice   {notice}"
+
+
+def _said_state(s: Status) -> str:
+    body = s.body
+    if s.state == "starting" and "phase" not in body:
+        return "begun a moment ago"
+    if s.state == "complete":
+        return f"complete since {body['written_at']}"
+    if s.state == "begun":
+        return "begun, and no word since: killed? The same 'afn run' command resumes"
+    reason = f": {body['reason'].splitlines()[0]}" if body["reason"] else ""
+    if s.state == "failed":
+        return f"failed at {body['written_at']}, exit code {body['exit_code']}{reason}"
+    if s.state == "stopped":
+        return f"stopped at {body['written_at']}, exit code {body['exit_code']}; the same command resumes{reason}"
+    doing = f" ({body['doing']})" if body["doing"] else ""
+    assert s.age_s is not None
+    if s.state == "silent":
+        return (
+            f"silent: no word for {said_time(s.age_s)}, while {body['phase']}{doing}: killed? The same command resumes"
+        )
+    return f"{body['phase']}{doing}, told {said_time(s.age_s)} ago"
+
+
+def said_time(seconds: float) -> str:
+    """``seconds`` for people: 90 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def table(runs: Sequence[Status]) -> Iterator[str]:
+    """Runs of a store, one line each under a heading."""
+    rows = [("STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS")]
+    for s in runs:
+        shards = s.body.get("shards") or {}
+        rows.append((
+            s.state, s.body.get("began_at", "")[:16].replace("T", " "),
+            f"{shards['done']:,}/{shards['planned']:,}" if shards.get("planned") else "",
+            f"{s.body['tokens']:,}" if s.body.get("tokens") else "", s.body.get("run", ""),
+            ", ".join(s.body.get("corpus", [])),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        yield "  ".join(cells).rstrip()

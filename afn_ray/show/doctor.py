@@ -1,0 +1,305 @@
+"""What works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from afn_ray import cgroup
+from afn_ray.errors import AfnError, ConfigError, count, printable
+from afn_ray.runs.address import check as check_address
+from afn_ray.runs.address import of_cluster
+from afn_ray.store import disk
+
+PACKAGE = "afn-ray"
+LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
+"""Free space to warn and to fail at: a shard's unfinished files take about 50 MB a worker, a GB of text about 2 GB."""
+RAY_S = 150.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    ok: bool | None  # None: a warning, or not tried
+    found: str
+    advice: str = ""  # what to do; empty where nothing is wrong
+
+
+def check(model: str | None, store: str | None, address: str | None) -> list[Check]:
+    """Try everything that a run needs, in the order in which it needs it; takes some 20 s.
+
+    ``model``: default the demo's, where it is installed; ``store``: left out without one; ``address``: of a Ray
+    cluster, default ``RAY_ADDRESS``, else a local Ray is started and stopped. Raises nothing: what goes wrong is
+    a failed check that says what to do.
+    """
+    address = of_cluster(address)
+    tries: list[tuple[str, Callable[[], Check], str]] = [
+        ("Python", _python, ""),
+        ("packages", _packages, ""),
+        ("torch", _torch, f"reinstall torch: {_install('torch')}"),
+        ("Ray", lambda: _ray(address), f"reinstall Ray: {_install('ray')}"),
+        ("model", lambda: _model(model), "try --model with a folder that holds config.json and model.safetensors"),
+        ("scratch space", _scratch, ""),
+        ("store", lambda: _store(store), "check the store's URL, and its credentials in the environment"),
+    ]  # fmt: skip
+    checks = []
+    for name, attempt, advice in tries:
+        try:
+            checks.append(attempt())
+        except AfnError as error:  # says itself what to do
+            checks.append(Check(name, False, str(error), advice))
+        except Exception as error:  # noqa: BLE001 - a broken installation raises anything, and this is who tells
+            checks.append(Check(name, False, f"{type(error).__name__}: {error}", advice or "please report this"))
+    return checks
+
+
+def _install(package: str) -> str:
+    """The command that installs ``package`` as afn-ray wants it."""
+    wanted = [str(r) for r in _requirements() if r.name == package]
+    return f"pip install --force-reinstall '{(wanted or [package])[0]}'"
+
+
+def _requirements() -> list[Requirement]:
+    """What afn-ray's own metadata asks for here, extras apart; nothing where it is not installed."""
+    try:
+        lines = importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+# --- this machine ----------------------------------------------------------------------------------------
+
+
+def _python() -> Check:
+    found = f"{platform.python_implementation()} {platform.python_version()} at {sys.executable}"
+    try:
+        wanted = SpecifierSet(importlib.metadata.metadata(PACKAGE)["Requires-Python"])
+    except importlib.metadata.PackageNotFoundError:
+        return Check("Python", None, f"{found}; {PACKAGE} is not installed as a package", "pip install -e .")
+    if wanted.contains(platform.python_version(), prereleases=True):
+        return Check("Python", True, found)
+    return Check("Python", False, found, f"use a Python {wanted}")
+
+
+def _packages() -> Check:
+    found, missing = [], []
+    for wanted in _requirements():
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append((f"{wanted.name} is missing", wanted))
+            continue
+        found.append(f"{wanted.name} {version}")
+        if not wanted.specifier.contains(version, prereleases=True):
+            missing.append((f"{wanted.name} is {version}, expected {wanted.specifier}", wanted))
+    if missing:
+        return Check("packages", False, "; ".join(what for what, _ in missing),
+                     "pip install " + " ".join(f"'{wanted}'" for _, wanted in missing))  # fmt: skip
+    return Check("packages", True, ", ".join(found))
+
+
+def _torch() -> Check:
+    import torch
+
+    machine = _machine()
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        gpus = f"torch {torch.__version__} with {', '.join(names)}; {machine}"
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return Check("torch", None, f"{gpus}; no bfloat16", "run with --dtype float32")
+        return Check("torch", True, gpus)
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in all builds
+    half = [name for name in ("amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16") if capabilities.get(name)]
+    found = (
+        f"torch {torch.__version__} on the CPU: {machine}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"half precision: {', '.join(half) or 'none (float32 is the default and fastest)'}"
+    )
+    if Path("/proc/driver/nvidia/version").exists():
+        return Check("torch", None, f"{found}; there is an NVIDIA driver, but torch sees no GPU",
+                     "install a CUDA build of torch (pytorch.org), or check CUDA_VISIBLE_DEVICES")  # fmt: skip
+    return Check("torch", True, found)
+
+
+def _machine() -> str:
+    """CPU cores and memory that a run may use, and beside them what the machine has where that is more."""
+    cores, of = cgroup.num_cores(), os.cpu_count() or 1
+    memory = cgroup.memory_bytes()
+    return (f"{cores} of {of} CPU cores" if cores < of else count(cores, "CPU core")) + (
+        f", {memory / 2**30:,.1f} GiB of memory" if memory is not None else ""
+    )
+
+
+def _scratch() -> Check:
+    """The folders in which a run without --scratch, and a local Ray, write what is unfinished."""
+    from afn_ray.runs.cluster import session
+
+    scratch = disk.scratch_folder(None)
+    checks = [_space("scratch space", scratch, "set TMPDIR, or give --scratch")]
+    if session.folder().parent != scratch:
+        checks.append(_space("scratch space", session.folder(), "set RAY_TMPDIR"))
+    try:
+        session.check()
+    except AfnError as error:
+        checks.append(Check("scratch space", False, str(error), "small runs work without Ray: --executor inline"))
+    worst = max(checks, key=lambda c: (True, None, False).index(c.ok))
+    return Check("scratch space", worst.ok, "; ".join(c.found for c in checks), worst.advice)
+
+
+def _space(name: str, folder: Path, otherwise: str) -> Check:
+    """Free space on the disk that holds ``folder``, or will."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        free = shutil.disk_usage(there).free
+    except OSError as error:  # some mounts do not tell
+        return Check(name, None, f"free space at {folder} is not known: {error.strerror}", "see that there is room")
+    found = f"{free / 2**30:,.1f} GiB free at {folder}"
+    if free < LOW_BYTES:
+        return Check(name, False if free < LEAST_BYTES else None, found, f"make room, or {otherwise}")
+    return Check(name, True, found)
+
+
+# --- Ray -------------------------------------------------------------------------------------------------
+
+
+def _ray(address: str | None) -> Check:
+    """Tries Ray in a process of its own, with which all that it started ends."""
+    from afn_ray.runs.cluster import access
+
+    began = time.monotonic()
+    exposed = False
+    if address is not None:
+        try:
+            check_address(address)
+        except ConfigError as error:
+            return Check("Ray", False, str(error), "set --address or RAY_ADDRESS to that, or unset it for a local Ray")
+        exposed = not access.is_loopback(address)
+        if refused := access.unreachable(address):
+            return Check("Ray", False, refused, "check the address (host:6379), the cluster and firewalls")
+        try:
+            is_open = exposed and access.is_open(address)
+        except ConfigError as error:
+            return Check("Ray", False, str(error), "ask whoever runs the cluster how its nodes are started")
+        if is_open:
+            return Check("Ray", False, f"the cluster at {address} answers without a token: whoever reaches it can run "
+                         "code there", access.HOW_TO_CLOSE)  # fmt: skip
+    done = _probe(address)
+    if done.returncode == 0:
+        found = f"{done.stdout.strip()}; {time.monotonic() - began:.0f} s"
+        if exposed and os.environ.get("RAY_USE_TLS") != "1":
+            return Check("Ray", None, f"{found}; its token travels in clear text", "set RAY_USE_TLS=1 and its "
+                         "certificates on every node and here, or keep others off that network")  # fmt: skip
+        return Check("Ray", True, found)
+    message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix("; 'afn doctor' tells more")
+    if "Unauthenticated" in done.stderr or "AuthenticationError" in done.stderr:
+        return Check("Ray", False, f"the cluster at {address} wants a token, and not the one we have, if any",
+                     "set RAY_AUTH_TOKEN to the cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it")  # fmt: skip
+    if address is None:
+        return Check("Ray", False, message, "small runs work without Ray: --executor inline")
+    return Check("Ray", False, message, "the cluster needs this Ray and Python version, and afn-ray on its nodes")
+
+
+def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from afn_ray import doctor; doctor.probe_ray(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, *([address] if address else [])]
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    try:
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=RAY_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        errors = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else ""
+        return subprocess.CompletedProcess(command, 1, "", f"{errors}\nno answer within {RAY_S:g} s")
+
+
+def probe_ray(address: str | None = None) -> None:
+    """What the process of ``_probe`` runs: prints what Ray has, or leaves with what is wrong as its last line."""
+    try:
+        from afn_ray.runs.cluster import connection
+
+        print(connection.probe(address))
+    except (AfnError, ImportError) as error:
+        sys.exit(" ".join(str(error).split()))
+
+
+# --- model and store -------------------------------------------------------------------------------------
+
+
+def _model(name: str | None) -> Check:
+    from afn_ray.config import RunConfig
+    from afn_ray.model import choose_device
+    from afn_ray.runs import demo, worker
+
+    if name is None:
+        try:
+            name = str(demo.model_folder())
+        except ConfigError as error:
+            return Check("model", None, "not tried", f"name one with --model, or: {error}")
+    began = time.monotonic()
+    config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
+    files = worker.find_model(config)
+    task, measure = worker.prepare(config, files, choose_device("auto"), "float32")
+    processor = worker.Processor(task)
+    processor.close()
+    why = processor.progress.why_padded
+    packing = f"padded ({why})" if why else "packed without padding"
+    return Check(
+        "model", True,
+        f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, {measure['window_tokens']} tokens; "
+        f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, {packing}, "
+        f"{time.monotonic() - began:.1f} s",
+    )  # fmt: skip
+
+
+def _store(uri: str | None) -> Check:
+    from afn_ray.store import storage
+
+    if uri is None:
+        return Check("store", None, "not tried", "name one with --store")
+    if storage.is_process_memory(uri):
+        return Check("store", None, f"{uri} lives in one process", "it works with --executor inline only")
+    there = storage.exists(uri)
+    storage.check_writable(uri)
+    found = f"{uri} is writable" + ("" if there else " (it is new)")
+    if not storage.is_local(uri):
+        return Check("store", True, found)
+    if lacks := storage.find_lacks(uri):
+        found += f"; its filesystem lacks {' and '.join(lacks)}"
+    space = _space("store", Path(storage.absolute(uri)), "use another --store")
+    return Check("store", space.ok, f"{found}; {space.found}", space.advice)
+
+
+# --- rendering -------------------------------------------------------------------------------------------
+
+MARKS = {True: ("ok", "bold green"), None: ("warning", "bold yellow"), False: ("FAILED", "bold red")}
+
+
+def render(checks: list[Check], console: Console) -> None:
+    """Print ``checks`` as a table; each mark is a word as well as a colour."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in ("", "check", "found"):
+        table.add_column(head, no_wrap=head != "found", overflow="fold")
+    for c in checks:
+        found = Text(printable(c.found, keep="\n"))
+        if c.advice:
+            found.append("\n-> " + printable(c.advice, keep="\n"), "bold")
+        table.add_row(Text(*MARKS[c.ok]), Text(c.name), found)
+    console.print(table)
+    failed = sum(c.ok is False for c in checks)
+    warned = sum(c.ok is None for c in checks)
+    console.print(f"  {len(checks)} checks: {failed} failed, {warned} warnings" if failed or warned else "  all good")

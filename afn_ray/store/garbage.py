@@ -1,0 +1,373 @@
+"""Delete what no kept run refers to, in an order that leaves the store whole wherever it ends."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from afn_ray.errors import ConfigError, Interrupted, StoreError, count
+from afn_ray.schema import fingerprint
+from afn_ray.store import epochs, manifest, storage
+from afn_ray.store.manifest import Place
+
+KEEP = 30
+MIN_AGE_H = 24.0
+GRAVE_DAYS = 30.0
+"""How long a run that was given up is remembered, by the store's clock: a process that stood still as long forgets."""
+MAX_LINES = 20
+"""Shards that are listed one by one for a person."""
+
+OnProgress = Callable[[str], None]
+
+TRIES = 20
+"""Looks at a store that other collections change meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A run's or a shard's folder, and those of its files that go."""
+
+    uri: str
+    num_files: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """What no kept run of a store refers to: deleted, or what a call with ``delete`` would delete."""
+
+    store: str
+    kept: tuple[str, ...]  # names of runs, in the order in which they were begun
+    runs: tuple[Folder, ...]
+    shards: tuple[Folder, ...]
+    num_young: int  # shards that no kept run lists and that stay for their age
+    deleted: bool
+    spared: tuple[str, ...] = ()  # runs that were to go, and that a process has taken up or completed meanwhile
+    num_spared: int = 0  # shards that were to go, and that a run lists which began or was spared meanwhile
+
+    @property
+    def num_files(self) -> int:
+        return sum(folder.num_files for folder in (*self.runs, *self.shards))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(folder.num_bytes for folder in (*self.runs, *self.shards))
+
+
+def collect_garbage(
+    store: str, *, keep: int = KEEP, keep_runs: Sequence[str] = (), min_age_h: float = MIN_AGE_H, delete: bool = False,
+    on_progress: OnProgress = lambda message: None,
+) -> Garbage:  # fmt: skip
+    """Find, and with ``delete`` remove, the runs of ``store`` that are not kept and the shards that only they list.
+
+    Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), of each measure and corpus the newest
+    audited run (the next audit is held against it), every run begun after the newest complete one, copies of runs
+    under other names, any other that is not complete while a file of it, or of a shard that it plans, is younger than
+    ``min_age_h`` hours (it may be under way), and a complete one that a process has taken up since. A shard that no
+    kept run lists stays while it is younger than that. Files that afn-ray does not write are left alone.
+
+    What goes is published as an epoch first; then the runs are listed again, and what a run claims that began or was
+    taken up meanwhile is spared (``epochs``). Can be killed, repeated and run beside others and beside runs. Raises
+    ``ConfigError`` for what makes no sense, ``StoreError`` where a plan cannot be read, for then nobody knows what it
+    refers to (nothing is deleted), or where a file may not be deleted, ``Interrupted`` when the store does not answer.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep is {keep}; expected at least 1 run")
+    if not min_age_h >= 0:
+        raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
+    store = storage.absolute(store).rstrip("/")
+    for _ in range(TRIES):
+        look = _look(store, Rules(keep, tuple(keep_runs), min_age_h), delete=delete)
+        if not delete:
+            return _report(look, deleted=False)
+        if not look.found or epochs.publish(store, look.next_epoch):
+            return _delete(look, on_progress)
+    raise Interrupted(f"{store}: other collections are at work; try again later")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is kept, as of ``collect_garbage``."""
+
+    keep: int
+    keep_runs: tuple[str, ...]
+    min_age_h: float
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A commit of an older generation, which no run refers to any more although it lists the shard, and its files."""
+
+    place: Place
+    files: tuple[storage.StoredFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What a store held at one time, and what of it goes."""
+
+    store: str
+    there: manifest.StoreFiles
+    now_s: float
+    next_epoch: epochs.Epoch
+    planned: dict[str, set[Place]]  # of the runs that are kept
+    doomed_runs: tuple[str, ...]
+    dead_runs: tuple[str, ...]  # given up by an earlier collection
+    doomed: tuple[Place, ...]
+    leftovers: tuple[Leftover, ...]
+    num_young: int
+
+    @property
+    def found(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.doomed_runs or self.doomed or self.leftovers or any(map(self.files_of, self.dead_runs)))
+
+    def files_of(self, run: str) -> list[storage.StoredFile]:
+        """The files that go of a run that was given up: what says so stays for ``GRAVE_DAYS``."""
+        files = self.there.runs[run]
+        if run in self.dead_runs and not _is_old(files, self.now_s - 86400 * GRAVE_DAYS):
+            return [file for file in files if not file.uri.endswith("/run.json")]
+        return files
+
+
+def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
+    before = epochs.newest(store)  # ahead of all else: a run that is not seen below reads this one or a newer one
+    there = manifest.sort_files(store, storage.list_below(store))
+    if not there.runs and not there.shards:
+        raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
+    now_s = storage.clock_s(store) if delete else time.time()
+    old_s = now_s - 3600 * rules.min_age_h
+    dead = [n for n in sorted(before.condemned & there.runs.keys()) if manifest.open_folder(store, n).condemned]
+    names = sorted(there.runs.keys() - {*dead})
+    kept = _kept(store, there, names, rules, old_s)
+    planned = {name: _planned(store, name) for name in kept}
+    needed = {place for places in planned.values() for place in places}
+    known = before.generations()
+    generations = {place: known.get(place, before.number) for place in needed}
+    doomed, num_young = [], 0
+    for place in sorted(there.shards.keys() - needed):
+        if _is_old(there.shards[place], old_s):
+            doomed.append(place)
+            continue
+        num_young += 1
+        generation = known.get(place, before.number)
+        if any(file.uri.endswith(f"/{manifest.commit_name(generation)}") for file in there.shards[place]):
+            generations[place] = generation
+    doomed_runs = tuple(name for name in names if name not in kept)
+    condemned = frozenset({*doomed_runs, *(before.condemned & there.runs.keys())})
+    return _Look(
+        store, there, now_s, before.after(generations, condemned), planned, doomed_runs, tuple(dead), tuple(doomed),
+        tuple(_leftovers(store, there, planned, generations)), num_young,
+    )  # fmt: skip
+
+
+def _leftovers(
+    store: str, there: manifest.StoreFiles, planned: Mapping[str, set[Place]], generations: Mapping[Place, int]
+) -> Iterator[Leftover]:
+    """Commits of shards that are needed, of generations that no run finds any more, unless a kept run names them.
+
+    Only a run that took a shard up just before it was condemned does.
+    """
+    old: dict[Place, list[int]] = {}
+    for place in there.shards.keys() & generations.keys():
+        names = (file.uri.rpartition("/")[2] for file in there.shards[place])
+        found = [n for name in names if (n := manifest.generation_of(name)) is not None]
+        below = [generation for generation in found if generation < generations[place]]
+        if below:
+            old[place] = below
+    if not old:
+        return
+    named: set[str] = set()
+    for name, places in planned.items():
+        if theirs := places & old.keys():
+            run = manifest.open_folder(store, name)
+            if run.info:
+                named |= set(manifest.read_table(run, "shards")["tokens_file"].to_pylist())
+            else:  # it may be about to name them
+                for place in theirs:
+                    del old[place]
+    for place, numbers in old.items():
+        folder = manifest.shard_uri(store, *place)
+        by_name = {file.uri.rpartition("/")[2]: file for file in there.shards[place]}
+        for number in numbers:
+            try:
+                commit = manifest.read_commit(store, *place, number)
+            except StoreError:  # 'afn verify' tells of it
+                continue
+            if commit is None or f"{folder}/{commit.files['tokens']['name']}".removeprefix(f"{store}/") in named:
+                continue
+            mine = (manifest.commit_name(number), *(str(file["name"]) for file in commit.files.values()))
+            yield Leftover(place, tuple(by_name[name] for name in mine if name in by_name))
+
+
+def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
+    """Delete what ``look`` found, whose epoch is published, but for what a run claims by now."""
+    store = look.store
+    spared, covered = _claimed(look) if look.found else ((), set())
+    for name in (*look.doomed_runs, *look.dead_runs):
+        if name not in spared:
+            folder = storage.join(store, "runs", name)
+            on_progress(f"deleting run {folder}")
+            stays = () if name in look.dead_runs else ("run.json",)
+            _remove(folder, [f for f in look.files_of(name) if f.uri.rpartition("/")[2] not in stays])
+    doomed = [place for place in look.doomed if place not in covered]
+    folders = [*((place, look.there.shards[place]) for place in doomed),
+               *((o.place, list(o.files)) for o in look.leftovers if o.place not in covered)]  # fmt: skip
+    with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
+        for begin in range(0, len(folders), manifest.IO_THREADS):
+            few = folders[begin : begin + manifest.IO_THREADS]
+            list(pool.map(lambda each: _remove(manifest.shard_uri(store, *each[0]), each[1]), few))
+            on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
+    for measure_id in {measure_id for measure_id, _ in doomed}:
+        storage.remove_if_empty(storage.join(store, "shards", measure_id))
+    return _report(look, deleted=True, spared=tuple(spared), covered=covered)
+
+
+def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
+    """Runs that were to go and stay, and the shards that these list, or runs that began since ``look``.
+
+    The other runs that were to go can never be complete (again) afterwards.
+    """
+    now = manifest.sort_files(look.store, storage.list_below(storage.join(look.store, "runs"))).runs
+    spared = []
+    for name in look.doomed_runs:
+        known = {file.uri for file in look.there.runs[name]}
+        leases = {file.uri for file in now.get(name, ()) if manifest.LEASE.fullmatch(file.uri.rpartition("/")[2])}
+        complete = any(uri.endswith("/run.json") for uri in known)
+        run = manifest.RunFolder(storage.join(look.store, "runs", name), look.store, name, {})
+        if leases - known or not manifest.condemn_run(run, look.next_epoch.number, complete=complete):
+            spared.append(name)
+    gone = {*look.doomed_runs, *look.dead_runs} - {*spared}
+    covered: set[Place] = set()
+    for name in now.keys() - gone:
+        if not look.planned.get(name):  # it began since, or its plan came since
+            covered |= _planned(look.store, name)
+    return spared, covered
+
+
+def _report(look: _Look, *, deleted: bool, spared: Sequence[str] = (), covered: Container[Place] = ()) -> Garbage:
+    names = [*look.doomed_runs, *(name for name in look.dead_runs if look.files_of(name))]
+    runs = [
+        _folder(storage.join(look.store, "runs", name), look.files_of(name)) for name in names if name not in spared
+    ]
+    shards = [
+        *(_folder(manifest.shard_uri(look.store, *place), look.there.shards[place])
+          for place in look.doomed if place not in covered),
+        *(_folder(manifest.shard_uri(look.store, *o.place), o.files)
+          for o in look.leftovers if o.place not in covered),
+    ]  # fmt: skip
+    num_spared = sum(place in covered for place in look.doomed)
+    kept = tuple(sorted({*look.planned, *spared}))
+    return Garbage(look.store, kept, tuple(runs), tuple(shards), look.num_young, deleted, tuple(spared), num_spared)
+
+
+def _kept(
+    store: str, there: manifest.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
+) -> list[str]:  # fmt: skip
+    """Those of ``names`` that stay, sorted."""
+    complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
+    copies = [n for n in complete if manifest.is_copied(store, n)]
+    complete = [n for n in complete if n not in copies]
+    kept = {_named(store, run, names) for run in rules.keep_runs} | set(complete[-rules.keep :]) | set(copies)
+    kept |= _last_audited(store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])])
+    for name in names:
+        if name in kept:
+            continue
+        if name in complete:
+            leases = (f for f in there.runs[name] if manifest.LEASE.fullmatch(f.uri.rpartition("/")[2]))
+            if not _is_old(leases, old_s):
+                kept.add(name)
+            continue
+        shards = (there.shards.get(place, []) for place in _planned(store, name))
+        files = itertools.chain(there.runs[name], *shards)
+        if name > max(complete, default="") or not _is_old(files, old_s):
+            kept.add(name)
+    return sorted(kept)
+
+
+def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
+    """Of each measure and corpus the newest of the ``audited`` runs: the next audit is held against it."""
+    newest = {}
+    for name in audited:
+        info = manifest.open_folder(store, name).info
+        newest[json.dumps([info["measure"]["id"], info["config"]["corpus"]])] = name
+    return set(newest.values())
+
+
+def _named(store: str, run: str, names: Sequence[str]) -> str:
+    """The name of ``run``, given as that or as a URI."""
+    name = run.rstrip("/").rpartition("/")[2]
+    if name not in names or ("/" in run and storage.absolute(run).rstrip("/") != storage.join(store, "runs", name)):
+        raise StoreError(f"{store} has no run {run} to keep; 'afn gc' without --keep-run lists those that it has")
+    return name
+
+
+def _planned(store: str, name: str) -> set[Place]:
+    """Shards that the run ``name`` lists; none where a crash, or a collection like this, came before its plan."""
+    run = manifest.RunFolder(storage.join(store, "runs", name), store, name, {})
+    try:
+        shards, header = manifest.read_shards(run)
+    except StoreError as error:
+        plan, end = (storage.join(run.uri, file) for file in ("plan.parquet", "run.json"))
+        if not storage.exists(plan) and (not storage.exists(end) or manifest.open_folder(store, name).condemned):
+            return set()
+        raise StoreError(
+            f"{error}; which shards the run refers to is not known, so no shard can be deleted. Restore its plan, or "
+            f"delete {run.uri} to give the run up, then give this command again"
+        ) from error
+    measure_id = fingerprint(header["measure"])
+    return {(measure_id, shard.id) for shard in shards}
+
+
+def _is_old(files: Iterable[storage.StoredFile], old_s: float) -> bool:
+    return max((file.modified_s for file in files), default=0.0) <= old_s
+
+
+def _folder(uri: str, files: Sequence[storage.StoredFile]) -> Folder:
+    return Folder(uri, len(files), sum(file.size for file in files))
+
+
+def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
+    """Remove ``files`` of ``folder``, commits before all that they name."""
+    for file in sorted(files, key=lambda f: (manifest.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)):
+        storage.remove(file.uri)
+    storage.remove_if_empty(folder)
+
+
+def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
+    """One line per run and shard that goes or is gone, the first twenty of these, and a last one with the sums.
+
+    ``flags``: what the command was given beside the store, for the one that deletes.
+    """
+    for run in g.runs:
+        yield f"run    {run.uri}: {count(run.num_files, 'file')}, {count(run.num_bytes, 'byte')}"
+    for shard in g.shards[:MAX_LINES]:
+        yield f"shard  {shard.uri}: {count(shard.num_files, 'file')}, {count(shard.num_bytes, 'byte')}"
+    if len(g.shards) > MAX_LINES:
+        yield f"shard  ... and {count(len(g.shards) - MAX_LINES, 'more shard')}; --json lists all"
+    for name in g.spared:
+        yield f"spared {storage.join(g.store, 'runs', name)}: a process has taken it up or completed it meanwhile"
+    if g.num_spared:
+        yield f"{count(g.num_spared, 'shard')} stay: a run lists them that began or was spared meanwhile"
+    if g.num_young:
+        yield f"{count(g.num_young, 'shard')} that no kept run lists stay: they are younger than --min-age-h"
+    sums = (
+        f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, {count(g.num_files, 'file')}, "
+        f"{count(g.num_bytes, 'byte')}"
+    )
+    kept = f"{count(len(g.kept), 'run')} kept"
+    if len(g.kept) > 1:
+        kept += f", from {g.kept[0]} to {g.kept[-1]}"
+    if g.deleted:
+        yield f"deleted: {sums}; {kept}"
+    elif g.runs or g.shards:
+        command = shlex.join(["afn", "gc", g.store, *flags, "--delete"])
+        yield f"to delete: {sums}; {kept}"
+        yield f"nothing was deleted; this does it: {command}"
+    else:
+        yield f"nothing to delete; {kept}"

@@ -1,0 +1,196 @@
+"""Per-token and per-document records as Parquet files on local scratch, in the encodings that measured best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from afn_ray.errors import Interrupted
+from afn_ray.schema import (
+    PAIRS_SCHEMA,
+    SUMMARY_SCHEMA,
+    TAGGED_SUMMARY_SCHEMA,
+    Series,
+    documents_schema,
+    token_neurons_schema,
+    tokens_schema,
+)
+from afn_ray.store import disk, parquet
+
+ROW_GROUP_ROWS = 1 << 19
+"""Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3 ms."""
+
+BATCH_ROWS = 1 << 18
+"""Rows that are read at a time."""
+
+_DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins",
+          "total")  # fmt: skip
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Delta for sorted integers, dictionaries for repeated values, byte-stream split for floats, zstd for all.
+
+    Byte-stream split is for floats alone: DuckDB 1.5 cannot read it on integers.
+    """
+    encodings: dict[str, str] = {}
+    dictionaries: list[str] = []
+    for leaf, name, kind in _leaves(schema):
+        if name in _DELTA:
+            encodings[leaf] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_floating(kind):
+            encodings[leaf] = "BYTE_STREAM_SPLIT"
+        elif not pa.types.is_fixed_size_binary(kind):
+            dictionaries.append(leaf)
+    return parquet.writer(path, schema, compression_level=3, use_dictionary=dictionaries, column_encoding=encodings)
+
+
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:
+    """Path, name and type of each column as Parquet has it: of what is in a list or a struct too."""
+    for field in schema:
+        path, kind = field.name, field.type
+        if pa.types.is_list(kind):
+            path, kind = f"{path}.list.element", kind.value_type
+        if pa.types.is_struct(kind):
+            yield from ((f"{path}.{f.name}", f.name, f.type) for f in kind)
+        else:
+            yield path, field.name, kind
+
+
+class TableFile:
+    """One growing Parquet file: tables go in, row groups of ``ROW_GROUP_ROWS`` come out."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.path, self.schema, self.num_rows = path, schema, 0
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+        with _scratch(path):
+            self._file = _writer(path, schema)
+
+    def write(self, table: pa.Table) -> None:
+        self._pending.append(table)
+        self._pending_rows += table.num_rows
+        self.num_rows += table.num_rows
+        if self._pending_rows >= ROW_GROUP_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """End the row group, which has all that was written since the last."""
+        if self._pending_rows:
+            with _scratch(self.path):
+                self._file.write_table(pa.concat_tables(self._pending).unify_dictionaries(), self._pending_rows)
+        self._pending, self._pending_rows = [], 0
+
+    def write_each(self, tables: Iterable[pa.Table]) -> None:
+        """A row group for each table that has rows, so that a reduce reads one at a time."""
+        for table in tables:
+            self.write(table)
+            self.flush()
+
+    def close(self) -> None:
+        self.flush()
+        with _scratch(self.path):
+            self._file.close()
+
+
+class ShardFiles:
+    """The files of one attempt at a shard, closed on leaving the context: those of neurons where they are recorded.
+
+    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs; ``tagged``:
+    the corpus is labelled.
+    """
+
+    def __init__(
+        self, folder: Path, series: Sequence[Series], neuron_layers: Sequence[int], offsets: bool,
+        origin: Mapping[str, str], tagged: bool = False,
+    ) -> None:  # fmt: skip
+        def table(name: str, schema: pa.Schema) -> TableFile:
+            label = json.dumps({**origin, "table": name})
+            return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
+
+        self.tokens = table("tokens", tokens_schema(series, offsets, tagged))
+        self.documents = table("documents", documents_schema(series))
+        self.summary = table("summary", TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA)
+        self.neurons = table("neurons", token_neurons_schema(neuron_layers)) if neuron_layers else None
+        self.pairs = table("pairs", PAIRS_SCHEMA) if neuron_layers else None
+        files = (self.tokens, self.documents, self.summary, self.neurons, self.pairs)
+        self._files = [f for f in files if f is not None]
+
+    def __enter__(self) -> ShardFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files:
+            if kind is None:
+                file.close()
+
+    def tables(self) -> dict[str, tuple[Path, int]]:
+        """Path and rows of each file."""
+        return {file.path.stem: (file.path, file.num_rows) for file in self._files}
+
+
+def read_origin(file: pq.ParquetFile) -> dict[str, str]:
+    """What ``ShardFiles`` wrote into the footer: measure, shard, attempt and table; empty where nothing is."""
+    try:
+        value = json.loads((file.metadata.metadata or {}).get(b"afn", b"{}"))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """``columns`` (arrays or lists) as a table of ``schema``; columns that it does not have are left out."""
+    arrays = []
+    for field in schema:
+        values = columns[field.name]
+        if isinstance(values, pa.Array):
+            arrays.append(values)
+        elif pa.types.is_dictionary(field.type):
+            arrays.append(pa.array(values, field.type.value_type).dictionary_encode())
+        else:
+            arrays.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def whole_documents(
+    file: pq.ParquetFile, ends: npt.NDArray[np.int64], columns: Sequence[str]
+) -> Iterator[tuple[int, pa.Table]]:
+    """Rows of ``tokens`` in order, ``doc`` and ``columns``, some documents at a time: the first row's number, a table.
+
+    ``ends``: where each document ends. Whatever the size of a shard, memory is that of ``BATCH_ROWS`` or a document.
+    """
+    first = read = 0
+    held: list[pa.RecordBatch] = []
+    for batch in file.iter_batches(BATCH_ROWS, columns=["doc", *columns]):
+        held.append(batch)
+        read += len(batch)
+        ended = int(np.searchsorted(ends, read, side="right"))
+        if ended and ends[ended - 1] > first:
+            table = pa.Table.from_batches(held)
+            whole = int(ends[ended - 1]) - first
+            yield first, table.slice(0, whole).combine_chunks()
+            first += whole
+            held = table.slice(whole).to_batches()
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in disk.FULL:
+            raise Interrupted(
+                f"no space left on scratch while writing {path}; make room or give another --scratch, "
+                "and run the same command again: it resumes"
+            ) from error
+        raise

@@ -1,0 +1,98 @@
+"""The TOML files that users write, on a disk or behind a URL: read within bounds, and what one makes of a run."""
+
+from __future__ import annotations
+
+import codecs
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from afn_ray.config import RunConfig
+from afn_ray.errors import AfnError, ConfigError, Unavailable, nearest
+from afn_ray.store import storage
+
+MOST_BYTES = 1 << 20
+"""Of such a file: people write them."""
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+         (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
+"""Byte order marks and what follows them; the longer of two that begin alike first."""
+PLACES = ("corpus", "store", "scratch", "thresholds")
+"""Keys that name places. ``model`` may also be a hub name, which looks like a relative path."""
+
+
+def read_toml(file: str | Path, what: str) -> dict[str, Any]:
+    """The values in the TOML ``file``, a path or any fsspec URL; errors call it ``what``.
+
+    Raises ``ConfigError`` for one that cannot be read, is over ``MOST_BYTES`` or is no TOML, ``Unavailable`` where its
+    store does not answer.
+    """
+    try:
+        data = _read(str(file))
+    except OSError as error:
+        raise ConfigError(f"{what} {file} cannot be read: {error.strerror}") from error
+    except Unavailable:
+        raise
+    except AfnError as error:
+        raise ConfigError(f"{what} cannot be read: {error}") from error
+    if len(data) > MOST_BYTES:
+        raise ConfigError(f"{what} {file} has more than {MOST_BYTES:,} bytes; is it another file?")
+    try:
+        return tomllib.loads(decode(data))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{what} {file} is not TOML: {error}") from error
+
+
+def decode(data: bytes) -> str:
+    """The text in ``data``: UTF-8, or what the byte order mark says that editors on Windows put there."""
+    for mark, encoding in MARKS:
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding)
+    return data.decode("utf-8")
+
+
+def _read(file: str) -> bytes:
+    if "://" in file:
+        return storage.read_bytes(file, 0, MOST_BYTES + 1)
+    with Path(file).open("rb") as source:  # a pipe too
+        return source.read(MOST_BYTES + 1)
+
+
+def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> RunConfig:
+    """RunConfig from ``values`` (the flags that were given) over the TOML ``file``, a path or fsspec URL; flags win.
+
+    Relative paths are below the working folder, wherever the file is. One behind a URL is read on many machines, and
+    may have none. Raises ``ConfigError`` for an unknown key (it lists the known ones), a wrong type, a missing
+    key or such a path.
+    """
+    found = {} if file is None else read_toml(file, "config file")
+    merged = {**found, **values}
+    known = [f.name for f in fields(RunConfig)]
+    if unknown := sorted(set(merged) - set(known)):
+        where = f" in {file}" if file is not None else ""
+        raise ConfigError(
+            f"unknown key{where}: {', '.join(unknown)}{nearest(unknown, known)}; known keys: {', '.join(known)}"
+        )
+    corpus = merged.get("corpus")
+    if isinstance(corpus, str):
+        merged["corpus"] = (corpus,)
+    elif isinstance(corpus, list):
+        merged["corpus"] = tuple(corpus)
+    if missing := [name for name in ("corpus", "model", "store") if merged.get(name) is None]:
+        raise ConfigError(f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)")
+    config = RunConfig(**merged)
+    if "://" in str(file):
+        for name in PLACES:
+            if name in found and name not in values:
+                _check_absolute(name, getattr(config, name), str(file))
+    return config
+
+
+def _check_absolute(name: str, value: str | tuple[str, ...], file: str) -> None:
+    for place in (value,) if isinstance(value, str) else value:
+        if "://" not in place and not Path(place).is_absolute():
+            raise ConfigError(
+                f"{name} in {file} is {place!r}, which is another place on every machine that reads this file; give a "
+                "URL or an absolute path there"
+            )

@@ -1,0 +1,750 @@
+"""The only door to fsspec: list, read, write once, upload, delete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import os
+import posixpath
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from stat import S_ISREG
+from types import SimpleNamespace
+from typing import IO, Any, TypeVar, cast
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
+from afn_ray.schema import FileInfo
+from afn_ray.store import disk
+from afn_ray.store.blocks import Blocks
+from afn_ray.store.retry import http_status, patiently
+
+T = TypeVar("T")
+
+READ_AHEAD_BYTES = 4 << 20
+DELETE_FOR_S = 10.0
+"""Of trying again to delete: what stays is garbage, and whoever deletes is on the way out."""
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+# Timeouts in seconds, so that a dead peer is noticed. botocore asks again for one request, a page of a listing or a
+# part of a file; `patiently` for the whole call.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {
+            "connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 3, "mode": "standard"},
+            "max_pool_connections": 32,
+        },
+    },
+    "gs": {"requests_timeout": 120},  # of a whole request
+    "az": {"connection_timeout": 5, "read_timeout": 30},
+}  # fmt: skip
+# `container@account` is how Azure names a container, and an ARN has colons; neither is a secret.
+URL_SECRET = re.compile(
+    r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
+    r"|[?&][^=&/]*(?:secret|token|passw|signature|credential|key|sig)[^=&/]*=",
+    re.IGNORECASE,
+)
+# Of botocore, google.auth and azure.core, by name because the packages are extras.
+FOREIGN_ERRORS = frozenset({"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"})
+NO_CREDENTIALS = frozenset({
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "SSOError",
+    "ProfileNotFound", "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError",
+})  # fmt: skip
+
+
+UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
+NO_BUCKET = "bucket does not exist"
+
+
+class AlreadyWritten(AfnError):
+    """The object is there already; a writer before us won."""
+
+
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Filesystem of ``uri``, which remembers no listings, and the path in it.
+
+    Raises ``ConfigError`` for a URL that cannot be opened or holds credentials: these come from the environment.
+    """
+    if "://" not in uri:  # a local path may hold anything, fsspec's own marks included
+        local = LocalFileSystem()
+        return local, str(local._strip_protocol(uri))
+    protocol = uri.partition("://")[0]
+    if URL_SECRET.search(uri):
+        raise ConfigError(
+            f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; take them out and "
+            "give them in the environment"
+        )
+    if "::" in uri:
+        raise ConfigError(f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)")
+    extra = EXTRAS.get(protocol, "")
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **OPTIONS.get(extra, {}))
+    except ImportError as error:
+        how = f'pip install "afn-ray[{extra}]"' if extra else str(error)
+        raise ConfigError(f"{uri!r} cannot be opened, for a package is missing: {how}") from error
+    except ValueError as error:
+        raise ConfigError(f"{uri!r} cannot be opened: {error}") from error
+    if extra == "s3":
+        fs.retries = 1  # s3fs's own, which would multiply with botocore's
+    return fs, path
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with ``parts`` below it."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` is on this machine's disk."""
+    return isinstance(open_filesystem(uri)[0], LocalFileSystem)
+
+
+def is_process_memory(uri: str) -> bool:
+    """Whether ``uri`` lives in this process alone, out of reach of workers in others."""
+    return bool(open_filesystem(uri)[0].protocol == "memory")
+
+
+def absolute(uri: str) -> str:
+    """``uri`` in the one form under which it is remembered: absolute, with its protocol unless local."""
+    fs, path = open_filesystem(uri)
+    return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def below(folder: str) -> Callable[[str], bool]:
+    """A test whether a URI, absolute as listings have it, is ``folder`` or below it; on a local disk by links too."""
+    fs, path = open_filesystem(folder)
+    root = absolute(folder).rstrip("/")
+    real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else None
+
+    @cache
+    def is_below(uri: str) -> bool:
+        if f"{uri}/".startswith(f"{root}/"):
+            return True
+        return real is not None and "://" not in uri and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
+
+    return is_below
+
+
+@contextlib.contextmanager
+def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
+    """Turns the errors of filesystems into ours: what happened, where, what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in disk.FULL:
+            raise Interrupted(
+                f"no space left while {action} {uri}; make room and run the same command again: it resumes"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            what = "bucket" if NO_BUCKET in str(error) else "file or folder"
+            raise kind(f"{action} {uri}: no such {what}") from error
+        if isinstance(error, PermissionError):
+            why = f" ({error})" if error.errno is None and str(error) else ""
+            raise kind(f"{action} {uri}: permission denied; check owner, mode or credentials{why}") from error
+        if error.errno in UNSUPPORTED:
+            raise kind(
+                f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a folder elsewhere"
+            ) from error
+        raise kind(f"{action} {uri}: {error.strerror or error}") from error
+    except Exception as error:
+        names = {c.__name__ for c in type(error).__mro__}
+        if not names.isdisjoint(NO_CREDENTIALS):
+            raise kind(
+                f"{action} {uri}: {error}; give credentials in the environment, as for the store's own tools"
+            ) from error
+        if isinstance(error, ValueError) and "endpoint" in str(error):  # botocore's, of what the environment says
+            raise ConfigError(f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port") from error
+        if not names.isdisjoint(FOREIGN_ERRORS):
+            raise kind(f"{action} {uri}: {error}") from error
+        raise
+
+
+def _ask(fs: fsspec.AbstractFileSystem, action: str, uri: str, kind: type[AfnError], call: Callable[[], T]) -> T:
+    """``call()`` on ``fs``, again while it fails in passing, its errors ours. Raises ``Unavailable`` at last."""
+    with _named(action, uri, kind):
+        return patiently(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+        if info.get(key):
+            return f"etag:{str(info[key]).strip(chr(34))}"
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        if info.get(key) is not None:
+            return f"time:{info[key]}"
+    return ""
+
+
+def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
+    name = str(info["name"])
+    if isinstance(fs, LocalFileSystem):
+        now = Path(name).stat()
+        return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
+    if info.get("size") is None:
+        raise CorpusError(f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that tells")
+    return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"]), _version(info))
+
+
+def stat(uri: str) -> FileInfo:
+    """Size and version of one file now. Raises ``CorpusError`` when it is gone or unreadable."""
+    fs, path = open_filesystem(uri)
+    return _ask(fs, "looking at", uri, CorpusError, lambda: _file_info(fs, fs.info(path)))
+
+
+def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
+    """Files that ``pattern`` (a file, a folder with all below it, or a glob) names, sorted by URI.
+
+    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do. Links are
+    followed. Raises ``CorpusError`` when there are none, and rather than leave out what cannot be listed.
+    ``left_out`` gets what else a remote listing had, files and folders.
+    """
+    fs, path = open_filesystem(pattern)
+    others: list[str] = []
+    found = _ask(fs, "listing", pattern, CorpusError, lambda: _match(fs, path, pattern, others))
+    if left_out is not None:
+        left_out.update(str(fs.unstrip_protocol(name)).rstrip("/") for name in others)
+    if not found:
+        raise CorpusError(f"{pattern}: no files match")
+    for file in found:
+        if not file.uri.isascii() and any("\ud800" <= c <= "\udfff" for c in file.uri):
+            raise CorpusError(f"listing {pattern}: the name of {file.uri!r} is not UTF-8; rename or move the file")
+    return sorted(found, key=lambda f: f.uri)
+
+
+def _match(fs: fsspec.AbstractFileSystem, path: str, pattern: str, left_out: list[str]) -> list[FileInfo]:
+    local = isinstance(fs, LocalFileSystem)
+    info = _info(fs, path)
+    if info is not None and info["type"] == "file":  # a file or folder whose name holds * or [ is still one
+        return [_file_info(fs, info)]
+    if info is not None and info["type"] == "directory":
+        if local:
+            return [_file_info(fs, {"name": name}) for name in _walk(path)]
+
+        def is_plain(name: str) -> bool:
+            return not any(_is_hidden(part) for part in posixpath.relpath(name, path).split("/"))
+
+        return [_file_info(fs, info) for info in _sifted(_below(fs, path), is_plain, left_out)]
+    if not any(c in path for c in "*?["):
+        raise FileNotFoundError(pattern)
+    if local:
+        return [_file_info(fs, {"name": name}) for name in fs.glob(path) if Path(name).is_file()]
+    return [_file_info(fs, info) for info in _glob(fs, path, left_out)]
+
+
+def _sifted(
+    entries: Iterable[dict[str, Any]], is_wanted: Callable[[str], Any], left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Those of ``entries`` whose names are wanted; the names of the others go to ``left_out``."""
+    for info in entries:
+        if is_wanted(info["name"]):
+            yield info
+        else:
+            left_out.append(info["name"])
+
+
+def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """What ``fs`` knows of ``path``; None when there is nothing. fsspec's own exists() takes any failure for that."""
+    try:
+        return cast(dict[str, Any], fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any]]:
+    """All files below ``folder``. fsspec's own find leaves out folders that it cannot list; object stores' do not."""
+    own = getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find) or (
+        not isinstance(fs, AsyncFileSystem) and type(fs).find is not fsspec.AbstractFileSystem.find
+    )
+    found = fs.find(folder, detail=True, **({} if own else {"on_error": "raise"}))
+    return (info for name, info in found.items() if info["type"] == "file" and not name.endswith("/"))
+
+
+def _glob(fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """Files that match ``pattern``, one level of folders after the other; fsspec's own leaves out as its find does."""
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    folders = ["/".join(parts[:fixed])]
+    for depth, part in enumerate(parts[fixed:], fixed + 1):
+        matches = re.compile(glob_translate("/".join(parts[:depth] if "**" not in part else parts))).match
+        if "**" in part:
+            for folder in folders:
+                yield from _sifted(_below(fs, folder), matches, left_out)
+            return
+        entries = [i for folder in folders for i in _sifted(fs.ls(folder, detail=True), matches, left_out)]
+        folders = [info["name"] for info in entries if info["type"] == "directory"]
+        if depth == len(parts):
+            yield from (info for info in entries if info["type"] == "file")
+            left_out += folders
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Files below the local ``folder``. fsspec's own walk leaves out what it may not list, and follows no links."""
+
+    def fail(error: OSError) -> None:
+        raise CorpusError(f"listing {error.filename}: {error.strerror}; a corpus is listed whole or not at all")
+
+    seen: set[str] = set()  # a link may lead back up
+    for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for path in (posixpath.join(base, name) for name in names if not _is_hidden(name)):
+            with _named("looking at", path, CorpusError):
+                if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader for ever
+                    yield path
+
+
+def open_read(uri: str) -> IO[bytes]:
+    """A seekable binary reader of ``uri``, which reads ahead on a remote filesystem and holds nothing open there."""
+    fs, path = open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return cast(IO[bytes], _ask(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb")))
+    size = stat(uri).size
+
+    def read(start: int, end: int) -> bytes:
+        return _ask(fs, "reading", uri, CorpusError, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+
+    return io.BufferedReader(_RangeFile(read, size, SimpleNamespace()), max(1, min(READ_AHEAD_BYTES, size)))
+
+
+def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes ``start`` to ``end`` (exclusive) of ``uri``; all of it by default. ``StoreError`` if absent."""
+    fs, path = open_filesystem(uri)
+    try:
+        return _ask(fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+    except StoreError as error:
+        if not start and http_status(error) == 416:  # a bucket has no first byte of an empty object
+            return b""
+        raise
+
+
+def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
+    """All of ``uri``, or None when there is no such file. ``StoreError`` where it has more than ``most_bytes``."""
+    end = None if most_bytes is None else most_bytes + 1
+    try:
+        data = read_bytes(uri, 0, end)
+        if not data and is_local(uri) and disk.wait_for_content(Path(absolute(uri)), disk.READER_S):
+            data = read_bytes(uri, 0, end)
+        if most_bytes is not None and len(data) > most_bytes:
+            raise StoreError(f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote")
+        return data
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return None
+        raise
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder at ``uri`` now."""
+    fs, path = open_filesystem(uri)
+    return _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path)) is not None
+
+
+def list_names(uri: str) -> list[str]:
+    """Names right below the folder ``uri``, sorted; none when there is no such folder."""
+    fs, path = open_filesystem(uri)
+
+    def names() -> list[str]:
+        try:
+            return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(path, detail=False))
+        except FileNotFoundError as error:
+            if NO_BUCKET in str(error):
+                raise
+            return []
+
+    return _ask(fs, "listing", uri, StoreError, names)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file of a store as the filesystem lists it."""
+
+    uri: str
+    size: int  # bytes
+    modified_s: float  # Unix time; now where the filesystem does not tell
+
+
+def list_below(uri: str) -> list[StoredFile]:
+    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such folder.
+
+    What goes or comes meanwhile is in it or not; all else is. Links are no files of a store.
+    """
+    fs, path = open_filesystem(uri)
+
+    def files() -> list[StoredFile]:
+        try:
+            found = fs.find(path, detail=True)
+        except FileNotFoundError:
+            return []
+        return [
+            StoredFile(str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
+            for name, info in found.items() if info["type"] == "file"
+        ]  # fmt: skip
+
+    local = isinstance(fs, LocalFileSystem)
+    ask = (lambda: list(_local_files(path))) if local else files
+    return sorted(_ask(fs, "listing", uri, StoreError, ask), key=lambda f: f.uri)
+
+
+def _local_files(folder: str) -> Iterator[StoredFile]:
+    """As ``list_below``. fsspec's own walk raises for a file that goes before it is looked at."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error  # a folder that may not be listed is no empty one
+
+    for base, _, names in os.walk(folder, onerror=fail):
+        for path in (Path(base, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                info = path.lstat()
+                if S_ISREG(info.st_mode):
+                    yield StoredFile(str(path), info.st_size, info.st_mtime)
+
+
+def _modified_s(info: dict[str, Any]) -> float:
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = info.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if value is not None:
+            return float(value)
+    return time.time()
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def write_once(uri: str, data: bytes) -> None:
+    """Create ``uri`` with ``data``, whole or not at all. Raises ``AlreadyWritten`` when it exists.
+
+    On a remote filesystem that may be our own: a first try can have written although its answer was lost. After
+    ``Unavailable`` nobody knows whether it is there, or will be.
+    """
+    fs, path = open_filesystem(uri)
+    local = isinstance(fs, LocalFileSystem)
+
+    def create() -> None:
+        if local:
+            try:
+                disk.create_once(Path(path), data)
+            except disk.NameTaken:
+                raise AlreadyWritten(uri) from None
+            return
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            raise AlreadyWritten(uri) from None
+        except OSError as error:
+            if http_status(error) == 412:  # not every store says which precondition failed; we made but one
+                raise AlreadyWritten(uri) from None
+            raise
+
+    _ask(fs, "writing", uri, StoreError, create)
+
+
+def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
+    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. No result goes this way.
+
+    A store that does not answer is asked again for ``retry_for_s`` (None: as for anything else), by default not at
+    all. Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two is there.
+    """
+    fs, path = open_filesystem(uri)
+    local = isinstance(fs, LocalFileSystem)
+    write = (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
+    with _named("writing", uri, StoreError):
+        patiently(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
+
+
+def upload(local: Path, uri: str) -> None:
+    """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before its commit."""
+    fs, path = open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        _ask(fs, "writing", uri, StoreError, lambda: disk.copy(local, Path(path)))
+    else:
+        _ask(fs, "writing", uri, StoreError, lambda: fs.put_file(str(local), path))
+
+
+def delete(uris: list[str]) -> None:
+    """Remove files that nobody refers to; one that cannot be removed stays, and is no error."""
+    for uri in uris:
+        try:
+            remove(uri, DELETE_FOR_S)
+        except StoreError:
+            continue
+        except Unavailable:
+            return  # for the others there is no answer either
+
+
+def remove(uri: str, retry_for_s: float | None = None) -> None:
+    """Remove the file ``uri``; one that is gone is no error. Raises ``StoreError`` when it may not be removed."""
+    fs, path = open_filesystem(uri)
+    with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
+        patiently(
+            partial(fs.rm_file, path), f"deleting {uri}", local=isinstance(fs, LocalFileSystem), retry_for_s=retry_for_s
+        )
+
+
+def remove_if_empty(uri: str) -> None:
+    """Remove the folder ``uri`` if nothing is in it. Object stores have no folders."""
+    fs, path = open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
+            try:
+                Path(path).rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+
+
+def modified_s(uri: str) -> float | None:
+    """When ``uri`` was written, Unix time by its filesystem's clock; None when there is no such file."""
+    fs, path = open_filesystem(uri)
+    info = _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
+    return None if info is None else _modified_s(info)
+
+
+def clock_s(uri: str) -> float:
+    """Unix time by the clock of the filesystem at ``uri``, which dates its files; it writes one there to see."""
+    probe = join(uri, f"probe-{uuid.uuid4().hex}")
+    try:
+        with contextlib.suppress(AlreadyWritten):
+            write_once(probe, b"afn-ray asks what time it is here; this file can be deleted\n")
+        fs, path = open_filesystem(probe)
+        return _ask(fs, "looking at", probe, StoreError, lambda: _modified_s(fs.info(path)))
+    finally:
+        delete([probe])
+
+
+def check_writable(uri: str) -> None:
+    """Prove that files can be created below ``uri`` and deleted again. Raises ``StoreError``."""
+    _probe(uri)
+
+
+def try_writable(uri: str) -> None:
+    """As ``check_writable``; folders that it makes on a disk are removed again."""
+    local = None if "://" in uri else Path(uri)
+    missing = [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
+    try:
+        _probe(uri)
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another process's by now, or never made
+                folder.rmdir()
+
+
+def _is_missing(path: Path) -> bool:
+    return not os.path.exists(path)  # noqa: PTH110 - which pathlib's does not say of a name that is too long
+
+
+def _probe(uri: str) -> None:
+    probe = join(uri, f"probe-{uuid.uuid4().hex}")
+    text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
+    try:
+        with contextlib.suppress(AlreadyWritten):  # our own, its first answer lost: nobody else has this name
+            write_once(probe, text)
+        write_once(probe, text)
+    except AlreadyWritten:
+        return
+    finally:
+        delete([probe])
+    raise StoreError(f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be safe")
+
+
+def find_lacks(uri: str) -> list[str]:
+    """What the filesystem of the writable folder ``uri`` lacks, and what is done instead."""
+    fs, path = open_filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    return _ask(fs, "looking at", uri, StoreError, lambda: disk.find_lacks(Path(path)))
+
+
+@contextlib.contextmanager
+def write_local(path: Path) -> Iterator[IO[bytes]]:
+    """A file of this machine that appears whole, once what is written is complete, or not at all."""
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+        with path.open("wb") as file:
+            yield file
+        return
+    unfinished = path.with_name(f".{path.name[:40]}-{os.getpid()}")  # as long a name as there may be, and a bit
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # a machine that dies leaves what was there or all of this, not an empty file
+        unfinished.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a local file, in hex."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+# --- reading by name -------------------------------------------------------------------------------------
+
+
+class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Filesystem ``afn://`` that holds exactly the files it was given, each under a name, and never writes.
+
+    DuckDB 2.0 calls seek and read on one file object from many threads, which gives errors and sometimes wrong
+    rows with fsspec's own files. Every read here is positional: no position is shared between threads. A local
+    file must still lie in ``root`` once links are followed; every other access raises ``PermissionError``.
+    """
+
+    protocol = "afn"
+    cachable = False
+
+    def __init__(
+        self, root: str, files: Mapping[str, tuple[str, int]], find_blocks: Callable[[str], Blocks]
+    ) -> None:  # fmt: skip
+        """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable.
+
+        ``find_blocks(name)`` gives a file's checksums when it is first read. What is read is held against them.
+        """
+        super().__init__()
+        self._find_blocks, self._blocks = find_blocks, dict[str, Blocks]()
+        self.failed: AfnError | None = None  # how a read failed last: DuckDB makes text of what it meets
+        self._fs, path = open_filesystem(root)
+        self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
+        self._files = {name: (str(self._fs._strip_protocol(uri)), size) for name, (uri, size) in files.items()}
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode != "rb":
+            self._refuse()
+        name, (_, size) = self._strip_protocol(path), self._find(path)
+        return _RangeFile(lambda start, end: self._checked(name, start, end), size, threading.local())
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        return {"name": path, "size": self._find(path)[1], "type": "file"}
+
+    def glob(self, path: str, **options: Any) -> list[str]:
+        return [path] if self._strip_protocol(path) in self._files else []
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        raise PermissionError(f"{path}: the files of a run cannot be listed")
+
+    def modified(self, path: str) -> datetime:
+        return datetime.fromtimestamp(0, UTC)  # DuckDB asks, to see whether its cache holds
+
+    def _find(self, path: str) -> tuple[str, int]:
+        try:
+            return self._files[self._strip_protocol(path)]
+        except KeyError:
+            raise PermissionError(f"{path} is not a file of this run") from None
+
+    def _checked(self, name: str, start: int, end: int) -> bytes:
+        target, size = self._files[name]
+        try:
+            if (blocks := self._blocks.get(name)) is None:
+                blocks = self._blocks[name] = self._find_blocks(name)
+            data = blocks.read(start, end, partial(self._read, target)) if blocks.num_bytes == size else None
+            if data is None:
+                raise StoreError(
+                    f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum that was committed; "
+                    "'afn verify' says what else is, and what to do"
+                )
+            return data
+        except AfnError as error:
+            self.failed = error
+            raise
+
+    def _read(self, target: str, start: int, end: int) -> bytes:
+        if self._local_root is not None:
+            real = os.path.realpath(target)
+            if os.path.commonpath([real, self._local_root]) != self._local_root:
+                raise PermissionError(f"{target} is a link that leaves the store")
+            target = real
+
+        def read() -> bytes:
+            return bytes(self._fs.cat_file(target, start=start, end=end))
+
+        try:
+            return patiently(read, f"reading {target}", local=self._local_root is not None)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{target} is gone from the store; 'afn verify' says what else is, and what to do"
+            ) from error
+
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise PermissionError("a run is read-only")
+
+    mkdir = makedirs = rmdir = rm = rm_file = mv = copy = cp_file = put_file = pipe_file = touch = _refuse
+
+
+class ServedFiles(ReadOnlyFiles):
+    """The same files in a process that cannot read them itself, and asks one that can."""
+
+    def __init__(self, sizes: Mapping[str, int], read: Callable[[str, int, int], bytes]) -> None:
+        """``sizes``: in bytes, by name. ``read``: the bytes of a file, by its name, from start to end."""
+        fsspec.AbstractFileSystem.__init__(self)
+        self._files = {name: (name, size) for name, size in sizes.items()}
+        self._ask = read
+
+    def _checked(self, name: str, start: int, end: int) -> bytes:
+        return self._ask(name, start, end)
+
+
+class _RangeFile(io.RawIOBase):
+    """A file read by ranges: between reads nothing is open, so thousands of files need no descriptors.
+
+    ``position`` is where its reader is: a ``threading.local`` gives every thread a reader of its own.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, position: Any) -> None:
+        self._read, self._size, self._position = read, size, position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
+        self._position.at = base + offset
+        return base + offset
+
+    def tell(self) -> int:
+        return int(getattr(self._position, "at", 0))
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        start = self.tell()
+        end = self._size if num_bytes < 0 else min(start + num_bytes, self._size)
+        data = self._read(start, end) if start < end else b""
+        self._position.at = start + len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)

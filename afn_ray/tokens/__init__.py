@@ -1,0 +1,1 @@
+"""Documents in, packed batches of tokens out. Knows nothing of models."""

@@ -1,0 +1,285 @@
+"""How many tokens and documents slices have: all of them counted where they are few, else estimated with an interval.
+
+The estimate draws places in the slices' bytes, in runs of slices each for itself, so that every byte of a run has the
+same chance however long files and documents are. What is around a place gives tokens per byte there; their mean times
+the run's bytes is the run's estimate. The spread of the places gives its variance, the degrees of freedom are those of
+Welch and Satterthwaite, and Student's t gives the interval (Cochran, Sampling Techniques, 1977, 5.4 and 9A).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from afn_ray.corpus import reading
+from afn_ray.schema import Document, FileSlice, ReadOptions, fingerprint
+from afn_ray.store import storage
+from afn_ray.tokens.windows import TextEncoder
+
+EXACT_BYTES = 2 << 20
+"""Slices of so many bytes in all are counted: 3 seconds."""
+EXACT_TEXT_BYTES = 8 << 20
+"""Text of them that is read at most, where they are compressed."""
+STRATA, PLACES, LEAST_PLACES = 16, 128, 6
+"""Runs of slices, about; places that are drawn in all; and in each run at least."""
+BLOCK_BYTES = 16 << 10
+"""Text around a place that is encoded."""
+READ_BYTES = 64 << 20
+"""Text that is read in all of slices which can only be read from their beginning."""
+LEAST_READ_BYTES = 1 << 20
+"""Of each of them."""
+SEEDED_BY = 1000
+"""Slices whose identity seeds the draw."""
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Tokens, special ones among them, and documents of slices; ``low`` and ``high`` are the same where all are
+    counted, else they bound the 95 % interval."""
+
+    tokens: int
+    low: int
+    high: int
+    documents: int
+    exact: bool
+    num_documents_exact: bool
+    num_beginnings: int = 0  # slices of which only the beginning was read
+
+
+NOTHING = Count(0, 0, 0, 0, True, True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Density:
+    """What a place gives, per stored byte of its slice."""
+
+    tokens: float
+    documents: float
+
+
+def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
+    """Count or estimate what ``slices`` hold; the same slices give the same answer.
+
+    Raises what ``reading.read`` raises for files that are not those that were planned, or cannot be read.
+    """
+    if sum(piece.num_bytes for piece in slices) <= EXACT_BYTES:
+        found = _count_all(slices, options, encoder)
+        if found is not None:
+            return found
+    return _estimate(slices, options, encoder)
+
+
+def _count_all(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count | None:
+    """None where the text is more than ``EXACT_TEXT_BYTES``."""
+    num_tokens = num_documents = num_bytes = 0
+    documents = (d for piece in slices for d in reading.read(piece, options))
+    while batch := list(itertools.islice(documents, 256)):
+        num_bytes += sum(len(d.text) for d in batch)
+        if num_bytes > EXACT_TEXT_BYTES:
+            return None
+        num_tokens += int(encoder.count([d.text for d in batch]).sum())
+        num_documents += len(batch)
+    return Count(num_tokens, num_tokens, num_tokens, num_documents, True, True)
+
+
+# --- the estimate ----------------------------------------------------------------------------------------
+
+
+def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
+    chance = np.random.default_rng(int(fingerprint([piece.identity for piece in slices[:SEEDED_BY]]), 16))
+    ends = np.cumsum([piece.num_bytes for piece in slices])
+    strata = _strata(ends)
+    drawn = [
+        sorted(chance.integers(begin, end, max(LEAST_PLACES, round(PLACES * (end - begin) / ends[-1]))).tolist())
+        for begin, end in strata
+    ]
+    at = [[int(np.searchsorted(ends, place, "right")) for place in places] for places in drawn]
+    whole = {i for group in at for i in group if not _is_cut(slices[i], options)}
+    reader = _Reader(options, encoder, chance, len(whole))
+    tokens = unknown = 0.0
+    variances: list[tuple[float, int]] = []
+    for (begin, end), places, group in zip(strata, drawn, at, strict=True):
+        found: list[_Density] = []
+        for i, some in itertools.groupby(zip(group, places, strict=True), lambda pair: pair[0]):
+            first = int(ends[i]) - slices[i].num_bytes
+            found += reader.densities(slices[i], [place - first for _, place in some])
+        size = end - begin
+        tokens += size * statistics.fmean(d.tokens for d in found)
+        unknown += size * statistics.fmean(
+            d.documents if slices[i].num_documents < 0 else 0.0 for i, d in zip(group, found, strict=True)
+        )
+        variances.append((size**2 * statistics.variance(d.tokens for d in found) / len(found), len(found) - 1))
+    half = _student(variances) * math.sqrt(sum(v for v, _ in variances))
+    known = [piece.num_documents for piece in slices]
+    return Count(
+        round(tokens), max(0, round(tokens - half)), round(tokens + half),
+        sum(max(0, n) for n in known) + round(unknown), False, min(known) >= 0, reader.num_beginnings,
+    )  # fmt: skip
+
+
+def _strata(ends: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Runs of slices, which end at the bytes ``ends``: as few as have a ``STRATA``-th of all bytes or more.
+
+    A large slice is thus a run of its own: what differs between large files adds nothing to the variance.
+    """
+    strata: list[tuple[int, int]] = []
+    begin = before = 0
+    for end in map(int, ends):
+        if end - before >= ends[-1] / STRATA and before > begin:
+            strata.append((begin, before))
+            begin = before
+        if end - begin >= ends[-1] / STRATA:
+            strata.append((begin, end))
+            begin = end
+        before = end
+    if begin < before and strata and before - begin < ends[-1] / STRATA / 2:
+        strata[-1] = (strata[-1][0], before)
+    elif begin < before:
+        strata.append((begin, before))
+    return strata
+
+
+def _student(variances: Sequence[tuple[float, int]]) -> float:
+    """The quantile of Student's t for a sum of ``variances``, each with its degrees of freedom (Abramowitz 26.7.5)."""
+    squares = sum(v * v / n for v, n in variances)
+    freedom = max(3.0, sum(v for v, _ in variances) ** 2 / squares) if squares else math.inf
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
+    """Whether any part of ``piece`` can be read without what is before it."""
+    # Of UTF-16, which is not cut, the documents are not counted.
+    return reading.is_lines(piece.format, options) and not piece.compression and piece.num_documents >= 0
+
+
+class _Reader:
+    """Reads what is around places, and encodes a little of it."""
+
+    def __init__(self, options: ReadOptions, encoder: TextEncoder, chance: np.random.Generator, num_whole: int) -> None:
+        self._options, self._encoder, self._chance = options, encoder, chance
+        self._most_bytes = max(LEAST_READ_BYTES, READ_BYTES // max(1, num_whole))
+        self.num_beginnings = 0
+
+    def densities(self, piece: FileSlice, places: Sequence[int]) -> list[_Density]:
+        """Of each of ``places``, bytes from the start of ``piece``."""
+        if _is_cut(piece, self._options):
+            return [self._of_lines(piece, place) for place in places]
+        return self._of_whole(piece, len(places))
+
+    def _of_lines(self, piece: FileSlice, place: int) -> _Density:
+        """Of the block that ``place`` is in; a line on its edge counts by the part of it that is inside."""
+        begin = piece.start + place // BLOCK_BYTES * BLOCK_BYTES
+        end = min(begin + BLOCK_BYTES, piece.end)
+        first, last = _line_start(piece, begin), _line_end(piece, end)
+        documents = list(reading.read(_part_of(piece, first, last), self._options))
+        if not documents:
+            return _Density(0.0, 0.0)
+        starts = [first, *(d.offset for d in documents[1:]), last]
+        counts = self._count(documents)
+        tokens = num = 0.0
+        for n, (a, b) in zip(counts, itertools.pairwise(starts), strict=True):
+            share = max(0, min(b, end) - max(a, begin)) / (b - a)
+            tokens, num = tokens + share * n, num + share
+        return _Density(tokens / (end - begin), num / (end - begin))
+
+    def _count(self, documents: Sequence[Document]) -> list[float]:
+        """Tokens of each of ``documents``; of a long one as many as a part of it, drawn by chance, leads to expect."""
+        parts = [self._part(d.text) for d in documents]
+        template = self._encoder.template
+        extra = len(template.prefix) + len(template.suffix)
+        counts = self._encoder.count([text for text, _ in parts])
+        return [extra + (n - extra) * factor if n else 0.0 for n, (_, factor) in zip(counts, parts, strict=True)]
+
+    def _part(self, text: str) -> tuple[str, float]:
+        if len(text) <= 2 * BLOCK_BYTES:
+            return text, 1.0
+        begin = int(self._chance.integers(len(text)))  # what goes over the end goes on at the beginning
+        part = text[begin : begin + BLOCK_BYTES]
+        part += text[: BLOCK_BYTES - len(part)]
+        return part, len(text) / BLOCK_BYTES
+
+    def _of_whole(self, piece: FileSlice, num_places: int) -> list[_Density]:
+        """Of all of ``piece``, or of its beginning; each time by other blocks of its text."""
+        texts: list[str] = []
+        num_bytes = 0
+        read, share = piece, 1.0
+        is_stream = piece.format in ("csv", "conllu") or reading.is_lines(piece.format, self._options)
+        if is_stream and piece.num_bytes > self._most_bytes:
+            read = _part_of(piece, piece.start, piece.start + self._most_bytes)
+            share = self._most_bytes / piece.num_bytes
+        for document in reading.read(read, self._options):
+            texts.append(document.text)
+            num_bytes += len(document.text)
+            if num_bytes > self._most_bytes and len(texts) < piece.num_documents:
+                share = len(texts) / piece.num_documents
+                break
+        if share < 1.0:
+            self.num_beginnings += 1
+        stored = max(1.0, share * piece.num_bytes)
+        with_text = [t for t in texts if t]
+        if not with_text:
+            return [_Density(0.0, len(texts) / stored)] * num_places
+        ends = list(itertools.accumulate(len(t) for t in with_text))
+        found = []
+        template = self._encoder.template
+        extra = (len(template.prefix) + len(template.suffix)) * len(with_text)
+        for _ in range(num_places):
+            parts = list(_window(with_text, ends, int(self._chance.integers(ends[-1])), BLOCK_BYTES))
+            alone = len(template.prefix) + len(template.suffix)
+            counts = [max(0, n - alone) for n in self._encoder.count(parts).tolist()]
+            per_character = sum(counts) / sum(map(len, parts))
+            found.append(_Density((extra + per_character * ends[-1]) / stored, len(texts) / stored))
+        return found
+
+
+def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) -> Iterator[str]:
+    """Parts of ``texts``, one behind the other and around the end, from character ``begin`` on: ``size`` in all."""
+    size = min(size, ends[-1])
+    at = bisect.bisect_right(ends, begin)
+    offset = begin - (ends[at] - len(texts[at]))
+    while size > 0:
+        part = texts[at][offset : offset + size]
+        yield part
+        size -= len(part)
+        at, offset = (at + 1) % len(texts), 0
+
+
+def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
+    """The bytes ``begin`` to ``end`` of the file of ``piece``, as a slice of their own."""
+    sha256 = hashlib.sha256(storage.read_bytes(piece.uri, begin, end)).hexdigest()
+    return replace(piece, start=begin, end=end, num_bytes=end - begin, num_documents=-1, sha256=sha256)
+
+
+def _line_start(piece: FileSlice, at: int) -> int:
+    """Where the line begins that has the byte ``at``."""
+    step = BLOCK_BYTES
+    while at > piece.start:
+        begin = max(piece.start, at - step)
+        newline = storage.read_bytes(piece.uri, begin, at).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        at, step = begin, 2 * step
+    return piece.start
+
+
+def _line_end(piece: FileSlice, at: int) -> int:
+    """Where the line ends that has the byte before ``at``."""
+    step, at = BLOCK_BYTES, at - 1
+    while at < piece.end:
+        end = min(piece.end, at + step)
+        newline = storage.read_bytes(piece.uri, at, end).find(b"\n")
+        if newline >= 0:
+            return at + newline + 1
+        at, step = end, 2 * step
+    return piece.end

@@ -1,0 +1,362 @@
+"""Texts become batches ahead of the model: tokenized, cut into windows and packed on a thread, or in processes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from queue import Empty, Queue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from afn_ray.errors import HelperDied
+from afn_ray.schema import Document
+from afn_ray.tokens import windows as tokens
+
+CHUNK_BYTES = 1 << 20
+"""Text encoded and packed together: 1 MiB is about 250,000 tokens, enough to leave 1 % of filler."""
+
+ANSWER_S = 5.0
+"""How often it is asked whether a tokenizer process is alive."""
+
+START_S = 120.0
+"""Longest that a tokenizer process may take until it is ready, in seconds: imports from a slow disk take some."""
+
+CLOSE_S = 10.0
+"""Longest that tokenizer processes may take to end before they are killed, in seconds."""
+
+EXIT_CODE_S = 1.0
+"""Longest that the exit code of a process that has died is waited for, in seconds."""
+
+GIVEN_UP = (CancelledError, RuntimeError)
+"""What chunks meet whose pool was given up under them."""
+
+AHEAD = 2
+"""Chunks that wait before the model, beside those that processes work on: bounds memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How texts become batches; small, and what another process needs for it."""
+
+    tokenizer: str  # as JSON
+    window_tokens: int
+    overlap_tokens: int | None
+    batch_tokens: int
+    causal: bool
+    packed: bool
+    num_embeddings: int | None = None  # token ids that the model has a vector for; None: not known
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Some texts' tokens, and the batches in which the model will see them."""
+
+    encoded: tokens.Encoded
+    surfaces: list[str | None]  # as ``tokens.surfaces`` gives them
+    n_windows: npt.NDArray[np.int64]  # of each text
+    batches: list[tokens.TokenBatch]
+    seconds: float  # that this took
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Whole documents of a shard, ready for the model."""
+
+    documents: list[Document]
+    prepared: Prepared
+    read_s: float  # seconds that reading the documents took
+
+
+class Preparer:
+    """``Recipe`` at work, in whichever process."""
+
+    def __init__(self, recipe: Recipe, encoder: tokens.TextEncoder | None = None) -> None:
+        self.recipe = recipe
+        self.encoder = encoder or tokens.TextEncoder(Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings)
+        self.pieces, self.readable = self.encoder.texts()
+        self._width, self._overlap = tokens.window_sizes(
+            recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
+        )
+
+    def prepare(
+        self, texts: Sequence[str], replaced: Sequence[bool], halvings: int = 0,
+        refused: Mapping[int, str] | None = None,
+    ) -> Prepared:  # fmt: skip
+        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for invalid UTF-8.
+
+        ``halvings``: how often the token budget is halved; ``refused``: texts at fault, which are packed as if they
+        were empty, and why.
+        """
+        began = time.monotonic()
+        recipe, template = self.recipe, self.encoder.template
+        encoded = self.encoder.encode(texts, replaced, refused)
+        windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
+        budget = max(1, recipe.batch_tokens >> halvings)
+        batches = list(tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed))
+        assert sum(len(b.rows) for b in batches) == len(encoded.token_ids), "every token is recorded once"
+        text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
+        n_windows = np.bincount(text_of, minlength=len(texts))
+        surfaces = tokens.surfaces(encoded, texts, self.readable)
+        return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A chunk that a pool prepares."""
+
+    prepared: Future[Prepared]
+    started: Future[None] | None  # the pool's process is ready; None: a thread needs no start
+    submitted: float  # monotonic
+
+
+_preparer: Preparer
+
+
+@contextlib.contextmanager
+def _without_sigint() -> Iterator[None]:
+    """What is spawned here never gets SIGINT: Ctrl-C goes to all of a terminal, and the parent ends its processes.
+
+    A process that ignores it by itself does so only after its imports, which take seconds.
+    """
+    resource_tracker.ensure_running()  # spawn starts it otherwise, and that lets SIGINT in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; a process inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _use(recipe: Recipe) -> None:
+    global _preparer
+    _preparer = Preparer(recipe)
+
+
+def _end_with_parent() -> None:
+    """A pool's process would wait for ever for work from a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _prepare(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
+    return _preparer.prepare(texts, replaced, halvings)
+
+
+class Feed:
+    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order; of many shards at once.
+
+    ``num_processes``: 0 prepares on a thread of this process, which is enough for a model on a CPU core.
+    """
+
+    def __init__(self, preparer: Preparer, num_processes: int) -> None:
+        self._preparer, self._num_processes = preparer, num_processes
+        self.ahead = AHEAD + num_processes
+        self.executors: list[Executor]
+        self._prepare: Callable[[list[str], list[bool], int], Prepared]
+        self._renewing, self._starting = threading.Lock(), threading.Lock()
+        self._started: dict[Executor, Future[None]] = {}
+        self._open()
+
+    def _open(self) -> None:
+        preparer, num_processes = self._preparer, self._num_processes
+        if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
+            spawn = multiprocessing.get_context("spawn")
+            # A pool each: one of several may hang when a process dies while it starts another.
+            # The recipe is the first task: a start that sends more than a pipe holds waits for ever for a process that
+            # died before it read.
+            self.executors = [ProcessPoolExecutor(1, spawn, _start) for _ in range(num_processes)]
+            self._prepare = _prepare
+        else:
+            self.executors = [ThreadPoolExecutor(1, "afn-tokenize")]
+            self._prepare = preparer.prepare
+        self._turns = itertools.cycle(self.executors)
+
+    def chunks(self, documents: Iterable[Document], halvings: int = 0) -> Chunks:
+        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone."""
+        return Chunks(self, documents, halvings)
+
+    def submit(self, documents: list[Document], halvings: int) -> _Work:
+        """Prepare a chunk, behind those submitted before it."""
+        texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
+        executor = next(self._turns)
+        with self._starting:
+            started = self._started.get(executor)
+            if started is None and self._num_processes:
+                with _without_sigint():  # the first task of a pool spawns its process
+                    started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
+        return _Work(executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic())
+
+    def why_dead(self, executors: Sequence[Executor]) -> str:
+        """How the first process of ``executors`` that is dead ended, or that one has not started in time."""
+        end = time.monotonic() + EXIT_CODE_S
+        while time.monotonic() < end:
+            for executor in executors:
+                for process in _processes(executor):
+                    if process.exitcode is not None:
+                        when = "" if _is_ready(self._started.get(executor)) else " as it started"
+                        return f"died{when} ({_ending(process.exitcode)})"
+            time.sleep(0.02)
+        return "died"
+
+    def renew(self, broken: list[Executor]) -> None:
+        """New processes in place of ``broken``, unless another shard has met them before and did it."""
+        with self._renewing:
+            if self.executors is broken:
+                for executor in broken:
+                    _kill(_processes(executor))
+                    executor.shutdown(wait=False, cancel_futures=True)  # a broken one may never end
+                    self._started.pop(executor, None)
+                self._open()
+
+    def close(self) -> None:
+        """Ends the thread or the processes, of which one that hangs is killed."""
+        processes = [p for executor in self.executors for p in _processes(executor)]
+        late = threading.Timer(CLOSE_S, _kill, (processes,))
+        late.daemon = True
+        late.start()
+        for executor in self.executors:
+            executor.shutdown(wait=True, cancel_futures=True)
+        late.cancel()
+
+
+class _NotStarted(BrokenProcessPool):
+    """A process lives, and is not ready."""
+
+
+class Chunks:
+    """A shard's chunks, read on a thread of their own from now on.
+
+    What reading raises is raised where its chunk is taken, behind the chunks before it. At the end, or at the first
+    error, it closes itself.
+    """
+
+    def __init__(self, feed: Feed, documents: Iterable[Document], halvings: int) -> None:
+        self._feed, self._executors, self._halvings = feed, feed.executors, halvings
+        self._ready: Queue[Any] = Queue(feed.ahead)  # documents, seconds, work; an error; None at the end
+        self._stopped = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(documents,), name="afn-read", daemon=True)
+        self._reader.start()
+
+    def __iter__(self) -> Chunks:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._stopped.is_set():
+            raise StopIteration
+        try:
+            item = self._ready.get()
+            if item is None:
+                raise StopIteration
+            if isinstance(item, BaseException):
+                raise item
+            documents, seconds, work = item
+            return Chunk(documents, self._result(work), seconds)
+        except BaseException as error:
+            self.close()
+            renewed = self._feed.executors is not self._executors  # by a shard beside this one
+            if not isinstance(error, BrokenProcessPool) and not (renewed and isinstance(error, GIVEN_UP)):
+                raise
+            why = str(error) if isinstance(error, _NotStarted) else self._feed.why_dead(self._executors)
+            self._feed.renew(self._executors)
+            raise HelperDied(
+                f"a tokenizer process {why}; what it said is on stderr. Is there enough memory for "
+                "--tokenizer-workers? (A script that calls afn_ray.run with them must be a file, and needs "
+                "if __name__ == '__main__')"
+            ) from error
+
+    def _result(self, work: _Work) -> Prepared:
+        """What ``work`` gives. A pool whose process was killed as it answered may never notice."""
+        while True:
+            try:
+                if work.started is not None and work.started.done():
+                    work.started.result()
+                return work.prepared.result(timeout=ANSWER_S)
+            except FutureTimeoutError:
+                if work.prepared.done():
+                    continue
+                if not all(p.is_alive() for e in self._executors for p in _processes(e)):
+                    raise BrokenProcessPool("a process died and its pool did not notice") from None
+                waited = time.monotonic() - work.submitted
+                if work.started is not None and not work.started.done() and waited > START_S:
+                    raise _NotStarted(f"has not started in {waited:,.0f} s") from None
+
+    def __enter__(self) -> Chunks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the reader; chunks that nobody took are let go."""
+        self._stopped.set()
+        while self._reader.is_alive():  # it may wait for room
+            with contextlib.suppress(Empty):
+                item = self._ready.get(timeout=0.05)
+                if isinstance(item, tuple) and item[2].started is None:
+                    item[2].prepared.cancel()  # not in a process: a pool that breaks fails at a chunk that is cancelled
+
+    def _read(self, documents: Iterable[Document]) -> None:
+        try:
+            began = time.monotonic()
+            for chunk in _chunks(documents):
+                seconds = time.monotonic() - began
+                if self._stopped.is_set():
+                    return
+                self._ready.put((chunk, seconds, self._feed.submit(chunk, self._halvings)))
+                began = time.monotonic()
+            self._ready.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken
+            self._ready.put(error)
+
+
+def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
+    """Of a pool; there are none before its first chunk."""
+    return list((getattr(executor, "_processes", None) or {}).values())
+
+
+def _is_ready(started: Future[None] | None) -> bool:
+    return started is not None and started.done() and not started.cancelled() and started.exception() is None
+
+
+def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _ending(code: int) -> str:
+    """What the exit code of a process says."""
+    if code >= 0:
+        return f"exit code {code}"
+    return f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" + (", as for want of memory" if code == -9 else "")
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text) + 64
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
