@@ -656,7 +656,7 @@ def interrupted(*args: Any, **kwargs: Any) -> Any:
 
 
 STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
-    "planning": lambda patch: patch.setattr(manifest, "make_plan", interrupted),
+    "planning": lambda patch: patch.setattr(job, "make_plan", interrupted),
     "a shard": lambda patch: stop_after(patch, 1),
     "reducing": lambda patch: patch.setattr(job, "reduce_run", interrupted),
     "the run's end": lambda patch: patch.setattr(manifest, "finish_run", interrupted),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from afn_ray.config import RunConfig
 from afn_ray.runs import worker
+from afn_ray.runs.plan import make_plan
 from afn_ray.runs.worker import Processor
 from afn_ray.store import manifest
 from afn_ray.tokens import feed
@@ -168,7 +169,7 @@ def shards(config: RunConfig, tmp_path: Path, verses: list[str]) -> tuple[manife
     Path(config.corpus[0]).mkdir(exist_ok=True)
     texts = [v for verse in zip(verses[:120], verses[500:620], strict=True) for v in verse]
     write_jsonl(Path(config.corpus[0]) / "c.jsonl", [{"text": t} for t in [*texts, "", "light"]])
-    return manifest.make_plan(config), config
+    return make_plan(config), config
 
 
 def contents(commits: list[manifest.Commit]) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ import afn_ray
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
 from afn_ray.runs import worker
+from afn_ray.runs.plan import make_plan
 from afn_ray.schema import FileInfo
 from afn_ray.store import manifest, storage
 
@@ -132,7 +133,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_gpt: Path, verses: lis
     sizes(folder / "pristine")
     shutil.copytree(folder / "pristine", folder / "corpus")
     config = config_of(folder / "corpus", tiny_gpt, folder / "store")
-    plan = manifest.make_plan(config)
+    plan = make_plan(config)
     slices: dict[str, list[tuple[int, int]]] = {}
     for piece in (piece for shard in plan.shards for piece in shard.slices):
         slices.setdefault(piece.uri.rpartition("/")[2], []).append((piece.start, piece.end))
@@ -362,7 +363,7 @@ def test_where_a_bucket_has_no_etag_the_time_does(
 
     monkeypatch.setattr(storage, "find_files", without_etag)
     config = config_of(f"{object_store}/corpus", tiny_bert, f"{object_store}/store")
-    plan = manifest.make_plan(config)
+    plan = make_plan(config)
     manifest.begin_run(config, {"dtype": "float32"}, plan, 0)
     work.hashed = 0
-    assert manifest.make_plan(config).shards == plan.shards and work.hashed == 1
+    assert make_plan(config).shards == plan.shards and work.hashed == 1

@@ -27,10 +27,11 @@ from hypothesis import strategies as st
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
+from afn_ray.runs.plan import MOST_NAMES_BYTES, MOST_SLICES, RACY_NS, _trusted, group_slices, make_plan
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import manifest, retry, storage
 from afn_ray.store.commits import Commits, total_counts
-from afn_ray.store.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run, make_plan
+from afn_ray.store.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run
 
 MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
 MEASURE_ID = fingerprint(MEASURE)
@@ -88,7 +89,7 @@ SIZES = st.lists(st.integers(0, 50) | st.integers(0, 3000), max_size=60)
 @given(SIZES, st.integers(1, 2000))
 def test_groups_lose_nothing_keep_order_and_stay_small(sizes: list[int], shard_bytes: int) -> None:
     slices = [_slice(f"/corpus/{i}", n) for i, n in enumerate(sizes)]
-    groups = manifest.group_slices(slices, shard_bytes)
+    groups = group_slices(slices, shard_bytes)
     assert [s for g in groups for s in g] == slices
     for group in groups:
         assert group and (len(group) == 1 or sum(s.num_bytes for s in group) <= shard_bytes)
@@ -107,7 +108,7 @@ def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> Non
     slices = [
         _slice(f"/corpus/{i:06}.jsonl", int(order.lognormvariate(-0.3, 0.8) * mean)) for i in range(30 * per_shard)
     ]
-    before = {tuple(group) for group in manifest.group_slices(slices, shard_bytes)}
+    before = {tuple(group) for group in group_slices(slices, shard_bytes)}
     assert 30 < len(before) < 140
     changes = []
     for _ in range(50):
@@ -118,7 +119,7 @@ def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> Non
             "grows": [_slice(old.uri, old.num_bytes + shard_bytes // 5)],
             "shrinks": [_slice(old.uri, old.num_bytes // 2)], "is edited": [replace(old, sha256="0" * 64)],
         }[kind]  # fmt: skip
-        after = [tuple(group) for group in manifest.group_slices([*slices[:at], *new, *slices[at + 1 :]], shard_bytes)]
+        after = [tuple(group) for group in group_slices([*slices[:at], *new, *slices[at + 1 :]], shard_bytes)]
         anew = [i for i, group in enumerate(after) if group not in before]
         assert anew == list(range(anew[0], anew[-1] + 1)) if anew else kind == "goes"
         if new and new[0] != old:
@@ -132,7 +133,7 @@ def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> Non
 def test_the_end_of_a_file_of_several_slices_stands_alone() -> None:
     small, cut = _slice("/corpus/b", 10), _slice("/corpus/a", 1000)
     tail = replace(cut, start=1000, end=1200, num_bytes=200)
-    assert manifest.group_slices([cut, tail, small], 1000) == [[cut], [tail], [small]]
+    assert group_slices([cut, tail, small], 1000) == [[cut], [tail], [small]]
 
 
 # --- what lies in a store --------------------------------------------------------------------------------
@@ -241,13 +242,13 @@ def test_appending_keeps_the_shards_of_the_full_slices(config: RunConfig, folder
 
 
 def test_a_file_written_just_before_it_was_hashed_is_not_trusted(config: RunConfig, folder: Path) -> None:
-    begun_ns = OLD_NS + 10 * manifest.RACY_NS
-    for name, behind_ns in (("01.jsonl", 1), ("02.jsonl", manifest.RACY_NS), ("03.jsonl", manifest.RACY_NS + 1)):
+    begun_ns = OLD_NS + 10 * RACY_NS
+    for name, behind_ns in (("01.jsonl", 1), ("02.jsonl", RACY_NS), ("03.jsonl", RACY_NS + 1)):
         os.utime(folder / name, ns=(0, begun_ns - behind_ns))
     os.utime(folder / "04.jsonl", ns=(0, begun_ns + 10**12))  # a clock ahead of ours
     _begin(config, begun_ns=begun_ns)
     assert make_plan(config).num_hashed == 3
-    _begin(replace(config, sink_factor=5.0), begun_ns=begun_ns + 10 * manifest.RACY_NS)
+    _begin(replace(config, sink_factor=5.0), begun_ns=begun_ns + 10 * RACY_NS)
     assert make_plan(config).num_hashed == 1  # what was hashed again long after it was written is
 
 
@@ -256,7 +257,7 @@ def test_a_file_written_just_before_it_was_hashed_is_not_trusted(config: RunConf
     [("etag:abc", True), ("time:5", True), (f"time:{OLD_NS}", False), ("time:2026-01-01", False), ("", False)],
 )
 def test_versions_that_prove_nothing_are_not_trusted(version: str, trusted: bool) -> None:
-    assert manifest._trusted(version, OLD_NS) is trusted
+    assert _trusted(version, OLD_NS) is trusted
 
 
 def test_other_cuts_are_not_remembered(config: RunConfig) -> None:
@@ -704,14 +705,14 @@ def test_a_corpus_that_grows_within_its_class_keeps_its_shards_and_its_hashes(tm
 
 
 def test_a_shard_has_a_bounded_number_of_slices_and_bytes_of_names() -> None:
-    slices = [_slice(f"/corpus/{i}", 1) for i in range(manifest.MOST_SLICES * 2 + 1)]
-    groups = manifest.group_slices(slices, 1 << 40)
+    slices = [_slice(f"/corpus/{i}", 1) for i in range(MOST_SLICES * 2 + 1)]
+    groups = group_slices(slices, 1 << 40)
     assert [s for g in groups for s in g] == slices
-    assert [len(g) for g in groups] == [manifest.MOST_SLICES, manifest.MOST_SLICES, 1]
+    assert [len(g) for g in groups] == [MOST_SLICES, MOST_SLICES, 1]
     long = [_slice(f"/corpus/{i}/" + "\x01" * 4000, 1) for i in range(2000)]  # 24 kB each in JSON
-    groups = manifest.group_slices(long, 1 << 40)
+    groups = group_slices(long, 1 << 40)
     assert [s for g in groups for s in g] == long
-    assert all(sum(len(json.dumps(s.uri)) for s in g) <= manifest.MOST_NAMES_BYTES for g in groups)
+    assert all(sum(len(json.dumps(s.uri)) for s in g) <= MOST_NAMES_BYTES for g in groups)
     body = {"slices": [asdict(s) for s in groups[0]]}
     assert len(manifest.sealed(body)) < manifest.JSON_BYTES
 

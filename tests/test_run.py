@@ -40,6 +40,7 @@ from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted,
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, dispatch, estimate, job, precision, status, worker
+from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 from afn_ray.show import doctor, overview
 from afn_ray.store import disk, garbage, manifest, records
@@ -1078,7 +1079,7 @@ def test_a_store_inside_its_corpus_folder_is_left_out_of_the_corpus(tmp_path: Pa
     for pattern in (folder, f"{folder}/**", tmp_path / "link", f"{folder}/[er]*/**"):
         for store in (folder / "results", tmp_path / "another"):  # its own, and then it is another's
             asked = replace(config, corpus=(str(pattern), str(folder / "texts")), store=str(store))
-            plan = manifest.make_plan(asked)
+            plan = make_plan(asked)
             assert {os.path.realpath(f.uri) for f in plan.files} == {str(text) for text in texts}, pattern
     with pytest.raises(CorpusError, match=r"corpus .*texts is in the store .*corpus; give a --store"):
         afn_ray.run(replace(config, corpus=(str(folder / "texts"),), store=str(folder)))

@@ -34,7 +34,8 @@ from afn_ray.errors import AfnError, ConfigError, StoreError
 from afn_ray.reduce import tree
 from afn_ray.runs import cluster, estimate, job, worker
 from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
-from afn_ray.store import manifest, storage
+from afn_ray.runs.plan import make_plan
+from afn_ray.store import storage
 from afn_ray.tokens import counting
 from afn_ray.tokens import windows as tokens
 
@@ -516,7 +517,7 @@ def test_the_interval_holds_the_true_count_as_often_as_it_says(
         store=str(tmp_path / "s"),
         shard_bytes=32 << 10,
     )
-    plan = manifest.make_plan(config)
+    plan = make_plan(config)
     slices = [piece for shard in plan.shards for piece in shard.slices]
     truth = counting.count(slices, config.read_options, encoder)
     assert truth.exact and truth.low == truth.tokens == truth.high
@@ -547,7 +548,7 @@ def test_lines_that_are_read_from_the_beginning_alone_are_counted_from_it(
         corpus=(str(tmp_path / f"c.{ending}"),), model="m", store=str(tmp_path / "s"), txt_documents="line"
     )
     encoder = tokens.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
-    slices = [piece for shard in manifest.make_plan(config).shards for piece in shard.slices]
+    slices = [piece for shard in make_plan(config).shards for piece in shard.slices]
     truth = counting.count(slices, config.read_options, encoder)
     sizes = {"EXACT_BYTES": 0, "READ_BYTES": 20_000, "LEAST_READ_BYTES": 20_000, "BLOCK_BYTES": 1000}
     for name, value in sizes.items():

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
-from afn_ray.runs import worker
+from afn_ray.runs import plan, worker
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import Document, strength_column
 from afn_ray.store import manifest
@@ -72,7 +72,7 @@ class Job(_Ours):
                 for text, _ in json.loads(Path(file).read_text("utf-8")):
                     lines.write(json.dumps({"text": text}) + "\n")
             config = replace(self._config, corpus=(str(corpus),))
-            self._plans[profile] = manifest.make_plan(config)
+            self._plans[profile] = plan.make_plan(config)
 
     def run_profile(self, profile: str) -> Outcome:
         """As ``run`` of the others, but the texts come from their files; the strengths are read back on request."""

@@ -26,6 +26,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError
 from afn_ray.model.signals import DIMENSIONS, known
 from afn_ray.runs import worker
+from afn_ray.runs.plan import make_plan
 from afn_ray.schema import STRENGTH
 from afn_ray.store import manifest
 
@@ -63,7 +64,7 @@ def measure(
             except ModelError as error:
                 on_note(f"{variant} is left out: {error}")
         _write_corpus(Path(scratch) / "corpus.jsonl", files, jobs[ALONE], num_tokens)
-        plan = manifest.make_plan(jobs[ALONE].config)
+        plan = make_plan(jobs[ALONE].config)
         taken: dict[str, list[float]] = {variant: [] for variant in jobs}
         n_tokens, sizes = 0, {}
         with machine.Watch([os.getpid()]) as watch:

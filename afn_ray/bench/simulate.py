@@ -33,6 +33,7 @@ from afn_ray.errors import AfnError
 from afn_ray.reduce import tree as reduce
 from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
+from afn_ray.runs.plan import group_slices
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
 from afn_ray.store import manifest, storage
 from afn_ray.store.commits import Commits
@@ -131,7 +132,7 @@ def plan_of(num_shards: int) -> manifest.Plan:
             start = at * SHARD_BYTES
             slices.append(FileSlice(uri, FILE_SHARDS * SHARD_BYTES, version, "jsonl", "", start, start + SHARD_BYTES,
                                     SHARD_BYTES, SHARD_TOKENS // 200, f"{len(slices):064x}"))  # fmt: skip
-    groups = manifest.group_slices(slices, SHARD_BYTES)
+    groups = group_slices(slices, SHARD_BYTES)
     shards = tuple(Shard.of(group, config.read_options) for group in groups)
     assert len(shards) == num_shards
     return manifest.Plan(shards, (), (), 0)

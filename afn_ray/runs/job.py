@@ -18,6 +18,7 @@ from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.tree import reduce_run
 from afn_ray.runs import cluster, dispatch, outliers, precision, status, worker
+from afn_ray.runs.plan import make_plan
 from afn_ray.schema import Document, Shard, fingerprint
 from afn_ray.store import epochs, manifest, storage
 from afn_ray.store.commits import Commits, total_counts
@@ -75,7 +76,7 @@ def prepare(config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bo
     files = worker.find_model(config)
     task, measure = worker.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
-    plan = manifest.make_plan(config, _hashing(on_event))
+    plan = make_plan(config, _hashing(on_event))
     task, measure = worker.with_labels(task, measure, plan.labels)
     decided = _decide_precision(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
     task, measure = worker.in_dtype(task, measure, decided.dtype)

@@ -39,7 +39,6 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray.config import RunConfig
-from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import (
     PLAN_SCHEMA,
@@ -62,14 +61,8 @@ from afn_ray.store.layout import PLANNING as PLANNING
 IO_THREADS = 16
 JSON_BYTES = 64 << 20
 """Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
-MOST_SLICES = 10_000
-"""Slices of one shard; its commit.json has a line of 0.5 kB beside the name for each."""
-MOST_NAMES_BYTES = 16 << 20
-"""Names of the slices of one shard together, as JSON writes them, in bytes."""
 AHEAD = 4096
 """Rows, or reads, that are prepared together: none of what a driver does at once grows with its run."""
-LOOK_BACK = 100
-"""Plans that are read to find the last one of a corpus, in a store that many share."""
 TABLES = ("tokens", "documents", "summary")
 NEURON_TABLES = ("neurons", "pairs")
 """Of a shard whose neurons are recorded as well."""
@@ -88,8 +81,6 @@ RUN_FILE = re.compile(
     rf"(run|audited|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
 )
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
-RACY_NS = 2_000_000_000
-"""A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
 
 
 # --- what lies in a store --------------------------------------------------------------------------------
@@ -205,84 +196,15 @@ class Plan:
         return next(filter(None, found), None)
 
 
-def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
-    """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not read.
-
-    ``on_file(done, total)`` is called as files are hashed. Raises ``CorpusError``.
-    """
-    options = config.read_options
-    files, skipped = listing.list_files(config.corpus, options, config.store)
-    listing.check_columns(files, options)
-    shard_bytes = listing.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
-    known = _remembered(config, shard_bytes)
-    missing = [f for f in files if f not in known]
-    with ThreadPoolExecutor(IO_THREADS) as pool:
-        cuts = pool.map(lambda f: listing.cut(f, options, shard_bytes), missing)
-        for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
-            known[file] = slices
-            if on_file is not None:
-                on_file(done, len(missing))
-    slices = [s for file in files for s in known[file]]
-    groups = group_slices(slices, shard_bytes)
-    return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing), shard_bytes)
 
 
-def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
-    """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and ``MOST_NAMES_BYTES``.
-
-    A group also ends behind every later slice of a file, so that lines appended to a file of several slices make
-    anew its last one alone; and, once a quarter full, behind a slice whose path hashes so: four times in
-    ``shard_bytes``, however large the files are. A change then moves the end of its own group and seldom those of
-    more than the next two: behind a slice where the old groups and the new both end, they are the same again.
-    """
-    groups: list[list[FileSlice]] = []
-    current: list[FileSlice] = []
-    size = names = 0
-    for piece in slices:
-        named = len(json.dumps(piece.uri))
-        full = len(current) == MOST_SLICES or names + named > MOST_NAMES_BYTES
-        if current and (full or size + piece.num_bytes > shard_bytes):
-            groups.append(current)
-            current, size, names = [], 0, 0
-        current.append(piece)
-        size += piece.num_bytes
-        names += named
-        if piece.start or (size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes):
-            groups.append(current)
-            current, size, names = [], 0, 0
-    return [*groups, current] if current else groups
 
 
-def _share(text: str) -> float:
-    """A number from 0 to 1 that ``text`` alone decides."""
-    return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
 
 
-def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
-    """What the store's newest runs of the same cuts know of files: their slices, where nothing changed.
-
-    The newest one of this corpus, and those of others that came since.
-    """
-    known: dict[FileInfo, list[FileSlice]] = {}
-    cuts = _cuts(config, shard_bytes)
-    names = run_names(config.store)
-    for name in itertools.islice(reversed(names), LOOK_BACK):
-        plan = _read_plan(config.store, name)
-        if plan is None or plan[1].get("cuts") != cuts:
-            continue
-        table, begun = plan
-        of_plan: dict[FileInfo, list[FileSlice]] = {}
-        for row in _proved_rows(storage.join(config.store, "runs", name, "plan.parquet"), table, begun):
-            piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
-            if _trusted(piece.version, begun["begun_ns"]):
-                of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
-        known = of_plan | known
-        if begun["config"]["corpus"] == list(config.corpus):
-            break
-    return known
 
 
-def _proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
+def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the plan at ``uri``. Raises ``StoreError`` where they and ``header`` are not what was written."""
     asked = {key: value for key, value in header.items() if key != "sha256"}
     try:
@@ -295,17 +217,14 @@ def _proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict
     return rows
 
 
-def _trusted(version: str, hashed_ns: int) -> bool:
-    kind, _, value = version.partition(":")
-    return kind == "etag" or (kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS)
 
 
-def _cuts(config: RunConfig, shard_bytes: int) -> str:
+def cuts_id(config: RunConfig, shard_bytes: int) -> str:
     """Fingerprint of what decides where files are cut."""
     return fingerprint([SCHEMA_VERSION, asdict(config.read_options), shard_bytes])
 
 
-def _read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
+def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
     """The plan of the run named ``run`` and its header; None when a crash came before it was written."""
     uri = storage.join(store, "runs", run, "plan.parquet")
     data = storage.read_if_there(uri)
@@ -370,8 +289,8 @@ def find_begun(
     if newest.endswith(suffix):
         same = open_folder(config.store, newest)
         if not same.condemned and not same.info.get("quarantined"):
-            if not same.info and (begun_plan := _read_plan(config.store, newest)) is not None:
-                _proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
+            if not same.info and (begun_plan := read_plan(config.store, newest)) is not None:
+                proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
             return same, newest  # one that lacks shards is complete, and asked again it is tried again
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
@@ -413,7 +332,7 @@ def _new_run(
     if name <= newest:  # the clock went back, and the newest run is found by its name
         created = datetime.strptime(newest.partition("-")[0], STAMP).replace(tzinfo=UTC) + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
-    header = {"cuts": _cuts(config, plan.shard_bytes), "shard_bytes": plan.shard_bytes,
+    header = {"cuts": cuts_id(config, plan.shard_bytes), "shard_bytes": plan.shard_bytes,
               "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
               "config": asdict(config), "measure": measure, "frozen": list(frozen)}  # fmt: skip
     table, header["sha256"] = _plan_table(plan.shards, header)
@@ -533,7 +452,7 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
 def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
     message = f"store {store} holds another measure; results of two measures cannot be compared. "
     for name in reversed(runs):
-        plan = _read_plan(store, name)
+        plan = read_plan(store, name)
         if plan is not None:
             theirs = plan[1].get("measure", {})
             message += _differences(theirs, measure) + ". "
@@ -754,7 +673,7 @@ def is_audited(run: RunFolder) -> bool:
 
 def created_at(run: RunFolder) -> str:
     """When the run began, ISO 8601, UTC."""
-    plan = _read_plan(run.store, run.id)
+    plan = read_plan(run.store, run.id)
     if plan is None:
         raise StoreError(f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new run")
     return str(plan[1].get("created_at", ""))

@@ -1,0 +1,120 @@
+"""Plan of a run: the corpus is listed and cut into shards; files known from an earlier run are not read."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+
+from afn_ray.config import RunConfig
+from afn_ray.corpus import listing
+from afn_ray.schema import (
+    FileInfo,
+    FileSlice,
+    Shard,
+)
+from afn_ray.store import storage
+from afn_ray.store.manifest import IO_THREADS, Plan, cuts_id, proved_rows, read_plan, run_names
+
+MOST_SLICES = 10_000
+"""Slices of one shard; its commit.json has a line of 0.5 kB beside the name for each."""
+MOST_NAMES_BYTES = 16 << 20
+"""Names of the slices of one shard together, as JSON writes them, in bytes."""
+LOOK_BACK = 100
+"""Plans that are read to find the last one of a corpus, in a store that many share."""
+RACY_NS = 2_000_000_000
+"""A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
+
+
+def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
+    """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not read.
+
+    ``on_file(done, total)`` is called as files are hashed. Raises ``CorpusError``.
+    """
+    options = config.read_options
+    files, skipped = listing.list_files(config.corpus, options, config.store)
+    listing.check_columns(files, options)
+    shard_bytes = listing.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
+    known = _remembered(config, shard_bytes)
+    missing = [f for f in files if f not in known]
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        cuts = pool.map(lambda f: listing.cut(f, options, shard_bytes), missing)
+        for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
+            known[file] = slices
+            if on_file is not None:
+                on_file(done, len(missing))
+    slices = [s for file in files for s in known[file]]
+    groups = group_slices(slices, shard_bytes)
+    return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing), shard_bytes)
+
+
+
+
+def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
+    """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and ``MOST_NAMES_BYTES``.
+
+    A group also ends behind every later slice of a file, so that lines appended to a file of several slices make
+    anew its last one alone; and, once a quarter full, behind a slice whose path hashes so: four times in
+    ``shard_bytes``, however large the files are. A change then moves the end of its own group and seldom those of
+    more than the next two: behind a slice where the old groups and the new both end, they are the same again.
+    """
+    groups: list[list[FileSlice]] = []
+    current: list[FileSlice] = []
+    size = names = 0
+    for piece in slices:
+        named = len(json.dumps(piece.uri))
+        full = len(current) == MOST_SLICES or names + named > MOST_NAMES_BYTES
+        if current and (full or size + piece.num_bytes > shard_bytes):
+            groups.append(current)
+            current, size, names = [], 0, 0
+        current.append(piece)
+        size += piece.num_bytes
+        names += named
+        if piece.start or (size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes):
+            groups.append(current)
+            current, size, names = [], 0, 0
+    return [*groups, current] if current else groups
+
+
+
+
+def _share(text: str) -> float:
+    """A number from 0 to 1 that ``text`` alone decides."""
+    return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
+
+
+
+
+def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
+    """What the store's newest runs of the same cuts know of files: their slices, where nothing changed.
+
+    The newest one of this corpus, and those of others that came since.
+    """
+    known: dict[FileInfo, list[FileSlice]] = {}
+    cuts = cuts_id(config, shard_bytes)
+    names = run_names(config.store)
+    for name in itertools.islice(reversed(names), LOOK_BACK):
+        plan = read_plan(config.store, name)
+        if plan is None or plan[1].get("cuts") != cuts:
+            continue
+        table, begun = plan
+        of_plan: dict[FileInfo, list[FileSlice]] = {}
+        for row in proved_rows(storage.join(config.store, "runs", name, "plan.parquet"), table, begun):
+            piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
+            if _trusted(piece.version, begun["begun_ns"]):
+                of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
+        known = of_plan | known
+        if begun["config"]["corpus"] == list(config.corpus):
+            break
+    return known
+
+
+
+
+def _trusted(version: str, hashed_ns: int) -> bool:
+    kind, _, value = version.partition(":")
+    return kind == "etag" or (kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS)
+
+
