@@ -48,11 +48,12 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 READ = """
 import dataclasses, json, re, sys, time
 from pathlib import Path
-from afn_ray import corpus, reading, row_groups, storage, streams
+from afn_ray.corpus import listing, reading, row_groups, streams
+from afn_ray.store import storage
 from afn_ray.schema import ReadOptions
 for uri in sys.argv[1:]:
     options = ReadOptions("auto", "text", "id" if uri.endswith("id.jsonl") else None, "line", 8 << 20, None)
-    slice = corpus._whole(storage.stat(uri), options)
+    slice = listing._whole(storage.stat(uri), options)
     problems = {}
     try:
         with streams.Source(uri, 0, slice.size) as source:

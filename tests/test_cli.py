@@ -198,13 +198,13 @@ WRONG = [  # what is asked, what the refusal says; each in a second, without tor
 ]
 TRY_ALL = """
 import contextlib, io, json, sys, time
-from afn_ray import cli
+from afn_ray.cli import commands
 found = []
 for argv in json.load(sys.stdin):
     said, began = io.StringIO(), time.process_time()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            cli.main(argv)
+            commands.main(argv)
         except SystemExit as end:
             code = end.code
     heavy = [m for m in ("torch", "transformers", "ray") if m in sys.modules]
@@ -349,7 +349,13 @@ def test_what_reads_a_run_loads_neither_torch_nor_ray() -> None:
     """They take seconds to load, and an analyst's machine may be small."""
     code = (
         "import sys\n"
-        "from afn_ray import charts, claims, compare, concepts, garbage, query, report, shell, show, verify\n"
+        "import afn_ray\n"
+        "from afn_ray.analysis import claims, concepts, verify\n"
+        "from afn_ray.query import database\n"
+        "from afn_ray.reduce import compare\n"
+        "from afn_ray.runs import dispatch, plan, status\n"
+        "from afn_ray.show import charts, overview, report, shell\n"
+        "from afn_ray.store import garbage\n"
         "print([m for m in ('torch', 'transformers', 'ray') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -416,7 +416,7 @@ def test_ctrl_c_as_processes_start_is_for_the_parent_alone(processes: Feed, vers
 ORPHANS = """
 import sys, time
 from pathlib import Path
-from afn_ray import feed
+from afn_ray.tokens import feed
 from afn_ray.schema import Document
 if __name__ == "__main__":
     feed.CHUNK_BYTES = 1

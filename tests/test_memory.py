@@ -62,19 +62,19 @@ WORKER = """
 import json, os, re, sys, time
 from pathlib import Path
 import pyarrow, torch
-from afn_ray import manifest, pipeline
+from afn_ray.runs import plan, worker
 from afn_ray.config import RunConfig
 corpus, model, store, shard_bytes, cores = sys.argv[1:]
 os.sched_setaffinity(0, list(map(int, cores.split(","))))
 config = RunConfig(corpus=(corpus,), model=model, store=store, executor="inline", layers="2",
                    shard_bytes=int(shard_bytes), batch_tokens=1024)
-task, _ = pipeline.prepare(config, pipeline.find_model(config), "cpu", "float32")
-processor, plan = pipeline.Processor(task), manifest.make_plan(config)
+task, _ = worker.prepare(config, worker.find_model(config), "cpu", "float32")
+processor, shards = worker.Processor(task), plan.make_plan(config).shards
 resident = []
 print("ready", flush=True)
 sys.stdin.readline()
 wall, cpu = time.monotonic(), time.process_time()
-for shard in plan.shards:
+for shard in shards:
     processor.process(shard)
     resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 wall, cpu = time.monotonic() - wall, time.process_time() - cpu

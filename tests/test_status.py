@@ -463,7 +463,7 @@ LIVE = """
 import os, signal, sys, time, urllib.request
 from pathlib import Path
 import ray
-from afn_ray import cli
+from afn_ray.cli import commands as cli
 from afn_ray.runs.cluster import pool
 from afn_ray.errors import CorpusChanged
 

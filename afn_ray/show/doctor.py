@@ -217,7 +217,7 @@ def _ray(address: str | None) -> Check:
 
 
 def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from afn_ray import doctor; doctor.probe_ray(*sys.argv[1:])"
+    code = "import sys; from afn_ray.show import doctor; doctor.probe_ray(*sys.argv[1:])"
     command = [sys.executable, "-c", code, *([address] if address else [])]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     try:
