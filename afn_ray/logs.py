@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from afn_ray.errors import printable
+from afn_ray.text import printable
 
 T = TypeVar("T")
 

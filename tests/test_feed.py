@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 from afn_ray import model
 from afn_ray.errors import HelperDied, ShardError
 from afn_ray.schema import Document
-from afn_ray.tokens import feed, windows
+from afn_ray.tokens import encode, feed, windows
 from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 
 pytestmark = pytest.mark.timeout(120)
@@ -104,7 +104,7 @@ class Counted:
 
 
 def assert_same(one: Prepared, other: Prepared) -> None:
-    for f in fields(windows.Encoded):
+    for f in fields(encode.Encoded):
         a, b = getattr(one.encoded, f.name), getattr(other.encoded, f.name)
         assert a == b if f.name == "problems" else a.dtype == b.dtype and np.array_equal(a, b), f.name
     assert one.surfaces == other.surfaces
@@ -132,7 +132,7 @@ def test_every_token_of_every_text_is_in_the_batches_once(preparer: Preparer, ve
     text_tokens = np.maximum(np.diff(got.encoded.bounds) - 2, 0)
     expected = [0 if not n else 1 + max(0, -(-(n - width) // (width - width // 4))) for n in text_tokens.tolist()]
     assert got.n_windows.tolist() == expected and max(expected) > 3
-    assert got.surfaces == windows.surfaces(got.encoded, texts, preparer.readable)
+    assert got.surfaces == encode.surfaces(got.encoded, texts, preparer.readable)
     assert got.seconds > 0
 
 

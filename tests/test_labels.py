@@ -33,7 +33,7 @@ from afn_ray.reduce import compare
 from afn_ray.schema import CLASSES, Shard, Span, in_order, upos_classes
 from afn_ray.show import overview
 from afn_ray.store import manifest
-from afn_ray.tokens import windows
+from afn_ray.tokens import encode
 
 TAGS = dataclasses.replace(OPTIONS, labels="tags")
 
@@ -291,12 +291,12 @@ def test_a_sentence_of_conllu_that_was_read_ahead_of_damage_is_lost_with_the_res
 @pytest.mark.parametrize("folder", ["wordpiece", "byte_bpe"])
 def test_a_token_has_the_tag_of_its_first_character(request: pytest.FixtureRequest, folder: str) -> None:
     tokenizer = Tokenizer.from_file(str(request.getfixturevalue(folder) / "tokenizer.json"))
-    encoder = windows.TextEncoder(tokenizer)
+    encoder = encode.TextEncoder(tokenizer)
     texts = ["Nebuchadnezzar's  old\n 漢字 dog.", "no tags here", "", "\u00a0née x"]
     of_first = (Span(0, 14, "PROPN"), Span(14, 16, "PART"), Span(23, 25, "NOUN"), Span(29, 30, "X"))
     spans = [of_first, (), (), (Span(1, 4, "ADJ"),)]
     encoded = encoder.encode(texts)
-    found = windows.find_tags(encoded, texts, spans)
+    found = encode.find_tags(encoded, texts, spans)
     for row, tag in enumerate(found):
         doc = int(encoded.docs[row])
         start, end = int(encoded.start[row]), int(encoded.end[row])

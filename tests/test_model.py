@@ -27,7 +27,7 @@ from afn_ray.errors import ModelError
 from afn_ray.model import attention, files, linear, parts
 from afn_ray.model.signals import Signal, Site, norm
 from afn_ray.reduce.histogram import round_strengths
-from afn_ray.tokens.windows import TextEncoder
+from afn_ray.tokens.encode import TextEncoder
 
 
 def find(folder: Path | str, **options: bool) -> model.ModelFiles:

@@ -34,6 +34,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
 from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
+from afn_ray.query.files import ReadOnlyFiles, _RangeFile
 from afn_ray.schema import FileInfo, ReadOptions
 from afn_ray.store import blocks, manifest, retry, storage
 
@@ -530,14 +531,14 @@ def test_sql_over_large_files_is_right_on_many_threads(
     kind: str, tables: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DuckDB 2.0 calls seek and read on one file from many threads; a position they shared would mix rows up."""
-    seek = storage._RangeFile.seek
+    seek = _RangeFile.seek
 
-    def overtaken(self: storage._RangeFile, *args: int) -> int:
+    def overtaken(self: _RangeFile, *args: int) -> int:
         at = seek(self, *args)
         time.sleep(0.002)  # now another thread seeks, and this one has yet to read
         return at
 
-    monkeypatch.setattr(storage._RangeFile, "seek", overtaken)
+    monkeypatch.setattr(_RangeFile, "seek", overtaken)
     sizes = {name: path.stat().st_size for name, path in tables.items()}
     root = str(tables["none"].parent)
     if kind == "s3":
@@ -549,7 +550,7 @@ def test_sql_over_large_files_is_right_on_many_threads(
         expected = plain.sql(CHECKSUM + "rows_by_arrow").fetchall()
     assert expected[0][0] == SQL_ROWS
     of_file = {name: blocks.Blocks(sizes[name], blocks.checksums(path.read_bytes())) for name, path in tables.items()}
-    files = storage.ReadOnlyFiles(
+    files = ReadOnlyFiles(
         root, {name: (f"{root}/{name}", size) for name, size in sizes.items()}, of_file.__getitem__
     )  # fmt: skip
     for name, threads in itertools.product(tables, (2, 8, 2, 8) if kind == "local" else (2, 8, 8)):

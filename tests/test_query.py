@@ -27,6 +27,7 @@ from conftest import RUN_INFO, edit_sealed, edit_table
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import database, sandbox, session, views
 from afn_ray.query.database import Run, open_run
+from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import (
     FILES_SCHEMA,
     MOVERS_SCHEMA,
@@ -742,10 +743,10 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(tmp_path:
 # --- reading from many threads, and speed ----------------------------------------------------------------
 
 
-def read_only_files(folder: Path) -> storage.ReadOnlyFiles:
+def read_only_files(folder: Path) -> ReadOnlyFiles:
     (folder / "file").write_bytes(bytes(range(100)))
     found = blocks.Blocks(100, blocks.checksums(bytes(range(100))))
-    return storage.ReadOnlyFiles(str(folder), {"name": (str(folder / "file"), 100)}, lambda name: found)
+    return ReadOnlyFiles(str(folder), {"name": (str(folder / "file"), 100)}, lambda name: found)
 
 
 def test_every_thread_has_a_position_of_its_own(tmp_path: Path) -> None:

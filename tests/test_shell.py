@@ -22,10 +22,11 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from test_query import ENDLESS, LAYERS, SHARDS, write_run
 
-from afn_ray.errors import UNSAFE, ConfigError, QueryError
+from afn_ray.errors import ConfigError, QueryError
 from afn_ray.query import joined
 from afn_ray.query.database import Run, open_run
 from afn_ray.show import shell
+from afn_ray.text import UNSAFE
 
 
 @pytest.fixture(scope="module")

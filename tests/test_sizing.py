@@ -36,8 +36,7 @@ from afn_ray.runs import cluster, estimate, job, worker
 from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
 from afn_ray.runs.plan import make_plan
 from afn_ray.store import storage
-from afn_ray.tokens import counting
-from afn_ray.tokens import windows as tokens
+from afn_ray.tokens import counting, encode
 
 MakeConfig = Callable[..., RunConfig]
 NUM_SEEDS = 30
@@ -510,7 +509,7 @@ def write_unlike_files(folder: Path, kind: str) -> Path:
 def test_the_interval_holds_the_true_count_as_often_as_it_says(
     kind: str, tmp_path: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = tokens.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
+    encoder = encode.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
     config = RunConfig(
         corpus=(str(write_unlike_files(tmp_path / "c", kind)),),
         model="m",
@@ -547,16 +546,16 @@ def test_lines_that_are_read_from_the_beginning_alone_are_counted_from_it(
     config = RunConfig(
         corpus=(str(tmp_path / f"c.{ending}"),), model="m", store=str(tmp_path / "s"), txt_documents="line"
     )
-    encoder = tokens.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
+    encoder = encode.TextEncoder(Tokenizer.from_file(str(minilm / "tokenizer.json")))
     slices = [piece for shard in make_plan(config).shards for piece in shard.slices]
     truth = counting.count(slices, config.read_options, encoder)
     sizes = {"EXACT_BYTES": 0, "READ_BYTES": 20_000, "LEAST_READ_BYTES": 20_000, "BLOCK_BYTES": 1000}
     for name, value in sizes.items():
         monkeypatch.setattr(counting, name, value)
     texts: list[int] = []
-    real = tokens.TextEncoder.count
+    real = encode.TextEncoder.count
     monkeypatch.setattr(
-        tokens.TextEncoder, "count", lambda self, some: texts.append(sum(map(len, some))) or real(self, some)
+        encode.TextEncoder, "count", lambda self, some: texts.append(sum(map(len, some))) or real(self, some)
     )
     found = counting.count(slices, config.read_options, encoder)
     assert truth.exact and truth.documents == 3000 and not found.exact and found.num_beginnings == 1

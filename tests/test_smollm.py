@@ -15,7 +15,7 @@ from test_tokens import SPACED, written
 
 from afn_ray import model
 from afn_ray.model import engine, files
-from afn_ray.tokens.windows import TextEncoder
+from afn_ray.tokens.encode import TextEncoder
 
 LAYERS = [0, 1, 20, 29]
 TEXTS = [

@@ -26,18 +26,8 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs import demo
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START
-from afn_ray.tokens.windows import (
-    FILLED_TO,
-    Encoded,
-    Template,
-    TextEncoder,
-    TokenBatch,
-    Window,
-    make_batches,
-    make_windows,
-    surfaces,
-    window_sizes,
-)
+from afn_ray.tokens.encode import Encoded, Template, TextEncoder, surfaces
+from afn_ray.tokens.windows import FILLED_TO, TokenBatch, Window, make_batches, make_windows, window_sizes
 
 # --- windows and batches ---------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, count
+from afn_ray.errors import ConfigError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
@@ -34,6 +34,7 @@ from afn_ray.runs import job, precheck
 from afn_ray.store import manifest, settings, storage
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
+from afn_ray.text import count
 
 PAGE = "report.html"
 JSON_VERSION = 1

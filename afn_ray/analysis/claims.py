@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import QueryError, count, printable
+from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
 from afn_ray.schema import UNTAGGED, in_order, upos_classes
+from afn_ray.text import count, printable
 
 GROUPS = 500
 REPLICATES = 1000

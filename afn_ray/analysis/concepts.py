@@ -11,8 +11,9 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import ConfigError, printable
+from afn_ray.errors import ConfigError
 from afn_ray.query.database import Run
+from afn_ray.text import printable
 
 LEAST_N = 20
 """Neurons met less often are not ranked: what few tokens have in common says little."""

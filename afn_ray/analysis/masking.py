@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from afn_ray.analysis import explain
 from afn_ray.analysis.claims import SEED, Drawn, Draws, Figure
-from afn_ray.errors import ConfigError, ModelError, count
+from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run
 from afn_ray.runs import worker
 from afn_ray.schema import strengths, upos_classes
 from afn_ray.store import manifest
+from afn_ray.text import count
 
 STAND_INS = (
     "[MASK]",

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afn_ray.analysis import recount, rows
-from afn_ray.errors import ConfigError, StoreError, count
+from afn_ray.errors import ConfigError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.schema import Shard, fingerprint
@@ -25,6 +25,7 @@ from afn_ray.store import blocks, epochs, manifest, orphans, parquet, records, s
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.manifest import Place
 from afn_ray.store.orphans import Age, Orphan, Plans
+from afn_ray.text import count
 
 SHARDS_AT_ONCE = 4
 """Each holds its files in memory, one shard's worth."""

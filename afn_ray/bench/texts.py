@@ -20,6 +20,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from afn_ray.errors import ConfigError
+from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
 
 VOCABULARY = 30_522
@@ -143,7 +144,7 @@ class Writer:
     """Writes texts in the whole words of a tokenizer's vocabulary, some of them far more often than others."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, window: int) -> None:
-        self._encoder = tokens.TextEncoder(tokenizer)
+        self._encoder = encode.TextEncoder(tokenizer)
         self._width, self._overlap = tokens.window_sizes(window, None, self._encoder.template)
         self._window = window
         readable = dict.fromkeys(t for t in self._encoder.texts()[1] if len(t) > 1 and t.isalpha() and t.isascii())

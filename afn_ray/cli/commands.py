@@ -22,8 +22,9 @@ from rich.console import Console
 from afn_ray import logs
 from afn_ray.cli import grammar, terminal
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted, count, printable
+from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted
 from afn_ray.store import disk
+from afn_ray.text import count, printable
 
 if TYPE_CHECKING:
     from afn_ray.runs.dispatch import State
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if rest and args.command == "sql" and args.query is None and not rest[0].startswith("-"):
         args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
     if rest:
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest(args.parser, rest[0])}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest_flag(args.parser, rest[0])}")
     log = logging.getLogger(logs.ROOT)
     if not log.handlers:
         log.addHandler(_ToStderr())

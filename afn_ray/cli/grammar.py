@@ -8,9 +8,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from afn_ray import errors
 from afn_ray.config import CHOICES, HINTS, RunConfig
 from afn_ray.errors import ConfigError
+from afn_ray.text import nearest
 
 EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
 VERIFY_EPILOG = "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from the store"
@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if choice := CHOICE.search(message):
-            message += errors.nearest([choice[1]], re.findall(r"[^', ]+", choice[2]))
+            message += nearest([choice[1]], re.findall(r"[^', ]+", choice[2]))
         self.exit(ConfigError.exit_code, f"{self.prog}: {message}; '{self.prog} --help' tells more\n")
 
 
@@ -236,10 +236,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def nearest(command: argparse.ArgumentParser, flag: str) -> str:
+def nearest_flag(command: argparse.ArgumentParser, flag: str) -> str:
     """What may have been meant by ``flag``, in brackets; empty where no flag of ``command`` is near."""
     flags = [option for action in command._actions for option in action.option_strings]
-    return errors.nearest([flag.partition("=")[0]], flags)
+    return nearest([flag.partition("=")[0]], flags)
 
 
 def _add_run(commands: Any) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from afn_ray.corpus import tags
 from afn_ray.corpus.streams import MARK
-from afn_ray.errors import count
 from afn_ray.schema import Document, ReadOptions, Span
+from afn_ray.text import count
 
 ID_CHARS = 1024
 REASON_CHARS = 600

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import pyarrow.parquet as pq
 
 from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
-from afn_ray.errors import CorpusError, nearest
+from afn_ray.errors import CorpusError
 from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.store import storage
 from afn_ray.store.layout import is_store_file
+from afn_ray.text import nearest
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
            "conllu": "conllu"}  # fmt: skip

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from afn_ray.errors import count
 from afn_ray.schema import RESERVED, UPOS, XPOS, Span
+from afn_ray.text import count
 
 MAX_TAG_CHARS = 100
 NUM_COLUMNS = 10

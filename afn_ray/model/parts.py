@@ -11,7 +11,8 @@ from typing import Any
 import tokenizers
 import torch
 
-from afn_ray.errors import ModelError, count
+from afn_ray.errors import ModelError
+from afn_ray.text import count
 from afn_ray.tokens.culprits import is_of_input
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as functional
 
 from afn_ray.config import SIGNAL, SIGNAL_GROUP, TOP_NEURONS, signal_names
-from afn_ray.errors import ConfigError, nearest
+from afn_ray.errors import ConfigError
 from afn_ray.schema import STRENGTH, Series
+from afn_ray.text import nearest
 
 NEEDS = frozenset({"attention", "neurons", "norm", "outliers"})
 DIMENSIONS = 3

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from afn_ray import cgroup
 from afn_ray.config import SIGNAL
-from afn_ray.errors import ConfigError, QueryError, StoreError, printable
+from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import sandbox, session
+from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.sandbox import Allowance
 from afn_ray.query.session import Answer, Made, Setup, Steps
 from afn_ray.query.views import DERIVED, VIEWS, File, NeuronFiles, statements
@@ -44,6 +45,7 @@ from afn_ray.schema import (
     Series,
 )
 from afn_ray.store import manifest, storage
+from afn_ray.text import printable
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
@@ -83,7 +85,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
         tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
         files = _files(folder, tables["shards"])
         named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-        read = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
+        read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
         made = _statements(folder, tables, files, "store() || ", read)
     place = folder.store.rstrip("/").replace("'", "''")
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
@@ -308,7 +310,7 @@ class Run:
             tables = _tables(folder, baseline)
             files = _files(folder, tables["shards"])
             named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-            self._files = storage.ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
+            self._files = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
             made = _statements(folder, tables, files, AFN, self._files)
         setup = Setup(
             _settings(self._limits), tables, made,
@@ -481,7 +483,7 @@ def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> 
 
 def _statements(
     folder: manifest.RunFolder, tables: Mapping[str, pa.Table], files: Mapping[str, Sequence[_File]], before: str,
-    read: storage.ReadOnlyFiles,
+    read: ReadOnlyFiles,
 ) -> list[str]:  # fmt: skip
     """SQL of the run's views and macros, over its ``tables``; ``before`` is SQL before the name of a file."""
     quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
@@ -502,7 +504,7 @@ def _statements(
     )
 
 
-def _columns(files: storage.ReadOnlyFiles, name: str) -> list[str]:
+def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
     """Columns of a Parquet file."""
     try:
         names: list[str] = pq.read_schema(files.open(name)).names

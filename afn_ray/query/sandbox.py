@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from afn_ray import cgroup
 from afn_ray.errors import QueryError
+from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.session import FRAME, LENGTH, OUT_OF_MEMORY, READ, Answer, Request, Setup, receive
-from afn_ray.store import storage
 
 CODE = """
 import json, sys
@@ -106,7 +106,7 @@ class Process:
     Questions from several threads are answered one after the other. It ends with this object, and with this process.
     """
 
-    def __init__(self, files: storage.ReadOnlyFiles, setup: Setup, limits: Limits) -> None:
+    def __init__(self, files: ReadOnlyFiles, setup: Setup, limits: Limits) -> None:
         self._files, self._setup, self._limits = files, setup, limits
         self._child: _Child | None = None
         self._closed = False
@@ -188,7 +188,7 @@ def _is_broken(answer: Answer) -> bool:
 class _Child:
     """One such process, and the threads that read files for it."""
 
-    def __init__(self, files: storage.ReadOnlyFiles, limits: Limits) -> None:
+    def __init__(self, files: ReadOnlyFiles, limits: Limits) -> None:
         self._owner, self._limits, self._most_resident = os.getpid(), limits, 0
         pairs = [socket.socketpair() for _ in range(3)]
         self._requests, self._stops, served = (here for here, _ in pairs)
@@ -343,7 +343,7 @@ def _resident_bytes(pid: int) -> int:
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def _serve(files: storage.ReadOnlyFiles, connections: socket.socket) -> None:
+def _serve(files: ReadOnlyFiles, connections: socket.socket) -> None:
     """Take connections, one for each thread that reads there, and a thread here for each."""
     while True:
         try:
@@ -355,7 +355,7 @@ def _serve(files: storage.ReadOnlyFiles, connections: socket.socket) -> None:
         threading.Thread(target=_serve_reads, args=(files, socket.socket(fileno=fds[0])), daemon=True).start()
 
 
-def _serve_reads(files: storage.ReadOnlyFiles, connection: socket.socket) -> None:
+def _serve_reads(files: ReadOnlyFiles, connection: socket.socket) -> None:
     with connection, contextlib.suppress(EOFError, OSError):
         while True:
             name_bytes, start, end = READ.unpack(receive(connection, READ.size))

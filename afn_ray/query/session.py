@@ -27,7 +27,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from afn_ray.store import storage
+from afn_ray.query.files import ServedFiles
 
 ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
 """SELECT is also FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE; MULTI is PIVOT without an IN list."""
@@ -169,7 +169,7 @@ class Session:
         self._readers: OrderedDict[int, tuple[duckdb.DuckDBPyConnection, Iterator[pa.RecordBatch]]] = OrderedDict()
         self._number = 0
         self.connection = duckdb.connect(":memory:", config={**setup.settings, "arrow_lossless_conversion": True})
-        self.connection.register_filesystem(storage.ServedFiles(setup.sizes, read))
+        self.connection.register_filesystem(ServedFiles(setup.sizes, read))
         fill(self.connection, setup.tables, setup.statements)
         for statement in (
             "SET disabled_filesystems = 'LocalFileSystem'",

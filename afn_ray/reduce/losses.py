@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.errors import count
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
 from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
 from afn_ray.store import manifest, parquet
 from afn_ray.store.layout import is_store_file
+from afn_ray.text import count
 
 NAMED_FILES = 5
 """Files that a sentence names, those that lost most."""

@@ -23,11 +23,11 @@ from afn_ray.errors import (
     OutOfMemory,
     ShardError,
     Unavailable,
-    count,
 )
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit, Commits
+from afn_ray.text import count
 
 SLOTS = 3
 """Shards in flight on one worker: one is read and tokenized, one holds the model, one is encoded and uploaded."""

@@ -13,13 +13,14 @@ from typing import Any
 
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
-from afn_ray.errors import ConfigError, CorpusError, nearest
+from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.job import OnEvent, normalised, prepare, take_stock
 from afn_ray.schema import FileInfo, fingerprint
 from afn_ray.store import settings, storage
 from afn_ray.store.commits import Commits
+from afn_ray.text import nearest
 from afn_ray.tokens import counting
 
 SAMPLE_DOCUMENTS = 200

@@ -13,7 +13,7 @@ from typing import Any
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
-from afn_ray.errors import CorpusError, IncompleteRun, StoreError, count
+from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.tree import reduce_run
@@ -22,6 +22,7 @@ from afn_ray.runs.plan import make_plan
 from afn_ray.schema import Document, Shard, fingerprint
 from afn_ray.store import epochs, manifest, storage
 from afn_ray.store.commits import Commits, total_counts
+from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
 PILOT_DOCUMENTS = 2000

@@ -50,8 +50,6 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing), shard_bytes)
 
 
-
-
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
     """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and ``MOST_NAMES_BYTES``.
 
@@ -78,13 +76,9 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
     return [*groups, current] if current else groups
 
 
-
-
 def _share(text: str) -> float:
     """A number from 0 to 1 that ``text`` alone decides."""
     return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
-
-
 
 
 def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
@@ -111,10 +105,6 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
     return known
 
 
-
-
 def _trusted(version: str, hashed_ns: int) -> bool:
     kind, _, value = version.partition(":")
     return kind == "etag" or (kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS)
-
-

@@ -10,10 +10,11 @@ from typing import Any
 
 from afn_ray.config import BUILT_IN_SIGNALS, SIGNAL_GROUP, RunConfig, resolve_layers, signal_names
 from afn_ray.corpus import listing
-from afn_ray.errors import ConfigError, ModelError, nearest
+from afn_ray.errors import ConfigError, ModelError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import address
 from afn_ray.store import manifest, storage
+from afn_ray.text import nearest
 
 MOST_CONFIG_BYTES = 16 << 20
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from afn_ray import logs
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, Interrupted, StoreError, count
+from afn_ray.errors import AfnError, Interrupted, StoreError
 from afn_ray.reduce import losses
 from afn_ray.schema import Shard
 from afn_ray.store import manifest, storage
 from afn_ray.store.commits import Commits, total_counts
 from afn_ray.store.manifest import PLANNING, STATUS, RunFolder
+from afn_ray.text import count
 
 if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
     from afn_ray.runs.dispatch import State

@@ -46,7 +46,7 @@ from afn_ray.schema import (
 from afn_ray.store import disk, manifest, records
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.layout import SCRATCH_PREFIX
-from afn_ray.tokens import culprits, windows
+from afn_ray.tokens import culprits, encode, windows
 from afn_ray.tokens.feed import Chunk, Feed, Prepared, Preparer, Recipe
 
 Values = npt.NDArray[np.float32]
@@ -100,7 +100,7 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
         raise ModelError(f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}")
     tokenizer = model.load_tokenizer(files)
     identity = model.identity(files, tokenizer)
-    encoder = windows.TextEncoder(tokenizer, files.num_embeddings)
+    encoder = encode.TextEncoder(tokenizer, files.num_embeddings)
     _, overlap = windows.window_sizes(window, config.overlap_tokens, encoder.template)
     signals, names = find_signals(config.signals, config.top_neurons)
     recorded = tuple(series(layers, signals))
@@ -174,9 +174,9 @@ def find_model(config: RunConfig) -> model.ModelFiles:
     )  # fmt: skip
 
 
-def text_encoder(files: model.ModelFiles) -> windows.TextEncoder:
+def text_encoder(files: model.ModelFiles) -> encode.TextEncoder:
     """What turns texts into the tokens of ``files``."""
-    return windows.TextEncoder(model.load_tokenizer(files))
+    return encode.TextEncoder(model.load_tokenizer(files))
 
 
 class Processor:
@@ -203,7 +203,7 @@ class Processor:
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens, task.outliers)
-        encoder = windows.TextEncoder(tokenizer, self.model.num_embeddings)
+        encoder = encode.TextEncoder(tokenizer, self.model.num_embeddings)
         self.signals, _ = find_signals(config.signals, config.top_neurons)
         needs = frozenset(need for signal in self.signals for need in signal.needs)
         probes = _probes(encoder, window)
@@ -470,7 +470,7 @@ class Processor:
         docs, flags = encoded.docs + np.int32(first_doc), encoded.flags
         tags = pa.nulls(len(flags), pa.string())
         if self.task.tagged:
-            tags = pa.array(windows.find_tags(encoded, [d.text for d in chunk], [d.tags for d in chunk]), pa.string())
+            tags = pa.array(encode.find_tags(encoded, [d.text for d in chunk], [d.tags for d in chunk]), pa.string())
         table = records.make_table(
             {
                 "doc": docs, "position": encoded.positions, "token_id": encoded.token_ids, "flags": flags,
@@ -566,7 +566,7 @@ def _may_blame(error: BaseException) -> bool:
 class Measured:
     """Tokens of some texts and what was measured of them, rounded [n_series, n_tokens]."""
 
-    encoded: windows.Encoded
+    encoded: encode.Encoded
     values: Values
     n_layers: int
 
@@ -576,7 +576,7 @@ class Measured:
         return self.values[: self.n_layers]
 
 
-def _probes(encoder: windows.TextEncoder, window: int) -> list[list[int]]:
+def _probes(encoder: encode.TextEncoder, window: int) -> list[list[int]]:
     """Token sequences for the self-check, each with its template; the last is as long as a window, or nearly."""
     width = min(window, LONG_PROBE_TOKENS)
     problems = encoder.encode(PROBES).problems
@@ -598,7 +598,7 @@ def _loss(document: Document, *, rejected: bool) -> tuple[int, int | None]:
 
 
 def _document_means(
-    encoded: windows.Encoded,
+    encoded: encode.Encoded,
     flags: npt.NDArray[np.uint8],
     values: npt.NDArray[np.float32],
     n_tokens: npt.NDArray[np.int64],

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
-from afn_ray.errors import printable
 from afn_ray.reduce import compare
 from afn_ray.schema import CLASSES, in_order
 from afn_ray.show import overview
+from afn_ray.text import printable
 
 MAX_POINTS = 6000
 """Types in the scatter, the most frequent ones: as many as a browser moves at once."""

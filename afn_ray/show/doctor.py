@@ -21,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray import cgroup
-from afn_ray.errors import AfnError, ConfigError, count, printable
+from afn_ray.errors import AfnError, ConfigError
 from afn_ray.runs.address import check as check_address
 from afn_ray.runs.address import of_cluster
 from afn_ray.store import disk
+from afn_ray.text import count, printable
 
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20

@@ -16,7 +16,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import count, printable
 from afn_ray.query.database import Run
 from afn_ray.reduce import compare, lexicon, losses
 from afn_ray.reduce.losses import Losses
@@ -24,6 +23,7 @@ from afn_ray.reduce.tree import wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
 from afn_ray.store import manifest
+from afn_ray.text import count, printable
 
 SALIENT_WORDS = 10
 SALIENT_MIN_N = 20

@@ -17,13 +17,14 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, QueryError, printable
+from afn_ray.errors import ConfigError, QueryError
 from afn_ray.query import database
 from afn_ray.reduce import compare, losses
 from afn_ray.schema import FEATURES
 from afn_ray.show import charts, overview
 from afn_ray.show.charts import MAX_ROWS, Chart, Table, cut, number, percent
 from afn_ray.store import manifest, storage
+from afn_ray.text import printable
 
 MAX_CHARS = 10_000
 """Of any text on the page: a corpus may be a list of a million files."""

@@ -31,10 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.errors import QueryError, printable
+from afn_ray.errors import QueryError
 from afn_ray.query.database import Result, Run
 from afn_ray.query.views import MACROS, VIEWS
 from afn_ray.store import parquet
+from afn_ray.text import printable
 
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_ROWS = 100

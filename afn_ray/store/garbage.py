@@ -10,10 +10,11 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from afn_ray.errors import ConfigError, Interrupted, StoreError, count
+from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.schema import fingerprint
 from afn_ray.store import epochs, manifest, storage
 from afn_ray.store.manifest import Place
+from afn_ray.text import count
 
 KEEP = 30
 MIN_AGE_H = 24.0

@@ -196,14 +196,6 @@ class Plan:
         return next(filter(None, found), None)
 
 
-
-
-
-
-
-
-
-
 def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the plan at ``uri``. Raises ``StoreError`` where they and ``header`` are not what was written."""
     asked = {key: value for key, value in header.items() if key != "sha256"}
@@ -215,8 +207,6 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
     if header.get("sha256") != digest:
         raise StoreError(f"{uri} is damaged: its rows and header do not have the checksum that it carries{ASK_VERIFY}")
     return rows
-
-
 
 
 def cuts_id(config: RunConfig, shard_bytes: int) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, ConfigError, Unavailable, nearest
+from afn_ray.errors import AfnError, ConfigError, Unavailable
 from afn_ray.store import storage
+from afn_ray.text import nearest
 
 MOST_BYTES = 1 << 20
 """Of such a file: people write them."""

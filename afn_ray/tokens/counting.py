@@ -23,7 +23,7 @@ import numpy.typing as npt
 from afn_ray.corpus import reading
 from afn_ray.schema import Document, FileSlice, ReadOptions, fingerprint
 from afn_ray.store import storage
-from afn_ray.tokens.windows import TextEncoder
+from afn_ray.tokens.encode import TextEncoder
 
 EXACT_BYTES = 2 << 20
 """Slices of so many bytes in all are counted: 3 seconds."""

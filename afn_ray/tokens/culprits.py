@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from afn_ray.errors import AfnError, printable
+from afn_ray.errors import AfnError
+from afn_ray.text import printable
 
 REASON_CHARS = 200
 """Longest message of a third-party error in a document's status, in characters."""

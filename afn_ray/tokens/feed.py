@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from afn_ray.errors import HelperDied
 from afn_ray.schema import Document
+from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
 
 CHUNK_BYTES = 1 << 20
@@ -65,7 +66,7 @@ class Recipe:
 class Prepared:
     """Some texts' tokens, and the batches in which the model will see them."""
 
-    encoded: tokens.Encoded
+    encoded: encode.Encoded
     surfaces: list[str | None]  # as ``tokens.surfaces`` gives them
     n_windows: npt.NDArray[np.int64]  # of each text
     batches: list[tokens.TokenBatch]
@@ -84,9 +85,9 @@ class Chunk:
 class Preparer:
     """``Recipe`` at work, in whichever process."""
 
-    def __init__(self, recipe: Recipe, encoder: tokens.TextEncoder | None = None) -> None:
+    def __init__(self, recipe: Recipe, encoder: encode.TextEncoder | None = None) -> None:
         self.recipe = recipe
-        self.encoder = encoder or tokens.TextEncoder(Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings)
+        self.encoder = encoder or encode.TextEncoder(Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings)
         self.pieces, self.readable = self.encoder.texts()
         self._width, self._overlap = tokens.window_sizes(
             recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
@@ -110,7 +111,7 @@ class Preparer:
         assert sum(len(b.rows) for b in batches) == len(encoded.token_ids), "every token is recorded once"
         text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
         n_windows = np.bincount(text_of, minlength=len(texts))
-        surfaces = tokens.surfaces(encoded, texts, self.readable)
+        surfaces = encode.surfaces(encoded, texts, self.readable)
         return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from afn_ray import model
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, Interrupted, ModelError, count
+from afn_ray.errors import ConfigError, Interrupted, ModelError
 from afn_ray.runs import dispatch
 from afn_ray.runs.address import of_cluster
 from afn_ray.runs.cluster import access
 from afn_ray.store import storage
+from afn_ray.text import count
 
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
