@@ -28,7 +28,7 @@ import afn_ray
 from afn_ray import model
 from afn_ray.cli import commands as cli
 from afn_ray.config import RunConfig
-from afn_ray.corpus import documents, footer, reading, streams
+from afn_ray.corpus import conllu, documents, footer, reading, streams
 from afn_ray.corpus import listing as corpus
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
@@ -289,7 +289,7 @@ def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     for bound in (
         garbled,
         f"{documents.ID_CHARS:,} characters",
-        f"{reading.CONLLU_LINES:,} lines",
+        f"{conllu.CONLLU_LINES:,} lines",
         "256 MiB",
         "64 MiB",
         "8 MiB",

@@ -34,9 +34,10 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
 from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
-from afn_ray.query.files import ReadOnlyFiles, _RangeFile
+from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import FileInfo, ReadOptions
 from afn_ray.store import blocks, manifest, retry, storage
+from afn_ray.store.storage import RangeFile
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -531,14 +532,14 @@ def test_sql_over_large_files_is_right_on_many_threads(
     kind: str, tables: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DuckDB 2.0 calls seek and read on one file from many threads; a position they shared would mix rows up."""
-    seek = _RangeFile.seek
+    seek = RangeFile.seek
 
-    def overtaken(self: _RangeFile, *args: int) -> int:
+    def overtaken(self: RangeFile, *args: int) -> int:
         at = seek(self, *args)
         time.sleep(0.002)  # now another thread seeks, and this one has yet to read
         return at
 
-    monkeypatch.setattr(_RangeFile, "seek", overtaken)
+    monkeypatch.setattr(RangeFile, "seek", overtaken)
     sizes = {name: path.stat().st_size for name, path in tables.items()}
     root = str(tables["none"].parent)
     if kind == "s3":

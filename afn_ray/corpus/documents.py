@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from afn_ray.corpus import tags
-from afn_ray.corpus.streams import MARK
-from afn_ray.schema import Document, ReadOptions, Span
+from afn_ray.corpus.streams import MARK, Line, Stream
+from afn_ray.schema import Document, FileSlice, ReadOptions, Span
 from afn_ray.text import count
 
 ID_CHARS = 1024
@@ -180,3 +180,8 @@ def columns(names: Iterable[str]) -> str:
 
 def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def origin_in(stream: Stream, slice: FileSlice, line: Line, num_bytes: int) -> Origin:
+    offset = line.offset if stream.is_plain else line.number
+    return Origin(slice.uri, offset, stream.stored(num_bytes))

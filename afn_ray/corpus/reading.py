@@ -6,35 +6,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from afn_ray.corpus import streams, tags
+from afn_ray.corpus import streams
+from afn_ray.corpus.conllu import conllu_documents
 from afn_ray.corpus.csv_rows import csv_documents, read_rows
 from afn_ray.corpus.documents import (
-    INVALID,
     Origin,
-    clean_id,
-    columns,
     columns_of,
     decode,
     document,
-    garbled,
-    labelled_document,
+    origin_in,
     problem,
 )
+from afn_ray.corpus.jsonl import json_document, parse
 from afn_ray.corpus.row_groups import UNREADABLE, column_chunks, hash_chunks, parquet_documents
-from afn_ray.corpus.streams import BOM, Bomb, Damaged, Line, Source, Stream
+from afn_ray.corpus.streams import BOM, Bomb, Damaged, Source, Stream
+from afn_ray.corpus.txt import whole_document
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
 from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.store import parquet, storage
 
 PEEK_DOCUMENTS = 20
 SAMPLE_BYTES = 1 << 20
-CONLLU_LINES = 1 << 20
-"""Of one document: lines of a letter take 200 times their bytes."""
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -178,7 +173,7 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
             elif slice.format == "jsonl":
                 seen = 0
                 for line in streams.lines(stream, streams.line_limit(options)):
-                    value = _json(decode(line.data)) if line.data and not line.blank else None
+                    value = parse(decode(line.data)) if line.data and not line.blank else None
                     names.update(dict.fromkeys(value if isinstance(value, dict) else []))
                     seen += not line.blank
                     if seen == PEEK_DOCUMENTS or (names and line.offset + line.length > SAMPLE_BYTES):
@@ -227,21 +222,8 @@ def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterat
     if slice.format == "csv":
         return csv_documents(stream, slice, options)
     if slice.format == "conllu":
-        return _conllu_documents(stream, slice, options)
-    return (_line_documents if is_lines(slice.format, options) else _whole_document)(stream, slice, options)
-
-
-def _whole_document(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    limit = options.max_document_bytes
-    origin = Origin(slice.uri, 0, max(slice.num_bytes, 1))
-    data = bytearray()
-    for block in stream:
-        data += block
-        size = f"{slice.size}" if stream.is_plain else f"at least {len(data)}"
-        if len(data) > limit + len(BOM) or (stream.is_plain and slice.size > limit + len(BOM)):
-            yield problem(origin, f"document of {size} bytes is over max_document_bytes = {limit}")
-            return
-    yield document(origin, decode(data.removeprefix(BOM)), None, options)
+        return conllu_documents(stream, slice, options)
+    return (_line_documents if is_lines(slice.format, options) else whole_document)(stream, slice, options)
 
 
 def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
@@ -249,129 +231,13 @@ def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> I
     for line in streams.lines(stream, limit, slice.start):
         if line.blank:
             continue
-        origin = _origin(stream, slice, line, line.length)
+        origin = origin_in(stream, slice, line, line.length)
         if line.data is None:
             yield problem(origin, f"line of {line.length} bytes is over the limit of {limit}")
         elif slice.format == "txt":
             yield document(origin, decode(line.data.removesuffix(b"\r")), None, options)
         else:
-            yield _json_document(origin, decode(line.data), options)
-
-
-def _origin(stream: Stream, slice: FileSlice, line: Line, num_bytes: int) -> Origin:
-    offset = line.offset if stream.is_plain else line.number
-    return Origin(slice.uri, offset, stream.stored(num_bytes))
-
-
-def _json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
-    value = _json(line)
-    if isinstance(value, _NotJson):
-        num_invalid = line.count(INVALID)
-        why = garbled(line, num_invalid)
-        return problem(origin, f"not JSON: {value}{why and '; '}{why}", None, num_invalid)
-    if not isinstance(value, dict):
-        return problem(origin, f"line is {type(value).__name__}, expected an object")
-    try:
-        doc_id = None if options.id_column is None else _json_id(value.get(options.id_column), options.id_column)
-    except ValueError as error:
-        return problem(origin, str(error))
-    for column in (options.text_column, options.labels):
-        if column is not None and column not in value:
-            return problem(origin, f"no column {column!r}; it has: {columns(value)}", doc_id)
-    text = value[options.text_column]
-    if options.labels is not None:
-        return labelled_document(origin, text, value[options.labels], doc_id, options)
-    if isinstance(text, str):
-        return document(origin, text, doc_id, options)
-    kind = "null" if text is None else f"{type(text).__name__}, expected a string"
-    return problem(origin, f"{options.text_column} is {kind}", doc_id)
-
-
-def _json_id(value: object, column: str) -> str | None:
-    """``value`` as an id; None where there is none. ``ValueError`` for what is no string or whole number."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return clean_id(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(f"{column} is {type(value).__name__}, expected a string or a whole number as an id")
-
-
-class _NotJson(str):
-    """Why a line is not JSON."""
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError:
-        return _NotJson("nested too deeply")
-    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
-        return _NotJson(error)
-
-
-def _conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
-    limit = streams.line_limit(options)
-    document: list[list[Line]] = []
-    size, num_lines, together = 0, 0, False
-    for sentence in _sentences(streams.lines(stream, limit), limit):
-        comments = [decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
-        begins = any(map(tags.begins_document, comments))
-        if len(comments) == len(sentence) and not begins:
-            continue
-        if document and (begins or not together):
-            stream.done = sentence[0].offset  # the sentence that is read already is not done
-            yield _conllu_document(_origin(stream, slice, document[0][0], size), document, options)
-            document, size, num_lines = [], 0, 0
-        together = together or begins
-        document.append(sentence)
-        size += sum(line.length + 1 for line in sentence)
-        num_lines += len(sentence)
-        if size > limit or num_lines > CONLLU_LINES:
-            document = [[document[0][0]._replace(data=None)]]
-    if document:
-        yield _conllu_document(_origin(stream, slice, document[0][0], size), document, options)
-
-
-def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
-    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and one without data that
-    stands for the others."""
-    sentence: list[Line] = []
-    size = 0
-    for line in lines:
-        if line.blank:
-            if sentence:
-                yield sentence
-            sentence, size = [], 0
-            continue
-        sentence.append(line)
-        size += line.length + 1
-        if size > limit or len(sentence) > CONLLU_LINES:
-            kept = [line for line in sentence if line.data is not None and tags.begins_document(decode(line.data))][:1]
-            rest = size - sum(line.length + 1 for line in kept)
-            sentence = [*kept, sentence[0]._replace(data=None, length=rest - 1)]
-    if sentence:
-        yield sentence
-
-
-def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadOptions) -> Document:
-    labels = options.labels_in("conllu")
-    assert labels is not None
-    if any(line.data is None for sentence in sentences for line in sentence):
-        limit = streams.line_limit(options)
-        return problem(origin, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes or "
-                       f"{CONLLU_LINES} lines")  # fmt: skip
-    numbered = (
-        [(line.number + 1, decode(line.data or b"").removesuffix("\r")) for line in sentence] for sentence in sentences
-    )
-    try:
-        text, spans, doc_id = tags.from_conllu(numbered, labels)
-        doc_id = clean_id(doc_id)
-    except ValueError as error:
-        return problem(origin, f"not CoNLL-U: {error}")
-    return document(origin, text, doc_id or None, options, spans)
+            yield json_document(origin, decode(line.data), options)
 
 
 def is_lines(format: str, options: ReadOptions) -> bool:

@@ -1,0 +1,83 @@
+"""CoNLL-U: tagged sentences become documents with their tags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from afn_ray.corpus import streams, tags
+from afn_ray.corpus.documents import (
+    Origin,
+    clean_id,
+    decode,
+    document,
+    origin_in,
+    problem,
+)
+from afn_ray.corpus.streams import Line, Stream
+from afn_ray.schema import Document, FileSlice, ReadOptions
+
+CONLLU_LINES = 1 << 20
+"""Of one document: lines of a letter take 200 times their bytes."""
+
+
+def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
+    limit = streams.line_limit(options)
+    document: list[list[Line]] = []
+    size, num_lines, together = 0, 0, False
+    for sentence in _sentences(streams.lines(stream, limit), limit):
+        comments = [decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
+        begins = any(map(tags.begins_document, comments))
+        if len(comments) == len(sentence) and not begins:
+            continue
+        if document and (begins or not together):
+            stream.done = sentence[0].offset  # the sentence that is read already is not done
+            yield _conllu_document(origin_in(stream, slice, document[0][0], size), document, options)
+            document, size, num_lines = [], 0, 0
+        together = together or begins
+        document.append(sentence)
+        size += sum(line.length + 1 for line in sentence)
+        num_lines += len(sentence)
+        if size > limit or num_lines > CONLLU_LINES:
+            document = [[document[0][0]._replace(data=None)]]
+    if document:
+        yield _conllu_document(origin_in(stream, slice, document[0][0], size), document, options)
+
+
+def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
+    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and one without data that
+    stands for the others."""
+    sentence: list[Line] = []
+    size = 0
+    for line in lines:
+        if line.blank:
+            if sentence:
+                yield sentence
+            sentence, size = [], 0
+            continue
+        sentence.append(line)
+        size += line.length + 1
+        if size > limit or len(sentence) > CONLLU_LINES:
+            kept = [line for line in sentence if line.data is not None and tags.begins_document(decode(line.data))][:1]
+            rest = size - sum(line.length + 1 for line in kept)
+            sentence = [*kept, sentence[0]._replace(data=None, length=rest - 1)]
+    if sentence:
+        yield sentence
+
+
+def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadOptions) -> Document:
+    labels = options.labels_in("conllu")
+    assert labels is not None
+    if any(line.data is None for sentence in sentences for line in sentence):
+        limit = streams.line_limit(options)
+        return problem(origin, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes or "
+                       f"{CONLLU_LINES} lines")  # fmt: skip
+    numbered = (
+        [(line.number + 1, decode(line.data or b"").removesuffix("\r")) for line in sentence] for sentence in sentences
+    )
+    try:
+        text, spans, doc_id = tags.from_conllu(numbered, labels)
+        doc_id = clean_id(doc_id)
+    except ValueError as error:
+        return problem(origin, f"not CoNLL-U: {error}")
+    return document(origin, text, doc_id or None, options, spans)
