@@ -36,8 +36,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from afn_ray.config import RunConfig
 from afn_ray.runs import demo, worker
 from afn_ray.schema import Shard
-from afn_ray.store import blocks, manifest, storage
-from afn_ray.store.manifest import Commit
+from afn_ray.store import blocks, checksums, storage
+from afn_ray.store.commits import Commit
 
 SLOW = (
     "test_jobs",
@@ -245,7 +245,7 @@ def edit_sealed(uri: str, edit: Callable[[dict[str, Any]], object]) -> None:
     body = json.loads(storage.read_bytes(uri))
     del body["sha256"]
     edit(body)
-    rewrite(uri, manifest.sealed(body))
+    rewrite(uri, checksums.sealed(body))
 
 
 def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) -> None:

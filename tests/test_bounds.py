@@ -33,7 +33,7 @@ from afn_ray.corpus import listing as corpus
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
 from afn_ray.schema import ReadOptions
-from afn_ray.store import manifest, storage
+from afn_ray.store import checksums, manifest, shard_files, storage
 
 MakeConfig = Callable[..., RunConfig]
 PIECE = 64 << 20
@@ -205,7 +205,7 @@ def test_files_of_a_gigabyte_are_refused_before_they_are_read(
         with (place / name).open("wb") as sparse:
             sparse.truncate(1 << 30)
     folder_of_run = manifest.RunFolder(str(run), str(tmp_path / "store"), "r", {})
-    reads = ((lambda: manifest.read_committed(str(tmp_path / "store"), "m", "s"), shard / "commit.json"),
+    reads = ((lambda: shard_files.read_committed(str(tmp_path / "store"), "m", "s"), shard / "commit.json"),
              (lambda: manifest.open_folder(str(tmp_path / "store"), "r"), run / "run.json"),
              (lambda: manifest.is_audited(folder_of_run), run / "audited.json"))  # fmt: skip
     for read, path in reads:
@@ -284,7 +284,7 @@ def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     assert RunConfig(corpus=("-",), model="-", store="-").max_document_bytes == 8 << 20
     assert (streams.LINE_BYTES, streams.EXPANSION, streams.EXPANSION_FROM_BYTES) == (64 << 20, 200, 64 << 20)
     assert footer.FOOTER_BYTES == 64 << 20
-    assert (manifest.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
+    assert (checksums.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
     garbled = f"{documents.GARBLED_SHARE * 100:.0f} %, from {documents.GARBLED_FROM} on"
     for bound in (
         garbled,

@@ -19,6 +19,7 @@ from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.worker import Processor
 from afn_ray.store import manifest
+from afn_ray.store.commits import Commit
 from afn_ray.tokens import feed
 
 MakeConfig = Callable[..., RunConfig]
@@ -172,7 +173,7 @@ def shards(config: RunConfig, tmp_path: Path, verses: list[str]) -> tuple[manife
     return make_plan(config), config
 
 
-def contents(commits: list[manifest.Commit]) -> dict[str, list[str]]:
+def contents(commits: list[Commit]) -> dict[str, list[str]]:
     """By shard, a hash of every byte of every table."""
     return {c.shard: [str(c.files[name]["sha256"]) for name in sorted(c.files)] for c in commits}
 

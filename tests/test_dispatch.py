@@ -42,7 +42,7 @@ from afn_ray.runs.dispatch import (
 )
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
-from afn_ray.store.manifest import Commit
+from afn_ray.store.commits import Commit
 
 START_S, WORK_S = 5.0, 10.0
 

@@ -21,7 +21,7 @@ from afn_ray.reduce import compare, losses
 from afn_ray.runs import job, status, worker
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import overview
-from afn_ray.store import manifest
+from afn_ray.store import checksums, manifest, shard_files
 
 MakeConfig = Callable[..., RunConfig]
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
@@ -108,7 +108,7 @@ def test_the_sums_are_the_same_for_any_grouping(
     run = manifest.find_run(store)
     shards, _ = manifest.read_shards(run)
     measure_id = run.info["measure"]["id"]
-    found = manifest.find_commits(store, measure_id, shards)
+    found = shard_files.find_commits(store, measure_id, shards)
     stored = manifest.read_table(run, "files")
     monkeypatch.setattr(losses, "FAN_IN", 2)
     again = losses.files_table(
@@ -180,7 +180,7 @@ def test_a_run_json_holds_whatever_number_of_shards_was_given_up() -> None:
     found = job.given_up(shards, {s.id: "\U0001f600" * 5000 for s in shards})
     assert [f["shard"] for f in found] == [s.id for s in shards]
     assert all(f["uri"] == piece.uri and f["reason"] for f in found[: job.MOST_REASONS])
-    assert len(manifest.sealed({"quarantined": found})) < manifest.JSON_BYTES // 2
+    assert len(checksums.sealed({"quarantined": found})) < checksums.JSON_BYTES // 2
 
 
 def test_a_comparison_says_which_run_lost_what(lossy: tuple[RunConfig, list[str]]) -> None:

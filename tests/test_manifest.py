@@ -29,9 +29,10 @@ from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
 from afn_ray.runs.plan import MOST_NAMES_BYTES, MOST_SLICES, RACY_NS, _trusted, group_slices, make_plan
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.store import manifest, retry, storage
-from afn_ray.store.commits import Commits, total_counts
-from afn_ray.store.manifest import Commit, Plan, RunFolder, begin_run, find_commits, find_run, finish_run
+from afn_ray.store import checksums, layout, manifest, retry, shard_files, storage
+from afn_ray.store.commits import Commit, Commits, total_counts
+from afn_ray.store.manifest import Plan, RunFolder, begin_run, find_run, finish_run
+from afn_ray.store.shard_files import find_commits
 
 MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
 MEASURE_ID = fingerprint(MEASURE)
@@ -161,7 +162,7 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
     ]  # fmt: skip
     root = storage.absolute(store)
     files = [storage.StoredFile(f"{root}/{name}", 1, 0.0) for name in (*itertools.chain(*ours.values()), *foreign)]
-    there = manifest.sort_files(store, files)
+    there = layout.sort_files(store, files)
     assert [f.uri for f in there.shards.pop((m, s))] == [f"{root}/{n}" for n in ours["shards"]] and not there.shards
     assert [f.uri for f in there.runs.pop(run)] == [f"{root}/{n}" for n in ours["runs"]] and not there.runs
     assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [f"{root}/{n}" for n in ours["probes"]]
@@ -393,8 +394,8 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         (b"[]", "schema version list, expected 5"),
         (b"{}", "schema version None, expected 5"),
         (b'{"schema_version": 5}', "is damaged: its bytes do not have the checksum that it carries"),
-        (manifest.sealed({"schema_version": 5}), "is damaged: id is null"),
-        (manifest.sealed({"schema_version": 5}) + b" ", "is damaged: its bytes do not have the checksum"),
+        (checksums.sealed({"schema_version": 5}), "is damaged: id is null"),
+        (checksums.sealed({"schema_version": 5}) + b" ", "is damaged: its bytes do not have the checksum"),
         (
             b'{"schema_version": 2}',
             "schema version 2, expected 5; use the afn-ray that wrote it, or measure the corpus anew",
@@ -454,25 +455,25 @@ SHARD = Shard.of([_slice("/corpus/a", 5)], ReadOptions("auto", "text", None, "fi
 
 def _publish(store: str, shard: Shard, attempt: str, scratch: Path, counts: dict[str, int] = COUNTS) -> Commit:
     tables = {}
-    for rows, name in enumerate(manifest.TABLES):
+    for rows, name in enumerate(layout.TABLES):
         path = scratch / f"{attempt}-{name}"
         path.write_bytes(f"{attempt} {name}".encode())
         tables[name] = (path, rows)
-    return manifest.publish(store, MEASURE_ID, shard, attempt, tables, counts, 1.5, {"device": "cpu"})
+    return shard_files.publish(store, MEASURE_ID, shard, attempt, tables, counts, 1.5, {"device": "cpu"})
 
 
 def _names(store: str) -> list[str]:
-    return storage.list_names(manifest.shard_uri(store, MEASURE_ID, SHARD.id))
+    return storage.list_names(shard_files.shard_uri(store, MEASURE_ID, SHARD.id))
 
 
 def test_a_commit_names_files_that_are_there_whole(store: str, tmp_path: Path) -> None:
-    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) is None
+    assert shard_files.read_commit(store, MEASURE_ID, SHARD.id) is None
     commit = _publish(store, SHARD, "a" * 16, tmp_path)
-    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == commit
+    assert shard_files.read_commit(store, MEASURE_ID, SHARD.id) == commit
     assert find_commits(store, MEASURE_ID, [SHARD, replace(SHARD, id="other")]) == {SHARD.id: commit}
     assert _names(store) == sorted(["commit.json", *(f["name"] for f in commit.files.values())])
     for rows, (name, file) in enumerate(commit.files.items()):
-        data = storage.read_bytes(f"{manifest.shard_uri(store, MEASURE_ID, SHARD.id)}/{file['name']}")
+        data = storage.read_bytes(f"{shard_files.shard_uri(store, MEASURE_ID, SHARD.id)}/{file['name']}")
         assert data == f"{'a' * 16} {name}".encode() and file["bytes"] == len(data) and file["rows"] == rows
         (tmp_path / "copy").write_bytes(data)
         assert storage.sha256_file(tmp_path / "copy") == file["sha256"]
@@ -491,7 +492,7 @@ def test_attempts_that_disagree_are_an_error_and_the_first_stays(store: str, tmp
     with pytest.raises(StoreError, match=r"two attempts at shard .* disagree"):
         _publish(store, SHARD, "b" * 16, tmp_path, {**COUNTS, "tokens": 10})
     assert _names(store) == names
-    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == first
+    assert shard_files.read_commit(store, MEASURE_ID, SHARD.id) == first
 
 
 @pytest.mark.parametrize("arrived", [True, False])
@@ -562,7 +563,7 @@ def test_what_an_unknown_commit_names_stays(liar: str, tmp_path: Path, monkeypat
         patch.setattr(retry, "RETRY_FOR_S", 0)
         with pytest.raises(Unavailable, match=r"writing .*commit\.json: no answer"):
             _publish(liar, SHARD, "a" * 16, tmp_path)
-    commit = manifest.read_commit(liar, MEASURE_ID, SHARD.id)
+    commit = shard_files.read_commit(liar, MEASURE_ID, SHARD.id)
     assert commit is not None and commit.attempt == "a" * 16
     assert _names(liar) == sorted(["commit.json", *(f["name"] for f in commit.files.values())])
     assert _publish(liar, SHARD, "b" * 16, tmp_path) == commit
@@ -578,7 +579,7 @@ DAMAGES: dict[str, Damage] = {
     "a table less": lambda c: c["files"].pop("summary"),
     "a table more": lambda c: c["files"].update(x=c["files"]["tokens"]),
     "no files": lambda c: c.update(files=[]),
-    "files of text": lambda c: c.update(files=dict.fromkeys(manifest.TABLES, "x")),
+    "files of text": lambda c: c.update(files=dict.fromkeys(layout.TABLES, "x")),
     "another shard": lambda c: c.update(shard="0" * 32),
     "no attempt": lambda c: c.pop("attempt"),
     "no counts": lambda c: c.update(counts=None),
@@ -597,28 +598,28 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_commit_is_refused(store: str, tmp_path: Path, name: str) -> None:
     _publish(store, SHARD, "a" * 16, tmp_path)
-    edit_sealed(manifest.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json", DAMAGES[name])
+    edit_sealed(shard_files.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json", DAMAGES[name])
     with pytest.raises(StoreError, match=r"commit\.json (is damaged|has schema version 99)"):
         find_commits(store, MEASURE_ID, [SHARD])
 
 
 def test_no_byte_of_a_commit_changes_unseen(store: str, tmp_path: Path) -> None:
     commit = _publish(store, SHARD, "a" * 16, tmp_path)
-    assert manifest.read_committed(store, MEASURE_ID, SHARD.id) == (commit, SHARD)
-    uri = manifest.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json"
+    assert shard_files.read_committed(store, MEASURE_ID, SHARD.id) == (commit, SHARD)
+    uri = shard_files.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json"
     data = storage.read_bytes(uri)
     for at in range(0, len(data), 7):
         rewrite(uri, data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
         with pytest.raises(StoreError, match=r"commit\.json (is damaged|has schema version)"):
-            manifest.read_commit(store, MEASURE_ID, SHARD.id)
+            shard_files.read_commit(store, MEASURE_ID, SHARD.id)
     rewrite(uri, data)
-    assert manifest.read_commit(store, MEASURE_ID, SHARD.id) == commit
+    assert shard_files.read_commit(store, MEASURE_ID, SHARD.id) == commit
 
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 2**40), min_size=8, max_size=8), st.floats(allow_nan=False), st.booleans())
 def test_packed_commits_are_those_that_were_given(numbers: list[int], seconds: float, neurons: bool) -> None:
-    tables = manifest.TABLES + (manifest.NEURON_TABLES if neurons else ())
+    tables = layout.TABLES + (layout.NEURON_TABLES if neurons else ())
     attempt = f"{numbers[0]:016x}"
     files = {t: {"name": f"{attempt}-{t}.parquet", "rows": numbers[1], "bytes": numbers[2], "sha256": f"{at:064x}"}
              for at, t in enumerate(tables)}  # fmt: skip
@@ -645,7 +646,7 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
     options = ReadOptions("auto", "text", None, "file", 1 << 20)
     shards = tuple(Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5))
     config = RunConfig(corpus=("/c",), model="-", store=str(tmp_path))
-    monkeypatch.setattr(manifest, "AHEAD", 4)
+    monkeypatch.setattr(checksums, "AHEAD", 4)
     run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS).run
     table = pq.read_table(f"{run.uri}/plan.parquet")
     header = json.loads(table.schema.metadata[b"afn"])
@@ -714,11 +715,11 @@ def test_a_shard_has_a_bounded_number_of_slices_and_bytes_of_names() -> None:
     assert [s for g in groups for s in g] == long
     assert all(sum(len(json.dumps(s.uri)) for s in g) <= MOST_NAMES_BYTES for g in groups)
     body = {"slices": [asdict(s) for s in groups[0]]}
-    assert len(manifest.sealed(body)) < manifest.JSON_BYTES
+    assert len(checksums.sealed(body)) < checksums.JSON_BYTES
 
 
 def test_nothing_is_written_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
-    monkeypatch.setattr(manifest, "JSON_BYTES", 1000)
+    monkeypatch.setattr(checksums, "JSON_BYTES", 1000)
     with pytest.raises(StoreError, match=r"of 1,\d\d\d bytes was not written: .* its entry long"):
         manifest.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
     with pytest.raises(ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"):

@@ -44,7 +44,7 @@ from afn_ray.schema import (
     strengths,
     tokens_schema,
 )
-from afn_ray.store import blocks, manifest, storage
+from afn_ray.store import blocks, checksums, manifest, storage
 from afn_ray.store.manifest import RunFolder
 
 LAYERS = (0, 8)
@@ -78,7 +78,7 @@ def write_run(
             row[f"{kind[:-1]}_bytes"] = size
             commit["files"][kind] = {"name": f"a-{kind}.parquet", "bytes": size}
             commit["crc32"][kind] = blocks.checksums(storage.read_bytes(uri))
-        storage.write_over(storage.join(store, f"shards/m/s{i}/commit.json"), manifest.sealed(commit))
+        storage.write_over(storage.join(store, f"shards/m/s{i}/commit.json"), checksums.sealed(commit))
         rows.append(row)
         offset += len(documents)
     tokens = pa.concat_tables([t for t, _ in shards]).unify_dictionaries()

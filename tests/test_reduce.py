@@ -44,8 +44,8 @@ from afn_ray.schema import (
     Series,
     Shard,
 )
-from afn_ray.store import manifest, storage
-from afn_ray.store.commits import COUNTS
+from afn_ray.store import layout, shard_files, storage
+from afn_ray.store.commits import COUNTS, Commit
 from afn_ray.store.records import ShardFiles
 
 LAYERS = (0, 8)
@@ -96,7 +96,7 @@ def _corpus(seed: int, num_docs: int, sinks: int = 0, special: bool = True) -> T
     return Tokens(num_docs, np.array(docs, np.int32), np.array(ids, np.int32), np.array(flags, np.uint8), strengths)
 
 
-def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.Commit:
+def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> Commit:
     """A committed shard with the summary of ``tokens``; its other tables are empty."""
     scratch = scratch / f"{number}-{len(list(scratch.iterdir()))}"
     scratch.mkdir()
@@ -115,7 +115,7 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> manifest.
     }  # fmt: skip
     piece = FileSlice(f"/c/{number}", 1, "", "txt", "", 0, 1, 1, 1, f"{tokens.num_docs}")
     shard = Shard.of([piece], ReadOptions("auto", "text", None, "file", 1))
-    return manifest.publish(store, MEASURE_ID, shard, f"{number:016}", files.tables(), counts, 1.0, {})
+    return shard_files.publish(store, MEASURE_ID, shard, f"{number:016}", files.tables(), counts, 1.0, {})
 
 
 def _reduce(store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any) -> dict[str, pa.Table]:
@@ -244,7 +244,7 @@ def test_shards_say_where_the_run_wide_documents_begin(store: str, scratch: Path
     assert [r["doc_offset"] for r in rows] == [0, 6, 8]  # each has a document that was quarantined
     assert [r["n_documents"] for r in rows] == [6, 2, 25]
     assert sum(r["n_tokens"] for r in rows) == len(corpus.docs)
-    assert all(storage.exists(f"{store}/{r[f'{t}_file']}") for r in rows for t in manifest.TABLES)
+    assert all(storage.exists(f"{store}/{r[f'{t}_file']}") for r in rows for t in layout.TABLES)
     assert [r["padding_share"] for r in rows] == [0.5] * 3
 
 
@@ -307,7 +307,7 @@ def test_special_tokens_alone_have_no_threshold(store: str, scratch: Path) -> No
 
 def test_a_damaged_summary_is_named(store: str, scratch: Path) -> None:
     commit = _commit(store, scratch, 0, _corpus(9, 10))
-    uri = f"{manifest.shard_uri(store, MEASURE_ID, commit.shard)}/{commit.files['summary']['name']}"
+    uri = f"{shard_files.shard_uri(store, MEASURE_ID, commit.shard)}/{commit.files['summary']['name']}"
     data = bytearray(storage.read_bytes(uri))
     data[len(data) // 2] ^= 1
     asked: dict[str, Any] = {
@@ -482,7 +482,7 @@ def test_a_damaged_summary_is_named_from_the_leaves_of_a_tree_on_ray(
 ) -> None:
     corpus = _corpus(11, 70)
     commits = [_commit(store, scratch, i, corpus.part(i, i + 1)) for i in range(70)]
-    uri = f"{manifest.shard_uri(store, MEASURE_ID, commits[3].shard)}/{commits[3].files['summary']['name']}"
+    uri = f"{shard_files.shard_uri(store, MEASURE_ID, commits[3].shard)}/{commits[3].files['summary']['name']}"
     storage.delete([uri])
     storage.write_once(uri, b"something else")
     asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,

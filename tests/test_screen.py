@@ -25,7 +25,7 @@ from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, source_depth, source_of
 from afn_ray.runs import worker
 from afn_ray.schema import FEATURES
-from afn_ray.store import manifest
+from afn_ray.store import manifest, shard_files
 
 JUNK = "qvx zzkw jjpq xxvb qqzz kkwv jpqx vbzz"
 
@@ -198,7 +198,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
     run = manifest.find_run(made.store)
     shards, header = manifest.read_shards(run)
     measure_id = run.info["measure"]["id"]
-    found = manifest.find_commits(made.store, measure_id, shards)
+    found = shard_files.find_commits(made.store, measure_id, shards)
     monkeypatch.setattr(screen, "FAN_IN", 2)
     monkeypatch.setattr(screen, "READ_BYTES", 1 + 20_000 * seed)
     monkeypatch.setattr(screen, "PART_DOCS", 40)

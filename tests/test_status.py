@@ -33,8 +33,9 @@ from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.runs.dispatch import State
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
-from afn_ray.store import garbage, manifest, storage
-from afn_ray.store.manifest import Commit
+from afn_ray.store import garbage, layout, manifest, storage
+from afn_ray.store.commits import Commit
+from afn_ray.store.layout import PLANNING
 
 MakeConfig = Callable[..., RunConfig]
 INFRA = Path(__file__).parents[1] / "infra"
@@ -270,7 +271,7 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
 
 def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(make_config: MakeConfig, corpus: str) -> None:
     config = make_config(corpus=(corpus,))
-    planning = storage.join(config.store, manifest.PLANNING)
+    planning = storage.join(config.store, PLANNING)
     failed = {**status.NOTHING, "phase": "failed", "exit_code": 2, "reason": "a misspelt flag"}
 
     def plant(written_at: str, **values: Any) -> None:
@@ -318,7 +319,7 @@ def test_a_strangers_status_is_none(make_config: MakeConfig, corpus: str, text: 
     with afn_ray.run(config) as run:
         folder = Path(run.uri)
     (folder / "run.json").unlink()
-    (folder / manifest.STATUS).write_text(text)
+    (folder / layout.STATUS).write_text(text)
     (found,) = status.read_status(config.store)
     assert found.state in ("starting", "begun") and list(status.lines(found)) and list(status.table([found]))
 

@@ -28,7 +28,7 @@ from afn_ray.analysis.verify import Finding, Verification, lines
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.store import manifest, storage
+from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.layout import RAY_IGNORE
 
 
@@ -226,7 +226,7 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary")
 
 
-@pytest.mark.parametrize("table", manifest.TABLES)
+@pytest.mark.parametrize("table", layout.TABLES)
 @pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "emptied", "missing"])
 def test_a_damaged_file_of_a_shard_is_named(store: Copy, table: str, damage: str) -> None:
     uri = store.file(table)
@@ -335,7 +335,7 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
     assert all(uri.startswith(disguised) and uri.endswith(".parquet") for _, uri in found)
 
 
-@pytest.mark.parametrize("table", manifest.TABLES)
+@pytest.mark.parametrize("table", layout.TABLES)
 @pytest.mark.parametrize("whose", ["measure", "shard", "table"])
 def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
     store: Copy, other: Path, table: str, whose: str
@@ -443,7 +443,7 @@ def test_a_wrong_row_is_found_though_commit_and_footer_agree(made: Path, tmp_pat
 
 def test_an_edit_of_rows_that_changes_nothing_is_none(made: Path, tmp_path: Path) -> None:
     store = copy(made, str(tmp_path / "store"))
-    for table in manifest.TABLES:
+    for table in layout.TABLES:
         edit_rows(store, table, lambda t: t)
     assert [f for f in store.verify().findings if f.kind != "tables"] == []  # only the sizes in shards.parquet differ
 
@@ -598,7 +598,7 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
     before, commit = store.files, storage.read_bytes(store.commit)
     uri = store.commit
     storage.delete([f"{store.run}/run.json", uri])
-    read = manifest.read_committed
+    read = shard_files.read_committed
     calls = []
 
     def commits_late(*place: Any) -> Any:
@@ -608,7 +608,7 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
             storage.write_once(uri, commit)
         return found
 
-    monkeypatch.setattr(manifest, "read_committed", commits_late)
+    monkeypatch.setattr(shard_files, "read_committed", commits_late)
     v = store.verify(clean=True, min_age_h=0)
     assert calls and len(v.orphans) == 3 and not any(o.removed for o in v.orphans)
     assert sorted([*store.files, f"{store.run}/run.json"]) == before

@@ -31,7 +31,7 @@ from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job, precheck
-from afn_ray.store import manifest, settings, storage
+from afn_ray.store import checksums, manifest, settings, storage
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
@@ -170,7 +170,7 @@ def run_audit(
         run = manifest.find_run(opened.uri)
     before = named or BASELINES[baseline](run)
     comparison = None if before is None else compare.compare(before, run)
-    with manifest.named_damage(run.uri):
+    with checksums.named_damage(run.uri):
         lost = losses.of_run(run)
         rules = tuple(judge(policy, run, comparison, lost, _sources_of(run)))
         notes = tuple(_notes(policy, run, comparison, baseline))

@@ -25,7 +25,8 @@ from afn_ray.schema import (
     token_neurons_schema,
     tokens_schema,
 )
-from afn_ray.store import manifest, records
+from afn_ray.store import records
+from afn_ray.store.commits import Commit
 
 Ints = npt.NDArray[np.int64]
 
@@ -35,7 +36,7 @@ class Wrong(Exception):
 
 
 def check_rows(
-    tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, read: Shard, measure: Mapping[str, Any] | None
+    tables: Mapping[str, pq.ParquetFile], commit: Commit, read: Shard, measure: Mapping[str, Any] | None
 ) -> None:
     """Raises ``Wrong`` at the first promise that the rows of a shard break."""
     series, tagged = _check_schemas(tables, commit, measure)
@@ -61,7 +62,7 @@ def check_rows(
 
 
 def _check_schemas(
-    tables: Mapping[str, pq.ParquetFile], commit: manifest.Commit, measure: Mapping[str, Any] | None
+    tables: Mapping[str, pq.ParquetFile], commit: Commit, measure: Mapping[str, Any] | None
 ) -> tuple[tuple[Series, ...], bool]:
     """What was recorded, and whether with tags: by ``measure``, or where no run knows it as the tokens have it."""
     names = tables["tokens"].schema_arrow.names

@@ -21,9 +21,10 @@ from afn_ray.errors import ConfigError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.schema import Shard, fingerprint
-from afn_ray.store import blocks, epochs, manifest, orphans, parquet, records, storage
+from afn_ray.store import blocks, checksums, epochs, layout, manifest, orphans, parquet, records, shard_files, storage
 from afn_ray.store.blocks import Blocks
-from afn_ray.store.manifest import Place
+from afn_ray.store.commits import Commit
+from afn_ray.store.layout import Place
 from afn_ray.store.orphans import Age, Orphan, Plans
 from afn_ray.text import count
 
@@ -73,7 +74,7 @@ class Verification:
 class _Checked:
     """One committed shard as it was found."""
 
-    commits: dict[int, manifest.Commit] = field(default_factory=dict)  # by generation
+    commits: dict[int, Commit] = field(default_factory=dict)  # by generation
     findings: list[Finding] = field(default_factory=list)
     unnamed: list[storage.StoredFile] = field(default_factory=list)  # by none of its commits
     num_files: int = 0
@@ -104,7 +105,7 @@ def verify_store(
     findings: list[Finding] = []
     dead: list[str] = []
     if store == uri:
-        there = manifest.sort_files(store, storage.list_below(store))
+        there = layout.sort_files(store, storage.list_below(store))
         epoch = _newest_epoch(store, findings)
         for name in sorted(there.runs):
             if _is_condemned(store, name):
@@ -117,11 +118,9 @@ def verify_store(
             manifest.find_run(uri)  # it says so
         runs = [run := _Run(store, name)]
         planned = {(run.measure_id, shard.id) for shard in run.shards}
-        there = manifest.sort_files(store, storage.list_below(uri))
+        there = layout.sort_files(store, storage.list_below(uri))
         if planned:
-            shards = manifest.sort_files(
-                store, storage.list_below(storage.join(store, "shards", run.measure_id))
-            ).shards
+            shards = layout.sort_files(store, storage.list_below(storage.join(store, "shards", run.measure_id))).shards
             there.shards = {place: files for place, files in shards.items() if place in planned}
         epoch = _newest_epoch(store, findings)
     files = there.shards
@@ -135,7 +134,7 @@ def verify_store(
     generations = epoch.generations()
 
     def check(place: Place) -> _Checked:
-        redo = _redo_shard(manifest.shard_uri(store, *place), lists.get(place, []))
+        redo = _redo_shard(shard_files.shard_uri(store, *place), lists.get(place, []))
         return _check_shard(
             store, place, files[place], measures.get(place[0]), generations.get(place, epoch.number), redo
         )
@@ -219,7 +218,7 @@ def _check_pilot(store: str, name: str) -> Iterator[Finding]:
 
 def _without(error: StoreError, uri: str) -> str:
     """The message of ``error``, which a finding prints behind ``uri``; and this is 'afn verify'."""
-    return str(error).removeprefix(f"{uri} ").removeprefix("is damaged: ").removesuffix(manifest.ASK_VERIFY)
+    return str(error).removeprefix(f"{uri} ").removeprefix("is damaged: ").removesuffix(checksums.ASK_VERIFY)
 
 
 def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Finding | None]:
@@ -249,36 +248,36 @@ def _check_shard(
     ``generation``: the one that counts; ``redo``: what to do about it when it is not as it was committed.
     """
     checked = _Checked()
-    folder = manifest.shard_uri(store, *place)
+    folder = shard_files.shard_uri(store, *place)
     try:
         names = {file.uri.rpartition("/")[2]: file for file in files}
-        generations = {n for name in names if (n := manifest.generation_of(name)) is not None}
+        generations = {n for name in names if (n := layout.generation_of(name)) is not None}
         found = {}
         for number in sorted({*generations, max(0, generation)}):  # the one that counts may have come since
-            name = manifest.commit_name(number)
+            name = layout.commit_name(number)
             try:
-                committed = manifest.read_committed(store, *place, number)
-                blocks_of = {} if committed is None else manifest.committed_blocks(store, *place, number)
+                committed = shard_files.read_committed(store, *place, number)
+                blocks_of = {} if committed is None else shard_files.committed_blocks(store, *place, number)
             except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
                 uri = storage.join(folder, name)
                 checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
                 return checked
             if committed is not None:
                 found[number] = (*committed, blocks_of)
-        named = {manifest.commit_name(number) for number in generations}
+        named = {layout.commit_name(number) for number in generations}
         for number, one in found.items():
             checked.commits[number] = one[0]
             named |= {str(file["name"]) for file in one[0].files.values()}
-            uri = storage.join(folder, manifest.commit_name(number))
+            uri = storage.join(folder, layout.commit_name(number))
             _check_commit(checked, uri, one, (place[0], measure), redo)
         checked.unnamed = [file for name, file in names.items() if name not in named]
-    except manifest.DAMAGES as error:
+    except checksums.DAMAGES as error:
         checked.findings.append(Finding("damaged", folder, f"it is not what afn-ray writes: {error!r}; {redo}"))
     return checked
 
 
 def _check_commit(
-    checked: _Checked, uri: str, committed: tuple[manifest.Commit, Shard, Mapping[str, Blocks]],
+    checked: _Checked, uri: str, committed: tuple[Commit, Shard, Mapping[str, Blocks]],
     of: tuple[str, Mapping[str, Any] | None], redo: str,
 ) -> None:  # fmt: skip
     """Add to ``checked`` what is wrong with the commit at ``uri`` and its files. ``of``: the measure's id, and it."""
@@ -408,14 +407,14 @@ class _Run:
         named = orphans.names_of(self.folder)
         for file in files:
             name = file.uri.rpartition("/")[2]
-            if name not in named and not manifest.LEASE.fullmatch(name):
+            if name not in named and not layout.LEASE.fullmatch(name):
                 yield age.orphan(file, True)
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
         """Compare the complete run with its shards. Damage of a shard is told there, and leaves the run unproved."""
         try:
             self._check(checked, memory_limit)
-        except (StoreError, *manifest.DAMAGES) as error:
+        except (StoreError, *checksums.DAMAGES) as error:
             told = str(error) if isinstance(error, StoreError) else f"it is not what afn-ray writes: {error!r}"
             self._find("tables", self.folder.uri, told)
             self.proved = False
@@ -444,7 +443,7 @@ class _Run:
                 theirs = [c for c in one.commits.values() if f"{folder}/{c.files['tokens']['name']}" in named]
                 commits.append(theirs[0] if theirs else one.commits[max(one.commits)])
             elif one is None or not one.findings:
-                uri = storage.join(manifest.shard_uri(self.folder.store, self.measure_id, shard.id), "commit.json")
+                uri = storage.join(shard_files.shard_uri(self.folder.store, self.measure_id, shard.id), "commit.json")
                 self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
         if self.findings or any(one is None or one.findings for one in found):
             return
@@ -467,7 +466,7 @@ class _Run:
         """The files of tokens that the run names; none where its table says nothing."""
         try:
             return set(manifest.read_table(self.folder, "shards")["tokens_file"].to_pylist())
-        except (StoreError, *manifest.DAMAGES):
+        except (StoreError, *checksums.DAMAGES):
             return set()
 
     def _table_uri(self, name: str) -> str:
@@ -481,7 +480,7 @@ class _Run:
                 self._find("tables", self._table_uri(name), differs)
 
     def _reduced(
-        self, commits: Sequence[manifest.Commit], num_bytes: Sequence[int], vocabulary: pa.Table, files: pa.Table
+        self, commits: Sequence[Commit], num_bytes: Sequence[int], vocabulary: pa.Table, files: pa.Table
     ) -> dict[str, pa.Table]:
         """The run's tables anew: reduced from the summaries, which were proved to be those of the rows, and screened.
 
@@ -554,7 +553,7 @@ class _Run:
 
 
 def _wrong_totals(
-    stored: Mapping[str, Any], commits: Sequence[manifest.Commit], given_up: Sequence[Shard]
+    stored: Mapping[str, Any], commits: Sequence[Commit], given_up: Sequence[Shard]
 ) -> str:  # fmt: skip
     """How the counts of a run.json differ from the sums over its commits and the shards that it gave up; empty where
     they do not."""

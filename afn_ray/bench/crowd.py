@@ -15,8 +15,8 @@ from afn_ray.errors import OutOfMemory, ShardError, Unavailable
 from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.runs.progress import Progress, total
 from afn_ray.schema import Shard
-from afn_ray.store import manifest
-from afn_ray.store.commits import COUNTS
+from afn_ray.store import layout
+from afn_ray.store.commits import COUNTS, Commit
 
 SHARD_S, SPREAD = 300.0, 0.25
 """Of a worker for a shard, lognormal: mean, and standard deviation of the logarithm."""
@@ -255,16 +255,16 @@ class Crowd:
         return Done(worker, shard.id, arrived(shard.id))
 
 
-def arrived(shard: str) -> manifest.Commit:
+def arrived(shard: str) -> Commit:
     """A commit as it comes over the wire, with nothing that others share."""
     attempt = shard[:16]
     files = {
         table: {"name": f"{attempt}-{table}.parquet", "rows": SHARD_TOKENS, "bytes": 4_800_000, "sha256": shard * 2}
-        for table in manifest.TABLES
+        for table in layout.TABLES
     }
     counts = {**dict.fromkeys(COUNTS, 0), "documents": SHARD_TOKENS // 200, "tokens": SHARD_TOKENS,
               "special": SHARD_TOKENS // 100, "windows": SHARD_TOKENS // 200, "forward_tokens": SHARD_TOKENS,
               "chars": SHARD_BYTES}  # fmt: skip
     made_by = {"device": "cuda", "afn-ray": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0"}
     files, counts, made_by = json.loads(json.dumps([files, counts, made_by]))  # shares nothing, as what comes over Ray
-    return manifest.Commit(shard, attempt, files, counts, 301.25, made_by)
+    return Commit(shard, attempt, files, counts, 301.25, made_by)

@@ -17,7 +17,7 @@ from afn_ray.config import RunConfig
 from afn_ray.runs import plan, worker
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import Document, strength_column
-from afn_ray.store import manifest
+from afn_ray.store import manifest, shard_files
 
 STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
 
@@ -89,9 +89,9 @@ class Job(_Ours):
         store = str(Path(self._config.store) / str(self._num_runs))
         strengths: list[Norms] = []
         for shard in self._plans[profile].shards:
-            commit = manifest.read_commit(store, self._task.measure_id, shard.id)
+            commit = shard_files.read_commit(store, self._task.measure_id, shard.id)
             assert commit is not None
-            folder = Path(manifest.shard_uri(store, self._task.measure_id, shard.id))
+            folder = Path(shard_files.shard_uri(store, self._task.measure_id, shard.id))
             column = strength_column(self._layer)
             table = pq.read_table(folder / commit.files["tokens"]["name"], columns=["doc", column])
             bounds = np.flatnonzero(np.diff(table["doc"].to_numpy())) + 1

@@ -33,8 +33,8 @@ from afn_ray.errors import AfnError
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
-from afn_ray.store import manifest
-from afn_ray.store.commits import COUNTS
+from afn_ray.store import layout, shard_files
+from afn_ray.store.commits import COUNTS, Commit
 from afn_ray.store.records import TableFile
 from afn_ray.store.storage import sha256_file
 
@@ -95,7 +95,7 @@ def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]
         summary = Summary((SERIES,))
         summary.add((np.arange(n) // DOCUMENT_TOKENS).astype(np.int32), ids, flags, {SERIES: strengths})
         shard = f"{number:032x}"
-        path = Path(manifest.shard_uri(store, MEASURE_ID, shard)) / "0-summary.parquet"
+        path = Path(shard_files.shard_uri(store, MEASURE_ID, shard)) / "0-summary.parquet"
         path.parent.mkdir(parents=True)
         file = TableFile(path, SUMMARY_SCHEMA)
         for table in summary.tables():
@@ -140,15 +140,15 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _commit(row: dict[str, Any]) -> manifest.Commit:
+def _commit(row: dict[str, Any]) -> Commit:
     """The commit that a shard with this summary would have."""
     counts = {**dict.fromkeys(COUNTS, 0), "documents": row["documents"], "tokens": row["tokens"],
               "windows": row["documents"], "forward_tokens": row["tokens"]}  # fmt: skip
     files = {
         table: {"name": f"0-{table}.parquet", "rows": row["rows"], "bytes": row["bytes"], "sha256": row["sha256"]}
-        for table in manifest.TABLES
+        for table in layout.TABLES
     }
-    return manifest.Commit(row["shard"], "0", files, counts, 1.0, {})
+    return Commit(row["shard"], "0", files, counts, 1.0, {})
 
 
 def _digest(tables: list[pa.Table]) -> str:

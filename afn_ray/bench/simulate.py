@@ -35,7 +35,7 @@ from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
-from afn_ray.store import manifest, storage
+from afn_ray.store import checksums, layout, manifest, shard_files, storage
 from afn_ray.store.commits import Commits
 
 COMMITS_READ = 2_000
@@ -174,7 +174,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
                 setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
             with meter.part("loop"):
                 state = dispatcher.run()
-        told = json.loads(storage.read_bytes(storage.join(folder.uri, manifest.STATUS)))
+        told = json.loads(storage.read_bytes(storage.join(folder.uri, layout.STATUS)))
     remember("with all commits")
     _check(plan, crowd, state)
     shards = told["shards"]
@@ -218,10 +218,10 @@ def _find_some(store: str, shards: Sequence[Shard]) -> float:
         commit = arrived(shard.id)
         body = {"schema_version": SCHEMA_VERSION, "measure": MEASURE_ID, **asdict(commit),
                 "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options)}  # fmt: skip
-        folder = manifest.shard_uri(store, MEASURE_ID, shard.id)
-        storage.write_once(storage.join(folder, "commit.json"), manifest.sealed(body))
+        folder = shard_files.shard_uri(store, MEASURE_ID, shard.id)
+        storage.write_once(storage.join(folder, "commit.json"), checksums.sealed(body))
     began = time.process_time()
-    assert len(manifest.find_commits(store, MEASURE_ID, shards)) == len(shards)
+    assert len(shard_files.find_commits(store, MEASURE_ID, shards)) == len(shards)
     return (time.process_time() - began) / len(shards) * 1e6
 
 

@@ -38,7 +38,7 @@ from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, fingerprint
-from afn_ray.store import manifest
+from afn_ray.store import manifest, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import ShardFiles, make_table
 
@@ -163,7 +163,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
         counts = {**dict.fromkeys(COUNTS, 0), "documents": num_documents, "tokens": tokens,
                   "special": 2 * num_documents, "windows": num_documents, "forward_tokens": tokens,
                   "chars": 6 * tokens}  # fmt: skip
-        manifest.publish(
+        shard_files.publish(
             store, fingerprint(MEASURE), shard, "0", files.tables(), counts, time.monotonic() - began, {"device": "-"}
         )
 
@@ -173,7 +173,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     config = _config(store)
     shards = [_shard(store, number) for number in range(first, first + num_shards)]
     measure_id = fingerprint(MEASURE)
-    commits = manifest.find_commits(store, measure_id, shards)
+    commits = shard_files.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]
     folder = manifest.begin_run(config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()).run
     written, readable = pieces()

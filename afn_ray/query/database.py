@@ -44,7 +44,7 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.store import manifest, storage
+from afn_ray.store import checksums, manifest, storage
 from afn_ray.text import printable
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
@@ -81,7 +81,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
     folder = manifest.find_run(uri)
-    with manifest.named_damage(folder.uri):
+    with checksums.named_damage(folder.uri):
         tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
         files = _files(folder, tables["shards"])
         named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
@@ -306,7 +306,7 @@ class Run:
         )
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._here: duckdb.DuckDBPyConnection | None = None
-        with manifest.named_damage(folder.uri):
+        with checksums.named_damage(folder.uri):
             tables = _tables(folder, baseline)
             files = _files(folder, tables["shards"])
             named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
@@ -521,7 +521,7 @@ def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
     try:
         return manifest.read_table(folder, name).select(schema.names).cast(schema)
-    except manifest.DAMAGES as error:
+    except checksums.DAMAGES as error:
         raise StoreError(f"{folder.uri}/{name}.parquet is damaged: {error}") from error
 
 

@@ -24,7 +24,7 @@ from afn_ray.reduce import losses
 from afn_ray.reduce.histogram import Histogram, starts, to_bins, to_values
 from afn_ray.reduce.tree import wilson
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PARTS_OF_WORDS, in_order
-from afn_ray.store import manifest
+from afn_ray.store import checksums, manifest
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
@@ -84,7 +84,7 @@ def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool 
             f"runs {a.uri} and {b.uri} have no layer in common: {_listed(a.info['layers'])} against "
             f"{_listed(b.info['layers'])}"
         )
-    with manifest.named_damage(f"{a.uri} or {b.uri}"):
+    with checksums.named_damage(f"{a.uri} or {b.uri}"):
         return _compared(a, b, layers, ranks_only=ranks_only, same_measure=same_measure)
 
 

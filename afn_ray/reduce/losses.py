@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
 from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
-from afn_ray.store import manifest, parquet
+from afn_ray.store import manifest, parquet, shard_files
+from afn_ray.store.commits import Commit
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import count
 
@@ -64,7 +65,7 @@ class Losses:
 
 
 def files_table(
-    store: str, measure_id: str, commits: Sequence[manifest.Commit], *, shards: Sequence[Shard],
+    store: str, measure_id: str, commits: Sequence[Commit], *, shards: Sequence[Shard],
     skipped: Iterable[FileInfo], tasks: Tasks | None = None,
 ) -> pa.Table:  # fmt: skip
     """A row of ``FILES_SCHEMA`` for each file of the corpus, by URI.
@@ -126,7 +127,7 @@ def _losses(store: str, measure_id: str, entries: Sequence[Entry]) -> list[pa.Ta
     """What each file lost, from some shards' documents; files that lost nothing are left out."""
     tables = []
     for shard, entry in entries:
-        data = manifest.read_file(store, measure_id, shard, entry)
+        data = shard_files.read_file(store, measure_id, shard, entry)
         documents = parquet.read(data, list(READ), use_threads=False)
         status = documents["status"].cast(pa.string())
         rows = {

@@ -44,7 +44,8 @@ from afn_ray.reduce import losses
 from afn_ray.reduce.histogram import BIN_BITS, COMPACT_KEYS, Histogram, round_strengths, to_bins, to_values
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
 from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA, SPECIAL, WORD_START, Shard, strength_column
-from afn_ray.store import manifest, parquet, records
+from afn_ray.store import parquet, records, shard_files
+from afn_ray.store.commits import Commit
 
 MAX_SOURCES = 1000
 """With more files than that, sources are the deepest folders of which there are fewer."""
@@ -101,7 +102,7 @@ RANKED = pa.schema(
 
 
 def scan_run(
-    store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int], *, shards: Sequence[Shard],
+    store: str, measure_id: str, commits: Sequence[Commit], layers: Sequence[int], *, shards: Sequence[Shard],
     labels: pa.Table, files: pa.Table, vocabulary: pa.Table, readable: Sequence[str], worst: int,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:  # fmt: skip
@@ -173,7 +174,7 @@ def _tree(tasks: Tasks, merge: Callable[..., Sequence[Any]], handles: list[Any],
             return handles[0]
 
 
-def _places(commits: Sequence[manifest.Commit]) -> Iterator[Place]:
+def _places(commits: Sequence[Commit]) -> Iterator[Place]:
     doc_offset = 0
     for commit in commits:
         yield Place(commit.shard, doc_offset, commit.files["tokens"], commit.files["documents"])
@@ -207,7 +208,7 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
 
 
 def _read(store: str, measure_id: str, place: Place, entry: dict[str, Any], columns: Sequence[str]) -> pa.Table:
-    data = manifest.read_file(store, measure_id, place.shard, entry)
+    data = shard_files.read_file(store, measure_id, place.shard, entry)
     return parquet.read(data, columns, use_threads=False).combine_chunks()
 
 
@@ -227,7 +228,7 @@ def _scan(
         n = np.zeros(len(source), np.int64)
         features = [np.zeros(len(source), np.float32) for _ in FEATURES]
         pieces: list[tuple[Histogram, ...]] = [tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)]
-        file = parquet.open_file(manifest.read_file(store, measure_id, place.shard, place.tokens))
+        file = parquet.open_file(shard_files.read_file(store, measure_id, place.shard, place.tokens))
         ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
         for _, tokens in records.whole_documents(file, ends, ["token_id", "flags", *map(strength_column, layers)]):
             flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()

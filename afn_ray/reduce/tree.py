@@ -54,7 +54,8 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.store import manifest, parquet
+from afn_ray.store import checksums, layout, parquet, shard_files
+from afn_ray.store.commits import Commit
 
 READ_AHEAD = 8
 FAN_IN = 64
@@ -118,7 +119,7 @@ class SummaryFile(NamedTuple):
 
 
 def reduce_run(
-    store: str, measure_id: str, commits: Sequence[manifest.Commit], series: Sequence[Series], *,
+    store: str, measure_id: str, commits: Sequence[Commit], series: Sequence[Series], *,
     pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
     frozen: Sequence[dict[str, Any]] = (), neuron_layers: Sequence[int] = (), high_neurons: bool = False,
     tagged: bool = False, tasks: Tasks | None = None,
@@ -187,7 +188,7 @@ def reduce_run(
 class _Files:
     """What it takes to read a table of every shard, in order; made anew each time, since a run may have a million."""
 
-    def __init__(self, commits: Sequence[manifest.Commit], table: str) -> None:
+    def __init__(self, commits: Sequence[Commit], table: str) -> None:
         self._commits, self._table = commits, table
 
     def __iter__(self) -> Iterator[SummaryFile]:
@@ -197,7 +198,7 @@ class _Files:
 
 
 def _neurons(
-    tasks: Tasks, store: str, measure_id: str, commits: Sequence[manifest.Commit], layers: Sequence[int],
+    tasks: Tasks, store: str, measure_id: str, commits: Sequence[Commit], layers: Sequence[int],
     vocabulary: pa.Table, high_only: bool, readable: Sequence[str],
 ) -> dict[str, pa.Table]:  # fmt: skip
     """The tables of neurons. Tokens that have a list are all but special ones, or those of them that are HIGH."""
@@ -340,7 +341,7 @@ def _read_pairs(store: str, measure_id: str, files: Sequence[SummaryFile], layer
     """The sum of the pairs of ``files`` at ``layer``; part p has the neurons whose number is p modulo the number."""
 
     def read(file: SummaryFile) -> neurons.Pairs:
-        data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
+        data = shard_files.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
         table = parquet.read(data, filters=[("layer", "=", layer)], use_threads=False)
         return neurons.Pairs.from_table(table)
 
@@ -434,7 +435,7 @@ def _read_series(
 
 def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.Table | None:
     """Row group ``at`` of a summary; None where it is not there: of a shard without tokens, or without tags."""
-    data = manifest.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
+    data = shard_files.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
     summary = parquet.open_file(data)
     return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None
 
@@ -442,7 +443,7 @@ def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.T
 # --- the tables ------------------------------------------------------------------------------------------
 
 
-def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes: Sequence[int]) -> pa.Table:
+def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence[int]) -> pa.Table:
     """Where the shards' files are and how many rows they hold, in plan order."""
     tables = [SHARDS_SCHEMA.empty_table()]
     rows: list[dict[str, Any]] = []
@@ -460,13 +461,13 @@ def shards_table(measure_id: str, commits: Sequence[manifest.Commit], num_bytes:
                 "padding_share": max(0.0, 1 - counts["tokens"] / forward),
                 "num_bytes": size, "token_bytes": files["tokens"]["bytes"],
                 "document_bytes": files["documents"]["bytes"], "summary_bytes": files["summary"]["bytes"],
-                **{f"{t}_bytes": files[t]["bytes"] if t in files else 0 for t in manifest.NEURON_TABLES},
+                **{f"{t}_bytes": files[t]["bytes"] if t in files else 0 for t in layout.NEURON_TABLES},
                 "seconds": commit.seconds,
-                **{f"{t}_file": f"{folder}/{files[t]['name']}" for t in (*manifest.TABLES, "neurons") if t in files},
+                **{f"{t}_file": f"{folder}/{files[t]['name']}" for t in (*layout.TABLES, "neurons") if t in files},
             }
         )  # fmt: skip
         doc_offset += counts["documents"]
-        if len(rows) == manifest.AHEAD:
+        if len(rows) == checksums.AHEAD:
             tables.append(pa.Table.from_pylist(rows, SHARDS_SCHEMA))
             rows = []
     return pa.concat_tables([*tables, pa.Table.from_pylist(rows, SHARDS_SCHEMA)]).combine_chunks()

@@ -20,8 +20,8 @@ from afn_ray.reduce.tree import reduce_run
 from afn_ray.runs import cluster, dispatch, outliers, precision, status, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import Document, Shard, fingerprint
-from afn_ray.store import epochs, manifest, storage
-from afn_ray.store.commits import Commits, total_counts
+from afn_ray.store import epochs, manifest, shard_files, storage
+from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
@@ -102,7 +102,7 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
     same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
     if not reduce_only:
         shards = epochs.newest(asked.config.store).marked(asked.task.measure_id, asked.plan.shards)
-        commits = manifest.find_commits(asked.config.store, asked.task.measure_id, shards)
+        commits = shard_files.find_commits(asked.config.store, asked.task.measure_id, shards)
     if same is not None and same.info:
         _say_nothing_to_do(asked, same, on_event)
         return Stock(commits, True)
@@ -115,7 +115,7 @@ def _commits_to_reduce(asked: Prepared) -> Commits:
     """Commits of the plan, for a reduce alone. Raises ``IncompleteRun`` where too many are lacking."""
     config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
     shards = epochs.newest(config.store).marked(measure_id, plan.shards)
-    commits = manifest.find_commits(config.store, measure_id, shards)
+    commits = shard_files.find_commits(config.store, measure_id, shards)
     if len(plan.shards) - len(commits) > config.allow_quarantined:
         raise IncompleteRun(_lacking(config, measure_id, plan, len(commits)))
     return commits
@@ -159,7 +159,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         _say_nothing_to_do(asked, folder, on_event)
         _report_losses(folder, on_event)
         return _opened(claim)
-    commits = manifest.find_commits(config.store, task.measure_id, plan.shards)  # after the claim: gc leaves these
+    commits = shard_files.find_commits(config.store, task.measure_id, plan.shards)  # after the claim: gc leaves these
     todo = [s for s in plan.shards if s.id not in commits]
     reporter.begin(folder, plan.shards, commits)
     task = replace(task, run=folder.id)
@@ -449,10 +449,10 @@ def _no_pilot(store: str) -> str:
     )
 
 
-def _no_tokens(store: str, measure_id: str, commits: Sequence[manifest.Commit]) -> str:
+def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
     reasons: list[str] = []
     for commit in commits:
-        table = manifest.read_shard_table(store, measure_id, commit, "documents")
+        table = shard_files.read_shard_table(store, measure_id, commit, "documents")
         rows = zip(*(table[name].to_pylist() for name in ("source", "status")), strict=True)
         reasons += [f"{source}: {why.removeprefix('quarantined: ')}" for source, why in rows if why != "empty"]
         if len(reasons) >= MOST_REASONS:

@@ -16,7 +16,8 @@ from afn_ray.schema import (
     Shard,
 )
 from afn_ray.store import storage
-from afn_ray.store.manifest import IO_THREADS, Plan, cuts_id, proved_rows, read_plan, run_names
+from afn_ray.store.checksums import IO_THREADS
+from afn_ray.store.manifest import Plan, cuts_id, proved_rows, read_plan, run_names
 
 MOST_SLICES = 10_000
 """Slices of one shard; its commit.json has a line of 0.5 kB beside the name for each."""

@@ -23,9 +23,10 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError
 from afn_ray.reduce import losses
 from afn_ray.schema import Shard
-from afn_ray.store import manifest, storage
+from afn_ray.store import checksums, manifest, storage
 from afn_ray.store.commits import Commits, total_counts
-from afn_ray.store.manifest import PLANNING, STATUS, RunFolder
+from afn_ray.store.layout import PLANNING, STATUS
+from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
 if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
@@ -249,7 +250,7 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     if not names and body is None:
         raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
     look = _Look(uri)
-    with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
+    with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
         looks = zip(names, pool.map(look.run, names), strict=True)
     runs = [s for name, s in looks if s is not None and s.body.get("run", name) == name]  # others are copies
     if body is not None:
@@ -305,7 +306,7 @@ class _Look:
         if folder.condemned:
             return None
         if folder.info:
-            with manifest.named_damage(storage.join(folder.uri, "run.json")):
+            with checksums.named_damage(storage.join(folder.uri, "run.json")):
                 return Status(folder.uri, "complete", None, _body_of(folder.info))
         uri = storage.join(folder.uri, STATUS)
         if (body := _read(uri)) is not None:

@@ -43,8 +43,8 @@ from afn_ray.schema import (
     neurons_column,
     token_neurons_schema,
 )
-from afn_ray.store import disk, manifest, records
-from afn_ray.store.commits import COUNTS
+from afn_ray.store import disk, records, shard_files
+from afn_ray.store.commits import COUNTS, Commit
 from afn_ray.store.layout import SCRATCH_PREFIX
 from afn_ray.tokens import culprits, encode, windows
 from afn_ray.tokens.feed import Chunk, Feed, Prepared, Preparer, Recipe
@@ -229,7 +229,7 @@ class Processor:
         """Ends the tokenizer's thread or processes."""
         self.feed.close()
 
-    def process(self, shard: Shard, halvings: int = 0) -> manifest.Commit:
+    def process(self, shard: Shard, halvings: int = 0) -> Commit:
         """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a rival's.
 
         ``halvings``: how often the token budget is halved, for a shard that met too little memory. Raises
@@ -255,9 +255,10 @@ class Processor:
                   seconds=round(time.monotonic() - began, 3))  # fmt: skip
         return commit
 
-    def _process(self, shard: Shard, halvings: int, attempt: str) -> manifest.Commit:
+    def _process(self, shard: Shard, halvings: int, attempt: str) -> Commit:
         config = self.task.config
-        if (commit := manifest.read_commit(config.store, self.task.measure_id, shard.id, shard.generation)) is not None:
+        commit = shard_files.read_commit(config.store, self.task.measure_id, shard.id, shard.generation)
+        if commit is not None:
             return commit  # another run, or an attempt whose answer was lost, was here first
         counts = dict.fromkeys(COUNTS, 0)
         summary = Summary(self.task.series, self.task.tagged)
@@ -273,7 +274,7 @@ class Processor:
                 if files.pairs is not None:
                     files.pairs.write_each(pairs.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
-            return manifest.publish(
+            return shard_files.publish(
                 config.store, self.task.measure_id, shard, attempt, files.tables(), counts, round(seconds, 3), made_by
             )  # fmt: skip
 

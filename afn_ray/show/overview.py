@@ -22,7 +22,7 @@ from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.tree import wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
-from afn_ray.store import manifest
+from afn_ray.store import checksums, manifest
 from afn_ray.text import count, printable
 
 SALIENT_WORDS = 10
@@ -78,7 +78,7 @@ class Summary:
 
 def summarise(run: manifest.RunFolder) -> Summary:
     """The summary of a complete run, from its small tables alone."""
-    with manifest.named_damage(run.uri):
+    with checksums.named_damage(run.uri):
         return _summarise(run)
 
 
@@ -206,7 +206,7 @@ def model_title(name: str) -> str:
 
 def facts(summary: Summary) -> list[tuple[str, str]]:
     """What the run is: names and values, for people to read. Raises ``StoreError`` for a damaged run.json."""
-    with manifest.named_damage(summary.uri):
+    with checksums.named_damage(summary.uri):
         return _facts(summary)
 
 
@@ -271,7 +271,7 @@ def cautions(summary: Summary) -> list[str]:
 
 def render(summary: Summary, console: Console) -> None:
     """What the run is, its thresholds, its class shares beside their control, and what to be careful about."""
-    with manifest.named_damage(summary.uri):
+    with checksums.named_damage(summary.uri):
         _render(summary, console)
 
 

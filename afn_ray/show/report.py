@@ -23,7 +23,7 @@ from afn_ray.reduce import compare, losses
 from afn_ray.schema import FEATURES
 from afn_ray.show import charts, overview
 from afn_ray.show.charts import MAX_ROWS, Chart, Table, cut, number, percent
-from afn_ray.store import manifest, storage
+from afn_ray.store import checksums, manifest, storage
 from afn_ray.text import printable
 
 MAX_CHARS = 10_000
@@ -73,7 +73,7 @@ def render(
     """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the tokens once, and
     more often ``with_claims``. Raises ``StoreError`` for a damaged run."""
     jinja2, vl_convert = check_packages()
-    with manifest.named_damage(run.uri):
+    with checksums.named_damage(run.uri):
         return _render(jinja2, vl_convert, run, comparison, with_claims)
 
 

@@ -19,7 +19,6 @@ Layout: ``gc/<epoch>.parquet``, written once; the newest alone counts.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -31,11 +30,8 @@ import pyarrow.compute as pc
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import SCHEMA_VERSION, Shard
 from afn_ray.store import parquet, storage
+from afn_ray.store.layout import EPOCH_FILE, EPOCHS, Place
 
-Place = tuple[str, str]  # measure, shard
-
-FOLDER = "gc"
-FILE = re.compile(r"[0-9]{8}\.parquet")
 TRIES = 20
 """Rounds in which other collections may publish before this process gives up."""
 SCHEMA = pa.schema(
@@ -90,7 +86,7 @@ def newest(store: str) -> Epoch:
         names = _names(store)
         if not names:
             return Epoch()
-        uri = storage.join(store, FOLDER, names[-1])
+        uri = storage.join(store, EPOCHS, names[-1])
         data = storage.read_if_there(uri)
         if data is not None:  # else a newer one came, and this one went
             return _parse(data, uri)
@@ -104,18 +100,18 @@ def publish(store: str, epoch: Epoch) -> bool:
     """
     name = _name(epoch.number)
     try:
-        storage.write_once(storage.join(store, FOLDER, name), _bytes(epoch))
+        storage.write_once(storage.join(store, EPOCHS, name), _bytes(epoch))
     except storage.AlreadyWritten:  # perhaps our own, its answer lost: the next one says the same
         return False
     names = _names(store)
     if names[-1:] != [name]:  # the writer of newer ones removed this name, so it was free again
         return False
-    storage.delete([storage.join(store, FOLDER, old) for old in names[:-1]])
+    storage.delete([storage.join(store, EPOCHS, old) for old in names[:-1]])
     return True
 
 
 def _names(store: str) -> list[str]:
-    return [name for name in storage.list_names(storage.join(store, FOLDER)) if FILE.fullmatch(name)]
+    return [name for name in storage.list_names(storage.join(store, EPOCHS)) if EPOCH_FILE.fullmatch(name)]
 
 
 def _name(number: int) -> str:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import epochs, manifest, storage
-from afn_ray.store.manifest import Place
+from afn_ray.store import checksums, epochs, layout, manifest, shard_files, storage
+from afn_ray.store.layout import Place
 from afn_ray.text import count
 
 KEEP = 30
@@ -113,7 +113,7 @@ class _Look:
     """What a store held at one time, and what of it goes."""
 
     store: str
-    there: manifest.StoreFiles
+    there: layout.StoreFiles
     now_s: float
     next_epoch: epochs.Epoch
     planned: dict[str, set[Place]]  # of the runs that are kept
@@ -138,7 +138,7 @@ class _Look:
 
 def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
     before = epochs.newest(store)  # ahead of all else: a run that is not seen below reads this one or a newer one
-    there = manifest.sort_files(store, storage.list_below(store))
+    there = layout.sort_files(store, storage.list_below(store))
     if not there.runs and not there.shards:
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
     now_s = storage.clock_s(store) if delete else time.time()
@@ -157,7 +157,7 @@ def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
             continue
         num_young += 1
         generation = known.get(place, before.number)
-        if any(file.uri.endswith(f"/{manifest.commit_name(generation)}") for file in there.shards[place]):
+        if any(file.uri.endswith(f"/{layout.commit_name(generation)}") for file in there.shards[place]):
             generations[place] = generation
     doomed_runs = tuple(name for name in names if name not in kept)
     condemned = frozenset({*doomed_runs, *(before.condemned & there.runs.keys())})
@@ -168,7 +168,7 @@ def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
 
 
 def _leftovers(
-    store: str, there: manifest.StoreFiles, planned: Mapping[str, set[Place]], generations: Mapping[Place, int]
+    store: str, there: layout.StoreFiles, planned: Mapping[str, set[Place]], generations: Mapping[Place, int]
 ) -> Iterator[Leftover]:
     """Commits of shards that are needed, of generations that no run finds any more, unless a kept run names them.
 
@@ -177,7 +177,7 @@ def _leftovers(
     old: dict[Place, list[int]] = {}
     for place in there.shards.keys() & generations.keys():
         names = (file.uri.rpartition("/")[2] for file in there.shards[place])
-        found = [n for name in names if (n := manifest.generation_of(name)) is not None]
+        found = [n for name in names if (n := layout.generation_of(name)) is not None]
         below = [generation for generation in found if generation < generations[place]]
         if below:
             old[place] = below
@@ -193,16 +193,16 @@ def _leftovers(
                 for place in theirs:
                     del old[place]
     for place, numbers in old.items():
-        folder = manifest.shard_uri(store, *place)
+        folder = shard_files.shard_uri(store, *place)
         by_name = {file.uri.rpartition("/")[2]: file for file in there.shards[place]}
         for number in numbers:
             try:
-                commit = manifest.read_commit(store, *place, number)
+                commit = shard_files.read_commit(store, *place, number)
             except StoreError:  # 'afn verify' tells of it
                 continue
             if commit is None or f"{folder}/{commit.files['tokens']['name']}".removeprefix(f"{store}/") in named:
                 continue
-            mine = (manifest.commit_name(number), *(str(file["name"]) for file in commit.files.values()))
+            mine = (layout.commit_name(number), *(str(file["name"]) for file in commit.files.values()))
             yield Leftover(place, tuple(by_name[name] for name in mine if name in by_name))
 
 
@@ -219,10 +219,10 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
     doomed = [place for place in look.doomed if place not in covered]
     folders = [*((place, look.there.shards[place]) for place in doomed),
                *((o.place, list(o.files)) for o in look.leftovers if o.place not in covered)]  # fmt: skip
-    with ThreadPoolExecutor(manifest.IO_THREADS) as pool:
-        for begin in range(0, len(folders), manifest.IO_THREADS):
-            few = folders[begin : begin + manifest.IO_THREADS]
-            list(pool.map(lambda each: _remove(manifest.shard_uri(store, *each[0]), each[1]), few))
+    with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
+        for begin in range(0, len(folders), checksums.IO_THREADS):
+            few = folders[begin : begin + checksums.IO_THREADS]
+            list(pool.map(lambda each: _remove(shard_files.shard_uri(store, *each[0]), each[1]), few))
             on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
     for measure_id in {measure_id for measure_id, _ in doomed}:
         storage.remove_if_empty(storage.join(store, "shards", measure_id))
@@ -234,11 +234,11 @@ def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
 
     The other runs that were to go can never be complete (again) afterwards.
     """
-    now = manifest.sort_files(look.store, storage.list_below(storage.join(look.store, "runs"))).runs
+    now = layout.sort_files(look.store, storage.list_below(storage.join(look.store, "runs"))).runs
     spared = []
     for name in look.doomed_runs:
         known = {file.uri for file in look.there.runs[name]}
-        leases = {file.uri for file in now.get(name, ()) if manifest.LEASE.fullmatch(file.uri.rpartition("/")[2])}
+        leases = {file.uri for file in now.get(name, ()) if layout.LEASE.fullmatch(file.uri.rpartition("/")[2])}
         complete = any(uri.endswith("/run.json") for uri in known)
         run = manifest.RunFolder(storage.join(look.store, "runs", name), look.store, name, {})
         if leases - known or not manifest.condemn_run(run, look.next_epoch.number, complete=complete):
@@ -257,9 +257,9 @@ def _report(look: _Look, *, deleted: bool, spared: Sequence[str] = (), covered: 
         _folder(storage.join(look.store, "runs", name), look.files_of(name)) for name in names if name not in spared
     ]
     shards = [
-        *(_folder(manifest.shard_uri(look.store, *place), look.there.shards[place])
+        *(_folder(shard_files.shard_uri(look.store, *place), look.there.shards[place])
           for place in look.doomed if place not in covered),
-        *(_folder(manifest.shard_uri(look.store, *o.place), o.files)
+        *(_folder(shard_files.shard_uri(look.store, *o.place), o.files)
           for o in look.leftovers if o.place not in covered),
     ]  # fmt: skip
     num_spared = sum(place in covered for place in look.doomed)
@@ -268,7 +268,7 @@ def _report(look: _Look, *, deleted: bool, spared: Sequence[str] = (), covered: 
 
 
 def _kept(
-    store: str, there: manifest.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
+    store: str, there: layout.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
 ) -> list[str]:  # fmt: skip
     """Those of ``names`` that stay, sorted."""
     complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
@@ -280,7 +280,7 @@ def _kept(
         if name in kept:
             continue
         if name in complete:
-            leases = (f for f in there.runs[name] if manifest.LEASE.fullmatch(f.uri.rpartition("/")[2]))
+            leases = (f for f in there.runs[name] if layout.LEASE.fullmatch(f.uri.rpartition("/")[2]))
             if not _is_old(leases, old_s):
                 kept.add(name)
             continue
@@ -335,7 +335,7 @@ def _folder(uri: str, files: Sequence[storage.StoredFile]) -> Folder:
 
 def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
     """Remove ``files`` of ``folder``, commits before all that they name."""
-    for file in sorted(files, key=lambda f: (manifest.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)):
+    for file in sorted(files, key=lambda f: (layout.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)):
         storage.remove(file.uri)
     storage.remove_if_empty(folder)
 

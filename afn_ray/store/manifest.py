@@ -25,111 +25,57 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
+from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.schema import (
     PLAN_SCHEMA,
     SCHEMA_VERSION,
     FileInfo,
     FileSlice,
-    ReadOptions,
     Shard,
     fingerprint,
     fingerprint_of_rows,
 )
-from afn_ray.store import blocks, epochs, parquet, storage
+from afn_ray.store import epochs, parquet, storage
 from afn_ray.store.blocks import Blocks
-from afn_ray.store.commits import Commit as Commit
-from afn_ray.store.commits import Commits
-from afn_ray.store.epochs import Place as Place
-from afn_ray.store.layout import HEX, LATEST, RAY_IGNORE, STAMP, is_run_name
-from afn_ray.store.layout import PLANNING as PLANNING
+from afn_ray.store.checksums import (
+    AHEAD,
+    ASK_VERIFY,
+    DAMAGES,
+    entry_of,
+    parse_json,
+    parse_table,
+    read_json,
+    sealed,
+    short,
+)
+from afn_ray.store.layout import (
+    HEX,
+    LATEST,
+    PLANNING,
+    RAY_IGNORE,
+    STAMP,
+    StoreFiles,
+    is_run_name,
+)
+from afn_ray.store.shard_files import blocks_by_name, shard_uri
 
-IO_THREADS = 16
-JSON_BYTES = 64 << 20
-"""Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
-AHEAD = 4096
-"""Rows, or reads, that are prepared together: none of what a driver does at once grows with its run."""
-TABLES = ("tokens", "documents", "summary")
-NEURON_TABLES = ("neurons", "pairs")
-"""Of a shard whose neurons are recorded as well."""
 RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
     "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
-RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "sources", "screened",
-              "signals", "signal_vocabulary", "neurons", "neuron_types")  # fmt: skip
-PROBE = re.compile("probe-[0-9a-f]{32}")
-COMMIT = re.compile(r"commit(?:-([1-9][0-9]{0,8}))?\.json")
-LEASE = re.compile(r"lease-[0-9a-f]{32}\.json")
-SHARD_FILE = re.compile(rf"{COMMIT.pattern}|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
-STATUS = "status.json"
-RUN_FILE = re.compile(
-    rf"(run|audited|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
-)
-ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 
 
 # --- what lies in a store --------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class StoreFiles:
-    """The files of a store by what they belong to, those of killed attempts and reduces among them."""
-
-    shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
-    runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
-    pilots: list[str] = field(default_factory=list)  # names
-    probes: list[storage.StoredFile] = field(default_factory=list)  # of processes killed as they tried to write
-    planning: list[storage.StoredFile] = field(default_factory=list)  # how far a run is that has no name yet
-    ignore: list[storage.StoredFile] = field(default_factory=list)  # what keeps the store out of a job
-    foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
-
-
-def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
-    """Sort ``files``, listed below ``store``, by their names alone; every one of them is in one place of the result."""
-    root, there = f"{storage.absolute(store)}/", StoreFiles()
-    for file in files:
-        match file.uri.removeprefix(root).split("/"):
-            case ["shards", measure, shard, name] if (
-                HEX.fullmatch(measure) and HEX.fullmatch(shard) and SHARD_FILE.fullmatch(_final(name))
-            ):
-                there.shards.setdefault((measure, shard), []).append(file)
-            case ["runs", run, name] if is_run_name(run) and RUN_FILE.fullmatch(_final(name)):
-                there.runs.setdefault(run, []).append(file)
-            case ["pilots", name] if name.endswith(".json"):
-                there.pilots.append(name)
-            case [epochs.FOLDER, name] if epochs.FILE.fullmatch(_final(name)):
-                if name != _final(name):
-                    there.probes.append(file)
-            case [name] if PROBE.fullmatch(_final(name)) or (_final(name) == PLANNING != name):
-                there.probes.append(file)
-            case [name] if name == PLANNING:
-                there.planning.append(file)
-            case [name] if _final(name) == RAY_IGNORE:
-                there.ignore.append(file)
-            case _:
-                there.foreign.append(file.uri)
-    return there
-
-
-def _final(name: str) -> str:
-    """The name that a file was to get, where a local write was killed before it had it."""
-    unfinished = re.fullmatch(r"\.(.+)-[0-9a-f]{32}", name)
-    return unfinished[1] if unfinished else name
 
 
 def keep_from_jobs(store: str) -> None:
@@ -220,21 +166,14 @@ def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
     data = storage.read_if_there(uri)
     if data is None:
         return None
-    table = _table(data, uri)
+    table = parse_table(data, uri)
     try:
         header = json.loads((table.schema.metadata or {})[b"afn"])
     except (KeyError, ValueError, RecursionError) as error:
         raise StoreError(f"{uri} is damaged: its header is none: {error!r}{ASK_VERIFY}") from error
     if not isinstance(header, dict):
-        raise StoreError(f"{uri} is damaged: its header is {_short(header)}{ASK_VERIFY}")
+        raise StoreError(f"{uri} is damaged: its header is {short(header)}{ASK_VERIFY}")
     return table, header
-
-
-def _table(data: bytes, uri: str) -> pa.Table:
-    try:
-        return parquet.read(data)
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{uri} is damaged: {error}") from error
 
 
 # --- runs ------------------------------------------------------------------------------------------------
@@ -453,27 +392,9 @@ def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], who: str = "the store") -> str:
     """What two measures differ in; ``who`` has theirs."""
     return "; ".join(
-        f"{k}: {who} has {_short(theirs.get(k))}, this run asks for {_short(ours.get(k))}"
+        f"{k}: {who} has {short(theirs.get(k))}, this run asks for {short(ours.get(k))}"
         for k in sorted({*theirs, *ours} - {"id"}) if theirs.get(k) != ours.get(k)
     )  # fmt: skip
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, pa.ArrowException)
-"""What work on a JSON file or a table raises that has its checksum and is not what afn-ray writes."""
-
-
-@contextlib.contextmanager
-def named_damage(uri: str) -> Iterator[None]:
-    """Raises ``StoreError`` for what is read below ``uri`` and is not what afn-ray writes."""
-    try:
-        yield
-    except DAMAGES as error:
-        raise StoreError(f"{uri} is damaged: it is not what afn-ray writes: {error!r}{ASK_VERIFY}") from error
 
 
 def _is_count(value: Any) -> bool:
@@ -509,68 +430,18 @@ def _is_info(key: str, value: Any) -> bool:
 def open_folder(store: str, name: str) -> RunFolder:
     """The run ``name`` in ``store``, complete, not yet, or condemned. Raises ``StoreError`` for a damaged run.json."""
     uri = storage.join(store, "runs", name)
-    info = _read_json(storage.join(uri, "run.json"))
+    info = read_json(storage.join(uri, "run.json"))
     if info is None:
         return RunFolder(uri, store, name, {})
     if "condemned" in info:
         return RunFolder(uri, store, name, {}, condemned=True)
     for key, kind in RUN_KEYS.items():
         if not isinstance(info.get(key), kind):
-            raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info.get(key))}")
+            raise StoreError(f"{uri}/run.json is damaged: {key} is {short(info.get(key))}")
     for key in _INFO_IS.keys() & info.keys():
         if not _is_info(key, info[key]):
-            raise StoreError(f"{uri}/run.json is damaged: {key} is {_short(info[key])}")
+            raise StoreError(f"{uri}/run.json is damaged: {key} is {short(info[key])}")
     return RunFolder(uri, store, name, info)
-
-
-def _read_json(uri: str) -> dict[str, Any] | None:
-    """What the sealed file ``uri`` holds, or None when there is no such file. Raises ``StoreError`` for any other."""
-    data = storage.read_if_there(uri, JSON_BYTES)
-    return None if data is None else _json(data, uri)
-
-
-class Part(dict[str, Any]):
-    """One object of a JSON file of the store; asking for a key that it lacks raises ``StoreError``."""
-
-    def __init__(self, uri: str, value: dict[str, Any]) -> None:
-        """``uri`` names the file."""
-        super().__init__(value)
-        self.uri = uri
-
-    def __missing__(self, key: str) -> Any:
-        raise StoreError(f"{self.uri} is damaged: it has no {key!r} where afn-ray writes one{ASK_VERIFY}")
-
-
-def _json(data: bytes, uri: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data, object_hook=partial(Part, uri))
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{uri} is damaged: {error}") from error
-    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
-        got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
-        raise StoreError(
-            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it, or measure the "
-            "corpus anew in another --store"
-        )
-    value.pop("sha256", None)
-    if data != sealed(value):
-        raise StoreError(f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}")
-    return value
-
-
-def sealed(body: dict[str, Any]) -> bytes:
-    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte changes unseen.
-
-    Raises ``StoreError`` for what no reader would take.
-    """
-    data = _json_bytes({**body, "sha256": sha256(_json_bytes(body)).hexdigest()})
-    if len(data) > JSON_BYTES:
-        longest = max(body, key=lambda key: len(_json_bytes({key: body[key]})))
-        raise StoreError(
-            f"a JSON file of {len(data):,} bytes was not written: at most {JSON_BYTES:,} are read, and most of it is "
-            f"its entry {longest}"
-        )
-    return data
 
 
 def find_run(uri: str) -> RunFolder:
@@ -602,7 +473,7 @@ def find_run(uri: str) -> RunFolder:
 
 def read_pilot(store: str, key: str) -> dict[str, Any] | None:
     """What an earlier run in ``store`` decided under ``key``, if one did."""
-    return _read_json(storage.join(store, "pilots", f"{key}.json"))
+    return read_json(storage.join(store, "pilots", f"{key}.json"))
 
 
 def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
@@ -610,13 +481,13 @@ def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
     uri = storage.join(store, "pilots", f"{key}.json")
     with contextlib.suppress(storage.AlreadyWritten):
         storage.write_once(uri, sealed({"schema_version": SCHEMA_VERSION, **value}))
-    return _json(storage.read_bytes(uri), uri)
+    return parse_json(storage.read_bytes(uri), uri)
 
 
 def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     """Write run.json, which makes the run complete; ``info["tables"]`` has what ``write_table`` gave."""
     plan = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
-    tables = {"plan": _entry("plan.parquet", plan), **info["tables"]}
+    tables = {"plan": entry_of("plan.parquet", plan), **info["tables"]}
     body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
     try:
         storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
@@ -657,7 +528,7 @@ def mark_audited(run: RunFolder) -> None:
 def is_audited(run: RunFolder) -> bool:
     """Whether ``mark_audited`` was called for ``run``. Raises ``StoreError`` for a mark that is damaged."""
     uri = storage.join(run.uri, "audited.json")
-    body = _read_json(uri)
+    body = read_json(uri)
     return body is not None and body.get("run") == run.id
 
 
@@ -684,12 +555,7 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
             file = f"{name}-{sha256(data).hexdigest()[:16]}.parquet"
             with contextlib.suppress(storage.AlreadyWritten):  # named by its content
                 storage.write_once(storage.join(run.uri, file), data)
-    return _entry(file, data)
-
-
-def _entry(name: str, data: bytes) -> dict[str, Any]:
-    """What run.json says of a table's file."""
-    return {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest(), "crc32": blocks.checksums(data)}
+    return entry_of(file, data)
 
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
@@ -699,95 +565,22 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
     """
     if not run.info:
         uri = storage.join(run.uri, f"{name}.parquet")
-        return _table(storage.read_bytes(uri), uri)
+        return parse_table(storage.read_bytes(uri), uri)
     entry = run.info["tables"].get(name)
     file = entry.get("name") if isinstance(entry, dict) else None
     if not isinstance(file, str) or "/" in file:
-        raise StoreError(f"{run.uri}/run.json is damaged: its table {name} is {_short(entry)}")
+        raise StoreError(f"{run.uri}/run.json is damaged: its table {name} is {short(entry)}")
     uri = storage.join(run.uri, file)
     data = storage.read_bytes(uri)
-    if _entry(file, data) != entry:
+    if entry_of(file, data) != entry:
         raise StoreError(
-            f"{uri} is damaged: {_short(_entry(file, data))}, expected {_short(entry)}; delete {run.uri}/run.json and "
+            f"{uri} is damaged: {short(entry_of(file, data))}, expected {short(entry)}; delete {run.uri}/run.json and "
             "give the 'afn run' command again"
         )
-    return _table(data, uri)
-
-
-def _json_bytes(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return parse_table(data, uri)
 
 
 # --- commits ---------------------------------------------------------------------------------------------
-
-
-def shard_uri(store: str, measure_id: str, shard: str) -> str:
-    return storage.join(store, "shards", measure_id, shard)
-
-
-_IS: dict[str, Callable[[Any], bool]] = {
-    "counts": lambda x: isinstance(x, dict) and all(type(n) is int and 0 <= n < 1 << 62 for n in x.values()),
-    "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
-    "made_by": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
-}
-"""What is added up or kept of a commit that anyone may have written."""
-
-
-def commit_name(generation: int) -> str:
-    """Name of the commit of that generation of a shard."""
-    return f"commit-{generation}.json" if generation else "commit.json"
-
-
-def generation_of(name: str) -> int | None:
-    """The generation of the commit called ``name``; None for any other file."""
-    found = COMMIT.fullmatch(name)
-    return int(found[1] or 0) if found else None
-
-
-def read_commit(store: str, measure_id: str, shard: str, generation: int = 0) -> Commit | None:
-    """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
-    found = read_committed(store, measure_id, shard, generation)
-    return None if found is None else found[0]
-
-
-def read_committed(store: str, measure_id: str, shard: str, generation: int = 0) -> tuple[Commit, Shard] | None:
-    """As ``read_commit``, with the slices that were read and how."""
-    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
-    value = _read_json(uri)
-    if value is None:
-        return None
-    try:
-        commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
-        slices = tuple(FileSlice(**piece) for piece in value["slices"])
-        read = Shard(commit.shard, slices, ReadOptions(**value["options"]), generation)
-    except (KeyError, TypeError) as error:
-        raise StoreError(f"{uri} is damaged: {error!r}") from error
-    files = commit.files if isinstance(commit.files, dict) else {}
-    names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
-    escapes = any("/" in n or n in ("", ".", "..") for n in names)
-    if set(files) not in (set(TABLES), set(TABLES + NEURON_TABLES)) or escapes:
-        raise StoreError(f"{uri} is damaged: it names the files {names}")
-    for what in ("counts", "seconds", "made_by"):
-        if not _IS[what](got := getattr(commit, what)):
-            raise StoreError(f"{uri} is damaged: {what} is {_short(got)}")
-    if (value.get("measure"), commit.shard) != (measure_id, shard):
-        raise StoreError(
-            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"
-        )
-    return commit, read
-
-
-def committed_blocks(store: str, measure_id: str, shard: str, generation: int = 0) -> dict[str, Blocks]:
-    """The blocks of the files of a committed shard, by the names of the files."""
-    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
-    value = _read_json(uri)
-    if value is None:
-        raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
-    try:
-        files, crc32 = value["files"], value["crc32"]
-        return {str(files[table]["name"]): Blocks.of(files[table]["bytes"], crc32[table]) for table in files}
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{uri} is damaged: {error!r}") from error
 
 
 def find_blocks(run: RunFolder, name: str) -> Blocks:
@@ -795,66 +588,11 @@ def find_blocks(run: RunFolder, name: str) -> Blocks:
     uri, (*folders, file) = storage.join(run.store, name), name.split("/")
     try:
         if folders[0] == "shards":
-            return _blocks_by_name(run.store, folders[1], folders[2], file)
+            return blocks_by_name(run.store, folders[1], folders[2], file)
         (entry,) = (entry for entry in run.info["tables"].values() if entry.get("name") == file)
         return Blocks.of(entry["bytes"], entry["crc32"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"{uri} is not the file that was committed{ASK_VERIFY}") from error
-
-
-def _blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks:
-    """The blocks of ``file`` from the commit that names it, of whichever generation."""
-    refused: Exception = KeyError(file)
-
-    def generations() -> Iterator[int]:
-        yield 0  # most shards have this one alone
-        names = storage.list_names(shard_uri(store, measure_id, shard))
-        yield from sorted(n for name in names if (n := generation_of(name)))
-
-    for generation in generations():
-        try:
-            found = committed_blocks(store, measure_id, shard, generation)
-        except StoreError as error:
-            refused = error
-        else:
-            if file in found:
-                return found[file]
-    raise refused
-
-
-def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
-    """One file of a committed shard. Raises ``StoreError`` when it is not what ``entry`` of the commit says."""
-    folder = shard_uri(store, measure_id, shard)
-    data = storage.read_bytes(storage.join(folder, entry["name"]))
-    if sha256(data).hexdigest() != entry["sha256"]:
-        raise StoreError(
-            f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; delete {folder} and "
-            "give 'afn run' again"
-        )
-    return data
-
-
-def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
-    """One table of a committed shard. Raises ``StoreError`` when it is not what the commit says."""
-    entry = commit.files[table]
-    return _table(read_file(store, measure_id, commit.shard, entry), str(entry["name"]))
-
-
-def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
-    """Commits that the store has of ``shards``, in their generations, by shard id."""
-    there = set(storage.list_names(storage.join(store, "shards", measure_id)))
-    held = [shard for shard in shards if shard.id in there]
-    commits = Commits()
-
-    def read(shard: Shard) -> Commit | None:
-        return read_commit(store, measure_id, shard.id, shard.generation)
-
-    with ThreadPoolExecutor(IO_THREADS) as pool:
-        for begin in range(0, len(held), AHEAD):  # a pool takes all that it is given at once
-            for found in pool.map(read, held[begin : begin + AHEAD]):
-                if found is not None:
-                    commits[found.shard] = found
-    return commits
 
 
 def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFolder) -> list[str]:
@@ -865,55 +603,3 @@ def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFo
         s.id for s in shards
         if s.id not in there and s.id not in missing and not storage.list_names(shard_uri(store, measure_id, s.id))
     ]  # fmt: skip
-
-
-def publish(
-    store: str, measure_id: str, shard: Shard, attempt: str, tables: dict[str, tuple[Path, int]],
-    counts: dict[str, int], seconds: float, made_by: dict[str, str],
-) -> Commit:  # fmt: skip
-    """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard wins.
-
-    Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ from ours:
-    the same shard under the same measure must have the same rows. After ``Unavailable`` nobody knows whether it is
-    committed; the next look at the store tells.
-    """
-    folder = shard_uri(store, measure_id, shard.id)
-    files: dict[str, dict[str, Any]] = {}
-    crc32: dict[str, str] = {}
-    for table, (path, rows) in tables.items():
-        digest, crc32[table] = blocks.file_checksums(path)
-        name = f"{attempt}-{table}.parquet"
-        files[table] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
-    uris = [storage.join(folder, str(file["name"])) for file in files.values()]
-    try:
-        for uri, (path, _) in zip(uris, tables.values(), strict=True):
-            storage.upload(path, uri)
-    except BaseException:  # nobody refers to them yet, and a full disk needs the room
-        storage.delete(uris)
-        raise
-    commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
-    body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit), "crc32": crc32,
-            "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options),
-            "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
-    try:
-        storage.write_once(storage.join(folder, commit_name(shard.generation)), sealed(body))
-        return commit
-    except storage.AlreadyWritten:  # by a rival, or by ourselves where a first answer was lost
-        winner = read_commit(store, measure_id, shard.id, shard.generation)
-    except Unavailable:  # the store may have the commit, or get it yet: what it names must stay
-        raise
-    except (StoreError, Interrupted) as error:  # it may have the commit all the same
-        winner = read_commit(store, measure_id, shard.id, shard.generation)
-        if winner is None:
-            if isinstance(error, Interrupted):  # a full disk needs the room
-                storage.delete(uris)
-            raise
-    if winner is None:
-        name = commit_name(shard.generation)
-        raise StoreError(f"{folder}/{name} exists but cannot be read back; is something deleting from the store?")
-    if winner.attempt != attempt:
-        storage.delete(uris)
-        if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:  # padding depends on the batches
-            raise StoreError(f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
-                             "is one worker's model or library different?")  # fmt: skip
-    return winner

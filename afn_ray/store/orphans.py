@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from afn_ray.errors import StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import epochs, manifest, storage
-from afn_ray.store.manifest import Place
+from afn_ray.store import epochs, layout, manifest, shard_files, storage
+from afn_ray.store.commits import Commit
+from afn_ray.store.layout import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,12 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
     return done
 
 
-def commits_of(store: str, place: Place) -> Mapping[int, manifest.Commit]:
+def commits_of(store: str, place: Place) -> Mapping[int, Commit]:
     """All commits in the folder of the shard at ``place``, by generation."""
     found = {}
-    for name in storage.list_names(manifest.shard_uri(store, *place)):
-        if (generation := manifest.generation_of(name)) is not None:
-            commit = manifest.read_commit(store, *place, generation)
+    for name in storage.list_names(shard_files.shard_uri(store, *place)):
+        if (generation := layout.generation_of(name)) is not None:
+            commit = shard_files.read_commit(store, *place, generation)
             if commit is not None:
                 found[generation] = commit
     return found
@@ -132,6 +133,6 @@ def names_of(folder: manifest.RunFolder) -> set[str]:
         "plan.parquet",
         "run.json",
         "audited.json",
-        manifest.STATUS,
+        layout.STATUS,
         *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t),
     }

@@ -36,7 +36,8 @@ from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.runs.cluster import connection
 from afn_ray.runs.job import Event
 from afn_ray.schema import Shard
-from afn_ray.store import manifest, storage
+from afn_ray.store import layout, manifest, shard_files, storage
+from afn_ray.store.commits import Commit
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -222,24 +223,24 @@ def test_two_drivers_on_the_same_run_at_once(ground: Ground, chaos: Chaos, drive
 def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path: Path) -> None:
     store = ground.store()
     paths = {}
-    for table in manifest.TABLES:
+    for table in layout.TABLES:
         paths[table] = (tmp_path / table, 1)
         paths[table][0].write_bytes(table.encode() * 10)
     barrier = threading.Barrier(2)
     counts = dict.fromkeys(("documents", "tokens", "forward_tokens"), 1)
     options = ground.config(store).read_options
 
-    def publish(shard: Shard) -> tuple[str, manifest.Commit]:
+    def publish(shard: Shard) -> tuple[str, Commit]:
         attempt = uuid.uuid4().hex[:16]
         barrier.wait()
-        return attempt, manifest.publish(store, "m", shard, attempt, paths, counts, 1.0, {})
+        return attempt, shard_files.publish(store, "m", shard, attempt, paths, counts, 1.0, {})
 
     for i in range(100):
         shard = Shard(f"{i:032x}", (), options)
         with ThreadPoolExecutor(2) as pool:
             (a, by_a), (b, by_b) = pool.map(publish, [shard, shard])
         assert by_a == by_b and by_a.attempt in (a, b)
-        folder = manifest.shard_uri(store, "m", shard.id)
+        folder = shard_files.shard_uri(store, "m", shard.id)
         names = {str(f["name"]) for f in by_a.files.values()} | {"commit.json"}
         assert set(storage.list_names(folder)) == names  # the loser's files are gone
 

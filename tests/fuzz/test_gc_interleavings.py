@@ -20,7 +20,9 @@ from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import FileSlice, Shard, fingerprint
-from afn_ray.store import epochs, garbage, manifest, orphans, parquet, storage
+from afn_ray.store import checksums, epochs, garbage, layout, manifest, orphans, parquet, shard_files, storage
+from afn_ray.store.commits import Commit
+from afn_ray.store.layout import Place
 
 CONFIG = RunConfig(corpus=("/c",), model="m", store=STORE, allow_another_measure=True)
 MEASURE = {"layers": [1]}
@@ -57,10 +59,10 @@ def begin(*names: str) -> manifest.Claim:
     return manifest.begin_run(CONFIG, MEASURE, plan_of(*names), 0)
 
 
-def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Shard) -> manifest.Commit:
+def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Shard) -> Commit:
     """As a worker does."""
-    found = manifest.read_commit(STORE, ID, one.id, one.generation)
-    return found or manifest.publish(STORE, ID, one, next(attempt), tables, COUNTS, 1.0, {})
+    found = shard_files.read_commit(STORE, ID, one.id, one.generation)
+    return found or shard_files.publish(STORE, ID, one, next(attempt), tables, COUNTS, 1.0, {})
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Driver:
 
     def go_on(self, claim: manifest.Claim) -> str:
         if not claim.run.info:
-            commits = manifest.find_commits(STORE, ID, claim.shards)
+            commits = shard_files.find_commits(STORE, ID, claim.shards)
             for one in claim.shards:
                 if one.id not in commits:
                     commits[one.id] = measure(self.tables, self.attempt, one)
@@ -85,9 +87,9 @@ class Driver:
             storage.delete([claim.lease])
         return claim.run.id
 
-    def end(self, run: manifest.RunFolder, commits: list[manifest.Commit]) -> None:
+    def end(self, run: manifest.RunFolder, commits: list[Commit]) -> None:
         for commit in commits:  # the reduce
-            manifest.read_file(STORE, ID, commit.shard, commit.files["summary"])
+            shard_files.read_file(STORE, ID, commit.shard, commit.files["summary"])
         rows = [{f"{t}_file": f"shards/{ID}/{c.shard}/{c.files[t]['name']}" for t in c.files} for c in commits]
         tables = {"shards": manifest.write_table(run, "shards", pa.Table.from_pylist(rows))}
         texts = dict.fromkeys(("created_at", "finished_at"), "")
@@ -102,14 +104,14 @@ def collect(min_age_h: float = 0) -> garbage.Garbage:
 
 def clean() -> None:
     """What ``verify --clean`` does behind its checks, without any patience."""
-    there = manifest.sort_files(STORE, storage.list_below(STORE))
+    there = layout.sort_files(STORE, storage.list_below(STORE))
     epoch = epochs.newest(STORE)
     checked = {}
     for place, files in there.shards.items():
         commits = dict(orphans.commits_of(STORE, place))
         named = {str(file["name"]) for commit in commits.values() for file in commit.files.values()}
         names = {file.uri.rpartition("/")[2]: file for file in files}
-        unnamed = [f for n, f in names.items() if n not in named and manifest.generation_of(n) is None]
+        unnamed = [f for n, f in names.items() if n not in named and layout.generation_of(n) is None]
         checked[place] = verify._Checked(commits, [], unnamed)
     plans, age = orphans.Plans(), orphans.Age(NOW_S, 0.0)
     loose = list(verify._of_shards(STORE, checked, epoch, plans, age))
@@ -121,7 +123,7 @@ def clean() -> None:
 
 @functools.cache
 def json_of(data: bytes) -> dict[str, Any]:
-    return manifest._json(data, "run.json")
+    return checksums.parse_json(data, "run.json")
 
 
 def complete_runs(world: World) -> dict[str, dict[str, Any]]:
@@ -188,9 +190,9 @@ def two_garbage(driver: Driver) -> None:
 def in_the_way(driver: Driver) -> None:
     """The same, with files that an attempt at a has left behind."""
     revived(driver)
-    for table in manifest.TABLES:
+    for table in layout.TABLES:
         storage.upload(
-            driver.tables[table][0], f"{manifest.shard_uri(STORE, ID, shard('a').id)}/{LEFT}-{table}.parquet"
+            driver.tables[table][0], f"{shard_files.shard_uri(STORE, ID, shard('a').id)}/{LEFT}-{table}.parquet"
         )
 
 
@@ -265,7 +267,7 @@ class Explorer:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.patch = patch
         self.tables = {}
-        for table in manifest.TABLES:
+        for table in layout.TABLES:
             path = folder / table
             path.write_bytes(table.encode())
             self.tables[table] = (path, 1)
@@ -331,7 +333,7 @@ class Explorer:
         assert list(complete_runs(world)) == [name]
         files = [n for n in world.files if "/shards/" in n]
         info = complete_runs(world)[name]
-        commits = sum(manifest.generation_of(n.rpartition("/")[2]) is not None for n in files)
+        commits = sum(layout.generation_of(n.rpartition("/")[2]) is not None for n in files)
         needed = set(named_by(world, name, info))
         if commits != 1 or not {n for n in files if n.endswith(".parquet") and LEFT not in n} <= needed:
             raise Wrong(f"the store should hold one commit and its files, not {files}")
@@ -359,7 +361,7 @@ def test_a_collection_killed_at_any_call_loses_nothing(explorer: Explorer, fuzz_
 # --- the check finds what was wrong ------------------------------------------------------------------------
 
 
-def nothing_claimed(look: Any) -> tuple[list[str], set[manifest.Place]]:
+def nothing_claimed(look: Any) -> tuple[list[str], set[Place]]:
     return [], set()
 
 
@@ -380,10 +382,10 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "gc looks once": ("gc and run", lambda p: p.setattr(garbage, "_claimed", nothing_claimed)),
     "a run looks before its claim": ("gc and run", epoch_first),
     "a name is used again": (
-        "gc whose DELETE 0 acts twice, and run", lambda p: p.setattr(manifest, "commit_name", lambda n: "commit.json")
+        "gc whose DELETE 0 acts twice, and run", lambda p: p.setattr(layout, "commit_name", lambda n: "commit.json")
     ),
     "a name is used again beside two gcs": (
-        "two gcs and run", lambda p: p.setattr(manifest, "commit_name", lambda n: "commit.json")
+        "two gcs and run", lambda p: p.setattr(layout, "commit_name", lambda n: "commit.json")
     ),
     "verify removes what no commit names": (
         "verify and run", lambda p: p.setattr(orphans, "may_remove", lambda *a, **k: True)
@@ -392,7 +394,7 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
         "gc and a zombie", lambda p: p.setattr(manifest, "condemn_run", lambda *a, **k: True)
     ),
     "a lease counts for nothing": (
-        "gc and a half run taken up", lambda p: p.setattr(manifest, "LEASE", re.compile("no-file"))
+        "gc and a half run taken up", lambda p: p.setattr(layout, "LEASE", re.compile("no-file"))
     ),
 }  # fmt: skip
 

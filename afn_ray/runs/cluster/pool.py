@@ -16,7 +16,7 @@ from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Rea
 from afn_ray.runs.progress import Progress, total
 from afn_ray.runs.worker import Processor, Task
 from afn_ray.schema import Shard
-from afn_ray.store.manifest import Commit
+from afn_ray.store.commits import Commit
 
 POLL_S = 0.5
 VERDICT_S = 30.0

@@ -1,0 +1,109 @@
+"""Files of a store that prove themselves whole: JSON with a checksum of its own bytes, tables listed with theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from typing import Any
+
+import pyarrow as pa
+
+from afn_ray.errors import StoreError
+from afn_ray.schema import (
+    SCHEMA_VERSION,
+)
+from afn_ray.store import blocks, parquet, storage
+
+IO_THREADS = 16
+JSON_BYTES = 64 << 20
+"""Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
+AHEAD = 4096
+"""Rows, or reads, that are prepared together: none of what a driver does at once grows with its run."""
+ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
+
+
+def parse_table(data: bytes, uri: str) -> pa.Table:
+    try:
+        return parquet.read(data)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{uri} is damaged: {error}") from error
+
+
+def short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, pa.ArrowException)
+"""What work on a JSON file or a table raises that has its checksum and is not what afn-ray writes."""
+
+
+@contextlib.contextmanager
+def named_damage(uri: str) -> Iterator[None]:
+    """Raises ``StoreError`` for what is read below ``uri`` and is not what afn-ray writes."""
+    try:
+        yield
+    except DAMAGES as error:
+        raise StoreError(f"{uri} is damaged: it is not what afn-ray writes: {error!r}{ASK_VERIFY}") from error
+
+
+def read_json(uri: str) -> dict[str, Any] | None:
+    """What the sealed file ``uri`` holds, or None when there is no such file. Raises ``StoreError`` for any other."""
+    data = storage.read_if_there(uri, JSON_BYTES)
+    return None if data is None else parse_json(data, uri)
+
+
+class Part(dict[str, Any]):
+    """One object of a JSON file of the store; asking for a key that it lacks raises ``StoreError``."""
+
+    def __init__(self, uri: str, value: dict[str, Any]) -> None:
+        """``uri`` names the file."""
+        super().__init__(value)
+        self.uri = uri
+
+    def __missing__(self, key: str) -> Any:
+        raise StoreError(f"{self.uri} is damaged: it has no {key!r} where afn-ray writes one{ASK_VERIFY}")
+
+
+def parse_json(data: bytes, uri: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data, object_hook=partial(Part, uri))
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{uri} is damaged: {error}") from error
+    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+        got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
+        raise StoreError(
+            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it, or measure the "
+            "corpus anew in another --store"
+        )
+    value.pop("sha256", None)
+    if data != sealed(value):
+        raise StoreError(f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}")
+    return value
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte changes unseen.
+
+    Raises ``StoreError`` for what no reader would take.
+    """
+    data = json_bytes({**body, "sha256": sha256(json_bytes(body)).hexdigest()})
+    if len(data) > JSON_BYTES:
+        longest = max(body, key=lambda key: len(json_bytes({key: body[key]})))
+        raise StoreError(
+            f"a JSON file of {len(data):,} bytes was not written: at most {JSON_BYTES:,} are read, and most of it is "
+            f"its entry {longest}"
+        )
+    return data
+
+
+def entry_of(name: str, data: bytes) -> dict[str, Any]:
+    """What run.json says of a table's file."""
+    return {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest(), "crc32": blocks.checksums(data)}
+
+
+def json_bytes(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,204 @@
+"""Shards in a store: their tables uploaded, committed once, found and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from afn_ray.errors import Interrupted, StoreError, Unavailable
+from afn_ray.schema import (
+    SCHEMA_VERSION,
+    FileSlice,
+    ReadOptions,
+    Shard,
+)
+from afn_ray.store import blocks, storage
+from afn_ray.store.blocks import Blocks
+from afn_ray.store.checksums import (
+    AHEAD,
+    ASK_VERIFY,
+    IO_THREADS,
+    parse_table,
+    read_json,
+    sealed,
+    short,
+)
+from afn_ray.store.commits import Commit, Commits
+from afn_ray.store.layout import (
+    NEURON_TABLES,
+    TABLES,
+    commit_name,
+    generation_of,
+)
+
+
+def shard_uri(store: str, measure_id: str, shard: str) -> str:
+    return storage.join(store, "shards", measure_id, shard)
+
+
+_IS: dict[str, Callable[[Any], bool]] = {
+    "counts": lambda x: isinstance(x, dict) and all(type(n) is int and 0 <= n < 1 << 62 for n in x.values()),
+    "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
+    "made_by": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
+}
+"""What is added up or kept of a commit that anyone may have written."""
+
+
+def read_commit(store: str, measure_id: str, shard: str, generation: int = 0) -> Commit | None:
+    """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
+    found = read_committed(store, measure_id, shard, generation)
+    return None if found is None else found[0]
+
+
+def read_committed(store: str, measure_id: str, shard: str, generation: int = 0) -> tuple[Commit, Shard] | None:
+    """As ``read_commit``, with the slices that were read and how."""
+    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
+    value = read_json(uri)
+    if value is None:
+        return None
+    try:
+        commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
+        slices = tuple(FileSlice(**piece) for piece in value["slices"])
+        read = Shard(commit.shard, slices, ReadOptions(**value["options"]), generation)
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}") from error
+    files = commit.files if isinstance(commit.files, dict) else {}
+    names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
+    escapes = any("/" in n or n in ("", ".", "..") for n in names)
+    if set(files) not in (set(TABLES), set(TABLES + NEURON_TABLES)) or escapes:
+        raise StoreError(f"{uri} is damaged: it names the files {names}")
+    for what in ("counts", "seconds", "made_by"):
+        if not _IS[what](got := getattr(commit, what)):
+            raise StoreError(f"{uri} is damaged: {what} is {short(got)}")
+    if (value.get("measure"), commit.shard) != (measure_id, shard):
+        raise StoreError(
+            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"
+        )
+    return commit, read
+
+
+def committed_blocks(store: str, measure_id: str, shard: str, generation: int = 0) -> dict[str, Blocks]:
+    """The blocks of the files of a committed shard, by the names of the files."""
+    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
+    value = read_json(uri)
+    if value is None:
+        raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
+    try:
+        files, crc32 = value["files"], value["crc32"]
+        return {str(files[table]["name"]): Blocks.of(files[table]["bytes"], crc32[table]) for table in files}
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}") from error
+
+
+def blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks:
+    """The blocks of ``file`` from the commit that names it, of whichever generation."""
+    refused: Exception = KeyError(file)
+
+    def generations() -> Iterator[int]:
+        yield 0  # most shards have this one alone
+        names = storage.list_names(shard_uri(store, measure_id, shard))
+        yield from sorted(n for name in names if (n := generation_of(name)))
+
+    for generation in generations():
+        try:
+            found = committed_blocks(store, measure_id, shard, generation)
+        except StoreError as error:
+            refused = error
+        else:
+            if file in found:
+                return found[file]
+    raise refused
+
+
+def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
+    """One file of a committed shard. Raises ``StoreError`` when it is not what ``entry`` of the commit says."""
+    folder = shard_uri(store, measure_id, shard)
+    data = storage.read_bytes(storage.join(folder, entry["name"]))
+    if sha256(data).hexdigest() != entry["sha256"]:
+        raise StoreError(
+            f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; delete {folder} and "
+            "give 'afn run' again"
+        )
+    return data
+
+
+def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
+    """One table of a committed shard. Raises ``StoreError`` when it is not what the commit says."""
+    entry = commit.files[table]
+    return parse_table(read_file(store, measure_id, commit.shard, entry), str(entry["name"]))
+
+
+def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
+    """Commits that the store has of ``shards``, in their generations, by shard id."""
+    there = set(storage.list_names(storage.join(store, "shards", measure_id)))
+    held = [shard for shard in shards if shard.id in there]
+    commits = Commits()
+
+    def read(shard: Shard) -> Commit | None:
+        return read_commit(store, measure_id, shard.id, shard.generation)
+
+    with ThreadPoolExecutor(IO_THREADS) as pool:
+        for begin in range(0, len(held), AHEAD):  # a pool takes all that it is given at once
+            for found in pool.map(read, held[begin : begin + AHEAD]):
+                if found is not None:
+                    commits[found.shard] = found
+    return commits
+
+
+def publish(
+    store: str, measure_id: str, shard: Shard, attempt: str, tables: dict[str, tuple[Path, int]],
+    counts: dict[str, int], seconds: float, made_by: dict[str, str],
+) -> Commit:  # fmt: skip
+    """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard wins.
+
+    Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ from ours:
+    the same shard under the same measure must have the same rows. After ``Unavailable`` nobody knows whether it is
+    committed; the next look at the store tells.
+    """
+    folder = shard_uri(store, measure_id, shard.id)
+    files: dict[str, dict[str, Any]] = {}
+    crc32: dict[str, str] = {}
+    for table, (path, rows) in tables.items():
+        digest, crc32[table] = blocks.file_checksums(path)
+        name = f"{attempt}-{table}.parquet"
+        files[table] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
+    uris = [storage.join(folder, str(file["name"])) for file in files.values()]
+    try:
+        for uri, (path, _) in zip(uris, tables.values(), strict=True):
+            storage.upload(path, uri)
+    except BaseException:  # nobody refers to them yet, and a full disk needs the room
+        storage.delete(uris)
+        raise
+    commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
+    body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit), "crc32": crc32,
+            "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options),
+            "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
+    try:
+        storage.write_once(storage.join(folder, commit_name(shard.generation)), sealed(body))
+        return commit
+    except storage.AlreadyWritten:  # by a rival, or by ourselves where a first answer was lost
+        winner = read_commit(store, measure_id, shard.id, shard.generation)
+    except Unavailable:  # the store may have the commit, or get it yet: what it names must stay
+        raise
+    except (StoreError, Interrupted) as error:  # it may have the commit all the same
+        winner = read_commit(store, measure_id, shard.id, shard.generation)
+        if winner is None:
+            if isinstance(error, Interrupted):  # a full disk needs the room
+                storage.delete(uris)
+            raise
+    if winner is None:
+        name = commit_name(shard.generation)
+        raise StoreError(f"{folder}/{name} exists but cannot be read back; is something deleting from the store?")
+    if winner.attempt != attempt:
+        storage.delete(uris)
+        if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:  # padding depends on the batches
+            raise StoreError(f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
+                             "is one worker's model or library different?")  # fmt: skip
+    return winner
