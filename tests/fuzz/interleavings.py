@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from afn_ray.store import manifest, storage
+from afn_ray.store import manifest, shard_files, storage
 
 STORE = "/model"
 MOST_CALLS = 80
@@ -255,7 +255,8 @@ class World:
         patch.setattr(storage, "absolute", lambda uri: uri)
         patch.setattr(storage, "remove_if_empty", lambda uri: None)
         patch.setattr(storage, "clock_s", lambda uri: NOW_S)
-        patch.setattr(manifest, "datetime", Still)
+        for module in (manifest, shard_files):
+            patch.setattr(module, "datetime", Still)
         patch.setattr(manifest.uuid, "uuid4", self.unlike)
 
     def unlike(self) -> uuid.UUID:

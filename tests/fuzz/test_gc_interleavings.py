@@ -272,7 +272,7 @@ class Explorer:
             path.write_bytes(table.encode())
             self.tables[table] = (path, 1)
         patch.setattr(garbage, "ThreadPoolExecutor", Inline)
-        patch.setattr(manifest, "ThreadPoolExecutor", Inline)
+        patch.setattr(shard_files, "ThreadPoolExecutor", Inline)
         patch.setattr(parquet, "read", functools.cache(parquet.read))
 
     def explore(self, name: str, most: int) -> tuple[int, bool]:
@@ -365,6 +365,12 @@ def nothing_claimed(look: Any) -> tuple[list[str], set[Place]]:
     return [], set()
 
 
+def reused_name(patch: pytest.MonkeyPatch) -> None:
+    """Commits of all generations have one name."""
+    for module in (layout, shard_files):
+        patch.setattr(module, "commit_name", lambda generation: "commit.json")
+
+
 def epoch_first(patch: pytest.MonkeyPatch) -> None:
     """A run reads the epoch ahead of its claim."""
     begun, newest = manifest.find_begun, epochs.newest
@@ -382,10 +388,10 @@ BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "gc looks once": ("gc and run", lambda p: p.setattr(garbage, "_claimed", nothing_claimed)),
     "a run looks before its claim": ("gc and run", epoch_first),
     "a name is used again": (
-        "gc whose DELETE 0 acts twice, and run", lambda p: p.setattr(layout, "commit_name", lambda n: "commit.json")
+        "gc whose DELETE 0 acts twice, and run", reused_name
     ),
     "a name is used again beside two gcs": (
-        "two gcs and run", lambda p: p.setattr(layout, "commit_name", lambda n: "commit.json")
+        "two gcs and run", reused_name
     ),
     "verify removes what no commit names": (
         "verify and run", lambda p: p.setattr(orphans, "may_remove", lambda *a, **k: True)
