@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from afn_ray.cli import commands as cli
-from afn_ray.cli import grammar, terminal
+from afn_ray.cli import grammar, progress, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 from afn_ray.runs import precheck
 
@@ -342,7 +341,7 @@ def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, floa
     live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
     assert status.waits(live) == says
     state = State(4, 1, 1, live=live, seconds=10.0)
-    assert (says or "10 tokens/s") in cli._note(Event("working", "", state=state))
+    assert (says or "10 tokens/s") in progress._note(Event("working", "", state=state))
 
 
 def test_what_reads_a_run_loads_neither_torch_nor_ray() -> None:

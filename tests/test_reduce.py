@@ -29,7 +29,8 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
-from afn_ray.reduce.tree import Inline, call, reduce_run, wilson
+from afn_ray.reduce.stats import wilson
+from afn_ray.reduce.tree import Inline, call, reduce_run
 from afn_ray.runs import cluster
 from afn_ray.runs.cluster import calls
 from afn_ray.schema import (

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 import afn_ray
 from afn_ray.bench import crowd, machine, rate, simulate
 from afn_ray.bench.reduce import NUM_TYPES
-from afn_ray.cli import commands
+from afn_ray.cli import commands, estimates
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpora
 from afn_ray.errors import AfnError, ConfigError, StoreError
@@ -52,7 +52,7 @@ storage_gb_month = 0.25
 
 
 def printed_estimate(found: estimate.Estimate, capsys: pytest.CaptureFixture[str]) -> str:
-    commands._print_estimate(found, commands.Console(highlight=False, soft_wrap=True, width=1000))
+    estimates.print_estimate(found, commands.Console(highlight=False, soft_wrap=True, width=1000))
     return capsys.readouterr().out
 
 

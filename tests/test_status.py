@@ -25,6 +25,7 @@ import afn_ray
 from afn_ray import logs
 from afn_ray.analysis import verify
 from afn_ray.cli import commands as cli
+from afn_ray.cli.progress import _bar, _log_json, log_as
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, IncompleteRun, StoreError
 from afn_ray.runs import cluster, dispatch, status
@@ -108,7 +109,7 @@ def test_a_run_of_one_shard_moves(
 
     def look(event: Any) -> None:
         if event.state is not None:
-            bars.append(cli._bar(event.state))
+            bars.append(_bar(event.state))
             if not event.state.num_done:
                 on_the_way.append(bars[-1][1])
 
@@ -126,7 +127,7 @@ def test_documents_tell_the_time_left_before_a_shard_is_done() -> None:
     assert state.left_s == 60.0
     assert replace(state, seconds=1.0).left_s is None  # too early
     assert replace(state, num_documents=None).left_s is None
-    assert cli._bar(replace(state, num_documents=None)) == ("shards", 0, 1)
+    assert _bar(replace(state, num_documents=None)) == ("shards", 0, 1)
     again = replace(state, live=Progress(measured=1700.0))  # attempts that failed count too
     assert (again.num_measured, again.left_s) == (1000, 0.0)
 
@@ -395,7 +396,7 @@ def test_an_unexpected_error_is_one_line_of_json_too(
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert (end.value.code, last["exit_code"], last["event"], last["level"]) == (1, 1, "failed", "error")
     assert last["message"] == "RuntimeError: on two\nlines \x1b[31m" and "in fail" in last["traceback"]
-    cli._log_as("text", quiet=False)
+    log_as("text", quiet=False)
 
 
 def test_what_is_wrong_with_the_config_is_one_line_of_json_too(
@@ -407,7 +408,7 @@ def test_what_is_wrong_with_the_config_is_one_line_of_json_too(
             cli.main(["run", *flags, "--log-format", "json"])
         (line,) = map(json.loads, capsys.readouterr().err.splitlines())
         assert (line["event"], line["exit_code"], end.value.code) == ("failed", 2, 2)
-    cli._log_as("text", quiet=False)
+    log_as("text", quiet=False)
 
 
 @pytest.mark.parametrize("form", ["json", "text"])
@@ -433,7 +434,7 @@ def test_a_quiet_run_still_warns(
         assert warning["run"] == failed["run"] == run.name
     else:
         assert said[0] == "warning: be careful" and said[1].startswith("afn: 1 of ")
-    cli._log_as("text", quiet=False)
+    log_as("text", quiet=False)
 
 
 def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> None:
@@ -443,7 +444,7 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
     state = State(10, num_workers=2, num_ready=1, num_running=3, seconds=10.0, num_documents=900,
                   live=Progress(7, 100, 120, measured=9.4))  # fmt: skip
     with caplog.at_level("INFO", logs.ROOT):
-        on_event = cli._log_json(lines)
+        on_event = _log_json(lines)
         on_event(Event("planned", "10 shards", run="a-run"))
         on_event(Event("working", "", state=state))
         on_event(Event("working", "", state=state))  # too soon

@@ -20,6 +20,7 @@ from afn_ray.analysis import recount, rows
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
+from afn_ray.reduce.tables import shards_table
 from afn_ray.schema import Shard, fingerprint
 from afn_ray.store import blocks, checksums, epochs, layout, manifest, orphans, parquet, records, shard_files, storage
 from afn_ray.store.blocks import Blocks
@@ -452,7 +453,7 @@ class _Run:
         num_bytes = [s.num_bytes for s in kept]
         try:
             stored = {name: manifest.read_table(self.folder, name) for name in info["tables"]}
-            shards = tree.shards_table(self.measure_id, commits, num_bytes)
+            shards = shards_table(self.measure_id, commits, num_bytes)
             self._compare({"shards": shards}, stored)
             if not self.findings:
                 self._ask_duckdb(memory_limit, sum(c.counts["tokens"] for c in commits))

@@ -31,6 +31,7 @@ from afn_ray.bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS,
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.reduce import tree as reduce
+from afn_ray.reduce.tables import STATISTICS_SCHEMA
 from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
@@ -116,7 +117,7 @@ class Tree:
             (num_shards,) = set(args[3:])  # every part has all shards
             row = {"n": num_shards * SHARD_TOKENS, "n_special": 0, "layer": SERIES.layer, "q3": 1.0}
             return [[row], [row], HISTOGRAM_SCHEMA.empty_table()]
-        return [reduce.STATISTICS_SCHEMA.empty_table()]
+        return [STATISTICS_SCHEMA.empty_table()]
 
     def result(self, handle: Any) -> Any:
         return handle

@@ -12,27 +12,23 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from afn_ray import logs
 from afn_ray.cli import grammar, terminal
+from afn_ray.cli.estimates import print_estimate
+from afn_ray.cli.progress import ToStderr, json_lines, log_as, now_and_then, shown_progress
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted
 from afn_ray.store import disk
 from afn_ray.text import count, printable
 
-if TYPE_CHECKING:
-    from afn_ray.runs.dispatch import State
-    from afn_ray.runs.estimate import Cost, Estimate
-    from afn_ray.runs.job import Event, OnEvent
-
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
-LOG_EVERY_S = 30.0
 SAMPLE = 200
 """Documents that a check by masking takes."""
 
@@ -63,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest_flag(args.parser, rest[0])}")
     log = logging.getLogger(logs.ROOT)
     if not log.handlers:
-        log.addHandler(_ToStderr())
+        log.addHandler(ToStderr())
     audits, failed = args.command == "audit", True
     try:
         with _terminable():
@@ -88,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(error, OSError) and error.errno in disk.FULL:
             code = AUDIT_FAILED if audits else Interrupted.exit_code
             _say_end("stopped", f"no space left: {error}; make room and run the same command again", code)
-        elif _json_lines() is not None:
+        elif json_lines() is not None:
             _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
         elif audits:
             traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
@@ -97,31 +93,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(AUDIT_FAILED if audits and failed else code)
 
 
-class _ToStderr(logging.Handler):
-    """What the library logs, above a live bar where there is one: that takes over ``sys.stderr``."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = f"afn: {printable(record.getMessage())}" if self.formatter is None else self.format(record)
-        print(text, file=sys.stderr)
-
-
-def _log_as(form: str, quiet: bool) -> None:
-    """``form`` as of ``RunConfig.log_format``."""
-    log = logging.getLogger(logs.ROOT)
-    for handler in log.handlers:
-        handler.setFormatter(logs.Lines("json") if form == "json" else None)
-    log.setLevel(logging.INFO if form == "json" and not quiet else logging.WARNING)
-
-
-def _json_lines() -> logs.Lines | None:
-    """What writes the log as JSON; None where it is for people."""
-    formatters = (handler.formatter for handler in logging.getLogger(logs.ROOT).handlers)
-    return next((f for f in formatters if isinstance(f, logs.Lines)), None)
-
-
 def _say_end(event: str, message: str, code: int, traceback: bool = False) -> None:
     """Why the command ends as it does, on stderr."""
-    if _json_lines() is None:
+    if json_lines() is None:
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
         errors.print("afn:", printable(message, keep="\n"), markup=False)
     else:
@@ -151,27 +125,27 @@ def _run(args: argparse.Namespace) -> None:
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
         given.pop("corpus", None)  # none on the command line: the file's
-    _log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
+    log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
     if not args.dry_run and (args.rate or args.prices):
         raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
     from afn_ray.store import settings
 
     config = settings.config_from(given, args.config)
-    _log_as(config.log_format, args.quiet)
+    log_as(config.log_format, args.quiet)
     from afn_ray.runs import precheck
 
     precheck.check_run(config, reduce_only=args.reduce_only)
     from afn_ray.runs import estimate, job
 
     console = Console(stderr=True, highlight=False)
-    with _progress(console, args.quiet) as on_event:
+    with shown_progress(console, args.quiet) as on_event:
         if args.dry_run:
             found = estimate.dry_run(config, on_event, rate=args.rate, prices=args.prices, reduce_only=args.reduce_only)
         else:
             with job.run(config, on_event, reduce_only=args.reduce_only) as run:
                 uri = run.uri
     if args.dry_run:
-        _print_estimate(found, Console(highlight=False))
+        print_estimate(found, Console(highlight=False))
     elif args.quiet:
         print(uri)
     else:
@@ -274,7 +248,7 @@ def _audit(args: argparse.Namespace) -> int:
     from afn_ray.store import settings
 
     config = settings.config_from({}, args.config)
-    _log_as(config.log_format, args.quiet)
+    log_as(config.log_format, args.quiet)
     settings.read_toml(args.policy, "policy")
     if args.frozen:
         precheck.check_frozen(config)
@@ -293,7 +267,7 @@ def _audit(args: argparse.Namespace) -> int:
     if not args.no_report:
         report.check_packages()  # now, not after the run
     errors = Console(stderr=True, highlight=False)
-    with _progress(errors, args.quiet) as on_event:
+    with shown_progress(errors, args.quiet) as on_event:
         found = audit.run_audit(
             config, policy, baseline=args.baseline, frozen=args.frozen, mark=False, on_event=on_event
         )  # fmt: skip
@@ -427,7 +401,7 @@ def _demo(args: argparse.Namespace) -> None:
     from afn_ray.runs import job
 
     console = Console(stderr=True, highlight=False)
-    with _progress(console, quiet=False) as on_event:
+    with shown_progress(console, quiet=False) as on_event:
         run = job.run(config, on_event)
     seconds = time.monotonic() - began
     summary = overview.summarise(manifest.find_run(run.uri))
@@ -458,7 +432,7 @@ def _verify(args: argparse.Namespace) -> None:
         clean=args.clean,
         min_age_h=args.min_age_h,
         memory_limit=args.memory_limit,
-        on_progress=_now_and_then(),
+        on_progress=now_and_then(),
     )
     if args.json:
         print(json.dumps(asdict(result), indent=1))
@@ -473,26 +447,13 @@ def _gc(args: argparse.Namespace) -> None:
 
     found = garbage.collect_garbage(
         args.store, keep=args.keep, keep_runs=args.keep_run, min_age_h=args.min_age_h, delete=args.delete,
-        on_progress=_now_and_then(),
+        on_progress=now_and_then(),
     )  # fmt: skip
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return
     flags = [f"--keep={args.keep}", *(f"--keep-run={run}" for run in args.keep_run), f"--min-age-h={args.min_age_h:g}"]
     _print_lines(garbage.lines(found, flags))
-
-
-def _now_and_then() -> Callable[[str], None]:
-    """Prints what it is told on stderr, every half a minute at most."""
-    console, last = Console(stderr=True, highlight=False), time.monotonic()
-
-    def say(message: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_EVERY_S:
-            last = time.monotonic()
-            console.print(printable(message), markup=False, soft_wrap=True)
-
-    return say
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -508,230 +469,6 @@ def _shell(text: str) -> str:
 
 
 # --- progress --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
-    """Shows events: a live bar on a terminal, else a line when something ends and every half a minute.
-
-    ``quiet``: warnings alone.
-    """
-    if (lines := _json_lines()) is not None:  # whose level leaves warnings alone where it is to be quiet
-        yield _log_json(lines)
-    elif quiet:
-        yield _warnings(console)
-    elif console.is_terminal:
-        with _live(console) as on_event:
-            yield on_event
-    else:
-        yield _log(console)
-
-
-@contextlib.contextmanager
-def _live(console: Console) -> Iterator[OnEvent]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
-               TextColumn("{task.fields[note]}"), TimeElapsedColumn())  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("planning", total=None, note="")
-
-        def on_event(event: Event) -> None:
-            if event.kind in ("planned", "warning", "complete"):
-                progress.console.print(printable(event.message), markup=False, soft_wrap=True)
-            elif event.kind == "hashing":
-                progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
-            elif event.state is not None:
-                what, done, total = _bar(event.state)
-                progress.update(task, description=what, completed=done, total=total, note=_note(event))
-            else:
-                progress.update(task, description=event.message, completed=0, total=None, note="")
-
-        yield on_event
-
-
-def _warnings(console: Console) -> OnEvent:
-    def on_event(event: Event) -> None:
-        if event.kind == "warning":
-            console.print(printable(event.message), markup=False, soft_wrap=True)
-
-    return on_event
-
-
-def _log(console: Console) -> OnEvent:
-    last = 0.0
-
-    def on_event(event: Event) -> None:
-        nonlocal last
-        state = event.state
-        if state is None and event.kind != "hashing":
-            console.print(printable(event.message), markup=False, soft_wrap=True)
-        elif time.monotonic() - last >= LOG_EVERY_S:
-            last = time.monotonic()
-            if state is None:
-                console.print(f"{event.message}: {event.done:,} of {event.total:,} files", markup=False)
-            else:
-                what, done, total = _bar(state)
-                console.print(f"{what} {done:,}/{total:,}  {_note(event)}", markup=False, soft_wrap=True)
-
-    return on_event
-
-
-def _log_json(lines: logs.Lines) -> OnEvent:
-    """Events as records; progress no more often than for people."""
-    last, log = 0.0, logging.getLogger(logs.ROOT)
-
-    def on_event(event: Event) -> None:
-        nonlocal last
-        if event.run:
-            lines.about["run"] = event.run
-        state = event.state
-        if state is None and event.kind != "hashing":
-            level = logging.WARNING if event.kind == "warning" else logging.INFO
-            logs.tell(log, event.kind, event.message.removeprefix("warning: "), level=level)
-        elif time.monotonic() - last >= LOG_EVERY_S:
-            last = time.monotonic()
-            if state is None:
-                logs.tell(log, "hashing", event.message, counts={"files_done": event.done, "files": event.total})
-                return
-            counts = {
-                "shards": state.num_shards, "done": len(state.commits), "quarantined": len(state.failures),
-                "running": state.num_running, "retries": state.retries, "workers": state.num_workers,
-                "workers_ready": state.num_ready, "documents": state.live.documents, "tokens": state.live.tokens,
-                "lost_bytes": state.counts["lost_bytes"],
-                "documents_measured": state.num_measured, "documents_planned": state.num_documents,
-            }  # fmt: skip
-            logs.tell(log, "progress", _note(event), counts=counts, tokens_per_s=round(state.tokens_per_s, 1),
-                      left_s=state.left_s and round(state.left_s))  # fmt: skip
-
-    return on_event
-
-
-def _bar(state: State) -> tuple[str, int, int]:
-    """Unit of the bar, how many are done, and how many there are: documents where their number is planned."""
-    if state.num_documents:
-        return "documents", state.num_measured, state.num_documents
-    return "shards", state.num_done, state.num_shards
-
-
-def _note(event: Event) -> str:
-    """Documents, tokens per second, padding, time left and failures of a run at work."""
-    assert event.state is not None
-    state, live = event.state, event.state.live
-    if not state.num_ready and not state.commits:
-        return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
-    from afn_ray.reduce import losses
-    from afn_ray.runs import status
-
-    counted = f"{state.num_measured:,} documents"
-    if state.num_documents:  # which the bar has
-        counted = f"{state.num_done:,} of {count(state.num_shards, 'shard')}"
-    parts = [counted, f"{state.tokens_per_s:,.0f} tokens/s"]
-    if live.tokens:
-        parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
-    if (left_s := state.left_s) is not None:
-        parts.append(f"{left_s:,.0f} s left" if left_s < 600 else f"{left_s / 60:,.0f} min left")
-    if waits := status.waits(live):
-        parts.append(waits)
-    if lost := state.counts["lost_bytes"]:
-        parts.append(f"{losses.said_bytes(lost)} lost")
-    if state.retries:
-        parts.append(f"{state.retries} retried")
-    if state.failures:
-        parts.append(f"{len(state.failures)} FAILED")
-    return ", ".join(parts)
-
-
-def _print_estimate(e: Estimate, console: Console) -> None:
-    from afn_ray.reduce import losses
-
-    about = "" if e.documents_exact else "about "
-    todo = e.num_shards - e.num_shards_done
-    signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
-    rows = [
-        ("model", f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}"),
-        ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
-        ("corpus", f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files"),
-        ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
-        ("tokens", _tokens(e)),
-        ("store", f"about {e.store_bytes:,} bytes"),
-        *_pace(e),
-        ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
-        *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
-        *(_bill(e) if e.prices else []),
-        ("measure", e.measure),
-    ]  # fmt: skip
-    for name, value in rows:
-        console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
-    if skipped := losses.describe_skipped(e.skipped):
-        console.print(f"skipped  {printable(skipped)}", markup=False, soft_wrap=True)
-    console.print("nothing was done (--dry-run)", markup=False)
-
-
-def _tokens(e: Estimate) -> str:
-    """How many tokens, and how that is known."""
-    there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
-    if e.tokens_exact:
-        more = f"{e.tokens - e.tokens_there:,} counted" if e.tokens > e.tokens_there else ""
-        return f"{e.tokens:,}: {', '.join(filter(None, (there, more)))}"
-    parts = [there, "the rest from a sample" if there else "from a sample"]
-    if e.num_beginnings:
-        parts.append(f"of {count(e.num_beginnings, 'large file')} the beginning alone")
-    interval = f"{e.tokens_low:,} to {e.tokens_high:,} with 95 %"
-    return f"about {e.tokens:,} ({interval}): {', '.join(filter(None, parts))}"
-
-
-def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
-    """Rate, time and work; or why they are not told."""
-    if e.num_shards_done == e.num_shards and e.seconds is not None:
-        yield "time", f"about {_duration(e.seconds)}: nothing is left to measure"
-        return
-    if e.tokens_per_second is None:
-        yield "rate", f"not known: {e.rate}"
-    else:
-        yield "rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"
-    if e.seconds is None or e.load_s is None or e.worker_hours is None:
-        yield "time", f"not known without a rate; {count(e.num_workers, 'worker')}"
-        return
-    yield "time", (f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
-                   f"and screening {_duration(e.reduce_s)}")  # fmt: skip
-    yield "work", (f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
-                   f"{e.seconds / 3600:,.3f}")  # fmt: skip
-
-
-def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
-    """The money, with its arithmetic; what has no price is said and left out of the sum."""
-    assert e.prices is not None and e.monthly is not None
-    currency = e.prices.currency
-    yield "prices", f"in {currency}, of {e.prices.as_of}"
-    for cost in (*e.costs, e.monthly):
-        a_month = " a month" if cost is e.monthly else ""
-        yield "money", f"{cost.what}: {_arithmetic(cost, currency)}{a_month}"
-        if cost.what == "workers" and e.prices.worker_hour_on_demand is not None:
-            dearer = replace(cost, price=e.prices.worker_hour_on_demand)
-            yield "money", f"workers, all on demand instead: {_arithmetic(dearer, currency)}"
-    if not e.costs:
-        yield "money", "the run: not known without a rate"
-        return
-    total = sum(cost.total for cost in e.costs if cost.total is not None)
-    without = [cost.what for cost in e.costs if cost.price is None]
-    yield "money", f"the run: {_amount(total)} {currency}" + (f" without {', '.join(without)}" if without else "")
-
-
-def _arithmetic(cost: Cost, currency: str) -> str:
-    if cost.price is None:
-        return f"{_amount(cost.amount)} {cost.unit}, for which there is no price"
-    return f"{_amount(cost.amount)} {cost.unit} x {cost.price:g} = {_amount(cost.total or 0.0)} {currency}"
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.2f}" if value >= 100 else f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {

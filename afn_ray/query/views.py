@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from afn_ray.reduce.tree import Z_95
+from afn_ray.reduce.stats import Z_95
 from afn_ray.schema import REPLACED, SPECIAL, STRENGTH, UNTAGGED, WORD_START, Series
 
 VIEWS = {

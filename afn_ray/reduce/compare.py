@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce import losses
 from afn_ray.reduce.histogram import Histogram, starts, to_bins, to_values
-from afn_ray.reduce.tree import wilson
+from afn_ray.reduce.stats import wilson
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PARTS_OF_WORDS, in_order
 from afn_ray.store import checksums, manifest
 from afn_ray.store.manifest import RunFolder

@@ -19,7 +19,7 @@ from rich.text import Text
 from afn_ray.query.database import Run
 from afn_ray.reduce import compare, lexicon, losses
 from afn_ray.reduce.losses import Losses
-from afn_ray.reduce.tree import wilson
+from afn_ray.reduce.stats import wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
 from afn_ray.store import checksums, manifest

@@ -1,0 +1,106 @@
+"""A dry run's estimate in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from afn_ray.text import count, printable
+
+if TYPE_CHECKING:
+    from afn_ray.runs.estimate import Cost, Estimate
+
+
+def print_estimate(e: Estimate, console: Console) -> None:
+    from afn_ray.reduce import losses
+
+    about = "" if e.documents_exact else "about "
+    todo = e.num_shards - e.num_shards_done
+    signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
+    rows = [
+        ("model", f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}"),
+        ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
+        ("corpus", f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files"),
+        ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
+        ("tokens", _tokens(e)),
+        ("store", f"about {e.store_bytes:,} bytes"),
+        *_pace(e),
+        ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
+        *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
+        *(_bill(e) if e.prices else []),
+        ("measure", e.measure),
+    ]  # fmt: skip
+    for name, value in rows:
+        console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
+    if skipped := losses.describe_skipped(e.skipped):
+        console.print(f"skipped  {printable(skipped)}", markup=False, soft_wrap=True)
+    console.print("nothing was done (--dry-run)", markup=False)
+
+
+def _tokens(e: Estimate) -> str:
+    """How many tokens, and how that is known."""
+    there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
+    if e.tokens_exact:
+        more = f"{e.tokens - e.tokens_there:,} counted" if e.tokens > e.tokens_there else ""
+        return f"{e.tokens:,}: {', '.join(filter(None, (there, more)))}"
+    parts = [there, "the rest from a sample" if there else "from a sample"]
+    if e.num_beginnings:
+        parts.append(f"of {count(e.num_beginnings, 'large file')} the beginning alone")
+    interval = f"{e.tokens_low:,} to {e.tokens_high:,} with 95 %"
+    return f"about {e.tokens:,} ({interval}): {', '.join(filter(None, parts))}"
+
+
+def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
+    """Rate, time and work; or why they are not told."""
+    if e.num_shards_done == e.num_shards and e.seconds is not None:
+        yield "time", f"about {_duration(e.seconds)}: nothing is left to measure"
+        return
+    if e.tokens_per_second is None:
+        yield "rate", f"not known: {e.rate}"
+    else:
+        yield "rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"
+    if e.seconds is None or e.load_s is None or e.worker_hours is None:
+        yield "time", f"not known without a rate; {count(e.num_workers, 'worker')}"
+        return
+    yield "time", (f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
+                   f"and screening {_duration(e.reduce_s)}")  # fmt: skip
+    yield "work", (f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
+                   f"{e.seconds / 3600:,.3f}")  # fmt: skip
+
+
+def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
+    """The money, with its arithmetic; what has no price is said and left out of the sum."""
+    assert e.prices is not None and e.monthly is not None
+    currency = e.prices.currency
+    yield "prices", f"in {currency}, of {e.prices.as_of}"
+    for cost in (*e.costs, e.monthly):
+        a_month = " a month" if cost is e.monthly else ""
+        yield "money", f"{cost.what}: {_arithmetic(cost, currency)}{a_month}"
+        if cost.what == "workers" and e.prices.worker_hour_on_demand is not None:
+            dearer = replace(cost, price=e.prices.worker_hour_on_demand)
+            yield "money", f"workers, all on demand instead: {_arithmetic(dearer, currency)}"
+    if not e.costs:
+        yield "money", "the run: not known without a rate"
+        return
+    total = sum(cost.total for cost in e.costs if cost.total is not None)
+    without = [cost.what for cost in e.costs if cost.price is None]
+    yield "money", f"the run: {_amount(total)} {currency}" + (f" without {', '.join(without)}" if without else "")
+
+
+def _arithmetic(cost: Cost, currency: str) -> str:
+    if cost.price is None:
+        return f"{_amount(cost.amount)} {cost.unit}, for which there is no price"
+    return f"{_amount(cost.amount)} {cost.unit} x {cost.price:g} = {_amount(cost.total or 0.0)} {currency}"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.2f}" if value >= 100 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
