@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_new
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from afn_ray.analysis.audit import read_policy
 from afn_ray.config import CHOICES, HINTS, MOST_QUARANTINED, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
 from afn_ray.store.settings import MOST_BYTES, config_from
+from conftest import write_new
 
 NEEDED: dict[str, Any] = {"corpus": ("a.txt",), "model": "m", "store": "s"}
 KEYS = [f.name for f in fields(RunConfig)]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import pytest
-from conftest import write_jsonl
 
 import afn_ray
 from afn_ray.analysis import explain, verify
@@ -15,6 +14,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.show import overview
 from afn_ray.store import manifest
+from conftest import write_jsonl
 
 POPULATIONS = ("tokens", "tokens_without_sinks")
 

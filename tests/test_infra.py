@@ -24,7 +24,6 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import write_jsonl
 
 from afn_ray.analysis import audit
 from afn_ray.cli import grammar
@@ -32,6 +31,7 @@ from afn_ray.config import RunConfig
 from afn_ray.runs.cluster import connection
 from afn_ray.store import storage
 from afn_ray.store.settings import config_from
+from conftest import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"

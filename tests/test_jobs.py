@@ -22,7 +22,6 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from conftest import write_jsonl
 from packaging.requirements import Requirement
 from ray.dashboard.modules.job.cli import job_cli_group
 
@@ -30,6 +29,7 @@ import afn_ray
 from afn_ray.cli import grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 from afn_ray.store import manifest, settings, storage
+from conftest import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f.name for f in (ROOT / "jobs").glob("*.py"))

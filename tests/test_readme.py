@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import stop_after, write_jsonl
 
 import afn_ray
 from afn_ray.cli import commands as cli
 from afn_ray.cli import grammar
 from afn_ray.runs import demo
 from afn_ray.show import shell
+from conftest import stop_after, write_jsonl
 
 SMALL_BENCH = {
     "engine": ["--tokens", "3000", "--repeat", "1", "--profiles", "short", "--variants", "loop,tuned,engine,job"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -59,9 +59,9 @@ def read_json(uri: str) -> dict[str, Any] | None:
 class Part(dict[str, Any]):
     """One object of a JSON file of the store; asking for a key that it lacks raises ``StoreError``."""
 
-    def __init__(self, uri: str, value: dict[str, Any]) -> None:
-        """``uri`` names the file."""
-        super().__init__(value)
+    def __init__(self, items: Iterable[Any] = (), uri: str = "a JSON file of the store") -> None:
+        """``items`` as of ``dict``; ``uri`` names the file."""
+        super().__init__(items)
         self.uri = uri
 
     def __missing__(self, key: str) -> Any:
@@ -70,7 +70,7 @@ class Part(dict[str, Any]):
 
 def parse_json(data: bytes, uri: str) -> dict[str, Any]:
     try:
-        value = json.loads(data, object_hook=partial(Part, uri))
+        value = json.loads(data, object_hook=partial(Part, uri=uri))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:

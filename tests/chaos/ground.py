@@ -10,12 +10,12 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from conftest import write_jsonl
 
 import afn_ray
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.store import storage
+from conftest import write_jsonl
 
 NUM_SHARDS = 12
 SHARD_BYTES = 2048

@@ -22,15 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faults
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from drivers import Drivers
-from ground import NUM_SHARDS, Ground, make_ground, recorded
-from hosts import Chaos, wait_until
 
 import afn_ray
+import faults
 from afn_ray.analysis import verify
 from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.runs.cluster import connection
@@ -38,6 +35,9 @@ from afn_ray.runs.job import Event
 from afn_ray.schema import Shard
 from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.commits import Commit
+from drivers import Drivers
+from ground import NUM_SHARDS, Ground, make_ground, recorded
+from hosts import Chaos, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

@@ -16,12 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from drivers import Driver, Drivers
-from ground import NUM_SHARDS, Ground, make_ground
-from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
 
 from afn_ray.analysis import verify
 from afn_ray.store import storage
+from drivers import Driver, Drivers
+from ground import NUM_SHARDS, Ground, make_ground
+from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from drivers import Drivers
 from ground import make_ground
 from hosts import Chaos

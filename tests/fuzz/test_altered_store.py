@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import edit_sealed, listed, recommit, rewrite, write_jsonl
 from rich.console import Console
 
 import afn_ray
@@ -28,6 +27,7 @@ from afn_ray.reduce import compare
 from afn_ray.runs import status
 from afn_ray.show import overview, report
 from afn_ray.store import garbage, manifest
+from conftest import edit_sealed, listed, recommit, rewrite, write_jsonl
 
 NUM_STORES = {"short": 4, "long": 1000}
 

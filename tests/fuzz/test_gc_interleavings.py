@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from interleavings import NOW_S, STORE, Inline, Process, World, explore, sample
 
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
@@ -23,6 +22,7 @@ from afn_ray.schema import FileSlice, Shard, fingerprint
 from afn_ray.store import checksums, epochs, garbage, layout, manifest, orphans, parquet, shard_files, storage
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
+from interleavings import NOW_S, STORE, Inline, Process, World, explore, sample
 
 CONFIG = RunConfig(corpus=("/c",), model="m", store=STORE, allow_another_measure=True)
 MEASURE = {"layers": [1]}

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import faults
 import fsspec
 import pytest
-from chaos.ground import recorded
 
 import afn_ray
+import faults
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
+from chaos.ground import recorded
 
 NUM_DOCUMENTS = 40
 NUM_FAULTS = {"short": 8, "long": 500}

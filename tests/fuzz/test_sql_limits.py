@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_query import LAYERS, SHARDS, write_run
 
 from afn_ray.errors import QueryError
 from afn_ray.query import sandbox
 from afn_ray.query.database import Run, open_run
+from test_query import LAYERS, SHARDS, write_run
 
 TIMEOUT_S, MEMORY = 1.0, "300MB"
 SLACK_S = 2.0

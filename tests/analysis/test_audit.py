@@ -1,0 +1,907 @@
+"""The nightly audit: what breaks a policy, what it is held against, its exit codes, and kills at every step."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import afn_ray
+from afn_ray.analysis import audit, verify
+from afn_ray.analysis.audit import Policy, Rule
+from afn_ray.cli import commands
+from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
+from afn_ray.reduce import compare
+from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.losses import Losses
+from afn_ray.runs import job
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
+from afn_ray.show import report
+from afn_ray.store import manifest, storage
+from afn_ray.store.manifest import RunFolder
+from afn_ray.store.settings import config_from
+from conftest import RUN_INFO, stop_after, write_jsonl
+
+SCRIPT = Path(__file__).parents[2] / "jobs" / "nightly_audit.py"
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+# --- policy ----------------------------------------------------------------------------------------------
+
+
+def policy_of(folder: Path, text: str) -> Policy:
+    (folder / "policy.toml").write_text(text)
+    return audit.read_policy(folder / "policy.toml")
+
+
+def test_limits_are_numbers_and_shares_may_be_given_in_percent(tmp_path: Path) -> None:
+    found = policy_of(tmp_path, 'psi = 0.1\nq3_shift = "2%"\nq1_shift = "0.5 %"\nlayer = 8\nmax_new_types = 5\n'
+                                '[source]\nks = 1\nmin_tokens = 50\n')  # fmt: skip
+    assert found == Policy({"psi": 0.1, "q3_shift": 0.02, "q1_shift": 0.005, "max_new_types": 5}, {"ks": 1.0}, 8, 50)
+
+
+def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        policy_of(tmp_path, "psi = 0.1\nspi = 0.1\n")
+    assert "no such key: spi; there are:" in str(caught.value)
+    for key, meaning in {**audit.RUN_LIMITS, **audit.DRIFT_LIMITS, **audit.OPTIONS}.items():
+        assert f"\n  {key}: {meaning}" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"no such \[source\] key: max_new_types; there are:\n  psi: ") as caught:
+        policy_of(tmp_path, "[source]\nmax_new_types = 3\n")
+    assert "min_tokens" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psi = true", "psi is True; expected a number"),
+        ("psi = -0.1", "psi is -0.1; expected a number"),
+        ("psi = nan", "psi is nan; expected a number"),
+        ("psi = inf", "psi is inf; expected a number"),
+        ('psi = "a tenth"', "psi is 'a tenth'; expected a number"),
+        ("psi = [0.1]", "expected a number"),
+        ("max_new_types = 0.5", "max_new_types is 0.5; expected a whole number"),
+        ('lost_bytes = "2%"', "lost_bytes is '2%'; expected a whole number"),
+        ("lost_documents = 0.5", "lost_documents is 0.5; expected a whole number"),
+        ("lost_share = 2", 'a share is at most 1; is it "2%"?'),
+        ('max_new_types = "2%"', "max_new_types is '2%'; expected a whole number"),
+        ("layer = 8.0\npsi = 1", "layer is 8.0; expected a whole number"),
+        ("source = 3", "expected a table"),
+        ("[source]\nmin_tokens = true\npsi = 1", "min_tokens is True; expected a whole number"),
+        ("[source]\nks = '-1%'", "source.ks is '-1%'; expected"),
+        ("layer = 2", "has no limit, so nothing could break it"),
+        ("= 1", "is not TOML"),
+        ("quarantined_documents = 1.5", 'a share is at most 1; is it "1.5%"?'),
+        ("[source]\nks = 2", 'source.ks is 2, and a share is at most 1; is it "2%"?'),
+    ],
+)
+def test_what_is_no_policy_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        policy_of(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_a_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        audit.read_policy(tmp_path / "none.toml")
+
+
+# --- judging ---------------------------------------------------------------------------------------------
+
+
+def run_of(**changes: Any) -> RunFolder:
+    counts = {"documents": 200, "empty": 10, "quarantined": 4, "shards": 9, "tokens": 5000, "special": 400,
+              "chars": 800}  # fmt: skip
+    info = {"layers": [0, 2], "counts": counts, "quarantined": [{}], "tables": {"sources": {}}, "measure": {"id": "m"},
+            "config": {"corpus": ["c"]}, "model": {"name": "x"}, "created_at": "", "finished_at": ""}  # fmt: skip
+    return RunFolder("s/runs/b", "s", "b", {**info, **changes})
+
+
+def drift_row(layer: int, source: str | None, n_a: int, n_b: int, **values: float) -> dict[str, Any]:
+    row = dict.fromkeys(DRIFT_SCHEMA.names) | {"layer": layer, "source": source, "n_a": n_a, "n_b": n_b}
+    if n_a and n_b:
+        row |= dict.fromkeys(("psi", "ks", "js"), 0.0) | dict.fromkeys(("share_high_a", "share_high_b"), 0.25)
+        row |= {f"{q}_{r}": 4.0 for q in ("q1", "q2", "q3") for r in "ab"}
+    return row | values
+
+
+COMPARED = Comparison(
+    replace(run_of(), uri="s/runs/a", id="a"), run_of(),
+    pa.Table.from_pylist(
+        [
+            drift_row(0, None, 4000, 5000, psi=0.9, ks=0.9, js=0.9),
+            drift_row(2, None, 4000, 5000, psi=0.125, ks=0.25, js=0.5, q1_b=4.5, q2_b=3.0, q3_b=5.0,
+                      share_high_b=0.375),
+            drift_row(2, "long", 2000, 2000, psi=0.25, q3_b=6.0),
+            drift_row(2, "longer", 2000, 2000, ks=0.5, share_high_a=0.5),
+            drift_row(2, "new", 0, 2000), drift_row(2, "short", 999, 1000, psi=9.0, ks=1.0), drift_row(2, "gone", 1, 0),
+            drift_row(2, "gone too", 1000, 0), drift_row(2, "cut", 4000, 1000),
+        ],
+        DRIFT_SCHEMA,
+    ),
+    pa.Table.from_pylist(
+        [
+            dict.fromkeys(CLASS_DRIFT_SCHEMA.names, 0.0) | {"layer": 2, "class": name, "n_a": n_a, "n_b": 9,
+             "share_a": 0.5, "share_b": share_b, "n_high_a": 0, "n_high_b": 0, "share_high_b": high}
+            for name, n_a, share_b, high in (("content", 9, 0.625, 0.125), ("function", 9, 0.25, 0.0625),
+                                             ("number", 0, 0.5, 1.0))
+        ],
+        CLASS_DRIFT_SCHEMA,
+    ),
+    pa.Table.from_pylist(
+        [
+            dict.fromkeys(MOVERS_SCHEMA.names) | {"layer": layer, "token_id": i, "token": "t", "text": "t",
+             "class": "c", "status": status, "n_a": 1, "n_b": 1, "q": q}
+            for layer in (0, 2)
+            for i, (status, q) in enumerate([("both", 0.049), ("both", 0.05), ("new", None), ("new", None),
+                                             ("vanished", None)])
+        ],
+        MOVERS_SCHEMA,
+    ),
+    ("a note",),
+)  # fmt: skip
+VALUES: dict[str, tuple[float, str | None]] = {
+    "quarantined_documents": (0.02, None), "quarantined_shards": (0.1, None), "empty_documents": (0.05, None),
+    "psi": (0.125, None), "ks": (0.25, None), "js": (0.5, None), "q1_shift": (0.125, None), "q2_shift": (0.25, None),
+    "q3_shift": (0.25, None), "share_high_shift": (0.125, None), "class_share_shift": (0.25, "function"),
+    "class_high_shift": (0.125, "content"), "max_moved_types": (1, None), "max_new_types": (2, None),
+    "max_vanished_types": (1, None), "max_new_sources": (1, None), "max_vanished_sources": (2, None),
+    "min_tokens_ratio": (1.25, None), "max_tokens_ratio": (1.25, None),
+    "source.psi": (0.25, "long"), "source.ks": (0.5, "longer"), "source.js": (0.0, "longer"),
+    "source.q1_shift": (0.0, "longer"), "source.q2_shift": (0.0, "longer"), "source.q3_shift": (0.5, "long"),
+    "source.share_high_shift": (0.25, "longer"), "source.min_tokens_ratio": (0.25, "cut"),
+    "lost_bytes": (500, "a.gz (50% read)"), "lost_share": (0.25, "a.gz (50% read)"),
+    "lost_documents": (86, "86 documents: a.gz (50% read)"), "replaced_characters": (8, "a.gz"),
+    "replaced_share": (0.01, "a.gz"),
+}  # fmt: skip
+
+
+LOST = Losses(2000, 500, 86, 0, 8, 1, (("/c/a.gz", 0.5),), 1, ("/c/a.gz",))
+SOURCES = ("long", "longer", "new", "short", "cut", "elsewhere")
+
+
+def one_rule(key: str, limit: float, comparison: Comparison | None = COMPARED, run: RunFolder | None = None,
+    lost: Losses = LOST,
+) -> Rule:  # fmt: skip
+    plain = key.removeprefix("source.")
+    policy = Policy({} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000)
+    (rule,) = audit.judge(policy, run or run_of(), comparison, lost, SOURCES)
+    return rule
+
+
+def test_every_key_is_judged() -> None:
+    known = {*audit.RUN_LIMITS, *audit.DRIFT_LIMITS, *(f"source.{key}" for key in audit.SOURCE_LIMITS)}
+    assert set(VALUES) == known
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
+    value, where = VALUES[key]
+    rule = one_rule(key, value)
+    assert (rule.key, rule.value, rule.where, rule.passed) == (key, pytest.approx(value), where, True)
+    beyond = value + 0.001 if "min_" in key else value - 0.001
+    assert one_rule(key, beyond).passed is False
+    known = audit.SOURCE_LIMITS if key.startswith("source.") else audit.RUN_LIMITS | audit.DRIFT_LIMITS
+    assert rule.meaning == known[key.removeprefix("source.")]
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
+    rule = one_rule(key, 0, None)
+    if key in audit.RUN_LIMITS:
+        assert rule.passed is False
+    else:
+        assert rule.passed is None and rule.value is None
+
+
+def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
+    (rule,) = audit.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED, LOST, SOURCES)
+    assert rule.value == 0.9 and rule.passed is False
+    with pytest.raises(ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"):
+        list(audit.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None, LOST, SOURCES))
+
+
+def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -> None:
+    rule = one_rule("lost_documents", 10**9, lost=replace(LOST, lost_unknown=1))
+    assert (rule.passed, rule.value, rule.where) == (False, None, "86 documents or more: a.gz (50% read)")
+    found = audit.Audit(False, (rule,), run_of(), None, None, LOST, ())
+    said = next(audit.lines(found))
+    assert said.split()[:5] == ["BROKEN", "lost_documents", "unknown", "<=", "1,000,000,000"]
+    assert said.endswith("(86 documents or more: a.gz (50% read))")
+    nothing = Losses(2000, 0, 0, 0, 0, 0, (), 0, ())
+    rule = one_rule("lost_documents", 0, lost=nothing)
+    assert (rule.passed, rule.value, rule.where) == (True, 0, None)
+
+
+def test_the_share_of_replaced_characters_is_at_most_all_of_them() -> None:
+    """Those of quarantined documents are counted as well, whose text is not."""
+    assert one_rule("replaced_share", 0.5, lost=replace(LOST, replaced=10**9)).value == 1.0
+
+
+def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
+    gone, ratio = audit.judge(policy, run_of(), COMPARED, LOST, SOURCES)
+    assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
+    for there in ("gone too", "gone too/or a file of the folder"):  # the run read it, and found nothing
+        _, ratio = audit.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
+        assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
+    monkeypatch.setattr(audit, "_sources_of", lambda run: frozenset(SOURCES))
+    (note,) = (n for n in audit._notes(policy, run_of(), COMPARED, "week") if "of the baseline" in n)
+    assert "judged nothing of 2 sources of the baseline without a token in this run: gone (1 token), gone too (" in note
+    assert "max_vanished_sources limits them" in note
+    small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
+    (ratio,) = audit.judge(small, run_of(), COMPARED, LOST, SOURCES)
+    assert ratio.passed is None
+
+
+def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_one_without() -> None:
+    for key in ("source.psi", "max_new_sources"):
+        with pytest.raises(ConfigError, match="has no table of them"):
+            one_rule(key, 1, run=run_of(tables={}))
+        whole = replace(COMPARED, drift=COMPARED.drift.filter(pa.compute.is_null(COMPARED.drift["source"])))
+        assert one_rule(key, 1, whole).passed is None
+
+
+def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> None:
+    rows = [drift_row(2, None, 10, 10, q1_a=0.0, q2_a=0.0, q2_b=0.0)]
+    moved = replace(COMPARED, drift=pa.Table.from_pylist(rows, DRIFT_SCHEMA))
+    rule = one_rule("q1_shift", 1e9, moved)
+    assert rule.passed is False and rule.value is None
+    assert one_rule("q2_shift", 0, moved).passed is True
+    found = audit.Audit(False, (rule,), run_of(), COMPARED.a, moved, LOST, ())
+    assert "infinite" in next(audit.lines(found)) and json.dumps(audit.to_json(found), allow_nan=False)
+
+
+# --- baselines -------------------------------------------------------------------------------------------
+
+
+def complete(
+    store: Path, began: datetime, measure: str = "m", done: bool = True, corpus: Sequence[str] = ("c",), ask: str = "",
+    shards: str = "",
+) -> RunFolder:  # fmt: skip
+    name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
+    run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
+    plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
+    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
+        "measure": {"id": measure},
+        "tables": {"plan": plan} | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
+        "config": {"corpus": list(corpus)},
+    }
+    return manifest.finish_run(run, info) if done else run
+
+
+def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week_before(tmp_path: Path) -> None:
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    run = complete(tmp_path, tonight)
+    assert audit.BASELINES["previous"](run) is audit.BASELINES["week"](run) is None
+    complete(tmp_path, tonight + timedelta(hours=1))
+    complete(tmp_path, tonight - timedelta(days=1), "other")
+    complete(tmp_path, tonight - timedelta(days=2), done=False)
+    three = complete(tmp_path, tonight - timedelta(days=3))
+    assert audit.BASELINES["previous"](run) == three and audit.BASELINES["week"](run) is None
+    complete(tmp_path, tonight - timedelta(days=6, hours=11))
+    week = complete(tmp_path, tonight - timedelta(days=6, hours=12))
+    complete(tmp_path, tonight - timedelta(days=9))
+    assert audit.BASELINES["week"](run) == week
+    manifest.mark_audited(week)  # that of the newer ones was killed: nobody has heard of their steps
+    assert audit.BASELINES["previous"](run) == week
+    manifest.mark_audited(three)
+    manifest.mark_audited(three)
+    assert audit.BASELINES["previous"](run) == three
+
+
+# --- whole nights ----------------------------------------------------------------------------------------
+
+
+class Nights:
+    """A corpus that changes, and the audit of it as a user types it."""
+
+    reports = False
+
+    def __init__(
+        self, folder: Path, model: Path, verses: list[str], policy: str, store: str = "", executor: str = "inline"
+    ) -> None:
+        self.folder, self.verses, self.store = folder, verses, store or str(folder / "store")
+        self.config = folder / "run.toml"
+        folder.mkdir(exist_ok=True)
+        self.config.write_text(
+            f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = "{self.store}"\nlayers = "0,2"\n'
+            f'dtype = "float32"\nexecutor = "{executor}"\nshard_bytes = 2048\nbatch_tokens = 256\n'
+        )
+        (folder / "corpus").mkdir()
+        (folder / "policy.toml").write_text(policy)
+        self.add(0, 0, 30)
+
+    def add(self, file: int, begin: int, end: int) -> None:
+        rows = [{"text": t} for t in self.verses[begin:end]]
+        write_jsonl(self.folder / "corpus" / f"{file}.jsonl", rows)
+
+    def words(self, *more: str) -> list[str]:
+        given = {"policy": self.folder / "policy.toml", "out": self.folder / "out"}
+        flags = [f"--{name}={path}" for name, path in given.items()]
+        return ["audit", str(self.config), *flags, "--quiet", *(() if self.reports else ("--no-report",)), *more]
+
+    def audit(self, *more: str) -> int:
+        """Exit code of ``afn audit``, in this process."""
+        with pytest.raises(SystemExit) as left:
+            commands.main(self.words(*more))
+        assert isinstance(left.value.code, int)
+        return left.value.code
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        """The real job."""
+        command = [sys.executable, str(SCRIPT), *self.words(*more)[1:]]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def script(self, *more: str) -> tuple[int, str, str]:
+        process = self.start(*more)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    @property
+    def said(self) -> dict[str, Any]:
+        body = json.loads((self.folder / "out" / "audit.json").read_text("utf-8"))
+        assert body["schema_version"] == 1
+        return dict(body)
+
+
+LOOSE = "psi = 2\nq3_shift = '50%'\nmax_new_types = 9999\nquarantined_documents = '0.1%'\n"
+
+
+@pytest.fixture
+def nights(tmp_path: Path, tiny_bert: Path, verses: list[str]) -> Nights:
+    return Nights(tmp_path / "nights", tiny_bert, verses, LOOSE)
+
+
+def cut_gz(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
+    data = gzip.compress(write_jsonl(folder / "x", rows).read_bytes())
+    (folder / "x").unlink()
+    (folder / "a.jsonl.gz").write_bytes(data if whole else data[: round(0.97 * len(data))])
+
+
+def unclosed_csv(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
+    lines = ["text", *(row["text"].replace(",", ";").replace('"', "") for row in rows)]
+    if not whole:
+        lines[399] = f'"{lines[399]}'  # which swallows it and the 201 behind it
+    (folder / "a.csv").write_text("\n".join(lines) + "\n")
+
+
+def damaged_parquet(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
+    path = folder / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=200, use_dictionary=False)
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    if not whole:
+        with path.open("r+b") as file:
+            file.seek(chunk.data_page_offset)
+            file.write(b"\xff" * 40)
+
+
+POLICIES = {
+    "guide": re.findall(
+        r"^```toml\n(.*?)^```", (SCRIPT.parent.parent / "infra/guide/audit.md").read_text(), re.M | re.S
+    )[0],
+    "kubernetes": (SCRIPT.parent.parent / "infra/kubernetes/values/policy.toml").read_text(),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("damage", [cut_gz, unclosed_csv, damaged_parquet])
+def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
+    damage: Callable[[Path, list[dict[str, str]], bool], None], policy: str, tmp_path: Path, tiny_bert: Path,
+    verses: list[str],
+) -> None:  # fmt: skip
+    rows = [{"text": verse} for verse in verses[:600]]
+    nights = Nights(tmp_path / "nights", tiny_bert, verses, POLICIES[policy])
+    damage(nights.folder / "corpus", rows, True)
+    assert nights.audit() == 0
+    damage(nights.folder / "corpus", rows, False)
+    assert nights.audit() == 1
+    said = nights.said
+    broken = {r["key"]: r for r in said["rules"] if r["passed"] is False}
+    assert "lost_documents" in broken and "a." in broken["lost_documents"]["where"]
+    assert said["counts"]["quarantined"] == 1 and said["lost"]["num_files"] == 1
+    lost = (said["lost"]["lost_documents"], said["lost"]["lost_unknown"])
+    assert lost == {cut_gz: (0, 1), unclosed_csv: (202, 0), damaged_parquet: (200, 0)}[damage]
+
+
+def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> None:
+    code, out, err = nights.script()
+    assert code == 0, err
+    assert "First night" in out and "not judged psi" in out
+    assert "the policy holds as far as it was judged: 1 of 4 limits" in out
+    first = nights.said
+    assert first["verdict"] == "pass" and first["baseline"] is None
+    assert [r["passed"] for r in first["rules"]] == [None, None, None, True]
+
+    nights.add(1, 600, 640)
+    hook = tmp_path / "hook.py"
+    hook.write_text("import os, sys\nprint('hook:', *sys.argv[1:], open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n")
+    (nights.folder / "policy.toml").write_text(
+        LOOSE + "max_vanished_types = 0\nmax_new_types = 3\n".replace("max_new_types = 3\n", "ks = 0.0001\n")
+    )
+    code, out, err = nights.script("--on-broken", f"{sys.executable} {hook} 'two words' $HOME")
+    assert code == 1, err
+    assert "\nBROKEN     ks " in out and "the policy is broken: 1 limit of 6" in out
+    assert 'hook: two words $HOME {\n "schema_version"' in out  # no shell
+    second = nights.said
+    assert second["verdict"] == "broken" and second["baseline"] == first["run"]
+    assert [r["key"] for r in second["rules"] if r["passed"] is False] == ["ks"]
+
+    (nights.folder / "policy.toml").write_text("kss = 1")
+    code, out, err = nights.script()
+    assert code == 2 and "no such key: kss" in err and "Traceback" not in err
+    assert nights.said == second  # of the last night that had a verdict
+
+
+def killed_night(nights: Nights, module: object, step: str) -> None:
+    """A night whose audit is killed at ``step`` of ``module``, and the next one, which is not."""
+    nights.add(1, 600, 640)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, step, interrupted)
+        assert nights.audit() == 2
+    assert not manifest.is_audited(manifest.find_run(nights.store))
+    nights.reports = False
+    nights.add(2, 900, 905)
+    assert nights.audit() == 0
+
+
+@pytest.mark.parametrize("before", ["an audit", "a run"])
+def test_a_step_whose_audit_was_killed_is_judged_with_the_next(before: str, nights: Nights) -> None:
+    if before == "an audit":
+        assert nights.audit() == 0
+    else:
+        job.run(config_from({}, nights.config)).close()
+    first = compare.describe(manifest.find_run(nights.store))
+    killed_night(nights, audit, "write_json")
+    assert nights.said["baseline"] == first
+    found = verify.verify_store(nights.store)
+    assert not found.findings and not found.orphans and not found.foreign
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_a_bucket_and_ray_give_the_verdict_of_a_disk(
+    executor: str, nights: Nights, local_ray: None, object_store: str, tiny_bert: Path, verses: list[str]
+) -> None:
+    """The whole night elsewhere: corpus and store on S3, shards, reduce and screening on workers."""
+    bucket, fs = object_store, fsspec.filesystem("s3")
+    there = Nights(nights.folder.parent / "there", tiny_bert, verses, LOOSE, f"{bucket}/store", executor)
+    there.config.write_text(there.config.read_text().replace(f"{there.folder}/corpus", f"{bucket}/corpus"))
+    verdicts = []
+    for night in (nights, there):
+        for file in range(2):
+            if file:
+                night.add(file, 600, 620)
+            if night is there:
+                fs.put(f"{there.folder}/corpus/", f"{bucket}/corpus/", recursive=True)
+            assert night.audit("--frozen") == 0
+        said = night.said
+        verdicts.append([said["rules"], said["counts"]])
+        found = verify.verify_store(night.store)
+        assert not found.findings and not found.orphans and not found.foreign
+    assert verdicts[0] == verdicts[1]
+    tables = [
+        [manifest.read_table(manifest.find_run(night.store), name) for name in ("frozen", "sources", "screened")]
+        for night in (nights, there)
+    ]
+    for here, other in zip(*tables, strict=True):
+        assert without_place(here).equals(without_place(other))
+
+
+def without_place(table: pa.Table) -> pa.Table:
+    """``table`` with the names of files alone, in place of their URIs."""
+    if "source" not in table.column_names:
+        return table.drop_columns([c for c in table.column_names if c == "run"])
+    names = pa.array([uri.rpartition("/")[2] for uri in table["source"].to_pylist()])
+    return table.set_column(table.column_names.index("source"), "source", names)
+
+
+def test_the_report_lies_beside_the_verdict(nights: Nights) -> None:
+    nights.reports = True
+    assert nights.audit() == 0
+    nights.add(1, 600, 640)
+    assert nights.audit() == 0
+    assert sorted(names(nights.folder / "out")) == ["audit.json", "report.html"]
+    page = (nights.folder / "out" / "report.html").read_text("utf-8")
+    assert nights.said["run"]["id"] in page and nights.said["baseline"]["id"] in page
+
+
+def test_a_verdict_and_its_page_lie_behind_a_url_too(
+    nights: Nights, memory: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nights.reports = True
+    assert nights.audit("--out", f"{memory}/verdicts") == 0
+    assert storage.list_names(f"{memory}/verdicts") == ["audit.json", "report.html"]
+    first = storage.read_bytes(f"{memory}/verdicts/audit.json")
+    assert json.loads(first)["run"]["id"].encode() in storage.read_bytes(f"{memory}/verdicts/report.html")
+    nights.reports = False
+    (nights.folder / "policy.toml").write_text("min_tokens_ratio = 2\n")
+    nights.add(1, 600, 620)
+    assert nights.audit("--out", f"{memory}/verdicts", "--on-broken", "printenv AFN_AUDIT_JSON") == 1
+    assert storage.list_names(f"{memory}/verdicts") == ["audit.json"]  # no page of another verdict
+    assert storage.read_bytes(f"{memory}/verdicts/audit.json") != first
+    assert f"{memory}/verdicts/audit.json\n".replace("memory://", "memory:///") in capfd.readouterr().out
+    assert not (nights.folder / "out").exists()
+
+
+def test_without_the_reports_packages_an_audit_says_so_before_the_run(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nights.reports = True
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    assert nights.audit() == 2
+    assert 'pip install "afn-ray[report]"' in capsys.readouterr().err and not Path(nights.store).exists()
+
+
+def test_a_file_without_tokens_is_neither_new_nor_vanished(nights: Nights) -> None:
+    nights.add(7, 0, 0)
+    (nights.folder / "policy.toml").write_text("max_new_sources = 0\nmax_vanished_sources = 0\n")
+    assert nights.audit() == 0
+    (nights.folder / "corpus" / "7.jsonl").write_text('{"text": ""}\n')
+    assert nights.audit() == 0
+    assert [r["value"] for r in nights.said["rules"]] == [0, 0]
+
+
+def test_the_first_frozen_night_given_again_is_the_same_night(nights: Nights) -> None:
+    (nights.folder / "policy.toml").write_text("min_tokens_ratio = 1.1\n")
+    assert nights.audit("--frozen") == 0
+    first = (nights.folder / "out" / "audit.json").read_bytes()
+    assert nights.audit("--frozen") == 0
+    assert (nights.folder / "out" / "audit.json").read_bytes() == first
+    nights.add(1, 600, 640)
+    assert nights.audit("--frozen") == 0
+    assert manifest.labels_name(manifest.find_run(nights.store)) == "frozen"
+
+
+def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path: Path) -> None:
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    old = complete(tmp_path, tonight - timedelta(days=1), ask="1" * 12)
+    for hours in (0, 1):
+        manifest.mark_audited(complete(tmp_path, tonight + timedelta(hours=hours), ask="2" * 12))
+    run = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
+    assert audit.BASELINES["previous"](run) == old
+
+
+def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: Path) -> None:
+    """A job tried again after another's night begins a run anew, which holds the same shards: a verdict stands."""
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    old = complete(tmp_path, tonight - timedelta(days=1), ask="1" * 12)
+    manifest.mark_audited(complete(tmp_path, tonight, ask="2" * 12))
+    complete(tmp_path, tonight + timedelta(hours=1), corpus=["elsewhere"], ask="3" * 12)
+    again = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
+    assert audit.BASELINES["previous"](again) == old
+    for hours, of in ((5, "these"), (6, "others"), (7, "others")):  # the last two differ in what they were asked for
+        run = complete(tmp_path, tonight + timedelta(hours=hours), ask=f"{hours}" * 12, shards=of)
+        manifest.mark_audited(run)
+    assert audit.BASELINES["previous"](run) == complete_before(run, 2)
+
+
+def complete_before(run: RunFolder, n: int) -> RunFolder:
+    """The store's ``n``-th run before ``run``, whatever it is."""
+    names = sorted(p.name for p in Path(run.store, "runs").iterdir())
+    return manifest.open_folder(run.store, names[names.index(run.id) - n])
+
+
+def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(nights: Nights) -> None:
+    """The config is worded anew for the same measure, and that night is killed."""
+    assert nights.audit() == 0
+    first = nights.said["run"]
+    nights.config.write_text(nights.config.read_text().replace('layers = "0,2"', 'layers = "0,2/3"'))
+    killed_night(nights, audit, "write_json")
+    assert nights.said["baseline"] == first
+
+
+def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights) -> None:
+    assert nights.audit() == 0
+    first = nights.said["run"]
+    nights.reports = True
+    killed_night(nights, report, "render")
+    assert nights.said["baseline"] == first
+
+
+def test_another_corpus_in_the_store_is_no_baseline(tmp_path: Path) -> None:
+    tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
+    complete(tmp_path, tonight - timedelta(days=1), corpus=["elsewhere"], ask="1" * 12)
+    assert audit.BASELINES["previous"](complete(tmp_path, tonight)) is None
+
+
+def test_a_report_that_fails_costs_no_verdict(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nights.reports = True
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise QueryError("too slow")
+
+    monkeypatch.setattr(report, "render", fail)
+    assert nights.audit() == 0 and nights.said["verdict"] == "pass"
+    assert "report.html could not be written: too slow" in capsys.readouterr().err
+    assert manifest.is_audited(manifest.find_run(nights.store))
+
+
+def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Nights) -> None:
+    assert nights.audit() == 0
+    nights.add(1, 600, 620)
+    assert nights.audit() == 0
+    before = (nights.folder / "out" / "audit.json").read_bytes()
+    assert nights.audit() == 0
+    assert (nights.folder / "out" / "audit.json").read_bytes() == before
+    assert names(nights.folder / "out") == ["audit.json"]
+
+
+def interrupted(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "planning": lambda patch: patch.setattr(job, "make_plan", interrupted),
+    "a shard": lambda patch: stop_after(patch, 1),
+    "reducing": lambda patch: patch.setattr(job, "reduce_run", interrupted),
+    "the run's end": lambda patch: patch.setattr(manifest, "finish_run", interrupted),
+    "the baseline": lambda patch: patch.setitem(audit.BASELINES, "previous", interrupted),
+    "comparing": lambda patch: patch.setattr(compare, "compare", interrupted),
+    "judging": lambda patch: patch.setattr(audit, "judge", interrupted),
+    "writing": lambda patch: patch.setattr(Path, "replace", interrupted),
+    "telling": lambda patch: patch.setattr(audit, "call_command", interrupted),
+    "the mark": lambda patch: patch.setattr(manifest, "mark_audited", interrupted),
+    "the report": lambda patch: patch.setattr(report, "render", interrupted),
+}
+TOLD = ("telling", "the mark", "the report")
+"""Steps before which audit.json was written."""
+
+
+def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_is_the_same(
+    tmp_path: Path, tiny_bert: Path, verses: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = LOOSE + "ks = 0.0001\n"
+    command = ["--on-broken", "true"]
+    verdicts = []
+    for steps in ({}, STEPS):
+        nights = Nights(tmp_path / f"{len(steps)}", tiny_bert, verses, broken)
+        assert nights.audit(*command) == 0
+        nights.add(1, 600, 630)
+        for step, stop in steps.items():
+            nights.reports = step == "the report"
+            with pytest.MonkeyPatch.context() as patch:
+                stop(patch)
+                assert nights.audit(*command) == 2, step
+            assert "the same command resumes" in capfd.readouterr().err
+            assert nights.said["verdict"] == ("broken" if step in TOLD else "pass")
+        nights.reports = False
+        assert nights.audit(*command) == 1
+        found = verify.verify_store(nights.store)
+        assert not found.findings and not found.unproved
+        assert len(names(Path(nights.store, "runs"))) == 2
+        with afn_ray.open_run(nights.store) as run:
+            rows = run.sql("SELECT token_id, strength_2 FROM tokens ORDER BY doc, position").fetchall()
+        verdicts.append((nights.said["rules"], nights.said["verdict"], rows))
+    assert verdicts[0] == verdicts[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (Interrupted("no capacity"), "no capacity"),
+        (IncompleteRun("3 shards are quarantined"), "3 shards"),
+        (StoreError("damaged"), "damaged"),
+        (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug"),
+    ],
+)
+def test_whatever_else_goes_wrong_is_2(
+    error: Exception, said: str, nights: Nights, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(job, "run", fail)
+    assert nights.audit() == 2
+    assert said in capfd.readouterr().err
+    assert not (nights.folder / "out").exists()
+
+
+def test_a_mistake_in_what_was_typed_is_2_before_any_work(
+    nights: Nights, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "run", None)
+    for more, said in (
+        (["--baseline", "prevous"], "baseline is 'prevous'; expected previous, week or a run's URI"),
+        (["--baseline", "no/such/run"], "neither a store nor a run"),
+        (["--on-broken", "no-such-command x"], "'no-such-command' is no command that can be found here"),
+        (["--on-broken", "'"], "is no command"),
+        (["--on-broken", " "], "--on-broken is empty"),
+        (["--webhook", "http://example.org/secret"], "http, which anybody on the way reads"),
+        (["--webhook", "ftp://example.org/secret"], "expected https"),
+        (["--webhook", "example.org/secret"], "expected https"),
+        (["--out", "nowhere://bucket/x"], "cannot be opened"),
+    ):
+        assert nights.audit(*more) == 2
+        err = capfd.readouterr().err
+        assert said in err and "secret" not in err, more
+    nights.config.write_text(nights.config.read_text() + 'thresholds = "x"\n')
+    assert nights.audit("--frozen") == 2
+    assert "leave it out of the config, or --frozen" in capfd.readouterr().err
+
+
+def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
+    nights: Nights, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def q3(run: RunFolder) -> list[float]:
+        return [r["q3"] for r in manifest.labels(run).to_pylist()]
+
+    assert nights.audit("--frozen") == 0
+    first = manifest.find_run(nights.store)
+    for night in (1, 2):
+        nights.add(night, 600 * night, 600 * night + 20)
+        assert nights.audit("--frozen") == 0
+        run = manifest.find_run(nights.store)
+        assert nights.audit("--frozen") == 0
+        assert manifest.find_run(nights.store) == run  # again, and nothing is done
+        assert q3(run) == q3(first) and run.id != first.id
+        assert any("HIGH means the same" in n for n in nights.said["notes"])
+    assert nights.audit("--baseline", first.uri) == 0
+    assert nights.said["baseline"]["uri"] == first.uri
+    capfd.readouterr()
+    assert nights.audit("--baseline", nights.store) == 2
+    assert "is a store, whose latest run is another one every night" in capfd.readouterr().err
+
+
+def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
+    nights: Nights, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert nights.audit() == 0
+    (nights.folder / "policy.toml").write_text("max_new_sources = 0\n[source]\nks = 0\nmin_tokens = 1\n")
+    nights.add(1, 600, 620)
+    assert nights.audit() == 1
+    new, ks = nights.said["rules"]
+    assert (new["value"], new["passed"]) == (1, False)
+    assert (ks["value"], ks["passed"], ks["where"]) == (0.0, True, f"{nights.folder}/corpus/0.jsonl")  # untouched
+    (note,) = (n for n in nights.said["notes"] if n.startswith("[source]"))
+    assert f"nothing of 1 new source, which have nothing to be held against: {nights.folder}/corpus/1.jsonl (" in note
+    nights.config.write_text(nights.config.read_text() + "screen = 0\n")
+    nights.add(1, 600, 630)
+    capfd.readouterr()
+    assert nights.audit() == 2
+    assert "the policy limits sources, but run" in capfd.readouterr().err
+
+
+def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
+    assert nights.audit() == 0
+    first = nights.said
+    for file in range(1, 30):
+        nights.add(file, 100 * file, 100 * file + 20)
+    process = nights.start()
+
+    def num_committed() -> int:
+        return len(list(Path(nights.store, "shards").glob("*/*/commit.json")))
+
+    before, until = num_committed(), time.monotonic() + 120
+    while num_committed() < before + 2:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and nights.said == first
+    assert nights.audit() == 0
+    said = nights.said
+    assert said["baseline"] == first["run"] and said["counts"]["documents"] == 30 + 29 * 20
+    assert said["counts"]["shards_reused"] >= before + 2
+    found = verify.verify_store(nights.store)
+    assert not found.findings
+
+
+# --- to be told ------------------------------------------------------------------------------------------
+
+
+class Hook:
+    """An HTTP server on this machine that answers with the statuses given, then with 200."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.got: list[bytes] = []
+        hook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                hook.got.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(hook.statuses.pop(0) if hook.statuses else 200)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/secret"
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    found = Hook()
+    thread = threading.Thread(target=found.server.serve_forever)
+    thread.start()
+    yield found
+    found.server.shutdown()
+    thread.join()
+    found.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "tries", "said"),
+    [
+        ([], 1, None),
+        ([503, 429], 3, None),
+        ([500, 502, 503], 3, "did not take the verdict: status 503"),
+        ([404], 1, "status 404"),
+        ([302], 1, "status 302"),
+    ],
+)
+def test_a_webhook_is_tried_again_where_that_may_help(
+    hook: Hook, statuses: list[int], tries: int, said: str | None
+) -> None:
+    hook.statuses = list(statuses)
+    why = audit.post(audit.check_webhook(hook.url, False), b"{}", pause_s=0.001)
+    assert hook.got == [b"{}"] * tries
+    assert why is None if said is None else why is not None and said in why and "secret" not in why
+
+
+def test_a_webhook_that_nobody_answers_is_told_of() -> None:
+    why = audit.post("http://127.0.0.1:1/secret", b"{}", pause_s=0.001)
+    assert why is not None and "127.0.0.1 did not take the verdict" in why and "secret" not in why
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:9/x", "http://[::1]/x", "http://127.1.2.3/x", "https://example.org/x"]
+)
+def test_webhooks_that_may_be_called(url: str) -> None:
+    assert audit.check_webhook(url, False) == url
+    assert audit.check_webhook("http://example.org/x", True)
+
+
+@pytest.mark.parametrize("url", ["https://", "https://[::1", "https://host:port/", "file:///etc/passwd", ""])
+def test_webhooks_that_are_no_addresses(url: str) -> None:
+    with pytest.raises(ConfigError, match="webhook"):
+        audit.check_webhook(url, True)
+
+
+def test_a_broken_policy_is_told_and_stays_broken_where_nobody_listens(
+    nights: Nights, hook: Hook, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AFN_WEBHOOK", f"{hook.url}\n")  # as a Secret made of a file has it
+    assert nights.audit() == 0 and not hook.got  # nothing to tell
+    (nights.folder / "policy.toml").write_text("empty_documents = 0\n")
+    write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}, {"text": "word"}])
+    broken = nights.folder / "no-program"
+    broken.touch(0o755)
+    assert nights.audit("--on-broken", str(broken)) == 1
+    assert hook.got == [(nights.folder / "out" / "audit.json").read_bytes()]
+    hook.statuses = [404]
+    assert nights.audit("--on-broken", "false") == 1
+    err = capfd.readouterr().err
+    for said in ("no-program could not be run", "status 404", "--on-broken false left with 1"):
+        assert said in err
+    assert "secret" not in err

@@ -1,0 +1,216 @@
+"""Half precision is taken where a pilot finds it safe, is refused where it is not, and the store remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import afn_ray
+from afn_ray import model
+from afn_ray.config import RunConfig
+from afn_ray.errors import ModelError, StoreError
+from afn_ray.runs import job, precision, worker
+from afn_ray.schema import Document
+from afn_ray.store import manifest
+from conftest import write_jsonl
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies fast in bfloat16."""
+    monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: dtype == "bfloat16" or device == "cuda")
+
+
+@pytest.fixture
+def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "PILOT_TOKENS", 3000)
+
+
+def task_of(config: RunConfig) -> worker.Task:
+    return worker.prepare(config, worker.find_model(config), "cpu", "float32")[0]
+
+
+def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
+    minilm: Path, verses: list[str], make_config: MakeConfig, half: None
+) -> None:
+    config = make_config(model=str(minilm), layers="4", dtype="auto", batch_tokens=2048)
+    task, texts = task_of(config), verses[:120]
+    decided = precision.decide(task, texts)
+    assert (decided.asked, decided.trials[0].dtype) == ("auto", "bfloat16")
+    reference = [strengths(task, dtype, texts) for dtype in ("float32", "bfloat16")]
+    highs = [v >= np.quantile(v, 0.75, method="inverted_cdf") for v in reference]
+    trial = decided.trials[0]
+    assert decided.n_tokens == len(reference[0]) > precision.LEAST_TOKENS
+    assert trial.flips == {"4": pytest.approx(np.mean(highs[0] != highs[1]))}
+    errors = np.abs(reference[1] - reference[0]) / reference[0]
+    assert trial.median_error == {"4": pytest.approx(np.median(errors), rel=1e-3)}
+    assert 0 < trial.median_error["4"] < precision.MAX_MEDIAN_ERROR
+    assert trial.safe == (trial.flips["4"] < precision.MAX_FLIPS)
+    assert decided.dtype == ("bfloat16" if trial.safe else "float32")
+    assert trial.flips["4"] < 0.005
+
+
+def strengths(task: worker.Task, dtype: str, texts: list[str]) -> np.ndarray:
+    processor = worker.Processor(replace(task, dtype=dtype))
+    measured = processor.measure(texts, [False] * len(texts))
+    processor.close()
+    return measured.strengths[0, (measured.encoded.flags & 1) == 0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda x: x * np.where(np.arange(x.shape[1]) % 100 == 0, 2, 1).astype(np.float32), "of the labels change"),
+        (lambda x: x * np.float32(1.001), "the median relative error is 1.0e-03, 5e-04 may be"),
+        (lambda x: x + np.float32(np.nan), "not finite"),
+    ],
+)
+def test_what_is_not_safe_is_refused_and_says_why(
+    damage: Any, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    right = worker.Processor._values
+
+    def damaged(self: Any, prepared: Any) -> Any:
+        exact = right(self, prepared)
+        return exact if self.task.dtype == "float32" else damage(exact)
+
+    monkeypatch.setattr(worker.Processor, "_values", damaged)
+    task = task_of(make_config(dtype="auto"))
+    decided = precision.decide(task, verses[:200])
+    assert decided.dtype == "float32"
+    assert decided.why.startswith("bfloat16 is not safe: ") and why in decided.why
+    assert not decided.trials[0].safe
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ModelError("tiny does not run in bfloat16"), "tiny does not run in bfloat16"),
+        (RuntimeError("CUDA out of memory.\nTried to allocate"), "CUDA out of memory."),
+    ],
+)
+def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
+    error: Exception, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    right = model.Model.prepare
+
+    def refuse(self: Any, *args: Any) -> None:
+        if str(self.dtype) != "torch.float32":
+            raise error
+        right(self, *args)
+
+    monkeypatch.setattr(model.Model, "prepare", refuse)
+    decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
+    assert (decided.dtype, decided.trials[0].why) == ("float32", why)
+
+
+def test_a_sample_that_is_too_small_tells_nothing(make_config: MakeConfig, half: None) -> None:
+    decided = precision.decide(task_of(make_config(dtype="auto")), ["a short text"])
+    assert (decided.dtype, decided.why) == ("float32", "the pilot has 3 tokens, too few to tell")
+
+
+def test_nothing_is_tried_where_half_precision_is_no_faster(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: False)
+    decided = precision.decide(task_of(make_config(dtype="auto")), ["text"])
+    assert (decided.dtype, decided.trials) == ("float32", ())
+    assert precision.describe(decided) == "products in float32 on cpu: half-precision products are no faster"
+
+
+def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
+    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert precision.candidates("auto", "cuda") == ("float16", "bfloat16")
+    assert precision.candidates("auto", "cpu") == ("bfloat16",)
+    assert precision.candidates("float32", "cuda") == ()
+    task = task_of(make_config(dtype="float16"))
+    near = precision.decide(task, verses[:200])
+    assert near.dtype == "float16" and near.trials[0].safe and 0 < near.trials[0].peak < 100
+    monkeypatch.setattr(precision, "FLOAT16_RANGE", near.trials[0].peak / 2)
+    wide = precision.decide(task, verses[:200])
+    assert wide.dtype == "float16"  # it was asked for
+    assert "too near its range" in wide.trials[0].why
+
+
+def test_the_store_remembers_and_the_run_records_what_was_decided(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
+    config = make_config(corpus=(str(corpus),), dtype="auto", shard_bytes=1 << 20)
+    events: list[str] = []
+    with afn_ray.run(config, lambda e: events.append(e.message)) as run:
+        info = manifest.find_run(run.uri).info
+    decided = precision.from_json(info["precision"])
+    assert info["measure"]["dtype"] == decided.dtype
+    assert decided.trials[0].flips.keys() == {str(k) for k in info["layers"]}
+    assert precision.describe(decided) in events
+    assert "a pilot compares half precision with float32" in events
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("a second pilot could decide otherwise, and all would be measured again")
+
+    monkeypatch.setattr(precision, "decide", never)
+    events.clear()
+    write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:100]])
+    with afn_ray.run(config, lambda e: events.append(e.message)) as run:
+        assert manifest.find_run(run.uri).info["precision"] == info["precision"]
+    assert "a pilot compares half precision with float32" not in events
+    assert any("this store's first run decided it" in e for e in events)
+
+
+@pytest.mark.parametrize("damage", [{}, {"trials": [{}]}, {"trials": [], "dtype": "float32"}, {"trials": 1}])
+def test_a_damaged_record_is_named(damage: dict[str, Any]) -> None:
+    with pytest.raises(StoreError, match="record of its precision is damaged"):
+        precision.from_json(damage)
+
+
+def test_a_pilot_sees_the_beginning_of_every_file() -> None:
+    documents = [Document("s", i, f"{file}{i}") for file in "ab" for i in range(3)]
+    documents = [replace(d, source=d.text[0]) for d in documents]
+    assert job._in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
+    assert [len(t) for g in precision._groups(["x" * 10**6, "y"]) for t in g] == [precision.PILOT_TOKENS, 1]
+
+
+def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], small_pilot: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
+    events: list[job.Event] = []
+    with afn_ray.run(make_config(corpus=(str(corpus),), dtype="bfloat16", shard_bytes=1 << 20), events.append) as run:
+        assert manifest.find_run(run.uri).info["measure"]["dtype"] == "bfloat16"
+    assert [e.message[:39] for e in events if e.kind == "warning"] == ["warning: bfloat16 is not safe here: the"]
+
+
+def test_a_dry_run_decides_and_writes_nothing(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
+    estimate = afn_ray.dry_run(make_config(corpus=(str(corpus),), dtype="auto"))
+    assert estimate.dtype in ("float32", "bfloat16")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_padded_model_warns_once(tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise ValueError("its attention is its own")
+
+    monkeypatch.setattr("afn_ray.model.attention.Layout", refuse)
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": f"Text number {i} of a few words."} for i in range(300)])
+    events: list[job.Event] = []
+    with afn_ray.run(make_config(corpus=(str(corpus),)), events.append):
+        pass
+    warnings = [e.message for e in events if e.kind == "warning"]
+    assert len(warnings) == 1
+    assert "sequences are padded, not packed" in warnings[0] and "its attention is its own" in warnings[0]

@@ -1,0 +1,302 @@
+"""The run on a real local Ray: same rows for any number of workers, and whatever is killed is done again once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+import afn_ray
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
+from afn_ray.runs import cluster, demo
+from afn_ray.runs.cluster import pool, session
+from afn_ray.runs.dispatch import Ready
+from afn_ray.runs.progress import Progress
+from conftest import stop_after, write_jsonl
+
+MakeConfig = Callable[..., RunConfig]
+pytestmark = pytest.mark.ray
+
+
+def recorded(run: afn_ray.Run) -> tuple[pa.Table, pa.Table, pa.Table, pa.Table]:
+    """All tokens and documents in plan order, and the run's thresholds and vocabulary."""
+    store = run.uri.rsplit("/runs/", 1)[0]
+    shards = pq.read_table(f"{run.uri}/shards.parquet").to_pylist()
+    tokens, documents = (
+        pa.concat_tables([pq.read_table(f"{store}/{s[f'{t}_file']}") for s in shards])
+        .unify_dictionaries()
+        .combine_chunks()
+        for t in ("tokens", "documents")
+    )
+    return tokens, documents, *(pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary"))
+
+
+def plain(tables: tuple[pa.Table, ...]) -> list[list[dict[str, Any]]]:
+    return [t.to_pylist() for t in tables]
+
+
+def test_ray_has_its_sockets_where_they_are_looked_for(local_ray: None) -> None:
+    from ray._private.worker import _global_node
+
+    socket = Path(_global_node.plasma_store_socket_name).relative_to(session.folder())
+    assert len(str(socket)) <= len(session.LONGEST_SOCKET)
+    assert re.sub(r"\d+", "0", str(socket)) == re.sub(r"\d+", "0", session.LONGEST_SOCKET)
+
+
+def test_rows_are_identical_for_one_two_and_four_workers_and_without_ray(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:240]])
+    base = {"corpus": (str(corpus),), "model": str(minilm), "layers": "0,4", "batch_tokens": 2048}
+    with afn_ray.run(make_config(**base)) as run:
+        expected = plain(recorded(run))
+    for workers in (1, 2, 4):
+        config = make_config(**base, executor="ray", workers=workers, store=str(tmp_path / f"store-{workers}"))
+        with afn_ray.run(config) as run:
+            assert plain(recorded(run)) == expected
+
+
+def test_a_run_begun_in_this_process_is_finished_on_ray(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        afn_ray.run(make_config(corpus=(str(corpus),)))
+    with afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=2)) as run:
+        assert run.info["counts"]["shards_reused"] == 2
+        assert run.info["counts"]["documents"] == 200
+
+
+class Poisoned(pool._Worker):
+    """Kills its process at the first try of a shard whose file holds "once", and at every try of "always"."""
+
+    def process(self, shard: Any, halvings: int) -> Any:
+        text = Path(shard.slices[0].uri).read_text()
+        mark = Path(shard.slices[0].uri + ".tried")
+        if "always" in text or ("once" in text and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().process(shard, halvings)
+
+
+def poisoned_corpus(folder: Path, **texts: str) -> Path:
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(texts.get(f"n{i}", f"And it was so, number {i}. ") * 40)
+    return folder
+
+
+def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_Worker", Poisoned)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = poisoned_corpus(tmp_path / "corpus", n1="It happened once. ", n4="It happened once more. ")
+    events = []
+    config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
+    with afn_ray.run(config, events.append) as run:
+        assert run.info["counts"]["documents"] == 6
+        assert run.sql("SELECT count(*) FROM (SELECT doc FROM tokens GROUP BY doc)").fetchall() == [(6,)]
+    assert (folder / "1.txt.tried").exists() and (folder / "4.txt.tried").exists()
+    assert max(e.state.retries for e in events if e.state) >= 1
+
+
+def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kept(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_Worker", Poisoned)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = poisoned_corpus(tmp_path / "corpus", n2="It is always so. ")
+    config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
+    with pytest.raises(
+        IncompleteRun,
+        match=r"1 of 6 shards are quarantined.*\n.*2\.txt.*process died, with this shard alone",
+    ):
+        afn_ray.run(config)
+    assert len(list(Path(config.store).rglob("commit.json"))) == 5
+
+
+def test_a_worker_with_a_new_process_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its count begins at nothing again: held at the lost process's, it would seem to hang until it had passed that."""
+    answers: list[tuple[Progress, str, str]] = []
+    mine = object.__new__(pool.RayPool)
+    mine._ray = SimpleNamespace(get=lambda ref: answers[ref], exceptions=ray.exceptions, nodes=list)
+    mine._actors, mine._in_flight, mine._released = {0: pool._Actor(handle=None)}, {}, Progress()
+    monkeypatch.setattr(pool, "_restarts", lambda handle: 0)
+    monkeypatch.setattr(pool.RayPool, "_ask", lambda self, actor: None)
+
+    def look(tokens: int, process: str) -> list[Any]:
+        answers.append((Progress(tokens=tokens), "node", process))
+        mine._actors[0].look, mine._actors[0].look_again = len(answers) - 1, float("inf")
+        return list(mine._looked(0, len(answers) - 1))
+
+    assert look(0, "a") == [Ready(0)] and look(5000, "a") == []
+    assert mine.num_tokens(0) == mine.progress().tokens == 5000
+    mine._died(0, ray.exceptions.RayActorError())
+    (_, ready) = look(0, "b")
+    assert ready == Ready(0) and mine.num_tokens(0) == 0
+    assert look(70, "b") == [] and mine.num_tokens(0) == 70 and mine.progress().tokens == 5070
+
+
+class ElsewhereModel(pool._Worker):
+    """A worker that finds other weights than the driver planned with."""
+
+    def __init__(self, task: Any) -> None:
+        task.identity["model.safetensors"] = "0" * 64
+        super().__init__(task)
+
+
+def test_a_worker_with_another_model_stops_the_run_at_once(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_Worker", ElsewhereModel)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    with pytest.raises(ModelError, match=r"differs on this worker from the one planned: model\.safetensors"):
+        afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=1))
+
+
+def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
+    tmp_path: Path, tiny_bert: Path, verses: list[str]
+) -> None:
+    store, expected = tmp_path / "store", tmp_path / "expected"
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:8000]])
+    shared = [str(corpus), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "50000",
+              "--dtype", "float32"]  # fmt: skip
+    command = [sys.executable, "-m", "afn_ray", "run", *shared, "--store", str(store), "--workers", "2"]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list(store.rglob("commit.json"))) < 3:
+        assert driver.poll() is None, driver.communicate()[1]
+        assert time.monotonic() < deadline, "no shard was committed in 120 s"
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    time.sleep(3)  # workers notice that their driver is gone; what they commit until then is good
+    before = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
+    with pytest.raises(StoreError, match="holds no complete run"):
+        afn_ray.open_run(str(store))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    after = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
+    assert len(before) < len(after) and before.items() <= after.items()  # only unfinished shards were done
+    straight = [*command[:3], "run", *shared, "--store", str(expected), "--executor", "inline", "--quiet"]
+    assert subprocess.run(straight, timeout=300).returncode == 0
+    with afn_ray.open_run(str(store)) as a, afn_ray.open_run(str(expected)) as b:
+        assert a.info["counts"]["shards_reused"] == len(before)
+        for mine, theirs in zip(recorded(a), recorded(b), strict=True):
+            assert mine.equals(theirs)
+
+
+@pytest.mark.parametrize("executor", ["ray", "inline"])
+def test_sigterm_stops_resumable_and_leaves_no_scratch(executor: str, tmp_path: Path, tiny_bert: Path) -> None:
+    scratch = tmp_path / "scratch"
+    command = [
+        sys.executable, "-m", "afn_ray", "run", str(demo.corpus_file()), "--model", str(tiny_bert),
+        "--store", str(tmp_path / "store"), "--shard-bytes", "100000", "--executor", executor,
+        "--scratch", str(scratch), "--workers", "1",
+    ]  # fmt: skip
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("commit.json")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.terminate()
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 75
+    assert "the same command resumes" in err and "Traceback" not in err and "SIGTERM" not in err
+    assert list(scratch.iterdir()) == []
+
+
+def listening(pids: set[str]) -> set[str]:
+    """Addresses at which ``pids`` listen, of IPv4 and IPv6."""
+    sockets = set()
+    for pid in pids:
+        for handle in Path("/proc", pid, "fd").iterdir():
+            with contextlib.suppress(OSError):  # it was closed
+                sockets.update(re.findall(r"socket:\[(\d+)\]", str(handle.readlink())))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path("/proc/net", table).read_text().splitlines()[1:]:
+            columns = row.split()
+            if columns[3] == "0A" and columns[9] in sockets:
+                words = bytes.fromhex(columns[1].partition(":")[0])
+                address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(socket.AF_INET6 if len(address) == 16 else socket.AF_INET, address))
+    return found
+
+
+def test_a_ray_of_our_own_listens_on_loopback_alone(local_ray: None) -> None:
+    session = ray._private.worker._global_node.get_session_dir_path()
+    pids = {str(os.getpid())}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is not ours
+            if session.encode() in (process / "cmdline").read_bytes():
+                pids.add(process.name)
+    assert len(pids) >= 3  # this one, gcs_server, raylet
+    found = listening(pids)
+    assert found and found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello there"}])
+    code = (
+        "import sys, ray, afn_ray\n"
+        "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], workers=1)\n"
+        "print(afn_ray.run(config).info['counts']['documents'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(corpus), str(tiny_bert), str(tmp_path / "store")],
+        capture_output=True, text=True, env=environment, timeout=200,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert not list(tmp_path.rglob("auth_token"))  # Ray's own is for every user of the machine to read
+
+
+class Sick(pool._Worker):
+    """A worker whose first process cannot process anything, as after a fault of its device."""
+
+    def process(self, shard: Any, halvings: int) -> Any:
+        mark = Path(self._processor.task.config.store).parent / "sick"
+        if not mark.exists():
+            mark.write_text(str(os.getpid()))
+        if mark.read_text() == str(os.getpid()):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().process(shard, halvings)
+
+
+def test_a_sick_process_is_replaced_and_does_not_give_up_every_shard(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_Worker", Sick)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    folder = poisoned_corpus(tmp_path / "corpus")
+    config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["documents"] == 6
+
+
+def test_a_ray_without_the_device_is_an_error_and_no_wait(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.model, "choose_device", lambda device: "cuda")
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
+    with pytest.raises(ConfigError, match=r"needs one GPU, and this Ray has none; it has .*CPU"):
+        afn_ray.run(make_config(corpus=(str(corpus),), executor="ray"))
