@@ -1,4 +1,6 @@
-"""afn-ray: the activation strength of every token of a corpus, measured on Ray and read with SQL."""
+"""afn-ray: the activation strength of every token of a corpus, measured on Ray and read with
+SQL.
+"""
 
 from __future__ import annotations
 

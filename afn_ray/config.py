@@ -46,36 +46,59 @@ def _option(default: Any, help: str) -> Any:
 class RunConfig:
     """One run: a corpus, a model, a store, and how to go from the first to the last.
 
-    The help of every field is the one that ``afn run --help`` prints. ``ConfigError`` names the field
-    that is wrong, what it holds and what it may hold.
+    The help of every field is the one that ``afn run --help`` prints. ``ConfigError`` names the
+    field that is wrong, what it holds and what it may hold.
     """
 
     corpus: tuple[str, ...] = field(metadata={"help": "files, folders or globs; any fsspec URL"})
     model: str = field(metadata={"help": "model folder, GGUF file, or hub name"})
     store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
-    layers: str = _option("0,2/3", "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings, the control")
-    signals: str = _option("strength", "what to record beside strength: shift, attention, ... as in shift,attention")
-    top_neurons: int = _option(TOP_NEURONS, "neurons to record of each token, furthest from 0 (5 bytes each)")
-    neurons_of: str = _option("all", "tokens to record neurons of: all, or high (HIGH by --thresholds, which it needs)")
+    layers: str = _option(
+        "0,2/3",
+        "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings, the control",
+    )
+    signals: str = _option(
+        "strength", "what to record beside strength: shift, attention, ... as in shift,attention"
+    )
+    top_neurons: int = _option(
+        TOP_NEURONS, "neurons to record of each token, furthest from 0 (5 bytes each)"
+    )
+    neurons_of: str = _option(
+        "all", "tokens to record neurons of: all, or high (HIGH by --thresholds, which it needs)"
+    )
     revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
-    dtype: str = _option("auto", "of the matrix products; auto: half where a pilot finds it safe, else float32")
-    window_tokens: int | None = _option(None, "tokens in a window; default: the model's context, at most 2048")
-    overlap_tokens: int | None = _option(None, "tokens that neighbouring windows share; default: a quarter window")
+    dtype: str = _option(
+        "auto", "of the matrix products; auto: half where a pilot finds it safe, else float32"
+    )
+    window_tokens: int | None = _option(
+        None, "tokens in a window; default: the model's context, at most 2048"
+    )
+    overlap_tokens: int | None = _option(
+        None, "tokens that neighbouring windows share; default: a quarter window"
+    )
     text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
-    id_column: str | None = _option(None, "column that holds the document id; default: a content hash")
+    id_column: str | None = _option(
+        None, "column that holds the document id; default: a content hash"
+    )
     labels: str | None = _option(
-        None, "column that holds the tags of a labelled corpus (JSONL, Parquet); of CoNLL-U upos (the default) or xpos"
+        None,
+        "column that holds the tags of a labelled corpus (JSONL, Parquet); of CoNLL-U upos (the default) or xpos",
     )
     format: str = _option("auto", "format of the files; auto goes by their ending")
     txt_documents: str = _option("file", "a document is one .txt file, or one line of it")
-    csv_escape: str = _option("auto", "how CSV writes a quote within quotes; auto: doubled, doubtful rows quarantined")
+    csv_escape: str = _option(
+        "auto", "how CSV writes a quote within quotes; auto: doubled, doubtful rows quarantined"
+    )
     offsets: bool = _option(True, "record character offsets (about 1 byte a token)")
     language: str = _option("en", "language of the function words, ISO 639-1")
     sink_factor: float = _option(10.0, "a token over this many medians is a sink")
     thresholds: str | None = _option(
-        None, "run whose thresholds say what is HIGH, or a store for its latest; default: the run's own"
+        None,
+        "run whose thresholds say what is HIGH, or a store for its latest; default: the run's own",
     )
-    screen: int = _option(1000, "strangest documents to list, found in one more scan of what is recorded; 0: no scan")
+    screen: int = _option(
+        1000, "strangest documents to list, found in one more scan of what is recorded; 0: no scan"
+    )
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int | None = _option(
         None,
@@ -83,25 +106,43 @@ class RunConfig:
         "a power of 4, but 64 KiB at least and 16 MiB at most",
     )
     batch_tokens: int | None = _option(
-        None, "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move the last bit"
+        None,
+        "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move the last bit",
     )
-    tokenizer_workers: int = _option(0, "tokenizer processes beside each worker, a CPU each; 0: a thread of the worker")
+    tokenizer_workers: int = _option(
+        0, "tokenizer processes beside each worker, a CPU each; 0: a thread of the worker"
+    )
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
     device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
-    executor: str = _option("auto", "ray, or inline: in this process, without Ray; auto: inline below 1 MiB to read")
-    address: str | None = _option(None, "Ray cluster to join; default: RAY_ADDRESS, else a local Ray")
-    wait_s: float = _option(1800.0, "seconds without any worker after which the run stops, resumable (exit 75)")
-    shard_deadline_s: float | None = _option(
-        None, "seconds after which a shard counts as hung; default: by its size and the slowest so far"
+    executor: str = _option(
+        "auto", "ray, or inline: in this process, without Ray; auto: inline below 1 MiB to read"
     )
-    allow_quarantined: int = _option(0, "shards that may be missing from a run that counts as complete")
+    address: str | None = _option(
+        None, "Ray cluster to join; default: RAY_ADDRESS, else a local Ray"
+    )
+    wait_s: float = _option(
+        1800.0, "seconds without any worker after which the run stops, resumable (exit 75)"
+    )
+    shard_deadline_s: float | None = _option(
+        None,
+        "seconds after which a shard counts as hung; default: by its size and the slowest so far",
+    )
+    allow_quarantined: int = _option(
+        0, "shards that may be missing from a run that counts as complete"
+    )
     scratch: str | None = _option(None, "local folder for unfinished files; default: the system's")
-    log_format: str = _option("text", "of the log on stderr and of workers' logs; json: one object per line")
+    log_format: str = _option(
+        "text", "of the log on stderr and of workers' logs; json: one object per line"
+    )
     trust_remote_code: bool = _option(False, "run Python code that comes with the model")
-    allow_pickle: bool = _option(False, "load pickled weights, which can run code, where there are no safetensors")
+    allow_pickle: bool = _option(
+        False, "load pickled weights, which can run code, where there are no safetensors"
+    )
     allow_untested: bool = _option(False, "try a model of a family that has no test")
     allow_another_measure: bool = _option(False, "let a store that holds one measure take another")
-    allow_open_cluster: bool = _option(False, "join a Ray that asks for no token: who reaches it can run code there")
+    allow_open_cluster: bool = _option(
+        False, "join a Ray that asks for no token: who reaches it can run code there"
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -114,27 +155,41 @@ class RunConfig:
         if self.thresholds == "":
             raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
         if self.top_neurons != TOP_NEURONS and "neurons" not in signal_names(self.signals):
-            raise ConfigError(f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or leave "
-                              "top_neurons out")  # fmt: skip
+            raise ConfigError(
+                f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or leave "
+                "top_neurons out"
+            )
         if self.neurons_of == "high" and "neurons" not in signal_names(self.signals):
-            raise ConfigError("neurons_of is high, but signals does not have neurons: add it, or leave neurons_of out")
+            raise ConfigError(
+                "neurons_of is high, but signals does not have neurons: add it, or leave neurons_of out"
+            )
         if self.neurons_of == "high" and self.thresholds is None:
-            raise ConfigError("neurons_of is high, but what is HIGH is known before the corpus is measured only by "
-                              "thresholds: name the run whose thresholds say it")  # fmt: skip
+            raise ConfigError(
+                "neurons_of is high, but what is HIGH is known before the corpus is measured only by "
+                "thresholds: name the run whose thresholds say it"
+            )
         if self.top_neurons > MOST_TOP_NEURONS:
-            raise ConfigError(f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}")
+            raise ConfigError(
+                f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}"
+            )
         if self.labels == "":
-            raise ConfigError("labels is empty; name the column that holds the tags, or leave it out")
+            raise ConfigError(
+                "labels is empty; name the column that holds the tags, or leave it out"
+            )
         if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
             raise ConfigError(
                 f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at most "
                 f"{MOST_CORPUS_BYTES:,}: name folders or globs that hold the files"
             )
         if self.allow_quarantined > MOST_QUARANTINED:
-            raise ConfigError(f"allow_quarantined is {self.allow_quarantined}; expected at most {MOST_QUARANTINED}")
+            raise ConfigError(
+                f"allow_quarantined is {self.allow_quarantined}; expected at most {MOST_QUARANTINED}"
+            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                )
         for name, least in (
             ("window_tokens", 8),
             ("workers", 1),
@@ -156,16 +211,25 @@ class RunConfig:
                 raise ConfigError(f"{name} is {seconds}; expected more than 0 seconds")
         if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
-        object.__setattr__(self, "sink_factor", float(self.sink_factor))  # 10 and 10.0 ask for the same run
+        object.__setattr__(
+            self, "sink_factor", float(self.sink_factor)
+        )  # 10 and 10.0 ask for the same run
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
-        resolve_layers(self.layers, ANY_DEPTH)  # the grammar; the depth is checked when the model is known
+        resolve_layers(
+            self.layers, ANY_DEPTH
+        )  # the grammar; the depth is checked when the model is known
 
     @property
     def read_options(self) -> ReadOptions:
         return ReadOptions(
-            self.format, self.text_column, self.id_column, self.txt_documents, self.max_document_bytes, self.labels,
+            self.format,
+            self.text_column,
+            self.id_column,
+            self.txt_documents,
+            self.max_document_bytes,
+            self.labels,
             self.csv_escape,
-        )  # fmt: skip
+        )
 
 
 HINTS: dict[str, Any] = get_type_hints(RunConfig)
@@ -176,9 +240,13 @@ def _check_type(name: str, value: object) -> None:
     if name == "corpus":
         ok = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
     elif hint is float or hint == float | None:
-        ok = (isinstance(value, int | float) and not isinstance(value, bool)) or (value is None and hint is not float)
+        ok = (isinstance(value, int | float) and not isinstance(value, bool)) or (
+            value is None and hint is not float
+        )
     elif hint is int or hint == int | None:
-        ok = (isinstance(value, int) and not isinstance(value, bool)) or (value is None and hint is not int)
+        ok = (isinstance(value, int) and not isinstance(value, bool)) or (
+            value is None and hint is not int
+        )
     else:
         ok = isinstance(value, hint)
     if not ok:
@@ -187,10 +255,14 @@ def _check_type(name: str, value: object) -> None:
 
 
 def signal_names(spec: str) -> tuple[str, ...]:
-    """The signals in ``spec``: strength first, for labels go by it, then the others by name, each once."""
+    """The signals in ``spec``: strength first, for labels go by it, then the others by name, each
+    once.
+    """
     names = {name.strip() for name in spec.split(",")}
     if bad := sorted(n for n in names if not SIGNAL.fullmatch(n)):
-        raise ConfigError(f"signals has {bad[0]!r}; expected names with commas between, as in strength,shift")
+        raise ConfigError(
+            f"signals has {bad[0]!r}; expected names with commas between, as in strength,shift"
+        )
     return (STRENGTH, *sorted(names - {STRENGTH}))
 
 
@@ -205,7 +277,9 @@ def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in spec.split(","):
         try:
-            if not LAYER.fullmatch(part.strip()):  # Fraction alone would also take exponents, as long as 1e999999999
+            if not LAYER.fullmatch(
+                part.strip()
+            ):  # Fraction alone would also take exponents, as long as 1e999999999
                 raise ValueError
             value = Fraction(part.strip())
         except (ValueError, ZeroDivisionError):

@@ -1,4 +1,5 @@
-"""The errors a caller can act on, sorted by what the caller does next, and how to print them safely.
+"""The errors a caller can act on, sorted by what the caller does next, and how to print them
+safely.
 
 ::
 
@@ -8,11 +9,13 @@
     |   |-- ModelError      2   no such model, layer or device; a model that fails its self-check
     |   |-- StoreError      2   not writable, another measure, damaged, no such run
     |   `-- QueryError      2   SQL that is wrong, forbidden, too slow or too large
-    |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go on
+    |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go
+    on
     |   |-- CorpusChanged   1   skip the shard: its file is not the one that was planned
     |   |-- OutOfMemory     1   try the shard again with fewer tokens at a time
     |   `-- HelperDied      1   try the shard again, alone: a process that its worker needs has died
-    |-- Damaged             1   mend the store: what it holds is not what was committed; ``afn verify`` lists it
+    |-- Damaged             1   mend the store: what it holds is not what was committed; ``afn
+    verify`` lists it
     |-- IncompleteRun       1   the run ended with shards missing; it lists them
     `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
         `-- Unavailable    75   try elsewhere or later: the store or the corpus does not answer

@@ -1,4 +1,6 @@
-"""What happens as log records with fields, and as lines: one JSON object each for machines, plain ones for people."""
+"""What happens as log records with fields, and as lines: one JSON object each for machines, plain
+ones for people.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ROOT = "afn_ray"
 """The logger above all of the package's."""
 
 
-def tell(log: logging.Logger, event: str, message: str, *, level: int = logging.INFO, **fields: Any) -> None:
+def tell(
+    log: logging.Logger, event: str, message: str, *, level: int = logging.INFO, **fields: Any
+) -> None:
     """Log ``message`` as ``event``, a word for machines, with ``fields`` that JSON can hold.
 
     Fields are names, counts and reasons: never text of the corpus, and nothing of the environment.
@@ -39,16 +43,28 @@ class Lines(logging.Formatter):
         level, message = record.levelname.lower(), record.getMessage()
         fields = {**self.about, **getattr(record, "afn", {"event": "log"})}
         if not self.is_json:
-            known = [f"{name} {fields[name]}" for name in ("run", "shard", "attempt", "worker") if name in fields]
+            known = [
+                f"{name} {fields[name]}"
+                for name in ("run", "shard", "attempt", "worker")
+                if name in fields
+            ]
             return printable(f"{at} {level} {' '.join(known)}: {message}")
-        line = {"time": at, "level": level, "event": fields.pop("event"), **fields, "message": message}
+        line = {
+            "time": at,
+            "level": level,
+            "event": fields.pop("event"),
+            **fields,
+            "message": message,
+        }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)  # ASCII: what acts on a terminal is escaped
 
 
 class Bystander:
-    """Makes calls that a run can do without: the first exception of one is told, and none reaches the run."""
+    """Makes calls that a run can do without: the first exception of one is told, and none reaches
+    the run.
+    """
 
     def __init__(self, log: logging.Logger, what: str) -> None:
         """``what``: what there is none of when a call fails, as "metrics"."""
@@ -61,12 +77,16 @@ class Bystander:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is worth no run
             if not self._told:
                 self._told = True
-                self._log.warning("the run goes on without %s: %s: %s", self._what, type(error).__name__, error)
+                self._log.warning(
+                    "the run goes on without %s: %s: %s", self._what, type(error).__name__, error
+                )
             return None
 
 
 def to_stderr(form: str, **about: Any) -> None:
-    """From now on this process writes all that the package logs to stderr as ``Lines``; for a process of our own."""
+    """From now on this process writes all that the package logs to stderr as ``Lines``; for a
+    process of our own.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines(form, **about))
     log = logging.getLogger(ROOT)

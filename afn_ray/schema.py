@@ -27,7 +27,9 @@ def fingerprint(value: object) -> str:
 
 
 def fingerprint_of_rows(header: object, groups: Iterable[Sequence[object]]) -> str:
-    """``fingerprint([header, rows])`` of all rows in ``groups``, none of them empty, one in memory at a time."""
+    """``fingerprint([header, rows])`` of all rows in ``groups``, none of them empty, one in memory
+    at a time.
+    """
     digest = hashlib.sha256(f"[{_canonical(header)},[".encode())
     for at, rows in enumerate(groups):
         digest.update(("," if at else "").encode() + _canonical(list(rows))[1:-1].encode())
@@ -40,7 +42,9 @@ def _canonical(value: object) -> str:
 
 
 UPOS, XPOS = "upos", "xpos"
-"""The two columns of CoNLL-U that hold tags: Universal Dependencies' parts of speech, and the language's own."""
+"""The two columns of CoNLL-U that hold tags: Universal Dependencies' parts of speech, and the
+language's own.
+"""
 
 
 class Span(NamedTuple):
@@ -61,7 +65,8 @@ class ReadOptions:
     txt_documents: str  # "file" or "line"
     max_document_bytes: int
     labels: str | None = None  # column of the tags; None: none, but of CoNLL-U
-    csv_escape: str = "auto"  # of a quote in a quoted field of CSV: "doubled", "backslash"; "auto": no doubt is left
+    # of a quote in a quoted field of CSV: "doubled", "backslash"; "auto": no doubt is left
+    csv_escape: str = "auto"
 
     def labels_in(self, format: str) -> str | None:
         """Where the tags of a file of ``format`` come from; None: it has none."""
@@ -90,7 +95,9 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """Part of one file: a byte range on line boundaries, a range of Parquet row groups, or the whole file."""
+    """Part of one file: a byte range on line boundaries, a range of Parquet row groups, or the
+    whole file.
+    """
 
     uri: str
     size: int  # bytes of the file
@@ -140,7 +147,9 @@ class Document:
     problem: str | None = None  # why it is quarantined; ``text`` is then empty
     tags: tuple[Span, ...] = ()  # sorted, none empty, no two of them over the same character
     lost_bytes: int = 0  # bytes of the file, as it is stored, that a quarantined row stands for
-    lost_documents: int | None = None  # documents that it stands for; None: the format does not tell
+    lost_documents: int | None = (
+        None  # documents that it stands for; None: the format does not tell
+    )
 
 
 STRENGTH = "strength"
@@ -170,7 +179,9 @@ def strength_column(layer: int) -> str:
 
 
 def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False) -> pa.Schema:
-    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position). ``tagged``: the corpus is labelled."""
+    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position). ``tagged``: the
+    corpus is labelled.
+    """
     fields = [
         pa.field("doc", pa.int32(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
@@ -181,7 +192,10 @@ def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False)
     if tagged:
         fields.append(pa.field("tag", pa.dictionary(pa.int32(), pa.string())))
     if offsets:
-        fields += [pa.field("start", pa.int32(), nullable=False), pa.field("end", pa.int32(), nullable=False)]
+        fields += [
+            pa.field("start", pa.int32(), nullable=False),
+            pa.field("end", pa.int32(), nullable=False),
+        ]
     fields += [pa.field(s.name, pa.float32(), nullable=False) for s in series]
     return pa.schema(fields)
 
@@ -191,15 +205,21 @@ def documents_schema(series: Sequence[Series]) -> pa.Schema:
     return pa.schema(
         [
             pa.field("doc", pa.int32(), nullable=False),
-            pa.field("doc_id", pa.string()),  # null: the corpus has none; the view gives the content hash
+            pa.field(
+                "doc_id", pa.string()
+            ),  # null: the corpus has none; the view gives the content hash
             pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
             pa.field("offset", pa.int64(), nullable=False),
             pa.field("n_tokens", pa.int32(), nullable=False),
             pa.field("n_windows", pa.int32(), nullable=False),
             pa.field("n_chars", pa.int32(), nullable=False),
             pa.field("n_replaced", pa.int64(), nullable=False),
-            pa.field("lost_bytes", pa.int64(), nullable=False),  # of the file as stored, for which the row stands
-            pa.field("lost_documents", pa.int64()),  # 0 where nothing is lost; null: nobody can tell
+            pa.field(
+                "lost_bytes", pa.int64(), nullable=False
+            ),  # of the file as stored, for which the row stands
+            pa.field(
+                "lost_documents", pa.int64()
+            ),  # 0 where nothing is lost; null: nobody can tell
             pa.field("text_sha256", pa.binary(32)),
             pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
             *(pa.field(f"mean_{s.name}", pa.float32()) for s in series),
@@ -212,7 +232,12 @@ MOST_NEURONS = 1 << 16
 NEURON_LIST = pa.list_(
     pa.field(
         "item",
-        pa.struct([pa.field("neuron", pa.uint16(), nullable=False), pa.field("value", pa.float32(), nullable=False)]),
+        pa.struct(
+            [
+                pa.field("neuron", pa.uint16(), nullable=False),
+                pa.field("value", pa.float32(), nullable=False),
+            ]
+        ),
         nullable=False,
     )
 )
@@ -227,7 +252,8 @@ def neurons_column(layer: int) -> str:
 def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
     """Schema of a shard's ``neurons`` table: a row for each token, in the order of ``tokens``.
 
-    Where HIGH tokens alone are asked for: a row for each that is HIGH at one of ``layers``, and null at the others.
+    Where HIGH tokens alone are asked for: a row for each that is HIGH at one of ``layers``, and
+    null at the others.
     """
     return pa.schema(
         [
@@ -248,7 +274,9 @@ PAIRS_SCHEMA = pa.schema(
         pa.field("largest", pa.float32(), nullable=False),
     ]
 )
-"""A shard's mergeable statistics of neurons: of each with each type, of normal tokens that have it in their list."""
+"""A shard's mergeable statistics of neurons: of each with each type, of normal tokens that have it
+in their list.
+"""
 
 SUMMARY_SCHEMA = pa.schema(
     [
@@ -265,12 +293,14 @@ SUMMARY_SCHEMA = pa.schema(
 )
 """A shard's mergeable statistics: per series and type the lossless histogram of its values.
 
-Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram, whose integers
-merge by addition in any order. One Parquet row group per series.
+Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram, whose
+integers merge by addition in any order. One Parquet row group per series.
 """
 
 TAGGED_SUMMARY_SCHEMA = SUMMARY_SCHEMA.append(pa.field("tag", pa.string()))
-"""The same of a labelled corpus, with one more row group, in which ``counts`` says how often a type has ``tag``."""
+"""The same of a labelled corpus, with one more row group, in which ``counts`` says how often a type
+has ``tag``.
+"""
 
 HISTOGRAM_SCHEMA = pa.schema(
     [
@@ -329,7 +359,8 @@ VOCABULARY_SCHEMA = pa.schema(
 _OF_STRENGTH = ("n_high", "share_high", "share_high_low", "share_high_high")
 
 SIGNAL_VOCABULARY_SCHEMA = pa.schema(
-    [pa.field("signal", pa.string(), nullable=False)] + [f for f in VOCABULARY_SCHEMA if f.name not in _OF_STRENGTH]
+    [pa.field("signal", pa.string(), nullable=False)]
+    + [f for f in VOCABULARY_SCHEMA if f.name not in _OF_STRENGTH]
 )
 """Every type under each signal but strength, as in ``VOCABULARY_SCHEMA``."""
 
@@ -337,7 +368,10 @@ SIGNALS_SCHEMA = pa.schema(
     [
         pa.field("signal", pa.string(), nullable=False),
         pa.field("layer", pa.int16(), nullable=False),
-        *(THRESHOLDS_SCHEMA.field(name) for name in ("n", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_special")),
+        *(
+            THRESHOLDS_SCHEMA.field(name)
+            for name in ("n", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_special")
+        ),
     ]
 )
 """How each signal but strength is distributed over the tokens, special ones apart."""
@@ -346,12 +380,16 @@ NEURONS_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("neuron", pa.int32(), nullable=False),
-        pa.field("n", pa.int64(), nullable=False),  # tokens that have it in their list, special ones apart
+        pa.field(
+            "n", pa.int64(), nullable=False
+        ),  # tokens that have it in their list, special ones apart
         pa.field("share", pa.float64(), nullable=False),  # of all tokens that have a list
         pa.field("mean", pa.float64(), nullable=False),  # value there
         pa.field("largest", pa.float32(), nullable=False),
         pa.field("n_types", pa.int64(), nullable=False),
-        pa.field("selectivity", pa.float64(), nullable=False),  # bits: how far its types are from all tokens' types
+        pa.field(
+            "selectivity", pa.float64(), nullable=False
+        ),  # bits: how far its types are from all tokens' types
         pa.field(
             "types",  # those that give most of these bits, the first most
             pa.list_(
@@ -362,7 +400,9 @@ NEURONS_SCHEMA = pa.schema(
                             pa.field("token_id", pa.int32(), nullable=False),
                             pa.field("text", pa.string(), nullable=False),
                             pa.field("n", pa.int64(), nullable=False),
-                            pa.field("lift", pa.float64(), nullable=False),  # times as often as among all tokens
+                            pa.field(
+                                "lift", pa.float64(), nullable=False
+                            ),  # times as often as among all tokens
                         ]
                     ),
                     nullable=False,
@@ -372,15 +412,19 @@ NEURONS_SCHEMA = pa.schema(
         ),
     ]
 )
-"""What each MLP neuron answers to. Selectivity is the Kullback-Leibler divergence of its tokens' types from those of
-all tokens: 0 for a neuron that goes by no type; of few tokens it is high by chance."""
+"""What each MLP neuron answers to. Selectivity is the Kullback-Leibler divergence of its tokens'
+types from those of all tokens: 0 for a neuron that goes by no type; of few tokens it is high by
+chance.
+"""
 
 NEURON_TYPES_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("neuron", pa.int32(), nullable=False),
         pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("n", pa.int64(), nullable=False),  # tokens of the type that have the neuron in their list
+        pa.field(
+            "n", pa.int64(), nullable=False
+        ),  # tokens of the type that have the neuron in their list
         pa.field("share", pa.float64(), nullable=False),  # of the type's tokens that have a list
         pa.field("mean", pa.float64(), nullable=False),
         pa.field("largest", pa.float32(), nullable=False),
@@ -392,7 +436,9 @@ NEURON_TYPES_SCHEMA = pa.schema(
 CLASSES = ("content", "function", "piece", "fragment", "number", "punctuation", "special")
 """Classes of a type, in the order in which tables show them."""
 PARTS_OF_WORDS = ("piece", "fragment")
-"""Classes of types that mostly begin or continue a word of several tokens: no list of words has them."""
+"""Classes of types that mostly begin or continue a word of several tokens: no list of words has
+them.
+"""
 UNTAGGED = "untagged"
 """Class of what has no tag in a labelled corpus."""
 RESERVED = ("special", UNTAGGED)
@@ -403,13 +449,19 @@ UPOS_CLASSES = {
     "function": ("ADP", "AUX", "CCONJ", "DET", "NUM", "PART", "PRON", "SCONJ"),
     "punctuation": ("PUNCT", "SYM"),
 }
-"""Universal Dependencies' open classes, its closed ones, numerals among them, and its others, but for X."""
+"""Universal Dependencies' open classes, its closed ones, numerals among them, and its others, but
+for X.
+"""
 _ORDER = (*CLASSES[:-1], *(tag for tags in UPOS_CLASSES.values() for tag in tags), "X")
 
 
 def in_order(classes: Iterable[str]) -> list[str]:
-    """``classes``, guessed ones or tags, once each as tables show them: known ones first, what is none of them last."""
-    rank = {name: at for at, name in enumerate(_ORDER)} | {name: len(_ORDER) + 1 for name in RESERVED}
+    """``classes``, guessed ones or tags, once each as tables show them: known ones first, what is
+    none of them last.
+    """
+    rank = {name: at for at, name in enumerate(_ORDER)} | {
+        name: len(_ORDER) + 1 for name in RESERVED
+    }
     return sorted({*classes}, key=lambda name: (rank.get(name, len(_ORDER)), name))
 
 
@@ -419,7 +471,9 @@ def upos_classes(tags: Iterable[str]) -> dict[str, str]:
     A joined tag is what all its parts are; X, and one whose parts differ, are left out.
     """
     kinds = {tag: kind for kind, of_kind in UPOS_CLASSES.items() for tag in of_kind} | {"X": ""}
-    found = {tag: {kinds.get(part) for part in tag.split("+")} for tag in tags if tag not in RESERVED}
+    found = {
+        tag: {kinds.get(part) for part in tag.split("+")} for tag in tags if tag not in RESERVED
+    }
     if any(None in parts for parts in found.values()):
         return {}
     return {tag: kind for tag, parts in found.items() if len(parts) == 1 for kind in parts if kind}
@@ -438,7 +492,9 @@ SHARDS_SCHEMA = pa.schema(
         pa.field("n_replaced", pa.int64(), nullable=False),
         pa.field("lost_bytes", pa.int64(), nullable=False),  # of the corpus files, not measured
         pa.field("lost_documents", pa.int64(), nullable=False),  # where their number is known
-        pa.field("lost_unknown", pa.int64(), nullable=False),  # losses of an unknown number of documents
+        pa.field(
+            "lost_unknown", pa.int64(), nullable=False
+        ),  # losses of an unknown number of documents
         pa.field("padding_share", pa.float64(), nullable=False),
         pa.field("num_bytes", pa.int64(), nullable=False),  # read from the corpus
         pa.field("token_bytes", pa.int64(), nullable=False),
@@ -458,14 +514,20 @@ SHARDS_SCHEMA = pa.schema(
 FILES_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),  # URI of the file
-        pa.field("is_skipped", pa.bool_(), nullable=False),  # left out: of an unknown ending, or of a store
+        pa.field(
+            "is_skipped", pa.bool_(), nullable=False
+        ),  # left out: of an unknown ending, or of a store
         pa.field("bytes", pa.int64(), nullable=False),  # of the file
-        pa.field("num_bytes", pa.int64(), nullable=False),  # of it that were to be read: of Parquet its columns
+        pa.field(
+            "num_bytes", pa.int64(), nullable=False
+        ),  # of it that were to be read: of Parquet its columns
         pa.field("lost_bytes", pa.int64(), nullable=False),  # of these, not measured
         pa.field("share_read", pa.float64(), nullable=False),  # of num_bytes, measured
         pa.field("n_quarantined", pa.int64(), nullable=False),  # rows of documents
         pa.field("lost_documents", pa.int64(), nullable=False),  # where their number is known
-        pa.field("lost_unknown", pa.int64(), nullable=False),  # losses of an unknown number of documents
+        pa.field(
+            "lost_unknown", pa.int64(), nullable=False
+        ),  # losses of an unknown number of documents
         pa.field("n_replaced", pa.int64(), nullable=False),  # characters
     ]
 )
@@ -474,10 +536,17 @@ FILES_SCHEMA = pa.schema(
 SOURCES_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),  # URI of a file, or of a folder where files are many
+        pa.field(
+            "source", pa.string(), nullable=False
+        ),  # URI of a file, or of a folder where files are many
         *(FILES_SCHEMA.field(name) for name in ("bytes", "lost_bytes", "share_read")),
-        pa.field("n_documents", pa.int64(), nullable=False),  # read, empty and quarantined ones among them
-        *(FILES_SCHEMA.field(name) for name in ("n_quarantined", "lost_documents", "lost_unknown", "n_replaced")),
+        pa.field(
+            "n_documents", pa.int64(), nullable=False
+        ),  # read, empty and quarantined ones among them
+        *(
+            FILES_SCHEMA.field(name)
+            for name in ("n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
+        ),
         pa.field("n_docs", pa.int64(), nullable=False),  # with tokens
         pa.field("n", pa.int64(), nullable=False),  # tokens, special ones apart
         pa.field("n_high", pa.int64(), nullable=False),
@@ -485,9 +554,18 @@ SOURCES_SCHEMA = pa.schema(
         pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
     ]
 )
-"""A run's tokens by where they come from: the lossless histogram of strengths, as in ``SUMMARY_SCHEMA``."""
+"""A run's tokens by where they come from: the lossless histogram of strengths, as in
+``SUMMARY_SCHEMA``.
+"""
 
-FEATURES = ("mean_strength", "share_high", "share_rare", "share_sinks", "share_fragments", "share_distinct")
+FEATURES = (
+    "mean_strength",
+    "share_high",
+    "share_rare",
+    "share_sinks",
+    "share_fragments",
+    "share_distinct",
+)
 """What documents are screened by, all at one layer; ``screen`` defines them."""
 
 SCREENED_SCHEMA = pa.schema(
@@ -497,11 +575,15 @@ SCREENED_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # URI of the file
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("n_tokens", pa.int32(), nullable=False),  # special ones apart
-        pa.field("n_copies", pa.int32(), nullable=False),  # documents of the run with this very text, itself included
+        pa.field(
+            "n_copies", pa.int32(), nullable=False
+        ),  # documents of the run with this very text, itself included
         *(pa.field(name, pa.float32(), nullable=False) for name in FEATURES),
         pa.field("score", pa.float64(), nullable=False),  # the largest robust z
         pa.field("reason", pa.string(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),  # its beginning, put together from its tokens
+        pa.field(
+            "text", pa.string(), nullable=False
+        ),  # its beginning, put together from its tokens
     ]
 )
 """A run's strangest documents."""
@@ -510,7 +592,9 @@ DRIFT_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("source", pa.string()),  # null: the whole corpus
-        pa.field("n_a", pa.int64(), nullable=False),  # tokens, special ones apart; 0: the source is new or gone
+        pa.field(
+            "n_a", pa.int64(), nullable=False
+        ),  # tokens, special ones apart; 0: the source is new or gone
         pa.field("n_b", pa.int64(), nullable=False),
         *(pa.field(f"{q}_{run}", pa.float32()) for q in ("q1", "q2", "q3") for run in "ab"),
         pa.field("share_high_a", pa.float64()),  # at or above the Q3 that the run labels by
@@ -536,7 +620,9 @@ CLASS_DRIFT_SCHEMA = pa.schema(
         ),
     ]
 )  # fmt: skip
-"""Two runs' classes: their share of the tokens, and how many of theirs are HIGH, with Wilson's 95 % interval."""
+"""Two runs' classes: their share of the tokens, and how many of theirs are HIGH, with Wilson's 95 %
+interval.
+"""
 
 MOVERS_SCHEMA = pa.schema(
     [
@@ -554,7 +640,9 @@ MOVERS_SCHEMA = pa.schema(
         pa.field("median_b", pa.float32()),
         pa.field("z", pa.float64()),  # of the difference of the HIGH shares
         pa.field("p", pa.float64()),
-        pa.field("q", pa.float64()),  # p after Benjamini and Hochberg, over the types of the layer in both runs
+        pa.field(
+            "q", pa.float64()
+        ),  # p after Benjamini and Hochberg, over the types of the layer in both runs
     ]
 )
 """Every type in either of two runs, and how it moved."""

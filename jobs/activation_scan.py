@@ -2,9 +2,10 @@
 
     python jobs/activation_scan.py s3://bucket/run.toml --workers 100
 
-is ``afn run --config``: first the config, a file or its URL, then any flag of ``afn run``. Exit code 0: the run is
-complete; 1: it ended with shards missing; 2: the request is wrong; 75: it was stopped. The same command resumes it.
-On a cluster: ``ray job submit --working-dir . -- python jobs/activation_scan.py s3://bucket/run.toml``.
+is ``afn run --config``: first the config, a file or its URL, then any flag of ``afn run``. Exit
+code 0: the run is complete; 1: it ended with shards missing; 2: the request is wrong; 75: it was
+stopped. The same command resumes it. On a cluster: ``ray job submit --working-dir . -- python
+jobs/activation_scan.py s3://bucket/run.toml``.
 """
 
 from __future__ import annotations

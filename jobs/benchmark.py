@@ -6,8 +6,9 @@
     python jobs/benchmark.py safety --store s3://bucket/prefix
     python jobs/benchmark.py simulate --shards 100000
 
-is ``afn bench``, whose help lists what can be measured. Exit code 0: measured; 2: the request is wrong. On a cluster:
-``ray job submit --working-dir . -- python jobs/benchmark.py engine``; it measures the node that has the job.
+is ``afn bench``, whose help lists what can be measured. Exit code 0: measured; 2: the request is
+wrong. On a cluster: ``ray job submit --working-dir . -- python jobs/benchmark.py engine``; it
+measures the node that has the job.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# One thread each, for the suite's processes have the cores between them: threads that wait for others' cores spin.
+# One thread each, for the suite's processes have the cores between them: threads that wait for
+# others' cores spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from afn_ray.config import RunConfig
@@ -54,18 +55,23 @@ SLOW = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-long", action="store_true", help="tests/fuzz tries thousands of instances, not some")
+    parser.addoption(
+        "--fuzz-long", action="store_true", help="tests/fuzz tries thousands of instances, not some"
+    )
 
 
 @pytest.fixture(scope="session")
 def fuzz_length(request: pytest.FixtureRequest) -> str:
-    """How long the fuzzers of tests/fuzz go on: ``short``, the gate's, or ``long`` with ``--fuzz-long``."""
+    """How long the fuzzers of tests/fuzz go on: ``short``, the gate's, or ``long`` with
+    ``--fuzz-long``.
+    """
     return "long" if request.config.getoption("--fuzz-long") else "short"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of them, in turn.
+    """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of
+    them, in turn.
 
     A long run of a fuzzer has no time limit.
     """
@@ -88,7 +94,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure() -> None:
-    """A shell's background jobs ignore SIGINT, and what they start too: here Ctrl-C is to mean what it does."""
+    """A shell's background jobs ignore SIGINT, and what they start too: here Ctrl-C is to mean what
+    it does.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -106,7 +114,8 @@ def verses() -> list[str]:
 
 
 def save_model(folder: Path, config: Any, seed: int = 0, tokenizer: Path | None = None) -> Path:
-    """A model of ``config`` with random weights, large enough gains that its norms differ, in ``folder``.
+    """A model of ``config`` with random weights, large enough gains that its norms differ, in
+    ``folder``.
 
     ``tokenizer``: a folder whose files it gets too.
     """
@@ -117,7 +126,9 @@ def save_model(folder: Path, config: Any, seed: int = 0, tokenizer: Path | None 
     model = transformers.AutoModel.from_config(config)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "norm" in name.lower() and name.endswith("weight"):  # fresh post-LN norms are all sqrt(d)
+            if "norm" in name.lower() and name.endswith(
+                "weight"
+            ):  # fresh post-LN norms are all sqrt(d)
                 value.copy_(1 + 0.5 * torch.rand_like(value))
     model.save_pretrained(folder)
     for file in () if tokenizer is None else tokenizer.iterdir():
@@ -130,19 +141,27 @@ def wordpiece(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
     """Folder with MiniLM's tokenizer, for a model of any family."""
     folder = tmp_path_factory.mktemp("wordpiece")
     shutil.copy(minilm / "tokenizer.json", folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """A BERT of 3 layers and 64 positions with MiniLM's tokenizer: fast, and documents soon need windows."""
+    """A BERT of 3 layers and 64 positions with MiniLM's tokenizer: fast, and documents soon need
+    windows.
+    """
     import transformers
 
     folder = tmp_path_factory.mktemp("tiny-bert")
     config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
     save_model(folder, config)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copy(minilm / name, folder / name)
@@ -155,9 +174,14 @@ def tiny_mpnet(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path) -> Pat
     import transformers
 
     config = transformers.MPNetConfig(
-        vocab_size=30522, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=66, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=30522,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=66,
+        pad_token_id=1,
+    )
     return save_model(tmp_path_factory.mktemp("tiny-mpnet"), config, tokenizer=wordpiece)
 
 
@@ -172,9 +196,11 @@ def byte_bpe(tmp_path_factory: pytest.TempPathFactory, verses: list[str]) -> Pat
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(verses[:500], trainer)
     folder = tmp_path_factory.mktemp("byte-bpe")
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -186,7 +212,9 @@ def byte_bpe(tmp_path_factory: pytest.TempPathFactory, verses: list[str]) -> Pat
 
 @pytest.fixture(scope="session")
 def tiny_gpt(tmp_path_factory: pytest.TempPathFactory, byte_bpe: Path) -> Path:
-    """A GPT-2 of 3 layers and 48 positions: causal, no special tokens, Conv1D instead of linear layers."""
+    """A GPT-2 of 3 layers and 48 positions: causal, no special tokens, Conv1D instead of linear
+    layers.
+    """
     import transformers
 
     config = transformers.GPT2Config(vocab_size=600, n_embd=32, n_layer=3, n_head=2, n_positions=48)
@@ -199,28 +227,42 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, byte_bpe: Path) -> Path
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=48,
-    )  # fmt: skip
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=48,
+    )
     return save_model(tmp_path_factory.mktemp("tiny-llama"), config, tokenizer=byte_bpe)
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     """``rows`` as JSON lines; a string is written as it is."""
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), "utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), "utf-8"
+    )
     return path
 
 
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
-    """A config over the tiny BERT, in this process, with small shards; keywords replace any field."""
+    """A config over the tiny BERT, in this process, with small shards; keywords replace any
+    field.
+    """
 
     def make(**changes: Any) -> RunConfig:
         values: dict[str, Any] = {
-            "corpus": (str(tmp_path / "corpus"),), "model": str(tiny_bert), "store": str(tmp_path / "store"),
-            "executor": "inline", "shard_bytes": 4096, "batch_tokens": 256,
-            "dtype": "float32", "layers": "2/3",
-        }  # fmt: skip
+            "corpus": (str(tmp_path / "corpus"),),
+            "model": str(tiny_bert),
+            "store": str(tmp_path / "store"),
+            "executor": "inline",
+            "shard_bytes": 4096,
+            "batch_tokens": 256,
+            "dtype": "float32",
+            "layers": "2/3",
+        }
         return RunConfig(**(values | changes))
 
     return make
@@ -242,7 +284,9 @@ def rewrite(uri: str, data: bytes) -> None:
 
 
 def edit_sealed(uri: str, edit: Callable[[dict[str, Any]], object]) -> None:
-    """``edit`` the JSON file at ``uri`` and make its checksum right again, as one who knows how would."""
+    """``edit`` the JSON file at ``uri`` and make its checksum right again, as one who knows how
+    would.
+    """
     body = json.loads(storage.read_bytes(uri))
     del body["sha256"]
     edit(body)
@@ -256,18 +300,26 @@ def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) ->
     pq.write_table(edit(pq.read_table(io.BytesIO(storage.read_bytes(uri)))), sink)
     data = sink.getvalue()
     rewrite(uri, data)
-    edit_sealed(f"{run_uri}/run.json", lambda info: info["tables"].update({name: listed(f"{name}.parquet", data)}))
+    edit_sealed(
+        f"{run_uri}/run.json",
+        lambda info: info["tables"].update({name: listed(f"{name}.parquet", data)}),
+    )
 
 
 def listed(name: str, data: bytes) -> dict[str, Any]:
     """What run.json says of a file."""
     return {
-        "name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "crc32": blocks.checksums(data),
-    }  # fmt: skip
+        "name": name,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "crc32": blocks.checksums(data),
+    }
 
 
 def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
-    """Put ``data`` in the place of a committed shard's table, and have its commit say that this is right."""
+    """Put ``data`` in the place of a committed shard's table, and have its commit say that this is
+    right.
+    """
 
     def edit(commit: dict[str, Any]) -> None:
         entry = commit["files"][table]
@@ -304,8 +356,10 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("s3") / "log"
     with log.open("w") as sink:
         server = subprocess.Popen(
-            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=sink, stderr=sink
-        )  # fmt: skip
+            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            stdout=sink,
+            stderr=sink,
+        )
     try:
         until = time.monotonic() + 60
         while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
@@ -313,10 +367,15 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.05)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {
-                "AWS_ENDPOINT_URL": found[0], "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": S3_SECRET,
-                "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1",
-                "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            }.items():  # fmt: skip
+                "AWS_ENDPOINT_URL": found[0],
+                "AWS_ACCESS_KEY_ID": "test",
+                "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+                "NO_PROXY": "127.0.0.1",
+                "AWS_CONFIG_FILE": os.devnull,
+                "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            }.items():
                 patch.setenv(name, value)
             yield found[0]
     finally:
@@ -343,20 +402,32 @@ def memory(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def write_new(uri: str, data: bytes) -> None:
-    """Write ``uri``, which nobody else writes: where it is there already, its first answer was lost."""
-    with contextlib.suppress(storage.AlreadyWritten) if uri.startswith("faulty:") else contextlib.nullcontext():
+    """Write ``uri``, which nobody else writes: where it is there already, its first answer was
+    lost.
+    """
+    with (
+        contextlib.suppress(storage.AlreadyWritten)
+        if uri.startswith("faulty:")
+        else contextlib.nullcontext()
+    ):
         storage.write_once(uri, data)
 
 
 @pytest.fixture(params=["local", "memory"])
 def quiet_place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh folder on filesystems that answer."""
-    return str(tmp_path / "place") if request.param == "local" else str(request.getfixturevalue("memory"))
+    return (
+        str(tmp_path / "place")
+        if request.param == "local"
+        else str(request.getfixturevalue("memory"))
+    )
 
 
 @pytest.fixture(params=["local", "memory", "s3", "faulty"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A fresh folder on each kind of filesystem; ``faulty`` is memory whose every fourth call goes wrong."""
+    """A fresh folder on each kind of filesystem; ``faulty`` is memory whose every fourth call goes
+    wrong.
+    """
     if request.param == "local":
         yield str(tmp_path / "place")
     elif request.param == "s3":
@@ -364,13 +435,17 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     elif request.param == "memory":
         yield request.getfixturevalue("memory")
     else:
-        with faults.injected(seed=0, rate=0.25, kinds=("fail", "slow", "lie")):  # stale listings change answers
+        with faults.injected(
+            seed=0, rate=0.25, kinds=("fail", "slow", "lie")
+        ):  # stale listings change answers
             yield faults.wrap(request.getfixturevalue("memory"))
 
 
 @pytest.fixture(scope="session")
 def local_ray(s3_server: str) -> Iterator[None]:
-    """One local Ray of four logical CPUs for the whole session; its workers inherit the way to the bucket."""
+    """One local Ray of four logical CPUs for the whole session; its workers inherit the way to the
+    bucket.
+    """
     import ray
 
     from afn_ray.runs.cluster import access

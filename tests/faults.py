@@ -1,4 +1,6 @@
-"""A filesystem over another one, every call of which may go wrong: what a bucket does on a bad night, by a seed."""
+"""A filesystem over another one, every call of which may go wrong: what a bucket does on a bad
+night, by a seed.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ SLOW_S = 0.002
 
 def s3_error(code: str, status: int, operation: str = "PutObject") -> BaseException:
     """What s3fs raises when S3 answers ``code`` with the HTTP ``status``."""
-    answer = {"Error": {"Code": code, "Message": f"said {code}"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    answer = {
+        "Error": {"Code": code, "Message": f"said {code}"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
     error: BaseException = translate_boto_error(botocore.exceptions.ClientError(answer, operation))
     return error
 
@@ -54,9 +59,11 @@ TRANSIENT: tuple[Callable[[], BaseException], ...] = (
 
 @dataclass
 class Schedule:
-    """Which call goes wrong and how; a call's fate depends on the seed, its method, its path and its turn there.
+    """Which call goes wrong and how; a call's fate depends on the seed, its method, its path and
+    its turn there.
 
-    So it does not depend on the order of threads. ``injected`` counts what was done, by kind and method.
+    So it does not depend on the order of threads. ``injected`` counts what was done, by kind and
+    method.
     """
 
     seed: int
@@ -89,10 +96,11 @@ class Schedule:
 
 
 class FaultyFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """``faulty://<protocol>/<path>`` is ``<protocol>://<path>`` on a bad night; without a schedule, on a good one.
+    """``faulty://<protocol>/<path>`` is ``<protocol>://<path>`` on a bad night; without a schedule,
+    on a good one.
 
-    A call may fail before it acts, be slow, act and then raise (an unknown answer), or, of listings, give what was
-    true when the same folder was listed before.
+    A call may fail before it acts, be slow, act and then raise (an unknown answer), or, of
+    listings, give what was true when the same folder was listed before.
     """
 
     protocol = "faulty"
@@ -100,7 +108,9 @@ class FaultyFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
     schedule: Schedule | None = None
     _older: dict[tuple[str, str], Any] = {}  # noqa: RUF012
 
-    def _call(self, method: str, path: str, *args: Any, listing: bool = False, **options: Any) -> Any:
+    def _call(
+        self, method: str, path: str, *args: Any, listing: bool = False, **options: Any
+    ) -> Any:
         schedule = FaultyFileSystem.schedule
         inner, inner_path = _inner(self._strip_protocol(path))
         call = getattr(inner, method)
@@ -137,7 +147,12 @@ class FaultyFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         return self._call("ls", path, listing=True, detail=detail, **options)
 
     def find(
-        self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **options: Any
+        self,
+        path: str,
+        maxdepth: Any = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        **options: Any,
     ) -> Any:
         return self._call("find", path, listing=True, detail=detail, withdirs=withdirs, **options)
 
@@ -197,7 +212,9 @@ def unwrap(uri: str) -> str:
 def injected(
     seed: int, rate: float, kinds: tuple[str, ...] = KINDS, methods: tuple[str, ...] = METHODS
 ) -> Iterator[Schedule]:
-    """Faults on ``faulty://`` by a schedule of ``seed``; waits between tries are short meanwhile."""
+    """Faults on ``faulty://`` by a schedule of ``seed``; waits between tries are short
+    meanwhile.
+    """
     schedule = Schedule(seed, rate, kinds, methods)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retry, "FIRST_WAIT_S", 1e-4)

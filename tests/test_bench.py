@@ -1,4 +1,6 @@
-"""The benchmark measures the same thing in every variant, on texts as planned, and says what it left out."""
+"""The benchmark measures the same thing in every variant, on texts as planned, and says what it
+left out.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,19 @@ def tiny_result(tiny_bert: Path) -> dict[str, Any]:
     """One repetition over the tiny BERT, one process a variant."""
     notes: list[str] = []
     options = contest.Options(str(tiny_bert), workers=1, tokens=2000, repeat=1)
-    result = contest.measure(options, ["short", "mixed"], ["loop", "tuned", "engine", "job"], notes.append)
-    assert [n.split(":")[0] for n in notes[1:3]] == ["short 1/1 loop", "short 1/1 tuned"]  # in turns
+    result = contest.measure(
+        options, ["short", "mixed"], ["loop", "tuned", "engine", "job"], notes.append
+    )
+    assert [n.split(":")[0] for n in notes[1:3]] == [
+        "short 1/1 loop",
+        "short 1/1 tuned",
+    ]  # in turns
     return result
 
 
-def test_the_figures_have_their_keys_and_hang_together(tiny_result: dict[str, Any], tmp_path: Path) -> None:
+def test_the_figures_have_their_keys_and_hang_together(
+    tiny_result: dict[str, Any], tmp_path: Path
+) -> None:
     bench.write_json(tmp_path / "figures.json", tiny_result)
     result = json.loads((tmp_path / "figures.json").read_text())
     assert result["gemm_peak_tflops"] > 0 and result["skipped"] == {} and result["layer"] == 2
@@ -56,54 +65,105 @@ def test_the_figures_have_their_keys_and_hang_together(tiny_result: dict[str, An
         assert list(variants) == ["loop", "tuned", "engine", "job"]
         assert result["ratios"][profile]["engine/loop"] == variants["engine"]["ratio_loop"]
         assert variants["loop"]["ratio_loop"] == variants["tuned"]["ratio_tuned"] == 1
-        assert variants["loop"]["tokens"] < variants["engine"]["tokens"] == variants["job"]["tokens"] <= 2000
+        assert (
+            variants["loop"]["tokens"]
+            < variants["engine"]["tokens"]
+            == variants["job"]["tokens"]
+            <= 2000
+        )
         for f in variants.values():
             assert f["tokens_per_s"] == pytest.approx(f["tokens"] / f["seconds"][0])
             assert f["low"] <= f["tokens_per_s"] <= f["high"]
             assert f["mfu"] > 0 and 0 <= f["padding"] < 1 and f["peak_bytes"] > 10 << 20
-            for of_thread in ("read_s",), ("tokenize_s",), ("wait_s", "model_s"), ("write_s",):  # which work at once
-                assert 0 <= sum(f["stages"].get(name, 0) for name in of_thread) <= f["seconds"][0] + 0.1
+            for of_thread in (
+                ("read_s",),
+                ("tokenize_s",),
+                ("wait_s", "model_s"),
+                ("write_s",),
+            ):  # which work at once
+                assert (
+                    0
+                    <= sum(f["stages"].get(name, 0) for name in of_thread)
+                    <= f["seconds"][0] + 0.1
+                )
         for name in ("loop", "tuned"):  # which have one thread
             assert sum(variants[name]["stages"].values()) <= variants[name]["seconds"][0] + 0.1
-        assert {"read_s", "tokenize_s", "wait_s", "model_s", "write_s"} == set(variants["job"]["stages"])
+        assert {"read_s", "tokenize_s", "wait_s", "model_s", "write_s"} == set(
+            variants["job"]["stages"]
+        )
         assert variants["job"]["stages"]["write_s"] > 0
 
 
 def test_every_variant_gives_the_same_strengths(tiny_result: dict[str, Any]) -> None:
     for variants in tiny_result["profiles"].values():
         assert variants["job"]["difference"] == 0  # the same batches, so the same bits
-        assert all(f["difference"] <= contest.TOLERANCE[tiny_result["dtype"]] for f in variants.values())
+        assert all(
+            f["difference"] <= contest.TOLERANCE[tiny_result["dtype"]] for f in variants.values()
+        )
 
 
 def test_the_table_fits_and_names_what_it_shows(tiny_result: dict[str, Any]) -> None:
     text = printed(contest.render, tiny_result)
-    for expected in ("layer 2 of 3", "GEMM peak", "mixed", "job/engine", "write", bench.VARIANTS["loop"].split(":")[0]):
+    for expected in (
+        "layer 2 of 3",
+        "GEMM peak",
+        "mixed",
+        "job/engine",
+        "write",
+        bench.VARIANTS["loop"].split(":")[0],
+    ):
         assert expected in text
     assert "bars" not in text  # they are those of BERT-base
 
 
-def in_this_process(folder: Path, own: Path, variants: dict[str, Any], causal: bool = False) -> dict[str, Any]:
-    """Outcomes of ``variants`` on mixed texts, in float32, as their processes would have them; and the differences."""
+def in_this_process(
+    folder: Path, own: Path, variants: dict[str, Any], causal: bool = False
+) -> dict[str, Any]:
+    """Outcomes of ``variants`` on mixed texts, in float32, as their processes would have them; and
+    the differences.
+    """
     files = find(folder)
-    written = texts.Writer(model.load_tokenizer(files), files.context_tokens).write("mixed", 800, 400, causal=causal)
+    written = texts.Writer(model.load_tokenizer(files), files.context_tokens).write(
+        "mixed", 800, 400, causal=causal
+    )
     spec = peers.Spec(
-        "", str(folder), 2, files.depth, "cpu", "float32", 256, 0, files.context_tokens, 1, str(own), {}
-    )  # fmt: skip
+        "",
+        str(folder),
+        2,
+        files.depth,
+        "cpu",
+        "float32",
+        256,
+        0,
+        files.context_tokens,
+        1,
+        str(own),
+        {},
+    )
     loaded = {name: variant(spec) for name, variant in variants.items()}
     found = {name: variant.run(written) for name, variant in loaded.items()}
     last = getattr(loaded.get("loop"), "last", None) or [None] * len(written)
     strengths = {n: dict(enumerate(zip(o.strengths, last, strict=True))) for n, o in found.items()}
-    assert all(sum(map(len, o.strengths)) == sum(t.num_tokens for t in written) for o in found.values())
+    assert all(
+        sum(map(len, o.strengths)) == sum(t.num_tokens for t in written) for o in found.values()
+    )
     return {"outcomes": found, "differences": contest.compare(strengths, "float32")}
 
 
 def test_a_decoder_is_measured_too(tiny_gpt: Path, tmp_path: Path) -> None:
     variants = {"loop": peers.Loop, "tuned": peers.Tuned, "engine": ours.Engine}
-    assert max(in_this_process(tiny_gpt, tmp_path, variants, causal=True)["differences"].values()) < 1e-4
+    assert (
+        max(in_this_process(tiny_gpt, tmp_path, variants, causal=True)["differences"].values())
+        < 1e-4
+    )
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("sentence_transformers"), reason="comes with the extra bench")
-def test_sentence_transformers_is_checked_against_the_last_hidden_states(tiny_bert: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not importlib.util.find_spec("sentence_transformers"), reason="comes with the extra bench"
+)
+def test_sentence_transformers_is_checked_against_the_last_hidden_states(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
     variants = {"loop": peers.Loop, "sentence_transformers": peers.SentenceTransformers}
     found = in_this_process(tiny_bert, tmp_path, variants)
     assert found["differences"]["sentence_transformers"] < 1e-5
@@ -115,14 +175,24 @@ def test_variants_that_disagree_give_no_figures() -> None:
     whole = {0: (np.ones(200, np.float32), None), 1: (np.full(9, 2, np.float32), None)}
     off = {0: (np.full(200, 1.2, np.float32), None)}
     short = {0: (np.ones(199, np.float32), None)}
-    assert contest.compare({"loop": {0: whole[0]}, "engine": whole}, "float32") == {"loop": 0, "engine": 0}
+    assert contest.compare({"loop": {0: whole[0]}, "engine": whole}, "float32") == {
+        "loop": 0,
+        "engine": 0,
+    }
     for wrong in (off, short):
         with pytest.raises(ModelError, match=r"tuned .*no figures"):
             contest.compare({"tuned": wrong, "engine": whole}, "bfloat16")
     last = {0: (np.ones(4, np.float32), np.full(4, 3, np.float32))}
     deep = {0: (np.full(4, 3, np.float32), None)}
-    assert contest.compare({"loop": last, "sentence_transformers": deep}, "float32")["sentence_transformers"] == 0
-    assert "sentence_transformers" not in contest.compare({"sentence_transformers": deep}, "float32")
+    assert (
+        contest.compare({"loop": last, "sentence_transformers": deep}, "float32")[
+            "sentence_transformers"
+        ]
+        == 0
+    )
+    assert "sentence_transformers" not in contest.compare(
+        {"sentence_transformers": deep}, "float32"
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +210,9 @@ def test_variants_that_disagree_give_no_figures() -> None:
         (["--model", "/nowhere"], "no model at /nowhere"),
     ],
 )
-def test_what_is_asked_wrongly_is_refused(changes: list[str], message: str, tiny_bert: Path) -> None:
+def test_what_is_asked_wrongly_is_refused(
+    changes: list[str], message: str, tiny_bert: Path
+) -> None:
     import argparse
 
     parser = argparse.ArgumentParser()
@@ -149,21 +221,35 @@ def test_what_is_asked_wrongly_is_refused(changes: list[str], message: str, tiny
         bench.call(parser.parse_args(["engine", "--model", str(tiny_bert), *changes]))
 
 
-def test_a_peer_that_is_not_installed_is_skipped_with_a_note(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_not_installed_is_skipped_with_a_note(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = importlib.util.find_spec
     missing = {"sentence_transformers", "pandas"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else there(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else there(name)
+    )
     notes: list[str] = []
     with pytest.raises(ConfigError, match="nothing to measure"):
-        contest.measure(contest.Options(str(tiny_bert), workers=1, tokens=400), ["full"], ["ray_data"], notes.append)
+        contest.measure(
+            contest.Options(str(tiny_bert), workers=1, tokens=400),
+            ["full"],
+            ["ray_data"],
+            notes.append,
+        )
     assert notes == ["ray_data is skipped: pandas is not installed; pip install 'afn-ray[bench]'"]
 
 
 @pytest.mark.ray
 def test_ray_data_runs_the_tuned_pipeline_in_its_actors(tiny_bert: Path) -> None:
     options = contest.Options(str(tiny_bert), workers=2, tokens=1200, repeat=1)
-    figures = contest.measure(options, ["short"], ["tuned", "ray_data"], lambda note: None)["profiles"]["short"]
-    assert figures["ray_data"]["difference"] < 1e-3 and figures["ray_data"]["padding"] == figures["tuned"]["padding"]
+    figures = contest.measure(options, ["short"], ["tuned", "ray_data"], lambda note: None)[
+        "profiles"
+    ]["short"]
+    assert (
+        figures["ray_data"]["difference"] < 1e-3
+        and figures["ray_data"]["padding"] == figures["tuned"]["padding"]
+    )
     assert 0 < figures["ray_data"]["stages"]["model_s"] <= figures["ray_data"]["seconds"][0]
 
 
@@ -175,14 +261,18 @@ def test_lengths_are_as_planned(profile: str, mean: int, workers: int) -> None:
     assert 0.95 * total <= sum(lengths) <= total
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.15)
     assert min(lengths) >= texts.SHORTEST and (max(lengths) > 512) == (profile == "mixed")
-    assert len({round(np.log2(n)) for n in lengths}) >= (1 if profile == "full" else 5)  # of all sizes
+    assert len({round(np.log2(n)) for n in lengths}) >= (
+        1 if profile == "full" else 5
+    )  # of all sizes
     written = [texts.Text("", (texts.Piece("", 0, n, n),)) for n in lengths]
     parts = texts.share(written, workers)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in part) for part in parts]
     assert max(loads) - min(loads) <= max(lengths)
     assert len(texts.sample(written, 10)) == pytest.approx(len(lengths) / 10, abs=1)
-    padded = [len(group) * max(lengths[i] for i in group) for group in texts.budgeted(lengths, 2048)]
+    padded = [
+        len(group) * max(lengths[i] for i in group) for group in texts.budgeted(lengths, 2048)
+    ]
     if profile == "short":
         assert sum(padded) < 1.15 * sum(lengths)  # as little as in a long corpus that is sorted
 
@@ -195,7 +285,9 @@ def test_texts_have_the_tokens_that_were_planned(name: str, request: pytest.Fixt
     for profile in bench.PROFILES:
         written = writer.write(profile, 1500, 500, causal=name == "tiny_gpt")
         assert [t.num_tokens for t in written] == texts.plan_lengths(profile, 1500, window, 500)
-        assert written == writer.write(profile, 1500, 500, causal=name == "tiny_gpt")  # always the same
+        assert written == writer.write(
+            profile, 1500, 500, causal=name == "tiny_gpt"
+        )  # always the same
         assert all(p.length <= window and p.text in t.text for t in written for p in t.pieces)
     assert any(len(t.pieces) > 1 for t in writer.write("mixed", 1500, 500, causal=False))
 
@@ -203,28 +295,48 @@ def test_texts_have_the_tokens_that_were_planned(name: str, request: pytest.Fixt
 def test_the_made_up_model_is_one_that_transformers_knows(tmp_path: Path) -> None:
     import transformers
 
-    texts.save_bert(tmp_path, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    texts.save_bert(
+        tmp_path, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == texts.VOCABULARY and tokenizer.pad_token == "[PAD]"
-    text = texts.Writer(model.load_tokenizer(find(tmp_path)), 64).write("full", 64, 64, causal=False)[0].text
+    text = (
+        texts.Writer(model.load_tokenizer(find(tmp_path)), 64)
+        .write("full", 64, 64, causal=False)[0]
+        .text
+    )
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == 64 and tokenizer.unk_token_id not in ids and ids[0] == tokenizer.cls_token_id
 
 
-def test_what_signals_cost_is_measured_on_the_same_shards(tiny_bert: Path, tiny_mpnet: Path) -> None:
+def test_what_signals_cost_is_measured_on_the_same_shards(
+    tiny_bert: Path, tiny_mpnet: Path
+) -> None:
     notes: list[str] = []
     result = bench_signals.measure(str(tiny_bert), "2/3", 600, "cpu", 2, notes.append)
     found = result["variants"]
-    assert list(found) == ["strength", "strength, layers 0 to k", "+ shift", "+ centred", "+ trimmed", "+ attention",
-                           "+ neurons"]  # fmt: skip
-    assert all(len(v["tokens_per_second"]) == len(v["cost"]) == 2 and min(v["cost"]) > -1 for v in found.values())
+    assert list(found) == [
+        "strength",
+        "strength, layers 0 to k",
+        "+ shift",
+        "+ centred",
+        "+ trimmed",
+        "+ attention",
+        "+ neurons",
+    ]
+    assert all(
+        len(v["tokens_per_second"]) == len(v["cost"]) == 2 and min(v["cost"]) > -1
+        for v in found.values()
+    )
     assert found["strength"]["cost"] == [0, 0] and result["tokens"] > 200
-    assert found["+ neurons"]["bytes_per_token"].keys() - found["strength"]["bytes_per_token"].keys() == {
-        "neurons", "pairs"
-    }  # fmt: skip
+    assert found["+ neurons"]["bytes_per_token"].keys() - found["strength"][
+        "bytes_per_token"
+    ].keys() == {"neurons", "pairs"}
     assert "A sweep of all layers costs" in printed(bench_signals.render, result)
     padded = bench_signals.measure(str(tiny_mpnet), "2/3", 200, "cpu", 1, notes.append)
-    assert "+ attention" not in padded["variants"] and any("+ attention is left out" in n for n in notes)
+    assert "+ attention" not in padded["variants"] and any(
+        "+ attention is left out" in n for n in notes
+    )
 
 
 def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
@@ -234,7 +346,10 @@ def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
     for figures in lengths.values():
         assert list(figures["ways"]) == list(monitor.WAYS)
         assert all(0 < way["median_ms"] <= way["p95_ms"] for way in figures["ways"].values())
-        assert figures["overheads"].keys() == monitor.PLAIN.keys() and min(figures["overheads"].values()) > -1
+        assert (
+            figures["overheads"].keys() == monitor.PLAIN.keys()
+            and min(figures["overheads"].values()) > -1
+        )
     assert "strength, shift, attention" in printed(monitor.render, result)
 
 
@@ -245,17 +360,33 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
     folder = str(request.getfixturevalue(name))
     candidate = monitor._Candidate(folder, "2", "cpu", str(tmp_path))
     (text,) = candidate.texts(30, 1)
-    config = RunConfig(corpus=("-",), model=folder, store=str(tmp_path), layers="2", executor="inline", dtype="float32",
-                       signals="shift" if candidate.without else "shift,attention")  # fmt: skip
+    config = RunConfig(
+        corpus=("-",),
+        model=folder,
+        store=str(tmp_path),
+        layers="2",
+        executor="inline",
+        dtype="float32",
+        signals="shift" if candidate.without else "shift,attention",
+    )
     processor = worker.Processor(worker.prepare(config, candidate.files, "cpu", "float32")[0])
     expected = dict(
-        zip((s.signal for s in processor.task.series), processor.measure([text], [False]).values, strict=True)
+        zip(
+            (s.signal for s in processor.task.series),
+            processor.measure([text], [False]).values,
+            strict=True,
+        )
     )
-    for way, columns in (("strength", ["strength"]), ("strength to the layer", ["strength"]),
-                         ("strength, shift", ["strength", "shift"]),
-                         ("strength, shift, attention", ["strength", "shift", *Received.columns])):  # fmt: skip
+    for way, columns in (
+        ("strength", ["strength"]),
+        ("strength to the layer", ["strength"]),
+        ("strength, shift", ["strength", "shift"]),
+        ("strength, shift, attention", ["strength", "shift", *Received.columns]),
+    ):
         if way in candidate.ways:
-            np.testing.assert_allclose(candidate.ways[way](text), [expected[c] for c in columns], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                candidate.ways[way](text), [expected[c] for c in columns], rtol=1e-4, atol=1e-6
+            )
     assert ("gives no attention weights" in candidate.without) == (name == "tiny_mpnet")
     processor.close()
     candidate.close()
@@ -273,18 +404,26 @@ def test_the_watch_tells_whose_work_it_is() -> None:
 
 
 def test_a_demo_is_measured_with_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the minutes of one: a command's time and its processes' memory, and the table of several."""
+    """Without the minutes of one: a command's time and its processes' memory, and the table of
+    several.
+    """
     work = "import time; x = bytes([1]) * (200 << 20); time.sleep(1.5)"
     seconds, peak = demo.timed([sys.executable, "-c", work])
     assert seconds > 1.5 and 200 << 20 < peak < 400 << 20
     with pytest.raises(AfnError, match="left with 3"):
         demo.timed([sys.executable, "-c", "raise SystemExit(3)"])
-    rows = iter([{"demo, s": 3.0, "x": 1.0}, {"demo, s": 1.0, "x": 5.0}, {"demo, s": 2.0, "x": 3.0}])
+    rows = iter(
+        [{"demo, s": 3.0, "x": 1.0}, {"demo, s": 1.0, "x": 5.0}, {"demo, s": 2.0, "x": 3.0}]
+    )
     monkeypatch.setattr(demo, "_measured", lambda workers: next(rows))
     out = StringIO()
     demo.render(demo.measure(None, 3, lambda note: None), Console(file=out, width=200))
     lines = [line.split() for line in out.getvalue().splitlines()]
-    assert ["demo,", "s", "2.000", "(1.000-3.000)"] in lines and ["x", "3.000", "(1.000-5.000)"] in lines
+    assert ["demo,", "s", "2.000", "(1.000-3.000)"] in lines and [
+        "x",
+        "3.000",
+        "(1.000-5.000)",
+    ] in lines
 
 
 def test_the_cluster_job_is_the_same_command() -> None:
@@ -293,7 +432,8 @@ def test_the_cluster_job_is_the_same_command() -> None:
     assert done.returncode == 2 and "variants are 'fastest'" in done.stderr
 
 
-# --- the reduce ------------------------------------------------------------------------------------------
+# --- the reduce
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -313,11 +453,15 @@ def test_the_reduce_is_measured_on_the_same_summaries_in_different_orders(tmp_pa
 
 
 def test_generated_summaries_are_those_of_their_number_alone(tmp_path: Path) -> None:
-    """So that a store of 10,000 holds the one of 1,000, and processes may share the work as they like."""
+    """So that a store of 10,000 holds the one of 1,000, and processes may share the work as they
+    like.
+    """
     rows = reduce._write(str(tmp_path / "a"), range(4), 100)
     assert reduce._write(str(tmp_path / "b"), range(2, 4), 100) == rows[2:]
     assert len({row["sha256"] for row in rows}) == 4
-    assert [row["documents"] for row in rows] == [-(-row["tokens"] // reduce.DOCUMENT_TOKENS) for row in rows]
+    assert [row["documents"] for row in rows] == [
+        -(-row["tokens"] // reduce.DOCUMENT_TOKENS) for row in rows
+    ]
 
 
 def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
@@ -325,7 +469,8 @@ def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
         reduce._watched(str(tmp_path), "inline", 0)
 
 
-# --- questions -------------------------------------------------------------------------------------------
+# --- questions
+# -------------------------------------------------------------------------------------------
 
 
 def test_questions_are_asked_of_a_true_run() -> None:
@@ -335,7 +480,11 @@ def test_questions_are_asked_of_a_true_run() -> None:
     assert list(result["questions"]) == list(sql.QUESTIONS)
     for question, figures in result["questions"].items():
         assert figures["rows"] > 0 or "rare" in question, question
-        assert len(figures["seconds"]) == 2 and min(figures["seconds"]) > 0 and figures["peak_bytes"] > 10 << 20
+        assert (
+            len(figures["seconds"]) == 2
+            and min(figures["seconds"]) > 0
+            and figures["peak_bytes"] > 10 << 20
+        )
     assert result["questions"]["100 occurrences of a frequent word"]["rows"] > 50
     assert "every word of the run" in printed(sql.render, result)
 
@@ -345,9 +494,17 @@ def test_generated_shards_hold_what_the_views_expect(tmp_path: Path) -> None:
     sql.write_shard(store, 0, 50)
     done = sql.finish(store, 0, 1)
     with open_run(done["run"]) as run:
-        assert run.sql("SELECT count(*), count(DISTINCT doc) FROM tokens").fetchall() == [(10_000, 50)]
-        [(words, alone)] = run.sql("SELECT count(*), count(*) FILTER (n_tokens = 1) FROM words").fetchall()
+        assert run.sql("SELECT count(*), count(DISTINCT doc) FROM tokens").fetchall() == [
+            (10_000, 50)
+        ]
+        [(words, alone)] = run.sql(
+            "SELECT count(*), count(*) FILTER (n_tokens = 1) FROM words"
+        ).fetchall()
         assert 0.7 < words / (10_000 - 100) < 0.9 and 0.6 < alone / words < 0.95
-        quartiles = "SELECT quantile_disc(strength_8, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
+        quartiles = (
+            "SELECT quantile_disc(strength_8, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
+        )
         [(found,)] = run.sql(quartiles).fetchall()
-        assert [tuple(found)] == run.sql("SELECT q1, q2, q3 FROM thresholds WHERE population = 'tokens'").fetchall()
+        assert [tuple(found)] == run.sql(
+            "SELECT q1, q2, q3 FROM thresholds WHERE population = 'tokens'"
+        ).fetchall()

@@ -1,4 +1,6 @@
-"""cgroup: the cores and the memory that a container gives are counted, wherever its limits stand."""
+"""cgroup: the cores and the memory that a container gives are counted, wherever its limits
+stand.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def sixty_four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     [("max 100000", 64), ("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("6400000 50000", 64),
      ("250000 50000", 5), ("", 64), ("-1 100000", 64), ("200000 0", 64), ("nonsense", 64)],
 )  # fmt: skip
-def test_the_quota_of_a_container_is_counted_in_whole_cores(tmp_path: Path, quota: str, cores: int) -> None:
+def test_the_quota_of_a_container_is_counted_in_whole_cores(
+    tmp_path: Path, quota: str, cores: int
+) -> None:
     files = {"sys/fs/cgroup/cpu.max": quota + "\n"}
     without_source = "22 1 0:5 / /run rw - tmpfs  rw\n"
     mounts = without_source + V2.format(top="/", point="/sys/fs/cgroup")
@@ -47,18 +51,29 @@ def test_the_quota_of_a_container_is_counted_in_whole_cores(tmp_path: Path, quot
 def test_the_least_quota_on_the_way_up_counts(tmp_path: Path) -> None:
     base = "sys/fs/cgroup/"
     files = {
-        base + "kubepods/cpu.max": "400000 100000", base + "kubepods/pod/cpu.max": "300000 100000",
-        base + "kubepods/pod/box/cpu.max": "max 100000", base + "kubepods/other/cpu.max": "100000 100000",
-        base + "kubepods/pod/memory.max": str(2 << 30), base + "kubepods/memory.max": "max",
-    }  # fmt: skip
-    root = tree(tmp_path, files, V2.format(top="/", point="/sys/fs/cgroup"), "0::/kubepods/pod/box\n")
+        base + "kubepods/cpu.max": "400000 100000",
+        base + "kubepods/pod/cpu.max": "300000 100000",
+        base + "kubepods/pod/box/cpu.max": "max 100000",
+        base + "kubepods/other/cpu.max": "100000 100000",
+        base + "kubepods/pod/memory.max": str(2 << 30),
+        base + "kubepods/memory.max": "max",
+    }
+    root = tree(
+        tmp_path, files, V2.format(top="/", point="/sys/fs/cgroup"), "0::/kubepods/pod/box\n"
+    )
     assert (cgroup.num_cores(root), cgroup.memory_bytes(root)) == (3, 2 << 30)
 
 
 def test_quotas_of_version_1_count_in_either_view_of_a_container(tmp_path: Path) -> None:
-    """As the host sees it, as a container does whose mount begins at its own group, and as one of a namespace."""
+    """As the host sees it, as a container does whose mount begins at its own group, and as one of a
+    namespace.
+    """
     for at, (top, group, below) in enumerate(
-        (("/", "/docker/abc", "docker/abc/"), ("/docker/abc", "/docker/abc", ""), ("/docker/abc", "/", ""))
+        (
+            ("/", "/docker/abc", "docker/abc/"),
+            ("/docker/abc", "/docker/abc", ""),
+            ("/docker/abc", "/", ""),
+        )
     ):
         folder = f"sys/fs/cgroup/cpu,cpuacct/{below}"
         memory = f"sys/fs/cgroup/memory/{below}memory.limit_in_bytes"
@@ -69,18 +84,28 @@ def test_quotas_of_version_1_count_in_either_view_of_a_container(tmp_path: Path)
         }
         mounts = V1.format(top=top, point="/sys/fs/cgroup/cpu,cpuacct", controllers="cpu,cpuacct")
         mounts += V1.format(top=top, point="/sys/fs/cgroup/memory", controllers="memory")
-        root = tree(tmp_path / str(at), files, mounts, f"4:cpu,cpuacct:{group}\n3:memory:{group}\n0::/\n")
+        root = tree(
+            tmp_path / str(at), files, mounts, f"4:cpu,cpuacct:{group}\n3:memory:{group}\n0::/\n"
+        )
         assert (cgroup.num_cores(root), cgroup.memory_bytes(root)) == (3, 1 << 30), top
 
 
-def test_no_limit_leaves_the_machines_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-             "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}  # fmt: skip
+def test_no_limit_leaves_the_machines_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+    }
     mounts = V1.format(top="/", point="/sys/fs/cgroup/cpu", controllers="cpu")
     mounts += V1.format(top="/", point="/sys/fs/cgroup/memory", controllers="memory")
     root = tree(tmp_path, files, mounts, "2:memory:/\n1:cpu:/\n")
     assert (cgroup.num_cores(root), cgroup.memory_bytes(root)) == (64, 64 << 30)
-    assert (cgroup.num_cores(tmp_path / "none"), cgroup.memory_bytes(tmp_path / "none")) == (64, None)
+    assert (cgroup.num_cores(tmp_path / "none"), cgroup.memory_bytes(tmp_path / "none")) == (
+        64,
+        None,
+    )
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})  # a cpuset, or taskset
     assert cgroup.num_cores(root) == 2
 
@@ -115,6 +140,8 @@ def test_ray_still_counts_by_the_function_that_is_asked() -> None:
     assert get_num_cpus(override_docker_cpu_warning=True) >= 1
 
 
-def test_a_share_of_the_memory_is_of_what_the_container_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_of_the_memory_is_of_what_the_container_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(cgroup, "memory_bytes", lambda: 1 << 30)
     assert sandbox.memory_bytes("50%") == 1 << 29

@@ -47,7 +47,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
 
 
 REQUESTS = st.fixed_dictionaries(
-    {name: _values(name) for name in NEEDED}, optional={name: _values(name) for name in KEYS if name not in NEEDED}
+    {name: _values(name) for name in NEEDED},
+    optional={name: _values(name) for name in KEYS if name not in NEEDED},
 ).filter(lambda r: r.get("neurons_of") != "high")  # which asks for others beside it
 
 
@@ -86,7 +87,9 @@ def test_a_whole_number_is_the_same_factor_as_a_decimal_one() -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text('corpus = "one.txt"\nmodel = "m"\nstore = "s"\nworkers = 3\n')
-    assert config_from({"workers": 5}, file) == RunConfig(corpus=("one.txt",), model="m", store="s", workers=5)
+    assert config_from({"workers": 5}, file) == RunConfig(
+        corpus=("one.txt",), model="m", store="s", workers=5
+    )
 
 
 def test_an_unknown_key_is_named_and_the_known_ones_are_listed(tmp_path: Path) -> None:
@@ -123,7 +126,9 @@ WRONG_TYPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), [(k, v) for k, values in WRONG_TYPES.items() for v in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(k, v) for k, values in WRONG_TYPES.items() for v in values]
+)
 def test_a_wrong_type_names_key_value_and_type(name: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig(**{**NEEDED, name: value})
@@ -149,7 +154,9 @@ def test_a_sink_factor_is_finite_and_over_1(value: float) -> None:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_choice_lists_what_it_may_be(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is 'no'; expected one of {', '.join(CHOICES[name])}"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is 'no'; expected one of {', '.join(CHOICES[name])}"
+    ):
         RunConfig(**NEEDED, **{name: "no"})
 
 
@@ -162,11 +169,17 @@ def test_nothing_that_is_needed_may_be_empty(name: str) -> None:
 
 def test_every_field_has_a_help_and_all_but_three_a_default() -> None:
     assert all(f.metadata["help"] for f in fields(RunConfig))
-    assert [f.name for f in fields(RunConfig) if f.default is MISSING] == ["corpus", "model", "store"]
+    assert [f.name for f in fields(RunConfig) if f.default is MISSING] == [
+        "corpus",
+        "model",
+        "store",
+    ]
 
 
 @pytest.mark.parametrize(("depth", "layers"), [(12, (0, 8)), (6, (0, 4)), (1, (0, 1)), (0, (0,))])
-def test_unless_asked_otherwise_the_control_is_recorded(depth: int, layers: tuple[int, ...]) -> None:
+def test_unless_asked_otherwise_the_control_is_recorded(
+    depth: int, layers: tuple[int, ...]
+) -> None:
     config = RunConfig(corpus=("c",), model="m", store="s")
     assert resolve_layers(config.layers, depth) == layers
 
@@ -180,13 +193,17 @@ def test_unless_asked_otherwise_the_control_is_recorded(depth: int, layers: tupl
         ("0.0", 12, (0,)), ("8,2/3", 12, (8,)),
     ],
 )  # fmt: skip
-def test_layers_are_numbers_shares_of_the_depth_or_all(spec: str, depth: int, layers: tuple[int, ...]) -> None:
+def test_layers_are_numbers_shares_of_the_depth_or_all(
+    spec: str, depth: int, layers: tuple[int, ...]
+) -> None:
     assert resolve_layers(spec, depth) == layers
 
 
 @pytest.mark.parametrize("spec", ["13", "-1", "3/2", "-1/3", "1.5", "8.0", "999999999", "8,13"])
 def test_a_layer_that_is_not_there_says_which_are(spec: str) -> None:
-    with pytest.raises(ConfigError, match=r"does not exist; the model has layers 0 \(embeddings\) to 12"):
+    with pytest.raises(
+        ConfigError, match=r"does not exist; the model has layers 0 \(embeddings\) to 12"
+    ):
         resolve_layers(spec, 12)
 
 
@@ -198,7 +215,9 @@ def test_a_layer_that_is_not_there_says_which_are(spec: str) -> None:
 def test_what_is_no_layer_is_refused_at_once_and_shows_how_to_say_it(spec: str) -> None:
     began = time.monotonic()
     for refuse in (lambda: resolve_layers(spec, 12), lambda: RunConfig(**NEEDED, layers=spec)):
-        with pytest.raises(ConfigError, match=r"expected numbers, fractions of the depth or 'all', as in 8, 2/3"):
+        with pytest.raises(
+            ConfigError, match=r"expected numbers, fractions of the depth or 'all', as in 8, 2/3"
+        ):
             refuse()
     assert time.monotonic() - began < 2
 
@@ -209,11 +228,14 @@ def test_a_share_is_the_nearest_layer(share: Fraction, depth: int) -> None:
     assert abs(layer - share * depth) <= Fraction(1, 2)
 
 
-# --- behind a URL ----------------------------------------------------------------------------------------
+# --- behind a URL
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_config_behind_a_url_is_the_file(quiet_place: str, tmp_path: Path) -> None:
-    text = 'corpus = ["s3://b/one", "/two"]\nmodel = "a/hub-name"\nstore = "gs://b/s"\nworkers = 3\n'
+    text = (
+        'corpus = ["s3://b/one", "/two"]\nmodel = "a/hub-name"\nstore = "gs://b/s"\nworkers = 3\n'
+    )
     write_new(f"{quiet_place}/run.toml", text.encode())
     (tmp_path / "run.toml").write_text(text)
     found = config_from({"workers": 5}, f"{quiet_place}/run.toml")
@@ -225,11 +247,16 @@ def test_a_config_behind_a_url_is_the_file(quiet_place: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["corpus", "store", "scratch", "thresholds"])
 def test_a_relative_place_behind_a_url_is_refused(name: str, memory: str, tmp_path: Path) -> None:
-    """Where it leads would depend on the machine. In a file of this machine, and as a flag, it may be."""
+    """Where it leads would depend on the machine. In a file of this machine, and as a flag, it may
+    be.
+    """
     text = _toml({"corpus": "/c", "store": "/s", "model": "m", name: "results/here"})
     write_new(f"{memory}/run.toml", text.encode())
     (tmp_path / "run.toml").write_text(text)
-    with pytest.raises(ConfigError, match=rf"^{name} in {memory}/run.toml is 'results/here', which is another place"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^{name} in {memory}/run.toml is 'results/here', which is another place",
+    ):
         config_from({}, f"{memory}/run.toml")
     flag = ("results/here",) if name == "corpus" else "results/here"
     assert config_from({name: flag}, f"{memory}/run.toml") == config_from({}, tmp_path / "run.toml")
@@ -254,7 +281,9 @@ def test_a_config_of_an_editor_on_windows_is_the_same(encoding: str, tmp_path: P
     other = swapped + text.encode(f"{encoding}-be") if swapped else data
     for content in (data, other):
         file.write_bytes(content)
-        assert config_from({}, file) == config_from({"corpus": ("caf\u00e9",), "model": "m", "store": "s"})
+        assert config_from({}, file) == config_from(
+            {"corpus": ("caf\u00e9",), "model": "m", "store": "s"}
+        )
     file.write_bytes(text.encode("utf-16-le"))  # without a mark nobody can tell
     with pytest.raises(ConfigError, match="is not TOML"):
         config_from({}, file)

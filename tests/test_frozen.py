@@ -1,4 +1,6 @@
-"""Thresholds taken from another run: labels go by them everywhere, and the run's own are kept beside them."""
+"""Thresholds taken from another run: labels go by them everywhere, and the run's own are kept
+beside them.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,25 @@ POPULATIONS = ("tokens", "tokens_without_sinks")
 
 
 @pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> tuple[RunConfig, str, str]:
-    """The config of a corpus that grew overnight, and the runs of its two nights; the second has frozen thresholds."""
+def nights(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> tuple[RunConfig, str, str]:
+    """The config of a corpus that grew overnight, and the runs of its two nights; the second has
+    frozen thresholds.
+    """
     folder = tmp_path_factory.mktemp("frozen")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:40]])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), executor="inline", layers="1,2",
-        shard_bytes=4096, batch_tokens=256, dtype="float32", sink_factor=1.2,
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="1,2",
+        shard_bytes=4096,
+        batch_tokens=256,
+        dtype="float32",
+        sink_factor=1.2,
+    )
     with afn_ray.run(config) as first:
         pass
     write_jsonl(corpus, [{"text": t} for t in verses[:40] + verses[9000:9040]])
@@ -36,14 +49,18 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: li
     return config, first.uri, second.uri
 
 
-def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(nights: tuple[RunConfig, str, str]) -> None:
+def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(
+    nights: tuple[RunConfig, str, str],
+) -> None:
     config, first, second = nights
     theirs, mine = manifest.find_run(first), manifest.find_run(second)
     frozen, own = manifest.read_table(mine, "frozen"), manifest.read_table(mine, "thresholds")
     taken = ["layer", "population", "q1", "q2", "q3", "sink_factor"]
     assert frozen.select(taken).equals(manifest.read_table(theirs, "thresholds").select(taken))
     assert not own.select(taken).equals(frozen.select(taken))
-    with afn_ray.run(replace(config, store=config.store + "-scratch")) as scratch:  # the same corpus by its own
+    with afn_ray.run(
+        replace(config, store=config.store + "-scratch")
+    ) as scratch:  # the same corpus by its own
         assert own.equals(manifest.read_table(manifest.find_run(scratch.uri), "thresholds"))
     with afn_ray.run(replace(config, store=config.store + "-frozen", thresholds=first)) as scratch:
         for name in ("frozen", "thresholds", "vocabulary", "sources", "screened"):
@@ -65,17 +82,25 @@ def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(nights: tu
             n_sinks, labelled = run.sql(
                 f"SELECT count(*) FILTER (sink_{layer}), count(*) FILTER (high_{layer}) FROM tokens"
             ).fetchall()[0]
-            main = frozen.filter(pc.and_(pc.equal(frozen["layer"], layer), pc.equal(frozen["population"], "tokens")))
-            assert [n_sinks] == main["n_sinks"].to_pylist() and [labelled] == main["n_high"].to_pylist()
+            main = frozen.filter(
+                pc.and_(pc.equal(frozen["layer"], layer), pc.equal(frozen["population"], "tokens"))
+            )
+            assert [n_sinks] == main["n_sinks"].to_pylist() and [labelled] == main[
+                "n_high"
+            ].to_pylist()
             assert run.sql(
                 f"SELECT sum(n_high)::BIGINT FROM vocabulary WHERE layer = {layer} AND class <> 'special'"
             ).fetchall() == [(labelled,)]
-            assert run.sql(f"SELECT count(*) FROM labels WHERE layer = {layer}").fetchall() == [(2,)]
+            assert run.sql(f"SELECT count(*) FROM labels WHERE layer = {layer}").fetchall() == [
+                (2,)
+            ]
     assert {r["population"] for r in frozen.to_pylist()} == set(POPULATIONS)
 
 
 def rows_q2(frozen: object, layer: int) -> float:
-    (q2,) = (r["q2"] for r in frozen.to_pylist() if r["layer"] == layer and r["population"] == "tokens")  # type: ignore[attr-defined]
+    (q2,) = (
+        r["q2"] for r in frozen.to_pylist() if r["layer"] == layer and r["population"] == "tokens"
+    )  # type: ignore[attr-defined]
     return float(q2)
 
 
@@ -87,7 +112,9 @@ def test_a_run_that_has_frozen_thresholds_hands_them_on(nights: tuple[RunConfig,
         assert third.uri == second
 
 
-def test_verify_show_and_explain_know_them(nights: tuple[RunConfig, str, str], tiny_bert: Path) -> None:
+def test_verify_show_and_explain_know_them(
+    nights: tuple[RunConfig, str, str], tiny_bert: Path
+) -> None:
     config, first, second = nights
     found = verify.verify_store(config.store)
     assert not found.findings and not found.unproved and found.num_runs >= 2
@@ -98,10 +125,14 @@ def test_verify_show_and_explain_know_them(nights: tuple[RunConfig, str, str], t
     ]
 
 
-def test_what_cannot_be_taken_is_refused(nights: tuple[RunConfig, str, str], tmp_path: Path) -> None:
+def test_what_cannot_be_taken_is_refused(
+    nights: tuple[RunConfig, str, str], tmp_path: Path
+) -> None:
     config, first, _ = nights
     other = replace(config, store=str(tmp_path / "other"), layers="2", thresholds=first)
-    with pytest.raises(ConfigError, match=r"another measure.*layers: it has \[1, 2\], this run asks for \[2\]"):
+    with pytest.raises(
+        ConfigError, match=r"another measure.*layers: it has \[1, 2\], this run asks for \[2\]"
+    ):
         afn_ray.run(other)
     with pytest.raises(StoreError, match="neither a store nor a run"):
         afn_ray.run(replace(config, thresholds=str(tmp_path / "nothing")))

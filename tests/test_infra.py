@@ -1,4 +1,6 @@
-"""infra/: every manifest is of its real schema, safe by default, in step with the code, and set in one place."""
+"""infra/: every manifest is of its real schema, safe by default, in step with the code, and set in
+one place.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def values() -> dict[str, str]:
 
 @pytest.fixture
 def variant(tmp_path: Path) -> Callable[..., list[Manifest]]:
-    """``variant(folder, components, **values)``: its manifests with more components, and other values."""
+    """``variant(folder, components, **values)``: its manifests with more components, and other
+    values.
+    """
 
     def make(folder: str, components: tuple[str, ...] = (), **values: str) -> list[Manifest]:
         copy = tmp_path / "kubernetes"
@@ -110,7 +114,9 @@ def rayjob_spec(manifests: list[Manifest]) -> Manifest:
 
 
 def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Every pod that comes of ``manifests``, by its component; the head's with the autoscaler that KubeRay adds."""
+    """Every pod that comes of ``manifests``, by its component; the head's with the autoscaler that
+    KubeRay adds.
+    """
     found = {}
     for m in manifests:
         if m["kind"] in ("RayJob", "RayCronJob"):
@@ -120,27 +126,37 @@ def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
             head = json.loads(json.dumps(cluster["headGroupSpec"]["template"]))
             if cluster["enableInTreeAutoscaling"]:
                 kept = {
-                    k: cluster["autoscalerOptions"][k] for k in ("env", "resources", "securityContext", "volumeMounts")
+                    k: cluster["autoscalerOptions"][k]
+                    for k in ("env", "resources", "securityContext", "volumeMounts")
                 }
                 image = head["spec"]["containers"][0]["image"]
                 head["spec"]["containers"].append({"name": "autoscaler", "image": image, **kept})
-            found |= {"head": head, "worker": workers["template"], "submitter": spec["submitterPodTemplate"]}
+            found |= {
+                "head": head,
+                "worker": workers["template"],
+                "submitter": spec["submitterPodTemplate"],
+            }
         if m["kind"] == "CronJob":
             found["launcher"] = m["spec"]["jobTemplate"]["spec"]["template"]
     return found
 
 
-# --- schemas ---------------------------------------------------------------------------------------------
+# --- schemas
+# ---------------------------------------------------------------------------------------------
 
 
 def strict(schema: Any) -> Any:
-    """``schema`` that refuses what it does not name: the API server drops such fields, and says nothing."""
+    """``schema`` that refuses what it does not name: the API server drops such fields, and says
+    nothing.
+    """
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):
         return schema
     made = {k: strict(v) for k, v in schema.items()}
-    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    open_ended = (
+        schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    )
     if isinstance(schema.get("properties"), dict) and not open_ended and "type" in schema:
         made["additionalProperties"] = False
     return made
@@ -160,7 +176,9 @@ def ray_schemas() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("folder", APPLIED)
-def test_kuberay_takes_them(rendered: dict[str, list[Manifest]], ray_schemas: dict[str, Any], folder: str) -> None:
+def test_kuberay_takes_them(
+    rendered: dict[str, list[Manifest]], ray_schemas: dict[str, Any], folder: str
+) -> None:
     for m in rendered[folder]:
         if m["apiVersion"] == "ray.io/v1":
             ray_schemas[m["kind"]].validate(m)
@@ -173,7 +191,9 @@ def test_kuberay_schemas_find_what_is_not_there(
     rendered: dict[str, list[Manifest]], ray_schemas: dict[str, Any]
 ) -> None:
     m = json.loads(json.dumps(named(rendered["once"], "RayJob")))
-    m["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["securityContekst"] = {}
+    m["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+        "securityContekst"
+    ] = {}
     with pytest.raises(jsonschema.ValidationError, match="securityContekst"):
         ray_schemas["RayJob"].validate(m)
 
@@ -194,10 +214,14 @@ def test_kubernetes_schemas_find_what_is_not_there(rendered: dict[str, list[Mani
 
 
 @pytest.mark.parametrize(
-    ("folder", "components"), [("once", ("cpu",)), ("once", ("cpu", "kueue")), ("nightly", ("kueue",))]
+    ("folder", "components"),
+    [("once", ("cpu",)), ("once", ("cpu", "kueue")), ("nightly", ("kueue",))],
 )
 def test_variants_are_of_the_schema_too(
-    variant: Callable[..., list[Manifest]], ray_schemas: dict[str, Any], folder: str, components: tuple[str, ...]
+    variant: Callable[..., list[Manifest]],
+    ray_schemas: dict[str, Any],
+    folder: str,
+    components: tuple[str, ...],
 ) -> None:
     made = named(variant(folder, components, queue="lane", **{"max-workers": "5"}), "RayJob")
     ray_schemas["RayJob"].validate(made)
@@ -206,13 +230,17 @@ def test_variants_are_of_the_schema_too(
     assert ("nvidia.com/gpu" in text) == ("cpu" not in components)
     if "kueue" in components:
         assert made["spec"]["suspend"] and made["spec"]["shutdownAfterJobFinishes"]
-        assert made["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == ("lane" if folder == "once" else None)
+        assert made["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == (
+            "lane" if folder == "once" else None
+        )
         assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"] == 5
         assert not made["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
 
 
 def test_queues_for_kueue_are_enough_for_the_job(rendered: dict[str, list[Manifest]]) -> None:
-    flavor, cluster_queue, local_queue = yaml.safe_load_all((KUBERNETES / "kueue" / "queues.yaml").read_text())
+    flavor, cluster_queue, local_queue = yaml.safe_load_all(
+        (KUBERNETES / "kueue" / "queues.yaml").read_text()
+    )
     assert local_queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
     (group,) = cluster_queue["spec"]["resourceGroups"]
     (quota,) = group["flavors"]
@@ -221,29 +249,41 @@ def test_queues_for_kueue_are_enough_for_the_job(rendered: dict[str, list[Manife
     assert set(gib) == set(group["coveredResources"])
     (workers,) = rayjob_spec(rendered["once"])["rayClusterSpec"]["workerGroupSpecs"]
     asked = workers["template"]["spec"]["containers"][0]["resources"]["requests"]
-    head = rayjob_spec(rendered["once"])["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    head = rayjob_spec(rendered["once"])["rayClusterSpec"]["headGroupSpec"]["template"]["spec"][
+        "containers"
+    ][0]
     n = workers["maxReplicas"]
     assert gib["nvidia.com/gpu"] >= n * int(asked["nvidia.com/gpu"])
     assert gib["cpu"] > n * int(asked["cpu"]) + int(head["resources"]["requests"]["cpu"])
     memory = [
-        int(x.removesuffix("Gi")) for x in (gib["memory"], asked["memory"], head["resources"]["requests"]["memory"])
+        int(x.removesuffix("Gi"))
+        for x in (gib["memory"], asked["memory"], head["resources"]["requests"]["memory"])
     ]
     assert memory[0] > n * memory[1] + memory[2]
 
 
-# --- safe by default -------------------------------------------------------------------------------------
+# --- safe by default
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["once", "nightly", "raycronjob"])
-def test_whatever_starts_ray_is_in_token_mode(rendered: dict[str, list[Manifest]], folder: str) -> None:
+def test_whatever_starts_ray_is_in_token_mode(
+    rendered: dict[str, list[Manifest]], folder: str
+) -> None:
     cluster = rayjob_spec(rendered[folder])["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
-    found = {c["name"]: c for component, pod in pods(rendered[folder]).items() if component != "launcher"
-             for c in pod["spec"]["containers"]}  # fmt: skip
+    found = {
+        c["name"]: c
+        for component, pod in pods(rendered[folder]).items()
+        if component != "launcher"
+        for c in pod["spec"]["containers"]
+    }
     assert set(found) == {"ray-head", "autoscaler", "ray-worker", "submitter"}
     for container in found.values():
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
-        assert not any(e["name"] == "RAY_AUTH_TOKEN" for e in container["env"])  # KubeRay's, from its Secret
+        assert not any(
+            e["name"] == "RAY_AUTH_TOKEN" for e in container["env"]
+        )  # KubeRay's, from its Secret
 
 
 def test_a_field_that_an_old_kuberay_does_not_know_leaves_nothing_open() -> None:
@@ -253,20 +293,27 @@ def test_a_field_that_an_old_kuberay_does_not_know_leaves_nothing_open() -> None
 
 @pytest.mark.parametrize("folder", ["once", "nightly", "raycronjob"])
 def test_pods_are_restricted(rendered: dict[str, list[Manifest]], folder: str) -> None:
-    """As Kubernetes' Pod Security Standard "restricted" has it, which the namespace enforces; and more."""
+    """As Kubernetes' Pod Security Standard "restricted" has it, which the namespace enforces; and
+    more.
+    """
     uid = re.search(r"useradd --uid (\d+)", (INFRA / "Containerfile").read_text())
     assert uid
     for component, pod in pods(rendered[folder]).items():
         spec = pod["spec"]
         assert not {"hostNetwork", "hostPID", "hostIPC", "hostUsers"} & set(spec)
-        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == int(uid[1])
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"][
+            "runAsUser"
+        ] == int(uid[1])
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for volume in spec.get("volumes", []):
             assert set(volume) - {"name"} <= {"emptyDir", "configMap"}
         mounted = {v["name"] for v in spec.get("volumes", [])}
         for c in spec["containers"]:
-            assert c["securityContext"] == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
-                                            "capabilities": {"drop": ["ALL"]}}  # fmt: skip
+            assert c["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
             assert {v["name"] for v in c.get("volumeMounts", [])} <= mounted
             assert not any("hostPort" in port for port in c.get("ports", []))
             assert c["resources"]["limits"]["memory"] == c["resources"]["requests"]["memory"]
@@ -282,7 +329,9 @@ def test_nothing_is_exposed_and_no_secret_is_in_a_file(rendered: dict[str, list[
     for folder in ("once", "nightly", "raycronjob"):
         head = rayjob_spec(rendered[folder])["rayClusterSpec"]["headGroupSpec"]
         assert head["serviceType"] == "ClusterIP" and not head.get("enableIngress")
-    secret = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:password|secret_?key|auth_token)\s*[:=]\s*['\"]?[\w/+]{8}")
+    secret = re.compile(
+        r"AKIA[0-9A-Z]{16}|-----BEGIN|(?i:password|secret_?key|auth_token)\s*[:=]\s*['\"]?[\w/+]{8}"
+    )
     for file in (f for f in INFRA.rglob("*") if f.is_file()):
         assert not secret.search(file.read_text("utf-8")), file
 
@@ -306,14 +355,24 @@ def selects(selector: Manifest, labels: dict[str, str]) -> bool:
 
 @pytest.mark.parametrize("folder", ["once", "nightly"])
 def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> None:
-    """Ray's ports are for the cluster's own pods, its dashboard for two callers more, metrics for Prometheus."""
-    labels = {component: pod["metadata"]["labels"] for component, pod in pods(rendered[folder]).items()}
+    """Ray's ports are for the cluster's own pods, its dashboard for two callers more, metrics for
+    Prometheus.
+    """
+    labels = {
+        component: pod["metadata"]["labels"] for component, pod in pods(rendered[folder]).items()
+    }
     policies = [m["spec"] for m in rendered["access"] if m["kind"] == "NetworkPolicy"]
     namespaces = values()
     outside = {
-        "operator": (namespaces["operator-namespace"], {"app.kubernetes.io/name": "kuberay-operator"}),
+        "operator": (
+            namespaces["operator-namespace"],
+            {"app.kubernetes.io/name": "kuberay-operator"},
+        ),
         "prometheus": (namespaces["monitoring-namespace"], {}),
-        "stranger": ("default", {"app.kubernetes.io/name": "afn-ray", "app.kubernetes.io/component": "head"}),
+        "stranger": (
+            "default",
+            {"app.kubernetes.io/name": "afn-ray", "app.kubernetes.io/component": "head"},
+        ),
         "neighbour": ("afn", {}),
     }
     ports = {8265, 6379, 10001, 8080, 44217, 44227, 52365}
@@ -326,7 +385,9 @@ def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> N
             for peer in rule["from"]:
                 there = {"kubernetes.io/metadata.name": namespace}
                 in_space = (
-                    selects(peer["namespaceSelector"], there) if "namespaceSelector" in peer else namespace == "afn"
+                    selects(peer["namespaceSelector"], there)
+                    if "namespaceSelector" in peer
+                    else namespace == "afn"
                 )
                 if in_space and selects(peer.get("podSelector", {}), caller):
                     reached |= {p["port"] for p in rule["ports"]} if "ports" in rule else ports
@@ -338,27 +399,40 @@ def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> N
         assert reaches("afn", labels["submitter"], labels[to]) == {8265}
         assert reaches(*outside["operator"], labels[to]) == {8265}
         assert reaches(*outside["prometheus"], labels[to]) == {8080, 44217, 44227}
-        assert not reaches(*outside["stranger"], labels[to]) and not reaches(*outside["neighbour"], labels[to])
+        assert not reaches(*outside["stranger"], labels[to]) and not reaches(
+            *outside["neighbour"], labels[to]
+        )
     for to in set(labels) & {"submitter", "launcher"}:
         assert not any(reaches("afn", labels[caller], labels[to]) for caller in labels)
 
 
 def test_prometheus_looks_where_the_pods_are(rendered: dict[str, list[Manifest]]) -> None:
     (monitor,) = render(KUBERNETES / "monitoring")
-    assert monitor["kind"] == "PodMonitor" and "namespaceSelector" not in monitor["spec"]  # so its own alone
-    assert monitor["metadata"]["namespace"] == named(rendered["once"], "RayJob")["metadata"]["namespace"]
+    assert (
+        monitor["kind"] == "PodMonitor" and "namespaceSelector" not in monitor["spec"]
+    )  # so its own alone
+    assert (
+        monitor["metadata"]["namespace"]
+        == named(rendered["once"], "RayJob")["metadata"]["namespace"]
+    )
     (end,) = monitor["spec"]["podMetricsEndpoints"]
     for component in ("head", "worker"):
-        assert selects(monitor["spec"]["selector"], {"ray.io/node-type": component})  # KubeRay's label
+        assert selects(
+            monitor["spec"]["selector"], {"ray.io/node-type": component}
+        )  # KubeRay's label
         ports = {
-            p["name"]: p["containerPort"] for p in pods(rendered["once"])[component]["spec"]["containers"][0]["ports"]
+            p["name"]: p["containerPort"]
+            for p in pods(rendered["once"])[component]["spec"]["containers"][0]["ports"]
         }
         assert ports[end["port"]] == 8080
 
 
-def test_alerts_of_nights_ask_for_the_names_that_nights_have(rendered: dict[str, list[Manifest]]) -> None:
+def test_alerts_of_nights_ask_for_the_names_that_nights_have(
+    rendered: dict[str, list[Manifest]],
+) -> None:
     groups = {
-        g["name"]: g["rules"] for g in yaml.safe_load((INFRA / "monitoring" / "alerts.yaml").read_text())["groups"]
+        g["name"]: g["rules"]
+        for g in yaml.safe_load((INFRA / "monitoring" / "alerts.yaml").read_text())["groups"]
     }
     asked = " ".join(rule["expr"] for rule in groups["afn-nights"])
     name = named(rendered["nightly"], "CronJob")["metadata"]["name"]
@@ -368,9 +442,18 @@ def test_alerts_of_nights_ask_for_the_names_that_nights_have(rendered: dict[str,
 
 
 def test_what_may_not_be_evicted(rendered: dict[str, list[Manifest]]) -> None:
-    labels = {component: pod["metadata"]["labels"] for component, pod in pods(rendered["nightly"]).items()}
-    budgets = {m["metadata"]["name"]: m["spec"] for m in rendered["access"] if m["kind"] == "PodDisruptionBudget"}
-    chosen = {name: {c for c in labels if selects(b["selector"], labels[c])} for name, b in budgets.items()}
+    labels = {
+        component: pod["metadata"]["labels"] for component, pod in pods(rendered["nightly"]).items()
+    }
+    budgets = {
+        m["metadata"]["name"]: m["spec"]
+        for m in rendered["access"]
+        if m["kind"] == "PodDisruptionBudget"
+    }
+    chosen = {
+        name: {c for c in labels if selects(b["selector"], labels[c])}
+        for name, b in budgets.items()
+    }
     assert chosen == {"afn-head": {"head"}, "afn-worker": {"worker"}}
     for budget in budgets.values():  # pods without a scale take this form alone
         assert isinstance(budget["minAvailable"], int) and "maxUnavailable" not in budget
@@ -379,16 +462,21 @@ def test_what_may_not_be_evicted(rendered: dict[str, list[Manifest]]) -> None:
 
 def test_the_launcher_may_do_what_it_does_and_no_more(rendered: dict[str, list[Manifest]]) -> None:
     role, binding = named(rendered["nightly"], "Role"), named(rendered["nightly"], "RoleBinding")
-    assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["get", "create"]}]
+    assert role["rules"] == [
+        {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["get", "create"]}
+    ]
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     account = named(rendered["nightly"], "ServiceAccount")["metadata"]["name"]
     assert [s["name"] for s in binding["subjects"]] == [account]
     assert pods(rendered["nightly"])["launcher"]["spec"]["serviceAccountName"] == account
     known = {m["metadata"]["name"] for m in rendered["access"] if m["kind"] == "ServiceAccount"}
-    assert {pods(rendered["nightly"])[c]["spec"]["serviceAccountName"] for c in ("head", "worker")} == known
+    assert {
+        pods(rendered["nightly"])[c]["spec"]["serviceAccountName"] for c in ("head", "worker")
+    } == known
 
 
-# --- in step with the code -------------------------------------------------------------------------------
+# --- in step with the code
+# -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -397,16 +485,25 @@ def run_config(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return config_from({}, KUBERNETES / "values" / "run.toml")
 
 
-def test_a_pod_is_what_one_worker_asks_for(rendered: dict[str, list[Manifest]], run_config: RunConfig) -> None:
-    assert run_config.device == "cuda" and run_config.workers  # a cluster without workers yet cannot tell
+def test_a_pod_is_what_one_worker_asks_for(
+    rendered: dict[str, list[Manifest]], run_config: RunConfig
+) -> None:
+    assert (
+        run_config.device == "cuda" and run_config.workers
+    )  # a cluster without workers yet cannot tell
     needs = connection.needs(run_config, run_config.device)
     (workers,) = rayjob_spec(rendered["once"])["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
     has = container["resources"]["limits"]
     assert (int(has["cpu"]), int(has["nvidia.com/gpu"])) == (needs["num_cpus"], needs["num_gpus"])
     assert container["resources"]["requests"] == has
-    assert workers["maxReplicas"] == run_config.workers and workers["minReplicas"] == workers["replicas"] == 0
-    assert not {e["name"] for e in container["env"]} & set(connection.WORKER_ENV)  # each worker brings its own
+    assert (
+        workers["maxReplicas"] == run_config.workers
+        and workers["minReplicas"] == workers["replicas"] == 0
+    )
+    assert not {e["name"] for e in container["env"]} & set(
+        connection.WORKER_ENV
+    )  # each worker brings its own
     assert int(workers["rayStartParams"]["object-store-memory"]) >= connection.OBJECT_STORE_BYTES
 
 
@@ -416,7 +513,11 @@ def test_what_a_run_on_spot_needs(rendered: dict[str, list[Manifest]], folder: s
 
     spec = rayjob_spec(rendered[folder])
     cluster = spec["rayClusterSpec"]
-    assert spec["shutdownAfterJobFinishes"] and spec["backoffLimit"] > 0 and spec["activeDeadlineSeconds"] > 0
+    assert (
+        spec["shutdownAfterJobFinishes"]
+        and spec["backoffLimit"] > 0
+        and spec["activeDeadlineSeconds"] > 0
+    )
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert cluster["enableInTreeAutoscaling"] and cluster["autoscalerOptions"]["version"] == "v2"
     assert cluster["rayVersion"] == constraints()["ray"]
@@ -428,59 +529,103 @@ def test_what_a_run_on_spot_needs(rendered: dict[str, list[Manifest]], folder: s
         assert pod["terminationGracePeriodSeconds"] > float(env[drain]) >= 30
         assert pod["terminationGracePeriodSeconds"] > float(env["RAY_JOB_STOP_WAIT_TIME_S"])
         assert pod.get("restartPolicy", "Never") == "Never"  # autoscaler v2
-    spot = {("eks.amazonaws.com/capacityType", "SPOT"), ("karpenter.sh/capacity-type", "spot"),
-            ("cloud.google.com/gke-spot", "true"), ("kubernetes.azure.com/scalesetpriority", "spot")}  # fmt: skip
+    spot = {
+        ("eks.amazonaws.com/capacityType", "SPOT"),
+        ("karpenter.sh/capacity-type", "spot"),
+        ("cloud.google.com/gke-spot", "true"),
+        ("kubernetes.azure.com/scalesetpriority", "spot"),
+    }
     terms = {}
     for component in ("head", "worker"):
         affinity = pods(rendered[folder])[component]["spec"]["affinity"]["nodeAffinity"]
         (terms[component],) = [t["nodeSelectorTerms"] for t in affinity.values()]
     ((never,), any_of) = terms["head"], terms["worker"]
-    assert {(e["key"], *e["values"]) for e in never["matchExpressions"] if e["operator"] == "NotIn"} == spot
-    assert {(e["key"], *e["values"]) for t in any_of for e in t["matchExpressions"] if e["operator"] == "In"} == spot
+    assert {
+        (e["key"], *e["values"]) for e in never["matchExpressions"] if e["operator"] == "NotIn"
+    } == spot
+    assert {
+        (e["key"], *e["values"])
+        for t in any_of
+        for e in t["matchExpressions"]
+        if e["operator"] == "In"
+    } == spot
     tolerated = {t["key"] for t in pods(rendered[folder])["worker"]["spec"]["tolerations"]}
-    assert {"nvidia.com/gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} == tolerated
+    assert {
+        "nvidia.com/gpu",
+        "cloud.google.com/gke-spot",
+        "kubernetes.azure.com/scalesetpriority",
+    } == tolerated
 
 
 def test_the_nights_do_not_overlap(rendered: dict[str, list[Manifest]]) -> None:
     cron = named(rendered["nightly"], "CronJob")["spec"]
     template = named(rendered["nightly"], "RayJob")
     assert cron["concurrencyPolicy"] == "Forbid"
-    assert template["spec"]["suspend"] is True and template["metadata"]["labels"]["afn-ray/template"] == "true"
+    assert (
+        template["spec"]["suspend"] is True
+        and template["metadata"]["labels"]["afn-ray/template"] == "true"
+    )
     (launcher,) = pods(rendered["nightly"])["launcher"]["spec"]["containers"]
     assert launcher["command"][-1] == template["metadata"]["name"]
-    assert "activeDeadlineSeconds" not in cron["jobTemplate"]["spec"]  # the RayJob's begins anew at each retry
+    assert (
+        "activeDeadlineSeconds" not in cron["jobTemplate"]["spec"]
+    )  # the RayJob's begins anew at each retry
     assert "suspend" not in rayjob_spec(rendered["raycronjob"])
-    same = json.loads(json.dumps(template["spec"]).replace('"configMap": {"name": "afn-nightly"}',
-                                                           '"configMap": {"name": "afn-raycronjob"}'))  # fmt: skip
+    same = json.loads(
+        json.dumps(template["spec"]).replace(
+            '"configMap": {"name": "afn-nightly"}', '"configMap": {"name": "afn-raycronjob"}'
+        )
+    )
     assert rayjob_spec(rendered["raycronjob"]) == {k: v for k, v in same.items() if k != "suspend"}
     assert not any(m["kind"] == "RayJob" for m in rendered["raycronjob"])
 
 
 def test_each_use_has_a_config_of_its_own(rendered: dict[str, list[Manifest]]) -> None:
-    """Applied for a scan, edited values change no night; deleted with a scan, nights keep theirs."""
-    made = {folder: [m["metadata"]["name"] for m in rendered[folder] if m["kind"] == "ConfigMap"] for folder in APPLIED}
-    assert made == {"access": [], "once": ["afn-scan"], "nightly": ["afn-nightly"], "raycronjob": ["afn-raycronjob"]}
+    """Applied for a scan, edited values change no night; deleted with a scan, nights keep
+    theirs.
+    """
+    made = {
+        folder: [m["metadata"]["name"] for m in rendered[folder] if m["kind"] == "ConfigMap"]
+        for folder in APPLIED
+    }
+    assert made == {
+        "access": [],
+        "once": ["afn-scan"],
+        "nightly": ["afn-nightly"],
+        "raycronjob": ["afn-raycronjob"],
+    }
     for folder in ("once", "nightly", "raycronjob"):
         for component in ("head", "worker"):
-            (config,) = (v for v in pods(rendered[folder])[component]["spec"]["volumes"] if v["name"] == "config")
+            (config,) = (
+                v
+                for v in pods(rendered[folder])[component]["spec"]["volumes"]
+                if v["name"] == "config"
+            )
             assert [config["configMap"]["name"]] == made[folder]
 
 
 @pytest.mark.parametrize("folder", ["once", "nightly"])
-def test_what_is_run_exists_and_takes_its_arguments(rendered: dict[str, list[Manifest]], folder: str) -> None:
+def test_what_is_run_exists_and_takes_its_arguments(
+    rendered: dict[str, list[Manifest]], folder: str
+) -> None:
     python, script, config, *flags = shlex.split(rayjob_spec(rendered[folder])["entrypoint"])
     workdir = re.search(r"^COPY jobs (\S+)$", (INFRA / "Containerfile").read_text(), re.M)
     assert python == "python" and workdir and script.startswith(workdir[1])
     assert (ROOT / "jobs" / Path(script).relative_to(workdir[1])).is_file()
-    command = {"activation_scan.py": ["run", "--config"], "nightly_audit.py": ["audit"]}[Path(script).name]
+    command = {"activation_scan.py": ["run", "--config"], "nightly_audit.py": ["audit"]}[
+        Path(script).name
+    ]
     given = grammar.parser().parse_args([*command, config, *flags])
     if given.command == "audit":  # all of a pod is gone when its job ends
         assert given.out == values()["audits"] and "://" in given.out
         head = pods(rendered[folder])["head"]["spec"]["containers"][0]
         (hook,) = (e["valueFrom"] for e in head["env"] if e["name"] == "AFN_WEBHOOK")
         assert hook == {"secretKeyRef": {"name": "afn-webhook", "key": "url", "optional": True}}
-    (mount,) = (v["mountPath"] for v in pods(rendered[folder])["head"]["spec"]["containers"][0]["volumeMounts"]
-                if v["name"] == "config")  # fmt: skip
+    (mount,) = (
+        v["mountPath"]
+        for v in pods(rendered[folder])["head"]["spec"]["containers"][0]["volumeMounts"]
+        if v["name"] == "config"
+    )
     files = named(rendered[folder], "ConfigMap")["data"]
     for path in (config, *(f for f in flags if f.endswith(".toml"))):
         assert Path(path).parent == Path(mount) and Path(path).name in files
@@ -491,7 +636,9 @@ def test_the_policy_can_be_read() -> None:
     audit.read_policy(KUBERNETES / "values" / "policy.toml")
 
 
-def test_values_are_in_one_place(variant: Callable[..., list[Manifest]], rendered: dict[str, list[Manifest]]) -> None:
+def test_values_are_in_one_place(
+    variant: Callable[..., list[Manifest]], rendered: dict[str, list[Manifest]]
+) -> None:
     default = values()
     run = tomllib.loads((KUBERNETES / "values" / "run.toml").read_text())
     named_once = {default["image"], default["audits"], *run["corpus"], run["store"], run["model"]}
@@ -499,15 +646,26 @@ def test_values_are_in_one_place(variant: Callable[..., list[Manifest]], rendere
         if "values" not in file.parts:
             assert not [v for v in named_once if v in file.read_text()], file
             assert not re.search(r"s3://|gs://[a-z]", file.read_text()), file
-    other = {"image": "elsewhere/afn:9.9", "max-workers": "3", "schedule": "5 5 * * 5", "time-zone": "Europe/Vienna",
-             "queue": "lane", "operator-namespace": "op", "monitoring-namespace": "mon",
-             "audits": "gs://b/nights"}  # fmt: skip
+    other = {
+        "image": "elsewhere/afn:9.9",
+        "max-workers": "3",
+        "schedule": "5 5 * * 5",
+        "time-zone": "Europe/Vienna",
+        "queue": "lane",
+        "operator-namespace": "op",
+        "monitoring-namespace": "mon",
+        "audits": "gs://b/nights",
+    }
     assert set(other) == set(default)
     used = set()
     for folder in APPLIED:
         text = yaml.safe_dump_all(variant(folder, **other))
         assert default["image"] not in text and "SET_BY_VALUES" not in text
-        used |= {key for key, value in other.items() if re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", text)}
+        used |= {
+            key
+            for key, value in other.items()
+            if re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", text)
+        }
         images = set(re.findall(r"image: (\S+)", text))
         assert text.count("cloud/role: us") == (2 if folder == "access" else 0)
         assert images == (set() if folder == "access" else {other["image"]})
@@ -516,7 +674,8 @@ def test_values_are_in_one_place(variant: Callable[..., list[Manifest]], rendere
     assert re.search(r":[\w.]*\d[\w.]*$", default["image"])  # a version, never "latest"
 
 
-# --- the launcher ----------------------------------------------------------------------------------------
+# --- the launcher
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -527,17 +686,26 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     (tmp_path / "token").write_text("of-the-pod\n")
     (tmp_path / "namespace").write_text("afn")
-    monkeypatch.setattr(module.ssl, "create_default_context", lambda cafile: cafile.name == "ca.crt" and None)
-    for name, value in (("ACCOUNT", tmp_path), ("SCHEME", "http"), ("POLL_S", 0.01), ("PATIENCE_S", 0.3)):
+    monkeypatch.setattr(
+        module.ssl, "create_default_context", lambda cafile: cafile.name == "ca.crt" and None
+    )
+    for name, value in (
+        ("ACCOUNT", tmp_path),
+        ("SCHEME", "http"),
+        ("POLL_S", 0.01),
+        ("PATIENCE_S", 0.3),
+    ):
         monkeypatch.setattr(module, name, value)
     return module
 
 
 class Api:
-    """As much of an API server as a launcher meets. ``answers``: status codes given before it works.
+    """As much of an API server as a launcher meets. ``answers``: status codes given before it
+    works.
 
-    ``batch``: Jobs by name. As KubeRay does, it submits a RayJob by a Job of the same name, and takes one that is there
-    for its own, so that nothing is submitted. ``leaving``: how often a RayJob is still seen before it is gone.
+    ``batch``: Jobs by name. As KubeRay does, it submits a RayJob by a Job of the same name, and
+    takes one that is there for its own, so that nothing is submitted. ``leaving``: how often a
+    RayJob is still seen before it is gone.
     """
 
     def __init__(self) -> None:
@@ -582,8 +750,13 @@ def api(monkeypatch: pytest.MonkeyPatch, rendered: dict[str, list[Manifest]]) ->
     class Handler(BaseHTTPRequestHandler):
         def answer(self) -> None:
             prefix = "/apis/ray.io/v1/namespaces/afn/rayjobs"
-            assert self.path.startswith(prefix) and self.headers["Authorization"] == "Bearer of-the-pod"
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+            assert (
+                self.path.startswith(prefix)
+                and self.headers["Authorization"] == "Bearer of-the-pod"
+            )
+            body = json.loads(
+                self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null"
+            )
             code, value = api(self.command, self.path.removeprefix(prefix).strip("/"), body)
             data = json.dumps(value).encode()
             self.send_response(code)
@@ -609,21 +782,34 @@ def api(monkeypatch: pytest.MonkeyPatch, rendered: dict[str, list[Manifest]]) ->
 
 DONE = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 LATE = {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}
-BROKEN = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": "exit code 1"}
+BROKEN = {
+    "jobDeploymentStatus": "Failed",
+    "jobStatus": "FAILED",
+    "reason": "AppFailed",
+    "message": "exit code 1",
+}
 
 
 def test_a_launcher_waits_for_the_end_of_a_copy_of_the_template(
     launcher: ModuleType, api: Api, rendered: dict[str, list[Manifest]]
 ) -> None:
-    api.statuses = [{}, {"jobDeploymentStatus": "Initializing"}, {"jobDeploymentStatus": "Retrying"},
-                    {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, DONE]  # fmt: skip
+    api.statuses = [
+        {},
+        {"jobDeploymentStatus": "Initializing"},
+        {"jobDeploymentStatus": "Retrying"},
+        {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
+        DONE,
+    ]
     assert launcher.launch("afn-nightly", "afn-nightly-123", "uid", "") == 0
     assert api.statuses == [DONE]
     template, made = api.jobs["afn-nightly"], api.jobs["afn-nightly-123-run"]
     assert made["spec"] == {**template["spec"], "suspend": False}
     (owner,) = made["metadata"]["ownerReferences"]
     assert (owner["kind"], owner["name"], owner["uid"]) == ("Job", "afn-nightly-123", "uid")
-    assert api.batch == {"afn-nightly-123", "afn-nightly-123-run"}  # the launcher's, and the submitter's
+    assert api.batch == {
+        "afn-nightly-123",
+        "afn-nightly-123-run",
+    }  # the launcher's, and the submitter's
     night = f"{named(rendered['nightly'], 'CronJob')['metadata']['name']}-{2**31}-run"
     assert len(night) <= 47  # what KubeRay takes
 
@@ -646,16 +832,22 @@ def test_a_rayjob_of_an_earlier_job_of_that_name_is_not_taken_for_this_one(
 ) -> None:
     api.statuses = [DONE]
     assert launcher.launch("afn-nightly", "n", "yesterday", "") == 0
-    with monkeypatch.context() as patch, pytest.raises(launcher.Unknown, match="n-run is not of this Job"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(launcher.Unknown, match="n-run is not of this Job"),
+    ):
         patch.setattr(launcher, "PATIENCE_S", 0.05)
         launcher.launch("afn-nightly", "n", "today", "")
     api.leaving["n-run"], api.batch = 3, set()
     assert launcher.launch("afn-nightly", "n", "today", "") == 0
-    assert api.created == 2 and api.jobs["n-run"]["metadata"]["ownerReferences"][0]["uid"] == "today"
+    assert (
+        api.created == 2 and api.jobs["n-run"]["metadata"]["ownerReferences"][0]["uid"] == "today"
+    )
 
 
 @pytest.mark.parametrize(
-    "status", [BROKEN, {**DONE, "jobStatus": "STOPPED"}, {"jobDeploymentStatus": "ValidationFailed"}]
+    "status",
+    [BROKEN, {**DONE, "jobStatus": "STOPPED"}, {"jobDeploymentStatus": "ValidationFailed"}],
 )
 def test_a_failed_night_fails_its_job(
     launcher: ModuleType, api: Api, status: Manifest, capsys: pytest.CaptureFixture[str]
@@ -665,7 +857,9 @@ def test_a_failed_night_fails_its_job(
     assert "RayJob n-run failed" in capsys.readouterr().err
 
 
-def test_an_api_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(launcher: ModuleType, api: Api) -> None:
+def test_an_api_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(
+    launcher: ModuleType, api: Api
+) -> None:
     api.statuses, api.answers = [DONE], [500, 503, 429]
     assert launcher.launch("afn-nightly", "n", "uid", "") == 0
     api.answers = [422]
@@ -677,7 +871,11 @@ def test_an_api_server_that_is_away_is_asked_again_and_one_that_refuses_is_not(l
 
 @pytest.mark.parametrize("code", [503, 401, 403])
 def test_a_night_under_way_is_given_up_for_no_answer(
-    launcher: ModuleType, api: Api, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    launcher: ModuleType,
+    api: Api,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A token that is renewed late or a right that is lost for a while: the RayJob runs on."""
     monkeypatch.setenv("JOB_NAME", "m")
@@ -708,18 +906,27 @@ def test_whatever_goes_wrong_with_a_launcher_says_nothing_of_the_night(
     assert launcher.main("afn-nightly") == 75
 
 
-def test_a_cronjob_tells_a_failed_night_from_a_lost_launcher(rendered: dict[str, list[Manifest]]) -> None:
-    rules = named(rendered["nightly"], "CronJob")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+def test_a_cronjob_tells_a_failed_night_from_a_lost_launcher(
+    rendered: dict[str, list[Manifest]],
+) -> None:
+    rules = named(rendered["nightly"], "CronJob")["spec"]["jobTemplate"]["spec"][
+        "podFailurePolicy"
+    ]["rules"]
     codes = {code for r in rules if r["action"] == "FailJob" for code in r["onExitCodes"]["values"]}
     exits = {int(x) for x in re.findall(r"return (\d+)", (KUBERNETES / "launch.py").read_text())}
     assert codes == {1, 2} and exits == {0, 1, 2, 75}
 
 
-# --- the image -------------------------------------------------------------------------------------------
+# --- the image
+# -------------------------------------------------------------------------------------------
 
 
 def constraints() -> dict[str, str]:
-    lines = (line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    lines = (
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    )
     return dict(line.split("==") for line in lines)
 
 
@@ -739,26 +946,46 @@ def test_the_containerfile() -> None:
         *project["dependencies"],
         *(r for e in extras.split(",") for r in project["optional-dependencies"][e]),
     ):
-        assert re.split(r"[\[><=; ]", requirement)[0].lower().replace("_", "-") in pinned, requirement
+        assert re.split(r"[\[><=; ]", requirement)[0].lower().replace("_", "-") in pinned, (
+            requirement
+        )
     assert f"ARG VERSION={project['version']}" in text
-    assert "setuptools" in pinned and "-r requirements.txt setuptools\n" in text  # what builds is pinned too
+    assert (
+        "setuptools" in pinned and "-r requirements.txt setuptools\n" in text
+    )  # what builds is pinned too
     assert "pip install --no-deps --no-build-isolation . " in text
-    assert all("-c constraints.txt" in c or "--no-deps" in c for c in re.findall(r"pip install .*", text))
+    assert all(
+        "-c constraints.txt" in c or "--no-deps" in c for c in re.findall(r"pip install .*", text)
+    )
 
 
 def test_what_an_image_is_built_from_is_there_and_nothing_else_is_sent() -> None:
-    sources = [s for line in re.findall(r"^COPY (?!--from)(.+)$", (INFRA / "Containerfile").read_text(), re.M)
-               for s in line.split()[:-1]]  # fmt: skip
-    first, *rest = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    sources = [
+        s
+        for line in re.findall(
+            r"^COPY (?!--from)(.+)$", (INFRA / "Containerfile").read_text(), re.M
+        )
+        for s in line.split()[:-1]
+    ]
+    first, *rest = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if not line.startswith("#")
+    ]
     assert first == "*"
     let_in = {line.removeprefix("!") for line in rest if line.startswith("!")}
     assert set(sources) == let_in and all((ROOT / s).exists() for s in sources)
     template = yaml.safe_load((KUBERNETES / "nightly" / "cronjob.yaml").read_text())
-    command = template["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["command"]
-    assert f"COPY infra/kubernetes/launch.py {command[1]}\n" in (INFRA / "Containerfile").read_text()
+    command = template["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0][
+        "command"
+    ]
+    assert (
+        f"COPY infra/kubernetes/launch.py {command[1]}\n" in (INFRA / "Containerfile").read_text()
+    )
 
 
-# --- clouds ----------------------------------------------------------------------------------------------
+# --- clouds
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
@@ -771,7 +998,9 @@ def test_a_ray_cluster_on_machines(cloud: str, run_config: RunConfig) -> None:
     assert config["provider"]["use_internal_ips"] is True
     head, workers = (config["available_node_types"][name] for name in ("head", "workers"))
     assert (
-        head["resources"] == {"CPU": 0} and workers["min_workers"] == 0 and workers["max_workers"] == run_config.workers
+        head["resources"] == {"CPU": 0}
+        and workers["min_workers"] == 0
+        and workers["max_workers"] == run_config.workers
     )
     needs = connection.needs(run_config, "cuda")
     assert workers["resources"] == {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"]}
@@ -780,9 +1009,13 @@ def test_a_ray_cluster_on_machines(cloud: str, run_config: RunConfig) -> None:
             assert node["SecurityGroupIds"] and node["SubnetIds"] and node["IamInstanceProfile"]
             assert node["MetadataOptions"]["HttpTokens"] == "required"
         else:
-            assert node["networkInterfaces"] and not any("accessConfigs" in n for n in node["networkInterfaces"])
+            assert node["networkInterfaces"] and not any(
+                "accessConfigs" in n for n in node["networkInterfaces"]
+            )
             assert node["serviceAccounts"]
-    spot = workers["node_config"].get("InstanceMarketOptions", workers["node_config"].get("scheduling"))
+    spot = workers["node_config"].get(
+        "InstanceMarketOptions", workers["node_config"].get("scheduling")
+    )
     assert spot.get("MarketType") == "spot" or spot.get("provisioningModel") == "SPOT"
     assert not {"InstanceMarketOptions", "scheduling"} & set(head["node_config"])
     starts = [c for role in ("head", "worker") for c in config[f"{role}_start_ray_commands"]]
@@ -792,7 +1025,9 @@ def test_a_ray_cluster_on_machines(cloud: str, run_config: RunConfig) -> None:
         assert command.count("/ray st") == command.count("RAY_AUTH_MODE=token")
     (start,) = (c for c in starts if "--head" in c)
     assert "--dashboard-host=127.0.0.1" in start and "--num-cpus=0" in start
-    assert "~/.ray/auth_token" in config["file_mounts"] and "RAY_AUTH_TOKEN" not in json.dumps(given)
+    assert "~/.ray/auth_token" in config["file_mounts"] and "RAY_AUTH_TOKEN" not in json.dumps(
+        given
+    )
     assert not config["docker"]
     with pytest.raises(jsonschema.ValidationError, match="idle_timeout"):
         validate_config({**config, "idle_timeout": 5})
@@ -826,12 +1061,17 @@ CALLS = {"head_object": "GetObject", "get_object": "GetObject", "put_object": "P
 
 
 def test_a_run_needs_the_rights_that_the_template_gives(
-    make_config: Callable[..., RunConfig], object_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_config: Callable[..., RunConfig],
+    object_store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     from s3fs import S3FileSystem
 
     corpus, store = f"{object_store}/texts", f"{object_store}/afn"
-    storage.upload(write_jsonl(tmp_path / "a.jsonl", [{"text": "In the beginning"}] * 3), f"{corpus}/a.jsonl")
+    storage.upload(
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "In the beginning"}] * 3), f"{corpus}/a.jsonl"
+    )
     made: list[tuple[str, str, str]] = []
     call = S3FileSystem._call_s3
 
@@ -842,13 +1082,21 @@ def test_a_run_needs_the_rights_that_the_template_gives(
 
     monkeypatch.setattr(S3FileSystem, "_call_s3", recorded)
     config = make_config(corpus=(corpus,), store=store, executor="inline")
-    night = audit.run_audit(config, audit.read_policy(KUBERNETES / "values" / "policy.toml"), frozen=True)
+    night = audit.run_audit(
+        config, audit.read_policy(KUBERNETES / "values" / "policy.toml"), frozen=True
+    )
     assert audit.write_json(night, f"{object_store}/audits") == f"{object_store}/audits/audit.json"
     bucket = object_store.removeprefix("s3://")
     policy = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    names = {"arn:${AWS::Partition}:s3:::${CorpusBucket}": bucket, "${Store.Arn}": bucket, "${CorpusPrefix}": "texts",
-             "${StorePrefix}": "afn", "CorpusPrefix": "texts", "StorePrefix": "afn",
-             "${AuditPrefix}": "audits"}  # fmt: skip
+    names = {
+        "arn:${AWS::Partition}:s3:::${CorpusBucket}": bucket,
+        "${Store.Arn}": bucket,
+        "${CorpusPrefix}": "texts",
+        "${StorePrefix}": "afn",
+        "CorpusPrefix": "texts",
+        "StorePrefix": "afn",
+        "${AuditPrefix}": "audits",
+    }
 
     def allows(statement: Manifest, right: str, tried: str) -> bool:
         if f"s3:{right}" not in listed(statement["Action"]):
@@ -866,16 +1114,34 @@ def test_a_run_needs_the_rights_that_the_template_gives(
         return False
 
     def allowed(right: str, key: str) -> bool:
-        return any(allows(s, right, key if right == "ListBucket" else f"{bucket}/{key}") for s in policy)
+        return any(
+            allows(s, right, key if right == "ListBucket" else f"{bucket}/{key}") for s in policy
+        )
 
     assert {b for _, b, _ in made} == {bucket}
     assert not {(right, key) for right, _, key in made if not allowed(right, key)}
-    assert {right for right, _, _ in made} == {"GetObject", "PutObject", "DeleteObject", "ListBucket"}
+    assert {right for right, _, _ in made} == {
+        "GetObject",
+        "PutObject",
+        "DeleteObject",
+        "ListBucket",
+    }
     assert allowed("AbortMultipartUpload", "afn/shards/m/s/a-tokens.parquet")  # of larger files
-    assert ("DeleteObject", bucket, "afn/planning.json") in made  # what a run replaces and deletes, beside leftovers
-    for kept in ("shards/m/s/commit.json", "runs/r/status.json", "runs/r/run.json", "runs/r/thresholds.parquet"):
+    assert (
+        "DeleteObject",
+        bucket,
+        "afn/planning.json",
+    ) in made  # what a run replaces and deletes, beside leftovers
+    for kept in (
+        "shards/m/s/commit.json",
+        "runs/r/status.json",
+        "runs/r/run.json",
+        "runs/r/thresholds.parquet",
+    ):
         assert not allowed("DeleteObject", f"afn/{kept}")
-    assert {("PutObject", "audits/audit.json"), ("DeleteObject", "audits/report.html")} <= {(r, k) for r, _, k in made}
+    assert {("PutObject", "audits/audit.json"), ("DeleteObject", "audits/report.html")} <= {
+        (r, k) for r, _, k in made
+    }
     assert not allowed("PutObject", "texts/a.jsonl") and not allowed("GetObject", "elsewhere/a")
 
 
@@ -886,17 +1152,26 @@ def listed(value: str | list[str]) -> list[str]:
 def test_the_store_bucket_holds_writers_to_the_protocol() -> None:
     resources = template()["Resources"]
     bucket = resources["Store"]["Properties"]
-    assert all(bucket["PublicAccessBlockConfiguration"].values()) and len(bucket["PublicAccessBlockConfiguration"]) == 4
+    assert (
+        all(bucket["PublicAccessBlockConfiguration"].values())
+        and len(bucket["PublicAccessBlockConfiguration"]) == 4
+    )
     (rule,) = bucket["LifecycleConfiguration"]["Rules"]
-    assert rule["Status"] == "Enabled" and rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] <= 7
+    assert (
+        rule["Status"] == "Enabled"
+        and rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] <= 7
+    )
     assert resources["Store"]["DeletionPolicy"] == "Retain"
-    by_id = {s["Sid"]: s for s in resources["StorePolicy"]["Properties"]["PolicyDocument"]["Statement"]}
+    by_id = {
+        s["Sid"]: s for s in resources["StorePolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    }
     once = by_id["ACommitIsWrittenOnce"]
     assert once["Effect"] == "Deny" and once["Condition"]["Null"] == {"s3:if-none-match": "true"}
     assert once["Resource"].endswith("/commit*.json")
 
 
-# --- Slurm -----------------------------------------------------------------------------------------------
+# --- Slurm
+# -----------------------------------------------------------------------------------------------
 
 SBATCH = INFRA / "slurm" / "afn.sbatch"
 
@@ -909,7 +1184,9 @@ def test_the_slurm_script_is_clean() -> None:
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """``slurm(driver_code, restarts, addresses)``: the script among commands that write down how they were called."""
+    """``slurm(driver_code, restarts, addresses)``: the script among commands that write down how
+    they were called.
+    """
     fakes = {
         "scontrol": 'if [ "$1" = show ]; then printf "n1\\nn2\\nn3\\n"; fi',
         "hostname": 'if [ "$1" = -I ]; then echo "fd00::2 $ADDRESSES"; else echo 127.0.1.1; fi',
@@ -928,12 +1205,28 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         path.write_text(f"#!/bin/sh\n{log}\n{body}\n")
         path.chmod(0o755)
 
-    def start(driver: str, restarts: int = 0, addresses: str = "10.0.0.1 10.0.0.2") -> subprocess.Popen[str]:
-        env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "LOG": str(tmp_path / "log"), "DRIVER": driver,
-               "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "16",
-               "SLURM_GPUS_ON_NODE": "4", "SLURM_RESTART_COUNT": str(restarts), "ADDRESSES": addresses}  # fmt: skip
-        return subprocess.Popen(["bash", str(SBATCH), "run.toml", "--workers", "8"], env=env, text=True, cwd=tmp_path,
-                                stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    def start(
+        driver: str, restarts: int = 0, addresses: str = "10.0.0.1 10.0.0.2"
+    ) -> subprocess.Popen[str]:
+        env = {
+            "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
+            "LOG": str(tmp_path / "log"),
+            "DRIVER": driver,
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-3]",
+            "SLURM_CPUS_PER_TASK": "16",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_RESTART_COUNT": str(restarts),
+            "ADDRESSES": addresses,
+        }
+        return subprocess.Popen(
+            ["bash", str(SBATCH), "run.toml", "--workers", "8"],
+            env=env,
+            text=True,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     return start
 
@@ -947,7 +1240,9 @@ def test_a_slurm_job_starts_a_ray_with_a_token_of_its_own(
             assert job.wait(30) == code, job.stderr and job.stderr.read()
         calls, environment = (tmp_path / "log").read_text(), (tmp_path / "log.env").read_text()
         seen = {
-            tuple(line.split()[1:]) for line in environment.splitlines() if line.split()[0] in ("ray", "python", "srun")
+            tuple(line.split()[1:])
+            for line in environment.splitlines()
+            if line.split()[0] in ("ray", "python", "srun")
         }
         ((mode, token),) = seen
         assert mode == "token" and re.fullmatch("[0-9a-f]{64}", token) and token not in calls
@@ -959,7 +1254,9 @@ def test_a_slurm_job_starts_a_ray_with_a_token_of_its_own(
         assert sorted("--head" in s for s in starts) == [False, True]
         assert all("--block --num-cpus=16 --num-gpus=4" in s for s in starts)
         assert "srun --overlap --nodes=2 --ntasks=2 --exclude=n1 ray start" in calls
-        assert "python jobs/activation_scan.py run.toml --address 10.0.0.1:20007 --workers 8" in calls
+        assert (
+            "python jobs/activation_scan.py run.toml --address 10.0.0.1:20007 --workers 8" in calls
+        )
     assert len(tokens) == 2
 
 
@@ -999,10 +1296,15 @@ def test_a_slurm_job_whose_head_no_node_can_reach_does_not_begin(
     assert "ray start" not in (tmp_path / "log").read_text()
 
 
-# --- the page --------------------------------------------------------------------------------------------
+# --- the page
+# --------------------------------------------------------------------------------------------
 
 PAGE = (INFRA / "README.md").read_text("utf-8")
-COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S)
+    for line in block.splitlines()
+]
 
 
 def test_what_the_page_names_exists() -> None:
@@ -1014,14 +1316,24 @@ def test_what_the_page_names_exists() -> None:
     for name in re.findall(r"^\| `([\w.]+)` \|", prose, re.M):
         assert (KUBERNETES / "values" / name).is_file()
     for component in re.findall(r"^- `\.\./(\w+)`", prose, re.M):
-        assert yaml.safe_load((KUBERNETES / component / "kustomization.yaml").read_text())["kind"] == "Component"
+        assert (
+            yaml.safe_load((KUBERNETES / component / "kustomization.yaml").read_text())["kind"]
+            == "Component"
+        )
     resources = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]
-    assert {a for s in resources for a in listed(s["Action"])} == set(re.findall(r"`(s3:\w+)`", PAGE))
+    assert {a for s in resources for a in listed(s["Action"])} == set(
+        re.findall(r"`(s3:\w+)`", PAGE)
+    )
     rayjob = yaml.safe_load((KUBERNETES / "cluster" / "rayjob.yaml").read_text())
     uid = rayjob["spec"]["submitterPodTemplate"]["spec"]["securityContext"]["runAsUser"]
     hours, retries = rayjob["spec"]["activeDeadlineSeconds"] / 3600, rayjob["spec"]["backoffLimit"]
     text = " ".join(PAGE.split())
-    assert f"user {uid}" in text and f"each has {hours:.0f} hours" in text and retries == 2 and "retried twice" in text
+    assert (
+        f"user {uid}" in text
+        and f"each has {hours:.0f} hours" in text
+        and retries == 2
+        and "retried twice" in text
+    )
     args = re.findall(r"--build-arg (\w+)=", PAGE)
     assert args and all(f"ARG {name}=" in (INFRA / "Containerfile").read_text() for name in args)
 
@@ -1030,22 +1342,35 @@ def test_what_the_page_names_exists() -> None:
 def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifest]]) -> None:
     program, *words = shlex.split(command.replace("(umask 077 && ", "").rstrip(")"))
     if program == "kubectl" and words[:2] == ["apply", "-k"]:
-        assert Path(words[2]).relative_to(KUBERNETES.relative_to(ROOT)).name in (*rendered, "monitoring")
+        assert Path(words[2]).relative_to(KUBERNETES.relative_to(ROOT)).name in (
+            *rendered,
+            "monitoring",
+        )
     elif program == "kubectl":
         assert words[:2] == ["-n", named(rendered["access"], "Namespace")["metadata"]["name"]]
         match words[2:]:
             case ["create", "secret", "generic", secret, key]:
                 head = pods(rendered["nightly"])["head"]["spec"]["containers"][0]
-                (hook,) = (e["valueFrom"]["secretKeyRef"] for e in head["env"] if e["name"] == "AFN_WEBHOOK")
+                (hook,) = (
+                    e["valueFrom"]["secretKeyRef"]
+                    for e in head["env"]
+                    if e["name"] == "AFN_WEBHOOK"
+                )
                 assert secret == hook["name"] and key.startswith(f"--from-file={hook['key']}=")
             case ["create", "job", source, "afn-tonight"]:
-                assert source == f"--from=cronjob/{named(rendered['nightly'], 'CronJob')['metadata']['name']}"
+                assert (
+                    source
+                    == f"--from=cronjob/{named(rendered['nightly'], 'CronJob')['metadata']['name']}"
+                )
             case ["delete", "job", name]:
                 assert name == "afn-tonight"
             case ["get", "rayjob", name]:
                 assert name == named(rendered["once"], "RayJob")["metadata"]["name"]
             case ["logs", "-f", "-l", label]:
-                assert label.partition("=")[::2] in pods(rendered["once"])["submitter"]["metadata"]["labels"].items()
+                assert (
+                    label.partition("=")[::2]
+                    in pods(rendered["once"])["submitter"]["metadata"]["labels"].items()
+                )
             case _:
                 raise AssertionError(command)
     elif program == "ray":
@@ -1066,8 +1391,15 @@ def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifes
     elif program == "aws":
         given = dict(w.split("=") for w in words[words.index("--parameter-overrides") + 1 :])
         parameters = template()["Parameters"]
-        assert {k for k, v in parameters.items() if "Default" not in v} <= set(given) <= set(parameters)
+        assert (
+            {k for k, v in parameters.items() if "Default" not in v}
+            <= set(given)
+            <= set(parameters)
+        )
         run = tomllib.loads((KUBERNETES / "values" / "run.toml").read_text())
-        assert given["CorpusBucket"] in run["corpus"][0] and f"{given['StoreBucket']}/afn" in run["store"]
+        assert (
+            given["CorpusBucket"] in run["corpus"][0]
+            and f"{given['StoreBucket']}/afn" in run["store"]
+        )
     else:
         assert command == "export RAY_AUTH_MODE=token"

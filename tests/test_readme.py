@@ -1,4 +1,6 @@
-"""Every command and every line of Python in the README and the guide runs; the first two blocks are CI's."""
+"""Every command and every line of Python in the README and the guide runs; the first two blocks are
+CI's.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,25 @@ from afn_ray.show import shell
 from conftest import stop_after, write_jsonl
 
 SMALL_BENCH = {
-    "engine": ["--tokens", "3000", "--repeat", "1", "--profiles", "short", "--variants", "loop,tuned,engine,job"],
+    "engine": [
+        "--tokens",
+        "3000",
+        "--repeat",
+        "1",
+        "--profiles",
+        "short",
+        "--variants",
+        "loop,tuned,engine,job",
+    ],
     "monitor": ["--texts", "2"],
     "signals": ["--tokens", "600", "--repeat", "1"],
 }
 ROOT = Path(__file__).parent.parent
 GUIDE = ("questions", "signals", "audit", "engine", "store")
 PAGES = (ROOT / "README.md", *(ROOT / "infra" / "guide" / f"{name}.md" for name in GUIDE))
-"""In the order in which their commands can be given: those of one stand on what those before it made."""
+"""In the order in which their commands can be given: those of one stand on what those before it
+made.
+"""
 TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
 
@@ -36,7 +49,9 @@ def blocks(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minilm: Path) -> Path:
-    """What the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's store over fewer verses."""
+    """What the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's store
+    over fewer verses.
+    """
     folder = tmp_path_factory.mktemp("readme")
     (folder / "corpus").mkdir()
     (folder / "path" / "to").mkdir(parents=True)
@@ -49,10 +64,27 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
         (folder / name).write_text(text)
     config = demo.demo_config("afn-demo")
     done = subprocess.run(
-        [sys.executable, "-m", "afn_ray", "run", "corpus", "--store", "afn-demo", "--layers", config.layers,
-         "--model", str(minilm), "--id-column", "citation", "--executor", "inline"],
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "afn_ray",
+            "run",
+            "corpus",
+            "--store",
+            "afn-demo",
+            "--layers",
+            config.layers,
+            "--model",
+            str(minilm),
+            "--id-column",
+            "citation",
+            "--executor",
+            "inline",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -67,7 +99,11 @@ def commands_of(heading: str) -> list[str]:
     """The commands in the README's section of this ``heading``; "": before the first."""
     text = PAGES[0].read_text("utf-8")
     section = text.partition(f"\n## {heading}\n" if heading else "\n")[2].partition("\n## ")[0]
-    return [line for block in re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S) for line in block.splitlines()]
+    return [
+        line
+        for block in re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
+        for line in block.splitlines()
+    ]
 
 
 @dataclass
@@ -95,13 +131,20 @@ def newcomer(
     verses: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Newcomer:
-    """In a folder with a corpus of two shards and a line that is none, a model, and a demo over fewer verses."""
+    """In a folder with a corpus of two shards and a line that is none, a model, and a demo over
+    fewer verses.
+    """
     (tmp_path / "corpus").mkdir()
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "model").symlink_to(tiny_bert)
-    write_jsonl(tmp_path / "corpus" / "a.jsonl", [*({"id": i, "text": t} for i, t in enumerate(verses[:600])), "{no"])
+    write_jsonl(
+        tmp_path / "corpus" / "a.jsonl",
+        [*({"id": i, "text": t} for i, t in enumerate(verses[:600])), "{no"],
+    )
     (tmp_path / "run.toml").write_text(blocks("toml")[0])
-    few = write_jsonl(tmp_path / "few.jsonl", [{"citation": str(i), "text": t} for i, t in enumerate(verses[:80])])
+    few = write_jsonl(
+        tmp_path / "few.jsonl", [{"citation": str(i), "text": t} for i, t in enumerate(verses[:80])]
+    )
     monkeypatch.setattr(demo, "corpus_file", lambda: few)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
@@ -110,8 +153,14 @@ def newcomer(
 
 def test_the_first_section_leads_from_the_demo_to_its_next_commands(newcomer: Newcomer) -> None:
     said = newcomer.types(commands_of("")[0].rpartition("&& ")[2])
-    printed = PAGES[0].read_text("utf-8").partition("The demo ends with this:")[2].partition("\n## ")[0]
-    promised = [line.removeprefix("Next:    ") for line in printed.splitlines() if line.startswith("Next:    afn")]
+    printed = (
+        PAGES[0].read_text("utf-8").partition("The demo ends with this:")[2].partition("\n## ")[0]
+    )
+    promised = [
+        line.removeprefix("Next:    ")
+        for line in printed.splitlines()
+        if line.startswith("Next:    afn")
+    ]
     assert len(promised) == 3
     for command in promised:
         assert f"Next: {command}" in said  # word for word what the page shows
@@ -126,7 +175,11 @@ def test_the_section_on_a_corpus_of_ones_own_fits_together(
         stop_after(patch, 1)
         newcomer.types(first, code=75)
     done = newcomer.types(dry_run)  # of what is done and what is not
-    assert "2, of them 1 in the store and 1 to do" in done and "in the store, " in done and " counted" in done
+    assert (
+        "2, of them 1 in the store and 1 to do" in done
+        and "in the store, " in done
+        and " counted" in done
+    )
     said = newcomer.types(first)  # the same command resumes
     assert "1 in the store, 1 to do" in said and f"Next: {show}" in said
     with afn_ray.open_run("results") as run:
@@ -136,7 +189,10 @@ def test_the_section_on_a_corpus_of_ones_own_fits_together(
     assert "(control)" in shown and "was not recorded" not in shown
 
     done = newcomer.types(dry_run)
-    assert f"{counts['tokens']:,}: {counts['tokens']:,} in the store" in done and "nothing to do" in done
+    assert (
+        f"{counts['tokens']:,}: {counts['tokens']:,} in the store" in done
+        and "nothing to do" in done
+    )
     assert "nothing to do" in newcomer.types(first)
     assert "601 documents" in newcomer.types(f"{from_file} --dry-run")
     newcomer.types(from_file)
@@ -144,7 +200,10 @@ def test_the_section_on_a_corpus_of_ones_own_fits_together(
     rows = newcomer.types(sql)
     assert "corpus/a.jsonl" in rows and "quarantined: not JSON" in rows
 
-    write_jsonl(tmp_path / "corpus" / "b.jsonl", [{"id": i, "text": t} for i, t in enumerate(verses[600:1200])])
+    write_jsonl(
+        tmp_path / "corpus" / "b.jsonl",
+        [{"id": i, "text": t} for i, t in enumerate(verses[600:1200])],
+    )
     assert "2 in the store, " in newcomer.types(first)  # only what is new
     refused = dry_run.replace("--dry-run", "--layers 0")
     for command in (refused, f"{refused} --dry-run"):
@@ -155,7 +214,8 @@ def test_what_show_recommends_works(newcomer: Newcomer) -> None:
     first, show, *_ = commands_of("Your own corpus")
     newcomer.types(f"{first} --layers 2/3")
     (layers,) = re.findall(
-        r"give the same 'afn run' command with --layers ([\d,]+) and another --store", newcomer.types(show)
+        r"give the same 'afn run' command with --layers ([\d,]+) and another --store",
+        newcomer.types(show),
     )
     newcomer.types(first.replace("results", "others") + f" --layers {layers}")
     shown = newcomer.types(show.replace("results", "others"))
@@ -164,24 +224,33 @@ def test_what_show_recommends_works(newcomer: Newcomer) -> None:
 
 @pytest.mark.ray
 def test_every_other_command_runs_in_order(
-    workplace: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    workplace: Path,
+    tiny_bert: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In this process, for most of them take less time than to load torch; a benchmark and the doctor in their own."""
+    """In this process, for most of them take less time than to load torch; a benchmark and the
+    doctor in their own.
+    """
     commands = [line for block in blocks("sh")[2:] for line in block.splitlines() if line]
     assert len(commands) > 8
     monkeypatch.chdir(workplace)
     for command in commands:
-        assert command.startswith(("afn ", "python jobs/", 'python -m pytest -m "chaos', "python tests/chaos/")), (
-            command
-        )
+        assert command.startswith(
+            ("afn ", "python jobs/", 'python -m pytest -m "chaos', "python tests/chaos/")
+        ), command
         if not command.startswith("afn "):
-            continue  # minutes: test_bench and the chaos suite, which CI runs, are what they are made of
+            # minutes: test_bench and the chaos suite, which CI runs, are what they are made of
+            continue
         words = shlex.split(command)[1:]
         if words[0] in ("bench", "doctor"):
             if words[0] == "bench":  # the same with less to do
                 words += ["--model", str(tiny_bert), *SMALL_BENCH[words[1]]]
             done = subprocess.run(
-                [sys.executable, "-m", "afn_ray", *words], capture_output=True, text=True, timeout=300
+                [sys.executable, "-m", "afn_ray", *words],
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
             assert done.returncode == 0, (command, done.stdout, done.stderr)
             said = done.stdout
@@ -193,7 +262,9 @@ def test_every_other_command_runs_in_order(
 
 def test_the_python_runs(workplace: Path) -> None:
     for code in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert "share_high" in done.stdout
 
@@ -205,10 +276,27 @@ def baseline(workplace: Path, minilm: Path) -> str:
     (workplace / "before").mkdir()
     (workplace / "before" / "verses.jsonl").write_text("".join(lines[:200]), "utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "afn_ray", "run", "before", "--store", "afn-before", "--model", str(minilm), "--layers",
-         demo.demo_config("afn-demo").layers, "--id-column", "citation", "--executor", "inline"],
-        cwd=workplace, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "afn_ray",
+            "run",
+            "before",
+            "--store",
+            "afn-before",
+            "--model",
+            str(minilm),
+            "--layers",
+            demo.demo_config("afn-demo").layers,
+            "--id-column",
+            "citation",
+            "--executor",
+            "inline",
+        ],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return str(workplace / "afn-before")
 
@@ -224,8 +312,14 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
     for name in rows[0]:
         values = [row[name] for row in rows]
         if name.startswith(("share", "layer_", "psi", "ks", "js")):
-            assert all(v is None or v >= 0 for v in values) and any(v is not None for v in values), name
-            assert name == "shared" or name.startswith("psi") or all(v is None or v <= 1 for v in values), name
+            assert all(v is None or v >= 0 for v in values) and any(
+                v is not None for v in values
+            ), name
+            assert (
+                name == "shared"
+                or name.startswith("psi")
+                or all(v is None or v <= 1 for v in values)
+            ), name
         elif name in ("text", "class", "doc_id"):
             assert all(v and isinstance(v, str) for v in values), name
         elif name.startswith(("n", "max_", "median", "position")) and name != "n_sinks":
@@ -234,7 +328,12 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
     (commands,) = (a for a in grammar.parser()._actions if a.choices)
-    flags = {flag for parser in commands.choices.values() for a in parser._actions for flag in a.option_strings}
+    flags = {
+        flag
+        for parser in commands.choices.values()
+        for a in parser._actions
+        for flag in a.option_strings
+    }
     prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
     named = set(re.findall(r"`(--[a-z-]+)", prose))
     assert named and named <= flags, named - flags
@@ -244,7 +343,9 @@ def test_the_job_that_the_readme_submits_is_one_of_the_project() -> None:
     (line,) = re.findall(r"^ray job submit .*$", (ROOT / "README.md").read_text("utf-8"), re.M)
     words = shlex.split(line)
     assert words[3:5] == ["--working-dir", "."] and words[words.index("--") + 1] == "python"
-    assert (ROOT / words[-2]).is_file() and words[-1].endswith("/run.toml")  # test_jobs submits the like
+    assert (ROOT / words[-2]).is_file() and words[-1].endswith(
+        "/run.toml"
+    )  # test_jobs submits the like
 
 
 def test_links_lead_somewhere() -> None:
@@ -259,4 +360,6 @@ def test_links_lead_somewhere() -> None:
             assert target.exists(), (page, link)
             if heading:
                 heads = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.M)
-                assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads], (page, link)
+                assert heading in [
+                    re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in heads
+                ], (page, link)

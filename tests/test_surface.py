@@ -1,6 +1,7 @@
 """Frozen surfaces: what users' scripts, SQL and stored data rely on changes only on purpose.
 
-After a change on purpose: ``AFN_FREEZE=1 python -m pytest tests/test_surface.py``, and look at the difference.
+After a change on purpose: ``AFN_FREEZE=1 python -m pytest tests/test_surface.py``, and look at the
+difference.
 """
 
 from __future__ import annotations
@@ -44,9 +45,15 @@ def test_public_names() -> None:
 
 
 def test_arrow_schemas() -> None:
-    found = {name.lower(): columns(getattr(schema, name)) for name in dir(schema) if name.endswith("_SCHEMA")}
+    found = {
+        name.lower(): columns(getattr(schema, name))
+        for name in dir(schema)
+        if name.endswith("_SCHEMA")
+    }
     found["tokens"] = columns(schema.tokens_schema(schema.strengths([4, 8]), offsets=True))
-    found["tokens_without_offsets"] = columns(schema.tokens_schema(schema.strengths([8]), offsets=False))
+    found["tokens_without_offsets"] = columns(
+        schema.tokens_schema(schema.strengths([8]), offsets=False)
+    )
     found["documents"] = columns(schema.documents_schema(schema.strengths([4, 8])))
     check("schemas", {"version": schema.SCHEMA_VERSION, **found})
 
@@ -54,15 +61,24 @@ def test_arrow_schemas() -> None:
 def test_config_keys() -> None:
     check(
         "config",
-        {f.name: [str(HINTS[f.name]), None if f.default is MISSING else f.default] for f in fields(RunConfig)},
+        {
+            f.name: [str(HINTS[f.name]), None if f.default is MISSING else f.default]
+            for f in fields(RunConfig)
+        },
     )
 
 
 def test_command_line() -> None:
-    (commands,) = (a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (
+        a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction)
+    )
     found = {
         name: [
-            {"flags": a.option_strings or a.metavar, "help": a.help, "choices": list(a.choices) if a.choices else None}
+            {
+                "flags": a.option_strings or a.metavar,
+                "help": a.help,
+                "choices": list(a.choices) if a.choices else None,
+            }
             for a in parser._actions
         ]
         for name, parser in commands.choices.items()

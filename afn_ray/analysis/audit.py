@@ -1,4 +1,6 @@
-"""The nightly audit: a run over today's corpus, held against an earlier one by what a policy allows."""
+"""The nightly audit: a run over today's corpus, held against an earlier one by what a policy
+allows.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ JSON_VERSION = 1
 WEEK = timedelta(days=6.5)
 """A run of last week began at least so long before this one: nights do not begin on the minute."""
 LEAST_TOKENS = 1000
-"""Of a source in both runs, by default: distances of fewer tokens are mostly chance (PSI: 9/n_a + 9/n_b of it)."""
+"""Of a source in both runs, by default: distances of fewer tokens are mostly chance (PSI: 9/n_a +
+9/n_b of it).
+"""
 TOLD_SOURCES = 5
 WEBHOOK_TRIES = 3
 WEBHOOK_TIMEOUT_S = 10.0
@@ -146,23 +150,33 @@ class Audit:
 
 
 def run_audit(
-    config: RunConfig, policy: Policy, *, baseline: str = "previous", frozen: bool = False, mark: bool = True,
+    config: RunConfig,
+    policy: Policy,
+    *,
+    baseline: str = "previous",
+    frozen: bool = False,
+    mark: bool = True,
     on_event: job.OnEvent = lambda event: None,
-) -> Audit:  # fmt: skip
-    """Run ``config``, compare with ``baseline`` and judge by ``policy``. Writes the run, and that it was audited.
+) -> Audit:
+    """Run ``config``, compare with ``baseline`` and judge by ``policy``. Writes the run, and that
+    it was audited.
 
-    ``mark`` false leaves the last to the caller, for ``manifest.mark_audited`` once the verdict is told.
+    ``mark`` false leaves the last to the caller, for ``manifest.mark_audited`` once the verdict is
+    told.
 
-    ``baseline`` is "previous" (the store's newest run of the same measure before this one that was audited, as
-    ``manifest.mark_audited`` tells; without any the newest complete one), "week" (the newest complete one that began at
-    least 6.5 days earlier), or a run's URI. Without one it is the first night: what needs one is not
-    judged. ``frozen`` labels by the thresholds that the run named goes by, else those that the newest audited run of
-    this corpus goes by: every night passes them on, and HIGH means what it meant on the first.
+    ``baseline`` is "previous" (the store's newest run of the same measure before this one that was
+    audited, as ``manifest.mark_audited`` tells; without any the newest complete one), "week" (the
+    newest complete one that began at least 6.5 days earlier), or a run's URI. Without one it is the
+    first night: what needs one is not judged. ``frozen`` labels by the thresholds that the run
+    named goes by, else those that the newest audited run of this corpus goes by: every night passes
+    them on, and HIGH means what it meant on the first.
 
-    The same call gives the same verdict while the corpus is the same, whatever ended the one before. Raises what
-    ``job.run`` and ``compare.compare`` raise.
+    The same call gives the same verdict while the corpus is the same, whatever ended the one
+    before. Raises what ``job.run`` and ``compare.compare`` raise.
     """
-    named = None if baseline in BASELINES else _named(baseline)  # a wrong name is told before the work, not after it
+    named = (
+        None if baseline in BASELINES else _named(baseline)
+    )  # a wrong name is told before the work, not after it
     if frozen:
         config = _frozen(config, named)
     _begin_nights(config)
@@ -176,10 +190,14 @@ def run_audit(
         notes = tuple(_notes(policy, run, comparison, baseline))
     if mark:
         manifest.mark_audited(run)
-    return Audit(all(r.passed is not False for r in rules), rules, run, before, comparison, lost, notes)
+    return Audit(
+        all(r.passed is not False for r in rules), rules, run, before, comparison, lost, notes
+    )
 
 
-def _notes(policy: Policy, run: RunFolder, comparison: Comparison | None, baseline: str) -> Iterator[str]:
+def _notes(
+    policy: Policy, run: RunFolder, comparison: Comparison | None, baseline: str
+) -> Iterator[str]:
     """What a reader of the verdict must know."""
     if (labels_of := run.info["config"].get("thresholds")) is not None:
         yield f"HIGH goes by the thresholds of {labels_of}."
@@ -221,7 +239,9 @@ def _first(names: Sequence[str]) -> str:
 
 def _named(uri: str) -> RunFolder:
     if "/" not in uri and not storage.exists(uri):
-        raise ConfigError(f"baseline is {uri!r}; expected {', '.join(BASELINES)} or a run's URI, as in store/runs/...")
+        raise ConfigError(
+            f"baseline is {uri!r}; expected {', '.join(BASELINES)} or a run's URI, as in store/runs/..."
+        )
     run = manifest.find_run(uri)
     if run.uri != storage.absolute(uri).rstrip("/"):
         raise ConfigError(
@@ -238,20 +258,28 @@ def _frozen(config: RunConfig, named: RunFolder | None) -> RunConfig:
 
 
 def _begin_nights(config: RunConfig) -> None:
-    """Where no run of its measure was audited yet, the newest counts as such: the first audit is held against it.
+    """Where no run of its measure was audited yet, the newest counts as such: the first audit is
+    held against it.
 
-    So are those after it until one comes to its end, for the runs that they made are told of by nobody.
+    So are those after it until one comes to its end, for the runs that they made are told of by
+    nobody.
     """
     run = next(_asked_alike(config), None)
-    if run is not None and not any(map(manifest.is_audited, itertools.chain([run], _comparable(run)))):
+    if run is not None and not any(
+        map(manifest.is_audited, itertools.chain([run], _comparable(run)))
+    ):
         manifest.mark_audited(run)
 
 
 def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
-    """Complete runs of this corpus and, as far as a config tells, of its measure, the newest first."""
+    """Complete runs of this corpus and, as far as a config tells, of its measure, the newest
+    first.
+    """
     asked = asdict(job.normalised(config))
     for run in _complete_runs(asked["store"]):
-        if _corpus(run) == list(asked["corpus"]) and all(run.info["config"].get(k) == asked[k] for k in OF_MEASURE):
+        if _corpus(run) == list(asked["corpus"]) and all(
+            run.info["config"].get(k) == asked[k] for k in OF_MEASURE
+        ):
             yield run
 
 
@@ -275,7 +303,9 @@ def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]
 
 
 def _previous(run: RunFolder) -> RunFolder | None:
-    """The newest that was audited: of one whose audit was killed nobody has heard, so its step counts again."""
+    """The newest that was audited: of one whose audit was killed nobody has heard, so its step
+    counts again.
+    """
     return _last_told(_comparable(run))
 
 
@@ -287,16 +317,24 @@ def _last_week(run: RunFolder) -> RunFolder | None:
 def _comparable(run: RunFolder) -> Iterator[RunFolder]:
     """Complete runs of the same measure and corpus that began before ``run``, the newest first.
 
-    Those right before it that were asked for the same, or that hold the same shards, are ``run`` itself: tried again
-    for what it lacked, or because another corpus of the store had a run in between.
+    Those right before it that were asked for the same, or that hold the same shards, are ``run``
+    itself: tried again for what it lacked, or because another corpus of the store had a run in
+    between.
     """
-    asked, shards = run.id.rpartition("-")[2], run.info["tables"].get("shards", {}).get("sha256", "")
+    asked, shards = (
+        run.id.rpartition("-")[2],
+        run.info["tables"].get("shards", {}).get("sha256", ""),
+    )
     same = (
-        r for r in _complete_runs(run.store, run.id)
+        r
+        for r in _complete_runs(run.store, run.id)
         if r.info["measure"]["id"] == run.info["measure"]["id"] and _corpus(r) == _corpus(run)
-    )  # fmt: skip
+    )
     return itertools.dropwhile(
-        lambda r: r.id.endswith(f"-{asked}") or r.info["tables"].get("shards", {}).get("sha256") == shards, same
+        lambda r: (
+            r.id.endswith(f"-{asked}") or r.info["tables"].get("shards", {}).get("sha256") == shards
+        ),
+        same,
     )
 
 
@@ -308,15 +346,20 @@ def _began(run: RunFolder) -> datetime:
     return datetime.strptime(run.id.partition("-")[0], STAMP).replace(tzinfo=UTC)
 
 
-BASELINES: dict[str, Callable[[RunFolder], RunFolder | None]] = {"previous": _previous, "week": _last_week}
+BASELINES: dict[str, Callable[[RunFolder], RunFolder | None]] = {
+    "previous": _previous,
+    "week": _last_week,
+}
 
 
-# --- policy ----------------------------------------------------------------------------------------------
+# --- policy
+# ----------------------------------------------------------------------------------------------
 
 
 def read_policy(file: str | Path) -> Policy:
-    """The policy in the TOML ``file``, a path or any fsspec URL. Raises ``ConfigError`` for a key that does not exist,
-    with those that do, and for a value that is none."""
+    """The policy in the TOML ``file``, a path or any fsspec URL. Raises ``ConfigError`` for a key
+    that does not exist, with those that do, and for a value that is none.
+    """
     values = settings.read_toml(file, "policy")
     source = values.pop("source", {})
     if not isinstance(source, dict):
@@ -329,11 +372,15 @@ def read_policy(file: str | Path) -> Policy:
     source_limits = {key: _limit(file, f"source.{key}", value) for key, value in source.items()}
     if not limits and not source_limits:
         known = _listed(RUN_LIMITS | DRIFT_LIMITS | OPTIONS)
-        raise ConfigError(f"policy {file} has no limit, so nothing could break it; it may have:\n{known}{IN_SOURCE}")
+        raise ConfigError(
+            f"policy {file} has no limit, so nothing could break it; it may have:\n{known}{IN_SOURCE}"
+        )
     return Policy(limits, source_limits, layer, min_tokens)
 
 
-def _check_keys(file: str | Path, table: str, values: Mapping[str, Any], known: Mapping[str, str]) -> None:
+def _check_keys(
+    file: str | Path, table: str, values: Mapping[str, Any], known: Mapping[str, str]
+) -> None:
     if unknown := sorted(values.keys() - known.keys()):
         tables = "" if table else IN_SOURCE
         raise ConfigError(
@@ -350,12 +397,16 @@ def _limit(file: str | Path, key: str, value: object) -> float:
     if key in WHOLE or (key.startswith("max_") and not key.endswith("_ratio")):
         return _whole(file, key, value)
     if isinstance(value, int | float) and value > 1 and key.removeprefix("source.") in SHARES:
-        raise ConfigError(f'policy {file}: {key} is {value!r}, and a share is at most 1; is it "{value:g}%"?')
+        raise ConfigError(
+            f'policy {file}: {key} is {value!r}, and a share is at most 1; is it "{value:g}%"?'
+        )
     if isinstance(value, str) and (percent := PERCENT.fullmatch(value.strip())):
         return float(percent[1]) / 100
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)
-    raise ConfigError(f'policy {file}: {key} is {value!r}; expected a number from 0, or a share as in "2%"')
+    raise ConfigError(
+        f'policy {file}: {key} is {value!r}; expected a number from 0, or a share as in "2%"'
+    )
 
 
 def _whole(file: str | Path, key: str, value: object) -> int:
@@ -365,16 +416,23 @@ def _whole(file: str | Path, key: str, value: object) -> int:
 
 
 def judge(
-    policy: Policy, run: RunFolder, comparison: Comparison | None, lost: Losses, sources: Collection[str]
+    policy: Policy,
+    run: RunFolder,
+    comparison: Comparison | None,
+    lost: Losses,
+    sources: Collection[str],
 ) -> Iterator[Rule]:
     """Every limit of ``policy`` held against ``run`` and ``comparison``, in the policy's order.
 
-    ``lost`` is what the run lost, ``sources`` are those that it read, with tokens or without. Without a comparison,
-    or where the baseline has no table of sources, what needs one is not judged. Raises ``ConfigError`` for limits that
-    this run's layers or tables can never be held against.
+    ``lost`` is what the run lost, ``sources`` are those that it read, with tokens or without.
+    Without a comparison, or where the baseline has no table of sources, what needs one is not
+    judged. Raises ``ConfigError`` for limits that this run's layers or tables can never be held
+    against.
     """
     layer = _judged_layer(policy, run, comparison)
-    if (policy.source_limits or policy.limits.keys() & set(OF_SOURCES)) and "sources" not in run.info["tables"]:
+    if (
+        policy.source_limits or policy.limits.keys() & set(OF_SOURCES)
+    ) and "sources" not in run.info["tables"]:
         raise ConfigError(
             f"the policy limits sources, but run {run.uri} has no table of them: run it with its screening (--screen)"
         )
@@ -387,17 +445,25 @@ def judge(
         value, where = None, None
         if comparison is not None and key == "min_tokens_ratio":
             rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
-            value, where = min(((row["n_b"] / row["n_a"], row["source"]) for row in rows), default=(None, None))
+            value, where = min(
+                ((row["n_b"] / row["n_a"], row["source"]) for row in rows), default=(None, None)
+            )
         elif comparison is not None:
             rows = _judged_sources(comparison, layer, policy.min_tokens)
-            value, where = max(((_distance(row, key), row["source"]) for row in rows), default=(None, None))
+            value, where = max(
+                ((_distance(row, key), row["source"]) for row in rows), default=(None, None)
+            )
         yield _rule(f"source.{key}", limit, value, where, SOURCE_LIMITS[key])
 
 
 def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
-    layers = run.info["layers"] if comparison is None else comparison.drift["layer"].unique().to_pylist()
+    layers = (
+        run.info["layers"] if comparison is None else comparison.drift["layer"].unique().to_pylist()
+    )
     if policy.layer is not None and policy.layer not in layers:
-        raise ConfigError(f"the policy judges layer {policy.layer}, which was not recorded; there are {layers}")
+        raise ConfigError(
+            f"the policy judges layer {policy.layer}, which was not recorded; there are {layers}"
+        )
     return max(layers) if policy.layer is None else policy.layer
 
 
@@ -432,7 +498,9 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
-    """Values of ``DRIFT_LIMITS`` at ``layer``; those of sources only where both runs have a table of them."""
+    """Values of ``DRIFT_LIMITS`` at ``layer``; those of sources only where both runs have a table
+    of them.
+    """
     drift = _at(comparison.drift, layer).to_pylist()
     whole = next(row for row in drift if row["source"] is None)
     for key in DISTANCE_LIMITS if whole["n_a"] and whole["n_b"] else ():
@@ -443,13 +511,20 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
     )
     classes = _at(comparison.classes, layer).to_pylist()
     shares = [(abs(c["share_b"] - c["share_a"]), c["class"]) for c in classes]
-    highs = [(abs(c["share_high_b"] - c["share_high_a"]), c["class"]) for c in classes if c["n_a"] and c["n_b"]]
+    highs = [
+        (abs(c["share_high_b"] - c["share_high_a"]), c["class"])
+        for c in classes
+        if c["n_a"] and c["n_b"]
+    ]
     yield "class_share_shift", max(shares, default=(0.0, None))
     yield "class_high_shift", max(highs, default=(0.0, None))
     movers = _at(comparison.movers, layer)
     yield "max_moved_types", (compare.num_moved(movers), None)
     for status in ("new", "vanished"):
-        yield f"max_{status}_types", (int(pc.sum(pc.equal(movers["status"], status)).as_py() or 0), None)
+        yield (
+            f"max_{status}_types",
+            (int(pc.sum(pc.equal(movers["status"], status)).as_py() or 0), None),
+        )
     if sources := [row for row in drift if row["source"] is not None]:
         yield "max_new_sources", (sum(not row["n_a"] for row in sources), None)
         yield "max_vanished_sources", (sum(not row["n_b"] for row in sources), None)
@@ -461,17 +536,25 @@ def _at(table: pa.Table, layer: int) -> pa.Table:
 
 def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list[dict[str, Any]]:
     rows = _at(comparison.drift, layer).to_pylist()
-    return [r for r in rows if r["source"] is not None and min(r["n_a"], r["n_b"]) >= max(1, min_tokens)]
+    return [
+        r for r in rows if r["source"] is not None and min(r["n_a"], r["n_b"]) >= max(1, min_tokens)
+    ]
 
 
-def _shrinkable(comparison: Comparison, layer: int, min_tokens: int, sources: Collection[str]) -> list[dict[str, Any]]:
-    """Sources of ``min_tokens`` in the baseline that this run has read, be it without finding a token."""
+def _shrinkable(
+    comparison: Comparison, layer: int, min_tokens: int, sources: Collection[str]
+) -> list[dict[str, Any]]:
+    """Sources of ``min_tokens`` in the baseline that this run has read, be it without finding a
+    token.
+    """
     there = [f"{name}/" for name in sources]
     return [
-        row for row in _at(comparison.drift, layer).to_pylist()
-        if row["source"] is not None and row["n_a"] >= max(1, min_tokens)
+        row
+        for row in _at(comparison.drift, layer).to_pylist()
+        if row["source"] is not None
+        and row["n_a"] >= max(1, min_tokens)
         and (row["n_b"] or any(name.startswith(f"{row['source']}/") for name in there))
-    ]  # fmt: skip
+    ]
 
 
 def _sources_of(run: RunFolder) -> frozenset[str]:
@@ -482,7 +565,9 @@ def _sources_of(run: RunFolder) -> frozenset[str]:
 
 
 def _distance(row: dict[str, Any], key: str) -> float:
-    """What ``key`` of ``DISTANCE_LIMITS`` is in a row of ``DRIFT_SCHEMA`` whose tokens are in both runs."""
+    """What ``key`` of ``DISTANCE_LIMITS`` is in a row of ``DRIFT_SCHEMA`` whose tokens are in both
+    runs.
+    """
     if key == "share_high_shift":
         return float(abs(row["share_high_b"] - row["share_high_a"]))
     if key in row:
@@ -497,7 +582,8 @@ def _ratio(a: float, b: float) -> float:
     return math.inf if a else 1.0
 
 
-# --- results ---------------------------------------------------------------------------------------------
+# --- results
+# ---------------------------------------------------------------------------------------------
 
 
 def to_json(found: Audit) -> dict[str, Any]:
@@ -516,11 +602,14 @@ def to_json(found: Audit) -> dict[str, Any]:
 
 def to_bytes(found: Audit) -> bytes:
     """audit.json, UTF-8."""
-    return (json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()
 
 
 def write_json(found: Audit, folder: str) -> str:
-    """Write audit.json in ``folder``, a path or any fsspec URL, in place of an older one, whose page goes.
+    """Write audit.json in ``folder``, a path or any fsspec URL, in place of an older one, whose
+    page goes.
 
     It appears whole or not at all. Returns its URI. Raises ``StoreError`` or ``Unavailable``.
     """
@@ -531,7 +620,9 @@ def write_json(found: Audit, folder: str) -> str:
 
 
 def lines(found: Audit) -> Iterator[str]:
-    """The verdict for a person: each rule, broken ones first, then what to know, then the answer."""
+    """The verdict for a person: each rule, broken ones first, then what to know, then the
+    answer.
+    """
     for rule in sorted(found.rules, key=lambda r: (r.passed is not False, r.passed is not None)):
         said = {True: "holds", False: "BROKEN", None: "not judged"}[rule.passed]
         value = "" if rule.passed is None else _said_value(rule)
@@ -557,11 +648,13 @@ def _said_value(rule: Rule) -> str:
     return f"{rule.value:,}" if rule.key in WHOLE else f"{rule.value:.5g}"
 
 
-# --- to be told ------------------------------------------------------------------------------------------
+# --- to be told
+# ------------------------------------------------------------------------------------------
 
 
 def check_webhook(url: str, allow_http: bool) -> str:
-    """``url`` if a verdict may be sent there: by https, or by http to this machine, or anywhere with ``allow_http``.
+    """``url`` if a verdict may be sent there: by https, or by http to this machine, or anywhere
+    with ``allow_http``.
 
     Raises ``ConfigError``, which names no more of it than its host: the rest is often a secret.
     """
@@ -571,15 +664,21 @@ def check_webhook(url: str, allow_http: bool) -> str:
     except ValueError:
         raise ConfigError("the webhook is no URL; expected https://host/...") from None
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ConfigError("the webhook's URL has spaces or letters outside ASCII; escape them with %")
+        raise ConfigError(
+            "the webhook's URL has spaces or letters outside ASCII; escape them with %"
+        )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
             f"the webhook's URL has a user's name before {host}; put a secret into its path, or leave it out"
         )
     if parts.scheme not in ("https", "http") or not host or (port is not None and not port):
-        raise ConfigError(f"the webhook is a {parts.scheme or 'plain'} address; expected https://host/...")
+        raise ConfigError(
+            f"the webhook is a {parts.scheme or 'plain'} address; expected https://host/..."
+        )
     if parts.scheme == "http" and not allow_http and not _is_this_machine(host):
-        raise ConfigError(f"the webhook at {host} is http, which anybody on the way reads; use https, or --allow-http")
+        raise ConfigError(
+            f"the webhook at {host} is http, which anybody on the way reads; use https, or --allow-http"
+        )
     return url
 
 
@@ -594,7 +693,13 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect could lead a checked URL anywhere; it is an answer like 404."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
     ) -> None:
         return None
 
@@ -606,7 +711,9 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310 - checked before
     local = urlsplit(url).scheme == "http" and _is_this_machine(urlsplit(url).hostname or "")
-    proxies = [urllib.request.ProxyHandler({})] if local else []  # what stays on this machine goes through nobody
+    proxies = (
+        [urllib.request.ProxyHandler({})] if local else []
+    )  # what stays on this machine goes through nobody
     opener = urllib.request.build_opener(_NoRedirects, *proxies)
     why = ""
     for attempt in range(WEBHOOK_TRIES):
@@ -626,11 +733,16 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
 
 
 def call_command(command: list[str], audit_json: str) -> str | None:
-    """Run ``command``, without a shell, AFN_AUDIT_JSON being audit.json's URI; None if it left with 0, or why not."""
+    """Run ``command``, without a shell, AFN_AUDIT_JSON being audit.json's URI; None if it left with
+    0, or why not.
+    """
     try:
         done = subprocess.run(  # noqa: S603 - it is what the user asked for
-            command, env={**os.environ, "AFN_AUDIT_JSON": audit_json}, timeout=COMMAND_TIMEOUT_S, check=False
-        )  # fmt: skip
+            command,
+            env={**os.environ, "AFN_AUDIT_JSON": audit_json},
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return f"--on-broken {command[0]} was stopped after {COMMAND_TIMEOUT_S:g} s"
     except OSError as error:
@@ -639,7 +751,9 @@ def call_command(command: list[str], audit_json: str) -> str | None:
 
 
 def parse_command(text: str) -> list[str]:
-    """The words of ``text`` as a shell would split them. Raises ``ConfigError`` where it would not, or finds none."""
+    """The words of ``text`` as a shell would split them. Raises ``ConfigError`` where it would not,
+    or finds none.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:

@@ -1,15 +1,17 @@
-"""What is claimed of token activation strength, each figure beside its control, with an interval over documents.
+"""What is claimed of token activation strength, each figure beside its control, with an interval
+over documents.
 
-Claims are those of arXiv:2605.22377; what is measured here says neither yes nor no. Every figure is of the tokens
-that are not special. Intervals are the 2.5 and 97.5 % points of ``REPLICATES`` bootstrap samples of documents: tokens
-of one document are no independent draws, so intervals over tokens would be too narrow. Documents beyond ``GROUPS`` are
-drawn in that many groups. A replicate draws the same documents for every figure, so differences are paired; ranks, bins
-and the means of types are those of all tokens in every replicate.
+Claims are those of arXiv:2605.22377; what is measured here says neither yes nor no. Every figure is
+of the tokens that are not special. Intervals are the 2.5 and 97.5 % points of ``REPLICATES``
+bootstrap samples of documents: tokens of one document are no independent draws, so intervals over
+tokens would be too narrow. Documents beyond ``GROUPS`` are drawn in that many groups. A replicate
+draws the same documents for every figure, so differences are paired; ranks, bins and the means of
+types are those of all tokens in every replicate.
 
-Cost: a scan of the tokens for each signal at a layer, which counts its distinct values, and one in which all else is
-summed, batch by batch. Memory holds a row for each distinct value, type, position and document, and for each signal
-4 MB of bins; it does not grow with the tokens. Of runs of more than ``MAX_TOKENS`` a sample of documents is taken, and
-what is shown says so.
+Cost: a scan of the tokens for each signal at a layer, which counts its distinct values, and one in
+which all else is summed, batch by batch. Memory holds a row for each distinct value, type, position
+and document, and for each signal 4 MB of bins; it does not grow with the tokens. Of runs of more
+than ``MAX_TOKENS`` a sample of documents is taken, and what is shown says so.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ CLAIMS = {
     "sinks": "Do a few tokens make the figures?",
     "masking": "Does the model's output rest on HIGH tokens?",
 }
-"""Each claim as the question that its figures answer, beside the controls that could answer it as well."""
+"""Each claim as the question that its figures answer, beside the controls that could answer it as
+well.
+"""
 
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
@@ -103,9 +107,9 @@ DEFINITIONS = (
 def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -> Claims:
     """Every figure that the signals of ``run`` allow.
 
-    ``max_tokens``: of a larger run so many are read, in documents chosen by their hash, at least about ``GROUPS``.
-    Raises ``QueryError`` for a query that takes too long (``open_run(..., timeout_s=...)`` gives it more), once
-    ``max_s`` have passed, and for a run without a token.
+    ``max_tokens``: of a larger run so many are read, in documents chosen by their hash, at least
+    about ``GROUPS``. Raises ``QueryError`` for a query that takes too long (``open_run(...,
+    timeout_s=...)`` gives it more), once ``max_s`` have passed, and for a run without a token.
     """
     sample = _Sample(run, max_tokens, max_s)
     layers: list[int] = list(run.info["layers"])
@@ -121,7 +125,8 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
     return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(ordered))
 
 
-# --- the bootstrap ---------------------------------------------------------------------------------------
+# --- the bootstrap
+# ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +165,9 @@ class Draws:
             self._weights[:] = math.nan  # one document says nothing of how far documents differ
 
     def draw(self, statistic: Callable[..., Floats], *parts: Floats) -> Drawn:
-        """``statistic`` of what adds up: ``parts`` are sums of each group, [num_groups, ...]; it takes their sums
-        [n, ...] and gives [n]."""
+        """``statistic`` of what adds up: ``parts`` are sums of each group, [num_groups, ...]; it
+        takes their sums [n, ...] and gives [n].
+        """
         with np.errstate(invalid="ignore", divide="ignore"):
             value = float(statistic(*(p.sum(axis=0, keepdims=True) for p in parts))[0])
             return Drawn(value, statistic(*(np.tensordot(self._weights, p, axes=1) for p in parts)))
@@ -177,14 +183,21 @@ class _Sample:
             "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM documents WHERE n_tokens > 0"
         ).fetchall()
         one_in = max(1, min(-(-of_tokens // max_tokens), of_docs // GROUPS))
-        self.tokens = "tokens WHERE NOT is_special" + (f" AND hash(doc) % {one_in} = 0" if one_in > 1 else "")
+        self.tokens = "tokens WHERE NOT is_special" + (
+            f" AND hash(doc) % {one_in} = 0" if one_in > 1 else ""
+        )
         docs, sizes = self.ask(f"SELECT doc, count(*) FROM {self.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
         if not len(docs):
-            raise QueryError(f"{run.uri} has no token that is not special, so there is nothing to hold claims against")
+            raise QueryError(
+                f"{run.uri} has no token that is not special, so there is nothing to hold claims against"
+            )
         self.n, self.n_docs = int(sizes.sum()), len(docs)
         self.num_groups = min(self.n_docs, GROUPS)
         dealt = np.random.default_rng(SEED).permutation(self.n_docs) % self.num_groups
-        self.group_of, self.length_of = _by_number(docs, dealt), _by_number(docs, ranks(sizes, sizes))
+        self.group_of, self.length_of = (
+            _by_number(docs, dealt),
+            _by_number(docs, ranks(sizes, sizes)),
+        )
         self.draw = Draws(self.num_groups).draw
         of = f", one in {one_in} of {of_docs:,}, chosen by their hash" if one_in > 1 else ""
         groups = f" in {self.num_groups:,} groups" if self.num_groups < self.n_docs else ""
@@ -193,11 +206,17 @@ class _Sample:
             f"samples of documents{groups}",
         )
         if -(-of_tokens // max_tokens) > one_in:
-            self.notes += (f"Intervals want {GROUPS} documents, so no fewer are read, whatever their tokens.",)
+            self.notes += (
+                f"Intervals want {GROUPS} documents, so no fewer are read, whatever their tokens.",
+            )
         if self.num_groups < FEW:
             self.notes += (
                 "So few documents say little of how far documents differ: "
-                + ("there are no intervals." if self.num_groups < 2 else "intervals are too narrow."),
+                + (
+                    "there are no intervals."
+                    if self.num_groups < 2
+                    else "intervals are too narrow."
+                ),
             )
 
     def ask(self, query: str) -> list[npt.NDArray[Any]]:
@@ -212,16 +231,26 @@ class _Sample:
             )
 
     def figure(
-        self, claim: str, what: str, of: str, layer: int | None, drawn: Drawn, n: float | None = None, *,
+        self,
+        claim: str,
+        what: str,
+        of: str,
+        layer: int | None,
+        drawn: Drawn,
+        n: float | None = None,
+        *,
         is_control: bool = False,
-    ) -> Figure:  # fmt: skip
+    ) -> Figure:
         tokens = self.n if n is None else int(n)
-        return Figure(claim, what, of, layer, drawn.value, *drawn.interval(), tokens, self.n_docs, is_control)
+        return Figure(
+            claim, what, of, layer, drawn.value, *drawn.interval(), tokens, self.n_docs, is_control
+        )
 
 
 def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
-    """Where the tokens of each row, ``counts`` of them, lie among all in the order of ``by``: the middle of those that
-    are equal, from -0.5 to 0.5."""
+    """Where the tokens of each row, ``counts`` of them, lie among all in the order of ``by``: the
+    middle of those that are equal, from -0.5 to 0.5.
+    """
     _, level = np.unique(by, return_inverse=True)
     size = np.bincount(level, counts)
     return np.asarray(((np.cumsum(size) - size / 2) / size.sum() - 0.5)[level])
@@ -234,7 +263,8 @@ def _by_number(keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[
     return table
 
 
-# --- one pass over the tokens ----------------------------------------------------------------------------
+# --- one pass over the tokens
+# ----------------------------------------------------------------------------
 
 Sums = dict[str, Floats]
 """What adds up over the tokens, by group: [num_groups]."""
@@ -244,9 +274,17 @@ class _Variable:
     """What may tell classes apart, and how its values are distributed in each."""
 
     def __init__(
-        self, name: str, layer: int | None, column: str, values: npt.NDArray[Any], counts: npt.NDArray[Any], groups: int
-    ) -> None:  # fmt: skip
-        """``values`` [n_values]: the distinct ones, ascending, with the ``counts`` of their tokens."""
+        self,
+        name: str,
+        layer: int | None,
+        column: str,
+        values: npt.NDArray[Any],
+        counts: npt.NDArray[Any],
+        groups: int,
+    ) -> None:
+        """``values`` [n_values]: the distinct ones, ascending, with the ``counts`` of their
+        tokens.
+        """
         self.name, self.layer, self.column = name, layer, column
         self.q3 = values[np.searchsorted(np.cumsum(counts), math.ceil(0.75 * counts.sum()))]
         self._values, self._ranks = values, ranks(values, counts)
@@ -260,7 +298,9 @@ class _Variable:
         """Count tokens, all [n_tokens]; returns their ranks."""
         at = np.searchsorted(self._values, values)
         row = g * (len(KINDS) + 1) + kind
-        np.add.at(self.by_value.ravel(), kind * len(self._values) + at, 1.0)  # flat: tens of times faster
+        np.add.at(
+            self.by_value.ravel(), kind * len(self._values) + at, 1.0
+        )  # flat: tens of times faster
         np.add.at(self.by_bin.ravel(), row * BINS + self._bins[at], 1.0)
         self.high += np.bincount(row, values >= self.q3, self.high.size).reshape(self.high.shape)
         return self._ranks[at]
@@ -271,7 +311,9 @@ class _Tags:
 
     def __init__(self, sample: _Sample, layers: Sequence[int]) -> None:
         tag = f"coalesce(tag, '{UNTAGGED}')"
-        tags = sample.ask(f"SELECT {tag} FROM {sample.tokens} GROUP BY 1 ORDER BY count(*) DESC, 1")[0]  # noqa: S608
+        tags = sample.ask(
+            f"SELECT {tag} FROM {sample.tokens} GROUP BY 1 ORDER BY count(*) DESC, 1"  # noqa: S608
+        )[0]
         self._tags, kinds = pa.array(tags, pa.string()), upos_classes(tags)
         self._kinds = np.array([KINDS.index(kinds[t]) if t in kinds else len(KINDS) for t in tags])
         self._names = in_order(tags[:MOST_TAGS])
@@ -280,7 +322,9 @@ class _Tags:
         if rest := len(tags) - len(self._names):
             self._names.append(f"{count(rest, 'rarer tag')} together")
         shape = (len(layers), 2, sample.num_groups, len(self._names))
-        self._high, self._n = (dict(zip(layers, part, strict=True)) for part in np.zeros(shape).swapaxes(0, 1))
+        self._high, self._n = (
+            dict(zip(layers, part, strict=True)) for part in np.zeros(shape).swapaxes(0, 1)
+        )
 
     def read(self, tags: pa.Array) -> tuple[Ints, Ints]:
         """Under which name each token's tag is counted, and which of ``KINDS`` it is by that."""
@@ -298,19 +342,24 @@ class _Tags:
         for at, name in enumerate(self._names):
             n = self._n[layer][:, at]
             share = sample.draw(np.divide, self._high[layer][:, at], n)
-            yield sample.figure("tags", "share that is HIGH", name, layer, share, n.sum(), is_control=layer == 0)
+            yield sample.figure(
+                "tags", "share that is HIGH", name, layer, share, n.sum(), is_control=layer == 0
+            )
 
 
 def _read(
     sample: _Sample, layers: Sequence[int], recorded: set[str], tags: _Tags | None
-) -> tuple[list[_Variable], dict[int, Sums], int]:  # fmt: skip
-    """All that figures are made of: variables, strength first by layer; sums by layer; and how many types there are.
+) -> tuple[list[_Variable], dict[int, Sums], int]:
+    """All that figures are made of: variables, strength first by layer; sums by layer; and how many
+    types there are.
 
     Which of ``KINDS`` a token is, its type says, or where there are ``tags`` its own.
     """
     run, groups = sample.run, sample.num_groups
     mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
-    types, n_of, *means = sample.ask(f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1")  # noqa: S608
+    types, n_of, *means = sample.ask(
+        f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1"  # noqa: S608
+    )
     mean_of = {k: _by_number(types, mean) for k, mean in zip(layers, means, strict=True)}
     centre = {k: float(mean @ n_of) / sample.n for k, mean in zip(layers, means, strict=True)}
     known = sample.ask(
@@ -327,25 +376,42 @@ def _read(
             values, level = np.unique(idf_of[types], return_inverse=True)
             counts = np.bincount(level, n_of)
         else:
-            values, counts = sample.ask(f"SELECT {column}, count(*) FROM {sample.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
+            values, counts = sample.ask(
+                f"SELECT {column}, count(*) FROM {sample.tokens} GROUP BY 1 ORDER BY 1"  # noqa: S608
+            )
         return _Variable(name, layer, column, values, counts, groups)
 
     variables = [variable("strength", k, f"strength_{k}") for k in layers]
     rarity = variable("rarity (idf)", None, "idf")
     variables += [rarity] if rarity.tells else []
-    for signal, name in (("attention", "attention received"), ("attention_norm", "norm-weighted attention")):
-        variables += [variable(name, k, f"{signal}_{k}") for k in layers if f"{signal}_{k}" in recorded]
-    trimmed_q3 = dict(run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'").fetchall())
+    for signal, name in (
+        ("attention", "attention received"),
+        ("attention_norm", "norm-weighted attention"),
+    ):
+        variables += [
+            variable(name, k, f"{signal}_{k}") for k in layers if f"{signal}_{k}" in recorded
+        ]
+    trimmed_q3 = dict(
+        run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'").fetchall()
+    )
     q3 = dict(run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'").fetchall())
     columns = ["doc", "position", "token_id", *(v.column for v in variables if v.column != "idf")]
-    columns += [f"{name}_{k}" for name in ("sink", "shift", "strength_trimmed") for k in layers
-                if f"{name}_{k}" in recorded]  # fmt: skip
+    columns += [
+        f"{name}_{k}"
+        for name in ("sink", "shift", "strength_trimmed")
+        for k in layers
+        if f"{name}_{k}" in recorded
+    ]
     columns += ["tag"] if tags is not None else []
     sums: dict[int, Sums] = {k: {} for k in layers}
     sample.check_time()
     for batch in run.sql(f"SELECT {', '.join(columns)} FROM {sample.tokens}").to_arrow_reader():  # noqa: S608
         sample.check_time()
-        row = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in columns if name != "tag"}
+        row = {
+            name: batch.column(name).to_numpy(zero_copy_only=False)
+            for name in columns
+            if name != "tag"
+        }
         row["idf"] = idf_of[row["token_id"]]
         row |= {f"high_{k}": row[f"strength_{k}"] >= np.float32(q3[k]) for k in layers}
         g, kind = sample.group_of[row["doc"]], kind_of[row["token_id"]]
@@ -355,54 +421,103 @@ def _read(
                 tags.add(k, g, tag, row[f"high_{k}"])
         rank = {v.column: v.add(row[v.column], g, kind) for v in variables}
         for before, k in zip([None, *layers], layers, strict=False):
-            s, x, high = row[f"strength_{k}"].astype(np.float64), rank[f"strength_{k}"], row[f"high_{k}"]
+            s, x, high = (
+                row[f"strength_{k}"].astype(np.float64),
+                rank[f"strength_{k}"],
+                row[f"high_{k}"],
+            )
             off = s - centre[k]
-            adding = {"high": high, "sinks": row[f"sink_{k}"], "sum": s, "sum_without": s * ~row[f"sink_{k}"],
-                      "within": (s - mean_of[k][row["token_id"]]) ** 2, "off": off, "off_2": off**2,
-                      "x": x, "xx": x * x, "n": np.ones(len(x))}  # fmt: skip
+            adding = {
+                "high": high,
+                "sinks": row[f"sink_{k}"],
+                "sum": s,
+                "sum_without": s * ~row[f"sink_{k}"],
+                "within": (s - mean_of[k][row["token_id"]]) ** 2,
+                "off": off,
+                "off_2": off**2,
+                "x": x,
+                "xx": x * x,
+                "n": np.ones(len(x)),
+            }
             frequency = frequency_of[row["token_id"]]
-            for name, y in (("frequency", frequency), ("place", place_of[row["position"]]),
-                            ("length", sample.length_of[row["doc"]])):  # fmt: skip
+            for name, y in (
+                ("frequency", frequency),
+                ("place", place_of[row["position"]]),
+                ("length", sample.length_of[row["doc"]]),
+            ):
                 adding |= {name: y, f"{name}_2": y * y, f"{name}_x": x * y}
             adding |= {f"high_{name}": high & (kind == at) for at, name in enumerate(KINDS)}
             adding |= {name: kind == at for at, name in enumerate(KINDS)}
             ours, content = kind < len(KINDS), kind == KINDS.index("content")
-            adding |= {"k_n": ours, "k_c": content, "k_x": x * ours, "k_xx": x * x * ours, "k_cx": x * content,
-                       "k_f": frequency * ours, "k_ff": frequency**2 * ours, "k_fx": x * frequency * ours,
-                       "k_cf": frequency * content}  # fmt: skip
+            adding |= {
+                "k_n": ours,
+                "k_c": content,
+                "k_x": x * ours,
+                "k_xx": x * x * ours,
+                "k_cx": x * content,
+                "k_f": frequency * ours,
+                "k_ff": frequency**2 * ours,
+                "k_fx": x * frequency * ours,
+                "k_cf": frequency * content,
+            }
             if before is not None:
-                adding |= {"both": row[f"high_{before}"] & high, "any": row[f"high_{before}"] | high}
+                adding |= {
+                    "both": row[f"high_{before}"] & high,
+                    "any": row[f"high_{before}"] | high,
+                }
             if (shift := row.get(f"shift_{k}")) is not None:
                 adding |= {"shift": shift, "high_shift": shift * high}
             if (trimmed := row.get(f"strength_trimmed_{k}")) is not None:
                 still = trimmed >= trimmed_q3[k]
-                adding |= {"squares": s**2, "cut": s**2 - trimmed.astype(np.float64) ** 2,
-                           "trimmed_both": still & high, "trimmed_any": still | high}  # fmt: skip
+                adding |= {
+                    "squares": s**2,
+                    "cut": s**2 - trimmed.astype(np.float64) ** 2,
+                    "trimmed_both": still & high,
+                    "trimmed_any": still | high,
+                }
             for name, values in adding.items():
                 sums[k].setdefault(name, np.zeros(groups))[:] += np.bincount(g, values, groups)
     return variables, sums, len(types)
 
 
-# --- figures ---------------------------------------------------------------------------------------------
+# --- figures
+# ---------------------------------------------------------------------------------------------
 
 
-def _of_layer(sample: _Sample, k: int, before: int | None, g: Sums, num_types: int) -> Iterator[Figure]:
-    """What the sums ``g`` tell of strength at layer ``k``; ``before`` is the layer recorded before it."""
+def _of_layer(
+    sample: _Sample, k: int, before: int | None, g: Sums, num_types: int
+) -> Iterator[Figure]:
+    """What the sums ``g`` tell of strength at layer ``k``; ``before`` is the layer recorded before
+    it.
+    """
     run, draw, figure = sample.run, sample.draw, sample.figure
     total = {name: float(x.sum()) for name, x in g.items()}
     for c in KINDS:
         if total[c]:
             drawn = draw(np.divide, g[f"high_{c}"], g[c])
-            yield figure("classes", f"share of {c} that is HIGH", "strength", k, drawn, total[c], is_control=k == 0)
+            yield figure(
+                "classes",
+                f"share of {c} that is HIGH",
+                "strength",
+                k,
+                drawn,
+                total[c],
+                is_control=k == 0,
+            )
     if "shift" in g:
-        of_shift, of_tokens = draw(np.divide, g["high_shift"], g["shift"]), draw(np.divide, g["high"], g["n"])
+        of_shift, of_tokens = (
+            draw(np.divide, g["high_shift"], g["shift"]),
+            draw(np.divide, g["high"], g["n"]),
+        )
         what = "share that HIGH tokens hold"
         yield figure("shift", what, "of the shift", k, of_shift)
         yield figure("shift", what, "of the tokens", k, of_tokens, is_control=True)
         yield figure("shift", what, "the difference", k, of_shift.less(of_tokens))
     if before is not None:
         what = "HIGH tokens in common (Jaccard)"
-        yield figure("layers", what, f"with layer {before}", k, draw(np.divide, g["both"], g["any"]))
+        yield figure(
+            "layers", what, f"with layer {before}", k, draw(np.divide, g["both"], g["any"])
+        )
         here = total["high"] / total["n"]
         there = (total["both"] + total["any"]) / total["n"] - here
         chance = fixed(here * there / (here + there - here * there))
@@ -415,8 +530,14 @@ def _of_layer(sample: _Sample, k: int, before: int | None, g: Sums, num_types: i
     chance = fixed((num_types - 1) / max(1, sample.n - 1))
     yield figure("types", what, "as many groups by chance", k, chance, is_control=True)
 
-    for key, name in (("frequency", "log frequency"), ("place", "position"), ("length", "document length")):
-        rho = draw(_correlation, *(g[part] for part in ("n", "x", key, "xx", f"{key}_2", f"{key}_x")))
+    for key, name in (
+        ("frequency", "log frequency"),
+        ("place", "position"),
+        ("length", "document length"),
+    ):
+        rho = draw(
+            _correlation, *(g[part] for part in ("n", "x", key, "xx", f"{key}_2", f"{key}_x"))
+        )
         yield figure("frequency", "Spearman's rho with strength", name, k, rho)
     if total["k_c"] and total["k_n"] > total["k_c"]:
         parts = [g[f"k_{name}"] for name in ("n", "c", "x", "xx", "f", "ff", "fx", "cx", "cf")]
@@ -424,7 +545,15 @@ def _of_layer(sample: _Sample, k: int, before: int | None, g: Sums, num_types: i
         alone = draw(_correlation, *(g[f"k_{name}"] for name in ("n", "x", "c", "xx", "c", "cx")))
         yield figure("frequency", what, "as it is", k, alone, total["k_n"])
         at_one = draw(_partial, *parts)
-        yield figure("frequency", what, "at one frequency (partial)", k, at_one, total["k_n"], is_control=True)
+        yield figure(
+            "frequency",
+            what,
+            "at one frequency (partial)",
+            k,
+            at_one,
+            total["k_n"],
+            is_control=True,
+        )
 
     if "cut" in g:
         dims = len(run.info["measure"]["outliers"][list(run.info["layers"]).index(k)])
@@ -433,12 +562,16 @@ def _of_layer(sample: _Sample, k: int, before: int | None, g: Sums, num_types: i
         alike = fixed(dims / run.info["model"]["hidden_size"])
         yield figure("dimensions", what, "were all alike", k, alike, is_control=True)
         common = draw(np.divide, g["trimmed_both"], g["trimmed_any"])
-        yield figure("dimensions", "HIGH tokens in common (Jaccard)", "with and without these", k, common)
+        yield figure(
+            "dimensions", "HIGH tokens in common (Jaccard)", "with and without these", k, common
+        )
 
     yield figure("sinks", "share of the tokens", "sinks", k, draw(np.divide, g["sinks"], g["n"]))
     what = "strength with sinks over strength without"
     parts = [g[name] for name in ("sum", "n", "sum_without", "sinks")]
-    yield figure("sinks", what, "mean", k, draw(lambda a, n, b, sinks: a / n / (b / (n - sinks)), *parts))
+    yield figure(
+        "sinks", what, "mean", k, draw(lambda a, n, b, sinks: a / n / (b / (n - sinks)), *parts)
+    )
     medians = dict(run.sql(f"SELECT population, q2 FROM thresholds WHERE layer = {k}").fetchall())  # noqa: S608
     if medians["tokens_without_sinks"]:
         ratio = fixed(medians["tokens"] / medians["tokens_without_sinks"])
@@ -451,15 +584,29 @@ def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Fl
 
 
 def _partial(
-    n: Floats, c: Floats, x: Floats, xx: Floats, f: Floats, ff: Floats, fx: Floats, cx: Floats, cf: Floats
+    n: Floats,
+    c: Floats,
+    x: Floats,
+    xx: Floats,
+    f: Floats,
+    ff: Floats,
+    fx: Floats,
+    cx: Floats,
+    cf: Floats,
 ) -> Floats:
     """That of ``x`` and ``c``, which is 0 or 1, with ``f`` held constant."""
-    xc, xf, fc = _correlation(n, x, c, xx, c, cx), _correlation(n, x, f, xx, ff, fx), _correlation(n, f, c, ff, c, cf)
+    xc, xf, fc = (
+        _correlation(n, x, c, xx, c, cx),
+        _correlation(n, x, f, xx, ff, fx),
+        _correlation(n, f, c, ff, c, cf),
+    )
     return np.asarray((xc - xf * fc) / np.sqrt((1 - xf * xf) * (1 - fc * fc)))
 
 
 def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]:
-    """The AUC of strength at every layer and of its rivals, rivals' shares by class, and which layer separates best."""
+    """The AUC of strength at every layer and of its rivals, rivals' shares by class, and which
+    layer separates best.
+    """
     found: list[Figure] = []
     by_layer: dict[int, Drawn] = {}
     n = 0
@@ -470,9 +617,13 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
             return []
         exact = float(_auc(content[None], others[None])[0])
         drawn = sample.draw(_auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
-        drawn = Drawn(exact, drawn.replicates + exact - drawn.value)  # bins move the AUC a little, and all alike
+        drawn = Drawn(
+            exact, drawn.replicates + exact - drawn.value
+        )  # bins move the AUC a little, and all alike
         is_control = v.name != "strength" or v.layer == 0
-        found.append(sample.figure("classes", AUC, v.name, v.layer, drawn, n, is_control=is_control))
+        found.append(
+            sample.figure("classes", AUC, v.name, v.layer, drawn, n, is_control=is_control)
+        )
         if v.name == "strength":
             assert v.layer is not None
             by_layer[v.layer] = drawn
@@ -481,7 +632,9 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
             if total := v.by_bin[:, at].sum():
                 share = sample.draw(np.divide, v.high[:, at], v.by_bin[:, at].sum(axis=1))
                 what = f"share of {kind} that is HIGH"
-                found.append(sample.figure("classes", what, v.name, v.layer, share, total, is_control=True))
+                found.append(
+                    sample.figure("classes", what, v.name, v.layer, share, total, is_control=True)
+                )
     if len(by_layer) < 2:
         return found
     best_first = sorted(by_layer, key=lambda k: -by_layer[k].value)
@@ -495,32 +648,41 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
         return found
     best = np.argmax(there, axis=0)
     for at, k in enumerate(best_first):
-        what, share = "share of bootstrap samples in which its AUC is the largest", fixed(float((best == at).mean()))
+        what, share = (
+            "share of bootstrap samples in which its AUC is the largest",
+            fixed(float((best == at).mean())),
+        )
         found.append(sample.figure("layers", what, "strength", k, share, n, is_control=k == 0))
     return found
 
 
 def _auc(content: Floats, others: Floats) -> Floats:
-    """Chance that a draw of ``content`` lies above one of ``others``, equal ones counting half; counts [n, bins] of
-    ascending values -> [n]."""
+    """Chance that a draw of ``content`` lies above one of ``others``, equal ones counting half;
+    counts [n, bins] of ascending values -> [n].
+    """
     below = np.cumsum(others, axis=1) - others
     wins = (content * (below + others / 2)).sum(axis=1)
     return np.asarray(wins / (content.sum(axis=1) * others.sum(axis=1)))
 
 
-# --- what is shown ---------------------------------------------------------------------------------------
+# --- what is shown
+# ---------------------------------------------------------------------------------------
 
 
 def to_json(found: Claims) -> dict[str, Any]:
     """Plain values; intervals that do not exist are null."""
     value = asdict(found)
     for figure in value["figures"]:
-        figure |= {k: None for k, v in figure.items() if isinstance(v, float) and not math.isfinite(v)}
+        figure |= {
+            k: None for k, v in figure.items() if isinstance(v, float) and not math.isfinite(v)
+        }
     return value | {"claims": CLAIMS}
 
 
 def render(found: Claims, console: Console) -> None:
-    """A question for each claim, the control that answers it as well, and the figures, each with its controls."""
+    """A question for each claim, the control that answers it as well, and the figures, each with
+    its controls.
+    """
     for claim, question in CLAIMS.items():
         if not (mine := [f for f in found.figures if f.claim == claim]):
             continue
@@ -534,12 +696,21 @@ def render(found: Claims, console: Console) -> None:
             table.add_column(heading, justify="right", no_wrap=True)
         for what in dict.fromkeys(f.what for f in mine):
             of_this = [f for f in mine if f.what == what]
-            table.add_row(Text(f"{what}, of {_amount([f.n for f in of_this], 'token')} in "
-                               f"{_amount([f.n_docs for f in of_this], 'document')}:"))  # fmt: skip
+            table.add_row(
+                Text(
+                    f"{what}, of {_amount([f.n for f in of_this], 'token')} in "
+                    f"{_amount([f.n_docs for f in of_this], 'document')}:"
+                )
+            )
             for f in of_this:
                 name = f"  {f.of}{' (control)' if f.is_control else ''}"
                 interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
-                table.add_row(Text(printable(name)), "" if f.layer is None else str(f.layer), shown(f.value), interval)
+                table.add_row(
+                    Text(printable(name)),
+                    "" if f.layer is None else str(f.layer),
+                    shown(f.value),
+                    interval,
+                )
         console.print(table)
     console.print()
     for note in found.notes:
@@ -547,20 +718,27 @@ def render(found: Claims, console: Console) -> None:
 
 
 def against_controls(figures: Sequence[Figure]) -> str:
-    """Which controls equal or beat the first figure of the deepest layer, in numbers; empty where it has no control.
+    """Which controls equal or beat the first figure of the deepest layer, in numbers; empty where
+    it has no control.
 
-    ``figures`` are of one claim. A control beats the figure when its interval lies above, equals it when they overlap.
+    ``figures`` are of one claim. A control beats the figure when its interval lies above, equals it
+    when they overlap.
     """
     known = [f for f in figures if math.isfinite(f.value)]
-    deepest = max((f.layer for f in known if f.layer is not None and not f.is_control), default=None)
-    whats = sorted(dict.fromkeys(f.what for f in known), key=lambda what: what != AUC)  # a sort keeps equals in order
+    deepest = max(
+        (f.layer for f in known if f.layer is not None and not f.is_control), default=None
+    )
+    whats = sorted(
+        dict.fromkeys(f.what for f in known), key=lambda what: what != AUC
+    )  # a sort keeps equals in order
     for what in whats:
         of_this = [f for f in known if f.what == what and f.layer in (None, 0, deepest)]
         mine = [f for f in of_this if not f.is_control and f.layer == deepest]
         if not mine:
             continue
         main = max(mine, key=lambda f: f.value) if mine[0].claim == "tags" else mine[0]
-        # The same at layer 0 is a control, and what is no measure of a layer; not what is measured otherwise there.
+        # The same at layer 0 is a control, and what is no measure of a layer; not what is measured
+        # otherwise there.
         controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
         if controls:
             break
@@ -584,7 +762,9 @@ def _interval(figure: Figure) -> tuple[float, float]:
 
 def _named(figures: Sequence[Figure]) -> str:
     places = ["" if f.layer is None else f", layer {f.layer}" for f in figures]
-    return "; ".join(f"{f.of}{place}, {shown(f.value)}" for f, place in zip(figures, places, strict=True))
+    return "; ".join(
+        f"{f.of}{place}, {shown(f.value)}" for f, place in zip(figures, places, strict=True)
+    )
 
 
 def _amount(numbers: Sequence[int], noun: str) -> str:

@@ -1,4 +1,6 @@
-"""Which neurons answer to a word and hardly to others, and what one neuron answers to: words, types, contexts."""
+"""Which neurons answer to a word and hardly to others, and what one neuron answers to: words,
+types, contexts.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from afn_ray.text import printable
 LEAST_N = 20
 """Neurons met less often are not ranked: what few tokens have in common says little."""
 MOST_OCCURRENCES = 20_000
-"""Of a word that are looked at: the early ones, which are enough for a share. A word that occurs more often is a type,
-so the vocabulary knows how often."""
+"""Of a word that are looked at: the early ones, which are enough for a share. A word that occurs
+more often is a type, so the vocabulary knows how often.
+"""
 CONTEXTS = 10
 WORDS_BESIDE = 6
 TOKENS_BESIDE = 40
@@ -70,7 +73,9 @@ class Context:
 
 
 def layer_of(run: Run, layer: int | None) -> int:
-    """``layer``, or the deepest whose neurons ``run`` recorded. Raises ``ConfigError`` where there is none."""
+    """``layer``, or the deepest whose neurons ``run`` recorded. Raises ``ConfigError`` where there
+    is none.
+    """
     layers: list[int] = run.info["measure"].get("neuron_layers", [])
     if not layers:
         raise ConfigError(f"run {run.uri} recorded no neurons; 'afn run --signals neurons' does")
@@ -81,20 +86,31 @@ def layer_of(run: Run, layer: int | None) -> int:
 
 
 def selective_neurons(run: Run, layer: int, most: int) -> list[Neuron]:
-    """Neurons whose tokens are furthest from the corpus's mixture of types, of those met ``LEAST_N`` times or more."""
+    """Neurons whose tokens are furthest from the corpus's mixture of types, of those met
+    ``LEAST_N`` times or more.
+    """
     rows = run.sql(
-        "FROM neurons WHERE layer = ? AND n >= ? ORDER BY selectivity DESC, neuron LIMIT ?", [layer, LEAST_N, most]
+        "FROM neurons WHERE layer = ? AND n >= ? ORDER BY selectivity DESC, neuron LIMIT ?",
+        [layer, LEAST_N, most],
     )
     return [_neuron(row) for row in rows.to_arrow_table().to_pylist()]
 
 
 def find_neuron(run: Run, layer: int, number: int) -> Neuron:
-    """The neuron ``number`` of ``layer``. Raises ``ConfigError`` for one that no token has among its neurons."""
-    rows = run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number]).to_arrow_table().to_pylist()
+    """The neuron ``number`` of ``layer``. Raises ``ConfigError`` for one that no token has among
+    its neurons.
+    """
+    rows = (
+        run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number])
+        .to_arrow_table()
+        .to_pylist()
+    )
     if not rows:
         others = [str(k) for k in run.info["measure"]["neuron_layers"] if k != layer]
         hint = f"; --layer {' or '.join(others)} may be meant" if others else ""
-        raise ConfigError(f"no token of the run has neuron {number} of layer {layer} among those recorded of it{hint}")
+        raise ConfigError(
+            f"no token of the run has neuron {number} of layer {layer} among those recorded of it{hint}"
+        )
     return _neuron(rows[0])
 
 
@@ -104,10 +120,11 @@ def _neuron(row: dict[str, Any]) -> Neuron:
 
 
 def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Concept], int]:
-    """Neurons that tokens of ``word`` have more often than other tokens do, and the occurrences that were looked at.
+    """Neurons that tokens of ``word`` have more often than other tokens do, and the occurrences
+    that were looked at.
 
-    Those come first that tell most of the word: share times the logarithm of the lift. Raises ``ConfigError`` for a
-    word that does not occur.
+    Those come first that tell most of the word: share times the logarithm of the lift. Raises
+    ``ConfigError`` for a word that does not occur.
     """
     ((occurrences,),) = run.sql(
         f"SELECT count(*) FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})",  # noqa: S608
@@ -123,7 +140,8 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
             f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
             f"WHERE layer = {layer} AND class <> 'special' AND lower(text) = lower($word))"
         )
-    # What unnests one list is taken for one row: a join with the tokens makes its table of that, and not of them all.
+    # What unnests one list is taken for one row: a join with the tokens makes its table of that,
+    # and not of them all.
     query = f"""
         WITH places AS MATERIALIZED (
             SELECT doc, position + unnest(range(n_tokens))::INTEGER AS position
@@ -158,10 +176,17 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
 
 
 def contexts(run: Run, layer: int, number: int, most: int = CONTEXTS) -> list[Context]:
-    """Tokens in which the neuron is furthest from 0, with the words around them; reads all of the layer's neurons."""
-    # Where all tokens have neurons, rows are beside each other; of HIGH tokens alone none is special.
+    """Tokens in which the neuron is furthest from 0, with the words around them; reads all of the
+    layer's neurons.
+    """
+    # Where all tokens have neurons, rows are beside each other; of HIGH tokens alone none is
+    # special.
     high_only = "neurons_above" in run.info["measure"]
-    normal = "token_neurons t" if high_only else "token_neurons t POSITIONAL JOIN tokens WHERE NOT is_special"
+    normal = (
+        "token_neurons t"
+        if high_only
+        else "token_neurons t POSITIONAL JOIN tokens WHERE NOT is_special"
+    )
     rows = run.sql(
         f"""
         SELECT doc, position, item.value FROM (
@@ -179,7 +204,9 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
         "WHERE doc = ? AND position BETWEEN ? AND ? AND NOT is_special ORDER BY position",
         [doc, position - TOKENS_BESIDE, position + TOKENS_BESIDE],
     ).fetchall()
-    words: list[tuple[str, bool]] = []  # text, whether it is whole: then its other pieces add nothing
+    words: list[
+        tuple[str, bool]
+    ] = []  # text, whether it is whole: then its other pieces add nothing
     at = 0
     for place, text, is_word_start, is_whole in tokens:
         if is_word_start or not words:
@@ -193,27 +220,42 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
     return Context(doc, position, value, " ".join(left), texts[at], " ".join(right))
 
 
-# --- what is shown ---------------------------------------------------------------------------------------
+# --- what is shown
+# ---------------------------------------------------------------------------------------
 
 
 def said_layer(run: Run, layer: int) -> str:
-    """The layer, the others that were recorded, and of which tokens neurons were: what heads every view."""
+    """The layer, the others that were recorded, and of which tokens neurons were: what heads every
+    view.
+    """
     others = ", ".join(str(k) for k in run.info["measure"]["neuron_layers"] if k != layer)
     high_only = "; neurons of HIGH tokens alone were recorded: all figures are of these"
-    return (f"Layer {layer}" + (f" (--layer: {others})" if others else "")
-            + (high_only if "neurons_above" in run.info["measure"] else ""))  # fmt: skip
+    return (
+        f"Layer {layer}"
+        + (f" (--layer: {others})" if others else "")
+        + (high_only if "neurons_above" in run.info["measure"] else "")
+    )
 
 
 def render_selective(found: Sequence[Neuron], console: Console) -> None:
     """The most selective neurons of a layer."""
     table = _table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
     for x in found:
-        figures = (f"{x.n:,}", f"{x.share:.2%}", f"{x.mean:.2f}", f"{x.largest:.2f}", f"{x.selectivity:.1f}")
+        figures = (
+            f"{x.n:,}",
+            f"{x.share:.2%}",
+            f"{x.mean:.2f}",
+            f"{x.largest:.2f}",
+            f"{x.selectivity:.1f}",
+        )
         table.add_row(str(x.neuron), *figures, _types(x))
     console.print(table)
-    _legend(console, "n: tokens that have the neuron among their neurons. bits: how far its tokens' types are from all "
-                     "tokens' types, which is more by chance where n is small. answers to: types that make most of "
-                     f"these bits. Neurons met less than {LEAST_N} times are left out.")  # fmt: skip
+    _legend(
+        console,
+        "n: tokens that have the neuron among their neurons. bits: how far its tokens' types are from all "
+        "tokens' types, which is more by chance where n is small. answers to: types that make most of "
+        f"these bits. Neurons met less than {LEAST_N} times are left out.",
+    )
 
 
 def render_word(word: str, found: Sequence[Concept], occurrences: int, console: Console) -> None:
@@ -221,16 +263,29 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
     limit = ", the early ones" if occurrences == MOST_OCCURRENCES else ""
     console.print(Text(f"{printable(word)}: {occurrences:,} occurrences{limit}", "bold"))
     if not found:
-        console.print("no neuron that was recorded of its tokens is met more often in it than elsewhere")
+        console.print(
+            "no neuron that was recorded of its tokens is met more often in it than elsewhere"
+        )
         return
     table = _table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
     for x in found:
-        lift = "only here" if x.lift is None else f"{x.lift:,.0f}" if x.lift >= 10 else f"{x.lift:.1f}"
-        table.add_row(str(x.neuron.neuron), f"{x.share:.1%}", f"{x.elsewhere:.2%}", lift, f"{x.mean:.2f}",
-                      _types(x.neuron))  # fmt: skip
+        lift = (
+            "only here" if x.lift is None else f"{x.lift:,.0f}" if x.lift >= 10 else f"{x.lift:.1f}"
+        )
+        table.add_row(
+            str(x.neuron.neuron),
+            f"{x.share:.1%}",
+            f"{x.elsewhere:.2%}",
+            lift,
+            f"{x.mean:.2f}",
+            _types(x.neuron),
+        )
     console.print(table)
-    _legend(console, "in the word: share of its tokens that have the neuron among their neurons. lift: times as often "
-                     "as in all other tokens. mean: its value in the word.")  # fmt: skip
+    _legend(
+        console,
+        "in the word: share of its tokens that have the neuron among their neurons. lift: times as often "
+        "as in all other tokens. mean: its value in the word.",
+    )
 
 
 def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) -> None:
@@ -244,16 +299,22 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
     for text, n, lift in neuron.types:
         table.add_row(Text(printable(text)), f"{n:,}", f"{lift:,.1f}")
     console.print(table)
-    _legend(console, "largest: with its sign, as the mean. selectivity: how far its tokens' types are from all tokens' "
-                     "types. Types come by their part in that, n of their tokens with the neuron, and lift: times as "
-                     "often as by chance. Below, tokens in which it is furthest from 0.")  # fmt: skip
+    _legend(
+        console,
+        "largest: with its sign, as the mean. selectivity: how far its tokens' types are from all tokens' "
+        "types. Types come by their part in that, n of their tokens with the neuron, and lift: times as "
+        "often as by chance. Below, tokens in which it is furthest from 0.",
+    )
     lines = Table(box=None, show_header=False, pad_edge=False)
     sides: tuple[JustifyMethod, ...] = ("right", "right", "left")
     for justify in sides:
         lines.add_column(justify=justify, overflow="fold")
     for c in found:
-        lines.add_row(f"{c.value:.2f}", Text(printable(c.left)),
-                      Text.assemble((printable(c.word), "bold underline"), f" {printable(c.right)}"))  # fmt: skip
+        lines.add_row(
+            f"{c.value:.2f}",
+            Text(printable(c.left)),
+            Text.assemble((printable(c.word), "bold underline"), f" {printable(c.right)}"),
+        )
     console.print(lines)
 
 
@@ -261,7 +322,9 @@ def _table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         left = head in ("type", "answers to")
-        table.add_column(head, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+        table.add_column(
+            head, justify="left" if left else "right", overflow="fold", no_wrap=not left
+        )
     return table
 
 

@@ -1,4 +1,6 @@
-"""One text against a run: what is measured of its tokens, and what a decision hangs on, beside what the run knows."""
+"""One text against a run: what is measured of its tokens, and what a decision hangs on, beside what
+the run knows.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Value:
 
     signal: str  # its column, without the layer
     value: float
-    quartile: int | None  # by the run's thresholds, where it recorded the signal; None for special tokens too
+    quartile: (
+        int | None
+    )  # by the run's thresholds, where it recorded the signal; None for special tokens too
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,9 @@ class Neuron:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the model's own classifier says of the text, and what that hangs on, as ``model.Decided`` defines it."""
+    """What the model's own classifier says of the text, and what that hangs on, as
+    ``model.Decided`` defines it.
+    """
 
     layer: int
     kind: str  # "one" of the labels, "any" of them, or a "value"
@@ -125,7 +131,9 @@ class Decision:
     chosen: int  # ordinal of the label that attributions are of
     attributions: tuple[float, ...]  # by token
     neurons: tuple[Neuron, ...]  # the ``TOP`` by size of attribution; empty at layer 0
-    spearman: float | None  # of strength and size of attribution, special tokens apart; None where either is constant
+    spearman: (
+        float | None
+    )  # of strength and size of attribution, special tokens apart; None where either is constant
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,34 +154,46 @@ class Explanation:
 
 
 def explain(
-    run_uri: str, text: str, *, model_name: str | None = None, trust_remote_code: bool = False,
-    allow_pickle: bool = False, signals: str = STRENGTH, layers: str | None = None, task: bool = False,
+    run_uri: str,
+    text: str,
+    *,
+    model_name: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    signals: str = STRENGTH,
+    layers: str | None = None,
+    task: bool = False,
     layer: int | None = None,
-) -> Explanation:  # fmt: skip
+) -> Explanation:
     """Measure ``text`` as the run at ``run_uri`` measured its corpus, in this process, and compare.
 
-    ``signals``: what to measure beside strength, recorded or not. ``layers``: of a heat map of the text, recorded or
-    not, as in a config. ``task``: ask the model's own sequence classifier too, and look into it at ``layer`` (None:
-    the deepest recorded).
+    ``signals``: what to measure beside strength, recorded or not. ``layers``: of a heat map of the
+    text, recorded or not, as in a config. ``task``: ask the model's own sequence classifier too,
+    and look into it at ``layer`` (None: the deepest recorded).
 
-    ``model_name``: where the run's model is on this machine, if elsewhere than it was for the run. A store may be
-    somebody else's: code and pickles that its run names are used only where the caller says so as well.
-    Raises ``StoreError`` without such a run, ``ConfigError`` for a text without tokens, a layer that was not recorded
-    or a signal that there is not, and ``ModelError`` when the model here is not the run's (it says in what they
-    differ), cannot give a signal or has no classifier.
+    ``model_name``: where the run's model is on this machine, if elsewhere than it was for the run.
+    A store may be somebody else's: code and pickles that its run names are used only where the
+    caller says so as well. Raises ``StoreError`` without such a run, ``ConfigError`` for a text
+    without tokens, a layer that was not recorded or a signal that there is not, and ``ModelError``
+    when the model here is not the run's (it says in what they differ), cannot give a signal or has
+    no classifier.
     """
     run = manifest.find_run(run_uri)
     plan = recorded_task(
         run, model_name=model_name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )  # fmt: skip
+    )
     config, device = plan.config, plan.device
     chosen = index_of(plan.layers, layer)
     if apart := [s.name for s in find_signals(signals)[0] if not s.is_series]:
-        raise ConfigError(f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show neurons")
+        raise ConfigError(
+            f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show neurons"
+        )
     plan = worker.with_signals(plan, signals)
     if worker.wants_outliers(plan) and not plan.outliers:
-        raise ConfigError(f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
-                          "looked for none; leave them out, or explain against a run that recorded them")  # fmt: skip
+        raise ConfigError(
+            f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
+            "looked for none; leave them out, or explain against a run that recorded them"
+        )
     cleaned = SURROGATES.sub("\ufffd", text)  # what is no character, as in the corpus
     measured, pieces = _measure(plan, cleaned, cleaned != text)
     encoded, by_series = measured.encoded, dict(zip(plan.series, measured.values, strict=True))
@@ -184,85 +204,148 @@ def explain(
         tables["signals"] = manifest.read_table(run, "signals")
     thresholds, columns = [], []
     for at in plan.layers:
-        limits, readings = _read_layer(tables, at, encoded.token_ids, special, by_series[Series(STRENGTH, at)])
+        limits, readings = _read_layer(
+            tables, at, encoded.token_ids, special, by_series[Series(STRENGTH, at)]
+        )
         thresholds.append(limits)
-        others = [_read_signal(tables, s, special, by_series[s]) for s in plan.series if s.layer == at][1:]
-        columns.append([replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)])
+        others = [
+            _read_signal(tables, s, special, by_series[s]) for s in plan.series if s.layer == at
+        ][1:]
+        columns.append(
+            [replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)]
+        )
     sweep = () if layers is None else resolve_layers(layers, run.info["model"]["depth"])
     if elsewhere := tuple(k for k in sweep if k not in plan.layers):
         other = replace(plan, layers=elsewhere, outliers=())
-        other = worker.with_signals(other)  # in a pass of its own: the first one is then just the run's
-        by_series |= zip(other.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True)
-    quartiles = {k: [r.quartile for r in column] for k, column in zip(plan.layers, columns, strict=True)}
-    cells = [_within_text(k, by_series[Series(STRENGTH, k)], special, quartiles.get(k)) for k in sweep]
+        other = worker.with_signals(
+            other
+        )  # in a pass of its own: the first one is then just the run's
+        by_series |= zip(
+            other.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True
+        )
+    quartiles = {
+        k: [r.quartile for r in column] for k, column in zip(plan.layers, columns, strict=True)
+    }
+    cells = [
+        _within_text(k, by_series[Series(STRENGTH, k)], special, quartiles.get(k)) for k in sweep
+    ]
     spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
     tokens = tuple(
         Token(
-            "" if special[i] else cleaned[start:end], pieces[token_id], token_id, start, end, bool(special[i]),
-            bool(encoded.flags[i] & WORD_START), tuple(r[i] for r in columns), tuple(c[i] for c in cells),
+            "" if special[i] else cleaned[start:end],
+            pieces[token_id],
+            token_id,
+            start,
+            end,
+            bool(special[i]),
+            bool(encoded.flags[i] & WORD_START),
+            tuple(r[i] for r in columns),
+            tuple(c[i] for c in cells),
         )
-        for i, ((start, end), token_id) in enumerate(zip(spans, encoded.token_ids.tolist(), strict=True))
-    )  # fmt: skip
+        for i, ((start, end), token_id) in enumerate(
+            zip(spans, encoded.token_ids.tolist(), strict=True)
+        )
+    )
     decision = None
     if task:
         window = run.info["measure"]["window_tokens"]
         if len(tokens) > window:
-            raise ConfigError(f"the text has {len(tokens):,} tokens, and a classifier decides about one window, which "
-                              f"has {window:,}; shorten it")  # fmt: skip
+            raise ConfigError(
+                f"the text has {len(tokens):,} tokens, and a classifier decides about one window, which "
+                f"has {window:,}; shorten it"
+            )
         model.free_memory()
         at, values = plan.layers[chosen], by_series[Series(STRENGTH, plan.layers[chosen])]
         files = worker.find_model(config)
         decided = model.decide(files, encoded.token_ids.tolist(), at, values, plan.dtype, device)
         decision = _decision(decided, at, values, special)
     return Explanation(
-        run.uri, config.model, plan.dtype, device, cleaned, plan.layers, tuple(thresholds), tokens,
-        _notes(run.info["made_by"], device, plan.dtype), sweep, decision,
-    )  # fmt: skip
+        run.uri,
+        config.model,
+        plan.dtype,
+        device,
+        cleaned,
+        plan.layers,
+        tuple(thresholds),
+        tokens,
+        _notes(run.info["made_by"], device, plan.dtype),
+        sweep,
+        decision,
+    )
 
 
 def _measure(plan: worker.Task, text: str, replaced: bool) -> tuple[worker.Measured, list[str]]:
-    """``plan``'s series of every token of ``text``, and the vocabulary as the tokenizer writes it."""
+    """``plan``'s series of every token of ``text``, and the vocabulary as the tokenizer writes
+    it.
+    """
     model.free_memory()  # of the one before
     with contextlib.closing(worker.Processor(plan)) as processor:
         measured = processor.measure([text], [replaced])
         pieces = processor.preparer.pieces
     if problem := measured.encoded.problems.get(0):
-        raise ModelError(f"{plan.config.model} cannot measure this text; a run would quarantine it: {problem}")
+        raise ModelError(
+            f"{plan.config.model} cannot measure this text; a run would quarantine it: {problem}"
+        )
     if not len(measured.encoded.token_ids):
         raise ConfigError("the text has no tokens; give one with at least a word")
-    if bad := [s.name for s, v in zip(plan.series, measured.values, strict=True) if not np.isfinite(v).all()]:
-        raise ModelError(f"{plan.config.model} gave a {bad[0]} that is not finite for this text; a run would "
-                         "quarantine it")  # fmt: skip
+    if bad := [
+        s.name
+        for s, v in zip(plan.series, measured.values, strict=True)
+        if not np.isfinite(v).all()
+    ]:
+        raise ModelError(
+            f"{plan.config.model} gave a {bad[0]} that is not finite for this text; a run would "
+            "quarantine it"
+        )
     return measured, pieces
 
 
-def _read_signal(tables: Mapping[str, pa.Table], series: Series, special: Any, values: Any) -> list[Value]:
-    """What ``series`` says of each token, from the run's tables where it recorded it; the arrays are [n_tokens]."""
+def _read_signal(
+    tables: Mapping[str, pa.Table], series: Series, special: Any, values: Any
+) -> list[Value]:
+    """What ``series`` says of each token, from the run's tables where it recorded it; the arrays
+    are [n_tokens].
+    """
     rows = []
     if "signals" in tables:
         here = (pc.field("signal") == series.signal) & (pc.field("layer") == series.layer)
         rows = tables["signals"].filter(here).to_pylist()
     limits = np.array([rows[0][q] for q in ("q1", "q2", "q3")]) if rows else None
-    quartiles = [None] * len(values) if limits is None else (1 + np.searchsorted(limits, values, side="right")).tolist()
+    quartiles = (
+        [None] * len(values)
+        if limits is None
+        else (1 + np.searchsorted(limits, values, side="right")).tolist()
+    )
     return [
         Value(series.signal, value, None if is_special else quartile)
-        for value, quartile, is_special in zip(values.tolist(), quartiles, special.tolist(), strict=True)
+        for value, quartile, is_special in zip(
+            values.tolist(), quartiles, special.tolist(), strict=True
+        )
     ]
 
 
-def _within_text(layer: int, values: Any, special: Any, quartiles: Sequence[int | None] | None) -> list[Cell]:
+def _within_text(
+    layer: int, values: Any, special: Any, quartiles: Sequence[int | None] | None
+) -> list[Cell]:
     """Each token's place among the tokens of the text at ``layer``; the arrays are [n_tokens]."""
     others = np.sort(values[~special])
     at_or_below, n = np.searchsorted(others, values, side="right").tolist(), len(others)
     return [
-        Cell(layer, value, None, None, None) if is_special
-        else Cell(layer, value, k / n, (10 * k - 1) // n, None if quartiles is None else quartiles[i])
-        for i, (value, k, is_special) in enumerate(zip(values.tolist(), at_or_below, special.tolist(), strict=True))
-    ]  # fmt: skip
+        Cell(layer, value, None, None, None)
+        if is_special
+        else Cell(
+            layer, value, k / n, (10 * k - 1) // n, None if quartiles is None else quartiles[i]
+        )
+        for i, (value, k, is_special) in enumerate(
+            zip(values.tolist(), at_or_below, special.tolist(), strict=True)
+        )
+    ]
 
 
 def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> Decision:
-    """``decided`` with its neurons ranked; ``values`` (strengths) and ``special`` are [n_tokens]."""
+    """``decided`` with its neurons ranked; ``values`` (strengths) and ``special`` are
+    [n_tokens].
+    """
     if not (np.isfinite(decided.tokens).all() and np.isfinite(decided.neurons).all()):
         raise ModelError("the gradient of the classifier's answer is not finite for this text")
     totals = decided.neurons.sum(axis=0, dtype=np.float64)
@@ -272,14 +355,20 @@ def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> 
         token = int(np.abs(parts).argmax())
         neurons.append(Neuron(neuron, float(totals[neuron]), token, float(parts[token])))
     return Decision(
-        layer, decided.kind, tuple(map(Label, decided.labels, decided.values)), decided.chosen,
-        tuple(decided.tokens.tolist()), tuple(neurons),
+        layer,
+        decided.kind,
+        tuple(map(Label, decided.labels, decided.values)),
+        decided.chosen,
+        tuple(decided.tokens.tolist()),
+        tuple(neurons),
         _spearman(values[~special], np.abs(decided.tokens[~special])),
-    )  # fmt: skip
+    )
 
 
 def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
-    """Correlation of the ranks of ``a`` and ``b`` [n], equal values sharing theirs; None where all are equal."""
+    """Correlation of the ranks of ``a`` and ``b`` [n], equal values sharing theirs; None where all
+    are equal.
+    """
     ranks = []
     for values in (a, b):
         _, inverse, n = np.unique(values, return_inverse=True, return_counts=True)
@@ -292,14 +381,20 @@ def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
 def recorded_task(
     run: manifest.RunFolder, *, model_name: str | None, trust_remote_code: bool, allow_pickle: bool
 ) -> worker.Task:
-    """The task that measures texts here as ``run`` measured its corpus. Raises ``ModelError`` as ``explain`` does."""
+    """The task that measures texts here as ``run`` measured its corpus. Raises ``ModelError`` as
+    ``explain`` does.
+    """
     recorded = run.info["measure"]
     config = config_from(run.info["config"])
-    for flag, asked, given in (("trust_remote_code", config.trust_remote_code, trust_remote_code),
-                               ("allow_pickle", config.allow_pickle, allow_pickle)):  # fmt: skip
+    for flag, asked, given in (
+        ("trust_remote_code", config.trust_remote_code, trust_remote_code),
+        ("allow_pickle", config.allow_pickle, allow_pickle),
+    ):
         if asked and not given:
-            raise ModelError(f"run {run.uri} was made with {flag}, which lets its model run code here; "
-                             f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}")  # fmt: skip
+            raise ModelError(
+                f"run {run.uri} was made with {flag}, which lets its model run code here; "
+                f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}"
+            )
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
     task, measure = worker.prepare(config, worker.find_model(config), device, config.dtype)
@@ -316,26 +411,39 @@ def recorded_task(
 def _read_layer(
     tables: Mapping[str, pa.Table], layer: int, token_ids: Any, special: Any, strengths: Any
 ) -> tuple[Thresholds, list[Reading]]:
-    """Thresholds of ``layer`` and one reading per token, from the run's tables; the arrays are [n_tokens]."""
+    """Thresholds of ``layer`` and one reading per token, from the run's tables; the arrays are
+    [n_tokens].
+    """
     here = pc.field("layer") == layer
     row = tables["labels"].filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
     histogram = tables["histogram"].filter(here & ~pc.field("special"))
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))
-    ranks = at_or_below[np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")] / limits.n
-    quartiles = 1 + np.searchsorted(np.array([limits.q1, limits.q2, limits.q3]), strengths, side="right")
+    ranks = (
+        at_or_below[np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")]
+        / limits.n
+    )
+    quartiles = 1 + np.searchsorted(
+        np.array([limits.q1, limits.q2, limits.q3]), strengths, side="right"
+    )
     ours = pc.field("token_id").isin(np.unique(token_ids).tolist())
     usual = {
         (r["token_id"], r["class"] == "special"): Usual(r["n"], r["q2"], r["share_high"])
         for r in tables["vocabulary"].filter(here & ours).to_pylist()
     }
     return limits, [
-        Reading(layer, strength, None, None, None, usual.get((i, s))) if s
+        Reading(layer, strength, None, None, None, usual.get((i, s)))
+        if s
         else Reading(layer, strength, quartile, quartile == 4, rank, usual.get((i, s)))
         for i, s, strength, quartile, rank in zip(
-            token_ids.tolist(), special.tolist(), strengths.tolist(), quartiles.tolist(), ranks.tolist(), strict=True
+            token_ids.tolist(),
+            special.tolist(),
+            strengths.tolist(),
+            quartiles.tolist(),
+            ranks.tolist(),
+            strict=True,
         )
-    ]  # fmt: skip
+    ]
 
 
 def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -344,10 +452,15 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
         if key == "model" and theirs.get(key) != ours[key]:
             a, b = theirs.get(key) or {}, ours[key]
             parts = sorted(p for p in {*a, *b} if a.get(p) != b.get(p))
-            told = [f"{p} ({a.get(p)} in the run, {b[p]} here)" if p in model.MAKERS else p for p in parts]
+            told = [
+                f"{p} ({a.get(p)} in the run, {b[p]} here)" if p in model.MAKERS else p
+                for p in parts
+            ]
             differs.append(f"these parts of it differ: {', '.join(told)}")
         elif theirs.get(key) != ours.get(key):
-            differs.append(f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} here")
+            differs.append(
+                f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} here"
+            )
     return (
         f"the model at {name} is not the one of run {run}: {'; '.join(differs) or 'its run.json was edited'}. "
         "Strengths of two measures cannot be compared; give the run's model"
@@ -362,9 +475,15 @@ def _notes(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...]:
             f"The run was measured on {made_by['device']}, this text on {device} (both {dtype}): strengths differ in "
             f"their {digits} digit, and a token close to a threshold can lie on its other side."
         )
-    changed = [f"{k} {made_by.get(k)} then, {v} here" for k, v in model.VERSIONS.items() if made_by.get(k) != v]
+    changed = [
+        f"{k} {made_by.get(k)} then, {v} here"
+        for k, v in model.VERSIONS.items()
+        if made_by.get(k) != v
+    ]
     if changed:
-        notes.append(f"Libraries differ from the run's ({'; '.join(changed)}): last digits of strengths may, too.")
+        notes.append(
+            f"Libraries differ from the run's ({'; '.join(changed)}): last digits of strengths may, too."
+        )
     return tuple(notes)
 
 
@@ -373,7 +492,9 @@ def index_of(layers: tuple[int, ...], layer: int | None) -> int:
     if layer is None:
         return len(layers) - 1
     if layer not in layers:
-        raise ConfigError(f"layer {layer} was not recorded; the run has {', '.join(map(str, layers))}")
+        raise ConfigError(
+            f"layer {layer} was not recorded; the run has {', '.join(map(str, layers))}"
+        )
     return layers.index(layer)
 
 

@@ -1,4 +1,6 @@
-"""SQL that counts a run's tables once more from its rows, and shares nothing with what reduced them."""
+"""SQL that counts a run's tables once more from its rows, and shares nothing with what reduced
+them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from __future__ import annotations
 def thresholds_sql(layer: int) -> str:
     """SQL of a layer's thresholds from the rows; its parameter is the sink factor.
 
-    Quartiles are those of DuckDB's quantile_disc, which holds every row in memory: equal values are counted first.
+    Quartiles are those of DuckDB's quantile_disc, which holds every row in memory: equal values are
+    counted first.
     """
     return f"""
         WITH counted AS MATERIALIZED (
@@ -40,7 +43,9 @@ def thresholds_sql(layer: int) -> str:
 
 
 def vocabulary_sql(layer: int) -> str:
-    """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the rows."""
+    """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the
+    rows.
+    """
     strength = f"strength_{layer}"
     return f"""
         WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
@@ -56,11 +61,16 @@ def vocabulary_sql(layer: int) -> str:
 
 
 def neurons_sql(layer: int, high_only: bool) -> str:
-    """SQL of the neurons of a layer whose counts or extremes differ between ``neurons`` and the rows.
+    """SQL of the neurons of a layer whose counts or extremes differ between ``neurons`` and the
+    rows.
 
     Where all tokens have a row these are beside each other; of HIGH tokens alone none is special.
     """
-    rows = "FROM token_neurons" if high_only else "FROM token_neurons POSITIONAL JOIN tokens WHERE NOT is_special"
+    rows = (
+        "FROM token_neurons"
+        if high_only
+        else "FROM token_neurons POSITIONAL JOIN tokens WHERE NOT is_special"
+    )
     return f"""
         WITH stored AS (SELECT neuron, n, largest FROM neurons WHERE layer = {layer}),
         counted AS (

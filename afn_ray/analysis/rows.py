@@ -36,11 +36,23 @@ class Wrong(Exception):
 
 
 def check_rows(
-    tables: Mapping[str, pq.ParquetFile], commit: Commit, read: Shard, measure: Mapping[str, Any] | None
+    tables: Mapping[str, pq.ParquetFile],
+    commit: Commit,
+    read: Shard,
+    measure: Mapping[str, Any] | None,
 ) -> None:
     """Raises ``Wrong`` at the first promise that the rows of a shard break."""
     series, tagged = _check_schemas(tables, commit, measure)
-    columns = ["doc", "n_tokens", "n_windows", "n_chars", "n_replaced", "lost_bytes", "lost_documents", "status"]
+    columns = [
+        "doc",
+        "n_tokens",
+        "n_windows",
+        "n_chars",
+        "n_replaced",
+        "lost_bytes",
+        "lost_documents",
+        "status",
+    ]
     documents = tables["documents"].read([*columns, *(f"mean_{s.name}" for s in series)])
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
     counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
@@ -48,35 +60,52 @@ def check_rows(
         raise Wrong("", f"its counts are {wrong}, but the rows give {only(counts, wrong)}")
     planned = [piece.num_documents for piece in read.slices]
     if min(planned) >= 0 and not counts["quarantined"] and sum(planned) != counts["documents"]:
-        raise Wrong("documents", f"it has {counts['documents']} documents, but the slices read hold {sum(planned)}")
+        raise Wrong(
+            "documents",
+            f"it has {counts['documents']} documents, but the slices read hold {sum(planned)}",
+        )
     expected = list(summary.tables())
     if not tables["summary"].read().equals(pa.concat_tables(expected)):
         raise Wrong("summary", "it is not the summary of the tokens beside it")
     groups = [part for part in expected if len(part)]
     if tables["summary"].num_row_groups != len(groups):
-        raise Wrong("summary", f"it has {tables['summary'].num_row_groups} row groups, expected {len(groups)}")
+        raise Wrong(
+            "summary",
+            f"it has {tables['summary'].num_row_groups} row groups, expected {len(groups)}",
+        )
     if "neurons" in tables:
         pairs = _check_neurons(tables["tokens"], tables["neurons"], measure or {})
-        if not tables["pairs"].read().equals(pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])):
+        if (
+            not tables["pairs"]
+            .read()
+            .equals(pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()]))
+        ):
             raise Wrong("pairs", "it is not the sum of the neurons beside it")
 
 
 def _check_schemas(
     tables: Mapping[str, pq.ParquetFile], commit: Commit, measure: Mapping[str, Any] | None
 ) -> tuple[tuple[Series, ...], bool]:
-    """What was recorded, and whether with tags: by ``measure``, or where no run knows it as the tokens have it."""
+    """What was recorded, and whether with tags: by ``measure``, or where no run knows it as the
+    tokens have it.
+    """
     names = tables["tokens"].schema_arrow.names
     parts = [name.rpartition("_") for name in names]
     series = tuple(Series(signal, int(layer)) for signal, _, layer in parts if layer.isdecimal())
     offsets, tagged = "start" in names, "tag" in names
     layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     if measure is not None:
-        series, offsets, layers = series_of(measure), measure["offsets"], measure.get("neuron_layers", [])
+        series, offsets, layers = (
+            series_of(measure),
+            measure["offsets"],
+            measure.get("neuron_layers", []),
+        )
         tagged = "labels" in measure
     schemas = {
-        "tokens": tokens_schema(series, offsets, tagged), "documents": documents_schema(series),
+        "tokens": tokens_schema(series, offsets, tagged),
+        "documents": documents_schema(series),
         "summary": TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA,
-    }  # fmt: skip
+    }
     if layers:
         schemas |= {"neurons": token_neurons_schema(layers), "pairs": PAIRS_SCHEMA}
     if wrong := sorted(schemas.keys() ^ tables.keys()):
@@ -84,7 +113,10 @@ def _check_schemas(
     for table, file in tables.items():
         if not file.schema_arrow.equals(schemas[table]):
             differs = sorted({*map(str, file.schema_arrow)} ^ {*map(str, schemas[table])})
-            raise Wrong(table, f"its schema is not its measure's: {', '.join(differs) or 'the order of columns'}")
+            raise Wrong(
+                table,
+                f"its schema is not its measure's: {', '.join(differs) or 'the order of columns'}",
+            )
         if file.metadata.num_rows != (rows := commit.files[table].get("rows")):
             raise Wrong(table, f"it has {file.metadata.num_rows} rows, but its commit says {rows}")
     return series, tagged
@@ -109,14 +141,22 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
         raise Wrong("documents", f"doc is not 0 to {len(documents) - 1}, each once and in order")
     if (wrong := (n_tokens > 0) == (empty | quarantined)).any():
         doc = int(np.argmax(wrong))
-        raise Wrong("documents", f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}")
+        raise Wrong(
+            "documents", f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}"
+        )
     if (total := int(n_tokens.sum())) != num_tokens:
-        raise Wrong("tokens", f"it has {num_tokens} rows, but the documents have {total} tokens together")
+        raise Wrong(
+            "tokens", f"it has {num_tokens} rows, but the documents have {total} tokens together"
+        )
     return {
-        "documents": len(documents), "empty": int(empty.sum()), "quarantined": int(quarantined.sum()),
-        "tokens": total, "windows": int(documents["n_windows"].to_numpy().sum()),
-        "chars": int(documents["n_chars"].to_numpy().sum()), **_check_losses(documents),
-    }  # fmt: skip
+        "documents": len(documents),
+        "empty": int(empty.sum()),
+        "quarantined": int(quarantined.sum()),
+        "tokens": total,
+        "windows": int(documents["n_windows"].to_numpy().sum()),
+        "chars": int(documents["n_chars"].to_numpy().sum()),
+        **_check_losses(documents),
+    }
 
 
 def _check_losses(documents: pa.Table) -> dict[str, int]:
@@ -126,25 +166,37 @@ def _check_losses(documents: pa.Table) -> dict[str, int]:
     known = pc.fill_null(documents["lost_documents"], 0).to_numpy()
     status = documents["status"].cast(pa.string())
     whole = ~pc.starts_with(status, "quarantined").to_numpy() & (lost_bytes == 0)
-    wrong = (np.minimum(np.minimum(replaced, lost_bytes), known) < 0) | (whole & (unknown | (known > 0)))
+    wrong = (np.minimum(np.minimum(replaced, lost_bytes), known) < 0) | (
+        whole & (unknown | (known > 0))
+    )
     if wrong.any():
         doc = int(np.argmax(wrong))
         names = ("status", "n_replaced", "lost_bytes", "lost_documents")
-        raise Wrong("documents", f"doc {doc} has {documents.slice(doc, 1).select(names).to_pylist()[0]}")
+        raise Wrong(
+            "documents", f"doc {doc} has {documents.slice(doc, 1).select(names).to_pylist()[0]}"
+        )
     return {
-        "replaced": int(replaced.sum()), "lost_bytes": int(lost_bytes.sum()),
-        "lost_documents": int(known.sum()), "lost_unknown": int(unknown.sum()),
-    }  # fmt: skip
+        "replaced": int(replaced.sum()),
+        "lost_bytes": int(lost_bytes.sum()),
+        "lost_documents": int(known.sum()),
+        "lost_unknown": int(unknown.sum()),
+    }
 
 
 def _check_tokens(
     file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series], tagged: bool
-) -> tuple[int, Summary]:  # fmt: skip
+) -> tuple[int, Summary]:
     """The number of special tokens in ``file``, and the summary of all."""
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
     num_special, summary = 0, Summary(series, tagged)
-    columns = ["position", "token_id", "flags", *(["tag"] if tagged else []), *(s.name for s in series)]
+    columns = [
+        "position",
+        "token_id",
+        "flags",
+        *(["tag"] if tagged else []),
+        *(s.name for s in series),
+    ]
     for first, part in records.whole_documents(file, ends, columns):
         rows = np.arange(first, first + len(part))
         docs = np.searchsorted(ends, rows, side="right")
@@ -153,9 +205,10 @@ def _check_tokens(
             if (wrong := got != expected).any():
                 row = int(np.argmax(wrong))
                 raise Wrong(
-                    "tokens", f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token is lost, "
+                    "tokens",
+                    f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token is lost, "
                     "doubled or out of place",
-                )  # fmt: skip
+                )
         flags = part["flags"].to_numpy()
         normal = (flags & SPECIAL) == 0
         num_special += int((~normal).sum())
@@ -165,7 +218,10 @@ def _check_tokens(
             unchanged = round_strengths(values).view(np.uint32) == values.view(np.uint32)
             if (wrong := ~(np.isfinite(values) & (values >= 0) & unchanged)).any():
                 row = int(np.argmax(wrong))
-                raise Wrong("tokens", f"row {first + row}: {one.name} is {values[row]}, which is never recorded")
+                raise Wrong(
+                    "tokens",
+                    f"row {first + row}: {one.name} is {values[row]}, which is never recorded",
+                )
             sums = np.bincount(docs_here, values[normal].astype(np.float64), last - docs[0])
             with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
                 expected = sums / np.bincount(docs_here, minlength=last - docs[0])
@@ -183,33 +239,56 @@ def _check_tokens(
 
 def _check_neurons(
     tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Mapping[str, Any]
-) -> neurons.PairSummary:  # fmt: skip
-    """The pairs of ``lists``, once these are shown to be of the tokens of which they should be, and in order."""
+) -> neurons.PairSummary:
+    """The pairs of ``lists``, once these are shown to be of the tokens of which they should be, and
+    in order.
+    """
     layers = _neuron_layers(lists)
     above = dict(zip(layers, measure.get("neurons_above", []), strict=False))
     pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
     for batch in tokens.iter_batches(
-        records.BATCH_ROWS, columns=["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
+        records.BATCH_ROWS,
+        columns=["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)],
     ):
         flags = batch["flags"].to_numpy()
-        high = {k: ((flags & SPECIAL) == 0) & (batch[f"strength_{k}"].to_numpy() >= q3) for k, q3 in above.items()}
-        which = np.flatnonzero(np.any(list(high.values()), axis=0)) if above else np.arange(len(batch))
+        high = {
+            k: ((flags & SPECIAL) == 0) & (batch[f"strength_{k}"].to_numpy() >= q3)
+            for k, q3 in above.items()
+        }
+        which = (
+            np.flatnonzero(np.any(list(high.values()), axis=0)) if above else np.arange(len(batch))
+        )
         part = rows.take(len(which))
         for column in ("doc", "position"):
             expected = batch[column].to_numpy()[which]
             if len(part) < len(which) or (part[column].to_numpy() != expected).any():
-                raise Wrong("neurons", f"its rows from {at} on are not of the tokens that should have neurons")
+                raise Wrong(
+                    "neurons",
+                    f"its rows from {at} on are not of the tokens that should have neurons",
+                )
         for k in layers:
             column = part[neurons_column(k)].combine_chunks()
-            items, lengths = column.flatten(), pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-            if k in above and not np.array_equal(column.is_valid().to_numpy(zero_copy_only=False), high[k][which]):
-                raise Wrong("neurons", f"rows from {at} on: not the tokens HIGH at layer {k} have its neurons")
+            items, lengths = (
+                column.flatten(),
+                pc.fill_null(pc.list_value_length(column), 0).to_numpy(),
+            )
+            if k in above and not np.array_equal(
+                column.is_valid().to_numpy(zero_copy_only=False), high[k][which]
+            ):
+                raise Wrong(
+                    "neurons",
+                    f"rows from {at} on: not the tokens HIGH at layer {k} have its neurons",
+                )
             values = np.abs(items.field("value").to_numpy())
             rises = np.diff(values, prepend=np.inf) > 0
             rises[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
             wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
-            if wrong.any() or lengths.max(initial=0) > measure.get("top_neurons", lengths.max(initial=0)):
-                raise Wrong("neurons", f"rows from {at} on: values at layer {k} that are never recorded")
+            if wrong.any() or lengths.max(initial=0) > measure.get(
+                "top_neurons", lengths.max(initial=0)
+            ):
+                raise Wrong(
+                    "neurons", f"rows from {at} on: values at layer {k} that are never recorded"
+                )
         pairs.add(batch["token_id"].to_numpy()[which], flags[which], part)
         at += len(which)
     if len(rows.take(1)):

@@ -22,7 +22,18 @@ from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.tables import shards_table
 from afn_ray.schema import Shard, fingerprint
-from afn_ray.store import blocks, checksums, epochs, layout, manifest, orphans, parquet, records, shard_files, storage
+from afn_ray.store import (
+    blocks,
+    checksums,
+    epochs,
+    layout,
+    manifest,
+    orphans,
+    parquet,
+    records,
+    shard_files,
+    storage,
+)
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
@@ -42,9 +53,9 @@ Ints = npt.NDArray[np.int64]
 class Finding:
     """One thing that is not as it was committed.
 
-    ``kind``: "missing" (a file), "damaged" (bytes that are not those written), "misplaced" (another measure's,
-    shard's, attempt's or run's), "plan" (reads a part of the corpus twice or never), "rows" (of a shard), "tables" (of
-    a run, against its shards).
+    ``kind``: "missing" (a file), "damaged" (bytes that are not those written), "misplaced" (another
+    measure's, shard's, attempt's or run's), "plan" (reads a part of the corpus twice or never),
+    "rows" (of a shard), "tables" (of a run, against its shards).
     """
 
     kind: str
@@ -59,10 +70,14 @@ class Verification:
     uri: str
     findings: tuple[Finding, ...]  # in the order of their URIs; none: all is as it was committed
     orphans: tuple[Orphan, ...]
-    foreign: tuple[str, ...]  # URIs of files in the store that afn-ray never writes there; they are left alone
+    foreign: tuple[
+        str, ...
+    ]  # URIs of files in the store that afn-ray never writes there; they are left alone
     incomplete: tuple[str, ...]  # URIs of runs that have not ended; no damage
     condemned: tuple[str, ...]  # URIs of runs that a gc gave up and has not removed yet; no damage
-    unproved: tuple[str, ...]  # URIs of complete runs whose tables could not be shown to be right, for what was found
+    unproved: tuple[
+        str, ...
+    ]  # URIs of complete runs whose tables could not be shown to be right, for what was found
     num_shards: int  # committed
     num_files: int  # of shards and runs
     num_bytes: int
@@ -84,15 +99,21 @@ class _Checked:
 
 
 def verify_store(
-    uri: str, *, clean: bool = False, min_age_h: float = 24.0, memory_limit: str = "2GB",
+    uri: str,
+    *,
+    clean: bool = False,
+    min_age_h: float = 24.0,
+    memory_limit: str = "2GB",
     on_progress: OnProgress = lambda message: None,
-) -> Verification:  # fmt: skip
-    """Check all committed shards and complete runs of the store at ``uri``, or one run and its shards.
+) -> Verification:
+    """Check all committed shards and complete runs of the store at ``uri``, or one run and its
+    shards.
 
-    Every file is read once, a few shards at a time. ``clean`` removes orphans: at once where a commit or a run.json
-    keeps all others from being used, and those of a shard that no run plans when they are older than ``min_age_h``
-    hours; those of a shard that a run is about to do stay. ``memory_limit`` is DuckDB's. Damage is returned, not
-    raised. Raises ``StoreError`` when there is neither a store nor a run, ``Interrupted`` when it does not answer.
+    Every file is read once, a few shards at a time. ``clean`` removes orphans: at once where a
+    commit or a run.json keeps all others from being used, and those of a shard that no run plans
+    when they are older than ``min_age_h`` hours; those of a shard that a run is about to do stay.
+    ``memory_limit`` is DuckDB's. Damage is returned, not raised. Raises ``StoreError`` when there
+    is neither a store nor a run, ``Interrupted`` when it does not answer.
     """
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
@@ -102,7 +123,9 @@ def verify_store(
     if not name or "/" in name or not {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
         store = uri
     if store == uri and not {"runs", "shards"} & {*storage.list_names(uri)}:
-        raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+        raise StoreError(
+            f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
+        )
     findings: list[Finding] = []
     dead: list[str] = []
     if store == uri:
@@ -121,7 +144,9 @@ def verify_store(
         planned = {(run.measure_id, shard.id) for shard in run.shards}
         there = layout.sort_files(store, storage.list_below(uri))
         if planned:
-            shards = layout.sort_files(store, storage.list_below(storage.join(store, "shards", run.measure_id))).shards
+            shards = layout.sort_files(
+                store, storage.list_below(storage.join(store, "shards", run.measure_id))
+            ).shards
             there.shards = {place: files for place, files in shards.items() if place in planned}
         epoch = _newest_epoch(store, findings)
     files = there.shards
@@ -130,14 +155,21 @@ def verify_store(
     lists: dict[Place, list[str]] = {}  # complete runs by what they list
     for run in runs:
         for shard in run.shards if run.complete else ():
-            lists.setdefault((run.measure_id, shard.id), []).append(storage.join(run.folder.uri, "run.json"))
+            lists.setdefault((run.measure_id, shard.id), []).append(
+                storage.join(run.folder.uri, "run.json")
+            )
 
     generations = epoch.generations()
 
     def check(place: Place) -> _Checked:
         redo = _redo_shard(shard_files.shard_uri(store, *place), lists.get(place, []))
         return _check_shard(
-            store, place, files[place], measures.get(place[0]), generations.get(place, epoch.number), redo
+            store,
+            place,
+            files[place],
+            measures.get(place[0]),
+            generations.get(place, epoch.number),
+            redo,
         )
 
     checked: dict[Place, _Checked] = {}
@@ -155,7 +187,9 @@ def verify_store(
     plans = Plans()
     for run in runs:
         if run.shards:
-            plans.add(run.folder.id, {(run.measure_id, s.id) for s in run.shards}, complete=run.complete)
+            plans.add(
+                run.folder.id, {(run.measure_id, s.id) for s in run.shards}, complete=run.complete
+            )
     loose = [age.orphan(file) for file in there.probes]
     loose += _of_shards(store, checked, epoch, plans, age)
     for run in runs:
@@ -164,13 +198,20 @@ def verify_store(
         loose = orphans.cleaned(store, loose, plans, age)
     done = [one for one in checked.values() if one.commits]
     return Verification(
-        uri, tuple(sorted(findings, key=lambda f: f.uri)), tuple(loose), tuple(there.foreign),
-        tuple(r.folder.uri for r in runs if not r.complete), tuple(sorted(dead)),
-        tuple(r.folder.uri for r in runs if r.complete and not r.proved), len(done),
+        uri,
+        tuple(sorted(findings, key=lambda f: f.uri)),
+        tuple(loose),
+        tuple(there.foreign),
+        tuple(r.folder.uri for r in runs if not r.complete),
+        tuple(sorted(dead)),
+        tuple(r.folder.uri for r in runs if r.complete and not r.proved),
+        len(done),
         sum(one.num_files for one in done) + sum(r.num_files for r in runs),
         sum(one.num_bytes for one in done) + sum(r.num_bytes for r in runs),
-        sum(one.num_rows for one in done), sum(r.proved for r in runs), time.monotonic() - began,
-    )  # fmt: skip
+        sum(one.num_rows for one in done),
+        sum(r.proved for r in runs),
+        time.monotonic() - began,
+    )
 
 
 def _is_condemned(store: str, name: str) -> bool:
@@ -199,12 +240,16 @@ def _of_shards(
     generations = epoch.generations()
     for place, one in checked.items():
         generation = generations.get(place, epoch.number)
-        may = orphans.may_remove(place, generation, committed=generation in one.commits, plans=plans)
+        may = orphans.may_remove(
+            place, generation, committed=generation in one.commits, plans=plans
+        )
         yield from (age.orphan(file, may) for file in one.unnamed)
 
 
 def _redo_shard(folder: str, runs: Sequence[str]) -> str:
-    """What to do about a shard that is not as it was committed; ``runs`` are the run.json that list it."""
+    """What to do about a shard that is not as it was committed; ``runs`` are the run.json that list
+    it.
+    """
     others = f" and {len(runs) - 3} more that list the shard" if len(runs) > 3 else ""
     return f"delete {' and '.join([folder, *runs[:3]])}{others}, then give 'afn run' again: it is done anew"
 
@@ -214,12 +259,19 @@ def _check_pilot(store: str, name: str) -> Iterator[Finding]:
     try:
         manifest.read_pilot(store, name.removesuffix(".json"))
     except StoreError as error:
-        yield Finding("damaged", uri, f"{_without(error, uri)}; delete it, and the next run decides anew")
+        yield Finding(
+            "damaged", uri, f"{_without(error, uri)}; delete it, and the next run decides anew"
+        )
 
 
 def _without(error: StoreError, uri: str) -> str:
     """The message of ``error``, which a finding prints behind ``uri``; and this is 'afn verify'."""
-    return str(error).removeprefix(f"{uri} ").removeprefix("is damaged: ").removesuffix(checksums.ASK_VERIFY)
+    return (
+        str(error)
+        .removeprefix(f"{uri} ")
+        .removeprefix("is damaged: ")
+        .removesuffix(checksums.ASK_VERIFY)
+    )
 
 
 def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Finding | None]:
@@ -231,22 +283,33 @@ def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Findi
     if data is None:
         return b"", Finding("missing", uri, f"there is no such file; {advice}")
     if len(data) != entry.get("bytes"):
-        return data, Finding("damaged", uri, f"it has {len(data)} bytes, expected {entry.get('bytes')}; {advice}")
+        return data, Finding(
+            "damaged", uri, f"it has {len(data)} bytes, expected {entry.get('bytes')}; {advice}"
+        )
     if (got := hashlib.sha256(data).hexdigest()) != entry.get("sha256"):
-        return data, Finding("damaged", uri, f"its SHA-256 is {got}, expected {entry.get('sha256')}; {advice}")
+        return data, Finding(
+            "damaged", uri, f"its SHA-256 is {got}, expected {entry.get('sha256')}; {advice}"
+        )
     return data, None
 
 
-# --- shards ----------------------------------------------------------------------------------------------
+# --- shards
+# ----------------------------------------------------------------------------------------------
 
 
 def _check_shard(
-    store: str, place: Place, files: Sequence[storage.StoredFile], measure: Mapping[str, Any] | None,
-    generation: int, redo: str,
-) -> _Checked:  # fmt: skip
-    """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no run knows it.
+    store: str,
+    place: Place,
+    files: Sequence[storage.StoredFile],
+    measure: Mapping[str, Any] | None,
+    generation: int,
+    redo: str,
+) -> _Checked:
+    """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no
+    run knows it.
 
-    ``generation``: the one that counts; ``redo``: what to do about it when it is not as it was committed.
+    ``generation``: the one that counts; ``redo``: what to do about it when it is not as it was
+    committed.
     """
     checked = _Checked()
     folder = shard_files.shard_uri(store, *place)
@@ -254,12 +317,18 @@ def _check_shard(
         names = {file.uri.rpartition("/")[2]: file for file in files}
         generations = {n for name in names if (n := layout.generation_of(name)) is not None}
         found = {}
-        for number in sorted({*generations, max(0, generation)}):  # the one that counts may have come since
+        for number in sorted(
+            {*generations, max(0, generation)}
+        ):  # the one that counts may have come since
             name = layout.commit_name(number)
             try:
                 committed = shard_files.read_committed(store, *place, number)
-                blocks_of = {} if committed is None else shard_files.committed_blocks(store, *place, number)
-            except StoreError as error:  # nobody can say which files it named, so none of them is an orphan
+                blocks_of = (
+                    {} if committed is None else shard_files.committed_blocks(store, *place, number)
+                )
+            except (
+                StoreError
+            ) as error:  # nobody can say which files it named, so none of them is an orphan
                 uri = storage.join(folder, name)
                 checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
                 return checked
@@ -273,15 +342,22 @@ def _check_shard(
             _check_commit(checked, uri, one, (place[0], measure), redo)
         checked.unnamed = [file for name, file in names.items() if name not in named]
     except checksums.DAMAGES as error:
-        checked.findings.append(Finding("damaged", folder, f"it is not what afn-ray writes: {error!r}; {redo}"))
+        checked.findings.append(
+            Finding("damaged", folder, f"it is not what afn-ray writes: {error!r}; {redo}")
+        )
     return checked
 
 
 def _check_commit(
-    checked: _Checked, uri: str, committed: tuple[Commit, Shard, Mapping[str, Blocks]],
-    of: tuple[str, Mapping[str, Any] | None], redo: str,
-) -> None:  # fmt: skip
-    """Add to ``checked`` what is wrong with the commit at ``uri`` and its files. ``of``: the measure's id, and it."""
+    checked: _Checked,
+    uri: str,
+    committed: tuple[Commit, Shard, Mapping[str, Blocks]],
+    of: tuple[str, Mapping[str, Any] | None],
+    redo: str,
+) -> None:
+    """Add to ``checked`` what is wrong with the commit at ``uri`` and its files. ``of``: the
+    measure's id, and it.
+    """
     commit, read, listed = committed
     folder = uri.rpartition("/")[0]
     findings: list[Finding] = []
@@ -292,10 +368,19 @@ def _check_commit(
     tables: dict[str, pq.ParquetFile] = {}
     for table, entry in commit.files.items():
         file_uri = storage.join(folder, str(entry["name"]))
-        origin = {"measure": of[0], "shard": commit.shard, "attempt": commit.attempt, "table": table}
+        origin = {
+            "measure": of[0],
+            "shard": commit.shard,
+            "attempt": commit.attempt,
+            "table": table,
+        }
         data, finding = _read(file_uri, entry, redo)
-        if finding is None and listed.get(str(entry["name"])) != Blocks(len(data), blocks.checksums(data)):
-            finding = Finding("damaged", file_uri, f"its blocks do not have the CRC-32 that {uri} lists; {redo}")
+        if finding is None and listed.get(str(entry["name"])) != Blocks(
+            len(data), blocks.checksums(data)
+        ):
+            finding = Finding(
+                "damaged", file_uri, f"its blocks do not have the CRC-32 that {uri} lists; {redo}"
+            )
         checked.num_files, checked.num_bytes = checked.num_files + 1, checked.num_bytes + len(data)
         if finding is None:
             try:
@@ -320,10 +405,13 @@ def _check_commit(
         file_uri = storage.join(folder, str(commit.files[table]["name"])) if table else uri
         checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
-        checked.findings.append(Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}"))
+        checked.findings.append(
+            Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}")
+        )
 
 
-# --- runs ------------------------------------------------------------------------------------------------
+# --- runs
+# ------------------------------------------------------------------------------------------------
 
 
 class _Run:
@@ -340,7 +428,9 @@ class _Run:
         uri = self.folder.uri
         self._redo = f"delete {uri}/run.json and give its 'afn run' command again: it reduces anew"
         self._begin_again = f"delete {uri} and give 'afn run' again"
-        self._run_json, self._plan = (storage.join(uri, file) for file in ("run.json", "plan.parquet"))
+        self._run_json, self._plan = (
+            storage.join(uri, file) for file in ("run.json", "plan.parquet")
+        )
         self.complete = storage.exists(self._run_json)
         if not storage.exists(self._plan):
             if self.complete:
@@ -355,9 +445,18 @@ class _Run:
             manifest.is_audited(self.folder)
         except StoreError as error:
             mark = storage.join(uri, "audited.json")
-            self._find("damaged", mark, _without(error, mark), "delete it: the next audit judges the run's step again")
+            self._find(
+                "damaged",
+                mark,
+                _without(error, mark),
+                "delete it: the next audit judges the run's step again",
+            )
         for name, entry in self.folder.info.get("tables", {}).items():
-            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or "/" in entry["name"]:
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("name"), str)
+                or "/" in entry["name"]
+            ):
                 self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
                 continue
             advice = self._begin_again if name == "plan" else self._redo
@@ -385,7 +484,9 @@ class _Run:
     def _check_plan(self) -> None:
         for shard, times in Counter(s.id for s in self.shards).items():
             if times > 1:
-                self._find("plan", self._plan, f"it lists shard {shard} {times} times", self._begin_again)
+                self._find(
+                    "plan", self._plan, f"it lists shard {shard} {times} times", self._begin_again
+                )
         if self.findings:
             return
         slices = sorted((p for s in self.shards for p in s.slices), key=lambda p: (p.uri, p.start))
@@ -402,7 +503,9 @@ class _Run:
                 self._find("plan", self._plan, message, self._begin_again)
 
     def orphans(self, files: Iterable[storage.StoredFile], age: Age) -> Iterator[Orphan]:
-        """Those of ``files``, which lie in the run's folder, that it does not name; none before it is complete."""
+        """Those of ``files``, which lie in the run's folder, that it does not name; none before it
+        is complete.
+        """
         if not self.folder.info:
             return
         named = orphans.names_of(self.folder)
@@ -412,11 +515,17 @@ class _Run:
                 yield age.orphan(file, True)
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
-        """Compare the complete run with its shards. Damage of a shard is told there, and leaves the run unproved."""
+        """Compare the complete run with its shards. Damage of a shard is told there, and leaves the
+        run unproved.
+        """
         try:
             self._check(checked, memory_limit)
         except (StoreError, *checksums.DAMAGES) as error:
-            told = str(error) if isinstance(error, StoreError) else f"it is not what afn-ray writes: {error!r}"
+            told = (
+                str(error)
+                if isinstance(error, StoreError)
+                else f"it is not what afn-ray writes: {error!r}"
+            )
             self._find("tables", self.folder.uri, told)
             self.proved = False
 
@@ -429,11 +538,17 @@ class _Run:
             self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}")
         measure = {k: v for k, v in info["measure"].items() if k != "id"}
         if given_up - {s.id for s in self.shards}:
-            self._find("tables", self._run_json, "it names quarantined shards that its plan does not have")
+            self._find(
+                "tables", self._run_json, "it names quarantined shards that its plan does not have"
+            )
         if measure != self.measure or info["measure"].get("id") != self.measure_id:
-            self._find("misplaced", self._run_json, f"its measure is not {self.measure_id} of its plan")
+            self._find(
+                "misplaced", self._run_json, f"its measure is not {self.measure_id} of its plan"
+            )
         if info["layers"] != self.measure["layers"]:
-            self._find("tables", self._run_json, f"layers are {info['layers']}, not those of its measure")
+            self._find(
+                "tables", self._run_json, f"layers are {info['layers']}, not those of its measure"
+            )
         kept = [s for s in self.shards if s.id not in given_up]
         found = [checked.get((self.measure_id, s.id)) for s in kept]
         commits = []
@@ -441,14 +556,23 @@ class _Run:
         for shard, one in zip(kept, found, strict=True):
             if one is not None and one.commits:
                 folder = f"shards/{self.measure_id}/{shard.id}"
-                theirs = [c for c in one.commits.values() if f"{folder}/{c.files['tokens']['name']}" in named]
+                theirs = [
+                    c
+                    for c in one.commits.values()
+                    if f"{folder}/{c.files['tokens']['name']}" in named
+                ]
                 commits.append(theirs[0] if theirs else one.commits[max(one.commits)])
             elif one is None or not one.findings:
-                uri = storage.join(shard_files.shard_uri(self.folder.store, self.measure_id, shard.id), "commit.json")
+                uri = storage.join(
+                    shard_files.shard_uri(self.folder.store, self.measure_id, shard.id),
+                    "commit.json",
+                )
                 self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
         if self.findings or any(one is None or one.findings for one in found):
             return
-        if totals := _wrong_totals(info["counts"], commits, [s for s in self.shards if s.id in given_up]):
+        if totals := _wrong_totals(
+            info["counts"], commits, [s for s in self.shards if s.id in given_up]
+        ):
             self._find("tables", self._run_json, totals)
         num_bytes = [s.num_bytes for s in kept]
         try:
@@ -458,7 +582,9 @@ class _Run:
             if not self.findings:
                 self._ask_duckdb(memory_limit, sum(c.counts["tokens"] for c in commits))
             if not self.findings:
-                self._compare(self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"]), stored)
+                self._compare(
+                    self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"]), stored
+                )
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
@@ -481,24 +607,41 @@ class _Run:
                 self._find("tables", self._table_uri(name), differs)
 
     def _reduced(
-        self, commits: Sequence[Commit], num_bytes: Sequence[int], vocabulary: pa.Table, files: pa.Table
+        self,
+        commits: Sequence[Commit],
+        num_bytes: Sequence[int],
+        vocabulary: pa.Table,
+        files: pa.Table,
     ) -> dict[str, pa.Table]:
-        """The run's tables anew: reduced from the summaries, which were proved to be those of the rows, and screened.
+        """The run's tables anew: reduced from the summaries, which were proved to be those of the
+        rows, and screened.
 
-        The tokenizer and the word lists that name and sort types may not be here, or be newer: ``token``, ``text``
-        and ``class`` are taken from the stored ``vocabulary``, and have only its checksum to speak for them; classes
-        that are tags are recomputed. Which files were left out of the corpus is taken from the stored ``files``.
+        The tokenizer and the word lists that name and sort types may not be here, or be newer:
+        ``token``, ``text`` and ``class`` are taken from the stored ``vocabulary``, and have only
+        its checksum to speak for them; classes that are tags are recomputed. Which files were left
+        out of the corpus is taken from the stored ``files``.
         """
         ids = vocabulary["token_id"].to_pylist()
         pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
-        for at, token, text in zip(ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True):
+        for at, token, text in zip(
+            ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True
+        ):
             pieces[at], readable[at] = token, text
         tables = tree.reduce_run(
-            self.folder.store, self.measure_id, commits, rows.series_of(self.measure), pieces=pieces, readable=readable,
-            language=self._config["language"], sink_factor=self._config["sink_factor"], num_bytes=num_bytes,
-            frozen=self._frozen, neuron_layers=self.measure.get("neuron_layers", []),
-            high_neurons="neurons_above" in self.measure, tagged=(tagged := "labels" in self.measure),
-        )  # fmt: skip
+            self.folder.store,
+            self.measure_id,
+            commits,
+            rows.series_of(self.measure),
+            pieces=pieces,
+            readable=readable,
+            language=self._config["language"],
+            sink_factor=self._config["sink_factor"],
+            num_bytes=num_bytes,
+            frozen=self._frozen,
+            neuron_layers=self.measure.get("neuron_layers", []),
+            high_neurons="neurons_above" in self.measure,
+            tagged=(tagged := "labels" in self.measure),
+        )
         at = tables["vocabulary"].column_names.index("class")
         if not tagged:
             tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
@@ -508,60 +651,86 @@ class _Run:
             ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))
             column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
             at = others.column_names.index("class")
-            tables["signal_vocabulary"] = others.set_column(at, "class", pa.array(column, pa.string()))
+            tables["signal_vocabulary"] = others.set_column(
+                at, "class", pa.array(column, pa.string())
+            )
         tables["files"] = losses.files_table(
-            self.folder.store, self.measure_id, commits, shards=self.shards, skipped=losses.skipped_files(files)
+            self.folder.store,
+            self.measure_id,
+            commits,
+            shards=self.shards,
+            skipped=losses.skipped_files(files),
         )
         if self._config.get("screen"):
             tables |= screen.scan_run(
-                self.folder.store, self.measure_id, commits, self.measure["layers"], shards=self.shards,
-                labels=tables["frozen" if self._frozen else "thresholds"], files=tables["files"],
-                vocabulary=tables["vocabulary"], readable=readable, worst=self._config["screen"],
-            )  # fmt: skip
+                self.folder.store,
+                self.measure_id,
+                commits,
+                self.measure["layers"],
+                shards=self.shards,
+                labels=tables["frozen" if self._frozen else "thresholds"],
+                files=tables["files"],
+                vocabulary=tables["vocabulary"],
+                readable=readable,
+                worst=self._config["screen"],
+            )
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
-        """Thresholds and counts once more, from the rows, in SQL that shares nothing with ``reduce``."""
+        """Thresholds and counts once more, from the rows, in SQL that shares nothing with
+        ``reduce``.
+        """
         with database.open_run(
             self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
-        ) as run:  # fmt: skip
+        ) as run:
             ((got,),) = run.sql("SELECT count(*) FROM tokens").fetchall()
             if got != n_tokens:
-                self._find("tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}")
+                self._find(
+                    "tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}"
+                )
                 return
             for layer in self.measure["layers"]:
                 recomputed = run.sql(
                     recount.thresholds_sql(layer), [float(self._config["sink_factor"])]
                 ).to_arrow_table()
                 names = ", ".join(recomputed.column_names)
-                stored = run.sql(f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population")  # noqa: S608
+                stored = run.sql(
+                    f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population"  # noqa: S608
+                )
                 if differs := _difference(stored.to_arrow_table(), recomputed):
                     self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
                 elif wrong := run.sql(recount.vocabulary_sql(layer)).fetchall():
                     self._find(
-                        "tables", self._table_uri("vocabulary"),
+                        "tables",
+                        self._table_uri("vocabulary"),
                         f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the tokens, not in both; "
                         f"the first is of token_id {wrong[0][0]}",
-                    )  # fmt: skip
+                    )
             for layer in self.measure.get("neuron_layers", []):
                 high_only = "neurons_above" in self.measure
                 if wrong := run.sql(recount.neurons_sql(layer, high_only)).fetchall():
                     self._find(
-                        "tables", self._table_uri("neurons"),
+                        "tables",
+                        self._table_uri("neurons"),
                         f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the neurons, not in both; "
                         f"the first is of neuron {wrong[0][0]}",
-                    )  # fmt: skip
+                    )
 
 
 def _wrong_totals(
     stored: Mapping[str, Any], commits: Sequence[Commit], given_up: Sequence[Shard]
-) -> str:  # fmt: skip
-    """How the counts of a run.json differ from the sums over its commits and the shards that it gave up; empty where
-    they do not."""
+) -> str:
+    """How the counts of a run.json differ from the sums over its commits and the shards that it
+    gave up; empty where they do not.
+    """
     totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
     expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
     wrong = {k: stored.get(k) for k, n in expected.items() if stored.get(k) != n}
-    return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}" if wrong else ""
+    return (
+        f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
+        if wrong
+        else ""
+    )
 
 
 def _difference(stored: pa.Table, expected: pa.Table) -> str:
@@ -573,30 +742,39 @@ def _difference(stored: pa.Table, expected: pa.Table) -> str:
     for name in expected.column_names:
         ours, theirs = expected[name], stored[name]
         if pa.types.is_floating(ours.type) and ours.null_count == theirs.null_count:
-            wrong = ~np.isclose(theirs.to_numpy(), ours.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True)
+            wrong = ~np.isclose(
+                theirs.to_numpy(), ours.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True
+            )
         elif theirs.equals(ours):
             continue
         else:
-            wrong = np.array([a != b for a, b in zip(theirs.to_pylist(), ours.to_pylist(), strict=True)])
+            wrong = np.array(
+                [a != b for a, b in zip(theirs.to_pylist(), ours.to_pylist(), strict=True)]
+            )
         if wrong.any():
             row = int(np.argmax(wrong))
             return f"row {row}: {name} is {theirs[row]}, but its shards give {ours[row]}"
     return ""
 
 
-# --- what is shown ---------------------------------------------------------------------------------------
+# --- what is shown
+# ---------------------------------------------------------------------------------------
 
 
 def lines(v: Verification) -> Iterator[str]:
-    """One line per finding, orphan and run that could not be checked, and a last one that says what was."""
+    """One line per finding, orphan and run that could not be checked, and a last one that says what
+    was.
+    """
     for finding in v.findings:
         yield f"{finding.kind:<10}  {finding.uri}: {finding.message}"
     for orphan in v.orphans:
         state = (
-            "removed" if orphan.removed
-            else "nothing names it; --clean removes it" if orphan.removable
+            "removed"
+            if orphan.removed
+            else "nothing names it; --clean removes it"
+            if orphan.removable
             else "somebody may be at work on it"
-        )  # fmt: skip
+        )
         yield f"orphan      {orphan.uri}: {orphan.num_bytes:,} bytes, {orphan.age_s / 3600:.1f} h old; {state}"
     for uri in v.foreign:
         yield f"foreign     {uri}: afn-ray does not write such a file; it is left alone"

@@ -28,7 +28,9 @@ VARIANTS = {
     "job": "afn-ray: JSONL files -> Parquet, committed; workers loaded and shards planned, as within a long run",
 }
 TOKENS_PER_WORKER = {"cpu": 16_300, "cuda": 1_000_000}
-"""On a CPU a little less than eight batches of 2,048: one that is partly filled weighs more here than in a long run."""
+"""On a CPU a little less than eight batches of 2,048: one that is partly filled weighs more here
+than in a long run.
+"""
 PIPED_COLUMNS = 100
 BUILT_IN = "BERT-base shape, random weights"
 
@@ -36,107 +38,214 @@ BUILT_IN = "BERT-base shape, random weights"
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of ``afn bench``."""
     commands = parser.add_subparsers(
-        required=True, metavar="WHAT", dest="what",
+        required=True,
+        metavar="WHAT",
+        dest="what",
         help="demo, engine, monitor, rate, reduce, safety, screen, signals, simulate or sql",
-    )  # fmt: skip
+    )
     demo = commands.add_parser(
-        "demo", allow_abbrev=False, help="time, memory and bytes per token of 'afn demo', and the same command again",
+        "demo",
+        allow_abbrev=False,
+        help="time, memory and bytes per token of 'afn demo', and the same command again",
         description="Every repetition starts a fresh store in a temporary folder.",
-    )  # fmt: skip
+    )
     demo.add_argument("--workers", type=int, metavar="N", help="workers (default: one per core)")
     demo.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     engine = commands.add_parser(
-        "engine", allow_abbrev=False, help="tokens per second of this engine and of what users write, interleaved",
+        "engine",
+        allow_abbrev=False,
+        help="tokens per second of this engine and of what users write, interleaved",
         description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
         "turns; reported are medians of the repetitions that nothing else on the machine disturbed.",
-    )  # fmt: skip
-    engine.add_argument("--profiles", metavar="LIST", default=",".join(PROFILES), help=f"of {','.join(PROFILES)}")
-    engine.add_argument("--variants", metavar="LIST", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}")
-    engine.add_argument("--layer", default="2/3", help="layer to read, or a fraction of the depth (default: 2/3)")
+    )
+    engine.add_argument(
+        "--profiles", metavar="LIST", default=",".join(PROFILES), help=f"of {','.join(PROFILES)}"
+    )
+    engine.add_argument(
+        "--variants", metavar="LIST", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}"
+    )
+    engine.add_argument(
+        "--layer", default="2/3", help="layer to read, or a fraction of the depth (default: 2/3)"
+    )
     cpu, cuda = TOKENS_PER_WORKER.values()
-    engine.add_argument("--tokens", type=int, metavar="N",
-                        help=f"of a profile's texts (default: {cpu:,} a core, {cuda:,} a GPU)")  # fmt: skip
-    engine.add_argument("--workers", type=int, metavar="N", help="processes of a variant (default: one per core)")
-    engine.add_argument("--batch-tokens", type=int, metavar="N",
-                        help="in one forward pass, but for the loops (default: that of a run)")  # fmt: skip
-    engine.add_argument("--tokenizer-workers", type=int, metavar="N",
-                        help="processes that tokenize, beside each of afn-ray's (default: that of a run)")  # fmt: skip
-    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="of all variants but the loops; auto: bfloat16 where it is faster")  # fmt: skip
-    engine.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+    engine.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"of a profile's texts (default: {cpu:,} a core, {cuda:,} a GPU)",
+    )
+    engine.add_argument(
+        "--workers", type=int, metavar="N", help="processes of a variant (default: one per core)"
+    )
+    engine.add_argument(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="in one forward pass, but for the loops (default: that of a run)",
+    )
+    engine.add_argument(
+        "--tokenizer-workers",
+        type=int,
+        metavar="N",
+        help="processes that tokenize, beside each of afn-ray's (default: that of a run)",
+    )
+    engine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of all variants but the loops; auto: bfloat16 where it is faster",
+    )
+    engine.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
+    )
     monitor = commands.add_parser(
-        "monitor", allow_abbrev=False, help="latency of one text at a time, with and without recording strengths",
+        "monitor",
+        allow_abbrev=False,
+        help="latency of one text at a time, with and without recording strengths",
         description="Batches of one text, interleaved; without --model, BERT-base against a distilled shape.",
-    )  # fmt: skip
-    monitor.add_argument("--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)")
-    monitor.add_argument("--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)")
+    )
+    monitor.add_argument(
+        "--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)"
+    )
+    monitor.add_argument(
+        "--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)"
+    )
     rate = commands.add_parser(
-        "rate", allow_abbrev=False, help="tokens per second of one worker at a run's own work, for --dry-run --rate",
+        "rate",
+        allow_abbrev=False,
+        help="tokens per second of one worker at a run's own work, for --dry-run --rate",
         description="Whole shards of the run's own texts, from JSONL to committed Parquet, by one worker; on a CPU it "
         "keeps to one core. Nothing is written to the run's store.",
-    )  # fmt: skip
-    rate.add_argument("config", metavar="RUN_TOML", type=Path, help="what to run: a file as of 'afn run --config'")
+    )
+    rate.add_argument(
+        "config", metavar="RUN_TOML", type=Path, help="what to run: a file as of 'afn run --config'"
+    )
     cpu, cuda = TOKENS_PER_WORKER.values()
-    rate.add_argument("--tokens", type=int, metavar="N", help=f"about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})")
+    rate.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})",
+    )
     rate.add_argument("--repeat", type=int, default=3, metavar="N", help="turns (default: 3)")
     reduce = commands.add_parser(
-        "reduce", allow_abbrev=False, help="seconds and memory of the reduce of many shards, in different orders",
+        "reduce",
+        allow_abbrev=False,
+        help="seconds and memory of the reduce of many shards, in different orders",
         description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of each type. Every "
         "reduce has its own process and order; results are compared bit by bit.",
-    )  # fmt: skip
-    reduce.add_argument("--shards", type=int, default=10_000, metavar="N", help="summaries (default: 10,000)")
-    reduce.add_argument("--tokens", type=int, default=40_000, metavar="N",
-                        help="of a shard, in the mean (default: 40,000)")  # fmt: skip
-    reduce.add_argument("--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)")
+    )
+    reduce.add_argument(
+        "--shards", type=int, default=10_000, metavar="N", help="summaries (default: 10,000)"
+    )
+    reduce.add_argument(
+        "--tokens",
+        type=int,
+        default=40_000,
+        metavar="N",
+        help="of a shard, in the mean (default: 40,000)",
+    )
+    reduce.add_argument(
+        "--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)"
+    )
     safety = commands.add_parser(
-        "safety", allow_abbrev=False, help="what a shard costs beside its tokens, and a finished run that is run again",
+        "safety",
+        allow_abbrev=False,
+        help="what a shard costs beside its tokens, and a finished run that is run again",
         description="Whole runs of an all but empty model over shards of one word each.",
-    )  # fmt: skip
-    safety.add_argument("--shards", type=int, default=1000, metavar="N", help="shards (default: 1,000)")
-    safety.add_argument("--store", metavar="URI", help="where stores are made, and left (default: a temporary folder)")
-    safety.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+    )
+    safety.add_argument(
+        "--shards", type=int, default=1000, metavar="N", help="shards (default: 1,000)"
+    )
+    safety.add_argument(
+        "--store",
+        metavar="URI",
+        help="where stores are made, and left (default: a temporary folder)",
+    )
+    safety.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
+    )
     screen = commands.add_parser(
-        "screen", allow_abbrev=False, help="how well the screening of documents finds planted junk",
+        "screen",
+        allow_abbrev=False,
+        help="how well the screening of documents finds planted junk",
         description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (minutes), and "
         "compares the screening with an order by length and one by idf.",
-    )  # fmt: skip
-    screen.add_argument("--store", metavar="URI", help="where the run is made, and left (default: a temporary folder)")
+    )
+    screen.add_argument(
+        "--store",
+        metavar="URI",
+        help="where the run is made, and left (default: a temporary folder)",
+    )
     screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
     signals = commands.add_parser(
-        "signals", allow_abbrev=False, help="what each signal costs beside strength alone, and a sweep of all layers",
+        "signals",
+        allow_abbrev=False,
+        help="what each signal costs beside strength alone, and a sweep of all layers",
         description="Whole shards, from JSONL to committed Parquet, by one worker; on a CPU it keeps to one core.",
-    )  # fmt: skip
-    signals.add_argument("--layer", default="2/3", help="layer k to record, or a fraction of the depth (default: 2/3)")
+    )
+    signals.add_argument(
+        "--layer",
+        default="2/3",
+        help="layer k to record, or a fraction of the depth (default: 2/3)",
+    )
     cpu, cuda = TOKENS_PER_WORKER.values()
-    signals.add_argument("--tokens", type=int, metavar="N",
-                         help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})")  # fmt: skip
+    signals.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})",
+    )
     signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
     simulate = commands.add_parser(
-        "simulate", allow_abbrev=False, help="what the driver of a huge run takes, and that it loses no shard",
+        "simulate",
+        allow_abbrev=False,
+        help="what the driver of a huge run takes, and that it loses no shard",
         description="The real plan, dispatcher, status and reduce over workers and a clock that are fake, with "
         "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own process.",
-    )  # fmt: skip
-    simulate.add_argument("--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)")
-    simulate.add_argument("--workers", type=int, default=1000, metavar="N", help="workers (default: 1,000)")
-    simulate.add_argument("--repeat", type=int, default=1, metavar="N", help="runs, each of its own luck (default: 1)")
+    )
+    simulate.add_argument(
+        "--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)"
+    )
+    simulate.add_argument(
+        "--workers", type=int, default=1000, metavar="N", help="workers (default: 1,000)"
+    )
+    simulate.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="runs, each of its own luck (default: 1)"
+    )
     sql = commands.add_parser(
-        "sql", allow_abbrev=False, help="seconds and memory of questions to a large run, and of its reduce",
+        "sql",
+        allow_abbrev=False,
+        help="seconds and memory of questions to a large run, and of its reduce",
         description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
         "million tokens. Every reduce and question has its own process; the memory limit is that of 'afn sql', 2GB.",
-    )  # fmt: skip
-    sql.add_argument("--rows", type=int, default=100_000_000, metavar="N",
-                     help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)")  # fmt: skip
-    sql.add_argument("--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)")
+    )
+    sql.add_argument(
+        "--rows",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)",
+    )
+    sql.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)"
+    )
     for command in (engine, monitor, signals):
         command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
-        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                             help="auto takes a GPU when there is one")  # fmt: skip
+        command.add_argument(
+            "--device",
+            choices=("auto", "cpu", "cuda"),
+            default="auto",
+            help="auto takes a GPU when there is one",
+        )
     for command in (demo, engine, monitor, rate, reduce, safety, screen, signals, simulate, sql):
         command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
 def call(args: argparse.Namespace) -> None:
-    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises ``ConfigError``."""
+    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises
+    ``ConfigError``.
+    """
     least_of = {
         "tokens": 16,
         "workers": 1,
@@ -150,7 +259,9 @@ def call(args: argparse.Namespace) -> None:
     for name, least in least_of.items():
         if (value := getattr(args, name, None)) is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
-    if args.json is not None and not args.json.absolute().parent.is_dir():  # now, not after ten minutes
+    if (
+        args.json is not None and not args.json.absolute().parent.is_dir()
+    ):  # now, not after ten minutes
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -158,7 +269,9 @@ def call(args: argparse.Namespace) -> None:
     if args.what == "demo":
         from afn_ray.bench import demo
 
-        result = demo.measure(args.workers, args.repeat, lambda note: notes.print(note, markup=False))
+        result = demo.measure(
+            args.workers, args.repeat, lambda note: notes.print(note, markup=False)
+        )
         demo.render(result, console)
     elif args.what == "monitor":
         from afn_ray.bench import monitor
@@ -173,30 +286,38 @@ def call(args: argparse.Namespace) -> None:
         precheck.check_run(config)
         from afn_ray.bench import rate
 
-        result = rate.measure(config, args.tokens, args.repeat, lambda note: notes.print(note, markup=False))
+        result = rate.measure(
+            config, args.tokens, args.repeat, lambda note: notes.print(note, markup=False)
+        )
         rate.render(result, console)
     elif args.what == "simulate":
         from afn_ray.bench import simulate
 
         result = simulate.measure(
             args.shards, args.workers, args.repeat, lambda note: notes.print(note, markup=False)
-        )  # fmt: skip
+        )
         simulate.render(result, console)
     elif args.what == "reduce":
         from afn_ray.bench import reduce
 
-        result = reduce.measure(args.shards, args.tokens, args.repeat, lambda note: notes.print(note, markup=False))
+        result = reduce.measure(
+            args.shards, args.tokens, args.repeat, lambda note: notes.print(note, markup=False)
+        )
         reduce.render(result, console)
     elif args.what == "safety":
         from afn_ray.bench import safety
 
-        result = safety.measure(args.shards, args.store, args.repeat, lambda note: notes.print(note, markup=False))
+        result = safety.measure(
+            args.shards, args.store, args.repeat, lambda note: notes.print(note, markup=False)
+        )
         safety.render(result, console)
     elif args.what == "screen":
         from afn_ray.bench import screen
 
         with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
-            result = screen.measure(args.store or folder, args.seed, lambda note: notes.print(note, markup=False))
+            result = screen.measure(
+                args.store or folder, args.seed, lambda note: notes.print(note, markup=False)
+            )
         screen.render(result, console)
     elif args.what == "signals":
         from afn_ray import model
@@ -204,9 +325,13 @@ def call(args: argparse.Namespace) -> None:
 
         device = model.choose_device(args.device)
         result = signals.measure(
-            args.model, args.layer, args.tokens or TOKENS_PER_WORKER[device], device, args.repeat,
+            args.model,
+            args.layer,
+            args.tokens or TOKENS_PER_WORKER[device],
+            device,
+            args.repeat,
             lambda note: notes.print(note, markup=False),
-        )  # fmt: skip
+        )
         signals.render(result, console)
     elif args.what == "sql":
         from afn_ray.bench import sql
@@ -229,14 +354,18 @@ def call(args: argparse.Namespace) -> None:
             args.tokens,
             args.repeat,
         )
-        result = contest.measure(options, profiles, variants, lambda note: notes.print(note, markup=False))
+        result = contest.measure(
+            options, profiles, variants, lambda note: notes.print(note, markup=False)
+        )
         contest.render(result, console)
     if args.json is not None:
         write_json(args.json, result)
 
 
 def chosen(what: str, text: str, known: dict[str, str]) -> list[str]:
-    """The names in the comma-separated ``text``, in the order of ``known``. Raises ``ConfigError``."""
+    """The names in the comma-separated ``text``, in the order of ``known``. Raises
+    ``ConfigError``.
+    """
     names = {name.strip() for name in text.split(",")} - {""}
     if not names or names - set(known):
         raise ConfigError(f"{what} are {text!r}; expected some of {', '.join(known)}")

@@ -1,4 +1,6 @@
-"""The variants against each other: in turns, one at a time, on the same texts, with the machine's own peak."""
+"""The variants against each other: in turns, one at a time, on the same texts, with the machine's
+own peak.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ from afn_ray.runs.cluster.connection import WORKER_ENV
 
 LONGEST_WINDOW = 512
 ONE_PROCESS = ("loop", "sentence_transformers", "ray_data")
-"""Variants that are one process: with torch's own threads as a user has them, or the driver of others."""
+"""Variants that are one process: with torch's own threads as a user has them, or the driver of
+others.
+"""
 SLOW = ("loop", "sentence_transformers")
 ONE_IN = 16
 """Of the texts that the slow variants get: enough to know their speed."""
@@ -43,7 +47,9 @@ NEEDS = {"sentence_transformers": "sentence_transformers", "ray_data": "pandas"}
 FOREIGN = 0.1
 """A repetition in which others took more of the cores' time is not clean."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
-"""Largest relative difference between two variants' strengths that all tokens but one in a hundred may have."""
+"""Largest relative difference between two variants' strengths that all tokens but one in a hundred
+may have.
+"""
 BARS: dict[str, dict[str, float]] = {
     "engine/loop": {"short": 30, "full": 8},
     "engine/tuned": {"short": 1.25, "full": 1.05},
@@ -90,10 +96,14 @@ class Missing(Exception):
 class Team:
     """The processes of one variant, from loading to the end."""
 
-    def __init__(self, specs: Sequence[Spec], folder: Path, parts: dict[str, list[list[int]]]) -> None:
+    def __init__(
+        self, specs: Sequence[Spec], folder: Path, parts: dict[str, list[list[int]]]
+    ) -> None:
         self.name = specs[0].variant
         self.parts = parts  # profile -> texts of each process
-        self.at_work = specs[0].workers if self.name == "ray_data" else len(specs)  # processes that compute
+        self.at_work = (
+            specs[0].workers if self.name == "ray_data" else len(specs)
+        )  # processes that compute
         self._logs = [folder / f"{self.name}-{i}.log" for i in range(len(specs))]
         self._processes: list[subprocess.Popen[str]] = []
         single = specs[0].device == "cpu" and self.name not in ONE_PROCESS
@@ -104,19 +114,28 @@ class Team:
             command = [sys.executable, "-m", "afn_ray.bench.worker", str(path)]
             with log.open("w") as errors:
                 process = subprocess.Popen(  # noqa: S603 - this project's own module
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             self._processes.append(process)
 
     def answers(self) -> list[dict[str, Any]]:
-        """One from each process. Raises ``Missing``, or ``AfnError`` with what a process says as it fails."""
+        """One from each process. Raises ``Missing``, or ``AfnError`` with what a process says as it
+        fails.
+        """
         found = []
         for process, log in zip(self._processes, self._logs, strict=True):
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                last = log.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
+                last = log.read_text("utf-8", "replace").strip().splitlines()[-1:] or [
+                    "it said nothing"
+                ]
                 raise AfnError(f"the process of {self.name} ended with {process.wait()}: {last[0]}")
             answer = json.loads(line)
             if "missing" in answer:
@@ -137,7 +156,9 @@ class Team:
         return self.answers()
 
     def multiply(self) -> tuple[float, float]:
-        """Operations a second of all processes together, and the share of the cores that others took meanwhile."""
+        """Operations a second of all processes together, and the share of the cores that others
+        took meanwhile.
+        """
         with machine.Watch(p.pid for p in self._processes) as watch:
             answers = self.ask([{}] * len(self._processes))
         return sum(a["flops_per_s"] for a in answers), watch.foreign
@@ -155,16 +176,24 @@ class Team:
             for name, value in answer["stages"].items():
                 stages[name] = stages.get(name, 0.0) + value
         return Take(
-            seconds, watch.foreign, watch.peak_bytes, sum(a["device_bytes"] for a in answers),
-            sum(a["forward_tokens"] for a in answers), stages,
-        )  # fmt: skip
+            seconds,
+            watch.foreign,
+            watch.peak_bytes,
+            sum(a["device_bytes"] for a in answers),
+            sum(a["forward_tokens"] for a in answers),
+            stages,
+        )
 
     def strengths(self, profile: str, folder: Path | None) -> dict[int, tuple[Any, Any]]:
-        """Strengths that the last run gave, by text, and those of the last layer where the variant has them too.
+        """Strengths that the last run gave, by text, and those of the last layer where the variant
+        has them too.
 
         Without a ``folder`` they are dropped.
         """
-        files = [None if folder is None else folder / f"{self.name}-{i}.npz" for i in range(len(self._processes))]
+        files = [
+            None if folder is None else folder / f"{self.name}-{i}.npz"
+            for i in range(len(self._processes))
+        ]
         self.ask([{"save": profile, "file": None if f is None else str(f)} for f in files])
         found: dict[int, tuple[Any, Any]] = {}
         for file, part in zip(files, self.parts[profile], strict=True):
@@ -173,10 +202,14 @@ class Team:
             with np.load(file) as arrays:
                 bounds = np.cumsum(arrays["lengths"])[:-1]
                 own = np.split(arrays["strengths"], bounds)
-                last = np.split(arrays["last"], bounds) if len(arrays["last"]) else [None] * len(own)
+                last = (
+                    np.split(arrays["last"], bounds) if len(arrays["last"]) else [None] * len(own)
+                )
             file.unlink()
             if len(own) != len(part):
-                raise ModelError(f"{self.name} gave strengths of {len(own)} texts, expected {len(part)}")
+                raise ModelError(
+                    f"{self.name} gave strengths of {len(own)} texts, expected {len(part)}"
+                )
             found |= dict(zip(part, zip(own, last, strict=True), strict=True))
         return found
 
@@ -196,16 +229,23 @@ class Team:
             process.stdout.close()
 
 
-def measure(options: Options, profiles: Sequence[str], variants: Sequence[str], note: Notes) -> dict[str, Any]:
+def measure(
+    options: Options, profiles: Sequence[str], variants: Sequence[str], note: Notes
+) -> dict[str, Any]:
     """Figures of ``variants`` on ``profiles``, as ``--json`` writes them.
 
-    Raises ``ConfigError`` for a wrong option, ``ModelError`` when variants disagree about the strengths.
+    Raises ``ConfigError`` for a wrong option, ``ModelError`` when variants disagree about the
+    strengths.
     """
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         base, counted, causal = _plan(options, folder)
         texts = _texts(options, base, profiles, causal)
-        skipped = {v: _missing_note(v) for v in variants if v in NEEDS and not importlib.util.find_spec(NEEDS[v])}
+        skipped = {
+            v: _missing_note(v)
+            for v in variants
+            if v in NEEDS and not importlib.util.find_spec(NEEDS[v])
+        }
         for reason in skipped.values():
             note(reason)
         present = [v for v in variants if v not in skipped]
@@ -228,7 +268,9 @@ def measure(options: Options, profiles: Sequence[str], variants: Sequence[str], 
                 del teams[variant]
         takes: dict[str, dict[str, list[Take]]] = {p: {v: [] for v in teams} for p in profiles}
         differences: dict[str, dict[str, float]] = {}
-        peaks: list[tuple[float, float]] = []  # operations a second, share that others took of the cores
+        peaks: list[
+            tuple[float, float]
+        ] = []  # operations a second, share that others took of the cores
         for profile in profiles:
             for repetition in range(1, options.repeat + 1):
                 peaks.append(gemm.multiply())
@@ -236,31 +278,54 @@ def measure(options: Options, profiles: Sequence[str], variants: Sequence[str], 
                 for variant, team in teams.items():
                     take = team.run(profile)
                     takes[profile][variant].append(take)
-                    strengths[variant] = team.strengths(profile, folder if repetition == 1 else None)
+                    strengths[variant] = team.strengths(
+                        profile, folder if repetition == 1 else None
+                    )
                     rate = _num_tokens(texts[profile], team.parts[profile]) / take.seconds
-                    busy = f", others took {take.foreign:.0%} of the cores" if take.foreign > FOREIGN else ""
-                    note(f"{profile} {repetition}/{options.repeat} {variant}: {rate:,.0f} tokens/s{busy}")
+                    busy = (
+                        f", others took {take.foreign:.0%} of the cores"
+                        if take.foreign > FOREIGN
+                        else ""
+                    )
+                    note(
+                        f"{profile} {repetition}/{options.repeat} {variant}: {rate:,.0f} tokens/s{busy}"
+                    )
                 if repetition == 1:
                     differences[profile] = compare(strengths, base.dtype)
-        peak = statistics.median([p for p, foreign in peaks if foreign <= FOREIGN] or [p for p, _ in peaks])
+        peak = statistics.median(
+            [p for p, foreign in peaks if foreign <= FOREIGN] or [p for p, _ in peaks]
+        )
         return {
-            **_facts(options, base), "gemm_peak_tflops": peak / 1e12, "gemm_peaks_tflops": [p / 1e12 for p, _ in peaks],
+            **_facts(options, base),
+            "gemm_peak_tflops": peak / 1e12,
+            "gemm_peaks_tflops": [p / 1e12 for p, _ in peaks],
             "skipped": skipped,
             "profiles": {
                 profile: {
                     variant: _figures(
-                        variant, taken, takes[profile], teams, texts[profile], profile, counted, peak,
+                        variant,
+                        taken,
+                        takes[profile],
+                        teams,
+                        texts[profile],
+                        profile,
+                        counted,
+                        peak,
                         differences[profile].get(variant),
                     )
                     for variant, taken in takes[profile].items()
                 }
                 for profile in profiles
             },
-            "ratios": {profile: _ratios(takes[profile], texts[profile], teams, profile) for profile in profiles},
-        }  # fmt: skip
+            "ratios": {
+                profile: _ratios(takes[profile], texts[profile], teams, profile)
+                for profile in profiles
+            },
+        }
 
 
-# --- planning --------------------------------------------------------------------------------------------
+# --- planning
+# --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,16 +336,24 @@ class Counted:
     attention: float  # per token and token of its window
 
     def flops(self, texts: Sequence[Text]) -> float:
-        """Of the model on ``texts``, without padding; what windows share counts in each, as everybody computes it."""
-        return sum(p.length * (self.linear + self.attention * p.length) for t in texts for p in t.pieces)
+        """Of the model on ``texts``, without padding; what windows share counts in each, as
+        everybody computes it.
+        """
+        return sum(
+            p.length * (self.linear + self.attention * p.length) for t in texts for p in t.pieces
+        )
 
 
 def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
-    """The spec that all variants have in common, what the model costs, and whether it is a decoder."""
+    """The spec that all variants have in common, what the model costs, and whether it is a
+    decoder.
+    """
     name = options.model or str(save_bert(folder / "bert-base"))
     files = model.find_model(name, None, trust_remote_code=False, allow_pickle=False)
     if files.gguf:
-        raise ConfigError(f"{name} is a GGUF file, which the peers cannot read; give a model folder or a hub name")
+        raise ConfigError(
+            f"{name} is a GGUF file, which the peers cannot read; give a model folder or a hub name"
+        )
     layer = one_layer(options.layer, files.depth)
     device = model.choose_device(options.device)
     if device == "cuda" and (options.workers or 1) > 1:
@@ -290,29 +363,47 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
     default = next(f.default for f in fields(RunConfig) if f.name == "tokenizer_workers")
     workers = (options.workers or model.count_devices("cpu")) if device == "cpu" else 1
     base = Spec(
-        "", str(files.folder), layer, files.depth, device, dtype,
+        "",
+        str(files.folder),
+        layer,
+        files.depth,
+        device,
+        dtype,
         options.batch_tokens or worker.BATCH_TOKENS[device],
         int(str(default)) if options.tokenizer_workers is None else options.tokenizer_workers,
-        min(files.context_tokens, LONGEST_WINDOW), workers, "", {},
-    )  # fmt: skip
+        min(files.context_tokens, LONGEST_WINDOW),
+        workers,
+        "",
+        {},
+    )
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
         shape = transformers.AutoModel.from_config(config)
     causal = any(getattr(m, "is_causal", False) is True for m in shape.modules())
     linear = [m for b in find_blocks(shape, files.depth)[:layer] for m in b.modules()]
     weights = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear | Conv1D))
-    return base, Counted(2.0 * weights, 4.0 * files.hidden_size * layer * (0.5 if causal else 1)), causal
+    return (
+        base,
+        Counted(2.0 * weights, 4.0 * files.hidden_size * layer * (0.5 if causal else 1)),
+        causal,
+    )
 
 
 def one_layer(text: str, depth: int) -> int:
-    """The layer that ``text`` names. Raises ``ConfigError`` when it is not one, or the embeddings."""
+    """The layer that ``text`` names. Raises ``ConfigError`` when it is not one, or the
+    embeddings.
+    """
     layers = resolve_layers(text, depth)
     if len(layers) != 1 or layers[0] == 0:
-        raise ConfigError(f"--layer is {text!r}; expected one layer from 1 to {depth}, or a fraction of the depth")
+        raise ConfigError(
+            f"--layer is {text!r}; expected one layer from 1 to {depth}, or a fraction of the depth"
+        )
     return layers[0]
 
 
-def _texts(options: Options, base: Spec, profiles: Sequence[str], causal: bool) -> dict[str, list[Text]]:
+def _texts(
+    options: Options, base: Spec, profiles: Sequence[str], causal: bool
+) -> dict[str, list[Text]]:
     files = model.find_model(base.model, None, trust_remote_code=False, allow_pickle=False)
     writer = Writer(model.load_tokenizer(files), base.window_tokens)
     num_tokens = options.tokens or TOKENS_PER_WORKER[base.device] * base.workers
@@ -333,7 +424,9 @@ def _start(variant: str, base: Spec, folder: Path, texts: dict[str, list[Text]])
     n = 1 if variant in ONE_PROCESS else base.workers
     parts: dict[str, list[list[int]]] = {"gemm": [[]] * n}
     if variant != "gemm":
-        parts = {p: [sample(t, ONE_IN)] if variant in SLOW else share(t, n) for p, t in texts.items()}
+        parts = {
+            p: [sample(t, ONE_IN)] if variant in SLOW else share(t, n) for p, t in texts.items()
+        }
     specs = []
     for i in range(n):
         own = folder / f"{variant}-{i}"
@@ -345,7 +438,7 @@ def _start(variant: str, base: Spec, folder: Path, texts: dict[str, list[Text]])
                 files[profile] = str(own / f"{profile}.json")
         specs.append(
             Spec(**asdict(base) | {"variant": variant, "folder": str(own), "texts": files})
-        )  # fmt: skip
+        )
     return Team(specs, folder, parts)
 
 
@@ -353,20 +446,25 @@ def _missing_note(variant: str) -> str:
     return f"{variant} is skipped: {NEEDS.get(variant, variant)} is not installed; pip install 'afn-ray[bench]'"
 
 
-# --- figures ---------------------------------------------------------------------------------------------
+# --- figures
+# ---------------------------------------------------------------------------------------------
 
 
 def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dict[str, float]:
-    """Relative difference of each variant's strengths from one variant's, the 99th percentile over tokens.
+    """Relative difference of each variant's strengths from one variant's, the 99th percentile over
+    tokens.
 
-    Raises ``ModelError`` where it is more than rounding: figures of variants that do different things mean nothing.
+    Raises ``ModelError`` where it is more than rounding: figures of variants that do different
+    things mean nothing.
     """
     order = [v for v in ("engine", "loop", "tuned", "job", "ray_data") if v in strengths]
     reference = {i: own for i, (own, _) in strengths[order[0]].items()} if order else {}
     last = {i: last for i, (_, last) in strengths.get("loop", {}).items()}
     found = {}
     for variant, by_text in strengths.items():
-        expected = last if variant == "sentence_transformers" else reference  # it has no layer but the last
+        expected = (
+            last if variant == "sentence_transformers" else reference
+        )  # it has no layer but the last
         common = sorted(by_text.keys() & expected.keys())
         if not common:
             continue
@@ -376,7 +474,10 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
                     f"{variant} has {len(by_text[i][0])} tokens of text {i}, expected {len(expected[i])}: "
                     "the variants do not measure the same; no figures"
                 )
-        got, want = (np.concatenate([v[i] for i in common]) for v in ({i: by_text[i][0] for i in common}, expected))
+        got, want = (
+            np.concatenate([v[i] for i in common])
+            for v in ({i: by_text[i][0] for i in common}, expected)
+        )
         difference = float(np.quantile(np.abs(got - want) / np.abs(want), 0.99))
         if not difference <= TOLERANCE[dtype]:
             raise ModelError(
@@ -397,12 +498,19 @@ def _clean(takes: Sequence[Take]) -> list[int]:
 
 
 def _ratio(
-    of: str, to: str, takes: dict[str, list[Take]], texts: Sequence[Text], teams: dict[str, Team], profile: str
+    of: str,
+    to: str,
+    takes: dict[str, list[Take]],
+    texts: Sequence[Text],
+    teams: dict[str, Team],
+    profile: str,
 ) -> float | None:
     """Median over repetitions of how many times faster ``of`` is than ``to`` was beside it."""
     if of not in takes or to not in takes:
         return None
-    tokens = _num_tokens(texts, teams[of].parts[profile]) / _num_tokens(texts, teams[to].parts[profile])
+    tokens = _num_tokens(texts, teams[of].parts[profile]) / _num_tokens(
+        texts, teams[to].parts[profile]
+    )
     both = set(_clean(takes[of])) & set(_clean(takes[to])) or set(range(len(takes[of])))
     return statistics.median(tokens * takes[to][i].seconds / takes[of][i].seconds for i in both)
 
@@ -416,63 +524,115 @@ def _ratios(
 
 
 def _figures(
-    variant: str, taken: Sequence[Take], takes: dict[str, list[Take]], teams: dict[str, Team],
-    texts: Sequence[Text], profile: str, counted: Counted, peak: float, difference: float | None,
-) -> dict[str, Any]:  # fmt: skip
+    variant: str,
+    taken: Sequence[Take],
+    takes: dict[str, list[Take]],
+    teams: dict[str, Team],
+    texts: Sequence[Text],
+    profile: str,
+    counted: Counted,
+    peak: float,
+    difference: float | None,
+) -> dict[str, Any]:
     parts = teams[variant].parts[profile]
     own = [texts[i] for part in parts for i in part]
-    tokens, in_windows = sum(t.num_tokens for t in own), sum(p.length for t in own for p in t.pieces)
+    tokens, in_windows = (
+        sum(t.num_tokens for t in own),
+        sum(p.length for t in own for p in t.pieces),
+    )
     clean = [taken[i] for i in _clean(taken)]
     rates = [tokens / take.seconds for take in clean]
     rate = statistics.median(rates)
     forward = clean[0].forward_tokens
     total = {name: sum(t.stages.get(name, 0.0) for t in clean) for name in clean[0].stages}
     return {
-        "tokens_per_s": rate, "low": min(rates), "high": max(rates), "seconds": [t.seconds for t in taken],
-        "foreign": [round(t.foreign, 3) for t in taken], "n_clean": sum(t.foreign <= FOREIGN for t in taken),
+        "tokens_per_s": rate,
+        "low": min(rates),
+        "high": max(rates),
+        "seconds": [t.seconds for t in taken],
+        "foreign": [round(t.foreign, 3) for t in taken],
+        "n_clean": sum(t.foreign <= FOREIGN for t in taken),
         "ratio_loop": _ratio(variant, "loop", takes, texts, teams, profile),
         "ratio_tuned": _ratio(variant, "tuned", takes, texts, teams, profile),
         "mfu": counted.flops(own) / tokens * rate / peak,
-        "padding": max(0.0, 1 - in_windows / forward), "tokens": tokens, "texts": len(own),
-        "stages": {name: value / len(clean) / teams[variant].at_work for name, value in total.items()},
-        "peak_bytes": max(t.peak_bytes for t in taken), "device_bytes": max(t.device_bytes for t in taken),
+        "padding": max(0.0, 1 - in_windows / forward),
+        "tokens": tokens,
+        "texts": len(own),
+        "stages": {
+            name: value / len(clean) / teams[variant].at_work for name, value in total.items()
+        },
+        "peak_bytes": max(t.peak_bytes for t in taken),
+        "device_bytes": max(t.device_bytes for t in taken),
         "difference": difference,
-    }  # fmt: skip
+    }
 
 
 def _facts(options: Options, base: Spec) -> dict[str, Any]:
     return {
-        **machine.facts(base.device), "model": options.model or BUILT_IN, "layer": base.layer, "depth": base.depth,
-        "device": base.device, "dtype": base.dtype, "workers": base.workers, "window_tokens": base.window_tokens,
-        "batch_tokens": base.batch_tokens, "repeat": options.repeat,
-    }  # fmt: skip
+        **machine.facts(base.device),
+        "model": options.model or BUILT_IN,
+        "layer": base.layer,
+        "depth": base.depth,
+        "device": base.device,
+        "dtype": base.dtype,
+        "workers": base.workers,
+        "window_tokens": base.window_tokens,
+        "batch_tokens": base.batch_tokens,
+        "repeat": options.repeat,
+    }
 
 
-# --- printing --------------------------------------------------------------------------------------------
+# --- printing
+# --------------------------------------------------------------------------------------------
 
 
 def render(result: dict[str, Any], console: Console) -> None:
     """One table per profile, the ratios with their bars, and what each variant is."""
     machine.print_facts(result, console)
-    console.print(f"model: {result['model']}; layer {result['layer']} of {result['depth']}", markup=False)
+    console.print(
+        f"model: {result['model']}; layer {result['layer']} of {result['depth']}", markup=False
+    )
     console.print(
         f"{result['workers']} processes on {result['device']}, {result['dtype']}, windows of "
         f"{result['window_tokens']} tokens, batches of {result['batch_tokens']}; GEMM peak in this run "
-        f"{result['gemm_peak_tflops']:.3f} TFLOP/s; n = {result['repeat']}, median (lowest-highest)", markup=False,
-    )  # fmt: skip
+        f"{result['gemm_peak_tflops']:.3f} TFLOP/s; n = {result['repeat']}, median (lowest-highest)",
+        markup=False,
+    )
     for profile, variants in result["profiles"].items():
         table = Table(
-            box=None, pad_edge=False, padding=(0, 1), title=f"\n{profile}", title_justify="left", title_style="bold"
+            box=None,
+            pad_edge=False,
+            padding=(0, 1),
+            title=f"\n{profile}",
+            title_justify="left",
+            title_style="bold",
         )
-        for heading in ("", "tokens/s", "", "x loop", "x tuned", "MFU", "padding", "GB", "differs", "clean"):
+        for heading in (
+            "",
+            "tokens/s",
+            "",
+            "x loop",
+            "x tuned",
+            "MFU",
+            "padding",
+            "GB",
+            "differs",
+            "clean",
+        ):
             table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
         for name, f in variants.items():
             table.add_row(
-                name, f"{f['tokens_per_s']:,.0f}", f"({f['low']:,.0f}-{f['high']:,.0f})", _times(f["ratio_loop"]),
-                _times(f["ratio_tuned"]), f"{f['mfu']:.1%}", f"{f['padding']:.1%}",
+                name,
+                f"{f['tokens_per_s']:,.0f}",
+                f"({f['low']:,.0f}-{f['high']:,.0f})",
+                _times(f["ratio_loop"]),
+                _times(f["ratio_tuned"]),
+                f"{f['mfu']:.1%}",
+                f"{f['padding']:.1%}",
                 f"{(f['peak_bytes'] + f['device_bytes']) / 1e9:.1f}",
-                "-" if f["difference"] is None else f"{f['difference']:.0e}", f"{f['n_clean']}/{result['repeat']}",
-            )  # fmt: skip
+                "-" if f["difference"] is None else f"{f['difference']:.0e}",
+                f"{f['n_clean']}/{result['repeat']}",
+            )
         console.print(table)
         for name, f in variants.items():
             stages = ", ".join(f"{k[:-2]} {v:.2f}" for k, v in f["stages"].items())
@@ -492,7 +652,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         "small: nearly whole batches, lengths as evenly spread. differs: relative difference "
         f"of strengths from the engine's, 99th percentile. clean: others took at most {FOREIGN:.0%} of the cores.",
         markup=False,
-    )  # fmt: skip
+    )
 
 
 def _times(ratio: float | None) -> str:
@@ -507,7 +667,14 @@ def _render_bars(result: dict[str, Any], profile: str, console: Console) -> None
     parts = []
     for name, value in found.items():
         bar = BARS[name].get(profile) if barred else None
-        parts.append(f"{name} {value:.2f}" + (f" ({'met' if value >= bar else 'below'}: {bar:g})" if bar else ""))
+        parts.append(
+            f"{name} {value:.2f}"
+            + (f" ({'met' if value >= bar else 'below'}: {bar:g})" if bar else "")
+        )
     if parts:
-        bars = " (bars are those of two cores with AMX)" if barred and profile in BARS["engine/loop"] else ""
+        bars = (
+            " (bars are those of two cores with AMX)"
+            if barred and profile in BARS["engine/loop"]
+            else ""
+        )
         console.print(f"  ratios: {', '.join(parts)}{bars}", markup=False)

@@ -1,4 +1,6 @@
-"""Workers that are fake and fail as real ones do, on a clock that is a number: a ``dispatch.Pool`` to simulate with."""
+"""Workers that are fake and fail as real ones do, on a clock that is a number: a ``dispatch.Pool``
+to simulate with.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,16 @@ class _Worker:
     life: int = 0  # number of its process
     alive: bool = False
     hangs: bool = False
-    queue: deque[tuple[Shard, int]] = field(default_factory=deque)  # shard, halvings; the first is at work
+    queue: deque[tuple[Shard, int]] = field(
+        default_factory=deque
+    )  # shard, halvings; the first is at work
     progress: Progress = field(default_factory=Progress)
 
 
 class Crowd:
-    """A ``dispatch.Pool`` of workers that take their time on a fake clock, and fail at ``RATES``."""
+    """A ``dispatch.Pool`` of workers that take their time on a fake clock, and fail at
+    ``RATES``.
+    """
 
     can_replace = True
 
@@ -83,9 +89,12 @@ class Crowd:
             for s in self._chance.sample(shards, max(1, round(rate * len(shards))))
         }
         for node in range(-(-num_workers // WORKERS_A_NODE)):
-            self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node))
+            self._later(
+                self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node)
+            )
 
-    # --- what the dispatcher asks ------------------------------------------------------------------------
+    # --- what the dispatcher asks
+    # ------------------------------------------------------------------------
 
     def clock(self) -> float:
         return self.now
@@ -136,7 +145,8 @@ class Crowd:
     def close(self) -> None:
         pass
 
-    # --- what happens ------------------------------------------------------------------------------------
+    # --- what happens
+    # ------------------------------------------------------------------------------------
 
     def _later(self, seconds: float, happen: Callable[[], Event | None]) -> None:
         heapq.heappush(self._future, (self.now + seconds, next(self._order), happen))
@@ -177,14 +187,20 @@ class Crowd:
         life = one.life
 
         def gone() -> Event | None:
-            return Gone(worker, cause) if self._workers.get(worker) is one and one.life == life else None
+            return (
+                Gone(worker, cause)
+                if self._workers.get(worker) is one and one.life == life
+                else None
+            )
 
         self._later(min(VERDICT_S, back_s + LOAD_S / 2), gone)
         self._start(worker, back_s)
         return Silent(worker)
 
     def _lose_node(self, node: int) -> None:
-        """Its processes die together, half of the time after a notice; those that left meanwhile are elsewhere."""
+        """Its processes die together, half of the time after a notice; those that left meanwhile
+        are elsewhere.
+        """
         there = [(n, w, w.life) for n, w in self._workers.items() if w.node == node and w.alive]
         notice_s = NOTICE_S if self._chance.random() < 0.5 else 0.0
         for worker, one, life in there:
@@ -192,7 +208,9 @@ class Crowd:
                 self._later(0.0, partial(self._announce, worker))
             self._later(notice_s, partial(self._taken, worker, one, life))
         self.happened["nodes lost"] += 1
-        self._later(self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node))
+        self._later(
+            self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node)
+        )
 
     def _announce(self, worker: int) -> Event | None:
         return Leaving(worker) if worker in self._workers else None
@@ -234,7 +252,10 @@ class Crowd:
         if self._workers.get(worker) is not one or one.life != life:
             return None
         shard = one.queue[0][0]
-        if fate is None and self.now % (OUTAGE_EVERY_H * 3600) > OUTAGE_EVERY_H * 3600 - OUTAGE_S + 120:
+        if (
+            fate is None
+            and self.now % (OUTAGE_EVERY_H * 3600) > OUTAGE_EVERY_H * 3600 - OUTAGE_S + 120
+        ):
             fate = "unavailable"
         if fate is not None:
             self.faults[shard.id] += fate != "unavailable"
@@ -259,12 +280,25 @@ def arrived(shard: str) -> Commit:
     """A commit as it comes over the wire, with nothing that others share."""
     attempt = shard[:16]
     files = {
-        table: {"name": f"{attempt}-{table}.parquet", "rows": SHARD_TOKENS, "bytes": 4_800_000, "sha256": shard * 2}
+        table: {
+            "name": f"{attempt}-{table}.parquet",
+            "rows": SHARD_TOKENS,
+            "bytes": 4_800_000,
+            "sha256": shard * 2,
+        }
         for table in layout.TABLES
     }
-    counts = {**dict.fromkeys(COUNTS, 0), "documents": SHARD_TOKENS // 200, "tokens": SHARD_TOKENS,
-              "special": SHARD_TOKENS // 100, "windows": SHARD_TOKENS // 200, "forward_tokens": SHARD_TOKENS,
-              "chars": SHARD_BYTES}  # fmt: skip
+    counts = {
+        **dict.fromkeys(COUNTS, 0),
+        "documents": SHARD_TOKENS // 200,
+        "tokens": SHARD_TOKENS,
+        "special": SHARD_TOKENS // 100,
+        "windows": SHARD_TOKENS // 200,
+        "forward_tokens": SHARD_TOKENS,
+        "chars": SHARD_BYTES,
+    }
     made_by = {"device": "cuda", "afn-ray": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0"}
-    files, counts, made_by = json.loads(json.dumps([files, counts, made_by]))  # shares nothing, as what comes over Ray
+    files, counts, made_by = json.loads(
+        json.dumps([files, counts, made_by])
+    )  # shares nothing, as what comes over Ray
     return Commit(shard, attempt, files, counts, 301.25, made_by)

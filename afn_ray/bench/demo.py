@@ -1,4 +1,6 @@
-"""The demo end to end: wall time, tokens per second, bytes per token, peak memory, and the second run."""
+"""The demo end to end: wall time, tokens per second, bytes per token, peak memory, and the second
+run.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,19 @@ from afn_ray.store import manifest
 
 
 def measure(workers: int | None, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """``repeat`` fresh demos of ``workers``, each in a temporary folder, with their figures. Raises ``AfnError``."""
+    """``repeat`` fresh demos of ``workers``, each in a temporary folder, with their figures. Raises
+    ``AfnError``.
+    """
     demo.corpus_file()  # now, not in another process: its packages are an extra
     rows = []
     for number in range(repeat):
         rows.append(_measured(workers))
         on_note(f"{number + 1} of {repeat}: {rows[-1]['demo, s']:.1f} s")
-    return {**facts("cpu"), "repeat": repeat, "figures": {name: [row[name] for row in rows] for name in rows[0]}}
+    return {
+        **facts("cpu"),
+        "repeat": repeat,
+        "figures": {name: [row[name] for row in rows] for name in rows[0]},
+    }
 
 
 def render(result: dict[str, Any], console: Console) -> None:
@@ -55,7 +63,9 @@ def _measured(workers: int | None) -> dict[str, float]:
         with database.open_run(store) as opened:
             opening = time.monotonic() - began
             began = time.monotonic()
-            opened.sql("SELECT class, sum(n_high) / sum(n) FROM vocabulary GROUP BY ALL ORDER BY ALL").fetchall()
+            opened.sql(
+                "SELECT class, sum(n_high) / sum(n) FROM vocabulary GROUP BY ALL ORDER BY ALL"
+            ).fetchall()
             asking = time.monotonic() - began
         size = manifest.read_table(run, "shards").to_pylist()
         tokens = run.info["counts"]["tokens"]
@@ -74,7 +84,9 @@ def _measured(workers: int | None) -> dict[str, float]:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds that ``command`` took and the highest sum of its processes' proportional memory, in bytes."""
+    """Seconds that ``command`` took and the highest sum of its processes' proportional memory, in
+    bytes.
+    """
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
     with Watch([process.pid]) as watch:

@@ -1,4 +1,6 @@
-"""What a measurement must know of the machine: its name, its memory, and whether anybody else is using it."""
+"""What a measurement must know of the machine: its name, its memory, and whether anybody else is
+using it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 def cpu_name() -> str:
     """As the processor calls itself."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -33,15 +38,21 @@ def facts(device: str) -> dict[str, Any]:
 
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "cores": cgroup.num_cores(), "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("afn-ray", "torch", "transformers", "ray")},
-    }  # fmt: skip
+        "cores": cgroup.num_cores(),
+        "python": platform.python_version(),
+        "versions": {
+            package: version(package) for package in ("afn-ray", "torch", "transformers", "ray")
+        },
+    }
 
 
 def print_facts(result: dict[str, Any], console: Console) -> None:
     """``facts`` in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    console.print(f"{result['machine']}, {result['cores']} cores; Python {result['python']}, {versions}", markup=False)
+    console.print(
+        f"{result['machine']}, {result['cores']} cores; Python {result['python']}, {versions}",
+        markup=False,
+    )
 
 
 def family(pids: Iterable[int]) -> list[int]:
@@ -94,7 +105,8 @@ def _busy_s(cores: set[int]) -> float:
 class Watch:
     """Looks at some processes and all that descend from them while a block runs.
 
-    ``peak_bytes``: highest sum of their proportional memory. ``foreign``: share of the cores' time that others took.
+    ``peak_bytes``: highest sum of their proportional memory. ``foreign``: share of the cores' time
+    that others took.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -112,7 +124,12 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         seconds, busy = time.monotonic() - self._began, _busy_s(self._cores) - self._busy
         self._ended.set()
         self._thread.join()
@@ -128,6 +145,8 @@ class Watch:
             pids = self._family()
             for pid in pids:
                 self._cpu_s[pid] = max(self._cpu_s.get(pid, 0.0), _cpu_s(pid))
-            self.peak_bytes = max(self.peak_bytes, sum(memory_bytes(pid) for pid in pids if pid != os.getpid()))
+            self.peak_bytes = max(
+                self.peak_bytes, sum(memory_bytes(pid) for pid in pids if pid != os.getpid())
+            )
             if ended:
                 return

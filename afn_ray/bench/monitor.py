@@ -1,4 +1,6 @@
-"""What recording costs one text at a time: plain forward passes, the same ones recording, and afn-ray's own."""
+"""What recording costs one text at a time: plain forward passes, the same ones recording, and
+afn-ray's own.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,11 @@ WAYS = {
     "afn-ray": "afn-ray's engine: the strengths, ended there too, one thread on a CPU",
 }
 ENDS = " to the layer"
-PLAIN = {way: "plain" + ENDS if way.endswith(ENDS) else "plain" for way in WAYS if way not in ("plain", "plain" + ENDS)}
+PLAIN = {
+    way: "plain" + ENDS if way.endswith(ENDS) else "plain"
+    for way in WAYS
+    if way not in ("plain", "plain" + ENDS)
+}
 """What each way is held against: its overhead is the share of that time that it takes more."""
 
 Way = Callable[[str], Any]
@@ -55,20 +61,30 @@ class _Enough(Exception):
 
 
 class _Candidate:
-    """One model in its three ways; each takes a text and returns what it found, tokenizing included."""
+    """One model in its three ways; each takes a text and returns what it found, tokenizing
+    included.
+    """
 
     def __init__(self, folder: str, layer_text: str, device: str, store: str) -> None:
         files = model.find_model(folder, None, trust_remote_code=False, allow_pickle=False)
         if files.gguf:
-            raise ConfigError(f"{folder} is a GGUF file, of which there is no plain forward pass to compare with")
+            raise ConfigError(
+                f"{folder} is a GGUF file, of which there is no plain forward pass to compare with"
+            )
         self.files, self.layer = files, one_layer(layer_text, files.depth)
         self.window = min(files.context_tokens, LENGTHS[-1])
         fast = model.has_fast_products("bfloat16", device)
         self.dtype = "bfloat16" if fast else "float32"
         config = RunConfig(
-            corpus=("-",), model=folder, store=store, layers=str(self.layer), dtype=self.dtype, device=device,
-            window_tokens=self.window, executor="inline",
-        )  # fmt: skip
+            corpus=("-",),
+            model=folder,
+            store=store,
+            layers=str(self.layer),
+            dtype=self.dtype,
+            device=device,
+            window_tokens=self.window,
+            executor="inline",
+        )
         self._processor = worker.Processor(worker.prepare(config, files, device, self.dtype)[0])
         self._device = device
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
@@ -89,8 +105,12 @@ class _Candidate:
             self.without = str(error)
         else:
             packed = self._load()
-            packed.set_attn_implementation(attention.NAME)  # leaves what it attended to; the kernel is torch's own
-            self.ways["strength, shift, attention"] = self._recording(packed, [*both, Received()], gram)
+            packed.set_attn_implementation(
+                attention.NAME
+            )  # leaves what it attended to; the kernel is torch's own
+            self.ways["strength, shift, attention"] = self._recording(
+                packed, [*both, Received()], gram
+            )
 
     def _load(self) -> Any:
         loaded = transformers.AutoModel.from_pretrained(self.files.folder, dtype=torch.float32)
@@ -107,7 +127,9 @@ class _Candidate:
         return gram
 
     def _encode(self, text: str) -> Any:
-        encoded = self._tokenizer(text, truncation=True, max_length=self.window, return_tensors="pt")
+        encoded = self._tokenizer(
+            text, truncation=True, max_length=self.window, return_tensors="pt"
+        )
         return encoded.to(self._device)
 
     def _plain(self, plain: Any) -> Way:
@@ -120,8 +142,13 @@ class _Candidate:
         return run
 
     def _recording(
-        self, plain: Any, signals: list[Signal], gram: torch.Tensor | None = None, *, ends: bool = False
-    ) -> Way:  # fmt: skip
+        self,
+        plain: Any,
+        signals: list[Signal],
+        gram: torch.Tensor | None = None,
+        *,
+        ends: bool = False,
+    ) -> Way:
         block = find_blocks(plain, self.files.depth)[self.layer - 1]
 
         def run(text: str) -> Any:
@@ -145,13 +172,18 @@ class _Candidate:
                     norms = attention.value_norms(seen, gram)
                     site.attention = Attention(of_others[:, None], own[:, None], norms[:, None])
                 if signals:
-                    values = torch.stack([v for s in signals for v in s.measure(site)]).cpu().numpy()[:, 0]
+                    values = (
+                        torch.stack([v for s in signals for v in s.measure(site)])
+                        .cpu()
+                        .numpy()[:, 0]
+                    )
                 if ends:
                     raise _Enough
 
             handles = (
-                block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)
-            )  # fmt: skip
+                block.register_forward_pre_hook(enter, with_kwargs=True),
+                block.register_forward_hook(leave),
+            )
             try:
                 with torch.inference_mode(), attention.packed(layout), contextlib.suppress(_Enough):
                     plain(**inputs)
@@ -169,11 +201,15 @@ class _Candidate:
 
     def texts(self, length: int, n: int) -> list[str]:
         """``n`` texts of ``length`` tokens."""
-        written = Writer(model.load_tokenizer(self.files), length).write("full", n * length, length, causal=False)
+        written = Writer(model.load_tokenizer(self.files), length).write(
+            "full", n * length, length, causal=False
+        )
         return [text.text for text in written]
 
     def time(self, text: str, turn: int) -> dict[str, float]:
-        """Milliseconds that each way takes for ``text``, one after the other; who begins goes by ``turn``."""
+        """Milliseconds that each way takes for ``text``, one after the other; who begins goes by
+        ``turn``.
+        """
         found = {}
         names = [way for way in WAYS if way in self.ways]
         for way in (*names[turn % len(names) :], *names[: turn % len(names)]):
@@ -187,7 +223,9 @@ class _Candidate:
 
 
 def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[str, Any]:
-    """Milliseconds per text of ``name``, or of BERT-base and a distilled shape, as ``--json`` writes them."""
+    """Milliseconds per text of ``name``, or of BERT-base and a distilled shape, as ``--json``
+    writes them.
+    """
     device = model.choose_device(device)
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
         if name is None:
@@ -197,7 +235,9 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
         else:
             named = {name: name}
         store = str(Path(scratch) / "store")
-        candidates = {label: _Candidate(folder, layer, device, store) for label, folder in named.items()}
+        candidates = {
+            label: _Candidate(folder, layer, device, store) for label, folder in named.items()
+        }
         taken: dict[str, dict[int, dict[str, list[float]]]] = {label: {} for label in candidates}
         window = min(c.window for c in candidates.values())
         with machine.Watch([os.getpid()]) as watch:
@@ -205,22 +245,29 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
                 texts = next(iter(candidates.values())).texts(length, WARM_UP + num_texts)
                 for at, text in enumerate(texts):
                     for label, candidate in candidates.items():
-                        by_way = taken[label].setdefault(length, {way: [] for way in WAYS if way in candidate.ways})
+                        by_way = taken[label].setdefault(
+                            length, {way: [] for way in WAYS if way in candidate.ways}
+                        )
                         for way, milliseconds in candidate.time(text, at).items():
                             if at >= WARM_UP:
                                 by_way[way].append(milliseconds)
         result: dict[str, Any] = {
-            **machine.facts(device), "model": name or " and ".join(SHAPES), "device": device, "texts": num_texts,
+            **machine.facts(device),
+            "model": name or " and ".join(SHAPES),
+            "device": device,
+            "texts": num_texts,
             "foreign": round(watch.foreign, 3),
             "models": {
                 label: {
-                    "layer": candidate.layer, "depth": candidate.files.depth, "dtype": candidate.dtype,
+                    "layer": candidate.layer,
+                    "depth": candidate.files.depth,
+                    "dtype": candidate.dtype,
                     "without": candidate.without,
                     "lengths": {str(n): _figures(times) for n, times in taken[label].items()},
                 }
                 for label, candidate in candidates.items()
             },
-        }  # fmt: skip
+        }
         for candidate in candidates.values():
             candidate.close()
     if len(named) == 2:
@@ -232,15 +279,20 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
 
 
 def _paired(slower: list[float], faster: list[float]) -> float:
-    """Median over texts of how many times longer ``slower`` took than ``faster`` right beside it."""
+    """Median over texts of how many times longer ``slower`` took than ``faster`` right beside
+    it.
+    """
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
     ways = {
-        way: {"median_ms": statistics.median(ms), "p95_ms": float(np.quantile(ms, 0.95))} for way, ms in times.items()
+        way: {"median_ms": statistics.median(ms), "p95_ms": float(np.quantile(ms, 0.95))}
+        for way, ms in times.items()
     }
-    overheads = {way: _paired(times[way], times[plain]) - 1 for way, plain in PLAIN.items() if way in times}
+    overheads = {
+        way: _paired(times[way], times[plain]) - 1 for way, plain in PLAIN.items() if way in times
+    }
     return {"ways": ways, "overheads": overheads}
 
 
@@ -249,7 +301,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     machine.print_facts(result, console)
     for label, found in result["models"].items():
         title = f"\n{label}: layer {found['layer']} of {found['depth']}; ms per text, and how much more than plain"
-        table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
+        table = Table(
+            box=None, pad_edge=False, title=title, title_justify="left", title_style="bold"
+        )
         table.add_column("tokens", no_wrap=True)
         for length in found["lengths"]:
             table.add_column(length, justify="right", no_wrap=True)
@@ -263,7 +317,9 @@ def render(result: dict[str, Any], console: Console) -> None:
         if found["without"]:
             console.print(f"attention is not recorded: {found['without']}", markup=False)
     if speedup := result.get("distilled_speedup"):
-        by_length = ", ".join(f"{way['plain']:.2f}x at {length} tokens" for length, way in speedup.items())
+        by_length = ", ".join(
+            f"{way['plain']:.2f}x at {length} tokens" for length, way in speedup.items()
+        )
         console.print(f"\nThe {SHAPES[1]} is faster: {by_length} (plain)", markup=False)
     console.print()
     for way, what in WAYS.items():
@@ -272,5 +328,6 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"{result['texts']} texts of each length, one at a time, tokenizing included; all ways and models take turns "
         "on each text. Times, ratios and overheads are medians over texts; an overhead is against plain, of what ends "
         f"at the layer against what plainly does. Others took {result['foreign']:.0%} of the "
-        "cores meanwhile.", markup=False,
-    )  # fmt: skip
+        "cores meanwhile.",
+        markup=False,
+    )

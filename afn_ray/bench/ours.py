@@ -26,11 +26,18 @@ class _Ours:
     def __init__(self, spec: Spec) -> None:
         self._layer = spec.layer
         self._config = RunConfig(
-            corpus=(str(Path(spec.folder) / "corpus"),), model=spec.model, store=str(Path(spec.folder) / "store"),
-            layers=str(spec.layer), dtype=spec.dtype, device=spec.device, batch_tokens=spec.batch_tokens,
-            window_tokens=spec.window_tokens, tokenizer_workers=spec.tokenizer_workers, executor="inline",
+            corpus=(str(Path(spec.folder) / "corpus"),),
+            model=spec.model,
+            store=str(Path(spec.folder) / "store"),
+            layers=str(spec.layer),
+            dtype=spec.dtype,
+            device=spec.device,
+            batch_tokens=spec.batch_tokens,
+            window_tokens=spec.window_tokens,
+            tokenizer_workers=spec.tokenizer_workers,
+            executor="inline",
             scratch=spec.folder,
-        )  # fmt: skip
+        )
         files = worker.find_model(self._config)
         self._task, _ = worker.prepare(self._config, files, spec.device, spec.dtype)
         self._processor = worker.Processor(self._task)
@@ -45,7 +52,9 @@ class _Ours:
 
 
 class Engine(_Ours):
-    """Tokenizing, windows, packing and the model, over texts in memory: all but reading and writing files."""
+    """Tokenizing, windows, packing and the model, over texts in memory: all but reading and writing
+    files.
+    """
 
     def run(self, texts: Sequence[Text]) -> Outcome:
         before = replace(self._processor.progress)
@@ -59,7 +68,9 @@ class Engine(_Ours):
 
 
 class Job(_Ours):
-    """Shards of a corpus on disk become commits in a fresh store, as in a worker that has long been at work."""
+    """Shards of a corpus on disk become commits in a fresh store, as in a worker that has long been
+    at work.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -75,7 +86,9 @@ class Job(_Ours):
             self._plans[profile] = plan.make_plan(config)
 
     def run_profile(self, profile: str) -> Outcome:
-        """As ``run`` of the others, but the texts come from their files; the strengths are read back on request."""
+        """As ``run`` of the others, but the texts come from their files; the strengths are read
+        back on request.
+        """
         before = replace(self._processor.progress)
         self._num_runs += 1
         store = str(Path(self._config.store) / str(self._num_runs))

@@ -1,4 +1,6 @@
-"""What users write instead of afn-ray: a Hugging Face loop, a tuned pipeline, Ray Data, sentence-transformers."""
+"""What users write instead of afn-ray: a Hugging Face loop, a tuned pipeline, Ray Data,
+sentence-transformers.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,18 @@ class Outcome:
     strengths: list[Norms]  # by text
     forward_tokens: int = 0  # with padding or filler
     stages: dict[str, float] = field(default_factory=dict)  # seconds
-    seconds: float | None = None  # where the clock of who asks would count what is not the variant's
+    seconds: float | None = (
+        None  # where the clock of who asks would count what is not the variant's
+    )
 
 
 def _joined(texts: Sequence[Text], norms: Sequence[Norms]) -> list[Norms]:
     """Strengths of texts out of those of their windows, in order."""
     rest = iter(norms)
-    return [np.concatenate([next(rest)[p.keep_start : p.keep_end] for p in text.pieces]) for text in texts]
+    return [
+        np.concatenate([next(rest)[p.keep_start : p.keep_end] for p in text.pieces])
+        for text in texts
+    ]
 
 
 def _pieces(texts: Sequence[Text]) -> list[Piece]:
@@ -70,13 +77,18 @@ def _tokenizer(spec: Spec) -> Any:
 class Loop:
     """Batches as the texts come, all layers, all hidden states, one norm at the end.
 
-    Beside the layer's strengths it gives those of the last hidden states, which is what sentence-transformers has.
+    Beside the layer's strengths it gives those of the last hidden states, which is what
+    sentence-transformers has.
     """
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
         self._tokenizer = _tokenizer(spec)
-        self._model = transformers.AutoModel.from_pretrained(spec.model, dtype=torch.float32).to(spec.device).eval()
+        self._model = (
+            transformers.AutoModel.from_pretrained(spec.model, dtype=torch.float32)
+            .to(spec.device)
+            .eval()
+        )
         self.last: list[Norms] = []
 
     def run(self, texts: Sequence[Text]) -> Outcome:
@@ -88,7 +100,11 @@ class Loop:
             began = time.monotonic()
             batch = [p.text for p in pieces[at : at + LOOP_BATCH]]
             inputs = self._tokenizer(
-                batch, padding=True, truncation=True, max_length=self._spec.window_tokens, return_tensors="pt"
+                batch,
+                padding=True,
+                truncation=True,
+                max_length=self._spec.window_tokens,
+                return_tensors="pt",
             ).to(self._spec.device)
             encoded = time.monotonic()
             with torch.no_grad():
@@ -109,13 +125,17 @@ class _Enough(Exception):
 
 
 class Tuned:
-    """Sorted by length, batches of a budget of tokens, half precision, and no block behind the layer."""
+    """Sorted by length, batches of a budget of tokens, half precision, and no block behind the
+    layer.
+    """
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
         self._tokenizer = _tokenizer(spec)
         dtype = getattr(torch, spec.dtype)
-        self._model = transformers.AutoModel.from_pretrained(spec.model, dtype=dtype).to(spec.device).eval()
+        self._model = (
+            transformers.AutoModel.from_pretrained(spec.model, dtype=dtype).to(spec.device).eval()
+        )
         blocks = find_blocks(self._model, spec.depth)
         for block in blocks[spec.layer :]:
             block.to("meta")  # never run: no memory
@@ -136,9 +156,12 @@ class Tuned:
         began = time.monotonic()
         outcome = Outcome([])
         ids = self._tokenizer(
-            list(texts), truncation=True, max_length=self._spec.window_tokens, return_attention_mask=False,
+            list(texts),
+            truncation=True,
+            max_length=self._spec.window_tokens,
+            return_attention_mask=False,
             return_token_type_ids=False,
-        )["input_ids"]  # fmt: skip
+        )["input_ids"]
         encoded = time.monotonic()
         found: list[tuple[list[int], torch.Tensor]] = []
         with torch.inference_mode():
@@ -160,20 +183,28 @@ class Tuned:
         inputs = {"input_ids": torch.from_numpy(matrix).to(self._spec.device, non_blocking=True)}
         if min(lengths) < max(lengths):  # attention is faster without a mask
             mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(self._spec.device, non_blocking=True)
+            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(
+                self._spec.device, non_blocking=True
+            )
         try:
             self._model(**inputs)
         except _Enough:
             return self._norms
-        raise ConfigError(f"the model ended without its block {self._spec.layer}; `tuned` cannot read it")
+        raise ConfigError(
+            f"the model ended without its block {self._spec.layer}; `tuned` cannot read it"
+        )
 
 
 def find_blocks(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
-    """The ``depth`` blocks of ``model``. Raises ``ConfigError`` where they are no list of that length."""
+    """The ``depth`` blocks of ``model``. Raises ``ConfigError`` where they are no list of that
+    length.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return list(module)
-    raise ConfigError(f"{type(model).__name__} keeps its {depth} blocks in no list; choose other --variants or --model")
+    raise ConfigError(
+        f"{type(model).__name__} keeps its {depth} blocks in no list; choose other --variants or --model"
+    )
 
 
 class SentenceTransformers:
@@ -183,16 +214,21 @@ class SentenceTransformers:
         import sentence_transformers
 
         self._model = sentence_transformers.SentenceTransformer(
-            spec.model, device=spec.device, local_files_only=True, model_kwargs={"dtype": torch.float32}
+            spec.model,
+            device=spec.device,
+            local_files_only=True,
+            model_kwargs={"dtype": torch.float32},
         )
         self._model.max_seq_length = spec.window_tokens
 
     def run(self, texts: Sequence[Text]) -> Outcome:
         began = time.monotonic()
         found = self._model.encode(
-            [p.text for p in _pieces(texts)], output_value="token_embeddings", batch_size=LOOP_BATCH,
+            [p.text for p in _pieces(texts)],
+            output_value="token_embeddings",
+            batch_size=LOOP_BATCH,
             show_progress_bar=False,
-        )  # fmt: skip
+        )
         norms = [torch.linalg.vector_norm(values, dim=-1).cpu().numpy() for values in found]
         # It sorts by characters, longest first.
         lengths = [p.length for p in sorted(_pieces(texts), key=lambda p: -len(p.text))]
@@ -223,9 +259,10 @@ class RayData:
 
         gpu = self._spec.device == "cuda"
         access.start_local(
-            num_cpus=self._spec.workers, object_store_memory=1 << 29,
+            num_cpus=self._spec.workers,
+            object_store_memory=1 << 29,
             runtime_env={"env_vars": {} if gpu else WORKER_ENV},
-        )  # fmt: skip
+        )
         try:
             return self._map(texts, gpu)
         finally:
@@ -240,27 +277,46 @@ class RayData:
         pieces = _pieces(texts)
         for old in Path(self._spec.folder).glob("*.jsonl"):
             old.unlink()
-        # One batch for each worker, as long as the others': the least padding and the least of Ray's own work, which
-        # is what batches of some thousand texts of a long corpus come to.
+        # One batch for each worker, as long as the others': the least padding and the least of
+        # Ray's own work, which is what batches of some thousand texts of a long corpus come to.
         warm_up = [p.text for p in pieces[:: 4 * self._spec.workers]]
         shares = share(texts, self._spec.workers)
         first = np.cumsum([0, *(len(t.pieces) for t in texts)])
-        items = [{"piece": i, "text": pieces[i].text} for s in shares for t in s for i in range(first[t], first[t + 1])]
+        items = [
+            {"piece": i, "text": pieces[i].text}
+            for s in shares
+            for t in s
+            for i in range(first[t], first[t + 1])
+        ]
         norms_of = ray.data.from_items(items, override_num_blocks=self._spec.workers).map_batches(
-            _Mapped, fn_constructor_args=(self._spec, warm_up), batch_size=None,
+            _Mapped,
+            fn_constructor_args=(self._spec, warm_up),
+            batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=self._spec.workers),
-            num_cpus=0 if gpu else 1, num_gpus=1 if gpu else 0,
-        )  # fmt: skip
+            num_cpus=0 if gpu else 1,
+            num_gpus=1 if gpu else 0,
+        )
         found = list(norms_of.iter_batches(batch_size=None, batch_format="numpy"))
         ended = time.monotonic()
         piece_of = np.concatenate([b["piece"] for b in found])
         values = np.concatenate([b["strength"] for b in found])
         order = np.argsort(piece_of, kind="stable")
         norms = np.split(values[order], np.cumsum([p.length for p in pieces])[:-1])
-        lines = [json.loads(x) for f in Path(self._spec.folder).glob("*.jsonl") for x in f.read_text().splitlines()]
-        stages = {name: sum(line["stages"][name] for line in lines) for name in ("tokenize_s", "model_s")}
+        lines = [
+            json.loads(x)
+            for f in Path(self._spec.folder).glob("*.jsonl")
+            for x in f.read_text().splitlines()
+        ]
+        stages = {
+            name: sum(line["stages"][name] for line in lines) for name in ("tokenize_s", "model_s")
+        }
         forward_tokens = sum(line["forward_tokens"] for line in lines)
-        return Outcome(_joined(texts, norms), forward_tokens, stages, ended - min(line["began"] for line in lines))
+        return Outcome(
+            _joined(texts, norms),
+            forward_tokens,
+            stages,
+            ended - min(line["began"] for line in lines),
+        )
 
 
 class _Mapped:
@@ -269,12 +325,21 @@ class _Mapped:
     def __init__(self, spec: Spec, warm_up: list[str]) -> None:
         self._tuned = Tuned(spec)
         self._tuned.measure(warm_up)
-        self._log = Path(spec.folder) / f"{os.getpid()}.jsonl"  # beside the data, which stays what a user has
+        self._log = (
+            Path(spec.folder) / f"{os.getpid()}.jsonl"
+        )  # beside the data, which stays what a user has
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         began = time.monotonic()
         norms, outcome = self._tuned.measure(batch["text"].tolist())
         with self._log.open("a") as log:
-            line = {"began": began, "forward_tokens": outcome.forward_tokens, "stages": outcome.stages}
+            line = {
+                "began": began,
+                "forward_tokens": outcome.forward_tokens,
+                "stages": outcome.stages,
+            }
             log.write(json.dumps(line) + "\n")
-        return {"piece": np.repeat(batch["piece"], [len(n) for n in norms]), "strength": np.concatenate(norms)}
+        return {
+            "piece": np.repeat(batch["piece"], [len(n) for n in norms]),
+            "strength": np.concatenate(norms),
+        }

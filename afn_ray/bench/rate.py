@@ -1,4 +1,6 @@
-"""Tokens per second of one worker at a run's own work, on this machine: what ``afn run --dry-run --rate`` reads."""
+"""Tokens per second of one worker at a run's own work, on this machine: what ``afn run --dry-run
+--rate`` reads.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,20 @@ from afn_ray.runs import dispatch, estimate, job, worker
 
 SAMPLE_DOCUMENTS = 2000
 NUM_SHARDS = 3
-"""That the texts make: as in a run the next one is read while one is measured and one is written."""
+"""That the texts make: as in a run the next one is read while one is measured and one is
+written.
+"""
 CHARS_A_TOKEN = 4
 
 
 def measure(
     config: RunConfig, num_tokens: int | None, repeat: int, on_note: Callable[[str], None]
-) -> dict[str, Any]:  # fmt: skip
-    """Tokens per second of shards of the config's own corpus, ``repeat`` times in fresh stores; as ``--json`` has it.
+) -> dict[str, Any]:
+    """Tokens per second of shards of the config's own corpus, ``repeat`` times in fresh stores; as
+    ``--json`` has it.
 
-    About ``num_tokens`` of its first documents of each file, again and again where they are too few. On a CPU the
-    whole process keeps to one core, as a worker does among its like.
+    About ``num_tokens`` of its first documents of each file, again and again where they are too
+    few. On a CPU the whole process keeps to one core, as a worker does among its like.
     """
     config = job.normalised(config)
     files, _ = listing.list_files(config.corpus, config.read_options)
@@ -46,15 +51,24 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="afn-bench-", dir=config.scratch) as name:
         folder = Path(name)
         asked = replace(
-            config, corpus=(str(folder / "corpus.jsonl"),), store=str(folder / "store"), scratch=name, format="auto",
-            text_column="text", id_column=None, labels=None, executor="inline",
-        )  # fmt: skip
+            config,
+            corpus=(str(folder / "corpus.jsonl"),),
+            store=str(folder / "store"),
+            scratch=name,
+            format="auto",
+            text_column="text",
+            id_column=None,
+            labels=None,
+            executor="inline",
+        )
         device = model.choose_device(config.device)
         num_tokens = num_tokens or TOKENS_PER_WORKER[device] * NUM_SHARDS
         num_bytes = _write(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
         asked = replace(asked, shard_bytes=max(1024, num_bytes // NUM_SHARDS))
         with one_core(device):
-            prepared = job.prepare(asked, lambda event: on_note(event.message) if event.message else None, keep=False)
+            prepared = job.prepare(
+                asked, lambda event: on_note(event.message) if event.message else None, keep=False
+            )
             began = time.monotonic()
             processor = worker.Processor(prepared.task)
             load_s = time.monotonic() - began
@@ -64,13 +78,20 @@ def measure(
                     seconds, counted = _once(processor, prepared, f"{asked.store}-{turn}")
                     if turn >= 0:
                         rates.append(counted / seconds)
-                    on_note(f"{counted / seconds:,.0f} tokens/s" + (" (warm-up)" if turn < 0 else ""))
+                    on_note(
+                        f"{counted / seconds:,.0f} tokens/s" + (" (warm-up)" if turn < 0 else "")
+                    )
             processor.close()
     return {
-        **machine.facts(device), "model": config.model, "tokens": counted, "repeat": repeat,
-        "foreign": round(watch.foreign, 3), "load_s": load_s, "tokens_per_second": rates,
+        **machine.facts(device),
+        "model": config.model,
+        "tokens": counted,
+        "repeat": repeat,
+        "foreign": round(watch.foreign, 3),
+        "load_s": load_s,
+        "tokens_per_second": rates,
         "speed": estimate.speed_of(prepared.task, prepared.measure),
-    }  # fmt: skip
+    }
 
 
 def _write(path: Path, texts: list[str], least_bytes: int) -> int:
@@ -83,7 +104,9 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
 
 
 def _once(processor: worker.Processor, prepared: job.Prepared, store: str) -> tuple[float, int]:
-    """Seconds of all shards in a fresh store, as many at a time as a worker has; and their tokens."""
+    """Seconds of all shards in a fresh store, as many at a time as a worker has; and their
+    tokens.
+    """
     processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
     began = time.monotonic()
     with ThreadPoolExecutor(dispatch.SLOTS) as pool:
@@ -99,10 +122,12 @@ def render(result: dict[str, Any], console: Console) -> None:
     speed, rates = result["speed"], result["tokens_per_second"]
     console.print(
         f"{result['model']}: layers {', '.join(map(str, speed['layers']))}, {', '.join(speed['signals'])}, "
-        f"{speed['dtype']} on {speed['device']}, windows of {speed['window_tokens']}", markup=False,
-    )  # fmt: skip
+        f"{speed['dtype']} on {speed['device']}, windows of {speed['window_tokens']}",
+        markup=False,
+    )
     console.print(
         f"{statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f}-{max(rates):,.0f}) of one worker, from files to "
         f"committed Parquet; n = {result['repeat']}, {result['tokens']:,} tokens; loaded in {result['load_s']:.1f} s; "
-        f"others took {result['foreign']:.0%} of the cores", markup=False,
-    )  # fmt: skip
+        f"others took {result['foreign']:.0%} of the cores",
+        markup=False,
+    )

@@ -1,9 +1,10 @@
-"""What the reduce of many shards takes: generated summaries, reduced in different orders by both executors.
+"""What the reduce of many shards takes: generated summaries, reduced in different orders by both
+executors.
 
     python -m afn_ray.bench.reduce STORE EXECUTOR SEED
 
-is one reduce of the summaries in STORE, in an order of its own and in a process of its own, so that its memory is its
-own; it prints one line of JSON.
+is one reduce of the summaries in STORE, in an order of its own and in a process of its own, so that
+its memory is its own; it prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ EXECUTORS = {"inline": "all in one process", "ray": "tasks of a local Ray"}
 WRITE_AT_ONCE = 50
 
 
-def measure(num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """Seconds and memory of ``repeat`` reduces by each executor, every one in another order; as ``--json`` has them.
+def measure(
+    num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Seconds and memory of ``repeat`` reduces by each executor, every one in another order; as
+    ``--json`` has them.
 
     ``num_tokens``: in a shard, in the mean; shards have half to one and a half as many.
     """
@@ -59,13 +63,17 @@ def measure(num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[st
         spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
         with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
             starts = range(0, num_shards, WRITE_AT_ONCE)
-            groups = [(store, range(a, min(a + WRITE_AT_ONCE, num_shards)), num_tokens) for a in starts]
+            groups = [
+                (store, range(a, min(a + WRITE_AT_ONCE, num_shards)), num_tokens) for a in starts
+            ]
             for rows in pool.map(_write, *zip(*groups, strict=True)):
                 index += rows
         (Path(store) / "index.json").write_text(json.dumps(index), "utf-8")
         total = {name: sum(row[name] for row in index) for name in ("tokens", "bytes")}
-        on_note(f"{num_shards:,} summaries of {total['tokens']:,} tokens, {total['bytes'] / 1e6:,.0f} MB, written in "
-                f"{time.monotonic() - began:.0f} s")  # fmt: skip
+        on_note(
+            f"{num_shards:,} summaries of {total['tokens']:,} tokens, {total['bytes'] / 1e6:,.0f} MB, written in "
+            f"{time.monotonic() - began:.0f} s"
+        )
         found: dict[str, list[dict[str, Any]]] = {executor: [] for executor in EXECUTORS}
         for at in range(repeat):
             for place, (executor, rounds) in enumerate(found.items()):
@@ -73,14 +81,22 @@ def measure(num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[st
                 on_note(f"{executor} {at + 1}/{repeat}: {rounds[-1]['seconds']:.1f} s")
     rounds = [r for of in found.values() for r in of]
     return {
-        **machine.facts("cpu"), "shards": num_shards, **total, "repeat": repeat,
-        "identical": len({r["sha256"] for r in rounds}) == 1, "types": rounds[0]["types"],
-        "strengths": rounds[0]["strengths"], "foreign": max(r["foreign"] for r in rounds), "rounds": found,
-    }  # fmt: skip
+        **machine.facts("cpu"),
+        "shards": num_shards,
+        **total,
+        "repeat": repeat,
+        "identical": len({r["sha256"] for r in rounds}) == 1,
+        "types": rounds[0]["types"],
+        "strengths": rounds[0]["strengths"],
+        "foreign": max(r["foreign"] for r in rounds),
+        "rounds": found,
+    }
 
 
 def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]:
-    """Summaries of shards ``numbers``: Zipf's law over types, lognormal strengths around a mean of each type."""
+    """Summaries of shards ``numbers``: Zipf's law over types, lognormal strengths around a mean of
+    each type.
+    """
     law = np.random.default_rng(0)
     means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
     cumulative = np.cumsum(shares / shares.sum())
@@ -88,12 +104,18 @@ def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]
     for number in numbers:
         random = np.random.default_rng([1, number])
         n = int(random.integers(mean_tokens // 2, mean_tokens + mean_tokens // 2 + 1))
-        ids = np.minimum(np.searchsorted(cumulative, random.random(n)), NUM_TYPES - 1).astype(np.int32)
+        ids = np.minimum(np.searchsorted(cumulative, random.random(n)), NUM_TYPES - 1).astype(
+            np.int32
+        )
         flags = np.full(n, WORD_START, np.uint8)
         flags[::DOCUMENT_TOKENS], ids[::DOCUMENT_TOKENS] = SPECIAL, 101  # [CLS]
-        strengths = round_strengths(np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32))
+        strengths = round_strengths(
+            np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32)
+        )
         summary = Summary((SERIES,))
-        summary.add((np.arange(n) // DOCUMENT_TOKENS).astype(np.int32), ids, flags, {SERIES: strengths})
+        summary.add(
+            (np.arange(n) // DOCUMENT_TOKENS).astype(np.int32), ids, flags, {SERIES: strengths}
+        )
         shard = f"{number:032x}"
         path = Path(shard_files.shard_uri(store, MEASURE_ID, shard)) / "0-summary.parquet"
         path.parent.mkdir(parents=True)
@@ -101,20 +123,34 @@ def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]
         for table in summary.tables():
             file.write(table)
         file.close()
-        rows.append({"shard": shard, "tokens": n, "documents": -(-n // DOCUMENT_TOKENS), "rows": file.num_rows,
-                     "bytes": path.stat().st_size, "sha256": sha256_file(path)})  # fmt: skip
+        rows.append(
+            {
+                "shard": shard,
+                "tokens": n,
+                "documents": -(-n // DOCUMENT_TOKENS),
+                "rows": file.num_rows,
+                "bytes": path.stat().st_size,
+                "sha256": sha256_file(path),
+            }
+        )
     return rows
 
 
 def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
-    """One reduce in a process of its own, with the peak memory of it and all that descend from it."""
+    """One reduce in a process of its own, with the peak memory of it and all that descend from
+    it.
+    """
     command = [sys.executable, "-m", "afn_ray.bench.reduce", store, executor, str(seed)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
     with machine.Watch([process.pid]) as watch:
         answer, _ = process.communicate()
     if process.returncode:
         raise AfnError(f"{' '.join(command)} left with {process.returncode}")
-    return {**json.loads(answer), "peak_bytes": watch.peak_bytes, "foreign": round(watch.foreign, 3)}
+    return {
+        **json.loads(answer),
+        "peak_bytes": watch.peak_bytes,
+        "foreign": round(watch.foreign, 3),
+    }
 
 
 def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
@@ -129,23 +165,44 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     with cluster.tasks(config, shards, lambda notice: print(notice, file=sys.stderr)) as tasks:
         before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
         tables = tree.reduce_run(
-            store, MEASURE_ID, commits, (SERIES,), pieces=texts, readable=texts, language="en", sink_factor=10.0,
-            num_bytes=[1] * len(commits), tasks=tasks,
-        )  # fmt: skip
+            store,
+            MEASURE_ID,
+            commits,
+            (SERIES,),
+            pieces=texts,
+            readable=texts,
+            language="en",
+            sink_factor=10.0,
+            num_bytes=[1] * len(commits),
+            tasks=tasks,
+        )
         seconds = time.monotonic() - began
     return {
-        "seconds": seconds, "before_bytes": before, "driver_bytes": machine.own_memory_bytes("VmHWM"),
-        "types": tables["vocabulary"].num_rows, "strengths": tables["histogram"].num_rows,
+        "seconds": seconds,
+        "before_bytes": before,
+        "driver_bytes": machine.own_memory_bytes("VmHWM"),
+        "types": tables["vocabulary"].num_rows,
+        "strengths": tables["histogram"].num_rows,
         "sha256": _digest([tables[name] for name in ("thresholds", "histogram", "vocabulary")]),
-    }  # fmt: skip
+    }
 
 
 def _commit(row: dict[str, Any]) -> Commit:
     """The commit that a shard with this summary would have."""
-    counts = {**dict.fromkeys(COUNTS, 0), "documents": row["documents"], "tokens": row["tokens"],
-              "windows": row["documents"], "forward_tokens": row["tokens"]}  # fmt: skip
+    counts = {
+        **dict.fromkeys(COUNTS, 0),
+        "documents": row["documents"],
+        "tokens": row["tokens"],
+        "windows": row["documents"],
+        "forward_tokens": row["tokens"],
+    }
     files = {
-        table: {"name": f"0-{table}.parquet", "rows": row["rows"], "bytes": row["bytes"], "sha256": row["sha256"]}
+        table: {
+            "name": f"0-{table}.parquet",
+            "rows": row["rows"],
+            "bytes": row["bytes"],
+            "sha256": row["sha256"],
+        }
         for table in layout.TABLES
     }
     return Commit(row["shard"], "0", files, counts, 1.0, {})
@@ -166,8 +223,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     machine.print_facts(result, console)
     console.print(
         f"\n{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} MB of summaries; "
-        f"n = {result['repeat']}, median (lowest-highest)", markup=False,
-    )  # fmt: skip
+        f"n = {result['repeat']}, median (lowest-highest)",
+        markup=False,
+    )
     table = Table(box=None, pad_edge=False)
     for heading in ("", *EXECUTORS):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -181,7 +239,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     }
     for name, of in figures.items():
         values = [list(map(of, rounds)) for rounds in result["rounds"].values()]
-        table.add_row(name, *(f"{statistics.median(v):,.0f} ({min(v):,.0f}-{max(v):,.0f})" for v in values))
+        table.add_row(
+            name, *(f"{statistics.median(v):,.0f} ({min(v):,.0f}-{max(v):,.0f})" for v in values)
+        )
     console.print(table)
     console.print()
     for executor, what in EXECUTORS.items():
@@ -190,8 +250,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"Tables of all {len(EXECUTORS) * result['repeat']} reduces, each in an order of its own, {same}: "
         f"{result['types']:,} types, {result['strengths']:,} distinct strengths. Others took up to "
-        f"{result['foreign']:.0%} of the cores meanwhile.", markup=False,
-    )  # fmt: skip
+        f"{result['foreign']:.0%} of the cores meanwhile.",
+        markup=False,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What safety costs: what a shard takes beside its tokens, and a finished run to be found finished."""
+"""What safety costs: what a shard takes beside its tokens, and a finished run to be found
+finished.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,26 @@ LINE_BYTES = 1100
 """Of one document's line, most of it a column that nobody reads: just over the smallest shard."""
 
 
-def measure(num_shards: int, store: str | None, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """Whole commands over ``num_shards`` shards of one word and over a tenth of them, in turns; as ``--json`` has them.
+def measure(
+    num_shards: int, store: str | None, repeat: int, on_note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Whole commands over ``num_shards`` shards of one word and over a tenth of them, in turns; as
+    ``--json`` has them.
 
-    The model is all but empty: one layer of width 32. Stores are made below the URI ``store``, or in a temporary
-    folder, and left there when it was given.
+    The model is all but empty: one layer of width 32. Stores are made below the URI ``store``, or
+    in a temporary folder, and left there when it was given.
     """
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as name:
         folder = Path(name)
-        stores = storage.join(storage.absolute(store) if store else name, f"safety-{uuid.uuid4().hex[:8]}")
-        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        stores = storage.join(
+            storage.absolute(store) if store else name, f"safety-{uuid.uuid4().hex[:8]}"
+        )
+        shape = {
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
         model = texts.save_bert(folder / "model", **shape)
         line = json.dumps({"text": "a", "pad": ""})
         line = json.dumps({"text": "a", "pad": "-" * (LINE_BYTES - len(line) - 1)}) + "\n"
@@ -47,28 +59,61 @@ def measure(num_shards: int, store: str | None, repeat: int, on_note: Callable[[
             for executor, rounds in found.items():
 
                 def run(kind: str, at: int = at, executor: str = executor) -> float:
-                    return _run(folder / f"{kind}.jsonl", model, f"{stores}/{executor}-{at}-{kind}", executor)
+                    return _run(
+                        folder / f"{kind}.jsonl",
+                        model,
+                        f"{stores}/{executor}-{at}-{kind}",
+                        executor,
+                    )
 
                 many, few, again = run("many"), run("few"), run("many")
                 ms = (many - few) * EXECUTORS[executor] / (sizes["many"] - sizes["few"]) * 1000
                 rounds.append({"many_s": many, "few_s": few, "again_s": again, "overhead_ms": ms})
-                on_note(f"{executor} {at + 1}/{repeat}: {many:.1f} s for {sizes['many']:,} shards, {few:.1f} s for "
-                        f"{sizes['few']:,}, {again:.1f} s again")  # fmt: skip
+                on_note(
+                    f"{executor} {at + 1}/{repeat}: {many:.1f} s for {sizes['many']:,} shards, {few:.1f} s for "
+                    f"{sizes['few']:,}, {again:.1f} s again"
+                )
     place = "local disk" if storage.is_local(stores) else stores.partition("://")[0]
-    return {**machine.facts("cpu"), "shards": num_shards, "store": place, "repeat": repeat, "rounds": found}
+    return {
+        **machine.facts("cpu"),
+        "shards": num_shards,
+        "store": place,
+        "repeat": repeat,
+        "rounds": found,
+    }
 
 
 def _run(corpus: Path, model: Path, store: str, executor: str) -> float:
     """Seconds of one ``afn run``."""
     command = [
-        sys.executable, "-m", "afn_ray", "run", str(corpus), "--model", str(model), "--store", store,
-        "--layers", "1", "--dtype", "float32", "--batch-tokens", "16", "--shard-bytes", "1024",
-        "--executor", executor, "--quiet", *(["--workers", str(EXECUTORS[executor])] if executor == "ray" else []),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "afn_ray",
+        "run",
+        str(corpus),
+        "--model",
+        str(model),
+        "--store",
+        store,
+        "--layers",
+        "1",
+        "--dtype",
+        "float32",
+        "--batch-tokens",
+        "16",
+        "--shard-bytes",
+        "1024",
+        "--executor",
+        executor,
+        "--quiet",
+        *(["--workers", str(EXECUTORS[executor])] if executor == "ray" else []),
+    ]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        raise AfnError(f"{' '.join(command)} left with {done.returncode}: {done.stderr.strip()[-1000:]}")
+        raise AfnError(
+            f"{' '.join(command)} left with {done.returncode}: {done.stderr.strip()[-1000:]}"
+        )
     return time.monotonic() - began
 
 
@@ -77,10 +122,14 @@ def render(result: dict[str, Any], console: Console) -> None:
     machine.print_facts(result, console)
     console.print(
         f"\n{result['shards']:,} shards of one word each, store on {result['store']}; n = {result['repeat']}, "
-        "median (lowest-highest)", markup=False,
-    )  # fmt: skip
+        "median (lowest-highest)",
+        markup=False,
+    )
     table = Table(box=None, pad_edge=False)
-    for heading in ("", *(f"{name}, {n} worker{'s' if n > 1 else ''}" for name, n in EXECUTORS.items())):
+    for heading in (
+        "",
+        *(f"{name}, {n} worker{'s' if n > 1 else ''}" for name, n in EXECUTORS.items()),
+    ):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for key, what in (
         ("many_s", f"a run of {result['shards']:,} shards, s"),
@@ -89,6 +138,10 @@ def render(result: dict[str, Any], console: Console) -> None:
         ("again_s", "the finished run again, s"),
     ):
         values = [[r[key] for r in rounds] for rounds in result["rounds"].values()]
-        table.add_row(what, *(f"{statistics.median(v):,.1f} ({min(v):,.1f}-{max(v):,.1f})" for v in values))
+        table.add_row(
+            what, *(f"{statistics.median(v):,.1f} ({min(v):,.1f}-{max(v):,.1f})" for v in values)
+        )
     console.print(table)
-    console.print("\nWhole commands, start of Python included; a shard more is the difference of the first two.")
+    console.print(
+        "\nWhole commands, start of Python included; a shard more is the difference of the first two."
+    )

@@ -62,14 +62,17 @@ def _repeated(verse: str, dice: random.Random) -> str:
     """One phrase of the verse over and over, as long as the verse or up to a thousand times."""
     words = verse.split()
     phrase = " ".join(words[: dice.randint(2, 4)])
-    return " ".join([phrase] * dice.choice([len(words) // 3 + 2, 30, 1000 if dice.random() < 0.1 else 60]))
+    return " ".join(
+        [phrase] * dice.choice([len(words) // 3 + 2, 30, 1000 if dice.random() < 0.1 else 60])
+    )
 
 
 def _mash(verse: str, dice: random.Random) -> str:
     text = ""
     while len(text) < len(verse):
         text += "".join(
-            dice.choice(ROW + dice.choice(["", "qwertyuiop", "zxcvbnm,;"])) for _ in range(dice.randint(3, 12))
+            dice.choice(ROW + dice.choice(["", "qwertyuiop", "zxcvbnm,;"]))
+            for _ in range(dice.randint(3, 12))
         )
         text += dice.choice(" ;,  ")
     return text
@@ -83,7 +86,9 @@ KINDS: dict[str, Callable[[str, random.Random], str]] = {
 
 
 def plant(verses: list[str], seed: int) -> tuple[list[str], dict[int, str]]:
-    """``verses`` with ``SHARE`` of them replaced by junk, and the kind of each that was, by number."""
+    """``verses`` with ``SHARE`` of them replaced by junk, and the kind of each that was, by
+    number.
+    """
     dice = random.Random(seed)  # noqa: S311
     planted = {}
     texts = list(verses)
@@ -102,21 +107,34 @@ def measure(store: str, seed: int, on_note: Callable[[str], None]) -> dict[str, 
     if not storage.exists(corpus):
         storage.write_once(corpus, data)
     config = RunConfig(
-        corpus=(corpus,), model=str(demo.model_folder()), store=storage.join(storage.absolute(store), "store"),
-        layers="2/3", dtype="float32", shard_bytes=512 << 10,
-    )  # fmt: skip
+        corpus=(corpus,),
+        model=str(demo.model_folder()),
+        store=storage.join(storage.absolute(store), "store"),
+        layers="2/3",
+        dtype="float32",
+        shard_bytes=512 << 10,
+    )
     with job.run(config, lambda event: on_note(event.message) if event.message else None) as run:
-        return {**machine.facts("cpu"), "documents": len(texts), "planted": len(planted), "seed": seed,
-                **evaluate(run, planted)}  # fmt: skip
+        return {
+            **machine.facts("cpu"),
+            "documents": len(texts),
+            "planted": len(planted),
+            "seed": seed,
+            **evaluate(run, planted),
+        }
 
 
 def evaluate(run: Run, planted: dict[int, str]) -> dict[str, Any]:
-    """Precision and recall of the first texts, as many as were planted, by the run's screening and by simpler orders.
+    """Precision and recall of the first texts, as many as were planted, by the run's screening and
+    by simpler orders.
 
     Of documents with one text the first counts, for that is what a screening lists.
     """
     (layer,) = run.info["layers"]
-    first = {h: d for d, h in run.sql("SELECT doc, text_sha256 FROM documents ORDER BY doc DESC").fetchall()}
+    first = {
+        h: d
+        for d, h in run.sql("SELECT doc, text_sha256 FROM documents ORDER BY doc DESC").fetchall()
+    }
     texts = {doc: h for h, doc in first.items()}
     kinds = {doc: kind for doc, kind in planted.items() if doc in texts}
     by_idf = """
@@ -127,23 +145,31 @@ def evaluate(run: Run, planted: dict[int, str]) -> dict[str, Any]:
     """
     orders: dict[str, list[Any]] = {
         "screening": ["SELECT doc FROM screened ORDER BY rank"],
-        "length alone": ["SELECT doc FROM documents, (SELECT median(ln(n_tokens)) AS m FROM documents) "
-                         "ORDER BY abs(ln(n_tokens) - m) DESC, doc"],
+        "length alone": [
+            "SELECT doc FROM documents, (SELECT median(ln(n_tokens)) AS m FROM documents) "
+            "ORDER BY abs(ln(n_tokens) - m) DESC, doc"
+        ],
         "idf alone": [by_idf, {"layer": layer}],
-    }  # fmt: skip
+    }
     found: dict[str, Any] = {}
     of_text = {h: first[h] for h in texts.values()}
     hashes = dict(run.sql("SELECT doc, text_sha256 FROM documents").fetchall())
     k = len(kinds)
     for name, query in orders.items():
-        docs = np.array(list(dict.fromkeys(of_text[hashes[doc]] for (doc,) in run.sql(*query).fetchall())))
+        docs = np.array(
+            list(dict.fromkeys(of_text[hashes[doc]] for (doc,) in run.sql(*query).fetchall()))
+        )
         right = np.isin(docs, list(kinds))
         hits = np.cumsum(right)
         found[name] = {
-            "precision": float(right[:k].mean()), "recall_twice": float(hits[min(2 * k, len(docs)) - 1] / k),
+            "precision": float(right[:k].mean()),
+            "recall_twice": float(hits[min(2 * k, len(docs)) - 1] / k),
             "average_precision": float((hits / np.arange(1, len(docs) + 1))[right].sum() / k),
-            "kinds": {kind: float(np.isin([d for d in kinds if kinds[d] == kind], docs[:k]).mean()) for kind in KINDS},
-        }  # fmt: skip
+            "kinds": {
+                kind: float(np.isin([d for d in kinds if kinds[d] == kind], docs[:k]).mean())
+                for kind in KINDS
+            },
+        }
     return {"texts": k, "orders": found}
 
 
@@ -151,8 +177,11 @@ def render(result: dict[str, Any], console: Console) -> None:
     """A column for each order, a row for each kind."""
     machine.print_facts(result, console)
     k = result["texts"]
-    console.print(f"\n{result['planted']} of {result['documents']:,} verses replaced by junk (seed {result['seed']}), "
-                  f"{k} different texts; the first {k} texts of each order", markup=False)  # fmt: skip
+    console.print(
+        f"\n{result['planted']} of {result['documents']:,} verses replaced by junk (seed {result['seed']}), "
+        f"{k} different texts; the first {k} texts of each order",
+        markup=False,
+    )
     table = Table(box=None, pad_edge=False)
     for heading in ("", *result["orders"]):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)

@@ -1,4 +1,6 @@
-"""What each signal costs beside strength alone, and a sweep of all layers beside one: whole shards, files included."""
+"""What each signal costs beside strength alone, and a sweep of all layers beside one: whole shards,
+files included.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,18 @@ WITHIN = 0.10
 
 
 def measure(
-    name: str | None, layer: str, num_tokens: int, device: str, repeat: int, on_note: Callable[[str], None]
+    name: str | None,
+    layer: str,
+    num_tokens: int,
+    device: str,
+    repeat: int,
+    on_note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Tokens per second of shards by what they record, as ``--json`` writes them; all take turns ``repeat`` times.
+    """Tokens per second of shards by what they record, as ``--json`` writes them; all take turns
+    ``repeat`` times.
 
-    On a CPU the whole process keeps to one core, as a worker does among its like: what reads, tokenizes and writes
-    beside the model takes its time.
+    On a CPU the whole process keeps to one core, as a worker does among its like: what reads,
+    tokenizes and writes beside the model takes its time.
     """
     device = model.choose_device(device)
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch, one_core(device):
@@ -56,9 +64,16 @@ def measure(
         jobs: dict[str, _Job] = {}
         for variant, (layers, signals) in asked.items():
             config = RunConfig(
-                corpus=(str(Path(scratch) / "corpus.jsonl"),), model=folder, store=str(Path(scratch) / "store"),
-                layers=layers, signals=signals, dtype=dtype, device=device, executor="inline", scratch=scratch,
-            )  # fmt: skip
+                corpus=(str(Path(scratch) / "corpus.jsonl"),),
+                model=folder,
+                store=str(Path(scratch) / "store"),
+                layers=layers,
+                signals=signals,
+                dtype=dtype,
+                device=device,
+                executor="inline",
+                scratch=scratch,
+            )
             try:
                 jobs[variant] = _Job(config, files)
             except ModelError as error:
@@ -73,21 +88,33 @@ def measure(
                     seconds, n_tokens, sizes[variant] = job.run(plan)
                     if turn >= 0:
                         taken[variant].append(seconds)
-                    on_note(f"{variant}: {n_tokens / seconds:,.0f} tokens/s" + (" (warm-up)" if turn < 0 else ""))
+                    on_note(
+                        f"{variant}: {n_tokens / seconds:,.0f} tokens/s"
+                        + (" (warm-up)" if turn < 0 else "")
+                    )
         for job in jobs.values():
             job.close()
     return {
-        **machine.facts(device), "model": name or "BERT-base shape, random weights", "device": device, "dtype": dtype,
-        "layer": k, "depth": files.depth, "tokens": n_tokens, "repeat": repeat, "foreign": round(watch.foreign, 3),
+        **machine.facts(device),
+        "model": name or "BERT-base shape, random weights",
+        "device": device,
+        "dtype": dtype,
+        "layer": k,
+        "depth": files.depth,
+        "tokens": n_tokens,
+        "repeat": repeat,
+        "foreign": round(watch.foreign, 3),
         "variants": {
             variant: {
                 "tokens_per_second": [n_tokens / s for s in seconds],
                 "cost": [s / alone - 1 for s, alone in zip(seconds, taken[ALONE], strict=True)],
-                "bytes_per_token": {table: size / n_tokens for table, size in sizes[variant].items()},
+                "bytes_per_token": {
+                    table: size / n_tokens for table, size in sizes[variant].items()
+                },
             }
             for variant, seconds in taken.items()
         },
-    }  # fmt: skip
+    }
 
 
 class _Job:
@@ -103,7 +130,9 @@ class _Job:
         self._num_runs = 0
 
     def run(self, plan: manifest.Plan) -> tuple[float, int, dict[str, int]]:
-        """Seconds to measure and commit the shards of ``plan`` in a fresh store; tokens, and bytes by table."""
+        """Seconds to measure and commit the shards of ``plan`` in a fresh store; tokens, and bytes
+        by table.
+        """
         self._num_runs += 1
         store = f"{self.config.store}-{self._num_runs}"
         self.processor.task = replace(self._task, config=replace(self.config, store=store))
@@ -142,24 +171,33 @@ def one_core(device: str) -> Iterator[None]:
 def render(result: dict[str, Any], console: Console) -> None:
     """One row for each set of signals."""
     machine.print_facts(result, console)
-    title = f"\n{result['model']}: k is layer {result['layer']} of {result['depth']}, {result['dtype']}"
+    title = (
+        f"\n{result['model']}: k is layer {result['layer']} of {result['depth']}, {result['dtype']}"
+    )
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
     for heading in ("recorded", "tokens/s", "cost", "from", "to", "bytes a token"):
-        table.add_column(heading, justify="left" if heading == "recorded" else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading == "recorded" else "right", no_wrap=True
+        )
     for variant, found in result["variants"].items():
         costs, sizes = found["cost"], found["bytes_per_token"]
         beside = sizes.get("neurons", 0) + sizes.get("pairs", 0)
         size = f"{sizes['tokens']:.1f}" + (f" + {beside:.0f}" if beside else "")
-        figures = ("", "", "") if variant == ALONE else (
-            f"{statistics.median(costs):+.1%}", f"{min(costs):+.1%}", f"{max(costs):+.1%}"
-        )  # fmt: skip
-        table.add_row(variant, f"{statistics.median(found['tokens_per_second']):,.0f}", *figures, size)
+        figures = (
+            ("", "", "")
+            if variant == ALONE
+            else (f"{statistics.median(costs):+.1%}", f"{min(costs):+.1%}", f"{max(costs):+.1%}")
+        )
+        table.add_row(
+            variant, f"{statistics.median(found['tokens_per_second']):,.0f}", *figures, size
+        )
     console.print(table)
     console.print(
         f"\ncost: time beside strength at layer k alone, median, least and most of {result['repeat']} turns over "
         f"{result['tokens']:,} tokens, from JSONL to committed Parquet, one worker; bytes: of the tokens table, and of "
-        f"neurons with their counts. Others took {result['foreign']:.0%} of the cores meanwhile.", markup=False,
-    )  # fmt: skip
+        f"neurons with their counts. Others took {result['foreign']:.0%} of the cores meanwhile.",
+        markup=False,
+    )
     sweep = statistics.median(result["variants"][SWEEP]["cost"])
     console.print(
         f"A sweep of all layers costs {sweep:+.1%}; the bar is {WITHIN:.0%}: {'met' if sweep < WITHIN else 'not met'}.",

@@ -1,10 +1,11 @@
-"""What the driver of a huge run takes: real plan, dispatcher, status and reduce over workers and a clock that are fake.
+"""What the driver of a huge run takes: real plan, dispatcher, status and reduce over workers and a
+clock that are fake.
 
     python -m afn_ray.bench.simulate SHARDS WORKERS SEED
 
-is one such run in a process of its own, so that its memory is its own; it prints one line of JSON. Every shard has to
-end exactly once, whatever fails: that is asserted as it goes. Not driven: Ray, whose part is reckoned; metrics; the
-merges of the reduce.
+is one such run in a process of its own, so that its memory is its own; it prints one line of JSON.
+Every shard has to end exactly once, whatever fails: that is asserted as it goes. Not driven: Ray,
+whose part is reckoned; metrics; the merges of the reduce.
 """
 
 from __future__ import annotations
@@ -44,15 +45,24 @@ COMMITS_READ = 2_000
 SERIES = Series("strength", 8)
 MEASURE_ID = "0" * 32
 RAY_WAIT_MS, RAY_CALL_MS = 1.5, 0.14
-"""Of the driver's CPU inside Ray, measured with one local Ray (AMD EPYC, 2.60): its two ``ray.wait`` over 3,000 tasks
-under way (n = 60), and a question to an actor with its answer (n = 1,000)."""
+"""Of the driver's CPU inside Ray, measured with one local Ray (AMD EPYC, 2.60): its two
+``ray.wait`` over 3,000 tasks under way (n = 60), and a question to an actor with its answer (n =
+1,000).
+"""
 
 
-def measure(num_shards: int, num_workers: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    num_shards: int, num_workers: int, repeat: int, on_note: Callable[[str], None]
+) -> dict[str, Any]:
     """``simulate`` with seeds from 0 on, each in a process of its own; as ``--json`` has it."""
     rounds = []
     for seed in range(repeat):
-        command = [sys.executable, "-m", "afn_ray.bench.simulate", *map(str, (num_shards, num_workers, seed))]
+        command = [
+            sys.executable,
+            "-m",
+            "afn_ray.bench.simulate",
+            *map(str, (num_shards, num_workers, seed)),
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
         with machine.Watch([process.pid]) as watch:
             answer, _ = process.communicate()
@@ -60,7 +70,13 @@ def measure(num_shards: int, num_workers: int, repeat: int, on_note: Callable[[s
             raise AfnError(f"{' '.join(command)} left with {process.returncode}")
         rounds.append({**json.loads(answer), "foreign": round(watch.foreign, 3)})
         on_note(f"{seed + 1}/{repeat}: {rounds[-1]['cpu_s']:.0f} s of CPU of the driver")
-    return {**machine.facts("cpu"), "shards": num_shards, "workers": num_workers, "repeat": repeat, "rounds": rounds}
+    return {
+        **machine.facts("cpu"),
+        "shards": num_shards,
+        "workers": num_workers,
+        "repeat": repeat,
+        "rounds": rounds,
+    }
 
 
 class Meter:
@@ -96,13 +112,17 @@ class Meter:
 
 
 class Tree:
-    """``reduce.Tasks`` that does no work: every summary has to come once into the sum of every part."""
+    """``reduce.Tasks`` that does no work: every summary has to come once into the sum of every
+    part.
+    """
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.most_args = 0
 
-    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+    def submit(
+        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
+    ) -> list[Any]:
         name = function.__name__.strip("_")
         self.calls[name] += 1
         self.most_args = max(self.most_args, len(args))
@@ -131,8 +151,20 @@ def plan_of(num_shards: int) -> manifest.Plan:
         uri, version = f"s3://bucket/corpus/part-{file:06d}.jsonl", f"etag:{file:032x}"
         for at in range(min(FILE_SHARDS, num_shards - len(slices))):
             start = at * SHARD_BYTES
-            slices.append(FileSlice(uri, FILE_SHARDS * SHARD_BYTES, version, "jsonl", "", start, start + SHARD_BYTES,
-                                    SHARD_BYTES, SHARD_TOKENS // 200, f"{len(slices):064x}"))  # fmt: skip
+            slices.append(
+                FileSlice(
+                    uri,
+                    FILE_SHARDS * SHARD_BYTES,
+                    version,
+                    "jsonl",
+                    "",
+                    start,
+                    start + SHARD_BYTES,
+                    SHARD_BYTES,
+                    SHARD_TOKENS // 200,
+                    f"{len(slices):064x}",
+                )
+            )
     groups = group_slices(slices, SHARD_BYTES)
     shards = tuple(Shard.of(group, config.read_options) for group in groups)
     assert len(shards) == num_shards
@@ -140,7 +172,9 @@ def plan_of(num_shards: int) -> manifest.Plan:
 
 
 def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
-    """One run from its plan to its reduced tables, as ``--json`` has it. Asserts that every shard ends once."""
+    """One run from its plan to its reduced tables, as ``--json`` has it. Asserts that every shard
+    ends once.
+    """
     meter = Meter()
     resident = [("at the start", machine.own_memory_bytes("VmRSS"))]
 
@@ -169,9 +203,18 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
                 tell(state)
 
             dispatcher = dispatch.Dispatcher(
-                crowd, plan.shards, on_state, wait_s=1e9, allow_quarantined=num_shards, clock=crowd.clock
-            )  # fmt: skip
-            for method, name in (("_hand_out", "hand out"), ("_take", "events"), ("_look_around", "look around")):
+                crowd,
+                plan.shards,
+                on_state,
+                wait_s=1e9,
+                allow_quarantined=num_shards,
+                clock=crowd.clock,
+            )
+            for method, name in (
+                ("_hand_out", "hand out"),
+                ("_take", "events"),
+                ("_look_around", "look around"),
+            ):
                 setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
             with meter.part("loop"):
                 state = dispatcher.run()
@@ -179,27 +222,47 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     remember("with all commits")
     _check(plan, crowd, state)
     shards = told["shards"]
-    assert (shards["done"], shards["quarantined"]) == (len(state.commits), len(state.failures)), "a status that lags"
+    assert (shards["done"], shards["quarantined"]) == (len(state.commits), len(state.failures)), (
+        "a status that lags"
+    )
     done = [s for s in plan.shards if s.id in state.commits]
     ordered = state.commits.in_order(s.id for s in done)
     tree = Tree()
     with meter.part("reduce"):
         tables = reduce.reduce_run(
-            "-", MEASURE_ID, ordered, (SERIES,), pieces=(), readable=(), language="en", sink_factor=10.0,
-            num_bytes=[s.num_bytes for s in done], tasks=tree,
-        )  # fmt: skip
+            "-",
+            MEASURE_ID,
+            ordered,
+            (SERIES,),
+            pieces=(),
+            readable=(),
+            language="en",
+            sink_factor=10.0,
+            num_bytes=[s.num_bytes for s in done],
+            tasks=tree,
+        )
     assert tables["shards"].num_rows == len(done)
     remember("with the reduce planned")
     crowd_s = meter.seconds.pop("(the crowd)")
     return {
-        "shards": num_shards, "workers": num_workers, "seed": seed, "hours": crowd.now / 3600,
-        "cpu_s": sum(meter.seconds.values()), "crowd_s": crowd_s,
-        "parts_s": dict(meter.seconds), "find_commits_us": commit_us,
-        "resident_bytes": dict(resident), "peak_bytes": machine.own_memory_bytes("VmHWM"),
-        "attempts": crowd.num_attempts, "retries": state.retries, "quarantined": len(state.failures),
-        "happened": dict(crowd.happened), "looks": looks["looks"], "calls": dict(tree.calls),
+        "shards": num_shards,
+        "workers": num_workers,
+        "seed": seed,
+        "hours": crowd.now / 3600,
+        "cpu_s": sum(meter.seconds.values()),
+        "crowd_s": crowd_s,
+        "parts_s": dict(meter.seconds),
+        "find_commits_us": commit_us,
+        "resident_bytes": dict(resident),
+        "peak_bytes": machine.own_memory_bytes("VmHWM"),
+        "attempts": crowd.num_attempts,
+        "retries": state.retries,
+        "quarantined": len(state.failures),
+        "happened": dict(crowd.happened),
+        "looks": looks["looks"],
+        "calls": dict(tree.calls),
         "most_args": tree.most_args,
-    }  # fmt: skip
+    }
 
 
 def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
@@ -209,7 +272,9 @@ def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
     assert len(state.commits) + len(state.failures) == len(planned) == len(plan.shards)
     assert set(state.commits) | state.failures.keys() == planned
     assert set(state.commits) <= crowd.committed, "a commit that the store does not have"
-    assert all(crowd.faults[shard] >= ATTEMPTS for shard in state.failures), "quarantined without its own fault"
+    assert all(crowd.faults[shard] >= ATTEMPTS for shard in state.failures), (
+        "quarantined without its own fault"
+    )
     assert crowd.poison.keys() <= state.failures.keys(), "a poison was committed"
 
 
@@ -217,8 +282,13 @@ def _find_some(store: str, shards: Sequence[Shard]) -> float:
     """Microseconds of the driver to find one of the commits of ``shards`` in ``store``."""
     for shard in shards:
         commit = arrived(shard.id)
-        body = {"schema_version": SCHEMA_VERSION, "measure": MEASURE_ID, **asdict(commit),
-                "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options)}  # fmt: skip
+        body = {
+            "schema_version": SCHEMA_VERSION,
+            "measure": MEASURE_ID,
+            **asdict(commit),
+            "slices": [asdict(s) for s in shard.slices],
+            "options": asdict(shard.options),
+        }
         folder = shard_files.shard_uri(store, MEASURE_ID, shard.id)
         storage.write_once(storage.join(folder, "commit.json"), checksums.sealed(body))
     began = time.process_time()
@@ -233,15 +303,20 @@ def render(result: dict[str, Any], console: Console) -> None:
     hours = statistics.median(r["hours"] for r in rounds)
     console.print(
         f"\n{n:,} shards of {SHARD_S:g} s on {result['workers']:,} workers, {hours:,.1f} simulated hours; n = "
-        f"{result['repeat']}, median (lowest-highest)", markup=False,
-    )  # fmt: skip
+        f"{result['repeat']}, median (lowest-highest)",
+        markup=False,
+    )
     table = Table(box=None, pad_edge=False)
     for heading in ("the driver", "", ""):
         table.add_column(heading, justify="right" if not heading else "left", no_wrap=True)
 
     def row(name: str, unit: str, of: Callable[[dict[str, Any]], float]) -> None:
         values = [of(r) for r in rounds]
-        table.add_row(name, f"{statistics.median(values):,.1f}", f"({min(values):,.1f}-{max(values):,.1f}) {unit}")
+        table.add_row(
+            name,
+            f"{statistics.median(values):,.1f}",
+            f"({min(values):,.1f}-{max(values):,.1f}) {unit}",
+        )
 
     row("CPU in all", "s", lambda r: r["cpu_s"])
     row("CPU for a shard", "us", lambda r: r["cpu_s"] / n * 1e6)
@@ -252,7 +327,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     row("inside Ray beside that, reckoned", "ms a shard", lambda r: ray_ms(r))
     row("memory at its peak", "MB", lambda r: r["peak_bytes"] / 1e6)
     for name in list(rounds[0]["resident_bytes"])[1:]:
-        row(f"  {name}", "bytes a shard more than at the start", lambda r, name=name: grown(r, name))  # type: ignore[misc]
+        row(
+            f"  {name}", "bytes a shard more than at the start", lambda r, name=name: grown(r, name)
+        )  # type: ignore[misc]
     console.print(table)
     one = rounds[0]
     told = ", ".join(f"{number:,} {what}" for what, number in sorted(one["happened"].items()))
@@ -262,7 +339,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"{', '.join(f'{number:,} {name}' for name, number in one['calls'].items())}. Most of the driver's own time "
         f"goes into: {parts[0]}. Others took up to {max(r['foreign'] for r in rounds):.0%} of the cores meanwhile.",
         markup=False,
-    )  # fmt: skip
+    )
 
 
 def grown(run: dict[str, Any], name: str) -> float:
@@ -272,12 +349,16 @@ def grown(run: dict[str, Any], name: str) -> float:
 
 
 def ray_ms(run: dict[str, Any]) -> float:
-    """Milliseconds of the driver inside Ray for a shard: its hand-out, its event, its share of looks and of calls."""
+    """Milliseconds of the driver inside Ray for a shard: its hand-out, its event, its share of
+    looks and of calls.
+    """
     looks = run["looks"] * run["workers"] / run["shards"]
     calls = sum(run["calls"].values()) / run["shards"]
     return float(RAY_WAIT_MS + RAY_CALL_MS * (run["attempts"] / run["shards"] + looks + calls))
 
 
 if __name__ == "__main__":
-    logging.getLogger(logs.ROOT).addHandler(logging.NullHandler())  # thousands of losses, which are the point
+    logging.getLogger(logs.ROOT).addHandler(
+        logging.NullHandler()
+    )  # thousands of losses, which are the point
     print(json.dumps(simulate(*map(int, sys.argv[1:4]))))

@@ -1,10 +1,11 @@
-"""What questions to a large run take: a generated store of as many rows as asked for, reduced, screened and asked.
+"""What questions to a large run take: a generated store of as many rows as asked for, reduced,
+screened and asked.
 
     python -m afn_ray.bench.sql reduce STORE FIRST SHARDS
     python -m afn_ray.bench.sql ask RUN BASELINE QUESTION REPEAT
 
-are one reduce and one question, asked REPEAT times, each in a process of its own, so that its memory is its own; both
-print a line of JSON.
+are one reduce and one question, asked REPEAT times, each in a process of its own, so that its
+memory is its own; both print a line of JSON.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ WORDS = {"word": 110, "rare": 20_000}
 """Types that are looked for: about one token in a thousand, and one in 150,000."""
 
 
-# --- the store -------------------------------------------------------------------------------------------
+# --- the store
+# -------------------------------------------------------------------------------------------
 
 
 def _config(store: str) -> RunConfig:
@@ -101,14 +103,24 @@ def _config(store: str) -> RunConfig:
 
 def _shard(store: str, number: int) -> Shard:
     piece = FileSlice(
-        f"generated/part-{number:05d}.jsonl", 1, "etag:0", "jsonl", "", 0, 1, 1, SHARD_TOKENS // DOCUMENT_TOKENS,
+        f"generated/part-{number:05d}.jsonl",
+        1,
+        "etag:0",
+        "jsonl",
+        "",
+        0,
+        1,
+        1,
+        SHARD_TOKENS // DOCUMENT_TOKENS,
         sha256(b"%d" % number).hexdigest(),
-    )  # fmt: skip
+    )
     return Shard.of([piece], _config(store).read_options)
 
 
 def write_shard(store: str, number: int, num_documents: int) -> None:
-    """Commit shard ``number``: Zipf's law over types, lognormal strengths around a mean of each type."""
+    """Commit shard ``number``: Zipf's law over types, lognormal strengths around a mean of each
+    type.
+    """
     law = np.random.default_rng(0)
     means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
     cumulative = np.cumsum(shares / shares.sum())
@@ -127,90 +139,164 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                 docs = np.arange(first, min(first + step, num_documents), dtype=np.int32)
                 n = len(docs) * DOCUMENT_TOKENS
                 position = np.tile(np.arange(DOCUMENT_TOKENS, dtype=np.int32), len(docs))
-                ids = np.minimum(np.searchsorted(cumulative, random.random(n)), NUM_TYPES - 1).astype(np.int32)
+                ids = np.minimum(
+                    np.searchsorted(cumulative, random.random(n)), NUM_TYPES - 1
+                ).astype(np.int32)
                 ids[position == 0], ids[position == DOCUMENT_TOKENS - 1] = CLS, SEP
                 special = (position == 0) | (position == DOCUMENT_TOKENS - 1)
                 head = ~special & (~_continues(ids) | (position == 1))
                 flags = np.where(special, SPECIAL, np.where(head, WORD_START, 0)).astype(np.uint8)
                 alone = head & np.append(head[1:] | special[1:], True)
                 no_surface = ~(alone & (random.random(n) < CAPITAL_SHARE))
-                strengths = round_strengths(np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32))
+                strengths = round_strengths(
+                    np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32)
+                )
                 columns = {
-                    "doc": np.repeat(docs, DOCUMENT_TOKENS), "position": position, "token_id": ids, "flags": flags,
-                    "surface": pa.DictionaryArray.from_arrays(pa.array(ids, mask=no_surface), capitalized),
-                    "start": 6 * position, "end": 6 * position + 5, SERIES.name: strengths,
-                }  # fmt: skip
+                    "doc": np.repeat(docs, DOCUMENT_TOKENS),
+                    "position": position,
+                    "token_id": ids,
+                    "flags": flags,
+                    "surface": pa.DictionaryArray.from_arrays(
+                        pa.array(ids, mask=no_surface), capitalized
+                    ),
+                    "start": 6 * position,
+                    "end": 6 * position + 5,
+                    SERIES.name: strengths,
+                }
                 schema = files.tokens.schema
-                files.tokens.write(pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema))
+                files.tokens.write(
+                    pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
+                )
                 summary.add(columns["doc"], ids, flags, {SERIES: strengths})
                 mean = strengths.reshape(-1, DOCUMENT_TOKENS)[:, 1:-1].mean(1)
                 files.documents.write(
                     make_table(
                         {
-                            "doc": docs, "doc_id": [f"{number}-{i}" for i in docs.tolist()],
-                            "source": [shard.slices[0].uri] * len(docs), "offset": docs.astype(np.int64),
-                            "n_tokens": np.full(len(docs), DOCUMENT_TOKENS), "n_windows": np.ones(len(docs), int),
+                            "doc": docs,
+                            "doc_id": [f"{number}-{i}" for i in docs.tolist()],
+                            "source": [shard.slices[0].uri] * len(docs),
+                            "offset": docs.astype(np.int64),
+                            "n_tokens": np.full(len(docs), DOCUMENT_TOKENS),
+                            "n_windows": np.ones(len(docs), int),
                             "n_chars": np.full(len(docs), 6 * DOCUMENT_TOKENS),
-                            **dict.fromkeys(("n_replaced", "lost_bytes", "lost_documents"), np.zeros(len(docs), int)),
-                            "text_sha256": [sha256(b"%d %d" % (number, i)).digest() for i in docs.tolist()],
-                            "status": ["ok"] * len(docs), f"mean_{SERIES.name}": mean,
+                            **dict.fromkeys(
+                                ("n_replaced", "lost_bytes", "lost_documents"),
+                                np.zeros(len(docs), int),
+                            ),
+                            "text_sha256": [
+                                sha256(b"%d %d" % (number, i)).digest() for i in docs.tolist()
+                            ],
+                            "status": ["ok"] * len(docs),
+                            f"mean_{SERIES.name}": mean,
                         },
                         files.documents.schema,
                     )
-                )  # fmt: skip
+                )
             files.summary.write_each(summary.tables())
         tokens = num_documents * DOCUMENT_TOKENS
-        counts = {**dict.fromkeys(COUNTS, 0), "documents": num_documents, "tokens": tokens,
-                  "special": 2 * num_documents, "windows": num_documents, "forward_tokens": tokens,
-                  "chars": 6 * tokens}  # fmt: skip
+        counts = {
+            **dict.fromkeys(COUNTS, 0),
+            "documents": num_documents,
+            "tokens": tokens,
+            "special": 2 * num_documents,
+            "windows": num_documents,
+            "forward_tokens": tokens,
+            "chars": 6 * tokens,
+        }
         shard_files.publish(
-            store, fingerprint(MEASURE), shard, "0", files.tables(), counts, time.monotonic() - began, {"device": "-"}
+            store,
+            fingerprint(MEASURE),
+            shard,
+            "0",
+            files.tables(),
+            counts,
+            time.monotonic() - began,
+            {"device": "-"},
         )
 
 
 def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
-    """Plan, reduce and screen the run of the shards from ``first`` on; what the reduce and the screening took."""
+    """Plan, reduce and screen the run of the shards from ``first`` on; what the reduce and the
+    screening took.
+    """
     config = _config(store)
     shards = [_shard(store, number) for number in range(first, first + num_shards)]
     measure_id = fingerprint(MEASURE)
     commits = shard_files.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]
-    folder = manifest.begin_run(config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()).run
+    folder = manifest.begin_run(
+        config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()
+    ).run
     written, readable = pieces()
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
     tables = tree.reduce_run(
-        store, measure_id, ordered, (SERIES,), pieces=written, readable=readable, language="en", sink_factor=10.0,
+        store,
+        measure_id,
+        ordered,
+        (SERIES,),
+        pieces=written,
+        readable=readable,
+        language="en",
+        sink_factor=10.0,
         num_bytes=[1] * len(ordered),
-    )  # fmt: skip
+    )
     seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")
     began = time.monotonic()
     tables["files"] = losses.files_table(store, measure_id, ordered, shards=shards, skipped=())
     tables |= screen.scan_run(
-        store, measure_id, ordered, (LAYER,), shards=shards, labels=tables["thresholds"], files=tables["files"],
-        vocabulary=tables["vocabulary"], readable=readable, worst=config.screen,
-    )  # fmt: skip
+        store,
+        measure_id,
+        ordered,
+        (LAYER,),
+        shards=shards,
+        labels=tables["thresholds"],
+        files=tables["files"],
+        vocabulary=tables["vocabulary"],
+        readable=readable,
+        worst=config.screen,
+    )
     screening_s = time.monotonic() - began
     tokens = sum(c.counts["tokens"] for c in ordered)
     info = {
-        "measure": {"id": measure_id, **MEASURE}, "model": {"name": "generated"}, "layers": [LAYER],
-        "tables": {name: manifest.write_table(folder, name, table) for name, table in tables.items()},
-        "config": asdict(config), "corpus": {"files": num_shards, "bytes": num_shards, "skipped": 0},
-        "precision": {"dtype": "float32"}, "quarantined": [], "seconds": 0.0,
-        "counts": {"shards": num_shards, "documents": sum(c.counts["documents"] for c in ordered), "tokens": tokens},
-        "created_at": manifest.created_at(folder), "finished_at": manifest.created_at(folder),
-    }  # fmt: skip
+        "measure": {"id": measure_id, **MEASURE},
+        "model": {"name": "generated"},
+        "layers": [LAYER],
+        "tables": {
+            name: manifest.write_table(folder, name, table) for name, table in tables.items()
+        },
+        "config": asdict(config),
+        "corpus": {"files": num_shards, "bytes": num_shards, "skipped": 0},
+        "precision": {"dtype": "float32"},
+        "quarantined": [],
+        "seconds": 0.0,
+        "counts": {
+            "shards": num_shards,
+            "documents": sum(c.counts["documents"] for c in ordered),
+            "tokens": tokens,
+        },
+        "created_at": manifest.created_at(folder),
+        "finished_at": manifest.created_at(folder),
+    }
     run = manifest.finish_run(folder, info)
     return {
-        "run": run.uri, "shards": num_shards, "seconds": seconds, "tokens": tokens, "before_bytes": before,
-        "peak_bytes": peak, "screening_s": screening_s, "screening_peak_bytes": own_memory_bytes("VmHWM"),
-    }  # fmt: skip
+        "run": run.uri,
+        "shards": num_shards,
+        "seconds": seconds,
+        "tokens": tokens,
+        "before_bytes": before,
+        "peak_bytes": peak,
+        "screening_s": screening_s,
+        "screening_peak_bytes": own_memory_bytes("VmHWM"),
+    }
 
 
-# --- the figures -----------------------------------------------------------------------------------------
+# --- the figures
+# -----------------------------------------------------------------------------------------
 
 
 def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """Reduces of a fifth of the shards and of all, and every question ``repeat`` times; as ``--json`` has them.
+    """Reduces of a fifth of the shards and of all, and every question ``repeat`` times; as
+    ``--json`` has them.
 
     A shard more is made than a run has: the run lacks the first one, and its baseline the last.
     """
@@ -220,7 +306,9 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
         began = time.monotonic()
         spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
         with ProcessPoolExecutor(cgroup.num_cores(), mp_context=spawn) as pool:
-            for _ in pool.map(partial(write_shard, store, num_documents=num_documents), range(num_shards + 1)):
+            for _ in pool.map(
+                partial(write_shard, store, num_documents=num_documents), range(num_shards + 1)
+            ):
                 pass
         size = sum(f.stat().st_size for f in Path(store).rglob("*-tokens.parquet"))
         on_note(
@@ -229,8 +317,10 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
         reduces = []
         for first, count in ((0, max(1, num_shards // 5)), (0, num_shards), (1, num_shards)):
             reduces.append(_apart("reduce", store, str(first), str(count)))
-            on_note(f"{count:,} shards: reduce {reduces[-1]['seconds']:.1f} s, screening "
-                    f"{reduces[-1]['screening_s']:.1f} s")  # fmt: skip
+            on_note(
+                f"{count:,} shards: reduce {reduces[-1]['seconds']:.1f} s, screening "
+                f"{reduces[-1]['screening_s']:.1f} s"
+            )
         *_, baseline, run = (r["run"] for r in reduces)
         asked = {}
         for question in QUESTIONS:
@@ -238,8 +328,15 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
             on_note(f"{question}: {statistics.median(asked[question]['seconds']):.2f} s")
     rows = num_shards * num_documents * DOCUMENT_TOKENS
     foreign = max(r["foreign"] for r in (*reduces, *asked.values()))
-    return {**machine.facts("cpu"), "rows": rows, "token_bytes": size, "repeat": repeat, "reduces": reduces,
-            "questions": asked, "foreign": foreign}  # fmt: skip
+    return {
+        **machine.facts("cpu"),
+        "rows": rows,
+        "token_bytes": size,
+        "repeat": repeat,
+        "reduces": reduces,
+        "questions": asked,
+        "foreign": foreign,
+    }
 
 
 def _apart(*arguments: str) -> dict[str, Any]:
@@ -254,20 +351,29 @@ def _apart(*arguments: str) -> dict[str, Any]:
 
 
 def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, Any]:
-    """Seconds of opening a run, with a baseline where the question needs one, and of each answer."""
+    """Seconds of opening a run, with a baseline where the question needs one, and of each
+    answer.
+    """
     sql = QUESTIONS[question]
     words = {name: _spell(number) for name, number in WORDS.items() if f"${name}" in sql}
     began = time.monotonic()
     with database.open_run(
-        run_uri, baseline=baseline if "baseline" in question else None, timeout_s=database.MAX_TIMEOUT_S
-    ) as run:  # fmt: skip
+        run_uri,
+        baseline=baseline if "baseline" in question else None,
+        timeout_s=database.MAX_TIMEOUT_S,
+    ) as run:
         opening = time.monotonic() - began
         seconds, rows = [], 0
         for _ in range(repeat):
             began = time.monotonic()
             rows = len(run.sql(sql, words or None).fetchall())
             seconds.append(time.monotonic() - began)
-    return {"opening_s": opening, "seconds": seconds, "rows": rows, "peak_bytes": own_memory_bytes("VmHWM")}
+    return {
+        "opening_s": opening,
+        "seconds": seconds,
+        "rows": rows,
+        "peak_bytes": own_memory_bytes("VmHWM"),
+    }
 
 
 def render(result: dict[str, Any], console: Console) -> None:
@@ -275,27 +381,44 @@ def render(result: dict[str, Any], console: Console) -> None:
     machine.print_facts(result, console)
     console.print(
         f"\n{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n = "
-        f"{result['repeat']}, median (lowest-highest)", markup=False,
-    )  # fmt: skip
+        f"{result['repeat']}, median (lowest-highest)",
+        markup=False,
+    )
     table = Table(box=None, pad_edge=False)
     for heading in ("in one process", "s", "tokens/s", "peak MB"):
         table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
     for r in result["reduces"]:
-        for what, seconds, peak in (("reduce", "seconds", "peak_bytes"),
-                                    ("screening", "screening_s", "screening_peak_bytes")):  # fmt: skip
-            table.add_row(f"{what} of {r['shards']:,} shards, {r['tokens']:,} tokens", f"{r[seconds]:,.1f}",
-                          f"{r['tokens'] / r[seconds]:,.0f}", f"{r[peak] / 1e6:,.0f}")  # fmt: skip
+        for what, seconds, peak in (
+            ("reduce", "seconds", "peak_bytes"),
+            ("screening", "screening_s", "screening_peak_bytes"),
+        ):
+            table.add_row(
+                f"{what} of {r['shards']:,} shards, {r['tokens']:,} tokens",
+                f"{r[seconds]:,.1f}",
+                f"{r['tokens'] / r[seconds]:,.0f}",
+                f"{r[peak] / 1e6:,.0f}",
+            )
     console.print(table)
     console.print()
     table = Table(box=None, pad_edge=False)
     for heading in ("question", "rows", "opening s", "s", "peak MB"):
-        table.add_column(heading, justify="left" if heading == "question" else "right", no_wrap=True)
+        table.add_column(
+            heading, justify="left" if heading == "question" else "right", no_wrap=True
+        )
     for question, r in result["questions"].items():
         s = r["seconds"]
         figures = f"{statistics.median(s):.3f} ({min(s):.3f}-{max(s):.3f})"
-        table.add_row(question, f"{r['rows']:,}", f"{r['opening_s']:.2f}", figures, f"{r['peak_bytes'] / 1e6:,.0f}")
+        table.add_row(
+            question,
+            f"{r['rows']:,}",
+            f"{r['opening_s']:.2f}",
+            figures,
+            f"{r['peak_bytes'] / 1e6:,.0f}",
+        )
     console.print(table)
-    console.print(f"\nOthers took up to {result['foreign']:.0%} of the cores meanwhile.", markup=False)
+    console.print(
+        f"\nOthers took up to {result['foreign']:.0%} of the cores meanwhile.", markup=False
+    )
 
 
 if __name__ == "__main__":

@@ -31,14 +31,17 @@ RUNS = 16
 WINDOWS = 4
 """Of the longest text of the mixed profile."""
 SPREAD = {"short": (40, 1.0), "mixed": (150, 1.1)}
-"""Mean and sigma of the lengths' logarithm: batches of 32 at random are then 20 % text, the rest padding, which is
-what paragraphs of documentation measured (14-25 %)."""
+"""Mean and sigma of the lengths' logarithm: batches of 32 at random are then 20 % text, the rest
+padding, which is what paragraphs of documentation measured (14-25 %).
+"""
 CANDIDATES = 20_000
 ZIPF = 2.7  # rank offset of Zipf's law as Mandelbrot mended it
 
 
 def save_bert(folder: Path, **changes: Any) -> Path:
-    """A BERT-base with random weights and a tokenizer of made-up words in ``folder``; ``changes`` to its config."""
+    """A BERT-base with random weights and a tokenizer of made-up words in ``folder``; ``changes``
+    to its config.
+    """
     config = transformers.BertConfig(**{"vocab_size": VOCABULARY} | changes)
     words = _save_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
     assert words == config.vocab_size
@@ -47,8 +50,12 @@ def save_bert(folder: Path, **changes: Any) -> Path:
         model = transformers.BertModel(config)
         with torch.no_grad():
             for name, value in model.named_parameters():
-                if name.endswith("LayerNorm.weight"):  # fresh ones make every norm sqrt(hidden size)
-                    value.copy_(torch.randn_like(value).exp())  # so that each token, and each layer, has its own
+                if name.endswith(
+                    "LayerNorm.weight"
+                ):  # fresh ones make every norm sqrt(hidden size)
+                    value.copy_(
+                        torch.randn_like(value).exp()
+                    )  # so that each token, and each layer, has its own
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     return folder
@@ -62,7 +69,10 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> int:
     made: dict[str, None] = {}
     while len(made) < size - len(special) - 2 * len(letters):
         made["".join(rng.choices(syllables, k=rng.randint(1, 4)))] = None
-    vocabulary = {piece: i for i, piece in enumerate([*special, *letters, *(f"##{c}" for c in letters), *made])}
+    vocabulary = {
+        piece: i
+        for i, piece in enumerate([*special, *letters, *(f"##{c}" for c in letters), *made])
+    }
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -74,11 +84,14 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> int:
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": 0, "unk_token": 1, "cls_token": 2, "sep_token": 3, "mask_token": 4}
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context,
-            **{name: special[at] for name, at in names.items()},
-        })
-    )  # fmt: skip
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": context,
+                **{name: special[at] for name, at in names.items()},
+            }
+        )
+    )
     return len(vocabulary)
 
 
@@ -106,11 +119,13 @@ class Text:
 
 
 def plan_lengths(profile: str, num_tokens: int, window: int, run_tokens: int) -> list[int]:
-    """Lengths in tokens, special ones included, of at most ``num_tokens`` together, in random order.
+    """Lengths in tokens, special ones included, of at most ``num_tokens`` together, in random
+    order.
 
-    They are drawn as a long corpus would be if one sorted it by length, cut it into runs of ``run_tokens`` and took
-    one run in ``RUNS``: as many neighbours of nearly the same length as there are in it, so that whoever sorts by
-    length pads as little (1 %, where a small sample of single texts has 14 %).
+    They are drawn as a long corpus would be if one sorted it by length, cut it into runs of
+    ``run_tokens`` and took one run in ``RUNS``: as many neighbours of nearly the same length as
+    there are in it, so that whoever sorts by length pads as little (1 %, where a small sample of
+    single texts has 14 %).
     """
     if profile == "full":
         return [window] * max(1, num_tokens // window)
@@ -118,7 +133,10 @@ def plan_lengths(profile: str, num_tokens: int, window: int, run_tokens: int) ->
     normal = NormalDist(np.log(mean) - sigma**2 / 2, sigma)
     n = max(2, round(num_tokens / mean)) * RUNS
     longest = window if profile == "short" else WINDOWS * window
-    corpus = [min(longest, max(SHORTEST, round(float(np.exp(normal.inv_cdf((i + 0.5) / n)))))) for i in range(n)]
+    corpus = [
+        min(longest, max(SHORTEST, round(float(np.exp(normal.inv_cdf((i + 0.5) / n))))))
+        for i in range(n)
+    ]
     # A small sample still has several runs, or it would have few lengths.
     runs = list(budgeted(corpus, max(1, min(run_tokens, num_tokens // 8))))
     lengths = [corpus[i] for run in runs[RUNS // 2 :: RUNS] for i in run]
@@ -141,31 +159,47 @@ def budgeted(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 
 class Writer:
-    """Writes texts in the whole words of a tokenizer's vocabulary, some of them far more often than others."""
+    """Writes texts in the whole words of a tokenizer's vocabulary, some of them far more often than
+    others.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, window: int) -> None:
         self._encoder = encode.TextEncoder(tokenizer)
         self._width, self._overlap = tokens.window_sizes(window, None, self._encoder.template)
         self._window = window
-        readable = dict.fromkeys(t for t in self._encoder.texts()[1] if len(t) > 1 and t.isalpha() and t.isascii())
+        readable = dict.fromkeys(
+            t for t in self._encoder.texts()[1] if len(t) > 1 and t.isalpha() and t.isascii()
+        )
         candidates = list(readable)[:CANDIDATES]
         twice = np.diff(self._encoder.encode([f"{w} {w}" for w in candidates]).bounds)
         # One token wherever it stands: then as many words are as many tokens.
-        self._words = [w for w, n in zip(candidates, twice, strict=True) if n == 2 + self._encoder.template.num_special]
+        self._words = [
+            w
+            for w, n in zip(candidates, twice, strict=True)
+            if n == 2 + self._encoder.template.num_special
+        ]
         if len(self._words) < 2:
-            raise ConfigError("the tokenizer has no whole words to write texts in; measure another model")
+            raise ConfigError(
+                "the tokenizer has no whole words to write texts in; measure another model"
+            )
         self._weights = list(accumulate(1 / (rank + ZIPF) for rank in range(len(self._words))))
 
     def write(self, profile: str, num_tokens: int, run_tokens: int, *, causal: bool) -> list[Text]:
-        """Texts of ``profile``, as ``plan_lengths`` plans them. ``causal``: their windows are a decoder's."""
+        """Texts of ``profile``, as ``plan_lengths`` plans them. ``causal``: their windows are a
+        decoder's.
+        """
         rng = random.Random(f"{SEED} {profile}")  # noqa: S311
         special = self._encoder.template.num_special
         texts = [
-            " ".join(rng.choices(self._words, cum_weights=self._weights, k=max(1, length - special)))
+            " ".join(
+                rng.choices(self._words, cum_weights=self._weights, k=max(1, length - special))
+            )
             for length in plan_lengths(profile, num_tokens, self._window, run_tokens)
         ]
         encoded = self._encoder.encode(texts)
-        windows = tokens.make_windows(encoded, self._encoder.template, self._width, self._overlap, causal)
+        windows = tokens.make_windows(
+            encoded, self._encoder.template, self._width, self._overlap, causal
+        )
         pieces: list[list[Piece]] = [[] for _ in texts]
         before = len(self._encoder.template.prefix)
         for window in windows:
@@ -180,7 +214,9 @@ class Writer:
 
 
 def share(texts: Sequence[Text], parts: int) -> list[list[int]]:
-    """Which texts each of ``parts`` workers gets: about as many tokens each, of all lengths, in their order."""
+    """Which texts each of ``parts`` workers gets: about as many tokens each, of all lengths, in
+    their order.
+    """
     order = sorted(range(len(texts)), key=lambda i: -texts[i].num_tokens)
     given: list[list[int]] = [[] for _ in range(parts)]
     load = [0] * parts

@@ -2,8 +2,8 @@
 
     python -m afn_ray.bench.worker SPEC.json
 
-Answers are JSON lines on standard output, in turn: {"ready": true}, then one for each request. Whatever libraries
-print goes to standard error.
+Answers are JSON lines on standard output, in turn: {"ready": true}, then one for each request.
+Whatever libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ GEMM_SHAPE_CUDA = (8192, 8192, 8192)
 
 def load_texts(file: str) -> list[Text]:
     """As ``dump_texts`` wrote them."""
-    return [Text(text, tuple(Piece(*p) for p in pieces)) for text, pieces in json.loads(Path(file).read_text("utf-8"))]
+    return [
+        Text(text, tuple(Piece(*p) for p in pieces))
+        for text, pieces in json.loads(Path(file).read_text("utf-8"))
+    ]
 
 
 def dump_texts(texts: list[Text], file: Path) -> None:
-    rows = [[t.text, [[p.text, p.keep_start, p.keep_end, p.length] for p in t.pieces]] for t in texts]
+    rows = [
+        [t.text, [[p.text, p.keep_start, p.keep_end, p.length] for p in t.pieces]] for t in texts
+    ]
     file.write_text(json.dumps(rows), "utf-8")
 
 
@@ -49,7 +54,8 @@ class Gemm:
             product
             for m, k, n in shapes
             for product in self._ways(
-                torch.randn(m, k, device=spec.device).to(dtype), torch.randn(n, k, device=spec.device).to(dtype)
+                torch.randn(m, k, device=spec.device).to(dtype),
+                torch.randn(n, k, device=spec.device).to(dtype),
             )
         ]
         self.flops_per_s()
@@ -88,9 +94,14 @@ def _load(spec: peers.Spec) -> Any:
     from afn_ray.bench import ours  # heavy, and no peer needs it
 
     kinds = {
-        "gemm": Gemm, "loop": peers.Loop, "tuned": peers.Tuned, "ray_data": peers.RayData,
-        "sentence_transformers": peers.SentenceTransformers, "engine": ours.Engine, "job": ours.Job,
-    }  # fmt: skip
+        "gemm": Gemm,
+        "loop": peers.Loop,
+        "tuned": peers.Tuned,
+        "ray_data": peers.RayData,
+        "sentence_transformers": peers.SentenceTransformers,
+        "engine": ours.Engine,
+        "job": ours.Job,
+    }
     return kinds[spec.variant](spec)
 
 
@@ -107,7 +118,9 @@ class Worker:
 
     def _warm_up(self, profile: str) -> None:
         """Once over what is timed, so that all shapes are known."""
-        if self._spec.variant != "ray_data":  # its actors live for one run, and warm up as they are made
+        if (
+            self._spec.variant != "ray_data"
+        ):  # its actors live for one run, and warm up as they are made
             self.run(profile)
             self.save(profile, None)
 
@@ -115,12 +128,19 @@ class Worker:
         """One pass over the profile; the strengths are kept for ``save``."""
         began = time.monotonic()
         job = self._spec.variant == "job"
-        outcome = self._variant.run_profile(profile) if job else self._variant.run(self._texts[profile])
+        outcome = (
+            self._variant.run_profile(profile) if job else self._variant.run(self._texts[profile])
+        )
         self._strengths = outcome.strengths
         seconds = time.monotonic() - began if outcome.seconds is None else outcome.seconds
         own_clock = outcome.seconds is not None
-        return {"seconds": seconds, "own_clock": own_clock, "forward_tokens": outcome.forward_tokens,
-                "stages": outcome.stages, "device_bytes": self._device_bytes()}  # fmt: skip
+        return {
+            "seconds": seconds,
+            "own_clock": own_clock,
+            "forward_tokens": outcome.forward_tokens,
+            "stages": outcome.stages,
+            "device_bytes": self._device_bytes(),
+        }
 
     def _device_bytes(self) -> int:
         if self._spec.device != "cuda":
@@ -130,13 +150,20 @@ class Worker:
         return int(torch.cuda.max_memory_allocated())  # of this process: not that of Ray's actors
 
     def save(self, profile: str, file: str | None) -> dict[str, Any]:
-        """Write the last run's strengths, untimed: what this variant says must be what the others say."""
+        """Write the last run's strengths, untimed: what this variant says must be what the others
+        say.
+        """
         if self._spec.variant == "job":
             self._strengths = self._variant.read_back(profile)
         if file is not None:
             last = getattr(self._variant, "last", None) or [np.empty(0, np.float32)]
             lengths = np.array([len(s) for s in self._strengths], np.int64)
-            np.savez(file, strengths=np.concatenate(self._strengths), lengths=lengths, last=np.concatenate(last))
+            np.savez(
+                file,
+                strengths=np.concatenate(self._strengths),
+                lengths=lengths,
+                last=np.concatenate(last),
+            )
         return {"saved": True}
 
 
@@ -158,7 +185,11 @@ def serve(spec: peers.Spec, answers: Any) -> None:
         answer({"ready": True})
         for line in sys.stdin:
             request = json.loads(line)
-            answer(worker.run(request["run"]) if "run" in request else worker.save(request["save"], request["file"]))
+            answer(
+                worker.run(request["run"])
+                if "run" in request
+                else worker.save(request["save"], request["file"])
+            )
     except ImportError as error:
         answer({"missing": f"{error}"})
     except AfnError as error:

@@ -36,14 +36,16 @@ SAMPLE = 200
 def command(argv: Sequence[str] | None = None) -> NoReturn:
     """``afn``: ``main``, and then the process ends at once.
 
-    Threads are not waited for: one of ours may hang in an upload, and libraries' have been seen to abort the
-    interpreter as it ended, with a code that says nothing of what was done.
+    Threads are not waited for: one of ours may hang in an upload, and libraries' have been seen to
+    abort the interpreter as it ended, with a code that says nothing of what was done.
     """
     terminal.prepare()
     try:
         main(argv)
     except SystemExit as end:
-        os._exit(terminal.finish(end.code if isinstance(end.code, int) else 0 if end.code is None else 1))
+        os._exit(
+            terminal.finish(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -54,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(ConfigError.exit_code)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command == "sql" and args.query is None and not rest[0].startswith("-"):
-        args.query = rest.pop(0)  # argparse before Python 3.12 wants an optional argument right behind the first one
+        args.query = rest.pop(
+            0
+        )  # argparse before Python 3.12 wants an optional argument right behind the first one
     if rest:
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{grammar.nearest_flag(args.parser, rest[0])}")
+        args.parser.error(
+            f"unrecognized arguments: {' '.join(rest)}{grammar.nearest_flag(args.parser, rest[0])}"
+        )
     log = logging.getLogger(logs.ROOT)
     if not log.handlers:
         log.addHandler(ToStderr())
@@ -83,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = AUDIT_FAILED if audits else 1
         if isinstance(error, OSError) and error.errno in disk.FULL:
             code = AUDIT_FAILED if audits else Interrupted.exit_code
-            _say_end("stopped", f"no space left: {error}; make room and run the same command again", code)
+            _say_end(
+                "stopped", f"no space left: {error}; make room and run the same command again", code
+            )
         elif json_lines() is not None:
             _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
         elif audits:
@@ -105,7 +113,9 @@ def _say_end(event: str, message: str, code: int, traceback: bool = False) -> No
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C: workers are stopped, scratch files removed, and the exit code says resumable."""
+    """SIGTERM ends like Ctrl-C: workers are stopped, scratch files removed, and the exit code says
+    resumable.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -117,7 +127,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-# --- commands --------------------------------------------------------------------------------------------
+# --- commands
+# --------------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -125,7 +136,9 @@ def _run(args: argparse.Namespace) -> None:
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
         given.pop("corpus", None)  # none on the command line: the file's
-    log_as(vars(args).get("log_format", "text"), args.quiet)  # what is wrong with the config is told in the same form
+    log_as(
+        vars(args).get("log_format", "text"), args.quiet
+    )  # what is wrong with the config is told in the same form
     if not args.dry_run and (args.rate or args.prices):
         raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
     from afn_ray.store import settings
@@ -140,7 +153,9 @@ def _run(args: argparse.Namespace) -> None:
     console = Console(stderr=True, highlight=False)
     with shown_progress(console, args.quiet) as on_event:
         if args.dry_run:
-            found = estimate.dry_run(config, on_event, rate=args.rate, prices=args.prices, reduce_only=args.reduce_only)
+            found = estimate.dry_run(
+                config, on_event, rate=args.rate, prices=args.prices, reduce_only=args.reduce_only
+            )
         else:
             with job.run(config, on_event, reduce_only=args.reduce_only) as run:
                 uri = run.uri
@@ -181,7 +196,9 @@ def _compare(args: argparse.Namespace) -> None:
     found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
     if args.json:
         with _output(args.json) as file:
-            file.write((json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode())
+            file.write(
+                (json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode()
+            )
     overview.render_comparison(found, Console(highlight=False))
 
 
@@ -201,9 +218,12 @@ def _claims(args: argparse.Namespace) -> None:
             from afn_ray.analysis import masking
 
             figures, note = masking.check(
-                run, num_documents=args.sample or SAMPLE, model_name=args.model,
-                trust_remote_code=args.trust_remote_code, allow_pickle=args.allow_pickle,
-            )  # fmt: skip
+                run,
+                num_documents=args.sample or SAMPLE,
+                model_name=args.model,
+                trust_remote_code=args.trust_remote_code,
+                allow_pickle=args.allow_pickle,
+            )
             masked = figures, (note,)
         found = claims.claims(run, max_tokens=args.max_tokens)
         found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
@@ -223,8 +243,12 @@ def _neurons(args: argparse.Namespace) -> None:
         layer = concepts.layer_of(run, args.layer)
         if args.word is not None:
             found, occurrences = concepts.neurons_of_word(run, args.word, layer, args.top)
-            value = {"word": args.word, "layer": layer, "occurrences": occurrences,
-                     "neurons": [{**asdict(c), "lift": c.lift} for c in found]}  # fmt: skip
+            value = {
+                "word": args.word,
+                "layer": layer,
+                "occurrences": occurrences,
+                "neurons": [{**asdict(c), "lift": c.lift} for c in found],
+            }
             render = partial(concepts.render_word, args.word, found, occurrences)
         elif args.neuron is not None:
             neuron = concepts.find_neuron(run, layer, args.neuron)
@@ -261,7 +285,9 @@ def _audit(args: argparse.Namespace) -> int:
     connection.lost_exit_code = AUDIT_FAILED
     policy = audit.read_policy(args.policy)
     out = storage.absolute(args.out)  # one that cannot be opened is told now, not after the run
-    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()  # a Secret made of a file ends with its newline
+    url = (
+        args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
+    )  # a Secret made of a file ends with its newline
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
     if not args.no_report:
@@ -269,23 +295,34 @@ def _audit(args: argparse.Namespace) -> int:
     errors = Console(stderr=True, highlight=False)
     with shown_progress(errors, args.quiet) as on_event:
         found = audit.run_audit(
-            config, policy, baseline=args.baseline, frozen=args.frozen, mark=False, on_event=on_event
-        )  # fmt: skip
+            config,
+            policy,
+            baseline=args.baseline,
+            frozen=args.frozen,
+            mark=False,
+            on_event=on_event,
+        )
     written = audit.write_json(found, out)
     failures = []
     if not found.passed:
-        failures = [audit.post(webhook, audit.to_bytes(found)) if webhook else None,
-                    audit.call_command(command, written) if command else None]  # fmt: skip
+        failures = [
+            audit.post(webhook, audit.to_bytes(found)) if webhook else None,
+            audit.call_command(command, written) if command else None,
+        ]
     if not args.no_report:
         try:
             page = report.render(found.run, found.comparison, with_claims=False)
             storage.write_over(storage.join(out, audit.PAGE), page.encode(), retry_for_s=None)
         except Exception as error:  # noqa: BLE001 - a page is worth no verdict
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
-    for failure in filter(None, failures):  # whoever waits for the exit code still learns the verdict
+    for failure in filter(
+        None, failures
+    ):  # whoever waits for the exit code still learns the verdict
         logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
     _print_lines(audit.lines(found))
-    manifest.mark_audited(found.run)  # last: whatever ends this before, its step is told of again, or with the next
+    manifest.mark_audited(
+        found.run
+    )  # last: whatever ends this before, its step is told of again, or with the next
     return 0 if found.passed else POLICY_BROKEN
 
 
@@ -295,7 +332,9 @@ def _sql(args: argparse.Namespace) -> None:
 
     if args.catalog:
         if args.query is not None:
-            raise ConfigError(f"--open writes {args.catalog} and asks nothing; leave out --open or the query")
+            raise ConfigError(
+                f"--open writes {args.catalog} and asks nothing; leave out --open or the query"
+            )
         database.write_catalog(args.run, args.catalog, baseline=args.baseline)
         name = printable(str(args.catalog))
         print(f"{name} is written; any DuckDB client opens it, as in: duckdb {_shell(name)}")
@@ -303,15 +342,21 @@ def _sql(args: argparse.Namespace) -> None:
     form = _format_of(args.format, args.out)
     tables = joined.read_tables(args.joined)
     with database.open_run(
-        args.run, baseline=args.baseline, memory_limit=args.memory_limit, threads=args.threads, timeout_s=args.timeout
-    ) as run:  # fmt: skip
+        args.run,
+        baseline=args.baseline,
+        memory_limit=args.memory_limit,
+        threads=args.threads,
+        timeout_s=args.timeout,
+    ) as run:
         if args.query is None:
             shell.interactive(run, tables)
             return
         relation = run.sql(args.query, **tables)
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(_output(args.out)) if args.out else None
-            num_rows = shell.print_result(relation, form, out, max_rows=None if args.out else args.max_rows or None)
+            num_rows = shell.print_result(
+                relation, form, out, max_rows=None if args.out else args.max_rows or None
+            )
         shell.say_why_empty(run, args.query, num_rows)
 
 
@@ -331,10 +376,14 @@ ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table
 
 def _format_of(asked: str | None, out: Path | None) -> str:
     """Format that was asked for, else that of the file's ending."""
-    if asked is not None or out is None or (out.exists() and not out.is_file()):  # a pipe, /dev/stdout
+    if (
+        asked is not None or out is None or (out.exists() and not out.is_file())
+    ):  # a pipe, /dev/stdout
         return asked or "table"
     if (form := ENDINGS.get(out.suffix.lower())) is None:
-        raise ConfigError(f"{out}: the ending says no format; end it in {', '.join(ENDINGS)}, or give --format")
+        raise ConfigError(
+            f"{out}: the ending says no format; end it in {', '.join(ENDINGS)}, or give --format"
+        )
     return form
 
 
@@ -348,7 +397,9 @@ def _explain(args: argparse.Namespace) -> None:
     text = terminal.read_input() if args.text == "-" else args.text
     from afn_ray.runs import precheck
 
-    precheck.check_question(args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer)
+    precheck.check_question(
+        args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer
+    )
     from afn_ray.analysis import explain
     from afn_ray.show import explanation
 
@@ -377,7 +428,11 @@ def _report(args: argparse.Namespace) -> None:
     from afn_ray.show import report
 
     path = report.write_report(
-        args.run, args.out, baseline=args.baseline, ranks_only=args.ranks_only, with_claims=not args.no_claims
+        args.run,
+        args.out,
+        baseline=args.baseline,
+        ranks_only=args.ranks_only,
+        with_claims=not args.no_claims,
     )
     print(f"{path} is written; open it in a browser")
 
@@ -408,7 +463,9 @@ def _demo(args: argparse.Namespace) -> None:
     layer = summary.layers[-1].layer
     out = Console(highlight=False)
     tokens = summary.info["counts"]["tokens"]
-    out.print(f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} s\n")
+    out.print(
+        f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} s\n"
+    )
     overview.render_thresholds(summary, out)
     overview.render_classes(summary, out)
     with run:
@@ -420,7 +477,11 @@ def _demo(args: argparse.Namespace) -> None:
         "ORDER BY share_high DESC LIMIT 9"
     )
     out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)
-    for command in (f"show {store}", f"explain {store} 'In the beginning was the Word'", f'sql {store} "{query}"'):
+    for command in (
+        f"show {store}",
+        f"explain {store} 'In the beginning was the Word'",
+        f'sql {store} "{query}"',
+    ):
         out.print(f"Next:    afn {command}", markup=False, soft_wrap=True)
 
 
@@ -446,13 +507,21 @@ def _gc(args: argparse.Namespace) -> None:
     from afn_ray.store import garbage
 
     found = garbage.collect_garbage(
-        args.store, keep=args.keep, keep_runs=args.keep_run, min_age_h=args.min_age_h, delete=args.delete,
+        args.store,
+        keep=args.keep,
+        keep_runs=args.keep_run,
+        min_age_h=args.min_age_h,
+        delete=args.delete,
         on_progress=now_and_then(),
-    )  # fmt: skip
+    )
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return
-    flags = [f"--keep={args.keep}", *(f"--keep-run={run}" for run in args.keep_run), f"--min-age-h={args.min_age_h:g}"]
+    flags = [
+        f"--keep={args.keep}",
+        *(f"--keep-run={run}" for run in args.keep_run),
+        f"--min-age-h={args.min_age_h:g}",
+    ]
     _print_lines(garbage.lines(found, flags))
 
 
@@ -468,7 +537,8 @@ def _shell(text: str) -> str:
     return shlex.quote(text)
 
 
-# --- progress --------------------------------------------------------------------------------------------
+# --- progress
+# --------------------------------------------------------------------------------------------
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {

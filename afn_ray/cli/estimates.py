@@ -21,18 +21,34 @@ def print_estimate(e: Estimate, console: Console) -> None:
     todo = e.num_shards - e.num_shards_done
     signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
     rows = [
-        ("model", f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}"),
+        (
+            "model",
+            f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}",
+        ),
         ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
-        ("corpus", f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files"),
-        ("shards", f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do"),
+        (
+            "corpus",
+            f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files",
+        ),
+        (
+            "shards",
+            f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do",
+        ),
         ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
         *_pace(e),
-        ("requests", f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets"),
-        *([("signals", f"time of the forward pass beside strength alone: {signals}")] if signals else []),
+        (
+            "requests",
+            f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets",
+        ),
+        *(
+            [("signals", f"time of the forward pass beside strength alone: {signals}")]
+            if signals
+            else []
+        ),
         *(_bill(e) if e.prices else []),
         ("measure", e.measure),
-    ]  # fmt: skip
+    ]
     for name, value in rows:
         console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
     if skipped := losses.describe_skipped(e.skipped):
@@ -65,10 +81,20 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
     if e.seconds is None or e.load_s is None or e.worker_hours is None:
         yield "time", f"not known without a rate; {count(e.num_workers, 'worker')}"
         return
-    yield "time", (f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
-                   f"and screening {_duration(e.reduce_s)}")  # fmt: skip
-    yield "work", (f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
-                   f"{e.seconds / 3600:,.3f}")  # fmt: skip
+    yield (
+        "time",
+        (
+            f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
+            f"and screening {_duration(e.reduce_s)}"
+        ),
+    )
+    yield (
+        "work",
+        (
+            f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
+            f"{e.seconds / 3600:,.3f}"
+        ),
+    )
 
 
 def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
@@ -87,7 +113,11 @@ def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
         return
     total = sum(cost.total for cost in e.costs if cost.total is not None)
     without = [cost.what for cost in e.costs if cost.price is None]
-    yield "money", f"the run: {_amount(total)} {currency}" + (f" without {', '.join(without)}" if without else "")
+    yield (
+        "money",
+        f"the run: {_amount(total)} {currency}"
+        + (f" without {', '.join(without)}" if without else ""),
+    )
 
 
 def _arithmetic(cost: Cost, currency: str) -> str:

@@ -22,10 +22,16 @@ LOG_EVERY_S = 30.0
 
 
 class ToStderr(logging.Handler):
-    """What the library logs, above a live bar where there is one: that takes over ``sys.stderr``."""
+    """What the library logs, above a live bar where there is one: that takes over
+    ``sys.stderr``.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"afn: {printable(record.getMessage())}" if self.formatter is None else self.format(record)
+        text = (
+            f"afn: {printable(record.getMessage())}"
+            if self.formatter is None
+            else self.format(record)
+        )
         print(text, file=sys.stderr)
 
 
@@ -58,11 +64,14 @@ def now_and_then() -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def shown_progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
-    """Shows events: a live bar on a terminal, else a line when something ends and every half a minute.
+    """Shows events: a live bar on a terminal, else a line when something ends and every half a
+    minute.
 
     ``quiet``: warnings alone.
     """
-    if (lines := json_lines()) is not None:  # whose level leaves warnings alone where it is to be quiet
+    if (
+        lines := json_lines()
+    ) is not None:  # whose level leaves warnings alone where it is to be quiet
         yield _log_json(lines)
     elif quiet:
         yield _warnings(console)
@@ -75,10 +84,23 @@ def shown_progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
 
 @contextlib.contextmanager
 def _live(console: Console) -> Iterator[OnEvent]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
-               TextColumn("{task.fields[note]}"), TimeElapsedColumn())  # fmt: skip
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("planning", total=None, note="")
 
@@ -86,10 +108,18 @@ def _live(console: Console) -> Iterator[OnEvent]:
             if event.kind in ("planned", "warning", "complete"):
                 progress.console.print(printable(event.message), markup=False, soft_wrap=True)
             elif event.kind == "hashing":
-                progress.update(task, description=event.message, completed=event.done, total=event.total, note="files")
+                progress.update(
+                    task,
+                    description=event.message,
+                    completed=event.done,
+                    total=event.total,
+                    note="files",
+                )
             elif event.state is not None:
                 what, done, total = _bar(event.state)
-                progress.update(task, description=what, completed=done, total=total, note=_note(event))
+                progress.update(
+                    task, description=what, completed=done, total=total, note=_note(event)
+                )
             else:
                 progress.update(task, description=event.message, completed=0, total=None, note="")
 
@@ -115,10 +145,14 @@ def _log(console: Console) -> OnEvent:
         elif time.monotonic() - last >= LOG_EVERY_S:
             last = time.monotonic()
             if state is None:
-                console.print(f"{event.message}: {event.done:,} of {event.total:,} files", markup=False)
+                console.print(
+                    f"{event.message}: {event.done:,} of {event.total:,} files", markup=False
+                )
             else:
                 what, done, total = _bar(state)
-                console.print(f"{what} {done:,}/{total:,}  {_note(event)}", markup=False, soft_wrap=True)
+                console.print(
+                    f"{what} {done:,}/{total:,}  {_note(event)}", markup=False, soft_wrap=True
+                )
 
     return on_event
 
@@ -138,23 +172,43 @@ def _log_json(lines: logs.Lines) -> OnEvent:
         elif time.monotonic() - last >= LOG_EVERY_S:
             last = time.monotonic()
             if state is None:
-                logs.tell(log, "hashing", event.message, counts={"files_done": event.done, "files": event.total})
+                logs.tell(
+                    log,
+                    "hashing",
+                    event.message,
+                    counts={"files_done": event.done, "files": event.total},
+                )
                 return
             counts = {
-                "shards": state.num_shards, "done": len(state.commits), "quarantined": len(state.failures),
-                "running": state.num_running, "retries": state.retries, "workers": state.num_workers,
-                "workers_ready": state.num_ready, "documents": state.live.documents, "tokens": state.live.tokens,
+                "shards": state.num_shards,
+                "done": len(state.commits),
+                "quarantined": len(state.failures),
+                "running": state.num_running,
+                "retries": state.retries,
+                "workers": state.num_workers,
+                "workers_ready": state.num_ready,
+                "documents": state.live.documents,
+                "tokens": state.live.tokens,
                 "lost_bytes": state.counts["lost_bytes"],
-                "documents_measured": state.num_measured, "documents_planned": state.num_documents,
-            }  # fmt: skip
-            logs.tell(log, "progress", _note(event), counts=counts, tokens_per_s=round(state.tokens_per_s, 1),
-                      left_s=state.left_s and round(state.left_s))  # fmt: skip
+                "documents_measured": state.num_measured,
+                "documents_planned": state.num_documents,
+            }
+            logs.tell(
+                log,
+                "progress",
+                _note(event),
+                counts=counts,
+                tokens_per_s=round(state.tokens_per_s, 1),
+                left_s=state.left_s and round(state.left_s),
+            )
 
     return on_event
 
 
 def _bar(state: State) -> tuple[str, int, int]:
-    """Unit of the bar, how many are done, and how many there are: documents where their number is planned."""
+    """Unit of the bar, how many are done, and how many there are: documents where their number is
+    planned.
+    """
     if state.num_documents:
         return "documents", state.num_measured, state.num_documents
     return "shards", state.num_done, state.num_shards

@@ -1,4 +1,6 @@
-"""The standard streams of a command, whatever they are: closed, full, without a reader, or not UTF-8."""
+"""The standard streams of a command, whatever they are: closed, full, without a reader, or not
+UTF-8.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def prepare() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
-        if stream is None:  # closed by the parent process; otherwise the next file would get its number
+        if (
+            stream is None
+        ):  # closed by the parent process; otherwise the next file would get its number
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - as long as we live
         elif name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -48,7 +52,9 @@ def prepare() -> None:
 
 
 def finish(code: int) -> int:
-    """Write out what is buffered; returns ``code``, or what says that the output of a success could not be written."""
+    """Write out what is buffered; returns ``code``, or what says that the output of a success could
+    not be written.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -74,4 +80,6 @@ def read_input() -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input is not UTF-8: {error.reason} at byte {error.start:,}") from error
+        raise ConfigError(
+            f"standard input is not UTF-8: {error.reason} at byte {error.start:,}"
+        ) from error

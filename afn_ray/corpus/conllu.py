@@ -26,13 +26,19 @@ def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> 
     document: list[list[Line]] = []
     size, num_lines, together = 0, 0, False
     for sentence in _sentences(streams.lines(stream, limit), limit):
-        comments = [decode(line.data) for line in sentence if line.data is not None and line.data.startswith(b"#")]
+        comments = [
+            decode(line.data)
+            for line in sentence
+            if line.data is not None and line.data.startswith(b"#")
+        ]
         begins = any(map(tags.begins_document, comments))
         if len(comments) == len(sentence) and not begins:
             continue
         if document and (begins or not together):
             stream.done = sentence[0].offset  # the sentence that is read already is not done
-            yield _conllu_document(origin_in(stream, slice, document[0][0], size), document, options)
+            yield _conllu_document(
+                origin_in(stream, slice, document[0][0], size), document, options
+            )
             document, size, num_lines = [], 0, 0
         together = together or begins
         document.append(sentence)
@@ -45,8 +51,9 @@ def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> 
 
 
 def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
-    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and one without data that
-    stands for the others."""
+    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and
+    one without data that stands for the others.
+    """
     sentence: list[Line] = []
     size = 0
     for line in lines:
@@ -58,7 +65,11 @@ def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
         sentence.append(line)
         size += line.length + 1
         if size > limit or len(sentence) > CONLLU_LINES:
-            kept = [line for line in sentence if line.data is not None and tags.begins_document(decode(line.data))][:1]
+            kept = [
+                line
+                for line in sentence
+                if line.data is not None and tags.begins_document(decode(line.data))
+            ][:1]
             rest = size - sum(line.length + 1 for line in kept)
             sentence = [*kept, sentence[0]._replace(data=None, length=rest - 1)]
     if sentence:
@@ -70,10 +81,14 @@ def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadO
     assert labels is not None
     if any(line.data is None for sentence in sentences for line in sentence):
         limit = streams.line_limit(options)
-        return problem(origin, f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes or "
-                       f"{CONLLU_LINES} lines")  # fmt: skip
+        return problem(
+            origin,
+            f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes or "
+            f"{CONLLU_LINES} lines",
+        )
     numbered = (
-        [(line.number + 1, decode(line.data or b"").removesuffix("\r")) for line in sentence] for sentence in sentences
+        [(line.number + 1, decode(line.data or b"").removesuffix("\r")) for line in sentence]
+        for sentence in sentences
     )
     try:
         text, spans, doc_id = tags.from_conllu(numbered, labels)

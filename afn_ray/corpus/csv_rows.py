@@ -1,7 +1,7 @@
 """CSV in, documents out: a header, commas, and fields in double quotes.
 
-A quote within a field is doubled, or has a backslash before it, as ``csv_escape`` says. A row that other programs
-read otherwise is never guessed at: it is quarantined with the reason.
+A quote within a field is doubled, or has a backslash before it, as ``csv_escape`` says. A row that
+other programs read otherwise is never guessed at: it is quarantined with the reason.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from afn_ray.corpus import streams
-from afn_ray.corpus.documents import Origin, clean_id, columns, decode, document, missing_column, problem
+from afn_ray.corpus.documents import (
+    Origin,
+    clean_id,
+    columns,
+    decode,
+    document,
+    missing_column,
+    problem,
+)
 from afn_ray.corpus.streams import Stream
 from afn_ray.schema import Document, FileSlice, ReadOptions
 
@@ -59,7 +67,9 @@ def csv_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Ite
         elif len(row.fields) != len(names):
             yield problem(origin, f"row has {len(row.fields)} fields, the header has {len(names)}")
         else:
-            yield _document(origin, dict(zip(reversed(names), reversed(row.fields), strict=True)), options)
+            yield _document(
+                origin, dict(zip(reversed(names), reversed(row.fields), strict=True)), options
+            )
 
 
 def _document(origin: Origin, row: dict[str, str], options: ReadOptions) -> Document:
@@ -70,7 +80,9 @@ def _document(origin: Origin, row: dict[str, str], options: ReadOptions) -> Docu
         except ValueError as error:
             return problem(origin, str(error))
     if text == NULL:
-        return problem(origin, f"{options.text_column} is {NULL}, what MySQL and Hive write for null", doc_id)
+        return problem(
+            origin, f"{options.text_column} is {NULL}, what MySQL and Hive write for null", doc_id
+        )
     return document(origin, text, doc_id, options)
 
 
@@ -97,7 +109,8 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             yield text
         ended = True
 
-    # The module's limit belongs to the whole process: it is only ever raised, and the real bound is in feed().
+    # The module's limit belongs to the whole process: it is only ever raised, and the real bound is
+    # in feed().
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     reader = csv.reader(feed(), strict=True)
     while True:
@@ -110,8 +123,10 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
         except csv.Error as error:
             why = _why_not_csv(error, raw, options)
             if ended:  # the reader only asks for a line after the last one inside a quoted field
-                why = "quoted field is not closed before the end of the file, and took all of it from line " \
-                      f"{first_line:,} on"  # fmt: skip
+                why = (
+                    "quoted field is not closed before the end of the file, and took all of it from line "
+                    f"{first_line:,} on"
+                )
             yield Row([], why, start, stream.done, max(num_lines, 1))
             continue
         except _TooLong:
@@ -119,20 +134,26 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             try:
                 num_lines += sum(not line.blank for line in lines)
             finally:
-                why = f"row is over the limit of {limit} bytes (is a quote not closed?); the file is left out from " \
-                      f"line {first_line:,} on"  # fmt: skip
+                why = (
+                    f"row is over the limit of {limit} bytes (is a quote not closed?); the file is left out from "
+                    f"line {first_line:,} on"
+                )
                 yield Row([], why, start, stream.done, max(num_lines, 1))
             return
         if fields is None:
             return
         if fields:
-            yield Row(fields, _other_reading(fields, raw, options), start, stream.done, max(num_lines, 1))
+            yield Row(
+                fields, _other_reading(fields, raw, options), start, stream.done, max(num_lines, 1)
+            )
 
 
 def _doubled(line: str, quoted: bool) -> tuple[str, bool]:
-    """``line``, whose quotes have backslashes, with doubled ones; and whether a quoted field is open behind it.
+    """``line``, whose quotes have backslashes, with doubled ones; and whether a quoted field is
+    open behind it.
 
-    A backslash before anything but a quote, a backslash or a newline is one, and so is any outside of quotes.
+    A backslash before anything but a quote, a backslash or a newline is one, and so is any outside
+    of quotes.
     """
     parts: list[str] = []
     at = 0
@@ -151,7 +172,9 @@ def _doubled(line: str, quoted: bool) -> tuple[str, bool]:
 
 
 def _escaped_fields(raw: list[str]) -> list[str] | None:
-    """Fields of a row, were its quotes to have backslashes; None where they cannot. ``EOFError``: it goes on."""
+    """Fields of a row, were its quotes to have backslashes; None where they cannot. ``EOFError``:
+    it goes on.
+    """
     quoted = False
     lines = []
     for line in raw:
@@ -174,22 +197,30 @@ def _why_not_csv(error: csv.Error, raw: list[str], options: ReadOptions) -> str:
 
 
 def _other_reading(fields: list[str], raw: list[str], options: ReadOptions) -> str:
-    """Why the row is not sure to be ``fields``: what it is in another dialect; empty where no other fits."""
-    if any(' "' in line and SPACED.search(line) for line in raw):  # most lines lack it, and the pattern is slow
+    """Why the row is not sure to be ``fields``: what it is in another dialect; empty where no other
+    fits.
+    """
+    if any(
+        ' "' in line and SPACED.search(line) for line in raw
+    ):  # most lines lack it, and the pattern is slow
         with_spaces = [field.lstrip(" ") for field in fields]
         try:
             (row,) = csv.reader(raw, strict=True, skipinitialspace=True)
         except (csv.Error, ValueError):
             row = fields
         if [field.lstrip(" ") for field in row] != with_spaces:
-            return "a field has a space before its opening quote, so that some programs take its quotes for text; " \
-                   "remove such spaces"  # fmt: skip
+            return (
+                "a field has a space before its opening quote, so that some programs take its quotes for text; "
+                "remove such spaces"
+            )
     if options.csv_escape == "auto" and any('\\"' in line for line in raw):
         try:
             escaped = _escaped_fields(raw)
         except EOFError:
             escaped = []
         if escaped is not None and escaped != fields and len(escaped) in (0, len(fields)):
-            return f"it can be read in two ways; {BACKSLASH}then give --csv-escape backslash, else " \
-                   "--csv-escape doubled"  # fmt: skip
+            return (
+                f"it can be read in two ways; {BACKSLASH}then give --csv-escape backslash, else "
+                "--csv-escape doubled"
+            )
     return ""

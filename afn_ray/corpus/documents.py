@@ -1,4 +1,6 @@
-"""A row of the corpus becomes a document: text without what is invalid, within bounds; or the reason why it is none."""
+"""A row of the corpus becomes a document: text without what is invalid, within bounds; or the
+reason why it is none.
+"""
 
 from __future__ import annotations
 
@@ -54,20 +56,30 @@ def clean(text: str) -> tuple[str, int]:
 
 
 def clean_id(text: str) -> str:
-    """``text`` as an id. Raises ``ValueError`` where it is not UTF-8: of two such ids, one would be made."""
+    """``text`` as an id. Raises ``ValueError`` where it is not UTF-8: of two such ids, one would be
+    made.
+    """
     if SURROGATES.search(text):
         raise ValueError("the id is not valid UTF-8; convert the file to UTF-8")
     return text
 
 
 def document(
-    origin: Origin, text: str, doc_id: str | None, options: ReadOptions, spans: tuple[Span, ...] = ()
+    origin: Origin,
+    text: str,
+    doc_id: str | None,
+    options: ReadOptions,
+    spans: tuple[Span, ...] = (),
 ) -> Document:
     """The document of a row; quarantined where it is over a bound, or garbled."""
     if doc_id is not None and len(doc_id) > ID_CHARS:
-        return problem(origin, f"id of {len(doc_id)} characters is over the limit of {ID_CHARS}", doc_id)
+        return problem(
+            origin, f"id of {len(doc_id)} characters is over the limit of {ID_CHARS}", doc_id
+        )
     limit = options.max_document_bytes
-    if len(text) > limit:  # said before it is encoded: many rows of Parquet may share one text of a gigabyte
+    if (
+        len(text) > limit
+    ):  # said before it is encoded: many rows of Parquet may share one text of a gigabyte
         size = f"{'' if text.isascii() else 'at least '}{len(text)}"
         over = f"document of {size} bytes is over max_document_bytes = {limit}"
         return problem(origin, over, doc_id, text.count(INVALID))
@@ -92,16 +104,26 @@ def labelled_document(
     return document(origin, text, doc_id, options, spans)
 
 
-def problem(origin: Origin, reason: str, doc_id: str | None = None, num_replaced: int = 0) -> Document:
+def problem(
+    origin: Origin, reason: str, doc_id: str | None = None, num_replaced: int = 0
+) -> Document:
     """A row that is quarantined."""
     return Document(
-        origin.uri, origin.offset, "", doc_id and doc_id[:ID_CHARS], num_replaced,
-        problem=printable(reason[:REASON_CHARS]), lost_bytes=origin.lost_bytes, lost_documents=origin.lost_documents,
-    )  # fmt: skip
+        origin.uri,
+        origin.offset,
+        "",
+        doc_id and doc_id[:ID_CHARS],
+        num_replaced,
+        problem=printable(reason[:REASON_CHARS]),
+        lost_bytes=origin.lost_bytes,
+        lost_documents=origin.lost_documents,
+    )
 
 
 def garbled(text: str, num_replaced: int) -> str:
-    """Why ``text`` with so many replaced characters is no text, and what it may be; empty where it is one."""
+    """Why ``text`` with so many replaced characters is no text, and what it may be; empty where it
+    is one.
+    """
     if SEVEN_BIT.search(text):
         return "it looks like ISO-2022, as of Japanese mail (it has the mark ESC $); convert the file to UTF-8"
     num_controls = len(CONTROLS.findall(text))
@@ -109,11 +131,13 @@ def garbled(text: str, num_replaced: int) -> str:
     if num_bad < GARBLED_FROM or num_bad <= GARBLED_SHARE * len(text):
         return ""
     parts = [
-        part for number, part in (
+        part
+        for number, part in (
             (num_replaced, f"{num_replaced} are invalid UTF-8"),
             (num_controls, f"{count(num_controls, 'control character')}"),
-        ) if number
-    ]  # fmt: skip
+        )
+        if number
+    ]
     return f"of {count(len(text), 'character')} {' and '.join(parts)}: {_likely_cause(text, num_replaced)}"
 
 
@@ -128,7 +152,8 @@ def _likely_cause(text: str, num_replaced: int) -> str:
     return "it looks like binary data, or UTF-16 without a byte order mark; convert the file to UTF-8, or leave it out"
 
 
-# --- columns ---------------------------------------------------------------------------------------------
+# --- columns
+# ---------------------------------------------------------------------------------------------
 
 
 def columns_of(options: ReadOptions) -> list[str]:
@@ -150,8 +175,15 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
     if any(name.startswith("sep=") for name in names):
         return "its first line, sep=, is for Excel: remove it"
     for separator, name in SEPARATORS.items():
-        parts = [part.strip(' "') for field in names if separator in field for part in field.split(separator)]
-        if options.text_column in parts or (parts and len(names) == 1):  # a header of one field, as of Excel in Europe
+        parts = [
+            part.strip(' "')
+            for field in names
+            if separator in field
+            for part in field.split(separator)
+        ]
+        if options.text_column in parts or (
+            parts and len(names) == 1
+        ):  # a header of one field, as of Excel in Europe
             return (
                 f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
                 "read_csv('FILE')) TO 'corpus.parquet'\""
@@ -169,12 +201,16 @@ def listing(names: Iterable[str], width: int = 40) -> str:
 
 
 def columns(names: Iterable[str]) -> str:
-    """``names`` of columns for a message; where a header is missing they are text, which no log may have."""
+    """``names`` of columns for a message; where a header is missing they are text, which no log may
+    have.
+    """
     names = list(names)
     shown = [name for name in names if COLUMN.fullmatch(name)]
     parts = [listing(shown)] if shown else []
     if num_hidden := len(names) - len(shown):
-        parts.append(f"{num_hidden} not shown, which {'is' if num_hidden == 1 else 'are'} no single word")
+        parts.append(
+            f"{num_hidden} not shown, which {'is' if num_hidden == 1 else 'are'} no single word"
+        )
     return ", and ".join(parts) or "none"
 
 

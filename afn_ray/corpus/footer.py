@@ -1,7 +1,8 @@
 """The footer of a Parquet file: where its column chunks are, and how they are encoded.
 
-pyarrow ends the process (an exception of C++ that it does not catch) when it is asked for the metadata of a column
-chunk that are damaged, so they are parsed here: Thrift's compact protocol, as the format's own description has it.
+pyarrow ends the process (an exception of C++ that it does not catch) when it is asked for the
+metadata of a column chunk that are damaged, so they are parsed here: Thrift's compact protocol, as
+the format's own description has it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from afn_ray.corpus.streams import Source
 MAGIC = b"PAR1"
 FOOTER_BYTES = 64 << 20
 MOST_VALUES = 4_000_000
-"""Most values of one footer, which take up to 0.6 GB; 100 row groups of 1,000 columns have 3 million."""
+"""Most values of one footer, which take up to 0.6 GB; 100 row groups of 1,000 columns have 3
+million.
+"""
 ENCODINGS_OF_DELTAS = {6, 7}
 """DELTA_LENGTH_BYTE_ARRAY and DELTA_BYTE_ARRAY."""
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
@@ -33,7 +36,9 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(source: Source) -> list[list[Chunk]]:
-    """Chunks of each row group, in the order of the columns. Raises ``ValueError`` or ``IndexError``."""
+    """Chunks of each row group, in the order of the columns. Raises ``ValueError`` or
+    ``IndexError``.
+    """
     if source.size < 8:
         raise ValueError("no footer")
     source.seek(-8, 2)
@@ -49,7 +54,9 @@ def read_chunks(source: Source) -> list[list[Chunk]]:
 
 @lru_cache(2)
 def _parse(data: bytes) -> list[list[Chunk]]:
-    """Chunks of the footer ``data``; kept, for the slices of a file are read one behind the other."""
+    """Chunks of the footer ``data``; kept, for the slices of a file are read one behind the
+    other.
+    """
     try:
         footer = _Reader(data).struct()
         groups = [[_chunk(column[3]) for column in group[1]] for group in footer[4]]
@@ -67,7 +74,9 @@ def _chunk(metadata: Struct) -> Chunk:
     encodings, path = metadata[2], metadata[3]
     offset = min(at for at in (metadata[9], metadata.get(11)) if at)
     name = b".".join(path).decode()
-    return Chunk(name, offset, metadata[7], metadata[6], bool(ENCODINGS_OF_DELTAS.intersection(encodings)))
+    return Chunk(
+        name, offset, metadata[7], metadata[6], bool(ENCODINGS_OF_DELTAS.intersection(encodings))
+    )
 
 
 class _Reader:
@@ -114,7 +123,9 @@ class _Reader:
         raise ValueError(f"its footer is damaged: a value of kind {kind}")
 
     def _expect(self, num_values: int) -> None:
-        """Count values before they are read. Raises ``ValueError`` where there are more than ``MOST_VALUES``."""
+        """Count values before they are read. Raises ``ValueError`` where there are more than
+        ``MOST_VALUES``.
+        """
         self._num_values += num_values
         if self._num_values > MOST_VALUES:
             raise ValueError(f"its footer has more than {MOST_VALUES:,} values")

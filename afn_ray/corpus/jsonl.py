@@ -27,7 +27,11 @@ def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
     if not isinstance(value, dict):
         return problem(origin, f"line is {type(value).__name__}, expected an object")
     try:
-        doc_id = None if options.id_column is None else _json_id(value.get(options.id_column), options.id_column)
+        doc_id = (
+            None
+            if options.id_column is None
+            else _json_id(value.get(options.id_column), options.id_column)
+        )
     except ValueError as error:
         return problem(origin, str(error))
     for column in (options.text_column, options.labels):
@@ -43,14 +47,18 @@ def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
 
 
 def _json_id(value: object, column: str) -> str | None:
-    """``value`` as an id; None where there is none. ``ValueError`` for what is no string or whole number."""
+    """``value`` as an id; None where there is none. ``ValueError`` for what is no string or whole
+    number.
+    """
     if value is None:
         return None
     if isinstance(value, str):
         return clean_id(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{column} is {type(value).__name__}, expected a string or a whole number as an id")
+    raise ValueError(
+        f"{column} is {type(value).__name__}, expected a string or a whole number as an id"
+    )
 
 
 class _NotJson(str):

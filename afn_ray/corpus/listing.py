@@ -30,22 +30,28 @@ SHARDS_IN_CLASS = 64
 def list_files(
     patterns: Sequence[str], options: ReadOptions, store: str | None = None
 ) -> tuple[list[FileInfo], list[FileInfo]]:
-    """Files that ``patterns`` name and those of them that are left out, once each and sorted by URI.
+    """Files that ``patterns`` name and those of them that are left out, once each and sorted by
+    URI.
 
-    Left out are unknown endings, when ``options.format`` is ``auto``, and what is in ``store`` or has the place of a
-    file in any other store. Raises ``CorpusError`` when nothing is left, or a pattern names a place in ``store``,
-    and for tables of Delta Lake and its like, whose files are not all to be read.
+    Left out are unknown endings, when ``options.format`` is ``auto``, and what is in ``store`` or
+    has the place of a file in any other store. Raises ``CorpusError`` when nothing is left, or a
+    pattern names a place in ``store``, and for tables of Delta Lake and its like, whose files are
+    not all to be read.
     """
     in_store = storage.below(store) if store is not None else lambda folder: False
     for pattern in patterns:
         if in_store(storage.absolute(pattern)):
-            raise CorpusError(f"corpus {pattern} is in the store {store}; give a --store that is not above the corpus")
+            raise CorpusError(
+                f"corpus {pattern} is in the store {store}; give a --store that is not above the corpus"
+            )
     others: set[str] = set()
     found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern, others)}
     files: list[FileInfo] = []
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):
-        left_out = is_store_file(uri) or in_store(uri.rpartition("/")[0]) or not _kind(uri, options)[0]
+        left_out = (
+            is_store_file(uri) or in_store(uri.rpartition("/")[0]) or not _kind(uri, options)[0]
+        )
         (skipped if left_out else files).append(file)
     if not files and all(is_store_file(file.uri) for file in skipped):
         raise CorpusError(
@@ -64,10 +70,12 @@ def list_files(
 
 
 def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
-    """Bytes of a shard of a corpus of ``files``: a function of the power of 4 that their sizes add up to at most.
+    """Bytes of a shard of a corpus of ``files``: a function of the power of 4 that their sizes add
+    up to at most.
 
-    Shards thus keep their ids while the corpus grows within its class, for any number of workers. There are 16 to 64 of
-    them, fewer where a file cannot be cut or most of its bytes are not read, and more beyond 1 GiB.
+    Shards thus keep their ids while the corpus grows within its class, for any number of workers.
+    There are 16 to 64 of them, fewer where a file cannot be cut or most of its bytes are not read,
+    and more beyond 1 GiB.
     """
     num_bytes = sum(file.size for file in files)
     size_class = 1
@@ -77,10 +85,12 @@ def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
 
 
 def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
-    """A first look at one file of each format, so that a mistyped column fails now and not after a night.
+    """A first look at one file of each format, so that a mistyped column fails now and not after a
+    night.
 
-    Raises ``CorpusError`` when the text column, or the id column or that of the tags if one is asked for, is in none
-    of a file's first 20 documents, or a format cannot have the tags asked for. Empty and unreadable files pass.
+    Raises ``CorpusError`` when the text column, or the id column or that of the tags if one is
+    asked for, is in none of a file's first 20 documents, or a format cannot have the tags asked
+    for. Empty and unreadable files pass.
     """
     first: dict[str, FileInfo] = {}
     for file in files:
@@ -94,15 +104,20 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
 def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
     """Slices of ``file``, in order, none of it left out; reads it once and hashes it.
 
-    Uncompressed lines are cut at the first newline at or after ``shard_bytes`` from a slice's start, so that
-    appending to a file leaves all slices but the last as they were. Parquet is cut between row groups;
-    everything else is one slice. An unreadable Parquet file is one slice, for ``reading`` to quarantine.
-    Raises ``CorpusError`` for a column that a CSV or Parquet file does not have, or a file that cannot be read.
+    Uncompressed lines are cut at the first newline at or after ``shard_bytes`` from a slice's
+    start, so that appending to a file leaves all slices but the last as they were. Parquet is cut
+    between row groups; everything else is one slice. An unreadable Parquet file is one slice, for
+    ``reading`` to quarantine. Raises ``CorpusError`` for a column that a CSV or Parquet file does
+    not have, or a file that cannot be read.
     """
     format, compression = _kind(file.uri, options)
     if format == "parquet":
         return _cut_parquet(file, options, shard_bytes)
-    if reading.is_lines(format, options) and not compression and (slices := _cut_lines(file, format, shard_bytes)):
+    if (
+        reading.is_lines(format, options)
+        and not compression
+        and (slices := _cut_lines(file, format, shard_bytes))
+    ):
         return slices
     if format == "csv":
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
@@ -122,7 +137,9 @@ def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) 
     chosen = [files[i * (len(files) - 1) // max(count - 1, 1)] for i in range(count)]
     documents: list[Document] = []
     for i, file in enumerate(chosen):
-        quota = -(-(max_documents - len(documents)) // (count - i))  # what one file lacks, the next ones give
+        quota = -(
+            -(max_documents - len(documents)) // (count - i)
+        )  # what one file lacks, the next ones give
         documents += reading.sample(_whole(file, options), options, quota)
     return documents
 
@@ -143,7 +160,9 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
     if names is not None and (missing := documents.missing_column(names, options)) is not None:
         why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
-        raise CorpusError(f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}")
+        raise CorpusError(
+            f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}"
+        )
 
 
 def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
@@ -154,18 +173,34 @@ def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
         raise CorpusError(f"{what} {UPOS} and {XPOS}")
 
 
-# --- cutting ---------------------------------------------------------------------------------------------
+# --- cutting
+# ---------------------------------------------------------------------------------------------
 
 
 def _slice(
-    file: FileInfo, format: str, compression: str, start: int = 0, end: int | None = None,
-    num_bytes: int | None = None, num_documents: int = -1, sha256: str = "",
-) -> FileSlice:  # fmt: skip
+    file: FileInfo,
+    format: str,
+    compression: str,
+    start: int = 0,
+    end: int | None = None,
+    num_bytes: int | None = None,
+    num_documents: int = -1,
+    sha256: str = "",
+) -> FileSlice:
     end = file.size if end is None else end
     num_bytes = end - start if num_bytes is None else num_bytes
     return FileSlice(
-        file.uri, file.size, file.version, format, compression, start, end, num_bytes, num_documents, sha256
-    )  # fmt: skip
+        file.uri,
+        file.size,
+        file.version,
+        format,
+        compression,
+        start,
+        end,
+        num_bytes,
+        num_documents,
+        sha256,
+    )
 
 
 def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
@@ -176,7 +211,9 @@ def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
 def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
     with streams.Source(file.uri, 0, file.size) as source:
         source.drain()
-        return _slice(file, format, compression, num_documents=num_documents, sha256=source.sha256.hexdigest())
+        return _slice(
+            file, format, compression, num_documents=num_documents, sha256=source.sha256.hexdigest()
+        )
 
 
 def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]:
@@ -202,10 +239,16 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
                 has_ink = has_ink or bool(last.strip())
                 end += len(piece)
                 if newline >= 0:
-                    slices.append(_slice(file, format, "", start, end, None, num_documents, sha256.hexdigest()))
+                    slices.append(
+                        _slice(
+                            file, format, "", start, end, None, num_documents, sha256.hexdigest()
+                        )
+                    )
                     start, num_documents, sha256 = end, 0, hashlib.sha256()
     if start < end or not slices:
-        slices.append(_slice(file, format, "", start, end, None, num_documents + has_ink, sha256.hexdigest()))
+        slices.append(
+            _slice(file, format, "", start, end, None, num_documents + has_ink, sha256.hexdigest())
+        )
     return slices
 
 
@@ -228,6 +271,10 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             num_documents += metadata.row_group(end - 1).num_rows
             if end == len(sizes) or num_bytes + sizes[end] > shard_bytes:
                 sha256 = row_groups.hash_chunks(source, columns, groups[start:end])
-                slices.append(_slice(file, "parquet", "", start, end, num_bytes, num_documents, sha256))
+                slices.append(
+                    _slice(file, "parquet", "", start, end, num_bytes, num_documents, sha256)
+                )
                 start, num_bytes, num_documents = end, 0, 0
-        return slices or [_slice(file, "parquet", "", 0, 0, 0, 0, row_groups.hash_chunks(source, columns, []))]
+        return slices or [
+            _slice(file, "parquet", "", 0, 0, 0, 0, row_groups.hash_chunks(source, columns, []))
+        ]

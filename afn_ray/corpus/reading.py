@@ -1,6 +1,7 @@
 """The bytes of a slice become documents.
 
-``read`` never raises for what is in a slice: a bad line, row or stream becomes a ``Document`` with a ``problem``.
+``read`` never raises for what is in a slice: a bad line, row or stream becomes a ``Document`` with
+a ``problem``.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ PEEK_DOCUMENTS = 20
 SAMPLE_BYTES = 1 << 20
 
 
-# --- reading ---------------------------------------------------------------------------------------------
+# --- reading
+# ---------------------------------------------------------------------------------------------
 
 
 def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     """Documents of ``slice`` in order, streamed in bounded memory.
 
-    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly after the last
-    document, when the slice's bytes are not those that were planned, ``ShardError`` when the disk or the network
-    fails, ``Unavailable`` when it does not answer.
+    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly
+    after the last document, when the slice's bytes are not those that were planned, ``ShardError``
+    when the disk or the network fails, ``Unavailable`` when it does not answer.
 
-    What is planned is bytes: a file that was touched or written anew with the same content is read, and so is a
-    slice of lines or row groups whose own bytes are the same in a file that grew.
+    What is planned is bytes: a file that was touched or written anew with the same content is read,
+    and so is a slice of lines or row groups whose own bytes are the same in a file that grew.
     """
     try:
         now = _check(slice, options)
@@ -51,7 +53,9 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
             share = _Share(slice.num_bytes)
             with Source(slice.uri, 0, now.size) as source:
                 yield from map(share.bound, parquet_documents(source, slice, options))
-            _check(slice, options, trusted="etag:")  # pages are read here and there, and not hashed on the way
+            _check(
+                slice, options, trusted="etag:"
+            )  # pages are read here and there, and not hashed on the way
         else:
             yield from _read_bytes(slice, options)
     except CorpusError as error:
@@ -86,7 +90,9 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
 
 
 class _Share:
-    """What the rows of a slice of ``num_bytes`` may lose together: of compressed ones, each is an estimate."""
+    """What the rows of a slice of ``num_bytes`` may lose together: of compressed ones, each is an
+    estimate.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         self._left = num_bytes
@@ -101,9 +107,11 @@ class _Share:
 
 
 def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInfo:
-    """The file now. Raises ``CorpusChanged`` when the bytes of ``slice`` are not those that were planned.
+    """The file now. Raises ``CorpusChanged`` when the bytes of ``slice`` are not those that were
+    planned.
 
-    They are not read where the file has the planned size and version, and that begins with ``trusted``.
+    They are not read where the file has the planned size and version, and that begins with
+    ``trusted``.
     """
     now = storage.stat(slice.uri)
     if (now.size, now.version) == (slice.size, slice.version) and now.version.startswith(trusted):
@@ -121,11 +129,15 @@ def _is_part(slice: FileSlice, options: ReadOptions) -> bool:
 
 
 def _is_row_groups(slice: FileSlice) -> bool:
-    return slice.format == "parquet" and slice.num_documents >= 0  # else the file was unreadable when it was cut
+    return (
+        slice.format == "parquet" and slice.num_documents >= 0
+    )  # else the file was unreadable when it was cut
 
 
 def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
-    """SHA-256, in hex, of the bytes of ``slice`` in its file of ``size`` bytes, as ``corpus.cut`` takes it."""
+    """SHA-256, in hex, of the bytes of ``slice`` in its file of ``size`` bytes, as ``corpus.cut``
+    takes it.
+    """
     if _is_row_groups(slice):
         with Source(slice.uri, 0, size) as source, contextlib.suppress(*UNREADABLE):
             groups = column_chunks(source, columns_of(options))
@@ -141,11 +153,12 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
     differing = [
         f"{what} {got}, planned {expected}"
         for what, got, expected in (
-            ("size", now.size, slice.size), ("version", now.version, slice.version),
+            ("size", now.size, slice.size),
+            ("version", now.version, slice.version),
             (f"sha256 of {part}", sha256[:12] or None, slice.sha256[:12]),
         )
         if got not in (None, expected)
-    ]  # fmt: skip
+    ]
     # A plan remembers files by size and version.
     touch = "touch it and " if (now.size, now.version) == (slice.size, slice.version) else ""
     return CorpusChanged(
@@ -154,11 +167,14 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
     )
 
 
-# --- a first look ----------------------------------------------------------------------------------------
+# --- a first look
+# ----------------------------------------------------------------------------------------
 
 
 def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
-    """Columns of the first documents of ``slice``; None when they have none, or none that can be read."""
+    """Columns of the first documents of ``slice``; None when they have none, or none that can be
+    read.
+    """
     with Source(slice.uri, slice.start, slice.end) as source:
         if slice.format == "parquet":
             with contextlib.suppress(*UNREADABLE):
@@ -176,13 +192,17 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
                     value = parse(decode(line.data)) if line.data and not line.blank else None
                     names.update(dict.fromkeys(value if isinstance(value, dict) else []))
                     seen += not line.blank
-                    if seen == PEEK_DOCUMENTS or (names and line.offset + line.length > SAMPLE_BYTES):
+                    if seen == PEEK_DOCUMENTS or (
+                        names and line.offset + line.length > SAMPLE_BYTES
+                    ):
                         break
         return list(names) or None
 
 
 def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[Document]:
-    """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file; reads about 1 MB."""
+    """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file;
+    reads about 1 MB.
+    """
     documents: list[Document] = []
     budget = None if slice.format == "parquet" else SAMPLE_BYTES
     with Source(slice.uri, slice.start, slice.end, budget) as source, contextlib.suppress(Damaged):
@@ -214,16 +234,21 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
     return [found] if found.problem is None else []
 
 
-# --- formats ---------------------------------------------------------------------------------------------
+# --- formats
+# ---------------------------------------------------------------------------------------------
 
 
 def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice``, whose bytes ``stream`` gives; raises ``Damaged`` where a stream ends too early."""
+    """Documents of ``slice``, whose bytes ``stream`` gives; raises ``Damaged`` where a stream ends
+    too early.
+    """
     if slice.format == "csv":
         return csv_documents(stream, slice, options)
     if slice.format == "conllu":
         return conllu_documents(stream, slice, options)
-    return (_line_documents if is_lines(slice.format, options) else whole_document)(stream, slice, options)
+    return (_line_documents if is_lines(slice.format, options) else whole_document)(
+        stream, slice, options
+    )
 
 
 def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:

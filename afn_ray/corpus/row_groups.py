@@ -1,4 +1,6 @@
-"""Parquet in, documents out: row groups, the columns that are read, and the types that text and ids may have."""
+"""Parquet in, documents out: row groups, the columns that are read, and the types that text and ids
+may have.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,14 @@ Texts = list[Any]
 Ids = list[str | None]
 
 
-# --- files -----------------------------------------------------------------------------------------------
+# --- files
+# -----------------------------------------------------------------------------------------------
 
 
 def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one outside the file."""
+    """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one
+    outside the file.
+    """
     groups: list[list[tuple[int, int]]] = []
     for group, chunks in enumerate(footer.read_chunks(source)):
         groups.append([])
@@ -60,8 +65,12 @@ def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int
     return groups
 
 
-def hash_chunks(source: Source, columns: Sequence[str], groups: Iterable[list[tuple[int, int]]]) -> str:
-    """SHA-256, in hex, of the names of ``columns`` and of the bytes of their chunks in ``groups``."""
+def hash_chunks(
+    source: Source, columns: Sequence[str], groups: Iterable[list[tuple[int, int]]]
+) -> str:
+    """SHA-256, in hex, of the names of ``columns`` and of the bytes of their chunks in
+    ``groups``.
+    """
     sha256 = hashlib.sha256(json.dumps(columns).encode())
     for chunks in groups:
         for offset, left in chunks:
@@ -73,7 +82,9 @@ def hash_chunks(source: Source, columns: Sequence[str], groups: Iterable[list[tu
 
 
 def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
-    """Raise ``CorpusError`` where the id column of a ``ParquetFile`` has a type that cannot be an id."""
+    """Raise ``CorpusError`` where the id column of a ``ParquetFile`` has a type that cannot be an
+    id.
+    """
     schema = file.schema_arrow
     if options.id_column is None or options.id_column not in schema.names:
         return
@@ -100,13 +111,22 @@ class _File:
         self.metadata = pq.read_metadata(source)
         self._chunks = footer.read_chunks(source)
         leaves = [self.metadata.schema.column(i) for i in range(self.metadata.num_columns)]
-        self._indices = [i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns_of(options))]
-        self._strings = [i for i in self._indices if _is_plain_string(leaves[i], columns_of(options))]
+        self._indices = [
+            i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns_of(options))
+        ]
+        self._strings = [
+            i for i in self._indices if _is_plain_string(leaves[i], columns_of(options))
+        ]
         self._open: dict[tuple[str, ...], Any] = {}
         self.schema = self._with(()).schema_arrow
-        if any([chunk.path for chunk in chunks] != [leaf.path for leaf in leaves] for chunks in self._chunks):
+        if any(
+            [chunk.path for chunk in chunks] != [leaf.path for leaf in leaves]
+            for chunks in self._chunks
+        ):
             raise ValueError("its row groups have not the columns of the file")
-        self.num_rows = [self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)]
+        self.num_rows = [
+            self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)
+        ]
         self._is_uuid = {leaf.path for leaf in leaves if _is_uuid(leaf)}
 
     def type_of(self, column: str) -> Any:
@@ -118,7 +138,9 @@ class _File:
         return sum(c.taken for c in chunks), sum(c.given for c in chunks)
 
     def check_expansion(self, group: int) -> None:
-        """Raise ``ValueError`` for a row group whose metadata say that a column gives far more than it takes."""
+        """Raise ``ValueError`` for a row group whose metadata say that a column gives far more than
+        it takes.
+        """
         for i in self._indices:
             chunk = self._chunks[group][i]
             if chunk.given > max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken):
@@ -127,9 +149,12 @@ class _File:
                 )
 
     def batches(self, group: int) -> Iterator[tuple[Texts, Ids, list[Any]]]:
-        """Texts, ids and tags of one row group, a few megabytes at a time where its metadata allow to tell."""
+        """Texts, ids and tags of one row group, a few megabytes at a time where its metadata allow
+        to tell.
+        """
         options, chunks = self.options, self._chunks[group]
-        # As dictionaries, or 64 rows that share a value of 64 MB would be 4 GB. Arrow cannot read delta encodings so.
+        # As dictionaries, or 64 rows that share a value of 64 MB would be 4 GB. Arrow cannot read
+        # delta encodings so.
         dense = [i for i in self._strings if chunks[i].has_deltas]
         shared = tuple(chunks[i].path for i in self._strings if i not in dense)
         num_bytes = self.stored(group)[1]
@@ -151,9 +176,12 @@ class _File:
         """The file with the columns ``dictionaries`` read as such."""
         if dictionaries not in self._open:
             self._open[dictionaries] = parquet.open_file(
-                self._source, metadata=self.metadata, read_dictionary=list(dictionaries), buffer_size=BLOCK_BYTES,
+                self._source,
+                metadata=self.metadata,
+                read_dictionary=list(dictionaries),
+                buffer_size=BLOCK_BYTES,
                 pre_buffer=False,
-            )  # fmt: skip
+            )
         return self._open[dictionaries]
 
 
@@ -170,7 +198,8 @@ def _is_uuid(leaf: Any) -> bool:
     return bool(leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.logical_type.type == "UUID")
 
 
-# --- documents -------------------------------------------------------------------------------------------
+# --- documents
+# -------------------------------------------------------------------------------------------
 
 
 def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
@@ -200,7 +229,9 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
 
         if not is_text:
             for offset in range(row, end):
-                yield problem(lost(1, offset), f"{options.text_column} is {kind}, expected a string")
+                yield problem(
+                    lost(1, offset), f"{options.text_column} is {kind}, expected a string"
+                )
             row = end
             continue
         try:
@@ -209,7 +240,9 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
                 for text, doc_id, of_text in zip(texts, ids, labels, strict=True):
                     origin = lost(1, row)
                     if isinstance(text, str) and given:
-                        origin = origin._replace(lost_bytes=max(1, round(len(text) * taken / given)))
+                        origin = origin._replace(
+                            lost_bytes=max(1, round(len(text) * taken / given))
+                        )
                     if text is None:
                         yield problem(origin, f"{options.text_column} is null", doc_id)
                     elif options.labels is not None:
@@ -225,7 +258,8 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
         row = end
 
 
-# --- types -----------------------------------------------------------------------------------------------
+# --- types
+# -----------------------------------------------------------------------------------------------
 
 
 def _is_any(kind: Any, *names: str) -> bool:
@@ -247,10 +281,15 @@ def _is_text(kind: Any) -> bool:
 
 
 def _is_id(kind: Any) -> bool:
-    """Whether ids can be made of an Arrow type. Not of floats: two large whole numbers may be one."""
+    """Whether ids can be made of an Arrow type. Not of floats: two large whole numbers may be
+    one.
+    """
     kind = _storage(kind)
-    return _is_string(kind) or _is_binary(kind) or _is_any(kind, "integer", "decimal", "date", "time", "timestamp",
-                                                           "boolean")  # fmt: skip
+    return (
+        _is_string(kind)
+        or _is_binary(kind)
+        or _is_any(kind, "integer", "decimal", "date", "time", "timestamp", "boolean")
+    )
 
 
 def _is_list(kind: Any) -> bool:
@@ -269,7 +308,9 @@ def _plain(column: Any) -> Any:
 
 
 def _lists(column: Any) -> list[Any]:
-    """Values of an Arrow array, nested as they are; the type of one that is not UTF-8 shows that it is no list."""
+    """Values of an Arrow array, nested as they are; the type of one that is not UTF-8 shows that it
+    is no list.
+    """
 
     def value(scalar: Any) -> Any:
         try:
@@ -290,7 +331,9 @@ def _of_values(column: Any, convert: Callable[[Any], list[Any]]) -> list[Any]:
 
 
 def _bytes(column: Any) -> list[bytes | None]:
-    """Values of an Arrow array of strings or bytes; pyarrow does not check that strings are UTF-8."""
+    """Values of an Arrow array of strings or bytes; pyarrow does not check that strings are
+    UTF-8.
+    """
     values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
     return values
 
@@ -311,9 +354,14 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
 
     def convert(values: Any) -> list[str | None]:
         if is_uuid:
-            return [None if value is None else str(uuid.UUID(bytes=value)) for value in _bytes(values)]
+            return [
+                None if value is None else str(uuid.UUID(bytes=value)) for value in _bytes(values)
+            ]
         if _is_string(values.type) or _is_binary(values.type):
-            return [None if value is None else _id_of_bytes(value, values.type) for value in _bytes(values)]
+            return [
+                None if value is None else _id_of_bytes(value, values.type)
+                for value in _bytes(values)
+            ]
         if _is_any(values.type, "decimal"):
             return [None if value is None else f"{value:f}" for value in values.to_pylist()]
         texts: list[str | None] = values.cast(pa.string()).to_pylist()
@@ -325,8 +373,8 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
 def _id_of_bytes(value: bytes, kind: Any) -> str:
     """``value`` as text where it is some, in hex where it is not.
 
-    Hex has ``\\x`` before it, and so has text that looks like such: no two values have one id. Those of a fixed
-    length need none, for hex is longer than any of their texts.
+    Hex has ``\\x`` before it, and so has text that looks like such: no two values have one id.
+    Those of a fixed length need none, for hex is longer than any of their texts.
     """
     with contextlib.suppress(UnicodeDecodeError):
         text = value.decode()

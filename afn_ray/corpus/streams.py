@@ -1,4 +1,6 @@
-"""The bytes of one file: a part of it, decompressed, as UTF-8, in lines; all of it within bounds."""
+"""The bytes of one file: a part of it, decompressed, as UTF-8, in lines; all of it within
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from afn_ray.store import storage
 BLOCK_BYTES = 1 << 20
 PIECE_BYTES = 1 << 10
 """Compressed bytes that are decoded at a time: how exactly the place of a damage is known."""
-DECOMPRESSED_BLOCK_BYTES = 1 << 16  # decoded in the call that meets damage is lost, so ask for little
+DECOMPRESSED_BLOCK_BYTES = (
+    1 << 16
+)  # decoded in the call that meets damage is lost, so ask for little
 LINE_BYTES = 64 << 20
 BOM = codecs.BOM_UTF8
 UTF_BOMS = (
@@ -32,15 +36,21 @@ UTF_BOMS = (
 LONGEST_BOM = 4
 EXPANSION = 200
 EXPANSION_FROM_BYTES = 64 << 20
-"""A stream, or the text of a Parquet row group, that gives more than these and that many times its length is a bomb."""
+"""A stream, or the text of a Parquet row group, that gives more than these and that many times its
+length is a bomb.
+"""
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among them."""
+"""What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among
+them.
+"""
 
 MARK = "afn_ray.mark"
-# An invalid sequence becomes a lone surrogate, which UTF-8 cannot hold, so that it can be told from a U+FFFD
-# of the source until the text has been found in its line.
-codecs.register_error(MARK, lambda error: ("\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0))
+# An invalid sequence becomes a lone surrogate, which UTF-8 cannot hold, so that it can be told from
+# a U+FFFD of the source until the text has been found in its line.
+codecs.register_error(
+    MARK, lambda error: ("\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0)
+)
 
 
 class Damaged(Exception):
@@ -62,8 +72,9 @@ class Line(NamedTuple):
 class Source:
     """The bytes ``start`` to ``end`` of a file, hashed as they are read.
 
-    What goes wrong below is a ``CorpusError``, never an ``OSError``: readers would take that for bad content
-    and quarantine what a second try can read. With a ``budget``, ``Damaged`` where more bytes are asked for.
+    What goes wrong below is a ``CorpusError``, never an ``OSError``: readers would take that for
+    bad content and quarantine what a second try can read. With a ``budget``, ``Damaged`` where more
+    bytes are asked for.
     """
 
     def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
@@ -120,7 +131,8 @@ class Source:
             pass
 
 
-# --- decompression ---------------------------------------------------------------------------------------
+# --- decompression
+# ---------------------------------------------------------------------------------------
 
 
 class _Pieces:
@@ -143,7 +155,9 @@ class _Pieces:
     def read(self, size: int = -1, /) -> bytes:
         if self._i == len(self._block):
             self._block, self._i = self._source.read(BLOCK_BYTES), 0
-        piece = self._block[self._i : self._i + (PIECE_BYTES if size < 0 else min(size, PIECE_BYTES))]
+        piece = self._block[
+            self._i : self._i + (PIECE_BYTES if size < 0 else min(size, PIECE_BYTES))
+        ]
         if piece:
             self.before = self.at
             self._i += len(piece)
@@ -236,7 +250,9 @@ def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
             while not decoder.eof:
                 piece = pieces.read() if decoder.needs_input else b""
                 if decoder.needs_input and not piece:
-                    raise EOFError("the end of the file is missing, and what was in it is lost too, uncounted")
+                    raise EOFError(
+                        "the end of the file is missing, and what was in it is lost too, uncounted"
+                    )
                 given = decoder.decompress(piece, DECOMPRESSED_BLOCK_BYTES)
                 if decoder.eof:
                     pieces.put_back(len(decoder.unused_data))
@@ -250,14 +266,16 @@ def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
             raise Damaged(f"{what}; what came of that stream may be altered") from error
         padding = pieces.skip_zeros() if compression in ("gz", "xz") else 0
         if compression == "xz" and padding % 4:
-            raise Damaged(f"stream {number} is followed by {padding} zeros, expected a multiple of 4")
+            raise Damaged(
+                f"stream {number} is followed by {padding} zeros, expected a multiple of 4"
+            )
 
 
 class _Zst:
     """A zstd stream of any number of frames.
 
-    Arrow loses what it decoded in the call that meets damage. Then this starts anew, goes to where it was and
-    on byte by byte.
+    Arrow loses what it decoded in the call that meets damage. Then this starts anew, goes to where
+    it was and on byte by byte.
     """
 
     def __init__(self, pieces: _Pieces) -> None:
@@ -299,7 +317,8 @@ def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-# --- text ------------------------------------------------------------------------------------------------
+# --- text
+# ------------------------------------------------------------------------------------------------
 
 
 def encoding_of(head: bytes) -> str:
@@ -308,10 +327,12 @@ def encoding_of(head: bytes) -> str:
 
 
 class Stream:
-    """The bytes of a source, decompressed and in UTF-8, in blocks; and how many of the file's they took.
+    """The bytes of a source, decompressed and in UTF-8, in blocks; and how many of the file's they
+    took.
 
-    UTF-16 and UTF-32 with a byte order mark become UTF-8 with one; what is invalid in them becomes the byte FF,
-    which is invalid there too. The mark is whole in the first block. Raises ``Damaged`` as it is read.
+    UTF-16 and UTF-32 with a byte order mark become UTF-8 with one; what is invalid in them becomes
+    the byte FF, which is invalid there too. The mark is whole in the first block. Raises
+    ``Damaged`` as it is read.
     """
 
     def __init__(self, source: Source, compression: str) -> None:
@@ -321,7 +342,10 @@ class Stream:
         self.encoding = ""  # known with the first block
         self.num_bytes = 0  # given
         self.done = 0  # of them, in lines that were given
-        self._start = 0, 0  # of the compressed stream under way: bytes of the file and of this before it
+        self._start = (
+            0,
+            0,
+        )  # of the compressed stream under way: bytes of the file and of this before it
 
     @property
     def is_plain(self) -> bool:
@@ -329,14 +353,18 @@ class Stream:
         return not self._compression and not self.encoding
 
     def stored(self, num_bytes: int) -> int:
-        """Bytes of the file that ``num_bytes`` of the stream took, by the ratio so far; at least 1."""
+        """Bytes of the file that ``num_bytes`` of the stream took, by the ratio so far; at least
+        1.
+        """
         if self.is_plain:
             return max(num_bytes, 1)
         taken = self._pieces.at if self._compression else self._source.tell()
         return max(1, round(num_bytes * taken / max(self.num_bytes, 1)))
 
     def lost_from(self, start: int) -> int:
-        """Bytes of the file behind those that the first ``start`` bytes of the stream took; at least 1."""
+        """Bytes of the file behind those that the first ``start`` bytes of the stream took; at
+        least 1.
+        """
         if self.is_plain:
             return max(1, self._source.size - start)
         used = self._pieces.used if self._compression else self._source.tell()
@@ -374,20 +402,30 @@ class Stream:
             yield data
 
     def _decompressed(self) -> Iterator[bytes]:
-        if self._compression and self._source.size == 0:  # some decompressors take nothing for an end
-            raise Damaged(f"the file has 0 bytes, and what {self._compression} makes of nothing has more")
+        if (
+            self._compression and self._source.size == 0
+        ):  # some decompressors take nothing for an end
+            raise Damaged(
+                f"the file has 0 bytes, and what {self._compression} makes of nothing has more"
+            )
         if not self._compression:
             while block := self._source.read(BLOCK_BYTES):
                 yield block
             return
         given = 0
-        for block in _Zst(self._pieces) if self._compression == "zst" else _streams(self._pieces, self._compression):
+        for block in (
+            _Zst(self._pieces)
+            if self._compression == "zst"
+            else _streams(self._pieces, self._compression)
+        ):
             if self._pieces.start > self._start[0]:
                 self._start = self._pieces.start, self.num_bytes
             given += len(block)
             if given > max(EXPANSION_FROM_BYTES, EXPANSION * self._pieces.at):
-                raise Bomb(f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; decompress the file "
-                           "if it is meant")  # fmt: skip
+                raise Bomb(
+                    f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; decompress the file "
+                    "if it is meant"
+                )
             yield block
 
 
@@ -397,12 +435,16 @@ def _raising(damage: Damaged) -> Iterator[bytes]:
 
 
 def line_limit(options: ReadOptions) -> int:
-    """Bytes of the longest line or CSV row that is parsed: other columns and escapes need room beside the text."""
+    """Bytes of the longest line or CSV row that is parsed: other columns and escapes need room
+    beside the text.
+    """
     return max(LINE_BYTES, 8 * options.max_document_bytes)
 
 
 def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
-    """Lines of ``stream``, the first of which is at byte ``start`` of its file; holds ``limit`` bytes at most."""
+    """Lines of ``stream``, the first of which is at byte ``start`` of its file; holds ``limit``
+    bytes at most.
+    """
     offset, number, length, blank = start, 0, 0, True
     pieces: list[bytes] = []
     for i, block in enumerate(stream):
@@ -418,7 +460,9 @@ def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
                 pieces.clear()
             if j + 1 < len(parts):
                 stream.done = offset + length + 1 - start
-                yield Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)
+                yield Line(
+                    offset, number, length, b"".join(pieces) if length <= limit else None, blank
+                )
                 offset, number, length, blank = offset + length + 1, number + 1, 0, True
                 pieces.clear()
     if length:

@@ -1,4 +1,6 @@
-"""Tags of a document's words: from the cells of a labelled corpus, and from the lines of CoNLL-U."""
+"""Tags of a document's words: from the cells of a labelled corpus, and from the lines of
+CoNLL-U.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ Tagged = tuple[str, tuple[Span, ...]]
 def from_cells(text: object, labels: object, text_column: str, labels_column: str) -> Tagged:
     """A document's text and tags, from the two cells that hold them.
 
-    ``labels`` has a tag for each word, or spans of characters, each an object or a list of start, end and label.
-    Words are those of ``text`` if that is a list, which are joined by a space, else what white space separates. A tag
-    that is null or empty is none. Raises ``ValueError`` for anything else: got against expected.
+    ``labels`` has a tag for each word, or spans of characters, each an object or a list of start,
+    end and label. Words are those of ``text`` if that is a list, which are joined by a space, else
+    what white space separates. A tag that is null or empty is none. Raises ``ValueError`` for
+    anything else: got against expected.
     """
     if not isinstance(labels, list | tuple):
         raise ValueError(f"{labels_column} is {_kind(labels)}, expected a list of tags or of spans")
@@ -35,7 +38,9 @@ def from_cells(text: object, labels: object, text_column: str, labels_column: st
         if not labels:  # spans as well as words: a document in which nothing was found
             return text, ()
     elif isinstance(text, list | tuple):
-        if (bad := next((i for i, word in enumerate(text) if not isinstance(word, str)), None)) is not None:
+        if (
+            bad := next((i for i, word in enumerate(text) if not isinstance(word, str)), None)
+        ) is not None:
             raise ValueError(f"{text_column}: word {bad} is {_kind(text[bad])}, expected a string")
         places, at = [], 0
         for word in text:
@@ -45,19 +50,26 @@ def from_cells(text: object, labels: object, text_column: str, labels_column: st
     else:
         raise ValueError(f"{text_column} is {_kind(text)}, expected a string or a list of words")
     if len(labels) != len(places):
-        raise ValueError(f"{labels_column} has {count(len(labels), 'tag')}, expected {len(places)}: one for each word")
+        raise ValueError(
+            f"{labels_column} has {count(len(labels), 'tag')}, expected {len(places)}: one for each word"
+        )
     names = [_tag(value, f"{labels_column}: tag {i}") for i, value in enumerate(labels)]
     return text, tuple(
-        Span(start, end, name) for (start, end), name in zip(places, names, strict=True) if name and start < end
+        Span(start, end, name)
+        for (start, end), name in zip(places, names, strict=True)
+        if name and start < end
     )
 
 
-def from_conllu(sentences: Iterable[Sequence[tuple[int, str]]], labels: str) -> tuple[str, tuple[Span, ...], str]:
-    """Text, tags and id (empty: it has none) of a document, from the numbered lines of its sentences.
+def from_conllu(
+    sentences: Iterable[Sequence[tuple[int, str]]], labels: str
+) -> tuple[str, tuple[Span, ...], str]:
+    """Text, tags and id (empty: it has none) of a document, from the numbered lines of its
+    sentences.
 
-    The text is what the forms spell, with a space behind each but where ``SpaceAfter=No`` says otherwise. A multiword
-    token (1-2) has the tags of its words, joined by +; empty nodes (1.1) are left out. Raises ``ValueError`` for a line
-    that is no CoNLL-U, or out of its place.
+    The text is what the forms spell, with a space behind each but where ``SpaceAfter=No`` says
+    otherwise. A multiword token (1-2) has the tags of its words, joined by +; empty nodes (1.1) are
+    left out. Raises ``ValueError`` for a line that is no CoNLL-U, or out of its place.
     """
     tokens: list[tuple[str, bool, list[str]]] = []  # form, whether a space follows, tags
     comments: dict[str, str] = {}
@@ -75,7 +87,11 @@ def from_conllu(sentences: Iterable[Sequence[tuple[int, str]]], labels: str) -> 
             if EMPTY_NODE.fullmatch(cells[0]):
                 continue
             found = WORD_ID.fullmatch(cells[0])
-            if found is None or int(found[1]) != last + 1 or (found[2] and not until <= last < int(found[2])):
+            if (
+                found is None
+                or int(found[1]) != last + 1
+                or (found[2] and not until <= last < int(found[2]))
+            ):
                 raise ValueError(f"line {number} is word {cells[0][:20]!r}, expected {last + 1}")
             if found[2]:
                 until = int(found[2])
@@ -89,10 +105,14 @@ def from_conllu(sentences: Iterable[Sequence[tuple[int, str]]], labels: str) -> 
             tag = [] if found[2] else [cells[COLUMN[labels]]]
             tokens.append((cells[1], "SpaceAfter=No" not in cells[9].split("|"), tag))
         if last < until:
-            raise ValueError(f"line {sentence[-1][0]} ends the sentence at word {last}, expected {until}")
+            raise ValueError(
+                f"line {sentence[-1][0]} ends the sentence at word {last}, expected {until}"
+            )
     spans, at = [], 0
     for form, space, parts in tokens:
-        if name := _tag("+".join(part for part in parts if part != "_"), f"the tag of {form[:20]!r}"):
+        if name := _tag(
+            "+".join(part for part in parts if part != "_"), f"the tag of {form[:20]!r}"
+        ):
             spans.append(Span(at, at + len(form), name))
         at += len(form) + space
     text = "".join(form + " " * space for form, space, _ in tokens).removesuffix(" ")
@@ -109,12 +129,22 @@ def _spans(values: Sequence[object], num_chars: int, column: str) -> tuple[Span,
     spans = []
     for i, value in enumerate(values):
         what = f"{column}: span {i}"
-        parts = [value.get(key) for key in ("start", "end", "label")] if isinstance(value, dict) else value
-        if not isinstance(parts, list | tuple) or len(parts) != 3 or not all(type(at) is int for at in parts[:2]):
+        parts = (
+            [value.get(key) for key in ("start", "end", "label")]
+            if isinstance(value, dict)
+            else value
+        )
+        if (
+            not isinstance(parts, list | tuple)
+            or len(parts) != 3
+            or not all(type(at) is int for at in parts[:2])
+        ):
             raise ValueError(f"{what} is not start, end (numbers of characters) and label")
         start, end, label = parts
         if not 0 <= start <= end <= num_chars:
-            raise ValueError(f"{what} is {start} to {end}, expected 0 to {num_chars}, the characters of the text")
+            raise ValueError(
+                f"{what} is {start} to {end}, expected 0 to {num_chars}, the characters of the text"
+            )
         if (name := _tag(label, what)) and start < end:
             spans.append(Span(start, end, name))
     spans.sort()
@@ -139,7 +169,9 @@ def _tag(value: object, what: str) -> str:
     if not name.isprintable():
         raise ValueError(f"{what} is {name!r}, expected characters that can be printed")
     if name in RESERVED:
-        raise ValueError(f"{what} is {name!r}, which is what tokens without a tag are called; expected another name")
+        raise ValueError(
+            f"{what} is {name!r}, which is what tokens without a tag are called; expected another name"
+        )
     return name
 
 

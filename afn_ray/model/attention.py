@@ -1,4 +1,6 @@
-"""Attention over packed sequences: one function for every family that goes through transformers' interface."""
+"""Attention over packed sequences: one function for every family that goes through transformers'
+interface.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ import torch.nn.functional as functional
 import transformers
 
 NAME = "afn_packed"
-"""Of the attention function, in transformers' registry. It has no mask function: masks are never built."""
+"""Of the attention function, in transformers' registry. It has no mask function: masks are never
+built.
+"""
 
 IGNORED = {"dropout", "is_causal", "scaling", "sliding_window", "position_ids", "deterministic", "use_cache",
            "output_attentions", "output_hidden_states", "return_dict", "cache_position", "layer_idx"}  # fmt: skip
-"""Arguments that change nothing here, or that are honoured by name; any other one that is set is refused."""
+"""Arguments that change nothing here, or that are honoured by name; any other one that is set is
+refused.
+"""
 
 
 SCORES = 1 << 19
@@ -43,7 +49,9 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True)
 class Layout:
-    """Where the sequences of one packed batch lie among its rows, one behind the other; rows behind them are filler."""
+    """Where the sequences of one packed batch lie among its rows, one behind the other; rows behind
+    them are filler.
+    """
 
     lengths: Sequence[int]
     num_rows: int
@@ -52,8 +60,12 @@ class Layout:
     windowed: bool = False  # whether one of them was told of a sliding window
     watched: bool = False  # whether the block that runs is to leave what it attended to
     seen: Seen | None = None
-    groups: list[tuple[int, int, int]] = field(init=False)  # first row, sequences, their common length
-    bounds: torch.Tensor | None = field(init=False, default=None)  # int32 [n + 1], first row of each; CUDA only
+    groups: list[tuple[int, int, int]] = field(
+        init=False
+    )  # first row, sequences, their common length
+    bounds: torch.Tensor | None = field(
+        init=False, default=None
+    )  # int32 [n + 1], first row of each; CUDA only
 
     def __post_init__(self) -> None:
         self.groups, row = [], 0
@@ -65,7 +77,11 @@ class Layout:
             ends = [0]
             for length in [*self.lengths, self.num_rows - row]:
                 ends.append(ends[-1] + length)
-            self.bounds = torch.tensor(ends, dtype=torch.int32).pin_memory().to(self.device, non_blocking=True)
+            self.bounds = (
+                torch.tensor(ends, dtype=torch.int32)
+                .pin_memory()
+                .to(self.device, non_blocking=True)
+            )
 
     @property
     def longest(self) -> int:
@@ -86,18 +102,28 @@ def packed(layout: Layout) -> Iterator[None]:
 
 
 def attend(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, is_causal: bool | None = None,
-    sliding_window: int | None = None, **options: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """``query`` [1, heads, rows, size], ``key`` and ``value`` [1, kv_heads, rows, size] -> [1, rows, heads, size].
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """``query`` [1, heads, rows, size], ``key`` and ``value`` [1, kv_heads, rows, size] -> [1,
+    rows, heads, size].
 
-    A token sees its own sequence, and in a decoder what is to its left. Raises ``UnsupportedAttention`` for what
-    some family adds: a mask of its own, soft capping, learned sinks, position biases.
+    A token sees its own sequence, and in a decoder what is to its left. Raises
+    ``UnsupportedAttention`` for what some family adds: a mask of its own, soft capping, learned
+    sinks, position biases.
     """
     if attention_mask is not None:
         raise UnsupportedAttention("its attention wants a mask of its own")
-    if unknown := sorted(k for k, v in options.items() if v is not None and v is not False and k not in IGNORED):
+    if unknown := sorted(
+        k for k, v in options.items() if v is not None and v is not False and k not in IGNORED
+    ):
         raise UnsupportedAttention(f"its attention wants {', '.join(unknown)}")
     layout = _layout.get()
     layout.calls += 1
@@ -121,10 +147,12 @@ def attend(
 
 
 def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token gets of the attention, float32 [heads, rows] both: from the others, and from itself.
+    """What each token gets of the attention, float32 [heads, rows] both: from the others, and from
+    itself.
 
-    From the others in the mean over those of its sequence that may attend to it, 0 where none may. The products are
-    done once more, for a fused kernel keeps no weights: of one block, and a cache's worth of scores at a time.
+    From the others in the mean over those of its sequence that may attend to it, 0 where none may.
+    The products are done once more, for a fused kernel keeps no weights: of one block, and a
+    cache's worth of scores at a time.
     """
     heads, rows = seen.query.shape[1], seen.query.shape[2]
     of_others = torch.zeros(heads, rows, device=seen.query.device)
@@ -132,11 +160,15 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     for row, n, length in layout.groups:
         mask = _band(length, seen.left, seen.right, seen.query.device)
         may = (mask.sum(0) - 1).clamp(min=1)  # queries but itself that see a key
-        step = max(1, SCORES // (length * length * heads))  # sequences at a time, or of a long one so many queries
+        step = max(
+            1, SCORES // (length * length * heads)
+        )  # sequences at a time, or of a long one so many queries
         block = length if step > 1 else max(1, min(length, SCORES // (length * heads)))
         for at in range(0, n, step):
             here = slice(row + at * length, row + min(n, at + step) * length)
-            q, k = (x[0, :, here].float().unflatten(1, (-1, length)) for x in (seen.query, seen.key))
+            q, k = (
+                x[0, :, here].float().unflatten(1, (-1, length)) for x in (seen.query, seen.key)
+            )
             k = k.repeat_interleave(heads // k.shape[0], 0).transpose(-1, -2)
             sums = torch.zeros(q.shape[:-1], device=q.device)
             selves = torch.zeros_like(sums)
@@ -154,30 +186,52 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def value_norms(seen: Seen, gram: torch.Tensor) -> torch.Tensor:
-    """Length of what each head would add for a token alone, float32 [heads, rows]: of its value through the head's
-    part P of the output projection. ``gram`` [heads, size, size] is P P^T."""
+    """Length of what each head would add for a token alone, float32 [heads, rows]: of its value
+    through the head's part P of the output projection. ``gram`` [heads, size, size] is P P^T.
+    """
     value = seen.value[0].float()
     value = value.repeat_interleave(len(gram) // value.shape[0], 0)
     return ((value @ gram) * value).sum(-1).clamp(min=0).sqrt()
 
 
 def attend_by_group(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, left: int, right: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    left: int,
+    right: int,
 ) -> torch.Tensor:
     """Neighbouring sequences of one length are one call; the reference for every device."""
     heads = query.shape[1]
     parts: list[torch.Tensor] = []
     for row, n, length in layout.groups:
         causal = right == 0 and (left < 0 or left >= length - 1)
-        whole = not causal and (left < 0 or left >= length - 1) and (right < 0 or right >= length - 1)
-        q, k, v = (x[0, :, row : row + n * length].unflatten(1, (n, length)) for x in (query, key, value))
-        if whole and query.dtype == torch.bfloat16 and query.device.type == "cpu" and heads == key.shape[1]:
+        whole = (
+            not causal and (left < 0 or left >= length - 1) and (right < 0 or right >= length - 1)
+        )
+        q, k, v = (
+            x[0, :, row : row + n * length].unflatten(1, (n, length)) for x in (query, key, value)
+        )
+        if (
+            whole
+            and query.dtype == torch.bfloat16
+            and query.device.type == "cpu"
+            and heads == key.shape[1]
+        ):
             parts += _attend_by_products(q, k, v, scale)
             continue
         mask = None if whole or causal else _band(length, left, right, query.device)
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal and length > 1, scale=scale, enable_gqa=heads != key.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and length > 1,
+            scale=scale,
+            enable_gqa=heads != key.shape[1],
         )
         parts.append(out.transpose(1, 2).reshape(n * length, heads, v.shape[-1]))
     if filler := layout.num_rows - sum(layout.lengths):
@@ -190,8 +244,8 @@ def _attend_by_products(
 ) -> Iterator[torch.Tensor]:
     """[heads, n, length, size] each -> [some n * length, heads, size], in order.
 
-    torch's own attention does not use a CPU's bfloat16 units: batched products are 1.6 times faster on 40 tokens, and
-    2.2 times on 512 (AMD EPYC). A cache's worth of scores at a time.
+    torch's own attention does not use a CPU's bfloat16 units: batched products are 1.6 times faster
+    on 40 tokens, and 2.2 times on 512 (AMD EPYC). A cache's worth of scores at a time.
     """
     heads, n, length, _ = query.shape
     step = max(1, SCORES // (length * length * heads))
@@ -205,24 +259,45 @@ def _attend_by_products(
 
 
 def _band(length: int, left: int, right: int, device: torch.device) -> torch.Tensor:
-    """Bool [length, length]: which keys (columns) a query sees, so many to its left and right; -1 is all."""
+    """Bool [length, length]: which keys (columns) a query sees, so many to its left and right; -1
+    is all.
+    """
     at = torch.arange(length, device=device)
     distance = at[None, :] - at[:, None]
-    return (distance >= (-left if left >= 0 else -length)) & (distance <= (right if right >= 0 else length))
+    return (distance >= (-left if left >= 0 else -length)) & (
+        distance <= (right if right >= 0 else length)
+    )
 
 
 def _attend_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, left: int, right: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    left: int,
+    right: int,
 ) -> torch.Tensor:
-    """Flash attention over all sequences at once; ``num_splits=1`` keeps bits apart from the neighbours."""
+    """Flash attention over all sequences at once; ``num_splits=1`` keeps bits apart from the
+    neighbours.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     assert layout.bounds is not None
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     result = varlen_attn(
-        q, k, v, layout.bounds, layout.bounds, layout.longest, layout.longest,
-        scale=scale, window_size=(left, right), enable_gqa=q.shape[1] != k.shape[1], num_splits=1,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        layout.bounds,
+        layout.bounds,
+        layout.longest,
+        layout.longest,
+        scale=scale,
+        window_size=(left, right),
+        enable_gqa=q.shape[1] != k.shape[1],
+        num_splits=1,
+    )
     assert isinstance(result, torch.Tensor)
     return result
 

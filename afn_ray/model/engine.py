@@ -1,4 +1,6 @@
-"""A loaded model that reads chosen layers in one forward pass over packed sequences, and proves itself first."""
+"""A loaded model that reads chosen layers in one forward pass over packed sequences, and proves
+itself first.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,24 @@ from afn_ray.model.signals import Attention, Centred, Signal, Site, States, Stre
 from afn_ray.schema import MOST_NEURONS, Series
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Relative difference of norms that the self-check lets pass, by the dtype of the products: for all tokens in
-float32, for nine of ten in half precision, where single ones may be far off and the model still be wired right."""
+"""Relative difference of norms that the self-check lets pass, by the dtype of the products: for all
+tokens in float32, for nine of ten in half precision, where single ones may be far off and the model
+still be wired right.
+"""
 
 FILLER = 16
 """Rows behind the sequences of the self-check."""
 
 Norms = npt.NDArray[np.float32]
-REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, attention.UnsupportedAttention)
+REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    attention.UnsupportedAttention,
+)
 """What a model raises that cannot run the way it was asked to."""
 
 
@@ -50,14 +62,18 @@ class _Place(NamedTuple):
     """Where one block has what signals need."""
 
     norm: str  # the LayerNorm that makes the block's output; empty where it is not needed
-    gram: torch.Tensor | None  # of each head's part of the output projection, for ``attention.value_norms``
+    gram: (
+        torch.Tensor | None
+    )  # of each head's part of the output projection, for ``attention.value_norms``
     neurons: str  # the layer behind the MLP's neurons
     num_neurons: int
 
 
 def _follows(call: _Call) -> bool:
     """Whether ``call`` takes what attention gave, as it gave it."""
-    return call.attended is not None and torch.equal(call.input.flatten(), call.attended.output.flatten())
+    return call.attended is not None and torch.equal(
+        call.input.flatten(), call.attended.output.flatten()
+    )
 
 
 def _gram(call: _Call) -> torch.Tensor:
@@ -96,25 +112,36 @@ class Pending:
 
 
 class Model:
-    """A model on one device that reads chosen layers in one forward pass and stops after the last of them.
+    """A model on one device that reads chosen layers in one forward pass and stops after the last
+    of them.
 
-    Layer k is the output of the k-th block that runs, layer 0 the input of the first. ``dtype`` is of the blocks'
-    matrix products; the residual stream, the norms and what is read are float32. ``batch_tokens``: the size of
-    most batches, for which the weights are laid out. ``outliers``: dimensions that stick out, for each layer, where
-    a signal leaves them out.
+    Layer k is the output of the k-th block that runs, layer 0 the input of the first. ``dtype`` is
+    of the blocks' matrix products; the residual stream, the norms and what is read are float32.
+    ``batch_tokens``: the size of most batches, for which the weights are laid out. ``outliers``:
+    dimensions that stick out, for each layer, where a signal leaves them out.
     """
 
     def __init__(
-        self, files: ModelFiles, layers: Sequence[int], dtype: str, device: str, batch_tokens: int,
+        self,
+        files: ModelFiles,
+        layers: Sequence[int],
+        dtype: str,
+        device: str,
+        batch_tokens: int,
         outliers: Sequence[Sequence[int]] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.files = files
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.layers = tuple(layers)
-        self._outliers = {k: torch.tensor(dims, device=self.device) for k, dims in zip(layers, outliers, strict=False)}
+        self._outliers = {
+            k: torch.tensor(dims, device=self.device)
+            for k, dims in zip(layers, outliers, strict=False)
+        }
         self.causal = False  # set by prepare, as are the next two
-        self.packed = False  # whether sequences of a batch lie one behind the other, without padding
+        self.packed = (
+            False  # whether sequences of a batch lie one behind the other, without padding
+        )
         self.why_padded: str | None = None
         self._model: Any = load_weights(files)
         self._parameters = inspect.signature(self._model.forward).parameters
@@ -126,7 +153,9 @@ class Model:
         self._signals: Sequence[Signal] = (STRENGTH,)
         self._needs: frozenset[str] = frozenset()
         self._places: dict[torch.nn.Module, _Place] = {}
-        self._before: torch.Tensor | None = None  # what goes into the block that runs, if it is read
+        self._before: torch.Tensor | None = (
+            None  # what goes into the block that runs, if it is read
+        )
         self._neurons: torch.Tensor | None = None
         self._unscaled: torch.Tensor | None = None
         self._layout: attention.Layout | None = None
@@ -144,12 +173,14 @@ class Model:
     def prepare(self, probes: Sequence[Sequence[int]], needs: frozenset[str] = frozenset()) -> None:
         """Choose how this model runs fastest, and prove that it is still the plain one.
 
-        ``needs``: what signals want beside hidden states, of ``signals.NEEDS``; where it is in each block is found.
+        ``needs``: what signals want beside hidden states, of ``signals.NEEDS``; where it is in each
+        block is found.
 
-        ``probes``: a few token sequences of different lengths, each with the tokenizer's template, the longest as
-        long as a window where that is affordable. Norms of hooked layers, one text at a time and all in one batch,
-        must equal those of the plain model's ``hidden_states[k]``; sets ``packed``, ``why_padded``, ``causal``.
-        Raises ``ModelError`` with the difference and the tolerance.
+        ``probes``: a few token sequences of different lengths, each with the tokenizer's template,
+        the longest as long as a window where that is affordable. Norms of hooked layers, one text
+        at a time and all in one batch, must equal those of the plain model's ``hidden_states[k]``;
+        sets ``packed``, ``why_padded``, ``causal``. Raises ``ModelError`` with the difference and
+        the tolerance.
         """
         plain = [self._plain_norms(ids) for ids in probes]
         self._model.to(device=self.device)
@@ -165,21 +196,32 @@ class Model:
         self._places = places
         if "norm" in needs:
             self._check_centred(min(probes, key=len))
-        self.causal = self._is_causal(min((p for p in probes if len(p) > 4), key=len, default=probes[0]))
+        self.causal = self._is_causal(
+            min((p for p in probes if len(p) > 4), key=len, default=probes[0])
+        )
 
     def _choose_attention(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
-        """Packed, if it equals the plain model, else padded; both with the plain linear layers, in float32."""
+        """Packed, if it equals the plain model, else padded; both with the plain linear layers, in
+        float32.
+        """
         before = self._model.config._attn_implementation
         try:
             if "position_ids" not in self._parameters:
                 raise attention.UnsupportedAttention("it takes no position ids")
             if not self._model._can_set_attn_implementation():
-                raise attention.UnsupportedAttention("its attention does not go through transformers' interface")
+                raise attention.UnsupportedAttention(
+                    "its attention does not go through transformers' interface"
+                )
             self.packed = True
             self._model.set_attn_implementation(attention.NAME)
             self._check(probes, plain, torch.float32)
-            if _masks_only(self._model.config.get_text_config(), self.files.context_tokens) and not self._windowed:
-                raise attention.UnsupportedAttention("its attention is not told of the sliding window in its config")
+            if (
+                _masks_only(self._model.config.get_text_config(), self.files.context_tokens)
+                and not self._windowed
+            ):
+                raise attention.UnsupportedAttention(
+                    "its attention is not told of the sliding window in its config"
+                )
             return
         except (*REFUSALS, ModelError) as error:
             self.why_padded = _first_line(error)
@@ -191,11 +233,15 @@ class Model:
             raise ModelError(f"{self._name} failed its self-check: {_first_line(error)}") from error
 
     def _choose_products(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
-        """Fast linear layers where the model lets its own be replaced; for half precision that is a condition."""
+        """Fast linear layers where the model lets its own be replaced; for half precision that is a
+        condition.
+        """
         full = self.dtype == torch.float32
         why = ""
         for wide in (False,) if full else (False, True):
-            replaced, self._cast = replace_linear_layers(self._blocks, self.dtype, self._batch_tokens, wide=wide)
+            replaced, self._cast = replace_linear_layers(
+                self._blocks, self.dtype, self._batch_tokens, wide=wide
+            )
             try:
                 self._check(probes, plain, self.dtype)
                 return
@@ -204,9 +250,13 @@ class Model:
                 restore(replaced)
                 self._cast = None
         if not full:
-            raise ModelError(f"{self._name} does not run in {str(self.dtype)[6:]} ({why}); give --dtype float32")
+            raise ModelError(
+                f"{self._name} does not run in {str(self.dtype)[6:]} ({why}); give --dtype float32"
+            )
 
-    def _find_places(self, ids: Sequence[int], needs: frozenset[str]) -> dict[torch.nn.Module, _Place]:
+    def _find_places(
+        self, ids: Sequence[int], needs: frozenset[str]
+    ) -> dict[torch.nn.Module, _Place]:
         """Where each block has what ``needs`` names, seen in one forward pass of all blocks."""
         if "attention" in needs and not self.packed:
             raise ModelError(
@@ -224,9 +274,13 @@ class Model:
                 if isinstance(module, torch.nn.Linear | Conv1D):
 
                     def record(
-                        module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor, *,
-                        block: torch.nn.Module = block, name: str = name,
-                    ) -> None:  # fmt: skip
+                        module: torch.nn.Module,
+                        args: tuple[Any, ...],
+                        output: torch.Tensor,
+                        *,
+                        block: torch.nn.Module = block,
+                        name: str = name,
+                    ) -> None:
                         seen = None if self._layout is None else self._layout.seen
                         calls.append(_Call(block, name, module, args[0], output.shape[-1], seen))
 
@@ -234,7 +288,11 @@ class Model:
                 elif isinstance(module, torch.nn.LayerNorm):
 
                     def keep(
-                        module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor, *, name: str = name
+                        module: torch.nn.Module,
+                        args: tuple[Any, ...],
+                        output: torch.Tensor,
+                        *,
+                        name: str = name,
                     ) -> None:
                         last[:] = [(name, output)]
 
@@ -256,7 +314,9 @@ class Model:
             mine = [c for c in calls if c.block is block]
             found = {
                 "attention": [c for c in mine if _follows(c)],
-                "neurons": [c for c in mine if c.width == self.files.hidden_size and not _follows(c)],
+                "neurons": [
+                    c for c in mine if c.width == self.files.hidden_size and not _follows(c)
+                ],
             }
             if lacking := sorted(n for n in needs & found.keys() if not found[n]):
                 raise ModelError(
@@ -281,11 +341,15 @@ class Model:
             gram = _gram(found["attention"][0]) if "attention" in needs else None
             behind = found["neurons"][-1].name if "neurons" in needs else ""
             num_neurons = found["neurons"][-1].input.shape[-1] if "neurons" in needs else 0
-            places[block] = _Place(norms[block] if "norm" in needs else "", gram, behind, num_neurons)
+            places[block] = _Place(
+                norms[block] if "norm" in needs else "", gram, behind, num_neurons
+            )
         return places
 
     def _check_centred(self, ids: Sequence[int]) -> None:
-        """What goes into the LayerNorm that ends a block has, centred and without its gain, the norm sqrt(hidden)."""
+        """What goes into the LayerNorm that ends a block has, centred and without its gain, the
+        norm sqrt(hidden).
+        """
         got = self.measure(*_joined([ids]), (Centred(),))
         expected = np.full_like(got, self.files.hidden_size**0.5)
         what = "the LayerNorm without gain that ends a block against sqrt(hidden_size)"
@@ -300,26 +364,36 @@ class Model:
     def _name(self) -> str:
         return f"{self.files.name} ({self.files.model_type})"
 
-    def _check(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], dtype: torch.dtype) -> None:
+    def _check(
+        self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], dtype: torch.dtype
+    ) -> None:
         singles = [self.measure(*_joined([ids])) for ids in probes]
         for expected, got in zip(plain, singles, strict=True):
             for at, layer in enumerate(self.layers):
-                compare_norms(f"layer {layer} against the plain model", got[at], expected[layer], dtype)
+                compare_norms(
+                    f"layer {layer} against the plain model", got[at], expected[layer], dtype
+                )
         ids, lengths = _joined(probes)
         if self.packed:
             ids = np.append(ids, np.full(FILLER, ids[0]))
         together = self.measure(ids, lengths)
         what = "one packed batch" if self.packed else "one padded batch"
-        for got, alone in zip(np.split(together, np.cumsum(lengths), axis=1), singles, strict=False):
+        for got, alone in zip(
+            np.split(together, np.cumsum(lengths), axis=1), singles, strict=False
+        ):
             compare_norms(f"{what} against single texts", got, alone, dtype)
 
     def _plain_norms(self, ids: Sequence[int]) -> list[Norms]:
-        """What the hooks read of every layer of the plain model, proved to be its ``hidden_states``."""
+        """What the hooks read of every layer of the plain model, proved to be its
+        ``hidden_states``.
+        """
         self._stop, self._calls, self._length, self._signals = False, 0, len(ids), (STRENGTH,)
         layers, self.layers = self.layers, tuple(range(self.files.depth + 1))
         try:
             with torch.inference_mode(), _one_thread(torch.device("cpu")):
-                states = self._model(input_ids=torch.tensor([list(ids)]), output_hidden_states=True).hidden_states
+                states = self._model(
+                    input_ids=torch.tensor([list(ids)]), output_hidden_states=True
+                ).hidden_states
         finally:
             self._stop, self.layers = True, layers
         if states is None or len(states) != self.files.depth + 1 or self._calls != self.files.depth:
@@ -328,16 +402,23 @@ class Model:
                 f"{self._name} gave {num_states} hidden states and ran {self._calls} blocks, expected "
                 f"{self.files.depth + 1} and {self.files.depth}; this architecture is not supported"
             )
-        hooked = [self._read[Series("strength", layer)][0].numpy() for layer in range(self.files.depth + 1)]
+        hooked = [
+            self._read[Series("strength", layer)][0].numpy()
+            for layer in range(self.files.depth + 1)
+        ]
         self._read.clear()
         for layer in layers:
-            if layer < self.files.depth:  # the last entry of hidden_states may be after a final norm
+            if (
+                layer < self.files.depth
+            ):  # the last entry of hidden_states may be after a final norm
                 what = f"layer {layer} hooked against hidden_states[{layer}]"
                 compare_norms(what, hooked[layer], norm(states[layer][0]).numpy(), torch.float32)
         return hooked
 
     def _is_causal(self, ids: Sequence[int]) -> bool:
-        """Whether a token sees only what is to its left: the first outputs do not move when the last input does."""
+        """Whether a token sees only what is to its left: the first outputs do not move when the
+        last input does.
+        """
         changed = [*ids[:-2], *reversed(ids[-2:])] if ids[-1] != ids[-2] else [*ids[:-1], ids[0]]
         layers, self.layers = self.layers, (max(*self.layers, 1),)
         try:
@@ -349,7 +430,9 @@ class Model:
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], float]]:
-        """While open, the largest magnitude into or out of any product is kept; the call gives it (nan if one was)."""
+        """While open, the largest magnitude into or out of any product is kept; the call gives it
+        (nan if one was).
+        """
         peak = torch.zeros((), device=self.device)
 
         def look(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -368,19 +451,25 @@ class Model:
     # --- measuring ---
 
     def measure(
-        self, ids: npt.NDArray[np.int64], lengths: Sequence[int], signals: Sequence[Signal] = (STRENGTH,)
+        self,
+        ids: npt.NDArray[np.int64],
+        lengths: Sequence[int],
+        signals: Sequence[Signal] = (STRENGTH,),
     ) -> Norms:
         """``submit``, and wait for what it gives."""
         return self.submit(ids, lengths, signals).result()
 
     def submit(
-        self, ids: npt.NDArray[np.int64], lengths: Sequence[int], signals: Sequence[Signal] = (STRENGTH,)
+        self,
+        ids: npt.NDArray[np.int64],
+        lengths: Sequence[int],
+        signals: Sequence[Signal] = (STRENGTH,),
     ) -> Pending:
         """``signals`` of every chosen layer for sequences that lie one behind the other in ``ids``.
 
-        ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler. The result is float32
-        [n_measured, n_tokens], in the order of ``signals.measured``; at filler it is meaningless. On a GPU this returns
-        before the device is done.
+        ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler. The result is
+        float32 [n_measured, n_tokens], in the order of ``signals.measured``; at filler it is
+        meaningless. On a GPU this returns before the device is done.
         """
         self._signals = signals
         self._needs = frozenset(need for signal in signals for need in signal.needs)
@@ -398,14 +487,19 @@ class Model:
                 self._cast.clear()
         return Pending(values, layout)
 
-    def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> Callable[[Norms], Norms]:
+    def _run_packed(
+        self, ids: npt.NDArray[np.int64], lengths: Sequence[int]
+    ) -> Callable[[Norms], Norms]:
         self._length = len(ids)
         self._layout = layout = attention.Layout(lengths, len(ids), self.device)
         positions = np.full(len(ids), self._first_position, np.int64)
         n = sum(lengths)
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         positions[:n] += np.arange(n) - starts.astype(np.int64)
-        inputs = {"input_ids": self._to_device(ids[None]), "position_ids": self._to_device(positions[None])}
+        inputs = {
+            "input_ids": self._to_device(ids[None]),
+            "position_ids": self._to_device(positions[None]),
+        }
         with attention.packed(layout):
             self._run(inputs)
         self._windowed |= layout.windowed
@@ -415,7 +509,9 @@ class Model:
             )
         return lambda values: values[:, 0]
 
-    def _run_padded(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> Callable[[Norms], Norms]:
+    def _run_padded(
+        self, ids: npt.NDArray[np.int64], lengths: Sequence[int]
+    ) -> Callable[[Norms], Norms]:
         longest, n = max(lengths), len(lengths)
         self._length = longest
         mask = np.arange(longest) < np.asarray(lengths)[:, None]
@@ -429,7 +525,11 @@ class Model:
 
     def _to_device(self, array: npt.NDArray[np.int64]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else tensor
+        )
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> None:
         try:
@@ -437,9 +537,13 @@ class Model:
         except _Enough:
             return
         if self._calls != self.files.depth:
-            raise ModelError(f"{self._name} ran {self._calls} blocks, its config says {self.files.depth}")
+            raise ModelError(
+                f"{self._name} ran {self._calls} blocks, its config says {self.files.depth}"
+            )
 
-    def _before_block(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_block(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if self._calls == 0 and 0 in self.layers:
             self._keep(Site(0, hidden))
@@ -456,11 +560,21 @@ class Model:
             if self._neurons is not None:  # some MLPs see all rows of a batch as one sequence
                 shape = (*hidden.shape[:-1], self._places[module].num_neurons)
                 if self._neurons.numel() != math.prod(shape):
-                    raise ModelError(f"{self._name} runs its MLP in pieces, as with chunk_size_feed_forward in its "
-                                     "config; leave the signal neurons out")  # fmt: skip
+                    raise ModelError(
+                        f"{self._name} runs its MLP in pieces, as with chunk_size_feed_forward in its "
+                        "config; leave the signal neurons out"
+                    )
                 self._neurons = self._neurons.reshape(shape)
-            self._keep(Site(self._calls, hidden, self._before, self._attention(module), self._neurons,
-                            self._unscaled))  # fmt: skip
+            self._keep(
+                Site(
+                    self._calls,
+                    hidden,
+                    self._before,
+                    self._attention(module),
+                    self._neurons,
+                    self._unscaled,
+                )
+            )
         self._neurons = self._unscaled = None
 
     def _before_neurons(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -470,7 +584,9 @@ class Model:
     def _before_norm(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         if "norm" in self._needs and self._calls + 1 in self.layers:
             assert isinstance(module, torch.nn.LayerNorm)
-            self._unscaled = torch.nn.functional.layer_norm(args[0], module.normalized_shape, eps=module.eps)
+            self._unscaled = torch.nn.functional.layer_norm(
+                args[0], module.normalized_shape, eps=module.eps
+            )
 
     def _attention(self, block: torch.nn.Module) -> Attention | None:
         if "attention" not in self._needs:
@@ -478,7 +594,11 @@ class Model:
         gram = self._places[block].gram
         assert gram is not None and self._layout is not None and self._layout.seen is not None
         of_others, own = attention.received(self._layout.seen, self._layout)
-        return Attention(of_others[:, None], own[:, None], attention.value_norms(self._layout.seen, gram)[:, None])
+        return Attention(
+            of_others[:, None],
+            own[:, None],
+            attention.value_norms(self._layout.seen, gram)[:, None],
+        )
 
     def _keep(self, site: Site) -> None:
         # Some models pad to a multiple of their attention window.
@@ -505,28 +625,40 @@ def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Modu
             classes.append(target)
     blocks = [m for m in model.modules() if isinstance(m, tuple(classes))] if classes else []
     if not blocks:
-        lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == files.depth]
+        lists = [
+            m
+            for m in model.modules()
+            if isinstance(m, torch.nn.ModuleList) and len(m) == files.depth
+        ]
         blocks = list(lists[0]) if lists else []
     if not blocks:
-        raise ModelError(f"{files.name} ({files.model_type}): its blocks were not found; not supported")
+        raise ModelError(
+            f"{files.name} ({files.model_type}): its blocks were not found; not supported"
+        )
     return blocks
 
 
 def _masks_only(config: Any, context_tokens: int) -> bool:
-    """Whether the config limits what a token sees: some families say so to the mask alone, which is not built here."""
+    """Whether the config limits what a token sees: some families say so to the mask alone, which is
+    not built here.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and not any("sliding" in k or "chunked" in k for k in kinds):
         return False
     if getattr(config, "use_sliding_window", True) is False:
         return False
-    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "local_attention")]
+    limits = [
+        getattr(config, name, None)
+        for name in ("sliding_window", "attention_chunk_size", "local_attention")
+    ]
     return any(isinstance(limit, int) and 0 < limit < context_tokens for limit in limits)
 
 
 def num_experts(config: Any) -> int:
     """Of a mixture, whose neurons are others for each token; 0 for a model that is none."""
     counts = [
-        getattr(config.get_text_config(), n, None) for n in ("num_experts", "num_local_experts", "moe_num_experts")
+        getattr(config.get_text_config(), n, None)
+        for n in ("num_experts", "num_local_experts", "moe_num_experts")
     ]
     return next((n for n in counts if isinstance(n, int) and n > 1), 0)
 
@@ -543,17 +675,23 @@ def _first_line(error: BaseException) -> str:
 
 
 def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
-    """Raises ``ModelError`` where ``got`` differs from ``expected`` by more than products of ``dtype`` explain."""
+    """Raises ``ModelError`` where ``got`` differs from ``expected`` by more than products of
+    ``dtype`` explain.
+    """
     tolerance = TOLERANCE[dtype]
     differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
     difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))
     if not difference <= tolerance:
-        raise ModelError(f"self-check failed: {what} differs by {difference:.2e} relative, tolerance {tolerance:.0e}")
+        raise ModelError(
+            f"self-check failed: {what} differs by {difference:.2e} relative, tolerance {tolerance:.0e}"
+        )
 
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """One thread for the product: bits differ between numbers of threads, and a worker has one core."""
+    """One thread for the product: bits differ between numbers of threads, and a worker has one
+    core.
+    """
     before = torch.get_num_threads()
     if device.type != "cpu" or before == 1:
         yield

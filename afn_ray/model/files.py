@@ -1,4 +1,6 @@
-"""Find a model on this machine or on a hub, refuse what is unsafe, and load it and its tokenizer."""
+"""Find a model on this machine or on a hub, refuse what is unsafe, and load it and its
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,32 @@ from afn_ray.errors import ModelError
 from afn_ray.model import parts
 from afn_ray.tokens.culprits import is_of_input
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one worker a core: threads would only fight
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "false"
+)  # one worker a core: threads would only fight
 
 DEFAULT_WINDOW_TOKENS = 2048
 DESCRIPTION_BYTES = 256 << 20
-"""Of a file that is no weights: the largest tokenizers have 35 MB, and parsing takes many times a file's length."""
+"""Of a file that is no weights: the largest tokenizers have 35 MB, and parsing takes many times a
+file's length.
+"""
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "merges*", "*.py", "*.tiktoken", "*.spm")
 FETCHED = ("*.safetensors", "*.gguf", "*.bin", *DESCRIPTIONS)
 IGNORED_FILES = {"data_config.json", "generation_config.json", "README.txt", "requirements.txt"}
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
                            "roberta-prelayernorm", "data2vec-text", "xmod", "ibert"}  # fmt: skip
-"""Model types that number positions from ``pad_token_id + 1``, so that many of their positions are not usable."""
+"""Model types that number positions from ``pad_token_id + 1``, so that many of their positions are
+not usable.
+"""
 
 TESTED = frozenset({
     "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma", "gemma2", "gemma3",
     "gemma3_text", "gpt2", "gpt_neox", "llama", "minicpm", "minicpm3", "mistral", "modernbert", "mpnet", "nomic_bert",
     "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
 })  # fmt: skip
-"""Model types whose layers are held against the plain model's by a test (``tests/test_families.py``)."""
+"""Model types whose layers are held against the plain model's by a test
+(``tests/test_families.py``).
+"""
 
 ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "device-side assert")
 """How messages of a GPU's libraries call them."""
@@ -45,9 +55,12 @@ ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "dev
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 MAKERS = {
-    package.__name__: ".".join(package.__version__.split(".")[:2]) for package in (tokenizers, transformers)
-}  # fmt: skip
-"""Versions, without that of mends, of what decides which tokens a text has and what a block computes."""
+    package.__name__: ".".join(package.__version__.split(".")[:2])
+    for package in (tokenizers, transformers)
+}
+"""Versions, without that of mends, of what decides which tokens a text has and what a block
+computes.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +81,24 @@ class ModelFiles:
 
 
 def find_model(
-    name: str, revision: str | None, *, trust_remote_code: bool, allow_pickle: bool, allow_untested: bool = False
+    name: str,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    allow_untested: bool = False,
 ) -> ModelFiles:
     """The model ``name``: a folder, a GGUF file, or a hub name (fetched unless the cache has it).
 
-    Raises ``ModelError`` with the reason and what to do: not found, weights that can run code, an architecture
-    that is no encoder or decoder of text, or one of a family that nobody has tested.
+    Raises ``ModelError`` with the reason and what to do: not found, weights that can run code, an
+    architecture that is no encoder or decoder of text, or one of a family that nobody has tested.
     """
     path = Path(name).expanduser()
     gguf = None
     if revision is not None and path.exists():
-        raise ModelError(f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out")
+        raise ModelError(
+            f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out"
+        )
     if path.is_dir():
         folder = path.resolve()
     elif path.is_file() and path.suffix == ".gguf":
@@ -102,7 +122,9 @@ def find_model(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(_loading_failed(name, error)) from error
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and decoders")
+        raise ModelError(
+            f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and decoders"
+        )
     if config.model_type not in TESTED and not allow_untested:
         raise ModelError(
             f"{name} is of the family {config.model_type}, which has no test; --allow-untested tries it: it is still "
@@ -112,23 +134,43 @@ def find_model(
     text = config.get_text_config()
     depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
     if not isinstance(depth, int) or not isinstance(hidden, int):
-        raise ModelError(f"{name} ({config.model_type}) does not say how many layers it has; is it a model of text?")
+        raise ModelError(
+            f"{name} ({config.model_type}) does not say how many layers it has; is it a model of text?"
+        )
     num_embeddings = getattr(text, "vocab_size", None)
     return ModelFiles(
-        name, folder, gguf, depth, hidden, str(config.model_type), _context_tokens(text),
-        num_embeddings if isinstance(num_embeddings, int) else None, trust_remote_code, allow_pickle,
+        name,
+        folder,
+        gguf,
+        depth,
+        hidden,
+        str(config.model_type),
+        _context_tokens(text),
+        num_embeddings if isinstance(num_embeddings, int) else None,
+        trust_remote_code,
+        allow_pickle,
         _identity(folder, gguf, weights, trust_remote_code),
-    )  # fmt: skip
+    )
 
 
 def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [p for p in FETCHED if (p != "*.py" or trust_remote_code) and (p != "*.bin" or allow_pickle)]
+    patterns = [
+        p for p in FETCHED if (p != "*.py" or trust_remote_code) and (p != "*.bin" or allow_pickle)
+    ]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        )
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"no model {name!r}: no such folder here, and the hub did not give it ({reason}). Give a model folder, "
@@ -139,11 +181,15 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
 def _check_sizes(name: str, folder: Path) -> None:
     for path in (p for pattern in DESCRIPTIONS for p in folder.glob(pattern)):
         if (size := path.stat().st_size) > DESCRIPTION_BYTES:
-            raise ModelError(f"{path.name} of {name} has {size:,} bytes; expected at most {DESCRIPTION_BYTES:,}")
+            raise ModelError(
+                f"{path.name} of {name} has {size:,} bytes; expected at most {DESCRIPTION_BYTES:,}"
+            )
 
 
 def _context_tokens(config: Any) -> int:
-    tokens = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    tokens = getattr(config, "max_position_embeddings", None) or getattr(
+        config, "n_positions", None
+    )
     tokens = tokens if isinstance(tokens, int) and tokens > 0 else DEFAULT_WINDOW_TOKENS
     if config.model_type in POSITIONS_AFTER_PADDING:
         tokens -= (config.pad_token_id or 0) + 1
@@ -151,9 +197,16 @@ def _context_tokens(config: Any) -> int:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Tokens beyond which a family's rotary frequencies depend on the longest text of a batch, so on its neighbours."""
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in ("longrope", "dynamic"):
+    """Tokens beyond which a family's rotary frequencies depend on the longest text of a batch, so
+    on its neighbours.
+    """
+    scaling = (
+        getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    )
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in (
+        "longrope",
+        "dynamic",
+    ):
         return None
     limit = (
         scaling.get("original_max_position_embeddings")
@@ -163,8 +216,11 @@ def _rotary_limit(config: Any) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _identity(folder: Path, gguf: str | None, weights: Sequence[str], trust_remote_code: bool) -> dict[str, str]:
-    """SHA-256 of the files that change a value, but for the tokenizer's: what is made of them counts.
+def _identity(
+    folder: Path, gguf: str | None, weights: Sequence[str], trust_remote_code: bool
+) -> dict[str, str]:
+    """SHA-256 of the files that change a value, but for the tokenizer's: what is made of them
+    counts.
 
     Code of the model's own may read any file beside it.
     """
@@ -173,7 +229,11 @@ def _identity(folder: Path, gguf: str | None, weights: Sequence[str], trust_remo
     names = {"config.json", *weights}
     if trust_remote_code:
         found = {p.name for pattern in DESCRIPTIONS for p in folder.glob(pattern)}
-        names |= found - IGNORED_FILES - {f"{parts.SAFETENSORS}.index.json", f"{parts.PICKLED}.index.json"}
+        names |= (
+            found
+            - IGNORED_FILES
+            - {f"{parts.SAFETENSORS}.index.json", f"{parts.PICKLED}.index.json"}
+        )
     return {name: _sha256(folder / name) for name in sorted(names)}
 
 
@@ -183,7 +243,9 @@ def _sha256(path: Path) -> str:
 
 
 def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """What decides the values of ``files`` with ``tokenizer``: their content, and who makes tokens and blocks of it."""
+    """What decides the values of ``files`` with ``tokenizer``: their content, and who makes tokens
+    and blocks of it.
+    """
     made = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return files.identity | {"tokenizer": made} | MAKERS
 
@@ -193,7 +255,8 @@ def _loading_failed(name: str, error: BaseException) -> str:
     hint = ""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         hint = (
-            "; it needs Python code that comes with it: --trust-remote-code runs it, if you trust where it comes from"
+            "; it needs Python code that comes with it: --trust-remote-code runs it, if you trust "
+            "where it comes from"
         )
     elif isinstance(error, ImportError):
         hint = "; install what it names (GGUF files need: pip install 'afn-ray[gguf]')"
@@ -201,19 +264,28 @@ def _loading_failed(name: str, error: BaseException) -> str:
 
 
 def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
-    """The model's fast (Rust) tokenizer. Raises ``ModelError`` when it has none, or one of another model."""
+    """The model's fast (Rust) tokenizer. Raises ``ModelError`` when it has none, or one of another
+    model.
+    """
     if files.gguf is None and not files.trust_remote_code:
         parts.check_has_tokenizer(files.name, files.folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            files.folder, gguf_file=files.gguf, trust_remote_code=files.trust_remote_code, local_files_only=True
+            files.folder,
+            gguf_file=files.gguf,
+            trust_remote_code=files.trust_remote_code,
+            local_files_only=True,
         )
-    except BaseException as error:  # transformers raises nearly anything for a file it cannot use, and Rust panics
+    except (
+        BaseException
+    ) as error:  # transformers raises nearly anything for a file it cannot use, and Rust panics
         if not is_of_input(error) and not isinstance(error, OSError):
             raise
         raise ModelError(_loading_failed(f"{files.name} (its tokenizer)", error)) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one")
+        raise ModelError(
+            f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one"
+        )
     made = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     parts.check_tokenizer(files.name, made, tokenizer.unk_token_id, files.num_embeddings)
     return made
@@ -221,28 +293,38 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that the device, or this process, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 def is_device_fault(error: BaseException) -> bool:
     """Whether ``error`` is of an accelerator, which may be broken for all that comes after it."""
     kind = getattr(torch, "AcceleratorError", None)
-    return (kind is not None and isinstance(error, kind)) or any(name in str(error) for name in ACCELERATORS)
+    return (kind is not None and isinstance(error, kind)) or any(
+        name in str(error) for name in ACCELERATORS
+    )
 
 
 def free_memory() -> None:
-    """Let go of models that nobody holds: their hooks hold them in a circle, which only a collection breaks."""
+    """Let go of models that nobody holds: their hooks hold them in a circle, which only a
+    collection breaks.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def choose_device(device: str) -> str:
-    """``auto`` as "cuda" where torch sees a GPU, else "cpu". Raises ``ModelError`` for a GPU that is not there."""
+    """``auto`` as "cuda" where torch sees a GPU, else "cpu". Raises ``ModelError`` for a GPU that
+    is not there.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device is cuda, but torch sees no GPU here; use --device cpu, or a CUDA build of torch")
+        raise ModelError(
+            "device is cuda, but torch sees no GPU here; use --device cpu, or a CUDA build of torch"
+        )
     return device
 
 
@@ -254,29 +336,36 @@ def count_devices(device: str) -> int:
 def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch.nn.Module:
     """The model of ``kind``, one of transformers' classes, in float32 on the CPU; frozen.
 
-    Raises ``ModelError`` where weights that ``kind`` needs are not in the files and would be random, where they have
-    another shape, and where the files hold weights that it does not have.
+    Raises ``ModelError`` where weights that ``kind`` needs are not in the files and would be
+    random, where they have another shape, and where the files hold weights that it does not have.
     """
     parts.check_environment()
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # the report of unused heads: what is missing is checked below
+    # the report of unused heads: what is missing is checked below
+    transformers.utils.logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, info = kind.from_pretrained(
-                files.folder, gguf_file=files.gguf, dtype=torch.float32, local_files_only=True,
-                trust_remote_code=files.trust_remote_code, use_safetensors=not files.allow_pickle or None,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                files.folder,
+                gguf_file=files.gguf,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=files.trust_remote_code,
+                use_safetensors=not files.allow_pickle or None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:  # transformers raises nearly anything for files it cannot use
         raise ModelError(_loading_failed(files.name, error)) from error
     finally:
         transformers.utils.logging.set_verbosity(level)
     missing = sorted(
-        k for k in info["missing_keys"]
+        k
+        for k in info["missing_keys"]
         if not k.endswith("position_ids") and not (kind is transformers.AutoModel and "pooler" in k)
-    )  # fmt: skip
+    )
     parts.check_shapes(files.name, info["mismatched_keys"])
     parts.check_weights(files.name, model, files.depth, info["unexpected_keys"])
     if missing:

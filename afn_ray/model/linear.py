@@ -35,11 +35,14 @@ class _Cast:
 class Product(torch.nn.Module):
     """A linear layer whose product is of the dtype of ``cast``, and its output too.
 
-    The sum with a residual stream in float32 is float32 again, by torch's promotion; so the stream, its norms and
-    what is read off it keep full precision. ``wide`` outputs are float32 for blocks that normalise before they add.
+    The sum with a residual stream in float32 is float32 again, by torch's promotion; so the stream,
+    its norms and what is read off it keep full precision. ``wide`` outputs are float32 for blocks
+    that normalise before they add.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, cast: _Cast, rows: int, wide: bool) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, cast: _Cast, rows: int, wide: bool
+    ) -> None:
         super().__init__()
         self._cast, self._wide = cast, wide
         self._bias = None if bias is None else bias.to(cast.dtype)
@@ -52,7 +55,9 @@ class Product(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._cast(x)
         if self._prepacked:
-            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._weight, self._bias, "none", [], ""
+            )
         else:
             result = functional.linear(x, self._weight, self._bias)
         return result.float() if self._wide else result
@@ -60,7 +65,9 @@ class Product(torch.nn.Module):
 
 @cache  # models have hundreds of products, and the trial wakes every thread
 def _can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes reordered weights of ``dtype`` here: private operators, so they are tried."""
+    """Whether oneDNN takes reordered weights of ``dtype`` here: private operators, so they are
+    tried.
+    """
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -73,11 +80,15 @@ def _can_prepack(dtype: torch.dtype) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    return torch.allclose(result.float(), functional.linear(x.float(), weight.float()), rtol=tolerance, atol=tolerance)
+    return torch.allclose(
+        result.float(), functional.linear(x.float(), weight.float()), rtol=tolerance, atol=tolerance
+    )
 
 
 def has_fast_products(dtype: str, device: str) -> bool:
-    """Whether ``device`` multiplies in half precision faster than in float32, by what it says of itself."""
+    """Whether ``device`` multiplies in half precision faster than in float32, by what it says of
+    itself.
+    """
     if device == "cuda":
         return dtype == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
@@ -87,7 +98,9 @@ def has_fast_products(dtype: str, device: str) -> bool:
 def replace_linear_layers(
     blocks: Iterable[torch.nn.Module], dtype: torch.dtype, rows: int, *, wide: bool
 ) -> tuple[Replaced, _Cast]:
-    """Replace the linear layers inside ``blocks`` by ``Product``s for about ``rows`` rows; undone by ``restore``."""
+    """Replace the linear layers inside ``blocks`` by ``Product``s for about ``rows`` rows; undone
+    by ``restore``.
+    """
     cast = _Cast(dtype)
     replaced: Replaced = []
     for block in blocks:

@@ -16,10 +16,22 @@ from afn_ray.text import count
 from afn_ray.tokens.culprits import is_of_input
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-"""Names of weights that transformers loads; ``.index.json`` behind them where they are in many files."""
+"""Names of weights that transformers loads; ``.index.json`` behind them where they are in many
+files.
+"""
 ADAPTERS = ("adapter_config.json", "adapter_model*")
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab*", "merges*", "tekken.json", "*.tiktoken", "*.spm")
-"""Files out of which transformers makes a tokenizer; without any it makes one that knows no word."""
+TOKENIZERS = (
+    "tokenizer.json",
+    "*.model",
+    "vocab*",
+    "merges*",
+    "tekken.json",
+    "*.tiktoken",
+    "*.spm",
+)
+"""Files out of which transformers makes a tokenizer; without any it makes one that knows no
+word.
+"""
 READABLE = "The quick fox, a lazy dog. 1 + 2 = 3; \u4e00 \u4e2d \u306e \u0438 \u0432 \u0648 \u05d5 \u03ba\u03b1\u03b9"
 """Characters of several scripts, of which every vocabulary has one."""
 
@@ -29,10 +41,14 @@ HEADS = frozenset({
     "multiple_choice_head", "pooler", "pre_classifier", "predictions", "qa_outputs", "score", "sequence_summary",
     "sop_classifier", "v_head", "vocab_layer_norm", "vocab_projector", "vocab_transform",
 })  # fmt: skip
-"""Modules behind the last block, by what transformers and trl call them: no layer depends on them."""
+"""Modules behind the last block, by what transformers and trl call them: no layer depends on
+them.
+"""
 BUFFERS = (".position_ids", ".token_type_ids", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias",
            ".attention.bias", ".attention.masked_bias")  # fmt: skip
-"""Tensors that older versions of transformers saved and newer ones compute: positions, masks, frequencies."""
+"""Tensors that older versions of transformers saved and newer ones compute: positions, masks,
+frequencies.
+"""
 ADAPTED = (
     ".lora_",
     ".lora.",
@@ -54,7 +70,9 @@ ROUNDING = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE"
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raises ``ModelError`` where ``folder`` holds an adapter, with or without the weights that it is for."""
+    """Raises ``ModelError`` where ``folder`` holds an adapter, with or without the weights that it
+    is for.
+    """
     found = sorted({p.name for pattern in ADAPTERS for p in folder.glob(pattern)})
     if found:
         raise ModelError(
@@ -92,12 +110,16 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
 
 
 def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
-    """Names of the files whose weights transformers loads, with their index. Raises ``ModelError`` where there are
-    none, some are missing, or others beside them would be left out without a word."""
+    """Names of the files whose weights transformers loads, with their index. Raises ``ModelError``
+    where there are none, some are missing, or others beside them would be left out without a
+    word.
+    """
     explicit = read_json(name, folder / "config.json").get("transformers_weights")
     if isinstance(explicit, str):
         if not (folder / _plain(name, explicit)).is_file():
-            raise ModelError(f"config.json of {name} names {explicit} as its weights, and {folder} does not have it")
+            raise ModelError(
+                f"config.json of {name} names {explicit} as its weights, and {folder} does not have it"
+            )
         single, index = (explicit, "") if not explicit.endswith(".index.json") else ("", explicit)
         return [single] if single else [index, *_indexed(name, folder, index)]
     for single in (SAFETENSORS, PICKLED) if allow_pickle else (SAFETENSORS,):
@@ -114,7 +136,9 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
             continue
         used = [] if whole else _indexed(name, folder, index)
         if whole and indexed:
-            raise ModelError(f"{name} has two sets of weights, {single} and {index}; keep the one that is meant")
+            raise ModelError(
+                f"{name} has two sets of weights, {single} and {index}; keep the one that is meant"
+            )
         if unused := sorted(parts - set(used)):
             raise ModelError(
                 f"{name} has weights that {single if whole else index} knows nothing of: "
@@ -123,8 +147,10 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
         return [single] if whole else [index, *used]
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     if others:
-        raise ModelError(f"no weights at {name}: {folder} has {', '.join(others[:MOST_NAMES])}, expected {SAFETENSORS} "
-                         f"or {SAFETENSORS}.index.json")  # fmt: skip
+        raise ModelError(
+            f"no weights at {name}: {folder} has {', '.join(others[:MOST_NAMES])}, expected {SAFETENSORS} "
+            f"or {SAFETENSORS}.index.json"
+        )
     if allow_pickle or not any(folder.glob("pytorch_model*.bin")):
         raise ModelError(f"no weights at {name}: {folder} has no .safetensors file")
     raise ModelError(
@@ -137,7 +163,9 @@ def _indexed(name: str, folder: Path, index: str) -> list[str]:
     """Files that ``index`` names, all there."""
     weight_map = read_json(name, folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} of {name} has no weight_map, which says what file each tensor is in")
+        raise ModelError(
+            f"{index} of {name} has no weight_map, which says what file each tensor is in"
+        )
     files = sorted({_plain(name, file) for file in weight_map.values()})
     if missing := [f for f in files if not (folder / f).is_file()]:
         raise ModelError(
@@ -149,7 +177,9 @@ def _indexed(name: str, folder: Path, index: str) -> list[str]:
 
 def _plain(name: str, file: object) -> str:
     if not isinstance(file, str) or not file or Path(file).name != file:
-        raise ModelError(f"{name} names {file!r} as a file of its weights; expected a name in its own folder")
+        raise ModelError(
+            f"{name} names {file!r} as a file of its weights; expected a name in its own folder"
+        )
     return file
 
 
@@ -159,7 +189,9 @@ def read_json(name: str, path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} of {name} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path.name} of {name} holds a {type(value).__name__}, expected an object")
+        raise ModelError(
+            f"{path.name} of {name} holds a {type(value).__name__}, expected an object"
+        )
     return value
 
 
@@ -175,15 +207,21 @@ def check_has_tokenizer(name: str, folder: Path) -> None:
 def check_tokenizer(
     name: str, tokenizer: tokenizers.Tokenizer, unknown: int | None, num_embeddings: int | None
 ) -> None:
-    """Raises ``ModelError`` for a tokenizer of ids that the model has no vector for, or without a vocabulary.
+    """Raises ``ModelError`` for a tokenizer of ids that the model has no vector for, or without a
+    vocabulary.
 
-    ``unknown``: id of the token for what is in no vocabulary. Special tokens beyond the embeddings may be there (Gemma
-    3 of 1 B has one for images): in texts they are text, and a template that has one is refused apart.
+    ``unknown``: id of the token for what is in no vocabulary. Special tokens beyond the embeddings
+    may be there (Gemma 3 of 1 B has one for images): in texts they are text, and a template that
+    has one is refused apart.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    added = {i: token for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special}
+    added = {
+        i: token for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special
+    }
     if num_embeddings is not None:
-        names = {i: piece for piece, i in vocabulary.items()} | {i: token.content for i, token in added.items()}
+        names = {i: piece for piece, i in vocabulary.items()} | {
+            i: token.content for i, token in added.items()
+        }
         if beyond := sorted(i for i in names if i >= num_embeddings):
             raise ModelError(
                 f"the tokenizer of {name} has {count(len(beyond), 'id')} that the model has no embedding for: "
@@ -207,7 +245,9 @@ def check_tokenizer(
 
 
 def find_unused(model: torch.nn.Module, keys: Iterable[str]) -> list[str]:
-    """Which of a checkpoint's ``keys`` that ``model`` has no parameter for belong to its body, and would be lost."""
+    """Which of a checkpoint's ``keys`` that ``model`` has no parameter for belong to its body, and
+    would be lost.
+    """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     unused = []
     for key in sorted(keys):
@@ -216,13 +256,17 @@ def find_unused(model: torch.nn.Module, keys: Iterable[str]) -> list[str]:
         is_pooler = first == "pooler"  # which reads the last layer, and families have or have not
         is_head = inner == key and first in HEADS and not hasattr(model, first)
         is_adapted = any(mark in f".{key}" for mark in ADAPTED)
-        if is_adapted or not (is_pooler or is_head or key.endswith(BUFFERS) or f".{key}" in BUFFERS):
+        if is_adapted or not (
+            is_pooler or is_head or key.endswith(BUFFERS) or f".{key}" in BUFFERS
+        ):
             unused.append(key)
     return unused
 
 
 def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Iterable[str]) -> None:
-    """Raises ``ModelError`` where a checkpoint holds weights of the body that ``model`` of ``depth`` blocks lacks."""
+    """Raises ``ModelError`` where a checkpoint holds weights of the body that ``model`` of
+    ``depth`` blocks lacks.
+    """
     unused = find_unused(model, unexpected)
     if not unused:
         return
@@ -236,7 +280,9 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
 
 
 def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
-    """Raises ``ModelError`` where tensors have other shapes in the files than the config gives them."""
+    """Raises ``ModelError`` where tensors have other shapes in the files than the config gives
+    them.
+    """
     told = []
     for key in mismatched:
         named = isinstance(key, tuple) and len(key) == 3
@@ -249,11 +295,17 @@ def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
 
 
 def check_environment() -> None:
-    """Raises ``ModelError`` where this process rounds float32 products, which the measure does not tell."""
+    """Raises ``ModelError`` where this process rounds float32 products, which the measure does not
+    tell.
+    """
     for variable, exact in ROUNDING.items():
         if (value := os.environ.get(variable, "")).upper() not in exact:
-            raise ModelError(f"{variable} is {value!r}, which rounds the inputs of float32 products: unset it, and "
-                             "give --dtype bfloat16 or float16 where speed is wanted")  # fmt: skip
+            raise ModelError(
+                f"{variable} is {value!r}, which rounds the inputs of float32 products: unset it, and "
+                "give --dtype bfloat16 or float16 where speed is wanted"
+            )
     if (precision := torch.get_float32_matmul_precision()) != "highest":
-        raise ModelError(f"torch multiplies float32 in precision {precision!r}, expected 'highest': leave "
-                         "torch.set_float32_matmul_precision out")  # fmt: skip
+        raise ModelError(
+            f"torch multiplies float32 in precision {precision!r}, expected 'highest': leave "
+            "torch.set_float32_matmul_precision out"
+        )

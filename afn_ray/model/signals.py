@@ -1,4 +1,6 @@
-"""What is read off one block of the model: a small class for each signal, found by name or by entry point."""
+"""What is read off one block of the model: a small class for each signal, found by name or by entry
+point.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,10 @@ TAKEN = frozenset({"high", "quartile", "sink", "neurons"})
 class Attention:
     """Who gets the attention of one block in a batch of packed sequences.
 
-    ``received`` and ``own`` [heads, 1, rows], float32: what a token gets in the mean over the other tokens of its
-    sequence that may attend to it (0 where there is none), and from itself. ``norms`` [heads, 1, rows]: length of what
-    a head would add for this token alone, its value through the head's part of the output projection.
+    ``received`` and ``own`` [heads, 1, rows], float32: what a token gets in the mean over the other
+    tokens of its sequence that may attend to it (0 where there is none), and from itself. ``norms``
+    [heads, 1, rows]: length of what a head would add for this token alone, its value through the
+    head's part of the output projection.
     """
 
     received: torch.Tensor
@@ -39,15 +42,23 @@ class Attention:
 
 @dataclass(slots=True)
 class Site:
-    """What one block gave for a batch, all on the model's device; the rows are tokens, and filler."""
+    """What one block gave for a batch, all on the model's device; the rows are tokens, and
+    filler.
+    """
 
     layer: int  # 0: the embeddings
     hidden: torch.Tensor  # [..., rows, hidden_size], output of the block
     before: torch.Tensor | None = None  # the same of its input; None at layer 0
     attention: Attention | None = None  # only for signals that need it, as is the next
-    neurons: torch.Tensor | None = None  # [..., rows, intermediate_size], what goes into the MLP's last product
-    unscaled: torch.Tensor | None = None  # the output before the gain and bias of the LayerNorm that ends the block
-    outliers: torch.Tensor | None = None  # int64 [DIMENSIONS], of the hidden state, found on a pilot
+    neurons: torch.Tensor | None = (
+        None  # [..., rows, intermediate_size], what goes into the MLP's last product
+    )
+    unscaled: torch.Tensor | None = (
+        None  # the output before the gain and bias of the LayerNorm that ends the block
+    )
+    outliers: torch.Tensor | None = (
+        None  # int64 [DIMENSIONS], of the hidden state, found on a pilot
+    )
 
 
 class Signal(ABC):
@@ -63,21 +74,43 @@ class Signal(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of ``NEEDS``, which cost time and are made only for those who ask."""
     is_series: ClassVar[bool] = True
-    """Whether each of ``columns`` is a column of the tokens table; false for what has a table of its own."""
+    """Whether each of ``columns`` is a column of the tokens table; false for what has a table of
+    its own.
+    """
 
     @abstractmethod
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
-        """For each of ``columns`` finite, non-negative numbers [..., rows], float32, on the same device."""
+        """For each of ``columns`` finite, non-negative numbers [..., rows], float32, on the same
+        device.
+        """
 
 
 def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
-    """What ``signals`` measure at ``layers``, in the order of the tables: signal by signal, layers in their order."""
-    return [Series(c, k) for s in signals if s.is_series for c in s.columns for k in layers if k >= s.first_layer]
+    """What ``signals`` measure at ``layers``, in the order of the tables: signal by signal, layers
+    in their order.
+    """
+    return [
+        Series(c, k)
+        for s in signals
+        if s.is_series
+        for c in s.columns
+        for k in layers
+        if k >= s.first_layer
+    ]
 
 
 def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
-    """All that a model gives: the ``series``, then layer by layer what goes into tables of its own."""
-    others = [Series(c, k) for s in signals if not s.is_series for k in layers if k >= s.first_layer for c in s.columns]
+    """All that a model gives: the ``series``, then layer by layer what goes into tables of its
+    own.
+    """
+    others = [
+        Series(c, k)
+        for s in signals
+        if not s.is_series
+        for k in layers
+        if k >= s.first_layer
+        for c in s.columns
+    ]
     return [*series(layers, signals), *others]
 
 
@@ -104,8 +137,8 @@ class Shift(Signal):
 class Centred(Signal):
     """The strength without the gain and the bias of the LayerNorm that ends the block.
 
-    All but the same for every token, sqrt(hidden_size): what differs in strength is how far a token points into the
-    dimensions of large gain. Blocks that end in a sum have no such norm.
+    All but the same for every token, sqrt(hidden_size): what differs in strength is how far a token
+    points into the dimensions of large gain. Blocks that end in a sum have no such norm.
     """
 
     name, columns, unit = "centred", ("strength_centred",), "standard deviations"
@@ -117,7 +150,9 @@ class Centred(Signal):
 
 
 class Trimmed(Signal):
-    """The strength without the layer's outlier dimensions, which are found on a pilot and kept in the run."""
+    """The strength without the layer's outlier dimensions, which are found on a pilot and kept in
+    the run.
+    """
 
     name, columns, unit = "trimmed", ("strength_trimmed",), "of the hidden state"
     needs = frozenset({"outliers"})
@@ -128,7 +163,9 @@ class Trimmed(Signal):
 
 
 class States(Signal):
-    """Whole hidden states [..., rows, hidden_size]: for whoever looks at more of them than a number; not recorded."""
+    """Whole hidden states [..., rows, hidden_size]: for whoever looks at more of them than a
+    number; not recorded.
+    """
 
     name, columns, unit = "states", ("states",), "of the hidden state"
 
@@ -139,10 +176,11 @@ class States(Signal):
 class Received(Signal):
     """Attention that the token gets in the layer.
 
-    ``attention``: from the other tokens of its window, in the mean over them and over heads. ``attention_self``: from
-    itself, mean over heads. ``attention_norm``: what it adds to the others, each head's share of attention times the
-    length of its transformed value, summed over heads (Kobayashi et al. 2020, arXiv:2004.10102, before the sum over
-    heads), in the mean over the others; in a model whose attention looks back, over those behind it.
+    ``attention``: from the other tokens of its window, in the mean over them and over heads.
+    ``attention_self``: from itself, mean over heads. ``attention_norm``: what it adds to the
+    others, each head's share of attention times the length of its transformed value, summed over
+    heads (Kobayashi et al. 2020, arXiv:2004.10102, before the sum over heads), in the mean over the
+    others; in a model whose attention looks back, over those behind it.
     """
 
     name, columns = "attention", ("attention", "attention_self", "attention_norm")
@@ -156,10 +194,11 @@ class Received(Signal):
 
 
 class Neurons(Signal):
-    """The MLP's neurons that are furthest from 0: behind the non-linearity, in a gated MLP the product with the gate.
+    """The MLP's neurons that are furthest from 0: behind the non-linearity, in a gated MLP the
+    product with the gate.
 
-    ``top`` numbers of neurons, then their values in the same order, the furthest first; a value of 0 is no neuron.
-    They go into the table ``token_neurons``.
+    ``top`` numbers of neurons, then their values in the same order, the furthest first; a value of
+    0 is no neuron. They go into the table ``token_neurons``.
     """
 
     name, unit = "neurons", "of the input of the MLP's last product"
@@ -187,7 +226,9 @@ def norm(hidden: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-BUILT_IN: dict[str, type[Signal]] = {s.name: s for s in (Strength, Shift, Centred, Trimmed, Received, Neurons)}
+BUILT_IN: dict[str, type[Signal]] = {
+    s.name: s for s in (Strength, Shift, Centred, Trimmed, Received, Neurons)
+}
 
 
 def known() -> list[str]:
@@ -200,8 +241,8 @@ def _elsewhere() -> dict[str, EntryPoint]:
 
 
 def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signal, ...], list[str]]:
-    """The signals that ``text`` names, and what tells each from others of its name: for one of another package its
-    version too, since what was measured by another one is another measure.
+    """The signals that ``text`` names, and what tells each from others of its name: for one of
+    another package its version too, since what was measured by another one is another measure.
 
     Raises ``ConfigError`` for a name that nobody has, and for a class that is no ``Signal``.
     """
@@ -217,7 +258,9 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
             package = others[name].dist
             identities.append(f"{name} of {package.name} {package.version}" if package else name)
         else:
-            raise ConfigError(f"there is no signal {name!r}{nearest([name], known())}; there are {', '.join(known())}")
+            raise ConfigError(
+                f"there is no signal {name!r}{nearest([name], known())}; there are {', '.join(known())}"
+            )
     columns = [c for s in found for c in s.columns]
     if twice := sorted({c for c in columns if columns.count(c) > 1}):
         raise ConfigError(f"two signals measure {', '.join(twice)}; leave one of them out")
@@ -236,7 +279,11 @@ def _load(point: EntryPoint) -> Signal:
             f"{name} is {getattr(signal, name)!r}, expected {expected}"
             for name, expected, right in (
                 ("name", repr(point.name), signal.name == point.name),
-                ("columns", f"names of small letters and _, none of {', '.join(sorted(TAKEN))}", names_are_right),
+                (
+                    "columns",
+                    f"names of small letters and _, none of {', '.join(sorted(TAKEN))}",
+                    names_are_right,
+                ),
                 ("is_series", "True", signal.is_series is True),
                 ("first_layer", "0 or 1", signal.first_layer in (0, 1)),
                 ("needs", f"some of {', '.join(sorted(NEEDS))}", frozenset(signal.needs) <= NEEDS),

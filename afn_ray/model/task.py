@@ -1,4 +1,6 @@
-"""What a sequence classifier decides about one text, and what at one layer its decision hangs on."""
+"""What a sequence classifier decides about one text, and what at one layer its decision hangs
+on.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from afn_ray.model.signals import norm
 class Decided:
     """A classifier's answer, and each token's and neuron's part in the logit of ``chosen``.
 
-    A part is value times gradient at the layer (Simonyan et al. 2013, arXiv:1312.6034; Shrikumar et al. 2016,
-    arXiv:1605.01713): what the logit would lose, were it linear, if the value went to 0. For a token it is summed over
-    the dimensions of its hidden state.
+    A part is value times gradient at the layer (Simonyan et al. 2013, arXiv:1312.6034; Shrikumar et
+    al. 2016, arXiv:1605.01713): what the logit would lose, were it linear, if the value went to 0.
+    For a token it is summed over the dimensions of its hidden state.
     """
 
     kind: str  # "one" of the labels (softmax), "any" of them (sigmoid each), or a "value"
@@ -30,16 +32,19 @@ class Decided:
     values: tuple[float, ...]  # by label: probabilities, or the value itself
     chosen: int  # label with the largest value
     tokens: Norms  # [n_tokens]
-    neurons: Norms  # [n_tokens, intermediate_size], of the MLP's neurons; layer 0 has none: [n_tokens, 0]
+    # [n_tokens, intermediate_size], of the MLP's neurons; layer 0 has none: [n_tokens, 0]
+    neurons: Norms
 
 
 def decide(
     files: ModelFiles, ids: Sequence[int], layer: int, strengths: Norms, dtype: str, device: str
-) -> Decided:  # fmt: skip
-    """Run the sequence classifier in ``files`` over the one text ``ids``, in float32 and as transformers has it.
+) -> Decided:
+    """Run the sequence classifier in ``files`` over the one text ``ids``, in float32 and as
+    transformers has it.
 
-    ``strengths`` [n_tokens]: what was measured at ``layer`` with products of ``dtype``; the classifier's own must be
-    those within that dtype's tolerance. Raises ``ModelError`` where they are not, and without a classifier.
+    ``strengths`` [n_tokens]: what was measured at ``layer`` with products of ``dtype``; the
+    classifier's own must be those within that dtype's tolerance. Raises ``ModelError`` where they
+    are not, and without a classifier.
     """
     model = _load(files).to(device)
     blocks = find_blocks(model.base_model, files)
@@ -51,16 +56,24 @@ def decide(
         calls += 1
         if calls == max(1, layer):
             hidden = args[0] if args else kwargs["hidden_states"]
-            read["hidden"] = hidden.requires_grad_()  # of all that runs, what comes behind this has gradients
+            read["hidden"] = (
+                hidden.requires_grad_()
+            )  # of all that runs, what comes behind this has gradients
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if calls == layer:
             read["hidden"] = output[0] if isinstance(output, tuple) else output
 
     def product(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        if (calls == layer and not num_experts(model.config) and output.shape[-1] == files.hidden_size
-                and args[0].shape[:-1].numel() == len(ids)):  # fmt: skip
-            read["neurons"] = args[0]  # the block's last product is the MLP's; of experts each token has its own
+        if (
+            calls == layer
+            and not num_experts(model.config)
+            and output.shape[-1] == files.hidden_size
+            and args[0].shape[:-1].numel() == len(ids)
+        ):
+            read["neurons"] = args[
+                0
+            ]  # the block's last product is the MLP's; of experts each token has its own
 
     for block in blocks:
         block.register_forward_pre_hook(before, with_kwargs=True)
@@ -71,7 +84,9 @@ def decide(
     with torch.enable_grad():
         logits = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float()
         if calls != files.depth:
-            raise ModelError(f"the classifier in {files.name} ran {calls} blocks, its config says {files.depth}")
+            raise ModelError(
+                f"the classifier in {files.name} ran {calls} blocks, its config says {files.depth}"
+            )
         kind, values = _read(logits.detach(), model.config)
         chosen = int(values.argmax())
         gradients = torch.autograd.grad(logits[chosen], list(read.values()))
@@ -79,23 +94,32 @@ def decide(
     own = norm(hidden)[0].cpu().numpy()
     what = f"layer {layer} of the classifier in {files.name} against what explain measured"
     compare_norms(what, own, strengths, getattr(torch, dtype))
-    parts = {name: (x.detach() * g).reshape(len(ids), -1) for (name, x), g in zip(read.items(), gradients, strict=True)}
+    parts = {
+        name: (x.detach() * g).reshape(len(ids), -1)
+        for (name, x), g in zip(read.items(), gradients, strict=True)
+    }
     names = getattr(model.config, "id2label", None) or {}
     return Decided(
-        kind, tuple(str(names.get(i, i)) for i in range(len(values))), tuple(values.tolist()), chosen,
-        parts["hidden"].sum(-1).cpu().numpy(), parts.get("neurons", hidden.new_empty(len(ids), 0)).cpu().numpy(),
-    )  # fmt: skip
+        kind,
+        tuple(str(names.get(i, i)) for i in range(len(values))),
+        tuple(values.tolist()),
+        chosen,
+        parts["hidden"].sum(-1).cpu().numpy(),
+        parts.get("neurons", hidden.new_empty(len(ids), 0)).cpu().numpy(),
+    )
 
 
 def _load(files: ModelFiles) -> Any:
     if files.gguf is not None:
-        raise ModelError(f"{files.name} is a GGUF file, which holds no classifier; give a run of a model that has one")
+        raise ModelError(
+            f"{files.name} is a GGUF file, which holds no classifier; give a run of a model that has one"
+        )
     try:
         return load_weights(files, transformers.AutoModelForSequenceClassification)
     except ModelError as error:
-        raise ModelError(f"{files.name} holds no sequence classifier whose decision could be explained: {error}") from (
-            error
-        )
+        raise ModelError(
+            f"{files.name} holds no sequence classifier whose decision could be explained: {error}"
+        ) from (error)
 
 
 def _read(logits: torch.Tensor, config: Any) -> tuple[str, torch.Tensor]:

@@ -1,4 +1,6 @@
-"""A run's tables as SQL views, asked in a process of their own, and the catalog for other clients."""
+"""A run's tables as SQL views, asked in a process of their own, and the catalog for other
+clients.
+"""
 
 from __future__ import annotations
 
@@ -56,27 +58,42 @@ MAX_THREADS = 1024
 
 
 def open_run(
-    uri: str, *, baseline: str | None = None, memory_limit: str = "2GB", threads: int | None = None,
+    uri: str,
+    *,
+    baseline: str | None = None,
+    memory_limit: str = "2GB",
+    threads: int | None = None,
     timeout_s: float = 60.0,
-) -> Run:  # fmt: skip
-    """The run at ``uri`` (a run's URI, or a store's for its latest complete run), ready to be asked in SQL.
+) -> Run:
+    """The run at ``uri`` (a run's URI, or a store's for its latest complete run), ready to be asked
+    in SQL.
 
-    ``baseline``, another run's URI or a store's, fills the views ``movers``, ``drift`` and ``class_drift``, in which
-    ``_a`` is the baseline and ``_b`` this run; without one they are empty. ``memory_limit`` is DuckDB's, ``threads``
-    None is one per core, ``timeout_s`` holds for each query. Opening reads the run's small tables and a Parquet footer
-    of each part that ``words`` is read in, 16 at most. Raises ``StoreError`` when there is no such run or it is
-    damaged, ``QueryError`` for a limit that DuckDB does not accept, ``ConfigError`` for a baseline of another measure.
+    ``baseline``, another run's URI or a store's, fills the views ``movers``, ``drift`` and
+    ``class_drift``, in which ``_a`` is the baseline and ``_b`` this run; without one they are
+    empty. ``memory_limit`` is DuckDB's, ``threads`` None is one per core, ``timeout_s`` holds for
+    each query. Opening reads the run's small tables and a Parquet footer of each part that
+    ``words`` is read in, 16 at most. Raises ``StoreError`` when there is no such run or it is
+    damaged, ``QueryError`` for a limit that DuckDB does not accept, ``ConfigError`` for a baseline
+    of another measure.
     """
     against = None if baseline is None else manifest.find_run(baseline)
-    return Run(manifest.find_run(uri), against, memory_limit=memory_limit, threads=threads, timeout_s=timeout_s)
+    return Run(
+        manifest.find_run(uri),
+        against,
+        memory_limit=memory_limit,
+        threads=threads,
+        timeout_s=timeout_s,
+    )
 
 
 def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
-    """Write the views and macros of ``open_run`` into ``path``, a DuckDB file that any client of DuckDB opens.
+    """Write the views and macros of ``open_run`` into ``path``, a DuckDB file that any client of
+    DuckDB opens.
 
-    It holds the run's small tables, and reads tokens and documents where the store is now; where it has moved,
-    ``SET VARIABLE afn_store = '/its/new/place'`` says so. A store that is not local needs DuckDB's httpfs. The file is
-    whole or not there. Raises ``ConfigError`` when ``path`` exists or cannot be written, and what ``open_run`` raises.
+    It holds the run's small tables, and reads tokens and documents where the store is now; where it
+    has moved, ``SET VARIABLE afn_store = '/its/new/place'`` says so. A store that is not local
+    needs DuckDB's httpfs. The file is whole or not there. Raises ``ConfigError`` when ``path``
+    exists or cannot be written, and what ``open_run`` raises.
     """
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
@@ -91,15 +108,21 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         # The format of DuckDB 1.0: by default the file has one that only the newest clients open.
-        with duckdb.connect(unfinished, config={"storage_compatibility_version": "v1.0.0"}) as connection:
-            connection.execute(f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'")
+        with duckdb.connect(
+            unfinished, config={"storage_compatibility_version": "v1.0.0"}
+        ) as connection:
+            connection.execute(
+                f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
+            )
             session.fill(connection, tables, made)
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
         os.link(unfinished, path)  # appears whole, and replaces nothing
     except FileExistsError as error:
-        raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it") from error
+        raise ConfigError(
+            f"{path} exists and stays as it is; name another file, or remove it"
+        ) from error
     except (duckdb.Error, OSError) as error:
         raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
     finally:
@@ -116,11 +139,12 @@ BATCH_ROWS = 1 << 17
 class Result:
     """The rows of one query: lazy, computed by the method that asks for them, anew each time.
 
-    It has every method of ``duckdb.DuckDBPyRelation`` that takes no Python function (``fetchall``, ``df``, ``pl``,
-    ``to_arrow_table``, ``filter``, ``limit``, ``aggregate``, ...); those that return a relation return a ``Result``.
-    It is computed in the run's own process, and its rows come from there as Arrow. Errors are ``QueryError``; each
-    call has the run's time limit for itself, the first one less what it took to prepare the query, and what it
-    returns at once is bounded by the memory limit (``to_arrow_reader`` is not: it takes rows a batch at a time).
+    It has every method of ``duckdb.DuckDBPyRelation`` that takes no Python function (``fetchall``,
+    ``df``, ``pl``, ``to_arrow_table``, ``filter``, ``limit``, ``aggregate``, ...); those that
+    return a relation return a ``Result``. It is computed in the run's own process, and its rows
+    come from there as Arrow. Errors are ``QueryError``; each call has the run's time limit for
+    itself, the first one less what it took to prepare the query, and what it returns at once is
+    bounded by the memory limit (``to_arrow_reader`` is not: it takes rows a batch at a time).
     """
 
     __slots__ = ("_first", "_key", "_made", "_run", "_steps")
@@ -150,11 +174,17 @@ class Result:
         return rows, len(self.columns)
 
     def to_arrow_reader(self, batch_size: int = BATCH_ROWS) -> pa.RecordBatchReader:
-        """The rows as a stream of Arrow batches; the time limit holds for each batch, not for who reads them."""
+        """The rows as a stream of Arrow batches; the time limit holds for each batch, not for who
+        reads them.
+        """
         schema, batches = self._batches(batch_size)
         if _is_lossless(schema):  # DuckDB's own kinds of numbers, as the nearest that Arrow has
             schema = self._run._local(schema.empty_table()).to_arrow_table().schema
-            batches = (b for t in batches for b in self._run._local(pa.table(t)).to_arrow_table().to_batches())
+            batches = (
+                b
+                for t in batches
+                for b in self._run._local(pa.table(t)).to_arrow_table().to_batches()
+            )
         return pa.RecordBatchReader.from_batches(schema, batches)
 
     arrow = to_arrow_reader
@@ -186,7 +216,9 @@ class Result:
     def _of_rows(self, name: str, *arguments: Any, **options: Any) -> Any:
         """A method that returns all rows in some form."""
         table = self._table(BATCH_ROWS)
-        if name == "fetchall" and set(self.types) <= PLAIN_TYPES:  # the same, without a query in this process
+        if (
+            name == "fetchall" and set(self.types) <= PLAIN_TYPES
+        ):  # the same, without a query in this process
             return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
         with self._run._plain_errors():
             return getattr(self._run._local(table, self.types), name)(*arguments, **options)
@@ -219,7 +251,9 @@ class Result:
     def _batches(
         self, batch_rows: int, allowance: Allowance | None = None
     ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """Schema and rows as they come, DuckDB's own types kept; each batch has the limit, or all ``allowance``."""
+        """Schema and rows as they come, DuckDB's own types kept; each batch has the limit, or all
+        ``allowance``.
+        """
         reader, answer = self._ask(allowance or self._allowance(), "read", batch_rows)
         with self._run._plain_errors():
             first = pa.ipc.open_stream(answer.arrow).read_all()
@@ -229,7 +263,9 @@ class Result:
             try:
                 yield from first.to_batches()
                 while not last:
-                    _, more = self._run._process.ask(allowance or self._run._allowance(), "next", reader)
+                    _, more = self._run._process.ask(
+                        allowance or self._run._allowance(), "next", reader
+                    )
                     last = more.fields["last"]
                     if more.arrow:
                         yield from pa.ipc.open_stream(more.arrow)
@@ -259,7 +295,9 @@ EMPTY_BY_DESIGN = (
 )  # fmt: skip
 """Views that say in their description when they are empty."""
 
-PLAIN_TYPES = frozenset({"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE", "VARCHAR"})
+PLAIN_TYPES = frozenset(
+    {"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE", "VARCHAR"}
+)
 """Types whose values are the same from Arrow as from DuckDB."""
 
 OF_ROWS = frozenset({
@@ -281,28 +319,42 @@ def _sent(value: Any) -> Any:
     if isinstance(value, duckdb.Expression):
         return str(value)
     if callable(value):
-        raise QueryError("a Python function cannot be called there; take the rows out, as with .df(), and call it here")
+        raise QueryError(
+            "a Python function cannot be called there; take the rows out, as with .df(), and call it here"
+        )
     return value
 
 
 class Run:
     """A complete run as SQL views and macros, those of ``views``.
 
-    Queries run in a process of their own (``sandbox``), which cannot write, and cannot read anything but this run's
-    own files (``session``). One that passes its limits is stopped; where that does not help the process is killed, and
-    the next query gets a new one.
+    Queries run in a process of their own (``sandbox``), which cannot write, and cannot read
+    anything but this run's own files (``session``). One that passes its limits is stopped; where
+    that does not help the process is killed, and the next query gets a new one.
     """
 
     def __init__(
-        self, folder: manifest.RunFolder, baseline: manifest.RunFolder | None, *, memory_limit: str,
-        threads: int | None, timeout_s: float,
-    ) -> None:  # fmt: skip
+        self,
+        folder: manifest.RunFolder,
+        baseline: manifest.RunFolder | None,
+        *,
+        memory_limit: str,
+        threads: int | None,
+        timeout_s: float,
+    ) -> None:
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
-            raise QueryError(f"the time limit is {timeout_s} s; expected more than 0 and at most {MAX_TIMEOUT_S}")
+            raise QueryError(
+                f"the time limit is {timeout_s} s; expected more than 0 and at most {MAX_TIMEOUT_S}"
+            )
         if threads is not None and not 0 < threads <= MAX_THREADS:
-            raise QueryError(f"threads is {threads}; expected 1 to {MAX_THREADS}, or None for one per core")
+            raise QueryError(
+                f"threads is {threads}; expected 1 to {MAX_THREADS}, or None for one per core"
+            )
         self._limits = sandbox.Limits(
-            memory_limit, sandbox.memory_bytes(memory_limit), threads or cgroup.num_cores(), timeout_s
+            memory_limit,
+            sandbox.memory_bytes(memory_limit),
+            threads or cgroup.num_cores(),
+            timeout_s,
         )
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._here: duckdb.DuckDBPyConnection | None = None
@@ -313,9 +365,13 @@ class Run:
             self._files = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
             made = _statements(folder, tables, files, AFN, self._files)
         setup = Setup(
-            _settings(self._limits), tables, made,
-            {name: size for name, (_, size) in named.items()}, self._limits.process_bytes, timeout_s,
-        )  # fmt: skip
+            _settings(self._limits),
+            tables,
+            made,
+            {name: size for name, (_, size) in named.items()},
+            self._limits.process_bytes,
+            timeout_s,
+        )
         self._process = sandbox.Process(self._files, setup, self._limits)
 
     def _allowance(self) -> Allowance:
@@ -323,16 +379,19 @@ class Run:
 
     def sql(
         self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Any
-    ) -> Result:  # fmt: skip
-        """The result of one statement that reads; nothing is computed before a method of it is called.
+    ) -> Result:
+        """The result of one statement that reads; nothing is computed before a method of it is
+        called.
 
-        ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). ``tables`` are your own, from
-        pandas, polars or Arrow, under the names that the query gives them, as in
-        ``run.sql("FROM words JOIN meta USING (doc)", meta=frame)``. Raises ``QueryError`` for SQL that is
-        wrong or forbidden; the result's methods raise it for a query over its limits.
+        ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). ``tables`` are
+        your own, from pandas, polars or Arrow, under the names that the query gives them, as in
+        ``run.sql("FROM words JOIN meta USING (doc)", meta=frame)``. Raises ``QueryError`` for SQL
+        that is wrong or forbidden; the result's methods raise it for a query over its limits.
         """
         if not query.isascii() and any("\ud800" <= c <= "\udfff" for c in query):
-            raise QueryError("the query is no Unicode text: was it written in another encoding than UTF-8?")
+            raise QueryError(
+                "the query is no Unicode text: was it written in another encoding than UTF-8?"
+            )
         own = {name: self._own(name, table) for name, table in tables.items()}
         return Result(self, ((query, parameters, own),))
 
@@ -365,22 +424,47 @@ class Run:
         return {name: self.sql(f"FROM {name}").columns for name in VIEWS}
 
     def why_empty(self, query: str) -> list[str]:
-        """What may be the reason, as far as the text of ``query`` tells, for which it has no rows."""
-        notes = [f"{v}: {VIEWS[v]}" for v in EMPTY_BY_DESIGN if re.search(rf"\b{v}\b", query) and not self._has_rows(v)]
+        """What may be the reason, as far as the text of ``query`` tells, for which it has no
+        rows.
+        """
+        notes = [
+            f"{v}: {VIEWS[v]}"
+            for v in EMPTY_BY_DESIGN
+            if re.search(rf"\b{v}\b", query) and not self._has_rows(v)
+        ]
         layers = self.info["layers"]
-        if wrong := sorted({int(k) for k in re.findall(r"\blayer\s*=\s*(\d{1,9})\b", query)} - set(layers)):
-            notes.append(f"layer {wrong[0]} was not recorded; the run has {', '.join(map(str, layers))}")
+        if wrong := sorted(
+            {int(k) for k in re.findall(r"\blayer\s*=\s*(\d{1,9})\b", query)} - set(layers)
+        ):
+            notes.append(
+                f"layer {wrong[0]} was not recorded; the run has {', '.join(map(str, layers))}"
+            )
         if asked := re.findall(r"\bclass\s*=\s*'([^']*)'", query):
-            has = [c for (c,) in self.sql("SELECT DISTINCT class FROM vocabulary ORDER BY class").fetchall()]
-            has += [c for (c,) in self.sql("SELECT DISTINCT class FROM class_drift").fetchall() if c not in has]
+            has = [
+                c
+                for (c,) in self.sql(
+                    "SELECT DISTINCT class FROM vocabulary ORDER BY class"
+                ).fetchall()
+            ]
+            has += [
+                c
+                for (c,) in self.sql("SELECT DISTINCT class FROM class_drift").fetchall()
+                if c not in has
+            ]
             if "classes" not in query and (wrong_class := [c for c in asked if c not in has]):
-                notes.append(f"no type is of class {wrong_class[0]!r}; the run has {', '.join(has)}")
+                notes.append(
+                    f"no type is of class {wrong_class[0]!r}; the run has {', '.join(has)}"
+                )
         if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*\S\s+\S(?:[^']|'')*)'", query):
-            notes.append(f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its context")
+            notes.append(
+                f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its context"
+            )
         elif re.search(r"\bkwic\([^)]*,\s*(?:n\s*:=\s*)?-\s*\d", query):
             notes.append("kwic takes the number of words on each side, 0 or more")
         elif found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
-            notes.append(f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves no row")
+            notes.append(
+                f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves no row"
+            )
         return notes
 
     def _has_rows(self, view: str) -> bool:
@@ -393,13 +477,18 @@ class Run:
     def __repr__(self) -> str:
         model, layers = self.info.get("model", {}).get("name"), self.info["layers"]
         tokens = self.info.get("counts", {}).get("tokens", 0)
-        return printable(f"<Run {self.id}: {model}, layers {layers}, {tokens:,} tokens, {self.uri}>")
+        return printable(
+            f"<Run {self.id}: {model}, layers {layers}, {tokens:,} tokens, {self.uri}>"
+        )
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -419,7 +508,9 @@ class Run:
         return arrow
 
     def _local(self, table: pa.Table, types: Sequence[str] = ()) -> duckdb.DuckDBPyRelation:
-        """Rows that were computed as a relation of this process, which reads them and nothing else."""
+        """Rows that were computed as a relation of this process, which reads them and nothing
+        else.
+        """
         if self._here is None:
             here = duckdb.connect(":memory:", config=session.CLOSED | {"threads": 1})
             here.execute("SET enable_external_access = false")
@@ -429,10 +520,14 @@ class Run:
         if list(types) == [str(kind) for kind in relation.types] or not types:
             return relation
         columns = zip(relation.columns, relation.types, types, strict=True)
-        return relation.project(", ".join(
-            _identifier(name) if str(kind) == wanted else f"{_identifier(name)}::{wanted} AS {_identifier(name)}"
-            for name, kind, wanted in columns
-        ))  # fmt: skip
+        return relation.project(
+            ", ".join(
+                _identifier(name)
+                if str(kind) == wanted
+                else f"{_identifier(name)}::{wanted} AS {_identifier(name)}"
+                for name, kind, wanted in columns
+            )
+        )
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -441,7 +536,9 @@ class Run:
         except (duckdb.Error, OSError, pa.ArrowException) as error:
             raise QueryError(sandbox.readable(str(error), self._limits)) from error
         except ArithmeticError as error:  # an interval of a million years
-            raise QueryError(f"a value is beyond what Python can hold ({error}); cast it, as with ::VARCHAR") from error
+            raise QueryError(
+                f"a value is beyond what Python can hold ({error}); cast it, as with ::VARCHAR"
+            ) from error
 
 
 def _identifier(name: str) -> str:
@@ -452,7 +549,8 @@ def _settings(limits: sandbox.Limits) -> dict[str, Any]:
     return session.CLOSED | {"memory_limit": f"{limits.memory_bytes}B", "threads": limits.threads}
 
 
-# --- a run's tables, files and row -----------------------------------------------------------------------
+# --- a run's tables, files and row
+# -----------------------------------------------------------------------
 
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
@@ -466,11 +564,14 @@ MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", 
 def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> dict[str, pa.Table]:
     """All small tables by the names of their views."""
     tables = {
-        name: schema.empty_table() if name in MAY_LACK and name not in folder.info["tables"]
+        name: schema.empty_table()
+        if name in MAY_LACK and name not in folder.info["tables"]
         else _table(folder, name, schema)
         for name, schema in SMALL.items()
-    }  # fmt: skip
-    tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])  # of many sources too much for DuckDB
+    }
+    tables["sources"] = tables["sources"].drop_columns(
+        ["bins", "counts"]
+    )  # of many sources too much for DuckDB
     tables["labels"] = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     found = None if baseline is None else compare(baseline, folder)
@@ -482,14 +583,21 @@ def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> 
 
 
 def _statements(
-    folder: manifest.RunFolder, tables: Mapping[str, pa.Table], files: Mapping[str, Sequence[_File]], before: str,
+    folder: manifest.RunFolder,
+    tables: Mapping[str, pa.Table],
+    files: Mapping[str, Sequence[_File]],
+    before: str,
     read: ReadOnlyFiles,
-) -> list[str]:  # fmt: skip
-    """SQL of the run's views and macros, over its ``tables``; ``before`` is SQL before the name of a file."""
+) -> list[str]:
+    """SQL of the run's views and macros, over its ``tables``; ``before`` is SQL before the name of
+    a file.
+    """
     quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
     layers = folder.info["layers"]
     if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
-        raise StoreError(f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}")
+        raise StoreError(
+            f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}"
+        )
     others = [Series(r["signal"], r["layer"]) for r in tables["signals"].to_pylist()]
     if wrong := [s.name for s in others if not SIGNAL.fullmatch(s.signal)]:
         raise StoreError(f"{folder.uri}/signals.parquet is damaged: {wrong[0]!r} is no signal")
@@ -497,10 +605,21 @@ def _statements(
     columns = _columns(read, files["tokens"][0].name)
     neurons = None
     if "neurons" in paths:
-        found = [re.fullmatch(r"neurons_(\d+)", c) for c in _columns(read, files["neurons"][0].name)]
-        neurons = NeuronFiles([int(m[1]) for m in found if m], paths["neurons"], paths["neuron_types"][0].path)
+        found = [
+            re.fullmatch(r"neurons_(\d+)", c) for c in _columns(read, files["neurons"][0].name)
+        ]
+        neurons = NeuronFiles(
+            [int(m[1]) for m in found if m], paths["neurons"], paths["neuron_types"][0].path
+        )
     return statements(
-        paths["tokens"], paths["documents"], layers, quartiles, others, neurons, "start" in columns, "tag" in columns
+        paths["tokens"],
+        paths["documents"],
+        layers,
+        quartiles,
+        others,
+        neurons,
+        "start" in columns,
+        "tag" in columns,
     )
 
 
@@ -547,17 +666,27 @@ def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File
             if name is None and table == "neurons":
                 continue
             if not FILE_NAME.fullmatch(name or ""):
-                raise StoreError(f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a shard's file")
-            of_table.append(_File(name, storage.join(folder.store, name), shard[SIZES[table]], shard))
+                raise StoreError(
+                    f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a shard's file"
+                )
+            of_table.append(
+                _File(name, storage.join(folder.store, name), shard[SIZES[table]], shard)
+            )
     if not files["tokens"] or len(files["neurons"]) not in (0, len(files["tokens"])):
-        raise StoreError(f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files")
+        raise StoreError(
+            f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files"
+        )
     if not files["neurons"]:
         return {name: of_table for name, of_table in files.items() if of_table}
     entry = folder.info["tables"].get("neuron_types", {})
     path = f"runs/{folder.id}/{entry.get('name')}"
     if not RUN_FILE_NAME.fullmatch(path):
-        raise StoreError(f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table")
-    return files | {"neuron_types": [_File(path, storage.join(folder.store, path), entry["bytes"], NO_SHARD)]}
+        raise StoreError(
+            f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table"
+        )
+    return files | {
+        "neuron_types": [_File(path, storage.join(folder.store, path), entry["bytes"], NO_SHARD)]
+    }
 
 
 SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}
@@ -565,15 +694,19 @@ NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
 
 
 def _paths(files: Sequence[_File], before: str) -> list[File]:
-    """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces (``FILE_NAME``,
-    ``RUN_FILE_NAME``)."""
+    """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces
+    (``FILE_NAME``, ``RUN_FILE_NAME``).
+    """
     return [
         File(
-            f"{before}'{f.name}'", f.shard["doc_offset"], f.shard["n_documents"], f.shard["n_tokens"],
+            f"{before}'{f.name}'",
+            f.shard["doc_offset"],
+            f.shard["n_documents"],
+            f.shard["n_tokens"],
             None if before == AFN else f.name.split("/")[-2],
         )
         for f in files
-    ]  # fmt: skip
+    ]
 
 
 def _run_row(folder: manifest.RunFolder) -> pa.Table:

@@ -19,11 +19,13 @@ from afn_ray.store.storage import RangeFile, open_filesystem
 
 
 class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """Filesystem ``afn://`` that holds exactly the files it was given, each under a name, and never writes.
+    """Filesystem ``afn://`` that holds exactly the files it was given, each under a name, and never
+    writes.
 
-    DuckDB 2.0 calls seek and read on one file object from many threads, which gives errors and sometimes wrong
-    rows with fsspec's own files. Every read here is positional: no position is shared between threads. A local
-    file must still lie in ``root`` once links are followed; every other access raises ``PermissionError``.
+    DuckDB 2.0 calls seek and read on one file object from many threads, which gives errors and
+    sometimes wrong rows with fsspec's own files. Every read here is positional: no position is
+    shared between threads. A local file must still lie in ``root`` once links are followed; every
+    other access raises ``PermissionError``.
     """
 
     protocol = "afn"
@@ -31,23 +33,30 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
     def __init__(
         self, root: str, files: Mapping[str, tuple[str, int]], find_blocks: Callable[[str], Blocks]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable.
 
-        ``find_blocks(name)`` gives a file's checksums when it is first read. What is read is held against them.
+        ``find_blocks(name)`` gives a file's checksums when it is first read. What is read is held
+        against them.
         """
         super().__init__()
         self._find_blocks, self._blocks = find_blocks, dict[str, Blocks]()
-        self.failed: AfnError | None = None  # how a read failed last: DuckDB makes text of what it meets
+        self.failed: AfnError | None = (
+            None  # how a read failed last: DuckDB makes text of what it meets
+        )
         self._fs, path = open_filesystem(root)
         self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
-        self._files = {name: (str(self._fs._strip_protocol(uri)), size) for name, (uri, size) in files.items()}
+        self._files = {
+            name: (str(self._fs._strip_protocol(uri)), size) for name, (uri, size) in files.items()
+        }
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode != "rb":
             self._refuse()
         name, (_, size) = self._strip_protocol(path), self._find(path)
-        return RangeFile(lambda start, end: self._checked(name, start, end), size, threading.local())
+        return RangeFile(
+            lambda start, end: self._checked(name, start, end), size, threading.local()
+        )
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         return {"name": path, "size": self._find(path)[1], "type": "file"}
@@ -72,7 +81,11 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         try:
             if (blocks := self._blocks.get(name)) is None:
                 blocks = self._blocks[name] = self._find_blocks(name)
-            data = blocks.read(start, end, partial(self._read, target)) if blocks.num_bytes == size else None
+            data = (
+                blocks.read(start, end, partial(self._read, target))
+                if blocks.num_bytes == size
+                else None
+            )
             if data is None:
                 raise StoreError(
                     f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum that was committed; "
@@ -103,14 +116,18 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _refuse(self, *args: Any, **options: Any) -> Any:
         raise PermissionError("a run is read-only")
 
-    mkdir = makedirs = rmdir = rm = rm_file = mv = copy = cp_file = put_file = pipe_file = touch = _refuse
+    mkdir = makedirs = rmdir = rm = rm_file = mv = copy = cp_file = put_file = pipe_file = touch = (
+        _refuse
+    )
 
 
 class ServedFiles(ReadOnlyFiles):
     """The same files in a process that cannot read them itself, and asks one that can."""
 
     def __init__(self, sizes: Mapping[str, int], read: Callable[[str, int, int], bytes]) -> None:
-        """``sizes``: in bytes, by name. ``read``: the bytes of a file, by its name, from start to end."""
+        """``sizes``: in bytes, by name. ``read``: the bytes of a file, by its name, from start to
+        end.
+        """
         fsspec.AbstractFileSystem.__init__(self)
         self._files = {name: (name, size) for name, size in sizes.items()}
         self._ask = read

@@ -25,7 +25,9 @@ def read_tables(given: list[str]) -> dict[str, pa.Table]:
     for one in given:
         name, _, path = one.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or not path:
-            raise ConfigError(f"--with {one}: expected NAME=FILE with a name of letters, digits and _")
+            raise ConfigError(
+                f"--with {one}: expected NAME=FILE with a name of letters, digits and _"
+            )
         if name in tables:
             raise ConfigError(f"--with {one}: {name} is given twice")
         tables[name] = read_table(Path(path))
@@ -44,7 +46,9 @@ def read_table(path: Path) -> pa.Table:
             batches.append(batch)
             rows, num_bytes = rows + batch.num_rows, num_bytes + batch.nbytes
             if rows > MAX_ROWS or num_bytes > MAX_BYTES:
-                raise ConfigError(f"{path} becomes over {MAX_ROWS:,} rows or {MAX_BYTES:,} bytes; take what is needed")
+                raise ConfigError(
+                    f"{path} becomes over {MAX_ROWS:,} rows or {MAX_BYTES:,} bytes; take what is needed"
+                )
         if not batches:
             raise ConfigError(f"{path} has no rows")
         return pa.Table.from_batches(batches)

@@ -1,4 +1,6 @@
-"""A process of its own for SQL, with hard limits: started, asked, and killed when it passes one of them."""
+"""A process of its own for SQL, with hard limits: started, asked, and killed when it passes one of
+them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,16 @@ import pyarrow as pa
 from afn_ray import cgroup
 from afn_ray.errors import QueryError
 from afn_ray.query.files import ReadOnlyFiles
-from afn_ray.query.session import FRAME, LENGTH, OUT_OF_MEMORY, READ, Answer, Request, Setup, receive
+from afn_ray.query.session import (
+    FRAME,
+    LENGTH,
+    OUT_OF_MEMORY,
+    READ,
+    Answer,
+    Request,
+    Setup,
+    receive,
+)
 
 CODE = """
 import json, sys
@@ -34,34 +45,55 @@ from afn_ray.query.session import main
 main(*map(int, sys.argv[2:]))
 """
 
-ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TZDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+ENVIRONMENT = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "TZDIR",
+    "LD_LIBRARY_PATH",
+    "DYLD_LIBRARY_PATH",
+)
 """What the process gets of ours; credentials stay here, for it opens no file itself."""
 
 START_S = 120.0
-"""Longest start, in seconds: it reads the footers of a few files, from a bucket that may be slow."""
+"""Longest start, in seconds: it reads the footers of a few files, from a bucket that may be
+slow.
+"""
 POLL_MS = 20
 """Between two looks at the memory and the time of a query."""
 GRACE_S = 0.5
 """From asking a query to stop until its process is killed."""
 
 SPARE_BYTES = 256 << 20
-"""Memory of the process that DuckDB's own limit does not count: Arrow's buffers, text in work, the interpreter's."""
+"""Memory of the process that DuckDB's own limit does not count: Arrow's buffers, text in work, the
+interpreter's.
+"""
 SPARE_BYTES_PER_THREAD = 16 << 20
 """Stacks and arenas."""
 MAX_NAME_BYTES = 4096
 MOST_TEXT_BYTES = 64 << 20
-"""Longest error, or names and types of a result's columns, that the process may answer with, in bytes of JSON."""
+"""Longest error, or names and types of a result's columns, that the process may answer with, in
+bytes of JSON.
+"""
 
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def memory_bytes(text: str) -> int:
-    """``text`` as DuckDB reads it: 500MB, 2GB, 1.5GiB, or 50% of what this process may have. Raises ``QueryError``."""
+    """``text`` as DuckDB reads it: 500MB, 2GB, 1.5GiB, or 50% of what this process may have. Raises
+    ``QueryError``.
+    """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?|(%))\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
-        raise QueryError(f"the memory limit is {text!r}; expected a size such as 500MB, 2GB or 1.5GiB")
+        raise QueryError(
+            f"the memory limit is {text!r}; expected a size such as 500MB, 2GB or 1.5GiB"
+        )
     if found[4]:
-        everything = cgroup.memory_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        everything = cgroup.memory_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
         return int(float(found[1]) / 100 * everything)
     return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[(found[2] or "").lower()])
 
@@ -101,9 +133,11 @@ class Allowance:
 
 
 class Process:
-    """The process that answers; started at the first question, and again after it was killed or died.
+    """The process that answers; started at the first question, and again after it was killed or
+    died.
 
-    Questions from several threads are answered one after the other. It ends with this object, and with this process.
+    Questions from several threads are answered one after the other. It ends with this object, and
+    with this process.
     """
 
     def __init__(self, files: ReadOnlyFiles, setup: Setup, limits: Limits) -> None:
@@ -117,8 +151,8 @@ class Process:
     def ask(self, allowance: Allowance, do: str, *arguments: Any) -> tuple[int, Answer]:
         """The number and the answer of a request, which takes its time from ``allowance``.
 
-        Raises ``QueryError`` for SQL that is wrong or over a limit, or that its process died of, and what reading a
-        file raised.
+        Raises ``QueryError`` for SQL that is wrong or over a limit, or that its process died of,
+        and what reading a file raised.
         """
         with self._lock:
             if self._closed:
@@ -155,7 +189,9 @@ class Process:
         return self._child
 
     def _check(self, answer: Answer) -> None:
-        """Raise what an answer stands for that is an error: of a file that could not be read, or of SQL."""
+        """Raise what an answer stands for that is an error: of a file that could not be read, or of
+        SQL.
+        """
         if (error := answer.fields.get("error")) is not None:
             raise self._files.failed or QueryError(readable(error, self._limits))
 
@@ -180,9 +216,17 @@ def readable(message: str, limits: Limits | None = None) -> str:
 
 
 def _is_broken(answer: Answer) -> bool:
-    """Whether DuckDB is better started again: after an error of its own, or memory that the system refused it."""
-    by_system = "alloc" in answer.fields.get("error", "") and OUT_OF_MEMORY.search(answer.fields["error"])
-    return answer.fields.get("kind") in ("FatalException", "InternalException", "MemoryError") or bool(by_system)
+    """Whether DuckDB is better started again: after an error of its own, or memory that the system
+    refused it.
+    """
+    by_system = "alloc" in answer.fields.get("error", "") and OUT_OF_MEMORY.search(
+        answer.fields["error"]
+    )
+    return answer.fields.get("kind") in (
+        "FatalException",
+        "InternalException",
+        "MemoryError",
+    ) or bool(by_system)
 
 
 class _Child:
@@ -199,12 +243,24 @@ class _Child:
         self._sender = Connection(os.dup(self._requests.fileno()), readable=False)
         try:
             self._process = subprocess.Popen(  # noqa: S603 - this Python and our own code
-                [sys.executable, "-I", "-S", "-c", CODE, json.dumps(path), *(str(s.fileno()) for s in theirs)],
-                pass_fds=[s.fileno() for s in theirs], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, cwd="/", start_new_session=True,  # Ctrl-C is ours: we say what it stops
+                [
+                    sys.executable,
+                    "-I",
+                    "-S",
+                    "-c",
+                    CODE,
+                    json.dumps(path),
+                    *(str(s.fileno()) for s in theirs),
+                ],
+                pass_fds=[s.fileno() for s in theirs],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is ours: we say what it stops
                 env={k: v for k in ENVIRONMENT if (v := os.environ.get(k)) is not None}
                 | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )  # fmt: skip
+            )
         except OSError as error:
             self._sender.close()
             for one in self._sockets:
@@ -237,8 +293,12 @@ class _Child:
             self._sender.send(what)
         except OSError:
             raise self._died() from None
-        except Exception as error:  # whatever an object of the caller's raises when it is to be copied
-            raise QueryError(f"a parameter cannot be sent to the process that runs SQL: {error}") from error
+        except (
+            Exception
+        ) as error:  # whatever an object of the caller's raises when it is to be copied
+            raise QueryError(
+                f"a parameter cannot be sent to the process that runs SQL: {error}"
+            ) from error
 
     def _receive(self, number: int, until: float) -> Answer:
         late = False
@@ -252,7 +312,9 @@ class _Child:
                     late = True
                     if now > until + GRACE_S:
                         raise self._killed(self._limits.time_error())
-                    self._stop(number)  # again and again: what comes before the query begins is lost
+                    self._stop(
+                        number
+                    )  # again and again: what comes before the query begins is lost
         except KeyboardInterrupt:
             self._stop_for_good(number, poll)
             raise
@@ -306,7 +368,11 @@ class _Child:
         if "bad_alloc" in said or "MemoryError" in said:
             return self._limits.memory_error()
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        why = "an expression nested too deeply does that" if code in (-signal.SIGSEGV, -signal.SIGBUS) else said
+        why = (
+            "an expression nested too deeply does that"
+            if code in (-signal.SIGSEGV, -signal.SIGBUS)
+            else said
+        )
         return QueryError(
             f"the process that runs SQL died of this query ({how}{': ' + why if why else ''}); ask it another way. "
             "The next query gets a new process"
@@ -340,7 +406,8 @@ def _resident_bytes(pid: int) -> int:
     return 0
 
 
-# --- files -----------------------------------------------------------------------------------------------
+# --- files
+# -----------------------------------------------------------------------------------------------
 
 
 def _serve(files: ReadOnlyFiles, connections: socket.socket) -> None:
@@ -352,7 +419,9 @@ def _serve(files: ReadOnlyFiles, connections: socket.socket) -> None:
             return
         if not fds:
             return
-        threading.Thread(target=_serve_reads, args=(files, socket.socket(fileno=fds[0])), daemon=True).start()
+        threading.Thread(
+            target=_serve_reads, args=(files, socket.socket(fileno=fds[0])), daemon=True
+        ).start()
 
 
 def _serve_reads(files: ReadOnlyFiles, connection: socket.socket) -> None:

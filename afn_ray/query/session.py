@@ -1,8 +1,10 @@
-"""The process that runs SQL: a sandboxed DuckDB session over a run's files, which answers one request at a time.
+"""The process that runs SQL: a sandboxed DuckDB session over a run's files, which answers one
+request at a time.
 
-It is started by ``sandbox``, and has nothing but sockets: it reads files through the process that started it, opens
-none of its own, and cannot write any. Requests come as ``multiprocessing`` sends objects, from the process that may do
-everything anyway; answers go back as JSON and Arrow, which execute nothing.
+It is started by ``sandbox``, and has nothing but sockets: it reads files through the process that
+started it, opens none of its own, and cannot write any. Requests come as ``multiprocessing`` sends
+objects, from the process that may do everything anyway; answers go back as JSON and Arrow, which
+execute nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ import pyarrow as pa
 from afn_ray.query.files import ServedFiles
 
 ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
-"""SELECT is also FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE; MULTI is PIVOT without an IN list."""
+"""SELECT is also FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE; MULTI is PIVOT without an IN
+list.
+"""
 
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 
@@ -62,7 +66,9 @@ STACK_BYTES = 8 << 20
 CPU_SPARE_S = 10
 """CPU time beyond the time limit after which the kernel ends a process whose parent is gone."""
 
-OUT_OF_MEMORY = re.compile(r"^(Out of Memory Error|.*bad[_ ]alloc|.*[Ff]ailed to allocate|MemoryError$)")
+OUT_OF_MEMORY = re.compile(
+    r"^(Out of Memory Error|.*bad[_ ]alloc|.*[Ff]ailed to allocate|MemoryError$)"
+)
 """What DuckDB, Arrow, C++ and Python say of memory that they did not get."""
 
 Steps = tuple[tuple[Any, ...], ...]
@@ -115,7 +121,8 @@ class Unknown(Exception):
     """A relation that is not bound here: it is to be sent with its steps."""
 
 
-# --- what goes over sockets ------------------------------------------------------------------------------
+# --- what goes over sockets
+# ------------------------------------------------------------------------------
 
 
 def receive(connection: socket.socket, num_bytes: int) -> bytearray:
@@ -134,7 +141,11 @@ class _Reads:
 
     def __init__(self, connections: socket.socket) -> None:
         """``connections`` takes the other end of each."""
-        self._connections, self._lock, self._local = connections, threading.Lock(), threading.local()
+        self._connections, self._lock, self._local = (
+            connections,
+            threading.Lock(),
+            threading.local(),
+        )
 
     def __call__(self, name: str, start: int, end: int) -> bytes:
         if not hasattr(self._local, "connection"):
@@ -150,30 +161,38 @@ class _Reads:
         return bytes(receive(connection, num_bytes))
 
 
-# --- the session -----------------------------------------------------------------------------------------
+# --- the session
+# -----------------------------------------------------------------------------------------
 
 
 class Session:
-    """A run's views in DuckDB. A query cannot write, and cannot read anything but the files that it was given:
+    """A run's views in DuckDB. A query cannot write, and cannot read anything but the files that it
+    was given:
 
     - one statement, and only one that reads, in a read-only transaction on a connection of its own;
-    - DuckDB's own filesystem is off; what it reads comes through ``storage.ServedFiles``, which has nothing but
-      the run's files and no way to write;
-    - no external access, no extensions, no secrets, no Python variables, no spilling, and a locked configuration.
+    - DuckDB's own filesystem is off; what it reads comes through ``storage.ServedFiles``, which has
+      nothing but the run's files and no way to write;
+    - no external access, no extensions, no secrets, no Python variables, no spilling, and a locked
+      configuration.
     """
 
     def __init__(self, setup: Setup, read: Callable[[str, int, int], bytes]) -> None:
         self._lock = threading.Lock()
         self._asked: tuple[int, duckdb.DuckDBPyConnection] | None = None
         self._relations: OrderedDict[int, tuple[duckdb.DuckDBPyConnection, Any]] = OrderedDict()
-        self._readers: OrderedDict[int, tuple[duckdb.DuckDBPyConnection, Iterator[pa.RecordBatch]]] = OrderedDict()
+        self._readers: OrderedDict[
+            int, tuple[duckdb.DuckDBPyConnection, Iterator[pa.RecordBatch]]
+        ] = OrderedDict()
         self._number = 0
-        self.connection = duckdb.connect(":memory:", config={**setup.settings, "arrow_lossless_conversion": True})
+        self.connection = duckdb.connect(
+            ":memory:", config={**setup.settings, "arrow_lossless_conversion": True}
+        )
         self.connection.register_filesystem(ServedFiles(setup.sizes, read))
         fill(self.connection, setup.tables, setup.statements)
         for statement in (
             "SET disabled_filesystems = 'LocalFileSystem'",
-            "SET allowed_directories = ['afn://']",  # it grants writing too, which ServedFiles refuses
+            # it grants writing too, which ServedFiles refuses
+            "SET allowed_directories = ['afn://']",
             "SET enable_external_access = false",
             "SET lock_configuration = true",
         ):
@@ -190,7 +209,9 @@ class Session:
         except Unknown:
             return Answer({"unknown": True})
         except Exception as error:  # noqa: BLE001 - DuckDB's, Arrow's and Python's own, out of memory too
-            return Answer({"error": str(error) or type(error).__name__, "kind": type(error).__name__})
+            return Answer(
+                {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
+            )
         finally:
             with self._lock:
                 self._asked = None
@@ -204,7 +225,9 @@ class Session:
     # What a request may ask for.
 
     def bind(self, key: int, steps: Steps) -> Answer:
-        """Columns and types of what ``steps`` make, without computing it; or the value, where it is no relation."""
+        """Columns and types of what ``steps`` make, without computing it; or the value, where it is
+        no relation.
+        """
         cursor = self.connection.cursor()
         with self._at_work(cursor):
             made = self._make(cursor, steps)
@@ -272,7 +295,9 @@ class Session:
         yield
 
     def _relation(self, key: int) -> tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation]:
-        """A relation that is bound; each is computed on a connection of its own, so it is taken out."""
+        """A relation that is bound; each is computed on a connection of its own, so it is taken
+        out.
+        """
         try:
             return self._relations.pop(key)
         except KeyError:
@@ -282,7 +307,9 @@ class Session:
         query, parameters, tables = steps[0]
         statements = cursor.extract_statements(query)
         if len(statements) != 1:
-            raise duckdb.ParserException(f"expected one SQL statement, got {len(statements)}; ask them one by one")
+            raise duckdb.ParserException(
+                f"expected one SQL statement, got {len(statements)}; ask them one by one"
+            )
         if (kind := statements[0].type) not in ALLOWED:
             raise duckdb.PermissionException(
                 f"{kind.name} is not allowed: a run is read-only. Ask with SELECT, FROM, WITH, DESCRIBE, SHOW, "
@@ -309,7 +336,7 @@ class Session:
 
 def fill(
     connection: duckdb.DuckDBPyConnection, tables: Mapping[str, pa.Table], statements: Sequence[str]
-) -> None:  # fmt: skip
+) -> None:
     """Make a run's tables in ``connection``, then what ``statements`` of ours make over them."""
     connection.execute("CREATE SCHEMA internal")
     for name, table in tables.items():
@@ -321,18 +348,24 @@ def fill(
 
 
 FARTHEST_INTERVAL_H = 2_562_047
-"""Hours of an INTERVAL, beside its months and days, that no longer fit Arrow's 64 bits of nanoseconds."""
+"""Hours of an INTERVAL, beside its months and days, that no longer fit Arrow's 64 bits of
+nanoseconds.
+"""
 
 
 def _within_arrow(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """``relation``, which fails at an INTERVAL that Arrow cannot hold; DuckDB itself makes another value of it."""
+    """``relation``, which fails at an INTERVAL that Arrow cannot hold; DuckDB itself makes another
+    value of it.
+    """
     checks = [_beyond_arrow(f"#{at}", kind) for at, kind in enumerate(relation.types, 1)]
     if not any(checks):
         return relation
     columns = []
     for at, (name, check) in enumerate(zip(relation.columns, checks, strict=True), 1):
         quoted = name.replace('"', '""')
-        value = f"CASE WHEN {check} THEN error('{BEYOND_ARROW}') ELSE #{at} END" if check else f"#{at}"
+        value = (
+            f"CASE WHEN {check} THEN error('{BEYOND_ARROW}') ELSE #{at} END" if check else f"#{at}"
+        )
         columns.append(f'{value} AS "{quoted}"')
     return relation.project(", ".join(columns))
 
@@ -341,7 +374,9 @@ BEYOND_ARROW = "an INTERVAL of 292 years or more, counted in hours, is beyond wh
 
 
 def _beyond_arrow(value: str, kind: Any, depth: int = 0) -> str:
-    """SQL that is true where ``value`` of type ``kind`` holds such an INTERVAL; empty where none can be in it."""
+    """SQL that is true where ``value`` of type ``kind`` holds such an INTERVAL; empty where none
+    can be in it.
+    """
     if kind.id == "interval":
         return f"abs(datepart('hour', {value})) >= {FARTHEST_INTERVAL_H}"
     found: list[str] = []
@@ -371,18 +406,25 @@ def _encoded(schema: pa.Schema, batch: pa.RecordBatch | None) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _placed(error: duckdb.Error, cursor: duckdb.DuckDBPyConnection, query: str, parameters: Any) -> duckdb.Error:
-    """``error`` with the line and place in ``query``, which DuckDB gives on executing but not to a lazy relation."""
+def _placed(
+    error: duckdb.Error, cursor: duckdb.DuckDBPyConnection, query: str, parameters: Any
+) -> duckdb.Error:
+    """``error`` with the line and place in ``query``, which DuckDB gives on executing but not to a
+    lazy relation.
+    """
     try:
         cursor.execute(f"EXPLAIN\n{query}", parameters)
     except duckdb.Error as placed:
         if str(placed).startswith(str(error)):
             line = r"(?m)^LINE (\d+)"
-            return type(error)(re.sub(line, lambda m: f"LINE {int(m[1]) - 1:>{len(m[1])}}", str(placed)))
+            return type(error)(
+                re.sub(line, lambda m: f"LINE {int(m[1]) - 1:>{len(m[1])}}", str(placed))
+            )
     return error
 
 
-# --- the process -----------------------------------------------------------------------------------------
+# --- the process
+# -----------------------------------------------------------------------------------------
 
 
 def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
@@ -434,16 +476,22 @@ def _limit(what: int, value: int) -> None:
 
 
 def _limit_cpu(timeout_s: float) -> None:
-    """A process that hangs where no thread of ours runs, and whose parent is gone, ends all the same."""
+    """A process that hangs where no thread of ours runs, and whose parent is gone, ends all the
+    same.
+    """
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime + timeout_s * (os.cpu_count() or 1) + CPU_SPARE_S
     with contextlib.suppress(OSError, ValueError):
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) if most == -1 else min(int(seconds), most), most))
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (int(seconds) if most == -1 else min(int(seconds), most), most)
+        )
 
 
 def _data_bytes() -> int:
-    """Memory that is this process's own and writable, as RLIMIT_DATA counts it; 0 where the system does not say."""
+    """Memory that is this process's own and writable, as RLIMIT_DATA counts it; 0 where the system
+    does not say.
+    """
     with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # noqa: PTH123 - without pathlib
         return int(statm.read().split()[5]) * resource.getpagesize()
     return 0

@@ -39,7 +39,9 @@ MACROS = {
 }
 
 PIECES = 4
-"""Tokens of a word that are gathered in passing; those of longer words behind them are gathered by words."""
+"""Tokens of a word that are gathered in passing; those of longer words behind them are gathered by
+words.
+"""
 SLICES = 16
 """Parts of a run that ``words`` is read in: side by side, and for one document that part alone."""
 SLICE_TOKENS = 1 << 21
@@ -49,7 +51,9 @@ FAR_TOKENS = 1 << 18
 CONTEXT_CHARS = 10_000
 """Characters on each side that ``kwic`` gives, at least where there are as many."""
 SPACES = "'\u0120', '\u2581'"
-"""What tokens of byte-level BPE and of SentencePiece have in place of the space before a word, as SQL."""
+"""What tokens of byte-level BPE and of SentencePiece have in place of the space before a word, as
+SQL.
+"""
 CONTINUES = SPECIAL | WORD_START
 """A token with neither flag continues a word."""
 
@@ -91,17 +95,24 @@ class NeuronFiles(NamedTuple):
 
 
 def statements(
-    tokens: Sequence[File], documents: Sequence[File], layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series], neurons: NeuronFiles | None, offsets: bool,
+    tokens: Sequence[File],
+    documents: Sequence[File],
+    layers: Sequence[int],
+    labels: Mapping[int, Mapping[str, Any]],
+    others: Sequence[Series],
+    neurons: NeuronFiles | None,
+    offsets: bool,
     tagged: bool,
-) -> list[str]:  # fmt: skip
-    """What makes the views and macros, once the run's small tables are there under the names of their views.
+) -> list[str]:
+    """What makes the views and macros, once the run's small tables are there under the names of
+    their views.
 
-    ``labels``: by layer, the thresholds that labels go by, of the population of all tokens. ``others``: what was
-    recorded beside strength; ``neurons`` likewise. ``offsets``: whether tokens have ``start`` and ``end``; ``tagged``:
-    whether they have ``tag``.
+    ``labels``: by layer, the thresholds that labels go by, of the population of all tokens.
+    ``others``: what was recorded beside strength; ``neurons`` likewise. ``offsets``: whether tokens
+    have ``start`` and ``end``; ``tagged``: whether they have ``tag``.
     """
-    # A token that occurs both as text and as a special token has two rows in the vocabulary, with one text.
+    # A token that occurs both as text and as a special token has two rows in the vocabulary, with
+    # one text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
     made = [
         "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, any_value(text) AS text, "  # noqa: S608
@@ -115,30 +126,45 @@ def statements(
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
     ]
-    made += [f"COMMENT ON {'VIEW' if n in DERIVED else 'TABLE'} {n} IS '{text}'" for n, text in VIEWS.items()]
+    made += [
+        f"COMMENT ON {'VIEW' if n in DERIVED else 'TABLE'} {n} IS '{text}'"
+        for n, text in VIEWS.items()
+    ]
     return made
 
 
-# --- tokens and documents --------------------------------------------------------------------------------
+# --- tokens and documents
+# --------------------------------------------------------------------------------
 
 
 def _exact(value: float | None, kind: str) -> str:
-    # From text the nearest FLOAT is taken, which is the value itself; a bare number would be a DECIMAL first.
+    # From text the nearest FLOAT is taken, which is the value itself; a bare number would be a
+    # DECIMAL first.
     return f"NULL::{kind}" if value is None else f"'{value!r}'::{kind}"
 
 
 def tokens_view(
-    source: str, layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], others: Sequence[Series],
-    offsets: bool, tagged: bool,
-) -> str:  # fmt: skip
+    source: str,
+    layers: Sequence[int],
+    labels: Mapping[int, Mapping[str, Any]],
+    others: Sequence[Series],
+    offsets: bool,
+    tagged: bool,
+) -> str:
     """SQL of the ``tokens`` view over ``source``."""
     columns = [
-        "doc", "position", "token_id", "token", "text", "surface", *(["tag"] if tagged else []),
+        "doc",
+        "position",
+        "token_id",
+        "token",
+        "text",
+        "surface",
+        *(["tag"] if tagged else []),
         f"flags & {SPECIAL} <> 0 AS is_special",
         f"flags & {WORD_START} <> 0 AS is_word_start",
         f"flags & {REPLACED} <> 0 AS is_replaced",
         *(("start", '"end"') if offsets else ()),
-    ]  # fmt: skip
+    ]
     for k in layers:
         row = labels[k]
         strength = f"strength_{k}"
@@ -182,11 +208,14 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
     )
 
 
-# --- classes ---------------------------------------------------------------------------------------------
+# --- classes
+# ---------------------------------------------------------------------------------------------
 
 
 def classes_view(layers: Sequence[int], tagged: bool) -> str:
-    """SQL of the ``classes`` view: equal values are counted first, so that memory does not grow with the tokens."""
+    """SQL of the ``classes`` view: equal values are counted first, so that memory does not grow
+    with the tokens.
+    """
     source, name = "tokens", f"coalesce(tag, '{UNTAGGED}')"
     if not tagged:
         guessed = "SELECT DISTINCT token_id, class FROM vocabulary WHERE class <> 'special'"
@@ -216,17 +245,25 @@ def classes_view(layers: Sequence[int], tagged: bool) -> str:
         FROM ({of_layers})"""  # noqa: S608
 
 
-# --- words -----------------------------------------------------------------------------------------------
-# A word starts at a token with the word-start flag, and at the first token of a document that is not special.
+# --- words
+# ----------------------------------------------------------------------------------------------- A
+# word starts at a token with the word-start flag, and at the first token of a document that is not
+# special.
 
 
 def words_view(
-    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool, tagged: bool
+    files: Sequence[File],
+    layers: Sequence[int],
+    labels: Mapping[int, Mapping[str, Any]],
+    offsets: bool,
+    tagged: bool,
 ) -> str:
-    """SQL of the ``words`` view: one pass over the rows in their order, so that memory does not grow with them.
+    """SQL of the ``words`` view: one pass over the rows in their order, so that memory does not
+    grow with them.
 
-    Windows without partition or order stream, as long as no join lies below them. A filter does not pass them, so the
-    run is read in parts whose documents are known: a question about one document reads one part.
+    Windows without partition or order stream, as long as no join lies below them. A filter does not
+    pass them, so the run is read in parts whose documents are known: a question about one document
+    reads one part.
     """
     parts = []
     for part in _parts(files):
@@ -237,7 +274,9 @@ def words_view(
 
 
 def _parts(files: Sequence[File]) -> list[list[File]]:
-    """``files`` in at most ``SLICES`` runs of about as many tokens each; files without documents are left out."""
+    """``files`` in at most ``SLICES`` runs of about as many tokens each; files without documents
+    are left out.
+    """
     room = max(SLICE_TOKENS, -(-sum(f.n_tokens for f in files) // SLICES))
     parts: list[list[File]] = [[]]
     size = 0
@@ -251,9 +290,14 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
 
 
 def _words(
-    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool, tagged: bool
+    files: Sequence[File],
+    layers: Sequence[int],
+    labels: Mapping[int, Mapping[str, Any]],
+    offsets: bool,
+    tagged: bool,
 ) -> str:
-    """SQL of the words of ``files``: up to ``PIECES`` tokens are put together in passing, longer words by grouping.
+    """SQL of the words of ``files``: up to ``PIECES`` tokens are put together in passing, longer
+    words by grouping.
 
     A word has the tag of its first token, and the class of that token's type.
     """
@@ -261,9 +305,11 @@ def _words(
     strengths = [f"strength_{k}" for k in layers]
     columns = ["token_id", *strengths, *(['"end"'] if offsets else [])]
     every = range(1, PIECES + 1)
-    # A token is of a long word when no other word begins before its place in the word has passed PIECES.
+    # A token is of a long word when no other word begins before its place in the word has passed
+    # PIECES.
     inside = " ".join(
-        f"WHEN {at} THEN NOT ({' OR '.join(f'is_head_{j}' for j in range(1, PIECES - at + 1))})" for at in range(PIECES)
+        f"WHEN {at} THEN NOT ({' OR '.join(f'is_head_{j}' for j in range(1, PIECES - at + 1))})"
+        for at in range(PIECES)
     )
     ahead = f"""
         SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number, row_number() OVER () AS nth
@@ -273,15 +319,20 @@ def _words(
                 FROM {rows} WHERE flags & {SPECIAL} = 0
             )
         )"""  # noqa: S608
-    if portable:  # another version of DuckDB that opens a catalog gets further arguments of lag and lead twice
+    # another version of DuckDB that opens a catalog gets further arguments of lag and lead twice
+    if portable:
         for j in every:
             head = f"is_head_{j - 1}" if j > 1 else "is_head"
             leads = [f"coalesce(lead({head}) OVER (), true) AS is_head_{j}"]
-            leads += [f"lead({_piece(c, j - 1)}) OVER () AS {_piece(c, j)}" for c in columns if j < PIECES]
+            leads += [
+                f"lead({_piece(c, j - 1)}) OVER () AS {_piece(c, j)}" for c in columns if j < PIECES
+            ]
             ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
     else:  # the same, in half the time
         leads = [f"lead(is_head, {j}, true) OVER () AS is_head_{j}" for j in every]
-        leads += [f"lead({c}, {j}) OVER () AS {_piece(c, j)}" for c in columns for j in range(1, PIECES)]
+        leads += [
+            f"lead({c}, {j}) OVER () AS {_piece(c, j)}" for c in columns for j in range(1, PIECES)
+        ]
         ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
     tokens = f"""
         SELECT *, (number - first_number)::INTEGER AS word, CASE place {inside} ELSE true END AS is_long FROM (
@@ -299,12 +350,27 @@ def _words(
     def largest(name: str) -> str:
         return by_length(lambda places: f"greatest({', '.join(_piece(name, j) for j in places)})")
 
-    text = by_length(lambda places: " || ".join(["text", *(f"texts[{_piece('token_id', j)} + 1]" for j in places[1:])]))
-    short = ["doc", "word", f"coalesce(surface, {text}) AS text", "class", "pieces AS n_tokens", "position"]
+    text = by_length(
+        lambda places: " || ".join(
+            ["text", *(f"texts[{_piece('token_id', j)} + 1]" for j in places[1:])]
+        )
+    )
+    short = [
+        "doc",
+        "word",
+        f"coalesce(surface, {text}) AS text",
+        "class",
+        "pieces AS n_tokens",
+        "position",
+    ]
     long = [
-        "doc", "word", "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text",
-        "any_value(class) FILTER (place = 0) AS class", "count(*) AS n_tokens", "min(position) AS position",
-    ]  # fmt: skip
+        "doc",
+        "word",
+        "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text",
+        "any_value(class) FILTER (place = 0) AS class",
+        "count(*) AS n_tokens",
+        "min(position) AS position",
+    ]
     if tagged:
         short += ["tag"]
         long += ["any_value(tag) FILTER (place = 0) AS tag"]
@@ -315,7 +381,11 @@ def _words(
     for k, s in zip(layers, strengths, strict=True):
         high = f"max_strength_{k} >= {_exact(labels[k]['q3'], 'FLOAT')} AS high_{k}"
         short += [f"{largest(s)} AS max_strength_{k}"]
-        short += [f"({joined(' + ', s, '::DOUBLE')}) / pieces AS mean_strength_{k}", f"{s} AS first_strength_{k}", high]
+        short += [
+            f"({joined(' + ', s, '::DOUBLE')}) / pieces AS mean_strength_{k}",
+            f"{s} AS first_strength_{k}",
+            high,
+        ]
         long += [f"max({s}) AS max_strength_{k}", f"avg({s}) AS mean_strength_{k}"]
         long += [f"arg_min({s}, place) AS first_strength_{k}", high]
     pieces = f"CASE {' '.join(f'WHEN is_head_{j} THEN {j}' for j in every)} END::BIGINT AS pieces"
@@ -337,10 +407,11 @@ def _piece(column: str, at: int) -> str:
 
 
 def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
-    """SQL of the words of ``rows``: few tokens with their texts, in whole documents or stretches of them.
+    """SQL of the words of ``rows``: few tokens with their texts, in whole documents or stretches of
+    them.
 
-    ``key`` tells stretches apart; words are numbered from 1 in each, and 0 is what is left of one begun before it.
-    ``gap`` is what stands before a word, ``also`` more columns.
+    ``key`` tells stretches apart; words are numbered from 1 in each, and 0 is what is left of one
+    begun before it. ``gap`` is what stands before a word, ``also`` more columns.
     """
     # Most tokenizers of BPE count the space before a word among its characters.
     holds_space = 'is_spaced AND "end" - start > length(ltrim(text))'
@@ -361,29 +432,40 @@ def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
 def document_text_macro(rows: str, offsets: bool) -> str:
     """SQL of the text of the document numbered ``document``."""
     of_document = (
-        f"SELECT t.*, s.text, s.is_spaced FROM {rows} t JOIN internal.types s USING (token_id) WHERE t.doc = document"  # noqa: S608
+        f"SELECT t.*, s.text, s.is_spaced FROM {rows} t JOIN internal.types s USING (token_id) "  # noqa: S608
+        "WHERE t.doc = document"
     )
     words = _spelled(of_document, "doc", offsets)
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
 
 
-# --- keyword in context ----------------------------------------------------------------------------------
+# --- keyword in context
+# ----------------------------------------------------------------------------------
 
 
 def kwic_macro(
-    files: Sequence[File], layers: Sequence[int], labels: Mapping[int, Mapping[str, Any]], offsets: bool
-) -> str:  # fmt: skip
-    """SQL of every occurrence of ``word``, or of ``most`` that come early, with ``n`` words on both sides.
+    files: Sequence[File],
+    layers: Sequence[int],
+    labels: Mapping[int, Mapping[str, Any]],
+    offsets: bool,
+) -> str:
+    """SQL of every occurrence of ``word``, or of ``most`` that come early, with ``n`` words on both
+    sides.
 
-    It never sorts the run: token ids are found in the vocabulary, the heads of the word by a scan, and what stands
-    beside them by the numbers of their rows. Nearly always the first ``20 * most + 1000`` heads are enough for
-    ``most``; only where too many turn out to begin other words, all are looked at.
+    It never sorts the run: token ids are found in the vocabulary, the heads of the word by a scan,
+    and what stands beside them by the numbers of their rows. Nearly always the first ``20 * most +
+    1000`` heads are enough for ``most``; only where too many turn out to begin other words, all are
+    looked at.
     """
     rows, portable = _rows(files), files[0].folder is not None
     some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
-    every = _occurrences(rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", "")
+    every = _occurrences(
+        rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", ""
+    )
     words = "greatest(n, 0)::BIGINT"
-    most_tokens = "4 * length(word)"  # of the word: a tokenizer of bytes may take four for one character
+    most_tokens = (
+        "4 * length(word)"  # of the word: a tokenizer of bytes may take four for one character
+    )
     places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
     strengths = "".join(
         f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
@@ -392,7 +474,11 @@ def kwic_macro(
         for k in layers
     )
     names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
-    names += [f"{x}_{k}" for k in layers for x in ("max_strength", "mean_strength", "first_strength", "high")]
+    names += [
+        f"{x}_{k}"
+        for k in layers
+        for x in ("max_strength", "mean_strength", "first_strength", "high")
+    ]
     also = f", min(position) AS position, count(*) AS n_tokens{places}{strengths}"
     place = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
 
@@ -408,12 +494,23 @@ def kwic_macro(
             JOIN internal.types s USING (token_id)"""  # noqa: S608
 
     def numbered(heads: str, beside: str) -> str:
-        """SQL of the words beside ``heads``, as far as ``beside`` tokens hold them; ``place`` 0 is the word itself."""
-        of_ends = {"first_row": "min(t.row)", "first_position": "min(t.position)", "end_row": "max(t.row)"}
+        """SQL of the words beside ``heads``, as far as ``beside`` tokens hold them; ``place`` 0 is
+        the word itself.
+        """
+        of_ends = {
+            "first_row": "min(t.row)",
+            "first_position": "min(t.position)",
+            "end_row": "max(t.row)",
+        }
         window = "OVER (PARTITION BY t.file, f.head, t.doc)"
-        tokens = near(heads, beside, "".join(f", {sql} {window} AS {name}" for name, sql in of_ends.items()))
+        tokens = near(
+            heads, beside, "".join(f", {sql} {window} AS {name}" for name, sql in of_ends.items())
+        )
         spelled = _spelled(
-            tokens, "file, head, doc", offsets, also + "".join(f", any_value({name}) AS {name}" for name in of_ends)
+            tokens,
+            "file, head, doc",
+            offsets,
+            also + "".join(f", any_value({name}) AS {name}" for name in of_ends),
         )
         return f"""
             SELECT *, first_row = head - {beside} AND first_position > 0 AS begins_before,
@@ -434,9 +531,11 @@ def kwic_macro(
             FROM chosen WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
     far = f"least(256 * {words} + 1024, {FAR_TOKENS})"
     whole = (
-        "CASE WHEN is_cut_before THEN '…' ELSE '' END || text || CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
+        "CASE WHEN is_cut_before THEN '…' ELSE '' END || text "
+        "|| CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
     )
-    # Few tokens first, and more for those that lack words. Before DuckDB 1.4 planning that takes half a minute.
+    # Few tokens first, and more for those that lack words. Before DuckDB 1.4 planning that takes
+    # half a minute.
     beside = f"least(64 * {words} + 256, {FAR_TOKENS})"
     chosen = f"""
         chosen AS (
@@ -466,19 +565,22 @@ def kwic_macro(
 
 
 def _few(rows: str) -> str:
-    """``rows`` in a form that DuckDB takes for one row: in a join with the tokens it makes its table of these.
+    """``rows`` in a form that DuckDB takes for one row: in a join with the tokens it makes its
+    table of these.
 
-    It cannot tell how many a scan will find. Where it expects more than there are tokens it would make a table of all
-    tokens, 5 GB for 100 M of them, and do so even where nothing is found.
+    It cannot tell how many a scan will find. Where it expects more than there are tokens it would
+    make a table of all tokens, 5 GB for 100 M of them, and do so even where nothing is found.
     """
     return f"(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM ({rows}) of_these))"  # noqa: S608
 
 
 def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
-    """Steps from the vocabulary to ``<name>_found``: file and row of the heads of the word, where ``wanted`` is true.
+    """Steps from the vocabulary to ``<name>_found``: file and row of the heads of the word, where
+    ``wanted`` is true.
 
-    A head is the word when it has the word as its surface; or when it has none, and its text, with those of the tokens
-    that continue it, is the word. What is not wanted is not scanned either: a join with nothing ends at once.
+    A head is the word when it has the word as its surface; or when it has none, and its text, with
+    those of the tokens that continue it, is the word. What is not wanted is not scanned either: a
+    join with nothing ends at once.
     """
     pieces = (
         "SELECT file, row AS head, row + unnest(range(0, 4 * length(word) + 1)) AS near "  # noqa: S608

@@ -1,1 +1,3 @@
-"""Summaries of shards in; thresholds, vocabulary, neurons, screening and comparisons out. Knows nothing of models."""
+"""Summaries of shards in; thresholds, vocabulary, neurons, screening and comparisons out. Knows
+nothing of models.
+"""

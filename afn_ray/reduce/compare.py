@@ -1,7 +1,9 @@
-"""Two runs side by side: how far their strengths, classes, types and sources moved. Reads their small tables alone.
+"""Two runs side by side: how far their strengths, classes, types and sources moved. Reads their
+small tables alone.
 
-Special tokens are left out. Distances are read off the lossless histograms, so they are those of all recorded values,
-and exactly 0 for two runs over the same corpus; ``psi``, ``kolmogorov_smirnov`` and ``jensen_shannon`` define them.
+Special tokens are left out. Distances are read off the lossless histograms, so they are those of
+all recorded values, and exactly 0 for two runs over the same corpus; ``psi``,
+``kolmogorov_smirnov`` and ``jensen_shannon`` define them.
 """
 
 from __future__ import annotations
@@ -46,9 +48,10 @@ Ints = npt.NDArray[np.int64]
 class Comparison:
     """What differs between run ``a``, the baseline, and run ``b``.
 
-    ``drift`` has a row for each layer (``source`` null) and for each source of either run in it; ``classes`` one for
-    each class of either run; ``movers`` one for each type of either run, in a layer those in both first and of these
-    the surest to have moved. Their schemas are ``DRIFT_SCHEMA``, ``CLASS_DRIFT_SCHEMA`` and ``MOVERS_SCHEMA``.
+    ``drift`` has a row for each layer (``source`` null) and for each source of either run in it;
+    ``classes`` one for each class of either run; ``movers`` one for each type of either run, in a
+    layer those in both first and of these the surest to have moved. Their schemas are
+    ``DRIFT_SCHEMA``, ``CLASS_DRIFT_SCHEMA`` and ``MOVERS_SCHEMA``.
     """
 
     a: RunFolder
@@ -59,16 +62,21 @@ class Comparison:
     notes: tuple[str, ...]  # what a reader must know
 
 
-def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool = False) -> Comparison:
-    """How ``run_b`` differs from ``run_a``, each a run's URI, or a store's for its latest complete run.
+def compare(
+    run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool = False
+) -> Comparison:
+    """How ``run_b`` differs from ``run_a``, each a run's URI, or a store's for its latest complete
+    run.
 
-    z is that of ``two_proportions``, p two-sided under the normal distribution, q after Benjamini and Hochberg over
-    the layer's types in both runs. Tokens of one document are no independent draws, so z says which types moved most,
-    not how sure one may be. A type in both runs has its class in ``run_b``.
+    z is that of ``two_proportions``, p two-sided under the normal distribution, q after Benjamini
+    and Hochberg over the layer's types in both runs. Tokens of one document are no independent
+    draws, so z says which types moved most, not how sure one may be. A type in both runs has its
+    class in ``run_b``.
 
-    Raises ``ConfigError`` for runs of different measures, whose strengths cannot be compared, unless ``ranks_only``:
-    then quartiles, medians and distances are null, and shares remain; types are then matched by their piece.
-    Raises ``StoreError`` for a run that is missing, incomplete or damaged.
+    Raises ``ConfigError`` for runs of different measures, whose strengths cannot be compared,
+    unless ``ranks_only``: then quartiles, medians and distances are null, and shares remain; types
+    are then matched by their piece. Raises ``StoreError`` for a run that is missing, incomplete or
+    damaged.
     """
     a, b = (_complete(run) for run in (run_a, run_b))
     same_measure = a.info["measure"]["id"] == b.info["measure"]["id"]
@@ -88,7 +96,9 @@ def compare(run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool 
         return _compared(a, b, layers, ranks_only=ranks_only, same_measure=same_measure)
 
 
-def _compared(a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_measure: bool) -> Comparison:
+def _compared(
+    a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_measure: bool
+) -> Comparison:
     histograms, vocabularies, sources = (
         [_by_layer(run, name) for run in (a, b)] for name in ("histogram", "vocabulary", "sources")
     )
@@ -106,30 +116,43 @@ def _compared(a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool
             of_a, of_b = _alike(*(_of_sources(by_layer[layer]) for by_layer in sources))
             nothing = (Histogram.of(np.empty(0, np.int64)), 0)
             drift += [
-                _drift_row(layer, name, of_a.get(name, nothing), of_b.get(name, nothing), ranks_only=ranks_only)
+                _drift_row(
+                    layer,
+                    name,
+                    of_a.get(name, nothing),
+                    of_b.get(name, nothing),
+                    ranks_only=ranks_only,
+                )
                 for name in sorted({*of_a, *of_b})
             ]
         classes += _class_rows(layer, *types)
         movers.append(_movers(layer, *types, by_id=same_measure, ranks_only=ranks_only))
     return Comparison(
-        a, b, pa.Table.from_pylist(drift, DRIFT_SCHEMA), pa.Table.from_pylist(classes, CLASS_DRIFT_SCHEMA),
-        pa.concat_tables(movers), tuple(_notes(a, b, layers, ranks_only)),
-    )  # fmt: skip
+        a,
+        b,
+        pa.Table.from_pylist(drift, DRIFT_SCHEMA),
+        pa.Table.from_pylist(classes, CLASS_DRIFT_SCHEMA),
+        pa.concat_tables(movers),
+        tuple(_notes(a, b, layers, ranks_only)),
+    )
 
 
 Sources = dict[str, tuple[Histogram, int]]
 """Histogram and HIGH tokens by source."""
 
 
-# --- distances -------------------------------------------------------------------------------------------
+# --- distances
+# -------------------------------------------------------------------------------------------
 
 
 def psi(a: Histogram, b: Histogram) -> float:
-    """Population stability index: the sum over bins of (q - p) ln(q / p), p and q the bin's shares of ``a`` and ``b``.
+    """Population stability index: the sum over bins of (q - p) ln(q / p), p and q the bin's shares
+    of ``a`` and ``b``.
 
-    Bins end at the deciles of ``a`` (inverse CDF, the end included), the last one nowhere; deciles that coincide end
-    one bin. A bin that is empty in one of the two counts as half a token there, in ``a`` and ``b`` alike, and one that
-    is empty in both is left out. Not symmetric, for the bins are ``a``'s. Neither may be empty.
+    Bins end at the deciles of ``a`` (inverse CDF, the end included), the last one nowhere; deciles
+    that coincide end one bin. A bin that is empty in one of the two counts as half a token there,
+    in ``a`` and ``b`` alike, and one that is empty in both is left out. Not symmetric, for the bins
+    are ``a``'s. Neither may be empty.
     """
     ends = np.unique([a.quantile_key(i, NUM_BINS) for i in range(1, NUM_BINS)])
     in_a, in_b = _binned(a, ends), _binned(b, ends)
@@ -139,16 +162,20 @@ def psi(a: Histogram, b: Histogram) -> float:
 
 
 def kolmogorov_smirnov(a: Histogram, b: Histogram) -> float:
-    """The largest difference of the two empirical CDFs, over all recorded values; 0 to 1. Neither may be empty."""
+    """The largest difference of the two empirical CDFs, over all recorded values; 0 to 1. Neither
+    may be empty.
+    """
     keys = _keys_of(a, b)
     return float(np.abs(_at_or_below(a, keys) / a.n - _at_or_below(b, keys) / b.n).max())
 
 
 def jensen_shannon(a: Histogram, b: Histogram) -> float:
-    """Jensen-Shannon distance to base 2: the square root of the divergence; symmetric, a metric, 0 to 1.
+    """Jensen-Shannon distance to base 2: the square root of the divergence; symmetric, a metric, 0
+    to 1.
 
-    Over ten bins that end at the deciles of the even mixture of the two, whatever their sizes. Over the recorded values
-    themselves it would be near 1 for any two small samples, since these hardly share a value. Neither may be empty.
+    Over ten bins that end at the deciles of the even mixture of the two, whatever their sizes. Over
+    the recorded values themselves it would be near 1 for any two small samples, since these hardly
+    share a value. Neither may be empty.
     """
     keys, n_a, n_b = _keys_of(a, b), a.n, b.n
     below_a, below_b = _at_or_below(a, keys), _at_or_below(b, keys)
@@ -156,7 +183,9 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
     def mixture(at: int) -> int:
         return NUM_BINS * (int(below_a[at]) * n_b + int(below_b[at]) * n_a)  # exact: beyond 64 bits
 
-    deciles = [bisect_left(range(len(keys)), 2 * i * n_a * n_b, key=mixture) for i in range(1, NUM_BINS)]
+    deciles = [
+        bisect_left(range(len(keys)), 2 * i * n_a * n_b, key=mixture) for i in range(1, NUM_BINS)
+    ]
     ends = keys[np.unique(deciles)]
     p, q = _binned(a, ends) / n_a, _binned(b, ends) / n_b
     middle = (p + q) / 2
@@ -182,11 +211,13 @@ def _binned(histogram: Histogram, ends: Ints) -> Ints:
 
 
 def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[Floats, Floats]:
-    """z of ``high_b / n_b`` against ``high_a / n_a`` with the pooled share's variance, and its two-sided p.
+    """z of ``high_b / n_b`` against ``high_a / n_a`` with the pooled share's variance, and its
+    two-sided p.
 
-    Where less than ``LEAST_EXPECTED`` tokens of either kind are expected in either run that z is no normal one: there
-    it is that of the log-odds ratio, with one token of the pooled share added to each run as a prior (Monroe, Colaresi
-    and Quinn, 2008). Where none or all of both are HIGH there is no difference: z is 0 and p is 1.
+    Where less than ``LEAST_EXPECTED`` tokens of either kind are expected in either run that z is no
+    normal one: there it is that of the log-odds ratio, with one token of the pooled share added to
+    each run as a prior (Monroe, Colaresi and Quinn, 2008). Where none or all of both are HIGH there
+    is no difference: z is 0 and p is 1.
     """
     pooled = (high_a + high_b) / (n_a + n_b)
     sd = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
@@ -200,29 +231,39 @@ def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[F
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
-    """q of each of the tests whose ``p`` are given: the least false discovery rate at which it would be found."""
+    """q of each of the tests whose ``p`` are given: the least false discovery rate at which it
+    would be found.
+    """
     order = np.argsort(p, kind="stable")[::-1]
     q = np.empty(len(p))
     q[order] = np.minimum.accumulate(np.minimum(1.0, p[order] * len(p) / np.arange(len(p), 0, -1)))
     return q
 
 
-# --- tables ----------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------
 
 
 def _complete(run: str | RunFolder) -> RunFolder:
     folder = manifest.find_run(run) if isinstance(run, str) else run
     if not folder.info:
-        raise StoreError(f"run {folder.uri} is not complete; give its 'afn run' command again to finish it")
+        raise StoreError(
+            f"run {folder.uri} is not complete; give its 'afn run' command again to finish it"
+        )
     return folder
 
 
 def _by_layer(run: RunFolder, name: str) -> dict[int, pa.Table]:
-    """The run's table ``name`` by layer; nothing where the run has no such table, as older ones have no sources."""
+    """The run's table ``name`` by layer; nothing where the run has no such table, as older ones
+    have no sources.
+    """
     if name not in run.info["tables"]:
         return {}
     table = manifest.read_table(run, name)
-    return {layer: table.filter(pc.equal(table["layer"], layer)).combine_chunks() for layer in run.info["layers"]}
+    return {
+        layer: table.filter(pc.equal(table["layer"], layer)).combine_chunks()
+        for layer in run.info["layers"]
+    }
 
 
 def _without_special(words: pa.Table) -> pa.Table:
@@ -240,7 +281,9 @@ def _of_sources(table: pa.Table) -> Sources:
     columns = (table[name] for name in ("source", "bins", "counts", "n_high"))
     return {
         name.as_py(): (
-            Histogram(bins.values.to_numpy().astype(np.int64), counts.values.to_numpy().astype(np.int64)),
+            Histogram(
+                bins.values.to_numpy().astype(np.int64), counts.values.to_numpy().astype(np.int64)
+            ),
             n_high.as_py(),
         )
         for name, bins, counts, n_high in zip(*columns, strict=True)
@@ -248,23 +291,37 @@ def _of_sources(table: pa.Table) -> Sources:
 
 
 def _alike(*sides: Sources) -> Iterator[Sources]:
-    """Sources with tokens; files of one side go into the folders that the other has for them, as with many files."""
+    """Sources with tokens; files of one side go into the folders that the other has for them, as
+    with many files.
+    """
     names = [{name for name, (histogram, _) in side.items() if histogram.n} for side in sides]
     for side, own, others in zip(sides, names, reversed(names), strict=True):
         groups: dict[str, list[str]] = {}
         for name in sorted(own):
             above = (name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1))
-            known = name if name in others else next((folder for folder in above if folder in others), name)
+            known = (
+                name
+                if name in others
+                else next((folder for folder in above if folder in others), name)
+            )
             groups.setdefault(known, []).append(name)
         yield {
-            known: (Histogram.merge(side[name][0] for name in group), sum(side[name][1] for name in group))
+            known: (
+                Histogram.merge(side[name][0] for name in group),
+                sum(side[name][1] for name in group),
+            )
             for known, group in groups.items()
         }
 
 
 def _drift_row(
-    layer: int, source: str | None, of_a: tuple[Histogram, int], of_b: tuple[Histogram, int], *, ranks_only: bool
-) -> dict[str, Any]:  # fmt: skip
+    layer: int,
+    source: str | None,
+    of_a: tuple[Histogram, int],
+    of_b: tuple[Histogram, int],
+    *,
+    ranks_only: bool,
+) -> dict[str, Any]:
     """A row of ``DRIFT_SCHEMA``; each side is a histogram and how many of its tokens are HIGH."""
     row: dict[str, Any] = {"layer": layer, "source": source}
     for run, (histogram, n_high) in (("a", of_a), ("b", of_b)):
@@ -281,12 +338,18 @@ def _drift_row(
 
 
 def _class_rows(layer: int, *types: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows of ``CLASS_DRIFT_SCHEMA``. Of a class with no token in a run nothing is known there: 0, from 0 to 1."""
+    """Rows of ``CLASS_DRIFT_SCHEMA``. Of a class with no token in a run nothing is known there: 0,
+    from 0 to 1.
+    """
     of_run = {}
     for run, words in zip("ab", types, strict=True):
         sums = pa.TableGroupBy(words, "class").aggregate([("n", "sum"), ("n_high", "sum")])
-        of_run[run] = {name: (n, high) for n, high, name in
-                       zip(*(sums[c].to_pylist() for c in ("n_sum", "n_high_sum", "class")), strict=True)}  # fmt: skip
+        of_run[run] = {
+            name: (n, high)
+            for n, high, name in zip(
+                *(sums[c].to_pylist() for c in ("n_sum", "n_high_sum", "class")), strict=True
+            )
+        }
     for name in in_order(itertools.chain(*of_run.values())):
         row: dict[str, Any] = {"layer": layer, "class": name}
         for run, sums_of in of_run.items():
@@ -294,24 +357,39 @@ def _class_rows(layer: int, *types: pa.Table) -> Iterator[dict[str, Any]]:
             low, upper = wilson(high, n) if n else (0.0, 1.0)
             total = sum(n for n, _ in sums_of.values())
             row |= {
-                f"n_{run}": n, f"share_{run}": n / total if total else 0.0, f"n_high_{run}": high,
-                f"share_high_{run}": high / n if n else 0.0, f"share_high_low_{run}": float(low),
+                f"n_{run}": n,
+                f"share_{run}": n / total if total else 0.0,
+                f"n_high_{run}": high,
+                f"share_high_{run}": high / n if n else 0.0,
+                f"share_high_low_{run}": float(low),
                 f"share_high_high_{run}": float(upper),
-            }  # fmt: skip
+            }
         yield row
 
 
-def _movers(layer: int, types_a: pa.Table, types_b: pa.Table, *, by_id: bool, ranks_only: bool) -> pa.Table:
-    """The layer's rows of ``MOVERS_SCHEMA``; types are the same where their ids are, or else their pieces."""
-    keys_a, keys_b = (t["token_id"].to_numpy() for t in (types_a, types_b)) if by_id else _pieces(types_a, types_b)
+def _movers(
+    layer: int, types_a: pa.Table, types_b: pa.Table, *, by_id: bool, ranks_only: bool
+) -> pa.Table:
+    """The layer's rows of ``MOVERS_SCHEMA``; types are the same where their ids are, or else their
+    pieces.
+    """
+    keys_a, keys_b = (
+        (t["token_id"].to_numpy() for t in (types_a, types_b))
+        if by_id
+        else _pieces(types_a, types_b)
+    )
     keys = np.union1d(keys_a, keys_b)
     at_a, at_b = np.full(len(keys), -1), np.full(len(keys), -1)
     at_a[np.searchsorted(keys, keys_a)] = np.arange(len(keys_a))
     at_b[np.searchsorted(keys, keys_b)] = np.arange(len(keys_b))
     in_a, in_b = at_a >= 0, at_b >= 0
     both = in_a & in_b
-    named = pa.concat_tables([types_b, types_a]).take(pa.array(np.where(in_b, at_b, len(types_b) + at_a)))
-    columns: dict[str, Any] = {n: named[n].combine_chunks() for n in ("token_id", "token", "text", "class")}
+    named = pa.concat_tables([types_b, types_a]).take(
+        pa.array(np.where(in_b, at_b, len(types_b) + at_a))
+    )
+    columns: dict[str, Any] = {
+        n: named[n].combine_chunks() for n in ("token_id", "token", "text", "class")
+    }
     columns["layer"] = np.full(len(keys), layer)
     columns["status"] = np.where(both, "both", np.where(in_b, "new", "vanished"))
     number: dict[tuple[str, str], Any] = {}
@@ -324,10 +402,16 @@ def _movers(layer: int, types_a: pa.Table, types_b: pa.Table, *, by_id: bool, ra
         columns[f"share_high_{run}"] = pa.array(share, mask=~there)
         columns[f"median_{run}"] = pa.array(number["q2", run], mask=~there | ranks_only)
     z, p, q = np.zeros(len(keys)), np.ones(len(keys)), np.ones(len(keys))
-    z[both], p[both] = two_proportions(*(number[name, run][both] for run in "ab" for name in ("n_high", "n")))
+    z[both], p[both] = two_proportions(
+        *(number[name, run][both] for run in "ab" for name in ("n_high", "n"))
+    )
     q[both] = benjamini_hochberg(p[both])
-    columns |= {name: pa.array(values, mask=~both) for name, values in (("z", z), ("p", p), ("q", q))}
-    table = pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in MOVERS_SCHEMA], schema=MOVERS_SCHEMA)
+    columns |= {
+        name: pa.array(values, mask=~both) for name, values in (("z", z), ("p", p), ("q", q))
+    }
+    table = pa.Table.from_arrays(
+        [pa.array(columns[f.name], f.type) for f in MOVERS_SCHEMA], schema=MOVERS_SCHEMA
+    )
     tokens = number["n", "a"] + number["n", "b"]
     ids = table["token_id"].to_numpy()
     return table.take(pa.array(np.lexsort((ids, -tokens, -np.abs(z), q, columns["status"]))))
@@ -340,20 +424,24 @@ def _pieces(*types: pa.Table) -> Iterator[Ints]:
         seen: Counter[str] = Counter()
         found = []
         for piece in table["token"].to_pylist():
-            seen[piece] += 1  # a vocabulary may hold a piece twice: the first is then the other's first
+            seen[piece] += (
+                1  # a vocabulary may hold a piece twice: the first is then the other's first
+            )
             found.append(numbers.setdefault((piece, seen[piece]), len(numbers)))
         yield np.array(found, np.int64)
 
 
-# --- what a reader must know -----------------------------------------------------------------------------
+# --- what a reader must know
+# -----------------------------------------------------------------------------
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Keys of two measures that differ, with their values."""
     return [
         f"{key}: {_short(a.get(key))} against {_short(b.get(key))}"
-        for key in sorted({*a, *b} - {"id"}) if a.get(key) != b.get(key)
-    ]  # fmt: skip
+        for key in sorted({*a, *b} - {"id"})
+        if a.get(key) != b.get(key)
+    ]
 
 
 def _short(value: object) -> str:
@@ -387,7 +475,7 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         yield (
             "HIGH is a rank within each run: A and B label by different Q3, so a HIGH share says nothing of raw "
             "strengths."
-        )  # fmt: skip
+        )
     for name, run in runs:
         other = b if run is a else a
         if left_out := [k for k in run.info["layers"] if k not in layers]:
@@ -398,11 +486,15 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
-    if (language := a.info["config"].get("language")) != (theirs := b.info["config"].get("language")):
+    if (language := a.info["config"].get("language")) != (
+        theirs := b.info["config"].get("language")
+    ):
         yield f"Function words are those of {language!r} in A and of {theirs!r} in B, so classes differ by that too."
     labels = [info["measure"].get("labels") for info in (a.info, b.info)]
     if labels[0] != labels[1]:
-        of_a, of_b = ("guessed" if column is None else f"the tags in {column!r}" for column in labels)
+        of_a, of_b = (
+            "guessed" if column is None else f"the tags in {column!r}" for column in labels
+        )
         yield f"Classes are {of_a} in A and {of_b} in B, so they differ by that too."
     words = [info.get("function_words") for info in (a.info, b.info)]
     if words[0] != words[1]:
@@ -410,14 +502,20 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain values, bounded: the surest movers, the most frequent new and vanished types and the
-    sources furthest away by KS, ``JSON_ROWS`` of each, with the number of all at the deepest layer."""
+    """The comparison as plain values, bounded: the surest movers, the most frequent new and
+    vanished types and the sources furthest away by KS, ``JSON_ROWS`` of each, with the number of
+    all at the deepest layer.
+    """
     drift, movers = comparison.drift, comparison.movers
     whole = pc.is_null(drift["source"])
-    sources = drift.filter(pc.invert(whole)).sort_by([("ks", "descending"), ("layer", "descending")])
+    sources = drift.filter(pc.invert(whole)).sort_by(
+        [("ks", "descending"), ("layer", "descending")]
+    )
     unknown = pc.is_null(sources["ks"])  # new and vanished ones are the furthest
     sources = pa.concat_tables([sources.filter(unknown), sources.filter(pc.invert(unknown))])
-    of_status = {s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")}
+    of_status = {
+        s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")
+    }
     both = of_status["both"].append_column("size", pc.abs(of_status["both"]["z"]))
     surest = both.sort_by([("q", "ascending"), ("size", "descending")]).drop_columns("size")
     deepest = max(drift["layer"].to_pylist())
@@ -435,8 +533,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
     for status in ("new", "vanished"):  # the same types in every layer
         rows = of_status[status].filter(pc.equal(of_status[status]["layer"], deepest))
-        body[status] = [{k: r[k] for k in ("token_id", "token", "text", "class", "n_a", "n_b")}
-                        for r in rows.slice(0, JSON_ROWS).to_pylist()]  # fmt: skip
+        body[status] = [
+            {k: r[k] for k in ("token_id", "token", "text", "class", "n_a", "n_b")}
+            for r in rows.slice(0, JSON_ROWS).to_pylist()
+        ]
         body[f"n_{status}"] = len(rows)
     return body
 
@@ -449,15 +549,22 @@ def describe(run: RunFolder) -> dict[str, Any]:
     """What tells a run from others, as plain values."""
     info = run.info
     return {
-        "uri": run.uri, "id": run.id, "corpus": list(info["config"]["corpus"]), "model": info["model"]["name"],
-        "measure": info["measure"]["id"], "tokens": info["counts"]["tokens"] - info["counts"]["special"],
-        "documents": info["counts"]["documents"], "created_at": info["created_at"],
+        "uri": run.uri,
+        "id": run.id,
+        "corpus": list(info["config"]["corpus"]),
+        "model": info["model"]["name"],
+        "measure": info["measure"]["id"],
+        "tokens": info["counts"]["tokens"] - info["counts"]["special"],
+        "documents": info["counts"]["documents"],
+        "created_at": info["created_at"],
         "finished_at": info["finished_at"],
-    }  # fmt: skip
+    }
 
 
 def whole_words(types: pa.Table) -> pa.Table:
-    """Rows of ``types`` (with a column ``class``) that are no part of a word: what a list of words may show."""
+    """Rows of ``types`` (with a column ``class``) that are no part of a word: what a list of words
+    may show.
+    """
     return types.filter(pc.invert(pc.is_in(types["class"], pa.array(PARTS_OF_WORDS))))
 
 

@@ -1,8 +1,9 @@
 """Lossless histograms of strengths: rounding, exact mergeable statistics, exact quantiles.
 
-Recorded strengths keep 15 bits of mantissa. Non-negative floats sort like their bit patterns, so the upper
-24 bits of a strength are an ordered integer *bin* that is the recorded value itself: a histogram of bins
-loses nothing, adds up in any order, and gives every quantile as an exact order statistic.
+Recorded strengths keep 15 bits of mantissa. Non-negative floats sort like their bit patterns, so
+the upper 24 bits of a strength are an ordered integer *bin* that is the recorded value itself: a
+histogram of bins loses nothing, adds up in any order, and gives every quantile as an exact order
+statistic.
 """
 
 from __future__ import annotations
@@ -28,15 +29,21 @@ TYPE_BITS = 31
 SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
 COMPACT_KEYS = 1 << 22
 MERGE_KEYS = 1 << 18
-"""Keys that a merge sorts at a time: few enough for a core's cache, and for little memory beside the sum."""
+"""Keys that a merge sorts at a time: few enough for a core's cache, and for little memory beside
+the sum.
+"""
 
 
 def round_strengths(values: Floats) -> Floats:
-    """``values`` rounded to 15 bits of mantissa, half to even; relative error at most 2^-16, -0 becomes +0."""
+    """``values`` rounded to 15 bits of mantissa, half to even; relative error at most 2^-16, -0
+    becomes +0.
+    """
     bits = np.asarray(values, np.float32).view(np.uint32)
     finite = np.isfinite(values)
     rounded = (bits + np.uint32(0x7F) + ((bits >> 8) & 1)) & np.uint32(0xFFFFFF00)
-    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32) + np.float32(0)  # -0 becomes +0
+    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32) + np.float32(
+        0
+    )  # -0 becomes +0
 
 
 def to_bins(values: Floats) -> Ints:
@@ -76,7 +83,9 @@ class Histogram:
 
     @classmethod
     def merge(cls, parts: Iterable[Histogram]) -> Histogram:
-        """The sum of ``parts``, one range of keys after another: beside the parts and the sum, little is held."""
+        """The sum of ``parts``, one range of keys after another: beside the parts and the sum,
+        little is held.
+        """
         parts = [p for p in parts if len(p.keys)] or [cls.of(np.empty(0, np.int64))]
         if len(parts) == 1:
             return parts[0]
@@ -97,13 +106,16 @@ class Histogram:
         return int(self.counts.sum())
 
     def quantile_key(self, numerator: int, denominator: int) -> int:
-        """Key at the inverse CDF of ``numerator/denominator``, exactly. The histogram must not be empty."""
+        """Key at the inverse CDF of ``numerator/denominator``, exactly. The histogram must not be
+        empty.
+        """
         rank = max(1, -(-self.n * numerator // denominator))
         return int(self.keys[np.searchsorted(np.cumsum(self.counts), rank)])
 
 
 class Summary:
-    """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied bins.
+    """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied
+    bins.
 
     ``tagged``: tokens come with tags, and how often each type has each is counted too.
     """
@@ -113,14 +125,21 @@ class Summary:
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
         self._whole_words: list[Histogram] = []
-        self._tags = [TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))] if tagged else None
+        self._tags = (
+            [TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))] if tagged else None
+        )
 
     def add(
-        self, docs: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8],
-        values: Mapping[Series, Floats], tags: pa.Array | None = None,
-    ) -> None:  # fmt: skip
-        """Add the tokens of whole documents; ``values`` are rounded, finite and not negative, [n] per series; ``tags``
-        are strings, null where there is none."""
+        self,
+        docs: npt.NDArray[np.int32],
+        token_ids: npt.NDArray[np.int32],
+        flags: npt.NDArray[np.uint8],
+        values: Mapping[Series, Floats],
+        tags: pa.Array | None = None,
+    ) -> None:
+        """Add the tokens of whole documents; ``values`` are rounded, finite and not negative, [n]
+        per series; ``tags`` are strings, null where there is none.
+        """
         special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
         types = special + (token_ids.astype(np.int64) << BIN_BITS)
         in_docs = np.unique((docs.astype(np.int64) << (TYPE_BITS + 1)) + (types >> BIN_BITS))
@@ -137,7 +156,9 @@ class Summary:
                 self._tags[:] = [TypeTags.merge(self._tags)]
 
     def tables(self) -> Iterable[pa.Table]:
-        """One table per series, as in ``SUMMARY_SCHEMA``; with tags as in ``TAGGED_SUMMARY_SCHEMA``, theirs last."""
+        """One table per series, as in ``SUMMARY_SCHEMA``; with tags as in
+        ``TAGGED_SUMMARY_SCHEMA``, theirs last.
+        """
         counts = (self._docs, self._word_starts, self._whole_words)
         docs, starts, wholes = (Histogram.merge(parts) for parts in counts)
         for series, parts in self._values.items():
@@ -145,7 +166,9 @@ class Summary:
             yield (
                 table
                 if self._tags is None
-                else table.append_column(TAGGED_SUMMARY_SCHEMA.field("tag"), pa.nulls(len(table), pa.string()))
+                else table.append_column(
+                    TAGGED_SUMMARY_SCHEMA.field("tag"), pa.nulls(len(table), pa.string())
+                )
             )
         if self._tags is not None:
             yield TypeTags.merge(self._tags).to_table()
@@ -153,14 +176,18 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class TypeTags:
-    """How often each type of a labelled corpus has each tag; sums of these are exact in any order."""
+    """How often each type of a labelled corpus has each tag; sums of these are exact in any
+    order.
+    """
 
     table: pa.Table  # token_id, tag, n; each pair once, in order
 
     @classmethod
     def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
         """Of tokens; those whose tag is null are left out."""
-        return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": np.ones(len(token_ids), np.int64)}))
+        return cls._sum(
+            pa.table({"token_id": token_ids, "tag": tags, "n": np.ones(len(token_ids), np.int64)})
+        )
 
     @classmethod
     def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:
@@ -169,9 +196,17 @@ class TypeTags:
 
     @classmethod
     def _sum(cls, table: pa.Table) -> TypeTags:
-        sums = table.filter(pc.is_valid(table["tag"])).group_by(["token_id", "tag"]).aggregate([("n", "sum")])
+        sums = (
+            table.filter(pc.is_valid(table["tag"]))
+            .group_by(["token_id", "tag"])
+            .aggregate([("n", "sum")])
+        )
         order = [("token_id", "ascending"), ("tag", "ascending")]
-        return cls(sums.select(["token_id", "tag", "n_sum"]).rename_columns(["token_id", "tag", "n"]).sort_by(order))
+        return cls(
+            sums.select(["token_id", "tag", "n_sum"])
+            .rename_columns(["token_id", "tag", "n"])
+            .sort_by(order)
+        )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TypeTags:
@@ -180,29 +215,45 @@ class TypeTags:
         return cls(pa.table({"token_id": table["token_id"], "tag": table["tag"], "n": n}))
 
     def to_table(self) -> pa.Table:
-        """As rows of ``TAGGED_SUMMARY_SCHEMA``, in which ``counts`` alone says something; the inverse of the above."""
-        zeros, ends = np.zeros(len(self.table), np.int64), np.arange(len(self.table) + 1, dtype=np.int32)
-        columns = {
-            "signal": pa.array(["tag"] * len(zeros), pa.string()), "layer": zeros, "special": zeros, "n_docs": zeros,
-            "n_word_start": zeros, "n_whole": zeros, "bins": pa.ListArray.from_arrays(ends, zeros),
-            "counts": pa.ListArray.from_arrays(ends, self.table["n"].combine_chunks()),
-            "token_id": self.table["token_id"], "tag": self.table["tag"],
-        }  # fmt: skip
-        return pa.table([columns[name] for name in TAGGED_SUMMARY_SCHEMA.names], TAGGED_SUMMARY_SCHEMA.names).cast(
-            TAGGED_SUMMARY_SCHEMA
+        """As rows of ``TAGGED_SUMMARY_SCHEMA``, in which ``counts`` alone says something; the
+        inverse of the above.
+        """
+        zeros, ends = (
+            np.zeros(len(self.table), np.int64),
+            np.arange(len(self.table) + 1, dtype=np.int32),
         )
+        columns = {
+            "signal": pa.array(["tag"] * len(zeros), pa.string()),
+            "layer": zeros,
+            "special": zeros,
+            "n_docs": zeros,
+            "n_word_start": zeros,
+            "n_whole": zeros,
+            "bins": pa.ListArray.from_arrays(ends, zeros),
+            "counts": pa.ListArray.from_arrays(ends, self.table["n"].combine_chunks()),
+            "token_id": self.table["token_id"],
+            "tag": self.table["tag"],
+        }
+        return pa.table(
+            [columns[name] for name in TAGGED_SUMMARY_SCHEMA.names], TAGGED_SUMMARY_SCHEMA.names
+        ).cast(TAGGED_SUMMARY_SCHEMA)
 
     def most_frequent(self) -> dict[int, str]:
-        """The tag that each type has most often; of those that it has as often the first by name."""
+        """The tag that each type has most often; of those that it has as often the first by
+        name.
+        """
         best: dict[int, tuple[int, str]] = {}
-        for token_id, tag, n in zip(*(self.table[c].to_pylist() for c in ("token_id", "tag", "n")), strict=True):
+        for token_id, tag, n in zip(
+            *(self.table[c].to_pylist() for c in ("token_id", "tag", "n")), strict=True
+        ):
             if n > best.get(token_id, (0, ""))[0]:
                 best[token_id] = (n, tag)
         return {token_id: tag for token_id, (_, tag) in best.items()}
 
 
 def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Which tokens are a word by themselves: they start one, and the next token of their document does not continue it.
+    """Which tokens are a word by themselves: they start one, and the next token of their document
+    does not continue it.
 
     ``docs`` and ``flags``: of the tokens of whole documents, [n].
     """
@@ -222,7 +273,9 @@ def _look_up(histogram: Histogram, keys: Ints) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class SeriesSummary:
-    """One series' summary of one shard or of many: values, and by type documents, word starts and whole words."""
+    """One series' summary of one shard or of many: values, and by type documents, word starts and
+    whole words.
+    """
 
     values: Histogram  # keys: special, type, bin
     docs: Histogram  # keys: special, type
@@ -250,7 +303,9 @@ class SeriesSummary:
         )
 
     def to_table(self, series: Series) -> pa.Table:
-        """As rows of ``SUMMARY_SCHEMA``, one for each type, normal ones first; the inverse of ``from_table``."""
+        """As rows of ``SUMMARY_SCHEMA``, one for each type, normal ones first; the inverse of
+        ``from_table``.
+        """
         types = self.values.keys >> BIN_BITS
         first = starts(types)
         keys = types[first] << BIN_BITS
@@ -268,15 +323,16 @@ class SeriesSummary:
             pa.ListArray.from_arrays(
                 ends, pa.array(self.values.counts), type=SUMMARY_SCHEMA.field("counts").type
             ),
-        ]  # fmt: skip
+        ]
         return pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
 
     @classmethod
     def merge(cls, parts: Iterable[SeriesSummary]) -> SeriesSummary:
         """The sum of ``parts``, which are taken one by one; the same for any order and grouping.
 
-        Parts wait until they are as large as the sum so far: n of them cost n log n and not n squared, and memory is
-        that of the result four times, 64 bytes for each distinct pair of a type and a strength.
+        Parts wait until they are as large as the sum so far: n of them cost n log n and not n
+        squared, and memory is that of the result four times, 64 bytes for each distinct pair of a
+        type and a strength.
         """
         total, waiting, num_keys = cls._add([]), [], 0
         for part in parts:

@@ -21,7 +21,9 @@ def function_words(language: str) -> frozenset[str]:
     Raises ``ConfigError`` for a language that it does not have.
     """
     if language not in stopwords.LANGUAGE_MAPPING:
-        raise ConfigError(f"no function words for language {language!r}; known: {', '.join(languages())}")
+        raise ConfigError(
+            f"no function words for language {language!r}; known: {', '.join(languages())}"
+        )
     words = (word.strip().lower() for word in stopwords.get_stopwords(language))
     return frozenset(word for word in words if word)
 
@@ -34,10 +36,11 @@ def languages() -> list[str]:
 def classify(text: str, *, special: bool, starts_word: bool, is_whole: bool, language: str) -> str:
     """Class of the type that reads ``text``.
 
-    Unicode categories decide: all symbols and punctuation (P*, S*) is punctuation; digits (N*) with at most
-    punctuation around them are a number; marks that no text is left of are punctuation. A type that mostly
-    continues words (not ``starts_word``) is a fragment, whatever it spells, and so are bytes that make no character
-    of their own. One that mostly starts words of several tokens (not ``is_whole``) is a piece.
+    Unicode categories decide: all symbols and punctuation (P*, S*) is punctuation; digits (N*) with
+    at most punctuation around them are a number; marks that no text is left of are punctuation. A
+    type that mostly continues words (not ``starts_word``) is a fragment, whatever it spells, and so
+    are bytes that make no character of their own. One that mostly starts words of several tokens
+    (not ``is_whole``) is a piece.
     """
     if special:
         return "special"

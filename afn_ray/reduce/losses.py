@@ -1,7 +1,8 @@
-"""What a run lost of its corpus, file by file: bytes and documents that were not measured, characters replaced.
+"""What a run lost of its corpus, file by file: bytes and documents that were not measured,
+characters replaced.
 
-A row of ``documents`` says what it stands for. Only shards whose commit counts a loss are read again, by pure calls of
-``reduce.Tasks``; all other files are known to be whole.
+A row of ``documents`` says what it stands for. Only shards whose commit counts a loss are read
+again, by pure calls of ``reduce.Tasks``; all other files are known to be whole.
 """
 
 from __future__ import annotations
@@ -61,17 +62,23 @@ class Losses:
         return min(1.0, self.lost_bytes / self.num_bytes) if self.num_bytes else float(self.any)
 
 
-# --- the table -------------------------------------------------------------------------------------------
+# --- the table
+# -------------------------------------------------------------------------------------------
 
 
 def files_table(
-    store: str, measure_id: str, commits: Sequence[Commit], *, shards: Sequence[Shard],
-    skipped: Iterable[FileInfo], tasks: Tasks | None = None,
-) -> pa.Table:  # fmt: skip
+    store: str,
+    measure_id: str,
+    commits: Sequence[Commit],
+    *,
+    shards: Sequence[Shard],
+    skipped: Iterable[FileInfo],
+    tasks: Tasks | None = None,
+) -> pa.Table:
     """A row of ``FILES_SCHEMA`` for each file of the corpus, by URI.
 
-    ``commits`` are those of ``shards`` that were not given up; a shard without one is lost as a whole. Raises
-    ``StoreError`` for a file that is not as committed.
+    ``commits`` are those of ``shards`` that were not given up; a shard without one is lost as a
+    whole. Raises ``StoreError`` for a file that is not as committed.
     """
     tasks = tasks or Inline()
     done = {commit.shard for commit in commits}
@@ -85,7 +92,7 @@ def files_table(
         handles = [
             tasks.submit(_add, *handles[begin : begin + FAN_IN])[0]
             for begin in range(0, len(handles), FAN_IN)
-        ]  # fmt: skip
+        ]
     found = pa.concat_tables([_planned(shards, done), *map(tasks.result, handles)])
     read = add_files(found)
     read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))
@@ -96,7 +103,10 @@ def files_table(
 def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[str, int]:
     """``counts``, sums over commits, with the losses of ``shards`` that were given up."""
     planned = _planned(list(shards), set())
-    return {name: n + (pc.sum(planned[name]).as_py() or 0 if name in LOST else 0) for name, n in counts.items()}
+    return {
+        name: n + (pc.sum(planned[name]).as_py() or 0 if name in LOST else 0)
+        for name, n in counts.items()
+    }
 
 
 def add_files(files: pa.Table) -> pa.Table:
@@ -104,7 +114,8 @@ def add_files(files: pa.Table) -> pa.Table:
     (added,) = _add(files)
     size, lost = (added[name].to_numpy().astype(np.float64) for name in ("num_bytes", "lost_bytes"))
     empty = np.where(added["n_quarantined"].to_numpy() > 0, 0.0, 1.0)
-    # A document that the model refused counts as its text, which may be more than the file's compressed bytes.
+    # A document that the model refused counts as its text, which may be more than the file's
+    # compressed bytes.
     share = np.where(size > 0, np.clip(1 - lost / np.maximum(size, 1), 0, 1), empty)
     return added.append_column("share_read", pa.array(share))
 
@@ -164,7 +175,7 @@ def _not_read(files: Iterable[FileInfo]) -> pa.Table:
     rows = [
         nothing | {"source": f.uri, "is_skipped": True, "bytes": f.size, "share_read": 0.0}
         for f in files
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, FILES_SCHEMA)
 
 
@@ -174,7 +185,8 @@ def skipped_files(table: pa.Table) -> list[FileInfo]:
     return [FileInfo(row["source"], row["bytes"], "") for row in rows]
 
 
-# --- the totals ------------------------------------------------------------------------------------------
+# --- the totals
+# ------------------------------------------------------------------------------------------
 
 
 def total(files: pa.Table) -> Losses:
@@ -182,14 +194,24 @@ def total(files: pa.Table) -> Losses:
     read = files.filter(pc.invert(files["is_skipped"]))
     sums = {name: int(pc.sum(read[name]).as_py() or 0) for name in ("num_bytes", *SUMS)}
     losers = read.filter(lost_something(read))
-    worst = losers.sort_by([("lost_bytes", "descending"), ("source", "ascending")]).slice(0, NAMED_FILES)
+    worst = losers.sort_by([("lost_bytes", "descending"), ("source", "ascending")]).slice(
+        0, NAMED_FILES
+    )
     replaced = read.filter(pc.greater(read["n_replaced"], 0))
-    most = replaced.sort_by([("n_replaced", "descending"), ("source", "ascending")]).slice(0, NAMED_FILES)
+    most = replaced.sort_by([("n_replaced", "descending"), ("source", "ascending")]).slice(
+        0, NAMED_FILES
+    )
     return Losses(
-        sums["num_bytes"], sums["lost_bytes"], sums["lost_documents"], sums["lost_unknown"], sums["n_replaced"],
-        len(losers), tuple(zip(worst["source"].to_pylist(), worst["share_read"].to_pylist(), strict=True)),
-        len(replaced), tuple(most["source"].to_pylist()),
-    )  # fmt: skip
+        sums["num_bytes"],
+        sums["lost_bytes"],
+        sums["lost_documents"],
+        sums["lost_unknown"],
+        sums["n_replaced"],
+        len(losers),
+        tuple(zip(worst["source"].to_pylist(), worst["share_read"].to_pylist(), strict=True)),
+        len(replaced),
+        tuple(most["source"].to_pylist()),
+    )
 
 
 def lost_something(files: pa.Table) -> pa.Array:
@@ -211,10 +233,13 @@ def to_json(found: Losses) -> dict[str, Any]:
     return body
 
 
-# --- what the tokenizer does not know --------------------------------------------------------------------
+# --- what the tokenizer does not know
+# --------------------------------------------------------------------
 
 UNKNOWN_SHARE = 0.05
-"""Share of the tokens of text from which unknown ones are a warning; of text in a model's own language it is 0.001."""
+"""Share of the tokens of text from which unknown ones are a warning; of text in a model's own
+language it is 0.001.
+"""
 
 
 def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
@@ -223,12 +248,16 @@ def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
         return 0
     of_layer = pc.equal(vocabulary["layer"], pc.min(vocabulary["layer"]))
     of_text = pc.not_equal(vocabulary["class"].cast(pa.string()), "special")
-    found = vocabulary.filter(pc.and_(pc.and_(of_layer, of_text), pc.equal(vocabulary["token_id"], unknown)))
+    found = vocabulary.filter(
+        pc.and_(pc.and_(of_layer, of_text), pc.equal(vocabulary["token_id"], unknown))
+    )
     return int(pc.sum(found["n"]).as_py() or 0)
 
 
 def describe_unknown(info: Mapping[str, Any]) -> str:
-    """How much of a run's text its tokenizer does not know, where that is over ``UNKNOWN_SHARE``; else empty."""
+    """How much of a run's text its tokenizer does not know, where that is over ``UNKNOWN_SHARE``;
+    else empty.
+    """
     found, counts = info.get("unknown"), info["counts"]
     num_tokens = counts["tokens"] - counts["special"]
     if not isinstance(found, dict) or not isinstance(num := found.get("tokens"), int):
@@ -242,11 +271,14 @@ def describe_unknown(info: Mapping[str, Any]) -> str:
     )
 
 
-# --- in words --------------------------------------------------------------------------------------------
+# --- in words
+# --------------------------------------------------------------------------------------------
 
 
 def describe(found: Losses) -> str:
-    """What was lost, as "43 kB of 1.2 MB (3.6%) in 2 files: a.gz (52.1% read), ..."; empty where nothing was."""
+    """What was lost, as "43 kB of 1.2 MB (3.6%) in 2 files: a.gz (52.1% read), ..."; empty where
+    nothing was.
+    """
     if not found.any:
         return ""
     return (
@@ -258,7 +290,10 @@ def describe(found: Losses) -> str:
 def worst_files(found: Losses) -> str:
     """Names of the files that lost most, with the share of each that was read."""
     names = _names([uri for uri, _ in found.worst])
-    files = [f"{name} ({rounded_down(share)} read)" for name, (_, share) in zip(names, found.worst, strict=True)]
+    files = [
+        f"{name} ({rounded_down(share)} read)"
+        for name, (_, share) in zip(names, found.worst, strict=True)
+    ]
     return _listed(files, found.num_files)
 
 

@@ -1,7 +1,9 @@
-"""Which neurons answer to which types: exact counts of each pair, which merge in any order, and what they say.
+"""Which neurons answer to which types: exact counts of each pair, which merge in any order, and
+what they say.
 
-Of each token its few neurons furthest from 0 are recorded. A pair is one of them with the token's type; special tokens
-are left out. Values are summed in units of 2^-20, as integers, so neither order nor grouping changes a bit.
+Of each token its few neurons furthest from 0 are recorded. A pair is one of them with the token's
+type; special tokens are left out. Values are summed in units of 2^-20, as integers, so neither
+order nor grouping changes a bit.
 """
 
 from __future__ import annotations
@@ -15,18 +17,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce.histogram import COMPACT_KEYS, TYPE_BITS, starts
-from afn_ray.schema import NEURON_LIST, NEURON_TYPES_SCHEMA, NEURONS_SCHEMA, PAIRS_SCHEMA, SPECIAL, neurons_column
+from afn_ray.schema import (
+    NEURON_LIST,
+    NEURON_TYPES_SCHEMA,
+    NEURONS_SCHEMA,
+    PAIRS_SCHEMA,
+    SPECIAL,
+    neurons_column,
+)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 SCALE = 1 << 20
 LIMIT = float(1 << 24)
-"""Of a neuron's value: sums of half a million such ones fit into 64 bits, and no model comes near."""
+"""Of a neuron's value: sums of half a million such ones fit into 64 bits, and no model comes
+near.
+"""
 TOP_TYPES = 10
 """Types that the table of neurons names for each."""
 MIN_N = 5
-"""Pairs seen less often are counted in the neuron's figures, and have no row of their own in a run's tables."""
+"""Pairs seen less often are counted in the neuron's figures, and have no row of their own in a
+run's tables.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,11 @@ class Pairs:
         first = starts(keys)
         if not len(first):
             return cls(keys, n, totals, largest)
-        sums = (np.add.reduceat(n, first), np.add.reduceat(totals, first), np.maximum.reduceat(largest, first))
+        sums = (
+            np.add.reduceat(n, first),
+            np.add.reduceat(totals, first),
+            np.maximum.reduceat(largest, first),
+        )
         return cls(keys[first], *sums)
 
     @classmethod
@@ -56,20 +73,30 @@ class Pairs:
         if len(found) == 1:
             return found[0]
         return cls.of(
-            np.concatenate([p.keys for p in found]), np.concatenate([p.n for p in found]),
-            np.concatenate([p.totals for p in found]), np.concatenate([p.largest for p in found]),
-        )  # fmt: skip
+            np.concatenate([p.keys for p in found]),
+            np.concatenate([p.n for p in found]),
+            np.concatenate([p.totals for p in found]),
+            np.concatenate([p.largest for p in found]),
+        )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Pairs:
         """From rows of ``PAIRS_SCHEMA`` of one layer."""
-        keys = (table["neuron"].to_numpy().astype(np.int64) << TYPE_BITS) + table["token_id"].to_numpy()
+        keys = (table["neuron"].to_numpy().astype(np.int64) << TYPE_BITS) + table[
+            "token_id"
+        ].to_numpy()
         return cls(keys, *(table[name].to_numpy() for name in ("n", "total", "largest")))
 
     def to_table(self, layer: int) -> pa.Table:
         """As rows of ``PAIRS_SCHEMA``; the inverse of ``from_table``."""
-        columns = (np.full(len(self.keys), layer, np.int16), self.keys >> TYPE_BITS,
-                   self.keys & ((1 << TYPE_BITS) - 1), self.n, self.totals, self.largest)  # fmt: skip
+        columns = (
+            np.full(len(self.keys), layer, np.int16),
+            self.keys >> TYPE_BITS,
+            self.keys & ((1 << TYPE_BITS) - 1),
+            self.n,
+            self.totals,
+            self.largest,
+        )
         arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, PAIRS_SCHEMA, strict=True)]
         return pa.Table.from_arrays(arrays, schema=PAIRS_SCHEMA)
 
@@ -84,8 +111,12 @@ class PairSummary:
     def __init__(self, layers: Sequence[int]) -> None:
         self._parts: dict[int, list[Pairs]] = {k: [] for k in layers}
 
-    def add(self, token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], lists: pa.Table) -> None:
-        """Add tokens, whose neurons are rows of ``lists`` (``token_neurons_schema``) in the same order."""
+    def add(
+        self, token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], lists: pa.Table
+    ) -> None:
+        """Add tokens, whose neurons are rows of ``lists`` (``token_neurons_schema``) in the same
+        order.
+        """
         normal = (flags & SPECIAL) == 0
         for layer, parts in self._parts.items():
             column = lists[neurons_column(layer)].combine_chunks()
@@ -109,8 +140,8 @@ class PairSummary:
 def lists_of(measured: Floats, kept: npt.NDArray[np.bool_] | None = None) -> pa.Array:
     """What a model gave of one layer, as a column of ``token_neurons_schema``.
 
-    ``measured`` [2 top, n_tokens]: numbers of neurons, then their values, the furthest from 0 first. Values of 0 are
-    left out, and tokens that are not ``kept`` [n_tokens] have null.
+    ``measured`` [2 top, n_tokens]: numbers of neurons, then their values, the furthest from 0
+    first. Values of 0 are left out, and tokens that are not ``kept`` [n_tokens] have null.
     """
     which, values = np.split(measured.T, 2, axis=1)
     there = values != 0
@@ -121,13 +152,15 @@ def lists_of(measured: Floats, kept: npt.NDArray[np.bool_] | None = None) -> pa.
         mask=None if kept is None else np.append(~kept, False),
     )
     items = pa.StructArray.from_arrays(
-        [pa.array(which[there].astype(np.uint16)), pa.array(values[there])], fields=list(NEURON_LIST.value_type)
+        [pa.array(which[there].astype(np.uint16)), pa.array(values[there])],
+        fields=list(NEURON_LIST.value_type),
     )
     return pa.ListArray.from_arrays(offsets, items, type=NEURON_LIST)
 
 
 def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[pa.Table, pa.Table]:
-    """What ``pairs`` of whole neurons say: rows of ``NEURONS_SCHEMA`` without texts, and of ``NEURON_TYPES_SCHEMA``.
+    """What ``pairs`` of whole neurons say: rows of ``NEURONS_SCHEMA`` without texts, and of
+    ``NEURON_TYPES_SCHEMA``.
 
     ``types``: ``token_id`` ascending and ``n``, the tokens of which neurons are recorded.
     """
@@ -148,28 +181,45 @@ def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[
     listed = np.minimum(rows, TOP_TYPES)
     named = NEURONS_SCHEMA.field("types").type
     items = pa.StructArray.from_arrays(
-        [pa.array(ids[top].astype(np.int32)), pa.array([""] * len(top), pa.string()), pa.array(pairs.n[top]),
-         pa.array(lift[top])], fields=list(named.value_type),
-    )  # fmt: skip
+        [
+            pa.array(ids[top].astype(np.int32)),
+            pa.array([""] * len(top), pa.string()),
+            pa.array(pairs.n[top]),
+            pa.array(lift[top]),
+        ],
+        fields=list(named.value_type),
+    )
     by_neuron = {
-        "layer": np.full(len(first), layer), "neuron": neurons[first], "n": n, "share": n / n_tokens,
-        "mean": np.add.reduceat(pairs.totals, first) / SCALE / n, "largest": np.maximum.reduceat(pairs.largest, first),
-        "n_types": rows, "selectivity": np.add.reduceat(information, first),
-    }  # fmt: skip
+        "layer": np.full(len(first), layer),
+        "neuron": neurons[first],
+        "n": n,
+        "share": n / n_tokens,
+        "mean": np.add.reduceat(pairs.totals, first) / SCALE / n,
+        "largest": np.maximum.reduceat(pairs.largest, first),
+        "n_types": rows,
+        "selectivity": np.add.reduceat(information, first),
+    }
     columns = [pa.array(by_neuron[f.name], f.type) for f in NEURONS_SCHEMA if f.name in by_neuron]
     offsets = pa.array(np.append(0, np.cumsum(listed)).astype(np.int32))
     columns.append(pa.ListArray.from_arrays(offsets, items, type=named))
     often = pairs.n >= MIN_N
     by_pair = {
-        "layer": np.full(int(often.sum()), layer), "neuron": neurons[often], "token_id": ids[often],
-        "n": pairs.n[often], "share": (pairs.n / of_type)[often],
-        "mean": (pairs.totals / SCALE / pairs.n)[often], "largest": pairs.largest[often], "lift": lift[often],
-    }  # fmt: skip
+        "layer": np.full(int(often.sum()), layer),
+        "neuron": neurons[often],
+        "token_id": ids[often],
+        "n": pairs.n[often],
+        "share": (pairs.n / of_type)[often],
+        "mean": (pairs.totals / SCALE / pairs.n)[often],
+        "largest": pairs.largest[often],
+        "lift": lift[often],
+    }
     return (
         pa.Table.from_arrays(columns, schema=NEURONS_SCHEMA),
-        pa.Table.from_arrays([pa.array(by_pair[f.name], f.type) for f in NEURON_TYPES_SCHEMA],
-                             schema=NEURON_TYPES_SCHEMA),
-    )  # fmt: skip
+        pa.Table.from_arrays(
+            [pa.array(by_pair[f.name], f.type) for f in NEURON_TYPES_SCHEMA],
+            schema=NEURON_TYPES_SCHEMA,
+        ),
+    )
 
 
 def with_texts(table: pa.Table, readable: Sequence[str]) -> pa.Table:
@@ -181,6 +231,10 @@ def with_texts(table: pa.Table, readable: Sequence[str]) -> pa.Table:
     kind = NEURONS_SCHEMA.field("types").type
     fields = [texts if f.name == "text" else items.field(f.name) for f in kind.value_type]
     named = pa.StructArray.from_arrays(fields, fields=list(kind.value_type))
-    offsets = pa.array(np.append(0, np.cumsum(pc.list_value_length(types).to_numpy())).astype(np.int32))
+    offsets = pa.array(
+        np.append(0, np.cumsum(pc.list_value_length(types).to_numpy())).astype(np.int32)
+    )
     at = table.column_names.index("types")
-    return table.set_column(at, NEURONS_SCHEMA.field("types"), pa.ListArray.from_arrays(offsets, named, type=kind))
+    return table.set_column(
+        at, NEURONS_SCHEMA.field("types"), pa.ListArray.from_arrays(offsets, named, type=kind)
+    )

@@ -1,30 +1,33 @@
-"""One more scan of a run's tokens: strengths by source, and the documents that are strange for theirs.
+"""One more scan of a run's tokens: strengths by source, and the documents that are strange for
+theirs.
 
 Pure calls of ``reduce.Tasks``, so neither order nor grouping nor place changes a bit::
 
-    scan    some shards' tokens and documents -> sums by source, features of each document, hashes of their texts
-    add     sums, or hashes, of FAN_IN places  -> their sum
-    rank    features of some shards            -> the strangest documents among them
-    worst   strangest documents                -> the strangest of all
+    scan    some shards' tokens and documents -> sums by source, features of each document, hashes
+    of their texts add     sums, or hashes, of FAN_IN places  -> their sum rank    features of some
+    shards            -> the strangest documents among them worst   strangest documents
+    -> the strangest of all
 
-A document is strange when one of its features (``FEATURES``, at the deepest layer recorded, special tokens apart) lies
-far from the median of its source, in robust standard deviations: z = (x - median) / sqrt((1.4826 MAD)^2 + noise^2).
-``noise`` is what x varies by in a document so short, were its tokens drawn from the source: short documents are not
-strange for being short. A source of fewer than ``LEAST_DOCS`` documents is held against the whole corpus.
+A document is strange when one of its features (``FEATURES``, at the deepest layer recorded, special
+tokens apart) lies far from the median of its source, in robust standard deviations: z = (x -
+median) / sqrt((1.4826 MAD)^2 + noise^2). ``noise`` is what x varies by in a document so short, were
+its tokens drawn from the source: short documents are not strange for being short. A source of fewer
+than ``LEAST_DOCS`` documents is held against the whole corpus.
 
-=================  ===================================================  =================================
-feature            of a document of n tokens                            noise squared, m being the median
-=================  ===================================================  =================================
-mean_strength      mean of the strengths                                variance of the source's tokens / n
-share_high         tokens at or above the Q3 that labels go by          p (1 - p) / n, p = (m n + 1) / (n + 2)
-share_rare         tokens of types in at most ``RARE`` of the documents  the same
-share_sinks        tokens over the sink limit                           the same
-share_fragments    tokens that continue a word                          the same
-share_distinct     log(distinct types) / log(n): Herdan's C             p (1 - p) / n / ln(n)^2, p = n^(m - 1)
-=================  ===================================================  =================================
+=================  ===================================================
+================================= feature            of a document of n tokens
+noise squared, m being the median =================
+===================================================  ================================= mean_strength
+mean of the strengths                                variance of the source's tokens / n share_high
+tokens at or above the Q3 that labels go by          p (1 - p) / n, p = (m n + 1) / (n + 2)
+share_rare         tokens of types in at most ``RARE`` of the documents  the same share_sinks
+tokens over the sink limit                           the same share_fragments    tokens that
+continue a word                          the same share_distinct     log(distinct types) / log(n):
+Herdan's C             p (1 - p) / n / ln(n)^2, p = n^(m - 1) =================
+===================================================  =================================
 
-A text that many documents share is strange for that: log2(copies) log2(n) / 2 counts as a z too, for the chance that
-independent texts agree falls with their length.
+A text that many documents share is strange for that: log2(copies) log2(n) / 2 counts as a z too,
+for the chance that independent texts agree falls with their length.
 """
 
 from __future__ import annotations
@@ -41,9 +44,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce import losses
-from afn_ray.reduce.histogram import BIN_BITS, COMPACT_KEYS, Histogram, round_strengths, to_bins, to_values
+from afn_ray.reduce.histogram import (
+    BIN_BITS,
+    COMPACT_KEYS,
+    Histogram,
+    round_strengths,
+    to_bins,
+    to_values,
+)
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
-from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA, SPECIAL, WORD_START, Shard, strength_column
+from afn_ray.schema import (
+    FEATURES,
+    SCREENED_SCHEMA,
+    SOURCES_SCHEMA,
+    SPECIAL,
+    WORD_START,
+    Shard,
+    strength_column,
+)
 from afn_ray.store import parquet, records, shard_files
 from afn_ray.store.commits import Commit
 
@@ -87,7 +105,9 @@ class Limits(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Per source, and last of all sources together: [n_features, n_sources + 1], and [n_sources + 1]."""
+    """Per source, and last of all sources together: [n_features, n_sources + 1], and [n_sources +
+    1].
+    """
 
     median: Floats
     mad: Floats
@@ -97,41 +117,71 @@ class Spread(NamedTuple):
 
 RANKED = pa.schema(
     [f for f in SCREENED_SCHEMA if f.name not in ("rank", "text")]
-    + [pa.field("shard", pa.string()), pa.field("in_shard", pa.int32()), pa.field("hash", pa.int64())]
+    + [
+        pa.field("shard", pa.string()),
+        pa.field("in_shard", pa.int32()),
+        pa.field("hash", pa.int64()),
+    ]
 )
 
 
 def scan_run(
-    store: str, measure_id: str, commits: Sequence[Commit], layers: Sequence[int], *, shards: Sequence[Shard],
-    labels: pa.Table, files: pa.Table, vocabulary: pa.Table, readable: Sequence[str], worst: int,
+    store: str,
+    measure_id: str,
+    commits: Sequence[Commit],
+    layers: Sequence[int],
+    *,
+    shards: Sequence[Shard],
+    labels: pa.Table,
+    files: pa.Table,
+    vocabulary: pa.Table,
+    readable: Sequence[str],
+    worst: int,
     tasks: Tasks | None = None,
-) -> dict[str, pa.Table]:  # fmt: skip
+) -> dict[str, pa.Table]:
     """The run's ``sources`` and ``screened`` tables, by ``tasks`` or in this process.
 
-    ``commits`` in plan order; ``shards`` that were planned, whose files are the sources; ``labels``, ``files`` and
-    ``vocabulary`` are the run's tables, ``readable`` the tokenizer's texts by token id; ``worst`` documents are kept.
-    Of documents that share a text the strangest is kept, the first where they are equal. Raises ``StoreError`` for a
-    file that is not as committed.
+    ``commits`` in plan order; ``shards`` that were planned, whose files are the sources;
+    ``labels``, ``files`` and ``vocabulary`` are the run's tables, ``readable`` the tokenizer's
+    texts by token id; ``worst`` documents are kept. Of documents that share a text the strangest is
+    kept, the first where they are equal. Raises ``StoreError`` for a file that is not as committed.
     """
     tasks = tasks or Inline()
     uris = {piece.uri for shard in shards for piece in shard.slices}
     depth = source_depth(uris)
     names = sorted({source_of(uri, depth) for uri in uris})
     layer = layers[-1]
-    n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
+    n_docs = sum(
+        c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits
+    )
     limits = _limits(layer, labels, vocabulary, n_docs)
     num_parts = 1 + n_docs // PART_DOCS
     places = list(_places(commits))
     scanned = [
         tasks.submit(
-            _scan, store, measure_id, group, depth, names, layers, limits, num_parts, num_results=2 + num_parts
+            _scan,
+            store,
+            measure_id,
+            group,
+            depth,
+            names,
+            layers,
+            limits,
+            num_parts,
+            num_results=2 + num_parts,
         )
         for group in _groups(places)
     ]
-    sums, *parts = (_tree(tasks, _add, [s[at] for s in scanned]) for at in (0, *range(2, 2 + num_parts)))
+    sums, *parts = (
+        _tree(tasks, _add, [s[at] for s in scanned]) for at in (0, *range(2, 2 + num_parts))
+    )
     repeated = [tasks.submit(_repeated, part)[0] for part in parts]
-    spread, sources = tasks.submit(_describe, names, layers, labels, sums, _by_name(files, depth), num_results=2)
-    ranked = [tasks.submit(_rank, layer, worst, s[1], names, depth, spread, *repeated)[0] for s in scanned]
+    spread, sources = tasks.submit(
+        _describe, names, layers, labels, sums, _by_name(files, depth), num_results=2
+    )
+    ranked = [
+        tasks.submit(_rank, layer, worst, s[1], names, depth, spread, *repeated)[0] for s in scanned
+    ]
     table = tasks.result(_tree(tasks, _worst, ranked, worst))
     return {
         "sources": tasks.result(sources),
@@ -163,13 +213,15 @@ def _by_name(files: pa.Table, depth: int | None) -> dict[str, dict[str, Any]]:
     return {row.pop("source"): row for row in losses.add_files(read).to_pylist()}
 
 
-def _tree(tasks: Tasks, merge: Callable[..., Sequence[Any]], handles: list[Any], *first: Any) -> Any:
+def _tree(
+    tasks: Tasks, merge: Callable[..., Sequence[Any]], handles: list[Any], *first: Any
+) -> Any:
     """A handle of ``merge(*first, *values)`` of all ``handles``, ``FAN_IN`` at a time."""
     while True:
         handles = [
             tasks.submit(merge, *first, *handles[begin : begin + FAN_IN])[0]
             for begin in range(0, len(handles), FAN_IN)
-        ]  # fmt: skip
+        ]
         if len(handles) == 1:
             return handles[0]
 
@@ -204,42 +256,67 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
     return Limits(row["q3"], row["sink_factor"] * row["q2"], rare)
 
 
-# --- scan ------------------------------------------------------------------------------------------------
+# --- scan
+# ------------------------------------------------------------------------------------------------
 
 
-def _read(store: str, measure_id: str, place: Place, entry: dict[str, Any], columns: Sequence[str]) -> pa.Table:
+def _read(
+    store: str, measure_id: str, place: Place, entry: dict[str, Any], columns: Sequence[str]
+) -> pa.Table:
     data = shard_files.read_file(store, measure_id, place.shard, entry)
     return parquet.read(data, columns, use_threads=False).combine_chunks()
 
 
 def _scan(
-    store: str, measure_id: str, places: Sequence[Place], depth: int | None, names: Sequence[str],
-    layers: Sequence[int], limits: Limits, num_parts: int,
-) -> list[Any]:  # fmt: skip
-    """Sums by source (strengths of each layer, each feature, documents), a table of features, and hashes in parts."""
+    store: str,
+    measure_id: str,
+    places: Sequence[Place],
+    depth: int | None,
+    names: Sequence[str],
+    layers: Sequence[int],
+    limits: Limits,
+    num_parts: int,
+) -> list[Any]:
+    """Sums by source (strengths of each layer, each feature, documents), a table of features, and
+    hashes in parts.
+    """
     index = {name: at for at, name in enumerate(names)}
     sums: list[tuple[Histogram, ...]] = []
     tables, hashes = [], []
     for place in places:
-        documents = _read(store, measure_id, place, place.documents, ["source", "n_tokens", "text_sha256"])
+        documents = _read(
+            store, measure_id, place, place.documents, ["source", "n_tokens", "text_sha256"]
+        )
         uris = documents["source"].combine_chunks()
-        of_uri = np.array([index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64)
+        of_uri = np.array(
+            [index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64
+        )
         source = of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
         n = np.zeros(len(source), np.int64)
         features = [np.zeros(len(source), np.float32) for _ in FEATURES]
-        pieces: list[tuple[Histogram, ...]] = [tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)]
-        file = parquet.open_file(shard_files.read_file(store, measure_id, place.shard, place.tokens))
+        pieces: list[tuple[Histogram, ...]] = [
+            tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)
+        ]
+        file = parquet.open_file(
+            shard_files.read_file(store, measure_id, place.shard, place.tokens)
+        )
         ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
-        for _, tokens in records.whole_documents(file, ends, ["token_id", "flags", *map(strength_column, layers)]):
+        for _, tokens in records.whole_documents(
+            file, ends, ["token_id", "flags", *map(strength_column, layers)]
+        ):
             flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()
             normal = flags & SPECIAL == 0
             docs = rows[normal]
             by_layer = [tokens[strength_column(k)].to_numpy()[normal] for k in layers]
             piece = slice(int(rows[0]), int(rows[-1]) + 1)
             n[piece], some = _features(
-                docs - rows[0], tokens["token_id"].to_numpy()[normal], flags[normal], by_layer[-1],
-                piece.stop - piece.start, limits,
-            )  # fmt: skip
+                docs - rows[0],
+                tokens["token_id"].to_numpy()[normal],
+                flags[normal],
+                by_layer[-1],
+                piece.stop - piece.start,
+                limits,
+            )
             for feature, values in zip(features, some, strict=True):
                 feature[piece] = values
             at = source[docs] << BIN_BITS
@@ -253,22 +330,38 @@ def _scan(
         hashes.append(keys)
         tables.append(
             pa.table(
-                {"doc": here + place.doc_offset, "in_shard": here.astype(np.int32),
-                 "shard": pa.DictionaryArray.from_arrays(np.zeros(len(here), np.int32), [place.shard]),
-                 "source": uris.take(here), "n_tokens": n[here].astype(np.int32), "hash": keys,
-                 **{name: x[here] for name, x in zip(FEATURES, features, strict=True)}}
+                {
+                    "doc": here + place.doc_offset,
+                    "in_shard": here.astype(np.int32),
+                    "shard": pa.DictionaryArray.from_arrays(
+                        np.zeros(len(here), np.int32), [place.shard]
+                    ),
+                    "source": uris.take(here),
+                    "n_tokens": n[here].astype(np.int32),
+                    "hash": keys,
+                    **{name: x[here] for name, x in zip(FEATURES, features, strict=True)},
+                }
             )
-        )  # fmt: skip
+        )
     keys = np.concatenate(hashes)
-    return [_add(*sums)[0], pa.concat_tables(tables).unify_dictionaries(),
-            *((Histogram.of(keys[keys % num_parts == part]),) for part in range(num_parts))]  # fmt: skip
+    return [
+        _add(*sums)[0],
+        pa.concat_tables(tables).unify_dictionaries(),
+        *((Histogram.of(keys[keys % num_parts == part]),) for part in range(num_parts)),
+    ]
 
 
 def _features(
-    docs: Ints, types: Ints, flags: npt.NDArray[np.uint8], strengths: npt.NDArray[np.float32], num_docs: int,
+    docs: Ints,
+    types: Ints,
+    flags: npt.NDArray[np.uint8],
+    strengths: npt.NDArray[np.float32],
+    num_docs: int,
     limits: Limits,
-) -> tuple[Ints, list[npt.NDArray[np.float32]]]:  # fmt: skip
-    """Tokens of each document, and its ``FEATURES``, rounded as strengths are; 0 where it has no tokens."""
+) -> tuple[Ints, list[npt.NDArray[np.float32]]]:
+    """Tokens of each document, and its ``FEATURES``, rounded as strengths are; 0 where it has no
+    tokens.
+    """
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)
     wide = strengths.astype(np.float64)
@@ -293,7 +386,9 @@ def _features(
 def _hashes(column: pa.ChunkedArray) -> Ints:
     """63 bits of each text's hash; of those without one, which have no tokens, nothing is asked."""
     values = pc.fill_null(column.combine_chunks(), bytes(32))
-    raw = np.frombuffer(values.buffers()[1], np.uint8).reshape(-1, 32)[values.offset : values.offset + len(values)]
+    raw = np.frombuffer(values.buffers()[1], np.uint8).reshape(-1, 32)[
+        values.offset : values.offset + len(values)
+    ]
     return (np.ascontiguousarray(raw[:, :8]).view(">u8").ravel() >> np.uint64(1)).astype(np.int64)
 
 
@@ -308,18 +403,24 @@ def _repeated(part: tuple[Histogram]) -> list[Histogram]:
     return [Histogram(all_of.keys[more], all_of.counts[more])]
 
 
-# --- sources ---------------------------------------------------------------------------------------------
+# --- sources
+# ---------------------------------------------------------------------------------------------
 
 
 def _describe(
-    names: Sequence[str], layers: Sequence[int], labels: pa.Table, sums: tuple[Histogram, ...],
+    names: Sequence[str],
+    layers: Sequence[int],
+    labels: pa.Table,
+    sums: tuple[Histogram, ...],
     read: Mapping[str, Mapping[str, Any]],
-) -> tuple[Spread, pa.Table]:  # fmt: skip
+) -> tuple[Spread, pa.Table]:
     """What is usual for each source, and the ``sources`` table; ``read`` as of ``_by_name``."""
     strengths, of_docs, documents = sums[: len(layers)], sums[len(layers) : -1], sums[-1]
     n_documents = np.zeros(len(names), np.int64)
     n_documents[documents.keys] = documents.counts
-    spreads = [[*_by_source(h, len(names)), Histogram.of(h.keys & BIN_MASK, h.counts)] for h in of_docs]
+    spreads = [
+        [*_by_source(h, len(names)), Histogram.of(h.keys & BIN_MASK, h.counts)] for h in of_docs
+    ]
     deepest = [*_by_source(strengths[-1], len(names))]
     deepest.append(Histogram.of(strengths[-1].keys & BIN_MASK, strengths[-1].counts))
     spread = Spread(
@@ -333,11 +434,19 @@ def _describe(
     for layer, histogram in zip(layers, strengths, strict=True):
         for at, h in enumerate(_by_source(histogram, len(names))):
             high = to_values(h.keys) >= np.float32(np.inf if q3[layer] is None else q3[layer])
-            rows.append({
-                **read[names[at]], "layer": layer, "source": names[at], "n_documents": int(n_documents[at]),
-                "n_docs": int(spread.n_docs[at]), "n": h.n,
-                "n_high": int(h.counts[high].sum()), "bins": h.keys, "counts": h.counts,
-            })  # fmt: skip
+            rows.append(
+                {
+                    **read[names[at]],
+                    "layer": layer,
+                    "source": names[at],
+                    "n_documents": int(n_documents[at]),
+                    "n_docs": int(spread.n_docs[at]),
+                    "n": h.n,
+                    "n_high": int(h.counts[high].sum()),
+                    "bins": h.keys,
+                    "counts": h.counts,
+                }
+            )
     return spread, pa.Table.from_pylist(rows, SOURCES_SCHEMA)
 
 
@@ -370,23 +479,33 @@ def _variance(h: Histogram) -> float:
     return math.fsum((values - mean) ** 2 * h.counts) / h.n
 
 
-# --- documents -------------------------------------------------------------------------------------------
+# --- documents
+# -------------------------------------------------------------------------------------------
 
 
 def _rank(
-    layer: int, worst: int, documents: pa.Table, names: Sequence[str], depth: int | None, spread: Spread,
+    layer: int,
+    worst: int,
+    documents: pa.Table,
+    names: Sequence[str],
+    depth: int | None,
+    spread: Spread,
     *repeated: Histogram,
-) -> list[pa.Table]:  # fmt: skip
+) -> list[pa.Table]:
     """The strangest of ``documents``, as in ``RANKED``."""
     index = {name: at for at, name in enumerate(names)}
     uris = documents["source"].combine_chunks()
-    of_uri = np.array([index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64)
+    of_uri = np.array(
+        [index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64
+    )
     own = of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
     against = np.where(spread.n_docs[own] < LEAST_DOCS, len(names), own)
     n = documents["n_tokens"].to_numpy().astype(np.float64)
     values = np.array([documents[name].to_numpy() for name in FEATURES], np.float64)
     median = spread.median[:, against]
-    noise = np.array([_noise(name, median[at], spread.variance[against], n) for at, name in enumerate(FEATURES)])
+    noise = np.array(
+        [_noise(name, median[at], spread.variance[against], n) for at, name in enumerate(FEATURES)]
+    )
     scale = np.sqrt((MAD_TO_SD * spread.mad[:, against]) ** 2 + noise)
     z = (values - median) / np.maximum(scale, LEAST_SCALE)
     hashes = documents["hash"].to_numpy()
@@ -398,15 +517,32 @@ def _rank(
     shared = np.log2(copies) * np.log2(n) / 2
     score = np.maximum(np.abs(z).max(axis=0), shared) if len(n) else np.empty(0)
     first = np.lexsort((documents["doc"].to_numpy(), -score))
-    _, distinct = np.unique(hashes[first], return_index=True)  # of documents with one text the first
+    _, distinct = np.unique(
+        hashes[first], return_index=True
+    )  # of documents with one text the first
     chosen = first[np.sort(distinct)[:worst]]
-    table = documents.take(chosen).append_column("layer", pa.array(np.full(len(chosen), layer, np.int16)))
+    table = documents.take(chosen).append_column(
+        "layer", pa.array(np.full(len(chosen), layer, np.int16))
+    )
     reasons = [
-        _reason(z[:, at], values[:, at], median[:, at], int(copies[at]), shared[at], against[at] == len(names))
+        _reason(
+            z[:, at],
+            values[:, at],
+            median[:, at],
+            int(copies[at]),
+            shared[at],
+            against[at] == len(names),
+        )
         for at in chosen.tolist()
     ]
-    table = table.append_column("n_copies", pa.array(copies[chosen])).append_column("score", pa.array(score[chosen]))
-    return [table.append_column("reason", pa.array(reasons, pa.string())).select(RANKED.names).cast(RANKED)]
+    table = table.append_column("n_copies", pa.array(copies[chosen])).append_column(
+        "score", pa.array(score[chosen])
+    )
+    return [
+        table.append_column("reason", pa.array(reasons, pa.string()))
+        .select(RANKED.names)
+        .cast(RANKED)
+    ]
 
 
 def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
@@ -420,13 +556,18 @@ def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
     return np.asarray(p * (1 - p) / n)
 
 
-def _reason(z: Floats, values: Floats, medians: Floats, copies: int, shared: float, of_all: bool) -> str:
+def _reason(
+    z: Floats, values: Floats, medians: Floats, copies: int, shared: float, of_all: bool
+) -> str:
     """The features that make a document strange, the strangest first; at least one."""
     told = [
-        (abs(z[at]), f"{name} {values[at]:.4g}, median of {'the corpus' if of_all else 'its source'} {medians[at]:.4g} "
-                     f"(z {z[at]:+.1f})")
+        (
+            abs(z[at]),
+            f"{name} {values[at]:.4g}, median of {'the corpus' if of_all else 'its source'} {medians[at]:.4g} "
+            f"(z {z[at]:+.1f})",
+        )
         for at, name in enumerate(FEATURES)
-    ]  # fmt: skip
+    ]
     if copies > 1:
         told.append((shared, f"{copies:,} documents have this text"))
     told.sort(key=lambda t: -t[0])
@@ -441,18 +582,29 @@ def _worst(worst: int, *tables: pa.Table) -> list[pa.Table]:
 
 
 def _with_texts(
-    store: str, measure_id: str, places: Sequence[Place], table: pa.Table, readable: Sequence[str], tasks: Tasks
+    store: str,
+    measure_id: str,
+    places: Sequence[Place],
+    table: pa.Table,
+    readable: Sequence[str],
+    tasks: Tasks,
 ) -> pa.Table:
     """``table`` as in ``SCREENED_SCHEMA``, with the beginnings of the documents' texts."""
     wanted: dict[str, list[int]] = {}
     for row in table.select(["shard", "in_shard"]).to_pylist():
         wanted.setdefault(row["shard"], []).append(row["in_shard"])
     handles = {
-        place.shard: tasks.submit(_texts, store, measure_id, place, wanted[place.shard], readable)[0]
-        for place in places if place.shard in wanted
-    }  # fmt: skip
+        place.shard: tasks.submit(_texts, store, measure_id, place, wanted[place.shard], readable)[
+            0
+        ]
+        for place in places
+        if place.shard in wanted
+    }
     found = {shard: tasks.result(handle) for shard, handle in handles.items()}
-    texts = [found[row["shard"]][row["in_shard"]] for row in table.select(["shard", "in_shard"]).to_pylist()]
+    texts = [
+        found[row["shard"]][row["in_shard"]]
+        for row in table.select(["shard", "in_shard"]).to_pylist()
+    ]
     table = table.append_column("text", pa.array(texts, pa.string()))
     table = table.append_column("rank", pa.array(np.arange(1, len(table) + 1, dtype=np.int32)))
     return table.select(SCREENED_SCHEMA.names).cast(SCREENED_SCHEMA)
@@ -461,17 +613,24 @@ def _with_texts(
 def _texts(
     store: str, measure_id: str, place: Place, docs: Sequence[int], readable: Sequence[str]
 ) -> list[dict[int, str]]:
-    """Beginnings of ``docs``, put together from their tokens: words as written, one space between them."""
+    """Beginnings of ``docs``, put together from their tokens: words as written, one space between
+    them.
+    """
     tokens = _read(store, measure_id, place, place.tokens, ["doc", "token_id", "flags", "surface"])
     column = tokens["doc"].to_numpy()
     texts = {}
     for doc in docs:
         begin, end = np.searchsorted(column, [doc, doc + 1])
-        rows = tokens.slice(begin, min(end - begin, TEXT_CHARS))  # a token has a character or more, nearly always
+        rows = tokens.slice(
+            begin, min(end - begin, TEXT_CHARS)
+        )  # a token has a character or more, nearly always
         pieces: list[str] = []
         written = False  # the word under way was given as a whole
         for token, flags, surface in zip(
-            rows["token_id"].to_pylist(), rows["flags"].to_pylist(), rows["surface"].to_pylist(), strict=True
+            rows["token_id"].to_pylist(),
+            rows["flags"].to_pylist(),
+            rows["surface"].to_pylist(),
+            strict=True,
         ):
             if flags & SPECIAL:
                 continue

@@ -17,4 +17,6 @@ def wilson(k: Ints | int, n: Ints | int) -> tuple[Floats, Floats]:
     p, z2 = k / n, Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return np.where(k == 0, 0.0, np.maximum(0, centre - half)), np.where(k == n, 1.0, np.minimum(1, centre + half))
+    return np.where(k == 0, 0.0, np.maximum(0, centre - half)), np.where(
+        k == n, 1.0, np.minimum(1, centre + half)
+    )

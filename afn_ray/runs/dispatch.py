@@ -1,4 +1,6 @@
-"""Hands shards to workers and decides every retry; knows nothing of Ray, and of time only what its clock says."""
+"""Hands shards to workers and decides every retry; knows nothing of Ray, and of time only what its
+clock says.
+"""
 
 from __future__ import annotations
 
@@ -30,36 +32,52 @@ from afn_ray.store.commits import Commit, Commits
 from afn_ray.text import count
 
 SLOTS = 3
-"""Shards in flight on one worker: one is read and tokenized, one holds the model, one is encoded and uploaded."""
+"""Shards in flight on one worker: one is read and tokenized, one holds the model, one is encoded
+and uploaded.
+"""
 ATTEMPTS = 2
 """Tries that a shard gets: exceptions, or crashes while it was alone on its worker."""
 HALVINGS = 2
-"""How often the token budget of a shard is halved for want of memory before that counts against the shard."""
+"""How often the token budget of a shard is halved for want of memory before that counts against the
+shard.
+"""
 FAILED_STARTS = 3
 """The run is given up when so many workers could not load the model and none ever could."""
 QUARANTINES_IN_ROW = 5
 """With so many shards given up and none done between, the fault is no shard's."""
 UNANSWERED_IN_ROW = 3
-"""Per worker: with so many shards that met no answer and none done between, the store is down for all."""
+"""Per worker: with so many shards that met no answer and none done between, the store is down for
+all.
+"""
 POLL_S = 0.5
 LOOK_S = 0.005
-"""For each worker, between two looks around: a look is a question to each, so that many are looked at less often."""
+"""For each worker, between two looks around: a look is a question to each, so that many are looked
+at less often.
+"""
 DRAIN_S = 1.0
-"""For shards that are nearly done when the run is stopped: ``ray job stop`` kills after three seconds."""
+"""For shards that are nearly done when the run is stopped: ``ray job stop`` kills after three
+seconds.
+"""
 SAY_AFTER_S = 20.0
 """Without a worker for so long, the run says what it waits for."""
 DEADLINE_S = 600.0
 DEADLINE_BYTES_PER_S = 10_000.0
-"""Before any shard is done, one of n bytes may take ``DEADLINE_S + n / DEADLINE_BYTES_PER_S`` seconds."""
+"""Before any shard is done, one of n bytes may take ``DEADLINE_S + n / DEADLINE_BYTES_PER_S``
+seconds.
+"""
 DEADLINE_FACTOR = 10.0
-"""Later it may take so many times the seconds per byte of the slowest done, if that is more than ``DEADLINE_S``."""
+"""Later it may take so many times the seconds per byte of the slowest done, if that is more than
+``DEADLINE_S``.
+"""
 DEADLINE_BYTES = 1 << 20
 """Smaller shards count as this large: what they take is no measure for large ones."""
 LONGEST_PAUSE_S = 60.0
 """Between two starts of workers while starts fail."""
 
 PACE_S, PACE_SHARE = 5.0, 0.02
-"""What documents must have taken, and which share of all they must be, until they tell the time left."""
+"""What documents must have taken, and which share of all they must be, until they tell the time
+left.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +148,9 @@ class Pool(Protocol):
     """Whether a worker has a process of its own, so that it can be ended and started anew."""
 
     def grow(self, num_useful: int) -> int:
-        """Have as many workers as are wanted and useful, started or waiting for a place; returns their number."""
+        """Have as many workers as are wanted and useful, started or waiting for a place; returns
+        their number.
+        """
 
     def hand(self, worker: int, shard: Shard, halvings: int) -> None:
         """Give ``worker`` a shard, its token budget halved so many times."""
@@ -139,7 +159,9 @@ class Pool(Protocol):
         """What happened, after the first thing did or the time is over."""
 
     def replace(self, worker: int) -> None:
-        """End the process of ``worker`` and forget what it has in flight; Ready follows when it has a new one."""
+        """End the process of ``worker`` and forget what it has in flight; Ready follows when it has
+        a new one.
+        """
 
     def release(self, worker: int) -> None:
         """End ``worker`` for good: there is no more for it to do."""
@@ -173,8 +195,12 @@ class State:
     retries: int = 0
     num_lost: int = 0  # processes of workers that died or were ended in the midst
     num_running: int = 0  # shards on workers
-    counts: Counter[str] = field(default_factory=Counter)  # sums of the commits' counts, shards, bytes in and out
-    fresh_s: list[float] = field(default_factory=list)  # for which each shard held a model, of those done since a look
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # sums of the commits' counts, shards, bytes in and out
+    fresh_s: list[float] = field(
+        default_factory=list
+    )  # for which each shard held a model, of those done since a look
     live: Progress = field(default_factory=Progress)
     seconds: float = 0.0  # since the first worker was ready
     notices: list[str] = field(default_factory=list)  # what a person should know
@@ -193,16 +219,23 @@ class State:
 
     @property
     def num_measured(self) -> int:
-        """Documents that have been through a model, within shards under way too; those of a failed attempt count."""
+        """Documents that have been through a model, within shards under way too; those of a failed
+        attempt count.
+        """
         measured = max(self.counts["documents"], round(self.live.measured))
         return measured if self.num_documents is None else min(measured, self.num_documents)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the last shard at the pace so far; None before each worker has ended about one, or documents have
-        shown the pace."""
+        """Seconds to the last shard at the pace so far; None before each worker has ended about
+        one, or documents have shown the pace.
+        """
         if self.num_done < max(1, min(self.num_ready, self.num_shards // 2)):
-            if not self.num_documents or self.seconds < PACE_S or self.num_measured < PACE_SHARE * self.num_documents:
+            if (
+                not self.num_documents
+                or self.seconds < PACE_S
+                or self.num_measured < PACE_SHARE * self.num_documents
+            ):
                 return None
             return self.seconds / self.num_measured * (self.num_documents - self.num_measured)
         return self.seconds / self.num_done * (self.num_shards - self.num_done)
@@ -213,10 +246,11 @@ OnState = Callable[[State], None]
 
 @dataclass(slots=True)
 class _Flight:
-    """A shard on a worker, and since when it may be its turn: shards of one worker wait for each other.
+    """A shard on a worker, and since when it may be its turn: shards of one worker wait for each
+    other.
 
-    While neighbours end, which a shard that hangs before or behind the model does not hinder, it has ``SLOTS``
-    deadlines.
+    While neighbours end, which a shard that hangs before or behind the model does not hinder, it
+    has ``SLOTS`` deadlines.
     """
 
     shard: Shard
@@ -236,9 +270,12 @@ class Patience:
     """Says what is waited for after a while, and gives up after ``wait_s``."""
 
     def __init__(
-        self, wait_s: float, lack: Callable[[], str], clock: Callable[[], float] = time.monotonic,
+        self,
+        wait_s: float,
+        lack: Callable[[], str],
+        clock: Callable[[], float] = time.monotonic,
         num_loading: Callable[[], int] = lambda: 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._wait_s, self._lack, self._clock, self._num_loading = wait_s, lack, clock, num_loading
         self.reset()
 
@@ -266,17 +303,25 @@ class Patience:
 class Dispatcher:
     """One run's shards on one pool's workers.
 
-    Blame is fair. An exception charges its shard. A crash, or a hang, with several shards in flight charges none of
-    them: they are suspects and run again, each alone on a worker, and what crashes alone is charged. The loss of a node
-    charges nobody. Want of memory halves the shard's token budget first. A shard charged ``ATTEMPTS`` times is
-    quarantined; after a crash alone its last try has half the token budget. What concerns all shards is raised: a
-    wrong config, a full disk, a store that does not answer.
+    Blame is fair. An exception charges its shard. A crash, or a hang, with several shards in flight
+    charges none of them: they are suspects and run again, each alone on a worker, and what crashes
+    alone is charged. The loss of a node charges nobody. Want of memory halves the shard's token
+    budget first. A shard charged ``ATTEMPTS`` times is quarantined; after a crash alone its last
+    try has half the token budget. What concerns all shards is raised: a wrong config, a full disk,
+    a store that does not answer.
     """
 
     def __init__(
-        self, pool: Pool, shards: Sequence[Shard], on_state: OnState, *, wait_s: float,
-        deadline_s: float | None = None, allow_quarantined: int = 0, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        pool: Pool,
+        shards: Sequence[Shard],
+        on_state: OnState,
+        *,
+        wait_s: float,
+        deadline_s: float | None = None,
+        allow_quarantined: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._pool, self._on_state, self._clock = pool, on_state, clock
         self._todo = deque(shards)
         self._suspects: deque[Shard] = deque()
@@ -288,7 +333,9 @@ class Dispatcher:
         self._room: dict[int, None] = {}  # workers that may take more, in the order they became so
         self._deadline_s = deadline_s
         self._slowest = 0.0  # seconds per byte
-        self._moved: dict[int, tuple[int, float]] = {}  # tokens of each worker, and when they last grew
+        self._moved: dict[
+            int, tuple[int, float]
+        ] = {}  # tokens of each worker, and when they last grew
         self._next_check = 0.0
         self._next_start = 0.0
         self._failed_starts = self._quarantines = self._unanswered = 0
@@ -300,7 +347,9 @@ class Dispatcher:
     def run(self) -> State:
         """Until every shard is done or quarantined; or ``state.stopped`` says why not."""
         try:
-            while (self._todo or self._suspects or any(self._running.values())) and not self.state.stopped:
+            while (
+                self._todo or self._suspects or any(self._running.values())
+            ) and not self.state.stopped:
                 self._hand_out()
                 for event in self._pool.wait(POLL_S):
                     if not self.state.stopped:
@@ -316,7 +365,8 @@ class Dispatcher:
             self._pool.close()
         return self.state
 
-    # --- work out ----------------------------------------------------------------------------------------
+    # --- work out
+    # ----------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
         for worker in list(self._room):
@@ -334,13 +384,23 @@ class Dispatcher:
                 self._pool.release(worker)
         if self._clock() >= self._next_start:
             # Of those that are ready none is idle: it would have got something, or been let go.
-            self.state.num_workers = self._pool.grow(len(self._todo) + len(self._suspects) + len(self._running))
+            self.state.num_workers = self._pool.grow(
+                len(self._todo) + len(self._suspects) + len(self._running)
+            )
 
     def _hand(self, worker: int, shard: Shard) -> None:
         self._running[worker][shard.id] = _Flight(shard, self._clock(), self._clock())
         self._tries[shard.id] += 1
-        logs.tell(_log, "shard_handed", f"shard {shard.id} goes to worker {worker}", shard=shard.id, worker=worker,
-                  tries=self._tries[shard.id], uri=shard.slices[0].uri, bytes=shard.num_bytes)  # fmt: skip
+        logs.tell(
+            _log,
+            "shard_handed",
+            f"shard {shard.id} goes to worker {worker}",
+            shard=shard.id,
+            worker=worker,
+            tries=self._tries[shard.id],
+            uri=shard.slices[0].uri,
+            bytes=shard.num_bytes,
+        )
         record = self._records.get(shard.id)
         self._pool.hand(worker, shard, record.halvings if record else 0)
 
@@ -358,14 +418,20 @@ class Dispatcher:
         self._pool.replace(worker)
         return shards
 
-    # --- events in ---------------------------------------------------------------------------------------
+    # --- events in
+    # ---------------------------------------------------------------------------------------
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Ready):
             self._running[event.worker] = {}
             self._room[event.worker] = None
             self._failed_starts = 0
-            logs.tell(_log, "worker_ready", f"worker {event.worker} has loaded the model", worker=event.worker)
+            logs.tell(
+                _log,
+                "worker_ready",
+                f"worker {event.worker} has loaded the model",
+                worker=event.worker,
+            )
             self._began = self._began if self._began is not None else self._clock()
         elif isinstance(event, Silent):
             if event.worker in self._running:  # not of a process that was replaced in the meantime
@@ -379,7 +445,8 @@ class Dispatcher:
                 self._room.pop(event.worker, None)
                 self._leave_if_idle(event.worker)
         elif (flight := self._running.get(event.worker, {}).pop(event.shard, None)) is not None:
-            # Not what a worker did before it was replaced: the shard is queued again, and finds its commit.
+            # Not what a worker did before it was replaced: the shard is queued again, and finds its
+            # commit.
             for other in self._running[event.worker].values():
                 other.since = self._clock()
             if isinstance(event, Done):
@@ -408,9 +475,18 @@ class Dispatcher:
         state.counts.update(commit.counts)
         num_written = sum(file["bytes"] for file in commit.files.values())
         state.counts.update(shards=1, bytes_read=shard.num_bytes, bytes_written=num_written)
-        logs.tell(_log, "shard_done", f"shard {shard.id} is committed", shard=shard.id, attempt=commit.attempt,
-                  worker=worker, tries=self._tries.pop(shard.id, 1), counts=commit.counts, seconds=commit.seconds,
-                  bytes=num_written)  # fmt: skip
+        logs.tell(
+            _log,
+            "shard_done",
+            f"shard {shard.id} is committed",
+            shard=shard.id,
+            attempt=commit.attempt,
+            worker=worker,
+            tries=self._tries.pop(shard.id, 1),
+            counts=commit.counts,
+            seconds=commit.seconds,
+            bytes=num_written,
+        )
 
     def _failed(self, worker: int, shard: Shard, error: BaseException) -> None:
         if isinstance(error, Unavailable):
@@ -431,7 +507,9 @@ class Dispatcher:
             return
         if isinstance(error, HelperDied):
             others = self._replace(worker) if self._pool.can_replace else []
-            self._blame([shard, *others], reason(error), alone=not others and not self._running.get(worker))
+            self._blame(
+                [shard, *others], reason(error), alone=not others and not self._running.get(worker)
+            )
             return
         if (
             not isinstance(error, ShardError) and self._pool.can_replace
@@ -442,15 +520,28 @@ class Dispatcher:
     def _gone(self, event: Gone) -> None:
         shards = self._forget(event.worker)
         self.state.num_lost += 1
-        logs.tell(_log, "worker_gone", f"{event.cause.value}: worker {event.worker}", level=logging.WARNING,
-                  worker=event.worker, reason=event.cause.value, shards=[s.id for s in shards])  # fmt: skip
+        logs.tell(
+            _log,
+            "worker_gone",
+            f"{event.cause.value}: worker {event.worker}",
+            level=logging.WARNING,
+            worker=event.worker,
+            reason=event.cause.value,
+            shards=[s.id for s in shards],
+        )
         if event.cause in (Cause.START, Cause.LOADING):
             self._todo.extendleft(reversed(shards))  # of a process before, if any
             self._failed_starts += 1
             self._next_start = self._clock() + min(LONGEST_PAUSE_S, 2.0**self._failed_starts - 2)
             # One that says what is wrong would say so again; one that died may have been unlucky.
-            enough = min(FAILED_STARTS, self.state.num_workers) if event.cause is Cause.START else FAILED_STARTS
-            if self._began is None and self._failed_starts >= enough:  # later there may be other places, other times
+            enough = (
+                min(FAILED_STARTS, self.state.num_workers)
+                if event.cause is Cause.START
+                else FAILED_STARTS
+            )
+            if (
+                self._began is None and self._failed_starts >= enough
+            ):  # later there may be other places, other times
                 raise event.error or ModelError(event.cause.value)
         elif event.cause is Cause.NODE:
             for shard in reversed(shards):
@@ -458,10 +549,15 @@ class Dispatcher:
         else:
             self._blame(shards, event.cause.value, memory=event.cause is Cause.MEMORY)
 
-    # --- blame -------------------------------------------------------------------------------------------
+    # --- blame
+    # -------------------------------------------------------------------------------------------
 
-    def _blame(self, shards: Sequence[Shard], why: str, *, memory: bool = False, alone: bool | None = None) -> None:
-        """``shards`` were in flight on a worker that died or hung; ``alone``: one, with no other beside it."""
+    def _blame(
+        self, shards: Sequence[Shard], why: str, *, memory: bool = False, alone: bool | None = None
+    ) -> None:
+        """``shards`` were in flight on a worker that died or hung; ``alone``: one, with no other
+        beside it.
+        """
         alone = len(shards) == 1 if alone is None else alone
         for shard in shards:
             if (memory and self._halve(shard)) or not alone:
@@ -478,27 +574,48 @@ class Dispatcher:
     def _again(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
         self.state.retries += 1
         (queue.appendleft if soon else queue.append)(shard)
-        logs.tell(_log, "shard_retried", f"shard {shard.id} is tried again: {why}", level=logging.WARNING,
-                  shard=shard.id, tries=self._tries[shard.id], uri=shard.slices[0].uri, reason=why)  # fmt: skip
+        logs.tell(
+            _log,
+            "shard_retried",
+            f"shard {shard.id} is tried again: {why}",
+            level=logging.WARNING,
+            shard=shard.id,
+            tries=self._tries[shard.id],
+            uri=shard.slices[0].uri,
+            reason=why,
+        )
 
     def _quarantine(self, shard: Shard, why: str) -> None:
         self.state.failures[shard.id] = why
         self.state.counts["lost_bytes"] += shard.num_bytes
-        logs.tell(_log, "shard_quarantined", f"shard {shard.id} is quarantined: {why}", level=logging.ERROR,
-                  shard=shard.id, tries=self._tries.pop(shard.id, 1), uri=shard.slices[0].uri, reason=why)  # fmt: skip
+        logs.tell(
+            _log,
+            "shard_quarantined",
+            f"shard {shard.id} is quarantined: {why}",
+            level=logging.ERROR,
+            shard=shard.id,
+            tries=self._tries.pop(shard.id, 1),
+            uri=shard.slices[0].uri,
+            reason=why,
+        )
 
     def _charge(self, shard: Shard, why: str, queue: deque[Shard]) -> None:
         record = self._records.setdefault(shard.id, _Record())
         record.charges += 1
         if record.charges < ATTEMPTS:
-            self._again(shard, queue, why, soon=True)  # a fault of all shards shows before all were tried
+            self._again(
+                shard, queue, why, soon=True
+            )  # a fault of all shards shows before all were tried
             return
         self._quarantine(shard, why)
         self._quarantines += 1
         if self._quarantines >= self._max_quarantines:
-            self.state.stopped = f"{self._quarantines} shards in a row were quarantined and none was done between"
+            self.state.stopped = (
+                f"{self._quarantines} shards in a row were quarantined and none was done between"
+            )
 
-    # --- time --------------------------------------------------------------------------------------------
+    # --- time
+    # --------------------------------------------------------------------------------------------
 
     def _look_around(self) -> None:
         """Hung shards, missing workers and progress."""
@@ -527,9 +644,15 @@ class Dispatcher:
             if self._moved.get(worker, (-1, 0.0))[0] != tokens:
                 self._moved[worker] = tokens, now
             moves = self._deadline_s is None and now - self._moved[worker][1] < DEADLINE_S
-            late = [f for f in flights.values() if not moves and now - f.since > self.deadline_s(f.shard)]
+            late = [
+                f
+                for f in flights.values()
+                if not moves and now - f.since > self.deadline_s(f.shard)
+            ]
             if self._deadline_s is not None or self._slowest:  # else nobody knows what is slow here
-                late += [f for f in flights.values() if now - f.began > SLOTS * self.deadline_s(f.shard)]
+                late += [
+                    f for f in flights.values() if now - f.began > SLOTS * self.deadline_s(f.shard)
+                ]
             if not late or worker in self._silent:
                 continue
             shard, seconds = late[0].shard, now - late[0].began
@@ -545,7 +668,9 @@ class Dispatcher:
             self._blame(self._replace(worker), f"it hung: not done after {seconds:,.0f} s")
 
     def deadline_s(self, shard: Shard) -> float:
-        """Seconds after which ``shard`` counts as hung: by its size and the slowest shard so far."""
+        """Seconds after which ``shard`` counts as hung: by its size and the slowest shard so
+        far.
+        """
         if self._deadline_s is not None:
             return self._deadline_s
         if not self._slowest:
@@ -576,11 +701,15 @@ def _num_documents(shards: Iterable[Shard]) -> int | None:
 
 
 class Told(Exception):
-    """An exception that is not ours, as ``reason`` tells it: its own class may not survive the way to the driver."""
+    """An exception that is not ours, as ``reason`` tells it: its own class may not survive the way
+    to the driver.
+    """
 
 
 def reason(error: BaseException) -> str:
-    """One line on ``error``: its type, the last line of its message and, if it is not ours, where it was raised."""
+    """One line on ``error``: its type, the last line of its message and, if it is not ours, where
+    it was raised.
+    """
     if isinstance(error, Told):
         return str(error)
     text = str(error).strip().splitlines()

@@ -26,7 +26,9 @@ from afn_ray.tokens import counting
 SAMPLE_DOCUMENTS = 200
 PILOT_S = 2.0
 BYTES_PER_TOKEN = 6.0
-"""Upper estimate of the store's bytes for a token of one series, offsets included; each further series adds 3."""
+"""Upper estimate of the store's bytes for a token of one series, offsets included; each further
+series adds 3.
+"""
 BYTES_PER_SERIES, OFFSET_BYTES = 3.0, 2.0
 BYTES_PER_NEURON = 6.5
 """Upper estimate of the store's bytes for one neuron of a token, counts by type included."""
@@ -37,8 +39,10 @@ SCREEN_TOKENS_PER_S = 3.5e6
 READ_BYTES = storage.READ_AHEAD_BYTES
 """Of the corpus, in one request: once to plan, where the file is new, and once to measure."""
 PUTS_A_SHARD, GETS_A_SHARD = 4, 12
-"""Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike, and GET with HEAD
-beside those for the corpus's bytes. Each table of neurons is one PUT more. The status is written by the clock."""
+"""Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike,
+and GET with HEAD beside those for the corpus's bytes. Each table of neurons is one PUT more. The
+status is written by the clock.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,17 @@ class Rate:
     tokens_per_second: float
     load_s: float  # until a process has loaded the model
     where: str  # machine, versions, n and spread
-    speed: dict[str, Any] = field(default_factory=dict)  # what it was measured for, as of ``speed_of``
+    speed: dict[str, Any] = field(
+        default_factory=dict
+    )  # what it was measured for, as of ``speed_of``
 
     def check(self, speed: dict[str, Any], file: Path) -> None:
         """Raise ``ConfigError`` if it is not of ``speed``."""
         differing = [
             f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
-            for key in speed if self.speed.get(key) != speed[key]
-        ]  # fmt: skip
+            for key in speed
+            if self.speed.get(key) != speed[key]
+        ]
         if differing:
             raise ConfigError(
                 f"--rate {file} was measured for something else: {'; '.join(differing)}; measure this run's: "
@@ -109,7 +116,9 @@ class Estimate:
     tokens_there: int  # of them already in the store
     num_beginnings: int  # large slices that could be sampled only at their beginning
     store_bytes: int  # estimated, but for what is there
-    seconds: float | None  # from the first worker's start to the reduced tables; None: no rate is known
+    seconds: (
+        float | None
+    )  # from the first worker's start to the reduced tables; None: no rate is known
     load_s: float | None  # of these, until models are loaded
     reduce_s: float  # of these, by the reduce and the screening
     num_workers: int
@@ -126,7 +135,9 @@ class Estimate:
     window_tokens: int
     overlap_tokens: int
     measure: str
-    signal_costs: dict[str, float]  # time of a forward pass with each signal over one with strength alone, less 1;
+    signal_costs: dict[
+        str, float
+    ]  # time of a forward pass with each signal over one with strength alone, less 1;
     # none where the sample was tried on another device than the workers'
     prices: Prices | None
     costs: tuple[Cost, ...]  # of the run; none without prices, or while its hours are not known
@@ -134,19 +145,27 @@ class Estimate:
 
 
 def dry_run(
-    config: RunConfig, on_event: OnEvent = lambda event: None, *, rate: Path | None = None, prices: Path | None = None,
+    config: RunConfig,
+    on_event: OnEvent = lambda event: None,
+    *,
+    rate: Path | None = None,
+    prices: Path | None = None,
     reduce_only: bool = False,
-) -> Estimate:  # fmt: skip
-    """What ``job.run(config)`` would do, or what it would refuse: it is that call's own preparation.
+) -> Estimate:
+    """What ``job.run(config)`` would do, or what it would refuse: it is that call's own
+    preparation.
 
-    Reads the corpus once to plan, counts or samples what the store lacks, tries the model on a little of it, and leaves
-    nothing behind. ``rate``: a file that ``afn bench rate`` wrote, perhaps on another machine; without it the sample is
-    measured here, and where this machine lacks the workers' device, time, hours and money are None: they are not told.
-    ``prices``: a TOML file with keys of ``Prices``. Raises what ``job.run`` raises before its work begins, and
-    ``ConfigError`` for a rate of something else.
+    Reads the corpus once to plan, counts or samples what the store lacks, tries the model on a
+    little of it, and leaves nothing behind. ``rate``: a file that ``afn bench rate`` wrote, perhaps
+    on another machine; without it the sample is measured here, and where this machine lacks the
+    workers' device, time, hours and money are None: they are not told. ``prices``: a TOML file with
+    keys of ``Prices``. Raises what ``job.run`` raises before its work begins, and ``ConfigError``
+    for a rate of something else.
     """
     money = None if prices is None else read_prices(prices)
-    known = None if rate is None else read_rate(rate)  # before the corpus is read, which may take hours
+    known = (
+        None if rate is None else read_rate(rate)
+    )  # before the corpus is read, which may take hours
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.try_writable(config.store)
@@ -163,16 +182,30 @@ def dry_run(
         lacking = counting.count(slices, config.read_options, worker.text_encoder(asked.files))
     tokens = there.tokens + lacking.tokens
     if lacking.exact and not tokens:
-        raise CorpusError("the corpus has no token to measure: all of its documents are empty or quarantined")
+        raise CorpusError(
+            "the corpus has no token to measure: all of its documents are empty or quarantined"
+        )
     sample = listing.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS) if todo else []
     pilot = _pilot(task, [d.text for d in sample])
     workers = min(cluster.count_workers(config, device), max(1, len(todo)))
     here = cluster.local_device(device)
     if known is None and here == device and todo:
-        known = Rate(pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0, pilot.load_s, "measured here")
-    where = known.where if known else _no_rate(device, here) if todo else "nothing is left to measure"
-    reduce_s = 0.0 if stock.complete else reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
-    store_bytes = there.num_bytes + lacking.tokens * bytes_per_token(config, len(task.series), len(task.neuron_layers))
+        known = Rate(
+            pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0,
+            pilot.load_s,
+            "measured here",
+        )
+    where = (
+        known.where if known else _no_rate(device, here) if todo else "nothing is left to measure"
+    )
+    reduce_s = (
+        0.0
+        if stock.complete
+        else reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
+    )
+    store_bytes = there.num_bytes + lacking.tokens * bytes_per_token(
+        config, len(task.series), len(task.neuron_layers)
+    )
     load_s = (known.load_s if known else None) if todo else 0.0
     seconds = None if load_s is None else load_s + reduce_s
     if known and seconds is not None and known.tokens_per_second:
@@ -183,17 +216,42 @@ def dry_run(
     worker_hours = None if hours is None else workers * hours
     costs, monthly = bill(money, worker_hours, hours, puts, gets, store_bytes)
     return Estimate(
-        num_files=len(plan.files), skipped=plan.skipped, num_documents=there.documents + lacking.documents,
-        documents_exact=lacking.num_documents_exact, num_bytes=plan.num_bytes, num_shards=len(plan.shards),
-        num_shards_done=len(plan.shards) - len(todo), tokens=tokens, tokens_low=there.tokens + lacking.low,
-        tokens_high=there.tokens + lacking.high, tokens_exact=lacking.exact, tokens_there=there.tokens,
-        num_beginnings=lacking.num_beginnings, store_bytes=round(store_bytes), seconds=seconds, load_s=load_s,
-        reduce_s=reduce_s, num_workers=workers, worker_hours=worker_hours, num_puts=puts, num_gets=gets,
-        tokens_per_second=known.tokens_per_second if known else None, rate=where, model=config.model,
-        layers=task.layers, depth=asked.files.depth, dtype=task.dtype, device=device,
-        window_tokens=measure["window_tokens"], overlap_tokens=measure["overlap_tokens"], measure=task.measure_id,
-        signal_costs=pilot.signal_costs if here == device else {}, prices=money, costs=costs, monthly=monthly,
-    )  # fmt: skip
+        num_files=len(plan.files),
+        skipped=plan.skipped,
+        num_documents=there.documents + lacking.documents,
+        documents_exact=lacking.num_documents_exact,
+        num_bytes=plan.num_bytes,
+        num_shards=len(plan.shards),
+        num_shards_done=len(plan.shards) - len(todo),
+        tokens=tokens,
+        tokens_low=there.tokens + lacking.low,
+        tokens_high=there.tokens + lacking.high,
+        tokens_exact=lacking.exact,
+        tokens_there=there.tokens,
+        num_beginnings=lacking.num_beginnings,
+        store_bytes=round(store_bytes),
+        seconds=seconds,
+        load_s=load_s,
+        reduce_s=reduce_s,
+        num_workers=workers,
+        worker_hours=worker_hours,
+        num_puts=puts,
+        num_gets=gets,
+        tokens_per_second=known.tokens_per_second if known else None,
+        rate=where,
+        model=config.model,
+        layers=task.layers,
+        depth=asked.files.depth,
+        dtype=task.dtype,
+        device=device,
+        window_tokens=measure["window_tokens"],
+        overlap_tokens=measure["overlap_tokens"],
+        measure=task.measure_id,
+        signal_costs=pilot.signal_costs if here == device else {},
+        prices=money,
+        costs=costs,
+        monthly=monthly,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,19 +271,28 @@ def _what_is_there(commits: Commits) -> _There:
     return _There(tokens, documents, num_bytes)
 
 
-# --- arithmetic ------------------------------------------------------------------------------------------
+# --- arithmetic
+# ------------------------------------------------------------------------------------------
 
 
 def bytes_per_token(config: RunConfig, num_series: int, num_neuron_layers: int) -> float:
     """Upper estimate of what the store holds for each token."""
-    size = BYTES_PER_TOKEN + BYTES_PER_SERIES * (num_series - 1) - (0 if config.offsets else OFFSET_BYTES)
+    size = (
+        BYTES_PER_TOKEN
+        + BYTES_PER_SERIES * (num_series - 1)
+        - (0 if config.offsets else OFFSET_BYTES)
+    )
     high = 0.25 if config.neurons_of == "high" else 1.0  # of tokens, where others' thresholds fit
     return size + BYTES_PER_NEURON * config.top_neurons * num_neuron_layers * high
 
 
 def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
-    """Seconds of one core for the reduce of ``tokens``; its leaves, which are most of it, are as many as cores."""
-    return tokens * num_series / REDUCE_TOKENS_PER_S + (tokens / SCREEN_TOKENS_PER_S if screened else 0.0)
+    """Seconds of one core for the reduce of ``tokens``; its leaves, which are most of it, are as
+    many as cores.
+    """
+    return tokens * num_series / REDUCE_TOKENS_PER_S + (
+        tokens / SCREEN_TOKENS_PER_S if screened else 0.0
+    )
 
 
 def gets_of_corpus(num_bytes: int) -> int:
@@ -234,9 +301,13 @@ def gets_of_corpus(num_bytes: int) -> int:
 
 
 def bill(
-    prices: Prices | None, worker_hours: float | None, hours: float | None, num_puts: int, num_gets: int,
+    prices: Prices | None,
+    worker_hours: float | None,
+    hours: float | None,
+    num_puts: int,
+    num_gets: int,
     store_bytes: float,
-) -> tuple[tuple[Cost, ...], Cost | None]:  # fmt: skip
+) -> tuple[tuple[Cost, ...], Cost | None]:
     """What a run costs, line by line, and what its store costs a month; nothing without ``prices``.
 
     Without hours there is no line of the run: its requests alone would look like its price.
@@ -261,7 +332,8 @@ def _no_rate(device: str, here: str) -> str:
     )
 
 
-# --- a sample, measured here -----------------------------------------------------------------------------
+# --- a sample, measured here
+# -----------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -291,33 +363,52 @@ def _pilot(task: worker.Task, texts: Sequence[str]) -> _Pilot:
         pilot.seconds += time.monotonic() - began
         pilot.num_tokens += len(measured.encoded.token_ids)
         if others:
-            prepared = processor.preparer.prepare(some, [False] * len(some), refused=measured.encoded.problems)
+            prepared = processor.preparer.prepare(
+                some, [False] * len(some), refused=measured.encoded.problems
+            )
             sets = [[alone], *([alone, other] for other in others)]
             turns = [[processor.seconds(prepared, signals) for signals in sets] for _ in range(2)]
-            for name, seconds in zip(taken, map(min, *turns), strict=True):  # the other one was disturbed
+            for name, seconds in zip(
+                taken, map(min, *turns), strict=True
+            ):  # the other one was disturbed
                 taken[name] += seconds
     processor.close()
     # More work takes more time; where it seems to take less, the cost is lost in the noise.
-    pilot.signal_costs = {s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]}
+    pilot.signal_costs = {
+        s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]
+    }
     return pilot
 
 
-# --- files of rates and prices ---------------------------------------------------------------------------
+# --- files of rates and prices
+# ---------------------------------------------------------------------------
 
 
 def speed_of(task: worker.Task, measure: dict[str, Any]) -> dict[str, Any]:
-    """What of a run changes how many tokens a worker does in a second, but for the machine and the texts."""
+    """What of a run changes how many tokens a worker does in a second, but for the machine and the
+    texts.
+    """
     return {
-        "model": fingerprint(measure["model"]), "layers": list(task.layers), "signals": measure["signals"],
-        "top_neurons": task.config.top_neurons if task.neuron_layers else 0, "dtype": task.dtype, "device": task.device,
-        "window_tokens": measure["window_tokens"], "overlap_tokens": measure["overlap_tokens"],
-        "batch_tokens": task.config.batch_tokens, "tokenizer_workers": task.config.tokenizer_workers,
-    }  # fmt: skip
+        "model": fingerprint(measure["model"]),
+        "layers": list(task.layers),
+        "signals": measure["signals"],
+        "top_neurons": task.config.top_neurons if task.neuron_layers else 0,
+        "dtype": task.dtype,
+        "device": task.device,
+        "window_tokens": measure["window_tokens"],
+        "overlap_tokens": measure["overlap_tokens"],
+        "batch_tokens": task.config.batch_tokens,
+        "tokenizer_workers": task.config.tokenizer_workers,
+    }
 
 
 def _is_number(value: Any) -> bool:
     """Whether ``value`` is 0 or more, and what a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 <= value <= sys.float_info.max
+    )
 
 
 RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -333,13 +424,17 @@ RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_rate(path: Path) -> Rate:
-    """The rate in ``path``. Raises ``ConfigError`` for what ``afn bench rate --json`` did not write."""
+    """The rate in ``path``. Raises ``ConfigError`` for what ``afn bench rate --json`` did not
+    write.
+    """
     try:
         value = json.loads(settings.decode(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}") from error
+        raise ConfigError(
+            f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}"
+        ) from error
     found: dict[str, Any] = value if isinstance(value, dict) else {}
     for key, (is_right, expected) in RATE_KEYS.items():
         if not is_right(found.get(key)):
@@ -360,13 +455,20 @@ def read_prices(path: Path) -> Prices:
     value = settings.read_toml(path, "--prices")
     known = [f.name for f in fields(Prices)]
     if unknown := sorted(value.keys() - set(known)):
-        raise ConfigError(f"--prices {path} has {', '.join(unknown)}{nearest(unknown, known)}; expected "
-                          f"currency, as_of and some of {', '.join(known[2:])}")  # fmt: skip
-    for name, what in (("currency", "of all prices"), ("as_of", "whose prices these are, and of when")):
+        raise ConfigError(
+            f"--prices {path} has {', '.join(unknown)}{nearest(unknown, known)}; expected "
+            f"currency, as_of and some of {', '.join(known[2:])}"
+        )
+    for name, what in (
+        ("currency", "of all prices"),
+        ("as_of", "whose prices these are, and of when"),
+    ):
         if name not in value:
             raise ConfigError(f"--prices {path} lacks {name}: a text, {what}")
         if not isinstance(value[name], str) or not value[name]:
-            raise ConfigError(f"--prices {path}: {name} is {value[name]!r}; expected a text, {what}")
+            raise ConfigError(
+                f"--prices {path}: {name} is {value[name]!r}; expected a text, {what}"
+            )
     for name in known[2:]:
         price = value.get(name, 0)
         if not _is_number(price):

@@ -13,7 +13,9 @@ from afn_ray.runs.worker import Processor, Task
 from afn_ray.schema import Shard
 
 STOP_S = 1.0
-"""How long threads of this process may take to notice that they are to stop; a batch, or an upload, may take longer."""
+"""How long threads of this process may take to notice that they are to stop; a batch, or an upload,
+may take longer.
+"""
 
 
 class InlinePool:
@@ -31,7 +33,9 @@ class InlinePool:
         return 1
 
     def hand(self, worker: int, shard: Shard, halvings: int) -> None:
-        thread = threading.Thread(target=self._process, args=(shard, halvings), name="afn-shard", daemon=True)
+        thread = threading.Thread(
+            target=self._process, args=(shard, halvings), name="afn-shard", daemon=True
+        )
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
 

@@ -29,7 +29,9 @@ PILOT_DOCUMENTS = 2000
 MOST_REASONS = 5
 """Why documents of a corpus without a token are quarantined, as told at its end."""
 MOST_REASONS = 1000
-"""Shards given up whose file and reason run.json keeps; of more it has the id alone, and can still be read."""
+"""Shards given up whose file and reason run.json keeps; of more it has the id alone, and can still
+be read.
+"""
 MOST_SHARDS = 20
 """Shards that are named one by one at the end of a run."""
 MOST_CHARS = 1000
@@ -42,7 +44,9 @@ NEVER = 3.4e38
 class Event:
     """Something that a person who waits wants to see."""
 
-    kind: str  # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "screening", "complete"
+    # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "screening",
+    # "complete"
+    kind: str
     message: str
     state: dispatch.State | None = None  # of "working"
     done: int = 0  # of "hashing": files
@@ -68,10 +72,13 @@ class Prepared:
     frozen: list[dict[str, Any]]  # thresholds that it labels by, as of ``manifest.find_frozen``
 
 
-def prepare(config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bool = False
+) -> Prepared:
     """Plan the corpus of a normalised config and decide what to measure.
 
-    ``keep`` writes what pilots found into the store, for later runs; with ``reduce_only`` none is run.
+    ``keep`` writes what pilots found into the store, for later runs; with ``reduce_only`` none is
+    run.
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = worker.find_model(config)
@@ -81,10 +88,14 @@ def prepare(config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bo
     task, measure = worker.with_labels(task, measure, plan.labels)
     decided = _decide_precision(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
     task, measure = worker.in_dtype(task, measure, decided.dtype)
-    task, measure = _find_outliers(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
+    task, measure = _find_outliers(
+        task, measure, plan, on_event, keep=keep, reduce_only=reduce_only
+    )
     frozen = manifest.find_frozen(config, measure)
     if config.neurons_of == "high":
-        task, measure = worker.with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
+        task, measure = worker.with_neurons_above(
+            task, measure, _high_from(frozen, task.neuron_layers)
+        )
     return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
 
 
@@ -97,7 +108,9 @@ class Stock:
 
 
 def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
-    """What the store has of ``asked``; writes nothing, and refuses what ``run`` refuses before it begins to work."""
+    """What the store has of ``asked``; writes nothing, and refuses what ``run`` refuses before it
+    begins to work.
+    """
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
     same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
     if not reduce_only:
@@ -112,7 +125,9 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
 
 
 def _commits_to_reduce(asked: Prepared) -> Commits:
-    """Commits of the plan, for a reduce alone. Raises ``IncompleteRun`` where too many are lacking."""
+    """Commits of the plan, for a reduce alone. Raises ``IncompleteRun`` where too many are
+    lacking.
+    """
     config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
     shards = epochs.newest(config.store).marked(measure_id, plan.shards)
     commits = shard_files.find_commits(config.store, measure_id, shards)
@@ -122,32 +137,48 @@ def _commits_to_reduce(asked: Prepared) -> Commits:
 
 
 def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: OnEvent) -> None:
-    """Raises ``StoreError`` where the store has lost shards of the ``complete`` run of ``asked``."""
-    if gone := manifest.lost_shards(asked.config.store, asked.task.measure_id, asked.plan.shards, complete):
+    """Raises ``StoreError`` where the store has lost shards of the ``complete`` run of
+    ``asked``.
+    """
+    if gone := manifest.lost_shards(
+        asked.config.store, asked.task.measure_id, asked.plan.shards, complete
+    ):
         raise StoreError(
             f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the store, as {gone[0]}: "
             f"delete {complete.uri}/run.json and give this command again to do them anew"
         )
-    on_event(Event("complete", f"nothing to do: run {complete.uri} is complete and the corpus has not changed"))
+    on_event(
+        Event(
+            "complete",
+            f"nothing to do: run {complete.uri} is complete and the corpus has not changed",
+        )
+    )
 
 
-def run(config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False) -> Run:
+def run(
+    config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False
+) -> Run:
     """Measure every token of ``config.corpus`` and return the complete run, ready to be asked.
 
-    A shard that the store has is not done again, so the same call after a crash resumes and after success does
-    nothing. ``reduce_only``: no shard is done and no pilot run; the store must have the measure, and all shards but
-    ``allow_quarantined``. Raises ``ConfigError`` before any work, ``IncompleteRun`` when shards were given up or are
-    lacking (the others are committed), ``Interrupted`` when the call can be repeated to resume.
+    A shard that the store has is not done again, so the same call after a crash resumes and after
+    success does nothing. ``reduce_only``: no shard is done and no pilot run; the store must have
+    the measure, and all shards but ``allow_quarantined``. Raises ``ConfigError`` before any work,
+    ``IncompleteRun`` when shards were given up or are lacking (the others are committed),
+    ``Interrupted`` when the call can be repeated to resume.
     """
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
     manifest.keep_from_jobs(config.store)
-    with status.reported(config, planning=not reduce_only) as reporter:  # which may find that it cannot
+    with status.reported(
+        config, planning=not reduce_only
+    ) as reporter:  # which may find that it cannot
         return _run(config, _reporting(reporter, on_event), reporter, reduce_only=reduce_only)
 
 
-def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, reduce_only: bool) -> Run:
+def _run(
+    config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, reduce_only: bool
+) -> Run:
     began = time.monotonic()
     asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
     plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
@@ -159,15 +190,21 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
         _say_nothing_to_do(asked, folder, on_event)
         _report_losses(folder, on_event)
         return _opened(claim)
-    commits = shard_files.find_commits(config.store, task.measure_id, plan.shards)  # after the claim: gc leaves these
+    commits = shard_files.find_commits(
+        config.store, task.measure_id, plan.shards
+    )  # after the claim: gc leaves these
     todo = [s for s in plan.shards if s.id not in commits]
     reporter.begin(folder, plan.shards, commits)
     task = replace(task, run=folder.id)
     on_event(
-        Event("planned", f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
-                         f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
-                         f"{len(todo):,} to do", run=folder.id)
-    )  # fmt: skip
+        Event(
+            "planned",
+            f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
+            f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
+            f"{len(todo):,} to do",
+            run=folder.id,
+        )
+    )
     state = dispatch.State(0)
     if reduce_only:
         state.failures = dict.fromkeys((s.id for s in todo), LACKING)
@@ -192,21 +229,44 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     pieces, readable = encoder.texts()
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(
-            config.store, task.measure_id, ordered, task.series, pieces=pieces, readable=readable,
-            language=config.language, sink_factor=config.sink_factor, num_bytes=[s.num_bytes for s in done],
-            frozen=frozen, neuron_layers=task.neuron_layers, high_neurons=bool(task.neurons_above), tagged=task.tagged,
+            config.store,
+            task.measure_id,
+            ordered,
+            task.series,
+            pieces=pieces,
+            readable=readable,
+            language=config.language,
+            sink_factor=config.sink_factor,
+            num_bytes=[s.num_bytes for s in done],
+            frozen=frozen,
+            neuron_layers=task.neuron_layers,
+            high_neurons=bool(task.neurons_above),
+            tagged=task.tagged,
             tasks=tasks,
-        )  # fmt: skip
+        )
         tables["files"] = losses.files_table(
-            config.store, task.measure_id, ordered, shards=plan.shards, skipped=plan.skipped, tasks=tasks
+            config.store,
+            task.measure_id,
+            ordered,
+            shards=plan.shards,
+            skipped=plan.skipped,
+            tasks=tasks,
         )
         if config.screen:
             on_event(Event("screening", "looking for strange documents"))
             tables |= screen.scan_run(
-                config.store, task.measure_id, ordered, task.layers, shards=plan.shards,
-                labels=tables["frozen" if frozen else "thresholds"], files=tables["files"],
-                vocabulary=tables["vocabulary"], readable=readable, worst=config.screen, tasks=tasks,
-            )  # fmt: skip
+                config.store,
+                task.measure_id,
+                ordered,
+                task.layers,
+                shards=plan.shards,
+                labels=tables["frozen" if frozen else "thresholds"],
+                files=tables["files"],
+                vocabulary=tables["vocabulary"],
+                readable=readable,
+                worst=config.screen,
+                tasks=tasks,
+            )
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = total_counts(ordered)
     num_reused = len(plan.shards) - len(todo)
@@ -254,22 +314,32 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, red
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
     on_event(
-        Event("complete", f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
-                          f"{count(measured, 'document')}, {totals['empty']:,} empty, "
-                          f"{totals['quarantined']:,} quarantined{why}")
-    )  # fmt: skip
+        Event(
+            "complete",
+            f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
+            f"{count(measured, 'document')}, {totals['empty']:,} empty, "
+            f"{totals['quarantined']:,} quarantined{why}",
+        )
+    )
     for shard in quarantined[:MOST_SHARDS]:
-        on_event(Event("warning", f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"))
+        on_event(
+            Event(
+                "warning",
+                f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}",
+            )
+        )
     _report_losses(folder, on_event)
     return _opened(claim)
 
 
 def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
-    """``shards`` that were given up, as run.json lists them: the first with file and reason, the others by id alone."""
+    """``shards`` that were given up, as run.json lists them: the first with file and reason, the
+    others by id alone.
+    """
     listed = [
         {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
         for s in shards[:MOST_REASONS]
-    ]  # fmt: skip
+    ]
     return listed + [{"shard": s.id, "uri": "", "reason": ""} for s in shards[MOST_REASONS:]]
 
 
@@ -296,10 +366,17 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
 
 
 def _decide_precision(
-    task: worker.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
+    task: worker.Task,
+    measure: dict[str, Any],
+    plan: manifest.Plan,
+    on_event: OnEvent,
+    *,
+    keep: bool,
     reduce_only: bool,
-) -> precision.Precision:  # fmt: skip
-    """What the store's first run decided, so that every later one measures the same; else a pilot's decision."""
+) -> precision.Precision:
+    """What the store's first run decided, so that every later one measures the same; else a pilot's
+    decision.
+    """
     config = task.config
     if config.dtype == "float32":
         return precision.decide(task, ())
@@ -317,22 +394,37 @@ def _decide_precision(
     else:
         decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
         on_event(
-            Event("planned", f"{precision.describe(decided)}; this store's first run decided it, and another --dtype "
-                             "wants another store")
-        )  # fmt: skip
+            Event(
+                "planned",
+                f"{precision.describe(decided)}; this store's first run decided it, and another --dtype "
+                "wants another store",
+            )
+        )
     if decided.against:
         on_event(Event("warning", f"warning: {decided.dtype} is not safe here: {decided.against}"))
     if decided.device != task.device and not reduce_only:
-        on_event(Event("warning", f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
-                                  "it may be slow here"))  # fmt: skip
+        on_event(
+            Event(
+                "warning",
+                f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
+                "it may be slow here",
+            )
+        )
     return decided
 
 
 def _find_outliers(
-    task: worker.Task, measure: dict[str, Any], plan: manifest.Plan, on_event: OnEvent, *, keep: bool,
+    task: worker.Task,
+    measure: dict[str, Any],
+    plan: manifest.Plan,
+    on_event: OnEvent,
+    *,
+    keep: bool,
     reduce_only: bool,
-) -> tuple[worker.Task, dict[str, Any]]:  # fmt: skip
-    """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where a signal asks."""
+) -> tuple[worker.Task, dict[str, Any]]:
+    """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where
+    a signal asks.
+    """
     if not worker.wants_outliers(task):
         return task, measure
     key = fingerprint([measure, "outliers"])
@@ -342,7 +434,11 @@ def _find_outliers(
     if stored is None:
         on_event(Event("pilot", "a pilot looks for outlier dimensions"))
         sample = listing.sample(plan.files, task.config.read_options, PILOT_DOCUMENTS)
-        stored = {"outliers": cluster.pilot(outliers.find_outliers, task, _in_turns(sample), _warning(on_event))}
+        stored = {
+            "outliers": cluster.pilot(
+                outliers.find_outliers, task, _in_turns(sample), _warning(on_event)
+            )
+        }
         if keep:
             stored = manifest.write_pilot(task.config.store, key, stored)
     return worker.with_outliers(task, measure, stored["outliers"])
@@ -355,7 +451,9 @@ def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[
 
 
 def _in_turns(documents: Sequence[Document]) -> list[str]:
-    """Texts of ``documents``, one of each source in turn: a pilot that ends early has seen all of them."""
+    """Texts of ``documents``, one of each source in turn: a pilot that ends early has seen all of
+    them.
+    """
     by_source: dict[str, list[str]] = {}
     for document in documents:
         by_source.setdefault(document.source, []).append(document.text)
@@ -388,8 +486,13 @@ def _working(on_event: OnEvent) -> dispatch.OnState:
         nonlocal warned, num_said
         if state.live.why_padded and not warned:
             warned = True
-            on_event(Event("warning", "warning: sequences are padded, not packed, which is slower: "
-                                      f"{state.live.why_padded}"))  # fmt: skip
+            on_event(
+                Event(
+                    "warning",
+                    "warning: sequences are padded, not packed, which is slower: "
+                    f"{state.live.why_padded}",
+                )
+            )
         for notice in state.notices[num_said:]:
             on_event(Event("warning", f"warning: {notice}"))
         num_said = len(state.notices)
@@ -399,7 +502,9 @@ def _working(on_event: OnEvent) -> dispatch.OnState:
 
 
 def normalised(config: RunConfig) -> RunConfig:
-    """``config`` with the places that it is remembered by, which workers elsewhere see too: absolute ones."""
+    """``config`` with the places that it is remembered by, which workers elsewhere see too:
+    absolute ones.
+    """
     return replace(
         config,
         store=storage.absolute(config.store).rstrip("/"),
@@ -415,15 +520,24 @@ def _warning(on_event: OnEvent) -> Callable[[str], None]:
 
 
 def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
-    return lambda done, total: on_event(Event("hashing", "reading the corpus to plan", done=done, total=total))
+    return lambda done, total: on_event(
+        Event("hashing", "reading the corpus to plan", done=done, total=total)
+    )
 
 
 def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
     where = {s.id: s.slices[0].uri for s in plan.shards}
-    lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in sorted(state.failures.items())[:MOST_SHARDS]]
+    lines = [
+        f"  shard {shard} ({where[shard]}): {why}"
+        for shard, why in sorted(state.failures.items())[:MOST_SHARDS]
+    ]
     if (more := len(state.failures) - MOST_SHARDS) > 0:
         lines.append(f"  and {count(more, 'more shard')}")
-    stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? " if state.stopped else ""
+    stopped = (
+        f"the run was stopped, since {state.stopped}: is it one fault of all? "
+        if state.stopped
+        else ""
+    )
     return (
         f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; what is done is "
         "committed, and the same command tries the others again (--allow-quarantined N: a run that lacks up to N "
@@ -434,7 +548,11 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
 
 def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there: int) -> str:
     num_shards = len(plan.shards)
-    none = "" if num_there else f"; of measure {measure_id} it has none: is the config the one that measured?"
+    none = (
+        ""
+        if num_there
+        else f"; of measure {measure_id} it has none: is the config the one that measured?"
+    )
     return (
         f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, and --reduce-only does "
         f"none{none}; the same command without it does them (--allow-quarantined N: a run that lacks up to N counts as "
@@ -454,7 +572,11 @@ def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
     for commit in commits:
         table = shard_files.read_shard_table(store, measure_id, commit, "documents")
         rows = zip(*(table[name].to_pylist() for name in ("source", "status")), strict=True)
-        reasons += [f"{source}: {why.removeprefix('quarantined: ')}" for source, why in rows if why != "empty"]
+        reasons += [
+            f"{source}: {why.removeprefix('quarantined: ')}"
+            for source, why in rows
+            if why != "empty"
+        ]
         if len(reasons) >= MOST_REASONS:
             break
     told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS])

@@ -1,4 +1,6 @@
-"""Which dimensions of the hidden state are outliers: the largest ones of each layer, on a pilot sample."""
+"""Which dimensions of the hidden state are outliers: the largest ones of each layer, on a pilot
+sample.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ PILOT_CHARS = 16_384
 
 
 def find_outliers(task: worker.Task, texts: Sequence[str]) -> list[list[int]]:
-    """For each of the task's layers the ``DIMENSIONS`` with the largest mean square over the tokens of ``texts``,
-    special ones apart, the largest first."""
+    """For each of the task's layers the ``DIMENSIONS`` with the largest mean square over the tokens
+    of ``texts``, special ones apart, the largest first.
+    """
     sample, size = [], 0
     for text in texts:
         sample.append(text[: PILOT_CHARS - size])
         size += len(sample[-1])
         if size >= PILOT_CHARS:
             break
-    with contextlib.closing(worker.Processor(replace(worker.with_signals(task), dtype="float32"))) as processor:
+    with contextlib.closing(
+        worker.Processor(replace(worker.with_signals(task), dtype="float32"))
+    ) as processor:
         squares = processor.mean_squares(sample)
     return [np.argsort(-row, kind="stable")[:DIMENSIONS].tolist() for row in squares]

@@ -1,4 +1,6 @@
-"""Plan of a run: the corpus is listed and cut into shards; files known from an earlier run are not read."""
+"""Plan of a run: the corpus is listed and cut into shards; files known from an earlier run are not
+read.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,23 @@ MOST_NAMES_BYTES = 16 << 20
 LOOK_BACK = 100
 """Plans that are read to find the last one of a corpus, in a store that many share."""
 RACY_NS = 2_000_000_000
-"""A file written this shortly before it was hashed may have changed since under the same time: hash it again."""
+"""A file written this shortly before it was hashed may have changed since under the same time: hash
+it again.
+"""
 
 
 def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
-    """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not read.
+    """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not
+    read.
 
     ``on_file(done, total)`` is called as files are hashed. Raises ``CorpusError``.
     """
     options = config.read_options
     files, skipped = listing.list_files(config.corpus, options, config.store)
     listing.check_columns(files, options)
-    shard_bytes = listing.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
+    shard_bytes = (
+        listing.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
+    )
     known = _remembered(config, shard_bytes)
     missing = [f for f in files if f not in known]
     with ThreadPoolExecutor(IO_THREADS) as pool:
@@ -48,16 +55,24 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
                 on_file(done, len(missing))
     slices = [s for file in files for s in known[file]]
     groups = group_slices(slices, shard_bytes)
-    return Plan(tuple(Shard.of(g, options) for g in groups), tuple(files), tuple(skipped), len(missing), shard_bytes)
+    return Plan(
+        tuple(Shard.of(g, options) for g in groups),
+        tuple(files),
+        tuple(skipped),
+        len(missing),
+        shard_bytes,
+    )
 
 
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
-    """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and ``MOST_NAMES_BYTES``.
+    """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and
+    ``MOST_NAMES_BYTES``.
 
-    A group also ends behind every later slice of a file, so that lines appended to a file of several slices make
-    anew its last one alone; and, once a quarter full, behind a slice whose path hashes so: four times in
-    ``shard_bytes``, however large the files are. A change then moves the end of its own group and seldom those of
-    more than the next two: behind a slice where the old groups and the new both end, they are the same again.
+    A group also ends behind every later slice of a file, so that lines appended to a file of
+    several slices make anew its last one alone; and, once a quarter full, behind a slice whose path
+    hashes so: four times in ``shard_bytes``, however large the files are. A change then moves the
+    end of its own group and seldom those of more than the next two: behind a slice where the old
+    groups and the new both end, they are the same again.
     """
     groups: list[list[FileSlice]] = []
     current: list[FileSlice] = []
@@ -71,7 +86,9 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
         current.append(piece)
         size += piece.num_bytes
         names += named
-        if piece.start or (size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes):
+        if piece.start or (
+            size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes
+        ):
             groups.append(current)
             current, size, names = [], 0, 0
     return [*groups, current] if current else groups
@@ -83,7 +100,8 @@ def _share(text: str) -> float:
 
 
 def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
-    """What the store's newest runs of the same cuts know of files: their slices, where nothing changed.
+    """What the store's newest runs of the same cuts know of files: their slices, where nothing
+    changed.
 
     The newest one of this corpus, and those of others that came since.
     """
@@ -96,7 +114,9 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
             continue
         table, begun = plan
         of_plan: dict[FileInfo, list[FileSlice]] = {}
-        for row in proved_rows(storage.join(config.store, "runs", name, "plan.parquet"), table, begun):
+        for row in proved_rows(
+            storage.join(config.store, "runs", name, "plan.parquet"), table, begun
+        ):
             piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
             if _trusted(piece.version, begun["begun_ns"]):
                 of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
@@ -108,4 +128,6 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
 
 def _trusted(version: str, hashed_ns: int) -> bool:
     kind, _, value = version.partition(":")
-    return kind == "etag" or (kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS)
+    return kind == "etag" or (
+        kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS
+    )

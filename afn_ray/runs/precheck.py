@@ -1,4 +1,6 @@
-"""What of a request can be seen to be wrong in a second, before torch, transformers or Ray are loaded."""
+"""What of a request can be seen to be wrong in a second, before torch, transformers or Ray are
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ MOST_CONFIG_BYTES = 16 << 20
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What families call the number of their blocks in config.json."""
 GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""Of NVIDIA, of Windows below a Linux of its own, and of AMD: without any of them no torch sees a GPU."""
+"""Of NVIDIA, of Windows below a Linux of its own, and of AMD: without any of them no torch sees a
+GPU.
+"""
 
 
 def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
     """Raise ``ConfigError`` for what a run of ``config`` would refuse later, and take longer to.
 
-    What is asked of other machines is left to the run: a hub, a bucket, a cluster. ``reduce_only``: it needs no device.
+    What is asked of other machines is left to the run: a hub, a bucket, a cluster. ``reduce_only``:
+    it needs no device.
     """
     lexicon.function_words(config.language)
     is_here = config.executor == "inline"
@@ -51,18 +56,31 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
 
 
 def check_frozen(config: RunConfig) -> None:
-    """Raise ``ConfigError`` where ``config`` names thresholds, and ``afn audit --frozen`` is to choose them."""
+    """Raise ``ConfigError`` where ``config`` names thresholds, and ``afn audit --frozen`` is to
+    choose them.
+    """
     if config.thresholds is not None:
-        raise ConfigError(f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen")
+        raise ConfigError(
+            f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen"
+        )
 
 
 def check_question(
-    run_uri: str, model: str | None, *, signals: str | None = None, layers: str | None = None, layer: int | None = None
-) -> None:  # fmt: skip
-    """The same of what is asked of a run and its model: ``afn explain``, ``afn claims --masking``."""
+    run_uri: str,
+    model: str | None,
+    *,
+    signals: str | None = None,
+    layers: str | None = None,
+    layer: int | None = None,
+) -> None:
+    """The same of what is asked of a run and its model: ``afn explain``, ``afn claims
+    --masking``.
+    """
     run = manifest.find_run(run_uri)
     if layer is not None and layer not in run.info["layers"]:
-        raise ConfigError(f"layer {layer} was not recorded; the run has {', '.join(map(str, run.info['layers']))}")
+        raise ConfigError(
+            f"layer {layer} was not recorded; the run has {', '.join(map(str, run.info['layers']))}"
+        )
     if signals is not None:
         check_signals(signals)
     if layers is not None:
@@ -76,17 +94,22 @@ def check_signals(spec: str) -> None:
     known = [*BUILT_IN_SIGNALS, *sorted(point.name for point in entry_points(group=SIGNAL_GROUP))]
     for name in signal_names(spec):
         if name not in known:
-            raise ConfigError(f"there is no signal {name!r}{nearest([name], known)}; there are {', '.join(known)}")
+            raise ConfigError(
+                f"there is no signal {name!r}{nearest([name], known)}; there are {', '.join(known)}"
+            )
 
 
 def check_device(device: str) -> None:
     """Raise ``ModelError`` for a GPU that this machine has no driver for."""
     if device == "cuda" and not any(Path(driver).exists() for driver in GPU_DRIVERS):
-        raise ModelError("device is cuda, but there is no driver of a GPU here; use --device cpu, or leave it out")
+        raise ModelError(
+            "device is cuda, but there is no driver of a GPU here; use --device cpu, or leave it out"
+        )
 
 
 def check_model(name: str, revision: str | None, *, trust_remote_code: bool = False) -> int | None:
-    """Blocks of the model in the folder ``name``; None where only its own code, another format or a hub knows.
+    """Blocks of the model in the folder ``name``; None where only its own code, another format or a
+    hub knows.
 
     Raises ``ModelError`` for a path where there is no model.
     """
@@ -96,11 +119,15 @@ def check_model(name: str, revision: str | None, *, trust_remote_code: bool = Fa
     except OSError as error:
         raise ModelError(f"no model at {name[:60]}...: {error.strerror}") from error
     if revision is not None and is_there:
-        raise ModelError(f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out")
+        raise ModelError(
+            f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out"
+        )
     if not is_folder:
         is_path = is_there or name.startswith(("/", ".", "~")) or name.count("/") > 1
         if is_path and not (path.suffix == ".gguf" and is_there):
-            raise ModelError(f"no model at {name}: expected a folder with config.json, or a .gguf file")
+            raise ModelError(
+                f"no model at {name}: expected a folder with config.json, or a .gguf file"
+            )
         return None
     if not (path / "config.json").is_file():
         inside = sorted(p.parent.name for p in path.glob("*/config.json"))
@@ -117,9 +144,13 @@ def _depth(name: str, file: Path) -> int | None:
     try:
         config: Any = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"model {name} cannot be loaded: its config.json is not JSON: {error}") from error
+        raise ModelError(
+            f"model {name} cannot be loaded: its config.json is not JSON: {error}"
+        ) from error
     except OSError as error:
-        raise ModelError(f"model {name} cannot be loaded: {os.strerror(error.errno or 0)}: {file}") from error
+        raise ModelError(
+            f"model {name} cannot be loaded: {os.strerror(error.errno or 0)}: {file}"
+        ) from error
     text = config.get("text_config", config) if isinstance(config, dict) else None
     if not isinstance(text, dict) or "auto_map" in config:
         return None

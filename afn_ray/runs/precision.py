@@ -34,8 +34,12 @@ class Trial:
     dtype: str
     safe: bool
     why: str  # what speaks against it; empty when it is safe
-    flips: dict[str, float] = field(default_factory=dict)  # layer -> share of tokens whose HIGH label changes
-    median_error: dict[str, float] = field(default_factory=dict)  # layer -> median relative error of strengths
+    flips: dict[str, float] = field(
+        default_factory=dict
+    )  # layer -> share of tokens whose HIGH label changes
+    median_error: dict[str, float] = field(
+        default_factory=dict
+    )  # layer -> median relative error of strengths
     peak: float = 0.0  # largest magnitude of a product
 
 
@@ -52,7 +56,9 @@ class Precision:
 
     @property
     def against(self) -> str:
-        """What the pilot has against the chosen precision; empty unless it was asked for all the same."""
+        """What the pilot has against the chosen precision; empty unless it was asked for all the
+        same.
+        """
         return next((t.why for t in self.trials if t.dtype == self.dtype), "")
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +70,9 @@ def from_json(value: dict[str, Any]) -> Precision:
     try:
         return Precision(**{**value, "trials": tuple(Trial(**t) for t in value["trials"])})
     except (KeyError, TypeError) as error:
-        raise StoreError(f"the store's record of its precision is damaged, or another version's: {error}") from error
+        raise StoreError(
+            f"the store's record of its precision is damaged, or another version's: {error}"
+        ) from error
 
 
 def describe(precision: Precision) -> str:
@@ -80,7 +88,9 @@ def describe(precision: Precision) -> str:
 
 
 def candidates(asked: str, device: str) -> tuple[str, ...]:
-    """Half precisions to try on ``device``, the best first: float16 is ten times closer at a GPU's same speed."""
+    """Half precisions to try on ``device``, the best first: float16 is ten times closer at a GPU's
+    same speed.
+    """
     if asked != "auto":
         return () if asked == "float32" else (asked,)
     from afn_ray import model
@@ -92,9 +102,9 @@ def candidates(asked: str, device: str) -> tuple[str, ...]:
 def decide(task: worker.Task, texts: Sequence[str]) -> Precision:
     """Measure ``texts`` in float32 and in every candidate; ``auto`` takes the first that is safe.
 
-    Safe: less than ``MAX_FLIPS`` of the tokens change their HIGH label at any layer, each against the Q3 of its
-    own precision, and the median relative error is under ``MAX_MEDIAN_ERROR``. A precision that the config names
-    is taken, with the same figures beside it.
+    Safe: less than ``MAX_FLIPS`` of the tokens change their HIGH label at any layer, each against
+    the Q3 of its own precision, and the median relative error is under ``MAX_MEDIAN_ERROR``. A
+    precision that the config names is taken, with the same figures beside it.
     """
     from afn_ray import model
     from afn_ray.runs import worker
@@ -127,16 +137,22 @@ def decide(task: worker.Task, texts: Sequence[str]) -> Precision:
         if trials[-1].safe:
             break
     if asked != "auto":
-        slow = "" if model.has_fast_products(asked, task.device) else ", though no faster than float32"
+        slow = (
+            "" if model.has_fast_products(asked, task.device) else ", though no faster than float32"
+        )
         return Precision(asked, asked, task.device, f"asked for{slow}", n, tuple(trials))
     if trials[-1].safe:
-        return Precision(trials[-1].dtype, asked, task.device, "safe on the pilot", n, tuple(trials))
+        return Precision(
+            trials[-1].dtype, asked, task.device, "safe on the pilot", n, tuple(trials)
+        )
     why = "; ".join(f"{t.dtype} is not safe: {t.why}" for t in trials)
     return Precision("float32", asked, task.device, why, n, tuple(trials))
 
 
 def _groups(texts: Sequence[str]) -> list[list[str]]:
-    """The beginnings of ``texts`` in groups of about a quarter of the pilot, so that it ends near its size."""
+    """The beginnings of ``texts`` in groups of about a quarter of the pilot, so that it ends near
+    its size.
+    """
     groups: list[list[str]] = [[]]
     size = 0
     for whole in texts:
@@ -162,7 +178,10 @@ def _try(task: worker.Task, chunks: Sequence[list[str]], reference: np.ndarray) 
             for chunk in chunks:
                 measured = processor.measure(chunk, [False] * len(chunk))
                 found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
-    except (ModelError, RuntimeError) as error:  # RuntimeError: the device's memory is not enough, an operator is not
+    except (
+        ModelError,
+        RuntimeError,
+    ) as error:  # RuntimeError: the device's memory is not enough, an operator is not
         return Trial(task.dtype, False, str(error).strip().splitlines()[0])
     finally:
         model.free_memory()

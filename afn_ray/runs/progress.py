@@ -27,5 +27,7 @@ def total(parts: Iterable[Progress]) -> Progress:
     """The sum of what workers have done."""
     parts = list(parts)
     names = (f.name for f in fields(Progress) if f.name != "why_padded")
-    sums = {name: sum(map(attrgetter(name), parts)) for name in names}  # of a thousand workers, a few times a minute
+    sums = {
+        name: sum(map(attrgetter(name), parts)) for name in names
+    }  # of a thousand workers, a few times a minute
     return Progress(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))

@@ -1,6 +1,8 @@
-"""How far a run is: a small file in its folder that its driver replaces now and then, and that anyone may read.
+"""How far a run is: a small file in its folder that its driver replaces now and then, and that
+anyone may read.
 
-Nothing relies on it. Two drivers of one run replace each other's; a store that refuses it is told of once.
+Nothing relies on it. Two drivers of one run replace each other's; a store that refuses it is told
+of once.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait
     from afn_ray.runs.progress import Progress
 
 EVERY_S = 10.0
-"""Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after the one before."""
+"""Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after
+the one before.
+"""
 LEAST_S = 1.0
 END_S = 2.0
 """What the last write may take: a job that is stopped is killed soon after."""
@@ -57,18 +61,24 @@ NOTHING: dict[str, Any] = {
     "notices": [], "exit_code": None, "reason": "",
 }  # fmt: skip
 """A status before the first word: its keys, and what kind of value each has."""
-SHARDS, WORKERS = ("planned", "reused", "done", "running", "quarantined"), ("wanted", "ready", "lost")
+SHARDS, WORKERS = (
+    ("planned", "reused", "done", "running", "quarantined"),
+    ("wanted", "ready", "lost"),
+)
 MOST_BYTES = 1 << 20
 """Of a status: it lists ``MOST_TOLD`` failures."""
 
 _log = logging.getLogger(__name__)
 
 
-# --- writing ---------------------------------------------------------------------------------------------
+# --- writing
+# ---------------------------------------------------------------------------------------------
 
 
 class Reporter:
-    """Writes the status of one call of a run, on a thread of its own: a store that is slow holds up nobody."""
+    """Writes the status of one call of a run, on a thread of its own: a store that is slow holds up
+    nobody.
+    """
 
     def __init__(self, config: RunConfig, *, planning: bool = True) -> None:
         """``planning``: whether there is a word before the run has a name."""
@@ -76,9 +86,13 @@ class Reporter:
         self._uri = self._planning if planning else ""
         self._bystander = logs.Bystander(_log, f"a status in {config.store}")
         self._body: dict[str, Any] = {
-            **NOTHING, "began_at": _now(), "host": socket.gethostname(), "pid": os.getpid(),
-            "corpus": list(config.corpus[:MOST_TOLD]), "model": config.model,
-        }  # fmt: skip
+            **NOTHING,
+            "began_at": _now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "corpus": list(config.corpus[:MOST_TOLD]),
+            "model": config.model,
+        }
         self._shards: Sequence[Shard] = ()
         self._reused: dict[str, int] = {}
         self._changed, self._over = threading.Event(), threading.Event()
@@ -89,9 +103,13 @@ class Reporter:
         """The run has a name and a plan, ``shards``, of which the store has ``commits``."""
         self._shards = shards
         totals = total_counts(commits.values())
-        self._reused = {k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")}
+        self._reused = {
+            k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")
+        }
         self._uri = storage.join(run.uri, STATUS)
-        self._set(run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {}))
+        self._set(
+            run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {})
+        )
 
     def phase(self, name: str, doing: str = "") -> None:
         """What the run does now: "planning", "pilot", "starting", "reducing" or "screening"."""
@@ -113,14 +131,21 @@ class Reporter:
         before, num_before = self._body, self._body["shards"].get("done", 0)
         shards = _shards_of(len(self._shards), len(self._shards) - state.num_shards, state)
         self._set(
-            phase="working" if state.num_ready or state.num_done else "starting", doing="", shards=shards,
+            phase="working" if state.num_ready or state.num_done else "starting",
+            doing="",
+            shards=shards,
             workers={"wanted": state.num_workers, "ready": state.num_ready, "lost": state.num_lost},
-            retries=state.retries, tokens_per_s=round(state.tokens_per_s, 1), left_s=state.left_s,
+            retries=state.retries,
+            tokens_per_s=round(state.tokens_per_s, 1),
+            left_s=state.left_s,
             last_commit_at=_now() if shards["done"] > num_before else before["last_commit_at"],
-            waits_for=state.waits_for or _lack(state) or waits(state.live), num_failures=len(state.failures),
-            documents_measured=state.num_measured, documents_planned=state.num_documents,
-            failures=self._failures(state), **_counts_of(self._reused, state.counts),
-        )  # fmt: skip
+            waits_for=state.waits_for or _lack(state) or waits(state.live),
+            num_failures=len(state.failures),
+            documents_measured=state.num_measured,
+            documents_planned=state.num_documents,
+            failures=self._failures(state),
+            **_counts_of(self._reused, state.counts),
+        )
         if self._body["phase"] != before["phase"]:
             self._changed.set()
 
@@ -131,14 +156,27 @@ class Reporter:
         first = list(state.failures.items())[:MOST_TOLD]
         wanted = {shard for shard, _ in first}
         where = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
-        return [{"shard": shard, "uri": where[shard], "reason": why[:MOST_CHARS]} for shard, why in first]
+        return [
+            {"shard": shard, "uri": where[shard], "reason": why[:MOST_CHARS]}
+            for shard, why in first
+        ]
 
     def end(self, phase: str, exit_code: int, reason: str) -> None:
-        """The last word: "complete", "stopped" (resumable) or "failed". Waits until it is written, but not for long."""
-        if phase == "complete" and not self._body["run"]:  # nothing was to do, and nothing is written
+        """The last word: "complete", "stopped" (resumable) or "failed". Waits until it is written,
+        but not for long.
+        """
+        if (
+            phase == "complete" and not self._body["run"]
+        ):  # nothing was to do, and nothing is written
             self._uri = ""
-        self._set(phase=phase, doing="", waits_for="", left_s=None, exit_code=exit_code,
-                  reason=reason[:MOST_CHARS])  # fmt: skip
+        self._set(
+            phase=phase,
+            doing="",
+            waits_for="",
+            left_s=None,
+            exit_code=exit_code,
+            reason=reason[:MOST_CHARS],
+        )
         self._over.set()
         self._changed.set()
         self._thread.join(END_S)
@@ -173,7 +211,13 @@ def reported(config: RunConfig, *, planning: bool = True) -> Iterator[Reporter]:
         yield reporter
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-        code = error.exit_code if isinstance(error, AfnError) else Interrupted.exit_code if stopped else 1
+        code = (
+            error.exit_code
+            if isinstance(error, AfnError)
+            else Interrupted.exit_code
+            if stopped
+            else 1
+        )
         reason = "" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         reporter.end("stopped" if stopped else "failed", code, reason)
         raise
@@ -185,15 +229,25 @@ def _now() -> str:
 
 
 def _shards_of(num_planned: int, num_reused: int, state: State | None = None) -> dict[str, int]:
-    done, running, quarantined = (len(state.commits), state.num_running, len(state.failures)) if state else (0, 0, 0)
-    return {"planned": num_planned, "reused": num_reused, "done": num_reused + done, "running": running,
-            "quarantined": quarantined}  # fmt: skip
+    done, running, quarantined = (
+        (len(state.commits), state.num_running, len(state.failures)) if state else (0, 0, 0)
+    )
+    return {
+        "planned": num_planned,
+        "reused": num_reused,
+        "done": num_reused + done,
+        "running": running,
+        "quarantined": quarantined,
+    }
 
 
 def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
     """Of what is committed, that of earlier calls with it; bytes are of this call."""
     total = {k: n + counts.get(k, 0) for k, n in reused.items()}
-    total["documents_quarantined"], total["bytes_lost"] = total.pop("quarantined"), total.pop("lost_bytes")
+    total["documents_quarantined"], total["bytes_lost"] = (
+        total.pop("quarantined"),
+        total.pop("lost_bytes"),
+    )
     return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}
 
 
@@ -208,20 +262,29 @@ def waits(live: Progress) -> str:
     if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
         return ""
     share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
-    return share + ("the tokenizer: try more --tokenizer-workers" if live.tokenize_s > live.read_s else "the corpus")
+    return share + (
+        "the tokenizer: try more --tokenizer-workers"
+        if live.tokenize_s > live.read_s
+        else "the corpus"
+    )
 
 
-# --- reading ---------------------------------------------------------------------------------------------
+# --- reading
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is known of a run. ``state`` is its phase, or "silent" where its driver should have written and has not,
-    or "begun" where none has: it was killed at once, or is of an afn-ray before there were statuses."""
+    """What is known of a run. ``state`` is its phase, or "silent" where its driver should have
+    written and has not, or "begun" where none has: it was killed at once, or is of an afn-ray
+    before there were statuses.
+    """
 
     uri: str
     state: str
-    age_s: float | None  # of the last word, by the store's clock; None for a run that has ended, or has no word
+    age_s: (
+        float | None
+    )  # of the last word, by the store's clock; None for a run that has ended, or has no word
     body: dict[str, Any]  # as the driver wrote it; of a complete run, what its run.json says
 
     @property
@@ -235,7 +298,8 @@ class Status:
 
 
 def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
-    """Of the run at ``uri`` alone, or of the ``last`` runs of a store, newest first, one without a name yet before.
+    """Of the run at ``uri`` alone, or of the ``last`` runs of a store, newest first, one without a
+    name yet before.
 
     Raises ``StoreError`` where there is neither, ``Interrupted`` when the store does not answer.
     """
@@ -248,15 +312,22 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     planning = storage.join(uri, PLANNING)
     body = _read(planning)
     if not names and body is None:
-        raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+        raise StoreError(
+            f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
+        )
     look = _Look(uri)
     with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
         looks = zip(names, pool.map(look.run, names), strict=True)
-    runs = [s for name, s in looks if s is not None and s.body.get("run", name) == name]  # others are copies
+    runs = [
+        s for name, s in looks if s is not None and s.body.get("run", name) == name
+    ]  # others are copies
     if body is not None:
         ahead = look.judge(planning, planning, body)
-        # What a driver left that died before its run had a name is no news once a run has said more.
-        if ahead.state not in ("silent", *EXIT_CODES) or all(r.last_word <= ahead.last_word for r in runs):
+        # What a driver left that died before its run had a name is no news once a run has said
+        # more.
+        if ahead.state not in ("silent", *EXIT_CODES) or all(
+            r.last_word <= ahead.last_word for r in runs
+        ):
             runs.insert(0, ahead)
     return tuple(runs)
 
@@ -272,7 +343,9 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 
 def _is_status(body: Any) -> bool:
-    """Whether ``body`` has what a status has, each value of its kind: anyone may write to a store."""
+    """Whether ``body`` has what a status has, each value of its kind: anyone may write to a
+    store.
+    """
 
     def numbers(value: dict[str, Any], names: Sequence[str]) -> bool:
         return not value or all(type(value.get(name)) is int for name in names)
@@ -280,18 +353,25 @@ def _is_status(body: Any) -> bool:
     def fits(value: Any, like: Any) -> bool:
         if like is None:
             return value is None or isinstance(value, int | float | str)
-        return isinstance(value, int | float) if isinstance(like, int | float) else isinstance(value, type(like))
+        return (
+            isinstance(value, int | float)
+            if isinstance(like, int | float)
+            else isinstance(value, type(like))
+        )
 
     return (
         isinstance(body, dict)
         and all(name in body and fits(body[name], like) for name, like in NOTHING.items())
         and body["schema_version"] == NOTHING["schema_version"]
-        and numbers(body["shards"], SHARDS) and numbers(body["workers"], WORKERS)
+        and numbers(body["shards"], SHARDS)
+        and numbers(body["workers"], WORKERS)
         and (body["left_s"] is None or isinstance(body["left_s"], int | float))
         and (body["documents_planned"] is None or type(body["documents_planned"]) is int)
         and all(isinstance(text, str) for text in [*body["corpus"], *body["notices"]])
-        and all(isinstance(f, dict) and {"shard", "uri", "reason"} <= f.keys() for f in body["failures"])
-    )  # fmt: skip
+        and all(
+            isinstance(f, dict) and {"shard", "uri", "reason"} <= f.keys() for f in body["failures"]
+        )
+    )
 
 
 class _Look:
@@ -314,14 +394,19 @@ class _Look:
         if storage.modified_s(plan := storage.join(folder.uri, "plan.parquet")) is None:
             return None
         found = self.judge(folder.uri, plan, {**NOTHING, "phase": "starting"})
-        return Status(folder.uri, "begun", None, {"run": name}) if found.state == "silent" else replace(
-            found, body={"run": name})  # fmt: skip
+        return (
+            Status(folder.uri, "begun", None, {"run": name})
+            if found.state == "silent"
+            else replace(found, body={"run": name})
+        )
 
     def judge(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
         if body["phase"] in EXIT_CODES:
             return Status(run_uri, body["phase"], None, body)
         modified_s = storage.modified_s(uri)
-        age_s = 0.0 if modified_s is None else max(0.0, self._now() - modified_s)  # None: its run has a name now
+        age_s = (
+            0.0 if modified_s is None else max(0.0, self._now() - modified_s)
+        )  # None: its run has a name now
         return Status(run_uri, "silent" if age_s > SILENT_S else body["phase"], age_s, body)
 
     def _now(self) -> float:
@@ -338,14 +423,27 @@ def _body_of(info: dict[str, Any]) -> dict[str, Any]:
     """What run.json says of a complete run, under the names of a status."""
     counts, quarantined = info["counts"], info.get("quarantined", [])
     return {
-        "run": info["id"], "phase": "complete", "began_at": info["created_at"], "written_at": info["finished_at"],
-        "corpus": list(info["config"].get("corpus", []))[:MOST_TOLD], "model": info["config"].get("model", ""),
-        "shards": {"planned": counts.get("shards", 0) + len(quarantined), "reused": counts.get("shards_reused", 0),
-                   "done": counts.get("shards", 0), "running": 0, "quarantined": len(quarantined)},
-        "tokens": counts.get("tokens", 0), "documents": counts.get("documents", 0),
-        "documents_quarantined": counts.get("quarantined", 0), "bytes_lost": counts.get("lost_bytes", 0),
-        "failures": quarantined[:MOST_TOLD], "num_failures": len(quarantined), "exit_code": 0,
-    }  # fmt: skip
+        "run": info["id"],
+        "phase": "complete",
+        "began_at": info["created_at"],
+        "written_at": info["finished_at"],
+        "corpus": list(info["config"].get("corpus", []))[:MOST_TOLD],
+        "model": info["config"].get("model", ""),
+        "shards": {
+            "planned": counts.get("shards", 0) + len(quarantined),
+            "reused": counts.get("shards_reused", 0),
+            "done": counts.get("shards", 0),
+            "running": 0,
+            "quarantined": len(quarantined),
+        },
+        "tokens": counts.get("tokens", 0),
+        "documents": counts.get("documents", 0),
+        "documents_quarantined": counts.get("quarantined", 0),
+        "bytes_lost": counts.get("lost_bytes", 0),
+        "failures": quarantined[:MOST_TOLD],
+        "num_failures": len(quarantined),
+        "exit_code": 0,
+    }
 
 
 def to_json(status: Status) -> dict[str, Any]:
@@ -354,7 +452,8 @@ def to_json(status: Status) -> dict[str, Any]:
     return {"uri": status.uri, "state": status.state, "age_s": age_s, **status.body}
 
 
-# --- for people ------------------------------------------------------------------------------------------
+# --- for people
+# ------------------------------------------------------------------------------------------
 
 
 def lines(s: Status) -> Iterator[str]:
@@ -377,8 +476,10 @@ def lines(s: Status) -> Iterator[str]:
         parts += [f"{body['retries']:,} tried again"] if body.get("retries") else []
         yield f"shards   {', '.join(parts)}"
         bad = body["documents_quarantined"]
-        yield (f"tokens   {body['tokens']:,}, from {count(body['documents'], 'document')}"
-               + (f", {bad:,} of them quarantined" if bad else ""))  # fmt: skip
+        yield (
+            f"tokens   {body['tokens']:,}, from {count(body['documents'], 'document')}"
+            + (f", {bad:,} of them quarantined" if bad else "")
+        )
     if lost := body["bytes_lost"]:
         yield f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run names the files"
     if live and body["documents_planned"]:
@@ -418,8 +519,10 @@ def _said_state(s: Status) -> str:
     doing = f" ({body['doing']})" if body["doing"] else ""
     assert s.age_s is not None
     if s.state == "silent":
+        since = said_time(s.age_s)
         return (
-            f"silent: no word for {said_time(s.age_s)}, while {body['phase']}{doing}: killed? The same command resumes"
+            f"silent: no word for {since}, while {body['phase']}{doing}: killed? "
+            "The same command resumes"
         )
     return f"{body['phase']}{doing}, told {said_time(s.age_s)} ago"
 
@@ -436,13 +539,20 @@ def table(runs: Sequence[Status]) -> Iterator[str]:
     rows = [("STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS")]
     for s in runs:
         shards = s.body.get("shards") or {}
-        rows.append((
-            s.state, s.body.get("began_at", "")[:16].replace("T", " "),
-            f"{shards['done']:,}/{shards['planned']:,}" if shards.get("planned") else "",
-            f"{s.body['tokens']:,}" if s.body.get("tokens") else "", s.body.get("run", ""),
-            ", ".join(s.body.get("corpus", [])),
-        ))  # fmt: skip
+        rows.append(
+            (
+                s.state,
+                s.body.get("began_at", "")[:16].replace("T", " "),
+                f"{shards['done']:,}/{shards['planned']:,}" if shards.get("planned") else "",
+                f"{s.body['tokens']:,}" if s.body.get("tokens") else "",
+                s.body.get("run", ""),
+                ", ".join(s.body.get("corpus", [])),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            c.rjust(w) if i in (2, 3) else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         yield "  ".join(cells).rstrip()

@@ -52,19 +52,29 @@ from afn_ray.tokens.feed import Chunk, Feed, Prepared, Preparer, Recipe
 Values = npt.NDArray[np.float32]
 Result = TypeVar("Result")
 
-PROBES = ("A", "The quick brown fox jumps over the lazy dog.", "Strength is a norm; a norm is not a meaning, yet.")
+PROBES = (
+    "A",
+    "The quick brown fox jumps over the lazy dog.",
+    "Strength is a norm; a norm is not a meaning, yet.",
+)
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
-"""Of one forward pass: on a CPU more gains 4 % and takes memory, a GPU wants enough work for all of it at once."""
+"""Of one forward pass: on a CPU more gains 4 % and takes memory, a GPU wants enough work for all of
+it at once.
+"""
 LONG_PROBE_TOKENS = 640
 """Of the longest text in the self-check: beyond most attention windows, and soon measured."""
 SUBMITTED = 4
 """Batches that a GPU is given ahead of the one whose results are taken."""
 MOST_NUMBERS = 640
-"""Measured of a token: a chunk of a quarter of a million tokens is then 0.6 GB, and a few of them are on their way."""
+"""Measured of a token: a chunk of a quarter of a million tokens is then 0.6 GB, and a few of them
+are on their way.
+"""
 WRITTEN_BEHIND = 2
 """Chunks that wait for the writing thread: bounds memory."""
 NONE_MEASURED = 5
-"""Documents of a shard that are at fault, and none measured beside them: the fault is no document's."""
+"""Documents of a shard that are at fault, and none measured beside them: the fault is no
+document's.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -75,29 +85,37 @@ class Task:
 
     config: RunConfig
     layers: tuple[int, ...]
-    series: tuple[Series, ...]  # what is recorded, in the order of the tables: strength first, by layer
+    series: tuple[
+        Series, ...
+    ]  # what is recorded, in the order of the tables: strength first, by layer
     dtype: str  # of the matrix products
     device: str
     measure_id: str
     identity: dict[str, str]  # of the model, as ``model.identity`` gives it
     outliers: tuple[tuple[int, ...], ...] = ()  # dimensions of each layer that a signal leaves out
     neuron_layers: tuple[int, ...] = ()  # of which neurons are recorded
-    neurons_above: tuple[float, ...] = ()  # of each of these the strength from which on they are; empty: of all tokens
+    neurons_above: tuple[
+        float, ...
+    ] = ()  # of each of these the strength from which on they are; empty: of all tokens
     tagged: bool = False  # the corpus is labelled
     run: str = ""  # its name, and the worker's number: for what is logged
     worker: int = 0
 
 
-def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str) -> tuple[Task, dict[str, Any]]:
+def prepare(
+    config: RunConfig, files: model.ModelFiles, device: str, dtype: str
+) -> tuple[Task, dict[str, Any]]:
     """The task of ``config`` and its measure: everything that changes a value.
 
-    ``device``: "cpu" or "cuda", of the workers; ``dtype``: of the products, decided. Raises ``ModelError`` or
-    ``ConfigError``.
+    ``device``: "cpu" or "cuda", of the workers; ``dtype``: of the products, decided. Raises
+    ``ModelError`` or ``ConfigError``.
     """
     layers = resolve_layers(config.layers, files.depth)
     window = _window_tokens(config, files)
     if window > files.context_tokens:
-        raise ModelError(f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}")
+        raise ModelError(
+            f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}"
+        )
     tokenizer = model.load_tokenizer(files)
     identity = model.identity(files, tokenizer)
     encoder = encode.TextEncoder(tokenizer, files.num_embeddings)
@@ -106,17 +124,31 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
     recorded = tuple(series(layers, signals))
     neuron_layers = tuple(k for k in layers if k and any(isinstance(s, Neurons) for s in signals))
     if nowhere := [s.name for s in signals if all(k < s.first_layer for k in layers)]:
-        raise ConfigError(f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another layer too, "
-                          f"layers is {config.layers}")  # fmt: skip
+        raise ConfigError(
+            f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another layer too, "
+            f"layers is {config.layers}"
+        )
     if (num_rows := len(recorded) + 2 * config.top_neurons * len(neuron_layers)) > MOST_NUMBERS:
-        raise ConfigError(f"signals and layers ask for {num_rows} numbers of each token, expected at most "
-                          f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)")  # fmt: skip
+        raise ConfigError(
+            f"signals and layers ask for {num_rows} numbers of each token, expected at most "
+            f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)"
+        )
     measure = {
-        "schema_version": SCHEMA_VERSION, "model": identity, "model_type": files.model_type,
-        "layers": list(layers), "signals": names, "series": [list(s) for s in recorded],
-        "window_tokens": window, "overlap_tokens": overlap, "offsets": config.offsets,
-        **({"neuron_layers": list(neuron_layers), "top_neurons": config.top_neurons} if neuron_layers else {}),
-    }  # fmt: skip
+        "schema_version": SCHEMA_VERSION,
+        "model": identity,
+        "model_type": files.model_type,
+        "layers": list(layers),
+        "signals": names,
+        "series": [list(s) for s in recorded],
+        "window_tokens": window,
+        "overlap_tokens": overlap,
+        "offsets": config.offsets,
+        **(
+            {"neuron_layers": list(neuron_layers), "top_neurons": config.top_neurons}
+            if neuron_layers
+            else {}
+        ),
+    }
     task = Task(config, layers, recorded, "", device, "", identity, neuron_layers=neuron_layers)
     return in_dtype(task, measure, dtype)
 
@@ -132,18 +164,27 @@ def with_outliers(
 ) -> tuple[Task, dict[str, Any]]:
     """The same task and measure, for signals that leave these dimensions of each layer out."""
     measure = measure | {"outliers": [list(dims) for dims in outliers]}
-    return replace(task, outliers=tuple(map(tuple, outliers)), measure_id=fingerprint(measure)), measure
+    return replace(
+        task, outliers=tuple(map(tuple, outliers)), measure_id=fingerprint(measure)
+    ), measure
 
 
-def with_neurons_above(task: Task, measure: dict[str, Any], above: Sequence[float]) -> tuple[Task, dict[str, Any]]:
-    """The same task and measure, with neurons of those tokens alone whose strengths at ``neuron_layers`` are ``above``
-    or more."""
+def with_neurons_above(
+    task: Task, measure: dict[str, Any], above: Sequence[float]
+) -> tuple[Task, dict[str, Any]]:
+    """The same task and measure, with neurons of those tokens alone whose strengths at
+    ``neuron_layers`` are ``above`` or more.
+    """
     measure = measure | {"neurons_above": list(above)}
     return replace(task, neurons_above=tuple(above), measure_id=fingerprint(measure)), measure
 
 
-def with_labels(task: Task, measure: dict[str, Any], labels: str | None) -> tuple[Task, dict[str, Any]]:
-    """The same task and measure, for a corpus whose tags are in ``labels``; None: for one that has none."""
+def with_labels(
+    task: Task, measure: dict[str, Any], labels: str | None
+) -> tuple[Task, dict[str, Any]]:
+    """The same task and measure, for a corpus whose tags are in ``labels``; None: for one that has
+    none.
+    """
     if labels is None:
         return task, measure
     measure = measure | {"labels": labels}
@@ -169,9 +210,12 @@ def _window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
 def find_model(config: RunConfig) -> model.ModelFiles:
     """The files of the config's model on this machine."""
     return model.find_model(
-        config.model, config.revision, trust_remote_code=config.trust_remote_code, allow_pickle=config.allow_pickle,
+        config.model,
+        config.revision,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
         allow_untested=config.allow_untested,
-    )  # fmt: skip
+    )
 
 
 def text_encoder(files: model.ModelFiles) -> encode.TextEncoder:
@@ -182,9 +226,10 @@ def text_encoder(files: model.ModelFiles) -> encode.TextEncoder:
 class Processor:
     """A loaded model and tokenizer that turn shards into commits.
 
-    A few threads may each have a shard in process: one shard at a time holds the model, while the next is read and
-    tokenized and the one before is encoded and uploaded. Reading, tokenizing and writing have threads of their own
-    (``tokenizer_workers``: processes), a bounded number of chunks before and behind the model.
+    A few threads may each have a shard in process: one shard at a time holds the model, while the
+    next is read and tokenized and the one before is encoded and uploaded. Reading, tokenizing and
+    writing have threads of their own (``tokenizer_workers``: processes), a bounded number of chunks
+    before and behind the model.
     """
 
     def __init__(self, task: Task) -> None:
@@ -196,13 +241,17 @@ class Processor:
         tokenizer = model.load_tokenizer(files)
         identity = model.identity(files, tokenizer)
         if identity != task.identity:
-            differing = sorted(k for k in {*identity, *task.identity} if identity.get(k) != task.identity.get(k))
+            differing = sorted(
+                k for k in {*identity, *task.identity} if identity.get(k) != task.identity.get(k)
+            )
             raise ModelError(
                 f"model {config.model} differs on this worker from the one planned: {', '.join(differing)}"
             )
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
-        self.model = model.Model(files, task.layers, task.dtype, task.device, batch_tokens, task.outliers)
+        self.model = model.Model(
+            files, task.layers, task.dtype, task.device, batch_tokens, task.outliers
+        )
         encoder = encode.TextEncoder(tokenizer, self.model.num_embeddings)
         self.signals, _ = find_signals(config.signals, config.top_neurons)
         needs = frozenset(need for signal in self.signals for need in signal.needs)
@@ -211,10 +260,17 @@ class Processor:
         self.model.prepare(probes, needs)
         self.progress.why_padded = self.model.why_padded or ""
         recipe = Recipe(
-            tokenizer.to_str(), window, config.overlap_tokens, batch_tokens, self.model.causal, self.model.packed,
+            tokenizer.to_str(),
+            window,
+            config.overlap_tokens,
+            batch_tokens,
+            self.model.causal,
+            self.model.packed,
             self.model.num_embeddings,
-        )  # fmt: skip
-        self._num_rows = len(task.series) + 2 * config.top_neurons * len(task.neuron_layers)  # of what is measured
+        )
+        self._num_rows = len(task.series) + 2 * config.top_neurons * len(
+            task.neuron_layers
+        )  # of what is measured
         self.preparer = Preparer(recipe, encoder)
         self.feed = Feed(self.preparer, config.tokenizer_workers)
         self._device = threading.Lock()  # held by the shard whose turn it is
@@ -230,34 +286,57 @@ class Processor:
         self.feed.close()
 
     def process(self, shard: Shard, halvings: int = 0) -> Commit:
-        """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a rival's.
+        """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a
+        rival's.
 
-        ``halvings``: how often the token budget is halved, for a shard that met too little memory. Raises
-        ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is another now), ``Interrupted``
-        for a full disk, ``Unavailable`` where the store or the corpus does not answer, ``StoreError`` for a store that
-        fails.
+        ``halvings``: how often the token budget is halved, for a shard that met too little memory.
+        Raises ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is another
+        now), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus does
+        not answer, ``StoreError`` for a store that fails.
         """
         attempt = uuid.uuid4().hex[:16]
         known: dict[str, Any] = {"run": self.task.run, "worker": self.task.worker}
         known |= {"shard": shard.id, "attempt": attempt}
-        logs.tell(_log, "attempt_began", f"reads {shard.slices[0].uri}", **known, bytes=shard.num_bytes,
-                  halvings=halvings)  # fmt: skip
+        logs.tell(
+            _log,
+            "attempt_began",
+            f"reads {shard.slices[0].uri}",
+            **known,
+            bytes=shard.num_bytes,
+            halvings=halvings,
+        )
         began = time.monotonic()
         try:
             commit = self._process(shard, halvings, attempt)
         except BaseException as error:
-            logs.tell(_log, "attempt_failed", f"{type(error).__name__}: {error}", level=logging.WARNING, **known,
-                      seconds=round(time.monotonic() - began, 3))  # fmt: skip
+            logs.tell(
+                _log,
+                "attempt_failed",
+                f"{type(error).__name__}: {error}",
+                level=logging.WARNING,
+                **known,
+                seconds=round(time.monotonic() - began, 3),
+            )
             raise
         ours = commit.attempt == attempt
-        message = "is committed" if ours else f"attempt {commit.attempt} had committed the shard before"
-        logs.tell(_log, "attempt_committed" if ours else "attempt_lost", message, **known, counts=commit.counts,
-                  seconds=round(time.monotonic() - began, 3))  # fmt: skip
+        message = (
+            "is committed" if ours else f"attempt {commit.attempt} had committed the shard before"
+        )
+        logs.tell(
+            _log,
+            "attempt_committed" if ours else "attempt_lost",
+            message,
+            **known,
+            counts=commit.counts,
+            seconds=round(time.monotonic() - began, 3),
+        )
         return commit
 
     def _process(self, shard: Shard, halvings: int, attempt: str) -> Commit:
         config = self.task.config
-        commit = shard_files.read_commit(config.store, self.task.measure_id, shard.id, shard.generation)
+        commit = shard_files.read_commit(
+            config.store, self.task.measure_id, shard.id, shard.generation
+        )
         if commit is not None:
             return commit  # another run, or an attempt whose answer was lost, was here first
         counts = dict.fromkeys(COUNTS, 0)
@@ -267,24 +346,44 @@ class Processor:
         origin = {"measure": self.task.measure_id, "shard": shard.id, "attempt": attempt}
         with _scratch_folder(config) as folder:
             with records.ShardFiles(
-                folder, self.task.series, self.task.neuron_layers, config.offsets, origin, self.task.tagged
-            ) as files:  # fmt: skip
-                seconds = self._measure_and_write(documents, halvings, files, summary, pairs, counts)
+                folder,
+                self.task.series,
+                self.task.neuron_layers,
+                config.offsets,
+                origin,
+                self.task.tagged,
+            ) as files:
+                seconds = self._measure_and_write(
+                    documents, halvings, files, summary, pairs, counts
+                )
                 files.summary.write_each(summary.tables())
                 if files.pairs is not None:
                     files.pairs.write_each(pairs.tables())
             made_by = {"device": self.task.device, **model.VERSIONS}
             return shard_files.publish(
-                config.store, self.task.measure_id, shard, attempt, files.tables(), counts, round(seconds, 3), made_by
-            )  # fmt: skip
+                config.store,
+                self.task.measure_id,
+                shard,
+                attempt,
+                files.tables(),
+                counts,
+                round(seconds, 3),
+                made_by,
+            )
 
     def _measure_and_write(
-        self, documents: Iterator[Document], halvings: int, files: records.ShardFiles, summary: Summary,
-        pairs: neurons.PairSummary, counts: dict[str, int],
-    ) -> float:  # fmt: skip
+        self,
+        documents: Iterator[Document],
+        halvings: int,
+        files: records.ShardFiles,
+        summary: Summary,
+        pairs: neurons.PairSummary,
+        counts: dict[str, int],
+    ) -> float:
         """Returns the seconds for which the shard held the model.
 
-        Raises ``ShardError`` where no document of the shard can be measured and ``NONE_MEASURED`` are at fault.
+        Raises ``ShardError`` where no document of the shard can be measured and ``NONE_MEASURED``
+        are at fault.
         """
         behind: deque[Future[list[str]]] = deque()
         num_at_fault, first = 0, ""
@@ -295,14 +394,19 @@ class Processor:
             num_at_fault += len(problems)
             first = first or "".join(problems[:1])
 
-        with self.feed.chunks(documents, halvings) as chunks, ThreadPoolExecutor(1, "afn-write") as writer:
+        with (
+            self.feed.chunks(documents, halvings) as chunks,
+            ThreadPoolExecutor(1, "afn-write") as writer,
+        ):
             with self._turn():
                 began = waiting = time.monotonic()
                 for chunk in chunks:
                     self.progress.wait_s += time.monotonic() - waiting
                     self.progress.read_s += chunk.read_s
                     chunk, values = self._measure_chunk(chunk, halvings)
-                    behind.append(writer.submit(self._record, chunk, values, files, summary, pairs, counts))
+                    behind.append(
+                        writer.submit(self._record, chunk, values, files, summary, pairs, counts)
+                    )
                     if len(behind) > WRITTEN_BEHIND:
                         finish()
                     waiting = time.monotonic()
@@ -325,7 +429,9 @@ class Processor:
             self._device.release()
 
     def mean_squares(self, texts: list[str]) -> npt.NDArray[np.float64]:
-        """Of each dimension of the hidden state over the tokens of ``texts``, special ones apart: [n_layers, size]."""
+        """Of each dimension of the hidden state over the tokens of ``texts``, special ones apart:
+        [n_layers, size].
+        """
 
         def squares(prepared: Prepared) -> npt.NDArray[np.float64]:
             total, n = np.zeros((len(self.task.layers), self.model.files.hidden_size)), 0
@@ -337,14 +443,17 @@ class Processor:
             return total / max(1, n)
 
         replaced = [False] * len(texts)
-        return self._without_culprits(texts, replaced, 0, self.preparer.prepare(texts, replaced), squares)[1]
+        return self._without_culprits(
+            texts, replaced, 0, self.preparer.prepare(texts, replaced), squares
+        )[1]
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
             raise Interrupted("stopped; the same command resumes")
 
     def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
-        """All series of every token of ``texts``, which are encoded, cut into windows and batched together.
+        """All series of every token of ``texts``, which are encoded, cut into windows and batched
+        together.
 
         Texts at fault have no token; ``encoded.problems`` says why.
         """
@@ -353,19 +462,31 @@ class Processor:
         return Measured(prepared.encoded, values, len(self.task.layers))
 
     def _measure_chunk(self, chunk: Chunk, halvings: int) -> tuple[Chunk, Values]:
-        """``values`` of ``chunk``; where the model cannot take some of its documents, of the others."""
-        texts, replaced = [d.text for d in chunk.documents], [d.num_replaced > 0 for d in chunk.documents]
-        prepared, values = self._without_culprits(texts, replaced, halvings, chunk.prepared, self.values)
+        """``values`` of ``chunk``; where the model cannot take some of its documents, of the
+        others.
+        """
+        texts, replaced = (
+            [d.text for d in chunk.documents],
+            [d.num_replaced > 0 for d in chunk.documents],
+        )
+        prepared, values = self._without_culprits(
+            texts, replaced, halvings, chunk.prepared, self.values
+        )
         return replace(chunk, prepared=prepared), values
 
     def _without_culprits(
-        self, texts: list[str], replaced: list[bool], halvings: int, prepared: Prepared,
+        self,
+        texts: list[str],
+        replaced: list[bool],
+        halvings: int,
+        prepared: Prepared,
         run: Callable[[Prepared], Result],
-    ) -> tuple[Prepared, Result]:  # fmt: skip
-        """``run(prepared)``; where it fails for some of ``texts``, with these packed as if they were empty.
+    ) -> tuple[Prepared, Result]:
+        """``run(prepared)``; where it fails for some of ``texts``, with these packed as if they
+        were empty.
 
-        Only a text that fails alone is at fault, while the model still takes a probe: what fails for everything, or
-        only in company, is raised as it came.
+        Only a text that fails alone is at fault, while the model still takes a probe: what fails
+        for everything, or only in company, is raised as it came.
         """
         measured = self.progress.measured
         try:
@@ -378,13 +499,20 @@ class Processor:
 
             def attempt(some: list[int]) -> None:
                 self.progress.measured = measured  # what is tried here is measured once more
-                run(self.preparer.prepare([texts[i] for i in some], [replaced[i] for i in some], halvings))
+                run(
+                    self.preparer.prepare(
+                        [texts[i] for i in some], [replaced[i] for i in some], halvings
+                    )
+                )
 
             found = culprits.find_culprits(attempt, suspects, _may_blame)
             if not found or not self._takes_probe():
                 raise
         self.progress.measured = measured
-        why = {i: f"the model cannot take it: {culprits.first_line(error)}" for i, error in found.items()}
+        why = {
+            i: f"the model cannot take it: {culprits.first_line(error)}"
+            for i, error in found.items()
+        }
         prepared = self.preparer.prepare(texts, replaced, halvings, refused | why)
         return prepared, run(prepared)
 
@@ -399,13 +527,17 @@ class Processor:
             return False
 
     def values(self, prepared: Prepared) -> Values:
-        """Rounded [n_measured, n_tokens]: the series, then for each layer whose neurons are recorded their numbers and
-        their values. Raises ``OutOfMemory`` where a batch does not fit."""
+        """Rounded [n_measured, n_tokens]: the series, then for each layer whose neurons are
+        recorded their numbers and their values. Raises ``OutOfMemory`` where a batch does not
+        fit.
+        """
         try:
             return self._values(prepared)
         except Exception as error:
             if model.is_out_of_memory(error):
-                raise OutOfMemory(f"a batch did not fit into the memory of {self.task.device}: {error}") from error
+                raise OutOfMemory(
+                    f"a batch did not fit into the memory of {self.task.device}: {error}"
+                ) from error
             raise
 
     def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
@@ -444,10 +576,17 @@ class Processor:
         return result
 
     def _record(
-        self, read: Chunk, values: Values, files: records.ShardFiles, summary: Summary, pairs: neurons.PairSummary,
+        self,
+        read: Chunk,
+        values: Values,
+        files: records.ShardFiles,
+        summary: Summary,
+        pairs: neurons.PairSummary,
         counts: dict[str, int],
-    ) -> list[str]:  # fmt: skip
-        """Write the rows of one chunk and add it to the summaries; returns why documents are at fault that are read."""
+    ) -> list[str]:
+        """Write the rows of one chunk and add it to the summaries; returns why documents are at
+        fault that are read.
+        """
         began = time.monotonic()
         first_doc = counts["documents"]
         chunk, prepared, encoded = read.documents, read.prepared, read.prepared.encoded
@@ -460,10 +599,13 @@ class Processor:
             i: self._why_bad(values[:, encoded.docs == i]) for i in np.flatnonzero(bad).tolist()
         }
         status = [
-            f"quarantined: {d.problem or problems[i]}" if d.problem is not None or i in problems
-            else "ok" if n_tokens[i] else "empty"
+            f"quarantined: {d.problem or problems[i]}"
+            if d.problem is not None or i in problems
+            else "ok"
+            if n_tokens[i]
+            else "empty"
             for i, d in enumerate(chunk)
-        ]  # fmt: skip
+        ]
         losses = [_loss(d, rejected=i in problems) for i, d in enumerate(chunk)]
         keep = ~bad[encoded.docs]
         n_tokens = np.where(bad, 0, n_tokens)
@@ -471,20 +613,31 @@ class Processor:
         docs, flags = encoded.docs + np.int32(first_doc), encoded.flags
         tags = pa.nulls(len(flags), pa.string())
         if self.task.tagged:
-            tags = pa.array(encode.find_tags(encoded, [d.text for d in chunk], [d.tags for d in chunk]), pa.string())
+            tags = pa.array(
+                encode.find_tags(encoded, [d.text for d in chunk], [d.tags for d in chunk]),
+                pa.string(),
+            )
         table = records.make_table(
             {
-                "doc": docs, "position": encoded.positions, "token_id": encoded.token_ids, "flags": flags,
-                "surface": prepared.surfaces, "tag": tags, "start": encoded.start, "end": encoded.end,
+                "doc": docs,
+                "position": encoded.positions,
+                "token_id": encoded.token_ids,
+                "flags": flags,
+                "surface": prepared.surfaces,
+                "tag": tags,
+                "start": encoded.start,
+                "end": encoded.end,
                 **{s.name: x for s, x in by_series.items()},
             },
             files.tokens.schema,
-        )  # fmt: skip
+        )
         if bad.any():
             table = table.filter(pa.array(keep))
         files.tokens.write(table)
         values_of = {s: x[keep] for s, x in by_series.items()}
-        summary.add(docs[keep], encoded.token_ids[keep], flags[keep], values_of, tags.filter(pa.array(keep)))
+        summary.add(
+            docs[keep], encoded.token_ids[keep], flags[keep], values_of, tags.filter(pa.array(keep))
+        )
         if files.neurons is not None:
             which, lists = self._neurons(tops, by_series, docs, encoded.positions, flags, keep)
             files.neurons.write(lists)
@@ -503,25 +656,32 @@ class Processor:
                     "lost_bytes": [num_bytes for num_bytes, _ in losses],
                     "lost_documents": [num_documents for _, num_documents in losses],
                     "text_sha256": [
-                        None if d.problem is not None else hashlib.sha256(d.text.encode()).digest() for d in chunk
+                        None if d.problem is not None else hashlib.sha256(d.text.encode()).digest()
+                        for d in chunk
                     ],
                     "status": status,
-                    **{f"mean_{s.name}": _document_means(encoded, flags, x, n_tokens) for s, x in by_series.items()},
+                    **{
+                        f"mean_{s.name}": _document_means(encoded, flags, x, n_tokens)
+                        for s, x in by_series.items()
+                    },
                 },
                 files.documents.schema,
             )
         )
         for name, value in (
-            ("documents", len(chunk)), ("empty", status.count("empty")), ("tokens", int(keep.sum())),
+            ("documents", len(chunk)),
+            ("empty", status.count("empty")),
+            ("tokens", int(keep.sum())),
             ("quarantined", sum(s.startswith("quarantined") for s in status)),
-            ("special", int((flags[keep] & SPECIAL).sum())), ("windows", int(prepared.n_windows.sum())),
+            ("special", int((flags[keep] & SPECIAL).sum())),
+            ("windows", int(prepared.n_windows.sum())),
             ("forward_tokens", sum(b.forward_tokens for b in prepared.batches)),
             ("chars", sum(len(d.text) for d in chunk)),
             ("replaced", sum(d.num_replaced for d in chunk)),
             ("lost_bytes", sum(num_bytes for num_bytes, _ in losses)),
             ("lost_documents", sum(num_documents or 0 for _, num_documents in losses)),
             ("lost_unknown", sum(num_documents is None for _, num_documents in losses)),
-        ):  # fmt: skip
+        ):
             counts[name] += value
         with self._counting:  # the next shard may have begun to write as well
             self.progress.documents += len(chunk)
@@ -529,13 +689,22 @@ class Processor:
         return list(problems.values())
 
     def _neurons(
-        self, tops: Values, by_series: Mapping[Series, Values], docs: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], keep: npt.NDArray[np.bool_],
-    ) -> tuple[npt.NDArray[np.int64], pa.Table]:  # fmt: skip
+        self,
+        tops: Values,
+        by_series: Mapping[Series, Values],
+        docs: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        flags: npt.NDArray[np.uint8],
+        keep: npt.NDArray[np.bool_],
+    ) -> tuple[npt.NDArray[np.int64], pa.Table]:
         """Tokens whose neurons are recorded, and the rows of ``token_neurons_schema`` for them."""
         layers, above = self.task.neuron_layers, self.task.neurons_above
         normal = (flags & SPECIAL) == 0
-        high = [by_series[Series(STRENGTH, k)] >= q3 for k, q3 in zip(layers, above, strict=True)] if above else []
+        high = (
+            [by_series[Series(STRENGTH, k)] >= q3 for k, q3 in zip(layers, above, strict=True)]
+            if above
+            else []
+        )
         which = np.flatnonzero(keep & (normal & np.any(high, axis=0)) if above else keep)
         lists = {
             neurons_column(k): neurons.lists_of(part[:, which], high[at][which] if above else None)
@@ -560,7 +729,7 @@ def _may_blame(error: BaseException) -> bool:
         culprits.is_of_input(error)
         and not model.is_out_of_memory(error)
         and not model.is_device_fault(error)
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,19 +747,26 @@ class Measured:
 
 
 def _probes(encoder: encode.TextEncoder, window: int) -> list[list[int]]:
-    """Token sequences for the self-check, each with its template; the last is as long as a window, or nearly."""
+    """Token sequences for the self-check, each with its template; the last is as long as a window,
+    or nearly.
+    """
     width = min(window, LONG_PROBE_TOKENS)
     problems = encoder.encode(PROBES).problems
     able = [text for i, text in enumerate(PROBES) if i not in problems]
     encoded = encoder.encode([*able, " ".join(able * (1 + width // 16))])
     suffix = list(encoder.template.suffix)
     found = [encoded.token_ids[a:b].tolist() for a, b in itertools.pairwise(encoded.bounds)]
-    return [ids if len(ids) <= width else ids[: width - len(suffix)] + suffix for ids in found if len(ids) > 2]
+    return [
+        ids if len(ids) <= width else ids[: width - len(suffix)] + suffix
+        for ids in found
+        if len(ids) > 2
+    ]
 
 
 def _loss(document: Document, *, rejected: bool) -> tuple[int, int | None]:
-    """Bytes of its file and documents that are lost with ``document``; ``rejected``: its text was read and not
-    measured."""
+    """Bytes of its file and documents that are lost with ``document``; ``rejected``: its text was
+    read and not measured.
+    """
     if rejected:
         return max(1, len(document.text.encode())), 1
     if document.problem is None and not document.lost_bytes:
@@ -608,7 +784,9 @@ def _document_means(
     counted = (flags & SPECIAL) == 0
     weights = counted.astype(np.float64)
     n = np.bincount(encoded.docs, weights, len(n_tokens))
-    total = np.bincount(encoded.docs, np.where(counted, values, 0).astype(np.float64), len(n_tokens))
+    total = np.bincount(
+        encoded.docs, np.where(counted, values, 0).astype(np.float64), len(n_tokens)
+    )
     none = (n == 0) | (n_tokens == 0)
     return pa.array((total / np.where(none, 1, n)).astype(np.float32), mask=none)
 
@@ -620,7 +798,9 @@ def _scratch_folder(config: RunConfig) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root)))
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root))
+            )
             lock = stack.enter_context((folder / "new-lock").open("w"))
             if disk.lock(lock):
                 Path(lock.name).rename(folder / "lock")  # seen only once it is held

@@ -1,1 +1,3 @@
-"""Results for people: runs in; tables, charts, pages and a SQL prompt out. Writes nothing to a store."""
+"""Results for people: runs in; tables, charts, pages and a SQL prompt out. Writes nothing to a
+store.
+"""

@@ -29,7 +29,9 @@ from afn_ray.text import count, printable
 
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
-"""Free space to warn and to fail at: a shard's unfinished files take about 50 MB a worker, a GB of text about 2 GB."""
+"""Free space to warn and to fail at: a shard's unfinished files take about 50 MB a worker, a GB of
+text about 2 GB.
+"""
 RAY_S = 150.0
 
 
@@ -46,9 +48,9 @@ class Check:
 def check(model: str | None, store: str | None, address: str | None) -> list[Check]:
     """Try everything that a run needs, in the order in which it needs it; takes some 20 s.
 
-    ``model``: default the demo's, where it is installed; ``store``: left out without one; ``address``: of a Ray
-    cluster, default ``RAY_ADDRESS``, else a local Ray is started and stopped. Raises nothing: what goes wrong is
-    a failed check that says what to do.
+    ``model``: default the demo's, where it is installed; ``store``: left out without one;
+    ``address``: of a Ray cluster, default ``RAY_ADDRESS``, else a local Ray is started and stopped.
+    Raises nothing: what goes wrong is a failed check that says what to do.
     """
     address = of_cluster(address)
     tries: list[tuple[str, Callable[[], Check], str]] = [
@@ -56,10 +58,18 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
         ("packages", _packages, ""),
         ("torch", _torch, f"reinstall torch: {_install('torch')}"),
         ("Ray", lambda: _ray(address), f"reinstall Ray: {_install('ray')}"),
-        ("model", lambda: _model(model), "try --model with a folder that holds config.json and model.safetensors"),
+        (
+            "model",
+            lambda: _model(model),
+            "try --model with a folder that holds config.json and model.safetensors",
+        ),
         ("scratch space", _scratch, ""),
-        ("store", lambda: _store(store), "check the store's URL, and its credentials in the environment"),
-    ]  # fmt: skip
+        (
+            "store",
+            lambda: _store(store),
+            "check the store's URL, and its credentials in the environment",
+        ),
+    ]
     checks = []
     for name, attempt, advice in tries:
         try:
@@ -67,7 +77,11 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
         except AfnError as error:  # says itself what to do
             checks.append(Check(name, False, str(error), advice))
         except Exception as error:  # noqa: BLE001 - a broken installation raises anything, and this is who tells
-            checks.append(Check(name, False, f"{type(error).__name__}: {error}", advice or "please report this"))
+            checks.append(
+                Check(
+                    name, False, f"{type(error).__name__}: {error}", advice or "please report this"
+                )
+            )
     return checks
 
 
@@ -78,15 +92,20 @@ def _install(package: str) -> str:
 
 
 def _requirements() -> list[Requirement]:
-    """What afn-ray's own metadata asks for here, extras apart; nothing where it is not installed."""
+    """What afn-ray's own metadata asks for here, extras apart; nothing where it is not
+    installed.
+    """
     try:
         lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [
+        r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})
+    ]
 
 
-# --- this machine ----------------------------------------------------------------------------------------
+# --- this machine
+# ----------------------------------------------------------------------------------------
 
 
 def _python() -> Check:
@@ -94,7 +113,9 @@ def _python() -> Check:
     try:
         wanted = SpecifierSet(importlib.metadata.metadata(PACKAGE)["Requires-Python"])
     except importlib.metadata.PackageNotFoundError:
-        return Check("Python", None, f"{found}; {PACKAGE} is not installed as a package", "pip install -e .")
+        return Check(
+            "Python", None, f"{found}; {PACKAGE} is not installed as a package", "pip install -e ."
+        )
     if wanted.contains(platform.python_version(), prereleases=True):
         return Check("Python", True, found)
     return Check("Python", False, found, f"use a Python {wanted}")
@@ -112,8 +133,12 @@ def _packages() -> Check:
         if not wanted.specifier.contains(version, prereleases=True):
             missing.append((f"{wanted.name} is {version}, expected {wanted.specifier}", wanted))
     if missing:
-        return Check("packages", False, "; ".join(what for what, _ in missing),
-                     "pip install " + " ".join(f"'{wanted}'" for _, wanted in missing))  # fmt: skip
+        return Check(
+            "packages",
+            False,
+            "; ".join(what for what, _ in missing),
+            "pip install " + " ".join(f"'{wanted}'" for _, wanted in missing),
+        )
     return Check("packages", True, ", ".join(found))
 
 
@@ -127,20 +152,32 @@ def _torch() -> Check:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             return Check("torch", None, f"{gpus}; no bfloat16", "run with --dtype float32")
         return Check("torch", True, gpus)
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in all builds
-    half = [name for name in ("amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16") if capabilities.get(name)]
+    capabilities: dict[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in all builds
+    half = [
+        name
+        for name in ("amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16")
+        if capabilities.get(name)
+    ]
     found = (
         f"torch {torch.__version__} on the CPU: {machine}, {torch.backends.cpu.get_cpu_capability()}, "
         f"half precision: {', '.join(half) or 'none (float32 is the default and fastest)'}"
     )
     if Path("/proc/driver/nvidia/version").exists():
-        return Check("torch", None, f"{found}; there is an NVIDIA driver, but torch sees no GPU",
-                     "install a CUDA build of torch (pytorch.org), or check CUDA_VISIBLE_DEVICES")  # fmt: skip
+        return Check(
+            "torch",
+            None,
+            f"{found}; there is an NVIDIA driver, but torch sees no GPU",
+            "install a CUDA build of torch (pytorch.org), or check CUDA_VISIBLE_DEVICES",
+        )
     return Check("torch", True, found)
 
 
 def _machine() -> str:
-    """CPU cores and memory that a run may use, and beside them what the machine has where that is more."""
+    """CPU cores and memory that a run may use, and beside them what the machine has where that is
+    more.
+    """
     cores, of = cgroup.num_cores(), os.cpu_count() or 1
     memory = cgroup.memory_bytes()
     return (f"{cores} of {of} CPU cores" if cores < of else count(cores, "CPU core")) + (
@@ -159,7 +196,11 @@ def _scratch() -> Check:
     try:
         session.check()
     except AfnError as error:
-        checks.append(Check("scratch space", False, str(error), "small runs work without Ray: --executor inline"))
+        checks.append(
+            Check(
+                "scratch space", False, str(error), "small runs work without Ray: --executor inline"
+            )
+        )
     worst = max(checks, key=lambda c: (True, None, False).index(c.ok))
     return Check("scratch space", worst.ok, "; ".join(c.found for c in checks), worst.advice)
 
@@ -170,14 +211,22 @@ def _space(name: str, folder: Path, otherwise: str) -> Check:
     try:
         free = shutil.disk_usage(there).free
     except OSError as error:  # some mounts do not tell
-        return Check(name, None, f"free space at {folder} is not known: {error.strerror}", "see that there is room")
+        return Check(
+            name,
+            None,
+            f"free space at {folder} is not known: {error.strerror}",
+            "see that there is room",
+        )
     found = f"{free / 2**30:,.1f} GiB free at {folder}"
     if free < LOW_BYTES:
-        return Check(name, False if free < LEAST_BYTES else None, found, f"make room, or {otherwise}")
+        return Check(
+            name, False if free < LEAST_BYTES else None, found, f"make room, or {otherwise}"
+        )
     return Check(name, True, found)
 
 
-# --- Ray -------------------------------------------------------------------------------------------------
+# --- Ray
+# -------------------------------------------------------------------------------------------------
 
 
 def _ray(address: str | None) -> Check:
@@ -190,31 +239,61 @@ def _ray(address: str | None) -> Check:
         try:
             check_address(address)
         except ConfigError as error:
-            return Check("Ray", False, str(error), "set --address or RAY_ADDRESS to that, or unset it for a local Ray")
+            return Check(
+                "Ray",
+                False,
+                str(error),
+                "set --address or RAY_ADDRESS to that, or unset it for a local Ray",
+            )
         exposed = not access.is_loopback(address)
         if refused := access.unreachable(address):
-            return Check("Ray", False, refused, "check the address (host:6379), the cluster and firewalls")
+            return Check(
+                "Ray", False, refused, "check the address (host:6379), the cluster and firewalls"
+            )
         try:
             is_open = exposed and access.is_open(address)
         except ConfigError as error:
-            return Check("Ray", False, str(error), "ask whoever runs the cluster how its nodes are started")
+            return Check(
+                "Ray", False, str(error), "ask whoever runs the cluster how its nodes are started"
+            )
         if is_open:
-            return Check("Ray", False, f"the cluster at {address} answers without a token: whoever reaches it can run "
-                         "code there", access.HOW_TO_CLOSE)  # fmt: skip
+            return Check(
+                "Ray",
+                False,
+                f"the cluster at {address} answers without a token: whoever reaches it can run "
+                "code there",
+                access.HOW_TO_CLOSE,
+            )
     done = _probe(address)
     if done.returncode == 0:
         found = f"{done.stdout.strip()}; {time.monotonic() - began:.0f} s"
         if exposed and os.environ.get("RAY_USE_TLS") != "1":
-            return Check("Ray", None, f"{found}; its token travels in clear text", "set RAY_USE_TLS=1 and its "
-                         "certificates on every node and here, or keep others off that network")  # fmt: skip
+            return Check(
+                "Ray",
+                None,
+                f"{found}; its token travels in clear text",
+                "set RAY_USE_TLS=1 and its "
+                "certificates on every node and here, or keep others off that network",
+            )
         return Check("Ray", True, found)
-    message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix("; 'afn doctor' tells more")
+    message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix(
+        "; 'afn doctor' tells more"
+    )
     if "Unauthenticated" in done.stderr or "AuthenticationError" in done.stderr:
-        return Check("Ray", False, f"the cluster at {address} wants a token, and not the one we have, if any",
-                     "set RAY_AUTH_TOKEN to the cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it")  # fmt: skip
+        return Check(
+            "Ray",
+            False,
+            f"the cluster at {address} wants a token, and not the one we have, if any",
+            "set RAY_AUTH_TOKEN to the cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it",
+        )
     if address is None:
         return Check("Ray", False, message, "small runs work without Ray: --executor inline")
-    return Check("Ray", False, message, "the cluster needs this Ray and Python version, and afn-ray on its nodes")
+    return Check(
+        "Ray",
+        False,
+        message,
+        "the cluster needs this Ray and Python version, and afn-ray on its nodes",
+    )
 
 
 def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
@@ -222,14 +301,20 @@ def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *([address] if address else [])]
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     try:
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=RAY_S, check=False)  # noqa: S603
+        return subprocess.run(  # noqa: S603
+            command, env=env, capture_output=True, text=True, timeout=RAY_S, check=False
+        )
     except subprocess.TimeoutExpired as error:
         errors = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else ""
-        return subprocess.CompletedProcess(command, 1, "", f"{errors}\nno answer within {RAY_S:g} s")
+        return subprocess.CompletedProcess(
+            command, 1, "", f"{errors}\nno answer within {RAY_S:g} s"
+        )
 
 
 def probe_ray(address: str | None = None) -> None:
-    """What the process of ``_probe`` runs: prints what Ray has, or leaves with what is wrong as its last line."""
+    """What the process of ``_probe`` runs: prints what Ray has, or leaves with what is wrong as its
+    last line.
+    """
     try:
         from afn_ray.runs.cluster import connection
 
@@ -238,7 +323,8 @@ def probe_ray(address: str | None = None) -> None:
         sys.exit(" ".join(str(error).split()))
 
 
-# --- model and store -------------------------------------------------------------------------------------
+# --- model and store
+# -------------------------------------------------------------------------------------
 
 
 def _model(name: str | None) -> Check:
@@ -260,11 +346,12 @@ def _model(name: str | None) -> Check:
     why = processor.progress.why_padded
     packing = f"padded ({why})" if why else "packed without padding"
     return Check(
-        "model", True,
+        "model",
+        True,
         f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, {measure['window_tokens']} tokens; "
         f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, {packing}, "
         f"{time.monotonic() - began:.1f} s",
-    )  # fmt: skip
+    )
 
 
 def _store(uri: str | None) -> Check:
@@ -273,7 +360,9 @@ def _store(uri: str | None) -> Check:
     if uri is None:
         return Check("store", None, "not tried", "name one with --store")
     if storage.is_process_memory(uri):
-        return Check("store", None, f"{uri} lives in one process", "it works with --executor inline only")
+        return Check(
+            "store", None, f"{uri} lives in one process", "it works with --executor inline only"
+        )
     there = storage.exists(uri)
     storage.check_writable(uri)
     found = f"{uri} is writable" + ("" if there else " (it is new)")
@@ -285,9 +374,14 @@ def _store(uri: str | None) -> Check:
     return Check("store", space.ok, f"{found}; {space.found}", space.advice)
 
 
-# --- rendering -------------------------------------------------------------------------------------------
+# --- rendering
+# -------------------------------------------------------------------------------------------
 
-MARKS = {True: ("ok", "bold green"), None: ("warning", "bold yellow"), False: ("FAILED", "bold red")}
+MARKS = {
+    True: ("ok", "bold green"),
+    None: ("warning", "bold yellow"),
+    False: ("FAILED", "bold red"),
+}
 
 
 def render(checks: list[Check], console: Console) -> None:
@@ -303,4 +397,8 @@ def render(checks: list[Check], console: Console) -> None:
     console.print(table)
     failed = sum(c.ok is False for c in checks)
     warned = sum(c.ok is None for c in checks)
-    console.print(f"  {len(checks)} checks: {failed} failed, {warned} warnings" if failed or warned else "  all good")
+    console.print(
+        f"  {len(checks)} checks: {failed} failed, {warned} warnings"
+        if failed or warned
+        else "  all good"
+    )

@@ -16,7 +16,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.analysis.explain import TOP, Cell, Decision, Explanation, Reading, Thresholds, Token, index_of
+from afn_ray.analysis.explain import (
+    TOP,
+    Cell,
+    Decision,
+    Explanation,
+    Reading,
+    Thresholds,
+    Token,
+    index_of,
+)
 from afn_ray.schema import STRENGTH
 
 TABLE_ROWS = 40
@@ -26,27 +35,35 @@ JOINERS = "\u200c\u200d"
 """Format characters that spelling needs: zero-width non-joiner and joiner."""
 
 
-# --- the text as people read it --------------------------------------------------------------------------
+# --- the text as people read it
+# --------------------------------------------------------------------------
 
 
 def _visible(text: str, keep: str = "") -> str:
-    """``text`` with its control and invisible format characters, but those of ``keep``, written as escapes.
+    """``text`` with its control and invisible format characters, but those of ``keep``, written as
+    escapes.
 
-    A terminal obeys some of them, and bidirectional ones reorder what stands beside them, on any page.
+    A terminal obeys some of them, and bidirectional ones reorder what stands beside them, on any
+    page.
     """
     keep += JOINERS
     return "".join(
-        c if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if ord(c) < 65536 else f"\\U{ord(c):08x}"
+        c
+        if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else f"\\x{ord(c):02x}"
+        if ord(c) < 256
+        else f"\\u{ord(c):04x}"
+        if ord(c) < 65536
+        else f"\\U{ord(c):08x}"
         for c in text
-    )  # fmt: skip
+    )
 
 
 def _running(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
     """The text in order, cut into tokens and what lies between them (None); every character once.
 
-    White space before a token's first letter counts as between; of tokens that share a character (byte-level
-    pieces) the first shows it.
+    White space before a token's first letter counts as between; of tokens that share a character
+    (byte-level pieces) the first shows it.
     """
     text, cursor = explanation.text, 0
     for token in explanation.tokens:
@@ -67,7 +84,9 @@ def _shown(text: str) -> str:
 
 
 def _label(token: Token) -> str:
-    """A token on its own, as a table shows it; one that continues a word begins with an ellipsis."""
+    """A token on its own, as a table shows it; one that continues a word begins with an
+    ellipsis.
+    """
     if token.special:
         return _visible(token.piece)
     text = _visible(token.text.strip()) or _visible(token.text).replace(" ", "␣")
@@ -75,15 +94,24 @@ def _label(token: Token) -> str:
 
 
 def _cells(token: Token, reading: Reading) -> list[str]:
-    """Strength, quartile, rank, and the type's median, HIGH share and n, as the tables show them."""
+    """Strength, quartile, rank, and the type's median, HIGH share and n, as the tables show
+    them.
+    """
     usual = reading.usual
     return [
         f"{reading.strength:.4f}",
         "special" if reading.quartile is None else QUARTILES[reading.quartile],
         "" if reading.rank is None else f"{reading.rank:.1%}",
-        *(("not in run", "", "0") if usual is None else
-          (f"{usual.median:.4f}", "" if token.special else f"{usual.share_high:.0%}", f"{usual.n:,}")),
-    ]  # fmt: skip
+        *(
+            ("not in run", "", "0")
+            if usual is None
+            else (
+                f"{usual.median:.4f}",
+                "" if token.special else f"{usual.share_high:.0%}",
+                f"{usual.n:,}",
+            )
+        ),
+    ]
 
 
 HEADS = ("token", "strength", "quartile", "rank", "median", "HIGH", "n")
@@ -95,7 +123,8 @@ LEGEND = (
 
 
 SIGNALS_LEGEND = (
-    "In parentheses, and coloured by it: the quartile among the run's tokens, where the run recorded the signal."
+    "In parentheses, and coloured by it: the quartile among the run's tokens, where the run "
+    "recorded the signal."
 )
 SWEEP_LEGEND = (
     "Strength's rank within its layer among the tokens of this text: 0 is the lowest tenth, 9 the highest; behind a "
@@ -109,8 +138,9 @@ DECISION_LEGEND = (
 
 
 def _value_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
-    """Names of strength and the other signals, and for each token their values as shown, each with its quartile (0:
-    none); no names where strength is all there is."""
+    """Names of strength and the other signals, and for each token their values as shown, each with
+    its quartile (0: none); no names where strength is all there is.
+    """
     first = explanation.tokens[0].readings[at]
     if not first.signals:
         return [], []
@@ -118,17 +148,25 @@ def _value_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list
         [(r.strength, r.quartile), *((v.value, v.quartile) for v in r.signals)]
         for r in (token.readings[at] for token in explanation.tokens)
     ]
-    digits = [4 if max(value for value, _ in column) >= 1 else 5 for column in zip(*rows, strict=True)]
+    digits = [
+        4 if max(value for value, _ in column) >= 1 else 5 for column in zip(*rows, strict=True)
+    ]
     return [STRENGTH, *(v.signal for v in first.signals)], [
-        [(f"{value:.{n}f}" + (f" ({quartile})" if quartile else ""), quartile or 0)
-         for n, (value, quartile) in zip(digits, row, strict=True)]
+        [
+            (f"{value:.{n}f}" + (f" ({quartile})" if quartile else ""), quartile or 0)
+            for n, (value, quartile) in zip(digits, row, strict=True)
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _cell(cell: Cell) -> str:
     """A token's place in the heat map."""
-    return "·" if cell.decile is None else f"{cell.decile}" + (f"/{cell.quartile}" if cell.quartile else "")
+    return (
+        "·"
+        if cell.decile is None
+        else f"{cell.decile}" + (f"/{cell.quartile}" if cell.quartile else "")
+    )
 
 
 def _answer(decision: Decision) -> str:
@@ -146,7 +184,9 @@ def _answer(decision: Decision) -> str:
 
 def _behind(explanation: Explanation, decision: Decision) -> str:
     """What attributions are of, and how they go with strength."""
-    special = sum(a for a, t in zip(decision.attributions, explanation.tokens, strict=True) if t.special)
+    special = sum(
+        a for a, t in zip(decision.attributions, explanation.tokens, strict=True) if t.special
+    )
     rho = "not defined" if decision.spearman is None else f"{decision.spearman:.2f}"
     n = sum(not t.special for t in explanation.tokens)
     return (
@@ -176,9 +216,11 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
     at = explanation.layers.index(decision.layer)
     scored = [
         (label, t.readings[at].strength, a)
-        for label, t, a in zip(_numbered(explanation), explanation.tokens, decision.attributions, strict=True)
+        for label, t, a in zip(
+            _numbered(explanation), explanation.tokens, decision.attributions, strict=True
+        )
         if not t.special
-    ]  # fmt: skip
+    ]
     by_strength = sorted(scored, key=lambda row: -row[1])[:TOP]
     by_attribution = sorted(scored, key=lambda row: -abs(row[2]))[:TOP]
     return [
@@ -197,30 +239,52 @@ def _neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str
 
 
 def _legends(explanation: Explanation, at: int) -> list[str]:
-    asked = ((True, LEGEND), (explanation.tokens[0].readings[at].signals, SIGNALS_LEGEND),
-             (explanation.sweep, SWEEP_LEGEND), (explanation.decision, DECISION_LEGEND))  # fmt: skip
+    asked = (
+        (True, LEGEND),
+        (explanation.tokens[0].readings[at].signals, SIGNALS_LEGEND),
+        (explanation.sweep, SWEEP_LEGEND),
+        (explanation.decision, DECISION_LEGEND),
+    )
     return [*(legend for there, legend in asked if there), *explanation.notes]
 
 
 def _limits(t: Thresholds) -> dict[int, str]:
-    return {1: f"1 < {t.q1:.4f}", 2: f"2 < {t.q2:.4f}", 3: f"3 < {t.q3:.4f}", 4: f"4 HIGH ≥ {t.q3:.4f}"}
+    return {
+        1: f"1 < {t.q1:.4f}",
+        2: f"2 < {t.q2:.4f}",
+        3: f"3 < {t.q3:.4f}",
+        4: f"4 HIGH ≥ {t.q3:.4f}",
+    }
 
 
-# --- terminal --------------------------------------------------------------------------------------------
+# --- terminal
+# --------------------------------------------------------------------------------------------
 
-TERMINAL = {1: "", 2: "#10202c on #9cc3dc", 3: "#241a00 on #f2b84b", 4: "bold underline #ffffff on #b23a0e"}
-"""Styles of the quartiles. The first is the terminal's own, the others bring their own background, so that all four
-are legible on dark and light; bold and underline tell HIGH without colour."""
+TERMINAL = {
+    1: "",
+    2: "#10202c on #9cc3dc",
+    3: "#241a00 on #f2b84b",
+    4: "bold underline #ffffff on #b23a0e",
+}
+"""Styles of the quartiles. The first is the terminal's own, the others bring their own background,
+so that all four are legible on dark and light; bold and underline tell HIGH without colour.
+"""
 
 
-def render_terminal(explanation: Explanation, layer: int | None, console: Console, *, show_all: bool = False) -> None:
-    """Print the text coloured by quartile at ``layer`` (None: the deepest recorded), then a table of its tokens.
+def render_terminal(
+    explanation: Explanation, layer: int | None, console: Console, *, show_all: bool = False
+) -> None:
+    """Print the text coloured by quartile at ``layer`` (None: the deepest recorded), then a table
+    of its tokens.
 
-    The table stops after ``TABLE_ROWS`` unless ``show_all``. Raises ``ConfigError`` for a layer not recorded.
+    The table stops after ``TABLE_ROWS`` unless ``show_all``. Raises ``ConfigError`` for a layer not
+    recorded.
     """
     at = index_of(explanation.layers, layer)
     n = f"{explanation.thresholds[at].n:,}"
-    head = f"{_layer_name(explanation.layers[at])}, against {n} tokens of {_visible(explanation.run)}"
+    head = (
+        f"{_layer_name(explanation.layers[at])}, against {n} tokens of {_visible(explanation.run)}"
+    )
     console.print(Text(head, "bold"), soft_wrap=True)
     running = Text(overflow="fold")
     for text, token in _running(explanation):
@@ -237,7 +301,9 @@ def render_terminal(explanation: Explanation, layer: int | None, console: Consol
     shown = explanation.tokens if show_all else explanation.tokens[:TABLE_ROWS]
     for token in shown:
         reading = token.readings[at]
-        label = Text.assemble((_label(token), TERMINAL[reading.quartile or 1]))  # colours no more than its letters
+        label = Text.assemble(
+            (_label(token), TERMINAL[reading.quartile or 1])
+        )  # colours no more than its letters
         table.add_row(label, *_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
     _print_signals(explanation, at, console, len(shown))
@@ -254,9 +320,17 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
     names, rows = _value_rows(explanation, at)
     if not names:
         return
-    table = Table(box=box.SIMPLE_HEAD, title=f"Signals at layer {explanation.layers[at]}", title_justify="left",
-                  title_style="bold")  # fmt: skip
-    table.add_column("token", overflow="fold", min_width=min(12, max(cell_len(_label(t)) for t in explanation.tokens)))
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Signals at layer {explanation.layers[at]}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column(
+        "token",
+        overflow="fold",
+        min_width=min(12, max(cell_len(_label(t)) for t in explanation.tokens)),
+    )
     for name in names:
         table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
     for token, row in zip(explanation.tokens[:n], rows, strict=False):
@@ -269,7 +343,9 @@ LABEL_WIDTH = 24
 
 
 def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
-    """The heat map of the first ``n`` tokens, in as many parts side by side as the console's width asks for."""
+    """The heat map of the first ``n`` tokens, in as many parts side by side as the console's width
+    asks for.
+    """
     layers = list(explanation.sweep)
     width = min(LABEL_WIDTH, max(cell_len(_label(t)) for t in explanation.tokens[:n]))
     if layers:
@@ -284,7 +360,9 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
         heads = "".join(f"{k:^{w}} " for k, w in zip(part, widths, strict=True))
         console.print(Text(f"\n  {set_cell_size('layer', width)}  {heads}", "bold"), no_wrap=True)
         for token in explanation.tokens[:n]:
-            line = Text(f"  {set_cell_size(_label(token), width)}  ", "dim" if token.special else "")
+            line = Text(
+                f"  {set_cell_size(_label(token), width)}  ", "dim" if token.special else ""
+            )
             for i, w in zip(at, widths, strict=True):
                 cell = token.cells[i]
                 colours = "" if cell.decile is None else "{} on {}".format(*LIGHT_HEAT[cell.decile])
@@ -297,8 +375,10 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
 def _print_decision(explanation: Explanation, decision: Decision, console: Console) -> None:
     console.print(Text(f"Decision: {_answer(decision)}", "bold"), soft_wrap=True)
     console.print(Padding(Text(_behind(explanation, decision)), (0, 2)))
-    for heads, rows in ((DECISION_HEADS, _decision_rows(explanation, decision)),
-                        (NEURON_HEADS, _neuron_rows(explanation, decision))):  # fmt: skip
+    for heads, rows in (
+        (DECISION_HEADS, _decision_rows(explanation, decision)),
+        (NEURON_HEADS, _neuron_rows(explanation, decision)),
+    ):
         if rows:
             table = Table(box=box.SIMPLE_HEAD)
             for head in heads:
@@ -313,23 +393,46 @@ TEXTS = ("by strength", "by attribution", "most at")
 """Columns of a decision that hold tokens."""
 
 
-# --- page ------------------------------------------------------------------------------------------------
+# --- page
+# ------------------------------------------------------------------------------------------------
 
-LIGHT = {0: ("#1c2024", "#ffffff"), 2: ("#10202c", "#cfe3f1"), 3: ("#241a00", "#f8ce7c"), 4: ("#ffffff", "#b23a0e")}
-DARK = {0: ("#e4e7ea", "#15181c"), 2: ("#eaf3fa", "#27485f"), 3: ("#fff8e8", "#7a5200"), 4: ("#2a0c00", "#ff9d66")}
-"""Text and background of the page (0) and of quartiles 2 to 4; the first quartile looks like the page."""
+LIGHT = {
+    0: ("#1c2024", "#ffffff"),
+    2: ("#10202c", "#cfe3f1"),
+    3: ("#241a00", "#f8ce7c"),
+    4: ("#ffffff", "#b23a0e"),
+}
+DARK = {
+    0: ("#e4e7ea", "#15181c"),
+    2: ("#eaf3fa", "#27485f"),
+    3: ("#fff8e8", "#7a5200"),
+    4: ("#2a0c00", "#ff9d66"),
+}
+"""Text and background of the page (0) and of quartiles 2 to 4; the first quartile looks like the
+page.
+"""
 
 
 def _ramp(low: str, high: str) -> list[tuple[str, str]]:
-    """Text and background of the ten deciles of a heat map: black or white, whichever is told better, on a mixture."""
+    """Text and background of the ten deciles of a heat map: black or white, whichever is told
+    better, on a mixture.
+    """
     colours = []
     for tenth in range(10):
         parts = [
-            round(int(low[i : i + 2], 16) * (9 - tenth) / 9 + int(high[i : i + 2], 16) * tenth / 9) for i in (1, 3, 5)
+            round(int(low[i : i + 2], 16) * (9 - tenth) / 9 + int(high[i : i + 2], 16) * tenth / 9)
+            for i in (1, 3, 5)
         ]
         linear = [p / 3294.6 if p <= 10 else ((p / 255 + 0.055) / 1.055) ** 2.4 for p in parts]
-        luminance = sum(weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-        colours.append(("#000000" if luminance > 0.179 else "#ffffff", "#" + "".join(f"{p:02x}" for p in parts)))
+        luminance = sum(
+            weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
+        )
+        colours.append(
+            (
+                "#000000" if luminance > 0.179 else "#ffffff",
+                "#" + "".join(f"{p:02x}" for p in parts),
+            )
+        )
     return colours
 
 
@@ -366,11 +469,18 @@ HEAT@media print {
   .q2, .q3, .q4, .heat td { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   thead { display: table-header-group; } tr { break-inside: avoid; }
 }
-""".replace("HEAT", "".join(f".h{i} {{ color: var(--ink-{i}); background: var(--heat-{i}); }}\n" for i in range(10)))
+""".replace(
+    "HEAT",
+    "".join(
+        f".h{i} {{ color: var(--ink-{i}); background: var(--heat-{i}); }}\n" for i in range(10)
+    ),
+)
 
 
 def render_html(explanation: Explanation) -> str:
-    """One page with everything in it: no script, no network (its policy forbids both), light and dark, printable."""
+    """One page with everything in it: no script, no network (its policy forbids both), light and
+    dark, printable.
+    """
     layers = explanation.layers
     style = _style(layers)
     policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -394,7 +504,9 @@ def render_html(explanation: Explanation) -> str:
             f"<fieldset><legend>Show</legend>\n{switch}</fieldset>" if len(layers) > 1 else "",
             *(_html_layer(explanation, at) for at in range(len(layers))),
             _html_sweep(explanation) if explanation.sweep else "",
-            _html_decision(explanation, explanation.decision) if explanation.decision is not None else "",
+            _html_decision(explanation, explanation.decision)
+            if explanation.decision is not None
+            else "",
             *(f"<p>{_html(note)}</p>" for note in _legends(explanation, len(layers) - 1)),
             "</main>\n</body>\n</html>\n",
         ]
@@ -403,12 +515,25 @@ def render_html(explanation: Explanation) -> str:
 
 def _style(layers: tuple[int, ...]) -> str:
     light, dark = (
-        " ".join([*(f"--text-{k}: {text}; --page-{k}: {page};" for k, (text, page) in colours.items()),
-                  *(f"--ink-{k}: {ink}; --heat-{k}: {page};" for k, (ink, page) in enumerate(heat))])
+        " ".join(
+            [
+                *(
+                    f"--text-{k}: {text}; --page-{k}: {page};"
+                    for k, (text, page) in colours.items()
+                ),
+                *(f"--ink-{k}: {ink}; --heat-{k}: {page};" for k, (ink, page) in enumerate(heat)),
+            ]
+        )
         for colours, heat in ((LIGHT, LIGHT_HEAT), (DARK, DARK_HEAT))
-    )  # fmt: skip
-    shown = " ".join(f"body:has(#show-{k}:checked) #layer-{k} {{ display: block; }}" for k in layers)
-    switch = f"@supports selector(:has(a)) {{ section {{ display: none; }} {shown} }}\n" if len(layers) > 1 else ""
+    )
+    shown = " ".join(
+        f"body:has(#show-{k}:checked) #layer-{k} {{ display: block; }}" for k in layers
+    )
+    switch = (
+        f"@supports selector(:has(a)) {{ section {{ display: none; }} {shown} }}\n"
+        if len(layers) > 1
+        else ""
+    )
     return (
         f"\n:root {{ color-scheme: light dark; {light} }}\n"
         f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{STYLE}{switch}"
@@ -418,12 +543,16 @@ def _style(layers: tuple[int, ...]) -> str:
 def _html_layer(explanation: Explanation, at: int) -> str:
     layer = explanation.layers[at]
     running = "".join(
-        f'<span class="q{token.readings[at].quartile}" title="{_title(token, at)}">{_html(text)}</span>' if token
+        f'<span class="q{token.readings[at].quartile}" title="{_title(token, at)}">{_html(text)}</span>'
+        if token
         else _html(text)
         for text, token in _running(explanation)
-    )  # fmt: skip
+    )
     limits = _limits(explanation.thresholds[at])
-    legend = "".join(f'<li><span class="q{quartile}">{_html(text)}</span></li>' for quartile, text in limits.items())
+    legend = "".join(
+        f'<li><span class="q{quartile}">{_html(text)}</span></li>'
+        for quartile, text in limits.items()
+    )
     rows = "\n".join(
         f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(_label(token))}</bdi></span></td>'
         + "".join(f"<td>{cell}</td>" for cell in _cells(token, token.readings[at]))
@@ -445,18 +574,27 @@ def _html_signals(explanation: Explanation, at: int) -> str:
     if not names:
         return ""
     body = (
-        [f"<bdi>{_html(_label(token))}</bdi>", *(f'<span class="q{quartile}">{text}</span>' for text, quartile in row)]
+        [
+            f"<bdi>{_html(_label(token))}</bdi>",
+            *(f'<span class="q{quartile}">{text}</span>' for text, quartile in row),
+        ]
         for token, row in zip(explanation.tokens, rows, strict=True)
     )
-    return _html_table("values", f"Signals at layer {explanation.layers[at]}", ["token", *names], body)
+    return _html_table(
+        "values", f"Signals at layer {explanation.layers[at]}", ["token", *names], body
+    )
 
 
-def _html_table(kind: str, caption: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _html_table(
+    kind: str, caption: str, heads: Iterable[str], rows: Iterable[Iterable[str]]
+) -> str:
     """``rows`` of cells that are HTML already."""
     head = "".join(f'<th scope="col"{_aligned(name)}>{_html(name)}</th>' for name in heads)
     names = list(heads)
     body = "\n".join(
-        "<tr>" + "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in zip(names, row, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in zip(names, row, strict=True))
+        + "</tr>"
         for row in rows
     )
     return (
@@ -494,9 +632,15 @@ def _html_decision(explanation: Explanation, decision: Decision) -> str:
         ("Neurons that rank highest", NEURON_HEADS, _neuron_rows(explanation, decision)),
     )
     shown = "".join(
-        _html_table("decision", caption, heads, [[f"<bdi>{_html(cell)}</bdi>" for cell in row] for row in rows])
-        for caption, heads, rows in tables if rows
-    )  # fmt: skip
+        _html_table(
+            "decision",
+            caption,
+            heads,
+            [[f"<bdi>{_html(cell)}</bdi>" for cell in row] for row in rows],
+        )
+        for caption, heads, rows in tables
+        if rows
+    )
     return (
         f"<div>\n<h2>Decision</h2>\n<p><strong>{_html(_answer(decision))}</strong></p>\n"
         f"<p>{_html(_behind(explanation, decision))}</p>\n{shown}</div>"

@@ -1,4 +1,6 @@
-"""What a run is, and what is true of its measure: the honest summary, as data and as tables; and two runs compared."""
+"""What a run is, and what is true of its measure: the honest summary, as data and as tables; and
+two runs compared.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class LayerFacts:
 
     layer: int
     thresholds: dict[str, dict[str, Any]]  # population -> row of the thresholds table
-    labels: dict[str, dict[str, Any]]  # the same of what HIGH goes by: frozen thresholds, or again the run's own
+    labels: dict[
+        str, dict[str, Any]
+    ]  # the same of what HIGH goes by: frozen thresholds, or again the run's own
     cv: float  # sd / mean of all tokens but the special ones
     q3_over_q2: float
     special_mean: float | None  # mean strength of the special tokens
@@ -83,15 +87,25 @@ def summarise(run: manifest.RunFolder) -> Summary:
 
 
 def _summarise(run: manifest.RunFolder) -> Summary:
-    thresholds, labels = manifest.read_table(run, "thresholds").to_pylist(), manifest.labels(run).to_pylist()
+    thresholds, labels = (
+        manifest.read_table(run, "thresholds").to_pylist(),
+        manifest.labels(run).to_pylist(),
+    )
     vocabulary = manifest.read_table(run, "vocabulary")
     histogram = manifest.read_table(run, "histogram")
     shards = manifest.read_table(run, "shards")
     files = manifest.read_table(run, "files")
     n = max(1, sum(shards["n_tokens"].to_pylist()))
-    size = {t: sum(shards[f"{c}_bytes"].to_pylist()) / n for t, c in
-            (("tokens", "token"), ("documents", "document"), ("summary", "summary"), ("neurons", "neurons"),
-             ("pairs", "pairs"))}  # fmt: skip
+    size = {
+        t: sum(shards[f"{c}_bytes"].to_pylist()) / n
+        for t, c in (
+            ("tokens", "token"),
+            ("documents", "document"),
+            ("summary", "summary"),
+            ("neurons", "neurons"),
+            ("pairs", "pairs"),
+        )
+    }
     counts = run.info["counts"]
     layers = []
     for layer in run.info["layers"]:
@@ -114,9 +128,14 @@ def _summarise(run: manifest.RunFolder) -> Summary:
         )
     padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
     return Summary(
-        run.uri, run.info, {**size, "all": sum(size.values())}, max(0.0, padding), losses.total(files),
-        losses.describe_skipped(losses.skipped_files(files)), tuple(layers),
-    )  # fmt: skip
+        run.uri,
+        run.info,
+        {**size, "all": sum(size.values())},
+        max(0.0, padding),
+        losses.total(files),
+        losses.describe_skipped(losses.skipped_files(files)),
+        tuple(layers),
+    )
 
 
 def _ratio(a: float, b: float) -> float:
@@ -137,18 +156,24 @@ def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
         total, high = int(n[here].sum()), int(n_high[here].sum())
         if total and name != "special":
             low, upper = wilson(high, total)
-            shares.append(ClassShare(layer, name, total, high, high / total, float(low), float(upper)))
+            shares.append(
+                ClassShare(layer, name, total, high, high / total, float(low), float(upper))
+            )
     return tuple(shares)
 
 
 def frequent_classes(facts: LayerFacts) -> list[int]:
-    """Places of the ``MAX_CLASSES`` most frequent of ``facts.classes``, in their order; they are those of any layer."""
+    """Places of the ``MAX_CLASSES`` most frequent of ``facts.classes``, in their order; they are
+    those of any layer.
+    """
     by_n = sorted(range(len(facts.classes)), key=lambda at: -facts.classes[at].n)
     return sorted(by_n[:MAX_CLASSES])
 
 
 def _idf_auc(vocabulary: Any) -> float | None:
-    """Chance that a HIGH token's type is rarer than a LOW token's (ties count half), exactly, from the counts."""
+    """Chance that a HIGH token's type is rarer than a LOW token's (ties count half), exactly, from
+    the counts.
+    """
     normal = np.array(vocabulary["class"].to_pylist()) != "special"
     idf = vocabulary["idf"].to_numpy()[normal]
     high = vocabulary["n_high"].to_numpy()[normal].astype(np.float64)
@@ -171,11 +196,14 @@ def figure(value: float) -> str:
     return f"{value:,.{max(0, 5 - max(1, len(str(int(abs(value))))))}f}"
 
 
-# --- tables ----------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
-    table = Table(title=Text(printable(title)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=Text(printable(title)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     table.title_justify, table.title_style = "left", "bold"
     for at, column in enumerate(columns):
         table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
@@ -183,29 +211,40 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 
 def _print(table: Table, console: Console) -> None:
-    """Prints ``table`` as wide as it is: a terminal that is too narrow wraps it, and no figure is cut short."""
+    """Prints ``table`` as wide as it is: a terminal that is too narrow wraps it, and no figure is
+    cut short.
+    """
     table.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
 
-GENERIC = re.compile(r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE)
+GENERIC = re.compile(
+    r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
+)
 """Names of folders that do not say which model is in them."""
 
 
 def model_title(name: str) -> str:
-    """What the model ``name`` (a hub name, a folder or a GGUF file) is called, without where it is on a disk."""
+    """What the model ``name`` (a hub name, a folder or a GGUF file) is called, without where it is
+    on a disk.
+    """
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
     if not parts or (len(parts) == 2 and not name.startswith(("/", ".", "~"))):
         return name  # a hub name, or a folder below the one that the run began in
     for part in parts:
         if part.startswith("models--"):  # the hub's cache
             return part.removeprefix("models--").replace("--", "/")
-    at = next((at for at in reversed(range(len(parts))) if not GENERIC.fullmatch(parts[at])), len(parts) - 1)
+    at = next(
+        (at for at in reversed(range(len(parts))) if not GENERIC.fullmatch(parts[at])),
+        len(parts) - 1,
+    )
     return "/".join(parts[at:])
 
 
 def facts(summary: Summary) -> list[tuple[str, str]]:
-    """What the run is: names and values, for people to read. Raises ``StoreError`` for a damaged run.json."""
+    """What the run is: names and values, for people to read. Raises ``StoreError`` for a damaged
+    run.json.
+    """
     with checksums.named_damage(summary.uri):
         return _facts(summary)
 
@@ -217,27 +256,58 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),
-        ("documents", f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
-                      f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files"),
+        (
+            "documents",
+            f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
+            f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
+        ),
         ("lost", losses.describe(summary.losses) or "nothing"),
-        *([("replaced", replaced)] if (replaced := losses.describe_replaced(summary.losses)) else []),
+        *(
+            [("replaced", replaced)]
+            if (replaced := losses.describe_replaced(summary.losses))
+            else []
+        ),
         *([("unknown", unknown)] if (unknown := losses.describe_unknown(info)) else []),
-        ("tokens", f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)"),
-        ("model", f"{model_title(model['name'])} "
-                  f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})"),
+        (
+            "tokens",
+            f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)",
+        ),
+        (
+            "model",
+            f"{model_title(model['name'])} "
+            f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})",
+        ),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
-        *([("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
-          if "labels" in info["measure"] else []),
-        ("size", f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all"),
-        *([("signals", ", ".join(info["measure"]["signals"]))] if len(info["measure"]["signals"]) > 1 else []),
-        ("padding", f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap"),
-        ("finished", f"{info['finished_at']}, {info['seconds']:,.0f} s, "
-                     f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new"),
-    ]  # fmt: skip
+        *(
+            [("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
+            if "labels" in info["measure"]
+            else []
+        ),
+        (
+            "size",
+            f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all",
+        ),
+        *(
+            [("signals", ", ".join(info["measure"]["signals"]))]
+            if len(info["measure"]["signals"]) > 1
+            else []
+        ),
+        (
+            "padding",
+            f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap",
+        ),
+        (
+            "finished",
+            f"{info['finished_at']}, {info['seconds']:,.0f} s, "
+            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new",
+        ),
+    ]
     if missing := info.get("quarantined"):
         uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
-        rows.append(("missing", f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}"))
+        rows.append(
+            ("missing", f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}")
+        )
     if summary.skipped:
         rows.append(("skipped", summary.skipped))
     return rows
@@ -270,7 +340,9 @@ def cautions(summary: Summary) -> list[str]:
 
 
 def render(summary: Summary, console: Console) -> None:
-    """What the run is, its thresholds, its class shares beside their control, and what to be careful about."""
+    """What the run is, its thresholds, its class shares beside their control, and what to be
+    careful about.
+    """
     with checksums.named_damage(summary.uri):
         _render(summary, console)
 
@@ -289,29 +361,58 @@ def _render(summary: Summary, console: Console) -> None:
 
 def render_thresholds(summary: Summary, console: Console) -> None:
     """Quartiles of every layer, with and without sinks."""
-    table = _table("Thresholds (a token at or above Q3 is HIGH)", "layer", "of", "tokens", "Q1", "Q2", "Q3", "max",
-                   "CV", "Q3/Q2", "sinks", left=2)  # fmt: skip
+    table = _table(
+        "Thresholds (a token at or above Q3 is HIGH)",
+        "layer",
+        "of",
+        "tokens",
+        "Q1",
+        "Q2",
+        "Q3",
+        "max",
+        "CV",
+        "Q3/Q2",
+        "sinks",
+        left=2,
+    )
     for facts in summary.layers:
         for population, row in facts.thresholds.items():
             if population != "tokens" and not row["n_sinks"]:
                 continue
             main = population == "tokens"
             table.add_row(
-                str(facts.layer), "all" if main else "no sinks", f"{row['n']:,}",
-                *(figure(row[q]) for q in ("q1", "q2", "q3", "max")), f"{_ratio(row['sd'], row['mean']):.3f}",
-                f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}" if main else "",
-            )  # fmt: skip
+                str(facts.layer),
+                "all" if main else "no sinks",
+                f"{row['n']:,}",
+                *(figure(row[q]) for q in ("q1", "q2", "q3", "max")),
+                f"{_ratio(row['sd'], row['mean']):.3f}",
+                f"{_ratio(row['q3'], row['q2']):.3f}",
+                f"{row['n_sinks']:,}" if main else "",
+            )
         if (row := facts.labels["tokens"]) != facts.thresholds["tokens"]:
             table.add_row(
-                str(facts.layer), "frozen", f"{row['n']:,}", *(figure(row[q]) for q in ("q1", "q2", "q3")), "", "",
-                f"{_ratio(row['q3'], row['q2']):.3f}", f"{row['n_sinks']:,}",
-            )  # fmt: skip
+                str(facts.layer),
+                "frozen",
+                f"{row['n']:,}",
+                *(figure(row[q]) for q in ("q1", "q2", "q3")),
+                "",
+                "",
+                f"{_ratio(row['q3'], row['q2']):.3f}",
+                f"{row['n_sinks']:,}",
+            )
     _print(table, console)
     if any(f.labels != f.thresholds for f in summary.layers):
-        shares = ", ".join(f"layer {f.layer}: {_ratio(r['n_high'], r['n']):.1%}" for f in summary.layers
-                           for r in [f.labels["tokens"]])  # fmt: skip
-        console.print(f"HIGH goes by the frozen thresholds, of {printable(str(summary.info['config']['thresholds']))}; "
-                      f"tokens that are HIGH by them: {shares}", markup=False, soft_wrap=True)  # fmt: skip
+        shares = ", ".join(
+            f"layer {f.layer}: {_ratio(r['n_high'], r['n']):.1%}"
+            for f in summary.layers
+            for r in [f.labels["tokens"]]
+        )
+        console.print(
+            f"HIGH goes by the frozen thresholds, of {printable(str(summary.info['config']['thresholds']))}; "
+            f"tokens that are HIGH by them: {shares}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def render_classes(summary: Summary, console: Console) -> None:
@@ -324,23 +425,34 @@ def render_classes(summary: Summary, console: Console) -> None:
     left_out = [f"{len(ordered) - len(shown)} more layers"] * (len(shown) < len(ordered))
     left_out += [count(len(classes) - MAX_CLASSES, "rarer tag")] * (len(classes) > MAX_CLASSES)
     if left_out:
-        table.caption, table.caption_justify = f"and {' and '.join(left_out)}: afn show --json", "left"
+        table.caption, table.caption_justify = (
+            f"and {' and '.join(left_out)}: afn show --json",
+            "left",
+        )
     total = sum(c.n for c in classes)
     for at in frequent_classes(ordered[0]):
-        shares = [f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})" for c in (facts.classes[at] for facts in shown)]
+        shares = [
+            f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})"
+            for c in (facts.classes[at] for facts in shown)
+        ]
         table.add_row(Text(printable(classes[at].name)), f"{classes[at].n / total:.1%}", *shares)
     _print(table, console)
 
 
 def render_caution(summary: Summary, console: Console) -> None:
     """What the figures do not say."""
-    lines = ["[bold]To be careful about[/bold]", *(escape(printable(line)) for line in cautions(summary))]
+    lines = [
+        "[bold]To be careful about[/bold]",
+        *(escape(printable(line)) for line in cautions(summary)),
+    ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
 class SalientWord:
-    """One word, whatever its case, and how often the mean strength of its tokens is at or above Q3."""
+    """One word, whatever its case, and how often the mean strength of its tokens is at or above
+    Q3.
+    """
 
     text: str
     n: int
@@ -351,11 +463,15 @@ class SalientWord:
 
 
 def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[SalientWord]]:
-    """Content words that are HIGH most surely and least surely: ranked by the near end of the interval.
+    """Content words that are HIGH most surely and least surely: ranked by the near end of the
+    interval.
 
-    A word here is two letters or more, and no function word of the run's language. Reads the run's tokens once.
+    A word here is two letters or more, and no function word of the run's language. Reads the run's
+    tokens once.
     """
-    ((q3,),) = run.sql("SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]).fetchall()
+    ((q3,),) = run.sql(
+        "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
+    ).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
         SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({strength} >= $q3) AS n_high,
@@ -378,20 +494,34 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
     """The most and the least salient words, side by side."""
     table = _table(
         f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at or above Q3)",
-        "most salient", "n", "HIGH", "median", "least salient", "n", "HIGH", "median", left=1,
-    )  # fmt: skip
+        "most salient",
+        "n",
+        "HIGH",
+        "median",
+        "least salient",
+        "n",
+        "HIGH",
+        "median",
+        left=1,
+    )
     table.columns[4].justify = "left"
     for pair in zip(*salient_words(run, layer), strict=True):
-        cells = [(Text(printable(w.text)), f"{w.n:,}", f"{w.n_high / w.n:.0%}", figure(w.median)) for w in pair]
+        cells = [
+            (Text(printable(w.text)), f"{w.n:,}", f"{w.n_high / w.n:.0%}", figure(w.median))
+            for w in pair
+        ]
         table.add_row(*cells[0], *cells[1])
     _print(table, console)
 
 
-# --- two runs --------------------------------------------------------------------------------------------
+# --- two runs
+# --------------------------------------------------------------------------------------------
 
 
 def render_comparison(found: compare.Comparison, console: Console) -> None:
-    """Both runs, and at the deepest layer what moved between them, beside the distances at every layer."""
+    """Both runs, and at the deepest layer what moved between them, beside the distances at every
+    layer.
+    """
     table = _table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
     for at in (0, 3, 4):
         table.columns[at].justify = "left"
@@ -399,11 +529,16 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
         about = compare.describe(run)
         corpus = ", ".join(about["corpus"])
         table.add_row(
-            name, f"{about['tokens']:,}", f"{about['documents']:,}", *(Text(printable(t)) for t in (corpus, run.uri))
+            name,
+            f"{about['tokens']:,}",
+            f"{about['documents']:,}",
+            *(Text(printable(t)) for t in (corpus, run.uri)),
         )
     _print(table, console)
     whole = pc.is_null(found.drift["source"])
-    _render_drift("Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console)
+    _render_drift(
+        "Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console
+    )
     layer = max(found.drift["layer"].to_pylist())
     _render_class_drift(layer, found.classes, console)
     _render_movers(layer, found.movers, console)
@@ -412,19 +547,43 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
         apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
         title = f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in all)"
         _render_drift(title, "source", apart[:MOVED_SOURCES], console)
-    console.print(Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True)
+    console.print(
+        Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True
+    )
 
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
-    """Rows of ``DRIFT_SCHEMA``: quartiles of B with their shift from A, HIGH shares, and distances."""
-    table = _table(title, first, "tokens A", "tokens B", "Q1 B", "shift", "Q2 B", "shift", "Q3 B", "shift",
-                   "HIGH A", "HIGH B", "PSI", "KS", "JS")  # fmt: skip
+    """Rows of ``DRIFT_SCHEMA``: quartiles of B with their shift from A, HIGH shares, and
+    distances.
+    """
+    table = _table(
+        title,
+        first,
+        "tokens A",
+        "tokens B",
+        "Q1 B",
+        "shift",
+        "Q2 B",
+        "shift",
+        "Q3 B",
+        "shift",
+        "HIGH A",
+        "HIGH B",
+        "PSI",
+        "KS",
+        "JS",
+    )
     for row in rows:
         quartiles = []
         for q in ("q1", "q2", "q3"):
             a, b = row[f"{q}_a"], row[f"{q}_b"]
-            quartiles += ["" if b is None else figure(b), f"{b / a - 1:+.2%}" if a and b is not None else ""]
-        shares = ["" if row[s] is None else f"{row[s]:.1%}" for s in ("share_high_a", "share_high_b")]
+            quartiles += [
+                "" if b is None else figure(b),
+                f"{b / a - 1:+.2%}" if a and b is not None else "",
+            ]
+        shares = [
+            "" if row[s] is None else f"{row[s]:.1%}" for s in ("share_high_a", "share_high_b")
+        ]
         distances = ["" if row[d] is None else f"{row[d]:.4f}" for d in ("psi", "ks", "js")]
         name = Text(printable(str(row[first])))
         table.add_row(name, f"{row['n_a']:,}", f"{row['n_b']:,}", *quartiles, *shares, *distances)
@@ -432,16 +591,25 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
 
 
 def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
-    """What share of the tokens each class has, and how many of its own are HIGH, before and after."""
+    """What share of the tokens each class has, and how many of its own are HIGH, before and
+    after.
+    """
     table = _table(
-        f"Classes at layer {layer} (HIGH: share, 95 % interval)", "class", "tokens A", "tokens B", "HIGH A", "HIGH B"
+        f"Classes at layer {layer} (HIGH: share, 95 % interval)",
+        "class",
+        "tokens A",
+        "tokens B",
+        "HIGH A",
+        "HIGH B",
     )
     for row in classes.filter(pc.equal(classes["layer"], layer)).to_pylist():
         highs = (
             f"{row[f'share_high_{r}']:.3f} ({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
             for r in "ab"
         )
-        table.add_row(Text(printable(row["class"])), f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs)
+        table.add_row(
+            Text(printable(row["class"])), f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs
+        )
     _print(table, console)
 
 
@@ -452,15 +620,38 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     both, moved = of_status["both"], compare.moved(here)
     words = compare.whole_words(moved)
     title = f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
-    table = _table(title, "word", "class", "n A", "n B", "HIGH A", "HIGH B", "z", "q", "median A", "median B", left=2)
+    table = _table(
+        title,
+        "word",
+        "class",
+        "n A",
+        "n B",
+        "HIGH A",
+        "HIGH B",
+        "z",
+        "q",
+        "median A",
+        "median B",
+        left=2,
+    )
     if parts := len(moved) - len(words):
-        table.caption, table.caption_justify = f"and {count(parts, 'part')} of words: afn compare --json", "left"
+        table.caption, table.caption_justify = (
+            f"and {count(parts, 'part')} of words: afn compare --json",
+            "left",
+        )
     for row in words.slice(0, MOVERS).to_pylist():
         medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
         table.add_row(
-            Text(printable(row["text"])), Text(printable(row["class"])), f"{row['n_a']:,}", f"{row['n_b']:,}",
-            f"{row['share_high_a']:.1%}", f"{row['share_high_b']:.1%}", f"{row['z']:+.1f}", f"{row['q']:.1e}", *medians,
-        )  # fmt: skip
+            Text(printable(row["text"])),
+            Text(printable(row["class"])),
+            f"{row['n_a']:,}",
+            f"{row['n_b']:,}",
+            f"{row['share_high_a']:.1%}",
+            f"{row['share_high_b']:.1%}",
+            f"{row['z']:+.1f}",
+            f"{row['q']:.1e}",
+            *medians,
+        )
     if len(moved):
         _print(table, console)
     else:
@@ -469,4 +660,7 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
         types = of_status[status]
         words = compare.whole_words(types).slice(0, MOVERS).to_pylist()
         most = ", ".join(f"{r['text']} ({r[n]:,})" for r in words)
-        console.print(Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))), soft_wrap=True)
+        console.print(
+            Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))),
+            soft_wrap=True,
+        )

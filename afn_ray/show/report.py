@@ -1,4 +1,6 @@
-"""One run as a page that people look at: a self-contained HTML file whose charts are drawn by Vega."""
+"""One run as a page that people look at: a self-contained HTML file whose charts are drawn by
+Vega.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ PACKAGES = {"jinja2": "Jinja2", "vl_convert": "vl-convert-python"}
 
 @dataclass(frozen=True, slots=True)
 class ScreenedDocument:
-    """One strange document and its beginning, cut into pieces of one quartile (0: special or between tokens)."""
+    """One strange document and its beginning, cut into pieces of one quartile (0: special or
+    between tokens).
+    """
 
     row: dict[str, Any]  # of the screened table
     pieces: tuple[tuple[str, int], ...]
@@ -48,19 +52,27 @@ class ScreenedDocument:
 
 
 def write_report(
-    run: str | manifest.RunFolder, out: Path | None = None, *, baseline: str | manifest.RunFolder | None = None,
-    ranks_only: bool = False, with_claims: bool = True,
-) -> Path:  # fmt: skip
-    """Write the page of ``run`` to ``out`` (None: ``report-<run id>.html`` here), whole or not at all; returns where.
+    run: str | manifest.RunFolder,
+    out: Path | None = None,
+    *,
+    baseline: str | manifest.RunFolder | None = None,
+    ranks_only: bool = False,
+    with_claims: bool = True,
+) -> Path:
+    """Write the page of ``run`` to ``out`` (None: ``report-<run id>.html`` here), whole or not at
+    all; returns where.
 
-    ``run`` and ``baseline`` are a run's URI, a store's for its latest complete run, or a folder. With a baseline the
-    page says what has changed since; ``ranks_only`` is that of ``compare``. Without ``with_claims`` the page has none,
-    which saves most of its time. Raises ``ConfigError`` without the packages of ``afn-ray[report]`` or where ``out``
-    cannot be written, ``StoreError`` without such a run.
+    ``run`` and ``baseline`` are a run's URI, a store's for its latest complete run, or a folder.
+    With a baseline the page says what has changed since; ``ranks_only`` is that of ``compare``.
+    Without ``with_claims`` the page has none, which saves most of its time. Raises ``ConfigError``
+    without the packages of ``afn-ray[report]`` or where ``out`` cannot be written, ``StoreError``
+    without such a run.
     """
     folder = manifest.find_run(run) if isinstance(run, str) else run
     path = Path(f"report-{folder.id}.html") if out is None else out
-    comparison = None if baseline is None else compare.compare(baseline, folder, ranks_only=ranks_only)
+    comparison = (
+        None if baseline is None else compare.compare(baseline, folder, ranks_only=ranks_only)
+    )
     page = render(folder, comparison, with_claims=with_claims)
     with storage.write_local(path) as file:
         file.write(page.encode())
@@ -68,18 +80,26 @@ def write_report(
 
 
 def render(
-    run: manifest.RunFolder, comparison: compare.Comparison | None = None, *, with_claims: bool = True
-) -> str:  # fmt: skip
-    """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the tokens once, and
-    more often ``with_claims``. Raises ``StoreError`` for a damaged run."""
+    run: manifest.RunFolder,
+    comparison: compare.Comparison | None = None,
+    *,
+    with_claims: bool = True,
+) -> str:
+    """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the
+    tokens once, and more often ``with_claims``. Raises ``StoreError`` for a damaged run.
+    """
     jinja2, vl_convert = check_packages()
     with checksums.named_damage(run.uri):
         return _render(jinja2, vl_convert, run, comparison, with_claims)
 
 
 def _render(
-    jinja2: Any, vl_convert: Any, run: manifest.RunFolder, comparison: compare.Comparison | None, with_claims: bool
-) -> str:  # fmt: skip
+    jinja2: Any,
+    vl_convert: Any,
+    run: manifest.RunFolder,
+    comparison: compare.Comparison | None,
+    with_claims: bool,
+) -> str:
     info, summary = run.info, overview.summarise(run)
     main = summary.layers[-1]
     words = _by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
@@ -88,10 +108,10 @@ def _render(
         "classes": [charts.classes_chart(summary, words[main.layer])],
         "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
         "vocabulary": [charts.vocabulary_chart(words[main.layer])],
-        "movers": [] if comparison is None else [
-            c for c in [charts.movers_chart(comparison.movers, main.layer)] if c is not None
-        ],
-    }  # fmt: skip
+        "movers": []
+        if comparison is None
+        else [c for c in [charts.movers_chart(comparison.movers, main.layer)] if c is not None],
+    }
     points = charts.points(words)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
         salient, screened = _salient(tables, main.layer), _screened(run, tables)
@@ -104,21 +124,47 @@ def _render(
     )
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     page: str = environment.from_string(template).render(
-        run=run, title=_title(info["config"]["corpus"]), model=overview.model_title(info["model"]["name"]),
-        summary=summary, main=main,
-        glance=_glance(summary, comparison), facts=overview.facts(summary), cautions=overview.cautions(summary),
-        thresholds=_thresholds_table(summary), charts=drawn, points=points, salient=salient, screened=screened,
-        claims=claims_of, claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
-        features=FEATURES, sources=_sources_table(run, main.layer), files=_files_table(run), comparison=comparison,
+        run=run,
+        title=_title(info["config"]["corpus"]),
+        model=overview.model_title(info["model"]["name"]),
+        summary=summary,
+        main=main,
+        glance=_glance(summary, comparison),
+        facts=overview.facts(summary),
+        cautions=overview.cautions(summary),
+        thresholds=_thresholds_table(summary),
+        charts=drawn,
+        points=points,
+        salient=salient,
+        screened=screened,
+        claims=claims_of,
+        claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
+        features=FEATURES,
+        sources=_sources_table(run, main.layer),
+        files=_files_table(run),
+        comparison=comparison,
         drift=None if comparison is None else _drift(comparison, main.layer),
-        command=command_line(info["config"]), config=json.dumps(info["config"], indent=1),
-        data={"charts": {chart.name: chart.spec for group in drawn.values() for chart in group}, "points": points},
-        style=style, vega=vega, script=script,
-        policy={"style": _policy(style), "script": " ".join(_policy(text) for text in (vega, script))},
-    )  # fmt: skip
+        command=command_line(info["config"]),
+        config=json.dumps(info["config"], indent=1),
+        data={
+            "charts": {chart.name: chart.spec for group in drawn.values() for chart in group},
+            "points": points,
+        },
+        style=style,
+        vega=vega,
+        script=script,
+        policy={
+            "style": _policy(style),
+            "script": " ".join(_policy(text) for text in (vega, script)),
+        },
+    )
     return page
 
 
@@ -129,7 +175,9 @@ def check_packages() -> list[Any]:
         try:
             found.append(import_module(name))
         except ImportError as error:
-            raise ConfigError(f'a report needs the package {package}; pip install "afn-ray[report]"') from error
+            raise ConfigError(
+                f'a report needs the package {package}; pip install "afn-ray[report]"'
+            ) from error
     return found
 
 
@@ -141,7 +189,9 @@ def _policy(text: str) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Text from outside, bounded, and with escapes for characters that reorder or hide others; markup as it is."""
+    """Text from outside, bounded, and with escapes for characters that reorder or hide others;
+    markup as it is.
+    """
     if type(value) is not str:
         return value
     return printable(value if len(value) <= MAX_CHARS else value[:MAX_CHARS] + " …", keep="\n\t")
@@ -161,18 +211,23 @@ def _by_layer(table: pa.Table, layers: Sequence[int]) -> dict[int, pa.Table]:
 
 def _histograms(
     run: manifest.RunFolder, summary: overview.Summary, comparison: compare.Comparison | None
-) -> list[Chart]:  # fmt: skip
+) -> list[Chart]:
     """One for each layer; the baseline's line where its strengths are of the same measure."""
     now, before, compared = manifest.read_table(run, "histogram"), None, set()
     if comparison is not None and comparison.a.info["measure"]["id"] == run.info["measure"]["id"]:
-        before, compared = manifest.read_table(comparison.a, "histogram"), {r["layer"] for r in _whole(comparison)}
+        before, compared = (
+            manifest.read_table(comparison.a, "histogram"),
+            {r["layer"] for r in _whole(comparison)},
+        )
     return [
         charts.histogram_chart(
-            facts.layer, now, [facts.labels["tokens"][q] for q in ("q1", "q2", "q3")],
+            facts.layer,
+            now,
+            [facts.labels["tokens"][q] for q in ("q1", "q2", "q3")],
             before if facts.layer in compared else None,
         )
         for facts in summary.layers
-    ]  # fmt: skip
+    ]
 
 
 def command_line(config: Mapping[str, Any]) -> str:
@@ -183,31 +238,70 @@ def command_line(config: Mapping[str, Any]) -> str:
         if field.name == "corpus" or (field.default is not MISSING and value == field.default):
             continue
         flag = "--" + field.name.replace("_", "-")
-        words += [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+        words += (
+            [flag if value else flag.replace("--", "--no-", 1)]
+            if isinstance(value, bool)
+            else [flag, str(value)]
+        )
     return shlex.join(words)
 
 
-# --- tables ----------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------
 
 
-def _glance(summary: overview.Summary, comparison: compare.Comparison | None) -> list[tuple[str, str, str]]:
+def _glance(
+    summary: overview.Summary, comparison: compare.Comparison | None
+) -> list[tuple[str, str, str]]:
     """What one reads first: a figure, what it is, and what it is to be held against."""
     counts, main, first = summary.info["counts"], summary.layers[-1], summary.layers[0]
     cards = [
-        (f"{counts['tokens'] - counts['special']:,}", "tokens", f"and {counts['special']:,} special ones, apart"),
-        (f"{counts['documents']:,}", "documents", f"{counts['quarantined']:,} quarantined, {counts['empty']:,} empty"),
+        (
+            f"{counts['tokens'] - counts['special']:,}",
+            "tokens",
+            f"and {counts['special']:,} special ones, apart",
+        ),
+        (
+            f"{counts['documents']:,}",
+            "documents",
+            f"{counts['quarantined']:,} quarantined, {counts['empty']:,} empty",
+        ),
     ]
     if (lost := summary.losses).any:
         against = f"{losses.rounded_up(lost.share)} of the corpus: {losses.said_documents(lost)}"
         cards.append((losses.said_bytes(lost.lost_bytes), "lost", against))
-    for share, control in list(zip(main.classes, first.classes, strict=True))[:1]:  # content, where there is any
-        against = f"at layer 0, the control: {percent(control.share)}" if first.layer == 0 else "layer 0 not recorded"
-        cards.append((percent(share.share), f"of {share.name} tokens are HIGH at layer {main.layer}", against))
+    for share, control in list(zip(main.classes, first.classes, strict=True))[
+        :1
+    ]:  # content, where there is any
+        against = (
+            f"at layer 0, the control: {percent(control.share)}"
+            if first.layer == 0
+            else "layer 0 not recorded"
+        )
+        cards.append(
+            (
+                percent(share.share),
+                f"of {share.name} tokens are HIGH at layer {main.layer}",
+                against,
+            )
+        )
     if main.idf_auc is not None:
-        cards.append((number(main.idf_auc, 2), "AUC of rarity alone for HIGH", "0.5 tells nothing, 1 tells all"))
+        cards.append(
+            (
+                number(main.idf_auc, 2),
+                "AUC of rarity alone for HIGH",
+                "0.5 tells nothing, 1 tells all",
+            )
+        )
     for row in [] if comparison is None else _whole(comparison):
         if row["layer"] == main.layer:
-            cards.append((number(row["psi"], 4), f"PSI since the baseline, layer {main.layer}", _reading(row["psi"])))
+            cards.append(
+                (
+                    number(row["psi"], 4),
+                    f"PSI since the baseline, layer {main.layer}",
+                    _reading(row["psi"]),
+                )
+            )
     return cards
 
 
@@ -215,7 +309,15 @@ def _reading(psi: float | None) -> str:
     """What by custom a population stability index is called."""
     if psi is None:
         return "not known: ranks only"
-    return "exactly the same" if psi == 0 else "little" if psi < 0.1 else "some" if psi < 0.25 else "much"
+    return (
+        "exactly the same"
+        if psi == 0
+        else "little"
+        if psi < 0.1
+        else "some"
+        if psi < 0.25
+        else "much"
+    )
 
 
 def _thresholds_table(summary: overview.Summary) -> Table:
@@ -228,14 +330,24 @@ def _thresholds_table(summary: overview.Summary) -> Table:
         if frozen != own["tokens"]:
             of["all, frozen"] = frozen
         for name, row in of.items():
-            ratios = (row[a] / row[b] if row[b] else None for a, b in (("sd", "mean"), ("q3", "q2")))
-            rows.append((
-                str(facts.layer), name, f"{row['n']:,}", *(number(row[q]) for q in ("q1", "q2", "q3", "max")),
-                *(number(ratio, 3) for ratio in ratios), percent(row["n_high"] / row["n"] if row["n"] else None),
-                "" if name == "without sinks" else f"{row['n_sinks']:,}",
-            ))  # fmt: skip
+            ratios = (
+                row[a] / row[b] if row[b] else None for a, b in (("sd", "mean"), ("q3", "q2"))
+            )
+            rows.append(
+                (
+                    str(facts.layer),
+                    name,
+                    f"{row['n']:,}",
+                    *(number(row[q]) for q in ("q1", "q2", "q3", "max")),
+                    *(number(ratio, 3) for ratio in ratios),
+                    percent(row["n_high"] / row["n"] if row["n"] else None),
+                    "" if name == "without sinks" else f"{row['n_sinks']:,}",
+                )
+            )
     heads = ("layer", "of", "tokens", "Q1", "Q2", "Q3", "max", "CV", "Q3/Q2", "HIGH", "sinks")
-    return Table("Quartiles of the strengths; a token at or above Q3 is HIGH", heads, tuple(rows), left=2)
+    return Table(
+        "Quartiles of the strengths; a token at or above Q3 is HIGH", heads, tuple(rows), left=2
+    )
 
 
 def _sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
@@ -243,12 +355,21 @@ def _sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
     if "sources" not in run.info["tables"]:
         return None
     table = manifest.read_table(run, "sources")
-    rows = table.filter(pc.equal(table["layer"], layer)).drop_columns(["bins", "counts"]).sort_by([("n", "descending")])
+    rows = (
+        table.filter(pc.equal(table["layer"], layer))
+        .drop_columns(["bins", "counts"])
+        .sort_by([("n", "descending")])
+    )
     caption = f"Sources at layer {layer}" + (
         f", the largest {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
     )
     cells = (
-        (r["source"], f"{r['n_docs']:,}", f"{r['n']:,}", percent(r["n_high"] / r["n"] if r["n"] else None))
+        (
+            r["source"],
+            f"{r['n_docs']:,}",
+            f"{r['n']:,}",
+            percent(r["n_high"] / r["n"] if r["n"] else None),
+        )
         for r in rows.slice(0, MAX_ROWS).to_pylist()
     )
     return Table(caption, ("source", "documents", "tokens", "HIGH"), tuple(cells))
@@ -267,11 +388,15 @@ def _files_table(run: manifest.RunFolder) -> Table | None:
     )
     cells = (
         (
-            row["source"], losses.said_bytes(row["num_bytes"]), losses.said_bytes(row["lost_bytes"]),
-            losses.rounded_down(row["share_read"]), _said_lost_documents(row), f"{row['n_replaced']:,}",
+            row["source"],
+            losses.said_bytes(row["num_bytes"]),
+            losses.said_bytes(row["lost_bytes"]),
+            losses.rounded_down(row["share_read"]),
+            _said_lost_documents(row),
+            f"{row['n_replaced']:,}",
         )
         for row in rows.slice(0, MAX_ROWS).to_pylist()
-    )  # fmt: skip
+    )
     heads = ("file", "size", "lost", "read", "documents lost", "characters replaced")
     return Table(caption, heads, tuple(cells))
 
@@ -290,72 +415,125 @@ def _whole(comparison: compare.Comparison) -> list[dict[str, Any]]:
 
 def _drift(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     """The tables of what has changed, of ``layer`` where there is one row for each of many."""
-    heads = ("tokens before", "now", "Q1 before", "now", "Q2 before", "now", "Q3 before", "now", "HIGH before", "now",
-             "PSI", "KS", "JS")  # fmt: skip
+    heads = (
+        "tokens before",
+        "now",
+        "Q1 before",
+        "now",
+        "Q2 before",
+        "now",
+        "Q3 before",
+        "now",
+        "HIGH before",
+        "now",
+        "PSI",
+        "KS",
+        "JS",
+    )
 
     def cells(r: Mapping[str, Any]) -> tuple[str, ...]:
         return (
-            f"{r['n_a']:,}", f"{r['n_b']:,}", *(number(r[f"{q}_{ab}"]) for q in ("q1", "q2", "q3") for ab in "ab"),
-            percent(r["share_high_a"]), percent(r["share_high_b"]), *(number(r[d], 4) for d in ("psi", "ks", "js")),
-        )  # fmt: skip
+            f"{r['n_a']:,}",
+            f"{r['n_b']:,}",
+            *(number(r[f"{q}_{ab}"]) for q in ("q1", "q2", "q3") for ab in "ab"),
+            percent(r["share_high_a"]),
+            percent(r["share_high_b"]),
+            *(number(r[d], 4) for d in ("psi", "ks", "js")),
+        )
 
     rows = comparison.drift.to_pylist()
     layers = tuple((str(r["layer"]), *cells(r)) for r in rows if r["source"] is None)
     of_sources = [r for r in rows if r["source"] is not None and r["layer"] == layer]
     new_or_gone = 2.0  # beyond any KS
-    of_sources.sort(key=lambda r: (-(new_or_gone if r["ks"] is None else r["ks"]), -r["n_a"] - r["n_b"]))
+    of_sources.sort(
+        key=lambda r: (-(new_or_gone if r["ks"] is None else r["ks"]), -r["n_a"] - r["n_b"])
+    )
     sources = tuple((r["source"], *cells(r)) for r in of_sources[:MAX_ROWS])
     table = comparison.movers
     movers = table.filter(pc.equal(table["layer"], layer))
-    of_status = {s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")}
+    of_status = {
+        s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")
+    }
     moved = compare.moved(movers)
     high = "{share_high_%s:.3f} ({share_high_low_%s:.3f}–{share_high_high_%s:.3f})"
     classes = tuple(
-        (r["class"], f"{r['n_a']:,}", f"{r['n_b']:,}", percent(r["share_a"]), percent(r["share_b"]),
-         *((high % (run, run, run)).format(**r) for run in "ab"))
-        for r in comparison.classes.to_pylist() if r["layer"] == layer
-    )  # fmt: skip
+        (
+            r["class"],
+            f"{r['n_a']:,}",
+            f"{r['n_b']:,}",
+            percent(r["share_a"]),
+            percent(r["share_b"]),
+            *((high % (run, run, run)).format(**r) for run in "ab"),
+        )
+        for r in comparison.classes.to_pylist()
+        if r["layer"] == layer
+    )
     return {
         "layers": Table("Strengths, all tokens", ("layer", *heads), layers),
-        "sources": Table(f"Sources at layer {layer}, the furthest by KS first", ("source", *heads), sources),
+        "sources": Table(
+            f"Sources at layer {layer}, the furthest by KS first", ("source", *heads), sources
+        ),
         "num_sources": len(of_sources),
         "classes": Table(
             f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is HIGH (95 % interval)",
-            ("class", "tokens before", "now", "part before", "now", "HIGH before", "now"), classes,
+            ("class", "tokens before", "now", "part before", "now", "HIGH before", "now"),
+            classes,
         ),
-        "num_both": len(of_status["both"]), "num_moved": len(moved),
-        **{s: _types_table(of_status[s], n, caption)
-           for s, n, caption in (("new", "n_b", "New types"), ("vanished", "n_a", "Vanished types"))},
-    }  # fmt: skip
+        "num_both": len(of_status["both"]),
+        "num_moved": len(moved),
+        **{
+            s: _types_table(of_status[s], n, caption)
+            for s, n, caption in (
+                ("new", "n_b", "New types"),
+                ("vanished", "n_a", "Vanished types"),
+            )
+        },
+    }
 
 
 def _types_table(types: pa.Table, n: str, caption: str) -> Table:
     words = compare.whole_words(types).sort_by([(n, "descending"), ("token_id", "ascending")])
     rows, ab = words.slice(0, MAX_ROWS).to_pylist(), n[-1]
     some = (
-        f"{caption}, the most frequent {len(rows)} words of {len(types):,} types" if len(types) > len(rows) else caption
+        f"{caption}, the most frequent {len(rows)} words of {len(types):,} types"
+        if len(types) > len(rows)
+        else caption
     )
-    cells = ((cut(r["text"]), r["class"], f"{r[n]:,}", percent(r[f"share_high_{ab}"])) for r in rows)
+    cells = (
+        (cut(r["text"]), r["class"], f"{r[n]:,}", percent(r[f"share_high_{ab}"])) for r in rows
+    )
     return Table(some, ("word", "class", "n", "HIGH"), tuple(cells), left=2)
 
 
-# --- what is read off the tokens -------------------------------------------------------------------------
+# --- what is read off the tokens
+# -------------------------------------------------------------------------
 
 
 def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
-    """The most and the least salient words, or why they are not known: to put all words together may be too much."""
+    """The most and the least salient words, or why they are not known: to put all words together
+    may be too much.
+    """
     try:
         found = overview.salient_words(tables, layer)
     except QueryError as error:
         return str(error)
     return tuple(
         Table(
-            f"{name} salient", ("word", "n", "HIGH", "95 % interval", "median"),
-            tuple((w.text, f"{w.n:,}", f"{w.n_high / w.n:.0%}", f"{w.low:.2f}–{w.high:.2f}", number(w.median))
-                  for w in words),
+            f"{name} salient",
+            ("word", "n", "HIGH", "95 % interval", "median"),
+            tuple(
+                (
+                    w.text,
+                    f"{w.n:,}",
+                    f"{w.n_high / w.n:.0%}",
+                    f"{w.low:.2f}–{w.high:.2f}",
+                    number(w.median),
+                )
+                for w in words
+            ),
         )
         for name, words in zip(("Most", "Least"), found, strict=True)
-    )  # fmt: skip
+    )
 
 
 def _claims(tables: database.Run) -> claims.Claims | str:
@@ -379,13 +557,17 @@ def _screened(run: manifest.RunFolder, tables: database.Run) -> list[ScreenedDoc
             SELECT doc, text, surface, is_word_start, {places}, coalesce(quartile_{int(layer)}, 0) FROM tokens
             WHERE doc IN (SELECT unnest($docs)) AND position <= $last AND NOT is_special ORDER BY doc, position
         """  # noqa: S608 - our own text and a number
-        for doc, *token in tables.sql(ask, {"docs": list(tokens), "last": MAX_SCREENED_TOKENS}).fetchall():
+        for doc, *token in tables.sql(
+            ask, {"docs": list(tokens), "last": MAX_SCREENED_TOKENS}
+        ).fetchall():
             tokens[doc].append(tuple(token))
     return [_bounded(r, (_placed if has_offsets else _unplaced)(tokens[r["doc"]])) for r in rows]
 
 
 def _placed(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
-    """Tokens by their offsets, as written where the surface of their word tells; characters that tokens share, once."""
+    """Tokens by their offsets, as written where the surface of their word tells; characters that
+    tokens share, once.
+    """
     words: list[list[tuple[Any, ...]]] = []
     for token in tokens:
         if token[2] or not words:
@@ -394,11 +576,17 @@ def _placed(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
     cursor = 0
     for word in words:
         surface, first = word[0][1], word[0][3]
-        origin = first if surface is None else max(first, word[-1][4] - len(surface))  # it has no space before it
+        origin = (
+            first if surface is None else max(first, word[-1][4] - len(surface))
+        )  # it has no space before it
         if cursor and first > cursor:
             yield " ", 0
         for text, _, _, start, end, quartile in word:
-            if body := text if surface is None else surface[max(cursor, start, origin) - origin : end - origin]:
+            if (
+                body := text
+                if surface is None
+                else surface[max(cursor, start, origin) - origin : end - origin]
+            ):
                 yield body, quartile
             cursor = end
 

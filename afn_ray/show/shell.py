@@ -47,18 +47,21 @@ TEXT_WIDTH = 24
 BATCH_ROWS = 1 << 14
 
 
-# --- printing --------------------------------------------------------------------------------------------
+# --- printing
+# --------------------------------------------------------------------------------------------
 
 
 def print_result(
     result: Result, format: str = "table", out: IO[bytes] | None = None, max_rows: int | None = None
-) -> int:  # fmt: skip
-    """Print ``result`` as table, csv, json (an array of objects) or parquet to ``out``; None is standard output.
+) -> int:
+    """Print ``result`` as table, csv, json (an array of objects) or parquet to ``out``; None is
+    standard output.
 
-    A table fits the terminal, shows ``max_rows`` rows at most (None: all) and says what it leaves out. The others
-    are complete, and are written as they are computed. In CSV, null is an empty field and empty text is ``""``;
-    in JSON, null, NaN and infinities are null; in both, bytes are hex and dates ISO 8601. Raises ``QueryError``
-    for a query over its limits, and for Parquet on a terminal. Returns how many rows there were (of a table: shown).
+    A table fits the terminal, shows ``max_rows`` rows at most (None: all) and says what it leaves
+    out. The others are complete, and are written as they are computed. In CSV, null is an empty
+    field and empty text is ``""``; in JSON, null, NaN and infinities are null; in both, bytes are
+    hex and dates ISO 8601. Raises ``QueryError`` for a query over its limits, and for Parquet on a
+    terminal. Returns how many rows there were (of a table: shown).
     """
     if format == "table":
         return _print_table(result, out, max_rows)
@@ -67,7 +70,9 @@ def print_result(
     sys.stdout.flush()
     sink = sys.stdout.buffer if out is None else out
     if format == "parquet" and sink.isatty():
-        raise QueryError("Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a program")
+        raise QueryError(
+            "Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a program"
+        )
     batches = result.to_arrow_reader(BATCH_ROWS)
     num_rows = 0
 
@@ -106,11 +111,15 @@ class _Terminal(io.RawIOBase):
 
 
 def _write_csv(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
-    schema = pa.schema([pa.field(f.name, f.type if _is_flat(f.type) else pa.string()) for f in reader.schema])
+    schema = pa.schema(
+        [pa.field(f.name, f.type if _is_flat(f.type) else pa.string()) for f in reader.schema]
+    )
     with pa.csv.CSVWriter(out, schema) as writer:
         for batch in reader:
             columns = [
-                column if _is_flat(column.type) else pa.array(map(_as_text, _values(column)), pa.string())
+                column
+                if _is_flat(column.type)
+                else pa.array(map(_as_text, _values(column)), pa.string())
                 for column in batch.columns
             ]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
@@ -121,14 +130,18 @@ def _write_json(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
     before = "["
     for batch in reader:
         for row in zip(*map(_values, batch.columns), strict=True):
-            text = json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False)
+            text = json.dumps(
+                dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False
+            )
             out.write(f"{before}\n{text}".encode())
             before = ","
     out.write(b"[]\n" if before == "[" else b"\n]\n")
 
 
 def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
-    schema = pa.schema([f.with_name(n) for f, n in zip(reader.schema, _unique(reader.schema.names), strict=True)])
+    schema = pa.schema(
+        [f.with_name(n) for f, n in zip(reader.schema, _unique(reader.schema.names), strict=True)]
+    )
     with parquet.writer(out, schema) as writer:
         for batch in reader:
             writer.write_batch(batch.rename_columns(schema.names))
@@ -136,25 +149,43 @@ def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
 
 def _is_flat(kind: pa.DataType) -> bool:
     """Whether Arrow's own CSV of the type is what we want."""
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-                or pa.types.is_string(kind) or pa.types.is_large_string(kind))  # fmt: skip
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    )
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    """``names``, with _1, _2, ... behind those that were there before: JSON and Parquet need them to differ."""
+    """``names``, with _1, _2, ... behind those that were there before: JSON and Parquet need them
+    to differ.
+    """
     taken: list[str] = []
     for name in names:
-        free = (n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken)
+        free = (
+            n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken
+        )
         taken.append(next(free))
     return taken
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """The column's values as JSON has them. A FLOAT is the shortest number that reads back as it."""
+    """The column's values as JSON has them. A FLOAT is the shortest number that reads back as
+    it.
+    """
     if pa.types.is_float32(column.type):
-        return [None if text is None else _plain(float(text)) for text in column.cast(pa.string()).to_pylist()]
+        return [
+            None if text is None else _plain(float(text))
+            for text in column.cast(pa.string()).to_pylist()
+        ]
     values = _listed(column)
-    return values if _is_flat(column.type) and not pa.types.is_floating(column.type) else [_plain(v) for v in values]
+    return (
+        values
+        if _is_flat(column.type) and not pa.types.is_floating(column.type)
+        else [_plain(v) for v in values]
+    )
 
 
 def _listed(column: pa.Array) -> list[Any]:
@@ -202,17 +233,22 @@ def _plain(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
 
 
-# --- tables ----------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------
 
 
 def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
     target = sys.stdout if out is None else io.StringIO()
     console = Console(file=target, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(file=target, highlight=False, markup=False, emoji=False, width=1 << 20)  # nothing to fit
+        console = Console(
+            file=target, highlight=False, markup=False, emoji=False, width=1 << 20
+        )  # nothing to fit
     reader = result.to_arrow_reader(BATCH_ROWS)
     rows, more = _first_rows(reader, max_rows)
     if reader.schema.names == ["explain_key", "explain_value"]:
@@ -225,7 +261,9 @@ def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) ->
     return len(rows)
 
 
-def _first_rows(reader: pa.RecordBatchReader, max_rows: int | None) -> tuple[list[tuple[Any, ...]], bool]:
+def _first_rows(
+    reader: pa.RecordBatchReader, max_rows: int | None
+) -> tuple[list[tuple[Any, ...]], bool]:
     """The first ``max_rows`` rows, and whether there are more; the rest is not computed."""
     rows: list[tuple[Any, ...]] = []
     for batch in reader:
@@ -240,9 +278,12 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
     is_number = [_is_number(kind) for kind in schema.types]
     columns = [[_cell(row[i]) for row in rows] for i in range(len(names))]
     widths = [
-        max([len(name), *(cell.cell_len for cell in cells)]) for name, cells in zip(names, columns, strict=True)
-    ]  # fmt: skip
-    least = [w if number else min(w, TEXT_WIDTH) for w, number in zip(widths, is_number, strict=True)]
+        max([len(name), *(cell.cell_len for cell in cells)])
+        for name, cells in zip(names, columns, strict=True)
+    ]
+    least = [
+        w if number else min(w, TEXT_WIDTH) for w, number in zip(widths, is_number, strict=True)
+    ]
     shown = _fitting(least, console.width)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     cut = len(shown) < len(names)
@@ -250,7 +291,10 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
         if cut and at == shown[(len(shown) + 1) // 2]:
             table.add_column("…")
         table.add_column(
-            Text(names[at]), justify="right" if is_number[at] else "left", no_wrap=is_number[at], overflow="fold"
+            Text(names[at]),
+            justify="right" if is_number[at] else "left",
+            no_wrap=is_number[at],
+            overflow="fold",
         )
     for r in range(len(rows)):
         line = [columns[at][r] for at in shown]
@@ -258,23 +302,34 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
             line.insert((len(shown) + 1) // 2, Text("…"))
         table.add_row(*line)
     console.print(table)
-    notes = [f"first {len(rows):,} rows shown, there are more" if more else _count(len(rows), "row")]
+    notes = [
+        f"first {len(rows):,} rows shown, there are more" if more else _count(len(rows), "row")
+    ]
     if cut:
-        notes.append(f"{len(shown)} of {len(names)} columns shown: name those you want, or use format csv")
+        notes.append(
+            f"{len(shown)} of {len(names)} columns shown: name those you want, or use format csv"
+        )
     console.print(f"({'; '.join(notes)})")
 
 
 def _fitting(widths: list[int], room: int) -> list[int]:
-    """Columns that fit into ``room`` with three spaces between: all, or as many as do from both ends."""
+    """Columns that fit into ``room`` with three spaces between: all, or as many as do from both
+    ends.
+    """
     shown = list(range(len(widths)))
     gap = 3
-    while len(shown) > 2 and sum(widths[at] + gap for at in shown) + (1 + gap) * (len(shown) < len(widths)) > room:
+    while (
+        len(shown) > 2
+        and sum(widths[at] + gap for at in shown) + (1 + gap) * (len(shown) < len(widths)) > room
+    ):
         del shown[len(shown) // 2]
     return shown
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    )
 
 
 def _cell(value: Any) -> Text:
@@ -285,14 +340,19 @@ def _cell(value: Any) -> Text:
     if isinstance(value, bool):
         return Text("true" if value else "false")
     text = printable(_as_text(_plain(value)) or "")
-    return Text(text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]}… (+{len(text) - MAX_CELL:,} characters)")
+    return Text(
+        text
+        if len(text) <= MAX_CELL
+        else f"{text[:MAX_CELL]}… (+{len(text) - MAX_CELL:,} characters)"
+    )
 
 
 def _count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-# --- the prompt ------------------------------------------------------------------------------------------
+# --- the prompt
+# ------------------------------------------------------------------------------------------
 
 KEYWORDS = re.findall(
     r"\w+",
@@ -320,7 +380,9 @@ SQL_PARTS = re.compile(
 
 
 def split_statements(text: str) -> tuple[list[str], str]:
-    """The statements of ``text`` that end with a semicolon, without it, and what is behind the last."""
+    """The statements of ``text`` that end with a semicolon, without it, and what is behind the
+    last.
+    """
     statements, start = [], 0
     for part in SQL_PARTS.finditer(text):
         if part[0] == ";":
@@ -332,14 +394,18 @@ def split_statements(text: str) -> tuple[list[str], str]:
 def complete(text: str, tables: Mapping[str, list[str]]) -> list[str]:
     """What the word at the end of ``text`` may become: commands, views, columns, keywords.
 
-    Behind FROM and JOIN only views; columns are those of the views that ``text`` names, or of the view before a
-    dot, else of all.
+    Behind FROM and JOIN only views; columns are those of the views that ``text`` names, or of the
+    view before a dot, else of all.
     """
     if text.startswith("."):
         command, _, word = text.partition(" ")
         if " " not in text:
             return [c for c in COMMANDS if c.startswith(command)]
-        choices = {".schema": list(tables), ".format": ["table", "csv", "json"], ".timer": ["on", "off"]}
+        choices = {
+            ".schema": list(tables),
+            ".format": ["table", "csv", "json"],
+            ".timer": ["on", "off"],
+        }
         return [c for c in choices.get(command, []) if c.startswith(word)]
     match = re.search(r"(?:(\w+)\.)?(\w*)$", text)
     assert match is not None
@@ -352,7 +418,11 @@ def complete(text: str, tables: Mapping[str, list[str]]) -> list[str]:
         return []
     else:
         views = [name for name in tables if re.search(rf"\b{name}\b", text)] or list(tables)
-        names = [*tables, *dict.fromkeys(_quoted(c) for name in views for c in tables[name]), *KEYWORDS]
+        names = [
+            *tables,
+            *dict.fromkeys(_quoted(c) for name in views for c in tables[name]),
+            *KEYWORDS,
+        ]
     return [c for c in names if c.lower().lstrip('"').startswith(word.lower())]
 
 
@@ -364,7 +434,9 @@ class _Completer(Completer):
     def __init__(self, tables: Mapping[str, list[str]]) -> None:
         self._tables = tables
 
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterator[Completion]:
         text = document.text_before_cursor
         word = re.search(r"[\w.]*$" if text.startswith(".") and " " not in text else r"\w*$", text)
         assert word is not None
@@ -373,7 +445,9 @@ class _Completer(Completer):
 
 
 class Shell:
-    """What one prompt or script does with its lines: SQL up to a semicolon, and commands that begin with a dot."""
+    """What one prompt or script does with its lines: SQL up to a semicolon, and commands that begin
+    with a dot.
+    """
 
     def __init__(self, run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
         """``tables`` are the user's own, by name."""
@@ -390,7 +464,9 @@ class Shell:
         for statement in [*statements, rest.strip()]:
             if SQL_PARTS.sub(lambda m: "" if m[0][:2] in ("--", "/*") else m[0], statement).strip():
                 began = time.monotonic()
-                num_rows = print_result(self.run.sql(statement, **self.tables), self.format, max_rows=MAX_ROWS)
+                num_rows = print_result(
+                    self.run.sql(statement, **self.tables), self.format, max_rows=MAX_ROWS
+                )
                 say_why_empty(self.run, statement, num_rows)
                 if self.timer:
                     self._say(f"{time.monotonic() - began:.3f} s")
@@ -407,7 +483,11 @@ class Shell:
             for view in [argument] if argument else VIEWS:
                 self._say(f"{view}: {VIEWS[view]}")
                 result = self.run.sql(f"FROM {view}")
-                self._say("\n".join(f"  {c:24}{t}" for c, t in zip(result.columns, result.types, strict=True)))
+                self._say(
+                    "\n".join(
+                        f"  {c:24}{t}" for c, t in zip(result.columns, result.types, strict=True)
+                    )
+                )
         elif name == ".format" and argument in ("table", "csv", "json"):
             self.format = argument
         elif name == ".timer" and argument in ("on", "off"):
@@ -447,19 +527,29 @@ def examples(layer: int) -> list[str]:
 
 
 def interactive(run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
-    """A prompt over ``run`` until Ctrl-D or ``.quit``; without a terminal, the statements on standard input.
+    """A prompt over ``run`` until Ctrl-D or ``.quit``; without a terminal, the statements on
+    standard input.
 
-    In the prompt an error is printed and the next line read; on standard input it is raised at once (``QueryError``).
+    In the prompt an error is printed and the next line read; on standard input it is raised at once
+    (``QueryError``).
     """
     shell = Shell(run, tables)
     if not sys.stdin.isatty():
         _script(shell, sys.stdin)
         return
     session: PromptSession[str] = PromptSession(
-        f"{printable(run.id)}> ", multiline=True, key_bindings=_keys(), completer=_Completer(run.tables()),
-        history=_history(), lexer=PygmentsLexer(SqlLexer), complete_while_typing=False, prompt_continuation="  ",
-    )  # fmt: skip
-    shell._say(f"Run {run.uri}. SQL ends with a semicolon; .help for commands, .examples for queries.")
+        f"{printable(run.id)}> ",
+        multiline=True,
+        key_bindings=_keys(),
+        completer=_Completer(run.tables()),
+        history=_history(),
+        lexer=PygmentsLexer(SqlLexer),
+        complete_while_typing=False,
+        prompt_continuation="  ",
+    )
+    shell._say(
+        f"Run {run.uri}. SQL ends with a semicolon; .help for commands, .examples for queries."
+    )
     while not shell.done:
         try:
             shell.execute(session.prompt())
@@ -475,7 +565,9 @@ def _script(shell: Shell, lines: Iterable[str]) -> None:
     pending = ""
     for line in lines:
         pending += line
-        if pending.lstrip().startswith(".") or (";" in line and not split_statements(pending)[1].strip()):
+        if pending.lstrip().startswith(".") or (
+            ";" in line and not split_statements(pending)[1].strip()
+        ):
             shell.execute(pending)
             pending = ""
         if shell.done:
@@ -501,7 +593,9 @@ def _keys() -> KeyBindings:
 
 
 def _history() -> History:
-    """Queries of earlier sessions, in the user's state folder and for the user alone; else of this one."""
+    """Queries of earlier sessions, in the user's state folder and for the user alone; else of this
+    one.
+    """
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "afn-ray"
     path = folder / "history"
     try:

@@ -17,7 +17,9 @@ CRC_CHARS = 8
 
 
 def block_bytes(num_bytes: int) -> int:
-    """Size of the blocks of a file of ``num_bytes``: the smallest power of two that gives few enough blocks."""
+    """Size of the blocks of a file of ``num_bytes``: the smallest power of two that gives few
+    enough blocks.
+    """
     size = LEAST_BLOCK_BYTES
     while num_bytes > size * MOST_BLOCKS:
         size *= 2
@@ -52,16 +54,23 @@ class Blocks:
 
     @classmethod
     def of(cls, num_bytes: object, checksums: object) -> Blocks:
-        """Checksums as a JSON file lists them. Raises ``ValueError`` for values that are no such list."""
+        """Checksums as a JSON file lists them. Raises ``ValueError`` for values that are no such
+        list.
+        """
         if type(num_bytes) is not int or num_bytes < 0 or not isinstance(checksums, str):
-            raise ValueError(f"bytes is {num_bytes!r:.40} and crc32 {checksums!r:.40}, expected a size and hex digits")
+            raise ValueError(
+                f"bytes is {num_bytes!r:.40} and crc32 {checksums!r:.40}, expected a size and hex digits"
+            )
         expected = CRC_CHARS * -(-num_bytes // block_bytes(num_bytes))
         if len(checksums) != expected:
-            raise ValueError(f"crc32 has {len(checksums)} digits, expected {expected} for {num_bytes} bytes")
+            raise ValueError(
+                f"crc32 has {len(checksums)} digits, expected {expected} for {num_bytes} bytes"
+            )
         return cls(num_bytes, checksums)
 
     def read(self, start: int, end: int, read: Callable[[int, int], bytes]) -> bytes | None:
-        """Bytes ``start`` to ``end`` of the file, which ``read(start, end)`` reads; None: they are damaged.
+        """Bytes ``start`` to ``end`` of the file, which ``read(start, end)`` reads; None: they are
+        damaged.
 
         Whole blocks are read, for the checksum is of the whole block.
         """
@@ -72,7 +81,11 @@ class Blocks:
         found = "".join(_crc32(view[at : at + size]) for at in range(0, len(data), size))
         if found != self.checksums[first * CRC_CHARS : last * CRC_CHARS]:
             return None
-        return data if len(data) == end - start else bytes(view[start - first * size : end - first * size])
+        return (
+            data
+            if len(data) == end - start
+            else bytes(view[start - first * size : end - first * size])
+        )
 
 
 def _crc32(block: bytes | memoryview) -> str:

@@ -1,4 +1,6 @@
-"""Files of a store that prove themselves whole: JSON with a checksum of its own bytes, tables listed with theirs."""
+"""Files of a store that prove themselves whole: JSON with a checksum of its own bytes, tables
+listed with theirs.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,13 @@ from afn_ray.store import blocks, parquet, storage
 
 IO_THREADS = 16
 JSON_BYTES = 64 << 20
-"""Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at most."""
+"""Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at
+most.
+"""
 AHEAD = 4096
-"""Rows, or reads, that are prepared together: none of what a driver does at once grows with its run."""
+"""Rows, or reads, that are prepared together: none of what a driver does at once grows with its
+run.
+"""
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 
 
@@ -37,8 +43,18 @@ def short(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-DAMAGES = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, pa.ArrowException)
-"""What work on a JSON file or a table raises that has its checksum and is not what afn-ray writes."""
+DAMAGES = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    pa.ArrowException,
+)
+"""What work on a JSON file or a table raises that has its checksum and is not what afn-ray
+writes.
+"""
 
 
 @contextlib.contextmanager
@@ -47,17 +63,23 @@ def named_damage(uri: str) -> Iterator[None]:
     try:
         yield
     except DAMAGES as error:
-        raise StoreError(f"{uri} is damaged: it is not what afn-ray writes: {error!r}{ASK_VERIFY}") from error
+        raise StoreError(
+            f"{uri} is damaged: it is not what afn-ray writes: {error!r}{ASK_VERIFY}"
+        ) from error
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """What the sealed file ``uri`` holds, or None when there is no such file. Raises ``StoreError`` for any other."""
+    """What the sealed file ``uri`` holds, or None when there is no such file. Raises ``StoreError``
+    for any other.
+    """
     data = storage.read_if_there(uri, JSON_BYTES)
     return None if data is None else parse_json(data, uri)
 
 
 class Part(dict[str, Any]):
-    """One object of a JSON file of the store; asking for a key that it lacks raises ``StoreError``."""
+    """One object of a JSON file of the store; asking for a key that it lacks raises
+    ``StoreError``.
+    """
 
     def __init__(self, items: Iterable[Any] = (), uri: str = "a JSON file of the store") -> None:
         """``items`` as of ``dict``; ``uri`` names the file."""
@@ -65,7 +87,9 @@ class Part(dict[str, Any]):
         self.uri = uri
 
     def __missing__(self, key: str) -> Any:
-        raise StoreError(f"{self.uri} is damaged: it has no {key!r} where afn-ray writes one{ASK_VERIFY}")
+        raise StoreError(
+            f"{self.uri} is damaged: it has no {key!r} where afn-ray writes one{ASK_VERIFY}"
+        )
 
 
 def parse_json(data: bytes, uri: str) -> dict[str, Any]:
@@ -81,12 +105,15 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
         )
     value.pop("sha256", None)
     if data != sealed(value):
-        raise StoreError(f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}")
+        raise StoreError(
+            f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}"
+        )
     return value
 
 
 def sealed(body: dict[str, Any]) -> bytes:
-    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte changes unseen.
+    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte
+    changes unseen.
 
     Raises ``StoreError`` for what no reader would take.
     """
@@ -102,7 +129,12 @@ def sealed(body: dict[str, Any]) -> bytes:
 
 def entry_of(name: str, data: bytes) -> dict[str, Any]:
     """What run.json says of a table's file."""
-    return {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest(), "crc32": blocks.checksums(data)}
+    return {
+        "name": name,
+        "bytes": len(data),
+        "sha256": sha256(data).hexdigest(),
+        "crc32": blocks.checksums(data),
+    }
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:

@@ -13,7 +13,9 @@ COUNTS = (
     "documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars", "replaced",
     "lost_bytes", "lost_documents", "lost_unknown",
 )  # fmt: skip
-"""What a commit counts. ``replaced``: characters; ``lost_unknown``: losses of an unknown number of documents."""
+"""What a commit counts. ``replaced``: characters; ``lost_unknown``: losses of an unknown number of
+documents.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class Commit:
 class Commits(MutableMapping[str, Commit]):
     """Commits by shard id, packed: a run may have a million, and as objects each takes 3 kB.
 
-    What they have in common (names of tables and counts, versions) is kept once. A commit that is not packed without
-    loss is kept as it is. ``update`` with another ``Commits`` unpacks nothing.
+    What they have in common (names of tables and counts, versions) is kept once. A commit that is
+    not packed without loss is kept as it is. ``update`` with another ``Commits`` unpacks nothing.
     """
 
     _kinds: list[tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]] = []  # noqa: RUF012 - of all
@@ -43,7 +45,9 @@ class Commits(MutableMapping[str, Commit]):
 
     def __setitem__(self, shard: str, commit: Commit) -> None:
         self._packed[shard] = commit
-        with contextlib.suppress(struct.error, ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        with contextlib.suppress(
+            struct.error, ValueError, TypeError, KeyError, AttributeError, OverflowError
+        ):
             packed = self._pack(commit)
             if self._unpack(shard, packed) == commit:
                 self._packed[shard] = packed
@@ -78,8 +82,14 @@ class Commits(MutableMapping[str, Commit]):
         if place == len(self._kinds):
             self._kinds.append(kind)
         files = commit.files.values()
-        numbers = [*commit.counts.values(), *(f["rows"] for f in files), *(f["bytes"] for f in files)]
-        head = struct.pack(f"<Id8s{len(numbers)}q", place, commit.seconds, bytes.fromhex(commit.attempt), *numbers)
+        numbers = [
+            *commit.counts.values(),
+            *(f["rows"] for f in files),
+            *(f["bytes"] for f in files),
+        ]
+        head = struct.pack(
+            f"<Id8s{len(numbers)}q", place, commit.seconds, bytes.fromhex(commit.attempt), *numbers
+        )
         return head + b"".join(bytes.fromhex(f["sha256"]) for f in files)
 
     def _unpack(self, shard: str, packed: bytes) -> Commit:
@@ -91,10 +101,17 @@ class Commits(MutableMapping[str, Commit]):
         rows, sizes = numbers[n : n + len(tables)], numbers[n + len(tables) :]
         digests = (packed[layout.size + 32 * i :][:32].hex() for i in range(len(tables)))
         files = {
-            table: {"name": f"{attempt}-{table}.parquet", "rows": n_rows, "bytes": size, "sha256": digest}
+            table: {
+                "name": f"{attempt}-{table}.parquet",
+                "rows": n_rows,
+                "bytes": size,
+                "sha256": digest,
+            }
             for table, n_rows, size, digest in zip(tables, rows, sizes, digests, strict=True)
         }
-        return Commit(shard, attempt, files, dict(zip(counted, numbers, strict=False)), seconds, dict(made_by))
+        return Commit(
+            shard, attempt, files, dict(zip(counted, numbers, strict=False)), seconds, dict(made_by)
+        )
 
 
 class _InOrder(Sequence[Commit]):

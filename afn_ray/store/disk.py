@@ -1,4 +1,6 @@
-"""Files on a disk of this machine, or one that is mounted: each appears whole, and where that is asked, only once."""
+"""Files on a disk of this machine, or one that is mounted: each appears whole, and where that is
+asked, only once.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,19 @@ from typing import IO
 COPY_BYTES = 1 << 20
 
 NO_LINKS = frozenset(
-    {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+    {
+        errno.EPERM,
+        errno.EACCES,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.EMLINK,
+        errno.EXDEV,
+    }
 )
-"""How filesystems answer that have no hard links (FAT, exFAT, SMB, and buckets or folders mounted through FUSE)."""
+"""How filesystems answer that have no hard links (FAT, exFAT, SMB, and buckets or folders mounted
+through FUSE).
+"""
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS, errno.EPERM,
                             errno.EACCES, errno.EISDIR})  # fmt: skip
 """How filesystems answer that cannot write a folder's entries through, or not on demand."""
@@ -46,8 +58,9 @@ class UnfinishedClaim(OSError):
 def create_once(target: Path, data: bytes) -> None:
     """Create ``target`` with ``data``, whole or not at all. Raises ``NameTaken`` when it is there.
 
-    A hard link appears whole and only once. Without hard links the name is claimed by an empty file, which one writer
-    alone can create, and then replaced by the full one. Raises ``UnfinishedClaim`` where that never happened.
+    A hard link appears whole and only once. Without hard links the name is claimed by an empty
+    file, which one writer alone can create, and then replaced by the full one. Raises
+    ``UnfinishedClaim`` where that never happened.
     """
     temporary = write_temporary(target, data)
     try:
@@ -144,7 +157,9 @@ def write_temporary(target: Path, data: bytes) -> Path:
 
 
 def _created(target: Path) -> IO[bytes]:
-    """``target``, open for writing, in a folder that another process may remove while it is empty."""
+    """``target``, open for writing, in a folder that another process may remove while it is
+    empty.
+    """
     for left in reversed(range(FOLDER_TRIES)):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,15 +208,26 @@ def scratch_folder(given: str | None) -> Path:
 
 
 def find_lacks(folder: Path) -> list[str]:
-    """What the filesystem of the writable ``folder`` lacks, and what is done instead; nothing on most disks."""
+    """What the filesystem of the writable ``folder`` lacks, and what is done instead; nothing on
+    most disks.
+    """
     name = f"probe-{uuid.uuid4().hex}"  # as of a store's other probes, in case it stays
-    probe = write_temporary(folder / name, b"afn-ray asks what this filesystem can do; this file can be deleted\n")
+    probe = write_temporary(
+        folder / name, b"afn-ray asks what this filesystem can do; this file can be deleted\n"
+    )
     link = folder / name
     tries: list[tuple[str, Callable[[], object], frozenset[int]]] = [
-        ("hard links (commits are claimed by exclusive creation instead)", lambda: os.link(probe, link), NO_LINKS),
-        ("fsync of folders (a power cut may lose the last commits, which are then measured again)",
-         lambda: _sync(folder), NO_FOLDER_SYNC),
-    ]  # fmt: skip
+        (
+            "hard links (commits are claimed by exclusive creation instead)",
+            lambda: os.link(probe, link),
+            NO_LINKS,
+        ),
+        (
+            "fsync of folders (a power cut may lose the last commits, which are then measured again)",
+            lambda: _sync(folder),
+            NO_FOLDER_SYNC,
+        ),
+    ]
     lacks = []
     try:
         for what, attempt, answers in tries:

@@ -1,17 +1,22 @@
-"""Which generation of a shard counts, and which runs are given up: what a gc publishes before it deletes.
+"""Which generation of a shard counts, and which runs are given up: what a gc publishes before it
+deletes.
 
-A gc and a run exclude each other without a lock. Each first writes what it is about to do, then reads what the other
-wrote:
+A gc and a run exclude each other without a lock. Each first writes what it is about to do, then
+reads what the other wrote:
 
-* A run writes its claim (a new run its plan, a run that is taken up again a lease), then reads the newest epoch.
-* A gc writes the next epoch, then lists the runs and their leases. It spares whatever a claim covers.
+* A run writes its claim (a new run its plan, a run that is taken up again a lease), then reads the
+  newest epoch.
+* A gc writes the next epoch, then lists the runs and their leases. It spares whatever a claim
+  covers.
 
-So for each pair at least one sees the other: the run does without what is condemned, or the gc leaves it alone.
+So for each pair at least one sees the other: the run does without what is condemned, or the gc
+leaves it alone.
 
-An epoch also rules that no name is used twice, so that a DELETE that is repeated, or arrives an hour late, can only hit
-what was condemned. Data files are named by their attempt. A commit is named by its generation (``commit.json`` is
-generation 0, then ``commit-<generation>.json``), and epoch n lists, for every shard that may be used as it is, its
-generation; any other shard has generation n. Generations only grow: what was condemned once is never found again.
+An epoch also rules that no name is used twice, so that a DELETE that is repeated, or arrives an
+hour late, can only hit what was condemned. Data files are named by their attempt. A commit is named
+by its generation (``commit.json`` is generation 0, then ``commit-<generation>.json``), and epoch n
+lists, for every shard that may be used as it is, its generation; any other shard has generation n.
+Generations only grow: what was condemned once is never found again.
 
 Layout: ``gc/<epoch>.parquet``, written once; the newest alone counts.
 """
@@ -48,13 +53,18 @@ class Epoch:
     """What one gc published; number 0 is the time before the first."""
 
     number: int = 0
-    rows: pa.Table = field(default_factory=SCHEMA.empty_table)  # shards of older generations than ``number``
+    rows: pa.Table = field(
+        default_factory=SCHEMA.empty_table
+    )  # shards of older generations than ``number``
     condemned: frozenset[str] = frozenset()  # names of runs that nobody may take up
 
     def generations(self) -> dict[Place, int]:
         """Generation of every shard in ``rows``; all others have generation ``number``."""
         columns = (self.rows[name].to_pylist() for name in SCHEMA.names)
-        return {(measure, shard): generation for measure, shard, generation in zip(*columns, strict=True)}
+        return {
+            (measure, shard): generation
+            for measure, shard, generation in zip(*columns, strict=True)
+        }
 
     def marked(self, measure_id: str, shards: Sequence[Shard]) -> tuple[Shard, ...]:
         """``shards``, each with the generation that counts for it."""
@@ -63,7 +73,9 @@ class Epoch:
         known = self.rows.filter(pc.field("measure") == measure_id)
         ids = pa.array([shard.id for shard in shards], pa.string())
         places = pc.index_in(ids, value_set=known["shard"].combine_chunks())
-        found = pc.fill_null(known["generation"].combine_chunks().take(places), self.number).to_pylist()
+        found = pc.fill_null(
+            known["generation"].combine_chunks().take(places), self.number
+        ).to_pylist()
         return tuple(
             shard if shard.generation == generation else replace(shard, generation=generation)
             for shard, generation in zip(shards, found, strict=True)
@@ -90,11 +102,14 @@ def newest(store: str) -> Epoch:
         data = storage.read_if_there(uri)
         if data is not None:  # else a newer one came, and this one went
             return _parse(data, uri)
-    raise Interrupted(f"{store}: collections follow each other too fast to read one's result; try again later")
+    raise Interrupted(
+        f"{store}: collections follow each other too fast to read one's result; try again later"
+    )
 
 
 def publish(store: str, epoch: Epoch) -> bool:
-    """Make ``epoch`` the newest of ``store``; False when another process published meanwhile, so its basis is old.
+    """Make ``epoch`` the newest of ``store``; False when another process published meanwhile, so
+    its basis is old.
 
     Older epochs are removed: nobody reads them.
     """
@@ -111,7 +126,11 @@ def publish(store: str, epoch: Epoch) -> bool:
 
 
 def _names(store: str) -> list[str]:
-    return [name for name in storage.list_names(storage.join(store, EPOCHS)) if EPOCH_FILE.fullmatch(name)]
+    return [
+        name
+        for name in storage.list_names(storage.join(store, EPOCHS))
+        if EPOCH_FILE.fullmatch(name)
+    ]
 
 
 def _name(number: int) -> str:
@@ -122,12 +141,20 @@ def _digest(table: pa.Table, header: Mapping[str, Any]) -> str:
     digest = sha256(json.dumps(header, sort_keys=True).encode())
     for batch in table.to_batches(max_chunksize=1 << 16):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        digest.update("".join(f"{measure}/{shard}/{generation}\n" for measure, shard, generation in rows).encode())
+        digest.update(
+            "".join(
+                f"{measure}/{shard}/{generation}\n" for measure, shard, generation in rows
+            ).encode()
+        )
     return digest.hexdigest()
 
 
 def _bytes(epoch: Epoch) -> bytes:
-    header = {"schema_version": SCHEMA_VERSION, "epoch": epoch.number, "condemned": sorted(epoch.condemned)}
+    header = {
+        "schema_version": SCHEMA_VERSION,
+        "epoch": epoch.number,
+        "condemned": sorted(epoch.condemned),
+    }
     metadata = json.dumps({**header, "sha256": _digest(epoch.rows, header)})
     return parquet.encode(epoch.rows.replace_schema_metadata({"afn": metadata}))
 
@@ -146,8 +173,12 @@ def _parse(data: bytes, uri: str) -> Epoch:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}; {advice}") from error
     if digest != _digest(rows, header) or not uri.endswith(f"/{_name(number)}"):
-        raise StoreError(f"{uri} is damaged: its rows and name do not have the checksum that it carries; {advice}")
+        raise StoreError(
+            f"{uri} is damaged: its rows and name do not have the checksum that it carries; {advice}"
+        )
     if header["schema_version"] != SCHEMA_VERSION:
         got = header["schema_version"]
-        raise StoreError(f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it")
+        raise StoreError(
+            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it"
+        )
     return Epoch(number, rows, condemned)

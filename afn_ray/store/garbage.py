@@ -19,7 +19,9 @@ from afn_ray.text import count
 KEEP = 30
 MIN_AGE_H = 24.0
 GRAVE_DAYS = 30.0
-"""How long a run that was given up is remembered, by the store's clock: a process that stood still as long forgets."""
+"""How long a run that was given up is remembered, by the store's clock: a process that stood still
+as long forgets.
+"""
 MAX_LINES = 20
 """Shards that are listed one by one for a person."""
 
@@ -40,7 +42,9 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What no kept run of a store refers to: deleted, or what a call with ``delete`` would delete."""
+    """What no kept run of a store refers to: deleted, or what a call with ``delete`` would
+    delete.
+    """
 
     store: str
     kept: tuple[str, ...]  # names of runs, in the order in which they were begun
@@ -48,8 +52,12 @@ class Garbage:
     shards: tuple[Folder, ...]
     num_young: int  # shards that no kept run lists and that stay for their age
     deleted: bool
-    spared: tuple[str, ...] = ()  # runs that were to go, and that a process has taken up or completed meanwhile
-    num_spared: int = 0  # shards that were to go, and that a run lists which began or was spared meanwhile
+    spared: tuple[
+        str, ...
+    ] = ()  # runs that were to go, and that a process has taken up or completed meanwhile
+    num_spared: int = (
+        0  # shards that were to go, and that a run lists which began or was spared meanwhile
+    )
 
     @property
     def num_files(self) -> int:
@@ -61,21 +69,29 @@ class Garbage:
 
 
 def collect_garbage(
-    store: str, *, keep: int = KEEP, keep_runs: Sequence[str] = (), min_age_h: float = MIN_AGE_H, delete: bool = False,
+    store: str,
+    *,
+    keep: int = KEEP,
+    keep_runs: Sequence[str] = (),
+    min_age_h: float = MIN_AGE_H,
+    delete: bool = False,
     on_progress: OnProgress = lambda message: None,
-) -> Garbage:  # fmt: skip
-    """Find, and with ``delete`` remove, the runs of ``store`` that are not kept and the shards that only they list.
+) -> Garbage:
+    """Find, and with ``delete`` remove, the runs of ``store`` that are not kept and the shards that
+    only they list.
 
-    Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), of each measure and corpus the newest
-    audited run (the next audit is held against it), every run begun after the newest complete one, copies of runs
-    under other names, any other that is not complete while a file of it, or of a shard that it plans, is younger than
-    ``min_age_h`` hours (it may be under way), and a complete one that a process has taken up since. A shard that no
-    kept run lists stays while it is younger than that. Files that afn-ray does not write are left alone.
+    Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), of each measure and
+    corpus the newest audited run (the next audit is held against it), every run begun after the
+    newest complete one, copies of runs under other names, any other that is not complete while a
+    file of it, or of a shard that it plans, is younger than ``min_age_h`` hours (it may be under
+    way), and a complete one that a process has taken up since. A shard that no kept run lists stays
+    while it is younger than that. Files that afn-ray does not write are left alone.
 
-    What goes is published as an epoch first; then the runs are listed again, and what a run claims that began or was
-    taken up meanwhile is spared (``epochs``). Can be killed, repeated and run beside others and beside runs. Raises
-    ``ConfigError`` for what makes no sense, ``StoreError`` where a plan cannot be read, for then nobody knows what it
-    refers to (nothing is deleted), or where a file may not be deleted, ``Interrupted`` when the store does not answer.
+    What goes is published as an epoch first; then the runs are listed again, and what a run claims
+    that began or was taken up meanwhile is spared (``epochs``). Can be killed, repeated and run
+    beside others and beside runs. Raises ``ConfigError`` for what makes no sense, ``StoreError``
+    where a plan cannot be read, for then nobody knows what it refers to (nothing is deleted), or
+    where a file may not be deleted, ``Interrupted`` when the store does not answer.
     """
     if keep < 1:
         raise ConfigError(f"keep is {keep}; expected at least 1 run")
@@ -102,7 +118,9 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A commit of an older generation, which no run refers to any more although it lists the shard, and its files."""
+    """A commit of an older generation, which no run refers to any more although it lists the shard,
+    and its files.
+    """
 
     place: Place
     files: tuple[storage.StoredFile, ...]
@@ -126,7 +144,12 @@ class _Look:
     @property
     def found(self) -> bool:
         """Whether anything goes."""
-        return bool(self.doomed_runs or self.doomed or self.leftovers or any(map(self.files_of, self.dead_runs)))
+        return bool(
+            self.doomed_runs
+            or self.doomed
+            or self.leftovers
+            or any(map(self.files_of, self.dead_runs))
+        )
 
     def files_of(self, run: str) -> list[storage.StoredFile]:
         """The files that go of a run that was given up: what says so stays for ``GRAVE_DAYS``."""
@@ -137,13 +160,19 @@ class _Look:
 
 
 def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
-    before = epochs.newest(store)  # ahead of all else: a run that is not seen below reads this one or a newer one
+    before = epochs.newest(
+        store
+    )  # ahead of all else: a run that is not seen below reads this one or a newer one
     there = layout.sort_files(store, storage.list_below(store))
     if not there.runs and not there.shards:
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
     now_s = storage.clock_s(store) if delete else time.time()
     old_s = now_s - 3600 * rules.min_age_h
-    dead = [n for n in sorted(before.condemned & there.runs.keys()) if manifest.open_folder(store, n).condemned]
+    dead = [
+        n
+        for n in sorted(before.condemned & there.runs.keys())
+        if manifest.open_folder(store, n).condemned
+    ]
     names = sorted(there.runs.keys() - {*dead})
     kept = _kept(store, there, names, rules, old_s)
     planned = {name: _planned(store, name) for name in kept}
@@ -157,20 +186,34 @@ def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
             continue
         num_young += 1
         generation = known.get(place, before.number)
-        if any(file.uri.endswith(f"/{layout.commit_name(generation)}") for file in there.shards[place]):
+        if any(
+            file.uri.endswith(f"/{layout.commit_name(generation)}") for file in there.shards[place]
+        ):
             generations[place] = generation
     doomed_runs = tuple(name for name in names if name not in kept)
     condemned = frozenset({*doomed_runs, *(before.condemned & there.runs.keys())})
     return _Look(
-        store, there, now_s, before.after(generations, condemned), planned, doomed_runs, tuple(dead), tuple(doomed),
-        tuple(_leftovers(store, there, planned, generations)), num_young,
-    )  # fmt: skip
+        store,
+        there,
+        now_s,
+        before.after(generations, condemned),
+        planned,
+        doomed_runs,
+        tuple(dead),
+        tuple(doomed),
+        tuple(_leftovers(store, there, planned, generations)),
+        num_young,
+    )
 
 
 def _leftovers(
-    store: str, there: layout.StoreFiles, planned: Mapping[str, set[Place]], generations: Mapping[Place, int]
+    store: str,
+    there: layout.StoreFiles,
+    planned: Mapping[str, set[Place]],
+    generations: Mapping[Place, int],
 ) -> Iterator[Leftover]:
-    """Commits of shards that are needed, of generations that no run finds any more, unless a kept run names them.
+    """Commits of shards that are needed, of generations that no run finds any more, unless a kept
+    run names them.
 
     Only a run that took a shard up just before it was condemned does.
     """
@@ -200,9 +243,15 @@ def _leftovers(
                 commit = shard_files.read_commit(store, *place, number)
             except StoreError:  # 'afn verify' tells of it
                 continue
-            if commit is None or f"{folder}/{commit.files['tokens']['name']}".removeprefix(f"{store}/") in named:
+            if (
+                commit is None
+                or f"{folder}/{commit.files['tokens']['name']}".removeprefix(f"{store}/") in named
+            ):
                 continue
-            mine = (layout.commit_name(number), *(str(file["name"]) for file in commit.files.values()))
+            mine = (
+                layout.commit_name(number),
+                *(str(file["name"]) for file in commit.files.values()),
+            )
             yield Leftover(place, tuple(by_name[name] for name in mine if name in by_name))
 
 
@@ -215,14 +264,20 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
             folder = storage.join(store, "runs", name)
             on_progress(f"deleting run {folder}")
             stays = () if name in look.dead_runs else ("run.json",)
-            _remove(folder, [f for f in look.files_of(name) if f.uri.rpartition("/")[2] not in stays])
+            _remove(
+                folder, [f for f in look.files_of(name) if f.uri.rpartition("/")[2] not in stays]
+            )
     doomed = [place for place in look.doomed if place not in covered]
-    folders = [*((place, look.there.shards[place]) for place in doomed),
-               *((o.place, list(o.files)) for o in look.leftovers if o.place not in covered)]  # fmt: skip
+    folders = [
+        *((place, look.there.shards[place]) for place in doomed),
+        *((o.place, list(o.files)) for o in look.leftovers if o.place not in covered),
+    ]
     with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
         for begin in range(0, len(folders), checksums.IO_THREADS):
             few = folders[begin : begin + checksums.IO_THREADS]
-            list(pool.map(lambda each: _remove(shard_files.shard_uri(store, *each[0]), each[1]), few))
+            list(
+                pool.map(lambda each: _remove(shard_files.shard_uri(store, *each[0]), each[1]), few)
+            )
             on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
     for measure_id in {measure_id for measure_id, _ in doomed}:
         storage.remove_if_empty(storage.join(store, "shards", measure_id))
@@ -230,7 +285,8 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
 
 
 def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
-    """Runs that were to go and stay, and the shards that these list, or runs that began since ``look``.
+    """Runs that were to go and stay, and the shards that these list, or runs that began since
+    ``look``.
 
     The other runs that were to go can never be complete (again) afterwards.
     """
@@ -238,10 +294,16 @@ def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
     spared = []
     for name in look.doomed_runs:
         known = {file.uri for file in look.there.runs[name]}
-        leases = {file.uri for file in now.get(name, ()) if layout.LEASE.fullmatch(file.uri.rpartition("/")[2])}
+        leases = {
+            file.uri
+            for file in now.get(name, ())
+            if layout.LEASE.fullmatch(file.uri.rpartition("/")[2])
+        }
         complete = any(uri.endswith("/run.json") for uri in known)
         run = manifest.RunFolder(storage.join(look.store, "runs", name), look.store, name, {})
-        if leases - known or not manifest.condemn_run(run, look.next_epoch.number, complete=complete):
+        if leases - known or not manifest.condemn_run(
+            run, look.next_epoch.number, complete=complete
+        ):
             spared.append(name)
     gone = {*look.doomed_runs, *look.dead_runs} - {*spared}
     covered: set[Place] = set()
@@ -251,36 +313,63 @@ def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
     return spared, covered
 
 
-def _report(look: _Look, *, deleted: bool, spared: Sequence[str] = (), covered: Container[Place] = ()) -> Garbage:
+def _report(
+    look: _Look, *, deleted: bool, spared: Sequence[str] = (), covered: Container[Place] = ()
+) -> Garbage:
     names = [*look.doomed_runs, *(name for name in look.dead_runs if look.files_of(name))]
     runs = [
-        _folder(storage.join(look.store, "runs", name), look.files_of(name)) for name in names if name not in spared
+        _folder(storage.join(look.store, "runs", name), look.files_of(name))
+        for name in names
+        if name not in spared
     ]
     shards = [
-        *(_folder(shard_files.shard_uri(look.store, *place), look.there.shards[place])
-          for place in look.doomed if place not in covered),
-        *(_folder(shard_files.shard_uri(look.store, *o.place), o.files)
-          for o in look.leftovers if o.place not in covered),
-    ]  # fmt: skip
+        *(
+            _folder(shard_files.shard_uri(look.store, *place), look.there.shards[place])
+            for place in look.doomed
+            if place not in covered
+        ),
+        *(
+            _folder(shard_files.shard_uri(look.store, *o.place), o.files)
+            for o in look.leftovers
+            if o.place not in covered
+        ),
+    ]
     num_spared = sum(place in covered for place in look.doomed)
     kept = tuple(sorted({*look.planned, *spared}))
-    return Garbage(look.store, kept, tuple(runs), tuple(shards), look.num_young, deleted, tuple(spared), num_spared)
+    return Garbage(
+        look.store,
+        kept,
+        tuple(runs),
+        tuple(shards),
+        look.num_young,
+        deleted,
+        tuple(spared),
+        num_spared,
+    )
 
 
 def _kept(
     store: str, there: layout.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Those of ``names`` that stay, sorted."""
     complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
     copies = [n for n in complete if manifest.is_copied(store, n)]
     complete = [n for n in complete if n not in copies]
-    kept = {_named(store, run, names) for run in rules.keep_runs} | set(complete[-rules.keep :]) | set(copies)
-    kept |= _last_audited(store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])])
+    kept = (
+        {_named(store, run, names) for run in rules.keep_runs}
+        | set(complete[-rules.keep :])
+        | set(copies)
+    )
+    kept |= _last_audited(
+        store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])]
+    )
     for name in names:
         if name in kept:
             continue
         if name in complete:
-            leases = (f for f in there.runs[name] if layout.LEASE.fullmatch(f.uri.rpartition("/")[2]))
+            leases = (
+                f for f in there.runs[name] if layout.LEASE.fullmatch(f.uri.rpartition("/")[2])
+            )
             if not _is_old(leases, old_s):
                 kept.add(name)
             continue
@@ -292,7 +381,9 @@ def _kept(
 
 
 def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
-    """Of each measure and corpus the newest of the ``audited`` runs: the next audit is held against it."""
+    """Of each measure and corpus the newest of the ``audited`` runs: the next audit is held against
+    it.
+    """
     newest = {}
     for name in audited:
         info = manifest.open_folder(store, name).info
@@ -303,19 +394,27 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
 def _named(store: str, run: str, names: Sequence[str]) -> str:
     """The name of ``run``, given as that or as a URI."""
     name = run.rstrip("/").rpartition("/")[2]
-    if name not in names or ("/" in run and storage.absolute(run).rstrip("/") != storage.join(store, "runs", name)):
-        raise StoreError(f"{store} has no run {run} to keep; 'afn gc' without --keep-run lists those that it has")
+    if name not in names or (
+        "/" in run and storage.absolute(run).rstrip("/") != storage.join(store, "runs", name)
+    ):
+        raise StoreError(
+            f"{store} has no run {run} to keep; 'afn gc' without --keep-run lists those that it has"
+        )
     return name
 
 
 def _planned(store: str, name: str) -> set[Place]:
-    """Shards that the run ``name`` lists; none where a crash, or a collection like this, came before its plan."""
+    """Shards that the run ``name`` lists; none where a crash, or a collection like this, came
+    before its plan.
+    """
     run = manifest.RunFolder(storage.join(store, "runs", name), store, name, {})
     try:
         shards, header = manifest.read_shards(run)
     except StoreError as error:
         plan, end = (storage.join(run.uri, file) for file in ("plan.parquet", "run.json"))
-        if not storage.exists(plan) and (not storage.exists(end) or manifest.open_folder(store, name).condemned):
+        if not storage.exists(plan) and (
+            not storage.exists(end) or manifest.open_folder(store, name).condemned
+        ):
             return set()
         raise StoreError(
             f"{error}; which shards the run refers to is not known, so no shard can be deleted. Restore its plan, or "
@@ -335,13 +434,16 @@ def _folder(uri: str, files: Sequence[storage.StoredFile]) -> Folder:
 
 def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
     """Remove ``files`` of ``folder``, commits before all that they name."""
-    for file in sorted(files, key=lambda f: (layout.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)):
+    for file in sorted(
+        files, key=lambda f: (layout.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)
+    ):
         storage.remove(file.uri)
     storage.remove_if_empty(folder)
 
 
 def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
-    """One line per run and shard that goes or is gone, the first twenty of these, and a last one with the sums.
+    """One line per run and shard that goes or is gone, the first twenty of these, and a last one
+    with the sums.
 
     ``flags``: what the command was given beside the store, for the one that deletes.
     """

@@ -20,7 +20,9 @@ STAMP = "%Y%m%dT%H%M%S.%fZ"
 RUN_NAME = re.compile(r"([1-3][0-9]{7}T[0-9]{6}\.[0-9]{3}Z)-[0-9a-f]{12}")
 """Name of a run's folder; names from the year 4000 on, and all others, are foreign."""
 LATEST = datetime(3000, 1, 1, tzinfo=UTC)
-"""Latest beginning that a run is named by: a clock beyond it is wrong, and later runs need names behind."""
+"""Latest beginning that a run is named by: a clock beyond it is wrong, and later runs need names
+behind.
+"""
 SCRATCH_PREFIX = "afn-scratch-"
 """Beginning of the name of an attempt's folder for unfinished files."""
 PLANNING = "planning.json"
@@ -45,7 +47,9 @@ def is_run_name(name: str) -> bool:
 
 
 def is_store_file(uri: str) -> bool:
-    """Whether ``uri`` has the path of a file of a store, this one or another, or of an attempt's scratch."""
+    """Whether ``uri`` has the path of a file of a store, this one or another, or of an attempt's
+    scratch.
+    """
     return STORE_FILE.search(uri) is not None
 
 
@@ -57,7 +61,9 @@ RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen
 PROBE = re.compile("probe-[0-9a-f]{32}")
 COMMIT = re.compile(r"commit(?:-([1-9][0-9]{0,8}))?\.json")
 LEASE = re.compile(r"lease-[0-9a-f]{32}\.json")
-SHARD_FILE = re.compile(rf"{COMMIT.pattern}|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet")
+SHARD_FILE = re.compile(
+    rf"{COMMIT.pattern}|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet"
+)
 STATUS = "status.json"
 RUN_FILE = re.compile(
     rf"(run|audited|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
@@ -66,24 +72,36 @@ RUN_FILE = re.compile(
 
 @dataclass(slots=True)
 class StoreFiles:
-    """The files of a store by what they belong to, those of killed attempts and reduces among them."""
+    """The files of a store by what they belong to, those of killed attempts and reduces among
+    them.
+    """
 
     shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
     runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
     pilots: list[str] = field(default_factory=list)  # names
-    probes: list[storage.StoredFile] = field(default_factory=list)  # of processes killed as they tried to write
-    planning: list[storage.StoredFile] = field(default_factory=list)  # how far a run is that has no name yet
-    ignore: list[storage.StoredFile] = field(default_factory=list)  # what keeps the store out of a job
+    probes: list[storage.StoredFile] = field(
+        default_factory=list
+    )  # of processes killed as they tried to write
+    planning: list[storage.StoredFile] = field(
+        default_factory=list
+    )  # how far a run is that has no name yet
+    ignore: list[storage.StoredFile] = field(
+        default_factory=list
+    )  # what keeps the store out of a job
     foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
 
 
 def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
-    """Sort ``files``, listed below ``store``, by their names alone; every one of them is in one place of the result."""
+    """Sort ``files``, listed below ``store``, by their names alone; every one of them is in one
+    place of the result.
+    """
     root, there = f"{storage.absolute(store)}/", StoreFiles()
     for file in files:
         match file.uri.removeprefix(root).split("/"):
             case ["shards", measure, shard, name] if (
-                HEX.fullmatch(measure) and HEX.fullmatch(shard) and SHARD_FILE.fullmatch(_final(name))
+                HEX.fullmatch(measure)
+                and HEX.fullmatch(shard)
+                and SHARD_FILE.fullmatch(_final(name))
             ):
                 there.shards.setdefault((measure, shard), []).append(file)
             case ["runs", run, name] if is_run_name(run) and RUN_FILE.fullmatch(_final(name)):

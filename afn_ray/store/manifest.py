@@ -3,21 +3,21 @@
 Layout of a store::
 
     shards/<measure>/<shard>/commit.json              the commit; its existence is the truth
-    shards/<measure>/<shard>/commit-<n>.json          the same, of a shard that a gc had given up before (``epochs``)
-    shards/<measure>/<shard>/<attempt>-<table>.parquet
-    runs/<run>/plan.parquet                           written when the run begins; also what it remembers of files
-    runs/<run>/run.json                               written once, last; its existence means complete
-    runs/<run>/audited.json                           an audit has given its verdict on the run
-    runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
-    runs/<run>/lease-<id>.json                        a process has taken up a run that was there; it ends without
-    runs/<run>/status.json                            how far it is, for people; replaced while it is under way
-    planning.json                                     the same of a run that has no name yet
-    .rayignore                                        keeps a store on a disk out of what Ray ships with a job
-    gc/<epoch>.parquet                                what gc has given up so far (``epochs``)
+    shards/<measure>/<shard>/commit-<n>.json          the same, of a shard that a gc had given up
+    before (``epochs``) shards/<measure>/<shard>/<attempt>-<table>.parquet runs/<run>/plan.parquet
+    written when the run begins; also what it remembers of files runs/<run>/run.json
+    written once, last; its existence means complete runs/<run>/audited.json
+    an audit has given its verdict on the run
+    runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet runs/<run>/lease-<id>.json
+    a process has taken up a run that was there; it ends without runs/<run>/status.json
+    how far it is, for people; replaced while it is under way planning.json
+    the same of a run that has no name yet .rayignore                                        keeps a
+    store on a disk out of what Ray ships with a job gc/<epoch>.parquet
+    what gc has given up so far (``epochs``)
 
-Nothing relies on the two that tell how far a run is. Of the others each says itself whether it is whole: a JSON file
-carries a checksum of all its other bytes (``sealed``), and what is in Parquet is listed with size and checksum in the
-commit.json or run.json that names it.
+Nothing relies on the two that tell how far a run is. Of the others each says itself whether it is
+whole: a JSON file carries a checksum of all its other bytes (``sealed``), and what is in Parquet is
+listed with size and checksum in the commit.json or run.json that names it.
 """
 
 from __future__ import annotations
@@ -75,11 +75,13 @@ RUN_KEYS: dict[str, type] = {
 }  # fmt: skip
 
 
-# --- what lies in a store --------------------------------------------------------------------------------
+# --- what lies in a store
+# --------------------------------------------------------------------------------
 
 
 def keep_from_jobs(store: str) -> None:
-    """Write the file for which Ray leaves a ``store`` on a disk out of a job that is submitted from a folder above it.
+    """Write the file for which Ray leaves a ``store`` on a disk out of a job that is submitted from
+    a folder above it.
 
     A store soon has more than the 512 MiB that Ray ships, and no job needs it.
     """
@@ -89,7 +91,9 @@ def keep_from_jobs(store: str) -> None:
 
 
 def run_names(store: str) -> list[str]:
-    """Names of the runs in ``store``, in the order in which they were begun; copies under such names among them."""
+    """Names of the runs in ``store``, in the order in which they were begun; copies under such
+    names among them.
+    """
     return [name for name in storage.list_names(storage.join(store, "runs")) if is_run_name(name)]
 
 
@@ -118,7 +122,8 @@ def set_copies_apart(store: str, there: StoreFiles) -> None:
             del there.runs[name]
 
 
-# --- plan ------------------------------------------------------------------------------------------------
+# --- plan
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +143,16 @@ class Plan:
     @property
     def labels(self) -> str | None:
         """Where the documents' tags come from; None: they have none."""
-        found = (shard.options.labels_in(piece.format) for shard in self.shards for piece in shard.slices)
+        found = (
+            shard.options.labels_in(piece.format) for shard in self.shards for piece in shard.slices
+        )
         return next(filter(None, found), None)
 
 
 def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the plan at ``uri``. Raises ``StoreError`` where they and ``header`` are not what was written."""
+    """The rows of the plan at ``uri``. Raises ``StoreError`` where they and ``header`` are not what
+    was written.
+    """
     asked = {key: value for key, value in header.items() if key != "sha256"}
     try:
         rows: list[dict[str, Any]] = table.to_pylist()
@@ -151,7 +160,9 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise StoreError(f"{uri} is damaged: {error!r}{ASK_VERIFY}") from error
     if header.get("sha256") != digest:
-        raise StoreError(f"{uri} is damaged: its rows and header do not have the checksum that it carries{ASK_VERIFY}")
+        raise StoreError(
+            f"{uri} is damaged: its rows and header do not have the checksum that it carries{ASK_VERIFY}"
+        )
     return rows
 
 
@@ -161,7 +172,9 @@ def cuts_id(config: RunConfig, shard_bytes: int) -> str:
 
 
 def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
-    """The plan of the run named ``run`` and its header; None when a crash came before it was written."""
+    """The plan of the run named ``run`` and its header; None when a crash came before it was
+    written.
+    """
     uri = storage.join(store, "runs", run, "plan.parquet")
     data = storage.read_if_there(uri)
     if data is None:
@@ -176,7 +189,8 @@ def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
     return table, header
 
 
-# --- runs ------------------------------------------------------------------------------------------------
+# --- runs
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +216,18 @@ class Claim:
 def find_begun(
     config: RunConfig, measure: dict[str, Any], plan: Plan, frozen: Sequence[dict[str, Any]] = ()
 ) -> tuple[RunFolder | None, str]:
-    """The store's newest run where it is that of ``plan``, complete or not; and the newest one's name, or "".
+    """The store's newest run where it is that of ``plan``, complete or not; and the newest one's
+    name, or "".
 
-    Writes nothing. Raises ``StoreError`` when the store holds another measure and the config does not allow a second
-    one.
+    Writes nothing. Raises ``StoreError`` when the store holds another measure and the config does
+    not allow a second one.
     """
     measure_id = fingerprint(measure)
-    held = [name for name in storage.list_names(storage.join(config.store, "shards")) if HEX.fullmatch(name)]
+    held = [
+        name
+        for name in storage.list_names(storage.join(config.store, "shards"))
+        if HEX.fullmatch(name)
+    ]
     names = run_names(config.store)
     if held and measure_id not in held and not config.allow_another_measure:
         raise StoreError(_other_measure(config.store, names, measure))
@@ -220,7 +239,10 @@ def find_begun(
         if not same.condemned and not same.info.get("quarantined"):
             if not same.info and (begun_plan := read_plan(config.store, newest)) is not None:
                 proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
-            return same, newest  # one that lacks shards is complete, and asked again it is tried again
+            return (
+                same,
+                newest,
+            )  # one that lacks shards is complete, and asked again it is tried again
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
         if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
@@ -229,13 +251,18 @@ def find_begun(
 
 
 def begin_run(
-    config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]] = ()
+    config: RunConfig,
+    measure: dict[str, Any],
+    plan: Plan,
+    begun_ns: int,
+    frozen: Sequence[dict[str, Any]] = (),
 ) -> Claim:
-    """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new one.
+    """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new
+    one.
 
-    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``. The claim is written
-    before the newest epoch is read; ``epochs`` says why. A run that a gc gave up in between is begun anew. Raises
-    ``StoreError`` as ``find_begun`` does.
+    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``.
+    The claim is written before the newest epoch is read; ``epochs`` says why. A run that a gc gave
+    up in between is begun anew. Raises ``StoreError`` as ``find_begun`` does.
     """
     run, newest = find_begun(config, measure, plan, frozen)
     lease = None
@@ -246,35 +273,54 @@ def begin_run(
     else:
         run = _new_run(config, measure, plan, begun_ns, frozen, newest)
     while run.id in (epoch := epochs.newest(config.store)).condemned:
-        run, lease = _new_run(config, measure, plan, begun_ns, frozen, max(newest, *epoch.condemned)), None
+        run, lease = (
+            _new_run(config, measure, plan, begun_ns, frozen, max(newest, *epoch.condemned)),
+            None,
+        )
     return Claim(run, epoch.marked(fingerprint(measure), plan.shards), lease)
 
 
 def _new_run(
-    config: RunConfig, measure: dict[str, Any], plan: Plan, begun_ns: int, frozen: Sequence[dict[str, Any]],
+    config: RunConfig,
+    measure: dict[str, Any],
+    plan: Plan,
+    begun_ns: int,
+    frozen: Sequence[dict[str, Any]],
     newest: str,
-) -> RunFolder:  # fmt: skip
+) -> RunFolder:
     """A run whose name comes after that of ``newest``, or is of this millisecond."""
     suffix = _suffix(fingerprint(measure), plan.shards, config, frozen)
     created = min(datetime.now(UTC), LATEST)
     name = f"{_stamp(created)}-{suffix}"
     if name <= newest:  # the clock went back, and the newest run is found by its name
-        created = datetime.strptime(newest.partition("-")[0], STAMP).replace(tzinfo=UTC) + timedelta(milliseconds=1)
+        created = datetime.strptime(newest.partition("-")[0], STAMP).replace(
+            tzinfo=UTC
+        ) + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
-    header = {"cuts": cuts_id(config, plan.shard_bytes), "shard_bytes": plan.shard_bytes,
-              "begun_ns": begun_ns, "created_at": created.isoformat(timespec="seconds"),
-              "config": asdict(config), "measure": measure, "frozen": list(frozen)}  # fmt: skip
+    header = {
+        "cuts": cuts_id(config, plan.shard_bytes),
+        "shard_bytes": plan.shard_bytes,
+        "begun_ns": begun_ns,
+        "created_at": created.isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "measure": measure,
+        "frozen": list(frozen),
+    }
     table, header["sha256"] = _plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})
     uri = storage.join(config.store, "runs", name)
-    with contextlib.suppress(storage.AlreadyWritten):  # the same call in the same millisecond: the same plan
+    with contextlib.suppress(
+        storage.AlreadyWritten
+    ):  # the same call in the same millisecond: the same plan
         storage.write_once(storage.join(uri, "plan.parquet"), parquet.encode(table))
     return RunFolder(uri, config.store, name, {})
 
 
 def _is_begun(store: str, name: str) -> bool:
     """Whether the folder ``name`` is a run that has its plan, and no copy."""
-    return storage.exists(storage.join(store, "runs", name, "plan.parquet")) and not is_copied(store, name)
+    return storage.exists(storage.join(store, "runs", name, "plan.parquet")) and not is_copied(
+        store, name
+    )
 
 
 def _plan_table(shards: Sequence[Shard], header: dict[str, Any]) -> tuple[pa.Table, str]:
@@ -300,11 +346,20 @@ def _stamp(moment: datetime) -> str:
 
 
 def _suffix(
-    measure_id: str, shards: Iterable[Shard], config: RunConfig, frozen: Sequence[dict[str, Any]] | None
+    measure_id: str,
+    shards: Iterable[Shard],
+    config: RunConfig,
+    frozen: Sequence[dict[str, Any]] | None,
 ) -> str:
-    """Last part of a run's name: what it was asked for; ``frozen`` is None in plans of before there was any."""
-    ask: dict[str, Any] = {"measure": measure_id, "shards": [s.id for s in shards], "language": config.language,
-                           "sink_factor": config.sink_factor}  # fmt: skip
+    """Last part of a run's name: what it was asked for; ``frozen`` is None in plans of before there
+    was any.
+    """
+    ask: dict[str, Any] = {
+        "measure": measure_id,
+        "shards": [s.id for s in shards],
+        "language": config.language,
+        "sink_factor": config.sink_factor,
+    }
     if frozen is not None:
         ask |= {"screen": config.screen, "frozen": list(frozen)}
     return fingerprint(ask)[:12]
@@ -320,15 +375,19 @@ FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
 
 
 def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, Any]]:
-    """The thresholds that ``config`` says to label by, as rows of ``FROZEN``; none for the run's own.
+    """The thresholds that ``config`` says to label by, as rows of ``FROZEN``; none for the run's
+    own.
 
-    Those that the run named goes by itself, so that a run every night may name the night before. Raises
-    ``StoreError`` when there is no such run, ``ConfigError`` when it has another measure.
+    Those that the run named goes by itself, so that a run every night may name the night before.
+    Raises ``StoreError`` when there is no such run, ``ConfigError`` when it has another measure.
     """
     if config.thresholds is None:
         return []
     run = find_run(config.thresholds)
-    theirs, ours = ({k: v for k, v in m.items() if k not in BESIDE_STRENGTH} for m in (run.info["measure"], measure))
+    theirs, ours = (
+        {k: v for k, v in m.items() if k not in BESIDE_STRENGTH}
+        for m in (run.info["measure"], measure)
+    )
     if theirs != ours:
         raise ConfigError(
             f"thresholds of {run.uri} are of another measure, and mean nothing here: {_differences(theirs, ours, 'it')}"
@@ -347,12 +406,15 @@ def labels_name(run: RunFolder) -> str:
 
 
 def labels(run: RunFolder) -> pa.Table:
-    """The thresholds that the complete run's labels go by, as in ``THRESHOLDS_SCHEMA``: frozen ones, or its own."""
+    """The thresholds that the complete run's labels go by, as in ``THRESHOLDS_SCHEMA``: frozen
+    ones, or its own.
+    """
     return read_table(run, labels_name(run))
 
 
 def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
-    """The shards that ``run`` planned, in order, and its plan's header, once both are proved to be what was written.
+    """The shards that ``run`` planned, in order, and its plan's header, once both are proved to be
+    what was written.
 
     Raises ``StoreError`` for a plan that is missing, damaged, edited or another run's.
     """
@@ -363,13 +425,19 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
         rows = table.to_pylist()
         digest = header.pop("sha256")
         if digest != fingerprint([header, rows]):
-            raise StoreError(f"{uri} is damaged: its rows and header do not have the checksum that it carries")
+            raise StoreError(
+                f"{uri} is damaged: its rows and header do not have the checksum that it carries"
+            )
         config = RunConfig(**header["config"] | {"corpus": tuple(header["config"]["corpus"])})
         shards = []
-        for (_, name), group in itertools.groupby(rows, lambda row: (row.pop("ordinal"), row.pop("shard"))):
+        for (_, name), group in itertools.groupby(
+            rows, lambda row: (row.pop("ordinal"), row.pop("shard"))
+        ):
             shards.append(Shard.of([FileSlice(**row) for row in group], config.read_options))
             if name != shards[-1].id:
-                raise StoreError(f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}")
+                raise StoreError(
+                    f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}"
+                )
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
     suffix = _suffix(fingerprint(header["measure"]), shards, config, header.get("frozen"))
@@ -393,8 +461,9 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], who: str = "the s
     """What two measures differ in; ``who`` has theirs."""
     return "; ".join(
         f"{k}: {who} has {short(theirs.get(k))}, this run asks for {short(ours.get(k))}"
-        for k in sorted({*theirs, *ours} - {"id"}) if theirs.get(k) != ours.get(k)
-    )  # fmt: skip
+        for k in sorted({*theirs, *ours} - {"id"})
+        if theirs.get(k) != ours.get(k)
+    )
 
 
 def _is_count(value: Any) -> bool:
@@ -409,13 +478,17 @@ _INFO_IS: dict[str, Callable[[Any], bool]] = {
     "layers": lambda x: all(type(layer) is int for layer in x),
     "counts": lambda x: all(map(_is_count, x.values())),
     "corpus": lambda x: all(map(_is_count, x.values())),
-    "config": lambda x: isinstance(x.get("model", ""), str) and all(isinstance(c, str) for c in x.get("corpus", [])),
+    "config": lambda x: (
+        isinstance(x.get("model", ""), str) and all(isinstance(c, str) for c in x.get("corpus", []))
+    ),
     "model": lambda x: isinstance(x.get("name", ""), str),
     "measure": lambda x: isinstance(x.get("id", ""), str),
     "created_at": _is_time,
     "finished_at": _is_time,
     "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
-    "quarantined": lambda x: all(isinstance(q[k], str) for q in x for k in ("shard", "uri", "reason")),
+    "quarantined": lambda x: all(
+        isinstance(q[k], str) for q in x for k in ("shard", "uri", "reason")
+    ),
 }
 """What is shown or added up of a run.json that anyone may have written."""
 
@@ -428,7 +501,9 @@ def _is_info(key: str, value: Any) -> bool:
 
 
 def open_folder(store: str, name: str) -> RunFolder:
-    """The run ``name`` in ``store``, complete, not yet, or condemned. Raises ``StoreError`` for a damaged run.json."""
+    """The run ``name`` in ``store``, complete, not yet, or condemned. Raises ``StoreError`` for a
+    damaged run.json.
+    """
     uri = storage.join(store, "runs", name)
     info = read_json(storage.join(uri, "run.json"))
     if info is None:
@@ -454,9 +529,13 @@ def find_run(uri: str) -> RunFolder:
     if name and "/" not in name and storage.exists(storage.join(uri, "plan.parquet")):
         run = open_folder(store, name)
         if run.condemned:
-            raise StoreError(f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists those that are there")
+            raise StoreError(
+                f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists those that are there"
+            )
         if not run.info:
-            raise StoreError(f"run {uri} is not complete; give its 'afn run' command again to finish it")
+            raise StoreError(
+                f"run {uri} is not complete; give its 'afn run' command again to finish it"
+            )
         return run
     names = run_names(uri)
     for name in reversed(names):
@@ -464,11 +543,17 @@ def find_run(uri: str) -> RunFolder:
         if run.info and not is_copy(run):
             return run
     if names:
-        raise StoreError(f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun")
+        raise StoreError(
+            f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun"
+        )
     if storage.exists(storage.join(uri, PLANNING)):
-        raise StoreError(f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn status "
-                         f"{uri}' tells more")  # fmt: skip
-    raise StoreError(f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'")
+        raise StoreError(
+            f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn status "
+            f"{uri}' tells more"
+        )
+    raise StoreError(
+        f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
+    )
 
 
 def read_pilot(store: str, key: str) -> dict[str, Any] | None:
@@ -485,14 +570,18 @@ def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
-    """Write run.json, which makes the run complete; ``info["tables"]`` has what ``write_table`` gave."""
+    """Write run.json, which makes the run complete; ``info["tables"]`` has what ``write_table``
+    gave.
+    """
     plan = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
     tables = {"plan": entry_of("plan.parquet", plan), **info["tables"]}
     body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
     try:
         storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
     except storage.AlreadyWritten:
-        theirs = open_folder(run.store, run.id)  # another process finished the same run with the same tables
+        theirs = open_folder(
+            run.store, run.id
+        )  # another process finished the same run with the same tables
         if theirs.condemned:
             raise Interrupted(
                 f"'afn gc' has given up run {run.uri}, which had stood still; the same command begins a new one"
@@ -502,12 +591,16 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
 
 
 def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
-    """Make sure that ``run`` is never complete (again); False where it has been completed meanwhile.
+    """Make sure that ``run`` is never complete (again); False where it has been completed
+    meanwhile.
 
-    Its run.json says so in place of what would make it complete: one name, so that only one of the two can be written.
-    ``complete``: it was, and no process is about to take it up.
+    Its run.json says so in place of what would make it complete: one name, so that only one of the
+    two can be written. ``complete``: it was, and no process is about to take it up.
     """
-    uri, body = storage.join(run.uri, "run.json"), {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch}
+    uri, body = (
+        storage.join(run.uri, "run.json"),
+        {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch},
+    )
     if complete:
         storage.write_over(uri, sealed(body), retry_for_s=None)
         return True
@@ -521,12 +614,18 @@ def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
 def mark_audited(run: RunFolder) -> None:
     """Keep with the complete ``run`` that a verdict on it was given, whatever it was."""
     with contextlib.suppress(storage.AlreadyWritten):
-        body = {"schema_version": SCHEMA_VERSION, "run": run.id, "audited_at": datetime.now(UTC).isoformat()}
+        body = {
+            "schema_version": SCHEMA_VERSION,
+            "run": run.id,
+            "audited_at": datetime.now(UTC).isoformat(),
+        }
         storage.write_once(storage.join(run.uri, "audited.json"), sealed(body))
 
 
 def is_audited(run: RunFolder) -> bool:
-    """Whether ``mark_audited`` was called for ``run``. Raises ``StoreError`` for a mark that is damaged."""
+    """Whether ``mark_audited`` was called for ``run``. Raises ``StoreError`` for a mark that is
+    damaged.
+    """
     uri = storage.join(run.uri, "audited.json")
     body = read_json(uri)
     return body is not None and body.get("run") == run.id
@@ -536,15 +635,18 @@ def created_at(run: RunFolder) -> str:
     """When the run began, ISO 8601, UTC."""
     plan = read_plan(run.store, run.id)
     if plan is None:
-        raise StoreError(f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new run")
+        raise StoreError(
+            f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new run"
+        )
     return str(plan[1].get("created_at", ""))
 
 
 def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
-    """Write the run's table ``name`` and return its file's name, size and checksum, for ``run.json`` to list.
+    """Write the run's table ``name`` and return its file's name, size and checksum, for
+    ``run.json`` to list.
 
-    Nothing is replaced: a rival's file, or one that an unfinished reduce left behind, is kept where it holds the
-    same, and stands beside ours where it does not.
+    Nothing is replaced: a rival's file, or one that an unfinished reduce left behind, is kept where
+    it holds the same, and stands beside ours where it does not.
     """
     data = parquet.encode(table)
     file = f"{name}.parquet"
@@ -559,7 +661,8 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
 
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
-    """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan; unproved while it is not complete.
+    """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan; unproved while
+    it is not complete.
 
     Raises ``StoreError`` when it is missing or not what run.json lists.
     """
@@ -580,11 +683,14 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
     return parse_table(data, uri)
 
 
-# --- commits ---------------------------------------------------------------------------------------------
+# --- commits
+# ---------------------------------------------------------------------------------------------
 
 
 def find_blocks(run: RunFolder, name: str) -> Blocks:
-    """The blocks of the file ``name``, below the store, which is a shard's of the complete ``run`` or its own."""
+    """The blocks of the file ``name``, below the store, which is a shard's of the complete ``run``
+    or its own.
+    """
     uri, (*folders, file) = storage.join(run.store, name), name.split("/")
     try:
         if folders[0] == "shards":
@@ -596,10 +702,15 @@ def find_blocks(run: RunFolder, name: str) -> Blocks:
 
 
 def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFolder) -> list[str]:
-    """Shards of the complete ``run`` that have no folder any more; one listing accuses, a look at each convicts."""
+    """Shards of the complete ``run`` that have no folder any more; one listing accuses, a look at
+    each convicts.
+    """
     there = set(storage.list_names(storage.join(store, "shards", measure_id)))
     missing = {q["shard"] for q in run.info.get("quarantined", [])}
     return [
-        s.id for s in shards
-        if s.id not in there and s.id not in missing and not storage.list_names(shard_uri(store, measure_id, s.id))
-    ]  # fmt: skip
+        s.id
+        for s in shards
+        if s.id not in there
+        and s.id not in missing
+        and not storage.list_names(shard_uri(store, measure_id, s.id))
+    ]

@@ -1,4 +1,6 @@
-"""Files of a store that nothing names, and which of them nobody can name any more: those may be removed."""
+"""Files of a store that nothing names, and which of them nobody can name any more: those may be
+removed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ class Age:
     def orphan(self, file: storage.StoredFile, removable: bool | None = None) -> Orphan:
         """``file`` as an orphan; ``removable`` None: once it is old."""
         age_s = max(0.0, self.now_s - file.modified_s)
-        return Orphan(file.uri, file.size, age_s, age_s >= 3600 * self.min_age_h if removable is None else removable)
+        return Orphan(
+            file.uri,
+            file.size,
+            age_s,
+            age_s >= 3600 * self.min_age_h if removable is None else removable,
+        )
 
 
 @dataclass(slots=True)
@@ -69,12 +76,13 @@ class Plans:
 
 
 def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) -> bool | None:
-    """Whether no attempt can come to name a file in the folder of the shard at ``place`` that no commit names.
+    """Whether no attempt can come to name a file in the folder of the shard at ``place`` that no
+    commit names.
 
-    ``generation``: the one that counts, read after the file was listed; ``committed``: it has a commit, so that every
-    other attempt at it loses. A commit of an older generation is found by no run but those that are under way. None:
-    an old file can be removed, since the run of its attempt is gone or was complete. ``plans`` were read after the
-    file was listed.
+    ``generation``: the one that counts, read after the file was listed; ``committed``: it has a
+    commit, so that every other attempt at it loses. A commit of an older generation is found by no
+    run but those that are under way. None: an old file can be removed, since the run of its attempt
+    is gone or was complete. ``plans`` were read after the file was listed.
     """
     if committed and generation == 0:
         return True
@@ -86,7 +94,8 @@ def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) 
 
 
 def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> list[Orphan]:
-    """``orphans`` once the removable ones are removed; one that was or may be named in the meantime stays.
+    """``orphans`` once the removable ones are removed; one that was or may be named in the meantime
+    stays.
 
     ``plans`` has the runs that were read; those of others are added.
     """
@@ -104,12 +113,18 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
             generation = generations.get((measure_id, shard), epoch.number)
             commits = commits_of(store, (measure_id, shard))
             named = {str(f["name"]) for commit in commits.values() for f in commit.files.values()}
-            may = may_remove((measure_id, shard), generation, committed=generation in commits, plans=plans)
+            may = may_remove(
+                (measure_id, shard), generation, committed=generation in commits, plans=plans
+            )
             mine = [
-                replace(o, removable=o.age_s >= 3600 * age.min_age_h if may is None else may) if o.removable else o
+                replace(o, removable=o.age_s >= 3600 * age.min_age_h if may is None else may)
+                if o.removable
+                else o
                 for o in mine
             ]
-        storage.delete([o.uri for o in mine if o.removable and o.uri.rpartition("/")[2] not in named])
+        storage.delete(
+            [o.uri for o in mine if o.removable and o.uri.rpartition("/")[2] not in named]
+        )
         left = {file.uri for file in storage.list_below(folder)}
         done += [replace(o, removed=o.uri not in left) for o in mine]
     return done

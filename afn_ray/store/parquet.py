@@ -10,15 +10,21 @@ import pyarrow.parquet as pq
 
 
 def open_file(source: Any, **options: Any) -> pq.ParquetFile:
-    """``source`` (bytes, a path or a file) as a Parquet file. Reading a damaged page raises ``OSError``."""
+    """``source`` (bytes, a path or a file) as a Parquet file. Reading a damaged page raises
+    ``OSError``.
+    """
     source = pa.BufferReader(source) if isinstance(source, bytes) else source
     return pq.ParquetFile(source, page_checksum_verification=True, **options)
 
 
 def read(data: bytes, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
-    """The table in ``data``. Raises ``OSError`` or ``pa.ArrowException`` for a damaged page or file."""
+    """The table in ``data``. Raises ``OSError`` or ``pa.ArrowException`` for a damaged page or
+    file.
+    """
     columns = None if columns is None else list(columns)
-    return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True, **options)
+    return pq.read_table(
+        pa.BufferReader(data), columns=columns, page_checksum_verification=True, **options
+    )
 
 
 def writer(sink: Any, schema: pa.Schema, **options: Any) -> pq.ParquetWriter:

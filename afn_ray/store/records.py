@@ -1,4 +1,6 @@
-"""Per-token and per-document records as Parquet files on local scratch, in the encodings that measured best."""
+"""Per-token and per-document records as Parquet files on local scratch, in the encodings that
+measured best.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from afn_ray.schema import (
 from afn_ray.store import disk, parquet
 
 ROW_GROUP_ROWS = 1 << 19
-"""Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3 ms."""
+"""Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3
+ms.
+"""
 
 BATCH_ROWS = 1 << 18
 """Rows that are read at a time."""
@@ -37,7 +41,8 @@ _DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", 
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Delta for sorted integers, dictionaries for repeated values, byte-stream split for floats, zstd for all.
+    """Delta for sorted integers, dictionaries for repeated values, byte-stream split for floats,
+    zstd for all.
 
     Byte-stream split is for floats alone: DuckDB 1.5 cannot read it on integers.
     """
@@ -50,11 +55,15 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
             encodings[leaf] = "BYTE_STREAM_SPLIT"
         elif not pa.types.is_fixed_size_binary(kind):
             dictionaries.append(leaf)
-    return parquet.writer(path, schema, compression_level=3, use_dictionary=dictionaries, column_encoding=encodings)
+    return parquet.writer(
+        path, schema, compression_level=3, use_dictionary=dictionaries, column_encoding=encodings
+    )
 
 
 def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:
-    """Path, name and type of each column as Parquet has it: of what is in a list or a struct too."""
+    """Path, name and type of each column as Parquet has it: of what is in a list or a struct
+    too.
+    """
     for field in schema:
         path, kind = field.name, field.type
         if pa.types.is_list(kind):
@@ -86,7 +95,9 @@ class TableFile:
         """End the row group, which has all that was written since the last."""
         if self._pending_rows:
             with _scratch(self.path):
-                self._file.write_table(pa.concat_tables(self._pending).unify_dictionaries(), self._pending_rows)
+                self._file.write_table(
+                    pa.concat_tables(self._pending).unify_dictionaries(), self._pending_rows
+                )
         self._pending, self._pending_rows = [], 0
 
     def write_each(self, tables: Iterable[pa.Table]) -> None:
@@ -102,16 +113,22 @@ class TableFile:
 
 
 class ShardFiles:
-    """The files of one attempt at a shard, closed on leaving the context: those of neurons where they are recorded.
+    """The files of one attempt at a shard, closed on leaving the context: those of neurons where
+    they are recorded.
 
-    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it belongs; ``tagged``:
-    the corpus is labelled.
+    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it
+    belongs; ``tagged``: the corpus is labelled.
     """
 
     def __init__(
-        self, folder: Path, series: Sequence[Series], neuron_layers: Sequence[int], offsets: bool,
-        origin: Mapping[str, str], tagged: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        series: Sequence[Series],
+        neuron_layers: Sequence[int],
+        offsets: bool,
+        origin: Mapping[str, str],
+        tagged: bool = False,
+    ) -> None:
         def table(name: str, schema: pa.Schema) -> TableFile:
             label = json.dumps({**origin, "table": name})
             return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
@@ -119,7 +136,9 @@ class ShardFiles:
         self.tokens = table("tokens", tokens_schema(series, offsets, tagged))
         self.documents = table("documents", documents_schema(series))
         self.summary = table("summary", TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA)
-        self.neurons = table("neurons", token_neurons_schema(neuron_layers)) if neuron_layers else None
+        self.neurons = (
+            table("neurons", token_neurons_schema(neuron_layers)) if neuron_layers else None
+        )
         self.pairs = table("pairs", PAIRS_SCHEMA) if neuron_layers else None
         files = (self.tokens, self.documents, self.summary, self.neurons, self.pairs)
         self._files = [f for f in files if f is not None]
@@ -128,7 +147,10 @@ class ShardFiles:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for file in self._files:
             if kind is None:
@@ -140,7 +162,9 @@ class ShardFiles:
 
 
 def read_origin(file: pq.ParquetFile) -> dict[str, str]:
-    """What ``ShardFiles`` wrote into the footer: measure, shard, attempt and table; empty where nothing is."""
+    """What ``ShardFiles`` wrote into the footer: measure, shard, attempt and table; empty where
+    nothing is.
+    """
     try:
         value = json.loads((file.metadata.metadata or {}).get(b"afn", b"{}"))
     except ValueError:
@@ -149,7 +173,9 @@ def read_origin(file: pq.ParquetFile) -> dict[str, str]:
 
 
 def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """``columns`` (arrays or lists) as a table of ``schema``; columns that it does not have are left out."""
+    """``columns`` (arrays or lists) as a table of ``schema``; columns that it does not have are
+    left out.
+    """
     arrays = []
     for field in schema:
         values = columns[field.name]
@@ -165,9 +191,11 @@ def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 def whole_documents(
     file: pq.ParquetFile, ends: npt.NDArray[np.int64], columns: Sequence[str]
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Rows of ``tokens`` in order, ``doc`` and ``columns``, some documents at a time: the first row's number, a table.
+    """Rows of ``tokens`` in order, ``doc`` and ``columns``, some documents at a time: the first
+    row's number, a table.
 
-    ``ends``: where each document ends. Whatever the size of a shard, memory is that of ``BATCH_ROWS`` or a document.
+    ``ends``: where each document ends. Whatever the size of a shard, memory is that of
+    ``BATCH_ROWS`` or a document.
     """
     first = read = 0
     held: list[pa.RecordBatch] = []

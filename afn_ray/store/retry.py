@@ -29,33 +29,48 @@ LOCAL_ERRNOS = frozenset({errno.EINTR, errno.ESTALE})
 """What a mounted folder gives in passing. EIO is not here: a disk that fails goes on failing."""
 
 REMOTE_ERRNOS = LOCAL_ERRNOS | {
-    errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ENOBUFS, errno.ETIMEDOUT,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-}  # fmt: skip
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.ENOBUFS,
+    errno.ETIMEDOUT,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENETRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
 
 DEFINITE = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError,
 )  # fmt: skip
 
-# By name, because the packages are extras: of botocore, aiohttp, requests, gcsfs, google.auth and azure.core.
+# By name, because the packages are extras: of botocore, aiohttp, requests, gcsfs, google.auth and
+# azure.core.
 TRANSIENT_NAMES = frozenset({
     "HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",
     "IncompleteReadError", "IncompleteRead", "ResponseParserError", "FlexibleChecksumError", "ChecksumError",
     "Timeout", "ChunkedEncodingError", "TransportError", "ServiceRequestError", "ServiceResponseError",
 })  # fmt: skip
 
-# Of S3, with a status that says otherwise. A multipart upload that is gone is begun again; a clock is put right.
+# Of S3, with a status that says otherwise. A multipart upload that is gone is begun again; a clock
+# is put right.
 TRANSIENT_CODES = frozenset({
     "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
     "NoSuchUpload", "Throttling", "ThrottlingException", "RequestLimitExceeded",
 })  # fmt: skip
 
 
-def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: float | None = None) -> T:
-    """``call()``, again with exponential backoff and full jitter for as long as its failure may pass.
+def patiently(
+    call: Callable[[], T], what: str, *, local: bool, retry_for_s: float | None = None
+) -> T:
+    """``call()``, again with exponential backoff and full jitter for as long as its failure may
+    pass.
 
-    Raises ``Unavailable``, with ``what`` and the last error, ``retry_for_s`` (by default ``RETRY_FOR_S``) after the
-    first failure; any other error as it is. A call that fails may still have acted.
+    Raises ``Unavailable``, with ``what`` and the last error, ``retry_for_s`` (by default
+    ``RETRY_FOR_S``) after the first failure; any other error as it is. A call that fails may still
+    have acted.
     """
     began, said = 0.0, False
     for attempt in itertools.count():
@@ -69,8 +84,14 @@ def patiently(call: Callable[[], T], what: str, *, local: bool, retry_for_s: flo
             left = began + (RETRY_FOR_S if retry_for_s is None else retry_for_s) - now
             if left > 0 and not said and now - began >= SAY_AFTER_S and _may_say(now):
                 said = True
-                _log.warning("%s: no answer for %.0f s, at last %s: %s; asking again for up to %.0f s",
-                             what, now - began, type(error).__name__, error, left)  # fmt: skip
+                _log.warning(
+                    "%s: no answer for %.0f s, at last %s: %s; asking again for up to %.0f s",
+                    what,
+                    now - began,
+                    type(error).__name__,
+                    error,
+                    left,
+                )
             if left <= 0:
                 raise Unavailable(
                     f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, at last "
@@ -95,19 +116,25 @@ def _may_say(now: float) -> bool:
 
 
 def is_transient(error: BaseException, *, local: bool = False) -> bool:
-    """Whether the same call may succeed a moment later, as a filesystem's ``error`` and its causes tell."""
+    """Whether the same call may succeed a moment later, as a filesystem's ``error`` and its causes
+    tell.
+    """
     if local:
         return isinstance(error, OSError) and error.errno in LOCAL_ERRNOS
     chain = list(_causes(error))
     if any(_s3_code(e) in TRANSIENT_CODES for e in chain):
         return True
-    if isinstance(error, DEFINITE) or any(isinstance(e, ssl.SSLCertVerificationError) for e in chain):
+    if isinstance(error, DEFINITE) or any(
+        isinstance(e, ssl.SSLCertVerificationError) for e in chain
+    ):
         return False
     for e in chain:  # the newest word counts: a garbled answer is no answer 400
         if status := _status(e):
             return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))
         names = {c.__name__ for c in type(e).__mro__}
-        if isinstance(e, ConnectionError | TimeoutError | socket.gaierror) or not names.isdisjoint(TRANSIENT_NAMES):
+        if isinstance(e, ConnectionError | TimeoutError | socket.gaierror) or not names.isdisjoint(
+            TRANSIENT_NAMES
+        ):
             return True
     return any(isinstance(e, OSError) and e.errno in REMOTE_ERRNOS for e in chain)
 
@@ -122,7 +149,9 @@ def _status(error: BaseException) -> int:
     if isinstance(answer, dict):
         found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        found = next((v for k in ("status", "status_code", "code") if (v := getattr(error, k, None))), None)
+        found = next(
+            (v for k in ("status", "status_code", "code") if (v := getattr(error, k, None))), None
+        )
     return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
 
 
@@ -138,4 +167,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+        current = current.__cause__ or (
+            None if current.__suppress_context__ else current.__context__
+        )

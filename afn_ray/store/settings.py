@@ -1,4 +1,6 @@
-"""The TOML files that users write, on a disk or behind a URL: read within bounds, and what one makes of a run."""
+"""The TOML files that users write, on a disk or behind a URL: read within bounds, and what one
+makes of a run.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ PLACES = ("corpus", "store", "scratch", "thresholds")
 def read_toml(file: str | Path, what: str) -> dict[str, Any]:
     """The values in the TOML ``file``, a path or any fsspec URL; errors call it ``what``.
 
-    Raises ``ConfigError`` for one that cannot be read, is over ``MOST_BYTES`` or is no TOML, ``Unavailable`` where its
-    store does not answer.
+    Raises ``ConfigError`` for one that cannot be read, is over ``MOST_BYTES`` or is no TOML,
+    ``Unavailable`` where its store does not answer.
     """
     try:
         data = _read(str(file))
@@ -46,7 +48,9 @@ def read_toml(file: str | Path, what: str) -> dict[str, Any]:
 
 
 def decode(data: bytes) -> str:
-    """The text in ``data``: UTF-8, or what the byte order mark says that editors on Windows put there."""
+    """The text in ``data``: UTF-8, or what the byte order mark says that editors on Windows put
+    there.
+    """
     for mark, encoding in MARKS:
         if data.startswith(mark):
             return data[len(mark) :].decode(encoding)
@@ -61,11 +65,12 @@ def _read(file: str) -> bytes:
 
 
 def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> RunConfig:
-    """RunConfig from ``values`` (the flags that were given) over the TOML ``file``, a path or fsspec URL; flags win.
+    """RunConfig from ``values`` (the flags that were given) over the TOML ``file``, a path or
+    fsspec URL; flags win.
 
-    Relative paths are below the working folder, wherever the file is. One behind a URL is read on many machines, and
-    may have none. Raises ``ConfigError`` for an unknown key (it lists the known ones), a wrong type, a missing
-    key or such a path.
+    Relative paths are below the working folder, wherever the file is. One behind a URL is read on
+    many machines, and may have none. Raises ``ConfigError`` for an unknown key (it lists the known
+    ones), a wrong type, a missing key or such a path.
     """
     found = {} if file is None else read_toml(file, "config file")
     merged = {**found, **values}
@@ -81,7 +86,9 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
     elif isinstance(corpus, list):
         merged["corpus"] = tuple(corpus)
     if missing := [name for name in ("corpus", "model", "store") if merged.get(name) is None]:
-        raise ConfigError(f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)")
+        raise ConfigError(
+            f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)"
+        )
     config = RunConfig(**merged)
     if "://" in str(file):
         for name in PLACES:

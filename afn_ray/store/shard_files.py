@@ -44,7 +44,9 @@ def shard_uri(store: str, measure_id: str, shard: str) -> str:
 
 
 _IS: dict[str, Callable[[Any], bool]] = {
-    "counts": lambda x: isinstance(x, dict) and all(type(n) is int and 0 <= n < 1 << 62 for n in x.values()),
+    "counts": lambda x: (
+        isinstance(x, dict) and all(type(n) is int and 0 <= n < 1 << 62 for n in x.values())
+    ),
     "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
     "made_by": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
 }
@@ -52,12 +54,16 @@ _IS: dict[str, Callable[[Any], bool]] = {
 
 
 def read_commit(store: str, measure_id: str, shard: str, generation: int = 0) -> Commit | None:
-    """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is damaged."""
+    """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is
+    damaged.
+    """
     found = read_committed(store, measure_id, shard, generation)
     return None if found is None else found[0]
 
 
-def read_committed(store: str, measure_id: str, shard: str, generation: int = 0) -> tuple[Commit, Shard] | None:
+def read_committed(
+    store: str, measure_id: str, shard: str, generation: int = 0
+) -> tuple[Commit, Shard] | None:
     """As ``read_commit``, with the slices that were read and how."""
     uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = read_json(uri)
@@ -84,7 +90,9 @@ def read_committed(store: str, measure_id: str, shard: str, generation: int = 0)
     return commit, read
 
 
-def committed_blocks(store: str, measure_id: str, shard: str, generation: int = 0) -> dict[str, Blocks]:
+def committed_blocks(
+    store: str, measure_id: str, shard: str, generation: int = 0
+) -> dict[str, Blocks]:
     """The blocks of the files of a committed shard, by the names of the files."""
     uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = read_json(uri)
@@ -92,7 +100,10 @@ def committed_blocks(store: str, measure_id: str, shard: str, generation: int = 
         raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
     try:
         files, crc32 = value["files"], value["crc32"]
-        return {str(files[table]["name"]): Blocks.of(files[table]["bytes"], crc32[table]) for table in files}
+        return {
+            str(files[table]["name"]): Blocks.of(files[table]["bytes"], crc32[table])
+            for table in files
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
 
@@ -118,7 +129,9 @@ def blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks
 
 
 def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
-    """One file of a committed shard. Raises ``StoreError`` when it is not what ``entry`` of the commit says."""
+    """One file of a committed shard. Raises ``StoreError`` when it is not what ``entry`` of the
+    commit says.
+    """
     folder = shard_uri(store, measure_id, shard)
     data = storage.read_bytes(storage.join(folder, entry["name"]))
     if sha256(data).hexdigest() != entry["sha256"]:
@@ -153,14 +166,21 @@ def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commit
 
 
 def publish(
-    store: str, measure_id: str, shard: Shard, attempt: str, tables: dict[str, tuple[Path, int]],
-    counts: dict[str, int], seconds: float, made_by: dict[str, str],
-) -> Commit:  # fmt: skip
-    """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard wins.
+    store: str,
+    measure_id: str,
+    shard: Shard,
+    attempt: str,
+    tables: dict[str, tuple[Path, int]],
+    counts: dict[str, int],
+    seconds: float,
+    made_by: dict[str, str],
+) -> Commit:
+    """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard
+    wins.
 
-    Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ from ours:
-    the same shard under the same measure must have the same rows. After ``Unavailable`` nobody knows whether it is
-    committed; the next look at the store tells.
+    Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ
+    from ours: the same shard under the same measure must have the same rows. After ``Unavailable``
+    nobody knows whether it is committed; the next look at the store tells.
     """
     folder = shard_uri(store, measure_id, shard.id)
     files: dict[str, dict[str, Any]] = {}
@@ -177,9 +197,15 @@ def publish(
         storage.delete(uris)
         raise
     commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
-    body = {"schema_version": SCHEMA_VERSION, "measure": measure_id, **asdict(commit), "crc32": crc32,
-            "slices": [asdict(s) for s in shard.slices], "options": asdict(shard.options),
-            "committed_at": datetime.now(UTC).isoformat()}  # fmt: skip
+    body = {
+        "schema_version": SCHEMA_VERSION,
+        "measure": measure_id,
+        **asdict(commit),
+        "crc32": crc32,
+        "slices": [asdict(s) for s in shard.slices],
+        "options": asdict(shard.options),
+        "committed_at": datetime.now(UTC).isoformat(),
+    }
     try:
         storage.write_once(storage.join(folder, commit_name(shard.generation)), sealed(body))
         return commit
@@ -195,10 +221,17 @@ def publish(
             raise
     if winner is None:
         name = commit_name(shard.generation)
-        raise StoreError(f"{folder}/{name} exists but cannot be read back; is something deleting from the store?")
+        raise StoreError(
+            f"{folder}/{name} exists but cannot be read back; is something deleting from the store?"
+        )
     if winner.attempt != attempt:
         storage.delete(uris)
-        if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:  # padding depends on the batches
-            raise StoreError(f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
-                             "is one worker's model or library different?")  # fmt: skip
+        if {**winner.counts, "forward_tokens": 0} != {
+            **counts,
+            "forward_tokens": 0,
+        }:  # padding depends on the batches
+            raise StoreError(
+                f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
+                "is one worker's model or library different?"
+            )
     return winner

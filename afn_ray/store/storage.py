@@ -38,8 +38,8 @@ DELETE_FOR_S = 10.0
 """Of trying again to delete: what stays is garbage, and whoever deletes is on the way out."""
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-# Timeouts in seconds, so that a dead peer is noticed. botocore asks again for one request, a page of a listing or a
-# part of a file; `patiently` for the whole call.
+# Timeouts in seconds, so that a dead peer is noticed. botocore asks again for one request, a page
+# of a listing or a part of a file; `patiently` for the whole call.
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {
@@ -57,7 +57,9 @@ URL_SECRET = re.compile(
     re.IGNORECASE,
 )
 # Of botocore, google.auth and azure.core, by name because the packages are extras.
-FOREIGN_ERRORS = frozenset({"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"})
+FOREIGN_ERRORS = frozenset(
+    {"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"}
+)
 NO_CREDENTIALS = frozenset({
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "SSOError",
     "ProfileNotFound", "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError",
@@ -75,7 +77,8 @@ class AlreadyWritten(AfnError):
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Filesystem of ``uri``, which remembers no listings, and the path in it.
 
-    Raises ``ConfigError`` for a URL that cannot be opened or holds credentials: these come from the environment.
+    Raises ``ConfigError`` for a URL that cannot be opened or holds credentials: these come from the
+    environment.
     """
     if "://" not in uri:  # a local path may hold anything, fsspec's own marks included
         local = LocalFileSystem()
@@ -87,7 +90,9 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
             "give them in the environment"
         )
     if "::" in uri:
-        raise ConfigError(f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)")
+        raise ConfigError(
+            f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)"
+        )
     extra = EXTRAS.get(protocol, "")
     try:
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **OPTIONS.get(extra, {}))
@@ -117,13 +122,17 @@ def is_process_memory(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """``uri`` in the one form under which it is remembered: absolute, with its protocol unless local."""
+    """``uri`` in the one form under which it is remembered: absolute, with its protocol unless
+    local.
+    """
     fs, path = open_filesystem(uri)
     return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
 def below(folder: str) -> Callable[[str], bool]:
-    """A test whether a URI, absolute as listings have it, is ``folder`` or below it; on a local disk by links too."""
+    """A test whether a URI, absolute as listings have it, is ``folder`` or below it; on a local
+    disk by links too.
+    """
     fs, path = open_filesystem(folder)
     root = absolute(folder).rstrip("/")
     real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else None
@@ -132,7 +141,11 @@ def below(folder: str) -> Callable[[str], bool]:
     def is_below(uri: str) -> bool:
         if f"{uri}/".startswith(f"{root}/"):
             return True
-        return real is not None and "://" not in uri and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
+        return (
+            real is not None
+            and "://" not in uri
+            and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
+        )
 
     return is_below
 
@@ -152,7 +165,9 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
             raise kind(f"{action} {uri}: no such {what}") from error
         if isinstance(error, PermissionError):
             why = f" ({error})" if error.errno is None and str(error) else ""
-            raise kind(f"{action} {uri}: permission denied; check owner, mode or credentials{why}") from error
+            raise kind(
+                f"{action} {uri}: permission denied; check owner, mode or credentials{why}"
+            ) from error
         if error.errno in UNSUPPORTED:
             raise kind(
                 f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a folder elsewhere"
@@ -164,20 +179,33 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
             raise kind(
                 f"{action} {uri}: {error}; give credentials in the environment, as for the store's own tools"
             ) from error
-        if isinstance(error, ValueError) and "endpoint" in str(error):  # botocore's, of what the environment says
-            raise ConfigError(f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port") from error
+        if isinstance(error, ValueError) and "endpoint" in str(
+            error
+        ):  # botocore's, of what the environment says
+            raise ConfigError(
+                f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port"
+            ) from error
         if not names.isdisjoint(FOREIGN_ERRORS):
             raise kind(f"{action} {uri}: {error}") from error
         raise
 
 
-def _ask(fs: fsspec.AbstractFileSystem, action: str, uri: str, kind: type[AfnError], call: Callable[[], T]) -> T:
-    """``call()`` on ``fs``, again while it fails in passing, its errors ours. Raises ``Unavailable`` at last."""
+def _ask(
+    fs: fsspec.AbstractFileSystem,
+    action: str,
+    uri: str,
+    kind: type[AfnError],
+    call: Callable[[], T],
+) -> T:
+    """``call()`` on ``fs``, again while it fails in passing, its errors ours. Raises
+    ``Unavailable`` at last.
+    """
     with _named(action, uri, kind):
         return patiently(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
 
 
-# --- reading ---------------------------------------------------------------------------------------------
+# --- reading
+# ---------------------------------------------------------------------------------------------
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -196,7 +224,9 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
         now = Path(name).stat()
         return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
     if info.get("size") is None:
-        raise CorpusError(f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that tells")
+        raise CorpusError(
+            f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that tells"
+        )
     return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"]), _version(info))
 
 
@@ -209,9 +239,9 @@ def stat(uri: str) -> FileInfo:
 def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
     """Files that ``pattern`` (a file, a folder with all below it, or a glob) names, sorted by URI.
 
-    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do. Links are
-    followed. Raises ``CorpusError`` when there are none, and rather than leave out what cannot be listed.
-    ``left_out`` gets what else a remote listing had, files and folders.
+    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do.
+    Links are followed. Raises ``CorpusError`` when there are none, and rather than leave out what
+    cannot be listed. ``left_out`` gets what else a remote listing had, files and folders.
     """
     fs, path = open_filesystem(pattern)
     others: list[str] = []
@@ -222,14 +252,20 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
         raise CorpusError(f"{pattern}: no files match")
     for file in found:
         if not file.uri.isascii() and any("\ud800" <= c <= "\udfff" for c in file.uri):
-            raise CorpusError(f"listing {pattern}: the name of {file.uri!r} is not UTF-8; rename or move the file")
+            raise CorpusError(
+                f"listing {pattern}: the name of {file.uri!r} is not UTF-8; rename or move the file"
+            )
     return sorted(found, key=lambda f: f.uri)
 
 
-def _match(fs: fsspec.AbstractFileSystem, path: str, pattern: str, left_out: list[str]) -> list[FileInfo]:
+def _match(
+    fs: fsspec.AbstractFileSystem, path: str, pattern: str, left_out: list[str]
+) -> list[FileInfo]:
     local = isinstance(fs, LocalFileSystem)
     info = _info(fs, path)
-    if info is not None and info["type"] == "file":  # a file or folder whose name holds * or [ is still one
+    if (
+        info is not None and info["type"] == "file"
+    ):  # a file or folder whose name holds * or [ is still one
         return [_file_info(fs, info)]
     if info is not None and info["type"] == "directory":
         if local:
@@ -258,7 +294,9 @@ def _sifted(
 
 
 def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
-    """What ``fs`` knows of ``path``; None when there is nothing. fsspec's own exists() takes any failure for that."""
+    """What ``fs`` knows of ``path``; None when there is nothing. fsspec's own exists() takes any
+    failure for that.
+    """
     try:
         return cast(dict[str, Any], fs.info(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -266,26 +304,38 @@ def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
 
 
 def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any]]:
-    """All files below ``folder``. fsspec's own find leaves out folders that it cannot list; object stores' do not."""
+    """All files below ``folder``. fsspec's own find leaves out folders that it cannot list; object
+    stores' do not.
+    """
     own = getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find) or (
         not isinstance(fs, AsyncFileSystem) and type(fs).find is not fsspec.AbstractFileSystem.find
     )
     found = fs.find(folder, detail=True, **({} if own else {"on_error": "raise"}))
-    return (info for name, info in found.items() if info["type"] == "file" and not name.endswith("/"))
+    return (
+        info for name, info in found.items() if info["type"] == "file" and not name.endswith("/")
+    )
 
 
-def _glob(fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Files that match ``pattern``, one level of folders after the other; fsspec's own leaves out as its find does."""
+def _glob(
+    fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Files that match ``pattern``, one level of folders after the other; fsspec's own leaves out
+    as its find does.
+    """
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     folders = ["/".join(parts[:fixed])]
     for depth, part in enumerate(parts[fixed:], fixed + 1):
-        matches = re.compile(glob_translate("/".join(parts[:depth] if "**" not in part else parts))).match
+        matches = re.compile(
+            glob_translate("/".join(parts[:depth] if "**" not in part else parts))
+        ).match
         if "**" in part:
             for folder in folders:
                 yield from _sifted(_below(fs, folder), matches, left_out)
             return
-        entries = [i for folder in folders for i in _sifted(fs.ls(folder, detail=True), matches, left_out)]
+        entries = [
+            i for folder in folders for i in _sifted(fs.ls(folder, detail=True), matches, left_out)
+        ]
         folders = [info["name"] for info in entries if info["type"] == "directory"]
         if depth == len(parts):
             yield from (info for info in entries if info["type"] == "file")
@@ -297,10 +347,14 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Files below the local ``folder``. fsspec's own walk leaves out what it may not list, and follows no links."""
+    """Files below the local ``folder``. fsspec's own walk leaves out what it may not list, and
+    follows no links.
+    """
 
     def fail(error: OSError) -> None:
-        raise CorpusError(f"listing {error.filename}: {error.strerror}; a corpus is listed whole or not at all")
+        raise CorpusError(
+            f"listing {error.filename}: {error.strerror}; a corpus is listed whole or not at all"
+        )
 
     seen: set[str] = set()  # a link may lead back up
     for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -317,23 +371,33 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def open_read(uri: str) -> IO[bytes]:
-    """A seekable binary reader of ``uri``, which reads ahead on a remote filesystem and holds nothing open there."""
+    """A seekable binary reader of ``uri``, which reads ahead on a remote filesystem and holds
+    nothing open there.
+    """
     fs, path = open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         return cast(IO[bytes], _ask(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb")))
     size = stat(uri).size
 
     def read(start: int, end: int) -> bytes:
-        return _ask(fs, "reading", uri, CorpusError, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+        return _ask(
+            fs, "reading", uri, CorpusError, lambda: bytes(fs.cat_file(path, start=start, end=end))
+        )
 
-    return io.BufferedReader(RangeFile(read, size, SimpleNamespace()), max(1, min(READ_AHEAD_BYTES, size)))
+    return io.BufferedReader(
+        RangeFile(read, size, SimpleNamespace()), max(1, min(READ_AHEAD_BYTES, size))
+    )
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes ``start`` to ``end`` (exclusive) of ``uri``; all of it by default. ``StoreError`` if absent."""
+    """The bytes ``start`` to ``end`` (exclusive) of ``uri``; all of it by default. ``StoreError``
+    if absent.
+    """
     fs, path = open_filesystem(uri)
     try:
-        return _ask(fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end)))
+        return _ask(
+            fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end))
+        )
     except StoreError as error:
         if not start and http_status(error) == 416:  # a bucket has no first byte of an empty object
             return b""
@@ -341,14 +405,18 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
 
 
 def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
-    """All of ``uri``, or None when there is no such file. ``StoreError`` where it has more than ``most_bytes``."""
+    """All of ``uri``, or None when there is no such file. ``StoreError`` where it has more than
+    ``most_bytes``.
+    """
     end = None if most_bytes is None else most_bytes + 1
     try:
         data = read_bytes(uri, 0, end)
         if not data and is_local(uri) and disk.wait_for_content(Path(absolute(uri)), disk.READER_S):
             data = read_bytes(uri, 0, end)
         if most_bytes is not None and len(data) > most_bytes:
-            raise StoreError(f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote")
+            raise StoreError(
+                f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote"
+            )
         return data
     except StoreError as error:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
@@ -387,7 +455,8 @@ class StoredFile:
 
 
 def list_below(uri: str) -> list[StoredFile]:
-    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such folder.
+    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such
+    folder.
 
     What goes or comes meanwhile is in it or not; all else is. Links are no files of a store.
     """
@@ -400,8 +469,9 @@ def list_below(uri: str) -> list[StoredFile]:
             return []
         return [
             StoredFile(str(fs.unstrip_protocol(name)), int(info["size"]), _modified_s(info))
-            for name, info in found.items() if info["type"] == "file"
-        ]  # fmt: skip
+            for name, info in found.items()
+            if info["type"] == "file"
+        ]
 
     local = isinstance(fs, LocalFileSystem)
     ask = (lambda: list(_local_files(path))) if local else files
@@ -435,14 +505,15 @@ def _modified_s(info: dict[str, Any]) -> float:
     return time.time()
 
 
-# --- writing ---------------------------------------------------------------------------------------------
+# --- writing
+# ---------------------------------------------------------------------------------------------
 
 
 def write_once(uri: str, data: bytes) -> None:
     """Create ``uri`` with ``data``, whole or not at all. Raises ``AlreadyWritten`` when it exists.
 
-    On a remote filesystem that may be our own: a first try can have written although its answer was lost. After
-    ``Unavailable`` nobody knows whether it is there, or will be.
+    On a remote filesystem that may be our own: a first try can have written although its answer was
+    lost. After ``Unavailable`` nobody knows whether it is there, or will be.
     """
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
@@ -459,7 +530,9 @@ def write_once(uri: str, data: bytes) -> None:
         except FileExistsError:
             raise AlreadyWritten(uri) from None
         except OSError as error:
-            if http_status(error) == 412:  # not every store says which precondition failed; we made but one
+            if (
+                http_status(error) == 412
+            ):  # not every store says which precondition failed; we made but one
                 raise AlreadyWritten(uri) from None
             raise
 
@@ -467,20 +540,26 @@ def write_once(uri: str, data: bytes) -> None:
 
 
 def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
-    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. No result goes this way.
+    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. No result goes
+    this way.
 
-    A store that does not answer is asked again for ``retry_for_s`` (None: as for anything else), by default not at
-    all. Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two is there.
+    A store that does not answer is asked again for ``retry_for_s`` (None: as for anything else), by
+    default not at all. Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two
+    is there.
     """
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
-    write = (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
+    write = (
+        (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
+    )
     with _named("writing", uri, StoreError):
         patiently(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
 
 def upload(local: Path, uri: str) -> None:
-    """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before its commit."""
+    """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before
+    its commit.
+    """
     fs, path = open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         _ask(fs, "writing", uri, StoreError, lambda: disk.copy(local, Path(path)))
@@ -500,11 +579,16 @@ def delete(uris: list[str]) -> None:
 
 
 def remove(uri: str, retry_for_s: float | None = None) -> None:
-    """Remove the file ``uri``; one that is gone is no error. Raises ``StoreError`` when it may not be removed."""
+    """Remove the file ``uri``; one that is gone is no error. Raises ``StoreError`` when it may not
+    be removed.
+    """
     fs, path = open_filesystem(uri)
     with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
         patiently(
-            partial(fs.rm_file, path), f"deleting {uri}", local=isinstance(fs, LocalFileSystem), retry_for_s=retry_for_s
+            partial(fs.rm_file, path),
+            f"deleting {uri}",
+            local=isinstance(fs, LocalFileSystem),
+            retry_for_s=retry_for_s,
         )
 
 
@@ -521,14 +605,18 @@ def remove_if_empty(uri: str) -> None:
 
 
 def modified_s(uri: str) -> float | None:
-    """When ``uri`` was written, Unix time by its filesystem's clock; None when there is no such file."""
+    """When ``uri`` was written, Unix time by its filesystem's clock; None when there is no such
+    file.
+    """
     fs, path = open_filesystem(uri)
     info = _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
     return None if info is None else _modified_s(info)
 
 
 def clock_s(uri: str) -> float:
-    """Unix time by the clock of the filesystem at ``uri``, which dates its files; it writes one there to see."""
+    """Unix time by the clock of the filesystem at ``uri``, which dates its files; it writes one
+    there to see.
+    """
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
     try:
         with contextlib.suppress(AlreadyWritten):
@@ -547,7 +635,9 @@ def check_writable(uri: str) -> None:
 def try_writable(uri: str) -> None:
     """As ``check_writable``; folders that it makes on a disk are removed again."""
     local = None if "://" in uri else Path(uri)
-    missing = [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
+    missing = (
+        [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
+    )
     try:
         _probe(uri)
     finally:
@@ -564,14 +654,18 @@ def _probe(uri: str) -> None:
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
     text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
     try:
-        with contextlib.suppress(AlreadyWritten):  # our own, its first answer lost: nobody else has this name
+        with contextlib.suppress(
+            AlreadyWritten
+        ):  # our own, its first answer lost: nobody else has this name
             write_once(probe, text)
         write_once(probe, text)
     except AlreadyWritten:
         return
     finally:
         delete([probe])
-    raise StoreError(f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be safe")
+    raise StoreError(
+        f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be safe"
+    )
 
 
 def find_lacks(uri: str) -> list[str]:
@@ -584,17 +678,23 @@ def find_lacks(uri: str) -> list[str]:
 
 @contextlib.contextmanager
 def write_local(path: Path) -> Iterator[IO[bytes]]:
-    """A file of this machine that appears whole, once what is written is complete, or not at all."""
+    """A file of this machine that appears whole, once what is written is complete, or not at
+    all.
+    """
     if path.exists() and not path.is_file():  # a pipe, /dev/stdout
         with path.open("wb") as file:
             yield file
         return
-    unfinished = path.with_name(f".{path.name[:40]}-{os.getpid()}")  # as long a name as there may be, and a bit
+    unfinished = path.with_name(
+        f".{path.name[:40]}-{os.getpid()}"
+    )  # as long a name as there may be, and a bit
     try:
         with unfinished.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # a machine that dies leaves what was there or all of this, not an empty file
+            os.fsync(
+                file.fileno()
+            )  # a machine that dies leaves what was there or all of this, not an empty file
         unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
@@ -608,13 +708,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-# --- reading by name -------------------------------------------------------------------------------------
+# --- reading by name
+# -------------------------------------------------------------------------------------
 
 
 class RangeFile(io.RawIOBase):
-    """A file read by ranges: between reads nothing is open, so thousands of files need no descriptors.
+    """A file read by ranges: between reads nothing is open, so thousands of files need no
+    descriptors.
 
-    ``position`` is where its reader is: a ``threading.local`` gives every thread a reader of its own.
+    ``position`` is where its reader is: a ``threading.local`` gives every thread a reader of its
+    own.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size: int, position: Any) -> None:

@@ -1,9 +1,11 @@
-"""How many tokens and documents slices have: all of them counted where they are few, else estimated with an interval.
+"""How many tokens and documents slices have: all of them counted where they are few, else estimated
+with an interval.
 
-The estimate draws places in the slices' bytes, in runs of slices each for itself, so that every byte of a run has the
-same chance however long files and documents are. What is around a place gives tokens per byte there; their mean times
-the run's bytes is the run's estimate. The spread of the places gives its variance, the degrees of freedom are those of
-Welch and Satterthwaite, and Student's t gives the interval (Cochran, Sampling Techniques, 1977, 5.4 and 9A).
+The estimate draws places in the slices' bytes, in runs of slices each for itself, so that every
+byte of a run has the same chance however long files and documents are. What is around a place gives
+tokens per byte there; their mean times the run's bytes is the run's estimate. The spread of the
+places gives its variance, the degrees of freedom are those of Welch and Satterthwaite, and
+Student's t gives the interval (Cochran, Sampling Techniques, 1977, 5.4 and 9A).
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Tokens, special ones among them, and documents of slices; ``low`` and ``high`` are the same where all are
-    counted, else they bound the 95 % interval."""
+    """Tokens, special ones among them, and documents of slices; ``low`` and ``high`` are the same
+    where all are counted, else they bound the 95 % interval.
+    """
 
     tokens: int
     low: int
@@ -70,7 +73,8 @@ class _Density:
 def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
     """Count or estimate what ``slices`` hold; the same slices give the same answer.
 
-    Raises what ``reading.read`` raises for files that are not those that were planned, or cannot be read.
+    Raises what ``reading.read`` raises for files that are not those that were planned, or cannot be
+    read.
     """
     if sum(piece.num_bytes for piece in slices) <= EXACT_BYTES:
         found = _count_all(slices, options, encoder)
@@ -79,7 +83,9 @@ def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncode
     return _estimate(slices, options, encoder)
 
 
-def _count_all(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count | None:
+def _count_all(
+    slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder
+) -> Count | None:
     """None where the text is more than ``EXACT_TEXT_BYTES``."""
     num_tokens = num_documents = num_bytes = 0
     documents = (d for piece in slices for d in reading.read(piece, options))
@@ -92,15 +98,22 @@ def _count_all(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextE
     return Count(num_tokens, num_tokens, num_tokens, num_documents, True, True)
 
 
-# --- the estimate ----------------------------------------------------------------------------------------
+# --- the estimate
+# ----------------------------------------------------------------------------------------
 
 
 def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
-    chance = np.random.default_rng(int(fingerprint([piece.identity for piece in slices[:SEEDED_BY]]), 16))
+    chance = np.random.default_rng(
+        int(fingerprint([piece.identity for piece in slices[:SEEDED_BY]]), 16)
+    )
     ends = np.cumsum([piece.num_bytes for piece in slices])
     strata = _strata(ends)
     drawn = [
-        sorted(chance.integers(begin, end, max(LEAST_PLACES, round(PLACES * (end - begin) / ends[-1]))).tolist())
+        sorted(
+            chance.integers(
+                begin, end, max(LEAST_PLACES, round(PLACES * (end - begin) / ends[-1]))
+            ).tolist()
+        )
         for begin, end in strata
     ]
     at = [[int(np.searchsorted(ends, place, "right")) for place in places] for places in drawn]
@@ -116,21 +129,31 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
         size = end - begin
         tokens += size * statistics.fmean(d.tokens for d in found)
         unknown += size * statistics.fmean(
-            d.documents if slices[i].num_documents < 0 else 0.0 for i, d in zip(group, found, strict=True)
+            d.documents if slices[i].num_documents < 0 else 0.0
+            for i, d in zip(group, found, strict=True)
         )
-        variances.append((size**2 * statistics.variance(d.tokens for d in found) / len(found), len(found) - 1))
+        variances.append(
+            (size**2 * statistics.variance(d.tokens for d in found) / len(found), len(found) - 1)
+        )
     half = _student(variances) * math.sqrt(sum(v for v, _ in variances))
     known = [piece.num_documents for piece in slices]
     return Count(
-        round(tokens), max(0, round(tokens - half)), round(tokens + half),
-        sum(max(0, n) for n in known) + round(unknown), False, min(known) >= 0, reader.num_beginnings,
-    )  # fmt: skip
+        round(tokens),
+        max(0, round(tokens - half)),
+        round(tokens + half),
+        sum(max(0, n) for n in known) + round(unknown),
+        False,
+        min(known) >= 0,
+        reader.num_beginnings,
+    )
 
 
 def _strata(ends: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Runs of slices, which end at the bytes ``ends``: as few as have a ``STRATA``-th of all bytes or more.
+    """Runs of slices, which end at the bytes ``ends``: as few as have a ``STRATA``-th of all bytes
+    or more.
 
-    A large slice is thus a run of its own: what differs between large files adds nothing to the variance.
+    A large slice is thus a run of its own: what differs between large files adds nothing to the
+    variance.
     """
     strata: list[tuple[int, int]] = []
     begin = before = 0
@@ -150,7 +173,9 @@ def _strata(ends: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _student(variances: Sequence[tuple[float, int]]) -> float:
-    """The quantile of Student's t for a sum of ``variances``, each with its degrees of freedom (Abramowitz 26.7.5)."""
+    """The quantile of Student's t for a sum of ``variances``, each with its degrees of freedom
+    (Abramowitz 26.7.5).
+    """
     squares = sum(v * v / n for v, n in variances)
     freedom = max(3.0, sum(v for v, _ in variances) ** 2 / squares) if squares else math.inf
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -160,13 +185,23 @@ def _student(variances: Sequence[tuple[float, int]]) -> float:
 def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
     """Whether any part of ``piece`` can be read without what is before it."""
     # Of UTF-16, which is not cut, the documents are not counted.
-    return reading.is_lines(piece.format, options) and not piece.compression and piece.num_documents >= 0
+    return (
+        reading.is_lines(piece.format, options)
+        and not piece.compression
+        and piece.num_documents >= 0
+    )
 
 
 class _Reader:
     """Reads what is around places, and encodes a little of it."""
 
-    def __init__(self, options: ReadOptions, encoder: TextEncoder, chance: np.random.Generator, num_whole: int) -> None:
+    def __init__(
+        self,
+        options: ReadOptions,
+        encoder: TextEncoder,
+        chance: np.random.Generator,
+        num_whole: int,
+    ) -> None:
         self._options, self._encoder, self._chance = options, encoder, chance
         self._most_bytes = max(LEAST_READ_BYTES, READ_BYTES // max(1, num_whole))
         self.num_beginnings = 0
@@ -178,7 +213,9 @@ class _Reader:
         return self._of_whole(piece, len(places))
 
     def _of_lines(self, piece: FileSlice, place: int) -> _Density:
-        """Of the block that ``place`` is in; a line on its edge counts by the part of it that is inside."""
+        """Of the block that ``place`` is in; a line on its edge counts by the part of it that is
+        inside.
+        """
         begin = piece.start + place // BLOCK_BYTES * BLOCK_BYTES
         end = min(begin + BLOCK_BYTES, piece.end)
         first, last = _line_start(piece, begin), _line_end(piece, end)
@@ -194,17 +231,24 @@ class _Reader:
         return _Density(tokens / (end - begin), num / (end - begin))
 
     def _count(self, documents: Sequence[Document]) -> list[float]:
-        """Tokens of each of ``documents``; of a long one as many as a part of it, drawn by chance, leads to expect."""
+        """Tokens of each of ``documents``; of a long one as many as a part of it, drawn by chance,
+        leads to expect.
+        """
         parts = [self._part(d.text) for d in documents]
         template = self._encoder.template
         extra = len(template.prefix) + len(template.suffix)
         counts = self._encoder.count([text for text, _ in parts])
-        return [extra + (n - extra) * factor if n else 0.0 for n, (_, factor) in zip(counts, parts, strict=True)]
+        return [
+            extra + (n - extra) * factor if n else 0.0
+            for n, (_, factor) in zip(counts, parts, strict=True)
+        ]
 
     def _part(self, text: str) -> tuple[str, float]:
         if len(text) <= 2 * BLOCK_BYTES:
             return text, 1.0
-        begin = int(self._chance.integers(len(text)))  # what goes over the end goes on at the beginning
+        begin = int(
+            self._chance.integers(len(text))
+        )  # what goes over the end goes on at the beginning
         part = text[begin : begin + BLOCK_BYTES]
         part += text[: BLOCK_BYTES - len(part)]
         return part, len(text) / BLOCK_BYTES
@@ -214,7 +258,9 @@ class _Reader:
         texts: list[str] = []
         num_bytes = 0
         read, share = piece, 1.0
-        is_stream = piece.format in ("csv", "conllu") or reading.is_lines(piece.format, self._options)
+        is_stream = piece.format in ("csv", "conllu") or reading.is_lines(
+            piece.format, self._options
+        )
         if is_stream and piece.num_bytes > self._most_bytes:
             read = _part_of(piece, piece.start, piece.start + self._most_bytes)
             share = self._most_bytes / piece.num_bytes
@@ -235,7 +281,9 @@ class _Reader:
         template = self._encoder.template
         extra = (len(template.prefix) + len(template.suffix)) * len(with_text)
         for _ in range(num_places):
-            parts = list(_window(with_text, ends, int(self._chance.integers(ends[-1])), BLOCK_BYTES))
+            parts = list(
+                _window(with_text, ends, int(self._chance.integers(ends[-1])), BLOCK_BYTES)
+            )
             alone = len(template.prefix) + len(template.suffix)
             counts = [max(0, n - alone) for n in self._encoder.count(parts).tolist()]
             per_character = sum(counts) / sum(map(len, parts))
@@ -244,7 +292,9 @@ class _Reader:
 
 
 def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) -> Iterator[str]:
-    """Parts of ``texts``, one behind the other and around the end, from character ``begin`` on: ``size`` in all."""
+    """Parts of ``texts``, one behind the other and around the end, from character ``begin`` on:
+    ``size`` in all.
+    """
     size = min(size, ends[-1])
     at = bisect.bisect_right(ends, begin)
     offset = begin - (ends[at] - len(texts[at]))
@@ -258,7 +308,9 @@ def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) ->
 def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
     """The bytes ``begin`` to ``end`` of the file of ``piece``, as a slice of their own."""
     sha256 = hashlib.sha256(storage.read_bytes(piece.uri, begin, end)).hexdigest()
-    return replace(piece, start=begin, end=end, num_bytes=end - begin, num_documents=-1, sha256=sha256)
+    return replace(
+        piece, start=begin, end=end, num_bytes=end - begin, num_documents=-1, sha256=sha256
+    )
 
 
 def _line_start(piece: FileSlice, at: int) -> int:

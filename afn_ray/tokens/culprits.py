@@ -12,9 +12,11 @@ REASON_CHARS = 200
 
 
 def is_of_input(error: BaseException) -> bool:
-    """Whether ``error`` may be the fault of what was given: not of memory, a disk, a signal, and none of ours.
+    """Whether ``error`` may be the fault of what was given: not of memory, a disk, a signal, and
+    none of ours.
 
-    A panic of a Rust library is a ``BaseException``, so that nobody takes it for an ordinary error; here it is one.
+    A panic of a Rust library is a ``BaseException``, so that nobody takes it for an ordinary error;
+    here it is one.
     """
     if type(error).__name__ == "PanicException":
         return True
@@ -22,12 +24,15 @@ def is_of_input(error: BaseException) -> bool:
 
 
 def find_culprits(
-    attempt: Callable[[list[int]], object], suspects: Sequence[int], may_blame: Callable[[BaseException], bool]
+    attempt: Callable[[list[int]], object],
+    suspects: Sequence[int],
+    may_blame: Callable[[BaseException], bool],
 ) -> dict[int, BaseException]:
     """Those of ``suspects`` for which ``attempt`` raises when they are alone, with what it raises.
 
-    The result depends on ``suspects`` alone. n suspects with k culprits take about 2 k log2(n) calls, and each halving
-    looks at every suspect once at most. Errors that ``may_blame`` denies are raised.
+    The result depends on ``suspects`` alone. n suspects with k culprits take about 2 k log2(n)
+    calls, and each halving looks at every suspect once at most. Errors that ``may_blame`` denies
+    are raised.
     """
     culprits: dict[int, BaseException] = {}
     groups = [list(suspects)]

@@ -39,8 +39,8 @@ class Template:
 class Encoded:
     """Tokens of some documents, one after the other, each with its template around it.
 
-    Document i holds the rows ``bounds[i]`` to ``bounds[i + 1]``; none when its text has no token at all, or is at
-    fault: ``problems`` says why.
+    Document i holds the rows ``bounds[i]`` to ``bounds[i + 1]``; none when its text has no token at
+    all, or is at fault: ``problems`` says why.
     """
 
     bounds: npt.NDArray[np.int64]  # [n_docs + 1]
@@ -67,10 +67,11 @@ UNIGRAM_UNKNOWN = "<unk>"
 
 
 class TextEncoder:
-    """A fast tokenizer set up to encode untrusted texts of any length, without truncation or padding.
+    """A fast tokenizer set up to encode untrusted texts of any length, without truncation or
+    padding.
 
-    ``num_embeddings``: token ids that the model has a vector for; None: not known. Raises ``ModelError`` for a
-    tokenizer that cannot encode even an "a".
+    ``num_embeddings``: token ids that the model has a vector for; None: not known. Raises
+    ``ModelError`` for a tokenizer that cannot encode even an "a".
     """
 
     def __init__(self, tokenizer: Tokenizer, num_embeddings: int | None = None) -> None:
@@ -80,8 +81,12 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._num_ids = MOST_IDS if num_embeddings is None else num_embeddings
         self.template = self._find_template()
-        if beyond := [i for i in (*self.template.prefix, *self.template.suffix) if i >= self._num_ids]:
-            raise ModelError(f"the tokenizer puts {self._name(beyond[0])} around every text, and {self._beyond}")
+        if beyond := [
+            i for i in (*self.template.prefix, *self.template.suffix) if i >= self._num_ids
+        ]:
+            raise ModelError(
+                f"the tokenizer puts {self._name(beyond[0])} around every text, and {self._beyond}"
+            )
 
     def _find_template(self) -> Template:
         try:
@@ -92,7 +97,9 @@ class TextEncoder:
             raise ModelError(f"the tokenizer cannot encode 'a': {first_line(error)}") from error
         text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         if not text or text != list(range(text[0], text[-1] + 1)):
-            raise ModelError(f"the tokenizer makes {encoding.tokens} of 'a': no text between its special tokens")
+            raise ModelError(
+                f"the tokenizer makes {encoding.tokens} of 'a': no text between its special tokens"
+            )
         return Template(tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :]))
 
     def texts(self) -> tuple[list[str], list[str]]:
@@ -110,9 +117,15 @@ class TextEncoder:
 
     @property
     def unknown(self) -> int | None:
-        """Id of the token for what is in no vocabulary; None where there is none, as in one of bytes."""
+        """Id of the token for what is in no vocabulary; None where there is none, as in one of
+        bytes.
+        """
         model = self._tokenizer.model
-        token = UNIGRAM_UNKNOWN if type(model).__name__ == "Unigram" else getattr(model, "unk_token", None)
+        token = (
+            UNIGRAM_UNKNOWN
+            if type(model).__name__ == "Unigram"
+            else getattr(model, "unk_token", None)
+        )
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def count(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -120,13 +133,17 @@ class TextEncoder:
         return np.diff(self.encode(texts).bounds)
 
     def encode(
-        self, texts: Sequence[str], replaced: Sequence[bool] | None = None, refused: Mapping[int, str] | None = None
+        self,
+        texts: Sequence[str],
+        replaced: Sequence[bool] | None = None,
+        refused: Mapping[int, str] | None = None,
     ) -> Encoded:
         """Tokens of ``texts``; ``replaced`` marks those in which U+FFFD stands for invalid UTF-8.
 
-        A text that the tokenizer cannot take, or that gets a token that the model or the text does not have, is given
-        none, as an empty one, and the reason. ``refused``: texts that are known to be at fault, and why. Raises
-        ``ModelError`` for a tokenizer that can take nothing any more.
+        A text that the tokenizer cannot take, or that gets a token that the model or the text does
+        not have, is given none, as an empty one, and the reason. ``refused``: texts that are known
+        to be at fault, and why. Raises ``ModelError`` for a tokenizer that can take nothing any
+        more.
         """
         problems = dict(refused or {})
         encodings = self._encodings(texts, problems)
@@ -145,19 +162,25 @@ class TextEncoder:
         text_of = np.repeat(np.arange(len(texts)), lengths)
         rows = np.arange(n) + (bounds[:-1] + before - first)[text_of]
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, n)
-        spans = np.fromiter(chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2 * n)
+        spans = np.fromiter(
+            chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2 * n
+        )
         if found := self._find_wrong(texts, text_of, ids, spans):
             return self.encode(texts, replaced, problems | found)
         token_ids[rows], inside = ids, spans.astype(np.int32)
         start[rows], end[rows] = inside[::2], inside[1::2]
-        words = np.fromiter((-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n)
+        words = np.fromiter(
+            (-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n
+        )
         characters, origin = _characters(texts)
         at = origin[text_of]  # of each token's text, among the characters
         starts = _word_starts(text_of, words, inside[::2], inside[1::2], characters, at)
         flags[rows] = starts * np.uint8(WORD_START)
         heads = np.flatnonzero(starts)
         tails = np.append(heads, n)[1:] - 1  # the last token of each word
-        word_end[rows[heads]] = _with_marks(tails, text_of, inside[::2], inside[1::2], characters, at, origin)
+        word_end[rows[heads]] = _with_marks(
+            tails, text_of, inside[::2], inside[1::2], characters, at, origin
+        )
         for i in np.flatnonzero(replaced if replaced is not None else []).tolist():
             for row in range(bounds[i] + before, bounds[i] + before + lengths[i]):
                 if "\ufffd" in texts[i][start[row] : end[row]]:
@@ -183,28 +206,43 @@ class TextEncoder:
                 raise
             found = find_culprits(encode, kept, is_of_input)
         self._find_template()  # or it is no text's fault
-        problems |= {i: f"the tokenizer cannot take it: {first_line(why)}" for i, why in found.items()}
+        problems |= {
+            i: f"the tokenizer cannot take it: {first_line(why)}" for i, why in found.items()
+        }
         return encode([i for i in kept if i not in problems])
 
     def _find_wrong(
-        self, texts: Sequence[str], text_of: npt.NDArray[np.int64], ids: npt.NDArray[np.int64],
+        self,
+        texts: Sequence[str],
+        text_of: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.int64],
         spans: npt.NDArray[np.int64],
-    ) -> dict[int, str]:  # fmt: skip
-        """Texts with a token that the model has no vector for, or whose characters they do not have; and why."""
+    ) -> dict[int, str]:
+        """Texts with a token that the model has no vector for, or whose characters they do not
+        have; and why.
+        """
         start, end = spans[::2], spans[1::2]
         beyond = ids >= self._num_ids
-        outside = (start < 0) | (end < start) | (end > np.array([len(t) for t in texts], np.int64)[text_of])
+        outside = (
+            (start < 0)
+            | (end < start)
+            | (end > np.array([len(t) for t in texts], np.int64)[text_of])
+        )
         problems: dict[int, str] = {}
         for at in np.flatnonzero(beyond | outside).tolist():
             text = int(text_of[at])
             why = f"{self._name(int(ids[at]))}: {self._beyond}"
             if not beyond[at]:
-                why = f"the tokenizer gives characters {start[at]} to {end[at]} of {len(texts[text])}"
+                why = (
+                    f"the tokenizer gives characters {start[at]} to {end[at]} of {len(texts[text])}"
+                )
             problems.setdefault(text, why)
         return problems
 
     def _name(self, token_id: int) -> str:
-        return f"token id {token_id} ({(self._tokenizer.id_to_token(token_id) or '')[:NAME_CHARS]!r})"
+        return (
+            f"token id {token_id} ({(self._tokenizer.id_to_token(token_id) or '')[:NAME_CHARS]!r})"
+        )
 
     @property
     def _beyond(self) -> str:
@@ -212,21 +250,27 @@ class TextEncoder:
 
 
 def _characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """Code points of all ``texts``, and where each text begins among them, with the end behind the last."""
+    """Code points of all ``texts``, and where each text begins among them, with the end behind the
+    last.
+    """
     characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     return characters, np.cumsum([0, *map(len, texts)], dtype=np.int64)
 
 
 def _word_starts(
-    text_of: npt.NDArray[np.int64], words: Int32, start: Int32, end: Int32,
-    characters: npt.NDArray[np.uint32], origin: npt.NDArray[np.int64],
-) -> npt.NDArray[np.bool_]:  # fmt: skip
-    """Which text tokens start a word: the first of a text, a new pre-tokenizer word, or a token with white space
-    before or at its first character.
+    text_of: npt.NDArray[np.int64],
+    words: Int32,
+    start: Int32,
+    end: Int32,
+    characters: npt.NDArray[np.uint32],
+    origin: npt.NDArray[np.int64],
+) -> npt.NDArray[np.bool_]:
+    """Which text tokens start a word: the first of a text, a new pre-tokenizer word, or a token
+    with white space before or at its first character.
 
-    The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word. A single space that
-    is a token of its own, as before a rare word or a number, is part of the word behind it. Nothing starts within a
-    character, though a normalizer may make words of one.
+    The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word. A
+    single space that is a token of its own, as before a rare word or a number, is part of the word
+    behind it. Nothing starts within a character, though a normalizer may make words of one.
     """
     new_text = np.diff(text_of, prepend=-1) != 0
     new_word = np.diff(words, prepend=-2) != 0
@@ -245,43 +289,68 @@ def _word_starts(
 
 
 def _join_at_marks(
-    starts: npt.NDArray[np.bool_], new_text: npt.NDArray[np.bool_], start: Int32, end: Int32,
-    characters: npt.NDArray[np.uint32], at_start: npt.NDArray[np.int64],
-) -> None:  # fmt: skip
-    """Undo what pre-tokenizers of GPT-2's kind do to accents, vowel signs and points, which are no letters to them: a
-    word ends before each, and it, with punctuation behind it, is another one."""
+    starts: npt.NDArray[np.bool_],
+    new_text: npt.NDArray[np.bool_],
+    start: Int32,
+    end: Int32,
+    characters: npt.NDArray[np.uint32],
+    at_start: npt.NDArray[np.int64],
+) -> None:
+    """Undo what pre-tokenizers of GPT-2's kind do to accents, vowel signs and points, which are no
+    letters to them: a word ends before each, and it, with punctuation behind it, is another one.
+    """
     if not len(characters) or characters.max() < 0x300:  # no marks
         return
     heads = np.flatnonzero(starts)
-    glued = _MARK[_low(characters, at_start[heads])] & ~new_text[heads] & (start[heads] == end[heads - 1])
+    glued = (
+        _MARK[_low(characters, at_start[heads])]
+        & ~new_text[heads]
+        & (start[heads] == end[heads - 1])
+    )
     glued &= _LETTER[_low(characters, at_start[heads] - 1)]
     if not glued.any():
         return
     head_of = np.cumsum(starts) - 1
     starts[heads[glued]] = False
-    apart = np.flatnonzero(glued[head_of] & (start >= np.roll(end, 1)) & ~_LETTER[_low(characters, at_start)])
+    apart = np.flatnonzero(
+        glued[head_of] & (start >= np.roll(end, 1)) & ~_LETTER[_low(characters, at_start)]
+    )
     of_heads, first = np.unique(head_of[apart], return_index=True)
     starts[apart[first]] = True
     glued[of_heads] = False
     after = heads[1:][glued[:-1]]
-    goes_on = ~new_text[after] & (start[after] == end[after - 1]) & _LETTER[_low(characters, at_start[after])]
+    goes_on = (
+        ~new_text[after]
+        & (start[after] == end[after - 1])
+        & _LETTER[_low(characters, at_start[after])]
+    )
     starts[after[goes_on]] = False
 
 
 def _with_marks(
-    tails: npt.NDArray[np.int64], text_of: npt.NDArray[np.int64], start: Int32, end: Int32,
-    characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64], origin: npt.NDArray[np.int64],
-) -> Int32:  # fmt: skip
-    """Where the words whose last tokens are ``tails`` end: behind the accents that follow, which no token covers
-    when a tokenizer drops them."""
+    tails: npt.NDArray[np.int64],
+    text_of: npt.NDArray[np.int64],
+    start: Int32,
+    end: Int32,
+    characters: npt.NDArray[np.uint32],
+    at: npt.NDArray[np.int64],
+    origin: npt.NDArray[np.int64],
+) -> Int32:
+    """Where the words whose last tokens are ``tails`` end: behind the accents that follow, which no
+    token covers when a tokenizer drops them.
+    """
     ends = end[tails]
     following = np.minimum(tails + 1, len(text_of) - 1)
     text_end = np.diff(origin)[text_of[tails]]
-    limits = np.where((following > tails) & (text_of[following] == text_of[tails]), start[following], text_end)
+    limits = np.where(
+        (following > tails) & (text_of[following] == text_of[tails]), start[following], text_end
+    )
     open_ended = np.flatnonzero(ends < limits)
     for i in open_ended[characters[at[tails[open_ended]] + ends[open_ended]] >= 0x300].tolist():
         first = int(at[tails[i]])
-        while ends[i] < limits[i] and unicodedata.category(chr(characters[first + ends[i]]))[0] == "M":
+        while (
+            ends[i] < limits[i] and unicodedata.category(chr(characters[first + ends[i]]))[0] == "M"
+        ):
             ends[i] += 1
     return ends
 
@@ -293,26 +362,35 @@ def _low(characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]) -> npt.N
     return np.minimum(characters[np.clip(at, 0, len(characters) - 1)], len(_CATEGORIES) - 1)
 
 
-_CATEGORIES = [unicodedata.category(chr(c))[0] for c in range(0x2E80)]  # behind it are CJK and emoji, words as they are
+_CATEGORIES = [
+    unicodedata.category(chr(c))[0] for c in range(0x2E80)
+]  # behind it are CJK and emoji, words as they are
 _MARK = np.array([c == "M" for c in _CATEGORIES])
 _LETTER = np.array([c in "LM" for c in _CATEGORIES])
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 
 
-def _is_space(characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _is_space(
+    characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
     if not len(characters):
         return np.zeros(len(at), bool)
     return np.isin(characters[np.clip(at, 0, len(characters) - 1)], _SPACES)
 
 
 def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:
-    """Per row, the word as written, where a word starts that its tokens' readable texts do not spell; else None.
+    """Per row, the word as written, where a word starts that its tokens' readable texts do not
+    spell; else None.
 
     A lower-casing tokenizer's "LORD" has a surface, its "lord" has none.
     """
     result: list[str | None] = [None] * len(encoded.token_ids)
     ids = encoded.token_ids.tolist()
-    starts, word_ends, ends = encoded.start.tolist(), encoded.word_end.tolist(), encoded.bounds[1:].tolist()
+    starts, word_ends, ends = (
+        encoded.start.tolist(),
+        encoded.word_end.tolist(),
+        encoded.bounds[1:].tolist(),
+    )
     docs = encoded.docs.tolist()
     heads = np.flatnonzero(encoded.flags & WORD_START).tolist()
     special = (encoded.flags & SPECIAL).tolist()
@@ -322,22 +400,31 @@ def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) ->
         while special[stop - 1]:
             stop -= 1
         written = texts[doc][starts[head] : word_ends[head]].strip()
-        spelled = readable[ids[head]] if stop == head + 1 else "".join([readable[i] for i in ids[head:stop]])
+        spelled = (
+            readable[ids[head]]
+            if stop == head + 1
+            else "".join([readable[i] for i in ids[head:stop]])
+        )
         if written != spelled:
             result[head] = written
     return result
 
 
-def find_tags(encoded: Encoded, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[str | None]:
-    """Per row, the tag of the one of its document's ``spans`` that holds the token's first character; else None.
+def find_tags(
+    encoded: Encoded, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+) -> list[str | None]:
+    """Per row, the tag of the one of its document's ``spans`` that holds the token's first
+    character; else None.
 
-    White space in front is skipped: up to the end of the word where the token starts one, for the first piece of a rare
-    word may be a space alone.
+    White space in front is skipped: up to the end of the word where the token starts one, for the
+    first piece of a rare word may be a space alone.
     """
     result: list[str | None] = [None] * len(encoded.token_ids)
     starts, stops = encoded.start.tolist(), np.maximum(encoded.end, encoded.word_end).tolist()
     special = (encoded.flags & SPECIAL).tolist()
-    for (first, last), text, tagged in zip(pairwise(encoded.bounds.tolist()), texts, spans, strict=True):
+    for (first, last), text, tagged in zip(
+        pairwise(encoded.bounds.tolist()), texts, spans, strict=True
+    ):
         begins = [span.start for span in tagged]
         for row in range(first, last) if tagged else ():
             at, stop = starts[row], stops[row]

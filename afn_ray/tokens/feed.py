@@ -1,4 +1,6 @@
-"""Texts become batches ahead of the model: tokenized, cut into windows and packed on a thread, or in processes."""
+"""Texts become batches ahead of the model: tokenized, cut into windows and packed on a thread, or
+in processes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,13 +36,17 @@ from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
 
 CHUNK_BYTES = 1 << 20
-"""Text encoded and packed together: 1 MiB is about 250,000 tokens, enough to leave 1 % of filler."""
+"""Text encoded and packed together: 1 MiB is about 250,000 tokens, enough to leave 1 % of
+filler.
+"""
 
 ANSWER_S = 5.0
 """How often it is asked whether a tokenizer process is alive."""
 
 START_S = 120.0
-"""Longest that a tokenizer process may take until it is ready, in seconds: imports from a slow disk take some."""
+"""Longest that a tokenizer process may take until it is ready, in seconds: imports from a slow disk
+take some.
+"""
 
 CLOSE_S = 10.0
 """Longest that tokenizer processes may take to end before they are killed, in seconds."""
@@ -87,28 +99,38 @@ class Preparer:
 
     def __init__(self, recipe: Recipe, encoder: encode.TextEncoder | None = None) -> None:
         self.recipe = recipe
-        self.encoder = encoder or encode.TextEncoder(Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings)
+        self.encoder = encoder or encode.TextEncoder(
+            Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings
+        )
         self.pieces, self.readable = self.encoder.texts()
         self._width, self._overlap = tokens.window_sizes(
             recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
         )
 
     def prepare(
-        self, texts: Sequence[str], replaced: Sequence[bool], halvings: int = 0,
+        self,
+        texts: Sequence[str],
+        replaced: Sequence[bool],
+        halvings: int = 0,
         refused: Mapping[int, str] | None = None,
-    ) -> Prepared:  # fmt: skip
-        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for invalid UTF-8.
+    ) -> Prepared:
+        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for
+        invalid UTF-8.
 
-        ``halvings``: how often the token budget is halved; ``refused``: texts at fault, which are packed as if they
-        were empty, and why.
+        ``halvings``: how often the token budget is halved; ``refused``: texts at fault, which are
+        packed as if they were empty, and why.
         """
         began = time.monotonic()
         recipe, template = self.recipe, self.encoder.template
         encoded = self.encoder.encode(texts, replaced, refused)
         windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
         budget = max(1, recipe.batch_tokens >> halvings)
-        batches = list(tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed))
-        assert sum(len(b.rows) for b in batches) == len(encoded.token_ids), "every token is recorded once"
+        batches = list(
+            tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed)
+        )
+        assert sum(len(b.rows) for b in batches) == len(encoded.token_ids), (
+            "every token is recorded once"
+        )
         text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
         n_windows = np.bincount(text_of, minlength=len(texts))
         surfaces = encode.surfaces(encoded, texts, self.readable)
@@ -129,12 +151,15 @@ _preparer: Preparer
 
 @contextlib.contextmanager
 def _without_sigint() -> Iterator[None]:
-    """What is spawned here never gets SIGINT: Ctrl-C goes to all of a terminal, and the parent ends its processes.
+    """What is spawned here never gets SIGINT: Ctrl-C goes to all of a terminal, and the parent ends
+    its processes.
 
     A process that ignores it by itself does so only after its imports, which take seconds.
     """
     resource_tracker.ensure_running()  # spawn starts it otherwise, and that lets SIGINT in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread; a process inherits it
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT}
+    )  # of this thread; a process inherits it
     try:
         yield
     finally:
@@ -163,9 +188,11 @@ def _prepare(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
 
 
 class Feed:
-    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order; of many shards at once.
+    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order; of
+    many shards at once.
 
-    ``num_processes``: 0 prepares on a thread of this process, which is enough for a model on a CPU core.
+    ``num_processes``: 0 prepares on a thread of this process, which is enough for a model on a CPU
+    core.
     """
 
     def __init__(self, preparer: Preparer, num_processes: int) -> None:
@@ -182,8 +209,8 @@ class Feed:
         if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
             spawn = multiprocessing.get_context("spawn")
             # A pool each: one of several may hang when a process dies while it starts another.
-            # The recipe is the first task: a start that sends more than a pipe holds waits for ever for a process that
-            # died before it read.
+            # The recipe is the first task: a start that sends more than a pipe holds waits for ever
+            # for a process that died before it read.
             self.executors = [ProcessPoolExecutor(1, spawn, _start) for _ in range(num_processes)]
             self._prepare = _prepare
         else:
@@ -192,7 +219,9 @@ class Feed:
         self._turns = itertools.cycle(self.executors)
 
     def chunks(self, documents: Iterable[Document], halvings: int = 0) -> Chunks:
-        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard alone."""
+        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard
+        alone.
+        """
         return Chunks(self, documents, halvings)
 
     def submit(self, documents: list[Document], halvings: int) -> _Work:
@@ -204,10 +233,14 @@ class Feed:
             if started is None and self._num_processes:
                 with _without_sigint():  # the first task of a pool spawns its process
                     started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
-        return _Work(executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic())
+        return _Work(
+            executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic()
+        )
 
     def why_dead(self, executors: Sequence[Executor]) -> str:
-        """How the first process of ``executors`` that is dead ended, or that one has not started in time."""
+        """How the first process of ``executors`` that is dead ended, or that one has not started in
+        time.
+        """
         end = time.monotonic() + EXIT_CODE_S
         while time.monotonic() < end:
             for executor in executors:
@@ -219,7 +252,9 @@ class Feed:
         return "died"
 
     def renew(self, broken: list[Executor]) -> None:
-        """New processes in place of ``broken``, unless another shard has met them before and did it."""
+        """New processes in place of ``broken``, unless another shard has met them before and did
+        it.
+        """
         with self._renewing:
             if self.executors is broken:
                 for executor in broken:
@@ -246,15 +281,19 @@ class _NotStarted(BrokenProcessPool):
 class Chunks:
     """A shard's chunks, read on a thread of their own from now on.
 
-    What reading raises is raised where its chunk is taken, behind the chunks before it. At the end, or at the first
-    error, it closes itself.
+    What reading raises is raised where its chunk is taken, behind the chunks before it. At the end,
+    or at the first error, it closes itself.
     """
 
     def __init__(self, feed: Feed, documents: Iterable[Document], halvings: int) -> None:
         self._feed, self._executors, self._halvings = feed, feed.executors, halvings
-        self._ready: Queue[Any] = Queue(feed.ahead)  # documents, seconds, work; an error; None at the end
+        self._ready: Queue[Any] = Queue(
+            feed.ahead
+        )  # documents, seconds, work; an error; None at the end
         self._stopped = threading.Event()
-        self._reader = threading.Thread(target=self._read, args=(documents,), name="afn-read", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, args=(documents,), name="afn-read", daemon=True
+        )
         self._reader.start()
 
     def __iter__(self) -> Chunks:
@@ -274,9 +313,15 @@ class Chunks:
         except BaseException as error:
             self.close()
             renewed = self._feed.executors is not self._executors  # by a shard beside this one
-            if not isinstance(error, BrokenProcessPool) and not (renewed and isinstance(error, GIVEN_UP)):
+            if not isinstance(error, BrokenProcessPool) and not (
+                renewed and isinstance(error, GIVEN_UP)
+            ):
                 raise
-            why = str(error) if isinstance(error, _NotStarted) else self._feed.why_dead(self._executors)
+            why = (
+                str(error)
+                if isinstance(error, _NotStarted)
+                else self._feed.why_dead(self._executors)
+            )
             self._feed.renew(self._executors)
             raise HelperDied(
                 f"a tokenizer process {why}; what it said is on stderr. Is there enough memory for "
@@ -313,7 +358,10 @@ class Chunks:
             with contextlib.suppress(Empty):
                 item = self._ready.get(timeout=0.05)
                 if isinstance(item, tuple) and item[2].started is None:
-                    item[2].prepared.cancel()  # not in a process: a pool that breaks fails at a chunk that is cancelled
+                    item[
+                        2
+                        # not in a process: a pool that breaks fails at a chunk that is cancelled
+                    ].prepared.cancel()
 
     def _read(self, documents: Iterable[Document]) -> None:
         try:
@@ -335,7 +383,12 @@ def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
 
 
 def _is_ready(started: Future[None] | None) -> bool:
-    return started is not None and started.done() and not started.cancelled() and started.exception() is None
+    return (
+        started is not None
+        and started.done()
+        and not started.cancelled()
+        and started.exception() is None
+    )
 
 
 def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
@@ -347,7 +400,9 @@ def _ending(code: int) -> str:
     """What the exit code of a process says."""
     if code >= 0:
         return f"exit code {code}"
-    return f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" + (", as for want of memory" if code == -9 else "")
+    return f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" + (
+        ", as for want of memory" if code == -9 else ""
+    )
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -27,8 +27,12 @@ class Window:
     keep_end: int
 
 
-def window_sizes(window_tokens: int, overlap_tokens: int | None, template: Template) -> tuple[int, int]:
-    """Tokens of text in a window and tokens that neighbours share. Raises ``ConfigError`` when nothing is left."""
+def window_sizes(
+    window_tokens: int, overlap_tokens: int | None, template: Template
+) -> tuple[int, int]:
+    """Tokens of text in a window and tokens that neighbours share. Raises ``ConfigError`` when
+    nothing is left.
+    """
     width = window_tokens - template.num_special
     overlap = width // 4 if overlap_tokens is None else overlap_tokens
     if width < 1 or overlap >= width:
@@ -39,16 +43,20 @@ def window_sizes(window_tokens: int, overlap_tokens: int | None, template: Templ
     return width, overlap
 
 
-def make_windows(encoded: Encoded, template: Template, width: int, overlap: int, causal: bool) -> list[Window]:
+def make_windows(
+    encoded: Encoded, template: Template, width: int, overlap: int, causal: bool
+) -> list[Window]:
     """Windows of at most ``width`` text tokens in which every row is recorded exactly once.
 
-    A token is recorded where it sees most context: for encoders neighbours meet in the middle of their
-    overlap, for decoders (``causal``) the earlier window keeps all of it, since only context to the left counts.
-    The last window of a document is moved left until it is full.
+    A token is recorded where it sees most context: for encoders neighbours meet in the middle of
+    their overlap, for decoders (``causal``) the earlier window keeps all of it, since only context
+    to the left counts. The last window of a document is moved left until it is full.
     """
     before, after = len(template.prefix), len(template.suffix)
     windows: list[Window] = []
-    for first_row, next_row in zip(encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True):
+    for first_row, next_row in zip(
+        encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True
+    ):
         n = next_row - first_row - before - after
         if n <= 0:
             continue
@@ -89,14 +97,19 @@ class TokenBatch:
 
 
 def make_batches(
-    windows: Sequence[Window], encoded: Encoded, encoder: TextEncoder, batch_tokens: int, *, packed: bool
+    windows: Sequence[Window],
+    encoded: Encoded,
+    encoder: TextEncoder,
+    batch_tokens: int,
+    *,
+    packed: bool,
 ) -> Iterator[TokenBatch]:
     """``windows`` in batches of ``batch_tokens``: a function of the windows and the budget alone.
 
-    ``packed``: without padding, for models that keep sequences apart. Batches are filled up to exactly the budget, or
-    to a multiple of ``FILLED_TO``, so that a window's bits do not depend on its neighbours; only a batch that is the
-    only one stays smaller.
-    Otherwise: neighbours in length, at most the budget with their padding. A window over the budget is a batch alone.
+    ``packed``: without padding, for models that keep sequences apart. Batches are filled up to
+    exactly the budget, or to a multiple of ``FILLED_TO``, so that a window's bits do not depend on
+    its neighbours; only a batch that is the only one stays smaller. Otherwise: neighbours in
+    length, at most the budget with their padding. A window over the budget is a batch alone.
     """
     groups = _packs(windows, batch_tokens) if packed else _sorted_groups(windows, batch_tokens)
     for group in groups:
@@ -125,8 +138,9 @@ def make_batches(
 
 
 def _packs(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
-    """Each pack takes the longest window that still fits, again and again: little is left over, and windows of one
-    length lie side by side, where attention takes them together."""
+    """Each pack takes the longest window that still fits, again and again: little is left over, and
+    windows of one length lie side by side, where attention takes them together.
+    """
     by_length: dict[int, list[Window]] = {}
     for window in sorted(windows, key=lambda w: w.row, reverse=True):
         by_length.setdefault(window.length, []).append(window)

@@ -1,11 +1,12 @@
-"""Start a copy of a suspended RayJob, wait for its end, and leave with its verdict: what a CronJob runs each night.
+"""Start a copy of a suspended RayJob, wait for its end, and leave with its verdict: what a CronJob
+runs each night.
 
     python launch.py TEMPLATE
 
-runs in a pod of a Job (JOB_NAME), which owns the copy (JOB_UID): a launcher in place of one that was lost finds the
-RayJob under way and waits on, and who deletes the Job stops it. With QUEUE the copy stays suspended until Kueue admits
-it. Exit code 0: the job succeeded; 1: it failed; 2: it cannot be started; 75: nothing is known, start another launcher.
-It needs nothing but Python.
+runs in a pod of a Job (JOB_NAME), which owns the copy (JOB_UID): a launcher in place of one that
+was lost finds the RayJob under way and waits on, and who deletes the Job stops it. With QUEUE the
+copy stays suspended until Kueue admits it. Exit code 0: the job succeeded; 1: it failed; 2: it
+cannot be started; 75: nothing is known, start another launcher. It needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ POLL_S, PATIENCE_S, TIMEOUT_S = 15.0, 600.0, 30.0
 TEMPLATE_LABEL = "afn-ray/template"
 ENDED = {"Complete", "Failed", "ValidationFailed"}
 PASSING = {401, 403, 408, 429}
-"""Refusals that end without us: a token is renewed, a right given, a quota freed. Meanwhile a RayJob may be at work, so
-they are no verdict."""
+"""Refusals that end without us: a token is renewed, a right given, a quota freed. Meanwhile a
+RayJob may be at work, so they are no verdict.
+"""
 
 
 class Refused(Exception):
@@ -45,18 +47,24 @@ class Unknown(Exception):
 
 
 def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the API server answers; asked again for ``PATIENCE_S``. Raises ``Refused`` or ``Unknown``."""
+    """What the API server answers; asked again for ``PATIENCE_S``. Raises ``Refused`` or
+    ``Unknown``.
+    """
     server = f"{SCHEME}://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
-            namespace, token = ((ACCOUNT / name).read_text().strip() for name in ("namespace", "token"))
+            namespace, token = (
+                (ACCOUNT / name).read_text().strip() for name in ("namespace", "token")
+            )
             request = urllib.request.Request(  # noqa: S310 - https, but for tests
                 f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{path}", method=method,
                 data=None if body is None else json.dumps(body).encode(),
                 headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
             )  # fmt: skip
-            context = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")  # like the token it is renewed under us
+            context = ssl.create_default_context(
+                cafile=ACCOUNT / "ca.crt"
+            )  # like the token it is renewed under us
             with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:  # noqa: S310
                 return dict(json.load(answer))
         except urllib.error.HTTPError as error:
@@ -73,12 +81,22 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
         time.sleep(POLL_S)
 
 
-def copy_of(template: dict[str, Any], name: str, job: str, job_uid: str, queue: str) -> dict[str, Any]:
-    """The RayJob ``name`` of the Job ``job``: ``template`` let go, or left to ``queue`` to let go."""
+def copy_of(
+    template: dict[str, Any], name: str, job: str, job_uid: str, queue: str
+) -> dict[str, Any]:
+    """The RayJob ``name`` of the Job ``job``: ``template`` let go, or left to ``queue`` to let
+    go.
+    """
     labels = {k: v for k, v in template["metadata"]["labels"].items() if k != TEMPLATE_LABEL}
     if queue:
         labels["kueue.x-k8s.io/queue-name"] = queue
-    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": job_uid, "controller": False}
+    owner = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "name": job,
+        "uid": job_uid,
+        "controller": False,
+    }
     return {
         "apiVersion": "ray.io/v1", "kind": "RayJob",
         "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
@@ -87,7 +105,9 @@ def copy_of(template: dict[str, Any], name: str, job: str, job_uid: str, queue: 
 
 
 def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
-    """See to it that the RayJob ``name`` of this Job is there, once one of an earlier Job of that name is gone."""
+    """See to it that the RayJob ``name`` of this Job is there, once one of an earlier Job of that
+    name is gone.
+    """
     made = copy_of(call("GET", f"/{template}"), name, job, job_uid, queue)
     until = time.monotonic() + PATIENCE_S
     while True:
@@ -108,20 +128,27 @@ def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
             print(f"launch: RayJob {name} is there already; waiting for it", flush=True)
             return
         if time.monotonic() > until:
-            raise Unknown(f"RayJob {name} is not of this Job and has not gone for {PATIENCE_S:.0f} s; delete it")
+            raise Unknown(
+                f"RayJob {name} is not of this Job and has not gone for {PATIENCE_S:.0f} s; delete it"
+            )
         print(f"launch: RayJob {name} is of another Job; waiting for it to go", flush=True)
         time.sleep(POLL_S)
 
 
 def launch(template: str, job: str, job_uid: str, queue: str) -> int:
-    """Exit code of the copy of ``template`` that this or an earlier launcher of the Job ``job`` has started."""
-    # Not the Job's own name: KubeRay submits by a Job that is named as the RayJob, and would take this one for it.
+    """Exit code of the copy of ``template`` that this or an earlier launcher of the Job ``job`` has
+    started.
+    """
+    # Not the Job's own name: KubeRay submits by a Job that is named as the RayJob, and would take
+    # this one for it.
     name = f"{job}-run"
     start(template, name, job, job_uid, queue)
     said = ""
     while True:
         status = call("GET", f"/{name}").get("status") or {}
-        phase = f"{status.get('jobDeploymentStatus') or 'new'} {status.get('jobStatus') or ''}".strip()
+        phase = (
+            f"{status.get('jobDeploymentStatus') or 'new'} {status.get('jobStatus') or ''}".strip()
+        )
         if phase != said:
             print(f"launch: RayJob {name} is {said and 'now '}{phase}", flush=True)
             said = phase
@@ -129,15 +156,22 @@ def launch(template: str, job: str, job_uid: str, queue: str) -> int:
             if status.get("jobStatus") == "SUCCEEDED":
                 return 0
             reason = status.get("reason") or "no reason given"
-            print(f"launch: RayJob {name} failed: {reason}: {status.get('message') or 'no message'}", file=sys.stderr)
+            print(
+                f"launch: RayJob {name} failed: {reason}: {status.get('message') or 'no message'}",
+                file=sys.stderr,
+            )
             return 1
         time.sleep(POLL_S)
 
 
 def main(template: str) -> int:
-    """What to leave with. Python's own 1, of an error nobody thought of, would say that the RayJob failed."""
+    """What to leave with. Python's own 1, of an error nobody thought of, would say that the RayJob
+    failed.
+    """
     try:
-        return launch(template, os.environ["JOB_NAME"], os.environ["JOB_UID"], os.environ.get("QUEUE", ""))
+        return launch(
+            template, os.environ["JOB_NAME"], os.environ["JOB_UID"], os.environ.get("QUEUE", "")
+        )
     except Refused as error:
         print(f"launch: the RayJob cannot be started or read: {error}", file=sys.stderr)
         return 2

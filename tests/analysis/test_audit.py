@@ -1,4 +1,6 @@
-"""The nightly audit: what breaks a policy, what it is held against, its exit codes, and kills at every step."""
+"""The nightly audit: what breaks a policy, what it is held against, its exit codes, and kills at
+every step.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-# --- policy ----------------------------------------------------------------------------------------------
+# --- policy
+# ----------------------------------------------------------------------------------------------
 
 
 def policy_of(folder: Path, text: str) -> Policy:
@@ -55,18 +58,27 @@ def policy_of(folder: Path, text: str) -> Policy:
 
 
 def test_limits_are_numbers_and_shares_may_be_given_in_percent(tmp_path: Path) -> None:
-    found = policy_of(tmp_path, 'psi = 0.1\nq3_shift = "2%"\nq1_shift = "0.5 %"\nlayer = 8\nmax_new_types = 5\n'
-                                '[source]\nks = 1\nmin_tokens = 50\n')  # fmt: skip
-    assert found == Policy({"psi": 0.1, "q3_shift": 0.02, "q1_shift": 0.005, "max_new_types": 5}, {"ks": 1.0}, 8, 50)
+    found = policy_of(
+        tmp_path,
+        'psi = 0.1\nq3_shift = "2%"\nq1_shift = "0.5 %"\nlayer = 8\nmax_new_types = 5\n'
+        "[source]\nks = 1\nmin_tokens = 50\n",
+    )
+    assert found == Policy(
+        {"psi": 0.1, "q3_shift": 0.02, "q1_shift": 0.005, "max_new_types": 5}, {"ks": 1.0}, 8, 50
+    )
 
 
-def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean(tmp_path: Path) -> None:
+def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError) as caught:
         policy_of(tmp_path, "psi = 0.1\nspi = 0.1\n")
     assert "no such key: spi; there are:" in str(caught.value)
     for key, meaning in {**audit.RUN_LIMITS, **audit.DRIFT_LIMITS, **audit.OPTIONS}.items():
         assert f"\n  {key}: {meaning}" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"no such \[source\] key: max_new_types; there are:\n  psi: ") as caught:
+    with pytest.raises(
+        ConfigError, match=r"no such \[source\] key: max_new_types; there are:\n  psi: "
+    ) as caught:
         policy_of(tmp_path, "[source]\nmax_new_types = 3\n")
     assert "min_tokens" in str(caught.value)
 
@@ -106,60 +118,125 @@ def test_a_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
         audit.read_policy(tmp_path / "none.toml")
 
 
-# --- judging ---------------------------------------------------------------------------------------------
+# --- judging
+# ---------------------------------------------------------------------------------------------
 
 
 def run_of(**changes: Any) -> RunFolder:
-    counts = {"documents": 200, "empty": 10, "quarantined": 4, "shards": 9, "tokens": 5000, "special": 400,
-              "chars": 800}  # fmt: skip
-    info = {"layers": [0, 2], "counts": counts, "quarantined": [{}], "tables": {"sources": {}}, "measure": {"id": "m"},
-            "config": {"corpus": ["c"]}, "model": {"name": "x"}, "created_at": "", "finished_at": ""}  # fmt: skip
+    counts = {
+        "documents": 200,
+        "empty": 10,
+        "quarantined": 4,
+        "shards": 9,
+        "tokens": 5000,
+        "special": 400,
+        "chars": 800,
+    }
+    info = {
+        "layers": [0, 2],
+        "counts": counts,
+        "quarantined": [{}],
+        "tables": {"sources": {}},
+        "measure": {"id": "m"},
+        "config": {"corpus": ["c"]},
+        "model": {"name": "x"},
+        "created_at": "",
+        "finished_at": "",
+    }
     return RunFolder("s/runs/b", "s", "b", {**info, **changes})
 
 
-def drift_row(layer: int, source: str | None, n_a: int, n_b: int, **values: float) -> dict[str, Any]:
-    row = dict.fromkeys(DRIFT_SCHEMA.names) | {"layer": layer, "source": source, "n_a": n_a, "n_b": n_b}
+def drift_row(
+    layer: int, source: str | None, n_a: int, n_b: int, **values: float
+) -> dict[str, Any]:
+    row = dict.fromkeys(DRIFT_SCHEMA.names) | {
+        "layer": layer,
+        "source": source,
+        "n_a": n_a,
+        "n_b": n_b,
+    }
     if n_a and n_b:
-        row |= dict.fromkeys(("psi", "ks", "js"), 0.0) | dict.fromkeys(("share_high_a", "share_high_b"), 0.25)
+        row |= dict.fromkeys(("psi", "ks", "js"), 0.0) | dict.fromkeys(
+            ("share_high_a", "share_high_b"), 0.25
+        )
         row |= {f"{q}_{r}": 4.0 for q in ("q1", "q2", "q3") for r in "ab"}
     return row | values
 
 
 COMPARED = Comparison(
-    replace(run_of(), uri="s/runs/a", id="a"), run_of(),
+    replace(run_of(), uri="s/runs/a", id="a"),
+    run_of(),
     pa.Table.from_pylist(
         [
             drift_row(0, None, 4000, 5000, psi=0.9, ks=0.9, js=0.9),
-            drift_row(2, None, 4000, 5000, psi=0.125, ks=0.25, js=0.5, q1_b=4.5, q2_b=3.0, q3_b=5.0,
-                      share_high_b=0.375),
+            drift_row(
+                2,
+                None,
+                4000,
+                5000,
+                psi=0.125,
+                ks=0.25,
+                js=0.5,
+                q1_b=4.5,
+                q2_b=3.0,
+                q3_b=5.0,
+                share_high_b=0.375,
+            ),
             drift_row(2, "long", 2000, 2000, psi=0.25, q3_b=6.0),
             drift_row(2, "longer", 2000, 2000, ks=0.5, share_high_a=0.5),
-            drift_row(2, "new", 0, 2000), drift_row(2, "short", 999, 1000, psi=9.0, ks=1.0), drift_row(2, "gone", 1, 0),
-            drift_row(2, "gone too", 1000, 0), drift_row(2, "cut", 4000, 1000),
+            drift_row(2, "new", 0, 2000),
+            drift_row(2, "short", 999, 1000, psi=9.0, ks=1.0),
+            drift_row(2, "gone", 1, 0),
+            drift_row(2, "gone too", 1000, 0),
+            drift_row(2, "cut", 4000, 1000),
         ],
         DRIFT_SCHEMA,
     ),
     pa.Table.from_pylist(
         [
-            dict.fromkeys(CLASS_DRIFT_SCHEMA.names, 0.0) | {"layer": 2, "class": name, "n_a": n_a, "n_b": 9,
-             "share_a": 0.5, "share_b": share_b, "n_high_a": 0, "n_high_b": 0, "share_high_b": high}
-            for name, n_a, share_b, high in (("content", 9, 0.625, 0.125), ("function", 9, 0.25, 0.0625),
-                                             ("number", 0, 0.5, 1.0))
+            dict.fromkeys(CLASS_DRIFT_SCHEMA.names, 0.0)
+            | {
+                "layer": 2,
+                "class": name,
+                "n_a": n_a,
+                "n_b": 9,
+                "share_a": 0.5,
+                "share_b": share_b,
+                "n_high_a": 0,
+                "n_high_b": 0,
+                "share_high_b": high,
+            }
+            for name, n_a, share_b, high in (
+                ("content", 9, 0.625, 0.125),
+                ("function", 9, 0.25, 0.0625),
+                ("number", 0, 0.5, 1.0),
+            )
         ],
         CLASS_DRIFT_SCHEMA,
     ),
     pa.Table.from_pylist(
         [
-            dict.fromkeys(MOVERS_SCHEMA.names) | {"layer": layer, "token_id": i, "token": "t", "text": "t",
-             "class": "c", "status": status, "n_a": 1, "n_b": 1, "q": q}
+            dict.fromkeys(MOVERS_SCHEMA.names)
+            | {
+                "layer": layer,
+                "token_id": i,
+                "token": "t",
+                "text": "t",
+                "class": "c",
+                "status": status,
+                "n_a": 1,
+                "n_b": 1,
+                "q": q,
+            }
             for layer in (0, 2)
-            for i, (status, q) in enumerate([("both", 0.049), ("both", 0.05), ("new", None), ("new", None),
-                                             ("vanished", None)])
+            for i, (status, q) in enumerate(
+                [("both", 0.049), ("both", 0.05), ("new", None), ("new", None), ("vanished", None)]
+            )
         ],
         MOVERS_SCHEMA,
     ),
     ("a note",),
-)  # fmt: skip
+)
 VALUES: dict[str, tuple[float, str | None]] = {
     "quarantined_documents": (0.02, None), "quarantined_shards": (0.1, None), "empty_documents": (0.05, None),
     "psi": (0.125, None), "ks": (0.25, None), "js": (0.5, None), "q1_shift": (0.125, None), "q2_shift": (0.25, None),
@@ -180,17 +257,27 @@ LOST = Losses(2000, 500, 86, 0, 8, 1, (("/c/a.gz", 0.5),), 1, ("/c/a.gz",))
 SOURCES = ("long", "longer", "new", "short", "cut", "elsewhere")
 
 
-def one_rule(key: str, limit: float, comparison: Comparison | None = COMPARED, run: RunFolder | None = None,
+def one_rule(
+    key: str,
+    limit: float,
+    comparison: Comparison | None = COMPARED,
+    run: RunFolder | None = None,
     lost: Losses = LOST,
-) -> Rule:  # fmt: skip
+) -> Rule:
     plain = key.removeprefix("source.")
-    policy = Policy({} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000)
+    policy = Policy(
+        {} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000
+    )
     (rule,) = audit.judge(policy, run or run_of(), comparison, lost, SOURCES)
     return rule
 
 
 def test_every_key_is_judged() -> None:
-    known = {*audit.RUN_LIMITS, *audit.DRIFT_LIMITS, *(f"source.{key}" for key in audit.SOURCE_LIMITS)}
+    known = {
+        *audit.RUN_LIMITS,
+        *audit.DRIFT_LIMITS,
+        *(f"source.{key}" for key in audit.SOURCE_LIMITS),
+    }
     assert set(VALUES) == known
 
 
@@ -198,10 +285,17 @@ def test_every_key_is_judged() -> None:
 def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
     value, where = VALUES[key]
     rule = one_rule(key, value)
-    assert (rule.key, rule.value, rule.where, rule.passed) == (key, pytest.approx(value), where, True)
+    assert (rule.key, rule.value, rule.where, rule.passed) == (
+        key,
+        pytest.approx(value),
+        where,
+        True,
+    )
     beyond = value + 0.001 if "min_" in key else value - 0.001
     assert one_rule(key, beyond).passed is False
-    known = audit.SOURCE_LIMITS if key.startswith("source.") else audit.RUN_LIMITS | audit.DRIFT_LIMITS
+    known = (
+        audit.SOURCE_LIMITS if key.startswith("source.") else audit.RUN_LIMITS | audit.DRIFT_LIMITS
+    )
     assert rule.meaning == known[key.removeprefix("source.")]
 
 
@@ -217,13 +311,19 @@ def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
 def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
     (rule,) = audit.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED, LOST, SOURCES)
     assert rule.value == 0.9 and rule.passed is False
-    with pytest.raises(ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"):
+    with pytest.raises(
+        ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"
+    ):
         list(audit.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None, LOST, SOURCES))
 
 
 def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -> None:
     rule = one_rule("lost_documents", 10**9, lost=replace(LOST, lost_unknown=1))
-    assert (rule.passed, rule.value, rule.where) == (False, None, "86 documents or more: a.gz (50% read)")
+    assert (rule.passed, rule.value, rule.where) == (
+        False,
+        None,
+        "86 documents or more: a.gz (50% read)",
+    )
     found = audit.Audit(False, (rule,), run_of(), None, None, LOST, ())
     said = next(audit.lines(found))
     assert said.split()[:5] == ["BROKEN", "lost_documents", "unknown", "<=", "1,000,000,000"]
@@ -244,12 +344,20 @@ def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_go
     policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
     gone, ratio = audit.judge(policy, run_of(), COMPARED, LOST, SOURCES)
     assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
-    for there in ("gone too", "gone too/or a file of the folder"):  # the run read it, and found nothing
+    for there in (
+        "gone too",
+        "gone too/or a file of the folder",
+    ):  # the run read it, and found nothing
         _, ratio = audit.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
         assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
     monkeypatch.setattr(audit, "_sources_of", lambda run: frozenset(SOURCES))
-    (note,) = (n for n in audit._notes(policy, run_of(), COMPARED, "week") if "of the baseline" in n)
-    assert "judged nothing of 2 sources of the baseline without a token in this run: gone (1 token), gone too (" in note
+    (note,) = (
+        n for n in audit._notes(policy, run_of(), COMPARED, "week") if "of the baseline" in n
+    )
+    assert (
+        "judged nothing of 2 sources of the baseline without a token in this run: gone (1 token), gone too ("
+        in note
+    )
     assert "max_vanished_sources limits them" in note
     small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
     (ratio,) = audit.judge(small, run_of(), COMPARED, LOST, SOURCES)
@@ -260,7 +368,9 @@ def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_on
     for key in ("source.psi", "max_new_sources"):
         with pytest.raises(ConfigError, match="has no table of them"):
             one_rule(key, 1, run=run_of(tables={}))
-        whole = replace(COMPARED, drift=COMPARED.drift.filter(pa.compute.is_null(COMPARED.drift["source"])))
+        whole = replace(
+            COMPARED, drift=COMPARED.drift.filter(pa.compute.is_null(COMPARED.drift["source"]))
+        )
         assert one_rule(key, 1, whole).passed is None
 
 
@@ -271,28 +381,39 @@ def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> 
     assert rule.passed is False and rule.value is None
     assert one_rule("q2_shift", 0, moved).passed is True
     found = audit.Audit(False, (rule,), run_of(), COMPARED.a, moved, LOST, ())
-    assert "infinite" in next(audit.lines(found)) and json.dumps(audit.to_json(found), allow_nan=False)
+    assert "infinite" in next(audit.lines(found)) and json.dumps(
+        audit.to_json(found), allow_nan=False
+    )
 
 
-# --- baselines -------------------------------------------------------------------------------------------
+# --- baselines
+# -------------------------------------------------------------------------------------------
 
 
 def complete(
-    store: Path, began: datetime, measure: str = "m", done: bool = True, corpus: Sequence[str] = ("c",), ask: str = "",
+    store: Path,
+    began: datetime,
+    measure: str = "m",
+    done: bool = True,
+    corpus: Sequence[str] = ("c",),
+    ask: str = "",
     shards: str = "",
-) -> RunFolder:  # fmt: skip
+) -> RunFolder:
     name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
     run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
     plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
     info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
         "measure": {"id": measure},
-        "tables": {"plan": plan} | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
+        "tables": {"plan": plan}
+        | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
         "config": {"corpus": list(corpus)},
     }
     return manifest.finish_run(run, info) if done else run
 
 
-def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week_before(tmp_path: Path) -> None:
+def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week_before(
+    tmp_path: Path,
+) -> None:
     tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
     run = complete(tmp_path, tonight)
     assert audit.BASELINES["previous"](run) is audit.BASELINES["week"](run) is None
@@ -305,14 +426,17 @@ def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week
     week = complete(tmp_path, tonight - timedelta(days=6, hours=12))
     complete(tmp_path, tonight - timedelta(days=9))
     assert audit.BASELINES["week"](run) == week
-    manifest.mark_audited(week)  # that of the newer ones was killed: nobody has heard of their steps
+    manifest.mark_audited(
+        week
+    )  # that of the newer ones was killed: nobody has heard of their steps
     assert audit.BASELINES["previous"](run) == week
     manifest.mark_audited(three)
     manifest.mark_audited(three)
     assert audit.BASELINES["previous"](run) == three
 
 
-# --- whole nights ----------------------------------------------------------------------------------------
+# --- whole nights
+# ----------------------------------------------------------------------------------------
 
 
 class Nights:
@@ -321,7 +445,13 @@ class Nights:
     reports = False
 
     def __init__(
-        self, folder: Path, model: Path, verses: list[str], policy: str, store: str = "", executor: str = "inline"
+        self,
+        folder: Path,
+        model: Path,
+        verses: list[str],
+        policy: str,
+        store: str = "",
+        executor: str = "inline",
     ) -> None:
         self.folder, self.verses, self.store = folder, verses, store or str(folder / "store")
         self.config = folder / "run.toml"
@@ -341,7 +471,14 @@ class Nights:
     def words(self, *more: str) -> list[str]:
         given = {"policy": self.folder / "policy.toml", "out": self.folder / "out"}
         flags = [f"--{name}={path}" for name, path in given.items()]
-        return ["audit", str(self.config), *flags, "--quiet", *(() if self.reports else ("--no-report",)), *more]
+        return [
+            "audit",
+            str(self.config),
+            *flags,
+            "--quiet",
+            *(() if self.reports else ("--no-report",)),
+            *more,
+        ]
 
     def audit(self, *more: str) -> int:
         """Exit code of ``afn audit``, in this process."""
@@ -354,7 +491,9 @@ class Nights:
         """The real job."""
         command = [sys.executable, str(SCRIPT), *self.words(*more)[1:]]
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
 
     def script(self, *more: str) -> tuple[int, str, str]:
         process = self.start(*more)
@@ -401,7 +540,9 @@ def damaged_parquet(folder: Path, rows: list[dict[str, str]], whole: bool) -> No
 
 POLICIES = {
     "guide": re.findall(
-        r"^```toml\n(.*?)^```", (SCRIPT.parent.parent / "infra/guide/audit.md").read_text(), re.M | re.S
+        r"^```toml\n(.*?)^```",
+        (SCRIPT.parent.parent / "infra/guide/audit.md").read_text(),
+        re.M | re.S,
     )[0],
     "kubernetes": (SCRIPT.parent.parent / "infra/kubernetes/values/policy.toml").read_text(),
 }
@@ -410,9 +551,12 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("damage", [cut_gz, unclosed_csv, damaged_parquet])
 def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
-    damage: Callable[[Path, list[dict[str, str]], bool], None], policy: str, tmp_path: Path, tiny_bert: Path,
+    damage: Callable[[Path, list[dict[str, str]], bool], None],
+    policy: str,
+    tmp_path: Path,
+    tiny_bert: Path,
     verses: list[str],
-) -> None:  # fmt: skip
+) -> None:
     rows = [{"text": verse} for verse in verses[:600]]
     nights = Nights(tmp_path / "nights", tiny_bert, verses, POLICIES[policy])
     damage(nights.folder / "corpus", rows, True)
@@ -438,9 +582,14 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
 
     nights.add(1, 600, 640)
     hook = tmp_path / "hook.py"
-    hook.write_text("import os, sys\nprint('hook:', *sys.argv[1:], open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n")
+    hook.write_text(
+        "import os, sys\nprint('hook:', *sys.argv[1:], open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n"
+    )
     (nights.folder / "policy.toml").write_text(
-        LOOSE + "max_vanished_types = 0\nmax_new_types = 3\n".replace("max_new_types = 3\n", "ks = 0.0001\n")
+        LOOSE
+        + "max_vanished_types = 0\nmax_new_types = 3\n".replace(
+            "max_new_types = 3\n", "ks = 0.0001\n"
+        )
     )
     code, out, err = nights.script("--on-broken", f"{sys.executable} {hook} 'two words' $HOME")
     assert code == 1, err
@@ -483,12 +632,23 @@ def test_a_step_whose_audit_was_killed_is_judged_with_the_next(before: str, nigh
 
 @pytest.mark.parametrize("executor", ["inline", "ray"])
 def test_a_bucket_and_ray_give_the_verdict_of_a_disk(
-    executor: str, nights: Nights, local_ray: None, object_store: str, tiny_bert: Path, verses: list[str]
+    executor: str,
+    nights: Nights,
+    local_ray: None,
+    object_store: str,
+    tiny_bert: Path,
+    verses: list[str],
 ) -> None:
-    """The whole night elsewhere: corpus and store on S3, shards, reduce and screening on workers."""
+    """The whole night elsewhere: corpus and store on S3, shards, reduce and screening on
+    workers.
+    """
     bucket, fs = object_store, fsspec.filesystem("s3")
-    there = Nights(nights.folder.parent / "there", tiny_bert, verses, LOOSE, f"{bucket}/store", executor)
-    there.config.write_text(there.config.read_text().replace(f"{there.folder}/corpus", f"{bucket}/corpus"))
+    there = Nights(
+        nights.folder.parent / "there", tiny_bert, verses, LOOSE, f"{bucket}/store", executor
+    )
+    there.config.write_text(
+        there.config.read_text().replace(f"{there.folder}/corpus", f"{bucket}/corpus")
+    )
     verdicts = []
     for night in (nights, there):
         for file in range(2):
@@ -503,7 +663,10 @@ def test_a_bucket_and_ray_give_the_verdict_of_a_disk(
         assert not found.findings and not found.orphans and not found.foreign
     assert verdicts[0] == verdicts[1]
     tables = [
-        [manifest.read_table(manifest.find_run(night.store), name) for name in ("frozen", "sources", "screened")]
+        [
+            manifest.read_table(manifest.find_run(night.store), name)
+            for name in ("frozen", "sources", "screened")
+        ]
         for night in (nights, there)
     ]
     for here, other in zip(*tables, strict=True):
@@ -535,14 +698,21 @@ def test_a_verdict_and_its_page_lie_behind_a_url_too(
     assert nights.audit("--out", f"{memory}/verdicts") == 0
     assert storage.list_names(f"{memory}/verdicts") == ["audit.json", "report.html"]
     first = storage.read_bytes(f"{memory}/verdicts/audit.json")
-    assert json.loads(first)["run"]["id"].encode() in storage.read_bytes(f"{memory}/verdicts/report.html")
+    assert json.loads(first)["run"]["id"].encode() in storage.read_bytes(
+        f"{memory}/verdicts/report.html"
+    )
     nights.reports = False
     (nights.folder / "policy.toml").write_text("min_tokens_ratio = 2\n")
     nights.add(1, 600, 620)
-    assert nights.audit("--out", f"{memory}/verdicts", "--on-broken", "printenv AFN_AUDIT_JSON") == 1
+    assert (
+        nights.audit("--out", f"{memory}/verdicts", "--on-broken", "printenv AFN_AUDIT_JSON") == 1
+    )
     assert storage.list_names(f"{memory}/verdicts") == ["audit.json"]  # no page of another verdict
     assert storage.read_bytes(f"{memory}/verdicts/audit.json") != first
-    assert f"{memory}/verdicts/audit.json\n".replace("memory://", "memory:///") in capfd.readouterr().out
+    assert (
+        f"{memory}/verdicts/audit.json\n".replace("memory://", "memory:///")
+        in capfd.readouterr().out
+    )
     assert not (nights.folder / "out").exists()
 
 
@@ -552,7 +722,10 @@ def test_without_the_reports_packages_an_audit_says_so_before_the_run(
     nights.reports = True
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     assert nights.audit() == 2
-    assert 'pip install "afn-ray[report]"' in capsys.readouterr().err and not Path(nights.store).exists()
+    assert (
+        'pip install "afn-ray[report]"' in capsys.readouterr().err
+        and not Path(nights.store).exists()
+    )
 
 
 def test_a_file_without_tokens_is_neither_new_nor_vanished(nights: Nights) -> None:
@@ -585,14 +758,20 @@ def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path:
 
 
 def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: Path) -> None:
-    """A job tried again after another's night begins a run anew, which holds the same shards: a verdict stands."""
+    """A job tried again after another's night begins a run anew, which holds the same shards: a
+    verdict stands.
+    """
     tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
     old = complete(tmp_path, tonight - timedelta(days=1), ask="1" * 12)
     manifest.mark_audited(complete(tmp_path, tonight, ask="2" * 12))
     complete(tmp_path, tonight + timedelta(hours=1), corpus=["elsewhere"], ask="3" * 12)
     again = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
     assert audit.BASELINES["previous"](again) == old
-    for hours, of in ((5, "these"), (6, "others"), (7, "others")):  # the last two differ in what they were asked for
+    for hours, of in (
+        (5, "these"),
+        (6, "others"),
+        (7, "others"),
+    ):  # the last two differ in what they were asked for
         run = complete(tmp_path, tonight + timedelta(hours=hours), ask=f"{hours}" * 12, shards=of)
         manifest.mark_audited(run)
     assert audit.BASELINES["previous"](run) == complete_before(run, 2)
@@ -604,11 +783,15 @@ def complete_before(run: RunFolder, n: int) -> RunFolder:
     return manifest.open_folder(run.store, names[names.index(run.id) - n])
 
 
-def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(nights: Nights) -> None:
+def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(
+    nights: Nights,
+) -> None:
     """The config is worded anew for the same measure, and that night is killed."""
     assert nights.audit() == 0
     first = nights.said["run"]
-    nights.config.write_text(nights.config.read_text().replace('layers = "0,2"', 'layers = "0,2/3"'))
+    nights.config.write_text(
+        nights.config.read_text().replace('layers = "0,2"', 'layers = "0,2/3"')
+    )
     killed_night(nights, audit, "write_json")
     assert nights.said["baseline"] == first
 
@@ -695,7 +878,9 @@ def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_i
         assert not found.findings and not found.unproved
         assert len(names(Path(nights.store, "runs"))) == 2
         with afn_ray.open_run(nights.store) as run:
-            rows = run.sql("SELECT token_id, strength_2 FROM tokens ORDER BY doc, position").fetchall()
+            rows = run.sql(
+                "SELECT token_id, strength_2 FROM tokens ORDER BY doc, position"
+            ).fetchall()
         verdicts.append((nights.said["rules"], nights.said["verdict"], rows))
     assert verdicts[0] == verdicts[1]
 
@@ -710,7 +895,11 @@ def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_i
     ],
 )
 def test_whatever_else_goes_wrong_is_2(
-    error: Exception, said: str, nights: Nights, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    error: Exception,
+    said: str,
+    nights: Nights,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*args: Any) -> None:
         raise error
@@ -726,9 +915,15 @@ def test_a_mistake_in_what_was_typed_is_2_before_any_work(
 ) -> None:
     monkeypatch.setattr(job, "run", None)
     for more, said in (
-        (["--baseline", "prevous"], "baseline is 'prevous'; expected previous, week or a run's URI"),
+        (
+            ["--baseline", "prevous"],
+            "baseline is 'prevous'; expected previous, week or a run's URI",
+        ),
         (["--baseline", "no/such/run"], "neither a store nor a run"),
-        (["--on-broken", "no-such-command x"], "'no-such-command' is no command that can be found here"),
+        (
+            ["--on-broken", "no-such-command x"],
+            "'no-such-command' is no command that can be found here",
+        ),
         (["--on-broken", "'"], "is no command"),
         (["--on-broken", " "], "--on-broken is empty"),
         (["--webhook", "http://example.org/secret"], "http, which anybody on the way reads"),
@@ -771,14 +966,23 @@ def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
     nights: Nights, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert nights.audit() == 0
-    (nights.folder / "policy.toml").write_text("max_new_sources = 0\n[source]\nks = 0\nmin_tokens = 1\n")
+    (nights.folder / "policy.toml").write_text(
+        "max_new_sources = 0\n[source]\nks = 0\nmin_tokens = 1\n"
+    )
     nights.add(1, 600, 620)
     assert nights.audit() == 1
     new, ks = nights.said["rules"]
     assert (new["value"], new["passed"]) == (1, False)
-    assert (ks["value"], ks["passed"], ks["where"]) == (0.0, True, f"{nights.folder}/corpus/0.jsonl")  # untouched
+    assert (ks["value"], ks["passed"], ks["where"]) == (
+        0.0,
+        True,
+        f"{nights.folder}/corpus/0.jsonl",
+    )  # untouched
     (note,) = (n for n in nights.said["notes"] if n.startswith("[source]"))
-    assert f"nothing of 1 new source, which have nothing to be held against: {nights.folder}/corpus/1.jsonl (" in note
+    assert (
+        f"nothing of 1 new source, which have nothing to be held against: {nights.folder}/corpus/1.jsonl ("
+        in note
+    )
     nights.config.write_text(nights.config.read_text() + "screen = 0\n")
     nights.add(1, 600, 630)
     capfd.readouterr()
@@ -811,7 +1015,8 @@ def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
     assert not found.findings
 
 
-# --- to be told ------------------------------------------------------------------------------------------
+# --- to be told
+# ------------------------------------------------------------------------------------------
 
 
 class Hook:
@@ -882,7 +1087,9 @@ def test_webhooks_that_may_be_called(url: str) -> None:
     assert audit.check_webhook("http://example.org/x", True)
 
 
-@pytest.mark.parametrize("url", ["https://", "https://[::1", "https://host:port/", "file:///etc/passwd", ""])
+@pytest.mark.parametrize(
+    "url", ["https://", "https://[::1", "https://host:port/", "file:///etc/passwd", ""]
+)
 def test_webhooks_that_are_no_addresses(url: str) -> None:
     with pytest.raises(ConfigError, match="webhook"):
         audit.check_webhook(url, True)

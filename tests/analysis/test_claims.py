@@ -1,5 +1,6 @@
-"""Every figure of the claims against scipy and numpy on the raw tokens, its interval against a slow bootstrap, and what
-masking changes against plain Hugging Face."""
+"""Every figure of the claims against scipy and numpy on the raw tokens, its interval against a slow
+bootstrap, and what masking changes against plain Hugging Face.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +33,16 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: lis
     folder = tmp_path_factory.mktemp("claims")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:120]])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), executor="inline", layers="0,1,3",
-        signals="attention,shift,trimmed", dtype="float32", batch_tokens=256, sink_factor=1.04,
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="0,1,3",
+        signals="attention,shift,trimmed",
+        dtype="float32",
+        batch_tokens=256,
+        sink_factor=1.04,
+    )
     afn_ray.run(config).close()
     return config.store
 
@@ -76,7 +84,10 @@ VARIABLES = {
 
 
 def auc(values: Any, rows: dict[str, Any]) -> float:
-    content, others = rows["class"] == "content", np.isin(rows["class"], ["function", "punctuation"])
+    content, others = (
+        rows["class"] == "content",
+        np.isin(rows["class"], ["function", "punctuation"]),
+    )
     wins = stats.mannwhitneyu(values[content], values[others]).statistic
     return float(wins / (content.sum() * others.sum()))
 
@@ -88,13 +99,18 @@ def test_classes(name: str, figures: By, rows: dict[str, Any]) -> None:
     expected = auc(values, rows)
     got = figures[claims.AUC, name, layer]
     assert got.value == pytest.approx(expected, rel=1e-12) and got.low < expected < got.high
-    assert got.n == np.isin(rows["class"], claims.KINDS).sum() and got.n_docs == len(set(rows["doc"].tolist()))
+    assert got.n == np.isin(rows["class"], claims.KINDS).sum() and got.n_docs == len(
+        set(rows["doc"].tolist())
+    )
     assert got.is_control == (name != "strength")
     high = values >= np.quantile(values, 0.75, method="inverted_cdf")
     for kind in claims.KINDS:
         share = figures[f"share of {kind} that is HIGH", name, layer]
         of_kind = rows["class"] == kind
-        assert (share.value, share.n) == (pytest.approx(high[of_kind].mean(), rel=1e-12), of_kind.sum())
+        assert (share.value, share.n) == (
+            pytest.approx(high[of_kind].mean(), rel=1e-12),
+            of_kind.sum(),
+        )
         assert share.low <= share.value <= share.high and share.is_control == got.is_control
     assert figures[claims.AUC, "strength", 0].is_control
 
@@ -113,27 +129,42 @@ def test_shift_and_what_layers_have_in_common(figures: By, rows: dict[str, Any])
     )
     chance = figures[what, "with layer 1, by chance", 3]
     a, b = high[1].mean(), high[3].mean()
-    assert chance.is_control and chance.value == pytest.approx(a * b / (a + b - a * b)) and math.isnan(chance.low)
+    assert (
+        chance.is_control
+        and chance.value == pytest.approx(a * b / (a + b - a * b))
+        and math.isnan(chance.low)
+    )
 
 
 def paired_auc_differences(rows: dict[str, Any], k: int) -> list[float]:
-    """Of the AUC at layer ``k`` and that at layer 0, over 1,000 slow samples of the same documents."""
-    dice, documents = np.random.default_rng(1), [np.flatnonzero(rows["doc"] == d) for d in np.unique(rows["doc"])]
+    """Of the AUC at layer ``k`` and that at layer 0, over 1,000 slow samples of the same
+    documents.
+    """
+    dice, documents = (
+        np.random.default_rng(1),
+        [np.flatnonzero(rows["doc"] == d) for d in np.unique(rows["doc"])],
+    )
     found = []
     for _ in range(1000):
-        at = np.concatenate([documents[i] for i in dice.integers(0, len(documents), len(documents))])
+        at = np.concatenate(
+            [documents[i] for i in dice.integers(0, len(documents), len(documents))]
+        )
         drawn = {name: rows[name][at] for name in ("class", f"strength_{k}", "strength_0")}
         found.append(auc(drawn[f"strength_{k}"], drawn) - auc(drawn["strength_0"], drawn))
     return found
 
 
-def test_which_layer_separates_best(found: claims.Claims, figures: By, rows: dict[str, Any]) -> None:
+def test_which_layer_separates_best(
+    found: claims.Claims, figures: By, rows: dict[str, Any]
+) -> None:
     aucs = {k: auc(rows[f"strength_{k}"], rows) for k in (0, 1, 3)}
     what = f"{claims.AUC}, less that of layer 0"
     for k in (1, 3):
         got = figures[what, "strength", k]
         assert got.value == pytest.approx(aucs[k] - aucs[0]) and got.low < got.value < got.high
-    slow = np.quantile(paired_auc_differences(rows, 3), [0.025, 0.975])  # unpaired it would be a quarter wider
+    slow = np.quantile(
+        paired_auc_differences(rows, 3), [0.025, 0.975]
+    )  # unpaired it would be a quarter wider
     assert got.high - got.low == pytest.approx(slow[1] - slow[0], rel=0.12)
     ordered = [f.layer for f in found.figures if f.what.startswith("share of bootstrap samples")]
     assert ordered == sorted(aucs, key=lambda k: -aucs[k])
@@ -153,16 +184,27 @@ def test_types_ranks_dimensions_and_sinks(figures: By, rows: dict[str, Any]) -> 
             of_type.var() / strength.var(), rel=1e-9
         )
         chance = figures[what, "as many groups by chance", k]
-        assert chance.value == pytest.approx((len(means) - 1) / (len(strength) - 1)) and chance.is_control
-        for name, column in (("log frequency", "n_type"), ("position", "position"), ("document length", "length")):
+        assert (
+            chance.value == pytest.approx((len(means) - 1) / (len(strength) - 1))
+            and chance.is_control
+        )
+        for name, column in (
+            ("log frequency", "n_type"),
+            ("position", "position"),
+            ("document length", "length"),
+        ):
             rho = figures["Spearman's rho with strength", name, k]
             other = rows[column].astype(np.float64)
             assert rho.value == pytest.approx(stats.spearmanr(strength, other).statistic, abs=1e-9)
             assert rho.low < rho.value < rho.high
         x, f = (stats.rankdata(v)[ours] for v in (strength, rows["n_type"]))
         what = "rank correlation of strength with being content, not function or punctuation"
-        assert figures[what, "as it is", k].value == pytest.approx(np.corrcoef(x, content)[0, 1], abs=1e-9)
-        of_x, of_c = (v - np.polyval(np.polyfit(f, v, 1), f) for v in (x, content))  # what frequency leaves
+        assert figures[what, "as it is", k].value == pytest.approx(
+            np.corrcoef(x, content)[0, 1], abs=1e-9
+        )
+        of_x, of_c = (
+            v - np.polyval(np.polyfit(f, v, 1), f) for v in (x, content)
+        )  # what frequency leaves
         at_one = figures[what, "at one frequency (partial)", k]
         assert at_one.value == pytest.approx(np.corrcoef(of_x, of_c)[0, 1], abs=1e-9)
         trimmed = rows[f"strength_trimmed_{k}"].astype(np.float64)
@@ -183,11 +225,16 @@ def test_types_ranks_dimensions_and_sinks(figures: By, rows: dict[str, Any]) -> 
 
 
 def test_intervals_are_those_of_drawing_documents(figures: By, rows: dict[str, Any]) -> None:
-    """A slow bootstrap, with draws of its own, gives nearly the same interval; one over tokens would be narrower."""
+    """A slow bootstrap, with draws of its own, gives nearly the same interval; one over tokens
+    would be narrower.
+    """
     dice = np.random.default_rng(7)
     docs = np.unique(rows["doc"])
     high, content = rows["high_3"].astype(bool), rows["class"] == "content"
-    by_doc = [(high[(rows["doc"] == d) & content].sum(), ((rows["doc"] == d) & content).sum()) for d in docs]
+    by_doc = [
+        (high[(rows["doc"] == d) & content].sum(), ((rows["doc"] == d) & content).sum())
+        for d in docs
+    ]
     sums = np.array(by_doc, np.float64)
     drawn = [sums[dice.integers(0, len(docs), len(docs))].sum(axis=0) for _ in range(2000)]
     low, high_end = np.quantile([s[0] / s[1] for s in drawn], [0.025, 0.975])
@@ -219,9 +266,9 @@ def test_a_large_run_is_read_by_a_sample(
     assert got.value == pytest.approx(rows["high_3"][of_kind].mean())
     whole = figures["share of content that is HIGH", "strength", 3]
     assert got.high - got.low > whole.high - whole.low
-    assert few.notes[0].startswith(f"{there.sum():,} tokens of {len(docs)} documents, one in 4 of 120") and (
-        "in 20 groups" in few.notes[0]
-    )
+    assert few.notes[0].startswith(
+        f"{there.sum():,} tokens of {len(docs)} documents, one in 4 of 120"
+    ) and ("in 20 groups" in few.notes[0])
 
 
 def test_one_document_has_no_intervals_and_few_are_told(
@@ -230,25 +277,43 @@ def test_one_document_has_no_intervals_and_few_are_told(
     corpus = tmp_path / "c.txt"
     corpus.write_text("\n".join(verses[:20]))
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(tmp_path / "store"), executor="inline", layers="0,2",
-        dtype="float32", screen=0,
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(tmp_path / "store"),
+        executor="inline",
+        layers="0,2",
+        dtype="float32",
+        screen=0,
+    )
     with afn_ray.run(config) as run:
         one = claims.claims(run, max_tokens=100)
     assert one.figures and all(math.isnan(f.low) for f in one.figures)
-    assert not any("rarity" in f.of or "bootstrap samples" in f.what for f in one.figures)  # every idf is the same
-    assert "Intervals want 500 documents" in one.notes[1] and "there are no intervals" in one.notes[2]
+    assert not any(
+        "rarity" in f.of or "bootstrap samples" in f.what for f in one.figures
+    )  # every idf is the same
+    assert (
+        "Intervals want 500 documents" in one.notes[1] and "there are no intervals" in one.notes[2]
+    )
     with afn_ray.open_run(store) as run:
         assert not [n for n in claims.claims(run).notes if "few documents" in n or "want 500" in n]
 
 
-def test_frozen_labels_change_no_claim(store: str, figures: By, tmp_path: Path, tiny_bert: Path) -> None:
+def test_frozen_labels_change_no_claim(
+    store: str, figures: By, tmp_path: Path, tiny_bert: Path
+) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "of the and in of the"}\n')
     config = RunConfig(
-        corpus=(str(other),), model=str(tiny_bert), store=str(tmp_path / "other"), executor="inline",
-        layers="0,1,3", dtype="float32", batch_tokens=256, sink_factor=1.04, screen=0,
-    )  # fmt: skip
+        corpus=(str(other),),
+        model=str(tiny_bert),
+        store=str(tmp_path / "other"),
+        executor="inline",
+        layers="0,1,3",
+        dtype="float32",
+        batch_tokens=256,
+        sink_factor=1.04,
+        screen=0,
+    )
     base = afn_ray.run(config).uri
     corpus = (str(Path(store).parent / "c.jsonl"),)
     frozen = replace(config, corpus=corpus, store=str(tmp_path / "frozen"), thresholds=base)
@@ -260,19 +325,33 @@ def test_frozen_labels_change_no_claim(store: str, figures: By, tmp_path: Path, 
     assert found[what, "strength", 3].value == figures[what, "strength", 3].value
 
 
-def test_a_page_draws_every_figure_of_the_layer_and_lists_those_of_all(found: claims.Claims) -> None:
+def test_a_page_draws_every_figure_of_the_layer_and_lists_those_of_all(
+    found: claims.Claims,
+) -> None:
     drawn = charts.claims_charts(found, 3)
     assert [question for question, *_ in drawn] == [
         said for claim, said in claims.CLAIMS.items() if claim not in ("masking", "tags")
     ]
     every = [chart for *_, group in drawn for chart in group]
-    assert len({chart.name for chart in every}) == len(every) == len({(f.claim, f.what) for f in found.figures})
+    assert (
+        len({chart.name for chart in every})
+        == len(every)
+        == len({(f.claim, f.what) for f in found.figures})
+    )
     assert sum(len(chart.table.rows) for chart in every) == len(found.figures)
     (auc_chart,) = (c for c in every if c.title == claims.AUC)
     rows = {v["row"]: v for v in auc_chart.spec["data"]["values"]}
-    assert rows.keys() == {"strength, layer 0", "strength, layer 3", "rarity (idf)", "attention received, layer 3",
-                           "norm-weighted attention, layer 3"}  # fmt: skip
-    assert rows["strength, layer 3"]["kind"] == "figure" and rows["strength, layer 0"]["kind"] == "control"
+    assert rows.keys() == {
+        "strength, layer 0",
+        "strength, layer 3",
+        "rarity (idf)",
+        "attention received, layer 3",
+        "norm-weighted attention, layer 3",
+    }
+    assert (
+        rows["strength, layer 3"]["kind"] == "figure"
+        and rows["strength, layer 0"]["kind"] == "control"
+    )
 
 
 def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
@@ -280,9 +359,13 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:9]])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(tmp_path / "store"), executor="inline", layers="2",
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(tmp_path / "store"),
+        executor="inline",
+        layers="2",
         dtype="float32",
-    )  # fmt: skip
+    )
     afn_ray.run(config).close()
     corpus.unlink()  # what is masked was recorded
     with pytest.raises(SystemExit) as left:
@@ -291,7 +374,9 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
     answer = json.loads(capsys.readouterr().out)
     found = answer["figures"]
     assert (
-        {f["claim"] for f in found} == {"classes", "types", "frequency", "sinks", "masking"} < answer["claims"].keys()
+        {f["claim"] for f in found}
+        == {"classes", "types", "frequency", "sinks", "masking"}
+        < answer["claims"].keys()
     )
     assert all(f["low"] is None or f["low"] <= f["high"] for f in found)
     assert {f["n_docs"] for f in found if f["of"] == "HIGH tokens masked"} == {5}
@@ -303,16 +388,22 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
     assert "(control)" in said and "95 % interval" in said and ", layer 2, " in said
 
 
-def _figure(of: str, layer: int | None, value: float, half: float = math.nan, control: bool = False) -> claims.Figure:
-    return claims.Figure("classes", claims.AUC, of, layer, value, value - half, value + half, 99, 9, control)
+def _figure(
+    of: str, layer: int | None, value: float, half: float = math.nan, control: bool = False
+) -> claims.Figure:
+    return claims.Figure(
+        "classes", claims.AUC, of, layer, value, value - half, value + half, 99, 9, control
+    )
 
 
 def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_figure() -> None:
     main = [_figure("strength", 2, 0.4, 0.01), _figure("strength", 4, 0.8, 0.01)]
     controls = [
-        _figure("strength", 0, 0.9, 0.01, True), _figure("rarity (idf)", None, 0.81, 0.005, True),
-        _figure("attention received", 4, 0.5, 0.01, True), _figure("attention received", 2, 0.99, 0.001, True),
-    ]  # fmt: skip
+        _figure("strength", 0, 0.9, 0.01, True),
+        _figure("rarity (idf)", None, 0.81, 0.005, True),
+        _figure("attention received", 4, 0.5, 0.01, True),
+        _figure("attention received", 2, 0.99, 0.001, True),
+    ]
     assert claims.against_controls([*main, *controls]) == (
         "AUC of content against function words and punctuation: strength, layer 4, 0.800. "
         "Beaten by: strength, layer 0, 0.900. Equalled by: rarity (idf), 0.810."
@@ -327,11 +418,19 @@ def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_fig
 
 def test_a_tag_is_held_against_itself_at_layer_0() -> None:
     figures = [
-        claims.Figure("tags", "share that is HIGH", name, layer, value, value, value, 9, 9, layer == 0)
-        for name, layer, value in (("DET", 0, 0.1), ("NOUN", 0, 0.6), ("DET", 4, 0.2), ("NOUN", 4, 0.5))
+        claims.Figure(
+            "tags", "share that is HIGH", name, layer, value, value, value, 9, 9, layer == 0
+        )
+        for name, layer, value in (
+            ("DET", 0, 0.1),
+            ("NOUN", 0, 0.6),
+            ("DET", 4, 0.2),
+            ("NOUN", 4, 0.5),
+        )
     ]
     assert (
-        claims.against_controls(figures) == "Share that is HIGH: NOUN, layer 4, 0.500. Beaten by: NOUN, layer 0, 0.600."
+        claims.against_controls(figures)
+        == "Share that is HIGH: NOUN, layer 4, 0.500. Beaten by: NOUN, layer 0, 0.600."
     )
 
 
@@ -345,7 +444,8 @@ def test_claims_fit_80_columns(found: claims.Claims) -> None:
             assert f"{claims.shown(figure.low)} to {claims.shown(figure.high)}" in said
 
 
-# --- masking ---------------------------------------------------------------------------------------------
+# --- masking
+# ---------------------------------------------------------------------------------------------
 
 
 def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
@@ -354,12 +454,19 @@ def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
     import transformers
 
     model = transformers.AutoModel.from_pretrained(tiny_bert, attn_implementation="eager").eval()
-    mask, sep = (transformers.AutoTokenizer.from_pretrained(tiny_bert).convert_tokens_to_ids(t) for t in
-                 ("[MASK]", "[SEP]"))  # fmt: skip
+    mask, sep = (
+        transformers.AutoTokenizer.from_pretrained(tiny_bert).convert_tokens_to_ids(t)
+        for t in ("[MASK]", "[SEP]")
+    )
 
     def outputs(variants: list[Any]) -> Any:
         with torch.inference_mode():
-            return model(torch.tensor(np.stack(variants)), output_hidden_states=True).hidden_states[3].double().numpy()
+            return (
+                model(torch.tensor(np.stack(variants)), output_hidden_states=True)
+                .hidden_states[3]
+                .double()
+                .numpy()
+            )
 
     with afn_ray.open_run(store) as run:
         figures, note = masking.check(run, num_documents=120)
@@ -370,10 +477,14 @@ def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
     changes: dict[str, list[Any]] = {kind: [] for kind in masking.KINDS}
     num_cut = 0
     for doc in sorted({r[0] for r in table}):
-        ids, special, high, sinks, classes = (np.array([r[i] for r in table if r[0] == doc]) for i in range(1, 6))
+        ids, special, high, sinks, classes = (
+            np.array([r[i] for r in table if r[0] == doc]) for i in range(1, 6)
+        )
         if len(ids) > 64:
             num_cut += 1
-            ids, special, high, sinks, classes = (c[:64].copy() for c in (ids, special, high, sinks, classes))
+            ids, special, high, sinks, classes = (
+                c[:64].copy() for c in (ids, special, high, sinks, classes)
+            )
             ids[-1], special[-1] = sep, True
         free, content = ~special & ~sinks, classes == "content"
         chosen = masking.choose(masking.Text(doc, ids, free, high, content))
@@ -383,7 +494,9 @@ def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
         before, *after = outputs([ids, *masked])
         for (kind, at), state in zip(chosen.items(), after, strict=True):
             assert (
-                len(set(at.tolist())) == len(at) == len(chosen[kind.replace("LOW", "HIGH").replace("random", "HIGH")])
+                len(set(at.tolist()))
+                == len(at)
+                == len(chosen[kind.replace("LOW", "HIGH").replace("random", "HIGH")])
             )
             assert free[at].all() and len(at) <= max(1, 0.15 * free.sum())
             assert kind == "random" or (high[at] == kind.startswith("HIGH")).all()
@@ -399,23 +512,40 @@ def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
         means = {kind: np.mean([c[at] for c in of_kind]) for kind, of_kind in changes.items()}
         for kind, of_kind in changes.items():
             got = found[what, f"{kind} tokens masked", 3]
-            assert got.value == pytest.approx(means[kind], rel=2e-5, abs=1e-7) and got.low < got.value < got.high
+            assert (
+                got.value == pytest.approx(means[kind], rel=2e-5, abs=1e-7)
+                and got.low < got.value < got.high
+            )
             assert (got.n, got.n_docs) == (sum(c[2] for c in of_kind), len(of_kind))
             assert got.is_control == (not kind.startswith("HIGH"))
         for a, b in masking.DIFFERENCES:
-            assert found[what, f"{a} less {b}", 3].value == pytest.approx(means[a] - means[b], abs=2e-6)
+            assert found[what, f"{a} less {b}", 3].value == pytest.approx(
+                means[a] - means[b], abs=2e-6
+            )
     assert f"{len(changes['HIGH'])} documents of the run" in note and "output of block 3" in note
 
 
-def test_a_decoder_has_no_mask_and_something_stands_in(tmp_path: Path, tiny_gpt: Path, verses: list[str]) -> None:
+def test_a_decoder_has_no_mask_and_something_stands_in(
+    tmp_path: Path, tiny_gpt: Path, verses: list[str]
+) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:6]])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_gpt), store=str(tmp_path / "store"), executor="inline", layers="2",
-        dtype="float32", sink_factor=2.0,
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_gpt),
+        store=str(tmp_path / "store"),
+        executor="inline",
+        layers="2",
+        dtype="float32",
+        sink_factor=2.0,
+    )
     with afn_ray.run(config) as run:
         figures, note = masking.check(run, num_documents=6)
-        assert "became <|endoftext|>" in note and all(f.value > 0 for f in figures if f.of.endswith("masked"))
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="nothing to put for a token"):
+        assert "became <|endoftext|>" in note and all(
+            f.value > 0 for f in figures if f.of.endswith("masked")
+        )
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(ConfigError, match="nothing to put for a token"),
+        ):
             patch.setattr(masking, "STAND_INS", ("[MASK]",))
             masking.check(run, num_documents=6)

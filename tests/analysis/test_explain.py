@@ -1,4 +1,6 @@
-"""explain: a text's figures are the run's own, and no text can do anything to a terminal or a page."""
+"""explain: a text's figures are the run's own, and no text can do anything to a terminal or a
+page.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,20 @@ class Corpus:
 
     def strengths(self, layer: int) -> Any:
         """All recorded strengths but those of special tokens."""
-        return self.tokens.filter(pc.bit_wise_and(pc.field("flags"), SPECIAL) == 0)[f"strength_{layer}"].to_numpy()
+        return self.tokens.filter(pc.bit_wise_and(pc.field("flags"), SPECIAL) == 0)[
+            f"strength_{layer}"
+        ].to_numpy()
 
 
 def measure(folder: Path, texts: list[str], **options: Any) -> Corpus:
     write_jsonl(folder / "corpus.jsonl", [{"text": t} for t in texts])
-    config = RunConfig(corpus=(str(folder / "corpus.jsonl"),), store=str(folder / "store"), executor="inline",
-                       shard_bytes=8192, **options)  # fmt: skip
+    config = RunConfig(
+        corpus=(str(folder / "corpus.jsonl"),),
+        store=str(folder / "store"),
+        executor="inline",
+        shard_bytes=8192,
+        **options,
+    )
     job.run(config).close()
     run = manifest.find_run(config.store)
     tables = []
@@ -80,14 +89,17 @@ def hostile(corpus: Corpus) -> Explanation:
     return explain(corpus.folder.uri, HOSTILE)
 
 
-def printed(explanation: Explanation, layer: int | None = None, *, show_all: bool = False, **options: Any) -> str:
+def printed(
+    explanation: Explanation, layer: int | None = None, *, show_all: bool = False, **options: Any
+) -> str:
     console = Console(file=io.StringIO(), highlight=False, **{"width": 100, **options})
     render_terminal(explanation, layer, console, show_all=show_all)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-# --- figures ---------------------------------------------------------------------------------------------
+# --- figures
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("doc", [0, 17, 250])
@@ -120,7 +132,9 @@ def test_ranks_quartiles_and_the_usual_are_brute_force_counts(corpus: Corpus) ->
         assert (explanation.thresholds[at].q1, explanation.thresholds[at].q3) == (q1, q3)
         for token in explanation.tokens:
             reading = token.readings[at]
-            same = np.array(rows[f"strength_{layer}"], np.float32)[(ids == token.token_id) & (special == token.special)]
+            same = np.array(rows[f"strength_{layer}"], np.float32)[
+                (ids == token.token_id) & (special == token.special)
+            ]
             if token.special:
                 assert (reading.quartile, reading.high, reading.rank) == (None, None, None)
             else:
@@ -142,9 +156,13 @@ def test_a_strength_that_equals_a_threshold_lies_above_it(corpus: Corpus) -> Non
     values = corpus.strengths(4)
     quantiles = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf").astype(np.float32)
     below = np.nextafter(quantiles, np.float32(0))
-    strengths = np.concatenate([quantiles, below, [values.min(), values.max(), values.max() * 2, 0]]).astype(np.float32)
+    strengths = np.concatenate(
+        [quantiles, below, [values.min(), values.max(), values.max() * 2, 0]]
+    ).astype(np.float32)
     zeros = np.zeros(len(strengths), np.int32)
-    tables = {name: manifest.read_table(corpus.folder, name) for name in ("histogram", "vocabulary")}
+    tables = {
+        name: manifest.read_table(corpus.folder, name) for name in ("histogram", "vocabulary")
+    }
     tables["labels"] = manifest.labels(corpus.folder)
     limits, readings = module._read_layer(tables, 4, zeros, zeros > 0, strengths)
     assert [r.quartile for r in readings] == [2, 3, 4, 1, 2, 3, 1, 4, 4, 1]
@@ -177,13 +195,21 @@ def test_the_run_s_dtype_is_kept_and_ray_is_not_needed(
         explain(str(tmp_path), "word")
 
 
-def test_byte_level_tokens_show_every_character_once(tmp_path: Path, tiny_gpt: Path, verses: list[str]) -> None:
+def test_byte_level_tokens_show_every_character_once(
+    tmp_path: Path, tiny_gpt: Path, verses: list[str]
+) -> None:
     small = measure(tmp_path, verses[:30], model=str(tiny_gpt))
     text = "  In the 😀😀 beginning\n\n日本 \t God made.  "
     explanation = explain(small.folder.uri, text)
-    assert len({(t.start, t.end) for t in explanation.tokens}) < len(explanation.tokens)  # one emoji, many tokens
+    assert len({(t.start, t.end) for t in explanation.tokens}) < len(
+        explanation.tokens
+    )  # one emoji, many tokens
     assert "".join(part for part, _ in explained._running(explanation)) == text
-    assert not any(part[0].isspace() and part.strip() for part, token in explained._running(explanation) if token)
+    assert not any(
+        part[0].isspace() and part.strip()
+        for part, token in explained._running(explanation)
+        if token
+    )
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])
@@ -192,7 +218,8 @@ def test_a_text_without_tokens_is_refused(classified: Corpus, text: str) -> None
         explain(classified.folder.uri, text)
 
 
-# --- the model -------------------------------------------------------------------------------------------
+# --- the model
+# -------------------------------------------------------------------------------------------
 
 
 def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
@@ -206,7 +233,9 @@ def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
     config = json.loads((minilm / "config.json").read_text())
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
-    with pytest.raises(ModelError, match=r"is not the one of run .*these parts of it differ: config\.json"):
+    with pytest.raises(
+        ModelError, match=r"is not the one of run .*these parts of it differ: config\.json"
+    ):
         explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path))
     with pytest.raises(ModelError, match="no model at"):
         explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path / "gone"))
@@ -217,13 +246,19 @@ def test_a_run_of_another_version_of_transformers_is_not_compared(
 ) -> None:
     ours = model.MAKERS["transformers"]
     monkeypatch.setitem(model.MAKERS, "transformers", "5.99")
-    with pytest.raises(ModelError, match=rf"parts of it differ: transformers \({ours} in the run, 5\.99 here\)"):
+    with pytest.raises(
+        ModelError, match=rf"parts of it differ: transformers \({ours} in the run, 5\.99 here\)"
+    ):
         explain(corpus.folder.uri, "In the beginning")
 
 
 @pytest.mark.parametrize("flag", ["trust_remote_code", "allow_pickle"])
-def test_a_run_cannot_make_its_reader_run_code(corpus: Corpus, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = corpus.folder.info | {"config": corpus.folder.info["config"] | {flag: True, "model": "/evil"}}
+def test_a_run_cannot_make_its_reader_run_code(
+    corpus: Corpus, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = corpus.folder.info | {
+        "config": corpus.folder.info["config"] | {flag: True, "model": "/evil"}
+    }
     monkeypatch.setattr(manifest, "find_run", lambda uri: replace(corpus.folder, info=info))
     monkeypatch.setattr(module.worker, "prepare", lambda *_: pytest.fail("looked at the model"))
     with pytest.raises(ModelError, match=f"give --{flag.replace('_', '-')}"):
@@ -232,12 +267,15 @@ def test_a_run_cannot_make_its_reader_run_code(corpus: Corpus, flag: str, monkey
 
 def test_notes_say_what_may_move_the_last_digits() -> None:
     assert module._notes({"device": "cpu", **VERSIONS}, "cpu", "float32") == ()
-    device, libraries = module._notes({"device": "cuda", **VERSIONS, "torch": "2.0.0"}, "cpu", "bfloat16")
+    device, libraries = module._notes(
+        {"device": "cuda", **VERSIONS, "torch": "2.0.0"}, "cpu", "bfloat16"
+    )
     assert "measured on cuda, this text on cpu" in device and "bfloat16" in device
     assert f"torch 2.0.0 then, {VERSIONS['torch']} here" in libraries
 
 
-# --- terminal --------------------------------------------------------------------------------------------
+# --- terminal
+# --------------------------------------------------------------------------------------------
 
 
 def test_control_characters_and_markup_reach_no_terminal(hostile: Explanation) -> None:
@@ -253,15 +291,18 @@ def test_high_tokens_are_marked_without_colour(hostile: Explanation) -> None:
     output = printed(hostile, force_terminal=True, no_color=True).split("quartile")[0]
     assert not re.search(r"\x1b\[[0-9;]*[34]8;", output)
     marked = re.findall(r"\x1b\[1;4m(.+?)\x1b\[0m", output)
-    assert marked == [t for t, token in explained._running(hostile) if token and token.readings[-1].high]
+    assert marked == [
+        t for t, token in explained._running(hostile) if token and token.readings[-1].high
+    ]
     assert marked
 
 
 def test_the_quartiles_look_different_and_can_be_read(hostile: Explanation) -> None:
     coloured = printed(hostile, force_terminal=True, color_system="truecolor")
     styles = {
-        quartile: set(re.findall(rf"\x1b\[([0-9;]+)m {quartile} ", coloured)) for quartile in (2, 3, 4)
-    }  # fmt: skip
+        quartile: set(re.findall(rf"\x1b\[([0-9;]+)m {quartile} ", coloured))
+        for quartile in (2, 3, 4)
+    }
     assert all(len(s) == 1 for s in styles.values()) and len(set.union(*styles.values())) == 3
     pairs = [*explained.LIGHT.values(), *explained.DARK.values()]
     for style in explained.TERMINAL.values():
@@ -284,7 +325,9 @@ def test_a_long_text_s_table_says_what_it_leaves_out(classified: Corpus) -> None
     explanation = explain(classified.folder.uri, " ".join(["word"] * 98))
     assert len(explanation.tokens) == 100
     rows = [line for line in printed(explanation, 0).splitlines() if line.startswith("  word  ")]
-    assert len(rows) == explained.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(explanation, 0)
+    assert len(rows) == explained.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(
+        explanation, 0
+    )
     everything = printed(explanation, 0, show_all=True)
     assert everything.count("\n  word  ") == 98 and "more tokens" not in everything
 
@@ -295,8 +338,14 @@ def test_the_table_holds_the_figures(hostile: Explanation) -> None:
     assert reading.usual is not None and reading.rank is not None
     lines = [line.split() for line in printed(hostile, 4, show_all=True).splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
-    shown = [f"{reading.strength:.4f}", *explained.QUARTILES[reading.quartile or 0].split(), f"{reading.rank:.1%}",
-             f"{reading.usual.median:.4f}", f"{reading.usual.share_high:.0%}", str(reading.usual.n)]  # fmt: skip
+    shown = [
+        f"{reading.strength:.4f}",
+        *explained.QUARTILES[reading.quartile or 0].split(),
+        f"{reading.rank:.1%}",
+        f"{reading.usual.median:.4f}",
+        f"{reading.usual.share_high:.0%}",
+        str(reading.usual.n),
+    ]
     assert rows["God"] == shown
     unseen = next(t for t in hostile.tokens if t.readings[1].usual is None and t.word_start)
     assert rows[unseen.text][-4:] == ["not", "in", "run", "0"]
@@ -308,13 +357,16 @@ def test_a_layer_that_was_not_recorded_is_refused(hostile: Explanation) -> None:
         printed(hostile, 3)
 
 
-# --- page ------------------------------------------------------------------------------------------------
+# --- page
+# ------------------------------------------------------------------------------------------------
 
 VOID = {"meta", "input", "br"}
 
 
 class Page(HTMLParser):
-    """Checks that every element ends where it should; keeps elements, and the texts of paragraphs and style."""
+    """Checks that every element ends where it should; keeps elements, and the texts of paragraphs
+    and style.
+    """
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -353,13 +405,56 @@ def test_the_page_is_well_formed_escaped_and_alone(hostile: Explanation) -> None
     visible = HOSTILE.replace("\r\n", "\n").replace("\x1b", r"\x1b").replace("\x9b", r"\x9b")
     visible = visible.replace("\u202e", r"\u202e")
     assert page.running == [visible, visible]  # once a layer, to the letter
-    allowed = {"html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "dl", "dt", "dd", "fieldset",
-               "legend", "input", "label", "section", "p", "span", "bdi", "ul", "li", "div", "table", "caption",
-               "thead", "tbody", "tr", "th", "td"}  # fmt: skip
+    allowed = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "h1",
+        "h2",
+        "dl",
+        "dt",
+        "dd",
+        "fieldset",
+        "legend",
+        "input",
+        "label",
+        "section",
+        "p",
+        "span",
+        "bdi",
+        "ul",
+        "li",
+        "div",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
     assert {tag for tag, _ in page.elements} == allowed
     attributes = {name for _, attrs in page.elements for name in attrs}
-    assert attributes <= {"lang", "charset", "http-equiv", "content", "name", "type", "id", "checked", "for", "class",
-                          "dir", "title", "aria-label", "scope"}  # fmt: skip
+    assert attributes <= {
+        "lang",
+        "charset",
+        "http-equiv",
+        "content",
+        "name",
+        "type",
+        "id",
+        "checked",
+        "for",
+        "class",
+        "dir",
+        "title",
+        "aria-label",
+        "scope",
+    }
     assert not re.search(r"https?:|//|url\(|@import|<script|javascript:", source.replace("</", ""))
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", source)
     titles = [attrs["title"] for _, attrs in page.elements if "title" in attrs]
@@ -369,27 +464,37 @@ def test_the_page_is_well_formed_escaped_and_alone(hostile: Explanation) -> None
 
 def test_the_page_s_policy_forbids_everything_but_its_own_style(hostile: Explanation) -> None:
     page = Page(render_html(hostile))
-    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
+    )
     digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert (
+        policy
+        == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
 
 
 def test_the_page_switches_layers_and_lists_every_token(hostile: Explanation) -> None:
     page = Page(render_html(hostile))
     switches = [a for tag, a in page.elements if tag == "input"]
-    assert [s["id"] for s in switches] == ["show-0", "show-4"] and ["checked" in s for s in switches] == [False, True]
+    assert [s["id"] for s in switches] == ["show-0", "show-4"] and [
+        "checked" in s for s in switches
+    ] == [False, True]
     for layer in (0, 4):
         assert f"body:has(#show-{layer}:checked) #layer-{layer} {{ display: block; }}" in page.style
         assert ("section", {"id": f"layer-{layer}"}) in page.elements
     assert sum(tag == "tr" for tag, _ in page.elements) == 2 * (1 + len(hostile.tokens))
     one = replace(
-        hostile, layers=(4,), thresholds=hostile.thresholds[1:],
+        hostile,
+        layers=(4,),
+        thresholds=hostile.thresholds[1:],
         tokens=tuple(replace(t, readings=t.readings[1:]) for t in hostile.tokens),
-    )  # fmt: skip
+    )
     assert not any(tag == "input" for tag, _ in Page(render_html(one)).elements)
 
 
-# --- signals, layers and decisions ----------------------------------------------------------------------
+# --- signals, layers and decisions
+# ----------------------------------------------------------------------
 
 LABELS = {0: "old", 1: "<b>new</b>\x1b[31m", 2: "neither"}
 TEXT = "In the beginning God created the heaven, and the zeppelin."
@@ -412,17 +517,32 @@ def save_classifier(folder: Path, config: Any, tokenizer: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classified(tmp_path_factory: pytest.TempPathFactory, wordpiece: Path, verses: list[str]) -> Corpus:
-    """A run of a BERT with a head for three labels, of which layers 0 and 2 and the shift were recorded."""
+def classified(
+    tmp_path_factory: pytest.TempPathFactory, wordpiece: Path, verses: list[str]
+) -> Corpus:
+    """A run of a BERT with a head for three labels, of which layers 0 and 2 and the shift were
+    recorded.
+    """
     import transformers
 
     config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, max_position_embeddings=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
         id2label=LABELS,
-    )  # fmt: skip
+    )
     folder = tmp_path_factory.mktemp("classifier")
     save_classifier(folder / "model", config, wordpiece)
-    return measure(folder, verses[:60], model=str(folder / "model"), layers="0,2", dtype="float32", signals="shift")
+    return measure(
+        folder,
+        verses[:60],
+        model=str(folder / "model"),
+        layers="0,2",
+        dtype="float32",
+        signals="shift",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -448,9 +568,12 @@ def test_signals_stand_beside_strength_with_quartiles_where_the_run_has_them(
 ) -> None:
     _, out = plain(classified, whole)
     limits = np.quantile(
-        classified.tokens.filter(pc.bit_wise_and(pc.field("flags"), SPECIAL) == 0)["shift_2"].to_numpy(),
-        [0.25, 0.5, 0.75], method="inverted_cdf",
-    )  # fmt: skip
+        classified.tokens.filter(pc.bit_wise_and(pc.field("flags"), SPECIAL) == 0)[
+            "shift_2"
+        ].to_numpy(),
+        [0.25, 0.5, 0.75],
+        method="inverted_cdf",
+    )
     shift = (out.hidden_states[2] - out.hidden_states[1])[0].norm(dim=-1).detach().numpy()
     own = out.attentions[1][0].diagonal(dim1=1, dim2=2).mean(0).detach().numpy()
     for i, token in enumerate(whole.tokens):
@@ -468,7 +591,9 @@ def test_signals_stand_beside_strength_with_quartiles_where_the_run_has_them(
     ]
 
 
-def test_the_heat_map_ranks_within_each_layer_of_the_text(classified: Corpus, whole: Explanation) -> None:
+def test_the_heat_map_ranks_within_each_layer_of_the_text(
+    classified: Corpus, whole: Explanation
+) -> None:
     _, out = plain(classified, whole)
     special = np.array([t.special for t in whole.tokens])
     assert whole.sweep == (0, 1, 2, 3) and special.sum() == 2
@@ -481,13 +606,19 @@ def test_the_heat_map_ranks_within_each_layer_of_the_text(classified: Corpus, wh
             share = np.mean(values <= cell.strength)
             assert cell.layer == layer and cell.rank == (None if token.special else share)
             if not token.special:
-                assert cell.decile is not None and cell.decile < 10 * share <= cell.decile + 1 + 1e-9
+                assert (
+                    cell.decile is not None and cell.decile < 10 * share <= cell.decile + 1 + 1e-9
+                )
             recorded = {0: 0, 2: 1}.get(layer)
-            assert cell.quartile == (None if recorded is None else token.readings[recorded].quartile)
+            assert cell.quartile == (
+                None if recorded is None else token.readings[recorded].quartile
+            )
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_decision_s_attributions_are_plain_autograd_s(classified: Corpus, whole: Explanation, layer: int) -> None:
+def test_a_decision_s_attributions_are_plain_autograd_s(
+    classified: Corpus, whole: Explanation, layer: int
+) -> None:
     import torch
 
     explanation = whole
@@ -501,13 +632,19 @@ def test_a_decision_s_attributions_are_plain_autograd_s(classified: Corpus, whol
     model.bert.encoder.layer[max(layer, 1) - 1].output.dense.register_forward_hook(
         lambda m, args, _: inner.append(*args)
     )
-    _, out = model, model(torch.tensor([[t.token_id for t in explanation.tokens]]), output_hidden_states=True)
-    np.testing.assert_allclose([x.value for x in decision.labels], out.logits[0].softmax(-1).detach(), rtol=1e-5)
+    _, out = (
+        model,
+        model(torch.tensor([[t.token_id for t in explanation.tokens]]), output_hidden_states=True),
+    )
+    np.testing.assert_allclose(
+        [x.value for x in decision.labels], out.logits[0].softmax(-1).detach(), rtol=1e-5
+    )
     assert [x.name for x in decision.labels] == list(LABELS.values())
     assert decision.chosen == int(out.logits[0].argmax())
     of = [out.hidden_states[layer], inner[0]]
     for_tokens, for_neurons = (
-        (x * g)[0].detach() for x, g in zip(of, torch.autograd.grad(out.logits[0].max(), of), strict=True)
+        (x * g)[0].detach()
+        for x, g in zip(of, torch.autograd.grad(out.logits[0].max(), of), strict=True)
     )
     np.testing.assert_allclose(decision.attributions, for_tokens.sum(-1), rtol=1e-3, atol=1e-6)
     if layer == 0:
@@ -516,7 +653,9 @@ def test_a_decision_s_attributions_are_plain_autograd_s(classified: Corpus, whol
     total = for_neurons.sum(0).numpy()
     order = np.argsort(-np.abs(total))[: module.TOP]
     assert [n.neuron for n in decision.neurons] == order.tolist()
-    np.testing.assert_allclose([n.attribution for n in decision.neurons], total[order], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        [n.attribution for n in decision.neurons], total[order], rtol=1e-3, atol=1e-6
+    )
     assert [n.token for n in decision.neurons] == for_neurons.abs().argmax(0)[order].tolist()
 
 
@@ -525,14 +664,21 @@ def test_the_two_rankings_and_their_correlation(whole: Explanation) -> None:
 
     decision = whole.decision
     assert decision is not None
-    plain_ones = [(t.readings[1].strength, abs(a)) for t, a in zip(whole.tokens, decision.attributions, strict=True)
-                  if not t.special]  # fmt: skip
+    plain_ones = [
+        (t.readings[1].strength, abs(a))
+        for t, a in zip(whole.tokens, decision.attributions, strict=True)
+        if not t.special
+    ]
     assert decision.spearman == pytest.approx(spearmanr(*zip(*plain_ones, strict=True)).statistic)
     rows = explained._decision_rows(whole, decision)
     assert len(rows) == module.TOP < len(plain_ones)
-    assert [r[2] for r in rows] == [f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[: module.TOP]]
+    assert [r[2] for r in rows] == [
+        f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[: module.TOP]
+    ]
     sizes = [abs(float(r[4])) for r in rows]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(max(a for _, a in plain_ones), abs=1e-4)
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(
+        max(a for _, a in plain_ones), abs=1e-4
+    )
     assert module._spearman(np.ones(5), np.arange(5)) is None
     assert module._spearman(np.array([1, 1, 2, 3]), np.array([0, 4, 4, 9])) == pytest.approx(
         spearmanr([1, 1, 2, 3], [0, 4, 4, 9]).statistic
@@ -550,14 +696,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_decide_as_transformers_has_them(name: str, wordpiece: Path, tmp_path: Path) -> None:
+def test_families_decide_as_transformers_has_them(
+    name: str, wordpiece: Path, tmp_path: Path
+) -> None:
     import torch
     import transformers
 
     kind, options = FAMILIES[name]
-    small = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-             "intermediate_size": 48, "max_position_embeddings": 66}  # fmt: skip
-    common = {k: v for k, v in small.items() if k == "vocab_size" or name not in ("distilbert", "gpt2")}
+    small = {
+        "vocab_size": 30522,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 66,
+    }
+    common = {
+        k: v for k, v in small.items() if k == "vocab_size" or name not in ("distilbert", "gpt2")
+    }
     save_classifier(tmp_path, getattr(transformers, kind)(**common | options), wordpiece)
     files = model.find_model(str(tmp_path), None, trust_remote_code=False, allow_pickle=False)
     ids = [101, 2003, 2019, 3899, 2040, 102]
@@ -567,9 +723,13 @@ def test_families_decide_as_transformers_has_them(name: str, wordpiece: Path, tm
     strengths = hidden[0].norm(dim=-1).detach().numpy()
     found = model.decide(files, ids, 2, strengths, "float32", "cpu")
     (gradient,) = torch.autograd.grad(logits.max(), hidden)
-    np.testing.assert_allclose(found.tokens, (hidden * gradient)[0].sum(-1).detach(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        found.tokens, (hidden * gradient)[0].sum(-1).detach(), rtol=1e-3, atol=1e-6
+    )
     assert found.neurons.shape == (6, 48) and found.neurons.any()
-    answer = {"any": logits.sigmoid(), "value": logits, "one": logits.softmax(-1)}[found.kind].detach()
+    answer = {"any": logits.sigmoid(), "value": logits, "one": logits.softmax(-1)}[
+        found.kind
+    ].detach()
     assert found.kind == {"distilbert": "any", "albert": "value"}.get(name, "one")
     np.testing.assert_allclose(found.values, answer, rtol=1e-5)
     with pytest.raises(ModelError, match=r"layer 2 of the classifier .* differs by 1\..*tolerance"):
@@ -586,27 +746,51 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(
     ):
         with pytest.raises(ModelError, match=why):
             model.decide(changed, [101, 102], 1, np.ones(2, np.float32), "float32", "cpu")
-    with pytest.raises(ConfigError, match="122 tokens, and a classifier decides about one window, which has 64"):
+    with pytest.raises(
+        ConfigError, match="122 tokens, and a classifier decides about one window, which has 64"
+    ):
         explain(classified.folder.uri, " ".join(["word"] * 120), task=True)
     with pytest.raises(ConfigError, match="layer 1 was not recorded; the run has 0, 2"):
         explain(classified.folder.uri, "word", task=True, layer=1)
-    with pytest.raises(ConfigError, match=r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3"):
+    with pytest.raises(
+        ConfigError, match=r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3"
+    ):
         explain(classified.folder.uri, "word", layers="4")
     with pytest.raises(ConfigError, match="there is no signal 'strenght'"):
         explain(classified.folder.uri, "word", signals="strenght")
-    with pytest.raises(ConfigError, match=r"signals trimmed leave out dimensions .* looked for none"):
+    with pytest.raises(
+        ConfigError, match=r"signals trimmed leave out dimensions .* looked for none"
+    ):
         explain(classified.folder.uri, "word", signals="trimmed")
     padded = measure(tmp_path, verses[:5], model=str(tiny_mpnet), dtype="float32")
-    with pytest.raises(ModelError, match="gives no attention weights to read: its batches are padded"):
+    with pytest.raises(
+        ModelError, match="gives no attention weights to read: its batches are padded"
+    ):
         explain(padded.folder.uri, "word", signals="attention")
 
 
 def test_the_command_asks_for_them(classified: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        commands.main(["explain", classified.folder.uri, TEXT, "--task", "--layer", "0", "--layers", "1", "--json"])
+        commands.main(
+            [
+                "explain",
+                classified.folder.uri,
+                TEXT,
+                "--task",
+                "--layer",
+                "0",
+                "--layers",
+                "1",
+                "--json",
+            ]
+        )
     assert end.value.code == 0
     value = json.loads(capsys.readouterr().out)
-    assert (value["decision"]["layer"], value["decision"]["neurons"], value["sweep"]) == (0, [], [1])
+    assert (value["decision"]["layer"], value["decision"]["neurons"], value["sweep"]) == (
+        0,
+        [],
+        [1],
+    )
     assert len(value["decision"]["attributions"]) == len(value["tokens"])
 
 
@@ -614,17 +798,28 @@ def test_the_terminal_shows_them_and_obeys_none(whole: Explanation) -> None:
     output = printed(whole, width=200, force_terminal=True, no_color=True)
     assert "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", output) and r"<b>new</b>\x1b[31m" in output
     output = re.sub(r"\x1b\[[0-9;]*m", "", output)
-    signals, heat, decision = (output.index(x) for x in ("Signals at layer 2", "\n  layer ", "Decision: "))
+    signals, heat, decision = (
+        output.index(x) for x in ("Signals at layer 2", "\n  layer ", "Decision: ")
+    )
     god = next(t for t in whole.tokens if t.text == "God")
     row = next(x.split() for x in output[signals:].splitlines() if x.strip().startswith("God "))
-    assert row[1:3] == [f"{god.readings[1].strength:.4f}", f"({god.readings[1].quartile})"] and len(row) == 8
+    assert (
+        row[1:3] == [f"{god.readings[1].strength:.4f}", f"({god.readings[1].quartile})"]
+        and len(row) == 8
+    )
     row = next(x.split() for x in output[heat:].splitlines() if x.strip().startswith("God "))
-    assert row[1:] == [f"{c.decile}/{c.quartile}" if c.quartile else f"{c.decile}" for c in god.cells]
+    assert row[1:] == [
+        f"{c.decile}/{c.quartile}" if c.quartile else f"{c.decile}" for c in god.cells
+    ]
     assert whole.decision is not None
     for neuron in whole.decision.neurons:
-        assert re.search(rf"\b{neuron.neuron} +[+-]{abs(neuron.attribution):.4f}", output[decision:])
+        assert re.search(
+            rf"\b{neuron.neuron} +[+-]{abs(neuron.attribution):.4f}", output[decision:]
+        )
     narrow = printed(whole, width=40)
-    assert max(len(line) for line in narrow.splitlines() if re.match(r"  \S+ +\d(/\d)? ", line)) <= 40
+    assert (
+        max(len(line) for line in narrow.splitlines() if re.match(r"  \S+ +\d(/\d)? ", line)) <= 40
+    )
 
 
 def test_the_page_shows_them_and_can_be_read(whole: Explanation) -> None:
@@ -632,7 +827,9 @@ def test_the_page_shows_them_and_can_be_read(whole: Explanation) -> None:
     html = render_html(whole)
     assert r"&lt;b&gt;new&lt;/b&gt;\x1b[31m" in html and "<b>" not in html
     deciles = [
-        int(a["class"][1:]) for tag, a in page.elements if tag == "td" and re.fullmatch(r"h\d", a.get("class") or "")
+        int(a["class"][1:])
+        for tag, a in page.elements
+        if tag == "td" and re.fullmatch(r"h\d", a.get("class") or "")
     ]
     assert deciles == [c.decile for t in whole.tokens if not t.special for c in t.cells]
     assert all(f".h{d} {{ color: var(--ink-{d})" in page.style for d in range(10))

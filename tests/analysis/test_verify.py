@@ -1,4 +1,6 @@
-"""Whatever happens to a store, verify finds it and names the file; what is as it was committed is left in peace."""
+"""Whatever happens to a store, verify finds it and names the file; what is as it was committed is
+left in peace.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,24 @@ from conftest import edit_sealed, edit_table, recommit, rewrite, stop_after, wri
 def config_of(folder: Path, tiny_bert: Path, **changes: Any) -> RunConfig:
     return RunConfig(
         **{
-            "corpus": (str(folder / "corpus"),), "model": str(tiny_bert), "store": str(folder / "store"),
-            "executor": "inline", "shard_bytes": 3000, "batch_tokens": 256, "dtype": "float32", "layers": "0,2",
-        } | changes
-    )  # fmt: skip
+            "corpus": (str(folder / "corpus"),),
+            "model": str(tiny_bert),
+            "store": str(folder / "store"),
+            "executor": "inline",
+            "shard_bytes": 3000,
+            "batch_tokens": 256,
+            "dtype": "float32",
+            "layers": "0,2",
+        }
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> Path:
-    """A store of one complete run: several shards, a text of many windows, an empty one, and a line that is no JSON."""
+    """A store of one complete run: several shards, a text of many windows, an empty one, and a line
+    that is no JSON.
+    """
     folder = tmp_path_factory.mktemp("verify")
     (folder / "corpus").mkdir()
     texts = [*verses[:60], " ".join(verses[60:75]), "", *verses[75:90]]
@@ -56,7 +67,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
 
 @pytest.fixture(scope="module")
 def other(made: Path, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
-    """The same corpus under another measure, in a store of its own: other strengths in the same schema."""
+    """The same corpus under another measure, in a store of its own: other strengths in the same
+    schema.
+    """
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(made.parent / "corpus", folder / "corpus")
     config = config_of(made.parent, tiny_bert, store=str(folder / "store"), window_tokens=32)
@@ -66,7 +79,9 @@ def other(made: Path, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path)
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of a store, to be damaged; ``shards`` are the folders of its shards, the largest first."""
+    """A copy of a store, to be damaged; ``shards`` are the folders of its shards, the largest
+    first.
+    """
 
     uri: str
     shards: tuple[str, ...]
@@ -98,7 +113,9 @@ def copy(source: Path, target: str) -> Copy:
         if file.is_file() and file.name != RAY_IGNORE:  # nothing relies on it
             storage.write_once(f"{target}/{file.relative_to(source)}", file.read_bytes())
     tokens = [f for f in storage.list_below(target) if f.uri.endswith("-tokens.parquet")]
-    return Copy(target, tuple(f.uri.rpartition("/")[0] for f in sorted(tokens, key=lambda f: -f.size)))
+    return Copy(
+        target, tuple(f.uri.rpartition("/")[0] for f in sorted(tokens, key=lambda f: -f.size))
+    )
 
 
 @pytest.fixture
@@ -132,19 +149,29 @@ def put(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
     values = table[column].to_pylist()
     values[row] = value
     at = table.schema.get_field_index(column)
-    return table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+    return table.set_column(
+        at, table.schema.field(at), pa.array(values, table.schema.field(at).type)
+    )
 
 
 def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> str:
-    """Edit the run's plan, make its checksum right, and give the run the name that fits; returns its new plan."""
+    """Edit the run's plan, make its checksum right, and give the run the name that fits; returns
+    its new plan.
+    """
     before = manifest.find_run(store.run)
     shards, header = manifest.read_shards(before)
     table = manifest.read_table(before, "plan")
     rows = edit(table.to_pylist())
     header["sha256"] = fingerprint([header, rows])
     ids = list({row["ordinal"]: row["shard"] for row in rows}.values())
-    ask = {"measure": fingerprint(header["measure"]), "shards": ids, "language": "en", "sink_factor": 10.0,
-           "screen": 1000, "frozen": []}  # fmt: skip
+    ask = {
+        "measure": fingerprint(header["measure"]),
+        "shards": ids,
+        "language": "en",
+        "sink_factor": 10.0,
+        "screen": 1000,
+        "frozen": [],
+    }
     name = f"20990101T000000.000Z-{fingerprint(ask)[:12]}"
     for file in storage.list_below(before.uri):
         data = storage.read_bytes(file.uri)
@@ -153,7 +180,9 @@ def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str
     if Path(before.uri).exists():
         Path(before.uri).rmdir()
     uri = f"{store.uri}/runs/{name}"
-    forged = pa.Table.from_pylist(rows, table.schema).replace_schema_metadata({"afn": json.dumps(header)})
+    forged = pa.Table.from_pylist(rows, table.schema).replace_schema_metadata(
+        {"afn": json.dumps(header)}
+    )
     edit_sealed(f"{uri}/run.json", lambda info: info.update(id=name))
     edit_table(uri, "plan", lambda _: forged)
     assert len(shards) > 3
@@ -164,7 +193,8 @@ def kinds(v: Verification) -> list[tuple[str, str]]:
     return [(f.kind, f.uri) for f in v.findings]
 
 
-# --- what is whole ---------------------------------------------------------------------------------------
+# --- what is whole
+# ---------------------------------------------------------------------------------------
 
 
 def test_a_store_that_is_whole_is_said_to_be(store: Copy) -> None:
@@ -208,7 +238,9 @@ def test_an_unfinished_run_is_no_damage(
     assert kinds(verify_store(config.store)) == [("damaged", f"{run}/plan.parquet")]
 
 
-def test_the_reread_of_many_batches_is_the_same(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reread_of_many_batches_is_the_same(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("afn_ray.store.records.BATCH_ROWS", 7)
     assert not verify_store(str(made)).findings
 
@@ -221,7 +253,8 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
         verify_store(str(tmp_path), min_age_h=float("nan"))
 
 
-# --- damage ----------------------------------------------------------------------------------------------
+# --- damage
+# ----------------------------------------------------------------------------------------------
 
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary")
 
@@ -243,7 +276,9 @@ def test_a_damaged_file_of_a_run_is_named(store: Copy, name: str, damage: str) -
     hurt(uri, damage)
     v = verify_store(store.run)
     if (name, damage) == ("run.json", "missing"):
-        assert not v.findings and v.incomplete == (store.run,)  # the run was not finished, as far as one can tell
+        assert not v.findings and v.incomplete == (
+            store.run,
+        )  # the run was not finished, as far as one can tell
     else:
         assert kinds(v) == [("missing" if damage == "missing" else "damaged", uri)]
         assert v.unproved == (store.run,)
@@ -269,7 +304,10 @@ def hurt(uri: str, damage: str) -> None:
 
 def test_no_byte_of_a_store_changes_unseen(made: Path, tmp_path: Path) -> None:
     store = copy(made, str(tmp_path / "store"))
-    files, chance = [f for f in store.files if not f.endswith("/status.json")], random.Random(4)  # nothing relies on it
+    files, chance = (
+        [f for f in store.files if not f.endswith("/status.json")],
+        random.Random(4),
+    )  # nothing relies on it
     assert not store.verify().findings
     for _ in range(200):
         uri = chance.choice(files)
@@ -287,10 +325,20 @@ def remove(folder: str) -> None:
     fs.rm(path, recursive=True)
 
 
-@pytest.mark.parametrize("name", ["tokens", "summary", "commit.json", "thresholds.parquet", "run.json", "plan.parquet"])
-def test_doing_what_a_finding_says_mends_the_store(store: Copy, made: Path, tiny_bert: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["tokens", "summary", "commit.json", "thresholds.parquet", "run.json", "plan.parquet"]
+)
+def test_doing_what_a_finding_says_mends_the_store(
+    store: Copy, made: Path, tiny_bert: Path, name: str
+) -> None:
     in_run = name.endswith(".parquet") or name == "run.json"
-    uri = f"{store.run}/{name}" if in_run else store.commit if name == "commit.json" else store.file(name)
+    uri = (
+        f"{store.run}/{name}"
+        if in_run
+        else store.commit
+        if name == "commit.json"
+        else store.file(name)
+    )
     flip(uri, 0.5)
     (finding,) = store.verify().findings
     assert finding.uri == uri
@@ -308,7 +356,8 @@ def test_doing_what_a_finding_says_mends_the_store(store: Copy, made: Path, tiny
     assert not v.findings and v.num_runs == 1 and v.num_rows == rows
 
 
-# --- what was put in the place of another ----------------------------------------------------------------
+# --- what was put in the place of another
+# ----------------------------------------------------------------
 
 
 def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> None:
@@ -319,7 +368,9 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
         storage.write_once(f"{folder}/{file.uri.rpartition('/')[2]}", storage.read_bytes(file.uri))
     commit = f"{folder}/commit.json"
     v = store.verify()
-    assert kinds(v) == [("damaged", commit)] and "it is the commit of shard" in v.findings[0].message
+    assert (
+        kinds(v) == [("damaged", commit)] and "it is the commit of shard" in v.findings[0].message
+    )
     edit_sealed(commit, lambda c: c.update(shard=name))
     assert ("misplaced", commit) in kinds(store.verify())
     body = json.loads(storage.read_bytes(commit))
@@ -327,9 +378,13 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
     shard = Shard.of([FileSlice(**s) for s in body["slices"]], ReadOptions(**body["options"]))
     disguised = folder.replace(name, shard.id)
     for file in storage.list_below(folder):
-        storage.write_once(f"{disguised}/{file.uri.rpartition('/')[2]}", storage.read_bytes(file.uri))
+        storage.write_once(
+            f"{disguised}/{file.uri.rpartition('/')[2]}", storage.read_bytes(file.uri)
+        )
         storage.delete([file.uri])
-    edit_sealed(f"{disguised}/commit.json", lambda c: c.update(shard=shard.id, slices=body["slices"]))
+    edit_sealed(
+        f"{disguised}/commit.json", lambda c: c.update(shard=shard.id, slices=body["slices"])
+    )
     found = kinds(store.verify())
     assert {k for k, _ in found} == {"misplaced"} and len(found) == 3
     assert all(uri.startswith(disguised) and uri.endswith(".parquet") for _, uri in found)
@@ -341,9 +396,15 @@ def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
     store: Copy, other: Path, table: str, whose: str
 ) -> None:
     theirs = {
-        "measure": lambda: next((other / "shards").glob(f"*/{store.shards[0].rpartition('/')[2]}/*-{table}.parquet")),
-        "shard": lambda: next(f for f in store.files if f.endswith(f"-{table}.parquet") and store.shards[0] not in f),
-        "table": lambda: store.file({"tokens": "documents", "documents": "summary", "summary": "tokens"}[table]),
+        "measure": lambda: next(
+            (other / "shards").glob(f"*/{store.shards[0].rpartition('/')[2]}/*-{table}.parquet")
+        ),
+        "shard": lambda: next(
+            f for f in store.files if f.endswith(f"-{table}.parquet") and store.shards[0] not in f
+        ),
+        "table": lambda: store.file(
+            {"tokens": "documents", "documents": "summary", "summary": "tokens"}[table]
+        ),
     }[whose]()
     data = storage.read_bytes(str(theirs))
     swap(store, table, data, rows=pq.ParquetFile(io.BytesIO(data)).metadata.num_rows)
@@ -385,7 +446,8 @@ def test_row_counts_of_a_commit_are_those_of_its_files(store: Copy) -> None:
     assert kinds(store.verify()) == [("rows", store.file("summary"))]
 
 
-# --- rows ------------------------------------------------------------------------------------------------
+# --- rows
+# ------------------------------------------------------------------------------------------------
 
 
 def _swapped(table: pa.Table) -> pa.Table:
@@ -426,7 +488,9 @@ ROW_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
 
 
 @pytest.mark.parametrize("edit", ROW_EDITS)
-def test_a_wrong_row_is_found_though_commit_and_footer_agree(made: Path, tmp_path: Path, edit: str) -> None:
+def test_a_wrong_row_is_found_though_commit_and_footer_agree(
+    made: Path, tmp_path: Path, edit: str
+) -> None:
     store = copy(made, str(tmp_path / "store"))
     table, change, says = ROW_EDITS[edit]
     if edit == "a column less":
@@ -445,10 +509,13 @@ def test_an_edit_of_rows_that_changes_nothing_is_none(made: Path, tmp_path: Path
     store = copy(made, str(tmp_path / "store"))
     for table in layout.TABLES:
         edit_rows(store, table, lambda t: t)
-    assert [f for f in store.verify().findings if f.kind != "tables"] == []  # only the sizes in shards.parquet differ
+    assert [
+        f for f in store.verify().findings if f.kind != "tables"
+    ] == []  # only the sizes in shards.parquet differ
 
 
-# --- runs ------------------------------------------------------------------------------------------------
+# --- runs
+# ------------------------------------------------------------------------------------------------
 
 RUN_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "q3": ("thresholds", lambda t: put(t, "q3", 0, 1.0), "row 0: q3 is 1.0, but its shards give"),
@@ -463,19 +530,43 @@ RUN_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "n of a type": ("vocabulary", lambda t: put(t, "n", 9, 7777), "token_id"),
     "a type": ("vocabulary", lambda t: t.slice(1), "token_id"),
     "n_high of a type": ("vocabulary", lambda t: put(t, "n_high", 9, 7777), "token_id"),
-    "n_docs of a type": ("vocabulary", lambda t: put(t, "n_docs", 9, 7777), "row 9: n_docs is 7777"),
+    "n_docs of a type": (
+        "vocabulary",
+        lambda t: put(t, "n_docs", 9, 7777),
+        "row 9: n_docs is 7777",
+    ),
     "q2 of a type": ("vocabulary", lambda t: put(t, "q2", 9, 1.0), "row 9: q2 is 1.0"),
-    "share of a type": ("vocabulary", lambda t: put(t, "share_high_low", 9, 0.123), "row 9: share_high_low"),
+    "share of a type": (
+        "vocabulary",
+        lambda t: put(t, "share_high_low", 9, 0.123),
+        "row 9: share_high_low",
+    ),
     "histogram": ("histogram", lambda t: put(t, "n", 9, 7777), "row 9: n is 7777"),
     "offsets of shards": ("shards", lambda t: put(t, "doc_offset", 1, 0), "row 1: doc_offset is 0"),
     "loss of shards": ("shards", lambda t: put(t, "lost_bytes", 0, 9), "row 0: lost_bytes is 9"),
     "loss of a file": ("files", lambda t: put(t, "lost_bytes", 0, 9), "row 0: lost_bytes is 9"),
-    "characters of a file": ("files", lambda t: put(t, "n_replaced", 0, 9), "row 0: n_replaced is 9"),
+    "characters of a file": (
+        "files",
+        lambda t: put(t, "n_replaced", 0, 9),
+        "row 0: n_replaced is 9",
+    ),
     "a file less": ("files", lambda t: t.slice(1), "rows, expected"),
-    "loss of a source": ("sources", lambda t: put(t, "share_read", 0, 0.5), "row 0: share_read is 0.5"),
-    "order of shards": ("shards", lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "row 0: ordinal is 1"),
+    "loss of a source": (
+        "sources",
+        lambda t: put(t, "share_read", 0, 0.5),
+        "row 0: share_read is 0.5",
+    ),
+    "order of shards": (
+        "shards",
+        lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]),
+        "row 0: ordinal is 1",
+    ),
     "a shard twice": ("shards", lambda t: pa.concat_tables([t, t.slice(0, 1)]), "rows, expected"),
-    "another file": ("shards", lambda t: put(t, "tokens_file", 0, t["tokens_file"][1].as_py()), "tokens_file"),
+    "another file": (
+        "shards",
+        lambda t: put(t, "tokens_file", 0, t["tokens_file"][1].as_py()),
+        "tokens_file",
+    ),
 }
 
 
@@ -491,14 +582,20 @@ def test_a_run_whose_table_was_edited_is_found(made: Path, tmp_path: Path, edit:
 
 INFO_EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
     "counts": ("tables", lambda i: i["counts"].update(tokens=1)),
-    "bytes lost": ("tables", lambda i: i["counts"].update(lost_bytes=i["counts"]["lost_bytes"] + 1)),
+    "bytes lost": (
+        "tables",
+        lambda i: i["counts"].update(lost_bytes=i["counts"]["lost_bytes"] + 1),
+    ),
     "characters replaced": ("tables", lambda i: i["counts"].update(replaced=1)),
     "layers": ("tables", lambda i: i.update(layers=[2])),
     "measure": ("misplaced", lambda i: i["measure"].update(dtype="bfloat16")),
     "name": ("misplaced", lambda i: i.update(id="20990101T000000.000Z-000000000000")),
     "a table less": ("missing", lambda i: i["tables"].pop("histogram")),
     "a table of text": ("damaged", lambda i: i["tables"].update(histogram="histogram.parquet")),
-    "quarantine": ("tables", lambda i: i.update(quarantined=[{"shard": "x", "uri": "x", "reason": "x"}])),
+    "quarantine": (
+        "tables",
+        lambda i: i.update(quarantined=[{"shard": "x", "uri": "x", "reason": "x"}]),
+    ),
 }
 
 
@@ -522,7 +619,9 @@ def test_a_shard_listed_twice_or_never_is_found(made: Path, tmp_path: Path) -> N
     assert (finding.kind, finding.uri) == ("plan", plan) and "2 times" in finding.message
     plan = forge_plan(store, lambda rows: [r for r in rows if r["ordinal"] not in (1, more)])
     v = store.verify()
-    assert {(f.kind, f.uri) for f in v.findings} == {("plan", plan)} and "never" in v.findings[0].message
+    assert {(f.kind, f.uri) for f in v.findings} == {("plan", plan)} and "never" in v.findings[
+        0
+    ].message
 
 
 def test_a_plan_that_ends_before_its_file_does_is_found(made: Path, tmp_path: Path) -> None:
@@ -531,24 +630,32 @@ def test_a_plan_that_ends_before_its_file_does_is_found(made: Path, tmp_path: Pa
     assert "its last slice ends at" in store.verify().findings[0].message
 
 
-def test_a_run_without_one_of_its_shards_says_so_unless_it_gave_it_up(made: Path, tmp_path: Path) -> None:
+def test_a_run_without_one_of_its_shards_says_so_unless_it_gave_it_up(
+    made: Path, tmp_path: Path
+) -> None:
     store = copy(made, str(tmp_path / "store"))
     gone = store.shards[0]
     storage.delete([f.uri for f in storage.list_below(gone)])
     assert kinds(store.verify()) == [("missing", f"{gone}/commit.json")]
     given_up = {"shard": gone.rpartition("/")[2], "uri": "a.jsonl", "reason": "it hangs"}
     edit_sealed(f"{store.run}/run.json", lambda info: info.update(quarantined=[given_up]))
-    assert "missing" not in {f.kind for f in store.verify().findings}  # its counts and tables still include it
+    assert "missing" not in {
+        f.kind for f in store.verify().findings
+    }  # its counts and tables still include it
 
 
-def test_two_measures_and_runs_in_one_store_are_told_apart(made: Path, other: Path, tmp_path: Path) -> None:
+def test_two_measures_and_runs_in_one_store_are_told_apart(
+    made: Path, other: Path, tmp_path: Path
+) -> None:
     store = copy(made, str(tmp_path / "store"))
     copy(other, store.uri)
     v = store.verify()
     assert not v.findings and v.num_runs == 2
     first, second = (f"{store.uri}/runs/{name}" for name in storage.list_names(f"{store.uri}/runs"))
     measure = manifest.find_run(second).info["measure"]["id"]
-    hurt_file = next(f for f in store.files if f"/{measure}/" in f and f.endswith("-summary.parquet"))
+    hurt_file = next(
+        f for f in store.files if f"/{measure}/" in f and f.endswith("-summary.parquet")
+    )
     flip(hurt_file, 0.5)
     assert not verify_store(first).findings
     assert kinds(verify_store(second)) == kinds(store.verify()) == [("damaged", hurt_file)]
@@ -563,7 +670,8 @@ def test_a_damaged_pilot_is_named(store: Copy) -> None:
     assert kinds(store.verify()) == [("damaged", uri)]
 
 
-# --- orphans ---------------------------------------------------------------------------------------------
+# --- orphans
+# ---------------------------------------------------------------------------------------------
 
 
 def test_orphans_are_listed_and_only_those_that_nobody_can_need_are_removed(store: Copy) -> None:
@@ -577,8 +685,10 @@ def test_orphans_are_listed_and_only_those_that_nobody_can_need_are_removed(stor
     v = store.verify()
     assert not v.findings
     assert {(o.uri, o.removable, o.removed) for o in v.orphans} == {
-        (beside, True, False), (hidden, True, False), (alone, False, False)
-    }  # fmt: skip
+        (beside, True, False),
+        (hidden, True, False),
+        (alone, False, False),
+    }
     assert all(o.num_bytes == 23 and o.age_s < 600 for o in v.orphans)
     v = store.verify(clean=True)
     assert {o.uri for o in v.orphans if o.removed} == {beside, hidden}
@@ -614,15 +724,23 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
     assert sorted([*store.files, f"{store.run}/run.json"]) == before
 
 
-def test_what_a_dead_reduce_left_is_an_orphan_and_what_is_not_ours_is_left_alone(store: Copy) -> None:
+def test_what_a_dead_reduce_left_is_an_orphan_and_what_is_not_ours_is_left_alone(
+    store: Copy,
+) -> None:
     before = store.files
-    left, probe = f"{store.run}/histogram-{'e' * 16}.parquet", f"{storage.absolute(store.uri)}/probe-{'e' * 32}"
+    left, probe = (
+        f"{store.run}/histogram-{'e' * 16}.parquet",
+        f"{storage.absolute(store.uri)}/probe-{'e' * 32}",
+    )
     names = ("notes.txt", "runs/x.txt", "shards/zz/1/commit.json")
     foreign = [f"{storage.absolute(store.uri)}/{name}" for name in names]
     for uri in (left, probe, *foreign):
         storage.write_once(uri, b"x")
     v = store.verify(clean=True)
-    assert {(o.uri, o.removed) for o in v.orphans} == {(left, True), (probe, False)} and not v.findings
+    assert {(o.uri, o.removed) for o in v.orphans} == {
+        (left, True),
+        (probe, False),
+    } and not v.findings
     assert v.foreign == tuple(sorted(foreign))
     assert sum(line.startswith("foreign ") for line in lines(v)) == 3
     assert sorted(store.files) == sorted([*before, probe, *foreign])
@@ -647,7 +765,9 @@ def test_age_is_that_of_the_file(made: Path, tmp_path: Path) -> None:
         ({"created": datetime(2026, 1, 2, tzinfo=UTC), "LastModified": None}, 1767312000.0),
     ],
 )
-def test_every_filesystem_tells_the_age_of_a_file_its_own_way(info: dict[str, Any], modified_s: float) -> None:
+def test_every_filesystem_tells_the_age_of_a_file_its_own_way(
+    info: dict[str, Any], modified_s: float
+) -> None:
     assert storage._modified_s(info) == modified_s
 
 
@@ -661,11 +781,17 @@ def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:
     for name in names:
         storage.write_once(f"{quiet_place}/{name}", name.encode())
     found = storage.list_below(quiet_place)
-    assert [f.uri for f in found] == sorted(storage.absolute(f"{quiet_place}/{name}") for name in names)
-    assert all(f.size == len(storage.read_bytes(f.uri)) and abs(f.modified_s - time.time()) < 600 for f in found)
+    assert [f.uri for f in found] == sorted(
+        storage.absolute(f"{quiet_place}/{name}") for name in names
+    )
+    assert all(
+        f.size == len(storage.read_bytes(f.uri)) and abs(f.modified_s - time.time()) < 600
+        for f in found
+    )
 
 
-# --- the command -----------------------------------------------------------------------------------------
+# --- the command
+# -----------------------------------------------------------------------------------------
 
 
 def afn(*args: str) -> subprocess.CompletedProcess[str]:
@@ -673,7 +799,9 @@ def afn(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_the_command_prints_what_it_found_and_leaves_with_a_code(made: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_it_found_and_leaves_with_a_code(
+    made: Path, tmp_path: Path
+) -> None:
     store = copy(made, str(tmp_path / "store"))
     done = afn(store.uri)
     assert (done.returncode, done.stderr) == (0, "") and "all is as it was committed" in done.stdout

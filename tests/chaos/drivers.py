@@ -25,7 +25,8 @@ PRELOADED = [
 
 def _become_afn(arguments: list[str], said: str, environment: dict[str, str]) -> None:
     os.setsid()  # what it starts is killed with it
-    os.environ.clear()  # the server, one for all tests of this process, has that of whoever started it
+    # the server, one for all tests of this process, has that of whoever started it
+    os.environ.clear()
     os.environ.update(environment)
     sink = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
@@ -84,7 +85,9 @@ class Driver:
     def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
         """Exit code (negative: the signal) and what it said, once it has ended."""
         self.process.join(timeout_s)
-        assert self.process.exitcode is not None, f"not done in {timeout_s} s: {self.said.read_text()}"
+        assert self.process.exitcode is not None, (
+            f"not done in {timeout_s} s: {self.said.read_text()}"
+        )
         return self.process.exitcode, self.said.read_text()
 
 
@@ -109,7 +112,9 @@ class Drivers:
 
     @contextmanager
     def start(self, *arguments: str) -> Iterator[Driver]:
-        """``afn`` with ``arguments``, killed at the end with all that it started if it has not ended."""
+        """``afn`` with ``arguments``, killed at the end with all that it started if it has not
+        ended.
+        """
         driver = Driver(self, list(arguments))
         try:
             yield driver

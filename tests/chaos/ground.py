@@ -1,4 +1,6 @@
-"""What a chaos test stands on: a corpus of small shards, a model, and the rows that an undisturbed run records."""
+"""What a chaos test stands on: a corpus of small shards, a model, and the rows that an undisturbed
+run records.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def recorded(run: afn_ray.Run) -> tuple[pa.Table, ...]:
     store = run.uri.rsplit("/runs/", 1)[0]
     shards = read(f"{run.uri}/shards.parquet").to_pylist()
     tables = (
-        pa.concat_tables([read(f"{store}/{shard[f'{table}_file']}") for shard in shards]).unify_dictionaries()
+        pa.concat_tables(
+            [read(f"{store}/{shard[f'{table}_file']}") for shard in shards]
+        ).unify_dictionaries()
         for table in ("tokens", "documents")
     )
     metadata = None  # it names the attempt
@@ -42,7 +46,9 @@ def recorded(run: afn_ray.Run) -> tuple[pa.Table, ...]:
 
 @dataclass(frozen=True)
 class Ground:
-    """A corpus of small shards on one kind of filesystem, and the rows that an undisturbed run recorded."""
+    """A corpus of small shards on one kind of filesystem, and the rows that an undisturbed run
+    recorded.
+    """
 
     kind: str
     corpus: str
@@ -53,19 +59,36 @@ class Ground:
     def store(self) -> str:
         """A place for a fresh store."""
         name = uuid.uuid4().hex[:8]
-        return str(self.folder / name) if self.kind == "local" else f"{self.corpus.rsplit('/', 1)[0]}/{name}"
+        return (
+            str(self.folder / name)
+            if self.kind == "local"
+            else f"{self.corpus.rsplit('/', 1)[0]}/{name}"
+        )
 
     def config(self, store: str, **changes: Any) -> RunConfig:
         values: dict[str, Any] = {
-            "corpus": (self.corpus,), "model": self.model, "store": store, "layers": "2", "dtype": "float32",
-            "shard_bytes": SHARD_BYTES, "executor": "inline", "batch_tokens": 256,
-        }  # fmt: skip
+            "corpus": (self.corpus,),
+            "model": self.model,
+            "store": store,
+            "layers": "2",
+            "dtype": "float32",
+            "shard_bytes": SHARD_BYTES,
+            "executor": "inline",
+            "batch_tokens": 256,
+        }
         return RunConfig(**(values | changes))
 
     def arguments(self, store: str, **changes: str) -> list[str]:
         """The same as flags of ``afn run``."""
-        options = {"model": self.model, "store": store, "layers": "2", "dtype": "float32", "executor": "inline",
-                   "shard-bytes": str(SHARD_BYTES), "batch-tokens": "256"} | changes  # fmt: skip
+        options = {
+            "model": self.model,
+            "store": store,
+            "layers": "2",
+            "dtype": "float32",
+            "executor": "inline",
+            "shard-bytes": str(SHARD_BYTES),
+            "batch-tokens": "256",
+        } | changes
         return ["run", self.corpus, *(f"--{k}={v}" for k, v in options.items())]
 
     def check(self, store: str) -> None:
@@ -81,7 +104,9 @@ class Ground:
 
 
 def make_ground(kind: str, folder: Path, model: Path, verses: list[str]) -> Ground:
-    """A corpus on ``kind`` ("local", below ``folder``, or "s3", a new bucket), and what a run over it records."""
+    """A corpus on ``kind`` ("local", below ``folder``, or "s3", a new bucket), and what a run over
+    it records.
+    """
     local = folder / "corpus"
     local.mkdir()
     for i in range(NUM_SHARDS):

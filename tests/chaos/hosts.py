@@ -1,7 +1,8 @@
-"""Many machines on one host: a Ray of several nodes in a process of its own, and hosts that are network namespaces.
+"""Many machines on one host: a Ray of several nodes in a process of its own, and hosts that are
+network namespaces.
 
-The process that runs the tests never joins these Rays; it starts ``afn run`` against them. Started as a program, this
-file is the process that owns the nodes of one ``Nodes``.
+The process that runs the tests never joins these Rays; it starts ``afn run`` against them. Started
+as a program, this file is the process that owns the nodes of one ``Nodes``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ Event = dict[str, Any]
 
 
 def wait_until(what: str, condition: Callable[[], Any], timeout_s: float = START_S) -> Any:
-    """The first true value of ``condition``. Raises ``TimeoutError`` that says ``what`` did not happen."""
+    """The first true value of ``condition``. Raises ``TimeoutError`` that says ``what`` did not
+    happen.
+    """
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -51,7 +54,9 @@ def wait_until(what: str, condition: Callable[[], Any], timeout_s: float = START
 
 @dataclass(frozen=True, slots=True)
 class Chaos:
-    """The schedule of faults of all processes that have ``environment``, and the log of what they did."""
+    """The schedule of faults of all processes that have ``environment``, and the log of what they
+    did.
+    """
 
     file: Path
     log: Path
@@ -81,18 +86,28 @@ class Chaos:
         """What the log has of ``point``, in order; ``fields`` choose by value."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         events: list[Event] = [json.loads(line) for line in lines]
-        return [e for e in events if e["point"] == point and all(e.get(k) == v for k, v in fields.items())]
+        return [
+            e
+            for e in events
+            if e["point"] == point and all(e.get(k) == v for k, v in fields.items())
+        ]
 
 
 class Afn:
     """One ``afn`` command in a process of its own."""
 
-    def __init__(self, environment: dict[str, str], *arguments: str, within: Sequence[str] = ()) -> None:
+    def __init__(
+        self, environment: dict[str, str], *arguments: str, within: Sequence[str] = ()
+    ) -> None:
         self.arguments = arguments
         self.process = subprocess.Popen(
             [*within, sys.executable, "-m", "afn_ray", *arguments],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     @property
     def is_alive(self) -> bool:
@@ -118,19 +133,29 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
                 pipe.close()
 
 
-# --- nodes of one Ray, in another process ----------------------------------------------------------------
+# --- nodes of one Ray, in another process
+# ----------------------------------------------------------------
 
 
 class Nodes:
-    """A Ray whose head has no CPU, and as many nodes of one logical CPU as are added; nodes are named by their ids."""
+    """A Ray whose head has no CPU, and as many nodes of one logical CPU as are added; nodes are
+    named by their ids.
+    """
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))  # the paths of sockets are short
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="afn-", dir="/tmp")
+        )  # the paths of sockets are short
         with (self._folder / "stderr").open("w") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, __file__], env=environment | HEALTH_CHECKS | {"RAY_TMPDIR": str(self._folder)},
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, __file__],
+                env=environment | HEALTH_CHECKS | {"RAY_TMPDIR": str(self._folder)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
         try:
             self.address: str = self._answer()
         except BaseException:
@@ -154,7 +179,9 @@ class Nodes:
         self._ask("signal", node, signal.SIGCONT)
 
     def preempt(self, node: str, deadline_s: float) -> None:
-        """Tell Ray that the node will be taken away in ``deadline_s``, as a cloud does with spot machines."""
+        """Tell Ray that the node will be taken away in ``deadline_s``, as a cloud does with spot
+        machines.
+        """
         self._ask("preempt", node, deadline_s)
 
     def alive(self) -> set[str]:
@@ -174,7 +201,9 @@ class Nodes:
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"the process of the nodes ended: {(self._folder / 'stderr').read_text()[-2000:]}"
+        assert line, (
+            f"the process of the nodes ended: {(self._folder / 'stderr').read_text()[-2000:]}"
+        )
         return json.loads(line)
 
 
@@ -188,9 +217,15 @@ def _own_nodes() -> None:
     os.dup2(2, 1)  # what Ray prints is no answer
     cluster = Cluster(
         initialize_head=True,
-        head_node_args=NODES | {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": 0,
-                                "no_monitor": True, "include_log_monitor": False},
-    )  # fmt: skip
+        head_node_args=NODES
+        | {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "dashboard_agent_listen_port": 0,
+            "no_monitor": True,
+            "include_log_monitor": False,
+        },
+    )
     gcs = GcsClient(address=cluster.address)
     nodes: dict[str, Any] = {}
     print(json.dumps(cluster.address), file=answers)
@@ -208,13 +243,18 @@ def _own_nodes() -> None:
                 accepted, why = gcs.drain_node(name, PREEMPTION, "preempted by a test", until_ms)
                 assert accepted, why
             case ["alive"]:
-                answer = [n["NodeID"] for n in cluster.global_state.node_table() if n["Alive"] and n["NodeID"] in nodes]
+                answer = [
+                    n["NodeID"]
+                    for n in cluster.global_state.node_table()
+                    if n["Alive"] and n["NodeID"] in nodes
+                ]
             case unknown:
                 raise ValueError(unknown)
         print(json.dumps(answer), file=answers)
 
 
-# --- hosts that are network namespaces -------------------------------------------------------------------
+# --- hosts that are network namespaces
+# -------------------------------------------------------------------
 
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "c": "10.77.0.3"}
@@ -227,24 +267,34 @@ class NotPermitted(Exception):
 
 
 class Hosts:
-    """Three hosts on a bridge. ``a`` has Ray's head, an S3 server and the driver; ``b`` and ``c`` have a node each.
+    """Three hosts on a bridge. ``a`` has Ray's head, an S3 server and the driver; ``b`` and ``c``
+    have a node each.
 
-    Each is a network namespace with an address of its own; nothing leads out of them, and what they send stays in
-    them. They share this machine's disk, but not the store, which is on S3.
+    Each is a network namespace with an address of its own; nothing leads out of them, and what they
+    send stays in them. They share this machine's disk, but not the store, which is on S3.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.address = f"{ADDRESSES['a']}:6379"
         self._folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))
-        self.environment = environment | HEALTH_CHECKS | {
-            "AWS_ENDPOINT_URL": f"http://{ADDRESSES['a']}:5000", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "of-a-test", "AWS_SECRET_ACCESS_KEY": "of-a-test", "NO_PROXY": "*",
-        }  # fmt: skip
+        self.environment = (
+            environment
+            | HEALTH_CHECKS
+            | {
+                "AWS_ENDPOINT_URL": f"http://{ADDRESSES['a']}:5000",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": "of-a-test",
+                "AWS_SECRET_ACCESS_KEY": "of-a-test",
+                "NO_PROXY": "*",
+            }
+        )
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             self._connect()
             self.start("a", "-m", "moto.server", "-H", ADDRESSES["a"], "-p", "5000")
-            self._start_ray("a", "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
+            self._start_ray(
+                "a", "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false"
+            )
             for host in "bc":
                 self._start_ray(host, f"--address={self.address}", "--num-cpus=1")
         except BaseException:
@@ -260,16 +310,22 @@ class Hosts:
         output = self._folder / f"{host}-{secrets.token_hex(4)}.out"
         with output.open("w") as sink:
             process = subprocess.Popen(
-                [*self.within(host), sys.executable, *arguments], env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [*self.within(host), sys.executable, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._processes.append(process)
         return output
 
     def copy(self, source: str, target: str) -> None:
         """Copy a folder from this disk to S3 or back, as host ``a``."""
         command = [*self.within("a"), sys.executable, __file__, source, target]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=START_S)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=START_S
+        )
         assert done.returncode == 0, done.stderr
 
     def find(self, pid: int) -> str:
@@ -277,7 +333,9 @@ class Hosts:
         return _ip("netns", "identify", str(pid)).strip()[-1]
 
     def cut(self, host: str) -> None:
-        """Take ``host``, b or c, off the bridge: what it sends is lost, and so is what is sent to it."""
+        """Take ``host``, b or c, off the bridge: what it sends is lost, and so is what is sent to
+        it.
+        """
         _ip("-n", _namespace("a"), "link", "set", f"to-{host}", "down")
 
     def heal(self, host: str) -> None:
@@ -285,8 +343,14 @@ class Hosts:
         _ip("-n", _namespace("a"), "link", "set", f"to-{host}", "up")
 
     def freeze(self, host: str) -> None:
-        """SIGSTOP the host's raylet: once it hears that the node was taken for dead it would end the workers."""
-        raylets = [pid for pid in _ip("netns", "pids", _namespace(host)).split() if _command(pid) == "raylet"]
+        """SIGSTOP the host's raylet: once it hears that the node was taken for dead it would end
+        the workers.
+        """
+        raylets = [
+            pid
+            for pid in _ip("netns", "pids", _namespace(host)).split()
+            if _command(pid) == "raylet"
+        ]
         assert len(raylets) == 1, f"{len(raylets)} raylets on host {host}"
         os.kill(int(raylets[0]), signal.SIGSTOP)
 
@@ -313,7 +377,19 @@ class Hosts:
             _ip(*hub, "link", "set", "bridge", "up")
             for host in "bc":
                 name = _namespace(host)
-                _ip(*hub, "link", "add", f"to-{host}", "type", "veth", "peer", "name", "net", "netns", name)
+                _ip(
+                    *hub,
+                    "link",
+                    "add",
+                    f"to-{host}",
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "net",
+                    "netns",
+                    name,
+                )
                 _ip(*hub, "link", "set", f"to-{host}", "master", "bridge", "up")
                 _ip("-n", name, "address", "add", f"{ADDRESSES[host]}/24", "dev", "net")
                 _ip("-n", name, "link", "set", "net", "up")
@@ -322,11 +398,21 @@ class Hosts:
 
     def _start_ray(self, host: str, *options: str) -> None:
         output = self.start(
-            host, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={ADDRESSES[host]}",
-            f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={self._folder / host}", "--no-monitor",
-            "--include-log-monitor=false", *options,
-        )  # fmt: skip
-        wait_until(f"a node of Ray on host {host}", lambda: "Ray runtime started" in output.read_text())
+            host,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            f"--node-ip-address={ADDRESSES[host]}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            f"--temp-dir={self._folder / host}",
+            "--no-monitor",
+            "--include-log-monitor=false",
+            *options,
+        )
+        wait_until(
+            f"a node of Ray on host {host}", lambda: "Ray runtime started" in output.read_text()
+        )
 
 
 def _namespace(host: str) -> str:
@@ -334,7 +420,9 @@ def _namespace(host: str) -> str:
 
 
 def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(
+        ["ip", *arguments], check=True, capture_output=True, text=True, timeout=30
+    ).stdout
 
 
 def _command(pid: str) -> str:

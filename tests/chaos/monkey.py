@@ -1,9 +1,10 @@
 """A monkey that kills at random, by a seed, for as long as asked.
 
-Rounds, one after the other, on a local disk and on S3 in turn. In a round one run is worked on by two drivers at once,
-or by one driver and its Ray workers, while a monkey kills, stops and terminates them and they are started anew; some
-kills hit between the upload and the commit. Then one driver finishes in peace, and the store must be whole and have
-the rows of an undisturbed run. Prints each round and, at the end, the faults by kind.
+Rounds, one after the other, on a local disk and on S3 in turn. In a round one run is worked on by
+two drivers at once, or by one driver and its Ray workers, while a monkey kills, stops and
+terminates them and they are started anew; some kills hit between the upload and the commit. Then
+one driver finishes in peace, and the store must be whole and have the rows of an undisturbed run.
+Prints each round and, at the end, the faults by kind.
 """
 
 from __future__ import annotations
@@ -47,19 +48,26 @@ class Soak:
             before = self.faults.total()
             self._round(ground, dice, on_ray, end)
             self.rounds += 1
-            print(f"round {self.rounds} ({ground.kind}, {'Ray' if on_ray else 'two drivers'}): "
-                  f"{self.faults.total() - before} faults, every row once", flush=True)  # fmt: skip
+            print(
+                f"round {self.rounds} ({ground.kind}, {'Ray' if on_ray else 'two drivers'}): "
+                f"{self.faults.total() - before} faults, every row once",
+                flush=True,
+            )
 
     def _round(self, ground: Ground, dice: random.Random, on_ray: bool, end: float) -> None:
         store = ground.store()
         changes = {"executor": "ray", "workers": "2"} if on_ray else {}
         arguments = ground.arguments(store, **changes)
         planned = [
-            {"point": dice.choice(POINTS), "skip": dice.randrange(40), "do": "sigkill"} for _ in range(FAULTS_IN_ROUND)
+            {"point": dice.choice(POINTS), "skip": dice.randrange(40), "do": "sigkill"}
+            for _ in range(FAULTS_IN_ROUND)
         ]
         self.chaos.plan(*planned, slow_s=1.5 if on_ray else 0.15)
         with contextlib.ExitStack() as stack:
-            running = [stack.enter_context(self.drivers.start(*arguments)) for _ in range(1 if on_ray else 2)]
+            running = [
+                stack.enter_context(self.drivers.start(*arguments))
+                for _ in range(1 if on_ray else 2)
+            ]
             struck = 0
             while struck < FAULTS_IN_ROUND and time.monotonic() < end + 30:
                 time.sleep(dice.uniform(0.1, 1.2))
@@ -78,7 +86,9 @@ class Soak:
                 break
             for driver in running:
                 driver.kill_all()
-        self.faults["kill at a point"] += sum("fault" in e for point in POINTS for e in self.chaos.events(point))
+        self.faults["kill at a point"] += sum(
+            "fault" in e for point in POINTS for e in self.chaos.events(point)
+        )
         self.chaos.plan()
         with self.drivers.start(*ground.arguments(store)) as driver:
             code, said = driver.finish()

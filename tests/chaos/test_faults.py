@@ -1,7 +1,8 @@
-"""Whatever dies, lies, hangs or fills up on one machine: the store holds every token once, or the run says what lacks.
+"""Whatever dies, lies, hangs or fills up on one machine: the store holds every token once, or the
+run says what lacks.
 
-Each fault is met on a local disk and on S3; each test ends with a store that ``afn verify`` finds whole and, where the
-run is complete, with the rows of an undisturbed run.
+Each fault is met on a local disk and on S3; each test ends with a store that ``afn verify`` finds
+whole and, where the run is complete, with the rows of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ KINDS = ("local", "s3")
 
 @pytest.fixture(scope="module", params=KINDS)
 def ground(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Path,
+    verses: list[str],
     s3_server: str,
-) -> Ground:  # fmt: skip
-    return make_ground(request.param, tmp_path_factory.mktemp(f"ground-{request.param}"), tiny_bert, verses)
+) -> Ground:
+    return make_ground(
+        request.param, tmp_path_factory.mktemp(f"ground-{request.param}"), tiny_bert, verses
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +76,19 @@ def workers(chaos: Chaos, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> C
     return chaos
 
 
-# --- workers ---------------------------------------------------------------------------------------------
+# --- workers
+# ---------------------------------------------------------------------------------------------
 
 
-def test_workers_killed_mid_shard_and_between_upload_and_reply(ground: Ground, workers: Chaos) -> None:
+def test_workers_killed_mid_shard_and_between_upload_and_reply(
+    ground: Ground, workers: Chaos
+) -> None:
     points = ("process", "measured", "uploaded", "committed")
     workers.plan(
-        *({"point": point, "shard": f"/0{2 * i + 1}.jsonl", "do": "sigkill"} for i, point in enumerate(points))
+        *(
+            {"point": point, "shard": f"/0{2 * i + 1}.jsonl", "do": "sigkill"}
+            for i, point in enumerate(points)
+        )
     )
     store = ground.store()
     with afn_ray.run(ground.config(store, executor="ray", workers=2)):
@@ -85,27 +97,40 @@ def test_workers_killed_mid_shard_and_between_upload_and_reply(ground: Ground, w
     ground.check(store)
 
 
-def test_poison_that_raises_exits_and_hangs_is_quarantined_and_nothing_else_is(ground: Ground, workers: Chaos) -> None:
+def test_poison_that_raises_exits_and_hangs_is_quarantined_and_nothing_else_is(
+    ground: Ground, workers: Chaos
+) -> None:
     workers.plan(
         {"point": "process", "shard": "/02.jsonl", "times": 99, "do": "raise"},
         {"point": "measured", "shard": "/05.jsonl", "times": 99, "do": "exit"},
         {"point": "process", "shard": "/08.jsonl", "times": 99, "do": "hang"},
     )
     store = ground.store()
-    config = ground.config(store, executor="ray", workers=2, shard_deadline_s=4.0, allow_quarantined=3)
+    config = ground.config(
+        store, executor="ray", workers=2, shard_deadline_s=4.0, allow_quarantined=3
+    )
     with afn_ray.run(config) as run:
         assert run.info["counts"]["shards"] == NUM_SHARDS - 3
         why = {q["uri"][-8:]: q["reason"] for q in run.info["quarantined"]}
         documents = ground.expected[1]
-        keep = pc.invert(pc.match_substring_regex(documents["source"].cast(pa.string()), "0(2|5|8).jsonl$"))
-        assert recorded(run)[1]["text_sha256"].to_pylist() == documents.filter(keep)["text_sha256"].to_pylist()
+        keep = pc.invert(
+            pc.match_substring_regex(documents["source"].cast(pa.string()), "0(2|5|8).jsonl$")
+        )
+        assert (
+            recorded(run)[1]["text_sha256"].to_pylist()
+            == documents.filter(keep)["text_sha256"].to_pylist()
+        )
     assert why.keys() == {"02.jsonl", "05.jsonl", "08.jsonl"}
     assert why["02.jsonl"].startswith("RuntimeError: a fault on purpose")
     assert why["05.jsonl"] == "its worker's process died, with this shard alone on it"
     assert why["08.jsonl"].startswith("it hung: not done after")
     ground.check_whole(store)
-    with afn_ray.run(ground.config(store)) as run:  # the faults are mended, and asked again the run is whole
-        assert run.info["counts"]["shards_reused"] == NUM_SHARDS - 3 and run.info["quarantined"] == []
+    with afn_ray.run(
+        ground.config(store)
+    ) as run:  # the faults are mended, and asked again the run is whole
+        assert (
+            run.info["counts"]["shards_reused"] == NUM_SHARDS - 3 and run.info["quarantined"] == []
+        )
     ground.check(store)
 
 
@@ -128,21 +153,38 @@ def test_a_corpus_that_changes_between_plan_and_read_fails_its_shards_with_that_
     with pytest.raises(IncompleteRun, match="3 of 12 shards are quarantined") as e:
         afn_ray.run(config, change)
     lines = [line for line in str(e.value).splitlines() if "CorpusChanged" in line]
-    assert ["03" in str(lines), "07" in str(lines), "09" in str(lines), len(lines)] == [True, True, True, 3]
+    assert ["03" in str(lines), "07" in str(lines), "09" in str(lines), len(lines)] == [
+        True,
+        True,
+        True,
+        3,
+    ]
     ground.check_whole(store)
     with afn_ray.run(config) as run:  # planned anew
-        assert run.info["counts"]["documents"] == 12 * (NUM_SHARDS - 2) + 1 and run.info["quarantined"] == []
-        (n,) = run.sql("SELECT count(DISTINCT doc) FROM tokens WHERE text = 'THE' OR surface = 'THE'").fetchall()[0]
+        assert (
+            run.info["counts"]["documents"] == 12 * (NUM_SHARDS - 2) + 1
+            and run.info["quarantined"] == []
+        )
+        (n,) = run.sql(
+            "SELECT count(DISTINCT doc) FROM tokens WHERE text = 'THE' OR surface = 'THE'"
+        ).fetchall()[0]
         assert n > 0
     ground.check_whole(store)
 
 
-# --- drivers ---------------------------------------------------------------------------------------------
+# --- drivers
+# ---------------------------------------------------------------------------------------------
 
 
-def test_a_driver_killed_at_ten_random_points(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+def test_a_driver_killed_at_ten_random_points(
+    ground: Ground, chaos: Chaos, drivers: Drivers
+) -> None:
     dice = random.Random(20261122)
-    points = ["uploaded", "committed", *dice.choices(["process", "measured", "uploaded", "committed"], k=8)]
+    points = [
+        "uploaded",
+        "committed",
+        *dice.choices(["process", "measured", "uploaded", "committed"], k=8),
+    ]
     dice.shuffle(points)
     store = ground.store()
     for point in points:
@@ -170,12 +212,18 @@ def test_everything_killed_at_once(ground: Ground, chaos: Chaos, drivers: Driver
 
 
 @pytest.mark.only("local", "nothing is asked of the store meanwhile")
-def test_the_head_of_ray_killed_alone_ends_the_run_resumable(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+def test_the_head_of_ray_killed_alone_ends_the_run_resumable(
+    ground: Ground, chaos: Chaos, drivers: Drivers
+) -> None:
     chaos.plan({"point": "process", "skip": 6, "times": NUM_SHARDS, "do": "hang"})
     store = ground.store()
     with drivers.start(*ground.arguments(store, executor="ray", workers="2")) as driver:
         wait_until("some shards are committed", lambda: len(chaos.events("committed")) >= 3)
-        heads = [p for p in driver.family() if Path("/proc", str(p), "comm").read_text().strip() == "gcs_server"]
+        heads = [
+            p
+            for p in driver.family()
+            if Path("/proc", str(p), "comm").read_text().strip() == "gcs_server"
+        ]
         assert len(heads) == 1
         os.kill(heads[0], signal.SIGKILL)
         code, said = driver.finish()
@@ -207,17 +255,23 @@ def test_a_stopped_driver_exits_resumable_with_nothing_half_visible(
     ground.check(store)
 
 
-def test_two_drivers_on_the_same_run_at_once(ground: Ground, chaos: Chaos, drivers: Drivers) -> None:
+def test_two_drivers_on_the_same_run_at_once(
+    ground: Ground, chaos: Chaos, drivers: Drivers
+) -> None:
     chaos.plan(slow_s=0.02)
     store = ground.store()
-    with drivers.start(*ground.arguments(store)) as one, drivers.start(*ground.arguments(store)) as other:
+    with (
+        drivers.start(*ground.arguments(store)) as one,
+        drivers.start(*ground.arguments(store)) as other,
+    ):
         assert one.finish()[0] == 0 and other.finish()[0] == 0
     attempts = len(chaos.events("measured"))
     assert attempts >= NUM_SHARDS  # those they both did were committed once
     ground.check(store)
 
 
-# --- the store -------------------------------------------------------------------------------------------
+# --- the store
+# -------------------------------------------------------------------------------------------
 
 
 def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path: Path) -> None:
@@ -248,15 +302,20 @@ def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path
 def test_collections_runs_and_cleaning_beside_each_other_are_killed(
     ground: Ground, drivers: Drivers, chaos: Chaos
 ) -> None:
-    """Each night's shards are the garbage of the next, and the night behind that needs them again."""
+    """Each night's shards are the garbage of the next, and the night behind that needs them
+    again.
+    """
     store, dice = ground.store(), random.Random(14)
     nights = (ground.arguments(store), ground.arguments(store, **{"shard-bytes": "4096"}))
     chaos.plan(slow_s=0.05)
     for arguments in nights:
         with drivers.start(*arguments) as driver:
             assert driver.finish()[0] == 0
-    tidy = (["gc", store, "--keep", "1", "--min-age-h", "0", "--delete"], ["gc", store, "--keep", "1", "--delete"],
-            ["verify", store, "--clean", "--min-age-h", "0"])  # fmt: skip
+    tidy = (
+        ["gc", store, "--keep", "1", "--min-age-h", "0", "--delete"],
+        ["gc", store, "--keep", "1", "--delete"],
+        ["verify", store, "--clean", "--min-age-h", "0"],
+    )
     struck = 0
     for night in range(4):
         commands = [nights[night % 2], *tidy]
@@ -282,7 +341,9 @@ def test_collections_runs_and_cleaning_beside_each_other_are_killed(
     ground.check(store)
 
 
-@pytest.mark.only("s3", "a local disk gives no unknown answers; its faults are those of the other tests")
+@pytest.mark.only(
+    "s3", "a local disk gives no unknown answers; its faults are those of the other tests"
+)
 @pytest.mark.parametrize("kind", ["lie", "fail", "stale"])
 def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> None:
     store = ground.store()
@@ -294,7 +355,9 @@ def test_calls_that_lie_fail_or_tell_of_the_past(ground: Ground, kind: str) -> N
     ground.check(store)
 
 
-def patch_bucket(monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wrong: Callable[..., Any]) -> None:
+def patch_bucket(
+    monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wrong: Callable[..., Any]
+) -> None:
     """Calls of ``methods`` of S3's filesystem go to ``wrong(call, path, *args, **options)``."""
     open_filesystem = storage.open_filesystem
 
@@ -303,7 +366,9 @@ def patch_bucket(monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wron
         if not uri.startswith("s3://"):
             return fs, path
         patched = object.__new__(type(fs))  # each thread has an instance of its own, made once
-        patched.__dict__.update(fs.__dict__, **{name: partial(wrong, getattr(fs, name)) for name in methods})
+        patched.__dict__.update(
+            fs.__dict__, **{name: partial(wrong, getattr(fs, name)) for name in methods}
+        )
         return patched, path
 
     monkeypatch.setattr(storage, "open_filesystem", open_patched)
@@ -332,7 +397,9 @@ def test_a_commit_that_times_out_after_it_was_written_is_our_own(
 
 
 @pytest.mark.only("s3", "a local disk that refuses is full: the next test")
-def test_a_bucket_that_refuses_writes_for_twenty_seconds(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_refuses_writes_for_twenty_seconds(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused: list[float] = []
     until: list[float] = []
 
@@ -361,7 +428,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         pytest.skip(f"mounting a small disk is not permitted: {done.stderr.strip()}")

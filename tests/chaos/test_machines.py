@@ -1,4 +1,5 @@
-"""Machines that die, freeze, come, go, lack memory and are cut off, under a run: every token is recorded once.
+"""Machines that die, freeze, come, go, lack memory and are cut off, under a run: every token is
+recorded once.
 
 Each is met with the corpus and the store on a local disk, which all nodes share, and on S3.
 """
@@ -33,9 +34,12 @@ ROOM_KIB = 2 << 20
 
 @pytest.fixture(scope="module", params=KINDS)
 def ground(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Path,
+    verses: list[str],
     s3_server: str,
-) -> Ground:  # fmt: skip
+) -> Ground:
     return make_ground(request.param, tmp_path_factory.mktemp("machines"), tiny_bert, verses)
 
 
@@ -58,7 +62,9 @@ def ray_of_nodes(chaos: Chaos) -> Iterator[Nodes]:
 
 @pytest.fixture
 def nodes(ray_of_nodes: Nodes) -> Nodes:
-    """A Ray of three nodes: those that the test before left, and new ones for those that it lost."""
+    """A Ray of three nodes: those that the test before left, and new ones for those that it
+    lost.
+    """
     there = sorted(ray_of_nodes.alive())
     for surplus in there[3:]:
         ray_of_nodes.kill(surplus)
@@ -72,8 +78,12 @@ def arguments(ground: Ground, store: str, address: str, workers: int = 3) -> lis
     return ground.arguments(store, executor="ray", address=address, workers=str(workers))
 
 
-def wait_for(chaos: Chaos, run: Driver | Afn, point: str, count: int = 1, **fields: Any) -> list[Event]:
-    """The first ``count`` events of ``point``, once there are so many; the run must be under way until then."""
+def wait_for(
+    chaos: Chaos, run: Driver | Afn, point: str, count: int = 1, **fields: Any
+) -> list[Event]:
+    """The first ``count`` events of ``point``, once there are so many; the run must be under way
+    until then.
+    """
 
     def seen() -> list[Event]:
         is_alive = run.is_alive
@@ -108,14 +118,18 @@ def test_a_shard_whose_machines_die_is_never_blamed(
     ground.check(store)
     attempts = chaos.events("process", shard=lost[0]["shard"])
     assert len({a["node"] for a in attempts}) == len(attempts) == 3
-    assert NUM_SHARDS + 2 <= len(chaos.events("process")) <= NUM_SHARDS + 6  # what was in flight there, and no more
+    assert (
+        NUM_SHARDS + 2 <= len(chaos.events("process")) <= NUM_SHARDS + 6
+    )  # what was in flight there, and no more
 
 
 def test_a_run_outlives_all_its_machines(
     ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
-    chaos.plan({"point": "process", "skip": 6, "times": NUM_SHARDS, "do": "hang", "until": str(again)})
+    chaos.plan(
+        {"point": "process", "skip": 6, "times": NUM_SHARDS, "do": "hang", "until": str(again)}
+    )
     store = ground.store()
     with drivers.start(*arguments(ground, store, nodes.address)) as run:
         wait_for(chaos, run, "committed", 6)
@@ -152,7 +166,9 @@ def test_a_machine_that_comes_is_used(
     ground: Ground, chaos: Chaos, drivers: Drivers, nodes: Nodes, tmp_path: Path
 ) -> None:
     there = tmp_path / "there"
-    chaos.plan({"point": "process", "skip": 2, "times": NUM_SHARDS, "do": "hang", "until": str(there)})
+    chaos.plan(
+        {"point": "process", "skip": 2, "times": NUM_SHARDS, "do": "hang", "until": str(there)}
+    )
     store = ground.store()
     with drivers.start(*arguments(ground, store, nodes.address, 4)) as run:
         wait_for(chaos, run, "process", fault="hang")
@@ -209,8 +225,12 @@ def test_a_machine_taken_away_on_notice_costs_no_more_than_its_work(
 def test_a_shard_that_meets_too_little_memory_is_tried_with_half_the_budget(
     ground: Ground, chaos: Chaos, drivers: Drivers
 ) -> None:
-    """Ray's memory monitor ends the worker; the limit is a little above what this machine uses now."""
-    kib = {k: int(v) for k, v in re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text())}
+    """Ray's memory monitor ends the worker; the limit is a little above what this machine uses
+    now.
+    """
+    kib = {
+        k: int(v) for k, v in re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    }
     assert kib["MemAvailable"] > 8 << 20, "this test fills up to 6 GB of memory"
     share = 1 - (kib["MemAvailable"] - ROOM_KIB) / kib["MemTotal"]
     monitor = {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
@@ -270,12 +290,16 @@ def test_a_machine_cut_off_from_driver_and_store_commits_nothing_twice_when_it_i
     ):  # of the hosts' own; a disk they share, so that one of them is cut off from the driver alone
         hosts.copy(str(ground.folder / "corpus"), "s3://bucket/corpus")
         there, store = moved(ground, "s3://bucket/corpus"), "s3://bucket/store"
-    run = Afn(hosts.environment, *arguments(there, store, hosts.address, 2), within=hosts.within("a"))
+    run = Afn(
+        hosts.environment, *arguments(there, store, hosts.address, 2), within=hosts.within("a")
+    )
     try:
         [zombie] = wait_for(chaos, run, "measured", fault="hang")
         host = hosts.find(zombie["pid"])
         hosts.cut(host)
-        [rival] = wait_for(chaos, run, "committed", shard=zombie["shard"])  # to the others it is dead
+        [rival] = wait_for(
+            chaos, run, "committed", shard=zombie["shard"]
+        )  # to the others it is dead
         assert rival["node"] != zombie["node"]
         hosts.freeze(host)  # the worker comes back before anyone tells it to end
         hosts.heal(host)
@@ -299,5 +323,7 @@ def moved(ground: Ground, corpus: str) -> Ground:
     tokens, documents, *others = ground.expected
     column = documents.schema.get_field_index("source")
     names = pc.replace_substring(documents["source"].cast(pa.string()), ground.corpus, corpus)
-    documents = documents.set_column(column, documents.schema.field("source"), names.dictionary_encode())
+    documents = documents.set_column(
+        column, documents.schema.field("source"), names.dictionary_encode()
+    )
     return replace(ground, corpus=corpus, expected=(tokens, documents, *others))

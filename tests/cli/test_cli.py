@@ -18,21 +18,38 @@ from afn_ray.runs import precheck
 from conftest import write_jsonl
 
 
-def afn(*args: str | Path, stdin: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def afn(
+    *args: str | Path, stdin: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "afn_ray", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> Path:
     """A store with one complete run of 100 verses, made by flags and a TOML file together."""
     folder = tmp_path_factory.mktemp("cli")
-    write_jsonl(folder / "verses.jsonl", [{"id": f"v{i}", "text": t} for i, t in enumerate(verses[:100])])
-    (folder / "run.toml").write_text(f'corpus = "{folder}/verses.jsonl"\nmodel = "{tiny_bert}"\nlayers = "all"\n')
+    write_jsonl(
+        folder / "verses.jsonl", [{"id": f"v{i}", "text": t} for i, t in enumerate(verses[:100])]
+    )
+    (folder / "run.toml").write_text(
+        f'corpus = "{folder}/verses.jsonl"\nmodel = "{tiny_bert}"\nlayers = "all"\n'
+    )
     done = afn(
-        "run", "--config", folder / "run.toml", "--store", folder / "store", "--layers", "0,2", "--executor", "inline",
-        "--id-column", "id",
-    )  # fmt: skip
+        "run",
+        "--config",
+        folder / "run.toml",
+        "--store",
+        folder / "store",
+        "--layers",
+        "0,2",
+        "--executor",
+        "inline",
+        "--id-column",
+        "id",
+    )
     assert done.returncode == 0, done.stderr
     assert "1 files" in done.stderr and "is complete" in done.stderr
     assert done.stdout.startswith("\nNext: afn show ")
@@ -50,7 +67,12 @@ def test_show_prints_the_honest_summary_and_json(store: Path) -> None:
 def test_compare_prints_what_moved_and_writes_json(store: Path, tmp_path: Path) -> None:
     done = afn("compare", store, store, "--json", tmp_path / "drift.json")
     assert done.returncode == 0, done.stderr
-    for expected in ("Strengths of all tokens", "Classes at layer 2", "0 types are new", "A and B are one run."):
+    for expected in (
+        "Strengths of all tokens",
+        "Classes at layer 2",
+        "0 types are new",
+        "A and B are one run.",
+    ):
         assert expected in done.stdout
     body = json.loads((tmp_path / "drift.json").read_text())
     assert body["schema_version"] == 2 and [row["psi"] for row in body["drift"]] == [0.0, 0.0]
@@ -64,14 +86,19 @@ def test_sql_answers_in_every_format(store: Path, format: str, tmp_path: Path) -
     query = "SELECT doc_id, n_tokens FROM documents ORDER BY doc LIMIT 2"
     assert afn("sql", store, query, "--format", format, "--out", out).returncode == 0
     if format == "csv":
-        assert list(csv.reader(out.read_text().splitlines()))[:2] == [["doc_id", "n_tokens"], ["v0", "13"]]
+        assert list(csv.reader(out.read_text().splitlines()))[:2] == [
+            ["doc_id", "n_tokens"],
+            ["v0", "13"],
+        ]
     elif format == "json":
         assert json.loads(out.read_text())[0] == {"doc_id": "v0", "n_tokens": 13}
     else:
         assert pq.read_table(out).column_names == ["doc_id", "n_tokens"]
 
 
-def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_wrong_one(store: Path) -> None:
+def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_wrong_one(
+    store: Path,
+) -> None:
     done = afn("sql", store, stdin="SELECT 1 AS one;\nSELECT count(*) AS n FROM documents;")
     assert done.returncode == 0 and "one" in done.stdout and "100" in done.stdout
     done = afn("sql", store, stdin="SELECT nothing FROM documents;")
@@ -81,7 +108,9 @@ def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_w
 def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path) -> None:
     assert "beginning" in afn("explain", store, "In the beginning").stdout
     flags = ("--signals", "shift", "--layers", "all")
-    found = json.loads(afn("explain", store, "-", "--json", *flags, stdin="In the beginning\n").stdout)
+    found = json.loads(
+        afn("explain", store, "-", "--json", *flags, stdin="In the beginning\n").stdout
+    )
     assert [t["piece"] for t in found["tokens"]] == ["[CLS]", "in", "the", "beginning", "[SEP]"]
     assert found["sweep"] == [0, 1, 2, 3] and len(found["tokens"][1]["cells"]) == 4
     assert [v["signal"] for v in found["tokens"][1]["readings"][1]["signals"]] == ["shift"]
@@ -91,16 +120,39 @@ def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path) -> Non
 
 def test_a_dry_run_prints_the_plan(store: Path, tiny_bert: Path) -> None:
     corpus = store.parent / "verses.jsonl"
-    done = afn("run", corpus, "--model", tiny_bert, "--store", store / "new", "--executor", "inline", "--dry-run")
+    done = afn(
+        "run",
+        corpus,
+        "--model",
+        tiny_bert,
+        "--store",
+        store / "new",
+        "--executor",
+        "inline",
+        "--dry-run",
+    )
     assert done.returncode == 0, done.stderr
-    for expected in ("100 documents", "1, of them 0 in the store and 1 to do", "tokens/s", "nothing was done"):
+    for expected in (
+        "100 documents",
+        "1, of them 0 in the store and 1 to do",
+        "tokens/s",
+        "nothing was done",
+    ):
         assert expected in done.stdout
     assert not (store / "new").exists()
 
 
 def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
     done = afn(
-        "run", "--config", store.parent / "run.toml", "--store", store, "--layers", "0,2", "--id-column", "id"
+        "run",
+        "--config",
+        store.parent / "run.toml",
+        "--store",
+        store,
+        "--layers",
+        "0,2",
+        "--id-column",
+        "id",
     )  # with Ray as its executor, which it then need not start
     assert done.returncode == 0 and "nothing to do" in done.stderr
 
@@ -110,16 +162,31 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
     [
         (["run"], "missing: corpus, model, store"),
         (["run", "x", "--modle", "y"], "unrecognized arguments: --modle y (did you mean --model?)"),
-        (["run", "x", "--model", "y", "--store", "z", "--workers", "0"], "workers is 0; expected at least 1"),
-        (["run", "x", "--model", "y", "--store", "z", "--workers", "two"], "invalid int value: 'two'"),
-        (["run", "x", "--model", "y", "--store", "z", "--dtype", "float8"], "invalid choice: 'float8'"),
+        (
+            ["run", "x", "--model", "y", "--store", "z", "--workers", "0"],
+            "workers is 0; expected at least 1",
+        ),
+        (
+            ["run", "x", "--model", "y", "--store", "z", "--workers", "two"],
+            "invalid int value: 'two'",
+        ),
+        (
+            ["run", "x", "--model", "y", "--store", "z", "--dtype", "float8"],
+            "invalid choice: 'float8'",
+        ),
         (["run", "--config", "nowhere.toml"], "config file nowhere.toml cannot be read"),
         (["run", "--config", "broken.toml"], "is not TOML"),
-        (["run", "--config", "typo.toml"], "unknown key in typo.toml: modle (did you mean model?); known keys: corpus"),
+        (
+            ["run", "--config", "typo.toml"],
+            "unknown key in typo.toml: modle (did you mean model?); known keys: corpus",
+        ),
         (["run", "c.jsonl", "--model", "no/such", "--store", "s"], "no model 'no/such'"),
         (["verify", "nowhere"], "nowhere is neither a store nor a run"),
         (["verify", "{store}", "--min-age-h", "-1"], "min_age_h is -1.0; expected 0 or more hours"),
-        (["verify", "{store}", "--memory-limit", "lots"], "--memory-limit: 'lots' is no size; give one such as 2GB"),
+        (
+            ["verify", "{store}", "--memory-limit", "lots"],
+            "--memory-limit: 'lots' is no size; give one such as 2GB",
+        ),
         (["show", "nowhere"], "nowhere is neither a store nor a run"),
         (["compare", "{store}", "nowhere"], "nowhere is neither a store nor a run"),
         (["compare", "{store}", "{store}", "--json", "no/such/folder/x"], "cannot be written"),
@@ -127,7 +194,10 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["sql", "{store}", "SELEC 1"], "syntax error"),
         (["sql", "{store}", "SELECT * FROM read_text('/etc/passwd')"], "afn:"),
         (["sql", "{store}", "COPY tokens TO 'x.csv'"], "afn:"),
-        (["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x"], "the ending says no format; end it in .csv"),
+        (
+            ["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x"],
+            "the ending says no format; end it in .csv",
+        ),
         (["sql", "{store}", "SELECT 1", "--out", "no/such/folder/x.csv"], "cannot be written"),
         (["explain", "{store}", ""], "afn:"),
         ([], "afn [-h] [--version] COMMAND"),
@@ -142,27 +212,48 @@ def test_what_is_typed_wrong_leaves_with_2_and_a_line_that_helps(
     (tmp_path / "typo.toml").write_text('modle = "x"')
     if "run" in args[:1] and "{model}" in args:
         args = [*args, "--executor", "inline"]
-    done = afn(*(a.format(model=tiny_bert, store=store) if "{" in a else a for a in args), cwd=tmp_path)
+    done = afn(
+        *(a.format(model=tiny_bert, store=store) if "{" in a else a for a in args), cwd=tmp_path
+    )
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.csv").exists()
 
 
-WRONG = [  # what is asked, what the refusal says; each in a second, without torch, transformers or Ray
-    ("run c.jsonl --model {model} --store s --signals shfit", "no signal 'shfit' (did you mean shift?)"),
-    ("run c.jsonl --model {model} --store s --layers 9", "layer 9 does not exist; the model has layers 0 (embeddings)"),
+# what is asked, what the refusal says; each in a second, without torch, transformers or Ray
+WRONG = [
+    (
+        "run c.jsonl --model {model} --store s --signals shfit",
+        "no signal 'shfit' (did you mean shift?)",
+    ),
+    (
+        "run c.jsonl --model {model} --store s --layers 9",
+        "layer 9 does not exist; the model has layers 0 (embeddings)",
+    ),
     ("run c.jsonl --model {model} --store s --layers eight", "layers is 'eight'; expected numbers"),
     ("run c.jsonl --model {model} --store s --text-column txet", "no column 'txet' in"),
     ("run c.jsonl --model {model} --store s --text-column txet", "did you mean text?"),
     ("run c.jsonl --model {model} --store s --id-column nr", "no column 'nr' in"),
     ("run c.jsonl --model {model} --store s --language xx", "no function words for language 'xx'"),
-    ("run c.jsonl --model {model} --store s --device cuda", "device is cuda, but there is no driver of a GPU here"),
+    (
+        "run c.jsonl --model {model} --store s --device cuda",
+        "device is cuda, but there is no driver of a GPU here",
+    ),
     ("run c.jsonl --model {model} --store s --device cdua", "invalid choice: 'cdua'"),
-    ("run c.jsonl --model {model} --store s --address http://head:8265", "ray job submit --address http://head:8265"),
+    (
+        "run c.jsonl --model {model} --store s --address http://head:8265",
+        "ray job submit --address http://head:8265",
+    ),
     ("run c.jsonl --model {model} --store s --address head", "it has no port"),
-    ("run c.jsonl --model {model} --store s --thresholds nowhere", "nowhere is neither a store nor a run"),
-    ("run c.jsonl --model {model} --store s --revision main", "is on this disk, and revision 'main' is for hub models"),
+    (
+        "run c.jsonl --model {model} --store s --thresholds nowhere",
+        "nowhere is neither a store nor a run",
+    ),
+    (
+        "run c.jsonl --model {model} --store s --revision main",
+        "is on this disk, and revision 'main' is for hub models",
+    ),
     ("run c.jsonl --model {model} --store c.jsonl", "c.jsonl"),
     ("run c.jsonl --model {model} --store c.jsonl/s", "c.jsonl/s"),
     ("run c.jsonl --model {model} --store /proc/s", "/proc/s"),
@@ -170,7 +261,10 @@ WRONG = [  # what is asked, what the refusal says; each in a second, without tor
     ("run no*.jsonl --model {model} --store s", "no*.jsonl: no files match"),
     ("run c.exe --model {model} --store s", "no file has a known ending"),
     ("run c.jsonl --model ./none --store s", "no model at ./none"),
-    ("run c.jsonl --model c.jsonl --store s", "no model at c.jsonl: expected a folder with config.json"),
+    (
+        "run c.jsonl --model c.jsonl --store s",
+        "no model at c.jsonl: expected a folder with config.json",
+    ),
     ("run c.jsonl --model empty --store s", "empty has no config.json"),
     ("run c.jsonl --model outer --store s", "its folder 0_Transformer has one"),
     ("run c.jsonl --model bare --store s", "bare has no .safetensors file"),
@@ -212,7 +306,9 @@ print(json.dumps(found))
 """
 
 
-def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, store: Path, tiny_bert: Path) -> None:
+def test_wrong_input_is_refused_before_anything_heavy_is_loaded(
+    tmp_path: Path, store: Path, tiny_bert: Path
+) -> None:
     write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     (tmp_path / "c.exe").write_text("x")
     (tmp_path / "outer" / "0_Transformer").mkdir(parents=True)
@@ -227,7 +323,11 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, 
     named = {"model": tiny_bert, "store": store, "long": "x" * 300}
     asked = [[word.format(**named) for word in line.split()] for line, _ in WRONG]
     done = subprocess.run(
-        [sys.executable, "-c", TRY_ALL], input=json.dumps(asked), capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", TRY_ALL],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     found = json.loads(done.stdout or "[]")
     assert len(found) == len(WRONG), done.stderr
@@ -251,7 +351,11 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(tmp_path: Path, 
 def test_a_reduce_alone_asks_for_no_gpu(tmp_path: Path, tiny_bert: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(tmp_path / "s"), device="cuda", executor="inline"
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(tmp_path / "s"),
+        device="cuda",
+        executor="inline",
     )
     precheck.check_run(config, reduce_only=True)
     assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
@@ -287,7 +391,9 @@ STREAMS = [  # what is done to the streams, exit code, what is on stderr
 ]
 
 
-def test_streams_that_are_closed_full_or_not_utf8_end_in_no_traceback(store: Path, tmp_path: Path) -> None:
+def test_streams_that_are_closed_full_or_not_utf8_end_in_no_traceback(
+    store: Path, tmp_path: Path
+) -> None:
     """All at once, in a locale whose encoding has no letters beyond ASCII."""
     lines = [
         f"( {{ {sys.executable} -m afn_ray {how.format(store=store)}; }} >{at}.out 2>{at}.err; echo $? >{at}.code ) &"
@@ -301,7 +407,9 @@ def test_streams_that_are_closed_full_or_not_utf8_end_in_no_traceback(store: Pat
         assert "Traceback" not in errors and "Exception ignored" not in errors, (how, errors)
         assert (tmp_path / f"{at}.code").read_text().strip() == str(code), (how, errors)
         assert said in errors, (how, errors)
-    assert "\u00e9\u20ac" in (tmp_path / "5.out").read_text("utf-8")  # data is UTF-8 whatever people read
+    assert "\u00e9\u20ac" in (tmp_path / "5.out").read_text(
+        "utf-8"
+    )  # data is UTF-8 whatever people read
     assert "\\xe9\\u20ac" in (tmp_path / "6.out").read_text("ascii")
 
 
@@ -332,7 +440,9 @@ def test_the_parser_has_no_option_without_help() -> None:
         ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 1.0, "read_s": 5.0}, "40% of the time waiting for the corpus"),
     ],
 )  # fmt: skip
-def test_the_progress_line_says_what_the_models_wait_for(seconds: dict[str, float], says: str) -> None:
+def test_the_progress_line_says_what_the_models_wait_for(
+    seconds: dict[str, float], says: str
+) -> None:
     from afn_ray.runs import status
     from afn_ray.runs.cluster import State
     from afn_ray.runs.job import Event

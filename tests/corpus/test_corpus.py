@@ -1,4 +1,6 @@
-"""Every document of a file comes out once, in order, whatever the cut; bad content comes out as a reason."""
+"""Every document of a file comes out once, in order, whatever the cut; bad content comes out as a
+reason.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def remember(data: bytes, ending: str) -> FileInfo:
     return storage.stat(uri)
 
 
-def read_all(file: FileInfo, options: ReadOptions = OPTIONS, shard_bytes: int = 1 << 30) -> list[Document]:
+def read_all(
+    file: FileInfo, options: ReadOptions = OPTIONS, shard_bytes: int = 1 << 30
+) -> list[Document]:
     """Documents over all slices; the counts that slices state must be true."""
     documents: list[Document] = []
     for slice in listing.cut(file, options, shard_bytes):
@@ -94,7 +98,9 @@ def texts(documents: Sequence[Document]) -> list[str | None]:
 
 def is_garbled(text: str, num_replaced: int) -> bool:
     """Whether four characters, and more than one of twenty, are replaced or control characters."""
-    num_bad = num_replaced + sum(unicodedata.category(c) == "Cc" and c not in "\t\n\f\r\x7f" for c in text)
+    num_bad = num_replaced + sum(
+        unicodedata.category(c) == "Cc" and c not in "\t\n\f\r\x7f" for c in text
+    )
     return num_bad >= 4 and num_bad * 20 > len(text)
 
 
@@ -112,11 +118,21 @@ def parquet(path: Path, columns: dict[str, Any], **how: Any) -> FileInfo:
     return storage.stat(str(path))
 
 
-# --- listing ---------------------------------------------------------------------------------------------
+# --- listing
+# ---------------------------------------------------------------------------------------------
 
 
 def test_list_files_takes_known_endings_once_and_sorted(tmp_path: Path) -> None:
-    known = ["a.txt", "b.JSONL", "c.ndjson.gz", "d.csv.zst", "e.parquet", "f.txt.bz2", "g.csv.xz", "part.gz.parquet"]
+    known = [
+        "a.txt",
+        "b.JSONL",
+        "c.ndjson.gz",
+        "d.csv.zst",
+        "e.parquet",
+        "f.txt.bz2",
+        "g.csv.xz",
+        "part.gz.parquet",
+    ]
     unknown = ["h.pdf", "i.parquet.gz", "noending", "j.tar.gz"]
     for name in known + unknown:
         write(tmp_path, name, b"x")
@@ -153,7 +169,8 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
         assert texts(read_all(file)) == ["x"]
 
 
-# --- tables ----------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------
 
 TABLES = {
     "Delta Lake": ("_delta_log/00000000000000000000.json", "delta_scan('{0}')"),
@@ -174,13 +191,23 @@ def test_a_table_is_refused_however_it_is_given(tmp_path: Path, name: str, remot
     data = [f"{table}/part-0.parquet", f"{table}/data/year=2026/part-1.parquet"]
     for uri in [*data, f"{place}/lake/plain/metadata/a.parquet"]:
         storage.write_once(uri, sink.getvalue())
-    patterns = [table, table + "/", f"{place}/lake", place, f"{table}/*.parquet", f"{table}/data/*/*", data[1],
-                f"{place}/lake/ev*/**/*.parquet"]  # fmt: skip
+    patterns = [
+        table,
+        table + "/",
+        f"{place}/lake",
+        place,
+        f"{table}/*.parquet",
+        f"{table}/data/*/*",
+        data[1],
+        f"{place}/lake/ev*/**/*.parquet",
+    ]
     for pattern in patterns:
         assert listing.list_files([pattern], OPTIONS)
     storage.write_once(f"{table}/{mark}", b"{}")
     for pattern in patterns:
-        with pytest.raises(CorpusError, match=f"events is an? .*{mark.split('/')[0]}|what a Spark stream") as error:
+        with pytest.raises(
+            CorpusError, match=f"events is an? .*{mark.split('/')[0]}|what a Spark stream"
+        ) as error:
             listing.list_files([pattern], OPTIONS)
         assert export.format(storage.absolute(table)) in str(error.value)
     files, _ = listing.list_files([f"{place}/lake/plain"], OPTIONS)
@@ -217,15 +244,30 @@ def test_the_command_refuses_a_table_before_it_loads_a_model(
     monkeypatch.setitem(sys.modules, "afn_ray.runs.estimate", None)
     for pattern in (tmp_path / "events", tmp_path / "events" / "*.parquet"):
         with pytest.raises(SystemExit) as stopped:
-            commands.main(["run", str(pattern), "--model", "none", "--store", str(tmp_path / "store")])
+            commands.main(
+                ["run", str(pattern), "--model", "none", "--store", str(tmp_path / "store")]
+            )
         assert stopped.value.code == 2
         assert "is a Delta Lake table" in capsys.readouterr().err
 
 
-# --- cutting ---------------------------------------------------------------------------------------------
+# --- cutting
+# ---------------------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
-    [b"a", b" ", b"    ", b"\t", b"\r", b"\x00", "é".encode(), b"\xc3", b"\xff", BOM, "\ufffd".encode()]
+    [
+        b"a",
+        b" ",
+        b"    ",
+        b"\t",
+        b"\r",
+        b"\x00",
+        "é".encode(),
+        b"\xc3",
+        b"\xff",
+        BOM,
+        "\ufffd".encode(),
+    ]
 )
 LINES = st.lists(st.lists(PIECES, max_size=6).map(b"".join), max_size=30)
 
@@ -246,7 +288,9 @@ def test_cuts_conserve_documents_and_offsets(
     assert [s.start for s in slices] == bounds[:-1] and bounds[-1] == len(data)
     assert all(s.num_bytes > shard_bytes and data[s.end - 1] == 10 for s in slices[:-1])
     assert len(slices) == 1 or len(data) > shard_bytes
-    expected = [line for line in data.removeprefix(BOM).split(b"\n") if line.strip()]  # a second BOM is text
+    expected = [
+        line for line in data.removeprefix(BOM).split(b"\n") if line.strip()
+    ]  # a second BOM is text
     assert len(whole) == len(expected)
     for document, line in zip(whole, expected, strict=True):
         assert data[document.offset : document.offset + len(line)] == line
@@ -257,7 +301,9 @@ def test_cuts_conserve_documents_and_offsets(
 
 @settings(max_examples=60, deadline=None)
 @given(LINES, LINES, st.integers(1, 40))
-def test_appending_leaves_full_slices_as_they_were(old: list[bytes], new: list[bytes], shard_bytes: int) -> None:
+def test_appending_leaves_full_slices_as_they_were(
+    old: list[bytes], new: list[bytes], shard_bytes: int
+) -> None:
     data = b"".join(line + b"\n" for line in old)
     before = listing.cut(remember(data, "jsonl"), OPTIONS, shard_bytes)
     after = listing.cut(remember(data + b"\n".join(new), "jsonl"), OPTIONS, shard_bytes)
@@ -278,13 +324,20 @@ def test_a_slice_hash_is_that_of_its_bytes() -> None:
     ("ending", "options", "num_documents"),
     [("csv", OPTIONS, -1), ("jsonl.gz", OPTIONS, -1), ("txt", WHOLE, 1), ("txt.gz", WHOLE, -1)],
 )
-def test_what_cannot_be_cut_is_one_slice(ending: str, options: ReadOptions, num_documents: int) -> None:
+def test_what_cannot_be_cut_is_one_slice(
+    ending: str, options: ReadOptions, num_documents: int
+) -> None:
     data = b"text\n" + b"a\n" * 500
     if ending.endswith("gz"):
         data = gzip.compress(data)
     file = remember(data, ending)
     (slice,) = listing.cut(file, options, 10)
-    assert (slice.start, slice.end, slice.num_bytes, slice.num_documents) == (0, len(data), len(data), num_documents)
+    assert (slice.start, slice.end, slice.num_bytes, slice.num_documents) == (
+        0,
+        len(data),
+        len(data),
+        num_documents,
+    )
     assert slice.sha256 == hashlib.sha256(data).hexdigest()
 
 
@@ -304,7 +357,9 @@ def test_a_compressed_file_without_a_byte_is_cut_short(ending: str, options: Rea
     assert slice.num_documents == -1
     assert (document.lost_bytes, document.lost_documents) == (1, 1 if is_one else None)
     assert document.problem is not None and "the file has 0 bytes" in document.problem
-    (nothing,) = listing.cut(remember(COMPRESS[ending.rpartition(".")[2]](b""), ending), OPTIONS, 100)
+    (nothing,) = listing.cut(
+        remember(COMPRESS[ending.rpartition(".")[2]](b""), ending), OPTIONS, 100
+    )
     assert list(reading.read(nothing, OPTIONS)) == []
 
 
@@ -313,7 +368,8 @@ def test_an_empty_text_file_is_an_empty_document() -> None:
     assert (document.text, document.problem) == ("", None)
 
 
-# --- JSONL and text --------------------------------------------------------------------------------------
+# --- JSONL and text
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -343,7 +399,9 @@ def test_bad_lines_are_quarantined_and_the_next_is_read(line: bytes, problem: st
 def test_missing_keys_are_listed_in_bounds_and_printable() -> None:
     row = {"\ud800\n" + "k" * 1000: 1} | {f"k{i}": 1 for i in range(1000)}
     problem = one(jsonl(row), "jsonl").problem
-    assert problem is not None and len(problem) < 200 and "k9 and 990 more, and 1 not shown" in problem
+    assert (
+        problem is not None and len(problem) < 200 and "k9 and 990 more, and 1 not shown" in problem
+    )
     problem.encode()
     assert problem.isprintable()
 
@@ -361,14 +419,24 @@ def test_json_ids(found: object, doc_id: str | None) -> None:
 def test_json_ids_that_are_none_quarantine_their_row(found: object) -> None:
     row = jsonl({"text": "a", "id": found})
     bad, good = read_all(remember(row + jsonl({"text": "b", "id": 1}), "jsonl"), IDS)
-    expected = "id is not valid UTF-8" if found == "\ud800" else f"id is {type(found).__name__}, expected a string or"
+    expected = (
+        "id is not valid UTF-8"
+        if found == "\ud800"
+        else f"id is {type(found).__name__}, expected a string or"
+    )
     assert bad.problem is not None and expected in bad.problem
     assert (bad.lost_bytes, bad.lost_documents, good.doc_id) == (len(row) - 1, 1, "1")
 
 
 def test_a_missing_id_is_none_and_a_problem_keeps_its_id() -> None:
-    rows = read_all(remember(jsonl({"text": "a"}, {"id": 9, "text": None}, {"id": 8}), "jsonl"), IDS)
-    assert [(d.doc_id, d.problem is None) for d in rows] == [(None, True), ("9", False), ("8", False)]
+    rows = read_all(
+        remember(jsonl({"text": "a"}, {"id": 9, "text": None}, {"id": 8}), "jsonl"), IDS
+    )
+    assert [(d.doc_id, d.problem is None) for d in rows] == [
+        (None, True),
+        ("9", False),
+        ("8", False),
+    ]
 
 
 def test_blank_lines_crlf_and_bom() -> None:
@@ -400,13 +468,18 @@ def test_documents_over_the_limit() -> None:
     whole = dataclasses.replace(options, txt_documents="file")
     assert one(BOM + b"x" * 10, "txt", whole).text == "x" * 10
     for size in (11, 14, 5000):
-        assert one(b"x" * size, "txt", whole).problem == f"document of {size} bytes is over max_document_bytes = 10"
+        assert (
+            one(b"x" * size, "txt", whole).problem
+            == f"document of {size} bytes is over max_document_bytes = 10"
+        )
     for ending, compress in COMPRESS.items():
         problem = one(compress(b"x" * 5000), f"txt.{ending}", whole).problem
         assert problem is not None and "bytes is over max_document_bytes = 10" in problem
 
 
-def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_line_is_skipped_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(streams, "LINE_BYTES", 4 << 20)
     options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
     with (tmp_path / "a.jsonl").open("wb") as sink:
@@ -424,7 +497,9 @@ def test_a_long_line_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("ending", ["jsonl.gz", "txt.gz", "csv.gz"])
-def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+def test_a_bomb_is_read_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
     monkeypatch.setattr(streams, "LINE_BYTES", 4 << 20)
     with gzip.open(tmp_path / f"bomb.{ending}", "wb", compresslevel=1) as sink:
         sink.write(b"text\n")
@@ -441,7 +516,8 @@ def test_a_bomb_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(d.problem is not None for d in documents) and documents
 
 
-# --- encodings -------------------------------------------------------------------------------------------
+# --- encodings
+# -------------------------------------------------------------------------------------------
 
 RUSSIAN = ["Старая собака лаяла на луну.", "Реки текут в море, а море не полно.", "Да"]
 UTF = ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
@@ -457,7 +533,11 @@ def test_a_byte_order_mark_decides(encoding: str, compression: str) -> None:
     conllu = "".join(f"1\t{t.split()[0]}\t_\tNOUN\t_\t_\t_\t_\t_\t_\n\n" for t in RUSSIAN)
     for ending, text, expected in (
         ("txt", "\r\n".join(RUSSIAN) + "\n", RUSSIAN),
-        ("jsonl", "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in RUSSIAN), RUSSIAN),
+        (
+            "jsonl",
+            "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in RUSSIAN),
+            RUSSIAN,
+        ),
         ("csv", "text\n" + "".join(f'"{t}"\r\n' for t in RUSSIAN), RUSSIAN),
         ("conllu", conllu, [t.split()[0] for t in RUSSIAN]),
     ):
@@ -484,7 +564,9 @@ def test_what_is_invalid_after_a_byte_order_mark_is_replaced_and_counted(
     lone = b"\x00\xd8" + b"\0\0" * ("32" in encoding)
     lone = lone[::-1] if encoding.endswith("be") else lone
     text = "the old dog " * 20
-    data = marked(text, encoding) + lone + text.encode(encoding) + b"x"  # and half a character at the end
+    data = (
+        marked(text, encoding) + lone + text.encode(encoding) + b"x"
+    )  # and half a character at the end
     documents = read_all(remember(data + b"" * 2, "txt"))
     assert [(d.text, d.num_replaced) for d in documents] == [(f"{text}\ufffd{text}\ufffd", 2)]
 
@@ -499,11 +581,23 @@ def test_a_mark_in_two_bytes_leaves_the_limit_of_a_document_in_utf8() -> None:
 GARBLED = {
     "cp1251": ("\n".join(RUSSIAN[:2]).encode("cp1251"), "cp1251"),
     "shift-jis": ("吾輩は猫である。名前はまだ無い。".encode("shift-jis"), "Shift-JIS"),
-    "utf-16 without a mark": ("In the beginning God created".encode("utf-16-le"), "UTF-16 or UTF-32 without a byte"),
-    "russian utf-16 without a mark": (RUSSIAN[0].encode("utf-16-le"), "UTF-16 without a byte order mark"),
-    "utf-32 without a mark": ("In the beginning".encode("utf-32-be"), "UTF-16 or UTF-32 without a byte order mark"),
+    "utf-16 without a mark": (
+        "In the beginning God created".encode("utf-16-le"),
+        "UTF-16 or UTF-32 without a byte",
+    ),
+    "russian utf-16 without a mark": (
+        RUSSIAN[0].encode("utf-16-le"),
+        "UTF-16 without a byte order mark",
+    ),
+    "utf-32 without a mark": (
+        "In the beginning".encode("utf-32-be"),
+        "UTF-16 or UTF-32 without a byte order mark",
+    ),
     "jpeg": (b"\xff\xd8\xff\xe0\x00\x10JFIF" + random.Random(0).randbytes(4000), "binary data"),
-    "twice encoded": ("\n".join(RUSSIAN).encode().decode("latin-1").encode(), "once read as latin-1"),
+    "twice encoded": (
+        "\n".join(RUSSIAN).encode().decode("latin-1").encode(),
+        "once read as latin-1",
+    ),
     "NUL": (b"ab" + b"\0" * 40, "binary data"),
 }
 
@@ -521,24 +615,46 @@ def test_what_is_no_utf8_text_is_quarantined_with_the_likely_cause(name: str) ->
 
 @pytest.mark.parametrize("encoding", ["iso2022_jp", "iso2022_jp_2", "iso2022_kr"])
 def test_text_of_seven_bits_that_is_none_is_quarantined(encoding: str) -> None:
-    text = "안녕하세요. " * 30 if encoding == "iso2022_kr" else "吾輩は猫である。名前はまだ無い。" * 30
-    for data, ending in ((text.encode(encoding), "txt"), (b'{"text": "%s"}' % text.encode(encoding), "jsonl")):
+    text = (
+        "안녕하세요. " * 30 if encoding == "iso2022_kr" else "吾輩は猫である。名前はまだ無い。" * 30
+    )
+    for data, ending in (
+        (text.encode(encoding), "txt"),
+        (b'{"text": "%s"}' % text.encode(encoding), "jsonl"),
+    ):
         found = one(data, ending, WHOLE)
-        assert found.problem is not None and "ISO-2022" in found.problem and found.lost_bytes == len(data)
+        assert (
+            found.problem is not None
+            and "ISO-2022" in found.problem
+            and found.lost_bytes == len(data)
+        )
     assert one(b"\x1b[31mred\x1b(B and ESC $5", "txt", WHOLE).problem is None
 
 
 def test_rows_in_another_encoding_are_quarantined_and_the_others_are_read() -> None:
-    rows = [b'{"text": "%s"}' % RUSSIAN[0].encode("cp1251"), b'{"text": "%s"}' % RUSSIAN[0].encode()]
+    rows = [
+        b'{"text": "%s"}' % RUSSIAN[0].encode("cp1251"),
+        b'{"text": "%s"}' % RUSSIAN[0].encode(),
+    ]
     nul = json.dumps({"text": "a" + "\0" * 9}).encode()
     bad, good, escaped = read_all(remember(b"\n".join([*rows, nul]), "jsonl"))
     assert bad.problem is not None and "cp1251" in bad.problem
     assert (bad.lost_bytes, bad.lost_documents, bad.num_replaced) == (len(rows[0]), 1, 23)
-    assert good.text == RUSSIAN[0] and escaped.problem is not None and "9 control characters" in escaped.problem
+    assert (
+        good.text == RUSSIAN[0]
+        and escaped.problem is not None
+        and "9 control characters" in escaped.problem
+    )
     (line,) = read_all(remember('{"text": "the old dog"}'.encode("utf-16-le"), "jsonl"))
-    assert line.problem is not None and line.problem.startswith("not JSON: ") and "UTF-16" in line.problem
+    assert (
+        line.problem is not None
+        and line.problem.startswith("not JSON: ")
+        and "UTF-16" in line.problem
+    )
     file = remember("id,text\n1,a\n".encode("utf-16-le"), "csv")
-    with pytest.raises(CorpusError, match=r"no column 'text'.*UTF-16 or UTF-32 without a byte order mark"):
+    with pytest.raises(
+        CorpusError, match=r"no column 'text'.*UTF-16 or UTF-32 without a byte order mark"
+    ):
         listing.check_columns([file], OPTIONS)
 
 
@@ -556,7 +672,8 @@ def test_a_few_wrong_characters_are_measured_and_counted() -> None:
     assert one(("a\ufffd" * 99).encode(), "txt").num_replaced == 0  # of the source's own
 
 
-# --- compression -----------------------------------------------------------------------------------------
+# --- compression
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -567,8 +684,13 @@ def test_compressed_files_of_several_members(ending: str) -> None:
     assert [(d.text, d.doc_id) for d in documents] == [(r["text"], str(r["id"])) for r in rows]
     assert [d.offset for d in documents] == [i + (i >= 1500) for i in range(3000)]  # line numbers
     data = BOM + b"text\r\n" + b"".join(b"r%d\r\n" % i for i in range(100))
-    assert texts(read_all(remember(COMPRESS[ending](data), f"csv.{ending}"))) == [f"r{i}" for i in range(100)]
-    assert one(COMPRESS[ending](b"a\nb") + COMPRESS[ending](b"c"), f"txt.{ending}", WHOLE).text == "a\nbc"
+    assert texts(read_all(remember(COMPRESS[ending](data), f"csv.{ending}"))) == [
+        f"r{i}" for i in range(100)
+    ]
+    assert (
+        one(COMPRESS[ending](b"a\nb") + COMPRESS[ending](b"c"), f"txt.{ending}", WHOLE).text
+        == "a\nbc"
+    )
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -577,7 +699,9 @@ def test_truncated_streams_give_what_is_whole_and_a_reason(ending: str, format: 
     first = {"jsonl": jsonl(*({"text": str(i)} for i in range(50))) + b'{"text": "half'}
     plain = b"".join(b"%d\n" % i for i in range(50)) + b"hal"
     head = first.get(format, (b"text\n" if format == "csv" else b"") + plain)
-    tail = COMPRESS[ending](random.Random(0).randbytes(5000).hex().encode())  # one line, hard to compress
+    tail = COMPRESS[ending](
+        random.Random(0).randbytes(5000).hex().encode()
+    )  # one line, hard to compress
     *good, bad = read_all(remember(COMPRESS[ending](head) + tail[:-3000], f"{format}.{ending}"))
     assert texts(good) == [str(i) for i in range(50)]
     assert bad.problem is not None
@@ -609,9 +733,16 @@ def test_corrupt_streams_are_one_problem(ending: str) -> None:
 def several(ending: str) -> tuple[list[bytes], list[str]]:
     """Three streams of one file, and the texts of its documents."""
     words = random.Random(1)
-    rows = [[" ".join(words.choices(["in", "the", "beginning", "god", "created", "heaven"], k=9)) for _ in range(8)]
-            for _ in range(3)]  # fmt: skip
-    return [COMPRESS[ending](jsonl(*({"text": t} for t in part))) for part in rows], [t for part in rows for t in part]
+    rows = [
+        [
+            " ".join(words.choices(["in", "the", "beginning", "god", "created", "heaven"], k=9))
+            for _ in range(8)
+        ]
+        for _ in range(3)
+    ]
+    return [COMPRESS[ending](jsonl(*({"text": t} for t in part))) for part in rows], [
+        t for part in rows for t in part
+    ]
 
 
 @pytest.mark.parametrize("ending", ["gz", "bz2", "xz"])
@@ -635,10 +766,16 @@ def test_a_flipped_bit_in_any_stream_is_told_with_what_it_cost(ending: str) -> N
             continue
         start = max(at for at in starts if at <= place)
         (one_bad,) = bad[-1:]
-        assert one_bad.problem is not None and f"truncated or corrupt {ending} stream" in one_bad.problem
+        assert (
+            one_bad.problem is not None
+            and f"truncated or corrupt {ending} stream" in one_bad.problem
+        )
         assert texts(documents)[: 8 * starts.index(start)] == expected[: 8 * starts.index(start)]
         # The rest of the file from the damage on, and no more than from the start of its stream.
-        assert len(whole) - place <= one_bad.lost_bytes + PIECE and one_bad.lost_bytes <= len(whole) - start, place
+        assert (
+            len(whole) - place <= one_bad.lost_bytes + PIECE
+            and one_bad.lost_bytes <= len(whole) - start
+        ), place
     assert num_told > len(places) * 0.7
 
 
@@ -660,7 +797,9 @@ def test_a_flipped_bit_in_any_frame_of_zstd_with_checksums_is_told() -> None:
             if documents[-1].problem is None:
                 assert "\n".join(d.text for d in documents).strip() == "\n".join(expected), place
             else:
-                assert documents[-1].lost_bytes >= len(ZSTD) * (2 - place * 3 // len(ZSTD)) // 3 - 9, place
+                assert (
+                    documents[-1].lost_bytes >= len(ZSTD) * (2 - place * 3 // len(ZSTD)) // 3 - 9
+                ), place
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -670,7 +809,9 @@ def test_what_is_behind_a_stream_and_is_none_is_told(ending: str, options: ReadO
     for rest in (b"garbage", first[:1], second[:-3], b"\xff" * 3000, b"\0\0\0\0x", second[::-1]):
         documents = read_all(remember(first + rest, f"txt.{ending}"), options)
         bad = documents[-1]
-        assert bad.problem is not None and f"truncated or corrupt {ending} stream" in bad.problem, rest
+        assert bad.problem is not None and f"truncated or corrupt {ending} stream" in bad.problem, (
+            rest
+        )
         if options is WHOLE:
             assert texts(documents) == [None] and bad.lost_bytes == len(first + rest)
         else:
@@ -680,7 +821,12 @@ def test_what_is_behind_a_stream_and_is_none_is_told(ending: str, options: ReadO
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_streams_without_content_and_legal_padding_are_no_damage(ending: str) -> None:
     empty, full = COMPRESS[ending](b""), COMPRESS[ending](b"a\n")
-    padding = {"gz": [b"\0", b"\0" * 2000], "xz": [b"\0" * 4, b"\0" * 2000], "bz2": [], "zst": [SKIPPABLE]}[ending]
+    padding = {
+        "gz": [b"\0", b"\0" * 2000],
+        "xz": [b"\0" * 4, b"\0" * 2000],
+        "bz2": [],
+        "zst": [SKIPPABLE],
+    }[ending]
     for data in (empty * 3, full + empty, empty + full + empty + full):
         for more in (b"", *padding):
             found = read_all(remember(data + more, f"txt.{ending}"))
@@ -695,13 +841,19 @@ def test_streams_without_content_and_legal_padding_are_no_damage(ending: str) ->
         assert good.text == "a" and bad.lost_bytes == 4
 
 
-def test_what_a_cut_or_a_bomb_loses_is_counted_in_bytes_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_cut_or_a_bomb_loses_is_counted_in_bytes_of_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = [random.Random(i).randbytes(30).hex() for i in range(3000)]
     for ending, compress in COMPRESS.items():
         whole = compress(jsonl(*({"text": t} for t in rows)))
         half = whole[: len(whole) // 2]
         *good, bad = read_all(remember(half, f"jsonl.{ending}"))
-        assert texts(good) == rows[: len(good)] and bad.problem is not None and bad.lost_documents is None
+        assert (
+            texts(good) == rows[: len(good)]
+            and bad.problem is not None
+            and bad.lost_documents is None
+        )
         assert "uncounted" in bad.problem or ending == "zst"
         kept = len(half) - bad.lost_bytes  # by the share of the documents
         assert abs(kept / len(whole) - len(good) / len(rows)) < 0.02, ending
@@ -718,7 +870,11 @@ def test_what_a_cut_or_a_bomb_loses_is_counted_in_bytes_of_the_file(monkeypatch:
     *good, bad = read_all(remember(first + gzip.compress(bytes(1 << 24)), "txt.gz"))
     assert texts(good) == ["a"] * 9
     assert bad.problem is not None and "over 200 times as many" in bad.problem
-    assert len(gzip.compress(bytes(1 << 24))) * 0.9 < bad.lost_bytes <= len(gzip.compress(bytes(1 << 24)))
+    assert (
+        len(gzip.compress(bytes(1 << 24))) * 0.9
+        < bad.lost_bytes
+        <= len(gzip.compress(bytes(1 << 24)))
+    )
 
 
 def test_a_bad_row_of_a_stream_counts_its_share_of_the_file(tmp_path: Path) -> None:
@@ -745,7 +901,8 @@ def test_rows_of_small_streams_lose_no_more_than_their_file_has(ending: str) -> 
         assert max(lost) <= -(-len(data) // 9)
 
 
-# --- CSV -------------------------------------------------------------------------------------------------
+# --- CSV
+# -------------------------------------------------------------------------------------------------
 
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
@@ -758,7 +915,9 @@ def test_csv_gives_back_what_was_written(rows: list[tuple[str, str]], bom: bool)
     writer.writerows([("id", "text"), *rows])
     options = dataclasses.replace(IDS, csv_escape="doubled")
     documents = read_all(remember(BOM * bom + buffer.getvalue().encode(), "csv"), options)
-    assert [(d.offset, d.doc_id) for d in documents] == [(i, a or None) for i, (a, _) in enumerate(rows)]
+    assert [(d.offset, d.doc_id) for d in documents] == [
+        (i, a or None) for i, (a, _) in enumerate(rows)
+    ]
     assert texts(documents) == [None if is_garbled(b, 0) else b for _, b in rows]
     assert all(d.num_replaced == 0 for d in documents)
 
@@ -767,9 +926,21 @@ def test_csv_rows_that_are_not_right() -> None:
     data = b'id,text\n1,a\n2\n3,c,d\n\n4,\n5,x\x00\xff\n\xff,e\n6,"line\r\n\r\nline ""q"""\n7,a\rb\n8,last\n'
     documents = read_all(remember(data, "csv"), IDS)
     problems = ["row has 1 fields, the header has 2", "row has 3 fields, the header has 2"]
-    assert texts(documents) == ["a", None, None, "", "x\x00\ufffd", None, 'line\r\n\r\nline "q"', None, "last"]
+    assert texts(documents) == [
+        "a",
+        None,
+        None,
+        "",
+        "x\x00\ufffd",
+        None,
+        'line\r\n\r\nline "q"',
+        None,
+        "last",
+    ]
     assert [d.problem for d in documents[1:3]] == problems
-    assert documents[5].problem is not None and documents[5].problem.startswith("the id is not valid UTF-8")
+    assert documents[5].problem is not None and documents[5].problem.startswith(
+        "the id is not valid UTF-8"
+    )
     assert documents[7].problem is not None and documents[7].problem.startswith("not CSV: ")
     assert [d.num_replaced for d in documents] == [0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert [d.offset for d in documents] == list(range(9))
@@ -781,18 +952,25 @@ def test_csv_rows_that_are_not_right() -> None:
 def test_csv_quote_that_is_not_closed() -> None:
     *good, bad = read_all(remember(b'text\na\n"b\nc\n\nd\n', "csv"))
     assert texts(good) == ["a"]
-    assert bad.problem == ("quoted field is not closed before the end of the file, and took all of it from line 3 on")
+    assert bad.problem == (
+        "quoted field is not closed before the end of the file, and took all of it from line 3 on"
+    )
     assert (bad.lost_bytes, bad.lost_documents) == (len(b'"b\nc\n\nd\n'), 3)
 
 
 def test_csv_row_over_the_limit_ends_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LINE_BYTES", 1000)
     options = dataclasses.replace(OPTIONS, max_document_bytes=100)
-    assert len(read_all(remember(b"text\n" + b"a\n" * 2000, "csv"), options)) == 2000  # of a row, not of the file
+    assert (
+        len(read_all(remember(b"text\n" + b"a\n" * 2000, "csv"), options)) == 2000
+    )  # of a row, not of the file
     for row in (b'"' + b"b\n" * 1000 + b'"', b"b" * 2000):
         documents = read_all(remember(b"text\na\n" + row + b"\nc\n", "csv"), options)
         assert texts(documents) == ["a", None]
-        assert documents[1].problem is not None and "over the limit of 1000 bytes" in documents[1].problem
+        assert (
+            documents[1].problem is not None
+            and "over the limit of 1000 bytes" in documents[1].problem
+        )
 
 
 def test_csv_fields_longer_than_the_module_likes() -> None:
@@ -830,7 +1008,9 @@ def test_csv_with_backslashes_before_its_quotes_is_read_when_it_is_said() -> Non
 
 @pytest.mark.parametrize("row", [row for row in SPARK if "\n" not in row])
 @pytest.mark.parametrize("last", [True, False])
-def test_csv_with_backslashes_before_its_quotes_never_gives_another_text(row: str, last: bool) -> None:
+def test_csv_with_backslashes_before_its_quotes_never_gives_another_text(
+    row: str, last: bool
+) -> None:
     right = SPARK_TEXTS[SPARK.index(row)]
     header = "id,text" if last else "text,id"
     if not last:
@@ -845,16 +1025,38 @@ def test_csv_with_backslashes_before_its_quotes_never_gives_another_text(row: st
 
 
 def test_csv_that_other_programs_read_otherwise_is_not_guessed_at() -> None:
-    rows = ['a,"ok ""quoted"" text"', 'b,5" pipe of the dog', 'c,"abc" def', 'd, "spaced"', 'e," spaced"', "f,\\N",
-            r'g,"C:\dir\"', '"h","{""a"": ""say \\""hi\\"" to""}"', "\\N,i", "j,'a'"]  # fmt: skip
+    rows = [
+        'a,"ok ""quoted"" text"',
+        'b,5" pipe of the dog',
+        'c,"abc" def',
+        'd, "spaced"',
+        'e," spaced"',
+        "f,\\N",
+        r'g,"C:\dir\"',
+        '"h","{""a"": ""say \\""hi\\"" to""}"',
+        "\\N,i",
+        "j,'a'",
+    ]
     documents = read_all(remember(csv_of(*rows), "csv"), IDS)
     assert texts(documents) == [
-        'ok "quoted" text', '5" pipe of the dog', None, None, " spaced", None, None, r'{"a": "say \"hi\" to"}', "i",
+        'ok "quoted" text',
+        '5" pipe of the dog',
+        None,
+        None,
+        " spaced",
+        None,
+        None,
+        r'{"a": "say \"hi\" to"}',
+        "i",
         "'a'",
-    ]  # fmt: skip
+    ]
     assert documents[8].doc_id is None
-    for at, why in ((2, "not CSV: ',' expected after"), (3, "space before its opening quote"),
-                    (5, "text is \\N, what MySQL"), (6, "it can be read in two ways")):  # fmt: skip
+    for at, why in (
+        (2, "not CSV: ',' expected after"),
+        (3, "space before its opening quote"),
+        (5, "text is \\N, what MySQL"),
+        (6, "it can be read in two ways"),
+    ):
         assert why in (documents[at].problem or "")
         assert (documents[at].lost_bytes, documents[at].lost_documents) == (len(rows[at]) + 1, 1)
     doubled = dataclasses.replace(IDS, csv_escape="doubled")
@@ -868,7 +1070,11 @@ def test_an_unclosed_quote_that_another_closes_counts_the_lines_it_took() -> Non
     assert bad.lost_documents == 3 and bad.lost_bytes == len('1,"abc\n2,def\n\n3,"ghi"\n')
     assert bad.problem is not None and bad.problem.startswith("not CSV: ")
     for ending, compress in COMPRESS.items():
-        packed = compress(csv_of(*(f"{i},{random.Random(i).random()}" for i in range(500)), '9,"abc', *["9,x"] * 200))
+        packed = compress(
+            csv_of(
+                *(f"{i},{random.Random(i).random()}" for i in range(500)), '9,"abc', *["9,x"] * 200
+            )
+        )
         *good_rows, last = read_all(remember(packed, f"csv.{ending}"), IDS)
         assert len(good_rows) == 500 and last.lost_documents == 201
         assert 0 < last.lost_bytes < len(packed) / 2
@@ -878,8 +1084,14 @@ def test_an_unclosed_quote_that_another_closes_counts_the_lines_it_took() -> Non
 def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name: str) -> None:
     data = f'id{separator}"text"\n1{separator}a\n'.encode()
     others = f"\ufeffKunde Nr{separator}Text{separator}Betrag\n1{separator}a{separator}2\n".encode()
-    for file in (remember(data, "csv"), remember(marked(data.decode(), "utf-16-le"), "csv"), remember(others, "csv")):
-        with pytest.raises(CorpusError, match=rf"no column 'text'.*separated by {re.escape(name)}, expected commas"):
+    for file in (
+        remember(data, "csv"),
+        remember(marked(data.decode(), "utf-16-le"), "csv"),
+        remember(others, "csv"),
+    ):
+        with pytest.raises(
+            CorpusError, match=rf"no column 'text'.*separated by {re.escape(name)}, expected commas"
+        ):
             listing.check_columns([file], OPTIONS)
 
 
@@ -892,14 +1104,17 @@ def test_csv_with_another_separator_is_refused_by_its_name(separator: str, name:
         ("a,b", "it has: a, b$"),
     ],
 )
-def test_a_header_without_the_column_is_told_by_what_is_wrong_with_it(header: str, why: str) -> None:
+def test_a_header_without_the_column_is_told_by_what_is_wrong_with_it(
+    header: str, why: str
+) -> None:
     file = remember(f"\ufeff{header}\n1,2\n".encode(), "csv")
     with pytest.raises(CorpusError, match=why) as caught:
         listing.check_columns([file], OPTIONS)
     assert "separated by" not in str(caught.value)
 
 
-# --- Parquet ---------------------------------------------------------------------------------------------
+# --- Parquet
+# ---------------------------------------------------------------------------------------------
 
 TYPES = [
     pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
@@ -910,7 +1125,9 @@ TYPES = [
 @pytest.mark.parametrize("kind", TYPES, ids=str)
 def test_parquet_text_types(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(["a", None, "", "é"])
-    column = column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column.cast(kind)
+    column = (
+        column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column.cast(kind)
+    )
     documents = read_all(parquet(tmp_path / "a.parquet", {"text": column, "id": [1, 2, 3, 4]}), IDS)
     assert texts(documents) == ["a", None, "", "é"]
     assert documents[1].problem == "text is null"
@@ -921,18 +1138,29 @@ def test_parquet_invalid_utf8_is_replaced(tmp_path: Path) -> None:
     raw = pa.array([b"a\xffb", b"\xef\xbf\xbd"])
     claimed = pa.Array.from_buffers(pa.string(), 2, raw.buffers())  # pyarrow checks nothing
     for i, column in enumerate((raw, claimed)):
-        documents = read_all(parquet(tmp_path / f"{i}.parquet", {"text": column, "id": column}), IDS)
+        documents = read_all(
+            parquet(tmp_path / f"{i}.parquet", {"text": column, "id": column}), IDS
+        )
         assert [(d.text, d.num_replaced, d.doc_id) for d in documents] == [
-            ("a\ufffdb", 1, r"\x61ff62"), ("\ufffd", 0, "\ufffd"),
-        ]  # fmt: skip
+            ("a\ufffdb", 1, r"\x61ff62"),
+            ("\ufffd", 0, "\ufffd"),
+        ]
 
 
-@pytest.mark.parametrize("values", [[1, None], [1.5, 2.5], [["a"], None], [{"a\n": "x"}, None]], ids=str)
-def test_parquet_text_that_is_no_string_is_a_problem_per_row(tmp_path: Path, values: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "values", [[1, None], [1.5, 2.5], [["a"], None], [{"a\n": "x"}, None]], ids=str
+)
+def test_parquet_text_that_is_no_string_is_a_problem_per_row(
+    tmp_path: Path, values: list[Any]
+) -> None:
     documents = read_all(parquet(tmp_path / "a.parquet", {"text": values}))
     assert [d.offset for d in documents] == [0, 1]
     for problem in (d.problem for d in documents):
-        assert problem is not None and problem.endswith(", expected a string") and problem.isprintable()
+        assert (
+            problem is not None
+            and problem.endswith(", expected a string")
+            and problem.isprintable()
+        )
 
 
 UUIDS = [uuid.UUID(int=n) for n in (0x31323334_3536_3738_9000_616263646566, 2**127 + 1, 0)]
@@ -956,18 +1184,39 @@ IDS_OF_TYPES: dict[str, tuple[Any, list[str | None]]] = {
 
 @pytest.mark.parametrize("name", IDS_OF_TYPES)
 @pytest.mark.parametrize("store_schema", [True, False])
-def test_parquet_ids_are_the_text_of_their_values(tmp_path: Path, name: str, store_schema: bool) -> None:
+def test_parquet_ids_are_the_text_of_their_values(
+    tmp_path: Path, name: str, store_schema: bool
+) -> None:
     column, expected = IDS_OF_TYPES[name]
-    file = parquet(tmp_path / "a.parquet", {"text": list("abc"), "id": column}, store_schema=store_schema)
-    assert [(d.text, d.doc_id) for d in read_all(file, IDS)] == list(zip("abc", expected, strict=True))
+    file = parquet(
+        tmp_path / "a.parquet", {"text": list("abc"), "id": column}, store_schema=store_schema
+    )
+    assert [(d.text, d.doc_id) for d in read_all(file, IDS)] == list(
+        zip("abc", expected, strict=True)
+    )
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.string(), pa.binary(2)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.string(), pa.binary(2)], ids=str
+)
 def test_no_two_ids_of_bytes_are_one(tmp_path: Path, kind: pa.DataType) -> None:
-    values = [b"\xff\x00", b"ff00", rb"\xff00", rb"\x5c78", b"\x00", b"00", b"", rb"\x", b"ab", b"\x01\x02"]
+    values = [
+        b"\xff\x00",
+        b"ff00",
+        rb"\xff00",
+        rb"\x5c78",
+        b"\x00",
+        b"00",
+        b"",
+        rb"\x",
+        b"ab",
+        b"\x01\x02",
+    ]
     if pa.types.is_fixed_size_binary(kind):
         values = [v for v in values if len(v) == 2]
-    column = pa.array(values, pa.binary()).view(kind) if kind == pa.string() else pa.array(values, kind)
+    column = (
+        pa.array(values, pa.binary()).view(kind) if kind == pa.string() else pa.array(values, kind)
+    )
     file = parquet(tmp_path / "a.parquet", {"text": ["x"] * len(values), "id": column})
     ids = [d.doc_id for d in read_all(file, IDS)]
     assert len({*ids}) == len(values) and None not in ids
@@ -981,12 +1230,17 @@ def test_no_two_ids_of_bytes_are_one(tmp_path: Path, kind: pa.DataType) -> None:
      pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())), pa.array([1, 2], pa.float16())],
     ids=lambda column: str(column.type),
 )  # fmt: skip
-def test_parquet_ids_that_are_none_are_refused_before_anything_is_read(tmp_path: Path, column: pa.Array) -> None:
+def test_parquet_ids_that_are_none_are_refused_before_anything_is_read(
+    tmp_path: Path, column: pa.Array
+) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a", "b"], "id": column})
     kind = pq.ParquetFile(file.uri).schema_arrow.field("id").type
     with pytest.raises(CorpusError) as error:
         listing.cut(file, IDS, 100)
-    assert f"id column 'id' of {file.uri} is {kind}, of which no id can be made; expected strings" in str(error.value)
+    assert (
+        f"id column 'id' of {file.uri} is {kind}, of which no id can be made; expected strings"
+        in str(error.value)
+    )
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 3000, 20_000, 1 << 30])
@@ -1000,7 +1254,9 @@ def test_parquet_is_cut_between_row_groups(tmp_path: Path, shard_bytes: int) -> 
     assert len(slices) == {1: 15, 1 << 30: 1}.get(shard_bytes, len(slices))
     assert sum(s.num_bytes for s in slices) < file.size / 4  # the other column is not read
     documents = read_all(file, IDS, shard_bytes)
-    assert [(d.text, d.doc_id, d.offset) for d in documents] == [(t, str(i), i) for i, t in enumerate(rows)]
+    assert [(d.text, d.doc_id, d.offset) for d in documents] == [
+        (t, str(i), i) for i, t in enumerate(rows)
+    ]
 
 
 def test_parquet_hash_is_of_the_columns_that_are_read(tmp_path: Path) -> None:
@@ -1027,9 +1283,13 @@ def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert texts(read_all(file)) == rows
 
 
-def test_parquet_rows_that_do_not_come_are_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_rows_that_do_not_come_are_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
-    monkeypatch.setattr(row_groups._File, "batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)]))
+    monkeypatch.setattr(
+        row_groups._File, "batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)])
+    )
     documents = read_all_inexact(file)
     assert texts(documents) == ["a", "a", "a", None]
     assert documents[3].problem == "not a readable Parquet file: row group 0: 2 rows are missing"
@@ -1041,7 +1301,9 @@ def test_parquet_that_is_none_is_quarantined(tmp_path: Path) -> None:
     data = good.read_bytes()
     for i, bad in enumerate((b"no parquet", b"PAR1PAR1", data[:-20], b"")):
         (document,) = read_all(write(tmp_path, f"{i}.parquet", bad))
-        assert document.problem is not None and document.problem.startswith("not a readable Parquet file: ")
+        assert document.problem is not None and document.problem.startswith(
+            "not a readable Parquet file: "
+        )
 
 
 def test_parquet_with_a_damaged_page_keeps_the_other_row_groups(tmp_path: Path) -> None:
@@ -1061,10 +1323,19 @@ def test_parquet_with_a_damaged_page_keeps_the_other_row_groups(tmp_path: Path) 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()], ids=str)
 def test_parquet_encodings_of_text(tmp_path: Path, encoding: str, kind: pa.DataType) -> None:
     rows = [f"the old dog {i}" if i % 7 else None for i in range(500)]
-    columns = {"text": pa.array(rows, pa.string()).cast(kind), "id": pa.array(range(500), pa.int64())}
+    columns = {
+        "text": pa.array(rows, pa.string()).cast(kind),
+        "id": pa.array(range(500), pa.int64()),
+    }
     how = {"text": encoding, "id": "BYTE_STREAM_SPLIT"}
-    file = parquet(tmp_path / "a.parquet", columns, use_dictionary=False, column_encoding=how, row_group_size=100,
-                   data_page_version="2.0")  # fmt: skip
+    file = parquet(
+        tmp_path / "a.parquet",
+        columns,
+        use_dictionary=False,
+        column_encoding=how,
+        row_group_size=100,
+        data_page_version="2.0",
+    )
     documents = read_all(file, IDS)
     assert texts(documents) == rows
     assert [d.doc_id for d in documents] == [str(i) for i in range(500)]
@@ -1075,40 +1346,68 @@ def test_parquet_text_that_shares_prefixes_is_read_in_small_batches(
 ) -> None:
     monkeypatch.setattr(row_groups, "SHARED_BYTES", 4 << 20)
     columns = {"text": ["x" * (1 << 20)] * 64}
-    file = parquet(tmp_path / "a.parquet", columns, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"},
-                   compression="none")  # fmt: skip
+    file = parquet(
+        tmp_path / "a.parquet",
+        columns,
+        use_dictionary=False,
+        column_encoding={"text": "DELTA_BYTE_ARRAY"},
+        compression="none",
+    )
     assert file.size < 3 << 20
     options = dataclasses.replace(OPTIONS, max_document_bytes=1000)
     before, most = pa.total_allocated_bytes(), 0
     for slice in listing.cut(file, options, 1 << 30):
         for document in reading.read(slice, options):
             most = max(most, pa.total_allocated_bytes() - before)
-            assert document.problem == f"document of {1 << 20} bytes is over max_document_bytes = 1000"
+            assert (
+                document.problem == f"document of {1 << 20} bytes is over max_document_bytes = 1000"
+            )
     assert most < 24 << 20
 
 
 def test_what_parquet_loses_is_counted_in_bytes_and_rows(tmp_path: Path) -> None:
     rows = [os.urandom(8).hex() for _ in range(30)]
-    file = parquet(tmp_path / "a.parquet", {"text": rows, "other": rows}, row_group_size=10, use_dictionary=False)
+    file = parquet(
+        tmp_path / "a.parquet",
+        {"text": rows, "other": rows},
+        row_group_size=10,
+        use_dictionary=False,
+    )
     chunks = [pq.read_metadata(file.uri).row_group(i).column(0) for i in range(3)]
     data = bytearray(Path(file.uri).read_bytes())
     data[chunks[1].data_page_offset : chunks[1].data_page_offset + 60] = b"\xff" * 60
-    bad = next(d for d in read_all_inexact(write(tmp_path, "b.parquet", bytes(data))) if d.problem is not None)
+    bad = next(
+        d
+        for d in read_all_inexact(write(tmp_path, "b.parquet", bytes(data)))
+        if d.problem is not None
+    )
     assert (bad.lost_bytes, bad.lost_documents) == (chunks[1].total_compressed_size, 10)
     for i, cut in enumerate((data[:-20], data[:-5] + b"\xff" * 5, b"no parquet")):
         (bad,) = read_all(write(tmp_path, f"{i}.parquet", bytes(cut)))
         assert (bad.lost_bytes, bad.lost_documents) == (len(cut), None)
-    file = parquet(tmp_path / "c.parquet", {"text": ["a" * 900, None, "x" * 99, "é" * 50]}, use_dictionary=False)
+    file = parquet(
+        tmp_path / "c.parquet",
+        {"text": ["a" * 900, None, "x" * 99, "é" * 50]},
+        use_dictionary=False,
+    )
     options = dataclasses.replace(OPTIONS, max_document_bytes=500)
     size = pq.read_metadata(file.uri).row_group(0).column(0).total_compressed_size
     bad_rows = [d for d in read_all(file, options) if d.problem is not None]
-    assert [d.lost_documents for d in bad_rows] == [1, 1] and all(1 <= d.lost_bytes <= size for d in bad_rows)
+    assert [d.lost_documents for d in bad_rows] == [1, 1] and all(
+        1 <= d.lost_bytes <= size for d in bad_rows
+    )
 
 
 def test_a_flipped_bit_of_a_page_with_a_checksum_is_told(tmp_path: Path) -> None:
     rows = [os.urandom(8).hex() for _ in range(30)]
-    file = parquet(tmp_path / "a.parquet", {"text": rows}, row_group_size=10, use_dictionary=False,
-                   compression="none", write_page_checksum=True)  # fmt: skip
+    file = parquet(
+        tmp_path / "a.parquet",
+        {"text": rows},
+        row_group_size=10,
+        use_dictionary=False,
+        compression="none",
+        write_page_checksum=True,
+    )
     data = bytearray(Path(file.uri).read_bytes())
     data[data.index(rows[12].encode()) + 3] ^= 1
     documents = read_all_inexact(write(tmp_path, "b.parquet", bytes(data)))
@@ -1116,20 +1415,26 @@ def test_a_flipped_bit_of_a_page_with_a_checksum_is_told(tmp_path: Path) -> None
     assert documents[10].lost_documents == 10
 
 
-def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_a_footer_is_refused_or_told_and_never_ends_the_process(
+    tmp_path: Path,
+) -> None:
     rows = [os.urandom(8).hex() for _ in range(30)]
     file = parquet(tmp_path / "a.parquet", {"text": rows, "id": range(30)}, row_group_size=10)
     data = Path(file.uri).read_bytes()
     begin = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     expected = [(str(i), row) for i, row in enumerate(rows)]
     num_right = num_told = 0
-    counts = [at for at in range(begin, len(data)) if data[at] == 20]  # zigzag of 10, as the rows of a group
+    counts = [
+        at for at in range(begin, len(data)) if data[at] == 20
+    ]  # zigzag of 10, as the rows of a group
     for place in [*range(begin, len(data), 11), *counts]:
         damaged = bytearray(data)
         damaged[place] ^= 16 if place in counts else 1 << place % 8
         try:
             documents = [
-                d for s in listing.cut(remember(bytes(damaged), "parquet"), IDS, 100) for d in reading.read(s, IDS)
+                d
+                for s in listing.cut(remember(bytes(damaged), "parquet"), IDS, 100)
+                for d in reading.read(s, IDS)
             ]
         except CorpusError:
             num_told += 1  # another name of a column, or another type
@@ -1161,7 +1466,10 @@ def test_a_footer_of_too_many_values_is_quarantined(
     metadata = data[begin:-9] + field + b"\0"  # a field that pyarrow does not know, and leaves out
     data = data[:begin] + metadata + len(metadata).to_bytes(4, "little") + b"PAR1"
     (document,) = read_all_inexact(write(tmp_path, "b.parquet", data))
-    assert document.problem is not None and "its footer has more than 100,000 values" in document.problem
+    assert (
+        document.problem is not None
+        and "its footer has more than 100,000 values" in document.problem
+    )
     assert document.lost_bytes == len(data)
 
 
@@ -1172,17 +1480,27 @@ def test_a_list_in_a_footer_that_is_longer_than_it_is_refused_before_it_is_read(
 
 def test_rows_that_share_a_text_lose_no_more_than_their_file_has(tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, max_document_bytes=100)
-    file = parquet(tmp_path / "a.parquet", {"text": ["x" * 5000] * 300}, compression="none", row_group_size=100)
+    file = parquet(
+        tmp_path / "a.parquet", {"text": ["x" * 5000] * 300}, compression="none", row_group_size=100
+    )
     documents = read_all(file, options, 1)
-    assert len(documents) == 300 and all(d.problem is not None and d.lost_bytes > 0 for d in documents)
+    assert len(documents) == 300 and all(
+        d.problem is not None and d.lost_bytes > 0 for d in documents
+    )
     assert sum(d.lost_bytes for d in documents) <= file.size + 300
 
 
-def test_the_footer_of_a_file_is_parsed_once_for_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = parquet(tmp_path / "a.parquet", {"text": [os.urandom(8).hex() for _ in range(40)]}, row_group_size=2)
+def test_the_footer_of_a_file_is_parsed_once_for_its_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = parquet(
+        tmp_path / "a.parquet", {"text": [os.urandom(8).hex() for _ in range(40)]}, row_group_size=2
+    )
     parsed = []
     real = footer._Reader.struct
-    monkeypatch.setattr(footer._Reader, "struct", lambda reader: parsed.append(reader._at) or real(reader))
+    monkeypatch.setattr(
+        footer._Reader, "struct", lambda reader: parsed.append(reader._at) or real(reader)
+    )
     assert len(read_all(file, OPTIONS, 1)) == 40
     assert parsed.count(0) == 1  # structs within it begin later
 
@@ -1199,7 +1517,8 @@ def test_parquet_without_rows(tmp_path: Path) -> None:
         assert read_all(file) == []
 
 
-# --- columns ---------------------------------------------------------------------------------------------
+# --- columns
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("column", ["txet", "id"])
@@ -1232,7 +1551,9 @@ def test_check_columns_lets_pass(tmp_path: Path) -> None:
     ]
     listing.check_columns(files, OPTIONS)
     with pytest.raises(CorpusError):
-        listing.check_columns([write(tmp_path, "c.jsonl", jsonl(*late, {"b": 2}, {"text": "x"}))], OPTIONS)
+        listing.check_columns(
+            [write(tmp_path, "c.jsonl", jsonl(*late, {"b": 2}, {"text": "x"}))], OPTIONS
+        )
 
 
 def test_check_columns_sees_long_lines(tmp_path: Path) -> None:
@@ -1245,13 +1566,26 @@ def test_check_columns_sees_long_lines(tmp_path: Path) -> None:
 
 def test_a_line_of_text_in_the_place_of_a_header_is_not_repeated(tmp_path: Path) -> None:
     file = write(tmp_path, "a.csv", b"id,Jane Roe was told on Monday,body\n1,2,3\n")
-    with pytest.raises(CorpusError, match=r"it has: id, body, and 1 not shown, which is no single word$"):
+    with pytest.raises(
+        CorpusError, match=r"it has: id, body, and 1 not shown, which is no single word$"
+    ):
         listing.check_columns([file], OPTIONS)
 
 
-# --- change under way ------------------------------------------------------------------------------------
+# --- change under way
+# ------------------------------------------------------------------------------------
 
-NAMES = ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.bz2", "a.csv.xz", "a.jsonl.zst", "a.parquet", "no.parquet"]
+NAMES = [
+    "a.jsonl",
+    "a.txt",
+    "a.csv",
+    "a.jsonl.gz",
+    "a.txt.bz2",
+    "a.csv.xz",
+    "a.jsonl.zst",
+    "a.parquet",
+    "no.parquet",
+]
 Write = Callable[[str, bytes], FileInfo]
 
 
@@ -1278,10 +1612,16 @@ def content(name: str, text: str, num_rows: int = 5) -> bytes:
         return text.encode() * num_rows
     if name == "a.parquet":
         sink = io.BytesIO()
-        pq.write_table(pa.table({"text": [text] * num_rows, "id": range(num_rows)}), sink, row_group_size=5)
+        pq.write_table(
+            pa.table({"text": [text] * num_rows, "id": range(num_rows)}), sink, row_group_size=5
+        )
         return sink.getvalue()
     _, format, *compression = name.split(".")
-    data = jsonl({"text": text}) * num_rows if format == "jsonl" else b"text\n" + f"{text}\n".encode() * num_rows
+    data = (
+        jsonl({"text": text}) * num_rows
+        if format == "jsonl"
+        else b"text\n" + f"{text}\n".encode() * num_rows
+    )
     return COMPRESS[compression[0]](data) if compression else data
 
 
@@ -1297,17 +1637,23 @@ def test_a_file_that_is_touched_is_read(rewrite: Write, name: str, options: Read
 
 @pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_another_content_gives_no_document(rewrite: Write, name: str, options: ReadOptions) -> None:
+def test_a_file_of_another_content_gives_no_document(
+    rewrite: Write, name: str, options: ReadOptions
+) -> None:
     planned = rewrite(name, content(name, "a"))
     (slice,) = listing.cut(planned, options, 1000)
     for data in (content(name, "b"), content(name, "b", 7), b"te", b""):
         found = rewrite(name, data)
-        with pytest.raises(CorpusChanged, match=r"is not the file that was planned.*run the same command again") as e:
+        with pytest.raises(
+            CorpusChanged, match=r"is not the file that was planned.*run the same command again"
+        ) as e:
             next(reading.read(slice, options))
         told = str(e.value)
         assert told.startswith(planned.uri)
         assert f"version {found.version}, planned {planned.version}" in told and "touch" not in told
-        assert (f"size {found.size}, planned {planned.size}" in told) is (found.size != planned.size)
+        assert (f"size {found.size}, planned {planned.size}" in told) is (
+            found.size != planned.size
+        )
         if found.size == planned.size:
             part = "row groups 0 to 1" if name == "a.parquet" else f"bytes 0 to {planned.size}"
             assert f"sha256 of {part} " in told and f", planned {slice.sha256[:12]}" in told
@@ -1319,12 +1665,16 @@ def test_a_file_that_is_gone_says_so(rewrite: Write, name: str) -> None:
     file = rewrite(name, content(name, "a"))
     (slice,) = listing.cut(file, OPTIONS, 1000)
     storage.delete([file.uri])
-    with pytest.raises(CorpusChanged, match="is gone since it was planned; run the same command again"):
+    with pytest.raises(
+        CorpusChanged, match="is gone since it was planned; run the same command again"
+    ):
         next(reading.read(slice, OPTIONS))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(tmp_path: Path, name: str) -> None:
+def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(
+    tmp_path: Path, name: str
+) -> None:
     file = write(tmp_path, name, content(name, "a"))
     (slice,) = listing.cut(file, OPTIONS, 1000)
     write(tmp_path, name, content(name, "b"))
@@ -1332,7 +1682,9 @@ def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(tmp_path
     assert storage.stat(file.uri) == file
     documents = reading.read(slice, OPTIONS)
     next(documents)
-    with pytest.raises(CorpusChanged, match=r"planned: sha256 of .*; touch it and run the same command again"):
+    with pytest.raises(
+        CorpusChanged, match=r"planned: sha256 of .*; touch it and run the same command again"
+    ):
         list(documents)
 
 
@@ -1378,7 +1730,9 @@ def test_row_groups_and_columns_beside_a_slice_do_not_concern_it(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 @pytest.mark.parametrize("how", ["in place", "replaced"])
-def test_a_file_that_changes_while_it_is_read_ends_with_an_error(tmp_path: Path, name: str, how: str) -> None:
+def test_a_file_that_changes_while_it_is_read_ends_with_an_error(
+    tmp_path: Path, name: str, how: str
+) -> None:
     num_rows = 200_000 if name == "a.jsonl" else 500
     file = write(tmp_path, name, content(name, "a", num_rows))
     (slice,) = listing.cut(file, OPTIONS, 1 << 30)
@@ -1410,7 +1764,11 @@ def test_a_filesystem_that_does_not_answer_is_not_a_fault_of_the_file(
         read = fail if where == "read" else io.BytesIO.read
         seek = fail if where == "seek" else io.BytesIO.seek
 
-    answer = {"stat": storage.stat, "open_read": lambda uri: Failing(content(name, "a")), where: fail}
+    answer = {
+        "stat": storage.stat,
+        "open_read": lambda uri: Failing(content(name, "a")),
+        where: fail,
+    }
     monkeypatch.setattr(storage, "stat", answer["stat"])
     monkeypatch.setattr(storage, "open_read", answer["open_read"])
     with pytest.raises(Unavailable, match="does not answer"):
@@ -1421,11 +1779,15 @@ def test_a_filesystem_that_does_not_answer_is_not_a_fault_of_the_file(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_failing_disk_is_no_bad_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     if name == "a.parquet":
         file = parquet(tmp_path / name, {"text": ["a"]})
     else:
-        file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(jsonl({"text": "a"})))
+        file = write(
+            tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(jsonl({"text": "a"}))
+        )
     (slice,) = listing.cut(file, OPTIONS, 1000)
 
     class Failing(io.BytesIO):
@@ -1439,7 +1801,8 @@ def test_a_failing_disk_is_no_bad_content(tmp_path: Path, monkeypatch: pytest.Mo
         listing.cut(file, OPTIONS, 1000)
 
 
-# --- samples ---------------------------------------------------------------------------------------------
+# --- samples
+# ---------------------------------------------------------------------------------------------
 
 
 def test_sample_is_spread_over_files(tmp_path: Path) -> None:
@@ -1459,15 +1822,23 @@ def test_sample_gives_what_one_file_lacks_to_the_next(tmp_path: Path) -> None:
     assert len(listing.sample(files, OPTIONS, 10)) == 10
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.txt", "a.csv", "a.jsonl.gz", "a.txt.zst", "a.parquet"]
+)
 @pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["line", "file"])
-def test_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: ReadOptions) -> None:
+def test_sample_reads_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: ReadOptions
+) -> None:
     options = dataclasses.replace(options, max_document_bytes=64 << 20)
     rows = [os.urandom(500).hex() for _ in range(5000)]
     if name == "a.parquet":
         file = parquet(tmp_path / name, {"text": rows, "other": rows[::-1]})
     else:
-        plain = jsonl(*({"text": r} for r in rows)) if "jsonl" in name else ("\n".join(["text", *rows])).encode()
+        plain = (
+            jsonl(*({"text": r} for r in rows))
+            if "jsonl" in name
+            else ("\n".join(["text", *rows])).encode()
+        )
         file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(plain))
     assert file.size > 2 << 20
     read = 0
@@ -1490,11 +1861,15 @@ def test_sample_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         assert len(found) > 500 and all(d.text in whole for d in found)
 
 
-# --- anything at all -------------------------------------------------------------------------------------
+# --- anything at all
+# -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from(["jsonl", "csv", "txt", "parquet", *(f"jsonl.{c}" for c in COMPRESS)]))
+@given(
+    st.binary(max_size=200),
+    st.sampled_from(["jsonl", "csv", "txt", "parquet", *(f"jsonl.{c}" for c in COMPRESS)]),
+)
 def test_no_bytes_make_reading_raise(data: bytes, ending: str) -> None:
     data = b"text\n" * (ending == "csv") + data
     for document in read_all(remember(data, ending)):

@@ -1,9 +1,11 @@
-"""Every order of the storage calls of a few processes, each run with the product's own code on a store in memory.
+"""Every order of the storage calls of a few processes, each run with the product's own code on a
+store in memory.
 
-A process is a thread that stops before each call. One is let go at a time, so a run of all of them is a list of
-choices, and all lists are tried. Two things leave out orders that give nothing new (both Godefroid, 1996): a "sleep
-set" leaves out the second order of two calls that do not touch the same name, and a moment that equals an earlier one
-is not gone on from again. Two moments are equal where the store holds the same and each process has seen the same.
+A process is a thread that stops before each call. One is let go at a time, so a run of all of them
+is a list of choices, and all lists are tried. Two things leave out orders that give nothing new
+(both Godefroid, 1996): a "sleep set" leaves out the second order of two calls that do not touch the
+same name, and a moment that equals an earlier one is not gone on from again. Two moments are equal
+where the store holds the same and each process has seen the same.
 """
 
 from __future__ import annotations
@@ -48,8 +50,10 @@ class Ended(BaseException):
 class Call:
     """One call that a process is about to make."""
 
-    kind: str  # "read", "list", "write", "delete", or "lost delete" where DELETEs are counted to lose one
-    name: str  # of a file, or of the folder that is listed or in which several files are written or deleted
+    # "read", "list", "write", "delete", or "lost delete" where DELETEs are counted to lose one
+    kind: str
+    # of a file, or of the folder that is listed or in which several files are written or deleted
+    name: str
 
     def commutes(self, other: Call) -> bool:
         """Whether the two give the same in either order."""
@@ -79,10 +83,14 @@ class World:
     """A store in memory, and the processes that share it."""
 
     def __init__(self, *, coarse: bool = False) -> None:
-        """``coarse``: listing a store is one call, and so are writes and DELETEs of tables in one folder in a row."""
+        """``coarse``: listing a store is one call, and so are writes and DELETEs of tables in one
+        folder in a row.
+        """
         self.coarse = coarse
         self.files: dict[str, bytes] = {}
-        self.old: frozenset[str] = frozenset()  # names of files that are older than a day; others are of now
+        self.old: frozenset[str] = (
+            frozenset()
+        )  # names of files that are older than a day; others are of now
         self.processes: list[Process] = []
         self.on_delete: list[Callable[[str], None]] = []  # called ahead of each
         self.deletes = 0  # of shards' files
@@ -150,7 +158,9 @@ class World:
         """The call that was let go gave its process these ``values``."""
         process = self._of_thread.get(threading.get_ident())
         if process is not None:
-            process.seen = blake2b(repr((process.seen, process.call, values)).encode(), digest_size=16).digest()
+            process.seen = blake2b(
+                repr((process.seen, process.call, values)).encode(), digest_size=16
+            ).digest()
 
     @staticmethod
     @functools.cache
@@ -158,10 +168,14 @@ class World:
         return blake2b(data, digest_size=16).digest()
 
     def moment(self) -> bytes:
-        """Digest of all that what comes depends on: the store, what each process has seen, and faults to come."""
+        """Digest of all that what comes depends on: the store, what each process has seen, and
+        faults to come.
+        """
         files = sorted((name, self.digest(data)) for name, data in self.files.items())
         processes = [(p.seen, p.call, p.over) for p in self.processes]
-        return blake2b(repr((files, processes, self.deletes, self.echoes)).encode(), digest_size=16).digest()
+        return blake2b(
+            repr((files, processes, self.deletes, self.echoes)).encode(), digest_size=16
+        ).digest()
 
     # --- the store ---
 
@@ -174,7 +188,9 @@ class World:
     def read_bytes(self, uri: str, start: int | None = None, end: int | None = None) -> bytes:
         data = self.read_if_there(uri)
         if data is None:
-            raise storage.StoreError(f"reading {uri}: no such file or folder") from FileNotFoundError()
+            raise storage.StoreError(
+                f"reading {uri}: no such file or folder"
+            ) from FileNotFoundError()
         return data[start:end]
 
     def exists(self, uri: str) -> bool:
@@ -188,7 +204,9 @@ class World:
         return names
 
     def list_below(self, uri: str) -> list[storage.StoredFile]:
-        folders = [f"{STORE}/{name}" for name in ("gc", "runs", "shards")] if uri == STORE else [uri]
+        folders = (
+            [f"{STORE}/{name}" for name in ("gc", "runs", "shards")] if uri == STORE else [uri]
+        )
         found = []
         if self.coarse:
             self.about("list", uri)
@@ -198,7 +216,10 @@ class World:
             names = [n for n in sorted(self.files) if n.startswith(f"{folder}/")]
             self.gave(names, [len(self.files[n]) for n in names])
             found += names
-        return [storage.StoredFile(n, len(self.files.get(n, b"")), 0.0 if n in self.old else NOW_S) for n in found]
+        return [
+            storage.StoredFile(n, len(self.files.get(n, b"")), 0.0 if n in self.old else NOW_S)
+            for n in found
+        ]
 
     def write_once(self, uri: str, data: bytes) -> None:
         self.about("write", uri)
@@ -228,7 +249,9 @@ class World:
         self._delete(uri)
 
     def lose(self, how: str, at: int) -> None:
-        """The ``at``-th DELETE of a shard's file is answered, and acts "late", when it is echoed, or "twice"."""
+        """The ``at``-th DELETE of a shard's file is answered, and acts "late", when it is echoed,
+        or "twice".
+        """
         self.fault, self.deletes = (how, at), 0
 
     def echo(self) -> None:
@@ -249,8 +272,17 @@ class World:
 
     def put_in_place(self, patch: pytest.MonkeyPatch) -> None:
         """The product's door to stores leads here."""
-        for name in ("read_if_there", "read_bytes", "exists", "list_names", "list_below", "write_once", "write_over",
-                     "upload", "remove"):  # fmt: skip
+        for name in (
+            "read_if_there",
+            "read_bytes",
+            "exists",
+            "list_names",
+            "list_below",
+            "write_once",
+            "write_over",
+            "upload",
+            "remove",
+        ):
             patch.setattr(storage, name, getattr(self, name))
         patch.setattr(storage, "absolute", lambda uri: uri)
         patch.setattr(storage, "remove_if_empty", lambda uri: None)
@@ -260,7 +292,9 @@ class World:
         patch.setattr(manifest.uuid, "uuid4", self.unlike)
 
     def unlike(self) -> uuid.UUID:
-        """An id that no other call gets, and that the same call of the same process gets in each order."""
+        """An id that no other call gets, and that the same call of the same process gets in each
+        order.
+        """
         process = self._of_thread.get(threading.get_ident())
         if process is None:
             return uuid.UUID(int=next(self._ids))
@@ -284,8 +318,8 @@ class Inline:
 def sample(make: Callable[[], World], judge: Callable[[World], None], seeds: Iterable[int]) -> int:
     """As ``explore``, in one random order for each of ``seeds``; returns how many these were.
 
-    The first process goes on until it has to wait for another: at a few random calls, as faults of order need no more
-    (Burckhardt and others, 2010, "probabilistic concurrency testing").
+    The first process goes on until it has to wait for another: at a few random calls, as faults of
+    order need no more (Burckhardt and others, 2010, "probabilistic concurrency testing").
     """
     num = 0
     for num, seed in enumerate(seeds, 1):  # noqa: B007
@@ -324,14 +358,18 @@ class _Node:
     chosen: int = -1
 
 
-def explore(make: Callable[[], World], judge: Callable[[World], None], most: int | None = None) -> tuple[int, bool]:
+def explore(
+    make: Callable[[], World], judge: Callable[[World], None], most: int | None = None
+) -> tuple[int, bool]:
     """Run ``make``'s world in every order and call ``judge`` with each at its end.
 
-    Returns how many orders were judged, and whether these were all; ``most``: stop behind so many tries, some of
-    which only repeat others.
+    Returns how many orders were judged, and whether these were all; ``most``: stop behind so many
+    tries, some of which only repeat others.
     """
     path: list[_Node] = []
-    been: dict[bytes, list[set[int]]] = {}  # moments, each with the sleep sets that it was gone on from with
+    been: dict[
+        bytes, list[set[int]]
+    ] = {}  # moments, each with the sleep sets that it was gone on from with
     judged = tried = 0
     while True:
         world = make()
@@ -344,9 +382,10 @@ def explore(make: Callable[[], World], judge: Callable[[World], None], most: int
                     last = path[-1]
                     made = last.calls[last.chosen]
                     asleep = {
-                        i for i in last.asleep | (last.tried - {last.chosen})
+                        i
+                        for i in last.asleep | (last.tried - {last.chosen})
                         if i in calls and last.calls[i].commutes(made)
-                    }  # fmt: skip
+                    }
                 free = [i for i in calls if i not in asleep]
                 before = been.setdefault(world.moment(), [])
                 if not free or any(slept <= asleep for slept in before):

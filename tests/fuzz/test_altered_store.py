@@ -1,4 +1,6 @@
-"""A store that somebody altered and sealed again: a finding, a refusal or a right answer, and never a traceback."""
+"""A store that somebody altered and sealed again: a finding, a refusal or a right answer, and never
+a traceback.
+"""
 
 from __future__ import annotations
 
@@ -44,22 +46,36 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     (folder / "corpus").mkdir()
     write_jsonl(folder / "corpus" / "a.jsonl", [*({"text": t} for t in verses[:25]), "no JSON"])
     config = RunConfig(
-        corpus=(str(folder / "corpus"),), model=str(tiny_bert), store=str(folder / "store"), executor="inline",
-        shard_bytes=2048, batch_tokens=256, dtype="float32", layers="0,1,2", signals="strength,shift,neurons",
-    )  # fmt: skip
+        corpus=(str(folder / "corpus"),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        shard_bytes=2048,
+        batch_tokens=256,
+        dtype="float32",
+        layers="0,1,2",
+        signals="strength,shift,neurons",
+    )
     afn_ray.run(config).close()
     write_jsonl(folder / "corpus" / "b.jsonl", [{"text": t} for t in verses[25:30]])
     afn_ray.run(config).close()
     return folder / "store"
 
 
-# --- what is altered -------------------------------------------------------------------------------------
+# --- what is altered
+# -------------------------------------------------------------------------------------
 
 
 def paths_of(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The place of every value within ``value``."""
     here = [at] if at else []
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return here + [path for key, one in inner for path in paths_of(one, (*at, key))]
 
 
@@ -87,12 +103,16 @@ def alter_json(body: dict[str, Any], dice: random.Random) -> str:
 def weird_values(kind: pa.DataType, n: int, dice: random.Random) -> pa.Array:
     """``n`` values of ``kind`` that no run writes."""
     if pa.types.is_floating(kind):
-        return pa.array([dice.choice((float("nan"), float("inf"), -1e30, 0.0)) for _ in range(n)], kind)
+        return pa.array(
+            [dice.choice((float("nan"), float("inf"), -1e30, 0.0)) for _ in range(n)], kind
+        )
     if pa.types.is_integer(kind):
         width = kind.bit_width - int(pa.types.is_signed_integer(kind))
         return pa.array([dice.choice((0, 2**width - 1)) for _ in range(n)], kind)
     if pa.types.is_string(kind):
-        return pa.array([dice.choice(("", "x\x1b[31m", "../..", "'; DROP")) for _ in range(n)], kind)
+        return pa.array(
+            [dice.choice(("", "x\x1b[31m", "../..", "'; DROP")) for _ in range(n)], kind
+        )
     return pa.nulls(n, kind)
 
 
@@ -100,18 +120,39 @@ def alter_table(table: pa.Table, dice: random.Random) -> tuple[pa.Table, str]:
     """Change the schema, the values or the number of rows; returns what was done."""
     at = dice.randrange(table.num_columns)
     field = table.schema.field(at)
-    kind = dice.choice(("drop", "rename", "nulls", "type", "values", "fewer", "twice", "none", "reverse", "metadata"))
+    kind = dice.choice(
+        (
+            "drop",
+            "rename",
+            "nulls",
+            "type",
+            "values",
+            "fewer",
+            "twice",
+            "none",
+            "reverse",
+            "metadata",
+        )
+    )
     if kind == "drop":
         table = table.remove_column(at)
     elif kind == "rename":
-        table = table.rename_columns([f"{n}_x" if i == at else n for i, n in enumerate(table.column_names)])
+        table = table.rename_columns(
+            [f"{n}_x" if i == at else n for i, n in enumerate(table.column_names)]
+        )
     elif kind == "nulls":
-        table = table.set_column(at, pa.field(field.name, field.type), pa.nulls(len(table), field.type))
+        table = table.set_column(
+            at, pa.field(field.name, field.type), pa.nulls(len(table), field.type)
+        )
     elif kind == "type":
-        other = dice.choice((pa.string(), pa.int8(), pa.float64(), pa.list_(pa.int32()), pa.bool_(), pa.date32()))
+        other = dice.choice(
+            (pa.string(), pa.int8(), pa.float64(), pa.list_(pa.int32()), pa.bool_(), pa.date32())
+        )
         table = table.set_column(at, pa.field(field.name, other), pa.nulls(len(table), other))
     elif kind == "values":
-        table = table.set_column(at, pa.field(field.name, field.type), weird_values(field.type, len(table), dice))
+        table = table.set_column(
+            at, pa.field(field.name, field.type), weird_values(field.type, len(table), dice)
+        )
     elif kind == "fewer":
         table = table.slice(0, len(table) // 2)
     elif kind == "twice":
@@ -136,7 +177,17 @@ def alter(store: Path, dice: random.Random) -> str:
     run = dice.choice(sorted((store / "runs").iterdir()))
     shard = dice.choice(sorted(store.glob("shards/*/*")))
     what: list[str] = []
-    kind = dice.choice(("run.json", "run.json", "commit.json", "commit.json", "run table", "run table", "shard table"))
+    kind = dice.choice(
+        (
+            "run.json",
+            "run.json",
+            "commit.json",
+            "commit.json",
+            "run table",
+            "run table",
+            "shard table",
+        )
+    )
     if kind.endswith(".json"):
         path = (run if kind == "run.json" else shard) / kind
         edit_sealed(str(path), lambda body: what.append(alter_json(body, dice)))
@@ -145,7 +196,10 @@ def alter(store: Path, dice: random.Random) -> str:
         table, done = alter_table(pq.read_table(path), dice)
         data = parquet_of(table)
         rewrite(str(path), data)
-        edit_sealed(str(run / "run.json"), lambda i: i["tables"].update({path.stem: listed(path.name, data)}))
+        edit_sealed(
+            str(run / "run.json"),
+            lambda i: i["tables"].update({path.stem: listed(path.name, data)}),
+        )
         what.append(done)
     else:
         path = dice.choice(sorted(shard.glob("*.parquet")))
@@ -156,12 +210,22 @@ def alter(store: Path, dice: random.Random) -> str:
     return f"{path.relative_to(store)}: {', '.join(what)}"
 
 
-# --- what is asked ---------------------------------------------------------------------------------------
+# --- what is asked
+# ---------------------------------------------------------------------------------------
 
 
 def ask_sql(store: str) -> None:
     with open_run(store, timeout_s=20, memory_limit="500MB") as run:
-        for view in ("run", "vocabulary", "tokens", "words", "documents", "files", "sources", "token_neurons"):
+        for view in (
+            "run",
+            "vocabulary",
+            "tokens",
+            "words",
+            "documents",
+            "files",
+            "sources",
+            "token_neurons",
+        ):
             with contextlib.suppress(AfnError):
                 run.sql(f"SELECT count(*), bit_xor(hash(t)) FROM {view} t").fetchall()
 
@@ -194,7 +258,9 @@ ASKS: dict[str, Callable[[str], object]] = {
     "sql": ask_sql,
     "show": ask_show,
     "status": ask_status,
-    "gc": lambda store: list(garbage.lines(garbage.collect_garbage(store, keep=1, min_age_h=0), [])),
+    "gc": lambda store: list(
+        garbage.lines(garbage.collect_garbage(store, keep=1, min_age_h=0), [])
+    ),
     "compare": ask_compare,
     "report": ask_report,
 }
@@ -212,7 +278,11 @@ def test_what_was_altered_and_sealed_again_is_a_finding_a_refusal_or_an_answer(
         store = tmp_path / "store"
         shutil.copytree(made, store)
         what = alter(store, dice)
-        asks = ASKS if fuzz_length == "long" or seed % 8 == 0 else {k: v for k, v in ASKS.items() if k not in SLOW}
+        asks = (
+            ASKS
+            if fuzz_length == "long" or seed % 8 == 0
+            else {k: v for k, v in ASKS.items() if k not in SLOW}
+        )
         for name, ask in asks.items():
             try:
                 ask(str(store))

@@ -1,4 +1,6 @@
-"""Damaged files of every format lose no document without a word: what is not read is a row with lost bytes."""
+"""Damaged files of every format lose no document without a word: what is not read is a row with
+lost bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,23 @@ from afn_ray.store import storage
 
 NUM_FILES = {"short": 200, "long": 2000}
 FORMATS = ("jsonl", "txt", "csv", "parquet")
-WORDS = ["lord", "said", "unto", "him", "king", "day", "naïve", "Ärger", "год", "日本", "😀", ",", ".", "42", "(x)"]
+WORDS = [
+    "lord",
+    "said",
+    "unto",
+    "him",
+    "king",
+    "day",
+    "naïve",
+    "Ärger",
+    "год",
+    "日本",
+    "😀",
+    ",",
+    ".",
+    "42",
+    "(x)",
+]
 
 
 def zstd(data: bytes) -> bytes:
@@ -43,28 +61,36 @@ Rows = list[tuple[str, str]]
 def make_rows(dice: random.Random) -> Rows:
     """Documents, the id of each in its text too."""
     return [
-        (f"d{i}", " ".join([f"d{i}", *dice.choices(WORDS, k=dice.randint(1, 12))])) for i in range(dice.randint(1, 40))
+        (f"d{i}", " ".join([f"d{i}", *dice.choices(WORDS, k=dice.randint(1, 12))]))
+        for i in range(dice.randint(1, 40))
     ]
 
 
 def encode(rows: Rows, format: str, dice: random.Random) -> bytes:
     """``rows`` as one part of a file; a CSV part has no header."""
     if format == "jsonl":
-        return "".join(json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in rows).encode()
+        return "".join(
+            json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in rows
+        ).encode()
     if format == "txt":
         return "".join(f"{t}\n" for _, t in rows).encode()
     if format == "csv":
         out = io.StringIO()
-        csv.writer(out, quoting=dice.choice((csv.QUOTE_ALL, csv.QUOTE_MINIMAL)), lineterminator="\n").writerows(rows)
+        csv.writer(
+            out, quoting=dice.choice((csv.QUOTE_ALL, csv.QUOTE_MINIMAL)), lineterminator="\n"
+        ).writerows(rows)
         return out.getvalue().encode()
     sink = io.BytesIO()
     table = pa.table({"id": [i for i, _ in rows], "text": [t for _, t in rows]})
     pq.write_table(
-        table, sink, row_group_size=dice.choice((3, 10, 100)),
+        table,
+        sink,
+        row_group_size=dice.choice((3, 10, 100)),
         compression=dice.choice(("none", "snappy", "zstd", "gzip")),
-        data_page_version=dice.choice(("1.0", "2.0")), use_dictionary=dice.random() < 0.5,
+        data_page_version=dice.choice(("1.0", "2.0")),
+        use_dictionary=dice.random() < 0.5,
         write_page_checksum=dice.random() < 0.5,
-    )  # fmt: skip
+    )
     return sink.getvalue()
 
 
@@ -72,7 +98,11 @@ def make_file(rows: Rows, format: str, compression: str, dice: random.Random) ->
     """``rows`` as a file; a compressed one may have several streams."""
     if format == "parquet":
         return encode(rows, format, dice)
-    cuts = sorted(dice.sample(range(len(rows) + 1), min(len(rows), dice.randint(0, 3)))) if compression else []
+    cuts = (
+        sorted(dice.sample(range(len(rows) + 1), min(len(rows), dice.randint(0, 3))))
+        if compression
+        else []
+    )
     parts = [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
     data = [encode(part, format, dice) for part in parts]
     if format == "csv":
@@ -123,13 +153,19 @@ def read(path: Path, options: ReadOptions, shard_bytes: int) -> list[Document]:
     return [document for piece in slices for document in reading.read(piece, options)]
 
 
-def silent_loss(rows: Rows, found: list[Document], data: bytes, format: str, compression: str) -> str:
-    """What is lost of ``rows`` and said nowhere; empty where nothing is. ``data``: the damaged file."""
+def silent_loss(
+    rows: Rows, found: list[Document], data: bytes, format: str, compression: str
+) -> str:
+    """What is lost of ``rows`` and said nowhere; empty where nothing is. ``data``: the damaged
+    file.
+    """
     good = [d for d in found if d.problem is None]
     problems = [d for d in found if d.problem is not None]
     if bad := [d for d in problems if not 0 < d.lost_bytes <= len(data)]:
         return f"a problem without its lost bytes, or with more than the file: {bad[0]}"
-    if (total := sum(d.lost_bytes for d in problems)) > len(data) + len(problems):  # each has one at least
+    if (total := sum(d.lost_bytes for d in problems)) > len(data) + len(
+        problems
+    ):  # each has one at least
         return f"{total} bytes are lost of {len(data)}"
     if problems:
         return ""
@@ -171,7 +207,9 @@ def test_what_a_damaged_file_loses_is_said(tmp_path: Path, fuzz_length: str) -> 
 
 
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
-def test_an_undamaged_file_of_several_streams_is_all_there(tmp_path: Path, compression: str) -> None:
+def test_an_undamaged_file_of_several_streams_is_all_there(
+    tmp_path: Path, compression: str
+) -> None:
     dice = random.Random(3)
     for number in range(10):
         rows = make_rows(dice)

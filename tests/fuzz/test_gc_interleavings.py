@@ -1,4 +1,6 @@
-"""Collections, runs and verify --clean in every order of their calls: no complete run loses a file it names."""
+"""Collections, runs and verify --clean in every order of their calls: no complete run loses a file
+it names.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,17 @@ from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import FileSlice, Shard, fingerprint
-from afn_ray.store import checksums, epochs, garbage, layout, manifest, orphans, parquet, shard_files, storage
+from afn_ray.store import (
+    checksums,
+    epochs,
+    garbage,
+    layout,
+    manifest,
+    orphans,
+    parquet,
+    shard_files,
+    storage,
+)
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
 from interleavings import NOW_S, STORE, Inline, Process, World, explore, sample
@@ -35,7 +47,9 @@ LONG, LONG_AT_RANDOM = 20_000, 2_000
 
 
 LEFT = "e" * 16
-"""An attempt that died. Its files stay in a shard that was spared, for as long as a run lists that."""
+"""An attempt that died. Its files stay in a shard that was spared, for as long as a run lists
+that.
+"""
 
 
 class Wrong(AssertionError):
@@ -44,7 +58,9 @@ class Wrong(AssertionError):
 
 @functools.cache
 def shard(name: str) -> Shard:
-    piece = FileSlice(f"/c/{name}", 1, "v", "jsonl", "", 0, 1, 1, 1, sha256(name.encode()).hexdigest())
+    piece = FileSlice(
+        f"/c/{name}", 1, "v", "jsonl", "", 0, 1, 1, 1, sha256(name.encode()).hexdigest()
+    )
     return Shard.of([piece], CONFIG.read_options)
 
 
@@ -52,7 +68,8 @@ def plan_of(*names: str) -> manifest.Plan:
     return manifest.Plan(tuple(map(shard, names)), (), (), 0)
 
 
-# --- the processes, of the product's own code --------------------------------------------------------------
+# --- the processes, of the product's own code
+# --------------------------------------------------------------
 
 
 def begin(*names: str) -> manifest.Claim:
@@ -90,7 +107,10 @@ class Driver:
     def end(self, run: manifest.RunFolder, commits: list[Commit]) -> None:
         for commit in commits:  # the reduce
             shard_files.read_file(STORE, ID, commit.shard, commit.files["summary"])
-        rows = [{f"{t}_file": f"shards/{ID}/{c.shard}/{c.files[t]['name']}" for t in c.files} for c in commits]
+        rows = [
+            {f"{t}_file": f"shards/{ID}/{c.shard}/{c.files[t]['name']}" for t in c.files}
+            for c in commits
+        ]
         tables = {"shards": manifest.write_table(run, "shards", pa.Table.from_pylist(rows))}
         texts = dict.fromkeys(("created_at", "finished_at"), "")
         parts = {key: {} for key in ("model", "config", "corpus", "counts", "precision")}
@@ -111,14 +131,17 @@ def clean() -> None:
         commits = dict(orphans.commits_of(STORE, place))
         named = {str(file["name"]) for commit in commits.values() for file in commit.files.values()}
         names = {file.uri.rpartition("/")[2]: file for file in files}
-        unnamed = [f for n, f in names.items() if n not in named and layout.generation_of(n) is None]
+        unnamed = [
+            f for n, f in names.items() if n not in named and layout.generation_of(n) is None
+        ]
         checked[place] = verify._Checked(commits, [], unnamed)
     plans, age = orphans.Plans(), orphans.Age(NOW_S, 0.0)
     loose = list(verify._of_shards(STORE, checked, epoch, plans, age))
     orphans.cleaned(STORE, loose, plans, age)
 
 
-# --- what must hold ----------------------------------------------------------------------------------------
+# --- what must hold
+# ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -161,7 +184,8 @@ def check_delete(world: World) -> Callable[[str], None]:
     return check
 
 
-# --- stores and scenarios ----------------------------------------------------------------------------------
+# --- stores and scenarios
+# ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -192,7 +216,8 @@ def in_the_way(driver: Driver) -> None:
     revived(driver)
     for table in layout.TABLES:
         storage.upload(
-            driver.tables[table][0], f"{shard_files.shard_uri(STORE, ID, shard('a').id)}/{LEFT}-{table}.parquet"
+            driver.tables[table][0],
+            f"{shard_files.shard_uri(STORE, ID, shard('a').id)}/{LEFT}-{table}.parquet",
         )
 
 
@@ -205,7 +230,9 @@ def two_gcs() -> list[Process]:
 
 
 def overtaken(driver: Driver, world: World) -> list[Process]:
-    """A process has found the run of a the newest, and stood still; meanwhile that of b came, and a gc begins."""
+    """A process has found the run of a the newest, and stood still; meanwhile that of b came, and a
+    gc begins.
+    """
     same, newest = manifest.find_begun(CONFIG, MEASURE, plan_of("a"))
     assert same is not None
     driver.run("b")
@@ -226,7 +253,9 @@ def half(driver: Driver) -> None:
 
 
 def zombie(driver: Driver, world: World) -> list[Process]:
-    """A driver has begun a run of a, and stood still for days; the run of b came, and a gc gives a's up."""
+    """A driver has begun a run of a, and stood still for days; the run of b came, and a gc gives
+    a's up.
+    """
     claim = begin("a")
     driver.run("b")
     return [Process("run", lambda: driver.go_on(claim)), Process("gc", collect)]
@@ -276,7 +305,9 @@ class Explorer:
         patch.setattr(parquet, "read", functools.cache(parquet.read))
 
     def explore(self, name: str, most: int) -> tuple[int, bool]:
-        self.patch.setattr(garbage, "TRIES", 2)  # two collections may make each other try again, without an end
+        self.patch.setattr(
+            garbage, "TRIES", 2
+        )  # two collections may make each other try again, without an end
         return explore(*self.scenario(name, coarse=True), most)
 
     def sample(self, name: str, num: int, kill_at: int | None = None) -> int:
@@ -284,7 +315,7 @@ class Explorer:
 
     def scenario(
         self, name: str, kill_at: int | None = None, *, coarse: bool = False
-    ) -> tuple[Callable[[], World], Callable[[World], None]]:  # fmt: skip
+    ) -> tuple[Callable[[], World], Callable[[World], None]]:
         scenario, first = SCENARIOS[name], World()
         first.put_in_place(self.patch)
         scenario.before(Driver(self.tables, (f"{n:016x}" for n in itertools.count(1))))
@@ -310,19 +341,31 @@ class Explorer:
 
     def judge(self, world: World, scenario: Scenario, kill_at: int | None) -> None:
         for process in world.processes:
-            allowed = process.name in scenario.may_fail and isinstance(process.error, StoreError | Interrupted)
+            allowed = process.name in scenario.may_fail and isinstance(
+                process.error, StoreError | Interrupted
+            )
             if process.error is not None and not allowed:
                 raise process.error
         check_whole(world)
-        gone = {f.uri.rpartition("/")[2] for p in world.processes if isinstance(p.result, garbage.Garbage)
-                for f in p.result.runs}  # fmt: skip
+        gone = {
+            f.uri.rpartition("/")[2]
+            for p in world.processes
+            if isinstance(p.result, garbage.Garbage)
+            for f in p.result.runs
+        }
         gone |= {
-            n.split("/")[-2] for n, data in world.files.items() if n.endswith("/run.json") and b"condemned" in data
+            n.split("/")[-2]
+            for n, data in world.files.items()
+            if n.endswith("/run.json") and b"condemned" in data
         }
         for process in world.processes:
-            if isinstance(process.result, str) and process.result not in complete_runs(world).keys() | gone:
+            if (
+                isinstance(process.result, str)
+                and process.result not in complete_runs(world).keys() | gone
+            ):
                 raise Wrong(f"run {process.result} was said to be complete")
-        # Tomorrow: the same corpus, a collection that ends what one may have left, and a DELETE that took a day.
+        # Tomorrow: the same corpus, a collection that ends what one may have left, and a DELETE
+        # that took a day.
         driver = Driver(self.tables, (f"{n:016x}" for n in itertools.count(1000)))
         name = driver.run("a")
         check_whole(world)
@@ -335,7 +378,10 @@ class Explorer:
         info = complete_runs(world)[name]
         commits = sum(layout.generation_of(n.rpartition("/")[2]) is not None for n in files)
         needed = set(named_by(world, name, info))
-        if commits != 1 or not {n for n in files if n.endswith(".parquet") and LEFT not in n} <= needed:
+        if (
+            commits != 1
+            or not {n for n in files if n.endswith(".parquet") and LEFT not in n} <= needed
+        ):
             raise Wrong(f"the store should hold one commit and its files, not {files}")
 
 
@@ -353,12 +399,15 @@ def test_no_order_of_calls_loses_a_file(explorer: Explorer, fuzz_length: str, na
 
 
 @pytest.mark.parametrize("name", ["gc and run", "gc and a half run taken up", "gc, verify and run"])
-def test_a_collection_killed_at_any_call_loses_nothing(explorer: Explorer, fuzz_length: str, name: str) -> None:
+def test_a_collection_killed_at_any_call_loses_nothing(
+    explorer: Explorer, fuzz_length: str, name: str
+) -> None:
     for at in KILLS if fuzz_length == "long" else KILLS[::3]:
         assert explorer.sample(name, 1 if fuzz_length == "short" else 200, kill_at=at)
 
 
-# --- the check finds what was wrong ------------------------------------------------------------------------
+# --- the check finds what was wrong
+# ------------------------------------------------------------------------
 
 
 def nothing_claimed(look: Any) -> tuple[list[str], set[Place]]:
@@ -381,7 +430,11 @@ def epoch_first(patch: pytest.MonkeyPatch) -> None:
         return begun(*args)
 
     patch.setattr(manifest, "find_begun", find)
-    patch.setattr(manifest.epochs, "newest", lambda store: read.pop(threading.get_ident(), None) or newest(store))
+    patch.setattr(
+        manifest.epochs,
+        "newest",
+        lambda store: read.pop(threading.get_ident(), None) or newest(store),
+    )
 
 
 BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
@@ -413,10 +466,14 @@ def test_a_protocol_that_lacks_a_step_is_found_out(explorer: Explorer, name: str
         explorer.sample(scenario, 3000)
 
 
-def two_processes(body: Callable[[World, str], None], names: tuple[str, str]) -> Callable[[], World]:
+def two_processes(
+    body: Callable[[World, str], None], names: tuple[str, str]
+) -> Callable[[], World]:
     def make() -> World:
         world = World()
-        world.start(*(Process(str(i), functools.partial(body, world, name)) for i, name in enumerate(names)))
+        world.start(
+            *(Process(str(i), functools.partial(body, world, name)) for i, name in enumerate(names))
+        )
         return world
 
     return make
@@ -424,7 +481,9 @@ def two_processes(body: Callable[[World, str], None], names: tuple[str, str]) ->
 
 @pytest.mark.parametrize(("names", "expected"), [(("x", "x"), 20), (("x", "y"), 1)])
 def test_orders_are_tried_once_each(names: tuple[str, str], expected: int) -> None:
-    """Two processes of three writes: 6 over 3 orders of the same name, and one where no order can be told."""
+    """Two processes of three writes: 6 over 3 orders of the same name, and one where no order can
+    be told.
+    """
     seen = set()
 
     def body(world: World, name: str) -> None:
@@ -432,12 +491,16 @@ def test_orders_are_tried_once_each(names: tuple[str, str], expected: int) -> No
             who = threading.current_thread().name  # no two moments are equal
             world.write_over(f"{STORE}/{name}", f"{who} {len(world.history)}".encode())
 
-    judged, all_of_them = explore(two_processes(body, names), lambda world: seen.add(tuple(world.history)))
+    judged, all_of_them = explore(
+        two_processes(body, names), lambda world: seen.add(tuple(world.history))
+    )
     assert all_of_them and judged == len(seen) == expected
 
 
 def test_orders_that_meet_in_an_equal_moment_lose_no_end() -> None:
-    """Two processes add 1 and 2 to a number, twice each: every number that one of the 70 orders gives is found."""
+    """Two processes add 1 and 2 to a number, twice each: every number that one of the 70 orders
+    gives is found.
+    """
     steps = {0: 1, 1: 2}
     expected = set()
     for order in itertools.permutations((0, 0, 0, 0, 1, 1, 1, 1)):

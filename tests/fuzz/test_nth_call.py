@@ -1,4 +1,6 @@
-"""A run whose n-th call to a filesystem fails ends with all rows or an error, and the next one completes it."""
+"""A run whose n-th call to a filesystem fails ends with all rows or an error, and the next one
+completes it.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 class NthCall:
     """Call number ``n``, from 1, of any method fails; 0: none does, and calls are counted.
 
-    ``acts``: the call does what it was asked for, and its answer is lost. ``stays``: all later calls fail too, as on a
-    machine that was cut off.
+    ``acts``: the call does what it was asked for, and its answer is lost. ``stays``: all later
+    calls fail too, as on a machine that was cut off.
     """
 
     n: int = 0
@@ -76,7 +78,11 @@ def memory_corpus(verses: list[str]) -> Iterator[str]:
     """A folder in memory with documents in four shards, one file compressed."""
     uri = f"memory://{uuid.uuid4().hex}"
     fs = fsspec.filesystem("memory")
-    for name, texts in (("a.jsonl", verses[:NUM_DOCUMENTS]), ("b.txt", verses[50:52]), ("c.csv", verses[60:70])):
+    for name, texts in (
+        ("a.jsonl", verses[:NUM_DOCUMENTS]),
+        ("b.txt", verses[50:52]),
+        ("c.csv", verses[60:70]),
+    ):
         if name.endswith("jsonl"):
             data = "".join(f'{{"id": "v{i}", "text": "{text}"}}\n' for i, text in enumerate(texts))
         elif name.endswith("csv"):
@@ -94,8 +100,12 @@ def test_a_run_whose_nth_call_fails_loses_nothing_without_a_word(
     def config_of(store: str) -> RunConfig:
         return make_config(
             corpus=(faults.wrap(f"{memory_corpus}/*.jsonl"), faults.wrap(f"{memory_corpus}/*.csv")),
-            store=faults.wrap(store), id_column="id", shard_bytes=2048, layers="0,2/3", screen=0,
-        )  # fmt: skip
+            store=faults.wrap(store),
+            id_column="id",
+            shard_bytes=2048,
+            layers="0,2/3",
+            screen=0,
+        )
 
     root = memory_corpus.removesuffix("/corpus")
     with scheduled(NthCall()) as undisturbed, afn_ray.run(config_of(f"{root}/clean")) as run:
@@ -107,7 +117,10 @@ def test_a_run_whose_nth_call_fails_loses_nothing_without_a_word(
         store = f"{root}/store-{number}"
         config = config_of(store)
         fault = NthCall(
-            dice.randint(1, undisturbed.calls), dice.choice(list(ERRORS)), dice.random() < 0.3, dice.random() < 0.3
+            dice.randint(1, undisturbed.calls),
+            dice.choice(list(ERRORS)),
+            dice.random() < 0.3,
+            dice.random() < 0.3,
         )
         with scheduled(fault):
             try:

@@ -1,4 +1,6 @@
-"""Statements that ask for more than there is: each ends within its limits, and the next one is answered."""
+"""Statements that ask for more than there is: each ends within its limits, and the next one is
+answered.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from test_query import LAYERS, SHARDS, write_run
 
 TIMEOUT_S, MEMORY = 1.0, "300MB"
 SLACK_S = 2.0
-"""Longest that a statement may go on past its limit, in seconds: the grace and the end of its process are in it."""
+"""Longest that a statement may go on past its limit, in seconds: the grace and the end of its
+process are in it.
+"""
 TRIES = 3
-"""Tries at a statement that was late: a machine that others use too may be late once, and not each time."""
+"""Tries at a statement that was late: a machine that others use too may be late once, and not each
+time.
+"""
 
 
 def nested(before: str, inner: str, after: str, depth: int) -> str:
@@ -65,7 +71,9 @@ def seconds_of(run: Run, text: str) -> float:
     return time.monotonic() - began
 
 
-def test_no_statement_passes_its_limits(tmp_path: Path, fuzz_length: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_statement_passes_its_limits(
+    tmp_path: Path, fuzz_length: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run(str(tmp_path), SHARDS, LAYERS)
     resident = [0]
     look = sandbox._resident_bytes

@@ -1,4 +1,6 @@
-"""Every layer of every family is the plain model's, packed or padded, and the guide's table of models says so."""
+"""Every layer of every family is the plain model's, packed or padded, and the guide's table of
+models says so.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,10 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("MPNetConfig", ROBERTA),
-    "deberta-v2": ("DebertaV2Config", SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "deberta-v2": (
+        "DebertaV2Config",
+        SMALL | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
     "qwen2-moe": (
         "Qwen2MoeConfig",
         GROUPED
@@ -75,9 +80,12 @@ PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", GROUPED | {"head_dim": 8, "sliding_window": 12}),
 }
 DEBERTA_V3 = PADDED["deberta-v2"][1] | {
-    "position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+    "position_buckets": 8,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
     "type_vocab_size": 0,
-}  # fmt: skip
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-v3": ("DebertaV2Config", DEBERTA_V3),
     "gemma3-with-images": ("Gemma3Config", {
@@ -103,8 +111,13 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def make(name: str) -> tuple[Path, torch.nn.Module]:
         if name not in made:
             kind, options = FAMILIES[name]
-            folder = save_model(tmp_path_factory.mktemp(name), getattr(transformers, kind)(**options))
-            made[name] = (folder, transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval())
+            folder = save_model(
+                tmp_path_factory.mktemp(name), getattr(transformers, kind)(**options)
+            )
+            made[name] = (
+                folder,
+                transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
+            )
         return made[name]
 
     return make
@@ -123,8 +136,12 @@ def ready(family: Any) -> Callable[[str], model.Model]:
     return make
 
 
-def load(folder: Path, layers: list[int], dtype: str = "float32", trust_remote_code: bool = False) -> model.Model:
-    files = model.find_model(str(folder), None, trust_remote_code=trust_remote_code, allow_pickle=False)
+def load(
+    folder: Path, layers: list[int], dtype: str = "float32", trust_remote_code: bool = False
+) -> model.Model:
+    files = model.find_model(
+        str(folder), None, trust_remote_code=trust_remote_code, allow_pickle=False
+    )
     loaded = model.Model(files, layers, dtype, "cpu", 64)
     loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)])
     return loaded
@@ -135,16 +152,24 @@ def documents(seed: int, lengths: list[int]) -> list[list[int]]:
     return [generator.integers(5, 190, n).tolist() for n in lengths]
 
 
-def plain_norms(plain: torch.nn.Module, ids: list[int], block: type) -> tuple[np.ndarray, np.ndarray]:
-    """Norms of the plain model's ``hidden_states`` for one text alone, and those of what its last ``block`` gives."""
+def plain_norms(
+    plain: torch.nn.Module, ids: list[int], block: type
+) -> tuple[np.ndarray, np.ndarray]:
+    """Norms of the plain model's ``hidden_states`` for one text alone, and those of what its last
+    ``block`` gives.
+    """
     given: list[torch.Tensor] = []
     last = [m for m in plain.modules() if type(m) is block][-1]
-    handle = last.register_forward_hook(lambda module, args, out: given.append(out[0] if type(out) is tuple else out))
+    handle = last.register_forward_hook(
+        lambda module, args, out: given.append(out[0] if type(out) is tuple else out)
+    )
     with torch.inference_mode():
         states = plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
     handle.remove()
     assert len(states) == DEPTH + 1
-    norms = torch.stack([torch.linalg.vector_norm(x[0].double(), dim=-1) for x in (*states, given[-1])]).numpy()
+    norms = torch.stack(
+        [torch.linalg.vector_norm(x[0].double(), dim=-1) for x in (*states, given[-1])]
+    ).numpy()
     return norms[:-1], norms[-1]
 
 
@@ -156,7 +181,9 @@ def measure(loaded: model.Model, texts: list[list[int]], filler: int = 0) -> lis
 
 
 def agree(loaded: model.Model, plain: torch.nn.Module) -> None:
-    """Each layer of texts in one batch, filled up or padded, is the plain model's for the text alone."""
+    """Each layer of texts in one batch, filled up or padded, is the plain model's for the text
+    alone.
+    """
     texts = documents(1, [1, CONTEXT, 7, 7, 7, 30, 2, CONTEXT, 1])
     for text, got in zip(texts, measure(loaded, texts, filler=11 * loaded.packed), strict=True):
         expected, last = plain_norms(plain, text, type(loaded._blocks[0]))
@@ -200,8 +227,12 @@ def test_later_blocks_never_run(name: str, ready: Any, monkeypatch: pytest.Monke
 
 
 def test_a_convolution_behind_the_first_block_is_not_taken_for_it(tmp_path: Path) -> None:
-    """Layer 1 of DeBERTa-v2-xlarge is no block's output: it is refused, and the others are right."""
-    config = transformers.DebertaV2Config(**DEBERTA_V3 | {"conv_kernel_size": 3, "conv_act": "gelu"})
+    """Layer 1 of DeBERTa-v2-xlarge is no block's output: it is refused, and the others are
+    right.
+    """
+    config = transformers.DebertaV2Config(
+        **DEBERTA_V3 | {"conv_kernel_size": 3, "conv_act": "gelu"}
+    )
     save_model(tmp_path, config)
     with pytest.raises(ModelError, match=r"layer 1 hooked against hidden_states\[1\] differs by"):
         load(tmp_path, [1])
@@ -209,10 +240,13 @@ def test_a_convolution_behind_the_first_block_is_not_taken_for_it(tmp_path: Path
     plain = transformers.AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     texts = documents(1, [CONTEXT, 7, 1])
     for text, got in zip(texts, measure(loaded, texts), strict=True):
-        np.testing.assert_allclose(got, plain_norms(plain, text, type(loaded._blocks[0]))[0][[0, 2, 3]], rtol=2e-5)
+        np.testing.assert_allclose(
+            got, plain_norms(plain, text, type(loaded._blocks[0]))[0][[0, 2, 3]], rtol=2e-5
+        )
 
 
-# --- code that comes with a model -----------------------------------------------------------------------
+# --- code that comes with a model
+# -----------------------------------------------------------------------
 
 CODE = {
     "configuration_minicpm.py": """
@@ -289,17 +323,24 @@ class MiniCPMModel(PreTrainedModel):
         return BaseModelOutputWithPast(hidden, hidden_states=(*states, hidden) if output_hidden_states else None)
 """,
 }
-"""A MiniCPM in its own words, as its first versions come: they are of no class that transformers has."""
+"""A MiniCPM in its own words, as its first versions come: they are of no class that transformers
+has.
+"""
 
 
-def test_code_that_comes_with_a_model_runs_if_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_comes_with_a_model_runs_if_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "minicpm"
     folder.mkdir()
     for name, code in CODE.items():
         (folder / name).write_text(code)
-    own = {"AutoConfig": "configuration_minicpm.MiniCPMConfig", "AutoModel": "modeling_minicpm.MiniCPMModel"}
+    own = {
+        "AutoConfig": "configuration_minicpm.MiniCPMConfig",
+        "AutoModel": "modeling_minicpm.MiniCPMModel",
+    }
     transformers.PretrainedConfig(**SMALL, auto_map=own).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "minicpm"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -311,14 +352,20 @@ def test_code_that_comes_with_a_model_runs_if_it_is_trusted(tmp_path: Path, monk
         load(folder, LAYERS)
     loaded = load(folder, [*LAYERS, DEPTH], trust_remote_code=True)
     assert {*CODE, "config.json", "model.safetensors"} == loaded.files.identity.keys()
-    assert loaded.why_padded == "4 of its blocks ran, and 0 times its attention went through the interface"
+    assert (
+        loaded.why_padded
+        == "4 of its blocks ran, and 0 times its attention went through the interface"
+    )
     assert loaded.causal
-    plain = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    plain = transformers.AutoModel.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True
+    ).eval()
     agree(loaded, plain)
     assert ran(loaded, 2, monkeypatch) == [0, 1]
 
 
-# --- what is taken, and why ------------------------------------------------------------------------------
+# --- what is taken, and why
+# ------------------------------------------------------------------------------
 
 
 def types(families: dict[str, tuple[str, dict[str, Any]]]) -> set[str]:
@@ -332,7 +379,9 @@ def test_every_family_that_is_taken_has_a_test_and_no_other_is() -> None:
 def test_the_table_of_models_says_what_is_tested() -> None:
     text = (Path(__file__).parents[2] / "infra/guide/signals.md").read_text("utf-8")
     section = text[text.index("\n## Models\n") :]
-    table = [line for line in section[: section.index("\n## ", 1)].splitlines() if line.startswith("|")]
+    table = [
+        line for line in section[: section.index("\n## ", 1)].splitlines() if line.startswith("|")
+    ]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
     listed = [(name, row) for row in rows for name in re.findall(r"`([a-z0-9_-]+)`", row[1])]
     assert len(listed) == len(dict(listed))  # a type is in one row
@@ -340,13 +389,17 @@ def test_the_table_of_models_says_what_is_tested() -> None:
     padded = types(PADDED) | {"minicpm"}
     for name, (_, _, batches, last, _) in listed:
         assert batches.startswith("padded: " if name in padded else "packed"), name
-        assert last == ("`hidden_states[-1]`" if name in NO_FINAL_NORM else "before the final norm"), name
+        assert last == (
+            "`hidden_states[-1]`" if name in NO_FINAL_NORM else "before the final norm"
+        ), name
 
 
 def test_a_family_without_a_test_is_tried_on_demand(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "ernie", transformers.ErnieConfig(**SMALL))
     asked = {"trust_remote_code": False, "allow_pickle": False}
-    with pytest.raises(ModelError, match=r"family ernie, which has no test; --allow-untested tries it.* bert, "):
+    with pytest.raises(
+        ModelError, match=r"family ernie, which has no test; --allow-untested tries it.* bert, "
+    ):
         model.find_model(str(folder), None, **asked)
     found = model.find_model(str(folder), None, **asked, allow_untested=True)
     loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
@@ -355,7 +408,11 @@ def test_a_family_without_a_test_is_tried_on_demand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("mpnet", "does not go through transformers"), ("deberta-v2", "does not go through"), ("gemma2", "wants softcap")],
+    [
+        ("mpnet", "does not go through transformers"),
+        ("deberta-v2", "does not go through"),
+        ("gemma2", "wants softcap"),
+    ],
 )
 def test_a_padded_family_says_why(name: str, why: str, ready: Any) -> None:
     loaded = ready(name)
@@ -366,17 +423,33 @@ def test_a_padded_family_says_why(name: str, why: str, ready: Any) -> None:
 def test_a_window_that_only_the_mask_knows_is_never_packed(ready: Any) -> None:
     loaded = ready("qwen2-moe")
     assert loaded.why_padded is not None
-    assert "against the plain model differs" in loaded.why_padded or "sliding window" in loaded.why_padded
+    assert (
+        "against the plain model differs" in loaded.why_padded
+        or "sliding window" in loaded.why_padded
+    )
 
 
-def test_rotary_frequencies_that_depend_on_the_longest_text_bound_the_window(tmp_path: Path) -> None:
+def test_rotary_frequencies_that_depend_on_the_longest_text_bound_the_window(
+    tmp_path: Path,
+) -> None:
     factors = [1.0] * 4
-    scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors,
-               "original_max_position_embeddings": 32}  # fmt: skip
-    config = transformers.Phi3Config(**GROUPED | {"rope_parameters": scaling | {"rope_theta": 1e4},
-                                                  "original_max_position_embeddings": 32})  # fmt: skip
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": 32,
+    }
+    config = transformers.Phi3Config(
+        **GROUPED
+        | {"rope_parameters": scaling | {"rope_theta": 1e4}, "original_max_position_embeddings": 32}
+    )
     save_model(tmp_path, config)
-    assert model.find_model(str(tmp_path), None, trust_remote_code=False, allow_pickle=False).context_tokens == 32
+    assert (
+        model.find_model(
+            str(tmp_path), None, trust_remote_code=False, allow_pickle=False
+        ).context_tokens
+        == 32
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -391,8 +464,14 @@ def test_half_precision_products_stay_near(name: str, family: Any) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, CONTEXT), min_size=1, max_size=12), filler=st.integers(0, 50), data=st.data())
-def test_any_packing_gives_what_single_texts_give(lengths: list[int], filler: int, data: Any, ready: Any) -> None:
+@given(
+    lengths=st.lists(st.integers(1, CONTEXT), min_size=1, max_size=12),
+    filler=st.integers(0, 50),
+    data=st.data(),
+)
+def test_any_packing_gives_what_single_texts_give(
+    lengths: list[int], filler: int, data: Any, ready: Any
+) -> None:
     for name in ("bert", "mistral", "mpnet"):
         loaded = ready(name)
         texts = documents(len(lengths), lengths)

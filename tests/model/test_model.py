@@ -1,5 +1,6 @@
-"""The model's promises: layers equal Hugging Face's, later blocks never run, attention and linear layers are what they
-replace, unsafe or broken models are refused."""
+"""The model's promises: layers equal Hugging Face's, later blocks never run, attention and linear
+layers are what they replace, unsafe or broken models are refused.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +32,22 @@ from afn_ray.tokens.encode import TextEncoder
 
 
 def find(folder: Path | str, **options: bool) -> model.ModelFiles:
-    return model.find_model(str(folder), None, **({"trust_remote_code": False, "allow_pickle": False} | options))
+    return model.find_model(
+        str(folder), None, **({"trust_remote_code": False, "allow_pickle": False} | options)
+    )
 
 
-def load(folder: Path, layers: list[int], dtype: str = "float32") -> tuple[model.Model, TextEncoder]:
+def load(
+    folder: Path, layers: list[int], dtype: str = "float32"
+) -> tuple[model.Model, TextEncoder]:
     files = find(folder)
     encoder = TextEncoder(model.load_tokenizer(files))
     loaded = model.Model(files, layers, dtype, "cpu", 256)
     probes = encoder.encode(["Hello there, you.", "In the beginning was the word, they say."])
-    ids = [probes.token_ids[a:b].tolist() for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)]
+    ids = [
+        probes.token_ids[a:b].tolist()
+        for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)
+    ]
     loaded.prepare(ids)
     return loaded, encoder
 
@@ -60,23 +68,34 @@ def reference_norms(folder: Path, ids: list[int]) -> list[np.ndarray]:
     return [torch.linalg.vector_norm(s[0].double(), dim=-1).numpy() for s in states]
 
 
-def test_every_layer_of_minilm_equals_hidden_states_of_single_unpadded_texts(minilm: Path, verses: list[str]) -> None:
+def test_every_layer_of_minilm_equals_hidden_states_of_single_unpadded_texts(
+    minilm: Path, verses: list[str]
+) -> None:
     loaded, encoder = load(minilm, list(range(7)))
     texts = [verses[i] for i in (0, 7, 1000, 20000, 31000)]
     encoded = encoder.encode(texts)
-    rows = [encoded.token_ids[a:b].tolist() for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)]
+    rows = [
+        encoded.token_ids[a:b].tolist()
+        for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)
+    ]
     assert loaded.packed
     together = measure(loaded, *rows)
     for row, got in zip(rows, together, strict=True):
         for layer, expected in enumerate(reference_norms(minilm, row)):
-            np.testing.assert_allclose(round_strengths(got[layer].copy()), expected, rtol=2e-5)  # as recorded
+            np.testing.assert_allclose(
+                round_strengths(got[layer].copy()), expected, rtol=2e-5
+            )  # as recorded
 
 
 @pytest.mark.parametrize("kind", ["tiny_bert", "tiny_gpt", "tiny_llama"])
-def test_layers_of_other_architectures_equal_hidden_states(kind: str, request: pytest.FixtureRequest) -> None:
+def test_layers_of_other_architectures_equal_hidden_states(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     folder = request.getfixturevalue(kind)
     loaded, encoder = load(folder, [0, 1, 2, 3])
-    ids = encoder.encode(["And God said, Let there be light: and there was light."]).token_ids.tolist()
+    ids = encoder.encode(
+        ["And God said, Let there be light: and there was light."]
+    ).token_ids.tolist()
     (got,) = measure(loaded, ids)
     expected = reference_norms(folder, ids)
     final_norm = kind != "tiny_bert"  # then the last entry of hidden_states is no block's output
@@ -106,7 +125,9 @@ def test_layer_0_alone_runs_no_block(tiny_bert: Path) -> None:
     assert ran == []
 
 
-def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(minilm: Path, verses: list[str]) -> None:
+def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(
+    minilm: Path, verses: list[str]
+) -> None:
     full, encoder = load(minilm, [4])
     half, _ = load(minilm, [4], "bfloat16")
     ids = encoder.encode([verses[0]]).token_ids.tolist()
@@ -118,7 +139,9 @@ def test_bfloat16_is_near_float32_and_its_norm_is_accumulated_in_float32(minilm:
     assert norm(wide).item() == pytest.approx(wide.double().norm().item(), rel=1e-6)
 
 
-def test_with_half_precision_products_the_stream_and_the_norms_stay_float32(tiny_bert: Path) -> None:
+def test_with_half_precision_products_the_stream_and_the_norms_stay_float32(
+    tiny_bert: Path,
+) -> None:
     loaded, encoder = load(tiny_bert, [0, 1, 2, 3], "bfloat16")
     seen = set()
 
@@ -146,7 +169,8 @@ def test_no_input_is_kept_behind_a_batch(tiny_bert: Path) -> None:
     assert loaded._read == {}
 
 
-# --- the self-check --------------------------------------------------------------------------------------
+# --- the self-check
+# --------------------------------------------------------------------------------------
 
 
 SMALL = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -164,7 +188,9 @@ def test_self_check_refuses_a_hook_that_reads_the_wrong_place(
         keep(self, site)
 
     monkeypatch.setattr(model.Model, "_keep", wrong)
-    with pytest.raises(ModelError, match=rf"self-check failed: layer {layers[0]} hooked.* tolerance 1e-04"):
+    with pytest.raises(
+        ModelError, match=rf"self-check failed: layer {layers[0]} hooked.* tolerance 1e-04"
+    ):
         load(tiny_bert, layers)
 
 
@@ -174,19 +200,28 @@ def test_a_packing_that_lets_neighbours_in_is_found_and_not_used(
     right = attention.attend_by_group
 
     def leak(q: Any, k: Any, v: Any, layout: attention.Layout, *rest: Any) -> torch.Tensor:
-        return right(q, k, v, attention.Layout([layout.num_rows], layout.num_rows, layout.device), *rest)
+        return right(
+            q, k, v, attention.Layout([layout.num_rows], layout.num_rows, layout.device), *rest
+        )
 
     monkeypatch.setattr(attention, "attend_by_group", leak)
     loaded, encoder = load(tiny_bert, [2])
     assert not loaded.packed
     assert loaded.why_padded is not None
-    assert "self-check failed: one packed batch against single texts differs by" in loaded.why_padded
-    rows = [encoder.encode([text]).token_ids.tolist() for text in ("Let there be light", "and there was", "light")]
+    assert (
+        "self-check failed: one packed batch against single texts differs by" in loaded.why_padded
+    )
+    rows = [
+        encoder.encode([text]).token_ids.tolist()
+        for text in ("Let there be light", "and there was", "light")
+    ]
     for row, got in zip(rows, measure(loaded, *rows), strict=True):
         np.testing.assert_allclose(got[0], reference_norms(tiny_bert, row)[2], rtol=2e-5)
 
 
-def test_positions_that_run_on_into_the_neighbour_are_found(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_that_run_on_into_the_neighbour_are_found(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = model.Model._run
 
     def wrong(self: model.Model, inputs: dict[str, torch.Tensor]) -> None:
@@ -199,7 +234,9 @@ def test_positions_that_run_on_into_the_neighbour_are_found(tiny_bert: Path, mon
     assert not loaded.packed and "one packed batch against single texts" in str(loaded.why_padded)
 
 
-def test_an_attention_that_bypasses_the_interface_is_found(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attention_that_bypasses_the_interface_is_found(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = attention.attend
 
     def uncounted(*args: Any, **kwargs: Any) -> Any:
@@ -211,10 +248,14 @@ def test_an_attention_that_bypasses_the_interface_is_found(tiny_bert: Path, monk
     monkeypatch.setitem(functions, attention.NAME, uncounted)
     loaded, _ = load(tiny_bert, [2])
     assert not loaded.packed
-    assert "2 of its blocks ran, and 0 times its attention went through the interface" in str(loaded.why_padded)
+    assert "2 of its blocks ran, and 0 times its attention went through the interface" in str(
+        loaded.why_padded
+    )
 
 
-def test_self_check_refuses_padding_that_changes_strengths(tiny_mpnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_check_refuses_padding_that_changes_strengths(
+    tiny_mpnet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not load(tiny_mpnet, [2])[0].packed
     right = model.Model._run
 
@@ -227,7 +268,9 @@ def test_self_check_refuses_padding_that_changes_strengths(tiny_mpnet: Path, mon
         load(tiny_mpnet, [2])
 
 
-def test_a_model_that_fails_in_any_way_is_refused_by_name(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_in_any_way_is_refused_by_name(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(self: model.Model, inputs: dict[str, torch.Tensor]) -> None:
         raise KeyError("cache")
 
@@ -236,19 +279,26 @@ def test_a_model_that_fails_in_any_way_is_refused_by_name(tiny_bert: Path, monke
         load(tiny_bert, [2])
 
 
-def test_products_that_are_wrong_are_not_used(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_that_are_wrong_are_not_used(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = linear.Product.forward
     monkeypatch.setattr(linear.Product, "forward", lambda self, x: right(self, x) * 30)
     loaded, encoder = load(tiny_bert, [2])
     assert loaded.packed  # each choice for itself
     assert not any(isinstance(m, linear.Product) for m in loaded._model.modules())
     ids = encoder.encode(["Let there be light"]).token_ids.tolist()
-    np.testing.assert_allclose(measure(loaded, ids)[0][0], reference_norms(tiny_bert, ids)[2], rtol=2e-5)
-    with pytest.raises(ModelError, match=r"does not run in bfloat16 \(self-check failed: .*; give --dtype float32"):
+    np.testing.assert_allclose(
+        measure(loaded, ids)[0][0], reference_norms(tiny_bert, ids)[2], rtol=2e-5
+    )
+    with pytest.raises(
+        ModelError, match=r"does not run in bfloat16 \(self-check failed: .*; give --dtype float32"
+    ):
         load(tiny_bert, [2], "bfloat16")
 
 
-# --- attention -------------------------------------------------------------------------------------------
+# --- attention
+# -------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 20) | st.sampled_from([1, 7, 8, 33]), min_size=1, max_size=8)
@@ -257,9 +307,17 @@ KINDS = [(-1, -1), (-1, 0), (4, 0), (0, 0), (4, 4), (0, 5), (3, 1), (100, 0), (1
 
 
 def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], scale: float, left: int, right: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    left: int,
+    right: int,
 ) -> torch.Tensor:
-    """A softmax over all rows with a mask, in float64: [heads, rows, size] each -> [rows, heads, size]."""
+    """A softmax over all rows with a mask, in float64: [heads, rows, size] each -> [rows, heads,
+    size].
+    """
     q, k, v = (x.double().repeat_interleave(len(q) // len(x), 0) for x in (q, k, v))
     n = sum(lengths)
     doc = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -301,7 +359,9 @@ def test_packed_attention_equals_a_masked_softmax(
         assert torch.isfinite(got).all()
 
 
-def test_scores_of_long_and_of_many_sequences_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_long_and_of_many_sequences_are_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lengths = [5, 5, 5, 5, 5, 40, 1, 1, 1]
     q, k, v = random_rows(sum(lengths), 4, 4, torch.bfloat16)
     layout = attention.Layout(lengths, sum(lengths), CPU)
@@ -336,18 +396,25 @@ def gpu_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]
         asked.append(given.arguments)
         a = SimpleNamespace(**given.arguments)
         assert a.query.dim() == 3 and all(x.is_contiguous() for x in (a.query, a.key, a.value))
-        assert a.query.dtype == a.key.dtype == a.value.dtype and a.query.dtype in (torch.bfloat16, torch.float16)
+        assert a.query.dtype == a.key.dtype == a.value.dtype and a.query.dtype in (
+            torch.bfloat16,
+            torch.float16,
+        )
         assert a.enable_gqa or a.query.shape[1] == a.key.shape[1]
         assert a.cu_seq_q.dtype == torch.int32 and torch.equal(a.cu_seq_q, a.cu_seq_k)
         out = torch.full_like(a.query, torch.nan)
         for begin, end in zip(a.cu_seq_q[:-1].tolist(), a.cu_seq_q[1:].tolist(), strict=True):
             assert end - begin <= min(a.max_q, a.max_k)
             q, k, v = (x[begin:end].transpose(0, 1) for x in (a.query, a.key, a.value))
-            out[begin:end] = plain_attention(q, k, v, [end - begin], a.scale, *a.window_size).to(out.dtype)
+            out[begin:end] = plain_attention(q, k, v, [end - begin], a.scale, *a.window_size).to(
+                out.dtype
+            )
         return out
 
     def stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self if args and getattr(args[0], "type", None) == "cuda" else to(self, *args, **kwargs)
+        return (
+            self if args and getattr(args[0], "type", None) == "cuda" else to(self, *args, **kwargs)
+        )
 
     monkeypatch.setattr(varlen, "varlen_attn", slow)
     monkeypatch.setattr(torch.Tensor, "to", stay)
@@ -366,22 +433,34 @@ def test_attention_on_a_gpu_is_asked_for_what_the_reference_computes(
         q, k, v = random_rows(n + filler, 4, kv_heads, torch.bfloat16)
         layout = attention.Layout(lengths, n + filler, torch.device("cuda"))
         got = attention._attend_varlen(q, k, v, layout, 0.3, left, right)
-        expected = attention.attend_by_group(q, k, v, attention.Layout(lengths, n + filler, CPU), 0.3, left, right)
+        expected = attention.attend_by_group(
+            q, k, v, attention.Layout(lengths, n + filler, CPU), 0.3, left, right
+        )
         assert got.shape == (n + filler, 4, 8)
-        assert torch.isfinite(got).all()  # filler is a sequence too, so that no row is left unwritten
+        assert torch.isfinite(
+            got
+        ).all()  # filler is a sequence too, so that no row is left unwritten
         assert_close(got[:n], expected[0, :n])
         asked = gpu_layouts.pop()
         assert asked["cu_seq_q"].tolist() == [*np.cumsum([0, *lengths]).tolist(), n + filler]
         assert asked["max_q"] == asked["max_k"] == max([*lengths, filler])
-        assert (asked["scale"], asked["window_size"], asked["num_splits"]) == (0.3, (left, right), 1)
+        assert (asked["scale"], asked["window_size"], asked["num_splits"]) == (
+            0.3,
+            (left, right),
+            1,
+        )
         assert asked["enable_gqa"] == (kv_heads != 4)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, device: torch.device, **options: Any
+) -> torch.Tensor:
     layout = attention.Layout([7, 5, 1], q.shape[2], device)
     module: Any = SimpleNamespace(is_causal=options.pop("module_is_causal", False))
     with attention.packed(layout):
-        got, weights = attention.attend(module, q, k, v, options.pop("attention_mask", None), **options)
+        got, weights = attention.attend(
+            module, q, k, v, options.pop("attention_mask", None), **options
+        )
     assert layout.calls == 1 and weights is None
     return got
 
@@ -395,14 +474,26 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, device: torch.devi
         ({"is_causal": False, "module_is_causal": True}, -1, -1),
         ({"sliding_window": 4}, 3, 3),
         ({"sliding_window": 4, "module_is_causal": True}, 3, 0),
-        ({"scaling": 0.1, "dropout": 0.0, "output_attentions": False, "softcap": None, "s_aux": None}, -1, -1),
+        (
+            {
+                "scaling": 0.1,
+                "dropout": 0.0,
+                "output_attentions": False,
+                "softcap": None,
+                "s_aux": None,
+            },
+            -1,
+            -1,
+        ),
     ],
 )
 def test_options_of_a_family_become_bounds_on_every_device(
     gpu_layouts: list[dict[str, Any]], options: dict[str, Any], left: int, right: int
 ) -> None:
     q, k, v = random_rows(15, 4, 2, torch.bfloat16)
-    expected = plain_attention(q[0], k[0], v[0], [7, 5, 1], options.get("scaling", 8**-0.5), left, right)
+    expected = plain_attention(
+        q[0], k[0], v[0], [7, 5, 1], options.get("scaling", 8**-0.5), left, right
+    )
     for device in (CPU, torch.device("cuda")):
         got = attend(q, k, v, device, **options)
         assert got.shape == (1, 15, 4, 8)
@@ -417,7 +508,9 @@ def test_in_float32_a_gpu_computes_as_a_cpu_does(gpu_layouts: list[dict[str, Any
 
 
 def test_the_narrowest_of_the_inputs_decides(gpu_layouts: list[dict[str, Any]]) -> None:
-    q, k, v = random_rows(15, 4, 4, torch.bfloat16)  # rotary embeddings in float32 widen query and key
+    q, k, v = random_rows(
+        15, 4, 4, torch.bfloat16
+    )  # rotary embeddings in float32 widen query and key
     for device in (CPU, torch.device("cuda")):
         assert torch.equal(attend(q.float(), k.float(), v, device), attend(q, k, v, device))
         assert attend(q.float(), k.float(), v, device).dtype == torch.bfloat16
@@ -430,7 +523,10 @@ def test_the_narrowest_of_the_inputs_decides(gpu_layouts: list[dict[str, Any]]) 
         ({"attention_mask": torch.zeros(1, 1, 13, 13)}, "a mask of its own"),
         ({"softcap": 50.0}, "wants softcap"),
         ({"s_aux": torch.zeros(4)}, "wants s_aux"),
-        ({"position_bias": torch.zeros(1), "indexer": 1, "dropout": 0.1}, "wants indexer, position_bias$"),
+        (
+            {"position_bias": torch.zeros(1), "indexer": 1, "dropout": 0.1},
+            "wants indexer, position_bias$",
+        ),
     ],
 )
 def test_what_packed_attention_cannot_do_is_refused(options: dict[str, Any], why: str) -> None:
@@ -438,7 +534,8 @@ def test_what_packed_attention_cannot_do_is_refused(options: dict[str, Any], why
         attend(*random_rows(13, 4, 4, torch.float32), CPU, **options)
 
 
-# --- linear layers ---------------------------------------------------------------------------------------
+# --- linear layers
+# ---------------------------------------------------------------------------------------
 
 HALF = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -460,19 +557,27 @@ def test_a_product_is_the_linear_layer_it_replaces(
         x = torch.randn(shape)
         got = product(x)
         assert got.dtype == (torch.float32 if wide else dtype)
-        assert (got + x.mean()).dtype == (torch.float32 if dtype == torch.float32 or wide else dtype)
-        assert (torch.randn(got.shape) + got).dtype == torch.float32  # a residual stream stays what it is
+        assert (got + x.mean()).dtype == (
+            torch.float32 if dtype == torch.float32 or wide else dtype
+        )
+        assert (
+            torch.randn(got.shape) + got
+        ).dtype == torch.float32  # a residual stream stays what it is
         torch.testing.assert_close(got.float(), layer(x), rtol=HALF[dtype], atol=HALF[dtype])
         assert torch.equal(product(x.to(dtype)), got)
 
 
-def test_weights_are_laid_out_for_onednn_where_it_takes_them(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_laid_out_for_onednn_where_it_takes_them(
+    minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not linear._can_prepack(torch.float16)
     if torch.backends.mkldnn.is_available():
         assert linear._can_prepack(torch.float32)
     loaded, encoder = load(minilm, [4])
     product = loaded._model.encoder.layer[0].intermediate.dense
-    assert isinstance(product, linear.Product) and product._prepacked == linear._can_prepack(torch.float32)
+    assert isinstance(product, linear.Product) and product._prepacked == linear._can_prepack(
+        torch.float32
+    )
     plain = transformers.AutoModel.from_pretrained(minilm).encoder.layer[0].intermediate.dense
     x = torch.randn(7, 384)
     with torch.inference_mode():
@@ -488,7 +593,9 @@ def test_onednn_that_miscomputes_or_refuses_is_not_used(monkeypatch: pytest.Monk
         raise RuntimeError("no such instruction")
 
     for product in (refuse, lambda x, *rest: torch.zeros(3, 16, dtype=x.dtype)):
-        fake = SimpleNamespace(_reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=product)
+        fake = SimpleNamespace(
+            _reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=product
+        )
         monkeypatch.setattr(torch.ops, "mkldnn", fake, raising=False)
         assert not linear._can_prepack.__wrapped__(torch.float32)
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(), raising=False)
@@ -517,7 +624,10 @@ def test_linear_layers_are_replaced_and_put_back() -> None:
     torch.manual_seed(0)
     special = type("Special", (torch.nn.Linear,), {})(8, 8)
     block = torch.nn.Sequential(
-        torch.nn.Linear(8, 12), torch.nn.Sequential(torch.nn.GELU(), Conv1D(8, 12)), torch.nn.LayerNorm(8), special
+        torch.nn.Linear(8, 12),
+        torch.nn.Sequential(torch.nn.GELU(), Conv1D(8, 12)),
+        torch.nn.LayerNorm(8),
+        special,
     ).requires_grad_(False)
     x = torch.randn(5, 8)
     before, names = block(x), dict(block.named_modules())
@@ -533,18 +643,24 @@ def test_linear_layers_are_replaced_and_put_back() -> None:
 
 def test_fast_products_are_those_that_the_processor_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for able, expected in (
-        ({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)
-    ):  # fmt: skip
+        ({}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx512_f": True}, False),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         assert model.has_fast_products("bfloat16", "cpu") is expected
         assert not model.has_fast_products("float16", "cpu")
     for able in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able
+        )
         assert model.has_fast_products("bfloat16", "cuda") is able
         assert model.has_fast_products("float16", "cuda")
 
 
-# --- finding and loading ---------------------------------------------------------------------------------
+# --- finding and loading
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -583,7 +699,10 @@ def test_pickled_weights_need_a_flag_and_load_with_it(tmp_path: Path, tiny_bert:
 def test_remote_code_needs_a_flag(tmp_path: Path, tiny_bert: Path) -> None:
     folder = shutil.copytree(tiny_bert, tmp_path / "remote")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mystery", "auto_map": {"AutoConfig": "code.MysteryConfig", "AutoModel": "code.Mystery"}}
+    config |= {
+        "model_type": "mystery",
+        "auto_map": {"AutoConfig": "code.MysteryConfig", "AutoModel": "code.Mystery"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('this code must not run')")
     with pytest.raises(ModelError, match="--trust-remote-code runs it"):
@@ -595,12 +714,16 @@ def test_missing_weights_are_refused_and_not_random(tmp_path: Path, tiny_bert: P
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are not in its files and would be random: encoder\.layer\.1"):
+    with pytest.raises(
+        ModelError, match=r"1 weights are not in its files and would be random: encoder\.layer\.1"
+    ):
         model.Model(find(folder), [1], "float32", "cpu", 256)
 
 
 def test_weights_in_many_files_are_those_of_one(tmp_path: Path, tiny_bert: Path) -> None:
-    folder = shutil.copytree(tiny_bert, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder = shutil.copytree(
+        tiny_bert, tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     transformers.AutoModel.from_pretrained(tiny_bert).save_pretrained(folder, max_shard_size="1MB")
     shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
     assert len(shards) > 1
@@ -620,14 +743,17 @@ def test_weights_in_many_files_are_those_of_one(tmp_path: Path, tiny_bert: Path)
         load(folder, [3])
 
 
-# --- a folder's parts, held against each other -----------------------------------------------------------
+# --- a folder's parts, held against each other
+# -----------------------------------------------------------
 
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def edit_weights(
+    folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
     weights = edit(load_file(folder / "model.safetensors"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -640,16 +766,25 @@ def folder(tmp_path: Path, tiny_bert: Path) -> Path:
 
 @pytest.mark.parametrize("left", [[], ["tokenizer_config.json", "special_tokens_map.json"]])
 def test_a_folder_without_a_tokenizer_is_refused(left: list[str], folder: Path) -> None:
-    for name in {"tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"} - {*left}:
+    for name in {
+        "tokenizer.json",
+        "vocab.txt",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    } - {*left}:
         (folder / name).unlink()
-    with pytest.raises(ModelError, match=r"has no tokenizer: .*copy has no tokenizer\.json.*Copy the files"):
+    with pytest.raises(
+        ModelError, match=r"has no tokenizer: .*copy has no tokenizer\.json.*Copy the files"
+    ):
         model.load_tokenizer(find(folder))
 
 
 def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    with pytest.raises(ModelError, match="makes its unknown token of every word, with a vocabulary of 5 entries"):
+    with pytest.raises(
+        ModelError, match="makes its unknown token of every word, with a vocabulary of 5 entries"
+    ):
         model.load_tokenizer(find(folder))
 
 
@@ -657,20 +792,29 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> N
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(["covfefe"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ModelError, match=r"1 id that the model has no embedding for: 30522 \('covfefe'\) is the first"):
+    with pytest.raises(
+        ModelError,
+        match=r"1 id that the model has no embedding for: 30522 \('covfefe'\) is the first",
+    ):
         model.load_tokenizer(find(folder))
     edit_weights(folder, lambda w: w | {"embeddings.word_embeddings.weight": torch.rand(30000, 32)})
     edit_json(folder / "config.json", vocab_size=30000)
-    with pytest.raises(ModelError, match=r"523 ids that the model has no embedding for: 30000 .* is 30,000"):
+    with pytest.raises(
+        ModelError, match=r"523 ids that the model has no embedding for: 30000 .* is 30,000"
+    ):
         model.load_tokenizer(find(folder))
 
 
-def test_a_special_token_beyond_the_embeddings_is_only_text_in_texts(folder: Path, tiny_bert: Path) -> None:
+def test_a_special_token_beyond_the_embeddings_is_only_text_in_texts(
+    folder: Path, tiny_bert: Path
+) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<image>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     texts = ["an <image> here"]
-    got, plain = (TextEncoder(model.load_tokenizer(find(f)), 30522).encode(texts) for f in (folder, tiny_bert))
+    got, plain = (
+        TextEncoder(model.load_tokenizer(find(f)), 30522).encode(texts) for f in (folder, tiny_bert)
+    )
     assert got.token_ids.tolist() == plain.token_ids.tolist() and not got.problems
 
 
@@ -712,9 +856,18 @@ def test_weights_and_a_config_that_are_not_of_one_model_are_refused(
      ("GPTNeoXConfig", "CausalLM"), ("LlamaConfig", "TokenClassification"), ("AlbertConfig", "PreTraining"),
      ("OPTConfig", "SequenceClassification")],
 )  # fmt: skip
-def test_heads_that_no_layer_depends_on_may_be_in_the_weights(config: str, kind: str, tmp_path: Path) -> None:
-    size = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "intermediate_size": 16, "max_position_embeddings": 20, "pad_token_id": 1}  # fmt: skip
+def test_heads_that_no_layer_depends_on_may_be_in_the_weights(
+    config: str, kind: str, tmp_path: Path
+) -> None:
+    size = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 20,
+        "pad_token_id": 1,
+    }
     made = getattr(transformers, config)(**size)
     whole = getattr(transformers, f"AutoModelFor{kind}").from_config(made)
     whole.save_pretrained(tmp_path)
@@ -724,22 +877,35 @@ def test_heads_that_no_layer_depends_on_may_be_in_the_weights(config: str, kind:
             assert torch.equal(value, whole.base_model.get_parameter(name)), name
 
 
-def test_buffers_that_old_checkpoints_hold_are_no_weights(folder: Path, tmp_path: Path, tiny_gpt: Path) -> None:
+def test_buffers_that_old_checkpoints_hold_are_no_weights(
+    folder: Path, tmp_path: Path, tiny_gpt: Path
+) -> None:
     edit_weights(folder, lambda w: w | {"embeddings.position_ids": torch.arange(64)[None]})
     assert files.load_weights(find(folder))
     gpt = shutil.copytree(tiny_gpt, tmp_path / "gpt")
-    edit_weights(gpt, lambda w: w | {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.ones(1)})
+    edit_weights(
+        gpt,
+        lambda w: (
+            w | {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.ones(1)}
+        ),
+    )
     assert files.load_weights(find(gpt))
 
 
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("names", [["adapter_config.json"], ["adapter_model.safetensors"], ["adapter_model.bin"]])
-def test_an_adapter_is_refused_whether_peft_is_installed_or_not(alone: bool, names: list[str], folder: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [["adapter_config.json"], ["adapter_model.safetensors"], ["adapter_model.bin"]]
+)
+def test_an_adapter_is_refused_whether_peft_is_installed_or_not(
+    alone: bool, names: list[str], folder: Path
+) -> None:
     for name in names:
         (folder / name).write_bytes(b"{}")
     for name in ("config.json", "model.safetensors") if alone else ():
         (folder / name).unlink()
-    with pytest.raises(ModelError, match=rf"copy holds an adapter \({names[0]}\).*Merge it into its weights"):
+    with pytest.raises(
+        ModelError, match=rf"copy holds an adapter \({names[0]}\).*Merge it into its weights"
+    ):
         find(folder)
 
 
@@ -760,14 +926,20 @@ def test_files_of_weights_that_disagree_are_refused(folder: Path, tiny_bert: Pat
 
     (folder / "model.safetensors").write_bytes(whole)
     with pytest.raises(
-        ModelError, match=r"two sets of weights, model\.safetensors and model\.safetensors\.index\.json"
+        ModelError,
+        match=r"two sets of weights, model\.safetensors and model\.safetensors\.index\.json",
     ):
         find(folder)
     index.unlink()
-    with pytest.raises(ModelError, match=rf"weights that model\.safetensors knows nothing of: {shards[0]}"):
+    with pytest.raises(
+        ModelError, match=rf"weights that model\.safetensors knows nothing of: {shards[0]}"
+    ):
         find(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=rf"{len(shards)} parts of its weights .*no model\.safetensors\.index\.json"):
+    with pytest.raises(
+        ModelError,
+        match=rf"{len(shards)} parts of its weights .*no model\.safetensors\.index\.json",
+    ):
         find(folder)
     index.write_text(listed)
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"")
@@ -775,14 +947,18 @@ def test_files_of_weights_that_disagree_are_refused(folder: Path, tiny_bert: Pat
         find(folder)
     (folder / "model-00009-of-00009.safetensors").unlink()
     (folder / shards[0]).rename(folder / "elsewhere")
-    with pytest.raises(ModelError, match=rf"names {len(shards)} files of weights, and .* lacks {shards[0]}"):
+    with pytest.raises(
+        ModelError, match=rf"names {len(shards)} files of weights, and .* lacks {shards[0]}"
+    ):
         find(folder)
     (folder / "elsewhere").rename(folder / shards[0])
     for wrong, why in (
         ('{"weight_map": {"a": "../secret.safetensors"}}', "expected a name in its own folder"),
-        ('{"weight_map": {"a": 7}}', "expected a name in its own folder"), ("{}", "has no weight_map"),
-        ("[]", "expected an object"), ("{", "cannot be read as JSON"),
-    ):  # fmt: skip
+        ('{"weight_map": {"a": 7}}', "expected a name in its own folder"),
+        ("{}", "has no weight_map"),
+        ("[]", "expected an object"),
+        ("{", "cannot be read as JSON"),
+    ):
         index.write_text(wrong)
         with pytest.raises(ModelError, match=why):
             find(folder)
@@ -804,7 +980,9 @@ def test_quantized_weights_and_code_of_another_repository_are_refused(folder: Pa
     assert find(folder)
     with pytest.raises(ModelError, match=r"code of .* is in another repository \(someone/else\)"):
         model.find_model(str(folder), None, trust_remote_code=True, allow_pickle=False)
-    edit_json(folder / "config.json", auto_map={}, quantization_config={"quant_method": "bitsandbytes"})
+    edit_json(
+        folder / "config.json", auto_map={}, quantization_config={"quant_method": "bitsandbytes"}
+    )
     with pytest.raises(ModelError, match=r"are quantized \(bitsandbytes\)"):
         find(folder)
 
@@ -819,7 +997,9 @@ def test_a_tokenizer_file_that_makes_its_library_panic_is_refused(
         raise PanicException("called `Option::unwrap()` on a `None` value")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panic)
-    with pytest.raises(ModelError, match=r"its tokenizer\) cannot be loaded: called `Option::unwrap"):
+    with pytest.raises(
+        ModelError, match=r"its tokenizer\) cannot be loaded: called `Option::unwrap"
+    ):
         model.load_tokenizer(find(folder))
 
 
@@ -839,11 +1019,28 @@ def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(
         return model.identity(find(folder), model.load_tokenizer(find(folder)))
 
     before = identity()
-    assert before.keys() == {"config.json", "model.safetensors", "tokenizer", "tokenizers", "transformers"}
+    assert before.keys() == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer",
+        "tokenizers",
+        "transformers",
+    }
     assert before["transformers"] == ".".join(transformers.__version__.split(".")[:2])
-    for name in ("eval_results.json", "all_results.json", "trainer_state.json", "notes.txt", "README.md", "train.py",
-                 "optimizer.pt", "training_args.bin", "generation_config.json", "config_sentence_transformers.json",
-                 "modules.json", "optimizer.safetensors"):  # fmt: skip
+    for name in (
+        "eval_results.json",
+        "all_results.json",
+        "trainer_state.json",
+        "notes.txt",
+        "README.md",
+        "train.py",
+        "optimizer.pt",
+        "training_args.bin",
+        "generation_config.json",
+        "config_sentence_transformers.json",
+        "modules.json",
+        "optimizer.safetensors",
+    ):
         (folder / name).write_text("{}")
     (folder / "runs").mkdir()
     (folder / "runs" / "events.json").write_text("{}")
@@ -856,7 +1053,11 @@ def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(
     edit_json(folder / "config.json", layer_norm_eps=1e-6)
     edit_weights(folder, lambda w: {k: v * 2 for k, v in w.items()})
     after = identity()
-    assert {k for k in before if after[k] != before[k]} == {"config.json", "model.safetensors", "tokenizer"}
+    assert {k for k in before if after[k] != before[k]} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer",
+    }
 
 
 def test_damaged_weights_are_an_error_that_names_the_model(tmp_path: Path, tiny_bert: Path) -> None:
@@ -868,14 +1069,18 @@ def test_damaged_weights_are_an_error_that_names_the_model(tmp_path: Path, tiny_
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path, byte_bpe: Path) -> None:
-    transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(
+        tmp_path
+    )
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="is an encoder-decoder"):
         find(tmp_path)
 
 
 def test_positions_that_roberta_cannot_use_are_not_offered(tmp_path: Path) -> None:
-    transformers.RobertaConfig(max_position_embeddings=514, num_hidden_layers=2).save_pretrained(tmp_path)
+    transformers.RobertaConfig(max_position_embeddings=514, num_hidden_layers=2).save_pretrained(
+        tmp_path
+    )
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert find(tmp_path).context_tokens == 512
 
@@ -921,17 +1126,33 @@ def write_gguf(path: Path, folder: Path) -> None:
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in bpe["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    names = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm",
-             "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-             "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}  # fmt: skip
-    heads = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
+    names = {
+        "embed_tokens": "token_embd",
+        "norm": "output_norm",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    heads = {
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config["num_key_value_heads"],
+    }
     for name, value in load_file(folder / "model.safetensors").items():
         parts = name.removesuffix(".weight").split(".")
         block = f"blk.{parts[1]}." if parts[0] == "layers" else ""
         part = ".".join(parts[2:]) if block else parts[0]
         if part in heads:  # llama.cpp keeps rotary pairs side by side
-            value = value.reshape(heads[part], 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+            value = (
+                value.reshape(heads[part], 2, -1, value.shape[1])
+                .swapaxes(1, 2)
+                .reshape(value.shape)
+            )
         writer.add_tensor(f"{block}{names[part]}.weight", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -943,11 +1164,19 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, tiny_llama: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_llama)
     files = find(path)
-    assert (files.depth, files.hidden_size, files.context_tokens, files.gguf) == (3, 32, 48, "tiny.gguf")
+    assert (files.depth, files.hidden_size, files.context_tokens, files.gguf) == (
+        3,
+        32,
+        48,
+        "tiny.gguf",
+    )
     loaded, encoder = load(path, [0, 1, 2])
     ids = encoder.encode(["And there was light."]).token_ids.tolist()
     assert (
-        ids == TextEncoder(model.load_tokenizer(find(tiny_llama))).encode(["And there was light."]).token_ids.tolist()
+        ids
+        == TextEncoder(model.load_tokenizer(find(tiny_llama)))
+        .encode(["And there was light."])
+        .token_ids.tolist()
     )
     (got,) = measure(loaded, ids)
     expected = reference_norms(tiny_llama, ids)

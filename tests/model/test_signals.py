@@ -1,4 +1,6 @@
-"""Every signal against a few lines of plain Hugging Face with eager attention, and what a run keeps of it."""
+"""Every signal against a few lines of plain Hugging Face with eager attention, and what a run keeps
+of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, ModelError
 from afn_ray.model import attention
-from afn_ray.model.signals import Centred, Received, Shift, Signal, Strength, Trimmed, find_signals, series
+from afn_ray.model.signals import (
+    Centred,
+    Received,
+    Shift,
+    Signal,
+    Strength,
+    Trimmed,
+    find_signals,
+    series,
+)
 from afn_ray.runs import outliers
 from afn_ray.runs.worker import NONE_MEASURED
 from afn_ray.store import manifest, storage
@@ -33,27 +44,38 @@ TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
 SIGNALS: list[Signal] = [Strength(), Shift(), Received()]
 
 
-def load(folder: Path, needs: frozenset[str], layers: list[int] = LAYERS, dtype: str = "float32") -> model.Model:
+def load(
+    folder: Path, needs: frozenset[str], layers: list[int] = LAYERS, dtype: str = "float32"
+) -> model.Model:
     files = model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
     loaded = model.Model(files, layers, dtype, "cpu", 64)
     loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)], needs)
     return loaded
 
 
-def measure(loaded: model.Model, signals: list[Signal], filler: int = 9) -> list[dict[str, np.ndarray]]:
+def measure(
+    loaded: model.Model, signals: list[Signal], filler: int = 9
+) -> list[dict[str, np.ndarray]]:
     """By text: each series' values, out of one batch."""
     lengths = [len(t) for t in TEXTS]
     ids = np.concatenate([*(np.array(t) for t in TEXTS), np.full(filler * loaded.packed, 7)])
     values = loaded.measure(ids, lengths, signals)[:, : sum(lengths)]
     names = [s.name for s in series(loaded.layers, signals)]
-    return [dict(zip(names, part, strict=True)) for part in np.split(values, np.cumsum(lengths)[:-1], axis=1)]
+    return [
+        dict(zip(names, part, strict=True))
+        for part in np.split(values, np.cumsum(lengths)[:-1], axis=1)
+    ]
 
 
 def plain(folder: Path, ids: list[int]) -> Any:
     """Hidden states and attention weights of the plain model."""
-    kind = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    kind = transformers.AutoModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.inference_mode():
-        return kind(input_ids=torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
+        return kind(
+            input_ids=torch.tensor([ids]), output_hidden_states=True, output_attentions=True
+        )
 
 
 @pytest.mark.parametrize("name", [*PACKED, *PADDED])
@@ -69,7 +91,9 @@ def test_shift_is_what_a_block_changed(name: str, family: Any) -> None:  # noqa:
 
 
 def received(weights: torch.Tensor, sees: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """``weights`` [heads, queries, keys], ``sees`` [queries, keys]: from others, and from itself, [heads, keys]."""
+    """``weights`` [heads, queries, keys], ``sees`` [queries, keys]: from others, and from itself,
+    [heads, keys].
+    """
     n = weights.shape[-1]
     others = 1 - torch.eye(n, dtype=torch.float64)
     may = (sees * others).sum(0).clamp(min=1)
@@ -78,7 +102,9 @@ def received(weights: torch.Tensor, sees: torch.Tensor) -> tuple[np.ndarray, np.
 
 
 def seen_by(loaded: model.Model, weights: torch.Tensor) -> torch.Tensor:
-    """Which keys a query may look at, in the plain model: a weight that is 0 in every head is none."""
+    """Which keys a query may look at, in the plain model: a weight that is 0 in every head is
+    none.
+    """
     return (weights > 0).any(0).double()
 
 
@@ -92,7 +118,9 @@ def test_attention_is_that_of_the_eager_model(name: str, family: Any) -> None:  
             weights = out.attentions[k - 1][0]
             others, own = received(weights, seen_by(loaded, weights))
             np.testing.assert_allclose(got[f"attention_{k}"], others.mean(0), rtol=2e-5, atol=1e-9)
-            np.testing.assert_allclose(got[f"attention_self_{k}"], own.mean(0), rtol=2e-5, atol=1e-9)
+            np.testing.assert_allclose(
+                got[f"attention_self_{k}"], own.mean(0), rtol=2e-5, atol=1e-9
+            )
 
 
 VALUES: dict[str, Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
@@ -121,16 +149,22 @@ def test_norm_weighted_attention_is_kobayashis(name: str, family: Any) -> None: 
             value = value.repeat_interleave(len(parts) // len(value), 0)
             norms = (value @ parts).detach().double().norm(dim=-1).numpy()
             others, _ = received(weights, seen_by(loaded, weights))
-            np.testing.assert_allclose(got[f"attention_norm_{k}"], (others * norms).sum(0), rtol=2e-5, atol=1e-9)
+            np.testing.assert_allclose(
+                got[f"attention_norm_{k}"], (others * norms).sum(0), rtol=2e-5, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "mistral"])
 def test_attention_of_long_texts_is_summed_block_by_block(
-    name: str, family: Any, monkeypatch: pytest.MonkeyPatch  # noqa: F811
-) -> None:  # fmt: skip
+    name: str,
+    family: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     loaded = load(family(name)[0], Received.needs)
     whole = measure(loaded, SIGNALS)
-    monkeypatch.setattr(attention, "SCORES", 4 * CONTEXT * 7)  # of the longest text seven queries at a time
+    monkeypatch.setattr(
+        attention, "SCORES", 4 * CONTEXT * 7
+    )  # of the longest text seven queries at a time
     for one, other in zip(whole, measure(loaded, SIGNALS), strict=True):
         for series_name, values in one.items():
             np.testing.assert_allclose(other[series_name], values, rtol=1e-6, atol=1e-9)
@@ -143,17 +177,22 @@ def test_half_precision_signals_stay_near(name: str, family: Any) -> None:  # no
     for full, half in zip(*(measure(one, signals) for one in both), strict=True):
         for series_name, values in full.items():
             scale = np.maximum(values, np.median(values))
-            error = np.abs(half[series_name] - values) / np.where(scale > 0, scale, 1)  # a lone token gets no attention
+            error = np.abs(half[series_name] - values) / np.where(
+                scale > 0, scale, 1
+            )  # a lone token gets no attention
             assert np.quantile(error, 0.9) < 0.02, series_name
 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_a_padded_family_has_no_attention_to_read(name: str, family: Any) -> None:  # noqa: F811
-    with pytest.raises(ModelError, match="gives no attention weights to read: its batches are padded, since"):
+    with pytest.raises(
+        ModelError, match="gives no attention weights to read: its batches are padded, since"
+    ):
         load(family(name)[0], Received.needs)
 
 
-# --- controls --------------------------------------------------------------------------------------------
+# --- controls
+# --------------------------------------------------------------------------------------------
 
 
 def test_without_gain_and_bias_every_strength_is_the_root_of_the_width(minilm: Path) -> None:
@@ -190,10 +229,13 @@ def test_trimmed_strengths_lack_the_dimensions_given(name: str, family: Any) -> 
         for layer, dims in ((0, [3, 1]), (2, [30])):
             states = plain(folder, ids).hidden_states[layer][0].double()
             states[:, dims] = 0
-            np.testing.assert_allclose(got[f"strength_trimmed_{layer}"], states.norm(dim=-1).numpy(), rtol=2e-5)
+            np.testing.assert_allclose(
+                got[f"strength_trimmed_{layer}"], states.norm(dim=-1).numpy(), rtol=2e-5
+            )
 
 
-# --- a run -----------------------------------------------------------------------------------------------
+# --- a run
+# -----------------------------------------------------------------------------------------------
 
 ALL = "attention,centred,shift,trimmed"
 
@@ -204,9 +246,17 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     folder = tmp_path_factory.mktemp("signals")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:80]])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), executor="inline", layers="0,1,3",
-        signals=ALL, shard_bytes=2048, batch_tokens=256, dtype="float32", window_tokens=24,
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="0,1,3",
+        signals=ALL,
+        shard_bytes=2048,
+        batch_tokens=256,
+        dtype="float32",
+        window_tokens=24,
+    )
     afn_ray.run(config).close()
     return config
 
@@ -218,12 +268,25 @@ def test_each_signal_is_a_column_for_each_layer_it_has(made: RunConfig) -> None:
         others = [n for n in names if n.rpartition("_")[2].isdecimal() and not n.startswith(labels)]
         assert others == [
             *(f"strength_{k}" for k in (0, 1, 3)),
-            *(f"{c}_{k}" for c in ("attention", "attention_self", "attention_norm", "strength_centred", "shift")
-              for k in (1, 3)),
+            *(
+                f"{c}_{k}"
+                for c in (
+                    "attention",
+                    "attention_self",
+                    "attention_norm",
+                    "strength_centred",
+                    "shift",
+                )
+                for k in (1, 3)
+            ),
             *(f"strength_trimmed_{k}" for k in (0, 1, 3)),
-        ]  # fmt: skip
-        assert run.sql("SELECT count(*) FROM documents WHERE mean_attention_norm_3 > 0").fetchall() == [(80,)]
-        (row,) = run.sql("SELECT min(strength_centred_3), max(strength_centred_3) FROM tokens").fetchall()
+        ]
+        assert run.sql(
+            "SELECT count(*) FROM documents WHERE mean_attention_norm_3 > 0"
+        ).fetchall() == [(80,)]
+        (row,) = run.sql(
+            "SELECT min(strength_centred_3), max(strength_centred_3) FROM tokens"
+        ).fetchall()
         assert row == pytest.approx((np.sqrt(32), np.sqrt(32)), rel=1e-3)
 
 
@@ -231,18 +294,30 @@ def test_tables_of_signals_are_what_the_rows_give(made: RunConfig) -> None:
     with afn_ray.open_run(made.store) as run:
         rows = run.sql("FROM signals").to_dicts()
         assert len(rows) == 13 and {r["signal"] for r in rows} == {
-            "attention", "attention_self", "attention_norm", "strength_centred", "strength_trimmed", "shift"
-        }  # fmt: skip
+            "attention",
+            "attention_self",
+            "attention_norm",
+            "strength_centred",
+            "strength_trimmed",
+            "shift",
+        }
         for row in rows:
             column = f"{row['signal']}_{row['layer']}"
             quartiles, n, mean, least, most = run.sql(
                 f"SELECT quantile_disc({column}, [0.25, 0.5, 0.75]), count(*), avg({column}::DOUBLE), min({column}), "
                 f"max({column}) FROM tokens WHERE NOT is_special"
             ).fetchall()[0]
-            assert [row["q1"], row["q2"], row["q3"], row["n"], row["min"], row["max"]] == [*quartiles, n, least, most]
+            assert [row["q1"], row["q2"], row["q3"], row["n"], row["min"], row["max"]] == [
+                *quartiles,
+                n,
+                least,
+                most,
+            ]
             assert row["mean"] == pytest.approx(mean, rel=1e-12)
         n_types = run.sql("SELECT count(*) FROM vocabulary WHERE layer = 3").fetchall()
-        per_type = run.sql("SELECT count(*) FROM signal_vocabulary WHERE layer = 3 AND signal = 'shift'").fetchall()
+        per_type = run.sql(
+            "SELECT count(*) FROM signal_vocabulary WHERE layer = 3 AND signal = 'shift'"
+        ).fetchall()
         assert per_type == n_types
         differ = """
             SELECT count(*) FROM signal_vocabulary v JOIN (
@@ -260,7 +335,9 @@ def test_strength_is_the_same_with_other_signals_beside_it(made: RunConfig, tmp_
         assert one.sql(sql).fetchall() == other.sql(sql).fetchall()
         for table in ("thresholds", "vocabulary", "histogram"):
             assert one.sql(f"FROM {table}").fetchall() == other.sql(f"FROM {table}").fetchall()
-        assert one.sql("FROM signals").fetchall() == one.sql("FROM signal_vocabulary").fetchall() == []
+        assert (
+            one.sql("FROM signals").fetchall() == one.sql("FROM signal_vocabulary").fetchall() == []
+        )
 
 
 def test_shards_and_order_change_no_table_of_signals(made: RunConfig, tmp_path: Path) -> None:
@@ -281,22 +358,33 @@ def test_verify_proves_them_and_finds_what_was_changed(made: RunConfig) -> None:
     assert not found.findings and not found.unproved
     uri = manifest.find_run(made.store).uri
     for name in ("signals", "signal_vocabulary"):
-        kept = [(Path(uri, file), Path(uri, file).read_bytes()) for file in (f"{name}.parquet", "run.json")]
+        kept = [
+            (Path(uri, file), Path(uri, file).read_bytes())
+            for file in (f"{name}.parquet", "run.json")
+        ]
 
         def change(table: pa.Table) -> pa.Table:
             at = table.column_names.index("q2")
-            return table.set_column(at, table.schema.field("q2"), pa.array([9.0] * len(table), pa.float32()))
+            return table.set_column(
+                at, table.schema.field("q2"), pa.array([9.0] * len(table), pa.float32())
+            )
 
         try:
             edit_table(uri, name, change)
             (finding,) = verify.verify_store(made.store).findings
-            assert finding.kind == "tables" and f"{name}.parquet" in finding.uri and "q2 is 9.0" in finding.message
+            assert (
+                finding.kind == "tables"
+                and f"{name}.parquet" in finding.uri
+                and "q2 is 9.0" in finding.message
+            )
         finally:
             for file, data in kept:
                 file.write_bytes(data)
 
 
-def test_outlier_dimensions_are_found_once_and_kept(made: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outlier_dimensions_are_found_once_and_kept(
+    made: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with afn_ray.open_run(made.store) as run:
         kept = run.info["measure"]["outliers"]
     assert [len(dims) for dims in kept] == [3, 3, 3]
@@ -310,7 +398,8 @@ def test_outlier_dimensions_are_found_once_and_kept(made: RunConfig, monkeypatch
         assert run.info["measure"]["outliers"] == kept
 
 
-# --- names -----------------------------------------------------------------------------------------------
+# --- names
+# -----------------------------------------------------------------------------------------------
 
 
 def test_names_are_sorted_and_strength_is_always_there() -> None:
@@ -321,8 +410,12 @@ def test_names_are_sorted_and_strength_is_always_there() -> None:
 
 
 @pytest.mark.parametrize("signal", ["shift", "neurons", "attention", "centred"])
-def test_a_signal_that_no_layer_has_is_refused(signal: str, made: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"signals has {signal}, which the embeddings .layer 0. have not"):
+def test_a_signal_that_no_layer_has_is_refused(
+    signal: str, made: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"signals has {signal}, which the embeddings .layer 0. have not"
+    ):
         afn_ray.run(replace(made, signals=signal, layers="0", store=str(tmp_path / "store")))
 
 
@@ -333,13 +426,19 @@ def test_what_is_no_list_of_names_is_refused(spec: str) -> None:
 
 
 def test_a_signal_that_is_not_there_is_told_with_those_that_are() -> None:
-    with pytest.raises(ConfigError, match="no signal 'entropy'; there are strength, shift, centred"):
+    with pytest.raises(
+        ConfigError, match="no signal 'entropy'; there are strength, shift, centred"
+    ):
         find_signals("entropy")
 
 
 GUIDE = (Path(__file__).parents[2] / "infra/guide/signals.md").read_text("utf-8")
 PACKAGE = (
-    next(b for b in re.findall(r"^```py\n(.*?)^```", GUIDE, re.M | re.S) if "class Largest(Signal):" in b)
+    next(
+        b
+        for b in re.findall(r"^```py\n(.*?)^```", GUIDE, re.M | re.S)
+        if "class Largest(Signal):" in b
+    )
     + """
 
 dict = dict
@@ -372,11 +471,23 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     (site / "their_signals-1.5.dist-info").mkdir(parents=True)
     (site / "their_signals.py").write_text(PACKAGE)
-    names = {"largest": "Largest", "wrong": "Wrong", "negative": "Negative", "twice": "Twice", "gone": "Gone",
-             "thing": "dict", "high": "High", "apart": "Apart"}  # fmt: skip
+    names = {
+        "largest": "Largest",
+        "wrong": "Wrong",
+        "negative": "Negative",
+        "twice": "Twice",
+        "gone": "Gone",
+        "thing": "dict",
+        "high": "High",
+        "apart": "Apart",
+    }
     entries = "".join(f"{name} = their_signals:{kind}\n" for name, kind in names.items())
-    (site / "their_signals-1.5.dist-info" / "entry_points.txt").write_text(f"[afn_ray.signals]\n{entries}")
-    (site / "their_signals-1.5.dist-info" / "METADATA").write_text("Name: their-signals\nVersion: 1.5\n")
+    (site / "their_signals-1.5.dist-info" / "entry_points.txt").write_text(
+        f"[afn_ray.signals]\n{entries}"
+    )
+    (site / "their_signals-1.5.dist-info" / "METADATA").write_text(
+        "Name: their-signals\nVersion: 1.5\n"
+    )
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
 
@@ -386,18 +497,27 @@ def test_a_signal_of_another_package_is_measured_and_its_version_is_of_the_measu
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(tmp_path / "store"), executor="inline", layers="0,2",
-        signals="largest", dtype="float32",
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(tmp_path / "store"),
+        executor="inline",
+        layers="0,2",
+        signals="largest",
+        dtype="float32",
+    )
     with afn_ray.run(config) as run:
         assert run.info["measure"]["signals"] == ["strength", "largest of their-signals 1.5"]
-        (wrong,) = run.sql("SELECT count(*) FROM tokens WHERE largest_2 > strength_2 OR largest_2 <= 0").fetchall()
+        (wrong,) = run.sql(
+            "SELECT count(*) FROM tokens WHERE largest_2 > strength_2 OR largest_2 <= 0"
+        ).fetchall()
         assert wrong == (0,) and run.sql("SELECT count(*) FROM signals").fetchall() == [(2,)]
     assert not verify.verify_store(config.store).findings
     other, why = str(tmp_path / "other"), "the model gave a negative that is negative"
     with pytest.raises(IncompleteRun, match=f"none of 20 documents could be measured, .*: {why}"):
         afn_ray.run(replace(config, signals="negative", store=other))
-    write_jsonl(corpus, [{"text": t} for t in verses[: NONE_MEASURED - 1]])  # too few to accuse the model
+    write_jsonl(
+        corpus, [{"text": t} for t in verses[: NONE_MEASURED - 1]]
+    )  # too few to accuse the model
     with pytest.raises(CorpusError, match=f"{NONE_MEASURED - 1} quarantined"):
         afn_ray.run(replace(config, signals="negative", store=other))
     (uri,) = (f.uri for f in storage.list_below(other) if f.uri.endswith("-documents.parquet"))
@@ -411,7 +531,10 @@ def test_a_signal_of_another_package_is_measured_and_its_version_is_of_the_measu
         ("gone", "cannot be loaded: AttributeError"),
         ("thing", "is no subclass of afn_ray.signals.Signal"),
         ("largest,twice", "two signals measure largest"),
-        ("high", "is no signal: columns is .'high',., expected names .* none of high, neurons, quartile, sink"),
+        (
+            "high",
+            "is no signal: columns is .'high',., expected names .* none of high, neurons, quartile, sink",
+        ),
         ("apart", "is no signal: is_series is False, expected True"),
     ],
 )

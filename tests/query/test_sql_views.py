@@ -1,4 +1,6 @@
-"""Words, keyword in context, documents and comparisons in SQL against Python; the catalog in a client of its own."""
+"""Words, keyword in context, documents and comparisons in SQL against Python; the catalog in a
+client of its own.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from afn_ray.errors import AfnError, ConfigError
 from afn_ray.query import views
 from afn_ray.query.database import Run, open_run, write_catalog
 from afn_ray.reduce.compare import compare
-from afn_ray.schema import SPECIAL, WORD_START, documents_schema, strength_column, strengths, tokens_schema
+from afn_ray.schema import (
+    SPECIAL,
+    WORD_START,
+    documents_schema,
+    strength_column,
+    strengths,
+    tokens_schema,
+)
 from afn_ray.store import manifest
 from test_query import LAYERS, TEXTS, make_shard, write_run
 
@@ -36,25 +45,42 @@ def cut(word: str) -> list[int]:
     """Token ids of ``word``, which is made of the vocabulary's pieces."""
     ids = []
     while word:
-        at = max((i for i, t in enumerate(TEXTS) if t and word.startswith(t)), key=lambda i: len(TEXTS[i]))
+        at = max(
+            (i for i, t in enumerate(TEXTS) if t and word.startswith(t)),
+            key=lambda i: len(TEXTS[i]),
+        )
         ids.append(at)
         word = word[len(TEXTS[at]) :]
     return ids
 
 
-def worded_shard(seed: int, num_documents: int, special: bool) -> tuple[pa.Table, pa.Table, list[list[Word]]]:
-    """A shard of random words as a tokenizer leaves it, some capitalized, some without a space; and the words."""
+def worded_shard(
+    seed: int, num_documents: int, special: bool
+) -> tuple[pa.Table, pa.Table, list[list[Word]]]:
+    """A shard of random words as a tokenizer leaves it, some capitalized, some without a space; and
+    the words.
+    """
     rng = np.random.default_rng(seed)
     tokens: list[dict[str, Any]] = []
     documents, written = [], []
 
-    def add(doc: int, token_id: int, flags: int, surface: str | None, start: int, end: int) -> float:
+    def add(
+        doc: int, token_id: int, flags: int, surface: str | None, start: int, end: int
+    ) -> float:
         position = tokens[-1]["position"] + 1 if tokens and tokens[-1]["doc"] == doc else 0
         value = float(np.float32(round(rng.lognormal(1, 1), 2)))
         tokens.append(
-            {"doc": doc, "position": position, "token_id": token_id, "flags": flags, "surface": surface, "start": start,
-             "end": end, **{strength_column(k): value for k in LAYERS}}
-        )  # fmt: skip
+            {
+                "doc": doc,
+                "position": position,
+                "token_id": token_id,
+                "flags": flags,
+                "surface": surface,
+                "start": start,
+                "end": end,
+                **{strength_column(k): value for k in LAYERS},
+            }
+        )
         return value
 
     for doc in range(num_documents):
@@ -69,8 +95,14 @@ def worded_shard(seed: int, num_documents: int, special: bool) -> tuple[pa.Table
             at += len(gap)
             word: Word = {"gap": gap, "text": text, "start": at, "strengths": []}
             for nth, i in enumerate(cut(spelled)):
-                value = add(doc, i, 0 if nth else WORD_START, text if text != spelled and not nth else None,
-                            at, at + len(TEXTS[i]))  # fmt: skip
+                value = add(
+                    doc,
+                    i,
+                    0 if nth else WORD_START,
+                    text if text != spelled and not nth else None,
+                    at,
+                    at + len(TEXTS[i]),
+                )
                 at += len(TEXTS[i])
                 word["strengths"].append(value)
                 word.setdefault("position", tokens[-1]["position"])
@@ -79,11 +111,22 @@ def worded_shard(seed: int, num_documents: int, special: bool) -> tuple[pa.Table
             add(doc, 0, SPECIAL, None, at, at)
         n = sum(t["doc"] == doc for t in tokens)
         documents.append(
-            {"doc": doc, "doc_id": f"{seed}-{doc}", "source": "a.txt", "offset": doc, "n_tokens": n, "n_windows": 1,
-             "n_chars": at, "n_replaced": 0, "lost_bytes": 0, "lost_documents": 0,
-             "text_sha256": hashlib.sha256(b"").digest(), "status": "ok",
-             **{f"mean_{strength_column(k)}": 1.0 for k in LAYERS}}
-        )  # fmt: skip
+            {
+                "doc": doc,
+                "doc_id": f"{seed}-{doc}",
+                "source": "a.txt",
+                "offset": doc,
+                "n_tokens": n,
+                "n_windows": 1,
+                "n_chars": at,
+                "n_replaced": 0,
+                "lost_bytes": 0,
+                "lost_documents": 0,
+                "text_sha256": hashlib.sha256(b"").digest(),
+                "status": "ok",
+                **{f"mean_{strength_column(k)}": 1.0 for k in LAYERS},
+            }
+        )
         written.append(words)
     return (
         pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)),
@@ -93,7 +136,8 @@ def worded_shard(seed: int, num_documents: int, special: bool) -> tuple[pa.Table
 
 
 WORDED = [
-    worded_shard(seed, n, special) for seed, n, special in ((1, 25, True), (2, 0, True), (3, 40, False), (4, 9, True))
+    worded_shard(seed, n, special)
+    for seed, n, special in ((1, 25, True), (2, 0, True), (3, 40, False), (4, 9, True))
 ]
 WRITTEN = [words for *_, of_shard in WORDED for words in of_shard]
 
@@ -113,16 +157,27 @@ def run(request: pytest.FixtureRequest, worded: str, monkeypatch: pytest.MonkeyP
         yield run
 
 
-# --- words and documents ---------------------------------------------------------------------------------
+# --- words and documents
+# ---------------------------------------------------------------------------------
 
 
 def test_words_are_those_that_were_written(run: Run) -> None:
     expected = [
-        {"doc": doc, "word": i, "text": w["text"], "n_tokens": len(w["strengths"]), "position": w["position"],
-         "start": w["start"], "end": w["end"], "max": max(w["strengths"]), "first": w["strengths"][0],
-         "mean": pytest.approx(np.mean(w["strengths"]))}
-        for doc, words in enumerate(WRITTEN) for i, w in enumerate(words)
-    ]  # fmt: skip
+        {
+            "doc": doc,
+            "word": i,
+            "text": w["text"],
+            "n_tokens": len(w["strengths"]),
+            "position": w["position"],
+            "start": w["start"],
+            "end": w["end"],
+            "max": max(w["strengths"]),
+            "first": w["strengths"][0],
+            "mean": pytest.approx(np.mean(w["strengths"])),
+        }
+        for doc, words in enumerate(WRITTEN)
+        for i, w in enumerate(words)
+    ]
     got = run.sql(
         'SELECT doc, word, text, n_tokens, position, start, "end", max_strength_8 AS max, first_strength_8 AS first, '
         "mean_strength_8 AS mean FROM words ORDER BY doc, word"
@@ -148,7 +203,9 @@ def test_a_document_is_put_together(run: Run) -> None:
 def test_a_space_that_a_token_holds_stands_between_the_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, space: str
 ) -> None:
-    """GPT-2's, Qwen's and Llama's tokens begin with the space before a word; others may stand without one."""
+    """GPT-2's, Qwen's and Llama's tokens begin with the space before a word; others may stand
+    without one.
+    """
     monkeypatch.setattr(test_query, "PIECES", [space + piece for piece in test_query.PIECES])
     shards = []
     for table, documents, _ in WORDED:
@@ -161,11 +218,14 @@ def test_a_space_that_a_token_holds_stands_between_the_words(
     with open_run(str(tmp_path)) as run:
         got = run.sql("SELECT document_text(doc) FROM documents ORDER BY doc").fetchall()
         assert got == [("".join(w["gap"] + w["text"] for w in words) or None,) for words in WRITTEN]
-        contexts = run.sql("SELECT doc, position, left_context, text, right_context FROM kwic('river', 3)").fetchall()
+        contexts = run.sql(
+            "SELECT doc, position, left_context, text, right_context FROM kwic('river', 3)"
+        ).fetchall()
         assert contexts == [(o[0], o[1], *o[4:7]) for o in occurrences("river", 3)] != []
 
 
-# --- keyword in context ----------------------------------------------------------------------------------
+# --- keyword in context
+# ----------------------------------------------------------------------------------
 
 
 def occurrences(word: str, n: int) -> list[tuple[Any, ...]]:
@@ -175,7 +235,18 @@ def occurrences(word: str, n: int) -> list[tuple[Any, ...]]:
             if w["text"].lower() == word.lower():
                 left = "".join(x["gap"] + x["text"] for x in words[max(0, i - n) : i]).strip()
                 right = "".join(x["gap"] + x["text"] for x in words[i + 1 : i + 1 + n]).strip()
-                found.append((doc, w["position"], w["start"], w["end"], left, w["text"], right, max(w["strengths"])))
+                found.append(
+                    (
+                        doc,
+                        w["position"],
+                        w["start"],
+                        w["end"],
+                        left,
+                        w["text"],
+                        right,
+                        max(w["strengths"]),
+                    )
+                )
     return found
 
 
@@ -197,51 +268,96 @@ def test_most_is_enough_for_a_look(run: Run) -> None:
 
 
 def test_a_word_of_more_tokens_than_characters_is_found(tmp_path: Path) -> None:
-    """A tokenizer of bytes takes up to four for one character, and the head alone says what they spell."""
+    """A tokenizer of bytes takes up to four for one character, and the head alone says what they
+    spell.
+    """
     word, piece, bank = "\u65e5\u672c\u8a9e" * 9, cut("ri")[0], cut("bank")
     ids = [*bank, *[piece] * (4 * len(word)), *bank]
     flags = [WORD_START, *[0] * (len(bank) - 1), WORD_START, *[0] * (4 * len(word) - 1), WORD_START]
     flags += [0] * (len(ids) - len(flags))
     surfaces = [word if i == len(bank) else None for i in range(len(ids))]
     tokens = [
-        {"doc": 0, "position": i, "token_id": t, "flags": f, "surface": s, "start": 2 * i, "end": 2 * i + 1,
-         **{strength_column(k): 1.0 for k in LAYERS}}
+        {
+            "doc": 0,
+            "position": i,
+            "token_id": t,
+            "flags": f,
+            "surface": s,
+            "start": 2 * i,
+            "end": 2 * i + 1,
+            **{strength_column(k): 1.0 for k in LAYERS},
+        }
         for i, (t, f, s) in enumerate(zip(ids, flags, surfaces, strict=True))
-    ]  # fmt: skip
+    ]
     _, documents, _ = WORDED[0]
     one = documents.slice(0, 1)
-    write_run(str(tmp_path), [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)], LAYERS)
+    write_run(
+        str(tmp_path),
+        [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)],
+        LAYERS,
+    )
     with open_run(str(tmp_path)) as run:
         for n in (0, 1, 5):
-            got = run.sql("SELECT text, n_tokens, left_context, right_context FROM kwic($w, $n)", {"w": word, "n": n})
+            got = run.sql(
+                "SELECT text, n_tokens, left_context, right_context FROM kwic($w, $n)",
+                {"w": word, "n": n},
+            )
             side = "bank" if n else ""
             assert got.fetchall() == [(word, 4 * len(word), side, side)]
 
 
 @pytest.mark.parametrize("num_tokens", [60, 300])
 def test_words_of_many_tokens_are_as_many_words_beside_it(tmp_path: Path, num_tokens: int) -> None:
-    """Three words of many tokens on each side, and at last one that is too long to be shown whole."""
+    """Three words of many tokens on each side, and at last one that is too long to be shown
+    whole.
+    """
     (piece,), (bank,) = cut("ri"), cut("bank")
     long = [(piece, WORD_START), *[(piece, 0)] * (num_tokens - 1)]
-    ids = [(bank, 0), *long * 3, (bank, WORD_START), *long * 3, (piece, WORD_START), *[(piece, 0)] * 30_000]
+    ids = [
+        (bank, 0),
+        *long * 3,
+        (bank, WORD_START),
+        *long * 3,
+        (piece, WORD_START),
+        *[(piece, 0)] * 30_000,
+    ]
     tokens = [
-        {"doc": 0, "position": i, "token_id": t, "flags": f, "surface": None, "start": 3 * i + (f == WORD_START),
-         "end": 3 * i + 3, **{strength_column(k): 1.0 for k in LAYERS}}
+        {
+            "doc": 0,
+            "position": i,
+            "token_id": t,
+            "flags": f,
+            "surface": None,
+            "start": 3 * i + (f == WORD_START),
+            "end": 3 * i + 3,
+            **{strength_column(k): 1.0 for k in LAYERS},
+        }
         for i, (t, f) in enumerate(ids)
-    ]  # fmt: skip
+    ]
     one = WORDED[0][1].slice(0, 1)
-    write_run(str(tmp_path), [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)], LAYERS)
+    write_run(
+        str(tmp_path),
+        [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)],
+        LAYERS,
+    )
     word = "ri" * num_tokens
     with open_run(str(tmp_path)) as run:
         for n in range(4):
             side = " ".join([word] * n)
-            contexts = run.sql("SELECT left_context, right_context FROM kwic('bank', $n) WHERE position > 0", {"n": n})
+            contexts = run.sql(
+                "SELECT left_context, right_context FROM kwic('bank', $n) WHERE position > 0",
+                {"n": n},
+            )
             assert contexts.fetchall() == [(side, side)]
         ((left, right),) = run.sql(
             "SELECT left_context, right_context FROM kwic('bank', 5) WHERE position > 0"
         ).fetchall()
     assert left == f"bank {word} {word} {word}"  # the document begins there
-    assert right.startswith(f"{word} {word} {word} riri") and right.endswith("ri…") and len(right) < 10_001
+    assert (
+        right.startswith(f"{word} {word} {word} riri")
+        and right.endswith("ri…")
+        and len(right) < 10_001
+    )
 
 
 def scans_files(plan: dict[str, Any]) -> bool:
@@ -261,7 +377,9 @@ def tables_of_files(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("most", ["", ", most := 3"])
 def test_no_join_makes_a_table_of_all_tokens(run: Run, most: str) -> None:
-    """DuckDB cannot know how many occurrences there are; guessing many, it held 100 M tokens in 5 GB."""
+    """DuckDB cannot know how many occurrences there are; guessing many, it held 100 M tokens in 5
+    GB.
+    """
     ((_, text),) = run.sql(f"EXPLAIN (FORMAT JSON) FROM kwic('river', 5{most})").fetchall()
     assert [list(tables_of_files(plan)) for plan in json.loads(text)] == [[]]
     ((_, text),) = run.sql("EXPLAIN (FORMAT JSON) FROM words JOIN tokens USING (doc)").fetchall()
@@ -269,7 +387,8 @@ def test_no_join_makes_a_table_of_all_tokens(run: Run, most: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["", " ", "nothing", "river bank", "'", "x' OR 1=1 --", "'); DROP TABLE vocabulary; --", "%"]
+    "word",
+    ["", " ", "nothing", "river bank", "'", "x' OR 1=1 --", "'); DROP TABLE vocabulary; --", "%"],
 )
 def test_a_word_is_text_whatever_it_spells(run: Run, word: str) -> None:
     assert run.sql("FROM kwic(?)", [word]).fetchall() == []
@@ -286,11 +405,14 @@ def test_macros_live_without_offsets(tmp_path: Path) -> None:
         assert run.sql("FROM kwic('river')").fetchall()
 
 
-# --- what the night compares -----------------------------------------------------------------------------
+# --- what the night compares
+# -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> tuple[str, str]:
+def nights(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> tuple[str, str]:
     """Two true runs of one store, the second over more verses."""
     import afn_ray
 
@@ -300,9 +422,14 @@ def nights(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: li
     for name, lines in (("a.txt", verses[:60]), ("b.txt", verses[5000:5040])):
         (folder / "corpus" / name).write_text("\n".join(lines))
         config = RunConfig(
-            corpus=(str(folder / "corpus"),), model=str(tiny_bert), store=str(folder / "store"), executor="inline",
-            dtype="float32", txt_documents="line", layers="0,2",
-        )  # fmt: skip
+            corpus=(str(folder / "corpus"),),
+            model=str(tiny_bert),
+            store=str(folder / "store"),
+            executor="inline",
+            dtype="float32",
+            txt_documents="line",
+            layers="0,2",
+        )
         with afn_ray.run(config) as run:
             uris.append(run.uri)
     return uris[0], uris[1]
@@ -312,11 +439,19 @@ def test_a_baseline_fills_the_views_of_what_moved(nights: tuple[str, str]) -> No
     before, after = nights
     expected = compare(before, after)
     with open_run(after, baseline=before) as run:
-        for view, table in (("movers", expected.movers), ("drift", expected.drift), ("class_drift", expected.classes)):
+        for view, table in (
+            ("movers", expected.movers),
+            ("drift", expected.drift),
+            ("class_drift", expected.classes),
+        ):
             assert run.sql(f"FROM {view}").to_arrow_table().to_pylist() == table.to_pylist() != []
         assert run.sql("FROM movers WHERE status = 'new' AND n_a = 0").fetchall()
     with open_run(after) as run:
-        assert [run.sql(f"FROM {v}").fetchall() for v in ("movers", "drift", "class_drift")] == [[], [], []]
+        assert [run.sql(f"FROM {v}").fetchall() for v in ("movers", "drift", "class_drift")] == [
+            [],
+            [],
+            [],
+        ]
 
 
 def test_the_histogram_counts_every_token(nights: tuple[str, str]) -> None:
@@ -326,7 +461,8 @@ def test_the_histogram_counts_every_token(nights: tuple[str, str]) -> None:
         assert run.sql(sql).fetchall() == [(0, n), (2, n)]
 
 
-# --- the catalog -----------------------------------------------------------------------------------------
+# --- the catalog
+# -----------------------------------------------------------------------------------------
 
 CLIENT = """
 import json, sys, duckdb
@@ -342,21 +478,32 @@ print("ANSWERS", json.dumps(answers, default=str))
 
 
 def client(catalog: Path, *sql: str, packages: Path | None = None) -> list[Any]:
-    """Rows of each of ``sql``, or its error as text, asked in one fresh process from an unrelated folder.
+    """Rows of each of ``sql``, or its error as text, asked in one fresh process from an unrelated
+    folder.
 
     ``packages``: where another version of DuckDB is.
     """
     path = {} if packages is None else {"PYTHONPATH": str(packages)}
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT, str(catalog), *sql], capture_output=True, text=True, cwd="/",
-        env={**os.environ, **path}, check=True,
-    )  # fmt: skip
-    answers: list[Any] = json.loads(done.stdout.rpartition("ANSWERS ")[2])  # some versions draw their progress before
+        [sys.executable, "-c", CLIENT, str(catalog), *sql],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        env={**os.environ, **path},
+        check=True,
+    )
+    answers: list[Any] = json.loads(
+        done.stdout.rpartition("ANSWERS ")[2]
+    )  # some versions draw their progress before
     return answers
 
 
 EVERYTHING = [f"FROM {view} ORDER BY ALL" for view in views.VIEWS if view != "run"]
-EVERYTHING += ["FROM kwic('lord')", "FROM kwic('lord', n := 2, most := 3)", "SELECT document_text(3)"]
+EVERYTHING += [
+    "FROM kwic('lord')",
+    "FROM kwic('lord', n := 2, most := 3)",
+    "SELECT document_text(3)",
+]
 
 
 def answers_here(run_uri: str, baseline: str) -> list[Any]:
@@ -365,7 +512,9 @@ def answers_here(run_uri: str, baseline: str) -> list[Any]:
         return [json.loads(json.dumps(run.sql(sql).fetchall(), default=str)) for sql in EVERYTHING]
 
 
-def test_a_catalog_opens_anywhere_and_follows_a_moved_store(nights: tuple[str, str], tmp_path: Path) -> None:
+def test_a_catalog_opens_anywhere_and_follows_a_moved_store(
+    nights: tuple[str, str], tmp_path: Path
+) -> None:
     before, after = nights
     store = tmp_path / "the store's"
     shutil.copytree(after.rpartition("/runs/")[0], store)
@@ -385,7 +534,9 @@ def test_a_catalog_opens_anywhere_and_follows_a_moved_store(nights: tuple[str, s
 
 
 @pytest.fixture(scope="module")
-def catalog(nights: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def catalog(
+    nights: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any]]:
     """A catalog of a true run, and what ``EVERYTHING`` gives without it."""
     before, after = nights
     path = tmp_path_factory.mktemp("catalog") / "catalog.duckdb"
@@ -397,7 +548,9 @@ def catalog(nights: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_catalog_gives_other_versions_of_duckdb_the_same_rows(
     catalog: tuple[Path, list[Any]], tmp_path: Path, version: str
 ) -> None:
-    """The oldest client that it is for, the last of 1.x, and the newest there was when this was written."""
+    """The oldest client that it is for, the last of 1.x, and the newest there was when this was
+    written.
+    """
     packages = tmp_path / "packages"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
     done = subprocess.run([*command, f"duckdb=={version}"], capture_output=True, text=True)

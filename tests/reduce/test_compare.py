@@ -1,4 +1,6 @@
-"""Two runs compared: figures against scipy on the raw strengths, what must not matter, and what cannot be compared."""
+"""Two runs compared: figures against scipy on the raw strengths, what must not matter, and what
+cannot be compared.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def raw(uri: str) -> Raw:
             "SELECT token_id, source, strength_0, strength_2 FROM tokens JOIN documents USING (doc) "
             "WHERE NOT is_special ORDER BY doc, position"
         ).to_arrow_table()
-        q3 = dict(run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'").fetchall())
+        q3 = dict(
+            run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'").fetchall()
+        )
     strengths = {k: table[f"strength_{k}"].to_numpy() for k in LAYERS}
     return Raw(strengths, table["token_id"].to_numpy(), np.array(table["source"].to_pylist()), q3)
 
@@ -64,9 +68,17 @@ def add_sources(uri: str, granularity: Callable[[str], str] = lambda source: sou
         for name in np.unique(names).tolist():
             here = found.strengths[layer][names == name]
             histogram = Histogram.of(to_bins(here))
-            rows.append({"layer": layer, "source": name, "n_docs": 1, "n": len(here),
-                         "n_high": int((here >= found.q3[layer]).sum()),
-                         "bins": histogram.keys.tolist(), "counts": histogram.counts.tolist()})  # fmt: skip
+            rows.append(
+                {
+                    "layer": layer,
+                    "source": name,
+                    "n_docs": 1,
+                    "n": len(here),
+                    "n_high": int((here >= found.q3[layer]).sum()),
+                    "bins": histogram.keys.tolist(),
+                    "counts": histogram.counts.tolist(),
+                }
+            )
     nothing = dict.fromkeys(SOURCES_SCHEMA.names, 0)
     table = pa.Table.from_pylist([nothing | row for row in rows], SOURCES_SCHEMA)
     entry = manifest.write_table(run, "sources", table)
@@ -75,18 +87,30 @@ def add_sources(uri: str, granularity: Callable[[str], str] = lambda source: sou
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> RunConfig:
-    """A run over a growing corpus, whose first night is files 0, 1 and 2 and whose second is 1, 2 (longer) and 3."""
+def config(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> RunConfig:
+    """A run over a growing corpus, whose first night is files 0, 1 and 2 and whose second is 1, 2
+    (longer) and 3.
+    """
     folder = tmp_path_factory.mktemp("compare")
-    for night, files in enumerate(({0: (0, 40), 1: (40, 80), 2: (80, 90)}, {1: (40, 80), 2: (80, 110), 3: (600, 660)})):
+    for night, files in enumerate(
+        ({0: (0, 40), 1: (40, 80), 2: (80, 90)}, {1: (40, 80), 2: (80, 110), 3: (600, 660)})
+    ):
         (folder / str(night)).mkdir()
         for file, (begin, end) in files.items():
             rows = [{"text": t} for t in verses[begin:end]]
             write_jsonl(folder / str(night) / f"{file}.jsonl", rows)
     return RunConfig(
-        corpus=(str(folder / "0"),), model=str(tiny_bert), store=str(folder / "store-0"), layers="0,2",
-        dtype="float32", executor="inline", shard_bytes=4096, batch_tokens=256,
-    )  # fmt: skip
+        corpus=(str(folder / "0"),),
+        model=str(tiny_bert),
+        store=str(folder / "store-0"),
+        layers="0,2",
+        dtype="float32",
+        executor="inline",
+        shard_bytes=4096,
+        batch_tokens=256,
+    )
 
 
 def by_file(source: str) -> str:
@@ -98,7 +122,9 @@ def runs(config: RunConfig) -> tuple[RunFolder, RunFolder]:
     folder = config.store.rsplit("/", 1)[0]
     found = []
     for night in range(2):
-        with afn_ray.run(replace(config, corpus=(f"{folder}/{night}",), store=f"{folder}/store-{night}")) as run:
+        with afn_ray.run(
+            replace(config, corpus=(f"{folder}/{night}",), store=f"{folder}/store-{night}")
+        ) as run:
             found.append(add_sources(run.uri, by_file))
     return found[0], found[1]
 
@@ -126,7 +152,10 @@ def test_files_of_one_night_are_held_against_the_folders_of_another() -> None:
     def side(*names: str) -> compare.Sources:
         return {name: (Histogram.of(np.array([len(name)])), 1) for name in names}
 
-    few, many = side("/c/a/1.txt", "/c/a/2.txt", "/c/b/3.txt", "/d/4.txt"), side("/c/a", "/c/b", "/e")
+    few, many = (
+        side("/c/a/1.txt", "/c/a/2.txt", "/c/b/3.txt", "/d/4.txt"),
+        side("/c/a", "/c/b", "/e"),
+    )
     a, b = compare._alike(few, many)
     assert a.keys() == {"/c/a", "/c/b", "/d/4.txt"} and b.keys() == many.keys()
     assert a["/c/a"][0].n == a["/c/a"][1] == 2
@@ -137,14 +166,17 @@ def rows_of(table: pa.Table, **having: Any) -> list[dict[str, Any]]:
     return [r for r in table.to_pylist() if all(r[k] == v for k, v in having.items())]
 
 
-# --- figures ---------------------------------------------------------------------------------------------
+# --- figures
+# ---------------------------------------------------------------------------------------------
 
 
 def expected_distances(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict[str, float]:
     """From raw strengths, as the definitions read."""
 
     def shares(values: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return np.bincount(np.searchsorted(ends, values, side="left"), minlength=len(ends) + 1) / len(values)
+        return np.bincount(
+            np.searchsorted(ends, values, side="left"), minlength=len(ends) + 1
+        ) / len(values)
 
     ends = np.unique([np.quantile(a, i / 10, method="inverted_cdf") for i in range(1, 10)])
     p, q = shares(a, ends), shares(b, ends)
@@ -152,10 +184,14 @@ def expected_distances(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict
     p, q = np.where(p == 0, 0.5 / len(a), p)[some], np.where(q == 0, 0.5 / len(b), q)[some]
     both = np.concatenate([a, b])
     half_each = np.repeat([len(b), len(a)], [len(a), len(b)])
-    ends = np.unique(np.quantile(both, np.arange(1, 10) / 10, weights=half_each, method="inverted_cdf"))
+    ends = np.unique(
+        np.quantile(both, np.arange(1, 10) / 10, weights=half_each, method="inverted_cdf")
+    )
     return {
         "psi": float(np.sum((q - p) * np.log(q / p))),
-        "ks": float(np.abs(np.subtract(*(scipy.stats.ecdf(v).cdf.evaluate(both) for v in (a, b)))).max()),
+        "ks": float(
+            np.abs(np.subtract(*(scipy.stats.ecdf(v).cdf.evaluate(both) for v in (a, b)))).max()
+        ),
         "js": float(scipy.spatial.distance.jensenshannon(shares(a, ends), shares(b, ends), base=2)),
     }
 
@@ -168,7 +204,9 @@ def test_quartiles_and_distances_are_those_of_the_raw_strengths(
     a, b = (raw(run.uri) for run in runs)
     whole = rows_of(compared.drift, layer=layer, source=None)
     assert len(whole) == 1
-    named = {r["source"]: r for r in rows_of(compared.drift, layer=layer) if r["source"] is not None}
+    named = {
+        r["source"]: r for r in rows_of(compared.drift, layer=layer) if r["source"] is not None
+    }
     assert list(named) == ["0.jsonl", "1.jsonl", "2.jsonl", "3.jsonl"]
     for source, row in [(None, whole[0]), *named.items()]:
         of = {}
@@ -194,13 +232,19 @@ def test_quartiles_and_distances_are_those_of_the_raw_strengths(
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_types_move_as_scipy_says(layer: int, compared: Comparison, runs: tuple[RunFolder, RunFolder]) -> None:
+def test_types_move_as_scipy_says(
+    layer: int, compared: Comparison, runs: tuple[RunFolder, RunFolder]
+) -> None:
     assert compared.movers.schema == MOVERS_SCHEMA
     movers = rows_of(compared.movers, layer=layer)
     found = [raw(run.uri) for run in runs]
     ids = [set(f.token_ids.tolist()) for f in found]
     assert len(movers) == len(ids[0] | ids[1])
-    for status, expected in (("both", ids[0] & ids[1]), ("new", ids[1] - ids[0]), ("vanished", ids[0] - ids[1])):
+    for status, expected in (
+        ("both", ids[0] & ids[1]),
+        ("new", ids[1] - ids[0]),
+        ("vanished", ids[0] - ids[1]),
+    ):
         assert expected and {m["token_id"] for m in movers if m["status"] == status} == expected
     assert sum(m["n_a"] for m in movers) == len(found[0].token_ids)
     assert sum(m["n_b"] for m in movers) == len(found[1].token_ids)
@@ -210,7 +254,14 @@ def test_types_move_as_scipy_says(layer: int, compared: Comparison, runs: tuple[
             values = f.strengths[layer][f.token_ids == m["token_id"]]
             assert m[f"n_{run}"] == len(values)
             if not len(values):
-                assert m[f"median_{run}"] is m[f"share_high_{run}"] is m["z"] is m["p"] is m["q"] is None
+                assert (
+                    m[f"median_{run}"]
+                    is m[f"share_high_{run}"]
+                    is m["z"]
+                    is m["p"]
+                    is m["q"]
+                    is None
+                )
                 continue
             highs[run] = int((values >= f.q3[layer]).sum())
             assert m[f"share_high_{run}"] == highs[run] / len(values)
@@ -227,16 +278,24 @@ def test_types_move_as_scipy_says(layer: int, compared: Comparison, runs: tuple[
             assert m["p"] == pytest.approx(chi2.pvalue, rel=1e-9)
             assert m["z"] == 0 or (m["z"] > 0) == (m["share_high_b"] > m["share_high_a"])
     both = [m for m in movers if m["status"] == "both"]
-    assert [m["q"] for m in both] == pytest.approx(scipy.stats.false_discovery_control([m["p"] for m in both]))
+    assert [m["q"] for m in both] == pytest.approx(
+        scipy.stats.false_discovery_control([m["p"] for m in both])
+    )
     assert movers[: len(both)] == sorted(
         both, key=lambda m: (m["q"], -abs(m["z"]), -m["n_a"] - m["n_b"], m["token_id"])
     )
 
 
-def test_class_shares_are_sums_over_the_vocabulary(compared: Comparison, runs: tuple[RunFolder, RunFolder]) -> None:
+def test_class_shares_are_sums_over_the_vocabulary(
+    compared: Comparison, runs: tuple[RunFolder, RunFolder]
+) -> None:
     assert compared.classes.schema == CLASS_DRIFT_SCHEMA
     for run, folder in zip("ab", runs, strict=True):
-        words = [w for w in manifest.read_table(folder, "vocabulary").to_pylist() if w["class"] != "special"]
+        words = [
+            w
+            for w in manifest.read_table(folder, "vocabulary").to_pylist()
+            if w["class"] != "special"
+        ]
         total = sum(w["n"] for w in words if w["layer"] == 2)
         for row in rows_of(compared.classes, layer=2):
             here = [w for w in words if w["layer"] == 2 and w["class"] == row["class"]]
@@ -244,9 +303,15 @@ def test_class_shares_are_sums_over_the_vocabulary(compared: Comparison, runs: t
             assert (row[f"n_{run}"], row[f"n_high_{run}"]) == (n, high)
             assert row[f"share_{run}"] == n / total
             assert row[f"share_high_{run}"] == (high / n if n else 0.0)
-            wilson = scipy.stats.binomtest(high, n).proportion_ci(method="wilson") if n else (0.0, 1.0)
-            assert (row[f"share_high_low_{run}"], row[f"share_high_high_{run}"]) == pytest.approx(tuple(wilson))
-    assert len(rows_of(compared.classes, layer=2)) >= 4 and not rows_of(compared.classes, **{"class": "special"})
+            wilson = (
+                scipy.stats.binomtest(high, n).proportion_ci(method="wilson") if n else (0.0, 1.0)
+            )
+            assert (row[f"share_high_low_{run}"], row[f"share_high_high_{run}"]) == pytest.approx(
+                tuple(wilson)
+            )
+    assert len(rows_of(compared.classes, layer=2)) >= 4 and not rows_of(
+        compared.classes, **{"class": "special"}
+    )
 
 
 histograms = st.dictionaries(st.integers(1, 40), st.integers(1, 9), min_size=1, max_size=25).map(
@@ -258,12 +323,26 @@ histograms = st.dictionaries(st.integers(1, 40), st.integers(1, 9), min_size=1, 
 @given(histograms, histograms)
 def test_distances_of_any_histograms(a: Histogram, b: Histogram) -> None:
     expected = expected_distances(*(np.repeat(h.keys, h.counts) for h in (a, b)))
-    found = {"psi": compare.psi(a, b), "ks": compare.kolmogorov_smirnov(a, b), "js": compare.jensen_shannon(a, b)}
-    assert found == pytest.approx(expected, rel=1e-9, abs=1e-7)  # scipy's root of a sum near 0 is 1e-8 off
-    assert compare.kolmogorov_smirnov(b, a) == found["ks"] <= 1 and compare.jensen_shannon(b, a) == found["js"] <= 1
+    found = {
+        "psi": compare.psi(a, b),
+        "ks": compare.kolmogorov_smirnov(a, b),
+        "js": compare.jensen_shannon(a, b),
+    }
+    assert found == pytest.approx(
+        expected, rel=1e-9, abs=1e-7
+    )  # scipy's root of a sum near 0 is 1e-8 off
+    assert (
+        compare.kolmogorov_smirnov(b, a) == found["ks"] <= 1
+        and compare.jensen_shannon(b, a) == found["js"] <= 1
+    )
     assert found["psi"] >= 0
     doubled = Histogram(a.keys, 2 * a.counts)  # every document twice
-    assert compare.psi(a, doubled) == compare.kolmogorov_smirnov(a, doubled) == compare.jensen_shannon(a, doubled) == 0
+    assert (
+        compare.psi(a, doubled)
+        == compare.kolmogorov_smirnov(a, doubled)
+        == compare.jensen_shannon(a, doubled)
+        == 0
+    )
 
 
 @settings(deadline=None)
@@ -300,9 +379,14 @@ def test_z_p_and_q_of_any_counts(rows: list[tuple[int, int, int, int]]) -> None:
             pooled * (1 - pooled) * (1 / n_a[i] + 1 / n_b[i])
         )
         if min(pooled, 1 - pooled) * min(n_a[i], n_b[i]) < compare.LEAST_EXPECTED:
-            cells = [(high + pooled, n - high + 1 - pooled) for high, n in ((high_a[i], n_a[i]), (high_b[i], n_b[i]))]
+            cells = [
+                (high + pooled, n - high + 1 - pooled)
+                for high, n in ((high_a[i], n_a[i]), (high_b[i], n_b[i]))
+            ]
             odds = [math.log(cell[0] / cell[1]) for cell in cells]
-            expected = (odds[1] - odds[0]) / math.sqrt(sum(1 / count for cell in cells for count in cell))
+            expected = (odds[1] - odds[0]) / math.sqrt(
+                sum(1 / count for cell in cells for count in cell)
+            )
         assert z[i] == pytest.approx(expected)
         assert p[i] == pytest.approx(2 * scipy.stats.norm.sf(abs(expected)))
     assert compare.benjamini_hochberg(p) == pytest.approx(scipy.stats.false_discovery_control(p))
@@ -310,12 +394,15 @@ def test_z_p_and_q_of_any_counts(rows: list[tuple[int, int, int, int]]) -> None:
     assert (backwards == -z).all() and (p_backwards == p).all()
 
 
-# --- what must not matter --------------------------------------------------------------------------------
+# --- what must not matter
+# --------------------------------------------------------------------------------
 
 
 def test_a_run_against_itself_differs_in_nothing(runs: tuple[RunFolder, RunFolder]) -> None:
     same = compare.compare(runs[0].uri, runs[0].store)
-    assert "A and B are one run." in same.notes and any("HIGH means the same" in n for n in same.notes)
+    assert "A and B are one run." in same.notes and any(
+        "HIGH means the same" in n for n in same.notes
+    )
     check_nothing_differs(same)
 
 
@@ -341,7 +428,9 @@ def test_how_the_corpus_is_cut_and_stored_does_not_matter(
     assert compare.compare(other, runs[1]).drift == compared.drift
 
 
-def test_backwards_is_the_mirror_image(compared: Comparison, runs: tuple[RunFolder, RunFolder]) -> None:
+def test_backwards_is_the_mirror_image(
+    compared: Comparison, runs: tuple[RunFolder, RunFolder]
+) -> None:
     mirror = compare.compare(runs[1], runs[0])
     turned = {"new": "vanished", "vanished": "new", "both": "both"}
     there = {(r["layer"], r["token_id"]): r for r in compared.movers.to_pylist()}
@@ -355,12 +444,15 @@ def test_backwards_is_the_mirror_image(compared: Comparison, runs: tuple[RunFold
         assert (row["ks"], row["js"], row["q3_a"]) == (other["ks"], other["js"], other["q3_b"])
 
 
-# --- what cannot be compared -----------------------------------------------------------------------------
+# --- what cannot be compared
+# -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def of_another_measure(config: RunConfig, runs: tuple[RunFolder, RunFolder]) -> RunFolder:
-    with afn_ray.run(replace(config, layers="2,3", window_tokens=32, screen=0, store=f"{config.store}-other")) as run:
+    with afn_ray.run(
+        replace(config, layers="2,3", window_tokens=32, screen=0, store=f"{config.store}-other")
+    ) as run:
         return manifest.find_run(run.uri)
 
 
@@ -384,20 +476,31 @@ def test_ranks_only_keeps_shares_and_nothing_that_depends_on_raw_strengths(
     assert row["share_high_a"] == pytest.approx(0.25, abs=0.01)
     gone = [f"q{i}_{run}" for i in (1, 2, 3) for run in "ab"] + list(DISTANCES)
     assert all(row[name] is None for name in gone)
-    assert found.movers["median_a"].null_count == found.movers["median_b"].null_count == len(found.movers)
+    assert (
+        found.movers["median_a"].null_count
+        == found.movers["median_b"].null_count
+        == len(found.movers)
+    )
     assert found.movers["z"].null_count == 0 and set(found.movers["status"].to_pylist()) == {"both"}
     same = compare.compare(*runs, ranks_only=True).movers
-    assert same.drop_columns(["median_a", "median_b"]) == compare.compare(*runs).movers.drop_columns(
-        ["median_a", "median_b"]
-    )
+    assert same.drop_columns(["median_a", "median_b"]) == compare.compare(
+        *runs
+    ).movers.drop_columns(["median_a", "median_b"])
     said = " ".join(found.notes)
-    for expected in ("Ranks only", "window_tokens: 64 against 32", "Of A layers 0 were not", "Of B layers 3 were not",
-                     "Sources were not compared: B"):  # fmt: skip
+    for expected in (
+        "Ranks only",
+        "window_tokens: 64 against 32",
+        "Of A layers 0 were not",
+        "Of B layers 3 were not",
+        "Sources were not compared: B",
+    ):
         assert expected in said
 
 
 def test_types_of_different_measures_are_matched_by_their_piece(
-    runs: tuple[RunFolder, RunFolder], of_another_measure: RunFolder, monkeypatch: pytest.MonkeyPatch
+    runs: tuple[RunFolder, RunFolder],
+    of_another_measure: RunFolder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read_table = manifest.read_table
 
@@ -424,14 +527,18 @@ def test_measures_without_a_common_layer_cannot_be_compared(
         compare.compare(runs[0], other, ranks_only=True)
 
 
-def test_a_run_that_is_not_complete_or_not_there_is_refused(runs: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
+def test_a_run_that_is_not_complete_or_not_there_is_refused(
+    runs: tuple[RunFolder, RunFolder], tmp_path: Path
+) -> None:
     with pytest.raises(StoreError, match="is not complete"):
         compare.compare(replace(runs[0], info={}), runs[1])
     with pytest.raises(StoreError, match="neither a store nor a run"):
         compare.compare(runs[0], str(tmp_path))
 
 
-def test_runs_without_sources_or_shards_are_compared_and_say_so(runs: tuple[RunFolder, RunFolder]) -> None:
+def test_runs_without_sources_or_shards_are_compared_and_say_so(
+    runs: tuple[RunFolder, RunFolder],
+) -> None:
     tables = {k: v for k, v in runs[1].info["tables"].items() if k != "sources"}
     lost = [{"shard": "x", "uri": "y", "reason": "z"}]
     other = replace(runs[1], info={**runs[1].info, "tables": tables, "quarantined": lost})
@@ -442,22 +549,33 @@ def test_runs_without_sources_or_shards_are_compared_and_say_so(runs: tuple[RunF
     assert any("HIGH is a rank within each run" in n for n in found.notes)
 
 
-# --- JSON ------------------------------------------------------------------------------------------------
+# --- JSON
+# ------------------------------------------------------------------------------------------------
 
 
-def test_json_is_plain_versioned_and_bounded(compared: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_plain_versioned_and_bounded(
+    compared: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = compare.to_json(compared)
     assert json.loads(json.dumps(body, allow_nan=False)) == body
-    assert body["schema_version"] == 2 and body["a"]["id"] == compared.a.id and body["b"]["uri"] == compared.b.uri
+    assert (
+        body["schema_version"] == 2
+        and body["a"]["id"] == compared.a.id
+        and body["b"]["uri"] == compared.b.uri
+    )
     at_2 = rows_of(compared.movers, layer=2)
     assert body["n_new"] == len([m for m in at_2 if m["status"] == "new"]) == len(body["new"])
     assert body["n_vanished"] == len(body["vanished"]) and len(body["sources"]) == 8
     assert body["n_sources"] == len({s["source"] for s in body["sources"]}) == 4
     both = [m for m in at_2 if m["status"] == "both"]
-    assert body["n_types"] == len(both) and len(body["movers"]) == len(rows_of(compared.movers, status="both"))
+    assert body["n_types"] == len(both) and len(body["movers"]) == len(
+        rows_of(compared.movers, status="both")
+    )
     assert body["n_moved"] == sum(m["q"] < 0.05 for m in both)
     unknown = [s["ks"] is None for s in body["sources"]]
-    assert unknown == sorted(unknown, reverse=True) and any(unknown)  # new and vanished ones are the furthest
+    assert unknown == sorted(unknown, reverse=True) and any(
+        unknown
+    )  # new and vanished ones are the furthest
     monkeypatch.setattr(compare, "JSON_ROWS", 3)
     short = compare.to_json(compared)
     for name in ("movers", "new", "vanished", "sources"):
@@ -468,7 +586,8 @@ def test_json_is_plain_versioned_and_bounded(compared: Comparison, monkeypatch: 
     assert [m["q"] for m in body["movers"]] == sorted(m["q"] for m in body["movers"])
 
 
-# --- the terminal ----------------------------------------------------------------------------------------
+# --- the terminal
+# ----------------------------------------------------------------------------------------
 
 
 def shown(found: Comparison, width: int) -> str:
@@ -481,16 +600,26 @@ def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison
     text = shown(compared, 200)
     assert shown(compared, 40).split() == text.split()
     whole = rows_of(compared.drift, layer=2, source=None)[0]
-    for expected in (f"{whole['psi']:.4f}", f"{whole['ks']:.4f}", f"{whole['js']:.4f}", f"{whole['n_a']:,}",
-                     f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}", "3.jsonl", "types are new: ", "types have vanished: ",
-                     *compared.notes):  # fmt: skip
+    for expected in (
+        f"{whole['psi']:.4f}",
+        f"{whole['ks']:.4f}",
+        f"{whole['js']:.4f}",
+        f"{whole['n_a']:,}",
+        f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}",
+        "3.jsonl",
+        "types are new: ",
+        "types have vanished: ",
+        *compared.notes,
+    ):
         assert expected in text, expected
 
 
 def test_the_terminal_lists_movers_only_where_they_moved(compared: Comparison) -> None:
     movers = rows_of(compared.movers, layer=2)
     both = [m for m in movers if m["status"] == "both"]
-    assert not [m for m in both if m["q"] < compare.SIGNIFICANT] and "median A" not in shown(compared, 200)
+    assert not [m for m in both if m["q"] < compare.SIGNIFICANT] and "median A" not in shown(
+        compared, 200
+    )
     table = compared.movers
     q = [1e-9 if m in both[:3] else m["q"] for m in table.to_pylist()]
     classes = ["piece" if m == both[1] else "content" for m in table.to_pylist()]
@@ -500,7 +629,11 @@ def test_the_terminal_lists_movers_only_where_they_moved(compared: Comparison) -
     text = shown(replace(compared, movers=table), 200)
     listed = text[text.index("median A") : text.index("1 part of words")]
     assert f"3 of {len(both):,} in both moved" in text
-    assert [f"{m['z']:+.1f}" in listed and m["text"] in listed for m in both[:3]] == [True, False, True]
+    assert [f"{m['z']:+.1f}" in listed and m["text"] in listed for m in both[:3]] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_terminal_shows_what_ranks_leave_and_no_control_characters(

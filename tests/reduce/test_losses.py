@@ -42,14 +42,22 @@ def corpus_of_losses(folder: Path, verses: Sequence[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lossy(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> tuple[RunConfig, list[str]]:
+def lossy(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> tuple[RunConfig, list[str]]:
     """A run over such a corpus, and what its end says."""
     folder = tmp_path_factory.mktemp("losses")
     corpus = corpus_of_losses(folder / "corpus", verses)
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), executor="inline",
-        layers="2", shard_bytes=3000, batch_tokens=256, dtype="float32",
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="2",
+        shard_bytes=3000,
+        batch_tokens=256,
+        dtype="float32",
+    )
     return config, said_by_a_run(config)
 
 
@@ -63,7 +71,9 @@ def by_name(table: pa.Table) -> dict[str, dict[str, Any]]:
     return {Path(row["source"]).name: row for row in table.to_pylist()}
 
 
-def test_files_sources_shards_commits_and_run_agree_on_what_was_lost(lossy: tuple[RunConfig, list[str]]) -> None:
+def test_files_sources_shards_commits_and_run_agree_on_what_was_lost(
+    lossy: tuple[RunConfig, list[str]],
+) -> None:
     config, _ = lossy
     with afn_ray.open_run(config.store) as run:
         documents = run.sql("FROM documents").to_dicts()
@@ -77,9 +87,13 @@ def test_files_sources_shards_commits_and_run_agree_on_what_was_lost(lossy: tupl
     for row in documents:
         bad = row["status"].startswith("quarantined")
         expected[Path(row["source"]).name].update(
-            n_documents=1, n_quarantined=bad, lost_bytes=row["lost_bytes"], n_replaced=row["n_replaced"],
-            lost_documents=row["lost_documents"] or 0, lost_unknown=row["lost_documents"] is None,
-        )  # fmt: skip
+            n_documents=1,
+            n_quarantined=bad,
+            lost_bytes=row["lost_bytes"],
+            n_replaced=row["n_replaced"],
+            lost_documents=row["lost_documents"] or 0,
+            lost_unknown=row["lost_documents"] is None,
+        )
     assert files.keys() - {"c.pdf"} == sources.keys() == expected.keys()
     for name, sums in expected.items():
         size = Path(files[name]["source"]).stat().st_size
@@ -88,16 +102,29 @@ def test_files_sources_shards_commits_and_run_agree_on_what_was_lost(lossy: tupl
             assert {column: got[column] for column in COLUMNS} == of_file
         assert files[name]["bytes"] == sources[name]["bytes"] == files[name]["num_bytes"] == size
         assert sources[name]["n_documents"] == sums["n_documents"]
-        assert files[name]["share_read"] == sources[name]["share_read"] == max(0, 1 - sums["lost_bytes"] / size)
+        assert (
+            files[name]["share_read"]
+            == sources[name]["share_read"]
+            == max(0, 1 - sums["lost_bytes"] / size)
+        )
         assert not files[name]["is_skipped"]
     for name in ("lost_bytes", "lost_documents", "lost_unknown"):
-        assert counts[name] == sum(s[name] for s in expected.values()) == sum(s[name] for s in shards)
-    assert counts["replaced"] == sum(s["n_replaced"] for s in expected.values()) == sum(s["n_replaced"] for s in shards)
+        assert (
+            counts[name] == sum(s[name] for s in expected.values()) == sum(s[name] for s in shards)
+        )
+    assert (
+        counts["replaced"]
+        == sum(s["n_replaced"] for s in expected.values())
+        == sum(s["n_replaced"] for s in shards)
+    )
     assert files["a.jsonl"]["share_read"] == 1 and expected["b.jsonl"]["n_quarantined"] == 2
     assert expected["e.txt"]["n_replaced"] == 2
     skipped = files["c.pdf"]
     assert skipped["is_skipped"] and skipped["share_read"] == 0
-    assert skipped["bytes"] == run.info["corpus"]["skipped_bytes"] > 0 and run.info["corpus"]["skipped"] == 1
+    assert (
+        skipped["bytes"] == run.info["corpus"]["skipped_bytes"] > 0
+        and run.info["corpus"]["skipped"] == 1
+    )
     assert not verify.verify_store(config.store).findings
 
 
@@ -112,7 +139,11 @@ def test_the_sums_are_the_same_for_any_grouping(
     stored = manifest.read_table(run, "files")
     monkeypatch.setattr(losses, "FAN_IN", 2)
     again = losses.files_table(
-        store, measure_id, [found[s.id] for s in shards], shards=shards, skipped=losses.skipped_files(stored)
+        store,
+        measure_id,
+        [found[s.id] for s in shards],
+        shards=shards,
+        skipped=losses.skipped_files(stored),
     )
     assert len(shards) > 4 and again.equals(stored)
 
@@ -121,9 +152,13 @@ def test_the_end_of_a_run_says_what_was_lost_each_time(lossy: tuple[RunConfig, l
     config, said = lossy
     for messages in (said, said_by_a_run(config)):  # the second time there is nothing to do
         assert messages[-1].startswith("warning: lost: ") and " in 3 files: " in messages[-1]
-        assert "d.parquet (0% read)" in messages[-1] and messages[-1].endswith("; 2 documents or more")
+        assert "d.parquet (0% read)" in messages[-1] and messages[-1].endswith(
+            "; 2 documents or more"
+        )
         assert "replaced: 2 characters in 1 file: e.txt" in messages
-        assert any(text.startswith("skipped: 1 file (") and text.endswith(": c.pdf") for text in messages)
+        assert any(
+            text.startswith("skipped: 1 file (") and text.endswith(": c.pdf") for text in messages
+        )
 
 
 def test_text_that_the_tokenizer_does_not_know_is_a_warning_each_time_and_in_show(
@@ -134,13 +169,25 @@ def test_text_that_the_tokenizer_does_not_know_is_a_warning_each_time_and_in_sho
     corpus = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     config = make_config(corpus=(str(corpus),))
     for _ in range(2):
-        (unknown,) = (text for text in said_by_a_run(config) if text.startswith("warning: unknown: "))
+        (unknown,) = (
+            text for text in said_by_a_run(config) if text.startswith("warning: unknown: ")
+        )
         assert unknown.startswith("warning: unknown: 270 of ") and " are [UNK], which" in unknown
     run = manifest.find_run(config.store)
     assert run.info["unknown"] == {"token": "[UNK]", "tokens": 270}
-    assert dict(overview.facts(overview.summarise(run)))["unknown"] == unknown.removeprefix("warning: unknown: ")
-    for altered in ({}, {"unknown": 1}, {"unknown": {"tokens": "x"}}, {"unknown": {"tokens": 10**9}}):
-        assert losses.describe_unknown({k: v for k, v in run.info.items() if k != "unknown"} | altered) == ""
+    assert dict(overview.facts(overview.summarise(run)))["unknown"] == unknown.removeprefix(
+        "warning: unknown: "
+    )
+    for altered in (
+        {},
+        {"unknown": 1},
+        {"unknown": {"tokens": "x"}},
+        {"unknown": {"tokens": 10**9}},
+    ):
+        assert (
+            losses.describe_unknown({k: v for k, v in run.info.items() if k != "unknown"} | altered)
+            == ""
+        )
 
 
 def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
@@ -148,7 +195,9 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
 ) -> None:
     (tmp_path / "corpus").mkdir()
     for name in "ab":
-        write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", [{"text": verse} for verse in verses[:20]])
+        write_jsonl(
+            tmp_path / "corpus" / f"{name}.jsonl", [{"text": verse} for verse in verses[:20]]
+        )
     process = worker.Processor.process
 
     def fail(self: Any, shard: Any, halvings: int = 0) -> Any:
@@ -164,8 +213,10 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
     assert files["b.jsonl"]["share_read"] == 0 and files["a.jsonl"]["lost_bytes"] == 0
     counts, found = run.info["counts"], losses.of_run(manifest.find_run(run.uri))
     assert (counts["lost_bytes"], counts["lost_documents"], counts["lost_unknown"]) == (
-        found.lost_bytes, found.lost_documents, found.lost_unknown,
-    )  # fmt: skip
+        found.lost_bytes,
+        found.lost_documents,
+        found.lost_unknown,
+    )
     (shown,) = status.read_status(run.uri)
     assert shown.body["bytes_lost"] == found.lost_bytes > 0
     written = json.loads(Path(run.uri, "status.json").read_text())
@@ -189,7 +240,8 @@ def test_a_comparison_says_which_run_lost_what(lossy: tuple[RunConfig, list[str]
     assert f"A lost {said}." in notes and f"B lost {said}." in notes
 
 
-# --- in words --------------------------------------------------------------------------------------------
+# --- in words
+# --------------------------------------------------------------------------------------------
 
 
 def made(*rows: dict[str, Any]) -> pa.Table:
@@ -199,27 +251,43 @@ def made(*rows: dict[str, Any]) -> pa.Table:
 
 def test_the_worst_are_named_and_the_others_counted() -> None:
     rows = [
-        {"source": f"/c/{i}.gz", "num_bytes": 1_000_000, "lost_bytes": 10**i, "share_read": 1 - 10**i / 10**6,
-         "n_quarantined": 1, "lost_documents": i}
+        {
+            "source": f"/c/{i}.gz",
+            "num_bytes": 1_000_000,
+            "lost_bytes": 10**i,
+            "share_read": 1 - 10**i / 10**6,
+            "n_quarantined": 1,
+            "lost_documents": i,
+        }
         for i in range(7)
-    ]  # fmt: skip
+    ]
     found = losses.total(made(*rows))
     assert losses.describe(found) == (
         "1.1 MB of 7.0 MB (15.9%) in 7 files: 6.gz (0% read), 5.gz (90% read), 4.gz (99% read), 3.gz (99.9% read), "
         "2.gz (99.9% read), and 2 more; 21 documents"
     )
-    unknown = losses.total(made(*rows, {"source": "/d/1.gz", "lost_unknown": 1, "n_quarantined": 1}))
+    unknown = losses.total(
+        made(*rows, {"source": "/d/1.gz", "lost_unknown": 1, "n_quarantined": 1})
+    )
     assert losses.describe(unknown).endswith("; 21 documents or more")
 
 
 def test_nothing_lost_is_nothing_said() -> None:
     found = losses.total(made({"source": "/c/a.txt", "num_bytes": 9}))
     assert not found.any and found.share == 0
-    assert losses.describe(found) == losses.describe_replaced(found) == losses.describe_skipped([]) == ""
+    assert (
+        losses.describe(found)
+        == losses.describe_replaced(found)
+        == losses.describe_skipped([])
+        == ""
+    )
 
 
 def test_files_of_one_name_are_told_apart() -> None:
-    rows = [{"source": f"/c/{i}/a.gz", "num_bytes": 9, "lost_bytes": 9, "lost_unknown": 1} for i in range(2)]
+    rows = [
+        {"source": f"/c/{i}/a.gz", "num_bytes": 9, "lost_bytes": 9, "lost_unknown": 1}
+        for i in range(2)
+    ]
     assert losses.describe(losses.total(made(*rows))) == (
         "18 bytes of 18 bytes (100%) in 2 files: /c/0/a.gz (100% read), /c/1/a.gz (100% read); "
         "nobody can tell how many documents"

@@ -1,4 +1,6 @@
-"""The neurons of each token against plain Hugging Face, what their tables say against counting, and the command."""
+"""The neurons of each token against plain Hugging Face, what their tables say against counting, and
+the command.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ TOP = 5
 BEHIND = re.compile(
     r"\.(output\.dense|ffn_output|ffn\.lin2|mlp\.Wo|mlp\.c_proj|mlp\.dense_4h_to_h|mlp\.down_proj|mlp\.fc2|fc2)$"
 )
-"""The last product of a block's MLP, by its name in each family; in BERT's kin attention has one like it."""
+"""The last product of a block's MLP, by its name in each family; in BERT's kin attention has one
+like it.
+"""
 DENSE = [n for n in [*PACKED, *PADDED] if n != "qwen2-moe"]
 
 
@@ -77,7 +81,9 @@ def test_half_precision_neurons_stay_near(name: str, family: Any) -> None:  # no
     ids = np.array(documents(5, [30])[0])
     loaded = load(family(name)[0], frozenset({"neurons"}), [3], "bfloat16")
     which, got = np.split(loaded.measure(ids, [30], (Strength(), Neurons(TOP)))[1:], 2)
-    there = np.take_along_axis(plain_neurons(family(name)[0], ids.tolist())[2], which.T.astype(int), axis=1)
+    there = np.take_along_axis(
+        plain_neurons(family(name)[0], ids.tolist())[2], which.T.astype(int), axis=1
+    )
     assert np.quantile(np.abs(got.T - there) / np.abs(there), 0.9) < 0.05
 
 
@@ -85,7 +91,9 @@ def test_an_mlp_that_runs_in_pieces_is_refused(tmp_path: Path) -> None:
     config = transformers.BertConfig(**SMALL, chunk_size_feed_forward=1)
     folder = save_model(tmp_path / "pieces", config)
     with pytest.raises(ModelError, match="runs its MLP in pieces"):
-        load(folder, frozenset({"neurons"}), [2]).measure(np.arange(5, 14), [9], (Strength(), Neurons(TOP)))
+        load(folder, frozenset({"neurons"}), [2]).measure(
+            np.arange(5, 14), [9], (Strength(), Neurons(TOP))
+        )
 
 
 def test_experts_are_refused(family: Any) -> None:  # noqa: F811
@@ -95,24 +103,39 @@ def test_experts_are_refused(family: Any) -> None:  # noqa: F811
 
 def test_an_mlp_with_fewer_neurons_gives_all_it_has(family: Any) -> None:  # noqa: F811
     loaded = load(family("bert")[0], frozenset({"neurons"}), [2])
-    which, values = np.split(loaded.measure(np.array([7, 8, 9]), [3], (Strength(), Neurons(60)))[1:], 2)
-    assert sorted(which[:48, 0]) == list(range(48)) and not values[48:].any() and not which[48:].any()
+    which, values = np.split(
+        loaded.measure(np.array([7, 8, 9]), [3], (Strength(), Neurons(60)))[1:], 2
+    )
+    assert (
+        sorted(which[:48, 0]) == list(range(48)) and not values[48:].any() and not which[48:].any()
+    )
     (lists,) = [neurons.lists_of(np.concatenate([which, values])).to_pylist()]
     assert [len(items) for items in lists] == [48, 48, 48]
 
 
-# --- a run -----------------------------------------------------------------------------------------------
+# --- a run
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> RunConfig:
     """A run in several shards that recorded neurons of two layers."""
     folder = tmp_path_factory.mktemp("neurons")
-    corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in [*verses[:120], "", "Nebuchadnezzar " * 3]])
+    corpus = write_jsonl(
+        folder / "c.jsonl", [{"text": t} for t in [*verses[:120], "", "Nebuchadnezzar " * 3]]
+    )
     config = RunConfig(
-        corpus=(str(corpus),), model=str(tiny_bert), store=str(folder / "store"), executor="inline", layers="0,1,3",
-        signals="neurons", top_neurons=TOP, dtype="float32", shard_bytes=6000, screen=0,
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="0,1,3",
+        signals="neurons",
+        top_neurons=TOP,
+        dtype="float32",
+        shard_bytes=6000,
+        screen=0,
+    )
     with afn_ray.run(config) as run:
         assert run.info["counts"]["shards"] > 2
     return config
@@ -126,30 +149,42 @@ def rows_of(run: afn_ray.Run, layer: int) -> list[tuple[int, bool, list[dict[str
     ).fetchall()
 
 
-def check_tables(run: afn_ray.Run, layer: int, rows: list[tuple[int, bool, list[dict[str, Any]]]]) -> None:
+def check_tables(
+    run: afn_ray.Run, layer: int, rows: list[tuple[int, bool, list[dict[str, Any]]]]
+) -> None:
     """``neurons`` and ``neuron_types`` against plain counting."""
     types = Counter(t for t, special, _ in rows if not special)
     met: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for token_id, special, items in rows:
         for item in () if special else items:
             met[item["neuron"]][token_id].append(item["value"])
-    found = run.sql("FROM neurons WHERE layer = ? ORDER BY neuron", [layer]).to_arrow_table().to_pylist()
+    found = (
+        run.sql("FROM neurons WHERE layer = ? ORDER BY neuron", [layer])
+        .to_arrow_table()
+        .to_pylist()
+    )
     assert [r["neuron"] for r in found] == sorted(met)
     for row in found:
         of = met[row["neuron"]]
         n = sum(map(len, of.values()))
         assert (row["n"], row["n_types"]) == (n, len(of)) and row["share"] == n / types.total()
         assert row["largest"] == max(v for values in of.values() for v in values)
-        np.testing.assert_allclose(row["mean"], sum(v for values in of.values() for v in values) / n, atol=1e-6)
+        np.testing.assert_allclose(
+            row["mean"], sum(v for values in of.values() for v in values) / n, atol=1e-6
+        )
         lift = {t: len(v) / n / (types[t] / types.total()) for t, v in of.items()}
         bits = {t: len(of[t]) / n * math.log2(lift[t]) for t in of}
         np.testing.assert_allclose(row["selectivity"], sum(bits.values()), rtol=1e-9, atol=1e-12)
         assert len(row["types"]) == min(len(of), neurons.TOP_TYPES)
         got = [bits[t["token_id"]] for t in row["types"]]
-        np.testing.assert_allclose(got, sorted(bits.values(), reverse=True)[: len(got)], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            got, sorted(bits.values(), reverse=True)[: len(got)], rtol=1e-9, atol=1e-12
+        )
         for t in row["types"]:
             assert t["n"] == len(of[t["token_id"]]) and math.isclose(t["lift"], lift[t["token_id"]])
-    pairs = run.sql("SELECT neuron, token_id, n, mean, share FROM neuron_types WHERE layer = ?", [layer]).fetchall()
+    pairs = run.sql(
+        "SELECT neuron, token_id, n, mean, share FROM neuron_types WHERE layer = ?", [layer]
+    ).fetchall()
     often = {(i, t): v for i, of in met.items() for t, v in of.items() if len(v) >= neurons.MIN_N}
     assert {(i, t) for i, t, *_ in pairs} == often.keys() and often
     for i, t, n, mean, share in pairs:
@@ -160,13 +195,17 @@ def check_tables(run: afn_ray.Run, layer: int, rows: list[tuple[int, bool, list[
 def test_tables_are_what_counting_gives(made: RunConfig) -> None:
     with afn_ray.open_run(made.store) as run:
         n = run.info["counts"]["tokens"]
-        assert run.sql("SELECT count(*), count(DISTINCT (doc, position)) FROM token_neurons").fetchall() == [(n, n)]
+        assert run.sql(
+            "SELECT count(*), count(DISTINCT (doc, position)) FROM token_neurons"
+        ).fetchall() == [(n, n)]
         assert run.sql(
             "SELECT count(*) FROM token_neurons a POSITIONAL JOIN tokens b "
             "WHERE (a.doc, a.position) <> (b.doc, b.position)"
         ).fetchall() == [(0,)]
-        texts = run.sql("SELECT DISTINCT t.token_id, t.text, v.text FROM (SELECT unnest(types) AS t FROM neurons) "
-                        "JOIN vocabulary v ON v.token_id = t.token_id").fetchall()  # fmt: skip
+        texts = run.sql(
+            "SELECT DISTINCT t.token_id, t.text, v.text FROM (SELECT unnest(types) AS t FROM neurons) "
+            "JOIN vocabulary v ON v.token_id = t.token_id"
+        ).fetchall()
         assert texts and all(a == b for _, a, b in texts)
         for layer in (1, 3):
             rows = rows_of(run, layer)
@@ -199,15 +238,21 @@ def test_neurons_of_high_tokens_alone(made: RunConfig, tmp_path: Path) -> None:
         replace(made, neurons_of="high", thresholds=made.store, signals="shift", top_neurons=8)
     with pytest.raises(ConfigError, match="top_neurons is 5, but signals does not have neurons"):
         replace(made, signals="shift")
-    with pytest.raises(ConfigError, match="ask for 803 numbers of each token, expected at most 640"):
+    with pytest.raises(
+        ConfigError, match="ask for 803 numbers of each token, expected at most 640"
+    ):
         afn_ray.run(replace(made, top_neurons=200, store=str(tmp_path / "wide")))
-    base = afn_ray.run(replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "base")))
+    base = afn_ray.run(
+        replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "base"))
+    )
     config = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "store"))
     with afn_ray.run(config) as run, afn_ray.open_run(made.store) as other:
         for layer in (1, 3):
             sql = f"SELECT doc, position, neurons_{layer} FROM {{}} WHERE neurons_{layer} IS NOT NULL ORDER BY ALL"
-            high = f"(FROM token_neurons JOIN (SELECT doc, position, high_{layer} FROM tokens) USING (doc, position) " \
-                   f"WHERE high_{layer})"  # fmt: skip
+            high = (
+                f"(FROM token_neurons JOIN (SELECT doc, position, high_{layer} FROM tokens) USING (doc, position) "
+                f"WHERE high_{layer})"
+            )
             got = run.sql(sql.format("token_neurons")).fetchall()
             assert got == other.sql(sql.format(high)).fetchall() and len(got) > 100
             rows = run.sql(
@@ -235,13 +280,30 @@ def test_verify_proves_them_and_finds_what_was_changed(made: RunConfig) -> None:
     items = table.column(at).combine_chunks()
     for change, why in (
         (table.slice(1), "its commit says"),
-        (table.take(pa.array([1, 0, *range(2, len(table))])), "are not of the tokens that should have neurons"),
-        (table.set_column(at, table.schema.field(at), pa.array([x[::-1] for x in items.to_pylist()], items.type)),
-         "values at layer 3 that are never recorded"),
-        (table.set_column(at, table.schema.field(at), pa.array([[{**y, "neuron": y["neuron"] ^ 1} for y in x]
-                                                                for x in items.to_pylist()], items.type)),
-         "not the sum of the neurons beside it"),
-    ):  # fmt: skip
+        (
+            table.take(pa.array([1, 0, *range(2, len(table))])),
+            "are not of the tokens that should have neurons",
+        ),
+        (
+            table.set_column(
+                at,
+                table.schema.field(at),
+                pa.array([x[::-1] for x in items.to_pylist()], items.type),
+            ),
+            "values at layer 3 that are never recorded",
+        ),
+        (
+            table.set_column(
+                at,
+                table.schema.field(at),
+                pa.array(
+                    [[{**y, "neuron": y["neuron"] ^ 1} for y in x] for x in items.to_pylist()],
+                    items.type,
+                ),
+            ),
+            "not the sum of the neurons beside it",
+        ),
+    ):
         try:
             pq.write_table(change.replace_schema_metadata(table.schema.metadata), path)
             recommit(str(path.parent), "neurons", path.read_bytes())
@@ -253,10 +315,16 @@ def test_verify_proves_them_and_finds_what_was_changed(made: RunConfig) -> None:
     assert not verify.verify_store(made.store).findings
 
 
-@pytest.mark.parametrize(("table", "column"), [("neurons", "n"), ("neurons", "selectivity"), ("neuron_types", "mean")])
-def test_verify_counts_again_what_lies_behind_a_good_seal(table: str, column: str, made: RunConfig) -> None:
+@pytest.mark.parametrize(
+    ("table", "column"), [("neurons", "n"), ("neurons", "selectivity"), ("neuron_types", "mean")]
+)
+def test_verify_counts_again_what_lies_behind_a_good_seal(
+    table: str, column: str, made: RunConfig
+) -> None:
     uri = manifest.find_run(made.store).uri
-    kept = [(Path(uri, file), Path(uri, file).read_bytes()) for file in (f"{table}.parquet", "run.json")]
+    kept = [
+        (Path(uri, file), Path(uri, file).read_bytes()) for file in (f"{table}.parquet", "run.json")
+    ]
 
     def change(old: pa.Table) -> pa.Table:
         at = old.column_names.index(column)
@@ -289,7 +357,9 @@ def test_the_name_of_a_run_is_no_sql(made: RunConfig, tmp_path: Path) -> None:
     is_refused(store, "is not the name of a run's table")
     run = run.rename(run.with_name(sql))
     edit_sealed(str(run / "run.json"), lambda info: info.update(id=sql))
-    is_refused(store, "is neither a store nor a run")  # which has no run of a name that afn-ray gives
+    is_refused(
+        store, "is neither a store nor a run"
+    )  # which has no run of a name that afn-ray gives
     is_refused(run, "is not the name of a run's table")
     assert not Path("pwned.csv").exists()
 
@@ -297,13 +367,18 @@ def test_the_name_of_a_run_is_no_sql(made: RunConfig, tmp_path: Path) -> None:
 def test_a_neuron_without_bounds_quarantines_its_document(
     made: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, why = Neurons.measure, "the model gave a neuron of 16,777,216 or more, or one that is not finite"
+    plain, why = (
+        Neurons.measure,
+        "the model gave a neuron of 16,777,216 or more, or one that is not finite",
+    )
     everywhere = False
 
     def endless(self: Neurons, site: Any) -> Any:
         found = plain(self, site)
         for values in found[TOP:]:
-            (values if everywhere else values[..., :1]).mul_(1e12)  # of all tokens, or of the first of a batch
+            (values if everywhere else values[..., :1]).mul_(
+                1e12
+            )  # of all tokens, or of the first of a batch
         return found
 
     monkeypatch.setattr(Neurons, "measure", endless)
@@ -320,12 +395,18 @@ def test_a_catalog_has_them(made: RunConfig, tmp_path: Path) -> None:
     import duckdb
 
     afn_ray.write_catalog(made.store, tmp_path / "c.duckdb")
-    with duckdb.connect(tmp_path / "c.duckdb", read_only=True) as catalog, afn_ray.open_run(made.store) as run:
+    with (
+        duckdb.connect(tmp_path / "c.duckdb", read_only=True) as catalog,
+        afn_ray.open_run(made.store) as run,
+    ):
         for view in ("token_neurons", "neurons", "neuron_types"):
-            assert catalog.sql(f"FROM {view}").fetchall() == run.sql(f"FROM {view}").fetchall() != []
+            assert (
+                catalog.sql(f"FROM {view}").fetchall() == run.sql(f"FROM {view}").fetchall() != []
+            )
 
 
-# --- the command -----------------------------------------------------------------------------------------
+# --- the command
+# -----------------------------------------------------------------------------------------
 
 
 def test_neurons_of_a_word_are_those_that_counting_ranks_first(made: RunConfig) -> None:
@@ -349,7 +430,9 @@ def test_neurons_of_a_word_are_those_that_counting_ranks_first(made: RunConfig) 
     assert score == sorted(score, reverse=True)
 
 
-def test_a_word_that_is_met_too_often_is_nowhere_elsewhere(made: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_word_that_is_met_too_often_is_nowhere_elsewhere(
+    made: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with afn_ray.open_run(made.store) as run:
         whole, occurrences = concepts.neurons_of_word(run, "the", 3, 1000)
         monkeypatch.setattr(concepts, "MOST_OCCURRENCES", occurrences // 2)
@@ -365,13 +448,20 @@ def test_a_word_that_is_met_too_often_is_nowhere_elsewhere(made: RunConfig, monk
 def test_contexts_are_the_tokens_with_most_of_the_neuron(made: RunConfig) -> None:
     with afn_ray.open_run(made.store) as run:
         number = concepts.selective_neurons(run, 3, 1)[0].neuron
-        rows = run.sql("SELECT t.doc, t.position, t.neurons_3 FROM token_neurons t POSITIONAL JOIN tokens k "
-                       "WHERE NOT k.is_special").fetchall()  # fmt: skip
-        values = sorted((-abs(i["value"]), d, p) for d, p, items in rows for i in items if i["neuron"] == number)
+        rows = run.sql(
+            "SELECT t.doc, t.position, t.neurons_3 FROM token_neurons t POSITIONAL JOIN tokens k "
+            "WHERE NOT k.is_special"
+        ).fetchall()
+        values = sorted(
+            (-abs(i["value"]), d, p) for d, p, items in rows for i in items if i["neuron"] == number
+        )
         found = concepts.contexts(run, 3, number)
         assert [(-abs(c.value), c.doc, c.position) for c in found] == values[: concepts.CONTEXTS]
         for c in found:
-            words = run.sql("SELECT text, position, n_tokens FROM words WHERE doc = ? ORDER BY position", [c.doc])
+            words = run.sql(
+                "SELECT text, position, n_tokens FROM words WHERE doc = ? ORDER BY position",
+                [c.doc],
+            )
             texts = words.fetchall()
             (at,) = (i for i, (_, p, n) in enumerate(texts) if p <= c.position < p + n)
             assert c.word == texts[at][0]
@@ -384,7 +474,9 @@ def command(*args: str) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_command_prints_tables_and_json(made: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_tables_and_json(
+    made: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     for args, has in (
         ([], "answers to"),
         (["--word", "earth", "--layer", "1", "--top", "4"], "in the word"),
@@ -419,18 +511,28 @@ def test_what_is_not_there_is_told(
 def test_a_run_without_neurons_says_how_to_have_them(
     made: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with afn_ray.run(replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "s"))) as run:
-        assert run.sql("FROM token_neurons").fetchall() == run.sql("FROM neuron_types").fetchall() == []
+    with afn_ray.run(
+        replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "s"))
+    ) as run:
+        assert (
+            run.sql("FROM token_neurons").fetchall()
+            == run.sql("FROM neuron_types").fetchall()
+            == []
+        )
     assert command(str(tmp_path / "s")) == 2
     assert "recorded no neurons; 'afn run --signals neurons' does" in capsys.readouterr().err
 
 
 def test_a_text_is_explained_against_a_run_with_neurons(made: RunConfig, tmp_path: Path) -> None:
-    with afn_ray.run(replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "base"))) as base:
+    with afn_ray.run(
+        replace(made, signals="strength", top_neurons=8, store=str(tmp_path / "base"))
+    ) as base:
         high = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "high"))
         afn_ray.run(high).close()
         plain = explain.explain(base.uri, "In the beginning", signals="shift")
         for store in (made.store, high.store):
-            assert explain.explain(store, "In the beginning", signals="shift").tokens == plain.tokens
+            assert (
+                explain.explain(store, "In the beginning", signals="shift").tokens == plain.tokens
+            )
     with pytest.raises(ConfigError, match="neurons, which is no number a token"):
         explain.explain(made.store, "In the beginning", signals="neurons")

@@ -71,13 +71,18 @@ class Tokens:
         """Documents ``begin`` to ``end``, counted from 0 again."""
         keep = (self.docs >= begin) & (self.docs < end)
         return Tokens(
-            end - begin, self.docs[keep] - begin, self.ids[keep], self.flags[keep],
+            end - begin,
+            self.docs[keep] - begin,
+            self.ids[keep],
+            self.flags[keep],
             {k: v[keep] for k, v in self.strengths.items()},
-        )  # fmt: skip
+        )
 
 
 def _corpus(seed: int, num_docs: int, sinks: int = 0, special: bool = True) -> Tokens:
-    """Random documents, some empty; type 3 is sometimes written as a special token too, and 4 continues words."""
+    """Random documents, some empty; type 3 is sometimes written as a special token too, and 4
+    continues words.
+    """
     random = np.random.default_rng(seed)
     docs, ids, flags = [], [], []
     for doc in range(num_docs):
@@ -90,11 +95,19 @@ def _corpus(seed: int, num_docs: int, sinks: int = 0, special: bool = True) -> T
             flags.append(SPECIAL if is_special else WORD_START if token != 4 or at % 4 == 0 else 0)
     strengths = {}
     for layer in LAYERS:
-        values = random.choice([4.0, 5.0, 5.5], len(docs)) + np.round(random.normal(0, 1, len(docs)), layer // 4)
+        values = random.choice([4.0, 5.0, 5.5], len(docs)) + np.round(
+            random.normal(0, 1, len(docs)), layer // 4
+        )
         values = np.abs(values)
         values[random.permutation(len(docs))[:sinks]] *= 1000
         strengths[layer] = round_strengths(values.astype(np.float32))
-    return Tokens(num_docs, np.array(docs, np.int32), np.array(ids, np.int32), np.array(flags, np.uint8), strengths)
+    return Tokens(
+        num_docs,
+        np.array(docs, np.int32),
+        np.array(ids, np.int32),
+        np.array(flags, np.uint8),
+        strengths,
+    )
 
 
 def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> Commit:
@@ -109,21 +122,34 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> Commit:
         files.summary.write_each(summary.tables())
     empty = tokens.num_docs - len(np.unique(tokens.docs))
     counts = {
-        **dict.fromkeys(COUNTS, 0), "documents": tokens.num_docs + 1, "empty": empty, "quarantined": 1,
+        **dict.fromkeys(COUNTS, 0),
+        "documents": tokens.num_docs + 1,
+        "empty": empty,
+        "quarantined": 1,
         "tokens": len(tokens.docs),
-        "special": int((tokens.flags & SPECIAL).sum()), "windows": tokens.num_docs,
-        "forward_tokens": 2 * len(tokens.docs), "chars": 9,
-    }  # fmt: skip
+        "special": int((tokens.flags & SPECIAL).sum()),
+        "windows": tokens.num_docs,
+        "forward_tokens": 2 * len(tokens.docs),
+        "chars": 9,
+    }
     piece = FileSlice(f"/c/{number}", 1, "", "txt", "", 0, 1, 1, 1, f"{tokens.num_docs}")
     shard = Shard.of([piece], ReadOptions("auto", "text", None, "file", 1))
-    return shard_files.publish(store, MEASURE_ID, shard, f"{number:016}", files.tables(), counts, 1.0, {})
+    return shard_files.publish(
+        store, MEASURE_ID, shard, f"{number:016}", files.tables(), counts, 1.0, {}
+    )
 
 
-def _reduce(store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any) -> dict[str, pa.Table]:
+def _reduce(
+    store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any
+) -> dict[str, pa.Table]:
     commits = [_commit(store, scratch, number, part) for number, part in enumerate(parts)]
     asked: dict[str, Any] = {
-        "pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0, "num_bytes": [7] * len(commits)
-    }  # fmt: skip
+        "pieces": PIECES,
+        "readable": READABLE,
+        "language": "en",
+        "sink_factor": 10.0,
+        "num_bytes": [7] * len(commits),
+    }
     return reduce_run(store, MEASURE_ID, commits, SERIES, **(asked | changes))
 
 
@@ -148,7 +174,9 @@ def test_thresholds_are_the_order_statistics_of_all_values(
     store: str, scratch: Path, sinks: int, special: bool
 ) -> None:
     corpus = _corpus(1, 60, sinks, special)
-    table = _reduce(store, scratch, [corpus.part(0, 9), corpus.part(9, 10), corpus.part(10, 60)])["thresholds"]
+    table = _reduce(store, scratch, [corpus.part(0, 9), corpus.part(9, 10), corpus.part(10, 60)])[
+        "thresholds"
+    ]
     assert table.schema == THRESHOLDS_SCHEMA
     rows = iter(table.to_pylist())
     for layer in LAYERS:
@@ -160,10 +188,20 @@ def test_thresholds_are_the_order_statistics_of_all_values(
             assert row.pop("mean") == pytest.approx(of.mean(), rel=1e-12)
             assert row.pop("sd") == pytest.approx(of.std(), rel=1e-9)
             assert row == {
-                "layer": layer, "population": population, "n": len(of), "min": of.min(), "q1": q1, "q2": q2, "q3": q3,
-                "max": of.max(), "n_high": (of >= q3).sum(), "n_sinks": len(values) - len(kept),
-                "n_special": (corpus.flags & SPECIAL > 0).sum(), "sink_factor": 10.0, "definition": DEFINITION,
-            }  # fmt: skip
+                "layer": layer,
+                "population": population,
+                "n": len(of),
+                "min": of.min(),
+                "q1": q1,
+                "q2": q2,
+                "q3": q3,
+                "max": of.max(),
+                "n_high": (of >= q3).sum(),
+                "n_sinks": len(values) - len(kept),
+                "n_special": (corpus.flags & SPECIAL > 0).sum(),
+                "sink_factor": 10.0,
+                "definition": DEFINITION,
+            }
     assert next(rows, None) is None
 
 
@@ -172,10 +210,16 @@ def test_thresholds_and_vocabulary_are_duckdbs(store: str, scratch: Path) -> Non
     tables = _reduce(store, scratch, [corpus.part(0, 30), corpus.part(30, 80)])
     db = duckdb.connect()
     for layer in LAYERS:
-        columns = {"doc": corpus.docs, "id": corpus.ids, "special": corpus.flags & SPECIAL > 0,
-                   "strength": corpus.strengths[layer]}  # fmt: skip
+        columns = {
+            "doc": corpus.docs,
+            "id": corpus.ids,
+            "special": corpus.flags & SPECIAL > 0,
+            "strength": corpus.strengths[layer],
+        }
         db.register("rows_of", pa.table(columns))
-        expected = db.execute("SELECT quantile_disc(strength, [0.25, 0.5, 0.75]) FROM rows_of WHERE NOT special")
+        expected = db.execute(
+            "SELECT quantile_disc(strength, [0.25, 0.5, 0.75]) FROM rows_of WHERE NOT special"
+        )
         quartiles = expected.fetchall()[0][0]
         main = next(r for r in tables["thresholds"].to_pylist() if r["layer"] == layer)
         assert [main["q1"], main["q2"], main["q3"]] == quartiles
@@ -199,7 +243,9 @@ def test_the_vocabulary_is_that_of_all_values(store: str, scratch: Path) -> None
     assert vocabulary.schema == VOCABULARY_SCHEMA
     num_docs = len(np.unique(corpus.docs))
     rows = vocabulary.to_pylist()
-    assert len(rows) == 2 * len(set(zip(corpus.ids.tolist(), (corpus.flags & SPECIAL).tolist(), strict=True)))
+    assert len(rows) == 2 * len(
+        set(zip(corpus.ids.tolist(), (corpus.flags & SPECIAL).tolist(), strict=True))
+    )
     for row in rows:
         special = row["class"] == "special"
         here = (corpus.ids == row["token_id"]) & ((corpus.flags & SPECIAL > 0) == special)
@@ -212,11 +258,16 @@ def test_the_vocabulary_is_that_of_all_values(store: str, scratch: Path) -> None
         assert row["n_high"] == (values >= q3).sum()
         assert row["share_high"] == row["n_high"] / row["n"]
         assert row["idf"] == pytest.approx(math.log(num_docs / row["n_docs"]))
-        assert row["mean"] == pytest.approx(values.mean()) and row["sd"] == pytest.approx(values.std(), abs=1e-12)
+        assert row["mean"] == pytest.approx(values.mean()) and row["sd"] == pytest.approx(
+            values.std(), abs=1e-12
+        )
         assert [row["q1"], row["q2"], row["q3"]] == _quartiles(values)
         assert (row["min"], row["max"]) == (values.min(), values.max())
         low, high = _wilson(row["n_high"], row["n"])
-        assert (row["share_high_low"], row["share_high_high"]) == (pytest.approx(low), pytest.approx(high))
+        assert (row["share_high_low"], row["share_high_high"]) == (
+            pytest.approx(low),
+            pytest.approx(high),
+        )
 
 
 def test_the_histogram_holds_every_value(store: str, scratch: Path) -> None:
@@ -228,8 +279,12 @@ def test_the_histogram_holds_every_value(store: str, scratch: Path) -> None:
             values, counts = np.unique(
                 corpus.strengths[layer][(corpus.flags & SPECIAL > 0) == special], return_counts=True
             )
-            rows = [r for r in histogram.to_pylist() if (r["layer"], r["special"]) == (layer, special)]
-            assert [(r["strength"], r["n"]) for r in rows] == list(zip(values.tolist(), counts.tolist(), strict=True))
+            rows = [
+                r for r in histogram.to_pylist() if (r["layer"], r["special"]) == (layer, special)
+            ]
+            assert [(r["strength"], r["n"]) for r in rows] == list(
+                zip(values.tolist(), counts.tolist(), strict=True)
+            )
 
 
 def _made(folder: Path) -> Path:
@@ -239,7 +294,9 @@ def _made(folder: Path) -> Path:
 
 def test_shards_say_where_the_run_wide_documents_begin(store: str, scratch: Path) -> None:
     corpus = _corpus(6, 30)
-    table = _reduce(store, scratch, [corpus.part(0, 5), corpus.part(5, 6), corpus.part(6, 30)])["shards"]
+    table = _reduce(store, scratch, [corpus.part(0, 5), corpus.part(5, 6), corpus.part(6, 30)])[
+        "shards"
+    ]
     assert table.schema == SHARDS_SCHEMA
     rows = table.to_pylist()
     assert [r["doc_offset"] for r in rows] == [0, 6, 8]  # each has a document that was quarantined
@@ -263,18 +320,25 @@ def test_shards_and_layers_without_tokens(store: str, scratch: Path, parts: list
         assert tables["vocabulary"].schema == VOCABULARY_SCHEMA
 
 
-def _one_document(store: str, scratch: Path, ids: list[int], flags: list[int], strengths: list[float]) -> Any:
+def _one_document(
+    store: str, scratch: Path, ids: list[int], flags: list[int], strengths: list[float]
+) -> Any:
     values = dict.fromkeys(LAYERS, np.array(strengths, np.float32))
-    tokens = Tokens(1, np.zeros(len(ids), np.int32), np.array(ids, np.int32), np.array(flags, np.uint8), values)
+    tokens = Tokens(
+        1, np.zeros(len(ids), np.int32), np.array(ids, np.int32), np.array(flags, np.uint8), values
+    )
     return _reduce(store, scratch, [tokens])
 
 
 def test_a_sink_is_over_and_not_at_so_many_medians(store: str, scratch: Path) -> None:
     strengths = [1.0, 2.0, 2.0, 20.0, float(round_strengths(np.array([20.001], np.float32))[0])]
-    rows = _one_document(store, scratch, [1] * 5, [WORD_START] * 5, strengths)["thresholds"].to_pylist()
+    rows = _one_document(store, scratch, [1] * 5, [WORD_START] * 5, strengths)[
+        "thresholds"
+    ].to_pylist()
     assert [(r["population"], r["n"], r["max"], r["n_sinks"]) for r in rows[:2]] == [
-        ("tokens", 5, strengths[4], 1), ("tokens_without_sinks", 4, 20.0, 1),
-    ]  # fmt: skip
+        ("tokens", 5, strengths[4], 1),
+        ("tokens_without_sinks", 4, 20.0, 1),
+    ]
 
 
 @pytest.mark.parametrize(("starts", "name"), [(2, "content"), (3, "content"), (1, "fragment")])
@@ -282,11 +346,15 @@ def test_a_piece_is_a_fragment_where_it_mostly_continues_words(
     store: str, scratch: Path, starts: int, name: str
 ) -> None:
     flags = [WORD_START] * starts + [0] * (4 - starts)
-    assert _one_document(store, scratch, [3] * 4, flags, [1.0] * 4)["vocabulary"]["class"].to_pylist() == [name] * 2
+    assert (
+        _one_document(store, scratch, [3] * 4, flags, [1.0] * 4)["vocabulary"]["class"].to_pylist()
+        == [name] * 2
+    )
 
 
 @pytest.mark.parametrize(
-    ("whole", "split", "name"), [(2, 2, "content"), (3, 1, "content"), (1, 2, "piece"), (0, 1, "piece")]
+    ("whole", "split", "name"),
+    [(2, 2, "content"), (3, 1, "content"), (1, 2, "piece"), (0, 1, "piece")],
 )
 def test_a_type_is_a_piece_where_it_mostly_begins_longer_words(
     store: str, scratch: Path, whole: int, split: int, name: str
@@ -331,16 +399,26 @@ def test_a_summary_of_other_layers_is_refused(store: str, scratch: Path) -> None
     commit = _commit(store, scratch, 0, _corpus(9, 10))
     with pytest.raises(StoreError, match="holds strength_0, expected strength_7"):
         reduce_run(
-            store, MEASURE_ID, [commit], [Series("strength", 7), SERIES[1]], pieces=PIECES, readable=READABLE,
-            language="en", sink_factor=10.0, num_bytes=[1],
-        )  # fmt: skip
+            store,
+            MEASURE_ID,
+            [commit],
+            [Series("strength", 7), SERIES[1]],
+            pieces=PIECES,
+            readable=READABLE,
+            language="en",
+            sink_factor=10.0,
+            num_bytes=[1],
+        )
 
 
-# --- the tree --------------------------------------------------------------------------------------------
+# --- the tree
+# --------------------------------------------------------------------------------------------
 
 
 class Twice:
-    """Tasks that reach their values as other processes do, by pickle, and whose every call is repeated."""
+    """Tasks that reach their values as other processes do, by pickle, and whose every call is
+    repeated.
+    """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -359,14 +437,18 @@ class Twice:
 
 
 def _expected(corpus: Tokens, layer: int) -> tuple[Any, list[Any]]:
-    """The layer's thresholds and, of each type, what a histogram could get wrong; from the rows themselves."""
+    """The layer's thresholds and, of each type, what a histogram could get wrong; from the rows
+    themselves.
+    """
     values, special = corpus.strengths[layer].astype(np.float64), corpus.flags & SPECIAL > 0
     q = _quartiles(values[~special])
     types = []
     for is_special, token in sorted(set(zip(special.tolist(), corpus.ids.tolist(), strict=True))):
         here = (special == is_special) & (corpus.ids == token)
         n_docs = len(np.unique(corpus.docs[here]))
-        types.append((token, here.sum(), n_docs, *_quartiles(values[here]), (values[here] >= q[2]).sum()))
+        types.append(
+            (token, here.sum(), n_docs, *_quartiles(values[here]), (values[here] >= q[2]).sum())
+        )
     return (len(values) - special.sum(), *q, (values[~special] >= q[2]).sum()), types
 
 
@@ -378,26 +460,48 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokens, dict[str, p
 
 
 @given(
-    cuts=st.lists(st.integers(0, 40), max_size=9), order=st.randoms(use_true_random=False), fan_in=st.integers(2, 5),
-    parts=st.integers(1, 9), read_bytes=st.sampled_from([1, 1 << 13, 1 << 24]), elsewhere=st.booleans(),
+    cuts=st.lists(st.integers(0, 40), max_size=9),
+    order=st.randoms(use_true_random=False),
+    fan_in=st.integers(2, 5),
+    parts=st.integers(1, 9),
+    read_bytes=st.sampled_from([1, 1 << 13, 1 << 24]),
+    elsewhere=st.booleans(),
     slice_pairs=st.sampled_from([1, 9, 1 << 20]),
-)  # fmt: skip
+)
 @settings(max_examples=25, deadline=None)
 def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
-    tmp_path_factory: pytest.TempPathFactory, whole: tuple[Tokens, dict[str, pa.Table]], cuts: list[int], order: Any,
-    fan_in: int, parts: int, read_bytes: int, elsewhere: bool, slice_pairs: int,
-) -> None:  # fmt: skip
-    folder, bounds, (corpus, expected) = tmp_path_factory.mktemp("tree"), sorted([0, 40, *cuts]), whole
+    tmp_path_factory: pytest.TempPathFactory,
+    whole: tuple[Tokens, dict[str, pa.Table]],
+    cuts: list[int],
+    order: Any,
+    fan_in: int,
+    parts: int,
+    read_bytes: int,
+    elsewhere: bool,
+    slice_pairs: int,
+) -> None:
+    folder, bounds, (corpus, expected) = (
+        tmp_path_factory.mktemp("tree"),
+        sorted([0, 40, *cuts]),
+        whole,
+    )
     shards = [corpus.part(a, b) for a, b in pairwise(bounds)]  # some without documents
     order.shuffle(shards)
     tasks = Twice() if elsewhere else Inline()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"FAN_IN": fan_in, "MAX_PARTS": parts, "READ_BYTES": read_bytes, "PART_BYTES": 1,
-                            "SLICE_PAIRS": slice_pairs}.items():  # fmt: skip
+        for name, value in {
+            "FAN_IN": fan_in,
+            "MAX_PARTS": parts,
+            "READ_BYTES": read_bytes,
+            "PART_BYTES": 1,
+            "SLICE_PAIRS": slice_pairs,
+        }.items():
             patch.setattr(tree, name, value)
         tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks=tasks)
     for name in ("thresholds", "histogram", "vocabulary"):
-        assert tables[name].combine_chunks().equals(expected[name].combine_chunks()), name  # bit by bit
+        assert tables[name].combine_chunks().equals(expected[name].combine_chunks()), (
+            name
+        )  # bit by bit
     if isinstance(tasks, Twice):
         assert tasks.calls.count("_types") == parts * len(LAYERS)
         assert tasks.calls.count("_read") >= len(LAYERS) * -(-len(shards) // fan_in)
@@ -405,12 +509,17 @@ def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
         row = next(r for r in tables["thresholds"].to_pylist() if r["layer"] == layer)
         rows = [r for r in tables["vocabulary"].to_pylist() if r["layer"] == layer]
         columns = ("token_id", "n", "n_docs", "q1", "q2", "q3", "n_high")
-        found = (tuple(row[c] for c in ("n", "q1", "q2", "q3", "n_high")), [tuple(r[c] for c in columns) for r in rows])
+        found = (
+            tuple(row[c] for c in ("n", "q1", "q2", "q3", "n_high")),
+            [tuple(r[c] for c in columns) for r in rows],
+        )
         assert found == _expected(corpus, layer)
 
 
 def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tree of fan-in 4 over 4^5 groups has never more than 4 sums at a height, and at most 3 groups wait."""
+    """A tree of fan-in 4 over 4^5 groups has never more than 4 sums at a height, and at most 3
+    groups wait.
+    """
     held: set[int] = set()
     most, made = 0, 0
 
@@ -433,35 +542,60 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(tree, "FAN_IN", 4)
     files = [tree.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
-    total, types = tree._submit_series(Counting(), "/store", MEASURE_ID, files, 0, SERIES[1:], 10.0, [])
-    assert made == 4**5 + (4**5 - 1) // 3 + 5  # groups, merges, then the ends: count, total's three, types
+    total, types = tree._submit_series(
+        Counting(), "/store", MEASURE_ID, files, 0, SERIES[1:], 10.0, []
+    )
+    assert (
+        made == 4**5 + (4**5 - 1) // 3 + 5
+    )  # groups, merges, then the ends: count, total's three, types
     assert most <= 4 * 6 and len(held) == len([*total, *types])
 
 
-def test_summaries_that_hold_other_tokens_than_commits_count_are_refused(store: str, scratch: Path) -> None:
+def test_summaries_that_hold_other_tokens_than_commits_count_are_refused(
+    store: str, scratch: Path
+) -> None:
     commit = _commit(store, scratch, 0, _corpus(9, 10))
     lying = replace(commit, counts={**commit.counts, "tokens": commit.counts["tokens"] + 1})
-    with pytest.raises(StoreError, match=r"strength_0 hold \d+ tokens, expected \d+ as the 1 commits"):
+    with pytest.raises(
+        StoreError, match=r"strength_0 hold \d+ tokens, expected \d+ as the 1 commits"
+    ):
         reduce_run(
-            store, MEASURE_ID, [lying], SERIES, pieces=PIECES, readable=READABLE, language="en", sink_factor=10.0,
+            store,
+            MEASURE_ID,
+            [lying],
+            SERIES,
+            pieces=PIECES,
+            readable=READABLE,
+            language="en",
+            sink_factor=10.0,
             num_bytes=[1],
-        )  # fmt: skip
+        )
 
 
-# --- on Ray ----------------------------------------------------------------------------------------------
+# --- on Ray
+# ----------------------------------------------------------------------------------------------
 
 
 def _on_ray(num_shards: int) -> Any:
-    shards = [Shard(str(i), (), ReadOptions("auto", "text", None, "file", 1)) for i in range(num_shards)]
-    return cluster.tasks(RunConfig(corpus=("-",), model="-", store="/", executor="ray"), shards, print)
+    shards = [
+        Shard(str(i), (), ReadOptions("auto", "text", None, "file", 1)) for i in range(num_shards)
+    ]
+    return cluster.tasks(
+        RunConfig(corpus=("-",), model="-", store="/", executor="ray"), shards, print
+    )
 
 
 @pytest.mark.ray
 def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch: Path) -> None:
     corpus = _corpus(10, 300, 3)
     commits = [_commit(store, scratch, i, corpus.part(i, i + 2)) for i in range(0, 300, 2)]
-    asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,
-                             "num_bytes": [7] * len(commits)}  # fmt: skip
+    asked: dict[str, Any] = {
+        "pieces": PIECES,
+        "readable": READABLE,
+        "language": "en",
+        "sink_factor": 10.0,
+        "num_bytes": [7] * len(commits),
+    }
     inline = reduce_run(store, MEASURE_ID, commits, SERIES, **asked)
     with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
         assert isinstance(tasks, cluster.RayTasks)
@@ -474,7 +608,9 @@ def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch
     for name in ("thresholds", "histogram", "vocabulary"):
         assert on_ray[name].combine_chunks().equals(inline[name].combine_chunks()), name
     with _on_ray(tree.FAN_IN) as tasks:
-        assert isinstance(tasks, Inline)  # one call would read them all: no second process is worth it
+        assert isinstance(
+            tasks, Inline
+        )  # one call would read them all: no second process is worth it
 
 
 @pytest.mark.ray
@@ -486,9 +622,17 @@ def test_a_damaged_summary_is_named_from_the_leaves_of_a_tree_on_ray(
     uri = f"{shard_files.shard_uri(store, MEASURE_ID, commits[3].shard)}/{commits[3].files['summary']['name']}"
     storage.delete([uri])
     storage.write_once(uri, b"something else")
-    asked: dict[str, Any] = {"pieces": PIECES, "readable": READABLE, "language": "en", "sink_factor": 10.0,
-                             "num_bytes": [7] * 70}  # fmt: skip
-    with _on_ray(70) as tasks, pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"):
+    asked: dict[str, Any] = {
+        "pieces": PIECES,
+        "readable": READABLE,
+        "language": "en",
+        "sink_factor": 10.0,
+        "num_bytes": [7] * 70,
+    }
+    with (
+        _on_ray(70) as tasks,
+        pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"),
+    ):
         reduce_run(store, MEASURE_ID, commits, SERIES, tasks=tasks, **asked)
 
 
@@ -511,7 +655,9 @@ def _divide(number: int) -> list[float]:
 
 
 @pytest.mark.ray
-def test_a_call_is_repeated_when_its_process_dies_and_not_for_ever(local_ray: None, tmp_path: Path) -> None:
+def test_a_call_is_repeated_when_its_process_dies_and_not_for_ever(
+    local_ray: None, tmp_path: Path
+) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with _on_ray(100) as tasks:
         (twice,) = tasks.submit(_die, str(tmp_path / "twice"), 2)
@@ -526,19 +672,27 @@ def test_a_call_is_repeated_when_its_process_dies_and_not_for_ever(local_ray: No
 
 @pytest.mark.ray
 def test_a_run_on_ray_reduces_there_and_has_the_tables_of_one_in_this_process(
-    local_ray: None, tmp_path: Path, make_config: Any, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    tmp_path: Path,
+    make_config: Any,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (cluster, tree):
         monkeypatch.setattr(module, "FAN_IN", 2)
     submitted: list[str] = []
     submit = cluster.RayTasks.submit
     monkeypatch.setattr(
-        cluster.RayTasks, "submit", lambda self, f, *a, **k: submitted.append(f.__name__) or submit(self, f, *a, **k)
+        cluster.RayTasks,
+        "submit",
+        lambda self, f, *a, **k: submitted.append(f.__name__) or submit(self, f, *a, **k),
     )
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
     tables = []
     for executor in ("inline", "ray"):
-        config = make_config(corpus=(str(corpus),), executor=executor, workers=2, store=str(tmp_path / executor))
+        config = make_config(
+            corpus=(str(corpus),), executor=executor, workers=2, store=str(tmp_path / executor)
+        )
         with afn_ray.run(config) as run:
             names = ("thresholds", "histogram", "vocabulary")
             tables.append([pq.read_table(f"{run.uri}/{name}.parquet") for name in names])
@@ -547,11 +701,14 @@ def test_a_run_on_ray_reduces_there_and_has_the_tables_of_one_in_this_process(
     assert all(here.equals(there) for here, there in zip(*tables, strict=True))
 
 
-# --- Wilson's interval -----------------------------------------------------------------------------------
+# --- Wilson's interval
+# -----------------------------------------------------------------------------------
 
 
 def _wilson(k: int, n: int) -> tuple[float, float]:
-    """The two shares p at which k is 1.96 standard errors away: roots of (p - k/n)^2 = z^2 p (1 - p) / n."""
+    """The two shares p at which k is 1.96 standard errors away: roots of (p - k/n)^2 = z^2 p (1 -
+    p) / n.
+    """
     z2 = 1.959963984540054**2
     low, high = np.sort(np.roots([1 + z2 / n, -(2 * k / n + z2 / n), (k / n) ** 2]).real)
     return float(low), float(high)
@@ -567,5 +724,8 @@ def test_wilson_at_its_ends_and_in_a_published_table() -> None:
     low, high = wilson(np.array([0, 10, 0, 1, 81]), np.array([10, 10, 1, 1, 263]))
     assert low[0] == low[2] == 0 and high[1] == high[3] == 1
     assert high[0] == pytest.approx(0.2775, abs=1e-4) and low[1] == pytest.approx(0.7225, abs=1e-4)
-    assert (low[4], high[4]) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))  # Newcombe, 1998
+    assert (low[4], high[4]) == (
+        pytest.approx(0.2553, abs=1e-4),
+        pytest.approx(0.3662, abs=1e-4),
+    )  # Newcombe, 1998
     assert (low <= high).all()

@@ -1,4 +1,6 @@
-"""Screening against a slow reference: features, medians, scores and texts, for any order and grouping of the calls."""
+"""Screening against a slow reference: features, medians, scores and texts, for any order and
+grouping of the calls.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ JUNK = "qvx zzkw jjpq xxvb qqzz kkwv jpqx vbzz"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> RunConfig:
-    """A run over three files: two of many documents, one of few; with junk, copies and an empty document."""
+    """A run over three files: two of many documents, one of few; with junk, copies and an empty
+    document.
+    """
     folder = tmp_path_factory.mktemp("screen")
     (folder / "corpus").mkdir()
     texts = [verses[:60], [v.upper() for v in verses[4000:4045]], verses[9000:9005]]
@@ -42,17 +46,29 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     for name, part in zip("abc", texts, strict=True):
         write_jsonl(folder / "corpus" / f"{name}.jsonl", [{"text": t} for t in part])
     config = RunConfig(
-        corpus=(str(folder / "corpus"),), model=str(tiny_bert), store=str(folder / "store"), executor="inline",
-        layers="1,2", shard_bytes=3000, batch_tokens=256, dtype="float32", sink_factor=1.05,
-    )  # fmt: skip
+        corpus=(str(folder / "corpus"),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="1,2",
+        shard_bytes=3000,
+        batch_tokens=256,
+        dtype="float32",
+        sink_factor=1.05,
+    )
     afn_ray.run(config).close()
     return config
 
 
 def reference(run: afn_ray.Run) -> dict[int, dict[str, Any]]:
     """By document: its features, its score and which documents share its text, in plain Python."""
-    tokens = run.sql("SELECT doc, token_id, is_special, is_word_start, strength_2 FROM tokens ORDER BY doc, position")
-    documents = {d: (s, h) for d, s, h in run.sql("SELECT doc, source, text_sha256 FROM documents").fetchall()}
+    tokens = run.sql(
+        "SELECT doc, token_id, is_special, is_word_start, strength_2 FROM tokens ORDER BY doc, position"
+    )
+    documents = {
+        d: (s, h)
+        for d, s, h in run.sql("SELECT doc, source, text_sha256 FROM documents").fetchall()
+    }
     by_doc: dict[int, list[tuple[Any, ...]]] = {}
     for row in tokens.fetchall():
         if not row[2]:
@@ -69,10 +85,13 @@ def reference(run: afn_ray.Run) -> dict[int, dict[str, Any]]:
         n = len(rows)
         distinct = len({r[1] for r in rows})
         values = [
-            sum(r[4] for r in rows) / n, sum(r[4] >= q3 for r in rows) / n, sum(r[1] in rare for r in rows) / n,
-            sum(r[4] > sink for r in rows) / n, sum(not r[3] for r in rows) / n,
+            sum(r[4] for r in rows) / n,
+            sum(r[4] >= q3 for r in rows) / n,
+            sum(r[1] in rare for r in rows) / n,
+            sum(r[4] > sink for r in rows) / n,
+            sum(not r[3] for r in rows) / n,
             math.log(distinct) / math.log(n) if n > 1 else 1.0,
-        ]  # fmt: skip
+        ]
         found[doc] = {"n": n, "values": round_strengths(np.array(values, np.float32)).astype(float)}
 
     def group(docs: Sequence[int]) -> tuple[Any, ...]:
@@ -128,24 +147,35 @@ def test_reasons_and_texts_are_those_of_the_document(made: RunConfig, verses: li
     assert junk["text"] == JUNK and junk["rank"] < 10 and "median of its source" in junk["reason"]
     copied = next(r for r in rows if r["n_copies"] == 3)
     assert "3 documents have this text" in copied["reason"]
-    assert copied["text"].replace(" ", "") == verses[100].replace(" ", "")[: len(copied["text"].replace(" ", ""))]
+    assert (
+        copied["text"].replace(" ", "")
+        == verses[100].replace(" ", "")[: len(copied["text"].replace(" ", ""))]
+    )
     few = next(r for r in rows if r["source"].endswith("c.jsonl"))
     assert "median of the corpus" in few["reason"]
 
 
 def test_planted_junk_is_found(tmp_path: Path, minilm: Path, verses: list[str]) -> None:
-    """A tenth of ``afn bench screen``, on real weights: the same six kinds, and the orders that it must beat."""
+    """A tenth of ``afn bench screen``, on real weights: the same six kinds, and the orders that it
+    must beat.
+    """
     texts, planted = bench.plant(verses[20_000:23_000], 1)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
     config = RunConfig(
-        corpus=(str(corpus),), model=str(minilm), store=str(tmp_path / "store"), executor="inline",
-        dtype="float32", layers="2/3",
-    )  # fmt: skip
+        corpus=(str(corpus),),
+        model=str(minilm),
+        store=str(tmp_path / "store"),
+        executor="inline",
+        dtype="float32",
+        layers="2/3",
+    )
     with afn_ray.run(config) as run:
         found = bench.evaluate(run, planted)["orders"]
     print(found)
     assert len(planted) == 30 and len(set(planted.values())) == 6
-    assert found["screening"]["precision"] >= 0.8 and found["screening"]["average_precision"] >= 0.85
+    assert (
+        found["screening"]["precision"] >= 0.8 and found["screening"]["average_precision"] >= 0.85
+    )
     for baseline in ("length alone", "idf alone"):
         assert found["screening"]["average_precision"] > found[baseline]["average_precision"] + 0.05
 
@@ -154,7 +184,9 @@ def test_sources_are_the_tokens_by_file(made: RunConfig) -> None:
     with afn_ray.open_run(made.store) as run:
         sources = manifest.read_table(manifest.find_run(made.store), "sources").to_pylist()
         summed = run.sql("FROM sources ORDER BY layer, source").to_arrow_table().to_pylist()
-        assert summed == [{k: v for k, v in s.items() if k not in ("bins", "counts")} for s in sources]
+        assert summed == [
+            {k: v for k, v in s.items() if k not in ("bins", "counts")} for s in sources
+        ]
         assert [(s["layer"], s["source"][-7:]) for s in sources] == [
             (k, f"{name}.jsonl") for k in (1, 2) for name in "abc"
         ]
@@ -162,9 +194,12 @@ def test_sources_are_the_tokens_by_file(made: RunConfig) -> None:
             strength = f"strength_{row['layer']}"
             values, n_high = run.sql(
                 f"SELECT list({strength}), count(*) FILTER (high_{row['layer']}) FROM tokens "
-                "JOIN documents USING (doc) WHERE NOT is_special AND source = ?", [row["source"]],
-            ).fetchall()[0]  # fmt: skip
-            recorded = np.repeat((np.array(row["bins"], np.uint32) << 8).view(np.float32), row["counts"])
+                "JOIN documents USING (doc) WHERE NOT is_special AND source = ?",
+                [row["source"]],
+            ).fetchall()[0]
+            recorded = np.repeat(
+                (np.array(row["bins"], np.uint32) << 8).view(np.float32), row["counts"]
+            )
             np.testing.assert_array_equal(recorded, np.sort(np.array(values, np.float32)))
             assert (row["n"], row["n_high"]) == (len(values), n_high)
 
@@ -175,14 +210,18 @@ class Shuffled:
     def __init__(self, seed: int) -> None:
         self.dice, self.waiting, self.values = random.Random(seed), [], {}  # type: ignore[var-annotated]
 
-    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+    def submit(
+        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
+    ) -> list[Any]:
         handles = [object() for _ in range(num_results)]
         self.waiting.append((function, args, handles))
         return handles
 
     def result(self, handle: Any) -> Any:
         while handle not in self.values:
-            ready = [c for c in self.waiting if all(a in self.values for a in c[1] if type(a) is object)]
+            ready = [
+                c for c in self.waiting if all(a in self.values for a in c[1] if type(a) is object)
+            ]
             call = self.dice.choice(ready)
             self.waiting.remove(call)
             function, args, handles = call
@@ -203,11 +242,18 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
     monkeypatch.setattr(screen, "READ_BYTES", 1 + 20_000 * seed)
     monkeypatch.setattr(screen, "PART_DOCS", 40)
     tables = screen.scan_run(
-        made.store, measure_id, [found[s.id] for s in shards], header["measure"]["layers"], shards=shards,
-        labels=manifest.labels(run), files=manifest.read_table(run, "files"),
+        made.store,
+        measure_id,
+        [found[s.id] for s in shards],
+        header["measure"]["layers"],
+        shards=shards,
+        labels=manifest.labels(run),
+        files=manifest.read_table(run, "files"),
         vocabulary=manifest.read_table(run, "vocabulary"),
-        readable=worker.text_encoder(worker.find_model(made)).texts()[1], worst=1000, tasks=Shuffled(seed),
-    )  # fmt: skip
+        readable=worker.text_encoder(worker.find_model(made)).texts()[1],
+        worst=1000,
+        tasks=Shuffled(seed),
+    )
     assert len(shards) > 3
     for name, table in tables.items():
         assert table.equals(manifest.read_table(run, name)), name
@@ -215,7 +261,13 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
 
 def test_only_the_worst_are_kept_and_none_on_demand(made: RunConfig, tmp_path: Path) -> None:
     with afn_ray.run(replace(made, screen=5)) as few, afn_ray.open_run(few.uri) as run:
-        assert [r for (r,) in run.sql("SELECT rank FROM screened ORDER BY rank").fetchall()] == [1, 2, 3, 4, 5]
+        assert [r for (r,) in run.sql("SELECT rank FROM screened ORDER BY rank").fetchall()] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+        ]
     with afn_ray.run(replace(made, screen=0)) as none:
         assert "screened" not in none.info["tables"] and "sources" not in none.info["tables"]
         assert none.sql("FROM screened").fetchall() == none.sql("FROM sources").fetchall() == []
@@ -232,7 +284,8 @@ def test_a_file_that_is_not_as_committed_is_named(made: RunConfig, tmp_path: Pat
     tokens.write_bytes(tokens.read_bytes()[:-1] + b"x")
     Path(f"{run.uri}/run.json").unlink()
     with pytest.raises(
-        StoreError, match=r"tokens.parquet is damaged: its checksum is not the one in commit.json; delete"
+        StoreError,
+        match=r"tokens.parquet is damaged: its checksum is not the one in commit.json; delete",
     ):
         afn_ray.run(config)
 

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from afn_ray.reduce import histogram as thresholds
-from afn_ray.reduce.histogram import BIN_BITS, Histogram, SeriesSummary, Summary, round_strengths, to_bins, to_values
+from afn_ray.reduce.histogram import (
+    BIN_BITS,
+    Histogram,
+    SeriesSummary,
+    Summary,
+    round_strengths,
+    to_bins,
+    to_values,
+)
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
 
 Floats = npt.NDArray[np.float32]
@@ -29,14 +37,21 @@ SMALLEST_NORMAL = np.float32(2.0**-126)
 ANY = hnp.arrays(np.float32, st.integers(1, 30), elements=st.floats(width=32, allow_nan=False))
 
 
-# --- rounding --------------------------------------------------------------------------------------------
+# --- rounding
+# --------------------------------------------------------------------------------------------
 
 
 def _nearest(value: np.float32) -> np.float32:
-    """``value`` to 15 bits of mantissa, half to even, by exact arithmetic; ``value`` finite, not negative."""
-    exponent = max(-126, int(np.frexp(value)[1]) - 1)  # of the leading bit; denormals share the least one
+    """``value`` to 15 bits of mantissa, half to even, by exact arithmetic; ``value`` finite, not
+    negative.
+    """
+    exponent = max(
+        -126, int(np.frexp(value)[1]) - 1
+    )  # of the leading bit; denormals share the least one
     step = Fraction(2) ** (exponent - 15)
-    return np.float32(float(round(Fraction(float(value)) / step) * step))  # Fractions round half to even
+    return np.float32(
+        float(round(Fraction(float(value)) / step) * step)
+    )  # Fractions round half to even
 
 
 @given(st.floats(0, float(LARGEST), width=32))
@@ -46,7 +61,9 @@ def test_rounding_is_to_the_nearest_half_to_even(value: float) -> None:
 
 @given(ANY)
 def test_the_relative_error_is_at_most_2_to_the_minus_16(values: Floats) -> None:
-    kept = values[(np.abs(values) >= SMALLEST_NORMAL) & (np.abs(values) <= LARGEST)].astype(np.float64)
+    kept = values[(np.abs(values) >= SMALLEST_NORMAL) & (np.abs(values) <= LARGEST)].astype(
+        np.float64
+    )
     error = np.abs(round_strengths(kept.astype(np.float32)).astype(np.float64) - kept)
     assert (error <= np.abs(kept) * 2.0**-16).all()
 
@@ -61,13 +78,22 @@ def test_rounding_twice_is_rounding_once_and_keeps_order(values: Floats) -> None
 
 def test_the_special_cases_of_floats() -> None:
     bits = {
-        0x80000000: 0, 0: 0,  # both zeros
-        1: 0, 0x80: 0, 0x81: 0x100, 0x180: 0x200, 0x007FFFFF: 0x00800000,  # denormals, and out of them
-        0x3F800080: 0x3F800000, 0x3F800180: 0x3F800200,  # halves go to even
+        0x80000000: 0,
+        0: 0,  # both zeros
+        1: 0,
+        0x80: 0,
+        0x81: 0x100,
+        0x180: 0x200,
+        0x007FFFFF: 0x00800000,  # denormals, and out of them
+        0x3F800080: 0x3F800000,
+        0x3F800180: 0x3F800200,  # halves go to even
         0x3FFFFF80: 0x40000000,  # carries into the exponent
-        0x7F7FFF7F: 0x7F7FFF00, 0x7F7FFF80: 0x7F800000,  # nothing finite is near enough
-        0x7F800000: 0x7F800000, 0xFF800000: 0xFF800000, 0x7FC00001: 0x7FC00001,  # infinities, not a number
-    }  # fmt: skip
+        0x7F7FFF7F: 0x7F7FFF00,
+        0x7F7FFF80: 0x7F800000,  # nothing finite is near enough
+        0x7F800000: 0x7F800000,
+        0xFF800000: 0xFF800000,
+        0x7FC00001: 0x7FC00001,  # infinities, not a number
+    }
     got = round_strengths(np.array(list(bits), np.uint32).view(np.float32)).view(np.uint32)
     assert got.tolist() == list(bits.values())
 
@@ -80,7 +106,8 @@ def test_a_bin_is_the_value_itself_and_sorts_like_it(values: Floats) -> None:
     assert (np.diff(bins) >= 0).all() and ((bins >= 0) & (bins < 1 << BIN_BITS)).all()
 
 
-# --- histograms and quantiles ----------------------------------------------------------------------------
+# --- histograms and quantiles
+# ----------------------------------------------------------------------------
 
 KEYS = hnp.arrays(np.int64, st.integers(0, 40), elements=st.integers(0, 12) | st.integers(0, 2**56))
 
@@ -89,8 +116,12 @@ def _same(a: Histogram, b: Histogram) -> None:
     assert a.keys.tolist() == b.keys.tolist() and a.counts.tolist() == b.counts.tolist()
 
 
-@given(st.lists(KEYS, max_size=9), st.randoms(use_true_random=False), st.sampled_from([1, 7, 1 << 18]))
-def test_merging_in_any_order_and_grouping_counts_the_whole(parts: list[Any], random: Any, at_once: int) -> None:
+@given(
+    st.lists(KEYS, max_size=9), st.randoms(use_true_random=False), st.sampled_from([1, 7, 1 << 18])
+)
+def test_merging_in_any_order_and_grouping_counts_the_whole(
+    parts: list[Any], random: Any, at_once: int
+) -> None:
     """However many keys are sorted at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(thresholds, "MERGE_KEYS", at_once)
@@ -110,7 +141,11 @@ def _merges_count_the_whole(parts: list[Any], random: Any) -> None:
 
 
 @given(
-    hnp.arrays(np.float32, st.integers(1, 60), elements=st.integers(1, 9).map(float) | st.floats(0, 2.0**99, width=32)),
+    hnp.arrays(
+        np.float32,
+        st.integers(1, 60),
+        elements=st.integers(1, 9).map(float) | st.floats(0, 2.0**99, width=32),
+    ),
     st.integers(0, 8),
 )
 @settings(max_examples=200)
@@ -122,8 +157,10 @@ def test_a_quantile_is_numpys_inverted_cdf(values: Floats, eighths: int) -> None
 
 def test_a_quantile_is_duckdbs_quantile_disc() -> None:
     random = np.random.default_rng(5)
-    arrays = [np.sort(round_strengths(random.choice([1, 2, 2, 3, 5.5, 8, 1e-9], n).astype(np.float32)))
-              for n in range(1, 41)] + [round_strengths(random.normal(5, 1, 4099).astype(np.float32))]  # fmt: skip
+    arrays = [
+        np.sort(round_strengths(random.choice([1, 2, 2, 3, 5.5, 8, 1e-9], n).astype(np.float32)))
+        for n in range(1, 41)
+    ] + [round_strengths(random.normal(5, 1, 4099).astype(np.float32))]
     of = np.repeat(np.arange(len(arrays)), [len(a) for a in arrays])
     connection = duckdb.connect()
     connection.register("strengths", pa.table({"of": of, "value": np.concatenate(arrays)}))
@@ -145,7 +182,8 @@ def test_a_quantile_is_exact_where_floats_are_not() -> None:
     assert Histogram(np.arange(2), np.array([3 * 10**16 + 1, 7 * 10**16])).quantile_key(3, 10) == 0
 
 
-# --- summaries -------------------------------------------------------------------------------------------
+# --- summaries
+# -------------------------------------------------------------------------------------------
 
 SERIES = (Series("strength", 0), Series("shift", 7))
 TOKEN = st.tuples(
@@ -166,8 +204,12 @@ def _summarise(docs: Sequence[Sequence[Any]], cuts: Sequence[int]) -> Summary:
         rows = [(doc, *token) for doc in range(begin, end) for token in docs[doc]]
         column = [np.array([r[i] for r in rows]) for i in range(6)] if rows else [np.empty(0)] * 6
         flags = column[2].astype(np.uint8) * SPECIAL + column[3].astype(np.uint8) * WORD_START
-        values = {k: round_strengths(column[4 + at].astype(np.float32)) for at, k in enumerate(SERIES)}
-        summary.add(column[0].astype(np.int32), column[1].astype(np.int32), flags.astype(np.uint8), values)
+        values = {
+            k: round_strengths(column[4 + at].astype(np.float32)) for at, k in enumerate(SERIES)
+        }
+        summary.add(
+            column[0].astype(np.int32), column[1].astype(np.int32), flags.astype(np.uint8), values
+        )
     return summary
 
 
@@ -183,7 +225,10 @@ def _brute_force(docs: Sequence[Sequence[Any]], at: int) -> dict[tuple[bool, int
             entry[1] += start
             entry[2] += start and not goes_on
             entry[3][float(round_strengths(np.array(values, np.float32))[at])] += 1
-    return {key: (len(docs), starts, whole, dict(counts)) for key, (docs, starts, whole, counts) in found.items()}
+    return {
+        key: (len(docs), starts, whole, dict(counts))
+        for key, (docs, starts, whole, counts) in found.items()
+    }
 
 
 def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
@@ -197,11 +242,17 @@ def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
         for h in (summary.docs, summary.word_starts, summary.whole_words)
     ]
     return {
-        (s, t): (*(counts[(s << 55) + (t << 24)] for counts in by_type), of_type) for (s, t), of_type in values.items()
+        (s, t): (*(counts[(s << 55) + (t << 24)] for counts in by_type), of_type)
+        for (s, t), of_type in values.items()
     }
 
 
-@given(CORPUS, st.lists(st.integers(0, 12), max_size=4), st.integers(0, 12), st.sampled_from([0, 3, 1 << 22]))
+@given(
+    CORPUS,
+    st.lists(st.integers(0, 12), max_size=4),
+    st.integers(0, 12),
+    st.sampled_from([0, 3, 1 << 22]),
+)
 def test_a_summary_is_what_counting_one_by_one_gives(
     docs: list[list[Any]], cuts: list[int], shard_end: int, few_keys: int
 ) -> None:

@@ -43,7 +43,11 @@ def other_address() -> str:
 
 def without_ray(**more: str) -> dict[str, str]:
     """The environment without what it says of Ray."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"} | more
+    return (
+        {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        | {"RAY_USAGE_STATS_ENABLED": "0"}
+        | more
+    )
 
 
 def free_port() -> int:
@@ -57,14 +61,29 @@ def head(folder: Path, **environment: str) -> Iterator[str]:
     """Address of a head, started as ``ray start`` does, on all addresses of this machine."""
     port, dashboard = free_port(), free_port()
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}", "--num-cpus=1",
-        f"--node-ip-address={other_address()}", "--object-store-memory=80000000", f"--temp-dir={folder}",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}", "--no-monitor",
-        "--include-log-monitor=false", "--min-worker-port=0", "--max-worker-port=0",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=1",
+        f"--node-ip-address={other_address()}",
+        "--object-store-memory=80000000",
+        f"--temp-dir={folder}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={free_port()}",
+        "--no-monitor",
+        "--include-log-monitor=false",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
     log = folder.with_suffix(".log")
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=without_ray(**environment), stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=without_ray(**environment), stdout=output, stderr=output
+        )
     try:
         deadline = time.monotonic() + 90
         while "Ray runtime started" not in log.read_text():
@@ -83,7 +102,9 @@ def head(folder: Path, **environment: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def short() -> Iterator[Path]:
-    """A folder for Ray's sockets, whose names may have 107 characters: pytest's own is too long for some pids."""
+    """A folder for Ray's sockets, whose names may have 107 characters: pytest's own is too long for
+    some pids.
+    """
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
@@ -102,22 +123,44 @@ def token_head(short: Path) -> Iterator[str]:
 
 @pytest.mark.usefixtures("no_ray")
 def test_an_open_cluster_is_refused_and_joined_only_by_a_flag_that_says_so(
-    open_head: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    open_head: str,
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
     found = doctor._ray(open_head)
-    assert found.ok is False and "without a token" in found.found and "RAY_AUTH_MODE=token" in found.advice
+    assert (
+        found.ok is False
+        and "without a token" in found.found
+        and "RAY_AUTH_MODE=token" in found.advice
+    )
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("joined it"))
-    words = ["run", str(corpus), "--model", str(tiny_bert), "--store", str(tmp_path / "store"), "--executor", "ray"]
+    words = [
+        "run",
+        str(corpus),
+        "--model",
+        str(tiny_bert),
+        "--store",
+        str(tmp_path / "store"),
+        "--executor",
+        "ray",
+    ]
     with pytest.raises(SystemExit) as left:
         commands.main([*words, "--address", open_head])
     said = capsys.readouterr().err
     assert left.value.code == 2
-    assert f"the cluster at {open_head} asks for no token: whoever reaches it can run code there" in said
+    assert (
+        f"the cluster at {open_head} asks for no token: whoever reaches it can run code there"
+        in said
+    )
     assert "RAY_AUTH_MODE=token" in said and "--allow-open-cluster" in said
     access.check(open_head, allow_open=True)
-    assert caplog.messages[-1].startswith(f"the cluster at {open_head} asks for no token: whoever reaches it can run")
+    assert caplog.messages[-1].startswith(
+        f"the cluster at {open_head} asks for no token: whoever reaches it can run"
+    )
 
 
 def refuse(**_: object) -> None:
@@ -126,11 +169,15 @@ def refuse(**_: object) -> None:
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_cluster_with_a_token_takes_it_and_no_other(token_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_with_a_token_takes_it_and_no_other(
+    token_head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     found = doctor._ray(token_head)
-    assert found.ok is None and "ran a task of afn-ray" in found.found and "clear text" in found.found
+    assert (
+        found.ok is None and "ran a task of afn-ray" in found.found and "clear text" in found.found
+    )
     assert not access.refuses_us(token_head)
     for token in ("f" * 64, None):
         if token is None:
@@ -140,14 +187,23 @@ def test_a_cluster_with_a_token_takes_it_and_no_other(token_head: str, monkeypat
             monkeypatch.setenv("RAY_AUTH_TOKEN", token)
         monkeypatch.setattr("ray.init", refuse)
         config = RunConfig(corpus=("c",), model="m", store="s", address=token_head)
-        with pytest.raises(ConfigError, match="wants a token, and not the one we have"), connection.joined(config):
+        with (
+            pytest.raises(ConfigError, match="wants a token, and not the one we have"),
+            connection.joined(config),
+        ):
             pytest.fail("joined it")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="the dashboard comes with ray[default]")
+@pytest.mark.skipif(
+    importlib.util.find_spec("aiohttp_cors") is None, reason="the dashboard comes with ray[default]"
+)
 def test_the_dashboard_answers_401_without_the_token_and_403_with_another(token_head: str) -> None:
     statuses = []
-    for header in ({}, {"Authorization": "Bearer " + "f" * 64}, {"Authorization": f"Bearer {TOKEN}"}):
+    for header in (
+        {},
+        {"Authorization": "Bearer " + "f" * 64},
+        {"Authorization": f"Bearer {TOKEN}"},
+    ):
         connection = http.client.HTTPConnection("127.0.0.1", DASHBOARDS[token_head], timeout=30)
         body = json.dumps({"entrypoint": "true"}) if "Authorization" not in header else None
         connection.request("POST" if body else "GET", "/api/jobs/", body, header)
@@ -157,7 +213,9 @@ def test_the_dashboard_answers_401_without_the_token_and_403_with_another(token_
 
 
 def test_what_is_no_address_of_a_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"Ray Client, which afn-ray does not use: give host:6379"):
+    with pytest.raises(
+        ConfigError, match=r"Ray Client, which afn-ray does not use: give host:6379"
+    ):
         access.check("ray://127.0.0.1:10001", allow_open=True)
     for host in (other_address(), "127.0.0.1"):
         with pytest.raises(ConfigError, match=rf"nothing answers at {host}:1: .*check the address"):
@@ -192,7 +250,10 @@ def test_what_has_not_the_form_of_an_address_says_what_to_do(
         address.check(where)
     assert "secret" not in str(caught.value)
     monkeypatch.setenv("RAY_ADDRESS", where)
-    with pytest.raises(ConfigError, match=said), connection.joined(RunConfig(corpus=("c",), model="m", store="/s")):
+    with (
+        pytest.raises(ConfigError, match=said),
+        connection.joined(RunConfig(corpus=("c",), model="m", store="/s")),
+    ):
         pytest.fail("joined")
     found = doctor._ray(where)
     assert found.ok is False and found.advice
@@ -216,14 +277,19 @@ def test_a_full_or_too_long_folder_of_rays_is_named_and_resumable(
 
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
-    with pytest.raises(Interrupted, match=r"sockets in .*longlong.*may have 107; set RAY_TMPDIR to a folder") as caught:
+    with pytest.raises(
+        Interrupted, match=r"sockets in .*longlong.*may have 107; set RAY_TMPDIR to a folder"
+    ) as caught:
         joined()
     assert caught.value.exit_code == 75
     monkeypatch.setenv("RAY_TMPDIR", tempfile.mkdtemp(prefix="afn-", dir="/tmp"))
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
-        with pytest.raises(Interrupted, match=r"no space left for a local Ray in .*1.0 MiB free, expected 16.*resumes"):
+        with pytest.raises(
+            Interrupted,
+            match=r"no space left for a local Ray in .*1.0 MiB free, expected 16.*resumes",
+        ):
             joined()
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         patch.setattr(Path, "touch", _full)
@@ -231,7 +297,9 @@ def test_a_full_or_too_long_folder_of_rays_is_named_and_resumable(
             joined()
     session.check()
     monkeypatch.setenv("RAY_TMPDIR", "/proc/afn")
-    with pytest.raises(ConfigError, match=r"cannot write its folder /proc/afn/ray: .*set RAY_TMPDIR"):
+    with pytest.raises(
+        ConfigError, match=r"cannot write its folder /proc/afn/ray: .*set RAY_TMPDIR"
+    ):
         joined()
 
 
@@ -242,6 +310,8 @@ def _full(*_: object) -> None:
 def test_a_ray_of_our_own_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     access.check(None, allow_open=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled starts a Ray that asks for no token"):
+    with pytest.raises(
+        ConfigError, match="RAY_AUTH_MODE=disabled starts a Ray that asks for no token"
+    ):
         access.check(None, allow_open=False)
     access.check(None, allow_open=True)

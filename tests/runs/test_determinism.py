@@ -1,4 +1,6 @@
-"""What is recorded of a document is a function of it and of its shard: never of workers, order or neighbours."""
+"""What is recorded of a document is a function of it and of its shard: never of workers, order or
+neighbours.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,13 @@ def processors(request: pytest.FixtureRequest) -> Iterator[Callable[..., Process
     def make(kind: str, batch_tokens: int, dtype: str = "float32") -> Processor:
         if (kind, batch_tokens, dtype) not in made:
             config = RunConfig(
-                corpus=("-",), model=str(request.getfixturevalue(kind)), store="/nowhere", executor="inline",
-                layers="all", batch_tokens=batch_tokens,
-            )  # fmt: skip
+                corpus=("-",),
+                model=str(request.getfixturevalue(kind)),
+                store="/nowhere",
+                executor="inline",
+                layers="all",
+                batch_tokens=batch_tokens,
+            )
             made[kind, batch_tokens, dtype] = make_processor(config, dtype)
         return made[kind, batch_tokens, dtype]
 
@@ -68,27 +74,44 @@ def measure(processor: Processor, texts: list[str]) -> list[np.ndarray]:
 def pool(verses: list[str]) -> list[str]:
     """Texts of a token, of many windows, and of all sizes between; some have the same length."""
     words = ["light", "God", "a", "the sea", "And it was so."]
-    return [*words, *verses[:40], *(" ".join(verses[i : i + 6]) for i in range(100, 160, 10)), *verses[3000:3020]]
+    return [
+        *words,
+        *verses[:40],
+        *(" ".join(verses[i : i + 6]) for i in range(100, 160, 10)),
+        *verses[3000:3020],
+    ]
 
 
-# --- neighbours ------------------------------------------------------------------------------------------
+# --- neighbours
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("kind", "budget"), [("tiny_bert", 64), ("tiny_bert", 256), ("tiny_gpt", 128), ("minilm", 256)]
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
 @given(data=st.data())
 def test_the_bits_of_a_document_do_not_depend_on_its_neighbours(
-    kind: str, budget: int, dtype: str, data: st.DataObject, processors: Callable[..., Processor], verses: list[str]
+    kind: str,
+    budget: int,
+    dtype: str,
+    data: st.DataObject,
+    processors: Callable[..., Processor],
+    verses: list[str],
 ) -> None:
     processor = processors(kind, budget, dtype)
     assert processor.model.packed
     texts = pool(verses)
     if not hasattr(processor, "alone"):  # a document is alone with what fills its batch
         processor.alone = measure(processor, texts)  # type: ignore[attr-defined]
-    chosen = data.draw(st.lists(st.integers(0, len(texts) - 1), min_size=8, max_size=25, unique=True))
+    chosen = data.draw(
+        st.lists(st.integers(0, len(texts) - 1), min_size=8, max_size=25, unique=True)
+    )
     prepared = processor.preparer.prepare([texts[i] for i in chosen], [False] * len(chosen))
     assume(len(prepared.batches) > 1)
     assert all(len(b.ids) == max(budget, max(b.lengths)) for b in prepared.batches)
@@ -125,7 +148,8 @@ def test_a_document_among_copies_of_itself_has_the_same_bits_in_each(
         assert len({copies[i].tobytes() for i in (0, *range(11, 71))}) == 1
 
 
-# --- budgets ---------------------------------------------------------------------------------------------
+# --- budgets
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tiny_bert", "tiny_gpt", "tiny_llama", "tiny_mpnet"])
@@ -140,7 +164,10 @@ def test_every_budget_gives_the_same_strengths(
     texts += ["a", exact, exact + " a", "a", exact, ""]
     expected = measure(first, texts)
     lengths = [e.shape[1] for e in expected]
-    assert lengths[-6:] == [1 + special, context, context + 1, 1 + special, context, 0] and max(lengths) > 3 * context
+    assert (
+        lengths[-6:] == [1 + special, context, context + 1, 1 + special, context, 0]
+        and max(lengths) > 3 * context
+    )
     assert first.model.packed == (kind != "tiny_mpnet")
     for budget in BUDGETS[1:]:
         for got, one in zip(measure(processors(kind, budget), texts), expected, strict=True):
@@ -150,20 +177,31 @@ def test_every_budget_gives_the_same_strengths(
 
 
 @settings(max_examples=25, deadline=None)
-@given(words=st.lists(st.integers(1, 150), min_size=1, max_size=30), budget=st.sampled_from(BUDGETS), data=st.data())
+@given(
+    words=st.lists(st.integers(1, 150), min_size=1, max_size=30),
+    budget=st.sampled_from(BUDGETS),
+    data=st.data(),
+)
 def test_any_packing_gives_what_a_document_alone_gives(
-    words: list[int], budget: int, data: st.DataObject, processors: Callable[..., Processor], verses: list[str]
+    words: list[int],
+    budget: int,
+    data: st.DataObject,
+    processors: Callable[..., Processor],
+    verses: list[str],
 ) -> None:
     source = " ".join(verses[:60]).split()
     texts = [" ".join(source[7 * i : 7 * i + n]) for i, n in enumerate(words)]
     order = data.draw(st.permutations(range(len(texts))))
     for kind in ("tiny_bert", "tiny_gpt", "tiny_mpnet"):
         alone = processors(kind, 64)
-        for i, got in zip(order, measure(processors(kind, budget), [texts[i] for i in order]), strict=True):
+        for i, got in zip(
+            order, measure(processors(kind, budget), [texts[i] for i in order]), strict=True
+        ):
             np.testing.assert_allclose(got, measure(alone, [texts[i]])[0], rtol=2e-5)
 
 
-# --- workers, order and threads --------------------------------------------------------------------------
+# --- workers, order and threads
+# --------------------------------------------------------------------------
 
 
 def shards(config: RunConfig, tmp_path: Path, verses: list[str]) -> tuple[manifest.Plan, RunConfig]:
@@ -180,7 +218,11 @@ def contents(commits: list[Commit]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_files_have_the_same_bytes_whoever_makes_them_and_in_whichever_order(
-    dtype: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    dtype: str,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(feed, "CHUNK_BYTES", 1500)  # a few chunks in every shard
     attempt = SimpleNamespace(hex="a" * 32)  # files name theirs
@@ -189,8 +231,10 @@ def test_files_have_the_same_bytes_whoever_makes_them_and_in_whichever_order(
     assert len(plan.shards) > 5
     made = []
     for name, workers, order in (
-        ("one", 0, plan.shards), ("backwards", 0, plan.shards[::-1]), ("processes", 2, plan.shards),
-    ):  # fmt: skip
+        ("one", 0, plan.shards),
+        ("backwards", 0, plan.shards[::-1]),
+        ("processes", 2, plan.shards),
+    ):
         config = make_config(store=str(tmp_path / name), layers="all", tokenizer_workers=workers)
         processor = make_processor(config, dtype)
         made.append(contents([processor.process(shard) for shard in order]))
@@ -203,7 +247,9 @@ def test_files_have_the_same_bytes_whoever_makes_them_and_in_whichever_order(
     assert len({tuple(files) for files in made[0].values()}) == len(plan.shards)
 
 
-def test_threads_of_this_process_change_no_bit(processors: Callable[..., Processor], verses: list[str]) -> None:
+def test_threads_of_this_process_change_no_bit(
+    processors: Callable[..., Processor], verses: list[str]
+) -> None:
     processor = processors("minilm", 256)
     before = torch.get_num_threads()
     got = []

@@ -59,7 +59,9 @@ Fate = BaseException | Cause | str | None
 
 @dataclass
 class FakePool:
-    """Workers as events of the future; ``fate(shard, attempt, alone, halvings)`` says how an attempt ends."""
+    """Workers as events of the future; ``fate(shard, attempt, alone, halvings)`` says how an
+    attempt ends.
+    """
 
     fate: Callable[[str, int, bool, int], Fate] = lambda shard, attempt, alone, halvings: None
     num_places: int = 2  # of workers that the cluster has
@@ -70,12 +72,16 @@ class FakePool:
     at: Callable[[FakePool], None] = lambda pool: None  # at every look at the clock
     now: float = 0.0
     events: list[tuple[float, Event]] = field(default_factory=list)
-    alive: dict[int, dict[str, int]] = field(default_factory=dict)  # worker -> shards in flight, and their attempts
+    alive: dict[int, dict[str, int]] = field(
+        default_factory=dict
+    )  # worker -> shards in flight, and their attempts
     attempts: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     log: list[str] = field(default_factory=list)
     most_in_flight: int = 0
-    order: list[tuple[int, str, int]] = field(default_factory=list)  # worker, shard, others in flight
+    order: list[tuple[int, str, int]] = field(
+        default_factory=list
+    )  # worker, shard, others in flight
     closed: bool = False
 
     def clock(self) -> float:
@@ -178,14 +184,23 @@ def commit(shard: str) -> Commit:
 
 
 def run(
-    pool: FakePool, shards: list[Shard] | None = None, wait_s: float = 100.0, deadline_s: float | None = None,
-    allow_quarantined: int = 0, on_state: Callable[[State], None] = lambda state: None,
-) -> State:  # fmt: skip
+    pool: FakePool,
+    shards: list[Shard] | None = None,
+    wait_s: float = 100.0,
+    deadline_s: float | None = None,
+    allow_quarantined: int = 0,
+    on_state: Callable[[State], None] = lambda state: None,
+) -> State:
     shards = SHARDS if shards is None else shards
     state = Dispatcher(
-        pool, shards, on_state, wait_s=wait_s, deadline_s=deadline_s, allow_quarantined=allow_quarantined,
+        pool,
+        shards,
+        on_state,
+        wait_s=wait_s,
+        deadline_s=deadline_s,
+        allow_quarantined=allow_quarantined,
         clock=pool.clock,
-    ).run()  # fmt: skip
+    ).run()
     assert pool.closed
     assert set(state.commits) | set(state.failures) <= {s.id for s in shards}
     assert not set(state.commits) & set(state.failures)
@@ -194,7 +209,8 @@ def run(
     return state
 
 
-# --- work out --------------------------------------------------------------------------------------------
+# --- work out
+# --------------------------------------------------------------------------------------------
 
 
 def test_each_shard_is_handed_out_once_and_a_bounded_number_is_in_flight() -> None:
@@ -211,7 +227,9 @@ def test_work_starts_on_the_first_worker_that_is_ready() -> None:
 
 
 def test_workers_with_nothing_left_to_do_are_released_while_others_work() -> None:
-    pool = FakePool(fate=lambda shard, *_: "hang" if shard == "s3" else None, num_places=4, wanted=4)
+    pool = FakePool(
+        fate=lambda shard, *_: "hang" if shard == "s3" else None, num_places=4, wanted=4
+    )
     state = run(pool, deadline_s=1000.0, allow_quarantined=1)
     assert state.failures.keys() == {"s3"}
     first = next(i for i, line in enumerate(pool.log) if line.startswith("replace"))
@@ -224,7 +242,8 @@ def test_no_more_workers_than_shards() -> None:
     assert pool.starts == 2
 
 
-# --- blame -----------------------------------------------------------------------------------------------
+# --- blame
+# -----------------------------------------------------------------------------------------------
 
 
 def test_an_exception_charges_its_shard_alone() -> None:
@@ -236,7 +255,9 @@ def test_an_exception_charges_its_shard_alone() -> None:
 
 
 def test_an_exception_that_passes_is_forgiven() -> None:
-    pool = FakePool(fate=lambda shard, nth, *_: ShardError("bad") if nth == 1 and shard == "s2" else None)
+    pool = FakePool(
+        fate=lambda shard, nth, *_: ShardError("bad") if nth == 1 and shard == "s2" else None
+    )
     state = run(pool)
     assert len(state.commits) == 20 and state.retries == 1
 
@@ -249,13 +270,19 @@ def test_an_unknown_exception_replaces_the_process_and_charges_no_neighbour() ->
 
 
 def test_where_no_process_can_be_replaced_an_unknown_exception_still_charges_its_shard() -> None:
-    pool = FakePool(fate=lambda shard, *_: RuntimeError("odd") if shard == "s2" else None, can_replace=False, wanted=1)
+    pool = FakePool(
+        fate=lambda shard, *_: RuntimeError("odd") if shard == "s2" else None,
+        can_replace=False,
+        wanted=1,
+    )
     assert run(pool).failures == {"s2": "RuntimeError: odd"}
     assert not any(line.startswith("replace") for line in pool.log)
 
 
 @pytest.mark.parametrize("poison", [["s4"], ["s4", "s5"], ["s0", "s19"]])
-def test_a_shard_that_kills_its_worker_is_convicted_alone_and_no_innocent_is_lost(poison: list[str]) -> None:
+def test_a_shard_that_kills_its_worker_is_convicted_alone_and_no_innocent_is_lost(
+    poison: list[str],
+) -> None:
     pool = FakePool(fate=lambda shard, *_: Cause.CRASH if shard in poison else None)
     state = run(pool)
     assert sorted(state.failures) == sorted(poison)
@@ -313,8 +340,11 @@ def test_want_of_memory_halves_the_budget_before_it_charges() -> None:
     assert len(run(FakePool(fate=fate)).commits) == 20
     assert seen == [0, 1, 2]
     seen.clear()
-    pool = FakePool(fate=lambda shard, nth, alone, halvings: seen.append(halvings) or Cause.MEMORY
-                    if shard == "s2" else None)  # fmt: skip
+    pool = FakePool(
+        fate=lambda shard, nth, alone, halvings: (
+            seen.append(halvings) or Cause.MEMORY if shard == "s2" else None
+        )
+    )
     state = run(pool)
     assert state.failures.keys() == {"s2"} and "memory" in state.failures["s2"]
     assert max(seen) >= HALVINGS
@@ -328,13 +358,17 @@ def test_a_changed_file_is_skipped_at_once_and_is_no_sign_of_a_fault_of_all() ->
     assert set(pool.attempts.values()) == {1}
 
 
-# --- what concerns all -----------------------------------------------------------------------------------
+# --- what concerns all
+# -----------------------------------------------------------------------------------
 
 
 def test_quarantines_in_a_row_stop_the_run() -> None:
     pool = FakePool(fate=lambda *_: ShardError("the code is wrong"))
     state = run(pool)
-    assert f"{QUARANTINES_IN_ROW} shards in a row" in state.stopped and len(state.failures) == QUARANTINES_IN_ROW
+    assert (
+        f"{QUARANTINES_IN_ROW} shards in a row" in state.stopped
+        and len(state.failures) == QUARANTINES_IN_ROW
+    )
 
 
 def test_as_many_quarantines_as_are_allowed_do_not() -> None:
@@ -359,7 +393,9 @@ def test_what_concerns_all_shards_is_raised_at_once(error: BaseException) -> Non
 
 @pytest.mark.parametrize("num_workers", [1, 2, 8])
 def test_a_model_that_does_not_load_fails_fast(num_workers: int) -> None:
-    pool = FakePool(start=lambda nth: ModelError("no such layer"), num_places=num_workers, wanted=num_workers)
+    pool = FakePool(
+        start=lambda nth: ModelError("no such layer"), num_places=num_workers, wanted=num_workers
+    )
     with pytest.raises(ModelError, match="no such layer"):
         run(pool)
     assert pool.starts <= num_workers + FAILED_STARTS and not pool.attempts
@@ -369,7 +405,9 @@ def test_workers_that_die_as_they_load_fail_fast_too() -> None:
     pool = FakePool(start=lambda nth: Cause.LOADING, num_places=1, wanted=1)
     with pytest.raises(ModelError, match="as it loaded the model"):
         run(pool)
-    assert FAILED_STARTS <= pool.starts <= FAILED_STARTS + 1  # Ray starts it anew before it is asked
+    assert (
+        FAILED_STARTS <= pool.starts <= FAILED_STARTS + 1
+    )  # Ray starts it anew before it is asked
 
 
 def test_one_start_that_fails_is_tried_again() -> None:
@@ -378,7 +416,9 @@ def test_one_start_that_fails_is_tried_again() -> None:
 
 
 def test_starts_that_fail_beside_workers_that_work_stop_nothing_and_end() -> None:
-    pool = FakePool(start=lambda nth: ModelError("bad node") if nth > 1 else None, num_places=3, wanted=3)
+    pool = FakePool(
+        start=lambda nth: ModelError("bad node") if nth > 1 else None, num_places=3, wanted=3
+    )
     assert len(run(pool).commits) == 20
     assert pool.starts <= 12  # with longer and longer pauses
 
@@ -401,7 +441,8 @@ def test_a_worker_cut_off_from_the_store_is_replaced_and_charges_nobody() -> Non
     assert any(line.startswith("replace") for line in pool.log)
 
 
-# --- time ------------------------------------------------------------------------------------------------
+# --- time
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_that_hangs_meets_its_deadline_and_charges_only_itself() -> None:
@@ -413,12 +454,18 @@ def test_a_shard_that_hangs_meets_its_deadline_and_charges_only_itself() -> None
 
 
 @pytest.mark.parametrize("deadline_s", [None, 700.0])
-def test_a_shard_that_hangs_beside_others_that_end_is_found_before_the_tail(deadline_s: float | None) -> None:
+def test_a_shard_that_hangs_beside_others_that_end_is_found_before_the_tail(
+    deadline_s: float | None,
+) -> None:
     def at(pool: FakePool) -> None:
-        pool.tokens = dict.fromkeys(pool.alive, int(pool.now))  # the worker measures other shards all the time
+        pool.tokens = dict.fromkeys(
+            pool.alive, int(pool.now)
+        )  # the worker measures other shards all the time
 
     shards = [make_shard(f"s{i}") for i in range(1500)]
-    pool = FakePool(fate=lambda shard, nth, *_: "hang" if shard == "s6" and nth == 1 else None, at=at, wanted=1)
+    pool = FakePool(
+        fate=lambda shard, nth, *_: "hang" if shard == "s6" and nth == 1 else None, at=at, wanted=1
+    )
     state = run(pool, shards, deadline_s=deadline_s)
     assert len(state.commits) == 1500 and any(line.startswith("replace") for line in pool.log)
     again = [at for at, (_, shard, _) in enumerate(pool.order) if shard == "s6"][1]
@@ -426,7 +473,9 @@ def test_a_shard_that_hangs_beside_others_that_end_is_found_before_the_tail(dead
 
 
 def test_a_hang_where_no_process_can_be_replaced_stops_the_run() -> None:
-    pool = FakePool(fate=lambda shard, *_: "hang" if shard == "s6" else None, can_replace=False, wanted=1)
+    pool = FakePool(
+        fate=lambda shard, *_: "hang" if shard == "s6" else None, can_replace=False, wanted=1
+    )
     with pytest.raises(Interrupted, match=r"s6 \(/c/s6\).*--executor ray"):
         run(pool, deadline_s=60.0)
 
@@ -471,7 +520,10 @@ def test_a_worker_replaced_for_one_shard_and_dead_by_another_is_watched_again() 
 
 @pytest.mark.parametrize("can_replace", [True, False])
 def test_a_helper_that_dies_charges_no_neighbour(can_replace: bool) -> None:
-    pool = FakePool(fate=lambda shard, *_: HelperDied("gone") if shard == "s5" else None, can_replace=can_replace)
+    pool = FakePool(
+        fate=lambda shard, *_: HelperDied("gone") if shard == "s5" else None,
+        can_replace=can_replace,
+    )
     state = run(pool)
     assert state.failures.keys() == {"s5"}
     assert all(n <= 1 + 2 * can_replace for shard, n in pool.attempts.items() if shard != "s5")
@@ -484,7 +536,9 @@ def test_without_capacity_it_says_so_within_thirty_seconds_and_gives_up_in_time(
     def on_state(state: State) -> None:
         seen.extend((pool.now, notice) for notice in state.notices[len(seen) :])
 
-    with pytest.raises(Interrupted, match=r"no worker for .* \(--wait 300\).*asked for.*has 0 GPU.*same command") as e:
+    with pytest.raises(
+        Interrupted, match=r"no worker for .* \(--wait 300\).*asked for.*has 0 GPU.*same command"
+    ) as e:
         run(pool, wait_s=300.0, on_state=on_state)
     assert e.value.exit_code == 75
     assert len(seen) == 1 and SAY_AFTER_S <= seen[0][0] <= 30 and "0 GPU" in seen[0][1]
@@ -495,7 +549,9 @@ def test_workers_that_load_their_model_are_no_lack_of_workers() -> None:
     pool = FakePool(num_places=0, loading=2)
     notices: list[str] = []
     with pytest.raises(Interrupted, match=r"^2 workers loading the model for 300 s \(--wait 300\)"):
-        run(pool, wait_s=300.0, on_state=lambda state: notices.extend(state.notices[len(notices) :]))
+        run(
+            pool, wait_s=300.0, on_state=lambda state: notices.extend(state.notices[len(notices) :])
+        )
     assert len(notices) == 1 and notices[0].startswith("2 workers loading the model for 20 s: ")
     assert "no worker" not in notices[0]
 
@@ -546,13 +602,22 @@ def test_stopping_drains_what_is_nearly_done_and_hands_out_nothing() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_dies_every_shard_is_done_once_or_quarantined_for_its_own_fault(seed: int) -> None:
     chance = random.Random(seed)
-    poison = {s.id: chance.choice(["crash", "raise", "hang"]) for s in SHARDS if chance.random() < 0.1}
+    poison = {
+        s.id: chance.choice(["crash", "raise", "hang"]) for s in SHARDS if chance.random() < 0.1
+    }
 
     def fate(shard: str, nth: int, alone: bool, halvings: int) -> Fate:
         if shard in poison:
             return {"crash": Cause.CRASH, "raise": ShardError("bad"), "hang": "hang"}[poison[shard]]
         if nth <= 6 and chance.random() < 0.2:
-            return chance.choice([Cause.NODE, Cause.NODE, Unavailable("no answer"), Cause.CRASH if not alone else None])
+            return chance.choice(
+                [
+                    Cause.NODE,
+                    Cause.NODE,
+                    Unavailable("no answer"),
+                    Cause.CRASH if not alone else None,
+                ]
+            )
         return None
 
     def start(nth: int) -> Fate:
@@ -560,7 +625,9 @@ def test_whatever_dies_every_shard_is_done_once_or_quarantined_for_its_own_fault
 
     pool = FakePool(fate=fate, start=start, num_places=3, wanted=3)
     sized = [make_shard(s.id, chance.choice([10, 1000, 50_000_000])) for s in SHARDS]
-    state = run(pool, sized, deadline_s=chance.choice([100.0, None]), allow_quarantined=20, wait_s=1e6)
+    state = run(
+        pool, sized, deadline_s=chance.choice([100.0, None]), allow_quarantined=20, wait_s=1e6
+    )
     assert set(poison) <= set(state.failures)
     assert all("alone" in why for shard, why in state.failures.items() if shard not in poison)
     assert len(state.failures) <= len(poison) + 1

@@ -1,4 +1,6 @@
-"""A corpus that changed: only what changed is done, and the run is the one that a new store would have."""
+"""A corpus that changed: only what changed is done, and the run is the one that a new store would
+have.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def run_over(config: RunConfig, work: Work) -> tuple[afn_ray.Run, Work]:
     """The run of ``config``, and what it had to do."""
     work.hashed = work.measured = 0
     run = afn_ray.run(config)
-    assert work.measured == run.info["counts"]["shards"] - run.info["counts"]["shards_reused"] or not work.measured
+    assert (
+        work.measured == run.info["counts"]["shards"] - run.info["counts"]["shards_reused"]
+        or not work.measured
+    )
     return run, replace(work)
 
 
@@ -76,16 +81,23 @@ def check_same(mine: afn_ray.Run, theirs: afn_ray.Run) -> None:
             store, _, name = run.uri.rpartition("/runs/")
             folder = manifest.RunFolder(run.uri, store, name, run.info)
             shards = manifest.read_table(folder, "shards")
-            files = [c for c in shards.column_names if c.endswith(("_file", "_bytes", "seconds")) and c != "num_bytes"]
+            files = [
+                c
+                for c in shards.column_names
+                if c.endswith(("_file", "_bytes", "seconds")) and c != "num_bytes"
+            ]
             screening = [manifest.read_table(folder, name) for name in ("sources", "screened")]
-            tables.append((manifest.read_table(folder, "histogram"), *screening, shards.drop_columns(files)))
+            tables.append(
+                (manifest.read_table(folder, "histogram"), *screening, shards.drop_columns(files))
+            )
             counts = {k: v for k, v in run.info["counts"].items() if k != "shards_reused"}
             where = "SELECT doc, count(*), min(source) FROM tokens JOIN documents USING (doc) GROUP BY doc ORDER BY doc"
             tables[-1] += (counts, run.info["corpus"], run.sql(where).fetchall())
         assert tables[0] == tables[1]
 
 
-# --- one change ------------------------------------------------------------------------------------------
+# --- one change
+# ------------------------------------------------------------------------------------------
 
 
 def lines_of(texts: list[str]) -> list[dict[str, str]]:
@@ -93,13 +105,22 @@ def lines_of(texts: list[str]) -> list[dict[str, str]]:
 
 
 def fill(folder: Path, verses: list[str]) -> None:
-    """Ten files. Which small ones share a shard does not depend on their names: each lies between large ones."""
+    """Ten files. Which small ones share a shard does not depend on their names: each lies between
+    large ones.
+    """
     folder.mkdir()
     for i in range(3):
         (folder / f"a{i}.txt").write_text(verses[i][:60])  # one shard, not a quarter full
     write_jsonl(folder / "b.jsonl", lines_of(verses[100:143]))
-    (folder / "c.csv").write_text("id,text\n" + "".join(f'{i},"{verses[i]}"\n' for i in range(200, 215)))
-    pq.write_table(pa.table({"text": verses[300:324]}), folder / "d.parquet", row_group_size=8, compression="none")
+    (folder / "c.csv").write_text(
+        "id,text\n" + "".join(f'{i},"{verses[i]}"\n' for i in range(200, 215))
+    )
+    pq.write_table(
+        pa.table({"text": verses[300:324]}),
+        folder / "d.parquet",
+        row_group_size=8,
+        compression="none",
+    )
     data = "".join(json.dumps(row) + "\n" for row in lines_of(verses[400:440])).encode()
     (folder / "e.jsonl.gz").write_bytes(gzip.compress(data, mtime=0))
     write_jsonl(folder / "f.jsonl", lines_of(verses[500:502]))  # smaller than a shard, and alone
@@ -111,8 +132,13 @@ def fill(folder: Path, verses: list[str]) -> None:
 
 def sizes(folder: Path) -> None:
     """What the counts below rest on."""
-    for name, low, high in (("a0.txt", 1, B // 12), ("c.csv", B, 1 << 20), ("e.jsonl.gz", B, 1 << 20),
-                            ("f.jsonl", 1, B // 2), ("g.txt", B, 1 << 20)):  # fmt: skip
+    for name, low, high in (
+        ("a0.txt", 1, B // 12),
+        ("c.csv", B, 1 << 20),
+        ("e.jsonl.gz", B, 1 << 20),
+        ("f.jsonl", 1, B // 2),
+        ("g.txt", B, 1 << 20),
+    ):
         assert low <= (folder / name).stat().st_size <= high, name
 
 
@@ -144,9 +170,15 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_gpt: Path, verses: lis
 
 def config_of(folder: Path | str, model: Path, store: Path | str) -> RunConfig:
     return RunConfig(
-        corpus=(str(folder),), model=str(model), store=str(store), executor="inline", shard_bytes=B, batch_tokens=512,
-        dtype="float32", layers="0,2",
-    )  # fmt: skip
+        corpus=(str(folder),),
+        model=str(model),
+        store=str(store),
+        executor="inline",
+        shard_bytes=B,
+        batch_tokens=512,
+        dtype="float32",
+        layers="0,2",
+    )
 
 
 Change = Callable[[Path, Ground, list[str]], object]
@@ -176,7 +208,9 @@ def truncate(folder: Path, ground: Ground, slice: int, part: float) -> None:
 
 
 def write_parquet(folder: Path, texts: list[str]) -> None:
-    pq.write_table(pa.table({"text": texts}), folder / "d.parquet", row_group_size=8, compression="none")
+    pq.write_table(
+        pa.table({"text": texts}), folder / "d.parquet", row_group_size=8, compression="none"
+    )
 
 
 def write_gzip(folder: Path, text: str) -> None:
@@ -185,9 +219,11 @@ def write_gzip(folder: Path, text: str) -> None:
 
 CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
     "append a line": (1, 1, lambda f, g, v: add(f, "b.jsonl", v[:1])),  # the last slice
-    "append more than a shard": (1, 3, lambda f, g, v: add(f, "b.jsonl", v[:20])),  # the last slice, and what is new
+    # the last slice, and what is new
+    "append more than a shard": (1, 3, lambda f, g, v: add(f, "b.jsonl", v[:20])),
     "append to a small file": (1, 1, lambda f, g, v: add(f, "f.jsonl", v[:1])),
-    "insert a line": (1, 3, lambda f, g, v: insert(f, g, 2)),  # that slice and those behind it: they begin elsewhere
+    # that slice and those behind it: they begin elsewhere
+    "insert a line": (1, 3, lambda f, g, v: insert(f, g, 2)),
     "edit a line to another of its length": (1, 1, lambda f, g, v: replace_in(f / "b.jsonl", B, b"the", b"THE")),
     "edit a line to a longer one": (1, 4, lambda f, g, v: replace_in(f / "b.jsonl", B + 99, b"the", b"these")),
     "truncate in a slice": (1, 1, lambda f, g, v: truncate(f, g, 2, 0.5)),
@@ -195,7 +231,8 @@ CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
     "empty a large file": (1, 1, lambda f, g, v: os.truncate(f / "b.jsonl", 0)),
     "empty a small file": (1, 1, lambda f, g, v: os.truncate(f / "a1.txt", 0)),
     "delete a large file": (0, 0, lambda f, g, v: (f / "b.jsonl").unlink()),
-    "delete a small file": (0, 1, lambda f, g, v: (f / "a1.txt").unlink()),  # those that it shared a shard with
+    # those that it shared a shard with
+    "delete a small file": (0, 1, lambda f, g, v: (f / "a1.txt").unlink()),
     "rename a file": (1, 5, lambda f, g, v: (f / "b.jsonl").rename(f / "b2.jsonl")),  # a new source
     "duplicate a file": (1, 5, lambda f, g, v: shutil.copy(f / "b.jsonl", f / "b2.jsonl")),
     "add files": (2, 2, lambda f, g, v: [add(f, "b9.jsonl", v[:3]), (f / "a3.txt").write_text("one more")]),
@@ -222,14 +259,22 @@ def today(ground: Ground, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_costs_what_changed_and_gives_what_a_new_store_would(
-    change: str, today: Path, ground: Ground, tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work
+    change: str,
+    today: Path,
+    ground: Ground,
+    tmp_path: Path,
+    tiny_gpt: Path,
+    verses: list[str],
+    work: Work,
 ) -> None:
     hashed, measured, act = CHANGES[change]
     act(today, ground, verses)
     before = {f.uri for f in storage.list_below(str(tmp_path / "store"))}
     mine, done = run_over(config_of(today, tiny_gpt, tmp_path / "store"), work)
     assert (done.hashed, done.measured) == (hashed, measured)
-    assert before < {f.uri for f in storage.list_below(str(tmp_path / "store"))}  # what left the run is in the store
+    assert before < {
+        f.uri for f in storage.list_below(str(tmp_path / "store"))
+    }  # what left the run is in the store
     theirs, _ = run_over(config_of(today, tiny_gpt, tmp_path / "new"), work)
     check_same(mine, theirs)
 
@@ -263,7 +308,8 @@ def test_two_corpora_in_one_store_each_remember_their_files(
     assert hashed == [1, 0, 0, 0]
 
 
-# --- many nights -----------------------------------------------------------------------------------------
+# --- many nights
+# -----------------------------------------------------------------------------------------
 
 
 def edit(folder: Path, dice: random.Random, verses: list[str], night: int) -> None:
@@ -272,7 +318,9 @@ def edit(folder: Path, dice: random.Random, verses: list[str], night: int) -> No
         files = sorted(folder.iterdir())
         file = dice.choice(files)
         text = dice.choice(verses)
-        match dice.choice(["append", "insert", "drop", "delete", "rename", "copy", "touch", "add", "empty"]):
+        match dice.choice(
+            ["append", "insert", "drop", "delete", "rename", "copy", "touch", "add", "empty"]
+        ):
             case "append":
                 add(folder, file.name, dice.choices(verses, k=dice.randint(1, 9)))
             case "insert" | "drop" as what:
@@ -288,19 +336,27 @@ def edit(folder: Path, dice: random.Random, verses: list[str], night: int) -> No
             case "copy":
                 file = Path(shutil.copy(file, folder / f"{dice.randrange(10**6):06}.jsonl"))
             case "add":
-                add(folder, name := f"{dice.randrange(10**6):06}.jsonl", dice.choices(verses, k=dice.randint(1, 12)))
+                add(
+                    folder,
+                    name := f"{dice.randrange(10**6):06}.jsonl",
+                    dice.choices(verses, k=dice.randint(1, 12)),
+                )
                 file = folder / name
             case "empty" if dice.random() < 0.3:
                 os.truncate(file, 0)
         os.utime(file, ns=(0, OLD_NS + night * DAY_NS + dice.randrange(10**9)))
 
 
-def test_ten_nights_of_any_changes(tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work) -> None:
+def test_ten_nights_of_any_changes(
+    tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work
+) -> None:
     dice = random.Random(5)
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(8):
-        write_jsonl(folder / f"{i}00000.jsonl", lines_of(dice.choices(verses, k=dice.randint(1, 12))))
+        write_jsonl(
+            folder / f"{i}00000.jsonl", lines_of(dice.choices(verses, k=dice.randint(1, 12)))
+        )
         os.utime(folder / f"{i}00000.jsonl", ns=(0, OLD_NS))
     config = replace(config_of(folder, tiny_gpt, tmp_path / "store"), shard_bytes=2 * B)
     run_over(config, work)[0].close()
@@ -309,12 +365,19 @@ def test_ten_nights_of_any_changes(tmp_path: Path, tiny_gpt: Path, verses: list[
         known = {(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir()}
         seen = {shard.name for shard in (tmp_path / "store" / "shards").glob("*/*")}
         edit(folder, dice, verses, night)
-        changed = [f for f in folder.iterdir() if (f.name, f.stat().st_size, f.stat().st_mtime_ns) not in known]
+        changed = [
+            f
+            for f in folder.iterdir()
+            if (f.name, f.stat().st_size, f.stat().st_mtime_ns) not in known
+        ]
         mine, done = run_over(config, work)
         plan = pq.read_table(f"{mine.uri}/plan.parquet")
         assert done.hashed == len(changed)
         assert done.measured == len(set(plan["shard"].to_pylist()) - seen)
-        num_measured, num_shards = num_measured + done.measured, num_shards + mine.info["counts"]["shards"]
+        num_measured, num_shards = (
+            num_measured + done.measured,
+            num_shards + mine.info["counts"]["shards"],
+        )
         if night in (4, 7, 10):
             theirs, _ = run_over(replace(config, store=str(tmp_path / f"{night}")), work)
             check_same(mine, theirs)
@@ -322,7 +385,8 @@ def test_ten_nights_of_any_changes(tmp_path: Path, tiny_gpt: Path, verses: list[
     assert 0 < num_measured < num_shards / 2
 
 
-# --- a bucket --------------------------------------------------------------------------------------------
+# --- a bucket
+# --------------------------------------------------------------------------------------------
 
 
 def test_in_a_bucket_the_etag_tells(
@@ -337,7 +401,9 @@ def test_in_a_bucket_the_etag_tells(
     run, done = run_over(config, work)
     run.close()
     assert done.hashed == 4 and done.measured == 9
-    storage.upload(tmp_path / "corpus" / "b.jsonl", f"{place}/b.jsonl")  # the same bytes have the same ETag
+    storage.upload(
+        tmp_path / "corpus" / "b.jsonl", f"{place}/b.jsonl"
+    )  # the same bytes have the same ETag
     run, done = run_over(config, work)
     run.close()
     assert (done.hashed, done.measured) == (0, 0)
@@ -351,15 +417,25 @@ def test_in_a_bucket_the_etag_tells(
 
 
 def test_where_a_bucket_has_no_etag_the_time_does(
-    object_store: str, tmp_path: Path, tiny_bert: Path, verses: list[str], work: Work, monkeypatch: pytest.MonkeyPatch
+    object_store: str,
+    tmp_path: Path,
+    tiny_bert: Path,
+    verses: list[str],
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Then a file is trusted where its time is a number; a date is hashed again every night, and measured once."""
+    """Then a file is trusted where its time is a number; a date is hashed again every night, and
+    measured once.
+    """
     write_jsonl(tmp_path / "b.jsonl", lines_of(verses[:10]))
     storage.upload(tmp_path / "b.jsonl", f"{object_store}/corpus/b.jsonl")
     find = storage.find_files
 
     def without_etag(pattern: str, left_out: set[str]) -> list[FileInfo]:
-        return [replace(file, version="time:2026-01-01 00:00:00+00:00") for file in find(pattern, left_out)]
+        return [
+            replace(file, version="time:2026-01-01 00:00:00+00:00")
+            for file in find(pattern, left_out)
+        ]
 
     monkeypatch.setattr(storage, "find_files", without_etag)
     config = config_of(f"{object_store}/corpus", tiny_bert, f"{object_store}/store")

@@ -1,4 +1,6 @@
-"""Memory stays flat, and a worker keeps to its core: what it takes is not a matter of the file or of its neighbours."""
+"""Memory stays flat, and a worker keeps to its core: what it takes is not a matter of the file or
+of its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,32 @@ finally:
 def peak_bytes(corpus: Path, store: Path, model: Path, *flags: str) -> int:
     """Peak resident memory of a run that does all its work in one process, in one shard."""
     command = [
-        sys.executable, "-c", PEAK, "run", str(corpus), "--model", str(model), "--store", str(store),
-        "--executor", "inline", "--layers", "0", "--shard-bytes", str(2 << 30), "--quiet", *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        PEAK,
+        "run",
+        str(corpus),
+        "--model",
+        str(model),
+        "--store",
+        str(store),
+        "--executor",
+        "inline",
+        "--layers",
+        "0",
+        "--shard-bytes",
+        str(2 << 30),
+        "--quiet",
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split("peak ")[1])
 
 
-def test_a_file_of_one_gigabyte_in_one_shard_stays_under_two(tmp_path: Path, tiny_bert: Path) -> None:
+def test_a_file_of_one_gigabyte_in_one_shard_stays_under_two(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
     corpus = tmp_path / "big.jsonl"
     junk = "x" * 100_000
     with corpus.open("w") as out:
@@ -89,16 +108,27 @@ print(json.dumps({
 def work(
     corpora: list[Path], store: Path, model: Path, shard_bytes: int, environment: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """What as many workers say as there are ``corpora``: each processes one, all at once and on two cores."""
+    """What as many workers say as there are ``corpora``: each processes one, all at once and on two
+    cores.
+    """
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     workers = []
     for at, corpus in enumerate(corpora):
         command = [
-            sys.executable, "-c", WORKER, str(corpus), str(model), str(store / str(at)), str(shard_bytes), cores,
-        ]  # fmt: skip
+            sys.executable,
+            "-c",
+            WORKER,
+            str(corpus),
+            str(model),
+            str(store / str(at)),
+            str(shard_bytes),
+            cores,
+        ]
         pipe: Any = subprocess.PIPE
         env = {**os.environ, **environment}
-        workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env))
+        workers.append(
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env)
+        )
     try:
         for worker in workers:
             assert worker.stdout is not None
@@ -128,7 +158,9 @@ def test_memory_is_flat_over_fifty_shards(tmp_path: Path, tiny_bert: Path) -> No
     resident = worker["resident"]
     assert len(resident) >= 50 and worker["tokens"] > 500_000
     after_10, after_50 = resident[9], resident[49]
-    assert after_50 < 1.02 * after_10, f"{after_10 >> 10} KiB after shard 10, {after_50 >> 10} KiB after shard 50"
+    assert after_50 < 1.02 * after_10, (
+        f"{after_10 >> 10} KiB after shard 10, {after_50 >> 10} KiB after shard 50"
+    )
 
 
 def test_two_workers_on_two_cores_take_one_each(tmp_path: Path, minilm: Path) -> None:

@@ -1,4 +1,6 @@
-"""Half precision is taken where a pilot finds it safe, is refused where it is not, and the store remembers."""
+"""Half precision is taken where a pilot finds it safe, is refused where it is not, and the store
+remembers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ MakeConfig = Callable[..., RunConfig]
 @pytest.fixture
 def half(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that multiplies fast in bfloat16."""
-    monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: dtype == "bfloat16" or device == "cuda")
+    monkeypatch.setattr(
+        model, "has_fast_products", lambda dtype, device: dtype == "bfloat16" or device == "cuda"
+    )
 
 
 @pytest.fixture
@@ -67,15 +71,23 @@ def strengths(task: worker.Task, dtype: str, texts: list[str]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda x: x * np.where(np.arange(x.shape[1]) % 100 == 0, 2, 1).astype(np.float32), "of the labels change"),
+        (
+            lambda x: x * np.where(np.arange(x.shape[1]) % 100 == 0, 2, 1).astype(np.float32),
+            "of the labels change",
+        ),
         (lambda x: x * np.float32(1.001), "the median relative error is 1.0e-03, 5e-04 may be"),
         (lambda x: x + np.float32(np.nan), "not finite"),
     ],
 )
 def test_what_is_not_safe_is_refused_and_says_why(
-    damage: Any, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    damage: Any,
+    why: str,
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     right = worker.Processor._values
 
     def damaged(self: Any, prepared: Any) -> Any:
@@ -98,9 +110,14 @@ def test_what_is_not_safe_is_refused_and_says_why(
     ],
 )
 def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
-    error: Exception, why: str, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    error: Exception,
+    why: str,
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     right = model.Model.prepare
 
     def refuse(self: Any, *args: Any) -> None:
@@ -124,11 +141,18 @@ def test_nothing_is_tried_where_half_precision_is_no_faster(
     monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: False)
     decided = precision.decide(task_of(make_config(dtype="auto")), ["text"])
     assert (decided.dtype, decided.trials) == ("float32", ())
-    assert precision.describe(decided) == "products in float32 on cpu: half-precision products are no faster"
+    assert (
+        precision.describe(decided)
+        == "products in float32 on cpu: half-precision products are no faster"
+    )
 
 
 def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
-    make_config: MakeConfig, verses: list[str], half: None, small_pilot: None, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert precision.candidates("auto", "cuda") == ("float16", "bfloat16")
     assert precision.candidates("auto", "cpu") == ("bfloat16",)
@@ -143,9 +167,13 @@ def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
 
 
 def test_the_store_remembers_and_the_run_records_what_was_decided(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
     config = make_config(corpus=(str(corpus),), dtype="auto", shard_bytes=1 << 20)
     events: list[str] = []
@@ -158,7 +186,9 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     assert "a pilot compares half precision with float32" in events
 
     def never(*args: Any) -> Any:
-        raise AssertionError("a second pilot could decide otherwise, and all would be measured again")
+        raise AssertionError(
+            "a second pilot could decide otherwise, and all would be measured again"
+        )
 
     monkeypatch.setattr(precision, "decide", never)
     events.clear()
@@ -169,7 +199,9 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     assert any("this store's first run decided it" in e for e in events)
 
 
-@pytest.mark.parametrize("damage", [{}, {"trials": [{}]}, {"trials": [], "dtype": "float32"}, {"trials": 1}])
+@pytest.mark.parametrize(
+    "damage", [{}, {"trials": [{}]}, {"trials": [], "dtype": "float32"}, {"trials": 1}]
+)
 def test_a_damaged_record_is_named(damage: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="record of its precision is damaged"):
         precision.from_json(damage)
@@ -179,18 +211,29 @@ def test_a_pilot_sees_the_beginning_of_every_file() -> None:
     documents = [Document("s", i, f"{file}{i}") for file in "ab" for i in range(3)]
     documents = [replace(d, source=d.text[0]) for d in documents]
     assert job._in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
-    assert [len(t) for g in precision._groups(["x" * 10**6, "y"]) for t in g] == [precision.PILOT_TOKENS, 1]
+    assert [len(t) for g in precision._groups(["x" * 10**6, "y"]) for t in g] == [
+        precision.PILOT_TOKENS,
+        1,
+    ]
 
 
 def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str], small_pilot: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    small_pilot: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
     events: list[job.Event] = []
-    with afn_ray.run(make_config(corpus=(str(corpus),), dtype="bfloat16", shard_bytes=1 << 20), events.append) as run:
+    with afn_ray.run(
+        make_config(corpus=(str(corpus),), dtype="bfloat16", shard_bytes=1 << 20), events.append
+    ) as run:
         assert manifest.find_run(run.uri).info["measure"]["dtype"] == "bfloat16"
-    assert [e.message[:39] for e in events if e.kind == "warning"] == ["warning: bfloat16 is not safe here: the"]
+    assert [e.message[:39] for e in events if e.kind == "warning"] == [
+        "warning: bfloat16 is not safe here: the"
+    ]
 
 
 def test_a_dry_run_decides_and_writes_nothing(
@@ -202,15 +245,22 @@ def test_a_dry_run_decides_and_writes_nothing(
     assert not (tmp_path / "store").exists()
 
 
-def test_a_padded_model_warns_once(tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_padded_model_warns_once(
+    tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
         raise ValueError("its attention is its own")
 
     monkeypatch.setattr("afn_ray.model.attention.Layout", refuse)
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": f"Text number {i} of a few words."} for i in range(300)])
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", [{"text": f"Text number {i} of a few words."} for i in range(300)]
+    )
     events: list[job.Event] = []
     with afn_ray.run(make_config(corpus=(str(corpus),)), events.append):
         pass
     warnings = [e.message for e in events if e.kind == "warning"]
     assert len(warnings) == 1
-    assert "sequences are padded, not packed" in warnings[0] and "its attention is its own" in warnings[0]
+    assert (
+        "sequences are padded, not packed" in warnings[0]
+        and "its attention is its own" in warnings[0]
+    )

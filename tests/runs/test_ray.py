@@ -1,4 +1,6 @@
-"""The run on a real local Ray: same rows for any number of workers, and whatever is killed is done again once."""
+"""The run on a real local Ray: same rows for any number of workers, and whatever is killed is done
+again once.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ def recorded(run: afn_ray.Run) -> tuple[pa.Table, pa.Table, pa.Table, pa.Table]:
         .combine_chunks()
         for t in ("tokens", "documents")
     )
-    return tokens, documents, *(pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary"))
+    return (
+        tokens,
+        documents,
+        *(pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary")),
+    )
 
 
 def plain(tables: tuple[pa.Table, ...]) -> list[list[dict[str, Any]]]:
@@ -66,13 +72,19 @@ def test_rows_are_identical_for_one_two_and_four_workers_and_without_ray(
     with afn_ray.run(make_config(**base)) as run:
         expected = plain(recorded(run))
     for workers in (1, 2, 4):
-        config = make_config(**base, executor="ray", workers=workers, store=str(tmp_path / f"store-{workers}"))
+        config = make_config(
+            **base, executor="ray", workers=workers, store=str(tmp_path / f"store-{workers}")
+        )
         with afn_ray.run(config) as run:
             assert plain(recorded(run)) == expected
 
 
 def test_a_run_begun_in_this_process_is_finished_on_ray(
-    local_ray: None, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
     stop_after(monkeypatch, 2)
@@ -84,7 +96,9 @@ def test_a_run_begun_in_this_process_is_finished_on_ray(
 
 
 class Poisoned(pool._Worker):
-    """Kills its process at the first try of a shard whose file holds "once", and at every try of "always"."""
+    """Kills its process at the first try of a shard whose file holds "once", and at every try of
+    "always".
+    """
 
     def process(self, shard: Any, halvings: int) -> Any:
         text = Path(shard.slices[0].uri).read_text()
@@ -107,12 +121,16 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
 ) -> None:
     monkeypatch.setattr(pool, "_Worker", Poisoned)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    folder = poisoned_corpus(tmp_path / "corpus", n1="It happened once. ", n4="It happened once more. ")
+    folder = poisoned_corpus(
+        tmp_path / "corpus", n1="It happened once. ", n4="It happened once more. "
+    )
     events = []
     config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
     with afn_ray.run(config, events.append) as run:
         assert run.info["counts"]["documents"] == 6
-        assert run.sql("SELECT count(*) FROM (SELECT doc FROM tokens GROUP BY doc)").fetchall() == [(6,)]
+        assert run.sql("SELECT count(*) FROM (SELECT doc FROM tokens GROUP BY doc)").fetchall() == [
+            (6,)
+        ]
     assert (folder / "1.txt.tried").exists() and (folder / "4.txt.tried").exists()
     assert max(e.state.retries for e in events if e.state) >= 1
 
@@ -133,7 +151,9 @@ def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kep
 
 
 def test_a_worker_with_a_new_process_is_seen_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its count begins at nothing again: held at the lost process's, it would seem to hang until it had passed that."""
+    """Its count begins at nothing again: held at the lost process's, it would seem to hang until it
+    had passed that.
+    """
     answers: list[tuple[Progress, str, str]] = []
     mine = object.__new__(pool.RayPool)
     mine._ray = SimpleNamespace(get=lambda ref: answers[ref], exceptions=ray.exceptions, nodes=list)
@@ -168,7 +188,9 @@ def test_a_worker_with_another_model_stops_the_run_at_once(
     monkeypatch.setattr(pool, "_Worker", ElsewhereModel)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
-    with pytest.raises(ModelError, match=r"differs on this worker from the one planned: model\.safetensors"):
+    with pytest.raises(
+        ModelError, match=r"differs on this worker from the one planned: model\.safetensors"
+    ):
         afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=1))
 
 
@@ -177,9 +199,28 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
 ) -> None:
     store, expected = tmp_path / "store", tmp_path / "expected"
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:8000]])
-    shared = [str(corpus), "--model", str(tiny_bert), "--layers", "2", "--shard-bytes", "50000",
-              "--dtype", "float32"]  # fmt: skip
-    command = [sys.executable, "-m", "afn_ray", "run", *shared, "--store", str(store), "--workers", "2"]
+    shared = [
+        str(corpus),
+        "--model",
+        str(tiny_bert),
+        "--layers",
+        "2",
+        "--shard-bytes",
+        "50000",
+        "--dtype",
+        "float32",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "afn_ray",
+        "run",
+        *shared,
+        "--store",
+        str(store),
+        "--workers",
+        "2",
+    ]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while len(list(store.rglob("commit.json"))) < 3:
@@ -195,8 +236,19 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     after = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
-    assert len(before) < len(after) and before.items() <= after.items()  # only unfinished shards were done
-    straight = [*command[:3], "run", *shared, "--store", str(expected), "--executor", "inline", "--quiet"]
+    assert (
+        len(before) < len(after) and before.items() <= after.items()
+    )  # only unfinished shards were done
+    straight = [
+        *command[:3],
+        "run",
+        *shared,
+        "--store",
+        str(expected),
+        "--executor",
+        "inline",
+        "--quiet",
+    ]
     assert subprocess.run(straight, timeout=300).returncode == 0
     with afn_ray.open_run(str(store)) as a, afn_ray.open_run(str(expected)) as b:
         assert a.info["counts"]["shards_reused"] == len(before)
@@ -205,13 +257,29 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
 
 
 @pytest.mark.parametrize("executor", ["ray", "inline"])
-def test_sigterm_stops_resumable_and_leaves_no_scratch(executor: str, tmp_path: Path, tiny_bert: Path) -> None:
+def test_sigterm_stops_resumable_and_leaves_no_scratch(
+    executor: str, tmp_path: Path, tiny_bert: Path
+) -> None:
     scratch = tmp_path / "scratch"
     command = [
-        sys.executable, "-m", "afn_ray", "run", str(demo.corpus_file()), "--model", str(tiny_bert),
-        "--store", str(tmp_path / "store"), "--shard-bytes", "100000", "--executor", executor,
-        "--scratch", str(scratch), "--workers", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "afn_ray",
+        "run",
+        str(demo.corpus_file()),
+        "--model",
+        str(tiny_bert),
+        "--store",
+        str(tmp_path / "store"),
+        "--shard-bytes",
+        "100000",
+        "--executor",
+        executor,
+        "--scratch",
+        str(scratch),
+        "--workers",
+        "1",
+    ]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("commit.json")):
@@ -238,7 +306,11 @@ def listening(pids: set[str]) -> set[str]:
             if columns[3] == "0A" and columns[9] in sockets:
                 words = bytes.fromhex(columns[1].partition(":")[0])
                 address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
-                found.add(socket.inet_ntop(socket.AF_INET6 if len(address) == 16 else socket.AF_INET, address))
+                found.add(
+                    socket.inet_ntop(
+                        socket.AF_INET6 if len(address) == 16 else socket.AF_INET, address
+                    )
+                )
     return found
 
 
@@ -261,13 +333,20 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
         "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], workers=1)\n"
         "print(afn_ray.run(config).info['counts']['documents'])\n"
     )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "HOME": str(tmp_path)
+    }
     done = subprocess.run(
         [sys.executable, "-c", code, str(corpus), str(tiny_bert), str(tmp_path / "store")],
-        capture_output=True, text=True, env=environment, timeout=200,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
-    assert not list(tmp_path.rglob("auth_token"))  # Ray's own is for every user of the machine to read
+    assert not list(
+        tmp_path.rglob("auth_token")
+    )  # Ray's own is for every user of the machine to read
 
 
 class Sick(pool._Worker):

@@ -1,4 +1,6 @@
-"""A whole run in this process: what is recorded equals plain Hugging Face, nothing is lost, bad input is named."""
+"""A whole run in this process: what is recorded equals plain Hugging Face, nothing is lost, bad
+input is named.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,14 @@ from afn_ray import model
 from afn_ray.analysis import verify
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, Interrupted, ModelError, StoreError
+from afn_ray.errors import (
+    ConfigError,
+    CorpusError,
+    IncompleteRun,
+    Interrupted,
+    ModelError,
+    StoreError,
+)
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, dispatch, estimate, job, precision, status, worker
@@ -49,7 +58,9 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def shard_tables(run: afn_ray.Run, table: str) -> list[pa.Table]:
-    """The run's Parquet files of ``table``, in plan order, read without the product's query path."""
+    """The run's Parquet files of ``table``, in plan order, read without the product's query
+    path.
+    """
     store = run.uri.rsplit("/runs/", 1)[0]
     shards = pq.read_table(f"{run.uri}/shards.parquet").to_pylist()
     return [pq.read_table(f"{store}/{s[f'{table}_file']}") for s in shards]
@@ -58,14 +69,18 @@ def shard_tables(run: afn_ray.Run, table: str) -> list[pa.Table]:
 def all_rows(run: afn_ray.Run, table: str) -> list[dict[str, Any]]:
     """Rows of all shards with their run-wide doc."""
     rows, first = [], 0
-    for tokens, documents in zip(shard_tables(run, table), shard_tables(run, "documents"), strict=True):
+    for tokens, documents in zip(
+        shard_tables(run, table), shard_tables(run, "documents"), strict=True
+    ):
         rows += [{**row, "doc": row["doc"] + first} for row in tokens.to_pylist()]
         first += documents.num_rows
     return rows
 
 
 def reference(folder: Path, texts: list[str], layer: int) -> list[tuple[list[int], np.ndarray]]:
-    """Token ids and norms of ``hidden_states[layer]`` for each text alone: the Hugging Face loop."""
+    """Token ids and norms of ``hidden_states[layer]`` for each text alone: the Hugging Face
+    loop.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     plain = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     result = []
@@ -82,7 +97,9 @@ def test_recorded_strengths_equal_the_hugging_face_loop(
 ) -> None:
     texts = verses[::400]
     write_jsonl(tmp_path / "c.jsonl", [{"id": i, "text": t} for i, t in enumerate(texts)])
-    config = make_config(corpus=(str(tmp_path / "c.jsonl"),), model=str(minilm), layers="all", id_column="id")
+    config = make_config(
+        corpus=(str(tmp_path / "c.jsonl"),), model=str(minilm), layers="all", id_column="id"
+    )
     with afn_ray.run(config) as run:
         rows = all_rows(run, "tokens")
         documents = all_rows(run, "documents")
@@ -99,12 +116,18 @@ def test_recorded_strengths_equal_the_hugging_face_loop(
 
 @pytest.mark.parametrize("kind", ["tiny_bert", "tiny_gpt"])
 def test_long_documents_are_recorded_once_and_at_the_window_with_most_context(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, make_config: MakeConfig, verses: list[str]
+    kind: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
 ) -> None:
     folder = request.getfixturevalue(kind)
     texts = [" ".join(verses[a:b]) for a, b in ((0, 10), (10, 11), (11, 40), (40, 43))]
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
-    config = make_config(corpus=(str(corpus),), model=str(folder), layers="2", window_tokens=40, overlap_tokens=9)
+    config = make_config(
+        corpus=(str(corpus),), model=str(folder), layers="2", window_tokens=40, overlap_tokens=9
+    )
     with afn_ray.run(config) as run:
         rows = all_rows(run, "tokens")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -123,7 +146,9 @@ def test_long_documents_are_recorded_once_and_at_the_window_with_most_context(
             inner = ids[special : special + n][begin : begin + width]
             window = ids[:special] + inner + ids[len(ids) - special :]
             with torch.inference_mode():
-                state = plain(input_ids=torch.tensor([window]), output_hidden_states=True).hidden_states[2][0]
+                state = plain(
+                    input_ids=torch.tensor([window]), output_hidden_states=True
+                ).hidden_states[2][0]
             norms[begin] = torch.linalg.vector_norm(state, dim=-1).numpy()
         for token in range(n):
             seen = {}
@@ -133,7 +158,9 @@ def test_long_documents_are_recorded_once_and_at_the_window_with_most_context(
                     right = np.inf if begin + width >= n else begin + width - 1 - token
                     seen[begin] = left if causal else min(left, right)
             best = max(seen.values())
-            values = [norms[b][special + token - b] for b, context in seen.items() if context == best]
+            values = [
+                norms[b][special + token - b] for b, context in seen.items() if context == best
+            ]
             got = mine[special + token]["strength_2"]
             assert any(abs(got - v) <= 3e-5 * v for v in values), (doc, token)
 
@@ -151,7 +178,10 @@ def test_offsets_point_back_into_the_text(tmp_path: Path, make_config: MakeConfi
             assert written == ""
         else:
             piece = vocabulary.convert_ids_to_tokens(row["token_id"]).removeprefix("##")
-            assert piece == "[UNK]" or piece == vocabulary.backend_tokenizer.normalizer.normalize_str(written).strip()
+            assert (
+                piece == "[UNK]"
+                or piece == vocabulary.backend_tokenizer.normalizer.normalize_str(written).strip()
+            )
     assert [w for d, w in words if d == 0][:7] == ["The", "LORD", "said", ":", "café", "naïve", "—"]
     assert [w for d, w in words if d == 1] == ["x" * 300]
 
@@ -169,11 +199,15 @@ def test_thresholds_equal_numpy_and_duckdb_over_the_recorded_values(
                 ]
             )
             expected = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
-            got = run.sql(f"SELECT q1, q2, q3, n FROM thresholds WHERE layer = {layer} AND population = 'tokens'")
+            got = run.sql(
+                f"SELECT q1, q2, q3, n FROM thresholds WHERE layer = {layer} AND population = 'tokens'"
+            )
             assert got.fetchall() == [(*map(float, expected), len(values))]
             query = f"SELECT quantile_disc(strength_{layer}, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
             assert run.sql(query).fetchall() == [(list(map(float, expected)),)]
-            high = run.sql(f"SELECT sum(n_high) FROM vocabulary WHERE layer = {layer} AND class <> 'special'")
+            high = run.sql(
+                f"SELECT sum(n_high) FROM vocabulary WHERE layer = {layer} AND class <> 'special'"
+            )
             assert high.fetchall() == [(int((values >= expected[2]).sum()),)]
 
 
@@ -182,10 +216,14 @@ def test_tables_have_the_promised_schemas_with_and_without_offsets(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
     for offsets in (True, False):
-        config = make_config(corpus=(str(corpus),), offsets=offsets, store=str(tmp_path / f"store-{offsets}"))
+        config = make_config(
+            corpus=(str(corpus),), offsets=offsets, store=str(tmp_path / f"store-{offsets}")
+        )
         with afn_ray.run(config) as run:
-            for table, schema in (("tokens", tokens_schema(strengths([2]), offsets)),
-                                  ("documents", documents_schema(strengths([2])))):  # fmt: skip
+            for table, schema in (
+                ("tokens", tokens_schema(strengths([2]), offsets)),
+                ("documents", documents_schema(strengths([2]))),
+            ):
                 assert all(t.schema.equals(schema) for t in shard_tables(run, table))
             assert ("start" in run.tables()["tokens"]) is offsets
 
@@ -207,9 +245,19 @@ def test_every_format_and_compression_gives_the_same_tokens(
         writer.writerows([["n", "text"], *enumerate(texts)])
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=7)
     seen = {}
-    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.bz2", "a.txt.xz", "a.txt.zst", "a.csv", "a.parquet"):
+    for name in (
+        "a.jsonl",
+        "a.jsonl.gz",
+        "a.jsonl.bz2",
+        "a.txt.xz",
+        "a.txt.zst",
+        "a.csv",
+        "a.parquet",
+    ):
         config = make_config(
-            corpus=(str(tmp_path / name),), store=str(tmp_path / f"store-{name}"), txt_documents="line"
+            corpus=(str(tmp_path / name),),
+            store=str(tmp_path / f"store-{name}"),
+            txt_documents="line",
         )
         with afn_ray.run(config) as run:
             seen[name] = [(r["doc"], r["position"], r["token_id"]) for r in all_rows(run, "tokens")]
@@ -224,9 +272,20 @@ def test_bad_documents_are_quarantined_with_their_reason_and_nothing_is_lost(
     folder.mkdir()
     write_jsonl(
         folder / "a.jsonl",
-        [{"text": "Good one."}, {"text": ""}, {"text": "\u200b\x07"}, '{"text": "broken', '[1]', {"other": 1},
-         {"text": None}, '{"text": NaN}', {"text": 7}, {"text": "[SEP] [CLS]"}, {"text": "x" * 5000}],
-    )  # fmt: skip
+        [
+            {"text": "Good one."},
+            {"text": ""},
+            {"text": "\u200b\x07"},
+            '{"text": "broken',
+            "[1]",
+            {"other": 1},
+            {"text": None},
+            '{"text": NaN}',
+            {"text": 7},
+            {"text": "[SEP] [CLS]"},
+            {"text": "x" * 5000},
+        ],
+    )
     (folder / "b.txt").write_bytes(b"Good \xff\xfe bytes")
     (folder / "c.txt").write_bytes(b"")
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "in a stream"}\n' * 2000)[:-20])
@@ -238,10 +297,18 @@ def test_bad_documents_are_quarantined_with_their_reason_and_nothing_is_lost(
         counts = run.info["counts"]
     status = [(Path(d["source"]).name, d["status"]) for d in documents]
     expected = [
-        "ok", "empty", "empty", "quarantined: not JSON", "quarantined: ", "quarantined: no column 'text'",
-        "quarantined: text is null", "quarantined: text is", "quarantined: text is", "ok",
+        "ok",
+        "empty",
+        "empty",
+        "quarantined: not JSON",
+        "quarantined: ",
+        "quarantined: no column 'text'",
+        "quarantined: text is null",
+        "quarantined: text is",
+        "quarantined: text is",
+        "ok",
         "quarantined: document of 5000 bytes",
-    ]  # fmt: skip
+    ]
     of_a = [s for name, s in status if name == "a.jsonl"]
     assert len(of_a) == len(expected)
     assert all(got.startswith(want) for got, want in zip(of_a, expected, strict=True)), of_a
@@ -275,7 +342,9 @@ def test_bad_documents_are_quarantined_with_their_reason_and_nothing_is_lost(
 def test_strengths_that_are_not_finite_quarantine_their_document(
     tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}])
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}]
+    )
     right = worker.Processor._values
 
     def overflow(self: Any, prepared: Any) -> Any:
@@ -286,8 +355,10 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     monkeypatch.setattr(worker.Processor, "_values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
-            "ok", "quarantined: the model gave a strength that is not finite in float32", "ok",
-        ]  # fmt: skip
+            "ok",
+            "quarantined: the model gave a strength that is not finite in float32",
+            "ok",
+        ]
         assert {r["doc"] for r in all_rows(run, "tokens")} == {0, 2}
         lost = [(d["lost_bytes"], d["lost_documents"]) for d in all_rows(run, "documents")]
         assert lost == [(0, 0), (len("poison here"), 1), (0, 0)]
@@ -296,8 +367,12 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, word: str, error: BaseException) -> list[int]:
-    """From now on the model raises ``error`` for batches with ``word``, a token of its own; returns their sizes."""
-    token = tokenizers.Tokenizer.from_file(str(demo.model_folder() / "tokenizer.json")).token_to_id(word)
+    """From now on the model raises ``error`` for batches with ``word``, a token of its own; returns
+    their sizes.
+    """
+    token = tokenizers.Tokenizer.from_file(str(demo.model_folder() / "tokenizer.json")).token_to_id(
+        word
+    )
     submit = model.Model.submit
     failed: list[int] = []
 
@@ -315,13 +390,18 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, word: str, error: BaseException) ->
 def assert_quarantined_alone(
     config: RunConfig, folder: Path, rows: list[dict[str, str]], bad: dict[int, str]
 ) -> list[dict[str, Any]]:
-    """``bad`` documents of a run over ``rows`` have those reasons, and all else is bit for bit what it is where their
-    texts are empty; returns the documents."""
+    """``bad`` documents of a run over ``rows`` have those reasons, and all else is bit for bit what
+    it is where their texts are empty; returns the documents.
+    """
     seen = []
     for name in ("as-they-are", "emptied"):
-        emptied = [{**r, "text": ""} if i in bad and name == "emptied" else r for i, r in enumerate(rows)]
+        emptied = [
+            {**r, "text": ""} if i in bad and name == "emptied" else r for i, r in enumerate(rows)
+        ]
         corpus = write_jsonl(folder / f"{name}.jsonl", emptied)
-        with afn_ray.run(replace(config, corpus=(str(corpus),), store=str(folder / name), shard_bytes=1 << 20)) as run:
+        with afn_ray.run(
+            replace(config, corpus=(str(corpus),), store=str(folder / name), shard_bytes=1 << 20)
+        ) as run:
             seen.append((all_rows(run, "tokens"), all_rows(run, "documents"), run.info["counts"]))
     (tokens, documents, counts), (expected, plain, _) = seen
     assert tokens == expected and len(tokens) > 0
@@ -343,12 +423,18 @@ def test_a_document_that_the_tokenizer_cannot_take_is_quarantined_alone(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], tiny_bert: Path
 ) -> None:
     folder = shutil.copytree(tiny_bert, tmp_path / "unigram")
-    pieces = [("[CLS]", 0.0), ("[SEP]", 0.0), *((c, -1.0) for c in f" {string.ascii_letters}.,:;?!()'-")]
+    pieces = [
+        ("[CLS]", 0.0),
+        ("[SEP]", 0.0),
+        *((c, -1.0) for c in f" {string.ascii_letters}.,:;?!()'-"),
+    ]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=None))
     tokenizer.save(str(folder / "tokenizer.json"))
     for name in ("special_tokens_map.json", "vocab.txt"):
         (folder / name).unlink()
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     rows = [{"id": f"d{i}", "text": v} for i, v in enumerate(verses[:60])]
     rows[3]["text"] += " \u05d0"
     rows[50]["text"] = "\u4e2d\u6587 is not in it"
@@ -359,9 +445,13 @@ def test_a_document_that_the_tokenizer_cannot_take_is_quarantined_alone(
 
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 def test_a_document_that_the_model_cannot_take_is_quarantined_alone(
-    kind: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     tiny_mpnet: Path,
-) -> None:  # fmt: skip
+) -> None:
     failed = fail_on(monkeypatch, "abraham", ValueError("no\x1b[31m such\nplace"))
     rows = [{"id": f"d{i}", "text": " ".join(verses[i : i + 2])} for i in range(100)]
     rows[77]["text"] += " Abraham went."
@@ -369,7 +459,9 @@ def test_a_document_that_the_model_cannot_take_is_quarantined_alone(
     bad = dict.fromkeys((77, 99), r"the model cannot take it: ValueError: no\x1b[31m such")
     config = make_config(id_column="id", **({"model": str(tiny_mpnet)} if kind == "padded" else {}))
     assert_quarantined_alone(config, tmp_path, rows, bad)
-    assert 2 <= len(failed) <= 2 * 2 * 8  # a hundred documents are halved seven times, for two of them
+    assert (
+        2 <= len(failed) <= 2 * 2 * 8
+    )  # a hundred documents are halved seven times, for two of them
 
 
 def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it_was_tried(
@@ -389,7 +481,9 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
                 stop_after(patch, 2)
                 with pytest.raises((KeyboardInterrupt, Interrupted)):
                     afn_ray.run(config)
-        with afn_ray.run(config, lambda e: measured.append(e.state.live.measured if e.state else 0.0)) as run:
+        with afn_ray.run(
+            config, lambda e: measured.append(e.state.live.measured if e.state else 0.0)
+        ) as run:
             assert run.info["counts"]["shards"] > 3 and run.info["counts"]["quarantined"] == 1
             assert max(measured) < 101  # what is tried again is not said to be done
             tables.append((all_rows(run, "tokens"), all_rows(run, "documents")))
@@ -397,12 +491,22 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), OSError(5, "input/output error")]
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        OSError(5, "input/output error"),
+    ],
 )
 def test_a_broken_device_or_disk_quarantines_no_document(
-    error: Exception, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in [*verses[:20], "Abraham went", *verses[20:30]]])
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", [{"text": v} for v in [*verses[:20], "Abraham went", *verses[20:30]]]
+    )
     failed = fail_on(monkeypatch, "abraham", error)
     with pytest.raises(IncompleteRun, match=f"{type(error).__name__}: .*{error.args[-1]}"):
         afn_ray.run(make_config(corpus=(str(corpus),), shard_bytes=1 << 20))
@@ -435,8 +539,16 @@ def test_a_shard_none_of_whose_documents_can_be_measured_fails_as_one(
     fail_on(monkeypatch, "abraham", ValueError("no"))
     enough = worker.NONE_MEASURED
     for n, error, told in (
-        (enough, IncompleteRun, f"none of {enough} documents could be measured, so the fault may be none of theirs"),
-        (enough - 1, CorpusError, f"no token to measure: {enough} documents, 1 empty, {enough - 1} quarantined"),
+        (
+            enough,
+            IncompleteRun,
+            f"none of {enough} documents could be measured, so the fault may be none of theirs",
+        ),
+        (
+            enough - 1,
+            CorpusError,
+            f"no token to measure: {enough} documents, 1 empty, {enough - 1} quarantined",
+        ),
     ):
         texts = [*(f"Abraham {v}" for v in verses[:n]), ""]
         corpus = write_jsonl(tmp_path / f"{n}.jsonl", [{"text": t} for t in texts])
@@ -460,14 +572,22 @@ def test_a_model_whose_parts_do_not_fit_is_refused_by_a_run_a_dry_run_and_the_do
             (folder / name).unlink(missing_ok=True) if on else shutil.copy(tiny_bert / name, folder)
 
     def with_adapter(on: bool) -> None:
-        (folder / "adapter_config.json").write_text("{}") if on else (folder / "adapter_config.json").unlink()
+        (folder / "adapter_config.json").write_text("{}") if on else (
+            folder / "adapter_config.json"
+        ).unlink()
 
     for spoil, why in (
-        (more_blocks, r"hold 16 tensors"), (lacks_tokenizer, "has no tokenizer"), (with_adapter, "holds an adapter"),
-    ):  # fmt: skip
+        (more_blocks, r"hold 16 tensors"),
+        (lacks_tokenizer, "has no tokenizer"),
+        (with_adapter, "holds an adapter"),
+    ):
         spoil(True)
         config = make_config(corpus=(str(corpus),), model=str(folder), layers="1")
-        for ask in (lambda: afn_ray.run(config), lambda: estimate.dry_run(config), lambda: doctor._model(str(folder))):  # noqa: B023
+        for ask in (
+            lambda: afn_ray.run(config),  # noqa: B023
+            lambda: estimate.dry_run(config),  # noqa: B023
+            lambda: doctor._model(str(folder)),
+        ):
             with pytest.raises(ModelError, match=why):
                 ask()
         spoil(False)
@@ -504,7 +624,9 @@ def test_the_second_run_does_nothing_and_says_so(
     with afn_ray.run(config) as run:
         first = run.uri
     before = {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()}
-    monkeypatch.setattr(worker.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        worker.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded")
+    )
     events = []
     with afn_ray.run(config, events.append) as run:
         assert run.uri == first
@@ -549,7 +671,9 @@ def test_rows_do_not_depend_on_the_order_of_shards(
 
     forward = cluster.process_shards
     monkeypatch.setattr(
-        cluster, "process_shards", lambda config, task, shards, call: forward(config, task, shards[::-1], call)
+        cluster,
+        "process_shards",
+        lambda config, task, shards, call: forward(config, task, shards[::-1], call),
     )
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert (all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")) == expected
@@ -562,10 +686,20 @@ def test_thresholds_and_vocabulary_do_not_depend_on_how_the_corpus_is_cut(
     tables = []
     for size in (2048, 1 << 20):
         # One window a batch: batches then do not depend on the cut, and neither do the bits.
-        config = make_config(corpus=(str(corpus),), store=str(tmp_path / f"s{size}"), shard_bytes=size, batch_tokens=16)
+        config = make_config(
+            corpus=(str(corpus),),
+            store=str(tmp_path / f"s{size}"),
+            shard_bytes=size,
+            batch_tokens=16,
+        )
         with afn_ray.run(config) as run:
             assert (run.info["counts"]["shards"] == 1) is (size > 2048)
-            tables.append([pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary", "histogram")])
+            tables.append(
+                [
+                    pq.read_table(f"{run.uri}/{t}.parquet")
+                    for t in ("thresholds", "vocabulary", "histogram")
+                ]
+            )
     assert tables[0] == tables[1]
 
 
@@ -587,7 +721,8 @@ def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
 
     monkeypatch.setattr(worker.Processor, "process", fail)
     with pytest.raises(
-        IncompleteRun, match=r"(?s)1 of \d+ shards are quarantined.*RuntimeError: a fault of this shard"
+        IncompleteRun,
+        match=r"(?s)1 of \d+ shards are quarantined.*RuntimeError: a fault of this shard",
     ) as e:
         afn_ray.run(config)
     assert poison[0] in str(e.value) and "c.jsonl" in str(e.value)
@@ -609,7 +744,9 @@ def test_a_run_on_a_filesystem_without_links_locks_and_fsync_of_folders(
 
     monkeypatch.setattr(os, "link", unable)
     monkeypatch.setattr(fcntl, "flock", unable)
-    monkeypatch.setattr(os, "fsync", lambda fd: unable() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: unable() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd)
+    )
     with afn_ray.run(config) as run:
         assert len(all_rows(run, "documents")) == 60
     assert not list((tmp_path / "scratch").iterdir())
@@ -619,9 +756,12 @@ def test_a_run_on_a_filesystem_without_links_locks_and_fsync_of_folders(
 
 @pytest.mark.parametrize("deadline_s", [0.2, None])
 def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
-    deadline_s: float | None, tmp_path: Path, make_config: MakeConfig, verses: list[str],
+    deadline_s: float | None,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:6]])
     config = make_config(corpus=(str(corpus),), executor="inline")
     released, read = threading.Event(), worker.reading.read
@@ -633,7 +773,9 @@ def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
     monkeypatch.setattr(dispatch, "DEADLINE_S", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(worker.reading, "read", hang)
-        with pytest.raises(Interrupted, match=r"\(.*c\.jsonl\) is not done after .*--shard-deadline") as caught:
+        with pytest.raises(
+            Interrupted, match=r"\(.*c\.jsonl\) is not done after .*--shard-deadline"
+        ) as caught:
             afn_ray.run(replace(config, shard_deadline_s=deadline_s))
         released.set()
     assert caught.value.exit_code == 75
@@ -653,7 +795,9 @@ def test_a_full_tmpdir_is_named_and_resumable(
 
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "mkdtemp", full)
-        with pytest.raises(Interrupted, match=rf"no space left in the scratch folder {tmp_path}/tmp; make room, or"):
+        with pytest.raises(
+            Interrupted, match=rf"no space left in the scratch folder {tmp_path}/tmp; make room, or"
+        ):
             afn_ray.run(config)
     with afn_ray.run(config) as run:
         assert len(all_rows(run, "documents")) == 6
@@ -662,7 +806,11 @@ def test_a_full_tmpdir_is_named_and_resumable(
 
 @pytest.mark.parametrize("where", ["scratch", "store"])
 def test_a_full_disk_stops_the_run_resumable_and_leaves_nothing_half_visible(
-    where: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    where: str,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
     config = make_config(corpus=(str(corpus),), scratch=str(tmp_path / "scratch"))
@@ -680,10 +828,15 @@ def test_a_full_disk_stops_the_run_resumable_and_leaves_nothing_half_visible(
         else:
             real = disk.write_temporary
             patch.setattr(
-                disk, "write_temporary",
-                lambda path, data: (_ for _ in ()).throw(full) if path.name == "commit.json" else real(path, data),
-            )  # fmt: skip
-        with pytest.raises(Interrupted, match=r"no space left.*run the same command again: it resumes") as error:
+                disk,
+                "write_temporary",
+                lambda path, data: (
+                    (_ for _ in ()).throw(full) if path.name == "commit.json" else real(path, data)
+                ),
+            )
+        with pytest.raises(
+            Interrupted, match=r"no space left.*run the same command again: it resumes"
+        ) as error:
             afn_ray.run(config)
         assert error.value.exit_code == 75
     assert not list(Path(config.store).rglob("commit.json"))
@@ -694,11 +847,18 @@ def test_a_full_disk_stops_the_run_resumable_and_leaves_nothing_half_visible(
 
 @pytest.mark.parametrize("how", ["another size", "same size", "same size and time", "gone"])
 def test_a_file_that_changes_under_the_run_costs_its_shard_and_the_next_run_plans_anew(
-    how: str, tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    how: str,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
-    files = [write_jsonl(folder / f"{i}.jsonl", [{"text": t} for t in verses[20 * i : 20 * i + 20]]) for i in range(3)]
+    files = [
+        write_jsonl(folder / f"{i}.jsonl", [{"text": t} for t in verses[20 * i : 20 * i + 20]])
+        for i in range(3)
+    ]
     for file in files:
         os.utime(file, ns=(0, 10**18))
     shard_bytes = max(f.stat().st_size for f in files)  # a shard each
@@ -707,7 +867,10 @@ def test_a_file_that_changes_under_the_run_costs_its_shard_and_the_next_run_plan
 
     def change(*args: Any) -> Any:
         text = files[1].read_text("utf-8")
-        files[1].write_text(text[: text.rindex("{")] if how == "another size" else text.replace("the", "one"), "utf-8")
+        files[1].write_text(
+            text[: text.rindex("{")] if how == "another size" else text.replace("the", "one"),
+            "utf-8",
+        )
         if how == "same size and time":
             os.utime(files[1], ns=(0, 10**18))
         if how == "gone":
@@ -716,7 +879,9 @@ def test_a_file_that_changes_under_the_run_costs_its_shard_and_the_next_run_plan
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "begin_run", change)
-        with pytest.raises(IncompleteRun, match=r"(?s)^1 of 3 shards .*\(.*1\.jsonl\): CorpusChanged: ") as error:
+        with pytest.raises(
+            IncompleteRun, match=r"(?s)^1 of 3 shards .*\(.*1\.jsonl\): CorpusChanged: "
+        ) as error:
             afn_ray.run(config)
     assert error.value.exit_code == 1
     reason = "is gone since it was planned" if how == "gone" else "is not the file that was planned"
@@ -739,7 +904,9 @@ def test_a_store_of_another_measure_is_refused_and_the_difference_named(
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
     afn_ray.run(make_config(corpus=(str(corpus),))).close()
     other = {"corpus": (str(corpus),), "layers": "1"}
-    with pytest.raises(StoreError, match=r"another measure.*layers: the store has \[2\], this run asks for \[1\]"):
+    with pytest.raises(
+        StoreError, match=r"another measure.*layers: the store has \[2\], this run asks for \[1\]"
+    ):
         afn_ray.run(make_config(**other))
     with afn_ray.run(make_config(**other, allow_another_measure=True)) as run:
         assert run.info["layers"] == [1]
@@ -752,7 +919,11 @@ def test_a_store_of_another_measure_is_refused_and_the_difference_named(
         ({"corpus": ("/no/such/*.jsonl",)}, CorpusError, "no files match|no such file"),
         ({"text_column": "body"}, CorpusError, r"no column 'body'.*it has: id, text"),
         ({"id_column": "key"}, CorpusError, r"no column 'key'.*it has: id, text"),
-        ({"layers": "4"}, ConfigError, r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3"),
+        (
+            {"layers": "4"},
+            ConfigError,
+            r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3",
+        ),
         ({"model": "/no/model"}, ModelError, "no model at /no/model"),
         ({"window_tokens": 65}, ModelError, "takes at most 64"),
         ({"window_tokens": 8, "overlap_tokens": 6}, ConfigError, "has no room to move"),
@@ -762,7 +933,11 @@ def test_a_store_of_another_measure_is_refused_and_the_difference_named(
     ],
 )
 def test_a_wrong_request_is_named_before_any_work(
-    changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path, make_config: MakeConfig
+    changes: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    make_config: MakeConfig,
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "text": "hello"}])
     with pytest.raises(error, match=message):
@@ -772,10 +947,14 @@ def test_a_wrong_request_is_named_before_any_work(
 
 def test_a_corpus_without_any_token_is_an_error(tmp_path: Path, make_config: MakeConfig) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": ""}, {"text": " "}])
-    with pytest.raises(CorpusError, match="no token to measure: 2 documents, 2 empty, 0 quarantined"):
+    with pytest.raises(
+        CorpusError, match="no token to measure: 2 documents, 2 empty, 0 quarantined"
+    ):
         afn_ray.run(make_config(corpus=(str(corpus),)))
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": 1}, {"text": ""}, {"text": [2]}])
-    with pytest.raises(CorpusError, match=r"1 empty, 2 quarantined:\n  \S+bad.jsonl: .+\n  \S+bad.jsonl: "):
+    with pytest.raises(
+        CorpusError, match=r"1 empty, 2 quarantined:\n  \S+bad.jsonl: .+\n  \S+bad.jsonl: "
+    ):
         afn_ray.run(make_config(corpus=(str(bad),), store=str(tmp_path / "other")))
 
 
@@ -793,17 +972,27 @@ def test_a_decoder_without_special_tokens_runs(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], tiny_gpt: Path
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:30]])
-    with afn_ray.run(make_config(corpus=(str(corpus),), model=str(tiny_gpt), sink_factor=1.05)) as run:
+    with afn_ray.run(
+        make_config(corpus=(str(corpus),), model=str(tiny_gpt), sink_factor=1.05)
+    ) as run:
         assert run.sql("SELECT count(*) FROM tokens WHERE is_special").fetchall() == [(0,)]
-        ((sinks,),) = run.sql("SELECT n_sinks FROM thresholds WHERE population = 'tokens'").fetchall()
+        ((sinks,),) = run.sql(
+            "SELECT n_sinks FROM thresholds WHERE population = 'tokens'"
+        ).fetchall()
         assert sinks > 0
         assert run.sql("SELECT count(*) FROM tokens WHERE sink_2").fetchall() == [(sinks,)]
-        words = run.sql("SELECT string_agg(text, ' ' ORDER BY word) FROM words WHERE doc = 0").fetchall()
+        words = run.sql(
+            "SELECT string_agg(text, ' ' ORDER BY word) FROM words WHERE doc = 0"
+        ).fetchall()
     assert words[0][0] == "In the beginning God created the heaven and the earth ."
 
 
-def test_the_dry_run_estimates_and_writes_nothing(tmp_path: Path, make_config: MakeConfig, verses: list[str]) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t, "noise": "x" * 50} for t in verses[:400]])
+def test_the_dry_run_estimates_and_writes_nothing(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", [{"text": t, "noise": "x" * 50} for t in verses[:400]]
+    )
     config = make_config(corpus=(str(corpus),))
     estimate = afn_ray.dry_run(config)
     assert not Path(config.store).exists()
@@ -813,12 +1002,18 @@ def test_the_dry_run_estimates_and_writes_nothing(tmp_path: Path, make_config: M
     assert (estimate.num_documents, estimate.documents_exact) == (400, True)
     assert estimate.num_shards == counts["shards"] and estimate.num_shards_done == 0
     assert estimate.num_bytes == corpus.stat().st_size
-    assert estimate.tokens_exact and estimate.tokens == counts["tokens"]  # a small corpus is counted
+    assert (
+        estimate.tokens_exact and estimate.tokens == counts["tokens"]
+    )  # a small corpus is counted
     assert size / 4 < estimate.store_bytes < size * 4
     assert estimate.seconds is not None and estimate.seconds > 0
     again = afn_ray.dry_run(config)
     assert again.num_shards_done == counts["shards"] and again.seconds == 0
-    assert (again.tokens, again.tokens_there, again.num_documents) == (counts["tokens"], counts["tokens"], 400)
+    assert (again.tokens, again.tokens_there, again.num_documents) == (
+        counts["tokens"],
+        counts["tokens"],
+        400,
+    )
 
 
 def test_what_a_run_has_is_a_pandas_or_polars_frame_one_call_away(
@@ -829,7 +1024,9 @@ def test_what_a_run_has_is_a_pandas_or_polars_frame_one_call_away(
         n = run.info["counts"]["tokens"]
         assert len(run.tokens().df()) == n
         assert run.tokens().pl().height == n
-        assert run.vocabulary().to_arrow_table().num_rows == len(run.sql("FROM vocabulary").fetchall())
+        assert run.vocabulary().to_arrow_table().num_rows == len(
+            run.sql("FROM vocabulary").fetchall()
+        )
 
 
 def test_a_model_folder_that_moves_keeps_the_measure(
@@ -882,7 +1079,10 @@ def test_single_documents_of_100_megabytes_are_quarantined_and_the_others_measur
         out.write(b'{"text": "' + b"word " * (20 << 20) + b'"}\n{"text": "A small one."}\n')
     with afn_ray.run(make_config()) as run:
         status = [(d["status"], d["n_tokens"]) for d in all_rows(run, "documents")]
-    assert status[0] == ("quarantined: document of 104857600 bytes is over max_document_bytes = 8388608", 0)
+    assert status[0] == (
+        "quarantined: document of 104857600 bytes is over max_document_bytes = 8388608",
+        0,
+    )
     assert status[1][0].startswith("quarantined: line of 104857612 bytes is over the limit of")
     assert status[2] == ("ok", 6)
 
@@ -893,15 +1093,21 @@ def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:1500]])
     for offsets, limit in ((True, 6), (False, 4)):
         config = make_config(
-            corpus=(str(corpus),), model=str(minilm), offsets=offsets, shard_bytes=1 << 20, batch_tokens=2048,
-            store=str(tmp_path / f"store-{offsets}"), layers="1",
-        )  # fmt: skip
+            corpus=(str(corpus),),
+            model=str(minilm),
+            offsets=offsets,
+            shard_bytes=1 << 20,
+            batch_tokens=2048,
+            store=str(tmp_path / f"store-{offsets}"),
+            layers="1",
+        )
         with afn_ray.run(config) as run:
             ((size,),) = run.sql("SELECT sum(token_bytes) / sum(n_tokens) FROM shards").fetchall()
         assert size <= limit
 
 
-# --- the reduce alone ------------------------------------------------------------------------------------
+# --- the reduce alone
+# ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -928,12 +1134,19 @@ def files_below(folder: str) -> set[Path]:
 
 
 def test_the_reduce_alone_gives_what_the_run_would_have_given(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     no_model: Callable[[], None],
-) -> None:  # fmt: skip
+) -> None:
     """With the precision and the outlier dimensions that the store's pilots found."""
     write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
-    asked: dict[str, Any] = {"corpus": (str(tmp_path / "c.jsonl"),), "dtype": "auto", "signals": "trimmed"}
+    asked: dict[str, Any] = {
+        "corpus": (str(tmp_path / "c.jsonl"),),
+        "dtype": "auto",
+        "signals": "trimmed",
+    }
     monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: dtype == "bfloat16")
     monkeypatch.setattr(precision, "PILOT_TOKENS", 1000)
     whole, part = make_config(**asked, store=str(tmp_path / "whole")), make_config(**asked)
@@ -948,12 +1161,16 @@ def test_the_reduce_alone_gives_what_the_run_would_have_given(
     no_model()
     monkeypatch.setattr(model, "has_fast_products", interrupted)  # no matter what is fast here
     events: list[str] = []
-    with job.run(replace(part, device="cuda"), lambda e: events.append(e.message), reduce_only=True) as run:
+    with job.run(
+        replace(part, device="cuda"), lambda e: events.append(e.message), reduce_only=True
+    ) as run:
         assert run.info["measure"] == expected["measure"] and run.info["measure"]["outliers"]
         assert {k: run.info["precision"][k] for k in ("dtype", "asked")} == {
             k: expected["precision"][k] for k in ("dtype", "asked")
         }
-        assert run.info["counts"] == expected["counts"] | {"shards_reused": expected["counts"]["shards"]}
+        assert run.info["counts"] == expected["counts"] | {
+            "shards_reused": expected["counts"]["shards"]
+        }
         ours, theirs = manifest.find_run(part.store), manifest.find_run(whole.store)
         assert set(ours.info["tables"]) == set(theirs.info["tables"])
         for name in set(ours.info["tables"]) - {"plan", "shards"}:  # which name attempts
@@ -962,9 +1179,12 @@ def test_the_reduce_alone_gives_what_the_run_would_have_given(
 
 
 def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     no_model: Callable[[], None],
-) -> None:  # fmt: skip
+) -> None:
     write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:120]])
     config = make_config(corpus=(str(tmp_path / "c.jsonl"),))
     with monkeypatch.context() as patch:
@@ -973,9 +1193,13 @@ def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(
             afn_ray.run(config)
     no_model()
     before = files_below(config.store)
-    with pytest.raises(IncompleteRun, match=r"^2 of 4 shards are not in .*store, and --reduce-only does none; the"):
+    with pytest.raises(
+        IncompleteRun, match=r"^2 of 4 shards are not in .*store, and --reduce-only does none; the"
+    ):
         job.run(config, reduce_only=True)
-    with pytest.raises(IncompleteRun, match=r"4 of 4 shards are not .* it has none: is the config the one that"):
+    with pytest.raises(
+        IncompleteRun, match=r"4 of 4 shards are not .* it has none: is the config the one that"
+    ):
         job.run(replace(config, layers="0"), reduce_only=True)
     for other in (replace(config, dtype="auto"), replace(config, signals="trimmed")):
         with pytest.raises(StoreError, match="has decided the precision or the outlier dimensions"):
@@ -993,25 +1217,32 @@ def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(
         assert run.info["counts"]["documents"] == 120
 
 
-def test_a_complete_run_whose_shards_were_deleted_is_not_called_done(tmp_path: Path, make_config: MakeConfig) -> None:
+def test_a_complete_run_whose_shards_were_deleted_is_not_called_done(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
     config = make_config(corpus=(str(corpus),))
     with afn_ray.run(config) as run:
         expected = run.tokens().fetchall()
     (commit,) = Path(config.store).rglob("commit.json")
     shutil.rmtree(commit.parent)
-    with pytest.raises(StoreError, match=r"1 of its shards are gone from the store.*delete .*/run\.json"):
+    with pytest.raises(
+        StoreError, match=r"1 of its shards are gone from the store.*delete .*/run\.json"
+    ):
         afn_ray.run(config)
     Path(run.uri, "run.json").unlink()
     with afn_ray.run(config) as run:
         assert run.tokens().fetchall() == expected
 
 
-# --- what lies in a store and is not a run's -------------------------------------------------------------
+# --- what lies in a store and is not a run's
+# -------------------------------------------------------------
 
 
 def _lie_about(store: Path, first: str, what: str) -> list[Path]:
-    """Put foreign things into ``store``, whose only run is ``first``; returns what must stay as it is."""
+    """Put foreign things into ``store``, whose only run is ``first``; returns what must stay as it
+    is.
+    """
     runs = store / "runs"
     if what == "year 9999":
         (runs / first).rename(runs / f"99991231T235959.999Z-{first.partition('-')[2]}")
@@ -1019,7 +1250,11 @@ def _lie_about(store: Path, first: str, what: str) -> list[Path]:
     names = [f"old-{first}", "my copy of a run", f"29990101T000000.000Z-{first.partition('-')[2]}"]
     copies = [shutil.copytree(runs / first, runs / name) for name in names]
     (runs / "latest").symlink_to(first)
-    for name in ("29980101T000000.000Z-0123456789ab", "notes", "~20260101T000000.000Z-0123456789ab"):
+    for name in (
+        "29980101T000000.000Z-0123456789ab",
+        "notes",
+        "~20260101T000000.000Z-0123456789ab",
+    ):
         (runs / name).write_text("of mine")
     (measure,) = (store / "shards").iterdir()
     (store / "shards" / "notes").write_text("of mine")
@@ -1029,7 +1264,9 @@ def _lie_about(store: Path, first: str, what: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("what", ["year 9999", "copies, files and links"])
-def test_foreign_names_in_a_store_are_listed_and_left_alone(what: str, tmp_path: Path, make_config: MakeConfig) -> None:
+def test_foreign_names_in_a_store_are_listed_and_left_alone(
+    what: str, tmp_path: Path, make_config: MakeConfig
+) -> None:
     config = make_config(corpus=(str(tmp_path / "corpus"),), thresholds=None)
     (tmp_path / "corpus").mkdir()
     write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"text": "The LORD is my shepherd."}] * 5)
@@ -1037,7 +1274,11 @@ def test_foreign_names_in_a_store_are_listed_and_left_alone(what: str, tmp_path:
         first = run.id
     store = Path(config.store)
     kept = _lie_about(store, first, what)
-    held = {file: file.read_bytes() for top in kept for file in ([top] if top.is_file() else top.iterdir())}
+    held = {
+        file: file.read_bytes()
+        for top in kept
+        for file in ([top] if top.is_file() else top.iterdir())
+    }
     write_jsonl(tmp_path / "corpus" / "b.jsonl", [{"text": "I shall not want."}] * 5)
     with afn_ray.run(config) as run:
         assert run.sql("SELECT count(*) FROM documents").fetchall() == [(10,)]
@@ -1059,12 +1300,16 @@ def test_foreign_names_in_a_store_are_listed_and_left_alone(what: str, tmp_path:
         assert newest.sql("SELECT count(*) FROM tokens").fetchall()[0][0] > 0
 
 
-def test_a_store_inside_its_corpus_folder_is_left_out_of_the_corpus(tmp_path: Path, make_config: MakeConfig) -> None:
+def test_a_store_inside_its_corpus_folder_is_left_out_of_the_corpus(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
     folder = tmp_path / "corpus"
     (folder / "texts").mkdir(parents=True)
     (tmp_path / "link").symlink_to(folder)
     texts = [write_jsonl(folder / "texts" / "a.jsonl", [{"text": "Selah."}])]
-    config = make_config(store=str(folder / "results"), format="jsonl", screen=0)  # whatever the ending
+    config = make_config(
+        store=str(folder / "results"), format="jsonl", screen=0
+    )  # whatever the ending
     with afn_ray.run(config) as first:
         pass
     with afn_ray.run(config) as again:
@@ -1073,15 +1318,30 @@ def test_a_store_inside_its_corpus_folder_is_left_out_of_the_corpus(tmp_path: Pa
     (folder / "elsewhere" / "afn-scratch-x").mkdir(parents=True)
     (folder / "elsewhere" / "afn-scratch-x" / "tokens.parquet").write_bytes(b"")
     with afn_ray.run(config) as run:
-        assert run.sql("SELECT count(*), count(*) FILTER (status = 'ok') FROM documents").fetchall() == [(2, 2)]
+        assert run.sql(
+            "SELECT count(*), count(*) FILTER (status = 'ok') FROM documents"
+        ).fetchall() == [(2, 2)]
         files = manifest.read_table(manifest.find_run(run.uri), "files")
-    assert re.fullmatch(r"\d\d files \(.*\) of a store", losses.describe_skipped(losses.skipped_files(files)))
+    assert re.fullmatch(
+        r"\d\d files \(.*\) of a store", losses.describe_skipped(losses.skipped_files(files))
+    )
     for pattern in (folder, f"{folder}/**", tmp_path / "link", f"{folder}/[er]*/**"):
-        for store in (folder / "results", tmp_path / "another"):  # its own, and then it is another's
+        for store in (
+            folder / "results",
+            tmp_path / "another",
+        ):  # its own, and then it is another's
             asked = replace(config, corpus=(str(pattern), str(folder / "texts")), store=str(store))
             plan = make_plan(asked)
-            assert {os.path.realpath(f.uri) for f in plan.files} == {str(text) for text in texts}, pattern
-    with pytest.raises(CorpusError, match=r"corpus .*texts is in the store .*corpus; give a --store"):
+            assert {os.path.realpath(f.uri) for f in plan.files} == {str(text) for text in texts}, (
+                pattern
+            )
+    with pytest.raises(
+        CorpusError, match=r"corpus .*texts is in the store .*corpus; give a --store"
+    ):
         afn_ray.run(replace(config, corpus=(str(folder / "texts"),), store=str(folder)))
     with pytest.raises(CorpusError, match="files found are of an afn-ray store"):
-        afn_ray.run(replace(config, corpus=(f"{folder}/results/runs/*/*.parquet",), store=str(tmp_path / "s")))
+        afn_ray.run(
+            replace(
+                config, corpus=(f"{folder}/results/runs/*/*.parquet",), store=str(tmp_path / "s")
+            )
+        )

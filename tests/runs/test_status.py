@@ -1,4 +1,6 @@
-"""What can be seen of a run: its status in the store, its log as JSON, its metrics, and rules that judge these."""
+"""What can be seen of a run: its status in the store, its log as JSON, its metrics, and rules that
+judge these.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def read(config: RunConfig) -> status.Status:
     return status.read_status(config.store)[0]
 
 
-# --- the file --------------------------------------------------------------------------------------------
+# --- the file
+# --------------------------------------------------------------------------------------------
 
 
 def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
@@ -71,7 +74,11 @@ def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
 
     def look(event: Any) -> None:
         until = time.monotonic() + 10
-        while event.kind in ("starting", "reducing") and event.kind not in told and time.monotonic() < until:
+        while (
+            event.kind in ("starting", "reducing")
+            and event.kind not in told
+            and time.monotonic() < until
+        ):
             if (found := read(config)).state == event.kind:
                 told[event.kind] = found
 
@@ -81,10 +88,12 @@ def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
     assert told["starting"].exit_code == status.UNDER_WAY
     assert told["starting"].body["shards"] | {"planned": 0} == dict.fromkeys(
         ("planned", "reused", "done", "running", "quarantined"), 0
-    )  # fmt: skip
+    )
     body = told["reducing"].body
     assert body["shards"]["done"] == body["shards"]["planned"] == counts["shards"]
-    assert {k: body[k] for k in ("tokens", "documents")} == {k: counts[k] for k in ("tokens", "documents")}
+    assert {k: body[k] for k in ("tokens", "documents")} == {
+        k: counts[k] for k in ("tokens", "documents")
+    }
     assert body["documents_quarantined"] == counts["quarantined"]
     assert body["bytes_lost"] == counts["lost_bytes"]
     assert body["bytes_read"] == Path(corpus).stat().st_size
@@ -169,13 +178,17 @@ def test_a_run_that_fails_says_why_and_with_what_code(
     found = read(config)
     assert (found.state, found.exit_code, found.body["exit_code"]) == ("failed", 1, 1)
     (failure,) = found.body["failures"]
-    assert failure["uri"].endswith("/1.txt") or failure["uri"].endswith("/0.txt")  # a shard is named by its first file
+    assert failure["uri"].endswith("/1.txt") or failure["uri"].endswith(
+        "/0.txt"
+    )  # a shard is named by its first file
     assert failure["reason"].startswith("CorpusChanged: ") and found.body["num_failures"] == 1
     text = "\n".join(status.lines(found))
     assert failure["reason"] in text and "exit code 1" in text
 
 
-def test_what_fails_before_a_run_has_a_name_is_told_by_its_store(make_config: MakeConfig, corpus: str) -> None:
+def test_what_fails_before_a_run_has_a_name_is_told_by_its_store(
+    make_config: MakeConfig, corpus: str
+) -> None:
     config = make_config(corpus=(corpus,))
     with afn_ray.run(config):
         pass
@@ -199,7 +212,9 @@ def test_a_driver_without_a_word_is_thought_dead_by_the_clock_of_the_store(
         uri = run.uri
     Path(uri, "run.json").unlink()
     file = Path(uri, "status.json")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"phase": "working", "exit_code": None}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"phase": "working", "exit_code": None})
+    )
     monkeypatch.setattr(time, "time", lambda: pytest.fail("the clock of this machine was asked"))
     assert read(config).state == "working" and read(config).exit_code == status.UNDER_WAY
     now = file.stat().st_mtime
@@ -214,7 +229,10 @@ def test_a_driver_without_a_word_is_thought_dead_by_the_clock_of_the_store(
 
 
 def test_a_store_that_refuses_the_status_is_told_of_once_and_the_run_goes_on(
-    make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_config: MakeConfig,
+    corpus: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(status, "LEAST_S", 0.02)
     monkeypatch.setattr(status, "EVERY_S", 0.04)
@@ -260,23 +278,33 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
     assert [s.body["documents"] for s in status.read_status(config.store, last=1)] == [20]
     head, first, *_ = status.table(found)
     assert head.split() == ["STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS"]
-    assert first.startswith("complete ") and first.endswith("/20.jsonl") and f"{found[0].body['tokens']:,}" in first
+    assert (
+        first.startswith("complete ")
+        and first.endswith("/20.jsonl")
+        and f"{found[0].body['tokens']:,}" in first
+    )
     assert status.read_status(found[1].uri) == (found[1],)
     checked = verify.verify_store(config.store)
     assert not checked.findings and not checked.orphans and not checked.foreign
     left = garbage.collect_garbage(config.store, keep=1, min_age_h=0, delete=True)
     assert len(left.runs) == 1 and len(status.read_status(config.store)) == 1
     assert manifest.open_folder(config.store, found[0].body["run"]).info
-    assert [p.name for p in Path(found[1].uri).iterdir()] == ["run.json"]  # it says that the run was removed
+    assert [p.name for p in Path(found[1].uri).iterdir()] == [
+        "run.json"
+    ]  # it says that the run was removed
 
 
-def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(make_config: MakeConfig, corpus: str) -> None:
+def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(
+    make_config: MakeConfig, corpus: str
+) -> None:
     config = make_config(corpus=(corpus,))
     planning = storage.join(config.store, PLANNING)
     failed = {**status.NOTHING, "phase": "failed", "exit_code": 2, "reason": "a misspelt flag"}
 
     def plant(written_at: str, **values: Any) -> None:
-        storage.write_over(planning, json.dumps(failed | values | {"written_at": written_at}).encode())
+        storage.write_over(
+            planning, json.dumps(failed | values | {"written_at": written_at}).encode()
+        )
 
     plant("2020-01-01T00:00:00+00:00")  # by a call of before, which planned for long
     with afn_ray.run(config):
@@ -287,7 +315,10 @@ def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(make_config: Ma
     plant("2099-01-01T00:00:00+00:00")
     assert [s.state for s in status.read_status(config.store)] == ["failed", "complete"]
     plant("2020-01-01T00:00:00+00:00", phase="planning")
-    assert [s.state for s in status.read_status(config.store)] == ["planning", "complete"]  # under way: it is young
+    assert [s.state for s in status.read_status(config.store)] == [
+        "planning",
+        "complete",
+    ]  # under way: it is young
 
 
 def test_a_run_that_has_just_begun_is_under_way_and_not_killed(
@@ -303,7 +334,9 @@ def test_a_run_that_has_just_begun_is_under_way_and_not_killed(
     monkeypatch.setattr(status.Reporter, "begin", look)
     with pytest.raises(KeyboardInterrupt):
         afn_ray.run(config)
-    assert [(s.state, s.exit_code) for s in seen if s.body.get("run")] == [("starting", status.UNDER_WAY)]
+    assert [(s.state, s.exit_code) for s in seen if s.body.get("run")] == [
+        ("starting", status.UNDER_WAY)
+    ]
     assert "begun a moment ago" in "\n".join(status.lines(seen[-1]))
 
 
@@ -322,11 +355,18 @@ def test_a_strangers_status_is_none(make_config: MakeConfig, corpus: str, text: 
     (folder / "run.json").unlink()
     (folder / layout.STATUS).write_text(text)
     (found,) = status.read_status(config.store)
-    assert found.state in ("starting", "begun") and list(status.lines(found)) and list(status.table([found]))
+    assert (
+        found.state in ("starting", "begun")
+        and list(status.lines(found))
+        and list(status.table([found]))
+    )
 
 
 def test_what_watches_a_run_never_ends_it(
-    make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_config: MakeConfig,
+    corpus: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(*args: Any) -> None:
         raise TypeError("no number")
@@ -335,9 +375,11 @@ def test_what_watches_a_run_never_ends_it(
     monkeypatch.setattr(status.Reporter, "begin", lambda *args: None)
     with afn_ray.run(make_config(corpus=(corpus,))) as run:
         assert run.info["counts"]["documents"] == 60
-    assert [r.getMessage().split(": ", 1)[1] for r in caplog.records if "goes on without" in r.getMessage()] == [
-        "TypeError: no number"
-    ]
+    assert [
+        r.getMessage().split(": ", 1)[1]
+        for r in caplog.records
+        if "goes on without" in r.getMessage()
+    ] == ["TypeError: no number"]
     told = metrics.Published.__new__(metrics.Published)
     told._bystander = logs.Bystander(logging.getLogger("afn_ray"), "metrics")
     told.publish(State(1))  # it has no gauges at all
@@ -357,45 +399,82 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     reporter = status.Reporter(make_config(store=memory, corpus=("s3://corpus/2026-11-22",)))
     piece = FileSlice("s3://corpus/2026-11-22/7.jsonl", 9, "", "jsonl", "", 0, 9, 9, 1, "")
     shard = Shard("bad", (piece,), ReadOptions("jsonl", "text", None, "file", 1 << 20))
-    before = Commit("x", "", {}, {"tokens": 24_011, "documents": 110, "quarantined": 0, "lost_bytes": 13_000}, 1.0, {})
+    before = Commit(
+        "x",
+        "",
+        {},
+        {"tokens": 24_011, "documents": 110, "quarantined": 0, "lost_bytes": 13_000},
+        1.0,
+        {},
+    )
     reporter.begin(
         manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}),
         [shard] * 190,
         dict.fromkeys(map(str, range(100)), before),
     )
     state = State(
-        90, num_workers=8, num_ready=7, num_lost=2, num_running=21, retries=3, seconds=100.0,
+        90,
+        num_workers=8,
+        num_ready=7,
+        num_lost=2,
+        num_running=21,
+        retries=3,
+        seconds=100.0,
         counts=Counter(tokens=70_012, documents=1000, quarantined=5, lost_bytes=5000),
-        live=Progress(tokens=50_000, forward_tokens=60_000, model_s=60.0, wait_s=40.0, read_s=9.0, measured=1900.5),
+        live=Progress(
+            tokens=50_000,
+            forward_tokens=60_000,
+            model_s=60.0,
+            wait_s=40.0,
+            read_s=9.0,
+            measured=1900.5,
+        ),
         num_documents=9000,
-        failures={"bad": "HelperDied: it died"}, notices=["a worker was replaced"],
-    )  # fmt: skip
+        failures={"bad": "HelperDied: it died"},
+        notices=["a worker was replaced"],
+    )
     state.commits = dict.fromkeys("abcdefghi", before)
     monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:31:02+00:00")
     reporter.working(state)
     reporter.notice("a worker was replaced")
-    seen = status.Status("s3://tas/store/runs/20261122T062545.265Z-f39961c98fe2", "working", 4.0, reporter._body)
+    seen = status.Status(
+        "s3://tas/store/runs/20261122T062545.265Z-f39961c98fe2", "working", 4.0, reporter._body
+    )
     assert "\n".join(["```", *status.lines(seen), "```"]) in GUIDE.read_text()
     reporter.end("stopped", 75, "")
 
 
-# --- the log ---------------------------------------------------------------------------------------------
+# --- the log
+# ---------------------------------------------------------------------------------------------
 
 
 def test_an_unexpected_error_is_one_line_of_json_too(
-    corpus: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpus: str,
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("on two\nlines \x1b[31m")
 
     monkeypatch.setattr(manifest, "begin_run", fail)
     config = tmp_path / "run.toml"
-    config.write_text(f'model = "{tiny_bert}"\nstore = "{tmp_path}/s"\ndtype = "float32"\nlog_format = "json"\n')
+    config.write_text(
+        f'model = "{tiny_bert}"\nstore = "{tmp_path}/s"\ndtype = "float32"\nlog_format = "json"\n'
+    )
     with pytest.raises(SystemExit) as end:
         cli.main(["run", corpus, "--config", str(config), "--executor", "inline"])
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
-    assert (end.value.code, last["exit_code"], last["event"], last["level"]) == (1, 1, "failed", "error")
-    assert last["message"] == "RuntimeError: on two\nlines \x1b[31m" and "in fail" in last["traceback"]
+    assert (end.value.code, last["exit_code"], last["event"], last["level"]) == (
+        1,
+        1,
+        "failed",
+        "error",
+    )
+    assert (
+        last["message"] == "RuntimeError: on two\nlines \x1b[31m" and "in fail" in last["traceback"]
+    )
     log_as("text", quiet=False)
 
 
@@ -403,7 +482,11 @@ def test_what_is_wrong_with_the_config_is_one_line_of_json_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "odd.toml").write_text("modle = 1\n")
-    for flags in (["--config", str(tmp_path / "nope.toml")], ["--config", str(tmp_path / "odd.toml")], ["--rate", "r"]):
+    for flags in (
+        ["--config", str(tmp_path / "nope.toml")],
+        ["--config", str(tmp_path / "odd.toml")],
+        ["--rate", "r"],
+    ):
         with pytest.raises(SystemExit) as end:
             cli.main(["run", *flags, "--log-format", "json"])
         (line,) = map(json.loads, capsys.readouterr().err.splitlines())
@@ -413,9 +496,13 @@ def test_what_is_wrong_with_the_config_is_one_line_of_json_too(
 
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_a_quiet_run_still_warns(
-    form: str, corpus: str, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    corpus: str,
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     def notice(config: Any, task: Any, shards: Any, on_state: Any) -> State:
         state = State(len(shards), failures={shards[0].id: "it failed"}, notices=["be careful"])
         on_state(state)
@@ -423,13 +510,32 @@ def test_a_quiet_run_still_warns(
 
     monkeypatch.setattr(cluster, "process_shards", notice)
     with pytest.raises(SystemExit) as end:
-        cli.main(["run", corpus, "--model", str(tiny_bert), "--store", str(tmp_path / "s"), "--dtype", "float32",
-                  "--executor", "inline", "--quiet", "--log-format", form])  # fmt: skip
+        cli.main(
+            [
+                "run",
+                corpus,
+                "--model",
+                str(tiny_bert),
+                "--store",
+                str(tmp_path / "s"),
+                "--dtype",
+                "float32",
+                "--executor",
+                "inline",
+                "--quiet",
+                "--log-format",
+                form,
+            ]
+        )
     assert end.value.code == 1
     said = capsys.readouterr().err.splitlines()
     if form == "json":
         warning, failed = map(json.loads, said)
-        assert (warning["event"], warning["message"], failed["event"]) == ("warning", "be careful", "failed")
+        assert (warning["event"], warning["message"], failed["event"]) == (
+            "warning",
+            "be careful",
+            "failed",
+        )
         (run,) = Path(tmp_path, "s", "runs").iterdir()
         assert warning["run"] == failed["run"] == run.name
     else:
@@ -441,8 +547,15 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
     from afn_ray.runs.job import Event
 
     lines = logs.Lines("json")
-    state = State(10, num_workers=2, num_ready=1, num_running=3, seconds=10.0, num_documents=900,
-                  live=Progress(7, 100, 120, measured=9.4))  # fmt: skip
+    state = State(
+        10,
+        num_workers=2,
+        num_ready=1,
+        num_running=3,
+        seconds=10.0,
+        num_documents=900,
+        live=Progress(7, 100, 120, measured=9.4),
+    )
     with caplog.at_level("INFO", logs.ROOT):
         on_event = _log_json(lines)
         on_event(Event("planned", "10 shards", run="a-run"))
@@ -451,15 +564,30 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
         on_event(Event("warning", "warning: be careful"))
     planned, progress, warning = (json.loads(lines.format(record)) for record in caplog.records)
     assert planned["event"] == "planned" and progress["run"] == "a-run"
-    assert (progress["event"], progress["tokens_per_s"], progress["left_s"]) == ("progress", 10.0, None)
+    assert (progress["event"], progress["tokens_per_s"], progress["left_s"]) == (
+        "progress",
+        10.0,
+        None,
+    )
     assert progress["counts"] == {
-        "shards": 10, "done": 0, "quarantined": 0, "running": 3, "retries": 0, "workers": 2, "workers_ready": 1,
-        "documents": 7, "tokens": 100, "lost_bytes": 0, "documents_measured": 9, "documents_planned": 900,
-    }  # fmt: skip
+        "shards": 10,
+        "done": 0,
+        "quarantined": 0,
+        "running": 3,
+        "retries": 0,
+        "workers": 2,
+        "workers_ready": 1,
+        "documents": 7,
+        "tokens": 100,
+        "lost_bytes": 0,
+        "documents_measured": 9,
+        "documents_planned": 900,
+    }
     assert (warning["level"], warning["message"]) == ("warning", "be careful")
 
 
-# --- a live run ------------------------------------------------------------------------------------------
+# --- a live run
+# ------------------------------------------------------------------------------------------
 
 LIVE = """
 import os, signal, sys, time, urllib.request
@@ -527,10 +655,29 @@ def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
     for i, documents in enumerate(rows):
         write_jsonl(folder / f"{i}.jsonl", documents)
     store = str(folder / "store")
-    command = ["run", f"{folder}/*.jsonl", "--model", str(tiny_bert), "--store", store, "--executor", "ray",
-               "--workers", "1", "--shard-bytes", "1024", "--dtype", "float32", "--allow-quarantined", "9",
-               "--log-format", "json"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", LIVE, store, *command], capture_output=True, text=True, timeout=180)
+    command = [
+        "run",
+        f"{folder}/*.jsonl",
+        "--model",
+        str(tiny_bert),
+        "--store",
+        store,
+        "--executor",
+        "ray",
+        "--workers",
+        "1",
+        "--shard-bytes",
+        "1024",
+        "--dtype",
+        "float32",
+        "--allow-quarantined",
+        "9",
+        "--log-format",
+        "json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LIVE, store, *command], capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
     workers = Path(f"{store}.workers").read_text()
     types, series = {}, {}
@@ -541,29 +688,49 @@ def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
             series.setdefault(found[1], []).append(float(found[2]))
     run = manifest.find_run(store)
     parsed = [json.loads(line) for line in workers.splitlines() if line.startswith("{")]
-    return Live(run.uri, store, run.info, [json.loads(line) for line in done.stderr.splitlines()], parsed,
-                (done.stderr, workers), types, series)  # fmt: skip
+    return Live(
+        run.uri,
+        store,
+        run.info,
+        [json.loads(line) for line in done.stderr.splitlines()],
+        parsed,
+        (done.stderr, workers),
+        types,
+        series,
+    )
 
 
 @pytest.mark.ray
 def test_metrics_of_a_live_run_are_its_counts_each_once(live: Live) -> None:
-    expected = {f"ray_{name}": "counter" for name in COUNTERS} | {f"ray_{name}": "gauge" for name in GAUGES}
+    expected = {f"ray_{name}": "counter" for name in COUNTERS} | {
+        f"ray_{name}": "gauge" for name in GAUGES
+    }
     expected[f"ray_{SHARD_SECONDS}"] = "histogram"
     assert {k: v for k, v in live.types.items() if k.startswith("ray_afn_")} == expected
     buckets = f"ray_{SHARD_SECONDS}_bucket"
-    assert {name for name, values in live.series.items() if len(values) > 1} == {buckets}  # a worker was restarted
+    assert {name for name, values in live.series.items() if len(values) > 1} == {
+        buckets
+    }  # a worker was restarted
     value = {name: values[0] for name, values in live.series.items()}
     counts, commits = live.info["counts"], list(Path(live.store).rglob("commit.json"))
     committed = [json.loads(path.read_text()) for path in commits]
     assert counts["quarantined"] == 1 and counts["shards_quarantined"] >= 1
     assert {name: value[f"ray_afn_{name}"] for name in EXACT} == {
-        "tokens_total": counts["tokens"], "documents_total": counts["documents"],
-        "documents_quarantined_total": counts["quarantined"], "shards_total": counts["shards"],
+        "tokens_total": counts["tokens"],
+        "documents_total": counts["documents"],
+        "documents_quarantined_total": counts["quarantined"],
+        "shards_total": counts["shards"],
         "bytes_read_total": sum(piece["num_bytes"] for c in committed for piece in c["slices"]),
-        "bytes_written_total": sum(p.stat().st_size for p in Path(live.store, "shards").rglob("*.parquet")),
-        "shards_quarantined": counts["shards_quarantined"], "shard_seconds_count": counts["shards"],
-        "shards_queued": 0, "shards_running": 0, "workers_wanted": 0, "workers_ready": 0,
-    }  # fmt: skip
+        "bytes_written_total": sum(
+            p.stat().st_size for p in Path(live.store, "shards").rglob("*.parquet")
+        ),
+        "shards_quarantined": counts["shards_quarantined"],
+        "shard_seconds_count": counts["shards"],
+        "shards_queued": 0,
+        "shards_running": 0,
+        "workers_wanted": 0,
+        "workers_ready": 0,
+    }
     assert value["ray_afn_retries_total"] >= 1 and value["ray_afn_workers_lost_total"] == 1
     assert 0 < value["ray_afn_measured_tokens_total"] <= value["ray_afn_forward_tokens_total"]
     assert value["ray_afn_measured_tokens_total"] >= min(c["counts"]["tokens"] for c in committed)
@@ -577,13 +744,32 @@ def test_metrics_of_a_live_run_are_its_counts_each_once(live: Live) -> None:
 
 @pytest.mark.ray
 def test_the_log_of_a_live_run_has_every_shard_and_attempt_and_no_text(live: Live) -> None:
-    assert all({"time", "level", "event", "message"} <= line.keys() for line in (*live.driver, *live.workers))
+    assert all(
+        {"time", "level", "event", "message"} <= line.keys()
+        for line in (*live.driver, *live.workers)
+    )
     events = Counter(line["event"] for line in live.driver)
-    assert events.keys() >= {"planned", "starting", "worker_ready", "worker_gone", "shard_handed",
-                             "shard_done", "shard_retried", "shard_quarantined", "reducing", "complete"}  # fmt: skip
+    assert events.keys() >= {
+        "planned",
+        "starting",
+        "worker_ready",
+        "worker_gone",
+        "shard_handed",
+        "shard_done",
+        "shard_retried",
+        "shard_quarantined",
+        "reducing",
+        "complete",
+    }
     counts = live.info["counts"]
-    assert events["shard_done"] == counts["shards"] and events["shard_quarantined"] == counts["shards_quarantined"]
-    assert events["shard_handed"] >= events["shard_done"] + events["shard_quarantined"] + events["shard_retried"]
+    assert (
+        events["shard_done"] == counts["shards"]
+        and events["shard_quarantined"] == counts["shards_quarantined"]
+    )
+    assert (
+        events["shard_handed"]
+        >= events["shard_done"] + events["shard_quarantined"] + events["shard_retried"]
+    )
     done = [line for line in live.driver if line["event"] == "shard_done"]
     assert sum(line["counts"]["tokens"] for line in done) == counts["tokens"]
     first = next(i for i, line in enumerate(live.driver) if line["event"] == "planned")
@@ -594,7 +780,9 @@ def test_the_log_of_a_live_run_has_every_shard_and_attempt_and_no_text(live: Liv
     written = [line for line in live.workers if line["event"] == "attempt_committed"]
     assert {line["shard"]: line["attempt"] for line in written} == commits
     assert all(line["worker"] == 0 and line["counts"]["windows"] for line in written)
-    assert {line["attempt"] for line in live.workers if line["event"] == "attempt_began"} >= set(commits.values())
+    assert {line["attempt"] for line in live.workers if line["event"] == "attempt_began"} >= set(
+        commits.values()
+    )
     assert all(MARK not in text and os.environ["RAY_AUTH_TOKEN"] not in text for text in live.texts)
 
 
@@ -604,10 +792,18 @@ def test_dashboard_and_rules_name_only_what_a_live_run_exports(live: Live) -> No
 
     board = json.loads((MONITORING / "grafana.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    asked += [variable["definition"] for variable in board["templating"]["list"] if "definition" in variable]
+    asked += [
+        variable["definition"]
+        for variable in board["templating"]["list"]
+        if "definition" in variable
+    ]
     groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    named = {name for text in (*asked, *(r["expr"] for r in rules)) for name in re.findall(r"\bray_\w+", text)}
+    named = {
+        name
+        for text in (*asked, *(r["expr"] for r in rules))
+        for name in re.findall(r"\bray_\w+", text)
+    }
     gpus = "ray_node_gpus_utilization"
     assert named - {gpus} <= live.series.keys() and gpus.removeprefix("ray_") in METRICS_GAUGES
     assert {f"ray_{name}" for name in (*COUNTERS, *GAUGES)} <= named  # each is looked at
@@ -625,7 +821,8 @@ def test_dashboard_and_rules_name_only_what_a_live_run_exports(live: Live) -> No
     assert {line["event"] for line in (*live.driver, *live.workers)} <= told
 
 
-# --- rules and guide -------------------------------------------------------------------------------------
+# --- rules and guide
+# -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -637,27 +834,42 @@ def promtool() -> str:
     return found
 
 
-@pytest.mark.parametrize("what", [("check", "config", "prometheus.yaml"), ("test", "rules", "alerts-test.yaml")])
-def test_rules_are_right_and_each_fires_when_it_should_and_not_before(promtool: str, what: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "what", [("check", "config", "prometheus.yaml"), ("test", "rules", "alerts-test.yaml")]
+)
+def test_rules_are_right_and_each_fires_when_it_should_and_not_before(
+    promtool: str, what: tuple[str, ...]
+) -> None:
     done = subprocess.run([promtool, *what], cwd=MONITORING, capture_output=True, text=True)
     assert done.returncode == 0 and "SUCCESS" in done.stdout, done.stdout + done.stderr
 
 
 def test_every_alert_is_tried_both_ways() -> None:
     tests = yaml.safe_load((MONITORING / "alerts-test.yaml").read_text())["tests"]
-    tried = {(case["alertname"], bool(case["exp_alerts"])) for test in tests for case in test["alert_rule_test"]}
+    tried = {
+        (case["alertname"], bool(case["exp_alerts"]))
+        for test in tests
+        for case in test["alert_rule_test"]
+    }
     groups = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
-    assert tried == {(rule["alert"], fires) for g in groups for rule in g["rules"] for fires in (True, False)}
+    assert tried == {
+        (rule["alert"], fires) for g in groups for rule in g["rules"] for fires in (True, False)
+    }
 
 
 def test_every_query_of_the_dashboard_is_promql(promtool: str, tmp_path: Path) -> None:
     board = json.loads((MONITORING / "grafana.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    rules = [{"record": f"panel:{i}", "expr": text.replace("$__rate_interval", "1m")} for i, text in enumerate(asked)]
+    rules = [
+        {"record": f"panel:{i}", "expr": text.replace("$__rate_interval", "1m")}
+        for i, text in enumerate(asked)
+    ]
     file = tmp_path / "panels.yaml"
     file.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
     done = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True)
-    assert done.returncode == 0 and f"{len(asked)} rules found" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{len(asked)} rules found" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_the_pod_monitor_asks_for_the_port_that_pods_name() -> None:
@@ -668,7 +880,9 @@ def test_the_pod_monitor_asks_for_the_port_that_pods_name() -> None:
     assert [end["port"] for end in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
 
 
-def test_commands_of_the_guide_run(make_config: MakeConfig, promtool: str, tmp_path: Path, tiny_bert: Path) -> None:
+def test_commands_of_the_guide_run(
+    make_config: MakeConfig, promtool: str, tmp_path: Path, tiny_bert: Path
+) -> None:
     corpus = write_jsonl(tmp_path / "king-james.jsonl", [{"text": "in the beginning"}])
     with afn_ray.run(make_config(corpus=(str(corpus),), store=str(tmp_path / "afn-demo"))):
         pass
@@ -678,13 +892,18 @@ def test_commands_of_the_guide_run(make_config: MakeConfig, promtool: str, tmp_p
     assert len(commands) == 4
     shim = f'afn() {{ "{sys.executable}" -m afn_ray "$@"; }}\n'
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", shim + "".join(commands)], cwd=tmp_path, capture_output=True, text=True,
+        ["bash", "-euo", "pipefail", "-c", shim + "".join(commands)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(MONITORING.parents[1])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "state    complete since" in done.stdout and '"state": "complete"' in done.stdout
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["event"] == "complete" and {line["run"] for line in log if "shard" in line} != {""}
+    assert log[-1]["event"] == "complete" and {line["run"] for line in log if "shard" in line} != {
+        ""
+    }
     (toml,) = blocks(GUIDE, "toml")
     assert make_config(**tomllib.loads(toml)).log_format == "json"
 

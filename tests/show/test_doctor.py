@@ -73,7 +73,10 @@ def test_all_is_good_here_and_nothing_stays_running(
     assert all(c.ok is not False for c in checks.values())  # a full disk or an unused GPU may warn
     assert "ran a task of afn-ray" in checks["Ray"].found
     assert "3 layers of 32, 64 tokens; passed its self-check at layer 2 on" in checks["model"].found
-    assert "is writable (it is new)" in checks["store"].found and list((tmp_path / "new" / "store").iterdir()) == []
+    assert (
+        "is writable (it is new)" in checks["store"].found
+        and list((tmp_path / "new" / "store").iterdir()) == []
+    )
     for name in ("torch", "ray", "pyarrow", "duckdb"):
         assert f"{name} {importlib.metadata.version(name)}" in checks["packages"].found
     deadline = time.monotonic() + 10  # the kernel reaps them
@@ -94,19 +97,28 @@ def test_a_missing_model_and_an_unwritable_store(tmp_path: Path, without_ray: No
     assert left.value.code == 2
 
 
-def test_what_was_not_asked_for_is_no_failure(without_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_asked_for_is_no_failure(
+    without_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing() -> Path:
         raise ConfigError("the demo needs a package")
 
     monkeypatch.setattr("afn_ray.runs.demo.model_folder", missing)
     checks = by_name(check(None, None, None))
     assert (checks["model"].ok, checks["store"].ok) == (None, None)
-    assert by_name(check(None, "memory://store", None))["store"].advice == "it works with --executor inline only"
+    assert (
+        by_name(check(None, "memory://store", None))["store"].advice
+        == "it works with --executor inline only"
+    )
 
 
-def test_a_model_that_fails_its_self_check(tiny_bert: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_its_self_check(
+    tiny_bert: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(task: Any) -> None:
-        raise ModelError("self-check failed: one padded batch against single texts differs by 3.00e-01")
+        raise ModelError(
+            "self-check failed: one padded batch against single texts differs by 3.00e-01"
+        )
 
     monkeypatch.setattr("afn_ray.runs.worker.Processor", failing)
     found = by_name(check(str(tiny_bert), None, None))["model"]
@@ -114,7 +126,11 @@ def test_a_model_that_fails_its_self_check(tiny_bert: Path, without_ray: None, m
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [Requirement("pyarrow>=9999"), Requirement("no-such-package>=1.2"), Requirement("rich>=1")]
+    wanted = [
+        Requirement("pyarrow>=9999"),
+        Requirement("no-such-package>=1.2"),
+        Requirement("rich>=1"),
+    ]
     monkeypatch.setattr(doctor, "_requirements", lambda: wanted)
     found = doctor._packages()
     assert found.ok is False
@@ -138,7 +154,9 @@ def test_a_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         assert doctor._python().ok is ok
 
 
-def test_a_broken_installation_is_a_row_and_no_traceback(without_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_installation_is_a_row_and_no_traceback(
+    without_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     torch = by_name(check(None, None, None))["torch"]
     assert torch.ok is False and "import of torch halted" in torch.found
@@ -146,7 +164,9 @@ def test_a_broken_installation_is_a_row_and_no_traceback(without_ray: None, monk
 
 
 @pytest.mark.parametrize(("free", "ok"), [(1 << 20, False), (1 << 30, None), (1 << 40, True)])
-def test_free_space(free: int, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space(
+    free: int, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Usage:
         def __init__(self, path: Path) -> None:
             assert path == tmp_path  # the disk of a folder that is not there yet is its parent's
@@ -157,8 +177,12 @@ def test_free_space(free: int, ok: bool | None, tmp_path: Path, monkeypatch: pyt
     assert found.ok is ok and bool(found.advice) is (ok is not True)
 
 
-def test_scratch_is_looked_at_where_a_run_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python passes over a TMPDIR that is full, and takes the next folder that is not; a run does not."""
+def test_scratch_is_looked_at_where_a_run_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python passes over a TMPDIR that is full, and takes the next folder that is not; a run does
+    not.
+    """
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "mine"))
     monkeypatch.setattr(tempfile, "tempdir", "/dev/null/other")
@@ -177,7 +201,9 @@ def test_scratch_is_looked_at_where_a_run_writes_it(tmp_path: Path, monkeypatch:
     assert f"free at {tmp_path / 'mine'}" in found.found and "longlong" in found.found
 
 
-def test_free_space_that_is_not_known_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_that_is_not_known_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(path: Path) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -185,29 +211,46 @@ def test_free_space_that_is_not_known_is_no_failure(tmp_path: Path, monkeypatch:
     assert doctor._space("store", tmp_path, "use another").ok is None
 
 
-def test_what_a_stores_filesystem_lacks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stores_filesystem_lacks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_links(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     assert "lacks" not in doctor._store(str(tmp_path)).found
     monkeypatch.setattr(os, "link", no_links)
     found = doctor._store(str(tmp_path))
-    assert found.ok is not False and "its filesystem lacks hard links (commits are claimed by" in found.found
+    assert (
+        found.ok is not False
+        and "its filesystem lacks hard links (commits are claimed by" in found.found
+    )
 
 
-# --- Ray -------------------------------------------------------------------------------------------------
+# --- Ray
+# -------------------------------------------------------------------------------------------------
 
 
-def test_an_open_cluster_is_refused_before_it_gets_our_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_open_cluster_is_refused_before_it_gets_our_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(doctor, "_probe", lambda address: pytest.fail("sent our token"))
     monkeypatch.setattr(access, "unreachable", lambda where: None)
     monkeypatch.setattr(access, "is_open", lambda where: True)
     found = doctor._ray("10.0.0.7:6379")
-    assert found.ok is False and "without a token" in found.found and "RAY_AUTH_MODE=token" in found.advice
+    assert (
+        found.ok is False
+        and "without a token" in found.found
+        and "RAY_AUTH_MODE=token" in found.advice
+    )
     client = doctor._ray("ray://127.0.0.1:10001")
     assert client.ok is False and "Ray Client" in client.found
     monkeypatch.setattr(doctor, "_probe", lambda address: completed(0, "Ray ran a task"))
-    for address in ("127.0.0.1:6379", "localhost:6379", "[::1]:6379", None):  # none of another machine's
+    for address in (
+        "127.0.0.1:6379",
+        "localhost:6379",
+        "[::1]:6379",
+        None,
+    ):  # none of another machine's
         assert doctor._ray(address).ok is True
 
 
@@ -225,8 +268,16 @@ def test_a_token_in_clear_text_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("error", "found", "advice"),
     [
-        ("W gcs_client: Unauthenticated: RPC error\nthe cluster cannot be reached", "wants a token", "RAY_AUTH_TOKEN"),
-        ("noise\nthe cluster cannot be reached: Version mismatch", "Version mismatch", "this Ray and Python version"),
+        (
+            "W gcs_client: Unauthenticated: RPC error\nthe cluster cannot be reached",
+            "wants a token",
+            "RAY_AUTH_TOKEN",
+        ),
+        (
+            "noise\nthe cluster cannot be reached: Version mismatch",
+            "Version mismatch",
+            "this Ray and Python version",
+        ),
         ("", "its process died", "this Ray and Python version"),
     ],
 )
@@ -241,7 +292,9 @@ def test_a_cluster_that_does_not_take_our_task(
 
 
 def test_an_address_where_nobody_answers_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_probe", lambda *_, **__: pytest.fail("asked Ray, which takes a minute"))
+    monkeypatch.setattr(
+        doctor, "_probe", lambda *_, **__: pytest.fail("asked Ray, which takes a minute")
+    )
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         found = doctor._ray(f"127.0.0.1:{held.getsockname()[1]}")
@@ -283,7 +336,8 @@ def test_the_probe_s_process_says_what_is_wrong_in_its_last_line(
     assert capsys.readouterr().out == "fine: None\n"
 
 
-# --- rendering -------------------------------------------------------------------------------------------
+# --- rendering
+# -------------------------------------------------------------------------------------------
 
 
 def test_marks_are_words_and_findings_are_literal() -> None:
@@ -296,10 +350,16 @@ def test_marks_are_words_and_findings_are_literal() -> None:
     render(checks, console)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
-    assert [line.split()[:2] for line in lines if line.startswith(("  ok", "  warning", "  FAILED"))] == [
-        ["ok", "Python"], ["warning", "model"], ["FAILED", "store"],
-    ]  # fmt: skip
+    assert [
+        line.split()[:2] for line in lines if line.startswith(("  ok", "  warning", "  FAILED"))
+    ] == [
+        ["ok", "Python"],
+        ["warning", "model"],
+        ["FAILED", "store"],
+    ]
     output = "\n".join(lines)
-    assert "not [bold]tried[/bold]" in output and "-> name one" in output and "-> make room" in output
+    assert (
+        "not [bold]tried[/bold]" in output and "-> name one" in output and "-> make room" in output
+    )
     assert r"\x1b[31mno" in output and "\x1b" not in output
     assert "3 checks: 1 failed, 1 warnings" in output

@@ -1,4 +1,6 @@
-"""The page says what the tables hold, takes no text for markup, loads nothing, and works in a real browser."""
+"""The page says what the tables hold, takes no text for markup, loads nothing, and works in a real
+browser.
+"""
 
 from __future__ import annotations
 
@@ -52,35 +54,72 @@ def _add_tables(run: manifest.RunFolder, **tables: pa.Table) -> manifest.RunFold
 def _screened(run: manifest.RunFolder, docs: dict[int, tuple[str, int]]) -> pa.Table:
     """``docs``: run-wide number -> source and number of tokens."""
     rows = [
-        {"rank": rank, "doc": doc, "source": source, "layer": 3, "n_tokens": n, "n_copies": rank, "score": 9.5,
-         "reason": f"{EVIL} is strange", "text": EVIL, **dict.fromkeys(FEATURES, 0.25)}
+        {
+            "rank": rank,
+            "doc": doc,
+            "source": source,
+            "layer": 3,
+            "n_tokens": n,
+            "n_copies": rank,
+            "score": 9.5,
+            "reason": f"{EVIL} is strange",
+            "text": EVIL,
+            **dict.fromkeys(FEATURES, 0.25),
+        }
         for rank, (doc, (source, n)) in enumerate(docs.items(), 1)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, SCREENED_SCHEMA)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> list[manifest.RunFolder]:
-    """A plain run without screening, and one a day later of other verses and of what would do harm if not escaped."""
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> list[manifest.RunFolder]:
+    """A plain run without screening, and one a day later of other verses and of what would do harm
+    if not escaped.
+    """
     folder = tmp_path_factory.mktemp("report")
     (folder / "corpus").mkdir()
     config = RunConfig(
-        corpus=(str(folder / "corpus"),), model=str(tiny_bert), store=str(folder / "store"), executor="inline",
-        layers="all", shard_bytes=8192, dtype="float32", id_column="id",
-    )  # fmt: skip
+        corpus=(str(folder / "corpus"),),
+        model=str(tiny_bert),
+        store=str(folder / "store"),
+        executor="inline",
+        layers="all",
+        shard_bytes=8192,
+        dtype="float32",
+        id_column="id",
+    )
     found = []
     for texts, screen in ((verses[:600], 0), (verses[5000:5650] + HOSTILE, 1000)):
-        write_jsonl(folder / "corpus" / FILE, [{"id": f"v{i}", "text": t} for i, t in enumerate(texts)])
+        write_jsonl(
+            folder / "corpus" / FILE, [{"id": f"v{i}", "text": t} for i, t in enumerate(texts)]
+        )
         with afn_ray.run(replace(config, screen=screen)) as run:
             found.append(manifest.find_run(run.uri))
-            rows = run.sql("SELECT doc, source, n_tokens FROM documents WHERE doc >= $1 ORDER BY doc", [650]).fetchall()
+            rows = run.sql(
+                "SELECT doc, source, n_tokens FROM documents WHERE doc >= $1 ORDER BY doc", [650]
+            ).fetchall()
     screened = _screened(found[1], {doc: (source, n) for doc, source, n in rows})
     assert len(screened) == len(HOSTILE)
     nothing = dict.fromkeys(SOURCES_SCHEMA.names, 0)
-    sources = [nothing | {"layer": k, "source": f"{EVIL}/{i}", "n_docs": 2, "n": 8, "n_high": i,
-                          "bins": [5], "counts": [8]}
-               for k in range(4) for i in range(3)]  # fmt: skip
-    found[1] = _add_tables(found[1], screened=screened, sources=pa.Table.from_pylist(sources, SOURCES_SCHEMA))
+    sources = [
+        nothing
+        | {
+            "layer": k,
+            "source": f"{EVIL}/{i}",
+            "n_docs": 2,
+            "n": 8,
+            "n_high": i,
+            "bins": [5],
+            "counts": [8],
+        }
+        for k in range(4)
+        for i in range(3)
+    ]
+    found[1] = _add_tables(
+        found[1], screened=screened, sources=pa.Table.from_pylist(sources, SOURCES_SCHEMA)
+    )
     return found
 
 
@@ -96,7 +135,8 @@ def page(runs: list[manifest.RunFolder], tmp_path_factory: pytest.TempPathFactor
     return afn_ray.write_report(runs[1].uri, out, baseline=runs[0].uri)
 
 
-# --- figures ---------------------------------------------------------------------------------------------
+# --- figures
+# ---------------------------------------------------------------------------------------------
 
 
 def _words(run: manifest.RunFolder, layer: int) -> pa.Table:
@@ -121,9 +161,15 @@ def test_rarity_alone_gives_each_type_the_share_of_its_bin(runs: list[manifest.R
     assert words["n"].to_numpy() @ shares == pytest.approx(sum(r["n_high"] for r in rows))
 
 
-def test_a_histogram_has_every_token_that_it_does_not_say_it_leaves_out(runs: list[manifest.RunFolder]) -> None:
+def test_a_histogram_has_every_token_that_it_does_not_say_it_leaves_out(
+    runs: list[manifest.RunFolder],
+) -> None:
     table = manifest.read_table(runs[0], "histogram")
-    limits = [r for r in manifest.read_table(runs[0], "thresholds").to_pylist() if r["population"] == "tokens"][3]
+    limits = [
+        r
+        for r in manifest.read_table(runs[0], "thresholds").to_pylist()
+        if r["population"] == "tokens"
+    ][3]
     chart = charts.histogram_chart(3, table, [limits[q] for q in ("q1", "q2", "q3")], None)
     bars = chart.spec["layer"][0]["data"]["values"]
     rows = [r for r in table.to_pylist() if r["layer"] == 3 and not r["special"]]
@@ -140,8 +186,12 @@ def test_a_histogram_has_every_token_that_it_does_not_say_it_leaves_out(runs: li
 
 
 def test_a_layer_of_one_strength_is_drawn() -> None:
-    table = pa.table({"layer": [8], "special": [False], "strength": pa.array([4.0], pa.float32()), "n": [7]})
-    bars = charts.histogram_chart(8, table, [4.0, 4.0, 4.0], table).spec["layer"][0]["data"]["values"]
+    table = pa.table(
+        {"layer": [8], "special": [False], "strength": pa.array([4.0], pa.float32()), "n": [7]}
+    )
+    bars = charts.histogram_chart(8, table, [4.0, 4.0, 4.0], table).spec["layer"][0]["data"][
+        "values"
+    ]
     assert sum(b["share"] for b in bars) == 1
 
 
@@ -152,22 +202,30 @@ def test_points_are_the_most_frequent_types_with_their_counts_at_every_layer(
     words = {k: _words(runs[0], k) for k in runs[0].info["layers"]}
     points = charts.points(words)
     expected = sorted(words[3].to_pylist(), key=lambda r: (-r["n"], r["token_id"]))[:50]
-    assert points["n"] == [r["n"] for r in expected] and points["text"] == [r["text"] for r in expected]
+    assert points["n"] == [r["n"] for r in expected] and points["text"] == [
+        r["text"] for r in expected
+    ]
     assert [points["classes"][c] for c in points["class"]] == [r["class"] for r in expected]
     for layer in words:
         by_id = {r["token_id"]: r["n_high"] for r in words[layer].to_pylist()}
         assert points["n_high"][str(layer)] == [by_id[r["token_id"]] for r in expected]
     assert points["num_types"] == len(words[3]) > 50
-    assert points["share_of_tokens"] == pytest.approx(sum(points["n"]) / pc.sum(words[3]["n"]).as_py())
+    assert points["share_of_tokens"] == pytest.approx(
+        sum(points["n"]) / pc.sum(words[3]["n"]).as_py()
+    )
 
 
-def test_of_many_layers_some_are_offered_the_first_and_the_last_among_them(runs: list[manifest.RunFolder]) -> None:
+def test_of_many_layers_some_are_offered_the_first_and_the_last_among_them(
+    runs: list[manifest.RunFolder],
+) -> None:
     points = charts.points(dict.fromkeys(range(40), _words(runs[0], 3)))
     assert len(points["layers"]) == charts.MAX_SCATTER_LAYERS
     assert (points["layers"][0], points["layers"][-1], points["layer"]) == (0, 39, 39)
 
 
-def test_the_figures_of_the_page_are_those_of_the_run(runs: list[manifest.RunFolder], page: Path) -> None:
+def test_the_figures_of_the_page_are_those_of_the_run(
+    runs: list[manifest.RunFolder], page: Path
+) -> None:
     text = _Page.of(page.read_text("utf-8")).text
     summary = overview.summarise(runs[1])
     for facts in summary.layers:
@@ -179,7 +237,8 @@ def test_the_figures_of_the_page_are_those_of_the_run(runs: list[manifest.RunFol
         assert line.strip() in text
 
 
-# --- what is not there -----------------------------------------------------------------------------------
+# --- what is not there
+# -----------------------------------------------------------------------------------
 
 
 def test_what_a_run_lacks_is_told_with_what_to_do(plain: str) -> None:
@@ -192,16 +251,29 @@ def test_what_was_lost_is_said_first_and_listed_by_file(
     runs: list[manifest.RunFolder], plain: str, tmp_path: Path
 ) -> None:
     assert "Files that were not read as a whole" not in _Page.of(plain).text
-    whole = dict.fromkeys(FILES_SCHEMA.names, 0) | {"source": "/c/whole", "is_skipped": False, "share_read": 1.0}
-    cut = whole | {"source": f"{EVIL}/a.gz", "num_bytes": 100_000, "lost_bytes": 48_100, "share_read": 0.519,
-                   "lost_documents": 7, "lost_unknown": 1}  # fmt: skip
+    whole = dict.fromkeys(FILES_SCHEMA.names, 0) | {
+        "source": "/c/whole",
+        "is_skipped": False,
+        "share_read": 1.0,
+    }
+    cut = whole | {
+        "source": f"{EVIL}/a.gz",
+        "num_bytes": 100_000,
+        "lost_bytes": 48_100,
+        "share_read": 0.519,
+        "lost_documents": 7,
+        "lost_unknown": 1,
+    }
     odd = whole | {"source": "/c/odd.txt", "num_bytes": 100_000, "n_replaced": 37}
     shutil.copytree(runs[0].store, tmp_path / "store")
     run = manifest.find_run(f"{tmp_path}/store/runs/{runs[0].id}")
     run = _add_tables(run, files=pa.Table.from_pylist([whole, odd, cut], FILES_SCHEMA))
     text = _Page.of(report.render(run, with_claims=False)).text
     assert "48 kBlost24.1% of the corpus: 7 documents or more" in text
-    assert "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 documents or more." in text
+    assert (
+        "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 documents or more."
+        in text
+    )
     caption = "Files that were not read as a whole"
     listed = text[text.index(caption) :]
     assert f"{EVIL}/a.gz100 kB48 kB51.9%7 or more0 /c/odd.txt100 kB0 bytes100%037" in listed
@@ -234,7 +306,10 @@ def test_labels_go_by_frozen_thresholds_where_there_are_any(runs: list[manifest.
     with afn_ray.run(config) as run:
         page = _Page.of(report.render(manifest.find_run(run.uri), with_claims=False))
     assert f"Labels go by frozen thresholds, those of {runs[0].uri}" in page.text
-    (theirs,) = (overview.figure(f.thresholds["tokens"]["q3"]) for f in overview.summarise(runs[0]).layers[-1:])
+    (theirs,) = (
+        overview.figure(f.thresholds["tokens"]["q3"])
+        for f in overview.summarise(runs[0]).layers[-1:]
+    )
     drawn = page.data["charts"]["histogram-3"]["layer"][-2]["data"]["values"][0]
     assert (drawn["name"], drawn["exact"]) == ("Q3", theirs)
     assert "all, frozen" in page.text and "25.0% of all tokens" not in page.text
@@ -251,7 +326,8 @@ def test_the_file_is_written_whole_or_not_at_all(
     assert [p.name for p in tmp_path.iterdir()] == [written.name]
 
 
-# --- the command to reproduce ----------------------------------------------------------------------------
+# --- the command to reproduce
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +336,9 @@ def test_the_file_is_written_whole_or_not_at_all(
      {"corpus": ("/data/a b/*.jsonl", "/data/it's <script>"), "sink_factor": 12.5, "format": "txt"}],
 )  # fmt: skip
 def test_the_command_gives_the_config_back(changes: dict[str, Any]) -> None:
-    config = replace(RunConfig(corpus=("/data/x",), model="/models/a b", store="/results"), **changes)
+    config = replace(
+        RunConfig(corpus=("/data/x",), model="/models/a b", store="/results"), **changes
+    )
     words = shlex.split(report.command_line(json.loads(json.dumps(asdict(config)))))
     assert words[:2] == ["afn", "run"]
     given = vars(grammar.parser().parse_args(words[1:]))
@@ -268,7 +346,8 @@ def test_the_command_gives_the_config_back(changes: dict[str, Any]) -> None:
     assert config_from(kept, None) == config
 
 
-# --- hostile text ----------------------------------------------------------------------------------------
+# --- hostile text
+# ----------------------------------------------------------------------------------------
 
 
 class _Page(HTMLParser):
@@ -316,7 +395,9 @@ def test_text_from_outside_makes_no_element_and_no_attribute(page: Path) -> None
         {"img", "svg", "iframe", "link", "object", "embed", "form", "base"}
     )
     for tag, attributes in found.tags:
-        assert not any(name.startswith("on") or name in ("src", "style", "srcset") for name in attributes), tag
+        assert not any(
+            name.startswith("on") or name in ("src", "style", "srcset") for name in attributes
+        ), tag
         assert str(attributes.get("href", "#")).startswith("#")
     assert found.text.count(f"{EVIL} is strange") == len(HOSTILE)
     assert f"{EVIL}/2" in found.text and "onerror='window.ran = 5'" in found.text
@@ -326,24 +407,35 @@ def test_text_from_outside_makes_no_element_and_no_attribute(page: Path) -> None
 def test_the_policy_lets_through_the_pages_own_style_and_scripts_alone(page: Path) -> None:
     found = _Page.of(page.read_text("utf-8"))
     (policy,) = [a["content"] for t, a in found.tags if t == "meta" and "http-equiv" in a]
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-              for text in (*found.inside["script"][1:], *found.inside["style"])]  # fmt: skip
+    hashes = [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (*found.inside["script"][1:], *found.inside["style"])
+    ]
     assert policy == (
         f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src 'sha256-{hashes[2]}'; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def test_every_text_is_bounded_and_so_is_the_page(runs: list[manifest.RunFolder], page: Path) -> None:
+def test_every_text_is_bounded_and_so_is_the_page(
+    runs: list[manifest.RunFolder], page: Path
+) -> None:
     assert page.stat().st_size < MAX_PAGE_BYTES
-    run = manifest.RunFolder(runs[0].uri, runs[0].store, runs[0].id, json.loads(json.dumps(runs[0].info)))
+    run = manifest.RunFolder(
+        runs[0].uri, runs[0].store, runs[0].id, json.loads(json.dumps(runs[0].info))
+    )
     run.info["config"]["corpus"] = [f"/data/{i}.txt" for i in range(1_000_000)]
     assert len(report.render(run, with_claims=False)) < MAX_PAGE_BYTES
     n = 30_000
-    types = pa.table({
-        "token_id": np.arange(n), "n": np.full(n, 10**6), "n_high": np.full(n, 10**5),
-        "text": ["语语语语"] * n, "class": ["content"] * n,
-    })  # fmt: skip
+    types = pa.table(
+        {
+            "token_id": np.arange(n),
+            "n": np.full(n, 10**6),
+            "n_high": np.full(n, 10**5),
+            "text": ["语语语语"] * n,
+            "class": ["content"] * n,
+        }
+    )
     points = charts.points(dict.fromkeys(range(100), types))
     assert len(json.dumps(points)) < MAX_PAGE_BYTES / 2  # the charts' library takes 0.9 MB
 
@@ -356,19 +448,36 @@ def test_a_document_of_one_endless_token_is_cut() -> None:
 
 def test_a_documents_tokens_are_shown_as_they_are_written() -> None:
     tokens = [  # text, surface of its word, starts a word, start, end, quartile
-        ("in", "In", True, 0, 2, 1), ("the", None, True, 3, 6, 2), ("egypt", "Egyptians", True, 7, 12, 4),
-        ("ians", None, False, 12, 16, 3), ("!", None, True, 16, 17, 1), ("[UNK]", "☃☃", True, 18, 20, 4),
-        ("a", "é", True, 20, 21, 4), ("b", None, False, 20, 21, 2), ("x", "Xy", True, 21, 23, 3),
+        ("in", "In", True, 0, 2, 1),
+        ("the", None, True, 3, 6, 2),
+        ("egypt", "Egyptians", True, 7, 12, 4),
+        ("ians", None, False, 12, 16, 3),
+        ("!", None, True, 16, 17, 1),
+        ("[UNK]", "☃☃", True, 18, 20, 4),
+        ("a", "é", True, 20, 21, 4),
+        ("b", None, False, 20, 21, 2),
+        ("x", "Xy", True, 21, 23, 3),
         ("y", None, False, 23, 24, 1),
-    ]  # fmt: skip
+    ]
     assert list(report._placed(tokens)) == [
-        ("In", 1), (" ", 0), ("the", 2), (" ", 0), ("Egypt", 4), ("ians", 3), ("!", 1), (" ", 0), ("☃☃", 4),
-        ("é", 4), ("X", 3), ("y", 1),
-    ]  # fmt: skip
+        ("In", 1),
+        (" ", 0),
+        ("the", 2),
+        (" ", 0),
+        ("Egypt", 4),
+        ("ians", 3),
+        ("!", 1),
+        (" ", 0),
+        ("☃☃", 4),
+        ("é", 4),
+        ("X", 3),
+        ("y", 1),
+    ]
     assert "".join(text for text, _ in report._unplaced(tokens)) == "in the egyptians ! [UNK] ab xy"
 
 
-# --- contrast --------------------------------------------------------------------------------------------
+# --- contrast
+# --------------------------------------------------------------------------------------------
 
 
 def _luminance(colour: str) -> float:
@@ -379,12 +488,24 @@ def _luminance(colour: str) -> float:
 
 def test_words_and_marks_stand_out_from_what_is_behind_them() -> None:
     style = (Path(report.__file__).parent / "report.css").read_text("utf-8")
-    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("@media screen")[:2])
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in style.split("@media screen")[:2]
+    )
     assert set(dark) == set(light)
     texts = [(c, b) for c in ("ink", "faint", "accent") for b in ("page", "card")]
     texts += [(f"text-{i}", f"back-{i}") for i in (2, 3, 4)] + [("page", "ink")]
     marks = [
-        (c, "page") for c in ("now", "before", "content", "function", "piece", "fragment", "number", "punctuation")
+        (c, "page")
+        for c in (
+            "now",
+            "before",
+            "content",
+            "function",
+            "piece",
+            "fragment",
+            "number",
+            "punctuation",
+        )
     ]
     for colours in (light, dark):
         for least, pairs in ((4.5, texts), (3.0, marks)):  # WCAG 2.2: text, and graphics
@@ -393,20 +514,25 @@ def test_words_and_marks_stand_out_from_what_is_behind_them() -> None:
                 assert (high + 0.05) / (low + 0.05) >= least, (a, b)
 
 
-# --- in a browser ----------------------------------------------------------------------------------------
+# --- in a browser
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium; without it these tests are skipped, but never in CI."""
-    path = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    path = next(
+        (p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None
+    )
     if path is None:
         why = "no Chromium here: apt-get install chromium"
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
+        chromium = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"]
+        )  # root has no sandbox
         yield chromium
         chromium.close()
 
@@ -416,12 +542,16 @@ Opener = Callable[..., Any]
 
 @pytest.fixture
 def opened(browser: Any, page: Path) -> Iterator[Opener]:
-    """Opens the page and waits for its charts. At the end: it said nothing, asked for nothing, broke no rule."""
+    """Opens the page and waits for its charts. At the end: it said nothing, asked for nothing,
+    broke no rule.
+    """
     said: list[str] = []
     contexts = []
 
     def open_page(**options: Any) -> Any:
-        context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, **options)
+        context = browser.new_context(
+            offline=True, viewport={"width": 1280, "height": 900}, **options
+        )
         contexts.append(context)
         context.add_init_script(
             "document.addEventListener('securitypolicyviolation', e => console.error(e.violatedDirective))"
@@ -429,10 +559,17 @@ def opened(browser: Any, page: Path) -> Iterator[Opener]:
         tab = context.new_page()
         tab.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         tab.on("pageerror", lambda error: said.append(f"error: {error}"))
-        tab.on("dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        tab.on("request", lambda ask: said.append(f"request: {ask.url}") if ask.url != page.as_uri() else None)
+        tab.on(
+            "dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss())
+        )
+        tab.on(
+            "request",
+            lambda ask: said.append(f"request: {ask.url}") if ask.url != page.as_uri() else None,
+        )
         tab.goto(page.as_uri())
-        tab.wait_for_function("document.querySelectorAll('[data-chart]:not([data-drawn])').length === 0")
+        tab.wait_for_function(
+            "document.querySelectorAll('[data-chart]:not([data-drawn])').length === 0"
+        )
         return tab
 
     yield open_page
@@ -441,19 +578,36 @@ def opened(browser: Any, page: Path) -> Iterator[Opener]:
     assert said == []
 
 
-def test_the_page_is_drawn_without_a_word_or_a_request(opened: Opener, runs: list[manifest.RunFolder]) -> None:
+def test_the_page_is_drawn_without_a_word_or_a_request(
+    opened: Opener, runs: list[manifest.RunFolder]
+) -> None:
     tab = opened()
     drawn = tab.eval_on_selector_all(
         "[data-chart]", "all => all.map(e => [e.dataset.chart, !!e.querySelector('svg path')])"
     )
     claimed = {name for name, _ in drawn if name.startswith("claim-")}
-    assert {name.split("-")[1] for name in claimed} == {"classes", "layers", "types", "frequency", "sinks"}
+    assert {name.split("-")[1] for name in claimed} == {
+        "classes",
+        "layers",
+        "types",
+        "frequency",
+        "sinks",
+    }
     assert {name for name, _ in drawn} - claimed == {
-        *(f"histogram-{k}" for k in range(4)), "classes", "layers-classes", "layers-spread", "vocabulary", "movers"
-    }  # fmt: skip
+        *(f"histogram-{k}" for k in range(4)),
+        "classes",
+        "layers-classes",
+        "layers-spread",
+        "vocabulary",
+        "movers",
+    }
     assert all(has_marks for _, has_marks in drawn)
-    names = tab.eval_on_selector_all("[role=graphics-document]", "all => all.map(e => e.getAttribute('aria-label'))")
-    assert all(names) and len(set(names)) == len(drawn)  # each says what it is to those who do not see it
+    names = tab.eval_on_selector_all(
+        "[role=graphics-document]", "all => all.map(e => e.getAttribute('aria-label'))"
+    )
+    assert all(names) and len(set(names)) == len(
+        drawn
+    )  # each says what it is to those who do not see it
 
 
 def test_scripts_in_documents_are_text_and_do_not_run(opened: Opener) -> None:
@@ -461,8 +615,13 @@ def test_scripts_in_documents_are_text_and_do_not_run(opened: Opener) -> None:
     assert tab.evaluate("typeof window.ran") == "undefined"
     texts = tab.eval_on_selector_all("#screened .text", "all => all.map(e => e.textContent)")
     assert texts[0] == EVIL and len(texts) == len(HOSTILE)
-    assert tab.eval_on_selector_all("#screened .text script, #screened .text img", "all => all.length") == 0
-    quartiles = tab.eval_on_selector_all("#screened .text span", "all => [...new Set(all.map(e => e.className))]")
+    assert (
+        tab.eval_on_selector_all("#screened .text script, #screened .text img", "all => all.length")
+        == 0
+    )
+    quartiles = tab.eval_on_selector_all(
+        "#screened .text span", "all => [...new Set(all.map(e => e.className))]"
+    )
     assert len(quartiles) > 1 and set(quartiles) <= {"q1", "q2", "q3", "q4"}
     tab.fill("#search", "script")
     tab.wait_for_function("document.querySelectorAll('#matches tbody tr').length > 0")
@@ -479,7 +638,9 @@ def test_hover_tells_what_a_mark_is(opened: Opener) -> None:
 
 
 @pytest.mark.parametrize("layer", [3, 0])
-def test_search_marks_the_points_and_counts_them(opened: Opener, runs: list[manifest.RunFolder], layer: int) -> None:
+def test_search_marks_the_points_and_counts_them(
+    opened: Opener, runs: list[manifest.RunFolder], layer: int
+) -> None:
     tab = opened()
     rows = [r for r in _words(runs[1], layer).to_pylist() if "th" in r["text"].lower()]
     tab.select_option("#layer", str(layer))
@@ -487,18 +648,24 @@ def test_search_marks_the_points_and_counts_them(opened: Opener, runs: list[mani
     tab.wait_for_function("document.getElementById('found').textContent !== ''")
     assert tab.inner_text("#found").startswith(f"{len(rows)} types")
     marks = "[data-chart=vocabulary] svg .mark-symbol.role-mark"
-    tab.wait_for_function(f"document.querySelectorAll('{marks}')[1].querySelectorAll('path').length === {len(rows)}")
+    tab.wait_for_function(
+        f"document.querySelectorAll('{marks}')[1].querySelectorAll('path').length === {len(rows)}"
+    )
     tab.fill("#search", "the")
     tab.wait_for_function("document.querySelector('#matches tbody th')?.textContent === 'the'")
     (the,) = [r for r in rows if r["text"] == "the" and r["class"] == "function"]
-    cells = tab.eval_on_selector_all("#matches tbody tr:first-child td", "all => all.map(e => e.textContent)")
+    cells = tab.eval_on_selector_all(
+        "#matches tbody tr:first-child td", "all => all.map(e => e.textContent)"
+    )
     assert cells == ["function", f"{the['n']:,}", f"{the['share_high']:.3f}"]
     tab.fill("#search", "nothing-has-this")
     tab.wait_for_function("document.getElementById('found').textContent.startsWith('0 types')")
     assert tab.is_hidden("#matches")
 
 
-def test_light_and_dark_are_two_colourings_of_the_same_drawing(opened: Opener, tmp_path: Path) -> None:
+def test_light_and_dark_are_two_colourings_of_the_same_drawing(
+    opened: Opener, tmp_path: Path
+) -> None:
     tab = opened(color_scheme="light")
     look = """() => [getComputedStyle(document.body).backgroundColor,
         getComputedStyle(document.querySelector('[data-chart=histogram-3] svg path[aria-roledescription]')).fill,
@@ -528,7 +695,9 @@ OUTSIDE = """() => [...document.querySelectorAll('main *:not(svg *)')].filter(e 
 def test_tables_captions_and_all_else_fit_the_screen(opened: Opener, width: int) -> None:
     tab = opened()
     tab.set_viewport_size({"width": width, "height": 800})
-    tab.wait_for_function(f"document.querySelector('[data-chart=vocabulary] svg').clientWidth <= {width}")
+    tab.wait_for_function(
+        f"document.querySelector('[data-chart=vocabulary] svg').clientWidth <= {width}"
+    )
     tab.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert tab.evaluate(OUTSIDE) == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

@@ -52,23 +52,47 @@ MIXED = """
 """
 
 
-# --- formats ---------------------------------------------------------------------------------------------
+# --- formats
+# ---------------------------------------------------------------------------------------------
 
 
 def test_json_is_an_array_of_objects(run: Run) -> None:
     first, second = json.loads(printed(run, MIXED, "json"), parse_constant=pytest.fail)
-    assert first == {"n": 1, "text": 'a,"b"', "f": 0.1, "d": None, "flag": True, "day": "2026-01-02", "bytes": "ab",
-                     "list": [1, None], "struct": {"x": 1.5}, "huge": 2}  # fmt: skip
+    assert first == {
+        "n": 1,
+        "text": 'a,"b"',
+        "f": 0.1,
+        "d": None,
+        "flag": True,
+        "day": "2026-01-02",
+        "bytes": "ab",
+        "list": [1, None],
+        "struct": {"x": 1.5},
+        "huge": 2,
+    }
     assert second == dict.fromkeys(first) | {"text": "", "f": 1e-7}
     assert json.loads(printed(run, "SELECT 1 WHERE false", "json")) == []
-    assert json.loads(printed(run, "SELECT 1 AS a, 2 AS a, 3 AS a_1", "json")) == [{"a": 1, "a_1": 2, "a_1_1": 3}]
+    assert json.loads(printed(run, "SELECT 1 AS a, 2 AS a, 3 AS a_1", "json")) == [
+        {"a": 1, "a_1": 2, "a_1_1": 3}
+    ]
 
 
 def test_csv_tells_null_from_empty_text(run: Run) -> None:
     text = printed(run, MIXED, "csv").decode()
     header, *rows = csv.reader(io.StringIO(text))
     assert header == ["n", "text", "f", "d", "flag", "day", "bytes", "list", "struct", "huge"]
-    assert rows[0] == ["1", 'a,"b"', "0.1", "nan", "true", "2026-01-02", "ab", "[1, null]", '{"x": 1.5}', "2"]
+    assert rows[0] == [
+        "1",
+        'a,"b"',
+        "0.1",
+        "nan",
+        "true",
+        "2026-01-02",
+        "ab",
+        "[1, null]",
+        '{"x": 1.5}',
+        "2",
+    ]
     assert text.splitlines()[2] == ',"",1e-7,inf,,,,,,'
 
 
@@ -102,7 +126,9 @@ def test_parquet_on_a_terminal_is_refused(run: Run) -> None:
         shell.print_result(run.sql("SELECT 1"), "xml", out)
 
 
-def test_standard_output_is_the_default(run: Run, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_standard_output_is_the_default(
+    run: Run, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     for format in shell.FORMATS:
         shell.print_result(run.sql("SELECT 7 AS seven"), format)
         got = capfdbinary.readouterr().out
@@ -110,16 +136,20 @@ def test_standard_output_is_the_default(run: Run, capfdbinary: pytest.CaptureFix
         assert not sys.stdout.closed
 
 
-# --- tables ----------------------------------------------------------------------------------------------
+# --- tables
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_table_aligns_numbers_and_marks_null(run: Run) -> None:
     sql = "SELECT * FROM (VALUES (1, 'ab', 12.3456789::FLOAT, true), (100, NULL, 1e9, NULL)) t(n, text, x, flag)"
     lines = [line.rstrip() for line in printed(run, sql, "table").decode().splitlines()]
     assert [line.split() for line in lines if line] == [
-        ["n", "text", "x", "flag"], [lines[1].strip()], ["1", "ab", "12.3457", "true"],
-        ["100", "NULL", "1e+09", "NULL"], ["(2", "rows)"],
-    ]  # fmt: skip
+        ["n", "text", "x", "flag"],
+        [lines[1].strip()],
+        ["1", "ab", "12.3457", "true"],
+        ["100", "NULL", "1e+09", "NULL"],
+        ["(2", "rows)"],
+    ]
     assert lines[2].index("1") == lines[3].index("100") + 2
 
 
@@ -148,10 +178,19 @@ def test_a_table_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines[:-1]) <= 60
     assert " of 19 columns shown" in " ".join(lines[-2:])
     header = lines[0].split()
-    assert {"doc", "position", "…", "high_8", "sink_8"} <= {re.sub(r"\x1b\[[0-9;]*m", "", word) for word in header}
+    assert {"doc", "position", "…", "high_8", "sink_8"} <= {
+        re.sub(r"\x1b\[[0-9;]*m", "", word) for word in header
+    }
 
 
-HOSTILE = ["\x1b[2J\x1b]0;title\x07", "\x9b31m", "[red]x[/red] :smile:", "a\nb\tc\r", "\u202egnp.exe", "\x7f\x00"]
+HOSTILE = [
+    "\x1b[2J\x1b]0;title\x07",
+    "\x9b31m",
+    "[red]x[/red] :smile:",
+    "a\nb\tc\r",
+    "\u202egnp.exe",
+    "\x7f\x00",
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -164,7 +203,11 @@ def test_text_of_the_corpus_cannot_act_on_the_terminal(run: Run, text: str) -> N
         assert "[red]x[/red] :smile:" in shown or "[red]" not in text
         assert "\\" in shown or "[red]" in text
     out = io.BytesIO()
-    shell.print_result(run.sql(f"PIVOT (SELECT '{text.replace(chr(0), '')}' AS k) ON k USING count(*)"), "table", out)
+    shell.print_result(
+        run.sql(f"PIVOT (SELECT '{text.replace(chr(0), '')}' AS k) ON k USING count(*)"),
+        "table",
+        out,
+    )
     assert not UNSAFE.search(out.getvalue().decode().replace("\n", ""))
 
 
@@ -176,7 +219,10 @@ def test_other_formats_are_escaped_on_a_terminal_and_exact_elsewhere(run: Run, f
 
     text, out = "é\x1b[2J\x9b\u202e", Terminal()
     shell.print_result(run.sql("SELECT $t AS x", {"t": text}), format, out)
-    assert not UNSAFE.search(out.getvalue().decode().replace("\n", "")) and "é" in out.getvalue().decode()
+    assert (
+        not UNSAFE.search(out.getvalue().decode().replace("\n", ""))
+        and "é" in out.getvalue().decode()
+    )
     exact = io.BytesIO()
     shell.print_result(run.sql("SELECT $t AS x", {"t": text}), format, exact)
     assert "\u202e" in exact.getvalue().decode()
@@ -202,7 +248,9 @@ def test_dates_that_python_does_not_have_are_text(run: Run, format: str) -> None
         ("FROM kwic('river', -2)", "0 or more"),
     ],
 )  # fmt: skip
-def test_an_empty_answer_says_why(run: Run, sql: str, note: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_answer_says_why(
+    run: Run, sql: str, note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     shell.Shell(run).execute(f"{sql};")
     err = capsys.readouterr().err
     assert note in err and bool(err) == bool(note)
@@ -221,7 +269,9 @@ def test_files_of_your_own_are_joined(
     )
     prompt = shell.Shell(run, tables)
     prompt.execute(".format csv")
-    prompt.execute("SELECT day, who FROM documents JOIN a USING (doc) JOIN b USING (doc) JOIN c USING (doc);")
+    prompt.execute(
+        "SELECT day, who FROM documents JOIN a USING (doc) JOIN b USING (doc) JOIN c USING (doc);"
+    )
     assert capsys.readouterr().out.split() == ['"day","who"', '"2026-01-03","x"']
     for wrong in ("a", "a.b=x.csv", f"a={tmp_path}/a.txt", f"a={tmp_path}/none.csv", "=x.csv"):
         with pytest.raises(ConfigError):
@@ -238,7 +288,8 @@ def test_a_plan_is_printed_as_it_is_drawn(run: Run) -> None:
     assert "\\n" not in text
 
 
-# --- completion and splitting ----------------------------------------------------------------------------
+# --- completion and splitting
+# ----------------------------------------------------------------------------
 
 TABLES = {"tokens": ["doc", "token", "end"], "vocabulary": ["token", "n_docs"]}
 
@@ -277,17 +328,24 @@ def test_completion(text: str, expected: list[str]) -> None:
         ("SELECT ';' ; x", ["SELECT ';'"], " x"),
         ("SELECT 'it''s;';", ["SELECT 'it''s;'"], ""),
         ('SELECT ";" -- ;\n;', ['SELECT ";" -- ;'], ""),
-        ("SELECT /* ; */ $$;$$, $a$;$$;$a$, e'\\';' ;", ["SELECT /* ; */ $$;$$, $a$;$$;$a$, e'\\';'"], ""),
+        (
+            "SELECT /* ; */ $$;$$, $a$;$$;$a$, e'\\';' ;",
+            ["SELECT /* ; */ $$;$$, $a$;$$;$a$, e'\\';'"],
+            "",
+        ),
         ("SELECT 'open;", [], "SELECT 'open;"),
         ("SELECT /* open;", [], "SELECT /* open;"),
         (";;", [], ""),
     ],
 )
-def test_statements_end_at_semicolons_that_are_sql(text: str, statements: list[str], rest: str) -> None:
+def test_statements_end_at_semicolons_that_are_sql(
+    text: str, statements: list[str], rest: str
+) -> None:
     assert shell.split_statements(text) == (statements, rest)
 
 
-# --- commands and the prompt -----------------------------------------------------------------------------
+# --- commands and the prompt
+# -----------------------------------------------------------------------------
 
 Press = Callable[..., None]
 
@@ -314,13 +372,27 @@ def press(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 ENTER, CTRL_C, CTRL_D = "\r", "\x03", "\x04"
 
 
-def test_the_prompt_answers_on_several_lines(press: Press, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_prompt_answers_on_several_lines(
+    press: Press, capsys: pytest.CaptureFixture[str]
+) -> None:
     press("SELECT 40", ENTER, "+ 2 AS answer;", ENTER, CTRL_D)
     assert "42" in capsys.readouterr().out
 
 
-def test_an_error_is_printed_and_the_prompt_goes_on(press: Press, capsys: pytest.CaptureFixture[str]) -> None:
-    press("SELECT nothing;", ENTER, ".nothing", ENTER, "DROP VIEW tokens;", ENTER, "SELECT 41 + 1;", ENTER, CTRL_D)
+def test_an_error_is_printed_and_the_prompt_goes_on(
+    press: Press, capsys: pytest.CaptureFixture[str]
+) -> None:
+    press(
+        "SELECT nothing;",
+        ENTER,
+        ".nothing",
+        ENTER,
+        "DROP VIEW tokens;",
+        ENTER,
+        "SELECT 41 + 1;",
+        ENTER,
+        CTRL_D,
+    )
     out, err = capsys.readouterr()
     assert "42" in out
     assert "nothing" in err
@@ -379,7 +451,9 @@ def test_history_is_kept_for_the_user_alone(press: Press, tmp_path: Path) -> Non
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
 
-def test_without_a_state_folder_there_is_no_history(press: Press, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_state_folder_there_is_no_history(
+    press: Press, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
     press(".quit", ENTER)
 
@@ -415,7 +489,8 @@ def test_the_examples_are_queries_that_work(run: Run) -> None:
         assert run.sql(example).columns
 
 
-# --- standard input --------------------------------------------------------------------------------------
+# --- standard input
+# --------------------------------------------------------------------------------------
 
 
 def test_standard_input_is_a_script(

@@ -38,19 +38,38 @@ FILES = [
     | {"source": source, "is_skipped": False, "bytes": size, "num_bytes": size, "share_read": 1.0}
     for source, size in (("/data/a.jsonl", 900_000), ("/data/[b]b\x1b.gz", 100_000))
 ]
-FILES[1] |= {"lost_bytes": 40_000, "share_read": 0.6, "n_quarantined": 2, "lost_documents": 1, "lost_unknown": 1,
-             "n_replaced": 37}  # fmt: skip
-FILES.append(FILES[0] | {"source": "/data/x.pdf", "is_skipped": True, "num_bytes": 0, "share_read": 0.0})
+FILES[1] |= {
+    "lost_bytes": 40_000,
+    "share_read": 0.6,
+    "n_quarantined": 2,
+    "lost_documents": 1,
+    "lost_unknown": 1,
+    "n_replaced": 37,
+}
+FILES.append(
+    FILES[0] | {"source": "/data/x.pdf", "is_skipped": True, "num_bytes": 0, "share_read": 0.0}
+)
 
 
-def _type(layer: int, token_id: int, text: str, name: str, n: int, n_high: int, idf: float) -> dict[str, Any]:
+def _type(
+    layer: int, token_id: int, text: str, name: str, n: int, n_high: int, idf: float
+) -> dict[str, Any]:
     share = n_high / n
     row: dict[str, Any] = dict.fromkeys(VOCABULARY_SCHEMA.names, 1.0)
     return row | {
-        "layer": layer, "token_id": token_id, "token": text, "text": text, "class": name, "n": n, "n_docs": n,
-        "n_high": n_high, "share_high": share, "share_high_low": share * 0.9, "share_high_high": min(1, share * 1.1),
+        "layer": layer,
+        "token_id": token_id,
+        "token": text,
+        "text": text,
+        "class": name,
+        "n": n,
+        "n_docs": n,
+        "n_high": n_high,
+        "share_high": share,
+        "share_high_low": share * 0.9,
+        "share_high_high": min(1, share * 1.1),
         "idf": idf,
-    }  # fmt: skip
+    }
 
 
 def _types(layer: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -58,51 +77,97 @@ def _types(layer: int, seed: int = 0) -> list[dict[str, Any]]:
     rows = [_type(layer, 101, "[CLS]", "special", 900, 0, 0.0)]
     for i in range(60):
         n = int(random.integers(1, 200))
-        rows.append(_type(layer, i, f"word{i}", CLASSES[i % 5], n, int(random.integers(0, n + 1)), float(i % 7)))
+        rows.append(
+            _type(
+                layer,
+                i,
+                f"word{i}",
+                CLASSES[i % 5],
+                n,
+                int(random.integers(0, n + 1)),
+                float(i % 7),
+            )
+        )
     return rows
 
 
 def _threshold(layer: int, population: str, scale: float, n_sinks: int) -> dict[str, Any]:
     return {
-        "layer": layer, "population": population, "n": 937_800, "mean": 4.0 * scale, "sd": 0.5 * scale,
-        "min": 1.0 * scale, "q1": 3.5 * scale, "q2": 4.0 * scale, "q3": 4.25 * scale, "max": 6.0 * scale,
-        "n_high": 234_450, "n_sinks": n_sinks, "n_special": 62_200, "sink_factor": 10.0, "definition": "x",
-    }  # fmt: skip
+        "layer": layer,
+        "population": population,
+        "n": 937_800,
+        "mean": 4.0 * scale,
+        "sd": 0.5 * scale,
+        "min": 1.0 * scale,
+        "q1": 3.5 * scale,
+        "q2": 4.0 * scale,
+        "q3": 4.25 * scale,
+        "max": 6.0 * scale,
+        "n_high": 234_450,
+        "n_sinks": n_sinks,
+        "n_special": 62_200,
+        "sink_factor": 10.0,
+        "definition": "x",
+    }
 
 
 def _run(
-    folder: Path, layers: tuple[int, ...] = (0, 8), types: list[dict[str, Any]] | None = None, n_sinks: int = 0,
-    scale: float = 1.0, thresholds: list[dict[str, Any]] | None = None,
-) -> RunFolder:  # fmt: skip
+    folder: Path,
+    layers: tuple[int, ...] = (0, 8),
+    types: list[dict[str, Any]] | None = None,
+    n_sinks: int = 0,
+    scale: float = 1.0,
+    thresholds: list[dict[str, Any]] | None = None,
+) -> RunFolder:
     """A complete run of small tables; every layer has mean 4, Q2 4 and Q3 4.25, times ``scale``."""
     name = "20261122T010203.004Z-abcdef012345"
     run = RunFolder(f"{folder}/runs/{name}", str(folder), name, {})
     populations = ("tokens", "tokens_without_sinks")
-    thresholds = thresholds or [_threshold(k, p, scale, n_sinks) for k in layers for p in populations]
+    thresholds = thresholds or [
+        _threshold(k, p, scale, n_sinks) for k in layers for p in populations
+    ]
     rows = types if types is not None else [r for k in layers for r in _types(k)]
-    histogram = [{"layer": k, "special": s, "strength": v * scale, "n": n}
-                 for k in layers for s, v, n in ((False, 4.0, 9), (True, 2.0, 1), (True, 3.0, 3))]  # fmt: skip
+    histogram = [
+        {"layer": k, "special": s, "strength": v * scale, "n": n}
+        for k in layers
+        for s, v, n in ((False, 4.0, 9), (True, 2.0, 1), (True, 3.0, 3))
+    ]
     shard = dict.fromkeys(SHARDS_SCHEMA.names, 1) | dict.fromkeys(
         ("shard", "tokens_file", "documents_file", "summary_file", "neurons_file"), "x"
     )
-    shards = [shard | {"n_tokens": n, "token_bytes": 6 * n, "document_bytes": n, "summary_bytes": 100,
-              "neurons_bytes": 0, "pairs_bytes": 0}
-              for n in (600_000, 400_000)]  # fmt: skip
+    shards = [
+        shard
+        | {
+            "n_tokens": n,
+            "token_bytes": 6 * n,
+            "document_bytes": n,
+            "summary_bytes": 100,
+            "neurons_bytes": 0,
+            "pairs_bytes": 0,
+        }
+        for n in (600_000, 400_000)
+    ]
     tables = {"plan": manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())}
     for table, content, schema in (
-        ("thresholds", thresholds, THRESHOLDS_SCHEMA), ("vocabulary", rows, VOCABULARY_SCHEMA),
-        ("histogram", histogram, HISTOGRAM_SCHEMA), ("shards", shards, SHARDS_SCHEMA),
+        ("thresholds", thresholds, THRESHOLDS_SCHEMA),
+        ("vocabulary", rows, VOCABULARY_SCHEMA),
+        ("histogram", histogram, HISTOGRAM_SCHEMA),
+        ("shards", shards, SHARDS_SCHEMA),
         ("files", FILES, FILES_SCHEMA),
-    ):  # fmt: skip
+    ):
         tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(content, schema))
     info = {
-        "layers": list(layers), "counts": COUNTS, "tables": tables,
+        "layers": list(layers),
+        "counts": COUNTS,
+        "tables": tables,
         "config": {"corpus": ["/data/[bold]news[/bold]/*.jsonl"]},
         "model": {"name": "/models/[red]bert", "type": "bert", "depth": 12, "hidden_size": 768},
-        "measure": {"dtype": "float32", "signals": ["strength"]}, "precision": RUN_INFO["precision"],
+        "measure": {"dtype": "float32", "signals": ["strength"]},
+        "precision": RUN_INFO["precision"],
         "corpus": {"files": 12, "skipped": 1, "skipped_bytes": 900_000, "bytes": 5},
-        "finished_at": "2026-11-22T01:02:03+00:00", "seconds": 12.3,
-    }  # fmt: skip
+        "finished_at": "2026-11-22T01:02:03+00:00",
+        "seconds": 12.3,
+    }
     return manifest.finish_run(run, info)
 
 
@@ -116,21 +181,27 @@ def _shown(run: RunFolder, width: int) -> str:
 def test_quarantined_shards_are_named(tmp_path: Path) -> None:
     run = _run(tmp_path)
     assert " missing " not in _shown(run, 200)
-    run.info["quarantined"] = [{"shard": "a", "uri": f"/data/[b]{i}", "reason": "bad"} for i in range(4)]
-    assert f"4 of {4 + COUNTS['shards']} shards: /data/[b]0, /data/[b]1, /data/[b]2, ..." in _shown(run, 200)
+    run.info["quarantined"] = [
+        {"shard": "a", "uri": f"/data/[b]{i}", "reason": "bad"} for i in range(4)
+    ]
+    assert f"4 of {4 + COUNTS['shards']} shards: /data/[b]0, /data/[b]1, /data/[b]2, ..." in _shown(
+        run, 200
+    )
 
 
 def test_what_was_lost_replaced_and_skipped_is_named_with_its_size(tmp_path: Path) -> None:
     shown = _shown(_run(tmp_path), 200)
     lost = "40 kB of 1.0 MB (4%) in 1 file: [b]b\\x1b.gz (60% read); 1 document or more"
     for name, text in (
-        ("lost", lost), ("replaced", "37 characters in 1 file: [b]b\\x1b.gz"),
+        ("lost", lost),
+        ("replaced", "37 characters in 1 file: [b]b\\x1b.gz"),
         ("skipped", "1 file (900 kB) with an ending that is no known format: x.pdf"),
-    ):  # fmt: skip
+    ):
         assert re.search(rf"^\s*{name}\s+{re.escape(text)}\s*$", shown, re.M), shown
 
 
-# --- the data --------------------------------------------------------------------------------------------
+# --- the data
+# --------------------------------------------------------------------------------------------
 
 
 def test_shares_and_spreads_are_those_of_the_tables(tmp_path: Path) -> None:
@@ -157,11 +228,17 @@ def test_shares_and_spreads_are_those_of_the_tables(tmp_path: Path) -> None:
         "all": 7.0002,
     }
     assert summary.padding_share == pytest.approx(0.2)
-    assert json.loads(json.dumps(overview.to_json(summary)))["layers"][1]["classes"][0]["name"] == "content"
+    assert (
+        json.loads(json.dumps(overview.to_json(summary)))["layers"][1]["classes"][0]["name"]
+        == "content"
+    )
 
 
 TYPES = st.lists(
-    st.tuples(st.integers(1, 6), st.integers(0, 6), st.sampled_from([0.0, 0.5, 1.5, 2.0]), st.booleans()), max_size=8
+    st.tuples(
+        st.integers(1, 6), st.integers(0, 6), st.sampled_from([0.0, 0.5, 1.5, 2.0]), st.booleans()
+    ),
+    max_size=8,
 )
 
 
@@ -188,14 +265,17 @@ def test_a_layer_of_zeros_has_facts_and_can_be_shown(tmp_path: Path) -> None:
     assert "0.0000" in _shown(run, 100)
 
 
-# --- the tables ------------------------------------------------------------------------------------------
+# --- the tables
+# ------------------------------------------------------------------------------------------
 
 HEADS = ("layer", "of", "tokens", "Q1", "Q2", "Q3", "max", "CV", "Q3/Q2", "sinks")
 
 
 def _table(text: str, title: str) -> list[str]:
     """Lines of the table under ``title``, its head first."""
-    lines = itertools.takewhile(str.rstrip, itertools.islice(text[text.index(title) :].splitlines(), 2, None))
+    lines = itertools.takewhile(
+        str.rstrip, itertools.islice(text[text.index(title) :].splitlines(), 2, None)
+    )
     head, rule, *rows = lines
     assert set(rule) == {" ", "─"}
     return [head, *rows]
@@ -221,7 +301,10 @@ def test_no_terminal_loses_a_head_or_a_figure(
 
 
 def test_what_is_wider_than_the_terminal_is_not_cut_short(tmp_path: Path) -> None:
-    rows = [_threshold(8, p, 1.0, 123_456_789) | {"n": 12_345_678_901} for p in ("tokens", "tokens_without_sinks")]
+    rows = [
+        _threshold(8, p, 1.0, 123_456_789) | {"n": 12_345_678_901}
+        for p in ("tokens", "tokens_without_sinks")
+    ]
     text = _shown(_run(tmp_path, (8,), thresholds=rows), 60)
     assert "…" not in text and tuple(_table(text, "Thresholds")[0].split()) == HEADS
     assert "12,345,678,901" in text and "123,456,789" in text
@@ -229,18 +312,24 @@ def test_what_is_wider_than_the_terminal_is_not_cut_short(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("layers", [(8,), (0, 8), (0, 4, 8, 12), tuple(range(13)), (1, 2, 3, 4, 5)])
-def test_class_shares_stand_beside_their_control(tmp_path: Path, width: int, layers: tuple[int, ...]) -> None:
+def test_class_shares_stand_beside_their_control(
+    tmp_path: Path, width: int, layers: tuple[int, ...]
+) -> None:
     run = _run(tmp_path, layers)
     text = _shown(run, width)
     lines = _table(text, "Which classes")
     shown = [int(k) for k in re.findall(r"layer (\d+)", lines[0])]
-    assert layers[-1] in shown and (0 in shown) == (0 in layers)  # the deepest, and the control if there is one
+    assert layers[-1] in shown and (0 in shown) == (
+        0 in layers
+    )  # the deepest, and the control if there is one
     assert len(shown) >= min(len(layers), 2 if width == 80 else 4)
     assert text.count("control") == (0 in layers)
     facts = {f.layer: f for f in overview.summarise(run).layers}
     for at, name in enumerate(CLASSES):
         (line,) = [line for line in lines if line.split()[:1] == [name]]
-        shares = [f"{facts[k].classes[at].share:.3f} ({facts[k].classes[at].low:.3f}-" for k in shown]
+        shares = [
+            f"{facts[k].classes[at].share:.3f} ({facts[k].classes[at].low:.3f}-" for k in shown
+        ]
         assert all(share in line for share in shares)
     if layers[0] != 0:
         assert f"command with --layers 0,{layers[0]}" in " ".join(text.split())
@@ -249,14 +338,20 @@ def test_class_shares_stand_beside_their_control(tmp_path: Path, width: int, lay
 def test_the_summary_names_the_run_its_model_and_what_to_be_careful_about(tmp_path: Path) -> None:
     text = _shown(_run(tmp_path, n_sinks=12), 200)
     for part in (
-        "Run 20261122T010203.004Z-abcdef012345", "31,103 = 31,100 measured + 2 empty + 1 quarantined, in 12 files",
-        "1,000,000, of them 62,200 special", "(bert, 12 layers, float32)", "0, 8  (0 = embeddings)",
-        "6.00 bytes a token in the tokens table, 7.00 in all", "20.0%", "5 of 9 shards new",
+        "Run 20261122T010203.004Z-abcdef012345",
+        "31,103 = 31,100 measured + 2 empty + 1 quarantined, in 12 files",
+        "1,000,000, of them 62,200 special",
+        "(bert, 12 layers, float32)",
+        "0, 8  (0 = embeddings)",
+        "6.00 bytes a token in the tokens table, 7.00 in all",
+        "20.0%",
+        "5 of 9 shards new",
         "1 file (900 kB) with an ending that is no known format: x.pdf",
         "Layer 8: Q3 lies 6.2% above the median (CV 0.12)",
-        "special tokens have mean 2.7500, the others 4.0000", "12 sinks over 10 medians: compare medians, not means.",
+        "special tokens have mean 2.7500, the others 4.0000",
+        "12 sinks over 10 medians: compare medians, not means.",
         "Never compare raw strengths across layers",
-    ):  # fmt: skip
+    ):
         assert part in text, part
 
 
@@ -266,7 +361,9 @@ def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     run = _run(tmp_path, (8,), types)
     text = _shown(run, 100)
     summary = overview.summarise(run)
-    facts = replace(summary.layers[0], labels={"tokens": summary.layers[0].thresholds["tokens"] | {"q3": 9.0}})
+    facts = replace(
+        summary.layers[0], labels={"tokens": summary.layers[0].thresholds["tokens"] | {"q3": 9.0}}
+    )
     hostile = summary.info | {"config": summary.info["config"] | {"thresholds": "\x1b]0;x\x1b[2J"}}
     console = Console(file=io.StringIO(), width=100, highlight=False)
     overview.render(replace(summary, info=hostile, layers=(facts,)), console)

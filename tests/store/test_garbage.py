@@ -1,4 +1,6 @@
-"""What no kept run refers to goes and nothing else, wherever the collection is stopped and whoever else is there."""
+"""What no kept run refers to goes and nothing else, wherever the collection is stopped and whoever
+else is there.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ from afn_ray.store.layout import RAY_IGNORE
 from conftest import rewrite, write_jsonl
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
-"""Of a corpus of two files, each in one of two states; the last night has nothing that no earlier one had."""
+"""Of a corpus of two files, each in one of two states; the last night has nothing that no earlier
+one had.
+"""
 
 
 def set_corpus(folder: Path, night: str, verses: list[str]) -> Path:
@@ -43,9 +47,15 @@ def set_corpus(folder: Path, night: str, verses: list[str]) -> Path:
 
 def config_of(folder: Path, model: Path, store: str) -> RunConfig:
     return RunConfig(
-        corpus=(str(folder),), model=str(model), store=store, executor="inline", shard_bytes=1024, batch_tokens=256,
-        dtype="float32", layers="2",
-    )  # fmt: skip
+        corpus=(str(folder),),
+        model=str(model),
+        store=store,
+        executor="inline",
+        shard_bytes=1024,
+        batch_tokens=256,
+        dtype="float32",
+        layers="2",
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,9 @@ def store(made: Made, tmp_path: Path) -> str:
 
 
 def files_of(store: str) -> dict[str, int]:
-    """Size by URI of all files but the store's own: epochs, what is left of a run that went, and its .rayignore."""
+    """Size by URI of all files but the store's own: epochs, what is left of a run that went, and
+    its .rayignore.
+    """
     own = (f"{store}/gc/", f"{store}/{RAY_IGNORE}")
     files = (f for f in storage.list_below(store) if not f.uri.startswith(own))
     return {f.uri: f.size for f in files if not (f.uri.endswith("/run.json") and is_grave(f.uri))}
@@ -94,12 +106,19 @@ def is_grave(uri: str) -> bool:
 
 
 def graves(store: str) -> list[str]:
-    return [f.uri for f in storage.list_below(f"{store}/runs") if f.uri.endswith("/run.json") and is_grave(f.uri)]
+    return [
+        f.uri
+        for f in storage.list_below(f"{store}/runs")
+        if f.uri.endswith("/run.json") and is_grave(f.uri)
+    ]
 
 
 def planned(store: str, runs: Iterator[str] | tuple[str, ...]) -> set[str]:
     """Shards that the plans of ``runs`` list, read without the product's code."""
-    plans = (pq.read_table(pa.BufferReader(storage.read_bytes(f"{store}/runs/{n}/plan.parquet"))) for n in runs)
+    plans = (
+        pq.read_table(pa.BufferReader(storage.read_bytes(f"{store}/runs/{n}/plan.parquet")))
+        for n in runs
+    )
     return {shard for plan in plans for shard in plan["shard"].to_pylist()}
 
 
@@ -107,9 +126,10 @@ def expected(store: str, kept: tuple[str, ...]) -> dict[str, int]:
     """The files that stay when ``kept`` does."""
     shards = planned(store, kept)
     return {
-        uri: size for uri, size in files_of(store).items()
+        uri: size
+        for uri, size in files_of(store).items()
         if any(f"/runs/{name}/" in uri for name in kept) or uri.split("/")[-2] in shards
-    }  # fmt: skip
+    }
 
 
 def check_whole(store: str, runs: tuple[str, ...]) -> None:
@@ -126,7 +146,8 @@ def collect(store: str, **options: Any) -> Garbage:
     return collect_garbage(store, **{"min_age_h": 0, "keep": 1} | options)
 
 
-# --- what goes, what stays -------------------------------------------------------------------------------
+# --- what goes, what stays
+# -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4, 99])
@@ -136,7 +157,10 @@ def test_exactly_what_no_kept_run_lists_goes(made: Made, store: str, keep: int) 
     dry = collect(store, keep=keep)
     assert files_of(store) == before and not dry.deleted
     assert dry.kept == kept and dry.num_young == 0
-    assert (dry.num_files, dry.num_bytes) == (len(before) - len(stays), sum(before.values()) - sum(stays.values()))
+    assert (dry.num_files, dry.num_bytes) == (
+        len(before) - len(stays),
+        sum(before.values()) - sum(stays.values()),
+    )
     assert [r.uri for r in dry.runs] == [f"{store}/runs/{n}" for n in made.runs[:-keep]]
     assert len(dry.shards) == {1: 6, 2: 3}.get(keep, 0)
     done = collect(store, keep=keep, delete=True)
@@ -226,8 +250,12 @@ def test_young_shards_stay(made: Made, store: str) -> None:
 def test_pilots_and_what_is_not_ours_stay(made: Made, store: str) -> None:
     manifest.write_pilot(store, "abc", {"dtype": "float32"})
     garbage = collect(store)
-    foreign = [f"{garbage.runs[0].uri}/report.html", f"{garbage.shards[0].uri}/notes.txt", f"{store}/x/commit.json",
-               f"{store}/runs/mine/notes.txt"]  # fmt: skip
+    foreign = [
+        f"{garbage.runs[0].uri}/report.html",
+        f"{garbage.shards[0].uri}/notes.txt",
+        f"{store}/x/commit.json",
+        f"{store}/runs/mine/notes.txt",
+    ]
     for uri in foreign:
         storage.write_once(uri, b"x")
     collect(store, delete=True)
@@ -236,11 +264,14 @@ def test_pilots_and_what_is_not_ours_stay(made: Made, store: str) -> None:
     assert not collect(store).runs and not collect(store).shards
 
 
-# --- stopped anywhere ------------------------------------------------------------------------------------
+# --- stopped anywhere
+# ------------------------------------------------------------------------------------
 
 
 def stop_at(patch: pytest.MonkeyPatch, n: int, error: BaseException) -> list[str]:
-    """From the ``n``-th file on nothing is removed any more, as if this process had died; gives what was."""
+    """From the ``n``-th file on nothing is removed any more, as if this process had died; gives
+    what was.
+    """
     remove, turn, gone = storage.remove, itertools.count(), []
 
     def removes(uri: str, retry_for_s: float | None = None) -> None:
@@ -256,11 +287,15 @@ def stop_at(patch: pytest.MonkeyPatch, n: int, error: BaseException) -> list[str
     return gone
 
 
-def test_what_refers_goes_before_what_it_refers_to(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_refers_goes_before_what_it_refers_to(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = stop_at(monkeypatch, 10**6, KeyboardInterrupt())
     found = collect(store, delete=True)
     assert len(graves(store)) == len(found.runs) == 3
-    assert len(gone) == found.num_files - len(found.runs) == len(set(gone))  # run.json stays, as its grave
+    assert (
+        len(gone) == found.num_files - len(found.runs) == len(set(gone))
+    )  # run.json stays, as its grave
     is_run = ["/runs/" in uri for uri in gone]
     assert is_run == sorted(is_run, reverse=True)
     for folder in found.shards:
@@ -268,7 +303,9 @@ def test_what_refers_goes_before_what_it_refers_to(store: str, monkeypatch: pyte
         assert first.endswith("/commit.json") and len(rest) == folder.num_files - 1
 
 
-def test_killed_at_any_point_the_store_is_whole_and_the_next_call_ends_it(made: Made, tmp_path: Path) -> None:
+def test_killed_at_any_point_the_store_is_whole_and_the_next_call_ends_it(
+    made: Made, tmp_path: Path
+) -> None:
     kept = made.runs[-1:]
     found = collect(made.copy(str(tmp_path / "all")))
     total = found.num_files - len(found.runs)  # run.json stays
@@ -296,7 +333,9 @@ def test_killed_at_any_point_the_store_is_whole_and_the_next_call_ends_it(made: 
     check_whole(store, kept)
 
 
-def test_what_may_not_be_deleted_keeps_what_it_names(made: Made, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_deleted_keeps_what_it_names(
+    made: Made, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = made.copy(memory)
     remove = MemoryFileSystem.rm_file
 
@@ -309,16 +348,21 @@ def test_what_may_not_be_deleted_keeps_what_it_names(made: Made, memory: str, mo
     with pytest.raises(StoreError, match=r"deleting .*/commit\.json: permission denied"):
         collect(store, delete=True)
     check_whole(store, made.runs[-1:])
-    assert planned(store, made.runs[-1:]) < {u.split("/")[-2] for u in files_of(store) if "-tokens.parquet" in u}
+    assert planned(store, made.runs[-1:]) < {
+        u.split("/")[-2] for u in files_of(store) if "-tokens.parquet" in u
+    }
 
 
-def test_a_store_that_does_not_answer_is_no_store_that_is_clean(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer_is_no_store_that_is_clean(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop_at(monkeypatch, 3, Interrupted("no answer"))
     with pytest.raises(Interrupted):
         collect(store, delete=True)
 
 
-# --- beside others ---------------------------------------------------------------------------------------
+# --- beside others
+# ---------------------------------------------------------------------------------------
 
 
 def test_two_collections_at_once_do_what_one_does(made: Made, tmp_path: Path) -> None:
@@ -327,7 +371,9 @@ def test_two_collections_at_once_do_what_one_does(made: Made, tmp_path: Path) ->
         stays = expected(store, made.runs[-1:])
         start, errors = threading.Barrier(2), []
 
-        def one(store: str = store, start: threading.Barrier = start, errors: list[Any] = errors) -> None:
+        def one(
+            store: str = store, start: threading.Barrier = start, errors: list[Any] = errors
+        ) -> None:
             start.wait()
             try:
                 collect(store, delete=True)
@@ -342,8 +388,12 @@ def test_two_collections_at_once_do_what_one_does(made: Made, tmp_path: Path) ->
         assert errors == [] and files_of(store) == stays
 
 
-def test_a_run_begun_meanwhile_keeps_its_shards(made: Made, store: str, tiny_bert: Path, verses: list[str]) -> None:
-    """The corpus is what it was two nights ago: the run that begins finds old shards that were about to go."""
+def test_a_run_begun_meanwhile_keeps_its_shards(
+    made: Made, store: str, tiny_bert: Path, verses: list[str]
+) -> None:
+    """The corpus is what it was two nights ago: the run that begins finds old shards that were
+    about to go.
+    """
     begun: list[str] = []
     set_corpus(made.corpus, NIGHTS[1], verses)
 
@@ -357,7 +407,9 @@ def test_a_run_begun_meanwhile_keeps_its_shards(made: Made, store: str, tiny_ber
     done = collect(store, delete=True, on_progress=on_progress)
     assert {shard.uri for shard in done.shards} == doomed and not done.num_spared
     check_whole(store, (made.runs[-1], *begun))
-    assert planned(store, tuple(begun)) & {uri.rpartition("/")[2] for uri in doomed}  # done anew under other names
+    assert planned(store, tuple(begun)) & {
+        uri.rpartition("/")[2] for uri in doomed
+    }  # done anew under other names
 
 
 @dataclass(frozen=True)
@@ -380,7 +432,9 @@ class Night:
                     self.runs.append(run.uri.rpartition("/")[2])
 
     def check(self, kept: str) -> None:
-        """Nothing is lacking, nor after the collections of tomorrow, and the same command has nothing to do."""
+        """Nothing is lacking, nor after the collections of tomorrow, and the same command has
+        nothing to do.
+        """
         assert self.runs
         whole = verify_store(self.store, clean=True, min_age_h=0)
         assert not whole.findings and not whole.unproved and whole.num_runs >= 2
@@ -442,13 +496,17 @@ def test_a_delete_whose_answer_was_lost_hits_nothing_new(
     night.check(made.runs[-1])
 
 
-def test_two_collections_beside_a_run_lose_nothing(night: Night, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_collections_beside_a_run_lose_nothing(
+    night: Night, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remove, waits = storage.remove, threading.Lock()
 
     def slow(uri: str, retry_for_s: float | None = None) -> None:
         if "/shards/" in uri and threading.current_thread() is not threading.main_thread():
             with waits:
-                if not night.runs:  # before this one deletes anything, another goes through the store, and a run
+                if (
+                    not night.runs
+                ):  # before this one deletes anything, another goes through the store, and a run
                     monkeypatch.setattr(storage, "remove", remove)
                     collect(night.store, delete=True)
                     night.run()
@@ -483,15 +541,22 @@ def test_what_a_run_claims_as_a_collection_publishes_is_spared(
 
 
 def test_a_run_that_was_taken_up_is_spared(made: Made, store: str, tmp_path: Path) -> None:
-    """A process has found it the newest, and stood still while another run came and a collection began."""
+    """A process has found it the newest, and stood still while another run came and a collection
+    began.
+    """
     lease = f"{store}/runs/{made.runs[0]}/lease-{'1' * 32}.json"
     with pytest.MonkeyPatch.context() as patch:
         publish = epochs.publish
-        patch.setattr(epochs, "publish", lambda *args: (storage.write_once(lease, b"{}"), publish(*args))[1])
+        patch.setattr(
+            epochs, "publish", lambda *args: (storage.write_once(lease, b"{}"), publish(*args))[1]
+        )
         done = collect(store, delete=True)
     assert done.spared == made.runs[:1] and made.runs[0] in done.kept
     check_whole(store, (made.runs[0], made.runs[-1]))
-    assert collect(store, min_age_h=24).kept == (made.runs[0], made.runs[-1])  # while the lease is young
+    assert collect(store, min_age_h=24).kept == (
+        made.runs[0],
+        made.runs[-1],
+    )  # while the lease is young
     assert not verify_store(store, clean=True, min_age_h=0).orphans and storage.exists(lease)
     collect(store, delete=True)
     check_whole(store, made.runs[-1:])
@@ -500,13 +565,17 @@ def test_a_run_that_was_taken_up_is_spared(made: Made, store: str, tmp_path: Pat
 def test_a_run_that_was_given_up_can_not_end(made: Made, store: str) -> None:
     name = made.runs[0]
     run = manifest.open_folder(store, name)
-    storage.delete([f"{run.uri}/run.json"])  # its process stands still for days, right before it writes this
+    storage.delete(
+        [f"{run.uri}/run.json"]
+    )  # its process stands still for days, right before it writes this
     for file in storage.list_below(run.uri):
         os.utime(file.uri, (0, 0))
     plan = storage.read_bytes(f"{run.uri}/plan.parquet")
     collect(store, delete=True)
     storage.write_once(f"{run.uri}/plan.parquet", plan)
-    with pytest.raises(Interrupted, match=r"has given up run .*; the same command begins a new one"):
+    with pytest.raises(
+        Interrupted, match=r"has given up run .*; the same command begins a new one"
+    ):
         manifest.finish_run(run, run.info)
     with pytest.raises(StoreError, match="was removed by 'afn gc'"):
         manifest.find_run(run.uri)
@@ -526,15 +595,20 @@ def test_what_is_damaged_of_an_epoch_stops_all_and_is_named(night: Night, made: 
     for uri, content in ((epoch, data[:-1]), (copied, data)):
         rewrite(uri, content)
         for call in (night.run, lambda: collect(night.store)):
-            with pytest.raises(StoreError, match=rf"{Path(uri).name} is damaged: .*restore it from a backup"):
+            with pytest.raises(
+                StoreError, match=rf"{Path(uri).name} is damaged: .*restore it from a backup"
+            ):
                 call()
-        assert [(f.kind, f.uri) for f in verify_store(night.store, clean=True).findings] == [("damaged", uri)]
+        assert [(f.kind, f.uri) for f in verify_store(night.store, clean=True).findings] == [
+            ("damaged", uri)
+        ]
     storage.delete([epoch, copied])
     night.run()
     check_whole(night.store, (made.runs[-1], *night.runs))
 
 
-# --- what cannot be known --------------------------------------------------------------------------------
+# --- what cannot be known
+# --------------------------------------------------------------------------------
 
 DAMAGES: dict[str, Callable[[str], None]] = {
     "damaged": lambda uri: rewrite(uri, b"PAR1 and no more"),
@@ -545,7 +619,9 @@ DAMAGES: dict[str, Callable[[str], None]] = {
 
 def sibling(uri: str) -> str:
     run = uri.rsplit("/", 2)[0]
-    return next(f.uri for f in storage.list_below(run) if f.uri.endswith("/plan.parquet") and f.uri != uri)
+    return next(
+        f.uri for f in storage.list_below(run) if f.uri.endswith("/plan.parquet") and f.uri != uri
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -553,10 +629,17 @@ def test_a_plan_that_cannot_be_read_stops_it_all(made: Made, store: str, damage:
     plan = f"{store}/runs/{made.runs[-1]}/plan.parquet"
     DAMAGES[damage](plan)
     before = files_of(store)
-    with pytest.raises(StoreError, match=r"plan\.parquet.*no shard can be deleted. Restore its plan, or delete"):
+    with pytest.raises(
+        StoreError, match=r"plan\.parquet.*no shard can be deleted. Restore its plan, or delete"
+    ):
         collect(store, delete=True)
     assert files_of(store) == before
-    storage.delete([f"{store}/runs/{made.runs[-1]}/{name}" for name in storage.list_names(plan.rsplit("/", 1)[0])])
+    storage.delete(
+        [
+            f"{store}/runs/{made.runs[-1]}/{name}"
+            for name in storage.list_names(plan.rsplit("/", 1)[0])
+        ]
+    )
     assert collect(store, delete=True).kept == made.runs[-2:-1]
 
 
@@ -575,11 +658,14 @@ def test_wrong_requests_are_refused(store: str, made: Made, tmp_path: Path) -> N
             collect(uri)
 
 
-# --- the command -----------------------------------------------------------------------------------------
+# --- the command
+# -----------------------------------------------------------------------------------------
 
 
 def afn(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "afn_ray", *args], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "afn_ray", *args], capture_output=True, text=True, timeout=300
+    )
 
 
 def test_the_command_lists_and_what_it_names_deletes(made: Made, store: str) -> None:
@@ -588,8 +674,12 @@ def test_the_command_lists_and_what_it_names_deletes(made: Made, store: str) -> 
     assert (listed.returncode, listed.stderr) == (0, "") and files_of(store) == before
     *each, sums, last = listed.stdout.splitlines()
     found = collect(store)
-    assert [line.split()[1].rstrip(":") for line in each] == [f.uri for f in (*found.runs, *found.shards)]
-    assert sums.startswith(f"to delete: 3 runs and {len(found.shards)} shards, {found.num_files} files, ")
+    assert [line.split()[1].rstrip(":") for line in each] == [
+        f.uri for f in (*found.runs, *found.shards)
+    ]
+    assert sums.startswith(
+        f"to delete: 3 runs and {len(found.shards)} shards, {found.num_files} files, "
+    )
     assert sums.endswith("; 1 run kept")
     said, command = last.split(": ", 1)
     assert said == "nothing was deleted; this does it"
@@ -608,7 +698,12 @@ def test_the_command_tells_machines_and_says_what_is_wrong(
 
     code, out, _ = gc("--keep", "1", "--min-age-h", "0", "--json")
     found = json.loads(out)
-    assert code == 0 and found["kept"] == [made.runs[-1]] and len(found["shards"]) == 6 and not found["deleted"]
+    assert (
+        code == 0
+        and found["kept"] == [made.runs[-1]]
+        and len(found["shards"]) == 6
+        and not found["deleted"]
+    )
     assert gc()[1] == f"nothing to delete; 4 runs kept, from {made.runs[0]} to {made.runs[-1]}\n"
     code, _, said = gc("--keep-run", "nothing")
     assert code == 2 and "has no run nothing to keep" in said

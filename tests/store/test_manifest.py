@@ -26,7 +26,14 @@ import faults
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
-from afn_ray.runs.plan import MOST_NAMES_BYTES, MOST_SLICES, RACY_NS, _trusted, group_slices, make_plan
+from afn_ray.runs.plan import (
+    MOST_NAMES_BYTES,
+    MOST_SLICES,
+    RACY_NS,
+    _trusted,
+    group_slices,
+    make_plan,
+)
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import checksums, layout, manifest, retry, shard_files, storage
 from afn_ray.store.commits import Commit, Commits, total_counts
@@ -40,7 +47,9 @@ OLD_NS = 1_700_000_000_000_000_000
 
 
 def _slice(uri: str, num_bytes: int, sha256: str = "") -> FileSlice:
-    return FileSlice(uri, num_bytes, "", "txt", "", 0, num_bytes, num_bytes, 1, sha256 or fingerprint(uri))
+    return FileSlice(
+        uri, num_bytes, "", "txt", "", 0, num_bytes, num_bytes, 1, sha256 or fingerprint(uri)
+    )
 
 
 @pytest.fixture
@@ -51,7 +60,9 @@ def store(place: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A corpus of 60 small JSONL files, 5 texts and one long JSONL file, all old enough to be trusted."""
+    """A corpus of 60 small JSONL files, 5 texts and one long JSONL file, all old enough to be
+    trusted.
+    """
     path = tmp_path / "corpus"
     path.mkdir()
     for i in range(60):
@@ -77,12 +88,17 @@ def _ids(plan: Plan) -> list[str]:
     return [s.id for s in plan.shards]
 
 
-def _begin(config: RunConfig, measure: dict[str, Any] = MEASURE, begun_ns: int | None = None) -> RunFolder:
+def _begin(
+    config: RunConfig, measure: dict[str, Any] = MEASURE, begun_ns: int | None = None
+) -> RunFolder:
     time.sleep(0.002)  # names of runs tell milliseconds
-    return begin_run(config, measure, make_plan(config), time.time_ns() if begun_ns is None else begun_ns).run
+    return begin_run(
+        config, measure, make_plan(config), time.time_ns() if begun_ns is None else begun_ns
+    ).run
 
 
-# --- groups of slices ------------------------------------------------------------------------------------
+# --- groups of slices
+# ------------------------------------------------------------------------------------
 
 SIZES = st.lists(st.integers(0, 50) | st.integers(0, 3000), max_size=60)
 
@@ -103,11 +119,14 @@ def test_groups_lose_nothing_keep_order_and_stay_small(sizes: list[int], shard_b
 @pytest.mark.parametrize("per_shard", [3, 8, 50, 1000])
 @pytest.mark.parametrize("kind", ["goes", "comes", "grows", "shrinks", "is edited"])
 def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> None:
-    """However many files a shard holds: the groups made anew are few, next to each other, and hold the change."""
+    """However many files a shard holds: the groups made anew are few, next to each other, and hold
+    the change.
+    """
     shard_bytes, order = 1 << 20, random.Random(f"{kind} {per_shard}")
     mean = shard_bytes // per_shard
     slices = [
-        _slice(f"/corpus/{i:06}.jsonl", int(order.lognormvariate(-0.3, 0.8) * mean)) for i in range(30 * per_shard)
+        _slice(f"/corpus/{i:06}.jsonl", int(order.lognormvariate(-0.3, 0.8) * mean))
+        for i in range(30 * per_shard)
     ]
     before = {tuple(group) for group in group_slices(slices, shard_bytes)}
     assert 30 < len(before) < 140
@@ -116,11 +135,16 @@ def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> Non
         at = order.randrange(len(slices))
         old = slices[at]
         new = {
-            "goes": [], "comes": [_slice(f"{old.uri}.x", shard_bytes // 5), old],
+            "goes": [],
+            "comes": [_slice(f"{old.uri}.x", shard_bytes // 5), old],
             "grows": [_slice(old.uri, old.num_bytes + shard_bytes // 5)],
-            "shrinks": [_slice(old.uri, old.num_bytes // 2)], "is edited": [replace(old, sha256="0" * 64)],
-        }[kind]  # fmt: skip
-        after = [tuple(group) for group in group_slices([*slices[:at], *new, *slices[at + 1 :]], shard_bytes)]
+            "shrinks": [_slice(old.uri, old.num_bytes // 2)],
+            "is edited": [replace(old, sha256="0" * 64)],
+        }[kind]
+        after = [
+            tuple(group)
+            for group in group_slices([*slices[:at], *new, *slices[at + 1 :]], shard_bytes)
+        ]
         anew = [i for i, group in enumerate(after) if group not in before]
         assert anew == list(range(anew[0], anew[-1] + 1)) if anew else kind == "goes"
         if new and new[0] != old:
@@ -137,54 +161,100 @@ def test_the_end_of_a_file_of_several_slices_stands_alone() -> None:
     assert group_slices([cut, tail, small], 1000) == [[cut], [tail], [small]]
 
 
-# --- what lies in a store --------------------------------------------------------------------------------
+# --- what lies in a store
+# --------------------------------------------------------------------------------
 
 
-def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_ours(store: str) -> None:
+def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_ours(
+    store: str,
+) -> None:
     m, s, a, run = "1" * 32, "2" * 32, "a" * 16, "20260102T030405.678Z-0123456789ab"
     ours = {
-        "shards": [f"shards/{m}/{s}/{n}" for n in ("commit.json", "commit-12.json", f"{a}-tokens.parquet")]
+        "shards": [
+            f"shards/{m}/{s}/{n}" for n in ("commit.json", "commit-12.json", f"{a}-tokens.parquet")
+        ]
         + [f"shards/{m}/{s}/.commit.json-{m}"],
-        "runs": [f"runs/{run}/{n}" for n in ("run.json", "status.json", f"signals-{a}.parquet", f"lease-{m}.json")]
+        "runs": [
+            f"runs/{run}/{n}"
+            for n in ("run.json", "status.json", f"signals-{a}.parquet", f"lease-{m}.json")
+        ]
         + [f"runs/{run}/.plan.parquet-{m}"],
         "pilots": ["pilots/abc.json"],
-        "probes": [f"probe-{m}", f".probe-{m}-{m}", f".planning.json-{m}", f"gc/.00000001.parquet-{m}"],
+        "probes": [
+            f"probe-{m}",
+            f".probe-{m}-{m}",
+            f".planning.json-{m}",
+            f"gc/.00000001.parquet-{m}",
+        ],
         "of gc": ["gc/00000001.parquet"],
         "planning": ["planning.json"],
         "ignore": [".rayignore"],
-    }  # fmt: skip
+    }
     foreign = [
-        f"shards/{m}/{s}/notes.parquet", f"shards/{m}/{s}/deep/commit.json", f"shards/{m}/commit.json",
-        f"shards/{m[1:]}/{s}/commit.json", f"runs/{run}/report.html", f"runs/{run}/mine.parquet",
+        f"shards/{m}/{s}/notes.parquet",
+        f"shards/{m}/{s}/deep/commit.json",
+        f"shards/{m}/commit.json",
+        f"shards/{m[1:]}/{s}/commit.json",
+        f"runs/{run}/report.html",
+        f"runs/{run}/mine.parquet",
         f"runs/{run}/.notes-{m}",
-        f"shards/{m}/{s}/commit-0.json", f"shards/{m}/{s}/commit-x.json", "gc/1.parquet", f"runs/{run}/lease-1.json",
-        "runs/run.json", "run.json", "status.json", f"runs/{run}/planning.json", "pilots/abc.txt", "probe-of-mine",
-    ]  # fmt: skip
+        f"shards/{m}/{s}/commit-0.json",
+        f"shards/{m}/{s}/commit-x.json",
+        "gc/1.parquet",
+        f"runs/{run}/lease-1.json",
+        "runs/run.json",
+        "run.json",
+        "status.json",
+        f"runs/{run}/planning.json",
+        "pilots/abc.txt",
+        "probe-of-mine",
+    ]
     root = storage.absolute(store)
-    files = [storage.StoredFile(f"{root}/{name}", 1, 0.0) for name in (*itertools.chain(*ours.values()), *foreign)]
+    files = [
+        storage.StoredFile(f"{root}/{name}", 1, 0.0)
+        for name in (*itertools.chain(*ours.values()), *foreign)
+    ]
     there = layout.sort_files(store, files)
-    assert [f.uri for f in there.shards.pop((m, s))] == [f"{root}/{n}" for n in ours["shards"]] and not there.shards
-    assert [f.uri for f in there.runs.pop(run)] == [f"{root}/{n}" for n in ours["runs"]] and not there.runs
-    assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [f"{root}/{n}" for n in ours["probes"]]
+    assert [f.uri for f in there.shards.pop((m, s))] == [
+        f"{root}/{n}" for n in ours["shards"]
+    ] and not there.shards
+    assert [f.uri for f in there.runs.pop(run)] == [
+        f"{root}/{n}" for n in ours["runs"]
+    ] and not there.runs
+    assert there.pilots == ["abc.json"] and [f.uri for f in there.probes] == [
+        f"{root}/{n}" for n in ours["probes"]
+    ]
     assert [f.uri for f in there.planning] == [f"{root}/planning.json"]
     assert [f.uri for f in there.ignore] == [f"{root}/.rayignore"]
     assert there.foreign == [f"{root}/{n}" for n in foreign]
 
 
-# --- plans -----------------------------------------------------------------------------------------------
+# --- plans
+# -----------------------------------------------------------------------------------------------
 
 
-def test_a_plan_covers_the_corpus_and_is_the_same_every_time(config: RunConfig, folder: Path) -> None:
+def test_a_plan_covers_the_corpus_and_is_the_same_every_time(
+    config: RunConfig, folder: Path
+) -> None:
     plan = make_plan(config)
     assert [f.uri for f in plan.files] == sorted(map(str, folder.iterdir()))
     assert plan.num_hashed == len(plan.files) == 66
     assert plan.num_bytes == sum(f.stat().st_size for f in folder.iterdir())
     assert len(plan.shards) > 10 and len(set(_ids(plan))) == len(plan.shards)
-    other = replace(config, workers=7, batch_tokens=512, store=f"{config.store}/other", sink_factor=3.0, device="cpu")
+    other = replace(
+        config,
+        workers=7,
+        batch_tokens=512,
+        store=f"{config.store}/other",
+        sink_factor=3.0,
+        device="cpu",
+    )
     assert make_plan(other) == plan
 
 
-def test_what_changes_the_documents_changes_the_shards_and_nothing_else_does(config: RunConfig) -> None:
+def test_what_changes_the_documents_changes_the_shards_and_nothing_else_does(
+    config: RunConfig,
+) -> None:
     plan = make_plan(config)
     assert not set(_ids(plan)) & set(_ids(make_plan(replace(config, max_document_bytes=9))))
     by_line = set(_ids(make_plan(replace(config, txt_documents="line"))))
@@ -192,7 +262,9 @@ def test_what_changes_the_documents_changes_the_shards_and_nothing_else_does(con
         assert (shard.id in by_line) is all(piece.format != "txt" for piece in shard.slices)
 
 
-def test_files_of_the_last_run_are_not_read_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_last_run_are_not_read_again(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = make_plan(config)
     _begin(config)
     calls: list[str] = []
@@ -206,7 +278,9 @@ def find_names(config: RunConfig) -> list[str]:
     return storage.list_names(storage.join(config.store, "runs"))
 
 
-def test_a_touched_file_is_read_again_and_gives_the_same_shards(config: RunConfig, folder: Path) -> None:
+def test_a_touched_file_is_read_again_and_gives_the_same_shards(
+    config: RunConfig, folder: Path
+) -> None:
     before = make_plan(config)
     _begin(config)
     os.utime(folder / "07.jsonl", ns=(OLD_NS, OLD_NS + 5))
@@ -229,7 +303,9 @@ def test_a_changed_file_changes_only_its_own_shards(config: RunConfig, folder: P
 
 def test_appending_keeps_the_shards_of_the_full_slices(config: RunConfig, folder: Path) -> None:
     def of_long(plan: Plan) -> list[str]:
-        return [s.id for s in plan.shards if {p.uri for p in s.slices} == {str(folder / "long.jsonl")}]
+        return [
+            s.id for s in plan.shards if {p.uri for p in s.slices} == {str(folder / "long.jsonl")}
+        ]
 
     before = make_plan(config)
     _begin(config)
@@ -242,7 +318,9 @@ def test_appending_keeps_the_shards_of_the_full_slices(config: RunConfig, folder
     assert len(of_long(again)) > len(of_long(before))
 
 
-def test_a_file_written_just_before_it_was_hashed_is_not_trusted(config: RunConfig, folder: Path) -> None:
+def test_a_file_written_just_before_it_was_hashed_is_not_trusted(
+    config: RunConfig, folder: Path
+) -> None:
     begun_ns = OLD_NS + 10 * RACY_NS
     for name, behind_ns in (("01.jsonl", 1), ("02.jsonl", RACY_NS), ("03.jsonl", RACY_NS + 1)):
         os.utime(folder / name, ns=(0, begun_ns - behind_ns))
@@ -255,7 +333,13 @@ def test_a_file_written_just_before_it_was_hashed_is_not_trusted(config: RunConf
 
 @pytest.mark.parametrize(
     ("version", "trusted"),
-    [("etag:abc", True), ("time:5", True), (f"time:{OLD_NS}", False), ("time:2026-01-01", False), ("", False)],
+    [
+        ("etag:abc", True),
+        ("time:5", True),
+        (f"time:{OLD_NS}", False),
+        ("time:2026-01-01", False),
+        ("", False),
+    ],
 )
 def test_versions_that_prove_nothing_are_not_trusted(version: str, trusted: bool) -> None:
     assert _trusted(version, OLD_NS) is trusted
@@ -274,7 +358,8 @@ def test_progress_of_hashing_is_told(config: RunConfig) -> None:
     assert seen == [(i, 66) for i in range(1, 67)]
 
 
-# --- runs ------------------------------------------------------------------------------------------------
+# --- runs
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_resumed_and_a_complete_one_found_again(config: RunConfig) -> None:
@@ -297,8 +382,12 @@ def test_what_was_asked_before_last_is_a_new_run(config: RunConfig) -> None:
     assert find_run(config.store).id == again.id
 
 
-def test_a_run_without_a_plan_is_passed_over(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk was full when the plan was to be written; its folder stays behind on a local disk."""
+def test_a_run_without_a_plan_is_passed_over(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk was full when the plan was to be written; its folder stays behind on a local
+    disk.
+    """
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -336,14 +425,19 @@ def test_a_plan_proves_itself(config: RunConfig) -> None:
     def resealed(rows: list[dict[str, Any]], **changes: Any) -> pa.Table:
         changed = header | changes
         changed["sha256"] = fingerprint([changed, rows])
-        return pa.Table.from_pylist(rows, table.schema).replace_schema_metadata({"afn": json.dumps(changed)})
+        return pa.Table.from_pylist(rows, table.schema).replace_schema_metadata(
+            {"afn": json.dumps(changed)}
+        )
 
     rows = table.to_pylist()
     for bad, says in (
         (edited(table.slice(1)), "do not have the checksum"),
         (edited(table.replace_schema_metadata({"afn": b"{}"})), "damaged: KeyError"),
         (edited(table.replace_schema_metadata(None)), "damaged: TypeError"),
-        (edited(resealed([{**rows[0], "sha256": "0" * 64}, *rows[1:]])), "what by its slices is shard"),
+        (
+            edited(resealed([{**rows[0], "sha256": "0" * 64}, *rows[1:]])),
+            "what by its slices is shard",
+        ),
         (edited(resealed([row for row in rows if row["ordinal"]])), "of another run"),
         (edited(resealed(rows, measure={"dtype": "bfloat16"})), "of another run"),
     ):
@@ -354,7 +448,9 @@ def test_a_plan_proves_itself(config: RunConfig) -> None:
     assert manifest.read_shards(run)[0] == shards
 
 
-def test_another_measure_is_refused_and_the_difference_is_named(config: RunConfig, tmp_path: Path) -> None:
+def test_another_measure_is_refused_and_the_difference_is_named(
+    config: RunConfig, tmp_path: Path
+) -> None:
     _begin(config)
     _publish(config.store, make_plan(config).shards[0], "a" * 16, tmp_path)
     other = {**MEASURE, "dtype": "bfloat16", "layers": list(range(200))}
@@ -362,7 +458,9 @@ def test_another_measure_is_refused_and_the_difference_is_named(config: RunConfi
         _begin(config, other)
     message = str(caught.value)
     assert 'dtype: the store has "float32", this run asks for "bfloat16"; ' in message
-    assert "layers: the store has [8], this run asks for [0, 1, " in message and "model" not in message
+    assert (
+        "layers: the store has [8], this run asks for [0, 1, " in message and "model" not in message
+    )
     assert "Use another --store, or --allow-another-measure" in message and len(message) < 500
     allowed = _begin(replace(config, allow_another_measure=True), other)
     assert allowed.info == {} and len(find_names(config)) == 2
@@ -380,7 +478,12 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     finish_run(run, RUN_INFO)
     info = find_run(store).info
     assert find_run(run.uri + "/").info == info
-    assert info == {"schema_version": SCHEMA_VERSION, "id": run.id, **RUN_INFO, "tables": info["tables"]}
+    assert info == {
+        "schema_version": SCHEMA_VERSION,
+        "id": run.id,
+        **RUN_INFO,
+        "tables": info["tables"],
+    }
     assert list(info["tables"]) == ["plan"]
     with pytest.raises(StoreError, match="neither a store nor a run"):
         find_run(store + "/runs/nothing")
@@ -393,9 +496,15 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         (b"\xff", "is damaged"),
         (b"[]", "schema version list, expected 5"),
         (b"{}", "schema version None, expected 5"),
-        (b'{"schema_version": 5}', "is damaged: its bytes do not have the checksum that it carries"),
+        (
+            b'{"schema_version": 5}',
+            "is damaged: its bytes do not have the checksum that it carries",
+        ),
         (checksums.sealed({"schema_version": 5}), "is damaged: id is null"),
-        (checksums.sealed({"schema_version": 5}) + b" ", "is damaged: its bytes do not have the checksum"),
+        (
+            checksums.sealed({"schema_version": 5}) + b" ",
+            "is damaged: its bytes do not have the checksum",
+        ),
         (
             b'{"schema_version": 2}',
             "schema version 2, expected 5; use the afn-ray that wrote it, or measure the corpus anew",
@@ -423,21 +532,36 @@ def test_a_damaged_table_is_named(config: RunConfig) -> None:
         make_plan(config)
 
 
-def test_a_table_left_by_an_unfinished_reduce_stays_and_run_json_says_which_is_right(config: RunConfig) -> None:
+def test_a_table_left_by_an_unfinished_reduce_stays_and_run_json_says_which_is_right(
+    config: RunConfig,
+) -> None:
     run = _begin(config)
-    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]}))["name"] == "thresholds.parquet"
-    assert manifest.write_table(run, "thresholds", pa.table({"x": [1]}))["name"] == "thresholds.parquet"
+    assert (
+        manifest.write_table(run, "thresholds", pa.table({"x": [1]}))["name"]
+        == "thresholds.parquet"
+    )
+    assert (
+        manifest.write_table(run, "thresholds", pa.table({"x": [1]}))["name"]
+        == "thresholds.parquet"
+    )
     entry = manifest.write_table(run, "thresholds", pa.table({"x": [2]}))
     assert manifest.read_table(run, "thresholds")["x"].to_pylist() == [1]
     done = finish_run(run, RUN_INFO | {"tables": {"thresholds": entry}})
     assert manifest.read_table(done, "thresholds")["x"].to_pylist() == [2]
     rewrite(f"{run.uri}/{entry['name']}", storage.read_bytes(f"{run.uri}/thresholds.parquet"))
-    with pytest.raises(StoreError, match=rf"{entry['name']} is damaged: .*expected .*{entry['sha256'][:9]}"):
+    with pytest.raises(
+        StoreError, match=rf"{entry['name']} is damaged: .*expected .*{entry['sha256'][:9]}"
+    ):
         manifest.read_table(done, "thresholds")
     outside = {"name": "../x.parquet", "bytes": 1, "sha256": ""}
-    escaping = finish_run(_begin(replace(config, sink_factor=3.0)), RUN_INFO | {"tables": {"shards": outside}})
+    escaping = finish_run(
+        _begin(replace(config, sink_factor=3.0)), RUN_INFO | {"tables": {"shards": outside}}
+    )
     for table in ("shards", "vocabulary"):
-        with pytest.raises(StoreError, match=rf"run\.json is damaged: its table {table} is (null|.*\.\./x\.parquet)"):
+        with pytest.raises(
+            StoreError,
+            match=rf"run\.json is damaged: its table {table} is (null|.*\.\./x\.parquet)",
+        ):
             manifest.read_table(escaping, table)
 
 
@@ -447,19 +571,24 @@ def test_the_first_to_finish_a_run_wins(config: RunConfig) -> None:
     assert finish_run(run, RUN_INFO | {"seconds": 2}) == first
 
 
-# --- commits ---------------------------------------------------------------------------------------------
+# --- commits
+# ---------------------------------------------------------------------------------------------
 
 COUNTS = {"documents": 3, "tokens": 9}
 SHARD = Shard.of([_slice("/corpus/a", 5)], ReadOptions("auto", "text", None, "file", 100))
 
 
-def _publish(store: str, shard: Shard, attempt: str, scratch: Path, counts: dict[str, int] = COUNTS) -> Commit:
+def _publish(
+    store: str, shard: Shard, attempt: str, scratch: Path, counts: dict[str, int] = COUNTS
+) -> Commit:
     tables = {}
     for rows, name in enumerate(layout.TABLES):
         path = scratch / f"{attempt}-{name}"
         path.write_bytes(f"{attempt} {name}".encode())
         tables[name] = (path, rows)
-    return shard_files.publish(store, MEASURE_ID, shard, attempt, tables, counts, 1.5, {"device": "cpu"})
+    return shard_files.publish(
+        store, MEASURE_ID, shard, attempt, tables, counts, 1.5, {"device": "cpu"}
+    )
 
 
 def _names(store: str) -> list[str]:
@@ -470,11 +599,19 @@ def test_a_commit_names_files_that_are_there_whole(store: str, tmp_path: Path) -
     assert shard_files.read_commit(store, MEASURE_ID, SHARD.id) is None
     commit = _publish(store, SHARD, "a" * 16, tmp_path)
     assert shard_files.read_commit(store, MEASURE_ID, SHARD.id) == commit
-    assert find_commits(store, MEASURE_ID, [SHARD, replace(SHARD, id="other")]) == {SHARD.id: commit}
+    assert find_commits(store, MEASURE_ID, [SHARD, replace(SHARD, id="other")]) == {
+        SHARD.id: commit
+    }
     assert _names(store) == sorted(["commit.json", *(f["name"] for f in commit.files.values())])
     for rows, (name, file) in enumerate(commit.files.items()):
-        data = storage.read_bytes(f"{shard_files.shard_uri(store, MEASURE_ID, SHARD.id)}/{file['name']}")
-        assert data == f"{'a' * 16} {name}".encode() and file["bytes"] == len(data) and file["rows"] == rows
+        data = storage.read_bytes(
+            f"{shard_files.shard_uri(store, MEASURE_ID, SHARD.id)}/{file['name']}"
+        )
+        assert (
+            data == f"{'a' * 16} {name}".encode()
+            and file["bytes"] == len(data)
+            and file["rows"] == rows
+        )
         (tmp_path / "copy").write_bytes(data)
         assert storage.sha256_file(tmp_path / "copy") == file["sha256"]
 
@@ -486,7 +623,9 @@ def test_the_first_commit_wins_and_the_losers_files_go(store: str, tmp_path: Pat
     assert _names(store) == names
 
 
-def test_attempts_that_disagree_are_an_error_and_the_first_stays(store: str, tmp_path: Path) -> None:
+def test_attempts_that_disagree_are_an_error_and_the_first_stays(
+    store: str, tmp_path: Path
+) -> None:
     first = _publish(store, SHARD, "a" * 16, tmp_path)
     names = _names(store)
     with pytest.raises(StoreError, match=r"two attempts at shard .* disagree"):
@@ -509,14 +648,20 @@ def test_an_unknown_answer_is_looked_up(
     monkeypatch.setattr(storage, "write_once", unsure)
     if arrived:
         commit = _publish(store, SHARD, "a" * 16, tmp_path)
-        assert commit.attempt == "a" * 16 and "commit.json" in _names(store) and len(_names(store)) == 4
+        assert (
+            commit.attempt == "a" * 16
+            and "commit.json" in _names(store)
+            and len(_names(store)) == 4
+        )
     else:
         with pytest.raises(StoreError, match="timed out"):
             _publish(store, SHARD, "a" * 16, tmp_path)
         assert "commit.json" not in _names(store)
 
 
-def test_an_unknown_answer_may_hide_a_rival(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_answer_may_hide_a_rival(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = _publish(store, SHARD, "a" * 16, tmp_path)
 
     def unsure(uri: str, data: bytes) -> None:
@@ -527,7 +672,8 @@ def test_an_unknown_answer_may_hide_a_rival(store: str, tmp_path: Path, monkeypa
     assert len(_names(store)) == 4
 
 
-# --- answers that are lost -------------------------------------------------------------------------------
+# --- answers that are lost
+# -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -557,7 +703,9 @@ def test_what_was_written_with_its_answer_lost_is_known_for_ours(
     assert done == find_run(liar) and done.info["layers"] == RUN_INFO["layers"]
 
 
-def test_what_an_unknown_commit_names_stays(liar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_unknown_commit_names_stays(
+    liar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Deleting the files on giving up would leave a commit of nothing."""
     with monkeypatch.context() as patch:
         patch.setattr(retry, "RETRY_FOR_S", 0)
@@ -617,18 +765,34 @@ def test_no_byte_of_a_commit_changes_unseen(store: str, tmp_path: Path) -> None:
 
 
 @settings(max_examples=50)
-@given(st.lists(st.integers(0, 2**40), min_size=8, max_size=8), st.floats(allow_nan=False), st.booleans())
-def test_packed_commits_are_those_that_were_given(numbers: list[int], seconds: float, neurons: bool) -> None:
+@given(
+    st.lists(st.integers(0, 2**40), min_size=8, max_size=8),
+    st.floats(allow_nan=False),
+    st.booleans(),
+)
+def test_packed_commits_are_those_that_were_given(
+    numbers: list[int], seconds: float, neurons: bool
+) -> None:
     tables = layout.TABLES + (layout.NEURON_TABLES if neurons else ())
     attempt = f"{numbers[0]:016x}"
-    files = {t: {"name": f"{attempt}-{t}.parquet", "rows": numbers[1], "bytes": numbers[2], "sha256": f"{at:064x}"}
-             for at, t in enumerate(tables)}  # fmt: skip
+    files = {
+        t: {
+            "name": f"{attempt}-{t}.parquet",
+            "rows": numbers[1],
+            "bytes": numbers[2],
+            "sha256": f"{at:064x}",
+        }
+        for at, t in enumerate(tables)
+    }
     counts = {f"count {at}": n for at, n in enumerate(numbers)}
     ours = Commit("s", attempt, files, counts, seconds, {"device": "cpu", "torch": "2.13.0"})
     odd = [
-        replace(ours, attempt="a"), replace(ours, files={}), replace(ours, counts={"n": 1 << 70}),
-        replace(ours, files={"tokens": files["tokens"] | {"name": "other"}}), replace(ours, made_by={"a": ["b"]}),
-    ]  # fmt: skip
+        replace(ours, attempt="a"),
+        replace(ours, files={}),
+        replace(ours, counts={"n": 1 << 70}),
+        replace(ours, files={"tokens": files["tokens"] | {"name": "other"}}),
+        replace(ours, made_by={"a": ["b"]}),
+    ]
     kept, others = Commits(), Commits()
     for at, commit in enumerate([ours, *odd]):
         (kept if at % 2 else others)[f"{at}"] = replace(commit, shard=f"{at}")
@@ -644,7 +808,9 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     options = ReadOptions("auto", "text", None, "file", 1 << 20)
-    shards = tuple(Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5))
+    shards = tuple(
+        Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5)
+    )
     config = RunConfig(corpus=("/c",), model="-", store=str(tmp_path))
     monkeypatch.setattr(checksums, "AHEAD", 4)
     run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS).run
@@ -654,7 +820,8 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
     assert len(table) == 10 and table["ordinal"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-# --- the size of a shard ---------------------------------------------------------------------------------
+# --- the size of a shard
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -663,14 +830,21 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
      (16 << 20, 256 << 10), (60_000_000, 1 << 20), (256 << 20, 4 << 20), ((256 << 20) + 1, 16 << 20),
      (1 << 50, 16 << 20)],
 )  # fmt: skip
-def test_the_size_class_of_the_corpus_alone_decides_the_size_of_a_shard(num_bytes: int, shard_bytes: int) -> None:
+def test_the_size_class_of_the_corpus_alone_decides_the_size_of_a_shard(
+    num_bytes: int, shard_bytes: int
+) -> None:
     for num_files in (1, 7):
         sizes = [num_bytes // num_files] * (num_files - 1)
         sizes.append(num_bytes - sum(sizes))
-        assert listing.choose_shard_bytes([FileInfo(f"/{n}", n, "etag:x") for n in sizes]) == shard_bytes
+        assert (
+            listing.choose_shard_bytes([FileInfo(f"/{n}", n, "etag:x") for n in sizes])
+            == shard_bytes
+        )
 
 
-def test_a_corpus_that_grows_within_its_class_keeps_its_shards_and_its_hashes(tmp_path: Path) -> None:
+def test_a_corpus_that_grows_within_its_class_keeps_its_shards_and_its_hashes(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
 
@@ -718,12 +892,21 @@ def test_a_shard_has_a_bounded_number_of_slices_and_bytes_of_names() -> None:
     assert len(checksums.sealed(body)) < checksums.JSON_BYTES
 
 
-def test_nothing_is_written_that_no_reader_takes(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> None:
+def test_nothing_is_written_that_no_reader_takes(
+    monkeypatch: pytest.MonkeyPatch, config: RunConfig
+) -> None:
     monkeypatch.setattr(checksums, "JSON_BYTES", 1000)
     with pytest.raises(StoreError, match=r"of 1,\d\d\d bytes was not written: .* its entry long"):
         manifest.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
-    with pytest.raises(ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"):
-        replace(config, corpus=tuple(f"/a/folder/with/a/name/that/has/some/length/{i:050}" for i in range(100_000)))
+    with pytest.raises(
+        ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"
+    ):
+        replace(
+            config,
+            corpus=tuple(
+                f"/a/folder/with/a/name/that/has/some/length/{i:050}" for i in range(100_000)
+            ),
+        )
     with pytest.raises(ConfigError, match="allow_quarantined is 5001; expected at most 5000"):
         replace(config, allow_quarantined=5001)
 

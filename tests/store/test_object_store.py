@@ -1,4 +1,6 @@
-"""Corpus and store in a bucket: the same rows as on a disk, through every fault that a bucket has; SQL over it."""
+"""Corpus and store in a bucket: the same rows as on a disk, through every fault that a bucket has;
+SQL over it.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,14 @@ from conftest import S3_SECRET, stop_after, write_jsonl
 MakeConfig = Callable[..., RunConfig]
 
 
-# --- a run -----------------------------------------------------------------------------------------------
+# --- a run
+# -----------------------------------------------------------------------------------------------
 
 
 def make_corpus(folder: Path, verses: list[str]) -> Path:
-    """Files of several formats, each larger than a shard: then no shard depends on what its files are called."""
+    """Files of several formats, each larger than a shard: then no shard depends on what its files
+    are called.
+    """
     folder.mkdir()
     (folder / "deep").mkdir()
     write_jsonl(folder / "a.jsonl", [{"text": t} for t in verses[:150]])
@@ -54,7 +59,9 @@ def make_corpus(folder: Path, verses: list[str]) -> Path:
     (folder / "deep" / "c.jsonl.gz").write_bytes(
         gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in verses[250:450]).encode())
     )
-    pq.write_table(pa.table({"text": verses[450:550]}), folder / "deep" / "d.parquet", row_group_size=60)
+    pq.write_table(
+        pa.table({"text": verses[450:550]}), folder / "deep" / "d.parquet", row_group_size=60
+    )
     assert all(f.stat().st_size > 4096 for f in folder.rglob("*.*"))
     return folder
 
@@ -67,18 +74,28 @@ def copy(folder: Path, uri: str) -> str:
 
 
 def recorded(run: afn_ray.Run) -> dict[str, list[dict[str, Any]]]:
-    """All rows of a run, those of its shards with a run-wide ``doc`` and without where their files lie."""
+    """All rows of a run, those of its shards with a run-wide ``doc`` and without where their files
+    lie.
+    """
     store, _, name = run.uri.rpartition("/runs/")
     folder = manifest.RunFolder(run.uri, store, name, run.info)
     rows: dict[str, list[dict[str, Any]]] = {"tokens": [], "documents": []}
     first = 0
     for shard in manifest.read_table(folder, "shards").to_pylist():
-        tables = {t: pq.read_table(pa.BufferReader(storage.read_bytes(f"{store}/{shard[f'{t}_file']}"))) for t in rows}
+        tables = {
+            t: pq.read_table(pa.BufferReader(storage.read_bytes(f"{store}/{shard[f'{t}_file']}")))
+            for t in rows
+        }
         for name, table in tables.items():
             dropped = [c for c in ("source",) if c in table.column_names]
-            rows[name] += [{**row, "doc": row["doc"] + first} for row in table.drop_columns(dropped).to_pylist()]
+            rows[name] += [
+                {**row, "doc": row["doc"] + first}
+                for row in table.drop_columns(dropped).to_pylist()
+            ]
         first += tables["documents"].num_rows
-    return rows | {t: manifest.read_table(folder, t).to_pylist() for t in ("thresholds", "vocabulary")}
+    return rows | {
+        t: manifest.read_table(folder, t).to_pylist() for t in ("thresholds", "vocabulary")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +106,21 @@ def source(tmp_path_factory: pytest.TempPathFactory, verses: list[str]) -> Path:
 def test_a_bucket_gives_the_rows_of_a_disk(
     source: Path, object_store: str, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_config(corpus=(copy(source, f"{object_store}/corpus"),), store=f"{object_store}/store", layers="0,2")
+    config = make_config(
+        corpus=(copy(source, f"{object_store}/corpus"),),
+        store=f"{object_store}/store",
+        layers="0,2",
+    )
     with afn_ray.run(make_config(corpus=(str(source),), layers="0,2")) as run:
         expected = recorded(run)
     with afn_ray.run(config) as run:
         assert recorded(run) == expected
-        assert run.info["counts"]["documents"] == 451 and run.uri.startswith(config.store + "/runs/")
-        (answer,) = run.sql("SELECT count(*), count(DISTINCT doc), sum(token_id) FROM tokens").fetchall()
+        assert run.info["counts"]["documents"] == 451 and run.uri.startswith(
+            config.store + "/runs/"
+        )
+        (answer,) = run.sql(
+            "SELECT count(*), count(DISTINCT doc), sum(token_id) FROM tokens"
+        ).fetchall()
         ids = [row["token_id"] for row in expected["tokens"]]
         assert answer == (len(ids), 451, sum(ids))
         ((worst,),) = run.sql("SELECT max(source) FROM documents").fetchall()
@@ -107,8 +132,11 @@ def test_a_bucket_gives_the_rows_of_a_disk(
         assert again.uri == run.uri and "nothing to do" in events[-1]
     assert Counter(_keys(object_store)) == writes
 
-    for words in (["show", config.store], ["explain", config.store, "In the beginning"],
-                  ["sql", config.store, "SELECT count(*) AS n FROM documents"]):  # fmt: skip
+    for words in (
+        ["show", config.store],
+        ["explain", config.store, "In the beginning"],
+        ["sql", config.store, "SELECT count(*) AS n FROM documents"],
+    ):
         with pytest.raises(SystemExit) as left:
             commands.main(words)
         out, err = capsys.readouterr()
@@ -119,14 +147,20 @@ def test_a_bucket_gives_the_rows_of_a_disk(
 
 
 def _keys(bucket_uri: str) -> list[str]:
-    pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket_uri.removeprefix("s3://"))
+    pages = (
+        boto3.client("s3")
+        .get_paginator("list_objects_v2")
+        .paginate(Bucket=bucket_uri.removeprefix("s3://"))
+    )
     return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
 
 
 def test_a_run_that_was_stopped_goes_on_in_the_bucket(
     source: Path, object_store: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(corpus=(copy(source, f"{object_store}/corpus"),), store=f"{object_store}/store")
+    config = make_config(
+        corpus=(copy(source, f"{object_store}/corpus"),), store=f"{object_store}/store"
+    )
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -170,21 +204,26 @@ def test_a_run_through_faults_has_the_rows_of_an_undisturbed_one(
             assert len(files) == 4 and "commit.json" in files  # nothing half done, nothing twice
     for kind, method in itertools.product(
         ("fail", "slow", "lie"), ("info", "ls", "cat_file", "pipe_file", "put_file")
-    ):  # fmt: skip
+    ):
         assert seen[kind, method], f"no {kind} in {method}: the schedule proves nothing"
     assert seen["stale", "ls"]
 
 
-def test_old_listings_do_not_make_a_complete_run_incomplete(source: Path, memory: str, make_config: MakeConfig) -> None:
+def test_old_listings_do_not_make_a_complete_run_incomplete(
+    source: Path, memory: str, make_config: MakeConfig
+) -> None:
     place = copy(source, f"{memory}/corpus")
     for seed in range(8):
         with faults.injected(seed, rate=0.5, kinds=("stale",)):
             config = make_config(corpus=(place,), store=faults.wrap(f"{memory}/{seed}"))
             runs = [afn_ray.run(config).uri for _ in range(3)]
-        assert len({uri.rpartition("-")[2] for uri in runs}) == 1  # one run, or the same begun again
+        assert (
+            len({uri.rpartition("-")[2] for uri in runs}) == 1
+        )  # one run, or the same begun again
 
 
-# --- reading ---------------------------------------------------------------------------------------------
+# --- reading
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_remote_reader_reads_as_a_local_file_does(place: str, tmp_path: Path) -> None:
@@ -192,7 +231,10 @@ def test_a_remote_reader_reads_as_a_local_file_does(place: str, tmp_path: Path) 
     (tmp_path / "x").write_bytes(body)
     storage.upload(tmp_path / "x", storage.join(place, "x"))
     dice = np.random.default_rng(1)
-    with storage.open_read(storage.join(place, "x")) as remote, (tmp_path / "x").open("rb") as local:
+    with (
+        storage.open_read(storage.join(place, "x")) as remote,
+        (tmp_path / "x").open("rb") as local,
+    ):
         for _ in range(200):
             if dice.random() < 0.3:
                 at = int(dice.integers(0, len(body) + 100))
@@ -248,7 +290,9 @@ def test_a_corpus_that_does_not_answer_is_unavailable_and_not_bad_content(
     (slice,) = corpus.cut(storage.stat(uri), options, 1 << 20)
     assert len(list(reading.read(slice, options))) == 9
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.01)
-    with faults.injected(0, rate=1, kinds=("fail",), methods=("cat_file",) if opens else ("info", "cat_file")):
+    with faults.injected(
+        0, rate=1, kinds=("fail",), methods=("cat_file",) if opens else ("info", "cat_file")
+    ):
         with pytest.raises(Unavailable, match=rf"x\.{ending}: no answer"):
             list(reading.read(slice, options))
         with pytest.raises(Unavailable, match=rf"x\.{ending}: no answer"):
@@ -272,11 +316,14 @@ def test_a_listing_that_fails_is_no_empty_one(memory: str, monkeypatch: pytest.M
                 ask(faults.wrap(memory))
 
 
-# --- a server that misbehaves ----------------------------------------------------------------------------
+# --- a server that misbehaves
+# ----------------------------------------------------------------------------
 
 
 class Gate:
-    """A way to the S3 server that can be shut: ``mode`` is what happens to the next ``left`` connections."""
+    """A way to the S3 server that can be shut: ``mode`` is what happens to the next ``left``
+    connections.
+    """
 
     def __init__(self, server_url: str) -> None:
         host, _, port = server_url.removeprefix("http://").partition(":")
@@ -308,7 +355,10 @@ class Gate:
             request = _request(client)
             if mode == "busy":
                 body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-                head = b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+                head = (
+                    b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+                    % len(body)
+                )
                 client.sendall(head if request.startswith(b"HEAD") else head + body)
             elif mode == "deaf":
                 time.sleep(2)
@@ -325,12 +375,19 @@ def _request(client: socket.socket) -> bytes:
     while b"\r\n\r\n" not in data and (block := client.recv(1 << 16)):
         data += block
     head, _, body = data.partition(b"\r\n\r\n")
-    fields = {k.lower(): v.strip() for k, _, v in (line.partition(b":") for line in head.split(b"\r\n")[1:])}
+    fields = {
+        k.lower(): v.strip()
+        for k, _, v in (line.partition(b":") for line in head.split(b"\r\n")[1:])
+    }
     if fields.get(b"expect"):
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
     while len(body) < int(fields.get(b"content-length", 0)) and (block := client.recv(1 << 16)):
         body += block
-    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith((b"connection:", b"expect:"))]
+    lines = [
+        line
+        for line in head.split(b"\r\n")
+        if not line.lower().startswith((b"connection:", b"expect:"))
+    ]
     return b"\r\n".join([*lines, b"Connection: close", b"", body])
 
 
@@ -351,13 +408,17 @@ def gate(s3_server: str, object_store: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_bucket_that_comes_back_is_waited_for(
     gate: Gate, object_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Connections are reset; 503 is said; nothing is said; what was asked is done, and nothing is said."""
+    """Connections are reset; 503 is said; nothing is said; what was asked is done, and nothing is
+    said.
+    """
     storage.write_once(f"{object_store}/before", b"1")
     (tmp_path / "x").write_bytes(b"3")
     if mode == "deaf":
         monkeypatch.setitem(storage.OPTIONS["s3"]["config_kwargs"], "read_timeout", 0.3)
     gate.shut(mode, for_connections=4)
-    with pytest.raises(storage.AlreadyWritten) if mode == "mute" else contextlib.nullcontext():  # by ourselves
+    with (
+        pytest.raises(storage.AlreadyWritten) if mode == "mute" else contextlib.nullcontext()
+    ):  # by ourselves
         storage.write_once(f"{object_store}/x", b"2")
     assert gate.left < 0
     for call in (
@@ -370,7 +431,10 @@ def test_a_bucket_that_comes_back_is_waited_for(
         assert gate.left < 0
     gate.shut(mode, for_connections=2)
     assert storage.list_names(object_store) == ["before", "x", "y"]
-    assert storage.read_bytes(f"{object_store}/x") == b"2" and storage.read_bytes(f"{object_store}/y") == b"3"
+    assert (
+        storage.read_bytes(f"{object_store}/x") == b"2"
+        and storage.read_bytes(f"{object_store}/y") == b"3"
+    )
 
 
 def test_a_bucket_that_does_not_come_back_is_unavailable(
@@ -379,13 +443,19 @@ def test_a_bucket_that_does_not_come_back_is_unavailable(
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     monkeypatch.setattr(storage, "DELETE_FOR_S", 0.3)
     gate.shut("busy", for_connections=10**6)
-    with pytest.raises(Unavailable, match=r"writing s3://.*/x: no answer in \d+ tries .*Reduce your request rate") as e:
+    with pytest.raises(
+        Unavailable, match=r"writing s3://.*/x: no answer in \d+ tries .*Reduce your request rate"
+    ) as e:
         storage.write_once(f"{object_store}/x", b"2")
     assert S3_SECRET not in str(e.value)
-    storage.delete([f"{object_store}/x", f"{object_store}/y"])  # garbage stays; no error, no long wait
+    storage.delete(
+        [f"{object_store}/x", f"{object_store}/y"]
+    )  # garbage stays; no error, no long wait
 
 
-def test_an_endpoint_that_cannot_be_is_said_at_once(object_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_cannot_be_is_said_at_once(
+    object_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
     fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL wants the form http://host:port"):
@@ -394,7 +464,11 @@ def test_an_endpoint_that_cannot_be_is_said_at_once(object_store: str, monkeypat
 
 
 def test_a_query_of_a_bucket_that_is_gone_says_so_and_is_no_wrong_query(
-    gate: Gate, object_store: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gate: Gate,
+    object_store: str,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
     with afn_ray.run(make_config(corpus=(str(corpus),), store=f"{object_store}/store")) as run:
@@ -407,7 +481,8 @@ def test_a_query_of_a_bucket_that_is_gone_says_so_and_is_no_wrong_query(
         assert run.sql("SELECT count(position) FROM tokens").fetchall() == [(5,)]
 
 
-# --- objects in parts ------------------------------------------------------------------------------------
+# --- objects in parts
+# ------------------------------------------------------------------------------------
 
 
 def test_an_object_of_many_parts_is_written_once(
@@ -430,7 +505,8 @@ def test_an_object_of_many_parts_is_written_once(
     assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")  # and none left behind
 
 
-# --- credentials and packages ----------------------------------------------------------------------------
+# --- credentials and packages
+# ----------------------------------------------------------------------------
 
 SECRET = "wJalrXUtnFEMIbPxRfiCY"  # as AWS's manuals have it
 
@@ -466,7 +542,9 @@ def test_other_urls_are_not_taken_for_one(s3_server: str, uri: str) -> None:
     storage.open_filesystem(uri)
 
 
-@pytest.mark.parametrize("uri", ["abfs://container@account.dfs.core.windows.net/x", "gs://bucket/x", "s3://bucket/x"])
+@pytest.mark.parametrize(
+    "uri", ["abfs://container@account.dfs.core.windows.net/x", "gs://bucket/x", "s3://bucket/x"]
+)
 def test_a_missing_package_is_named(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -477,14 +555,20 @@ def test_a_missing_package_is_named(uri: str, monkeypatch: pytest.MonkeyPatch) -
         storage.open_filesystem(uri)
 
 
-def test_no_credentials_and_wrong_ones_say_what_to_do(object_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_credentials_and_wrong_ones_say_what_to_do(
+    object_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     S3FileSystem.clear_instance_cache()
     try:
-        with pytest.raises(StoreError, match=r"writing .*: Unable to locate credentials; give cred"):
+        with pytest.raises(
+            StoreError, match=r"writing .*: Unable to locate credentials; give cred"
+        ):
             storage.write_once(f"{object_store}/x", b"")
-        with pytest.raises(CorpusError, match="Unable to locate credentials; give credentials in the environment"):
+        with pytest.raises(
+            CorpusError, match="Unable to locate credentials; give credentials in the environment"
+        ):
             storage.find_files(object_store)
     finally:
         S3FileSystem.clear_instance_cache()
@@ -499,7 +583,8 @@ def test_a_bucket_that_is_not_there_is_named(s3_server: str) -> None:
         storage.find_files("s3://No!Bucket/x")
 
 
-# --- SQL -------------------------------------------------------------------------------------------------
+# --- SQL
+# -------------------------------------------------------------------------------------------------
 
 SQL_ROWS = 5_600_000
 SQL_BYTES = 60_000_000
@@ -509,17 +594,23 @@ SQL_BYTES = 60_000_000
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One Parquet file of more than 60 MB for each compression."""
     dice = np.random.default_rng(0)
-    table = pa.table({
-        "doc": np.arange(SQL_ROWS, dtype=np.int32) // 300,
-        "token_id": dice.integers(0, 1 << 30, SQL_ROWS, dtype=np.int32),
-        "strength_2": dice.random(SQL_ROWS, dtype=np.float32),
-        "strength_8": dice.random(SQL_ROWS, dtype=np.float32),
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "doc": np.arange(SQL_ROWS, dtype=np.int32) // 300,
+            "token_id": dice.integers(0, 1 << 30, SQL_ROWS, dtype=np.int32),
+            "strength_2": dice.random(SQL_ROWS, dtype=np.float32),
+            "strength_8": dice.random(SQL_ROWS, dtype=np.float32),
+        }
+    )
     folder = tmp_path_factory.mktemp("tables")
     for compression in ("none", "zstd"):
         pq.write_table(
-            table, folder / compression, compression=compression, use_dictionary=False, row_group_size=1 << 19
-        )  # fmt: skip
+            table,
+            folder / compression,
+            compression=compression,
+            use_dictionary=False,
+            row_group_size=1 << 19,
+        )
         assert (folder / compression).stat().st_size > SQL_BYTES
     return {name: folder / name for name in ("none", "zstd")}
 
@@ -529,9 +620,14 @@ CHECKSUM = "SELECT count(*), sum(hash(doc, token_id, strength_2, strength_8)::HU
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
 def test_sql_over_large_files_is_right_on_many_threads(
-    kind: str, tables: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tables: dict[str, Path],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """DuckDB 2.0 calls seek and read on one file from many threads; a position they shared would mix rows up."""
+    """DuckDB 2.0 calls seek and read on one file from many threads; a position they shared would
+    mix rows up.
+    """
     seek = RangeFile.seek
 
     def overtaken(self: RangeFile, *args: int) -> int:
@@ -550,11 +646,16 @@ def test_sql_over_large_files_is_right_on_many_threads(
         plain.register("rows_by_arrow", pq.read_table(tables["zstd"]))
         expected = plain.sql(CHECKSUM + "rows_by_arrow").fetchall()
     assert expected[0][0] == SQL_ROWS
-    of_file = {name: blocks.Blocks(sizes[name], blocks.checksums(path.read_bytes())) for name, path in tables.items()}
+    of_file = {
+        name: blocks.Blocks(sizes[name], blocks.checksums(path.read_bytes()))
+        for name, path in tables.items()
+    }
     files = ReadOnlyFiles(
         root, {name: (f"{root}/{name}", size) for name, size in sizes.items()}, of_file.__getitem__
-    )  # fmt: skip
+    )
     for name, threads in itertools.product(tables, (2, 8, 2, 8) if kind == "local" else (2, 8, 8)):
         with duckdb.connect(config={"threads": threads}) as connection:
             connection.register_filesystem(files)
-            assert connection.sql(f"{CHECKSUM} read_parquet('afn://{name}')").fetchall() == expected, (name, threads)
+            assert (
+                connection.sql(f"{CHECKSUM} read_parquet('afn://{name}')").fetchall() == expected
+            ), (name, threads)

@@ -26,26 +26,39 @@ def _tokens(n: int, offsets: bool) -> pa.Table:
     number = np.arange(n)
     return make_table(
         {
-            "doc": number // 20, "position": number % 20, "token_id": random.integers(0, 500, n),
-            "flags": np.full(n, 2, np.uint8), "surface": ["LORD" if i % 9 == 0 else None for i in range(n)],
-            "start": number % 20 * 4, "end": number % 20 * 4 + 3,
+            "doc": number // 20,
+            "position": number % 20,
+            "token_id": random.integers(0, 500, n),
+            "flags": np.full(n, 2, np.uint8),
+            "surface": ["LORD" if i % 9 == 0 else None for i in range(n)],
+            "start": number % 20 * 4,
+            "end": number % 20 * 4 + 3,
             **{s.name: round_strengths(random.normal(9, 1, n).astype(np.float32)) for s in SERIES},
         },
         tokens_schema(SERIES, offsets),
-    )  # fmt: skip
+    )
 
 
 def _documents(n: int) -> pa.Table:
     return make_table(
         {
-            "doc": range(n), "doc_id": [None, *map(str, range(1, n))], "source": ["a.txt"] * n, "offset": range(n),
-            "n_tokens": [20] * n, "n_windows": [1] * n, "n_chars": [99] * n, "n_replaced": [0] * n,
-            "lost_bytes": [0] * n, "lost_documents": [0] * n,
-            "text_sha256": [bytes(32)] * n, "status": ["ok"] * n, "mean_strength_0": [None, *[1.0] * (n - 1)],
+            "doc": range(n),
+            "doc_id": [None, *map(str, range(1, n))],
+            "source": ["a.txt"] * n,
+            "offset": range(n),
+            "n_tokens": [20] * n,
+            "n_windows": [1] * n,
+            "n_chars": [99] * n,
+            "n_replaced": [0] * n,
+            "lost_bytes": [0] * n,
+            "lost_documents": [0] * n,
+            "text_sha256": [bytes(32)] * n,
+            "status": ["ok"] * n,
+            "mean_strength_0": [None, *[1.0] * (n - 1)],
             "mean_strength_8": [2.0] * n,
         },
         documents_schema(SERIES),
-    )  # fmt: skip
+    )
 
 
 def _summary(tokens: pa.Table) -> list[pa.Table]:
@@ -76,7 +89,9 @@ def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, off
     for name, table in (("tokens", tokens), ("documents", documents)):
         assert read[name].to_pylist() == table.to_pylist()
     assert read["summary"].to_pylist() == pa.concat_tables(_summary(tokens)).to_pylist()
-    assert {name: rows for name, (_, rows) in files.tables().items()} == {k: t.num_rows for k, t in read.items()}
+    assert {name: rows for name, (_, rows) in files.tables().items()} == {
+        k: t.num_rows for k, t in read.items()
+    }
 
 
 def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
@@ -92,7 +107,14 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
             "BYTE_STREAM_SPLIT": ["strength_0", "strength_8"],
         },
         "documents": {
-            "DELTA_BINARY_PACKED": ["doc", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced"],
+            "DELTA_BINARY_PACKED": [
+                "doc",
+                "offset",
+                "n_tokens",
+                "n_windows",
+                "n_chars",
+                "n_replaced",
+            ],
             "RLE_DICTIONARY": ["source", "status"],
             "BYTE_STREAM_SPLIT": ["mean_strength_0", "mean_strength_8"],
         },
@@ -106,7 +128,11 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
         assert {c.compression for c in columns.values()} == {"ZSTD"}
         for encoding, names in encodings.items():
             for column in names:
-                assert encoding in columns[column].encodings, (name, column, columns[column].encodings)
+                assert encoding in columns[column].encodings, (
+                    name,
+                    column,
+                    columns[column].encodings,
+                )
                 assert columns[column].has_dictionary_page == (encoding == "RLE_DICTIONARY")
 
 
@@ -116,7 +142,9 @@ def test_a_token_takes_about_five_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "tokens.parquet").stat().st_size / 100_000 < 5.5
 
 
-def test_a_table_of_a_summary_is_one_row_group_however_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_of_a_summary_is_one_row_group_however_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(records, "ROW_GROUP_ROWS", 5)
     with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
         tables = [*_summary(_tokens(500, True))]
@@ -132,14 +160,20 @@ def test_rows_are_gathered_into_row_groups(tmp_path: Path, monkeypatch: pytest.M
         for begin in range(0, 2500, 250):
             files.tokens.write(tokens.slice(begin, 250))
     metadata = pq.ParquetFile(tmp_path / "tokens.parquet").metadata
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1000, 1000, 500]
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [
+        1000,
+        1000,
+        500,
+    ]
 
 
 def test_a_layer_is_a_row_group_of_the_summary(tmp_path: Path) -> None:
     with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
         files.summary.write_each(_summary(_tokens(500, True)))
     file = pq.ParquetFile(tmp_path / "summary.parquet")
-    assert [set(file.read_row_group(i)["layer"].to_pylist()) for i in range(file.num_row_groups)] == [{0}, {8}]
+    assert [
+        set(file.read_row_group(i)["layer"].to_pylist()) for i in range(file.num_row_groups)
+    ] == [{0}, {8}]
 
 
 def test_a_shard_without_tokens_has_three_empty_tables(tmp_path: Path) -> None:
@@ -154,11 +188,15 @@ def test_a_shard_without_tokens_has_three_empty_tables(tmp_path: Path) -> None:
 def test_a_full_scratch_can_be_resumed_and_says_how(tmp_path: Path, table: str) -> None:
     (tmp_path / f"{table}.parquet").symlink_to("/dev/full")
     tokens = _tokens(20_000, True)
-    with pytest.raises(Interrupted, match=r"make room or give another --scratch.*run the same command again") as caught:  # noqa: SIM117
-        with ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files:
-            files.tokens.write(tokens)
-            files.documents.write(_documents(250))
-            files.summary.write_each(_summary(tokens))
+    with (
+        pytest.raises(
+            Interrupted, match=r"make room or give another --scratch.*run the same command again"
+        ) as caught,
+        ShardFiles(tmp_path, SERIES, (), True, ORIGIN) as files,
+    ):
+        files.tokens.write(tokens)
+        files.documents.write(_documents(250))
+        files.summary.write_each(_summary(tokens))
     assert f"{table}.parquet" in str(caught.value)
 
 
@@ -180,8 +218,13 @@ def test_every_page_has_a_checksum_and_a_reader_that_checks_it(tmp_path: Path, t
     for at in range(rows.num_columns):
         chunk = rows.column(at)
         damaged = bytearray(data)
-        begins = [chunk.data_page_offset, *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else [])]
-        damaged[min(begins) + chunk.total_compressed_size - 1] ^= 1  # the last byte of the last page
+        begins = [
+            chunk.data_page_offset,
+            *([chunk.dictionary_page_offset] if chunk.has_dictionary_page else []),
+        ]
+        damaged[min(begins) + chunk.total_compressed_size - 1] ^= (
+            1  # the last byte of the last page
+        )
         for read in (lambda data: parquet.open_file(data).read(), parquet.read):
             with pytest.raises(OSError, match="CRC checksum verification failed"):
                 read(bytes(damaged))

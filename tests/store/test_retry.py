@@ -1,4 +1,6 @@
-"""What passes by itself is asked again until it has passed or time is up; what does not is told at once."""
+"""What passes by itself is asked again until it has passed or time is up; what does not is told at
+once.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ class HttpError(Exception):
         botocore.exceptions.SSLError(endpoint_url=ENDPOINT, error="eof"),
         botocore.exceptions.IncompleteReadError(actual_bytes=1, expected_bytes=2),
         botocore.parsers.ResponseParserError("no XML"),
-        _caused(botocore.exceptions.HTTPClientError(error="garbled"), BadHttpMessage("garbled")),  # it has a code, 400
+        _caused(
+            botocore.exceptions.HTTPClientError(error="garbled"), BadHttpMessage("garbled")
+        ),  # it has a code, 400
         aiohttp.ClientOSError(errno.ECONNRESET, "reset"),
         aiohttp.ServerTimeoutError("read"),
         HttpError(503),
@@ -80,7 +84,8 @@ class HttpError(Exception):
         _os_error(errno.EBUSY),
         _caused(OSError("could not read"), ConnectionResetError()),
         _caused(
-            botocore.exceptions.CredentialRetrievalError(provider="iam-role", error_msg="timeout"), FSTimeoutError()
+            botocore.exceptions.CredentialRetrievalError(provider="iam-role", error_msg="timeout"),
+            FSTimeoutError(),
         ),
     ],
     ids=repr,
@@ -109,7 +114,9 @@ def test_these_pass_on_a_network(error: BaseException) -> None:
         s3_error("301", 301, "HeadBucket"),
         s3_error("SomethingNew", 400),
         botocore.exceptions.NoCredentialsError(),
-        botocore.exceptions.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
+        botocore.exceptions.PartialCredentialsError(
+            provider="env", cred_var="AWS_SECRET_ACCESS_KEY"
+        ),
         botocore.exceptions.ProfileNotFound(profile="x"),
         botocore.exceptions.ParamValidationError(report="Invalid bucket name"),
         botocore.exceptions.NoRegionError(),
@@ -117,7 +124,9 @@ def test_these_pass_on_a_network(error: BaseException) -> None:
         HttpError(400),
         HttpError("404"),
         FileNotFoundError(errno.ENOENT, "no such file"),
-        _caused(FileExistsError("there"), s3_error("ConditionalRequestConflict", 409)),  # as adlfs translates
+        _caused(
+            FileExistsError("there"), s3_error("ConditionalRequestConflict", 409)
+        ),  # as adlfs translates
         PermissionError("denied"),
         IsADirectoryError(errno.EISDIR, "folder"),
         NotADirectoryError(errno.ENOTDIR, "file"),
@@ -167,7 +176,8 @@ def test_a_context_counts_unless_it_was_put_aside() -> None:
     assert is_transient(fail(aside=False)) and not is_transient(fail(aside=True))
 
 
-# --- trying again ----------------------------------------------------------------------------------------
+# --- trying again
+# ----------------------------------------------------------------------------------------
 
 
 class _Clock:
@@ -206,15 +216,24 @@ def test_waits_are_spread_over_the_whole_range(monkeypatch: pytest.MonkeyPatch) 
         up_at_s = clock.now - 1000 + 1e-9
         patiently(lambda: clock.fail_until(up_at_s), "x", local=False)  # noqa: B023
     firsts = [w / retry.FIRST_WAIT_S for w in clock.waits]
-    assert len(firsts) >= 400 and min(firsts) < 0.05 and max(firsts) > 0.95 and 0.4 < sum(firsts) / len(firsts) < 0.6
+    assert (
+        len(firsts) >= 400
+        and min(firsts) < 0.05
+        and max(firsts) > 0.95
+        and 0.4 < sum(firsts) / len(firsts) < 0.6
+    )
 
 
 @pytest.mark.parametrize("call_s", [0.0, 30.0, 500.0])
-def test_no_answer_for_too_long_is_unavailable_and_says_why(monkeypatch: pytest.MonkeyPatch, call_s: float) -> None:
+def test_no_answer_for_too_long_is_unavailable_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, call_s: float
+) -> None:
     clock = _Clock(monkeypatch, call_s)
     with pytest.raises(Unavailable) as caught:
         patiently(lambda: clock.fail_until(1e9), "writing s3://bucket/x", local=False)
-    assert "writing s3://bucket/x: no answer in" in str(caught.value) and "said SlowDown" in str(caught.value)
+    assert "writing s3://bucket/x: no answer in" in str(caught.value) and "said SlowDown" in str(
+        caught.value
+    )
     assert "run the same command again" in str(caught.value)
     assert caught.value.exit_code == 75 and isinstance(caught.value.__cause__, OSError)
     assert clock.calls >= 2  # a long call that fails at its end is given a second chance
@@ -222,8 +241,12 @@ def test_no_answer_for_too_long_is_unavailable_and_says_why(monkeypatch: pytest.
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("x"), KeyboardInterrupt(), asyncio.CancelledError()])
-def test_what_does_not_pass_is_raised_at_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("x"), KeyboardInterrupt(), asyncio.CancelledError()]
+)
+def test_what_does_not_pass_is_raised_at_once(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     clock, calls = _Clock(monkeypatch), list[int]()
 
     def fail() -> None:

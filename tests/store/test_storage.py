@@ -40,7 +40,8 @@ def _left(folder: str) -> list[str]:
     return sorted(name.removeprefix(path).strip("/") for name in fs.find(path))
 
 
-# --- write_once ------------------------------------------------------------------------------------------
+# --- write_once
+# ------------------------------------------------------------------------------------------
 
 
 def _body(writer: int) -> bytes:
@@ -63,7 +64,9 @@ def _race(uri: str, workers: list[Any], queue: Any) -> None:
     for worker in workers:
         worker.join(60)
     winners = [a for a in answers if a is not None]
-    assert len(winners) == 1 or (not winners and uri.startswith("faulty:"))  # there the winner may not know it
+    assert len(winners) == 1 or (
+        not winners and uri.startswith("faulty:")
+    )  # there the winner may not know it
     assert storage.read_bytes(uri) in [_body(w) for w in winners or range(len(workers))]
 
 
@@ -71,8 +74,14 @@ def test_one_of_eight_threads_wins_and_its_content_is_whole(folder: str) -> None
     import queue
 
     for trial in range(3):
-        uri, start, wins = storage.join(folder, "deep", f"{trial}"), threading.Barrier(8), queue.Queue[int | None]()
-        _race(uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins)
+        uri, start, wins = (
+            storage.join(folder, "deep", f"{trial}"),
+            threading.Barrier(8),
+            queue.Queue[int | None](),
+        )
+        _race(
+            uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins
+        )
     assert _left(folder) == ["deep/0", "deep/1", "deep/2"]
 
 
@@ -108,7 +117,9 @@ def test_no_reader_ever_sees_part_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "link"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError(), OSError(errno.EIO, "Input/output error")]
+)
 def test_an_exception_in_the_middle_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
 ) -> None:
@@ -133,12 +144,15 @@ def test_a_killed_writer_leaves_no_final_name(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == 9
     assert storage.read_if_there(uri) is None
-    assert all(name.startswith(".") for name in _left(str(tmp_path)))  # hidden: no one takes it for a file
+    assert all(
+        name.startswith(".") for name in _left(str(tmp_path))
+    )  # hidden: no one takes it for a file
     storage.write_once(uri, b"again")
     assert storage.read_bytes(uri) == b"again"
 
 
-# --- filesystems that lack something ---------------------------------------------------------------------
+# --- filesystems that lack something
+# ---------------------------------------------------------------------
 
 LINKLESS = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS]
 """What exFAT, SMB and FUSE say to who wants a hard link."""
@@ -161,12 +175,20 @@ def poor_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "fsync", no_folders)
 
 
-def test_without_hard_links_one_writer_wins_and_its_content_is_whole(poor_disk: None, tmp_path: Path) -> None:
+def test_without_hard_links_one_writer_wins_and_its_content_is_whole(
+    poor_disk: None, tmp_path: Path
+) -> None:
     import queue
 
     for trial in range(3):
-        uri, start, wins = str(tmp_path / f"{trial}"), threading.Barrier(8), queue.Queue[int | None]()
-        _race(uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins)
+        uri, start, wins = (
+            str(tmp_path / f"{trial}"),
+            threading.Barrier(8),
+            queue.Queue[int | None](),
+        )
+        _race(
+            uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins
+        )
     assert _left(str(tmp_path)) == ["0", "1", "2"]
     storage.check_writable(str(tmp_path / "store"))
     assert _left(str(tmp_path / "store")) == []
@@ -203,7 +225,10 @@ def test_a_claim_whose_writer_ended_is_named_with_what_to_do(
 ) -> None:
     monkeypatch.setattr(disk, "CLAIM_S", 0.05)
     (tmp_path / "commit.json").touch()
-    with pytest.raises(StoreError, match=r"commit\.json: it is empty.*delete that file and run the same command again"):
+    with pytest.raises(
+        StoreError,
+        match=r"commit\.json: it is empty.*delete that file and run the same command again",
+    ):
         storage.write_once(str(tmp_path / "commit.json"), b"x")
     assert _left(str(tmp_path)) == ["commit.json"]
 
@@ -224,12 +249,16 @@ def test_a_filesystem_that_lets_two_claim_one_name_is_refused(
     poor_disk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = os.open
-    monkeypatch.setattr(os, "open", lambda path, flags, *mode: opened(path, flags & ~os.O_EXCL, *mode))
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *mode: opened(path, flags & ~os.O_EXCL, *mode)
+    )
     with pytest.raises(StoreError, match="lets a second writer replace a file"):
         storage.check_writable(str(tmp_path))
 
 
-def test_what_a_filesystem_cannot_do_is_no_want_of_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_filesystem_cannot_do_is_no_want_of_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unable(*args: object, **options: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -246,10 +275,13 @@ def test_a_result_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
     assert path.read_bytes() == b"a" and len(_left(str(tmp_path))) == 1
 
 
-# --- upload ----------------------------------------------------------------------------------------------
+# --- upload
+# ----------------------------------------------------------------------------------------------
 
 
-def test_upload_copies_the_file_and_makes_its_folder(folder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_upload_copies_the_file_and_makes_its_folder(
+    folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     local = tmp_path_factory.mktemp("scratch") / "x"
     local.write_bytes(_body(7))
     storage.upload(local, storage.join(folder, "shards", "one", "x"))
@@ -257,7 +289,9 @@ def test_upload_copies_the_file_and_makes_its_folder(folder: str, tmp_path_facto
     assert local.exists()
 
 
-def test_upload_that_fails_half_way_removes_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_that_fails_half_way_removes_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_bytes(_body(7))
     seen: list[int] = []
 
@@ -272,7 +306,8 @@ def test_upload_that_fails_half_way_removes_its_part(tmp_path: Path, monkeypatch
     assert _left(str(tmp_path / "store")) == []
 
 
-# --- errors ----------------------------------------------------------------------------------------------
+# --- errors
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -287,7 +322,9 @@ def test_a_full_disk_can_be_resumed_and_says_how(
     monkeypatch.setattr(os, "fsync", full)
     target = str(tmp_path / "store" / "x")
     with pytest.raises(Interrupted) as caught:
-        storage.write_once(target, b"x") if write == "write_once" else storage.upload(tmp_path / "x", target)
+        storage.write_once(target, b"x") if write == "write_once" else storage.upload(
+            tmp_path / "x", target
+        )
     assert "no space left" in str(caught.value) and target in str(caught.value)
     assert "make room and run the same command again" in str(caught.value)
     assert caught.value.exit_code == 75
@@ -306,7 +343,9 @@ def _denied(*args: object, **kwargs: object) -> None:
     raise PermissionError(errno.EACCES, "Permission denied")
 
 
-def test_a_store_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_may_not_be_written_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "mkdir", _denied)
     with pytest.raises(StoreError, match="permission denied; check owner, mode or credentials"):
         storage.check_writable(str(tmp_path))
@@ -323,7 +362,9 @@ def test_a_store_under_proc_or_below_a_file_says_so(tmp_path: Path) -> None:
     assert not storage.exists(str(tmp_path / "file" / "store"))
 
 
-def test_a_corpus_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_that_may_not_be_read_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_bytes(b"a")
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", _denied)
@@ -359,7 +400,8 @@ def test_a_url_that_cannot_be_opened_is_a_wrong_request(uri: str) -> None:
         storage.find_files(uri)
 
 
-# --- reading and listing ---------------------------------------------------------------------------------
+# --- reading and listing
+# ---------------------------------------------------------------------------------
 
 
 def test_reading_gives_bytes_ranges_and_none(folder: str) -> None:
@@ -412,7 +454,9 @@ def test_a_file_that_goes_while_its_store_is_listed_takes_no_other_with_it(
         return lstat(path)
 
     monkeypatch.setattr(Path, "lstat", gone_in_the_meantime)
-    assert [f.uri for f in storage.list_below(str(tmp_path))] == [str(tmp_path / n / "x") for n in "ac"]
+    assert [f.uri for f in storage.list_below(str(tmp_path))] == [
+        str(tmp_path / n / "x") for n in "ac"
+    ]
 
 
 def test_read_if_there_does_not_take_an_error_for_absence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +481,9 @@ def test_check_writable_leaves_nothing(folder: str) -> None:
 def test_absolute_is_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = str(tmp_path / "a" / "*.txt")
-    assert {storage.absolute(u) for u in ("a/*.txt", "./a/*.txt", whole, f"file://{whole}")} == {whole}
+    assert {storage.absolute(u) for u in ("a/*.txt", "./a/*.txt", whole, f"file://{whole}")} == {
+        whole
+    }
     assert storage.absolute("memory://x/y") == storage.absolute("memory:///x/y")
     assert storage.absolute(storage.absolute("memory://x/y")) == storage.absolute("memory://x/y")
     assert storage.is_local(whole) and not storage.is_process_memory(whole)
@@ -448,7 +494,8 @@ def test_join_has_one_slash_between() -> None:
     assert storage.join("s3://b/", "x", "y") == storage.join("s3://b", "x/y") == "s3://b/x/y"
 
 
-# --- find_files ------------------------------------------------------------------------------------------
+# --- find_files
+# ------------------------------------------------------------------------------------------
 
 NAMES = ("b.txt", "a.txt", "sub/deep/c.txt", "sub/d.jsonl", "a*b[1].txt", "a b#?.txt", "日本.txt")
 HIDDEN = (".hidden.txt", "_SUCCESS", ".git/x.txt", "sub/_tmp/y.txt")
@@ -535,7 +582,9 @@ def test_listings_are_not_remembered(object_store: str) -> None:
     _fill(object_store, ("a.txt",))
     assert _names(object_store, "") == _names(object_store, "*.txt") == ["a.txt"]
     bucket = object_store.removeprefix("s3://")
-    boto3.client("s3").put_object(Bucket=bucket, Key="b.txt", Body=b"b.txt")  # as another process would
+    boto3.client("s3").put_object(
+        Bucket=bucket, Key="b.txt", Body=b"b.txt"
+    )  # as another process would
     assert _names(object_store, "") == _names(object_store, "*.txt") == ["a.txt", "b.txt"]
     assert storage.list_names(object_store) == ["a.txt", "b.txt"]
 

@@ -1,4 +1,6 @@
-"""Texts become batches ahead of the model: in order, a bounded number ahead, and nothing is left behind or hangs."""
+"""Texts become batches ahead of the model: in order, a bounded number ahead, and nothing is left
+behind or hangs.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ class Counted:
 def assert_same(one: Prepared, other: Prepared) -> None:
     for f in fields(encode.Encoded):
         a, b = getattr(one.encoded, f.name), getattr(other.encoded, f.name)
-        assert a == b if f.name == "problems" else a.dtype == b.dtype and np.array_equal(a, b), f.name
+        assert a == b if f.name == "problems" else a.dtype == b.dtype and np.array_equal(a, b), (
+            f.name
+        )
     assert one.surfaces == other.surfaces
     assert np.array_equal(one.n_windows, other.n_windows)
     assert len(one.batches) == len(other.batches)
@@ -117,10 +121,13 @@ def assert_same(one: Prepared, other: Prepared) -> None:
             assert a.dtype == b.dtype and np.array_equal(a, b), name
 
 
-# --- what is prepared ------------------------------------------------------------------------------------
+# --- what is prepared
+# ------------------------------------------------------------------------------------
 
 
-def test_every_token_of_every_text_is_in_the_batches_once(preparer: Preparer, verses: list[str]) -> None:
+def test_every_token_of_every_text_is_in_the_batches_once(
+    preparer: Preparer, verses: list[str]
+) -> None:
     texts = ["", verses[0], " ".join(verses[:20]), "a", "ab\ufffdc"]
     got = preparer.prepare(texts, [False] * 4 + [True])
     assert got.encoded.bounds[1] == 0
@@ -130,7 +137,10 @@ def test_every_token_of_every_text_is_in_the_batches_once(preparer: Preparer, ve
         assert np.array_equal(batch.ids[batch.kept], got.encoded.token_ids[batch.rows])
     width = 62
     text_tokens = np.maximum(np.diff(got.encoded.bounds) - 2, 0)
-    expected = [0 if not n else 1 + max(0, -(-(n - width) // (width - width // 4))) for n in text_tokens.tolist()]
+    expected = [
+        0 if not n else 1 + max(0, -(-(n - width) // (width - width // 4)))
+        for n in text_tokens.tolist()
+    ]
     assert got.n_windows.tolist() == expected and max(expected) > 3
     assert got.surfaces == encode.surfaces(got.encoded, texts, preparer.readable)
     assert got.seconds > 0
@@ -139,21 +149,36 @@ def test_every_token_of_every_text_is_in_the_batches_once(preparer: Preparer, ve
 def test_texts_without_a_token_have_no_batch(preparer: Preparer) -> None:
     for texts in ([], ["", "\u200b"]):
         got = preparer.prepare(texts, [False] * len(texts))
-        assert got.batches == [] and got.n_windows.tolist() == [0] * len(texts) and len(got.encoded.token_ids) == 0
+        assert (
+            got.batches == []
+            and got.n_windows.tolist() == [0] * len(texts)
+            and len(got.encoded.token_ids) == 0
+        )
 
 
-def test_texts_at_fault_are_packed_as_if_they_were_empty(preparer: Preparer, verses: list[str]) -> None:
+def test_texts_at_fault_are_packed_as_if_they_were_empty(
+    preparer: Preparer, verses: list[str]
+) -> None:
     texts = [" ".join(verses[i : i + 1 + i % 5]) for i in range(40)]
     got = preparer.prepare(texts, [False] * 40, 1, {7: "this", 39: "that"})
-    expected = preparer.prepare(["" if i in (7, 39) else t for i, t in enumerate(texts)], [False] * 40, 1)
-    assert got.encoded.problems == {7: "this", 39: "that"} and got.n_windows[[7, 39]].tolist() == [0, 0]
+    expected = preparer.prepare(
+        ["" if i in (7, 39) else t for i, t in enumerate(texts)], [False] * 40, 1
+    )
+    assert got.encoded.problems == {7: "this", 39: "that"} and got.n_windows[[7, 39]].tolist() == [
+        0,
+        0,
+    ]
     assert len(got.batches) > 1
     assert_same(replace(got, encoded=replace(got.encoded, problems={})), expected)
 
 
-def test_a_process_finds_the_documents_at_fault_that_a_thread_finds(recipe: Recipe, verses: list[str]) -> None:
+def test_a_process_finds_the_documents_at_fault_that_a_thread_finds(
+    recipe: Recipe, verses: list[str]
+) -> None:
     pieces = [(c, -1.0) for c in f" {string.ascii_letters}.,:;"]
-    recipe = replace(recipe, tokenizer=Tokenizer(models.Unigram(pieces, unk_id=None)).to_str(), num_embeddings=55)
+    recipe = replace(
+        recipe, tokenizer=Tokenizer(models.Unigram(pieces, unk_id=None)).to_str(), num_embeddings=55
+    )
     rows = documents(verses, 12)  # ":" is id 55, and the tokenizer has no "?"
     rows += [replace(rows[0], text="what?"), replace(rows[0], text="a: b")]
     made = [Feed(Preparer(recipe), n) for n in (0, 1)]
@@ -167,7 +192,8 @@ def test_a_process_finds_the_documents_at_fault_that_a_thread_finds(recipe: Reci
     assert sum(b.forward_tokens for b in one[0].batches) > 0 and len(problems) < len(rows)
 
 
-# --- order and bounds ------------------------------------------------------------------------------------
+# --- order and bounds
+# ------------------------------------------------------------------------------------
 
 
 def test_chunks_are_whole_documents_in_order_of_about_their_size(
@@ -181,7 +207,10 @@ def test_chunks_are_whole_documents_in_order_of_about_their_size(
     assert all(sum(s) >= 2000 > sum(s[:-1]) for s in sizes[:-1]) and 0 < sum(sizes[-1][:-1]) < 2000
     assert len(got) > AHEAD + 3
     for chunk in got:
-        assert_same(chunk.prepared, preparer.prepare([d.text for d in chunk.documents], [False] * len(chunk.documents)))
+        assert_same(
+            chunk.prepared,
+            preparer.prepare([d.text for d in chunk.documents], [False] * len(chunk.documents)),
+        )
         assert chunk.read_s >= 0
 
 
@@ -228,7 +257,9 @@ def test_an_error_while_reading_comes_behind_the_chunks_before_it(
             got.append(chunk)
     assert [c.documents for c in got] == [[d] for d in documents(verses, n)]
     assert "afn-read" not in our_threads()
-    assert [c.documents for c in made.chunks(documents(verses, 2))] == [[d] for d in documents(verses, 2)]  # goes on
+    assert [c.documents for c in made.chunks(documents(verses, 2))] == [
+        [d] for d in documents(verses, 2)
+    ]  # goes on
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -267,19 +298,26 @@ def test_giving_up_midway_ends_the_reader(
     assert len(list(made.chunks(documents(verses, 3)))) == 3
 
 
-def test_a_reader_whose_chunks_nobody_took_leaves_no_thread(threads: Feed, verses: list[str]) -> None:
+def test_a_reader_whose_chunks_nobody_took_leaves_no_thread(
+    threads: Feed, verses: list[str]
+) -> None:
     threads.chunks(documents(verses, 3)).close()
     assert "afn-read" not in our_threads()
 
 
-# --- processes -------------------------------------------------------------------------------------------
+# --- processes
+# -------------------------------------------------------------------------------------------
 
 
 def test_processes_prepare_the_same_bits_and_close_ends_them(
     preparer: Preparer, processes: Feed, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "CHUNK_BYTES", 3000)
-    rows = [*documents(verses, 60), Document("s", 60, ""), Document("s", 61, "ab\ufffdc", num_replaced=1)]
+    rows = [
+        *documents(verses, 60),
+        Document("s", 60, ""),
+        Document("s", 61, "ab\ufffdc", num_replaced=1),
+    ]
     threads = Feed(preparer, 0)
     for one, other in zip(threads.chunks(rows), processes.chunks(rows), strict=True):
         assert one.documents == other.documents
@@ -361,14 +399,22 @@ if "spawn_main" in " ".join(sys.orig_argv):
      ("import time; time.sleep(600)", r"has not started in")],
 )  # fmt: skip
 def test_a_tokenizer_process_that_does_not_start_is_an_error_and_no_hang(
-    what: str, said: str, preparer: Preparer, tmp_path: Path, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    what: str,
+    said: str,
+    preparer: Preparer,
+    tmp_path: Path,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Even where its recipe has more bytes than the pipe to it holds."""
     (tmp_path / "sitecustomize.py").write_text(EARLY_END.format(what))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(feed, "ANSWER_S", 0.1)
     monkeypatch.setattr(feed, "START_S", 1.0)
-    large = Preparer(replace(preparer.recipe, tokenizer=preparer.recipe.tokenizer + " " * (1 << 20)), preparer.encoder)
+    large = Preparer(
+        replace(preparer.recipe, tokenizer=preparer.recipe.tokenizer + " " * (1 << 20)),
+        preparer.encoder,
+    )
     processes = Feed(large, 1)
     with pytest.raises(HelperDied, match=said):
         list(processes.chunks(documents(verses, 5)))
@@ -403,7 +449,9 @@ def test_ctrl_c_is_for_the_parent_alone(processes: Feed, verses: list[str]) -> N
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_ctrl_c_as_processes_start_is_for_the_parent_alone(processes: Feed, verses: list[str]) -> None:
+def test_ctrl_c_as_processes_start_is_for_the_parent_alone(
+    processes: Feed, verses: list[str]
+) -> None:
     chunks = processes.chunks(documents(verses, 4))
     assert eventually(lambda: len(pids(processes)) == 2)
     while not all(started.done() for started in list(processes._started.values())):
@@ -432,7 +480,9 @@ def test_a_killed_worker_leaves_no_tokenizer_processes(tmp_path: Path, recipe: R
     (tmp_path / "worker.py").write_text(ORPHANS)
     (tmp_path / "tokenizer.json").write_text(recipe.tokenizer, "utf-8")
     command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path / "tokenizer.json")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as worker:
         assert worker.stdout is not None
         running = [int(pid) for pid in worker.stdout.readline().split()]
         worker.kill()

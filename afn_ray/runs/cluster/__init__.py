@@ -24,13 +24,19 @@ from afn_ray.store import storage
 T = TypeVar("T")
 
 INLINE_BYTES = 1 << 20
-"""A run with less to read than this is done in this process: a local Ray takes 5 seconds and 0.5 GB to start."""
+"""A run with less to read than this is done in this process: a local Ray takes 5 seconds and 0.5 GB
+to start.
+"""
 
 
-def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState) -> State:
-    """Process ``shards``; returns what was committed and what was quarantined, by the rules of ``Dispatcher``.
+def process_shards(
+    config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState
+) -> State:
+    """Process ``shards``; returns what was committed and what was quarantined, by the rules of
+    ``Dispatcher``.
 
-    Raises at once for what concerns all of them: a model that does not load, a full disk, no capacity.
+    Raises at once for what concerns all of them: a model that does not load, a full disk, no
+    capacity.
     """
     try:
         if runs_inline(config, shards):
@@ -51,7 +57,8 @@ def process_shards(config: RunConfig, task: Task, shards: Sequence[Shard], on_st
 
 
 def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) -> None:
-    """Raise what ``process_shards`` and ``tasks`` would raise of a Ray that cannot, or must not, be joined.
+    """Raise what ``process_shards`` and ``tasks`` would raise of a Ray that cannot, or must not, be
+    joined.
 
     ``todo``: shards to process; ``planned``: those to reduce. A Ray of our own is not started.
     """
@@ -66,26 +73,38 @@ def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) ->
             pass
 
 
-def _dispatch(pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState) -> State:
+def _dispatch(
+    pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState
+) -> State:
     return Dispatcher(
-        pool, shards, on_state, wait_s=config.wait_s, deadline_s=config.shard_deadline_s,
+        pool,
+        shards,
+        on_state,
+        wait_s=config.wait_s,
+        deadline_s=config.shard_deadline_s,
         allow_quarantined=config.allow_quarantined,
-    ).run()  # fmt: skip
+    ).run()
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
-    """Whether ``shards`` are processed in this process: when asked for, or when they are not worth a local Ray."""
+    """Whether ``shards`` are processed in this process: when asked for, or when they are not worth
+    a local Ray.
+    """
     if config.executor != "auto":
         return config.executor == "inline"
     if any(map(storage.is_process_memory, (config.store, *config.corpus))):
         return True
-    wants_ray = address(config) is not None or config.workers is not None or config.tokenizer_workers > 0
+    wants_ray = (
+        address(config) is not None or config.workers is not None or config.tokenizer_workers > 0
+    )
     started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     return not (wants_ray or started) and sum(s.num_bytes for s in shards) < INLINE_BYTES
 
 
 def find_device(config: RunConfig) -> str:
-    """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is here."""
+    """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is
+    here.
+    """
     if _is_here(config):
         return model.choose_device(config.device)
     if config.device != "auto":
@@ -105,7 +124,9 @@ def local_device(device: str) -> str:
 
 
 def count_workers(config: RunConfig, device: str) -> int:
-    """Workers that a run would start, from the config or from what this machine or the cluster has."""
+    """Workers that a run would start, from the config or from what this machine or the cluster
+    has.
+    """
     if config.executor == "inline":
         return 1
     if config.workers is not None:
@@ -117,9 +138,14 @@ def count_workers(config: RunConfig, device: str) -> int:
 
 
 def pilot(
-    pilot: Callable[[Task, Sequence[str]], T], task: Task, texts: Sequence[str], on_notice: Callable[[str], None]
+    pilot: Callable[[Task, Sequence[str]], T],
+    task: Task,
+    texts: Sequence[str],
+    on_notice: Callable[[str], None],
 ) -> T:
-    """``pilot(task, texts)`` where the workers' device is: here for a CPU of this machine, else on a worker's place."""
+    """``pilot(task, texts)`` where the workers' device is: here for a CPU of this machine, else on
+    a worker's place.
+    """
     config = task.config
     if _is_here(config) and (config.executor == "inline" or task.device == "cpu"):
         return pilot(task, texts)
@@ -129,8 +155,12 @@ def pilot(
 
 
 @contextmanager
-def tasks(config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None]) -> Iterator[Tasks]:
-    """Who runs the calls of a reduce of ``shards``: this process where it did them or one call reads all, else Ray."""
+def tasks(
+    config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None]
+) -> Iterator[Tasks]:
+    """Who runs the calls of a reduce of ``shards``: this process where it did them or one call
+    reads all, else Ray.
+    """
     if len(shards) <= FAN_IN or runs_inline(config, shards):
         yield Inline()
     else:

@@ -1,4 +1,6 @@
-"""Who reaches a Ray: one of our own listens on this machine alone, and one that asks for no token is not joined."""
+"""Who reaches a Ray: one of our own listens on this machine alone, and one that asks for no token
+is not joined.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,15 @@ _asked: dict[str, bool] = {}  # address -> whether it is open; a command joins m
 
 
 def choose_token(own: bool) -> None:
-    """Ask for token authentication in the environment, before Ray is imported; of a Ray of our ``own``, give one.
+    """Ask for token authentication in the environment, before Ray is imported; of a Ray of our
+    ``own``, give one.
 
-    Where it is given, Ray does not write one to ``~/.ray/auth_token``, for every user of the machine to read.
+    Where it is given, Ray does not write one to ``~/.ray/auth_token``, for every user of the
+    machine to read.
     """
-    if "ray" not in sys.modules:  # Ray reads the mode as it is imported; who imported it before us has chosen
+    if (
+        "ray" not in sys.modules
+    ):  # Ray reads the mode as it is imported; who imported it before us has chosen
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if own:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -46,24 +52,34 @@ def choose_token(own: bool) -> None:
 
 
 def start_local(**options: Any) -> None:
-    """``ray.init`` of a Ray of our own, with a token and on loopback alone; ``options`` are ``ray.init``'s."""
+    """``ray.init`` of a Ray of our own, with a token and on loopback alone; ``options`` are
+    ``ray.init``'s.
+    """
     choose_token(own=True)
     session.check()
     import ray
     from ray._private import ray_constants
 
-    # The one way to loopback: any address that ray.init is given Ray replaces by one that others reach, and listens
-    # on all. It is put back, since a cluster that is joined later must reach this process.
+    # The one way to loopback: any address that ray.init is given Ray replaces by one that others
+    # reach, and listens on all. It is put back, since a cluster that is joined later must reach
+    # this process.
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **options,
+        )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def check(where: str | None, allow_open: bool) -> None:
-    """Raise ``ConfigError`` for a Ray that others reach and that asks for no token; ``where`` None: one of our own.
+    """Raise ``ConfigError`` for a Ray that others reach and that asks for no token; ``where`` None:
+    one of our own.
 
     With ``allow_open`` it is a warning.
     """
@@ -77,15 +93,20 @@ def check(where: str | None, allow_open: bool) -> None:
         is_refused = not is_loopback(where) and is_open(where)
         what, how = f"the cluster at {where} asks", HOW_TO_CLOSE
     if is_refused and not allow_open:
-        raise ConfigError(f"{what} for no token: whoever reaches it can run code there; {how}, or go on all the same "
-                          "with --allow-open-cluster")  # fmt: skip
+        raise ConfigError(
+            f"{what} for no token: whoever reaches it can run code there; {how}, or go on all the same "
+            "with --allow-open-cluster"
+        )
     if is_refused:
-        _log.warning("%s for no token: whoever reaches it can run code there, with what this run may read and write",
-                     what)  # fmt: skip
+        _log.warning(
+            "%s for no token: whoever reaches it can run code there, with what this run may read and write",
+            what,
+        )
 
 
 def is_open(where: str) -> bool:
-    """Whether the Ray at ``where`` (``host:port`` or ``auto``) answers without a token, asked in a second.
+    """Whether the Ray at ``where`` (``host:port`` or ``auto``) answers without a token, asked in a
+    second.
 
     Raises ``ConfigError`` when it does not answer at all, and when it cannot be told.
     """
@@ -95,7 +116,9 @@ def is_open(where: str) -> bool:
         is_closed = any(word in asked.stderr for word in REFUSED)
         if asked.returncode and not is_closed:
             said = asked.stderr.strip().rpartition("\n")[2]
-            raise ConfigError(f"whether the cluster at {where} asks for a token cannot be told: {said}")
+            raise ConfigError(
+                f"whether the cluster at {where} asks for a token cannot be told: {said}"
+            )
         _asked[where] = not is_closed
     return _asked[where]
 
@@ -107,16 +130,30 @@ def refuses_us(where: str) -> bool:
 
 
 def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Ray's own look at the health of a head, in a process of its own: it prints, and holds on to what it found."""
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", where]
+    """Ray's own look at the health of a head, in a process of its own: it prints, and holds on to
+    what it found.
+    """
+    ray = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "health-check",
+        "--skip-version-check",
+        "--address",
+        where,
+    ]
     try:
-        return subprocess.run(ray, env=environment, capture_output=True, text=True, timeout=ASK_S, check=False)  # noqa: S603
+        return subprocess.run(  # noqa: S603
+            ray, env=environment, capture_output=True, text=True, timeout=ASK_S, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"the cluster at {where} does not answer within {ASK_S:g} s") from error
 
 
 def unreachable(where: str) -> str | None:
-    """Why nothing can be reached at ``where``, told in seconds where Ray takes minutes; None also for ``auto``."""
+    """Why nothing can be reached at ``where``, told in seconds where Ray takes minutes; None also
+    for ``auto``.
+    """
     if where == "auto":
         return None
     try:

@@ -15,18 +15,26 @@ from afn_ray.runs.dispatch import Patience
 
 POLL_S = 0.5
 MAX_PENDING = 256
-"""Calls under way at a time, so that any number of shards has bounded room in the object store and the driver."""
+"""Calls under way at a time, so that any number of shards has bounded room in the object store and
+the driver.
+"""
 
 
 def call_on_place(
-    config: RunConfig, device: str, on_notice: Callable[[str], None], function: Callable[..., Any], *args: Any
+    config: RunConfig,
+    device: str,
+    on_notice: Callable[[str], None],
+    function: Callable[..., Any],
+    *args: Any,
 ) -> Any:
-    """``function(*args)`` with what a worker has. Raises as it does; ``Interrupted`` when there is no such place in
-    time, or when the process is lost, again when repeated.
+    """``function(*args)`` with what a worker has. Raises as it does; ``Interrupted`` when there is
+    no such place in time, or when the process is lost, again when repeated.
     """
     import ray
 
-    answers = ray.remote(max_retries=3, num_returns="streaming", **needs(config, device))(_announced)
+    answers = ray.remote(max_retries=3, num_returns="streaming", **needs(config, device))(
+        _announced
+    )
     under_way = answers.remote(function, *args)
     patience = Patience(config.wait_s, lambda: lack(1, config, device))
     while not ray.wait([under_way], timeout=POLL_S)[0]:
@@ -52,7 +60,9 @@ def _announced(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
 
 
 class RayTasks:
-    """``reduce.Tasks`` of a Ray that is joined. Calls are pure, so a lost process or result is Ray's to repeat."""
+    """``reduce.Tasks`` of a Ray that is joined. Calls are pure, so a lost process or result is
+    Ray's to repeat.
+    """
 
     def __init__(self, config: RunConfig, on_notice: Callable[[str], None]) -> None:
         import ray
@@ -60,28 +70,37 @@ class RayTasks:
         self._patience = Patience(config.wait_s, lambda: lack(1, config, "cpu"))
         self._on_notice = on_notice
 
-        # A call's error is raised where its result is asked for, not printed by each call that waited for it.
+        # A call's error is raised where its result is asked for, not printed by each call that
+        # waited for it.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self._ray = ray
         self._call = ray.remote(num_cpus=1, max_retries=3)(call)
         self._pending: list[Any] = []
 
-    def submit(self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1) -> list[Any]:
+    def submit(
+        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
+    ) -> list[Any]:
         if len(self._pending) >= MAX_PENDING:
             # One reference of each call is held until then, and never its value.
             self._pending = self._wait(self._pending, MAX_PENDING // 2)
-        task = self._call.options(num_returns=num_results, name=f"reduce:{function.__name__.strip('_')}")
+        task = self._call.options(
+            num_returns=num_results, name=f"reduce:{function.__name__.strip('_')}"
+        )
         refs = task.remote(function, num_results, *args)
         handles = refs if num_results > 1 else [refs]
         self._pending.append(handles[0])
         return list(handles)
 
     def _wait(self, refs: list[Any], num_done: int) -> list[Any]:
-        """Those of ``refs`` that are not done once ``num_done`` are. Raises ``Interrupted`` while there is no place."""
+        """Those of ``refs`` that are not done once ``num_done`` are. Raises ``Interrupted`` while
+        there is no place.
+        """
         self._patience.reset()
         num_before = 0
         while True:
-            done, left = self._ray.wait(refs, num_returns=num_done, timeout=POLL_S, fetch_local=False)
+            done, left = self._ray.wait(
+                refs, num_returns=num_done, timeout=POLL_S, fetch_local=False
+            )
             if len(done) >= num_done:
                 return list(left)
             if len(done) > num_before:  # calls are short: while none ends, none has a place

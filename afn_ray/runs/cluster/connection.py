@@ -1,4 +1,6 @@
-"""A connection to Ray, local or a cluster's: what it has, what a worker asks of it, and whether it works."""
+"""A connection to Ray, local or a cluster's: what it has, what a worker asks of it, and whether it
+works.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ from afn_ray.text import count
 PROBE_S = 60.0
 """How long a cluster may take to give one CPU to one task when it is only tried."""
 lost_exit_code = Interrupted.exit_code
-"""Of a process whose Ray has lost its head; a command whose codes mean something else sets its own."""
+"""Of a process whose Ray has lost its head; a command whose codes mean something else sets its
+own.
+"""
 GCS_LOST_S = 20.0
 """Ray itself waits for a minute for a head that is gone."""
 WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Large temporaries come from a heap that is kept instead of fresh pages each time: 1.1 times faster.
+    # Large temporaries come from a heap that is kept instead of fresh pages each time: 1.1 times
+    # faster.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -58,12 +63,15 @@ def check_own(config: RunConfig) -> None:
 
 def _check_reachable(config: RunConfig) -> None:
     if any(map(storage.is_process_memory, (config.store, *config.corpus))):
-        raise ConfigError("memory:// lives in one process; use --executor inline, or a store that workers can reach")
+        raise ConfigError(
+            "memory:// lives in one process; use --executor inline, or a store that workers can reach"
+        )
 
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[None]:
-    """A connection to Ray: the one this process has, the cluster at the address, or a local one of our own.
+    """A connection to Ray: the one this process has, the cluster at the address, or a local one of
+    our own.
 
     Raises ``ConfigError`` where there is none, and where whoever reaches it could run code on it.
     """
@@ -91,7 +99,9 @@ def joined(config: RunConfig) -> Iterator[None]:
         if where is not None and access.refuses_us(where):
             raise ConfigError(access.NOT_OURS.format(where)) from error
         which = f"the cluster at {where}" if where else "a local Ray"
-        raise ConfigError(f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more") from error
+        raise ConfigError(
+            f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more"
+        ) from error
     over = threading.Event()
     threading.Thread(target=_watch_gcs, args=(over,), name="afn-gcs", daemon=True).start()
     try:
@@ -104,7 +114,8 @@ def joined(config: RunConfig) -> Iterator[None]:
 def _watch_gcs(over: threading.Event) -> None:
     """End this process, resumable, once Ray's head has not answered for ``GCS_LOST_S``.
 
-    Ray ends it a while later in any case, in the midst of whatever it does and with a code that says nothing.
+    Ray ends it a while later in any case, in the midst of whatever it does and with a code that
+    says nothing.
     """
     import ray
 
@@ -116,15 +127,24 @@ def _watch_gcs(over: threading.Event) -> None:
             since = time.monotonic()
         except OSError as error:
             if time.monotonic() - since > GCS_LOST_S:
-                _log.error("Ray's head at %s:%s has not answered for %.0f s (%s); the same command resumes",
-                           host, port, time.monotonic() - since, error)  # fmt: skip
+                _log.error(
+                    "Ray's head at %s:%s has not answered for %.0f s (%s); the same command resumes",
+                    host,
+                    port,
+                    time.monotonic() - since,
+                    error,
+                )
                 sys.stderr.flush()
                 os._exit(lost_exit_code)
 
 
 def _local_cpus(config: RunConfig) -> int:
-    """CPUs of a local Ray: what Ray itself finds here, or fewer that we may use, or more for the workers asked for."""
-    from ray._private.utils import get_num_cpus  # what ray.init() counts by; nothing public says it beforehand
+    """CPUs of a local Ray: what Ray itself finds here, or fewer that we may use, or more for the
+    workers asked for.
+    """
+    from ray._private.utils import (
+        get_num_cpus,
+    )  # what ray.init() counts by; nothing public says it beforehand
 
     found = min(int(get_num_cpus(override_docker_cpu_warning=True)), model.count_devices("cpu"))
     return max(1, found, (config.workers or 1) * (1 + config.tokenizer_workers))
@@ -138,7 +158,9 @@ def num_units(device: str) -> int:
 
 
 def units_for_workers(config: RunConfig, units: int, device: str) -> int:
-    """Workers that ``units`` GPUs or CPUs are enough for; a worker's tokenizers take CPUs as well."""
+    """Workers that ``units`` GPUs or CPUs are enough for; a worker's tokenizers take CPUs as
+    well.
+    """
     if device == "cpu":
         return max(1, units // (1 + config.tokenizer_workers))
     if not config.tokenizer_workers:
@@ -157,7 +179,9 @@ def needs(config: RunConfig, device: str) -> dict[str, Any]:
 
 
 def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0) -> str:
-    """What those of ``num_waiting`` workers ask for that have no place yet, and what the cluster has."""
+    """What those of ``num_waiting`` workers ask for that have no place yet, and what the cluster
+    has.
+    """
     import ray
 
     one = needs(config, device)
@@ -172,7 +196,9 @@ def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0)
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What a call on Ray raised, out of a wrapping for each call that waited for it; or Ray's own error."""
+    """What a call on Ray raised, out of a wrapping for each call that waited for it; or Ray's own
+    error.
+    """
     while isinstance(inner := getattr(error, "cause", None), BaseException):
         error = inner
     return error
@@ -200,7 +226,9 @@ def probe(address: str | None) -> str:
             python = ray.get(ray.remote(num_cpus=1)(_python_version).remote(), timeout=PROBE_S)
         except ray.exceptions.RayError as error:
             why = dispatch.reason(error)
-            raise ConfigError(f"Ray answers, but a task failed within {PROBE_S:g} s: {why}") from error
+            raise ConfigError(
+                f"Ray answers, but a task failed within {PROBE_S:g} s: {why}"
+            ) from error
         has = ray.cluster_resources()
         return (
             f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPU and "
@@ -209,5 +237,7 @@ def probe(address: str | None) -> str:
 
 
 def _python_version() -> str:
-    """Of the node that runs this; a function of ours is pickled by name, so the node has afn-ray if it answers."""
+    """Of the node that runs this; a function of ours is pickled by name, so the node has afn-ray if
+    it answers.
+    """
     return platform.python_version()

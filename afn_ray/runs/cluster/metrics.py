@@ -1,7 +1,9 @@
-"""What a run's driver tells Prometheus by way of Ray, whose node agents export it with ``ray_`` before each name.
+"""What a run's driver tells Prometheus by way of Ray, whose node agents export it with ``ray_``
+before each name.
 
-The driver alone publishes, for it knows what all workers have done: Ray labels each series with the process that it
-is of, so workers would leave a new set behind at every restart. A run has these series once, whatever its size.
+The driver alone publishes, for it knows what all workers have done: Ray labels each series with the
+process that it is of, so workers would leave a new set behind at every restart. A run has these
+series once, whatever its size.
 """
 
 from __future__ import annotations
@@ -51,11 +53,17 @@ class Published:
         from ray.util import metrics
 
         def make(kind: Any, name: str, told: str, **more: Any) -> Any:
-            return kind(name, description=told, tag_keys=("run",), **more).set_default_tags({"run": run})
+            return kind(name, description=told, tag_keys=("run",), **more).set_default_tags(
+                {"run": run}
+            )
 
-        self._counters = {name: make(metrics.Counter, name, told) for name, told in COUNTERS.items()}
+        self._counters = {
+            name: make(metrics.Counter, name, told) for name, told in COUNTERS.items()
+        }
         self._gauges = {name: make(metrics.Gauge, name, told) for name, told in GAUGES.items()}
-        self._seconds = make(metrics.Histogram, SHARD_SECONDS, SHARD_SECONDS_HELP, boundaries=list(BOUNDS_S))
+        self._seconds = make(
+            metrics.Histogram, SHARD_SECONDS, SHARD_SECONDS_HELP, boundaries=list(BOUNDS_S)
+        )
         self._sums: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._last_commit = time.time()
         self._bystander = logs.Bystander(_log, "metrics")
@@ -71,23 +79,31 @@ class Published:
             self._seconds.observe(seconds)
         counts, live = state.counts, state.live
         sums = {
-            "afn_tokens_total": counts["tokens"], "afn_documents_total": counts["documents"],
-            "afn_documents_quarantined_total": counts["quarantined"], "afn_shards_total": counts["shards"],
-            "afn_bytes_read_total": counts["bytes_read"], "afn_bytes_written_total": counts["bytes_written"],
-            "afn_measured_tokens_total": live.tokens, "afn_forward_tokens_total": live.forward_tokens,
-            "afn_model_seconds_total": live.model_s, "afn_wait_seconds_total": live.wait_s,
-            "afn_retries_total": state.retries, "afn_workers_lost_total": state.num_lost,
-        }  # fmt: skip
+            "afn_tokens_total": counts["tokens"],
+            "afn_documents_total": counts["documents"],
+            "afn_documents_quarantined_total": counts["quarantined"],
+            "afn_shards_total": counts["shards"],
+            "afn_bytes_read_total": counts["bytes_read"],
+            "afn_bytes_written_total": counts["bytes_written"],
+            "afn_measured_tokens_total": live.tokens,
+            "afn_forward_tokens_total": live.forward_tokens,
+            "afn_model_seconds_total": live.model_s,
+            "afn_wait_seconds_total": live.wait_s,
+            "afn_retries_total": state.retries,
+            "afn_workers_lost_total": state.num_lost,
+        }
         for name, value in sums.items():
             if value > self._sums[name]:  # Ray takes no 0: a series begins with its first event
                 self._counters[name].inc(value - self._sums[name])
                 self._sums[name] = value
         values = {
             "afn_shards_queued": state.num_shards - state.num_done - state.num_running,
-            "afn_shards_running": state.num_running, "afn_shards_quarantined": len(state.failures),
-            "afn_workers_wanted": state.num_workers, "afn_workers_ready": state.num_ready,
+            "afn_shards_running": state.num_running,
+            "afn_shards_quarantined": len(state.failures),
+            "afn_workers_wanted": state.num_workers,
+            "afn_workers_ready": state.num_ready,
             "afn_last_commit_timestamp_seconds": self._last_commit,
-        }  # fmt: skip
+        }
         for name, value in values.items():
             self._gauges[name].set(value)
 

@@ -11,7 +11,15 @@ from afn_ray import logs
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
 from afn_ray.runs import dispatch
-from afn_ray.runs.cluster.connection import address, cause_of, lack, needs, num_units, start_error, units_for_workers
+from afn_ray.runs.cluster.connection import (
+    address,
+    cause_of,
+    lack,
+    needs,
+    num_units,
+    start_error,
+    units_for_workers,
+)
 from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.runs.progress import Progress, total
 from afn_ray.runs.worker import Processor, Task
@@ -76,10 +84,12 @@ class _Actor:
 
 
 class RayPool:
-    """Restartable actors, all asked for at once: those that wait for a place are what an autoscaler sees.
+    """Restartable actors, all asked for at once: those that wait for a place are what an autoscaler
+    sees.
 
-    Ray retries nothing (``max_task_retries=0``) but restarts processes. Of a dead process it does not say why it died;
-    that is found out here: its node is gone as well, or had no memory left, or neither.
+    Ray retries nothing (``max_task_retries=0``) but restarts processes. Of a dead process it does
+    not say why it died; that is found out here: its node is gone as well, or had no memory left, or
+    neither.
     """
 
     can_replace = True
@@ -90,9 +100,12 @@ class RayPool:
         self._ray, self._task, self._config = ray, task, config
         self._check_local()
         self._class = ray.remote(
-            max_restarts=-1, max_task_retries=0, max_concurrency=dispatch.SLOTS, concurrency_groups={"look": 1},
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=dispatch.SLOTS,
+            concurrency_groups={"look": 1},
             **needs(config, task.device),
-        )(_Worker)  # fmt: skip
+        )(_Worker)
         self._actors: dict[int, _Actor] = {}
         self._last = -1
         self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
@@ -105,7 +118,10 @@ class RayPool:
         if address(self._config) is not None:
             return
         if not num_units(self._task.device):
-            name, has = "GPU" if self._task.device == "cuda" else "CPU", self._ray.cluster_resources()
+            name, has = (
+                "GPU" if self._task.device == "cuda" else "CPU",
+                self._ray.cluster_resources(),
+            )
             raise ConfigError(f"a worker needs one {name}, and this Ray has none; it has {has}")
         needs = 1 + self._config.tokenizer_workers
         if not any(n["Resources"].get("CPU", 0) >= needs for n in self._ray.nodes() if n["Alive"]):
@@ -121,7 +137,9 @@ class RayPool:
             )
         while len(self._actors) < min(self._num_wanted, num_useful):
             self._last += 1
-            self._actors[self._last] = actor = _Actor(self._class.remote(replace(self._task, worker=self._last)))
+            self._actors[self._last] = actor = _Actor(
+                self._class.remote(replace(self._task, worker=self._last))
+            )
             self._ask(actor)
         return len(self._actors)
 
@@ -131,7 +149,10 @@ class RayPool:
             actor.nodes = self._alive()
 
     def hand(self, worker: int, shard: Shard, halvings: int) -> None:
-        self._in_flight[self._actors[worker].handle.process.remote(shard, halvings)] = (worker, shard.id)
+        self._in_flight[self._actors[worker].handle.process.remote(shard, halvings)] = (
+            worker,
+            shard.id,
+        )
 
     def wait(self, timeout_s: float) -> list[Event]:
         end = time.monotonic() + timeout_s
@@ -145,7 +166,8 @@ class RayPool:
                 self._ray.wait(waited, num_returns=1, timeout=left)
             else:
                 time.sleep(left)
-            # One call would give one ref, in no order: those that end often would starve the others.
+            # One call would give one ref, in no order: those that end often would starve the
+            # others.
             refs = [*self._in_flight, *looks]
             done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
             for ref in done:
@@ -168,7 +190,9 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             yield Failed(worker, shard, cause_of(error))
         except self._ray.exceptions.RayError as error:
-            raise Interrupted(f"Ray failed: {dispatch.reason(error)}; the same command resumes") from error
+            raise Interrupted(
+                f"Ray failed: {dispatch.reason(error)}; the same command resumes"
+            ) from error
 
     def _looked(self, worker: int, ref: Any) -> Iterator[Event]:
         actor = self._actors.get(worker)
@@ -187,12 +211,16 @@ class RayPool:
             elif (restarts := _restarts(actor.handle)) > actor.restarts:
                 actor.restarts = restarts
                 if actor.nodes <= self._alive():  # else its node went
-                    yield Gone(worker, Cause.LOADING, ModelError(_died_loading(self._config, error)))
+                    yield Gone(
+                        worker, Cause.LOADING, ModelError(_died_loading(self._config, error))
+                    )
             return
         if actor.ready:
             self._moved_to(worker, progress)
             return
-        if process == actor.process:  # it lives: asked before its end, or only the way to it was cut for a moment
+        if (
+            process == actor.process
+        ):  # it lives: asked before its end, or only the way to it was cut for a moment
             actor.look_again = time.monotonic() + POLL_S
             if actor.dead_since is not None:
                 yield self._verdict(worker, Cause.NODE)
@@ -205,13 +233,17 @@ class RayPool:
         yield Ready(worker)
 
     def _moved_to(self, worker: int, progress: Progress) -> None:
-        """What its process has done, if that is news: answers may come in another order than they were given."""
+        """What its process has done, if that is news: answers may come in another order than they
+        were given.
+        """
         actor = self._actors[worker]
         if progress.tokens >= actor.progress.tokens:
             actor.progress = progress
 
     def _returns(self, error: Any) -> bool:
-        """Whether Ray starts the process anew; one that was preempted it calls dead until it has."""
+        """Whether Ray starts the process anew; one that was preempted it calls dead until it
+        has.
+        """
         exceptions = self._ray.exceptions
         return isinstance(error, exceptions.ActorUnavailableError) or (
             isinstance(error, exceptions.RayActorError) and error.preempted
@@ -230,7 +262,9 @@ class RayPool:
         self._ask(actor)
 
     def _verdicts(self) -> Iterator[Event]:
-        """Why processes died, once it is known: at the latest when Ray would know that a node is dead."""
+        """Why processes died, once it is known: at the latest when Ray would know that a node is
+        dead.
+        """
         dead = {n: a for n, a in self._actors.items() if a.dead_since is not None}
         alive = self._alive() if dead else frozenset()
         for worker, actor in dead.items():
@@ -291,8 +325,12 @@ class RayPool:
         self._actors.clear()
 
     def _close(self, actors: Sequence[_Actor]) -> None:
-        if self._config.tokenizer_workers:  # a killed worker's tokenizers end too, but leave their semaphores behind
-            refs = [a.handle.close.options(concurrency_group="look").remote() for a in actors if a.ready]
+        if (
+            self._config.tokenizer_workers
+        ):  # a killed worker's tokenizers end too, but leave their semaphores behind
+            refs = [
+                a.handle.close.options(concurrency_group="look").remote() for a in actors if a.ready
+            ]
             if refs:
                 self._ray.wait(refs, num_returns=len(refs), timeout=CLOSE_S)
         for actor in actors:
@@ -307,7 +345,9 @@ def _died_loading(config: RunConfig, error: Any) -> str:
 
 
 def _ran_out_of_memory(process: str) -> bool:
-    """Whether Ray's memory monitor ended the worker process of this id; only its dashboard tells in public."""
+    """Whether Ray's memory monitor ended the worker process of this id; only its dashboard tells in
+    public.
+    """
     from ray import WorkerID
     from ray._private.state import state
     from ray.core.generated import common_pb2, gcs_pb2
@@ -320,7 +360,9 @@ def _ran_out_of_memory(process: str) -> bool:
 
 
 def _has_place(actor: Any) -> bool:
-    """Whether ``actor`` has a process, which loads its model; Ray has the number of none for one that waits."""
+    """Whether ``actor`` has a process, which loads its model; Ray has the number of none for one
+    that waits.
+    """
     from ray._private.state import state
 
     return bool(state.actor_table(actor._actor_id.hex()).get("Pid"))

@@ -1,4 +1,6 @@
-"""Where a Ray of our own keeps its session: a folder with room, and short enough a path for its sockets."""
+"""Where a Ray of our own keeps its session: a folder with room, and short enough a path for its
+sockets.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ SOCKET_BYTES = 107
 LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 """Path of a socket within Ray's folder, as long as it gets."""
 LEAST_BYTES = 16 << 20
-"""Room without which a local Ray does not come up: its logs, the files of its ports, its sockets."""
+"""Room without which a local Ray does not come up: its logs, the files of its ports, its
+sockets.
+"""
 
 
 def folder() -> Path:
@@ -24,10 +28,11 @@ def folder() -> Path:
 
 
 def check() -> None:
-    """Raise ``Interrupted`` where a local Ray cannot have its session in ``folder()``: full, or too long a path.
+    """Raise ``Interrupted`` where a local Ray cannot have its session in ``folder()``: full, or too
+    long a path.
 
-    Ray itself waits half a minute for a file that it cannot write, and does not say why. Raises ``ConfigError`` where
-    the folder may not be written.
+    Ray itself waits half a minute for a file that it cannot write, and does not say why. Raises
+    ``ConfigError`` where the folder may not be written.
     """
     there = folder()
     longest = len(os.fsencode(there / LONGEST_SOCKET))
@@ -43,8 +48,10 @@ def check() -> None:
         probe.touch()  # which a quota, or too few inodes, may refuse
     except OSError as error:
         if error.errno not in disk.FULL:
-            raise ConfigError(f"a local Ray cannot write its folder {there}: {error.strerror}; set RAY_TMPDIR to "
-                              "another") from error  # fmt: skip
+            raise ConfigError(
+                f"a local Ray cannot write its folder {there}: {error.strerror}; set RAY_TMPDIR to "
+                "another"
+            ) from error
         free = 0
     finally:
         probe.unlink(missing_ok=True)

@@ -1,17 +1,19 @@
 """Faults on purpose, for tests: every Python process with this folder on PYTHONPATH loads it.
 
-The environment variable AFN_CHAOS names a file, read anew at every point, so a test may change it under way::
+The environment variable AFN_CHAOS names a file, read anew at every point, so a test may change it
+under way::
 
     {"log": path, "slow_s": seconds added to every attempt,
-     "faults": [{"point": one of POINTS, "shard": part of a file's URI or of the shard's id (default: any),
+     "faults": [{"point": one of POINTS, "shard": part of a file's URI or of the shard's id
+     (default: any),
                  "skip": how many pass before the first one hit (0), "times": how many are hit (1),
-                 "do": sigkill | sigstop | exit | raise | hang | eat (memory, up to EAT_BYTES, and then hang),
-                 "until": path whose existence ends a hang}]}
+                 "do": sigkill | sigstop | exit | raise | hang | eat (memory, up to EAT_BYTES, and
+                 then hang), "until": path whose existence ends a hang}]}
 
-``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to the log:
-``time, pid, node, shard, uri, point``, at "process" ``halvings`` (of the token budget), from "measured" on ``attempt``
-(at "committed": of the attempt that won), and ``fault`` where one follows.
-Nothing is patched before afn_ray.runs.worker is imported.
+``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to
+the log: ``time, pid, node, shard, uri, point``, at "process" ``halvings`` (of the token budget),
+from "measured" on ``attempt`` (at "committed": of the attempt that won), and ``fault`` where one
+follows. Nothing is patched before afn_ray.runs.worker is imported.
 """
 
 from __future__ import annotations
@@ -103,7 +105,11 @@ def _strike(fault: dict[str, object], where: str) -> None:
 
 def _node() -> str | None:
     ray = sys.modules.get("ray")
-    return ray.get_runtime_context().get_node_id() if ray is not None and ray.is_initialized() else None
+    return (
+        ray.get_runtime_context().get_node_id()
+        if ray is not None and ray.is_initialized()
+        else None
+    )
 
 
 def _patch(pipeline: object) -> None:
@@ -125,7 +131,9 @@ def _patch(pipeline: object) -> None:
     def write_uploaded(uri, data, *args, **options):  # type: ignore[no-untyped-def]
         if uri.rpartition("/")[2].startswith("commit"):
             commit = json.loads(data)
-            _reach("uploaded", commit["shard"], commit["slices"][0]["uri"], attempt=commit["attempt"])
+            _reach(
+                "uploaded", commit["shard"], commit["slices"][0]["uri"], attempt=commit["attempt"]
+            )
         return write_once(uri, data, *args, **options)
 
     pipeline.Processor.process = process_slowly  # type: ignore[attr-defined]
