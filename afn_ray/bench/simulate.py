@@ -328,8 +328,10 @@ def render(result: dict[str, Any], console: Console) -> None:
     row("memory at its peak", "MB", lambda r: r["peak_bytes"] / 1e6)
     for name in list(rounds[0]["resident_bytes"])[1:]:
         row(
-            f"  {name}", "bytes a shard more than at the start", lambda r, name=name: grown(r, name)
-        )  # type: ignore[misc]
+            f"  {name}",
+            "bytes a shard more than at the start",
+            lambda r, name=name: grown(r, name),  # type: ignore[misc]
+        )
     console.print(table)
     one = rounds[0]
     told = ", ".join(f"{number:,} {what}" for what, number in sorted(one["happened"].items()))
