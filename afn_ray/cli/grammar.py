@@ -409,7 +409,7 @@ def nearest_flag(command: argparse.ArgumentParser, flag: str) -> str:
     """What may have been meant by ``flag``, in brackets; empty where no flag of ``command`` is
     near.
     """
-    flags = [option for action in command._actions for option in action.option_strings]
+    flags = sorted(set(re.findall(r"--?[a-z][a-z-]*", command.format_help())))
     return nearest([flag.partition("=")[0]], flags)
 
 

@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from fsspec.utils import glob_translate
 
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
@@ -82,7 +82,7 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     if "://" not in uri:  # a local path may hold anything, fsspec's own marks included
         local = LocalFileSystem()
-        return local, str(local._strip_protocol(uri))
+        return local, path_in(uri)
     protocol = uri.partition("://")[0]
     if URL_SECRET.search(uri):
         raise ConfigError(
@@ -104,6 +104,13 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if extra == "s3":
         fs.retries = 1  # s3fs's own, which would multiply with botocore's
     return fs, path
+
+
+def path_in(uri: str) -> str:
+    """Path of ``uri`` in its filesystem."""
+    if "://" in uri:
+        return str(fsspec.core.strip_protocol(uri))
+    return make_path_posix(uri).rstrip("/") or "/"
 
 
 def join(uri: str, *parts: str) -> str:
