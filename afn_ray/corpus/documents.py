@@ -153,7 +153,6 @@ def _likely_cause(text: str, num_replaced: int) -> str:
 
 
 # --- columns
-# ---------------------------------------------------------------------------------------------
 
 
 def columns_of(options: ReadOptions) -> list[str]:

@@ -174,7 +174,6 @@ def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
 
 
 # --- cutting
-# ---------------------------------------------------------------------------------------------
 
 
 def _slice(

@@ -34,7 +34,6 @@ SAMPLE_BYTES = 1 << 20
 
 
 # --- reading
-# ---------------------------------------------------------------------------------------------
 
 
 def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
@@ -168,7 +167,6 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
 
 
 # --- a first look
-# ----------------------------------------------------------------------------------------
 
 
 def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
@@ -235,7 +233,6 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
 
 
 # --- formats
-# ---------------------------------------------------------------------------------------------
 
 
 def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:

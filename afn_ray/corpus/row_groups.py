@@ -46,7 +46,6 @@ Ids = list[str | None]
 
 
 # --- files
-# -----------------------------------------------------------------------------------------------
 
 
 def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int, int]]]:
@@ -199,7 +198,6 @@ def _is_uuid(leaf: Any) -> bool:
 
 
 # --- documents
-# -------------------------------------------------------------------------------------------
 
 
 def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
@@ -259,7 +257,6 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
 
 
 # --- types
-# -----------------------------------------------------------------------------------------------
 
 
 def _is_any(kind: Any, *names: str) -> bool:

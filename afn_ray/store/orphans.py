@@ -1,4 +1,4 @@
-"""Files of a store that no commit or run names, and which of them may be removed."""
+"""Files of a store that no commit and no run names, and which of them may be removed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from afn_ray.store.layout import Place
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A file that no commit and no run names, left by an attempt or reduce that lost or was killed."""
+    """A file that no commit or run names, left by an attempt or reduce that lost or was killed."""
 
     uri: str
     num_bytes: int
@@ -27,7 +27,7 @@ class Orphan:
 
 @dataclass(frozen=True, slots=True)
 class Age:
-    """The age from which no process can still be working on a file."""
+    """Minimum age of files that no process can still be working on."""
 
     now_s: float
     """Unix time by the store's clock, if files are to be removed."""

@@ -61,8 +61,8 @@ TRANSIENT_NAMES = frozenset({
     "Timeout", "ChunkedEncodingError", "TransportError", "ServiceRequestError", "ServiceResponseError",
 })  # fmt: skip
 
-# Transient S3 error codes whose HTTP status says otherwise. A retry restarts a multipart upload that
-# is gone, and corrects the clock after a skewed request.
+# Transient S3 error codes whose HTTP status says otherwise. A retry restarts a multipart upload
+# that is gone, and corrects the clock after a skewed request.
 TRANSIENT_CODES = frozenset({
     "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
     "NoSuchUpload", "Throttling", "ThrottlingException", "RequestLimitExceeded",
@@ -113,7 +113,7 @@ _next_word = 0.0
 
 
 def _may_say(now: float) -> bool:
-    """Whether the next warning is due. Calls of many threads fail together; one warning is enough."""
+    """Whether a further warning is due; one is enough, because calls of many threads fail together."""
     global _next_word
     if now < _next_word:
         return False

@@ -124,12 +124,12 @@ def is_local(uri: str) -> bool:
 
 
 def is_process_memory(uri: str) -> bool:
-    """Whether ``uri`` is in the memory of this process, which workers in other processes cannot read."""
+    """Whether ``uri`` is in the memory of this process, which other processes cannot read."""
     return bool(open_filesystem(uri)[0].protocol == "memory")
 
 
 def absolute(uri: str) -> str:
-    """``uri`` in canonical form: absolute, with its protocol unless local."""
+    """Canonical form of ``uri``: absolute, with its protocol unless local."""
     fs, path = open_filesystem(uri)
     return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
@@ -211,7 +211,6 @@ def _ask(
 
 
 # --- reading
-# ---------------------------------------------------------------------------------------------
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -243,7 +242,7 @@ def stat(uri: str) -> FileInfo:
 
 
 def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
-    """The files that ``pattern`` names, sorted by URI: a file, all files below a folder, or a glob.
+    """Files that ``pattern`` names, sorted by URI: a file, all files below a folder, or a glob.
 
     Hidden files and folders (``.x``, ``_x``) below a folder are left out, as in Spark and Hive.
     Links are followed. Raises ``CorpusError`` if no file matches, or if something cannot be listed.
@@ -301,7 +300,7 @@ def _sifted(
 def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
     """The entry of ``path`` in ``fs``; None if there is none.
 
-    ``exists()`` of fsspec is not used: it reports any failure as absence.
+    fsspec's ``exists()`` is not used: it reports any failure as absence.
     """
     try:
         return cast(dict[str, Any], fs.info(path))
@@ -312,8 +311,8 @@ def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
 def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any]]:
     """All files below ``folder``.
 
-    The generic ``find()`` of fsspec skips folders that it cannot list; those of object stores do
-    not.
+    fsspec's generic ``find()`` skips folders that it cannot list; the ``find()`` of object stores
+    does not.
     """
     own = getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find) or (
         not isinstance(fs, AsyncFileSystem) and type(fs).find is not fsspec.AbstractFileSystem.find
@@ -329,7 +328,7 @@ def _glob(
 ) -> Iterator[dict[str, Any]]:
     """Files that match ``pattern``, found level by level.
 
-    ``glob()`` of fsspec is not used: like ``find()``, it skips folders that it cannot list.
+    fsspec's ``glob()`` is not used: like its ``find()``, it skips folders that it cannot list.
     """
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
@@ -356,10 +355,9 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Files below the local ``folder``, following links.
+    """Regular files below the local ``folder``, following links, without hidden ones.
 
-    ``walk()`` of fsspec is not used: it skips folders that it cannot list and does not follow
-    links.
+    fsspec's ``walk()`` is not used: it skips folders that it cannot list and does not follow links.
     """
 
     def fail(error: OSError) -> None:
@@ -367,7 +365,7 @@ def _walk(folder: str) -> Iterator[str]:
             f"listing {error.filename}: {error.strerror}; a corpus is listed whole or not at all"
         )
 
-    seen: set[str] = set()  # a link may lead back up
+    seen: set[str] = set()  # a link may lead back to a parent folder
     for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(base)
         if real in seen:
@@ -495,9 +493,9 @@ def list_below(uri: str) -> list[StoredFile]:
 
 
 def _local_files(folder: str) -> Iterator[StoredFile]:
-    """Every file below a local folder, as for ``list_below``.
+    """Every regular file below a local folder, as for ``list_below``.
 
-    ``walk()`` of fsspec is not used: it raises for a file that vanishes during the listing.
+    fsspec's ``walk()`` is not used: it raises for a file that vanishes during the listing.
     """
 
     def fail(error: OSError) -> None:
@@ -525,7 +523,6 @@ def _modified_s(info: dict[str, Any]) -> float:
 
 
 # --- writing
-# ---------------------------------------------------------------------------------------------
 
 
 def write_once(uri: str, data: bytes) -> None:
@@ -586,7 +583,7 @@ def upload(local: Path, uri: str) -> None:
 
 
 def delete(uris: list[str]) -> None:
-    """Remove files that nothing refers to. A file that cannot be removed stays; that is no error."""
+    """Remove files that nothing refers to; one that cannot be removed stays, without an error."""
     for uri in uris:
         try:
             remove(uri, DELETE_FOR_S)
@@ -597,7 +594,11 @@ def delete(uris: list[str]) -> None:
 
 
 def remove(uri: str, retry_for_s: float | None = None) -> None:
-    """Remove the file ``uri``; a missing file is no error. Raises ``StoreError`` if that is forbidden."""
+    """Remove the file ``uri``; a missing file is no error.
+
+    Raises ``StoreError`` if the file must not be removed, ``Unavailable`` if the store does not
+    answer for ``retry_for_s``.
+    """
     fs, path = open_filesystem(uri)
     with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
         patiently(
@@ -621,7 +622,7 @@ def remove_if_empty(uri: str) -> None:
 
 
 def modified_s(uri: str) -> float | None:
-    """Unix time when ``uri`` was written, by its filesystem's clock; None if there is no such file."""
+    """Unix time when ``uri`` was written, by its filesystem's clock; None if there is no file."""
     fs, path = open_filesystem(uri)
     info = _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
     return None if info is None else _modified_s(info)
@@ -672,7 +673,7 @@ def _probe(uri: str) -> None:
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
     text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
     try:
-        # AlreadyWritten here means that the answer of our own first try was lost: the name is unique.
+        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
         with contextlib.suppress(AlreadyWritten):
             write_once(probe, text)
         write_once(probe, text)
@@ -724,8 +725,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-# --- reading by name
-# -------------------------------------------------------------------------------------
+# --- reading by ranges
 
 
 class RangeFile(io.RawIOBase):
