@@ -47,8 +47,9 @@ def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
 
 
 def _json_id(value: object, column: str) -> str | None:
-    """``value`` as an id; None where there is none. ``ValueError`` for what is no string or whole
-    number.
+    """``value`` as an id; None if it is null.
+
+    Raises ``ValueError`` if it is neither a string nor a whole number.
     """
     if value is None:
         return None
@@ -70,5 +71,5 @@ def parse(line: str) -> Any:
         return json.loads(line)
     except RecursionError:
         return _NotJson("nested too deeply")
-    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
+    except ValueError as error:  # also a number with too many digits, which is no JSONDecodeError
         return _NotJson(error)

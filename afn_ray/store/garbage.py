@@ -226,7 +226,7 @@ def _leftovers(
     planned: Mapping[str, set[Place]],
     generations: Mapping[Place, int],
 ) -> Iterator[Leftover]:
-    """Outdated commits of needed shards that no kept run names.
+    """Outdated commits of shards that stay, unless a kept run names them.
 
     A kept run names an outdated commit only if it read the commit just before a gc condemned it.
     """

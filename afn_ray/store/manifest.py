@@ -9,7 +9,7 @@ Layout of a store::
     runs/<run>/run.json                         written once, last; its existence means complete
     runs/<run>/audited.json                     an audit has given its verdict on the run
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
-    runs/<run>/lease-<id>.json                  a process has resumed the run; deleted at its end
+    runs/<run>/lease-<id>.json                  a process has resumed the run; deleted on completion
     runs/<run>/status.json                      progress, for people; replaced during the run
     planning.json                               progress of a run that has no name yet
     pilots/<key>.json                           decision of a calibration, for later runs

@@ -34,7 +34,7 @@ class Age:
     min_age_h: float
 
     def orphan(self, file: storage.StoredFile, removable: bool | None = None) -> Orphan:
-        """``file`` as an orphan. ``removable`` None means: removable once the file is old enough."""
+        """``file`` as an orphan; ``removable`` None means: once the file is old enough."""
         age_s = max(0.0, self.now_s - file.modified_s)
         return Orphan(
             file.uri,

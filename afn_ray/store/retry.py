@@ -113,7 +113,10 @@ _next_word = 0.0
 
 
 def _may_say(now: float) -> bool:
-    """Whether a further warning is due; one is enough, because calls of many threads fail together."""
+    """Whether a further warning is due.
+
+    The calls of many threads fail together, and one warning is enough.
+    """
     global _next_word
     if now < _next_word:
         return False

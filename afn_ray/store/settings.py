@@ -18,8 +18,7 @@ MOST_BYTES = 1 << 20
 """Largest TOML file, in bytes. Such files are written by hand."""
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
          (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
-"""Byte order marks and their encodings; UTF-32-LE first, because its mark begins with UTF-16-LE's.
-"""
+"""Byte order marks and their encodings. UTF-32-LE is first: its mark begins with UTF-16-LE's."""
 PLACES = ("corpus", "store", "scratch", "thresholds")
 """Config keys that hold paths or URLs.
 

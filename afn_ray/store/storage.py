@@ -289,7 +289,7 @@ def _match(
 def _sifted(
     entries: Iterable[dict[str, Any]], is_wanted: Callable[[str], Any], left_out: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the ``entries`` whose names are wanted; append the names of the others to ``left_out``."""
+    """Yield the ``entries`` whose names are wanted; append the other names to ``left_out``."""
     for info in entries:
         if is_wanted(info["name"]):
             yield info
