@@ -128,9 +128,8 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             fields = next(reader, None)
         except csv.Error as error:
             why = _why_not_csv(error, raw, options)
-            if (
-                ended
-            ):  # only inside a quoted field does the reader request a line after the last one
+            # The reader requests a line after the last one only inside a quoted field.
+            if ended:
                 why = (
                     "quoted field is not closed before the end of the file, and took all of it from line "
                     f"{first_line:,} on"

@@ -221,9 +221,14 @@ def columns(names: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
+    """``text`` with U+FFFD in place of characters that cannot be printed."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def origin_in(stream: Stream, slice: FileSlice, line: Line, num_bytes: int) -> Origin:
+    """The origin of a row of ``num_bytes`` that begins at ``line``.
+
+    Its offset is in bytes of the file if ``stream`` is plain, else in lines.
+    """
     offset = line.offset if stream.is_plain else line.number
     return Origin(slice.uri, offset, stream.stored(num_bytes))

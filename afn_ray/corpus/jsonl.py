@@ -19,6 +19,7 @@ from afn_ray.schema import Document, ReadOptions
 
 
 def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
+    """The document of one line of JSON; quarantined if it is not an object with the columns."""
     value = parse(line)
     if isinstance(value, _NotJson):
         num_invalid = line.count(INVALID)
@@ -67,6 +68,7 @@ class _NotJson(str):
 
 
 def parse(line: str) -> Any:
+    """The JSON value in ``line``, or a ``_NotJson`` with the reason."""
     try:
         return json.loads(line)
     except RecursionError:

@@ -34,7 +34,7 @@ BATCH_BYTES = 4 << 20
 BATCH_ROWS = 64
 """Most rows of a batch.
 
-It is low, because the metadata do not tell the size of dictionary-encoded rows.
+It is low, because the metadata do not contain the decoded size of dictionary-encoded rows.
 """
 SHARED_BYTES = 256 << 20
 """Most bytes of a batch whose rows may share values but cannot be read as dictionaries."""

@@ -103,6 +103,7 @@ class Source:
         """Do nothing: pyarrow closes files that it is given; ``with`` closes the file."""
 
     def rewind(self) -> None:
+        """Go back to ``start`` and hash anew."""
         self.sha256 = hashlib.sha256()
         self.seek(0)
 
@@ -135,6 +136,7 @@ class Source:
     read1 = read
 
     def drain(self) -> None:
+        """Read and hash the rest."""
         while self.read(BLOCK_BYTES):
             pass
 

@@ -31,6 +31,7 @@ ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 
 
 def parse_table(data: bytes, uri: str) -> pa.Table:
+    """The table in ``data``, the content of ``uri``. Raises ``StoreError`` if it is damaged."""
     try:
         return parquet.read(data)
     except (pa.ArrowException, OSError) as error:
@@ -38,6 +39,7 @@ def parse_table(data: bytes, uri: str) -> pa.Table:
 
 
 def short(value: object) -> str:
+    """``value`` as JSON for a message, at most 100 characters."""
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -89,6 +91,10 @@ class Part(dict[str, Any]):
 
 
 def parse_json(data: bytes, uri: str) -> dict[str, Any]:
+    """The object in ``data``, the content of ``uri``, without its checksum.
+
+    Raises ``StoreError`` if the file is damaged or has another schema version.
+    """
     try:
         value = json.loads(data, object_hook=partial(Part, uri=uri))
     except (ValueError, RecursionError) as error:
@@ -134,4 +140,5 @@ def entry_of(name: str, data: bytes) -> dict[str, Any]:
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
+    """``value`` as an indented JSON file in UTF-8."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

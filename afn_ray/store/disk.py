@@ -59,7 +59,7 @@ def create_once(target: Path, data: bytes) -> None:
 
     A hard link publishes the file whole and only once. On a filesystem without hard links, the
     writer claims the name with an empty file, which only one writer can create, and then replaces
-    it by the full file. Raises ``UnfinishedClaim`` if another writer claimed the name and did not
+    it with the full file. Raises ``UnfinishedClaim`` if another writer claimed the name and did not
     fill it within ``CLAIM_S``.
     """
     temporary = write_temporary(target, data)

@@ -118,9 +118,7 @@ def publish(store: str, epoch: Epoch) -> bool:
     name = _name(epoch.number)
     try:
         storage.write_once(storage.join(store, EPOCHS, name), _bytes(epoch))
-    except (
-        storage.AlreadyWritten
-    ):  # maybe our own write, its answer lost; the next epoch repeats it
+    except storage.AlreadyWritten:  # maybe our own, its answer lost; the next epoch repeats it
         return False
     names = _names(store)
     if names[-1:] != [name]:  # a newer epoch exists; its writer had deleted this name

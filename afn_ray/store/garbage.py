@@ -36,7 +36,7 @@ TRIES = 20
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A run's or a shard's folder, with the number and size of its files that are deleted."""
+    """A run's or a shard's folder, and the number and bytes of its files that are deleted."""
 
     uri: str
     num_files: int
@@ -98,9 +98,10 @@ def collect_garbage(
     spared that a new or resumed run claims (``epochs``). The call can be killed, repeated, and run
     at the same time as others and as runs.
 
-    Raises ``ConfigError`` for invalid arguments. Raises ``StoreError`` if a plan cannot be read (it
-    is then unknown what it refers to, and nothing is deleted) or if a file must not be deleted.
-    Raises ``Interrupted`` if the store does not answer or other collections change it too often.
+    Raises ``ConfigError`` for invalid arguments. Raises ``StoreError`` if ``store`` is no store or
+    has no such run to keep, if a plan cannot be read (it is then unknown what it refers to, and
+    nothing is deleted), or if a file must not be deleted. Raises ``Interrupted`` if the store does
+    not answer or other collections change it too often.
     """
     if keep < 1:
         raise ConfigError(f"keep is {keep}; expected at least 1 run")

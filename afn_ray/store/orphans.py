@@ -58,6 +58,7 @@ class Plans:
     """True if a plan could not be read. It may list any shard."""
 
     def add(self, name: str, places: Collection[Place], *, complete: bool) -> None:
+        """Add the planned ``places`` of the run ``name``."""
         self.runs.add(name)
         self.all.update(places)
         if not complete:

@@ -40,6 +40,7 @@ from afn_ray.store.layout import (
 
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
+    """The folder of a shard's files in ``store``."""
     return storage.join(store, "shards", measure_id, shard)
 
 
