@@ -44,8 +44,7 @@ WEEK = timedelta(days=6.5)
 LEAST_TOKENS = 1000
 """Default of ``min_tokens``: tokens that a source needs in both runs to be judged.
 
-Distances between fewer tokens are mostly chance: PSI has an expected 9/n_a + 9/n_b from chance
-alone.
+Distances between fewer tokens are mostly chance: chance alone gives a PSI of 9/n_a + 9/n_b.
 """
 TOLD_SOURCES = 5
 WEBHOOK_TRIES = 3
@@ -128,7 +127,7 @@ class Policy:
 class Rule:
     """One limit and the value compared with it."""
 
-    key: str  # key in the policy; source.psi for psi in [source]
+    key: str  # name in the policy; source.psi for psi in [source]
     limit: float
     value: float | None  # None: infinite, or unknown because nothing could be compared
     passed: bool | None  # None: not judged
@@ -145,7 +144,7 @@ class Audit:
     run: RunFolder
     baseline: RunFolder | None  # None: the first night
     comparison: Comparison | None
-    losses: Losses  # losses of the run
+    losses: Losses  # of ``run``
     notes: tuple[str, ...]
 
 
@@ -171,9 +170,9 @@ def run_audit(
     - the URI of a run.
 
     Without a baseline this is the first night, and rules that need one are not judged. ``frozen``
-    labels with the thresholds of the named run, otherwise with those of the newest audited run of
-    this corpus. Every night passes these thresholds on, so HIGH keeps its meaning from the first
-    night.
+    labels with the thresholds that the named run used, otherwise with those that the newest audited
+    run of this corpus used. Every night passes its thresholds on, so HIGH keeps its meaning from
+    the first night.
 
     The same call gives the same verdict while the corpus is the same, however the previous call
     ended. Raises what ``job.run`` and ``compare.compare`` raise.
@@ -427,7 +426,7 @@ def judge(
 ) -> Iterator[Rule]:
     """Compare ``run`` and ``comparison`` with each limit of ``policy``, in the policy's order.
 
-    ``lost`` is the losses of the run. ``sources`` are the sources that it read, with tokens or
+    ``lost`` is what the run lost. ``sources`` are the sources that it read, with tokens or
     without. Rules that need a comparison are not judged without one, nor rules on sources where the
     baseline has no table of sources. Raises ``ConfigError`` for limits that this run's layers or
     tables can never be compared with.
@@ -700,7 +699,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
     """POST the JSON ``body``; return None on success, else the reason of the failure.
 
-    Retries up to ``WEBHOOK_TRIES`` times after no answer, 429 or 5xx.
+    Tries up to ``WEBHOOK_TRIES`` times: again after no answer, 429 or 5xx.
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310 - checked before
     local = urlsplit(url).scheme == "http" and _is_this_machine(urlsplit(url).hostname or "")

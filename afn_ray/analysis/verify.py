@@ -600,7 +600,7 @@ class _Run:
         self.proved = not self.findings
 
     def _named_files(self) -> set[str]:
-        """Files of tokens that the run names; empty where its table is damaged."""
+        """Token files that the run names; empty where its table is damaged."""
         try:
             return set(manifest.read_table(self.folder, "shards")["tokens_file"].to_pylist())
         except (StoreError, *checksums.DAMAGES):

@@ -322,7 +322,7 @@ def _audit(args: argparse.Namespace) -> int:
     _print_lines(audit.lines(found))
     manifest.mark_audited(
         found.run
-    )  # last: if the command ends before this, the next audit reports this run's drift again
+    )  # last: without this mark, the next audit reports this run's drift again
     return 0 if found.passed else POLICY_BROKEN
 
 

@@ -214,7 +214,7 @@ def _bar(state: State) -> tuple[str, int, int]:
 
 
 def _note(event: Event) -> str:
-    """Documents, tokens per second, padding, time left and failures of a running run."""
+    """Documents, tokens per second, padding, time left and failures of a run in progress."""
     assert event.state is not None
     state, live = event.state, event.state.live
     if not state.num_ready and not state.commits:

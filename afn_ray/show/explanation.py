@@ -29,7 +29,7 @@ from afn_ray.analysis.explain import (
 from afn_ray.schema import STRENGTH
 
 TABLE_ROWS = 40
-"""Rows of the terminal's table, without ``show_all``."""
+"""Largest number of rows of the terminal's table, without ``show_all``."""
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
 JOINERS = "\u200c\u200d"
 """Format characters that spelling needs: zero-width non-joiner and joiner."""

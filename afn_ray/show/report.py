@@ -217,7 +217,7 @@ def _by_layer(table: pa.Table, layers: Sequence[int]) -> dict[int, pa.Table]:
 def _histograms(
     run: manifest.RunFolder, summary: overview.Summary, comparison: compare.Comparison | None
 ) -> list[Chart]:
-    """One chart for each layer, with the baseline's line where both runs have one measure."""
+    """One chart for each layer, with the baseline's line where both runs have the same measure."""
     now, before, compared = manifest.read_table(run, "histogram"), None, set()
     if comparison is not None and comparison.a.info["measure"]["id"] == run.info["measure"]["id"]:
         before, compared = (

@@ -39,7 +39,7 @@ from afn_ray.text import printable
 
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_ROWS = 100
-"""Rows of a table in the prompt."""
+"""Largest number of rows of a table in the prompt."""
 MAX_CELL = 300
 """Largest length of a table cell, in characters; the number left out is shown."""
 TEXT_WIDTH = 24
