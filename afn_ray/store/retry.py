@@ -69,7 +69,7 @@ TRANSIENT_CODES = frozenset({
 })  # fmt: skip
 
 
-def patiently(
+def with_retries(
     call: Callable[[], T], what: str, *, local: bool, retry_for_s: float | None = None
 ) -> T:
     """Call ``call()`` and retry transient errors with exponential backoff and full jitter.
