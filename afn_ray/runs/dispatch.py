@@ -69,12 +69,12 @@ DEADLINE_BYTES_PER_S = 10_000.0
 A shard of n bytes then has a deadline of ``DEADLINE_S + n / DEADLINE_BYTES_PER_S`` seconds.
 """
 DEADLINE_FACTOR = 10.0
-"""Deadline over the time that the slowest shard so far would take for the same number of bytes.
+"""Ratio of a shard's deadline to its time at the slowest speed so far.
 
 It applies once a shard is done; the deadline is at least ``DEADLINE_S``.
 """
 DEADLINE_BYTES = 1 << 20
-"""Least size that a finished shard counts with for the slowest speed, in bytes.
+"""Smallest size assumed for a finished shard when its speed is computed, in bytes.
 
 The time that a small shard takes says little about large shards.
 """
@@ -82,7 +82,7 @@ LONGEST_PAUSE_S = 60.0
 """Longest pause between two worker starts while starts fail, in seconds."""
 
 PACE_S, PACE_SHARE = 5.0, 0.02
-"""Least time, in seconds, and least share of documents before documents give the time left."""
+"""Least time in seconds and least share of documents measured for an estimate of the time left."""
 
 _log = logging.getLogger(__name__)
 
