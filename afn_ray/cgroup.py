@@ -38,9 +38,8 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
     for folder in _groups(root, "cpu"):
         line = _read(folder / "cpu.max").split()  # version 2: quota and period in microseconds
         line = line or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
-        if len(line) == 2 and all(
-            re.fullmatch(r"[1-9][0-9]*", word) for word in line
-        ):  # else "max", or -1
+        # A group without a quota has "max" or -1.
+        if len(line) == 2 and all(re.fullmatch(r"[1-9][0-9]*", word) for word in line):
             yield int(line[0]) / int(line[1])
 
 
@@ -72,7 +71,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         ):
             continue
         group = PurePosixPath(within[name])
-        # In a container the top of the mount may be its own group, under the name that the host uses.
+        # In a container the top of the mount may be its own group, with its name on the host.
         below = group.relative_to(top) if group.is_relative_to(top) else PurePosixPath()
         folder = root / point.lstrip("/")
         yield folder

@@ -216,13 +216,11 @@ class RunConfig:
                 raise ConfigError(f"{name} is {seconds}; expected more than 0 seconds")
         if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
-        object.__setattr__(
-            self, "sink_factor", float(self.sink_factor)
-        )  # 10 and 10.0 describe the same run
+        # 10 and 10.0 describe the same run.
+        object.__setattr__(self, "sink_factor", float(self.sink_factor))
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
-        resolve_layers(
-            self.layers, ANY_DEPTH
-        )  # checks the form alone; the depth is checked once the model is known
+        # This checks the form alone; the depth is checked once the model is known.
+        resolve_layers(self.layers, ANY_DEPTH)
 
     @property
     def read_options(self) -> ReadOptions:
@@ -285,9 +283,8 @@ def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
     layers: set[int] = set()
     for part in spec.split(","):
         try:
-            if not LAYER.fullmatch(
-                part.strip()
-            ):  # Fraction alone also accepts exponents, even 1e999999999
+            # Fraction alone also accepts exponents, even 1e999999999.
+            if not LAYER.fullmatch(part.strip()):
                 raise ValueError
             value = Fraction(part.strip())
         except (ValueError, ZeroDivisionError):

@@ -179,7 +179,7 @@ class Pool(Protocol):
         """Tokens that ``worker`` has measured, as last polled; while they grow nothing hangs."""
 
     def lack(self) -> str:
-        """What workers without resources asked for, and what there is, for people."""
+        """Resources that waiting workers asked for, and those that exist, for people."""
 
     def num_loading(self) -> int:
         """Number of workers that have resources and are loading the model."""

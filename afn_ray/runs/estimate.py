@@ -108,7 +108,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run would do, and about how long it would take."""
+    """Result of a dry run: the work of a run, its time and its costs."""
 
     num_files: int
     skipped: tuple[FileInfo, ...]  # files with an unknown suffix

@@ -111,7 +111,7 @@ class Stock:
 
 
 def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
-    """What the store has of ``asked``; writes nothing.
+    """Find what the store has of ``asked``; write nothing.
 
     Raises the errors that ``run`` raises before its work begins.
     """

@@ -263,14 +263,14 @@ def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str
 
 
 def _lack(state: State) -> str:
-    """What the run waits for before any worker has loaded the model."""
+    """Cause of the wait before any worker has loaded the model; "" afterwards."""
     if state.num_ready or state.num_done:
         return ""
     return f"workers: 0 of {state.num_workers} have loaded the model"
 
 
 def waits(live: Progress) -> str:
-    """What the models wait for, if it takes a fifth of their time; else ""."""
+    """Cause of the models' wait, if they wait for a fifth of their time; else ""."""
     if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
         return ""
     share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "

@@ -81,7 +81,7 @@ class _Actor:
     process: str = ""  # id of its process; while it is not ready, of the previous one
     restarts: int = 0  # restarts that have been handled
     progress: Progress = field(default_factory=Progress)
-    nodes: frozenset[str] = frozenset()  # nodes alive at the poll before it was ready
+    nodes: frozenset[str] = frozenset()  # nodes alive at its last poll, while it is not ready
     dead_since: float | None = None  # time of its death, while the cause is unknown
 
 
@@ -168,7 +168,8 @@ class RayPool:
                 self._ray.wait(waited, num_returns=1, timeout=left)
             else:
                 time.sleep(left)
-            # ray.wait above gives one ref in any order: frequent ones would starve the others.
+            # Ask for all finished refs: ray.wait returns one of them in no order, and frequent ones
+            # would starve the others.
             refs = [*self._in_flight, *looks]
             done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
             for ref in done:
