@@ -73,8 +73,9 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
 
     - After every slice that is not the first of its file. Lines appended to a file of several
       slices then change only the last group.
-    - Once a quarter full, after a slice whose path has a small hash. This happens four times in
-      ``shard_bytes`` on average, whatever the sizes of the files.
+    - Once a quarter full, after a slice chosen by the hash of its path. The chance grows with the
+      slice's size, so this happens four times in ``shard_bytes`` on average, however large the
+      files are.
 
     A change thus moves the end of its own group, and seldom the ends of more than the next two.
     After a slice at which an old and a new group both end, all groups are the same again.
