@@ -336,12 +336,12 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     done: list[str] = []
     one_by_one = threading.Lock()
 
-    def process_or_stop(self: worker.Processor, shard: Shard, halvings: int = 0) -> Commit:
+    def process_or_stop(self: worker.Processor, shard: Shard, oom_retries: int = 0) -> Commit:
         with one_by_one:
             if len(done) == shards:
                 raise KeyboardInterrupt
             done.append(shard.id)
-            return process(self, shard, halvings)
+            return process(self, shard, oom_retries)
 
     monkeypatch.setattr(worker.Processor, "process", process_or_stop)
     return done

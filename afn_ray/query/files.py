@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, StoreError
 from afn_ray.store.blocks import Blocks
-from afn_ray.store.retry import patiently
+from afn_ray.store.retry import with_retries
 from afn_ray.store.storage import RangeFile, open_filesystem
 
 
@@ -107,7 +107,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
             return bytes(self._fs.cat_file(target, start=start, end=end))
 
         try:
-            return patiently(read, f"reading {target}", local=self._local_root is not None)
+            return with_retries(read, f"reading {target}", local=self._local_root is not None)
         except FileNotFoundError as error:
             raise StoreError(
                 f"{target} is gone from the store; 'afn verify' says what else is, and what to do"

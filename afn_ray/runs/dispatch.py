@@ -160,8 +160,8 @@ class Pool(Protocol):
         Workers that wait for resources count.
         """
 
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
-        """Assign a shard to ``worker``, with its token budget halved ``halvings`` times."""
+    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
+        """Assign a shard to ``worker``, with its token budget halved ``oom_retries`` times."""
 
     def wait(self, timeout_s: float) -> list[Event]:
         """Return the events so far; wait for the first one for at most ``timeout_s``."""
@@ -268,7 +268,7 @@ class _Record:
     """Failures of a shard so far."""
 
     charges: int = 0  # its exceptions, and crashes while it was alone on its worker
-    halvings: int = 0
+    oom_retries: int = 0
 
 
 class Patience:
@@ -415,7 +415,7 @@ class Dispatcher:
             bytes=shard.num_bytes,
         )
         record = self._records.get(shard.id)
-        self._pool.hand(worker, shard, record.halvings if record else 0)
+        self._pool.hand(worker, shard, record.oom_retries if record else 0)
 
     def _forget(self, worker: int) -> list[Shard]:
         """Drop the state of ``worker``, which has no process now; return its shards in flight."""
@@ -586,8 +586,8 @@ class Dispatcher:
     def _halve(self, shard: Shard) -> bool:
         """Halve the token budget of ``shard``; return whether that is still allowed."""
         record = self._records.setdefault(shard.id, _Record())
-        record.halvings += 1
-        return record.halvings <= HALVINGS
+        record.oom_retries += 1
+        return record.oom_retries <= HALVINGS
 
     def _again(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
         """Queue ``shard`` for a retry; ``soon``: before the others."""

@@ -304,11 +304,11 @@ class Processor:
         """End the tokenizer's thread or processes."""
         self.feed.close()
 
-    def process(self, shard: Shard, halvings: int = 0) -> Commit:
+    def process(self, shard: Shard, oom_retries: int = 0) -> Commit:
         """Measure every token of ``shard`` and commit it; return the commit that counts.
 
         Another attempt may have committed the shard first; its commit is then returned.
-        ``halvings``: how often the token budget is halved, for a shard that ran out of memory.
+        ``oom_retries``: how often the token budget is halved, for a shard that ran out of memory.
         Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its file has
         changed), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus
         does not answer, and ``StoreError`` where the store fails.
@@ -322,11 +322,11 @@ class Processor:
             f"reads {shard.slices[0].uri}",
             **known,
             bytes=shard.num_bytes,
-            halvings=halvings,
+            oom_retries=oom_retries,
         )
         began = time.monotonic()
         try:
-            commit = self._process(shard, halvings, attempt)
+            commit = self._process(shard, oom_retries, attempt)
         except BaseException as error:
             logs.tell(
                 _log,
@@ -351,7 +351,7 @@ class Processor:
         )
         return commit
 
-    def _process(self, shard: Shard, halvings: int, attempt: str) -> Commit:
+    def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
         """Return the shard's commit, which the store has or this attempt makes."""
         config = self.task.config
         commit = shard_files.read_commit(
@@ -374,7 +374,7 @@ class Processor:
                 self.task.tagged,
             ) as files:
                 seconds = self._measure_and_write(
-                    documents, halvings, files, summary, pairs, counts
+                    documents, oom_retries, files, summary, pairs, counts
                 )
                 files.summary.write_each(summary.tables())
                 if files.pairs is not None:
@@ -394,7 +394,7 @@ class Processor:
     def _measure_and_write(
         self,
         documents: Iterator[Document],
-        halvings: int,
+        oom_retries: int,
         files: records.ShardFiles,
         summary: Summary,
         pairs: neurons.PairSummary,
@@ -415,7 +415,7 @@ class Processor:
             first = first or "".join(problems[:1])
 
         with (
-            self.feed.chunks(documents, halvings) as chunks,
+            self.feed.chunks(documents, oom_retries) as chunks,
             ThreadPoolExecutor(1, "afn-write") as writer,
         ):
             with self._turn():
@@ -423,7 +423,7 @@ class Processor:
                 for chunk in chunks:
                     self.progress.wait_s += time.monotonic() - waiting
                     self.progress.read_s += chunk.read_s
-                    chunk, values = self._measure_chunk(chunk, halvings)
+                    chunk, values = self._measure_chunk(chunk, oom_retries)
                     behind.append(
                         writer.submit(self._record, chunk, values, files, summary, pairs, counts)
                     )
@@ -484,14 +484,14 @@ class Processor:
         prepared, values = self._without_culprits(texts, replaced, 0, prepared, self.values)
         return Measured(prepared.encoded, values, len(self.task.layers))
 
-    def _measure_chunk(self, chunk: Chunk, halvings: int) -> tuple[Chunk, Values]:
+    def _measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
         """``chunk`` and its ``values``, without the documents that the model cannot process."""
         texts, replaced = (
             [d.text for d in chunk.documents],
             [d.num_replaced > 0 for d in chunk.documents],
         )
         prepared, values = self._without_culprits(
-            texts, replaced, halvings, chunk.prepared, self.values
+            texts, replaced, oom_retries, chunk.prepared, self.values
         )
         return replace(chunk, prepared=prepared), values
 
@@ -499,7 +499,7 @@ class Processor:
         self,
         texts: list[str],
         replaced: list[bool],
-        halvings: int,
+        oom_retries: int,
         prepared: Prepared,
         run: Callable[[Prepared], Result],
     ) -> tuple[Prepared, Result]:
@@ -521,7 +521,7 @@ class Processor:
                 self.progress.measured = measured  # these texts are measured again later
                 run(
                     self.preparer.prepare(
-                        [texts[i] for i in some], [replaced[i] for i in some], halvings
+                        [texts[i] for i in some], [replaced[i] for i in some], oom_retries
                     )
                 )
 
@@ -533,7 +533,7 @@ class Processor:
             i: f"the model cannot take it: {culprits.first_line(error)}"
             for i, error in found.items()
         }
-        prepared = self.preparer.prepare(texts, replaced, halvings, refused | why)
+        prepared = self.preparer.prepare(texts, replaced, oom_retries, refused | why)
         return prepared, run(prepared)
 
     def _takes_probe(self) -> bool:

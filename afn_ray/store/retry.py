@@ -62,7 +62,7 @@ TRANSIENT_CODES = frozenset({
 })  # fmt: skip
 
 
-def patiently(
+def with_retries(
     call: Callable[[], T], what: str, *, local: bool, retry_for_s: float | None = None
 ) -> T:
     """``call()``, again with exponential backoff and full jitter for as long as its failure may

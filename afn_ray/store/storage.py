@@ -29,7 +29,7 @@ from fsspec.utils import glob_translate
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import FileInfo
 from afn_ray.store import disk
-from afn_ray.store.retry import http_status, patiently
+from afn_ray.store.retry import http_status, with_retries
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ DELETE_FOR_S = 10.0
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 # Timeouts in seconds, so that a dead peer is noticed. botocore asks again for one request, a page
-# of a listing or a part of a file; `patiently` for the whole call.
+# of a listing or a part of a file; `with_retries` for the whole call.
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {
@@ -201,7 +201,7 @@ def _ask(
     ``Unavailable`` at last.
     """
     with _named(action, uri, kind):
-        return patiently(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
+        return with_retries(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
 
 
 # --- reading
@@ -553,7 +553,7 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
         (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
     )
     with _named("writing", uri, StoreError):
-        patiently(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
+        with_retries(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
 
 def upload(local: Path, uri: str) -> None:
@@ -584,7 +584,7 @@ def remove(uri: str, retry_for_s: float | None = None) -> None:
     """
     fs, path = open_filesystem(uri)
     with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
-        patiently(
+        with_retries(
             partial(fs.rm_file, path),
             f"deleting {uri}",
             local=isinstance(fs, LocalFileSystem),

@@ -108,12 +108,12 @@ class Preparer:
         self,
         texts: Sequence[str],
         replaced: Sequence[bool],
-        halvings: int = 0,
+        oom_retries: int = 0,
         refused: Mapping[int, str] | None = None,
     ) -> Prepared:
         """Tokens, windows and batches of ``texts``.
 
-        ``replaced`` marks texts in which U+FFFD stands for invalid UTF-8. ``halvings``: how often
+        ``replaced`` marks texts in which U+FFFD stands for invalid UTF-8. ``oom_retries``: how often
         the token budget is halved. ``refused``: texts with known problems, which are packed as
         empty ones, and why.
         """
@@ -121,7 +121,7 @@ class Preparer:
         recipe, template = self.recipe, self.encoder.template
         encoded = self.encoder.encode(texts, replaced, refused)
         windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
-        budget = max(1, recipe.batch_tokens >> halvings)
+        budget = max(1, recipe.batch_tokens >> oom_retries)
         batches = list(
             tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed)
         )
@@ -181,9 +181,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
+def _prepare(texts: list[str], replaced: list[bool], oom_retries: int) -> Prepared:
     """``Preparer.prepare`` in a tokenizer process."""
-    return _preparer.prepare(texts, replaced, halvings)
+    return _preparer.prepare(texts, replaced, oom_retries)
 
 
 class Feed:
@@ -217,11 +217,11 @@ class Feed:
             self._prepare = preparer.prepare
         self._turns = itertools.cycle(self.executors)
 
-    def chunks(self, documents: Iterable[Document], halvings: int = 0) -> Chunks:
+    def chunks(self, documents: Iterable[Document], oom_retries: int = 0) -> Chunks:
         """``documents`` in chunks of about ``CHUNK_BYTES``; they depend on the shard alone."""
-        return Chunks(self, documents, halvings)
+        return Chunks(self, documents, oom_retries)
 
-    def submit(self, documents: list[Document], halvings: int) -> _Work:
+    def submit(self, documents: list[Document], oom_retries: int) -> _Work:
         """Start to prepare a chunk, after those submitted before it."""
         texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
         executor = next(self._turns)
@@ -231,7 +231,7 @@ class Feed:
                 with _without_sigint():  # the first task of a pool spawns its process
                     started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
         return _Work(
-            executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic()
+            executor.submit(self._prepare, texts, replaced, oom_retries), started, time.monotonic()
         )
 
     def why_dead(self, executors: Sequence[Executor]) -> str:
@@ -281,8 +281,8 @@ class Chunks:
     iterator closes itself at its end and at the first error.
     """
 
-    def __init__(self, feed: Feed, documents: Iterable[Document], halvings: int) -> None:
-        self._feed, self._executors, self._halvings = feed, feed.executors, halvings
+    def __init__(self, feed: Feed, documents: Iterable[Document], oom_retries: int) -> None:
+        self._feed, self._executors, self._halvings = feed, feed.executors, oom_retries
         # items: (documents, seconds, work), or an error, or None at the end
         self._ready: Queue[Any] = Queue(feed.ahead)
         self._stopped = threading.Event()
