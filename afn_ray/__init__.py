@@ -1,6 +1,4 @@
-"""afn-ray: the activation strength of every token of a corpus, measured on Ray and read with
-SQL.
-"""
+"""afn-ray: measure the activation strength of every token of a corpus on Ray; read it with SQL."""
 
 from __future__ import annotations
 
@@ -92,7 +90,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and DuckDB only for those who use them: ``afn --help`` answers at once."""
+    """Import a public name on first use, so that ``afn --help`` loads neither torch nor DuckDB."""
     if name in _LAZY:
         from importlib import import_module
 
@@ -102,5 +100,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The names that there are, loaded or not."""
+    """All public names, whether loaded or not."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""``python -m afn_ray`` is ``afn``."""
+"""``python -m afn_ray`` runs ``afn``."""
 
 from afn_ray.cli.commands import command
 

@@ -1,5 +1,6 @@
-"""CPU cores and memory that this process may use: a container's limits, which the machine's own
-counts do not show.
+"""CPU cores and memory that this process may use.
+
+A container limits both through control groups. The machine's own counts do not show these limits.
 """
 
 from __future__ import annotations
@@ -13,53 +14,51 @@ ROOT = Path("/")
 
 
 def num_cores(root: Path = ROOT) -> int:
-    """CPU cores that this process may keep busy: those that it may run on, or fewer by a quota of a
-    control group.
+    """CPU cores that this process may keep busy.
 
-    A fraction of a core is rounded down, and one core is always left. ``root`` holds ``proc`` and
-    ``sys``.
+    These are the cores that it may run on, or fewer where a control group has a quota. A fraction
+    of a core is rounded down, but the result is at least 1. ``root`` holds ``proc`` and ``sys``.
     """
-    cores = len(os.sched_getaffinity(0))  # which heeds cpusets
+    cores = len(os.sched_getaffinity(0))  # respects cpusets
     quota = min(_cpu_quotas(root), default=float(cores))
     return max(1, min(cores, int(quota)))
 
 
 def memory_bytes(root: Path = ROOT) -> int | None:
-    """Memory that this process may have: the machine's, or less by a limit of a control group;
-    None: unknown.
+    """Memory that this process may use, in bytes; None: unknown.
+
+    This is the machine's memory, or less where a control group has a limit. ``root`` holds ``proc``
+    and ``sys``.
     """
     return min([*_machine_bytes(root), *_memory_limits(root)], default=None)
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
-    """Cores that each control group above this process gives it; a group without a quota gives
-    none.
-    """
+    """Yield the quota of each control group of this process, in cores; skip groups without one."""
     for folder in _groups(root, "cpu"):
         line = _read(folder / "cpu.max").split()  # version 2: quota and period in microseconds
         line = line or [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
-        if len(line) == 2 and all(
-            re.fullmatch(r"[1-9][0-9]*", word) for word in line
-        ):  # else "max", or -1
+        # A group without a quota has "max" or -1.
+        if len(line) == 2 and all(re.fullmatch(r"[1-9][0-9]*", word) for word in line):
             yield int(line[0]) / int(line[1])
 
 
 def _memory_limits(root: Path) -> Iterator[int]:
+    """Yield the memory limit of each control group of this process, in bytes."""
     for folder in _groups(root, "memory"):
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
-        if limit.isdecimal():  # version 1 has a number near 2^63 for none
+        if limit.isdecimal():  # version 1 writes "no limit" as a number near 2^63
             yield int(limit)
 
 
 def _machine_bytes(root: Path) -> Iterator[int]:
+    """Yield the machine's memory in bytes, where ``/proc/meminfo`` states it."""
     for found in re.findall(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.M):
         yield int(found) * 1024
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups that this process is in, each with all above it that are to be
-    seen here.
-    """
+    """Yield the folders of this process's control groups, each from the visible top down."""
     within = _own_groups(root)
     for line in _read(root / "proc/self/mountinfo").splitlines():
         mount, _, filesystem = line.partition(" - ")
@@ -72,8 +71,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         ):
             continue
         group = PurePosixPath(within[name])
-        # A container may see its own group as the top of the mount, and its name as the host has
-        # it.
+        # In a container the top of the mount may be its own group, with its name on the host.
         below = group.relative_to(top) if group.is_relative_to(top) else PurePosixPath()
         folder = root / point.lstrip("/")
         yield folder
@@ -84,8 +82,9 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _own_groups(root: Path) -> dict[str, str]:
-    """Controller -> path of the group that this process is in; of version 2, which has one for all,
-    under "".
+    """Control group of this process by controller, as a path.
+
+    Version 2 has one group for all controllers; its key is "".
     """
     groups: dict[str, str] = {}
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -97,5 +96,5 @@ def _own_groups(root: Path) -> dict[str, str]:
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # none here, or one of a controller that is off
+    except OSError:  # no such file, or its controller is off
         return ""

@@ -1,4 +1,4 @@
-"""RunConfig: everything a user can ask of a run, and what it may be."""
+"""RunConfig: every option of a run, with its default and its valid values."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "neurons_of": ("all", "high"),
     "log_format": ("text", "json"),
 }
+"""Accepted values of each option that takes one of a fixed set."""
 BUILT_IN_SIGNALS = ("strength", "shift", "centred", "trimmed", "attention", "neurons")
+"""Names of the signals that afn-ray brings."""
 SIGNAL_GROUP = "afn_ray.signals"
-"""Entry points of other packages that have signals: ``name = "package.module:Class"``."""
+"""Entry-point group for signals of other packages: ``name = "package.module:Class"``."""
 SIGNAL = re.compile(r"[a-z][a-z_]*")
+"""Form of a signal's name."""
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
+"""Form of one entry of ``layers``: a block number, or a share of the depth."""
 
 
 TOP_NEURONS, MOST_TOP_NEURONS = 8, 256
+"""Default and largest number of neurons to record for each token and layer."""
 MOST_CORPUS_BYTES = 8 << 20
-"""Length of ``corpus`` as JSON, which goes into every plan.parquet and run.json, in bytes."""
+"""Largest ``corpus`` as JSON, in bytes; every plan.parquet and run.json stores it."""
 MOST_QUARANTINED = 5_000
-"""Missing shards that a run.json lists."""
+"""Largest ``allow_quarantined``, in shards: run.json lists every missing shard."""
 ANY_DEPTH = 10_000
-"""Of a model that is not known yet: more than any has."""
+"""Depth assumed while the model is unknown, in blocks; no model is deeper."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -44,10 +49,10 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """One run: a corpus, a model, a store, and how to go from the first to the last.
+    """One run: a corpus, a model, a store, and all options.
 
-    The help of every field is the one that ``afn run --help`` prints. ``ConfigError`` names the
-    field that is wrong, what it holds and what it may hold.
+    ``afn run --help`` prints the ``help`` of each field. Raises ``ConfigError`` with the field's
+    name, the value that it has and the values that it may have.
     """
 
     corpus: tuple[str, ...] = field(metadata={"help": "files, folders or globs; any fsspec URL"})
@@ -211,16 +216,15 @@ class RunConfig:
                 raise ConfigError(f"{name} is {seconds}; expected more than 0 seconds")
         if not 1 < self.sink_factor <= sys.float_info.max:
             raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
-        object.__setattr__(
-            self, "sink_factor", float(self.sink_factor)
-        )  # 10 and 10.0 ask for the same run
+        # 10 and 10.0 describe the same run.
+        object.__setattr__(self, "sink_factor", float(self.sink_factor))
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
-        resolve_layers(
-            self.layers, ANY_DEPTH
-        )  # the grammar; the depth is checked when the model is known
+        # This checks the form alone; the depth is checked once the model is known.
+        resolve_layers(self.layers, ANY_DEPTH)
 
     @property
     def read_options(self) -> ReadOptions:
+        """Options that decide how bytes become documents."""
         return ReadOptions(
             self.format,
             self.text_column,
@@ -233,6 +237,7 @@ class RunConfig:
 
 
 HINTS: dict[str, Any] = get_type_hints(RunConfig)
+"""Type of each field of ``RunConfig``."""
 
 
 def _check_type(name: str, value: object) -> None:
@@ -255,8 +260,9 @@ def _check_type(name: str, value: object) -> None:
 
 
 def signal_names(spec: str) -> tuple[str, ...]:
-    """The signals in ``spec``: strength first, for labels go by it, then the others by name, each
-    once.
+    """Signals in ``spec``, each once: strength first, since labels use it, then the others by name.
+
+    Raises ``ConfigError`` for an entry that is not a name.
     """
     names = {name.strip() for name in spec.split(",")}
     if bad := sorted(n for n in names if not SIGNAL.fullmatch(n)):
@@ -267,19 +273,18 @@ def signal_names(spec: str) -> tuple[str, ...]:
 
 
 def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
-    """Layers that ``spec`` names in a model of ``depth`` blocks, ascending and without repeats.
+    """Layers that ``spec`` names in a model of ``depth`` blocks, ascending, without repeats.
 
-    A fraction is rounded to the nearest block (2/3 of 12 is 8); ``all`` is 0 to ``depth``; 0 is the
-    embeddings. Raises ``ConfigError`` for what is not a layer, and says which are.
+    A fraction is rounded to the nearest block (2/3 of 12 is 8). ``all`` is 0 to ``depth``; 0 is the
+    embeddings. Raises ``ConfigError`` for an entry that is not a layer of the model.
     """
     if spec.strip() == "all":
         return tuple(range(depth + 1))
     layers: set[int] = set()
     for part in spec.split(","):
         try:
-            if not LAYER.fullmatch(
-                part.strip()
-            ):  # Fraction alone would also take exponents, as long as 1e999999999
+            # Fraction alone also accepts exponents, even 1e999999999.
+            if not LAYER.fullmatch(part.strip()):
                 raise ValueError
             value = Fraction(part.strip())
         except (ValueError, ZeroDivisionError):

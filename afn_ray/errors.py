@@ -1,24 +1,21 @@
-"""The errors a caller can act on, sorted by what the caller does next, and how to print them
-safely.
+"""The errors that afn-ray raises, sorted by what the caller does next.
 
 ::
 
-    AfnError                    the root; ``exit_code`` is what the command line returns
+    AfnError                    the root; ``exit_code`` is the exit status of the command
     |-- ConfigError         2   stop: the request is wrong; change it and call again
-    |   |-- CorpusError     2   no such corpus, no such column, a path that cannot be read
-    |   |-- ModelError      2   no such model, layer or device; a model that fails its self-check
+    |   |-- CorpusError     2   no such corpus, no such column, an unreadable path
+    |   |-- ModelError      2   no such model, layer or device; a failed self-check
     |   |-- StoreError      2   not writable, another measure, damaged, no such run
     |   `-- QueryError      2   SQL that is wrong, forbidden, too slow or too large
-    |-- ShardError          1   try the shard again, then skip it: its attempt failed; the others go
-    on
-    |   |-- CorpusChanged   1   skip the shard: its file is not the one that was planned
-    |   |-- OutOfMemory     1   try the shard again with fewer tokens at a time
-    |   `-- HelperDied      1   try the shard again, alone: a process that its worker needs has died
-    |-- Damaged             1   mend the store: what it holds is not what was committed; ``afn
-    verify`` lists it
-    |-- IncompleteRun       1   the run ended with shards missing; it lists them
+    |-- ShardError          1   retry, then skip the shard: its attempt failed; others go on
+    |   |-- CorpusChanged   1   skip the shard: its file differs from the planned one
+    |   |-- OutOfMemory     1   retry the shard with fewer tokens in a batch
+    |   `-- HelperDied      1   retry the shard alone: a helper process of its worker died
+    |-- Damaged             1   repair the store: it differs from the commit; see ``afn verify``
+    |-- IncompleteRun       1   the run ended with missing shards; the message lists them
     `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
-        `-- Unavailable    75   try elsewhere or later: the store or the corpus does not answer
+        `-- Unavailable    75   retry elsewhere or later: the store or the corpus does not answer
 
 Every constructor takes the message alone, so that errors survive pickling between processes.
 """
@@ -37,7 +34,7 @@ class ConfigError(AfnError):
 
 
 class CorpusError(ConfigError):
-    """The corpus cannot be listed or does not have what was asked for."""
+    """The corpus cannot be listed, or lacks what was asked for."""
 
 
 class ModelError(ConfigError):
@@ -53,11 +50,11 @@ class QueryError(ConfigError):
 
 
 class ShardError(AfnError):
-    """One attempt at one shard failed; other shards are not concerned."""
+    """One attempt at one shard failed; other shards are not affected."""
 
 
 class CorpusChanged(ShardError):
-    """A file of the corpus is gone, or no longer what the plan saw; another try reads the same."""
+    """A file of the corpus is missing or differs from the plan; a retry finds the same."""
 
 
 class OutOfMemory(ShardError):
@@ -65,7 +62,7 @@ class OutOfMemory(ShardError):
 
 
 class HelperDied(ShardError):
-    """A process that tokenizes for a worker died; which shard's doing that was is not known."""
+    """A tokenizer process of a worker died; the shard that caused it is unknown."""
 
 
 class Damaged(AfnError):
@@ -77,10 +74,10 @@ class IncompleteRun(AfnError):
 
 
 class Interrupted(AfnError):
-    """The run stopped before its end and can be resumed by the same command."""
+    """The run stopped early; the same command resumes it."""
 
     exit_code = 75
 
 
 class Unavailable(Interrupted):
-    """A filesystem did not answer, however often it was asked; here and now, not for ever."""
+    """A filesystem did not answer after all retries; it may answer later or elsewhere."""

@@ -1,6 +1,4 @@
-"""What happens as log records with fields, and as lines: one JSON object each for machines, plain
-ones for people.
-"""
+"""Log records with fields, written as JSON lines for machines or plain lines for people."""
 
 from __future__ import annotations
 
@@ -16,22 +14,25 @@ from afn_ray.text import printable
 T = TypeVar("T")
 
 ROOT = "afn_ray"
-"""The logger above all of the package's."""
+"""Name of the package's top logger."""
 
 
 def tell(
     log: logging.Logger, event: str, message: str, *, level: int = logging.INFO, **fields: Any
 ) -> None:
-    """Log ``message`` as ``event``, a word for machines, with ``fields`` that JSON can hold.
+    """Log ``message`` as ``event``, a name for machines, with ``fields`` that JSON can hold.
 
-    Fields are names, counts and reasons: never text of the corpus, and nothing of the environment.
+    Fields are names, counts and reasons, never text of the corpus or values of the environment.
     """
     if log.isEnabledFor(level):
         log.log(level, "%s", message, extra={"afn": {"event": event, **fields}})
 
 
 class Lines(logging.Formatter):
-    """One line a record. ``about``: fields of all of them, such as the run, known now or later."""
+    """Formatter that writes one line per record.
+
+    ``about`` holds fields of every record, such as the run. The caller may add to it later.
+    """
 
     def __init__(self, form: str, **about: Any) -> None:
         """``form``: "json" or "text"."""
@@ -58,20 +59,18 @@ class Lines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)  # ASCII: what acts on a terminal is escaped
+        return json.dumps(line)  # ASCII alone: terminal control characters are escaped
 
 
 class Bystander:
-    """Makes calls that a run can do without: the first exception of one is told, and none reaches
-    the run.
-    """
+    """Make best-effort calls: log the first exception and suppress all of them."""
 
     def __init__(self, log: logging.Logger, what: str) -> None:
-        """``what``: what there is none of when a call fails, as "metrics"."""
+        """``what``: what the run lacks when a call fails, such as "metrics"."""
         self._log, self._what, self._told = log, what, False
 
     def call(self, function: Callable[..., T], *args: Any) -> T | None:
-        """``function(*args)``, or None where it raised."""
+        """Return ``function(*args)``, or None where it raised."""
         try:
             return function(*args)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is worth no run
@@ -84,9 +83,7 @@ class Bystander:
 
 
 def to_stderr(form: str, **about: Any) -> None:
-    """From now on this process writes all that the package logs to stderr as ``Lines``; for a
-    process of our own.
-    """
+    """Write all logs of the package to stderr as ``Lines``; for processes that afn-ray starts."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines(form, **about))
     log = logging.getLogger(ROOT)

@@ -11,10 +11,13 @@ from typing import NamedTuple
 import pyarrow as pa
 
 SCHEMA_VERSION = 5
-"""Raised when a stored table or the meaning of a stored value changes; part of every measure."""
+"""Version of the stored tables, part of every measure.
+
+It grows when a stored table or the meaning of a stored value changes.
+"""
 
 SPECIAL = 1
-"""``flags`` bit 0: the token was added by the tokenizer's template and has no text."""
+"""``flags`` bit 0: the tokenizer's template added the token, which has no text."""
 WORD_START = 2
 """``flags`` bit 1: the token starts a word."""
 REPLACED = 4
@@ -27,8 +30,9 @@ def fingerprint(value: object) -> str:
 
 
 def fingerprint_of_rows(header: object, groups: Iterable[Sequence[object]]) -> str:
-    """``fingerprint([header, rows])`` of all rows in ``groups``, none of them empty, one in memory
-    at a time.
+    """``fingerprint([header, rows])`` of all rows in ``groups``, one group in memory at a time.
+
+    No group may be empty.
     """
     digest = hashlib.sha256(f"[{_canonical(header)},[".encode())
     for at, rows in enumerate(groups):
@@ -42,13 +46,11 @@ def _canonical(value: object) -> str:
 
 
 UPOS, XPOS = "upos", "xpos"
-"""The two columns of CoNLL-U that hold tags: Universal Dependencies' parts of speech, and the
-language's own.
-"""
+"""Tag columns of CoNLL-U: Universal Dependencies' parts of speech, and the language's own."""
 
 
 class Span(NamedTuple):
-    """Characters of a text that carry a tag."""
+    """A tagged range of characters in a text."""
 
     start: int
     end: int  # exclusive
@@ -64,16 +66,17 @@ class ReadOptions:
     id_column: str | None
     txt_documents: str  # "file" or "line"
     max_document_bytes: int
-    labels: str | None = None  # column of the tags; None: none, but of CoNLL-U
-    # of a quote in a quoted field of CSV: "doubled", "backslash"; "auto": no doubt is left
+    labels: str | None = None  # column of the tags; None: upos in CoNLL-U, else no tags
+    # how CSV writes a quote in a quoted field: "doubled", "backslash", or
+    # "auto": doubled, with ambiguous rows quarantined
     csv_escape: str = "auto"
 
     def labels_in(self, format: str) -> str | None:
-        """Where the tags of a file of ``format`` come from; None: it has none."""
+        """Column of the tags in a file of ``format``; None: the file has no tags."""
         return self.labels or (UPOS if format == "conllu" else None)
 
     def identity(self, format: str) -> list[object]:
-        """What of it changes the documents of a file of ``format``."""
+        """The options that change the documents of a file of ``format``."""
         if format == "txt":
             return [self.txt_documents, self.max_document_bytes]
         if format == "conllu":
@@ -95,24 +98,22 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """Part of one file: a byte range on line boundaries, a range of Parquet row groups, or the
-    whole file.
-    """
+    """Part of one file: lines of a byte range, a range of Parquet row groups, or the whole file."""
 
     uri: str
     size: int  # bytes of the file
-    version: str  # of the file, as in FileInfo
+    version: str  # version of the file, as in FileInfo
     format: str  # "txt", "jsonl", "csv", "parquet" or "conllu"
     compression: str  # "", "gz", "bz2", "xz" or "zst"
     start: int  # bytes; row groups for Parquet
     end: int  # exclusive
     num_bytes: int  # bytes to read
     num_documents: int  # exact for Parquet and uncompressed lines, else -1
-    sha256: str  # hex, of the bytes read
+    sha256: str  # SHA-256 of the bytes read, in hex
 
     @property
     def identity(self) -> list[object]:
-        """What the slice's documents are a function of."""
+        """The inputs of the slice's documents."""
         return [self.uri, self.format, self.compression, self.start, self.end, self.sha256]
 
 
@@ -123,15 +124,17 @@ class Shard:
     id: str  # fingerprint of its slices and of how they are read
     slices: tuple[FileSlice, ...]
     options: ReadOptions
-    generation: int = 0  # of the commit that counts, as of ``epochs``
+    generation: int = 0  # number of the commit that counts, see ``store.epochs``
 
     @classmethod
     def of(cls, slices: Sequence[FileSlice], options: ReadOptions) -> Shard:
+        """The shard of ``slices``; its id depends on them and on the options that affect them."""
         identity = fingerprint([[*s.identity, options.identity(s.format)] for s in slices])
         return cls(identity, tuple(slices), options)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes to read."""
         return sum(s.num_bytes for s in self.slices)
 
 
@@ -142,34 +145,32 @@ class Document:
     source: str  # URI of the file
     offset: int  # byte of the line in the file; row number for CSV, Parquet and compressed files
     text: str
-    doc_id: str | None = None  # the corpus's own id, where it has one
-    num_replaced: int = 0  # bytes sequences of invalid UTF-8 that became U+FFFD
+    doc_id: str | None = None  # the id that the corpus gives, if any
+    num_replaced: int = 0  # invalid UTF-8 sequences that became U+FFFD
     problem: str | None = None  # why it is quarantined; ``text`` is then empty
-    tags: tuple[Span, ...] = ()  # sorted, none empty, no two of them over the same character
-    lost_bytes: int = 0  # bytes of the file, as it is stored, that a quarantined row stands for
-    lost_documents: int | None = (
-        None  # documents that it stands for; None: the format does not tell
-    )
+    tags: tuple[Span, ...] = ()  # sorted; not empty, not overlapping
+    lost_bytes: int = 0  # bytes of the stored file that a quarantined row stands for
+    lost_documents: int | None = None  # documents that the row stands for; None: unknown
 
 
 STRENGTH = "strength"
-"""The signal that labels go by, whose thresholds and vocabulary every run has."""
+"""Signal that decides HIGH labels; every run has its thresholds and vocabulary."""
 
 
 class Series(NamedTuple):
-    """One number for each token: what is measured, and at which layer."""
+    """One number per token: a signal at a layer."""
 
-    signal: str  # a signal with more than one number has more than one name here
+    signal: str  # a signal that gives several numbers has a name for each
     layer: int
 
     @property
     def name(self) -> str:
-        """Of its column in the tables."""
+        """Name of its column in the tables."""
         return f"{self.signal}_{self.layer}"
 
 
 def strengths(layers: Sequence[int]) -> tuple[Series, ...]:
-    """The series of strength at ``layers``."""
+    """The strength series at ``layers``."""
     return tuple(Series(STRENGTH, layer) for layer in layers)
 
 
@@ -179,8 +180,9 @@ def strength_column(layer: int) -> str:
 
 
 def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False) -> pa.Schema:
-    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position). ``tagged``: the
-    corpus is labelled.
+    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position).
+
+    ``tagged``: the corpus is labelled, so the table has a ``tag`` column.
     """
     fields = [
         pa.field("doc", pa.int32(), nullable=False),
@@ -201,25 +203,22 @@ def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False)
 
 
 def documents_schema(series: Sequence[Series]) -> pa.Schema:
-    """Schema of a shard's ``documents`` table; one row for every document read, in order."""
+    """Schema of a shard's ``documents`` table: one row per document read, in order."""
     return pa.schema(
         [
             pa.field("doc", pa.int32(), nullable=False),
-            pa.field(
-                "doc_id", pa.string()
-            ),  # null: the corpus has none; the view gives the content hash
+            # null: the corpus gives no id; the view then shows the content hash
+            pa.field("doc_id", pa.string()),
             pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
             pa.field("offset", pa.int64(), nullable=False),
             pa.field("n_tokens", pa.int32(), nullable=False),
             pa.field("n_windows", pa.int32(), nullable=False),
             pa.field("n_chars", pa.int32(), nullable=False),
             pa.field("n_replaced", pa.int64(), nullable=False),
-            pa.field(
-                "lost_bytes", pa.int64(), nullable=False
-            ),  # of the file as stored, for which the row stands
-            pa.field(
-                "lost_documents", pa.int64()
-            ),  # 0 where nothing is lost; null: nobody can tell
+            # bytes of the stored file that the row stands for
+            pa.field("lost_bytes", pa.int64(), nullable=False),
+            # 0: nothing is lost; null: the number is unknown
+            pa.field("lost_documents", pa.int64()),
             pa.field("text_sha256", pa.binary(32)),
             pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
             *(pa.field(f"mean_{s.name}", pa.float32()) for s in series),
@@ -228,7 +227,7 @@ def documents_schema(series: Sequence[Series]) -> pa.Schema:
 
 
 MOST_NEURONS = 1 << 16
-"""Of an MLP; their numbers are recorded as uint16."""
+"""Largest number of neurons in an MLP; neuron numbers are recorded as uint16."""
 NEURON_LIST = pa.list_(
     pa.field(
         "item",
@@ -241,7 +240,7 @@ NEURON_LIST = pa.list_(
         nullable=False,
     )
 )
-"""The neurons of a token that are furthest from 0, that one first."""
+"""Arrow type of a token's recorded neurons, the largest absolute value first."""
 
 
 def neurons_column(layer: int) -> str:
@@ -250,10 +249,10 @@ def neurons_column(layer: int) -> str:
 
 
 def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
-    """Schema of a shard's ``neurons`` table: a row for each token, in the order of ``tokens``.
+    """Schema of a shard's ``neurons`` table: one row per token, in the order of ``tokens``.
 
-    Where HIGH tokens alone are asked for: a row for each that is HIGH at one of ``layers``, and
-    null at the others.
+    With neurons of HIGH tokens alone, a row stands for a token that is HIGH at one of ``layers`` or
+    more; the column of every other layer is null.
     """
     return pa.schema(
         [
@@ -270,12 +269,13 @@ PAIRS_SCHEMA = pa.schema(
         pa.field("neuron", pa.int32(), nullable=False),
         pa.field("token_id", pa.int32(), nullable=False),
         pa.field("n", pa.int64(), nullable=False),
-        pa.field("total", pa.int64(), nullable=False),  # of the values, in units of 2^-20
+        pa.field("total", pa.int64(), nullable=False),  # sum of the values, in units of 2^-20
         pa.field("largest", pa.float32(), nullable=False),
     ]
 )
-"""A shard's mergeable statistics of neurons: of each with each type, of normal tokens that have it
-in their list.
+"""A shard's mergeable statistics of neurons, one row per pair of a neuron and a token type.
+
+Each row counts the normal tokens of the type that have the neuron in their list.
 """
 
 SUMMARY_SCHEMA = pa.schema(
@@ -286,20 +286,21 @@ SUMMARY_SCHEMA = pa.schema(
         pa.field("token_id", pa.int32(), nullable=False),
         pa.field("n_docs", pa.int64(), nullable=False),
         pa.field("n_word_start", pa.int64(), nullable=False),
-        pa.field("n_whole", pa.int64(), nullable=False),  # that are a whole word by themselves
+        pa.field("n_whole", pa.int64(), nullable=False),  # tokens that are a whole word
         pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
         pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
     ]
 )
-"""A shard's mergeable statistics: per series and type the lossless histogram of its values.
+"""A shard's mergeable statistics: the lossless histogram of values per series and type.
 
-Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram, whose
-integers merge by addition in any order. One Parquet row group per series.
+Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram. Its
+integers merge by addition in any order. The Parquet file has one row group per series.
 """
 
 TAGGED_SUMMARY_SCHEMA = SUMMARY_SCHEMA.append(pa.field("tag", pa.string()))
-"""The same of a labelled corpus, with one more row group, in which ``counts`` says how often a type
-has ``tag``.
+"""``SUMMARY_SCHEMA`` of a labelled corpus, with one more row group.
+
+In that row group ``counts`` holds how often a type has ``tag``.
 """
 
 HISTOGRAM_SCHEMA = pa.schema(
@@ -310,7 +311,7 @@ HISTOGRAM_SCHEMA = pa.schema(
         pa.field("n", pa.int64(), nullable=False),
     ]
 )
-"""The run's strengths, each distinct recorded value with its count; special tokens apart."""
+"""The run's strengths: each distinct recorded value with its count, special tokens apart."""
 
 THRESHOLDS_SCHEMA = pa.schema(
     [
@@ -331,13 +332,14 @@ THRESHOLDS_SCHEMA = pa.schema(
         pa.field("definition", pa.string(), nullable=False),
     ]
 )
+"""The run's thresholds and moments of strength, one row per layer and population."""
 
 VOCABULARY_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("token", pa.string(), nullable=False),  # the piece as the tokenizer writes it
-        pa.field("text", pa.string(), nullable=False),  # the piece as a reader writes it
+        pa.field("token", pa.string(), nullable=False),  # the piece in the tokenizer's notation
+        pa.field("text", pa.string(), nullable=False),  # the piece as plain text
         pa.field("class", pa.string(), nullable=False),
         pa.field("n", pa.int64(), nullable=False),
         pa.field("n_docs", pa.int64(), nullable=False),
@@ -350,11 +352,12 @@ VOCABULARY_SCHEMA = pa.schema(
         pa.field("max", pa.float32(), nullable=False),
         pa.field("n_high", pa.int64(), nullable=False),
         pa.field("share_high", pa.float64(), nullable=False),
-        pa.field("share_high_low", pa.float64(), nullable=False),  # Wilson, 95 %
+        pa.field("share_high_low", pa.float64(), nullable=False),  # Wilson interval, 95 %
         pa.field("share_high_high", pa.float64(), nullable=False),
         pa.field("idf", pa.float64(), nullable=False),
     ]
 )
+"""Every token type at each layer: its strengths, and how often it is HIGH."""
 
 _OF_STRENGTH = ("n_high", "share_high", "share_high_low", "share_high_high")
 
@@ -362,7 +365,7 @@ SIGNAL_VOCABULARY_SCHEMA = pa.schema(
     [pa.field("signal", pa.string(), nullable=False)]
     + [f for f in VOCABULARY_SCHEMA if f.name not in _OF_STRENGTH]
 )
-"""Every type under each signal but strength, as in ``VOCABULARY_SCHEMA``."""
+"""Every type under each signal except strength, as in ``VOCABULARY_SCHEMA``."""
 
 SIGNALS_SCHEMA = pa.schema(
     [
@@ -374,24 +377,22 @@ SIGNALS_SCHEMA = pa.schema(
         ),
     ]
 )
-"""How each signal but strength is distributed over the tokens, special ones apart."""
+"""Distribution of each signal except strength over the tokens, special tokens apart."""
 
 NEURONS_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("neuron", pa.int32(), nullable=False),
-        pa.field(
-            "n", pa.int64(), nullable=False
-        ),  # tokens that have it in their list, special ones apart
-        pa.field("share", pa.float64(), nullable=False),  # of all tokens that have a list
-        pa.field("mean", pa.float64(), nullable=False),  # value there
+        # tokens that have the neuron in their list, special tokens apart
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("share", pa.float64(), nullable=False),  # n over all tokens with a list
+        pa.field("mean", pa.float64(), nullable=False),  # mean value over these tokens
         pa.field("largest", pa.float32(), nullable=False),
         pa.field("n_types", pa.int64(), nullable=False),
+        # divergence of the neuron's types from the types of all tokens, in bits
+        pa.field("selectivity", pa.float64(), nullable=False),
         pa.field(
-            "selectivity", pa.float64(), nullable=False
-        ),  # bits: how far its types are from all tokens' types
-        pa.field(
-            "types",  # those that give most of these bits, the first most
+            "types",  # the types that contribute most of these bits, in descending order
             pa.list_(
                 pa.field(
                     "item",
@@ -400,9 +401,8 @@ NEURONS_SCHEMA = pa.schema(
                             pa.field("token_id", pa.int32(), nullable=False),
                             pa.field("text", pa.string(), nullable=False),
                             pa.field("n", pa.int64(), nullable=False),
-                            pa.field(
-                                "lift", pa.float64(), nullable=False
-                            ),  # times as often as among all tokens
+                            # frequency of the type here over its frequency among all tokens
+                            pa.field("lift", pa.float64(), nullable=False),
                         ]
                     ),
                     nullable=False,
@@ -412,8 +412,10 @@ NEURONS_SCHEMA = pa.schema(
         ),
     ]
 )
-"""What each MLP neuron answers to. Selectivity is the Kullback-Leibler divergence of its tokens'
-types from those of all tokens: 0 for a neuron that goes by no type; of few tokens it is high by
+"""The token types that each MLP neuron responds to.
+
+Selectivity is the Kullback-Leibler divergence of the types of the neuron's tokens from the types of
+all tokens. It is 0 for a neuron that responds to all types alike. With few tokens it is high by
 chance.
 """
 
@@ -422,42 +424,41 @@ NEURON_TYPES_SCHEMA = pa.schema(
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("neuron", pa.int32(), nullable=False),
         pa.field("token_id", pa.int32(), nullable=False),
-        pa.field(
-            "n", pa.int64(), nullable=False
-        ),  # tokens of the type that have the neuron in their list
-        pa.field("share", pa.float64(), nullable=False),  # of the type's tokens that have a list
+        # tokens of the type that have the neuron in their list
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("share", pa.float64(), nullable=False),  # n over the type's tokens with a list
         pa.field("mean", pa.float64(), nullable=False),
         pa.field("largest", pa.float32(), nullable=False),
         pa.field("lift", pa.float64(), nullable=False),
     ]
 )
-"""Each neuron with each type that it meets at least five times."""
+"""Every pair of a neuron and a token type that occurs at least five times."""
 
 CLASSES = ("content", "function", "piece", "fragment", "number", "punctuation", "special")
-"""Classes of a type, in the order in which tables show them."""
+"""Classes of a token type, in the order of the tables."""
 PARTS_OF_WORDS = ("piece", "fragment")
-"""Classes of types that mostly begin or continue a word of several tokens: no list of words has
-them.
+"""Classes of types that mostly begin or continue a word of several tokens.
+
+No word list contains such types.
 """
 UNTAGGED = "untagged"
-"""Class of what has no tag in a labelled corpus."""
+"""Class of tokens without a tag in a labelled corpus."""
 RESERVED = ("special", UNTAGGED)
-"""Classes that no tag may be called."""
+"""Class names that no tag may have."""
 
 UPOS_CLASSES = {
     "content": ("NOUN", "PROPN", "VERB", "ADJ", "ADV", "INTJ"),
     "function": ("ADP", "AUX", "CCONJ", "DET", "NUM", "PART", "PRON", "SCONJ"),
     "punctuation": ("PUNCT", "SYM"),
 }
-"""Universal Dependencies' open classes, its closed ones, numerals among them, and its others, but
-for X.
-"""
+"""UPOS tags by class: open classes, closed classes with numerals, and the others except X."""
 _ORDER = (*CLASSES[:-1], *(tag for tags in UPOS_CLASSES.values() for tag in tags), "X")
 
 
 def in_order(classes: Iterable[str]) -> list[str]:
-    """``classes``, guessed ones or tags, once each as tables show them: known ones first, what is
-    none of them last.
+    """``classes`` or tags, each once, in the order of the tables.
+
+    Known names come first, then other tags by name, then those in ``RESERVED``.
     """
     rank = {name: at for at, name in enumerate(_ORDER)} | {
         name: len(_ORDER) + 1 for name in RESERVED
@@ -466,9 +467,10 @@ def in_order(classes: Iterable[str]) -> list[str]:
 
 
 def upos_classes(tags: Iterable[str]) -> dict[str, str]:
-    """What each of ``tags`` is, by ``UPOS_CLASSES``; nothing where one of them is no UPOS.
+    """Class of each of ``tags`` by ``UPOS_CLASSES``; empty where any tag is not a UPOS tag.
 
-    A joined tag is what all its parts are; X, and one whose parts differ, are left out.
+    A joined tag has the class that all its parts share. X, and joined tags whose parts differ in
+    class, are left out.
     """
     kinds = {tag: kind for kind, of_kind in UPOS_CLASSES.items() for tag in of_kind} | {"X": ""}
     found = {
@@ -490,18 +492,17 @@ SHARDS_SCHEMA = pa.schema(
         pa.field("n_tokens", pa.int64(), nullable=False),
         pa.field("n_windows", pa.int64(), nullable=False),
         pa.field("n_replaced", pa.int64(), nullable=False),
-        pa.field("lost_bytes", pa.int64(), nullable=False),  # of the corpus files, not measured
-        pa.field("lost_documents", pa.int64(), nullable=False),  # where their number is known
-        pa.field(
-            "lost_unknown", pa.int64(), nullable=False
-        ),  # losses of an unknown number of documents
+        pa.field("lost_bytes", pa.int64(), nullable=False),  # corpus bytes not measured
+        pa.field("lost_documents", pa.int64(), nullable=False),  # from losses of known number
+        # losses whose number of documents is unknown
+        pa.field("lost_unknown", pa.int64(), nullable=False),
         pa.field("padding_share", pa.float64(), nullable=False),
         pa.field("num_bytes", pa.int64(), nullable=False),  # read from the corpus
         pa.field("token_bytes", pa.int64(), nullable=False),
         pa.field("document_bytes", pa.int64(), nullable=False),
         pa.field("summary_bytes", pa.int64(), nullable=False),
-        pa.field("neurons_bytes", pa.int64(), nullable=False),  # 0 where none are recorded
-        pa.field("pairs_bytes", pa.int64(), nullable=False),  # of neurons and types
+        pa.field("neurons_bytes", pa.int64(), nullable=False),  # 0: no neurons are recorded
+        pa.field("pairs_bytes", pa.int64(), nullable=False),  # pairs of neurons and types
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("tokens_file", pa.string(), nullable=False),  # relative to the store
         pa.field("documents_file", pa.string(), nullable=False),
@@ -509,53 +510,49 @@ SHARDS_SCHEMA = pa.schema(
         pa.field("neurons_file", pa.string()),
     ]
 )
-"""A run's shards in plan order: where their files are and how many rows they hold."""
+"""A run's shards in plan order: the location of their files and their numbers of rows."""
 
 FILES_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),  # URI of the file
-        pa.field(
-            "is_skipped", pa.bool_(), nullable=False
-        ),  # left out: of an unknown ending, or of a store
-        pa.field("bytes", pa.int64(), nullable=False),  # of the file
-        pa.field(
-            "num_bytes", pa.int64(), nullable=False
-        ),  # of it that were to be read: of Parquet its columns
-        pa.field("lost_bytes", pa.int64(), nullable=False),  # of these, not measured
-        pa.field("share_read", pa.float64(), nullable=False),  # of num_bytes, measured
-        pa.field("n_quarantined", pa.int64(), nullable=False),  # rows of documents
-        pa.field("lost_documents", pa.int64(), nullable=False),  # where their number is known
-        pa.field(
-            "lost_unknown", pa.int64(), nullable=False
-        ),  # losses of an unknown number of documents
-        pa.field("n_replaced", pa.int64(), nullable=False),  # characters
+        # not read: the suffix is unknown, or the file belongs to a store
+        pa.field("is_skipped", pa.bool_(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),  # size of the file
+        # bytes to read: all, or those of the columns used in Parquet
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("lost_bytes", pa.int64(), nullable=False),  # part of num_bytes not measured
+        pa.field("share_read", pa.float64(), nullable=False),  # measured share of num_bytes
+        pa.field("n_quarantined", pa.int64(), nullable=False),  # rows of ``documents``
+        pa.field("lost_documents", pa.int64(), nullable=False),  # from losses of known number
+        # losses whose number of documents is unknown
+        pa.field("lost_unknown", pa.int64(), nullable=False),
+        pa.field("n_replaced", pa.int64(), nullable=False),  # U+FFFD for invalid UTF-8
     ]
 )
-"""What was read of each file of a run's corpus."""
+"""How much of each file of a run's corpus was measured."""
 
 SOURCES_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
-        pa.field(
-            "source", pa.string(), nullable=False
-        ),  # URI of a file, or of a folder where files are many
+        # URI of a file, or of a folder where there are many files
+        pa.field("source", pa.string(), nullable=False),
         *(FILES_SCHEMA.field(name) for name in ("bytes", "lost_bytes", "share_read")),
-        pa.field(
-            "n_documents", pa.int64(), nullable=False
-        ),  # read, empty and quarantined ones among them
+        # documents read, empty and quarantined ones included
+        pa.field("n_documents", pa.int64(), nullable=False),
         *(
             FILES_SCHEMA.field(name)
             for name in ("n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
         ),
-        pa.field("n_docs", pa.int64(), nullable=False),  # with tokens
+        pa.field("n_docs", pa.int64(), nullable=False),  # documents with tokens
         pa.field("n", pa.int64(), nullable=False),  # tokens, special ones apart
         pa.field("n_high", pa.int64(), nullable=False),
         pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
         pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
     ]
 )
-"""A run's tokens by where they come from: the lossless histogram of strengths, as in
-``SUMMARY_SCHEMA``.
+"""A run's tokens by source.
+
+``bins`` and ``counts`` are the lossless histogram of strengths, as in ``SUMMARY_SCHEMA``.
 """
 
 FEATURES = (
@@ -566,7 +563,7 @@ FEATURES = (
     "share_fragments",
     "share_distinct",
 )
-"""What documents are screened by, all at one layer; ``screen`` defines them."""
+"""Features of a document that the screening compares, all at one layer; see ``reduce.screen``."""
 
 SCREENED_SCHEMA = pa.schema(
     [
@@ -575,15 +572,13 @@ SCREENED_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # URI of the file
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("n_tokens", pa.int32(), nullable=False),  # special ones apart
-        pa.field(
-            "n_copies", pa.int32(), nullable=False
-        ),  # documents of the run with this very text, itself included
+        # documents of the run with the same text, this one included
+        pa.field("n_copies", pa.int32(), nullable=False),
         *(pa.field(name, pa.float32(), nullable=False) for name in FEATURES),
         pa.field("score", pa.float64(), nullable=False),  # the largest robust z
         pa.field("reason", pa.string(), nullable=False),
-        pa.field(
-            "text", pa.string(), nullable=False
-        ),  # its beginning, put together from its tokens
+        # beginning of the document, joined from its tokens
+        pa.field("text", pa.string(), nullable=False),
     ]
 )
 """A run's strangest documents."""
@@ -592,19 +587,18 @@ DRIFT_SCHEMA = pa.schema(
     [
         pa.field("layer", pa.int16(), nullable=False),
         pa.field("source", pa.string()),  # null: the whole corpus
-        pa.field(
-            "n_a", pa.int64(), nullable=False
-        ),  # tokens, special ones apart; 0: the source is new or gone
+        # tokens, special ones apart; 0: the source is new or gone
+        pa.field("n_a", pa.int64(), nullable=False),
         pa.field("n_b", pa.int64(), nullable=False),
         *(pa.field(f"{q}_{run}", pa.float32()) for q in ("q1", "q2", "q3") for run in "ab"),
-        pa.field("share_high_a", pa.float64()),  # at or above the Q3 that the run labels by
+        pa.field("share_high_a", pa.float64()),  # at or above the Q3 of the run's labels
         pa.field("share_high_b", pa.float64()),
         pa.field("psi", pa.float64()),
         pa.field("ks", pa.float64()),
         pa.field("js", pa.float64()),
     ]
 )
-"""Two runs' distributions of strengths, per layer: all tokens, and those of each source."""
+"""Strength distributions of two runs per layer: over all tokens, and per source."""
 
 CLASS_DRIFT_SCHEMA = pa.schema(
     [
@@ -620,8 +614,9 @@ CLASS_DRIFT_SCHEMA = pa.schema(
         ),
     ]
 )  # fmt: skip
-"""Two runs' classes: their share of the tokens, and how many of theirs are HIGH, with Wilson's 95 %
-interval.
+"""Classes in two runs: their share of the tokens, and their HIGH share with its interval.
+
+The interval is Wilson's, 95 %.
 """
 
 MOVERS_SCHEMA = pa.schema(
@@ -631,21 +626,20 @@ MOVERS_SCHEMA = pa.schema(
         pa.field("token", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
         pa.field("class", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),  # "both", "new" (in b alone) or "vanished"
+        pa.field("status", pa.string(), nullable=False),  # "both", "new" (only in b) or "vanished"
         pa.field("n_a", pa.int64(), nullable=False),
         pa.field("n_b", pa.int64(), nullable=False),
         pa.field("share_high_a", pa.float64()),
         pa.field("share_high_b", pa.float64()),
         pa.field("median_a", pa.float32()),
         pa.field("median_b", pa.float32()),
-        pa.field("z", pa.float64()),  # of the difference of the HIGH shares
+        pa.field("z", pa.float64()),  # z score of the difference of the HIGH shares
         pa.field("p", pa.float64()),
-        pa.field(
-            "q", pa.float64()
-        ),  # p after Benjamini and Hochberg, over the types of the layer in both runs
+        # p adjusted by Benjamini and Hochberg over the layer's types that both runs have
+        pa.field("q", pa.float64()),
     ]
 )
-"""Every type in either of two runs, and how it moved."""
+"""Every type that occurs in either of two runs, and how it moved between them."""
 
 PLAN_SCHEMA = pa.schema(
     [

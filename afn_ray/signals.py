@@ -1,4 +1,7 @@
-"""What a package that brings its own signals imports; the entry-point group has the same name."""
+"""Public interface for packages with signals of their own.
+
+Their entry-point group has the same name, ``afn_ray.signals``.
+"""
 
 from afn_ray.model.signals import Attention, Signal, Site, Strength, find_signals, known, norm
 

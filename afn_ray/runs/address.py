@@ -8,18 +8,17 @@ from urllib.parse import urlsplit
 from afn_ray.errors import ConfigError
 
 FORM = "expected host:6379 of the cluster's head, auto or local"
+"""Expected form of an address, for messages."""
 
 
 def of_cluster(given: str | None) -> str | None:
-    """Where a cluster is that was started by others, by ``given`` or the environment; None: a Ray
-    of our own.
-    """
+    """Address of an existing cluster, from ``given`` or ``RAY_ADDRESS``; None: a local Ray."""
     where = (given or os.environ.get("RAY_ADDRESS") or "").strip()
     return None if where in ("", "local") else where
 
 
 def check(where: str) -> None:
-    """Raise ``ConfigError`` for what is no address of a cluster's head, with what to do instead."""
+    """Raise ``ConfigError`` unless ``where`` is the address of a cluster's head."""
     scheme, has_scheme, rest = where.partition("://")
     if scheme in ("http", "https") and has_scheme:
         plain = f"{scheme}://{rest.rpartition('@')[2]}"  # without a password

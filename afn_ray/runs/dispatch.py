@@ -1,5 +1,6 @@
-"""Hands shards to workers and decides every retry; knows nothing of Ray, and of time only what its
-clock says.
+"""Assign shards to workers and decide every retry.
+
+The module knows nothing of Ray. It reads the time only from its ``clock``.
 """
 
 from __future__ import annotations
@@ -32,83 +33,87 @@ from afn_ray.store.commits import Commit, Commits
 from afn_ray.text import count
 
 SLOTS = 3
-"""Shards in flight on one worker: one is read and tokenized, one holds the model, one is encoded
-and uploaded.
-"""
+"""Shards in flight on one worker: one is read, one uses the model, one is written and uploaded."""
 ATTEMPTS = 2
-"""Tries that a shard gets: exceptions, or crashes while it was alone on its worker."""
+"""Charged attempts after which a shard is quarantined.
+
+A charged attempt raised an exception, or crashed its worker with no other shard in flight.
+"""
 HALVINGS = 2
-"""How often the token budget of a shard is halved for want of memory before that counts against the
-shard.
-"""
+"""Memory failures of a shard that only halve its token budget; later ones charge the shard."""
 FAILED_STARTS = 3
-"""The run is given up when so many workers could not load the model and none ever could."""
+"""Failed worker starts that end the run while no worker has ever loaded the model."""
 QUARANTINES_IN_ROW = 5
-"""With so many shards given up and none done between, the fault is no shard's."""
+"""Consecutive quarantines that stop the run: the cause is systemic."""
 UNANSWERED_IN_ROW = 3
-"""Per worker: with so many shards that met no answer and none done between, the store is down for
-all.
-"""
+"""Consecutive unanswered attempts per ready worker that end the run: the store is down."""
 POLL_S = 0.5
+"""Longest wait for events, and shortest pause between two polls of all workers, in seconds."""
 LOOK_S = 0.005
-"""For each worker, between two looks around: a look is a question to each, so that many are looked
-at less often.
+"""Additional pause between two polls for each worker, in seconds.
+
+A poll sends a call to each worker, so many workers are polled less often.
 """
 DRAIN_S = 1.0
-"""For shards that are nearly done when the run is stopped: ``ray job stop`` kills after three
-seconds.
+"""Longest wait for nearly finished shards when the run is stopped, in seconds.
+
+``ray job stop`` kills the process after three seconds.
 """
 SAY_AFTER_S = 20.0
-"""Without a worker for so long, the run says what it waits for."""
+"""Time without any ready worker after which the run reports what it waits for, in seconds."""
 DEADLINE_S = 600.0
+"""Shortest deadline of a shard, in seconds."""
 DEADLINE_BYTES_PER_S = 10_000.0
-"""Before any shard is done, one of n bytes may take ``DEADLINE_S + n / DEADLINE_BYTES_PER_S``
-seconds.
+"""Assumed speed while no shard is done, in bytes per second.
+
+A shard of n bytes then has a deadline of ``DEADLINE_S + n / DEADLINE_BYTES_PER_S`` seconds.
 """
 DEADLINE_FACTOR = 10.0
-"""Later it may take so many times the seconds per byte of the slowest done, if that is more than
-``DEADLINE_S``.
+"""Ratio of a shard's deadline to its time at the slowest speed so far.
+
+It applies once a shard is done; the deadline is at least ``DEADLINE_S``.
 """
 DEADLINE_BYTES = 1 << 20
-"""Smaller shards count as this large: what they take is no measure for large ones."""
+"""Smallest size assumed for a finished shard when its speed is computed, in bytes.
+
+The time that a small shard takes says little about large shards.
+"""
 LONGEST_PAUSE_S = 60.0
-"""Between two starts of workers while starts fail."""
+"""Longest pause between two worker starts while starts fail, in seconds."""
 
 PACE_S, PACE_SHARE = 5.0, 0.02
-"""What documents must have taken, and which share of all they must be, until they tell the time
-left.
-"""
+"""Least time in seconds and least share of documents measured for an estimate of the time left."""
 
 _log = logging.getLogger(__name__)
 
 
 class Cause(Enum):
-    """Why a worker is gone, as far as its pool can tell."""
+    """Why a worker lost its process, as far as its pool knows."""
 
     CRASH = "its worker's process died"
     MEMORY = "its worker's node ran out of memory"
-    NODE = "its worker's node is gone"  # or was preempted: no shard's doing
+    NODE = "its worker's node is gone"  # or was preempted: no shard caused it
     START = "a worker could not start"
     LOADING = "a worker's process died as it loaded the model"
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker has loaded its model, for the first time or anew."""
+    """A worker has loaded its model, for the first time or after a restart."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """A worker has lost its process; a Gone that says why follows."""
+    """A worker has lost its process; a ``Gone`` with the cause follows."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A worker has lost its process, and with it all that it had in flight; a Ready may follow."""
+    """A worker has lost its process and all its shards in flight; a ``Ready`` may follow."""
 
     worker: int
     cause: Cause
@@ -117,13 +122,15 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """A worker's node will be gone soon: it may finish what it has, and gets nothing more."""
+    """A worker's node will stop soon: the worker may finish its shards and gets no more."""
 
     worker: int
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
+    """A worker has committed a shard."""
+
     worker: int
     shard: str
     commit: Commit
@@ -131,7 +138,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A shard's attempt raised ``error``; its worker goes on."""
+    """An attempt at a shard raised ``error``; its worker continues."""
 
     worker: int
     shard: str
@@ -142,41 +149,40 @@ Event = Ready | Silent | Gone | Leaving | Done | Failed
 
 
 class Pool(Protocol):
-    """Workers, wherever they live, known by numbers."""
+    """Workers in any place, identified by numbers."""
 
     can_replace: bool
-    """Whether a worker has a process of its own, so that it can be ended and started anew."""
+    """Whether a worker has a process of its own, which can be killed and restarted."""
 
     def grow(self, num_useful: int) -> int:
-        """Have as many workers as are wanted and useful, started or waiting for a place; returns
-        their number.
+        """Start workers up to the number wanted, at most ``num_useful``; return their number.
+
+        Workers that wait for resources count.
         """
 
     def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
-        """Give ``worker`` a shard, its token budget halved so many times."""
+        """Assign a shard to ``worker``, with its token budget halved ``oom_retries`` times."""
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """What happened, after the first thing did or the time is over."""
+        """Return the events so far; wait for the first one for at most ``timeout_s``."""
 
     def replace(self, worker: int) -> None:
-        """End the process of ``worker`` and forget what it has in flight; Ready follows when it has
-        a new one.
-        """
+        """Restart the process of ``worker`` and forget its shards in flight; ``Ready`` follows."""
 
     def release(self, worker: int) -> None:
-        """End ``worker`` for good: there is no more for it to do."""
+        """End ``worker`` for good: no work is left for it."""
 
     def progress(self) -> Progress:
-        """What all workers have done, shards under way included."""
+        """Progress of all workers, shards in flight included."""
 
     def num_tokens(self, worker: int) -> int:
-        """What ``worker`` has measured, as far as is known; while it grows nothing hangs."""
+        """Tokens that ``worker`` has measured, as last polled; while they grow nothing hangs."""
 
     def lack(self) -> str:
-        """What the workers that are not ready wait for: what was asked for, and what there is."""
+        """Resources that waiting workers asked for, and those that exist, for people."""
 
     def num_loading(self) -> int:
-        """Workers that have a place and load the model."""
+        """Number of workers that have resources and are loading the model."""
 
     def close(self) -> None:
         """End all workers."""
@@ -184,28 +190,26 @@ class Pool(Protocol):
 
 @dataclass(slots=True)
 class State:
-    """How far a run is; counts are of this call, not of what the store had before."""
+    """State of a run in this call; it does not count what the store had before."""
 
     num_shards: int
     num_workers: int = 0
     num_ready: int = 0  # workers that have loaded their model
     commits: Commits = field(default_factory=Commits)
     failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
-    stopped: str = ""  # why shards were left undone, where they were
+    stopped: str = ""  # why the run stopped with shards undone; empty: it did not
     retries: int = 0
-    num_lost: int = 0  # processes of workers that died or were ended in the midst
+    num_lost: int = 0  # worker processes that died or were killed early
     num_running: int = 0  # shards on workers
-    counts: Counter[str] = field(
-        default_factory=Counter
-    )  # sums of the commits' counts, shards, bytes in and out
-    fresh_s: list[float] = field(
-        default_factory=list
-    )  # for which each shard held a model, of those done since a look
+    # sums of the commits' counts, of shards, and of bytes read and written
+    counts: Counter[str] = field(default_factory=Counter)
+    # seconds that each shard done since the last report held its model
+    fresh_s: list[float] = field(default_factory=list)
     live: Progress = field(default_factory=Progress)
     seconds: float = 0.0  # since the first worker was ready
-    notices: list[str] = field(default_factory=list)  # what a person should know
-    waits_for: str = ""  # the notice that no worker is there, while that is so
-    num_documents: int | None = None  # planned; None where a format does not tell before it is read
+    notices: list[str] = field(default_factory=list)  # messages for people
+    waits_for: str = ""  # the notice of missing workers, while no worker is ready
+    num_documents: int | None = None  # planned documents; None: unknown before the files are read
 
     @property
     def num_done(self) -> int:
@@ -214,21 +218,21 @@ class State:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all workers, since the first was ready."""
+        """Tokens per second of all workers, since the first one was ready."""
         return self.live.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def num_measured(self) -> int:
-        """Documents that have been through a model, within shards under way too; those of a failed
-        attempt count.
-        """
+        """Documents that a model has processed, also in shards in flight and failed attempts."""
         measured = max(self.counts["documents"], round(self.live.measured))
         return measured if self.num_documents is None else min(measured, self.num_documents)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the last shard at the pace so far; None before each worker has ended about
-        one, or documents have shown the pace.
+        """Estimated seconds until the last shard is done; None while there is too little data.
+
+        There is enough data when each worker has finished about one shard, or when documents have
+        taken ``PACE_S`` seconds and reached the share ``PACE_SHARE``.
         """
         if self.num_done < max(1, min(self.num_ready, self.num_shards // 2)):
             if (
@@ -242,32 +246,36 @@ class State:
 
 
 OnState = Callable[[State], None]
+"""Callback for the state after each poll."""
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A shard on a worker, and since when it may be its turn: shards of one worker wait for each
-    other.
+    """A shard in flight on a worker.
 
-    While neighbours end, which a shard that hangs before or behind the model does not hinder, it
-    has ``SLOTS`` deadlines.
+    Shards of one worker wait for each other. ``since`` restarts the deadline whenever another shard
+    of the worker ends. A shard that hangs before or after the model does not stop the others, so
+    its deadline in all, from ``began``, is ``SLOTS`` deadlines.
     """
 
     shard: Shard
     since: float
-    began: float  # when it was handed over
+    began: float  # when it was assigned
 
 
 @dataclass(slots=True)
 class _Record:
-    """What is held against a shard."""
+    """Failures of a shard so far."""
 
-    charges: int = 0  # exceptions of its own, crashes while it was alone
+    charges: int = 0  # its exceptions, and crashes while it was alone on its worker
     oom_retries: int = 0
 
 
 class Patience:
-    """Says what is waited for after a while, and gives up after ``wait_s``."""
+    """Report a wait after ``SAY_AFTER_S``, and raise ``Interrupted`` after ``wait_s``.
+
+    ``lack`` says what is missing, for the messages.
+    """
 
     def __init__(
         self,
@@ -280,11 +288,11 @@ class Patience:
         self.reset()
 
     def reset(self) -> None:
-        """What was waited for is here."""
+        """Start a new wait."""
         self._since, self._said = self._clock(), False
 
     def check(self) -> str | None:
-        """The notice, once. Raises ``Interrupted`` when the time is over."""
+        """Return a notice, once per wait. Raises ``Interrupted`` after ``wait_s``."""
         waited = self._clock() - self._since
         if waited >= self._wait_s:
             raise Interrupted(
@@ -301,14 +309,19 @@ class Patience:
 
 
 class Dispatcher:
-    """One run's shards on one pool's workers.
+    """Process one run's shards on one pool's workers.
 
-    Blame is fair. An exception charges its shard. A crash, or a hang, with several shards in flight
-    charges none of them: they are suspects and run again, each alone on a worker, and what crashes
-    alone is charged. The loss of a node charges nobody. Want of memory halves the shard's token
-    budget first. A shard charged ``ATTEMPTS`` times is quarantined; after a crash alone its last
-    try has half the token budget. What concerns all shards is raised: a wrong config, a full disk,
-    a store that does not answer.
+    The rules of blame:
+
+    - An exception charges its shard.
+    - A crash or a hang with several shards in flight charges none of them. They are suspects and
+      run again, each alone on a worker. A shard that crashes alone is charged.
+    - The loss of a node charges no shard.
+    - A memory failure halves the shard's token budget first.
+    - A shard charged ``ATTEMPTS`` times is quarantined. After a crash alone, its last attempt has
+      half the token budget.
+    - An error that concerns all shards is raised: a wrong config, a full disk, a store that does
+      not answer.
     """
 
     def __init__(
@@ -326,16 +339,15 @@ class Dispatcher:
         self._todo = deque(shards)
         self._suspects: deque[Shard] = deque()
         self._records: dict[str, _Record] = {}
-        self._tries: Counter[str] = Counter()  # of shards that are not done
-        self._running: dict[int, dict[str, _Flight]] = {}  # by worker that is ready; by shard
+        self._tries: Counter[str] = Counter()  # attempts at shards that are not done
+        self._running: dict[int, dict[str, _Flight]] = {}  # ready worker -> shard -> flight
         self._leaving: set[int] = set()
         self._silent: set[int] = set()
-        self._room: dict[int, None] = {}  # workers that may take more, in the order they became so
+        self._room: dict[int, None] = {}  # workers with a free slot, the longest free first
         self._deadline_s = deadline_s
         self._slowest = 0.0  # seconds per byte
-        self._moved: dict[
-            int, tuple[int, float]
-        ] = {}  # tokens of each worker, and when they last grew
+        # worker -> its tokens, and when their number last grew
+        self._moved: dict[int, tuple[int, float]] = {}
         self._next_check = 0.0
         self._next_start = 0.0
         self._failed_starts = self._quarantines = self._unanswered = 0
@@ -345,7 +357,7 @@ class Dispatcher:
         self.state = State(len(shards), num_documents=_num_documents(shards))
 
     def run(self) -> State:
-        """Until every shard is done or quarantined; or ``state.stopped`` says why not."""
+        """Run until all shards are done or quarantined; ``state.stopped`` explains a stop."""
         try:
             while (
                 self._todo or self._suspects or any(self._running.values())
@@ -354,7 +366,7 @@ class Dispatcher:
                 for event in self._pool.wait(POLL_S):
                     if not self.state.stopped:
                         self._take(event)
-                if self._clock() >= self._next_check:  # it looks at every shard in flight
+                if self._clock() >= self._next_check:  # a check visits every shard in flight
                     self._next_check = self._clock() + POLL_S + LOOK_S * len(self._running)
                     self._look_around()
             self._report()
@@ -365,30 +377,31 @@ class Dispatcher:
             self._pool.close()
         return self.state
 
-    # --- work out
-    # ----------------------------------------------------------------------------------------
+    # --- assignment
 
     def _hand_out(self) -> None:
+        """Assign shards to workers with free slots, release idle workers, and grow the pool."""
         for worker in list(self._room):
             flights = self._running[worker]
             if not flights and self._suspects:
                 self._hand(worker, self._suspects.popleft())
-                del self._room[worker]  # alone
+                del self._room[worker]  # a suspect runs alone
                 continue
             while self._todo and len(flights) < SLOTS:
                 self._hand(worker, self._todo.popleft())
             if len(flights) == SLOTS:
                 del self._room[worker]
-            elif not flights:  # the tail: its place may go
+            elif not flights:  # no shard is left for it: free its resources
                 self._forget(worker)
                 self._pool.release(worker)
         if self._clock() >= self._next_start:
-            # Of those that are ready none is idle: it would have got something, or been let go.
+            # No ready worker is idle: it would have been given a shard or released above.
             self.state.num_workers = self._pool.grow(
                 len(self._todo) + len(self._suspects) + len(self._running)
             )
 
     def _hand(self, worker: int, shard: Shard) -> None:
+        """Assign ``shard`` to ``worker``."""
         self._running[worker][shard.id] = _Flight(shard, self._clock(), self._clock())
         self._tries[shard.id] += 1
         logs.tell(
@@ -405,23 +418,24 @@ class Dispatcher:
         self._pool.hand(worker, shard, record.oom_retries if record else 0)
 
     def _forget(self, worker: int) -> list[Shard]:
-        """``worker`` has no process now; returns what it had in flight."""
+        """Drop the state of ``worker``, which has no process now; return its shards in flight."""
         self._room.pop(worker, None)
         self._leaving.discard(worker)
         self._silent.discard(worker)
         return [flight.shard for flight in self._running.pop(worker, {}).values()]
 
     def _replace(self, worker: int) -> list[Shard]:
+        """Restart the process of ``worker``; return its shards in flight."""
         self.state.num_lost += 1
         logs.tell(_log, "worker_replaced", f"worker {worker} gets a new process", worker=worker)
         shards = self._forget(worker)
         self._pool.replace(worker)
         return shards
 
-    # --- events in
-    # ---------------------------------------------------------------------------------------
+    # --- events
 
     def _take(self, event: Event) -> None:
+        """Handle ``event``."""
         if isinstance(event, Ready):
             self._running[event.worker] = {}
             self._room[event.worker] = None
@@ -434,7 +448,7 @@ class Dispatcher:
             )
             self._began = self._began if self._began is not None else self._clock()
         elif isinstance(event, Silent):
-            if event.worker in self._running:  # not of a process that was replaced in the meantime
+            if event.worker in self._running:  # else its process has been replaced already
                 self._room.pop(event.worker, None)
                 self._silent.add(event.worker)
         elif isinstance(event, Gone):
@@ -445,8 +459,8 @@ class Dispatcher:
                 self._room.pop(event.worker, None)
                 self._leave_if_idle(event.worker)
         elif (flight := self._running.get(event.worker, {}).pop(event.shard, None)) is not None:
-            # Not what a worker did before it was replaced: the shard is queued again, and finds its
-            # commit.
+            # Results from before a replacement are ignored: the shard is queued again and finds
+            # its commit.
             for other in self._running[event.worker].values():
                 other.since = self._clock()
             if isinstance(event, Done):
@@ -459,16 +473,19 @@ class Dispatcher:
                 self._room[event.worker] = None
 
     def _leave_if_idle(self, worker: int) -> None:
+        """Replace ``worker`` if it has no shard in flight."""
         if not self._running[worker]:
-            self._replace(worker)  # elsewhere, before its node takes it down
+            self._replace(worker)  # on another node, before this one stops
 
     def _done(self, worker: int, flight: _Flight, commit: Commit) -> None:
+        """Count the commit of a shard, and update the slowest speed."""
         self._count(worker, flight.shard, commit)
         took_s = self._clock() - flight.since
         self._slowest = max(self._slowest, took_s / max(DEADLINE_BYTES, flight.shard.num_bytes))
         self._quarantines = self._unanswered = 0
 
     def _count(self, worker: int, shard: Shard, commit: Commit) -> None:
+        """Add ``commit`` to the state."""
         state = self.state
         state.commits[shard.id] = commit
         state.fresh_s.append(commit.seconds)
@@ -489,18 +506,19 @@ class Dispatcher:
         )
 
     def _failed(self, worker: int, shard: Shard, error: BaseException) -> None:
+        """Retry or quarantine ``shard`` after ``error``; raise errors that concern all shards."""
         if isinstance(error, Unavailable):
             self._unanswered += 1
             if self._unanswered >= UNANSWERED_IN_ROW * max(1, len(self._running)):
                 raise error
             self._again(shard, self._todo, reason(error))
-            if self._pool.can_replace:  # perhaps it is only this worker's network
+            if self._pool.can_replace:  # the fault may be this worker's network alone
                 self._todo.extend(self._replace(worker))
             return
         if isinstance(error, ConfigError | Interrupted) or not isinstance(error, Exception):
             raise error
         if isinstance(error, CorpusChanged):
-            self._quarantine(shard, reason(error))  # no sign of a fault that all shards share
+            self._quarantine(shard, reason(error))  # a changed file is no sign of a systemic fault
             return
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._again(shard, self._todo, reason(error))
@@ -511,13 +529,13 @@ class Dispatcher:
                 [shard, *others], reason(error), alone=not others and not self._running.get(worker)
             )
             return
-        if (
-            not isinstance(error, ShardError) and self._pool.can_replace
-        ):  # its process or device may be broken: the next try gets a new one
+        # The process or its device may be broken: the next attempt gets a new process.
+        if not isinstance(error, ShardError) and self._pool.can_replace:
             self._todo.extendleft(reversed(self._replace(worker)))
         self._charge(shard, reason(error), self._todo)
 
     def _gone(self, event: Gone) -> None:
+        """Decide on the shards of a worker that lost its process, by the cause."""
         shards = self._forget(event.worker)
         self.state.num_lost += 1
         logs.tell(
@@ -530,18 +548,17 @@ class Dispatcher:
             shards=[s.id for s in shards],
         )
         if event.cause in (Cause.START, Cause.LOADING):
-            self._todo.extendleft(reversed(shards))  # of a process before, if any
+            self._todo.extendleft(reversed(shards))  # shards of the previous process, if any
             self._failed_starts += 1
             self._next_start = self._clock() + min(LONGEST_PAUSE_S, 2.0**self._failed_starts - 2)
-            # One that says what is wrong would say so again; one that died may have been unlucky.
+            # An error at start would occur again; a death at load may be bad luck.
             enough = (
                 min(FAILED_STARTS, self.state.num_workers)
                 if event.cause is Cause.START
                 else FAILED_STARTS
             )
-            if (
-                self._began is None and self._failed_starts >= enough
-            ):  # later there may be other places, other times
+            # After a first success, starts may succeed again later or on other nodes.
+            if self._began is None and self._failed_starts >= enough:
                 raise event.error or ModelError(event.cause.value)
         elif event.cause is Cause.NODE:
             for shard in reversed(shards):
@@ -550,28 +567,30 @@ class Dispatcher:
             self._blame(shards, event.cause.value, memory=event.cause is Cause.MEMORY)
 
     # --- blame
-    # -------------------------------------------------------------------------------------------
 
     def _blame(
         self, shards: Sequence[Shard], why: str, *, memory: bool = False, alone: bool | None = None
     ) -> None:
-        """``shards`` were in flight on a worker that died or hung; ``alone``: one, with no other
-        beside it.
+        """Retry or charge ``shards``, which were in flight on a worker that died or hung.
+
+        ``alone``: there was one shard, with no other beside it.
         """
         alone = len(shards) == 1 if alone is None else alone
         for shard in shards:
             if (memory and self._halve(shard)) or not alone:
                 self._again(shard, self._suspects, why)
             else:
-                self._halve(shard)  # the kernel kills for want of memory too, and does not say so
+                self._halve(shard)  # the kernel may have killed it for memory, without a message
                 self._charge(shard, f"{why}, with this shard alone on it", self._suspects)
 
     def _halve(self, shard: Shard) -> bool:
+        """Halve the token budget of ``shard``; return whether that is still allowed."""
         record = self._records.setdefault(shard.id, _Record())
         record.oom_retries += 1
         return record.oom_retries <= HALVINGS
 
     def _again(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
+        """Queue ``shard`` for a retry; ``soon``: before the others."""
         self.state.retries += 1
         (queue.appendleft if soon else queue.append)(shard)
         logs.tell(
@@ -586,6 +605,7 @@ class Dispatcher:
         )
 
     def _quarantine(self, shard: Shard, why: str) -> None:
+        """Give up ``shard``."""
         self.state.failures[shard.id] = why
         self.state.counts["lost_bytes"] += shard.num_bytes
         logs.tell(
@@ -600,12 +620,12 @@ class Dispatcher:
         )
 
     def _charge(self, shard: Shard, why: str, queue: deque[Shard]) -> None:
+        """Charge ``shard``: retry it, or quarantine it after ``ATTEMPTS`` charges."""
         record = self._records.setdefault(shard.id, _Record())
         record.charges += 1
         if record.charges < ATTEMPTS:
-            self._again(
-                shard, queue, why, soon=True
-            )  # a fault of all shards shows before all were tried
+            # An early retry reveals a systemic fault before all shards have been tried.
+            self._again(shard, queue, why, soon=True)
             return
         self._quarantine(shard, why)
         self._quarantines += 1
@@ -615,10 +635,9 @@ class Dispatcher:
             )
 
     # --- time
-    # --------------------------------------------------------------------------------------------
 
     def _look_around(self) -> None:
-        """Hung shards, missing workers and progress."""
+        """Replace hung workers, check the wait for workers, and report progress."""
         self._end_hung()
         if len(self._running) > len(self._silent):
             self._patience.reset()
@@ -629,6 +648,7 @@ class Dispatcher:
         self._report()
 
     def _report(self) -> None:
+        """Update ``state`` and pass it to ``on_state``."""
         state = self.state
         state.num_ready = len(self._running)
         state.num_running = sum(map(len, self._running.values()))
@@ -638,6 +658,12 @@ class Dispatcher:
         state.fresh_s.clear()
 
     def _end_hung(self) -> None:
+        """Replace workers that have a late shard.
+
+        A shard is late when its deadline has passed and its worker has measured no token for
+        ``DEADLINE_S``, or when ``SLOTS`` deadlines have passed since its assignment. With a
+        configured deadline, tokens do not matter.
+        """
         now = self._clock()
         for worker, flights in list(self._running.items()):
             tokens = self._pool.num_tokens(worker)
@@ -649,7 +675,7 @@ class Dispatcher:
                 for f in flights.values()
                 if not moves and now - f.since > self.deadline_s(f.shard)
             ]
-            if self._deadline_s is not None or self._slowest:  # else nobody knows what is slow here
+            if self._deadline_s is not None or self._slowest:  # else no speed is known yet
                 late += [
                     f for f in flights.values() if now - f.began > SLOTS * self.deadline_s(f.shard)
                 ]
@@ -668,8 +694,9 @@ class Dispatcher:
             self._blame(self._replace(worker), f"it hung: not done after {seconds:,.0f} s")
 
     def deadline_s(self, shard: Shard) -> float:
-        """Seconds after which ``shard`` counts as hung: by its size and the slowest shard so
-        far.
+        """Deadline of ``shard`` in seconds.
+
+        It is configured, or depends on the shard's size and the slowest shard so far.
         """
         if self._deadline_s is not None:
             return self._deadline_s
@@ -678,7 +705,7 @@ class Dispatcher:
         return max(DEADLINE_S, DEADLINE_FACTOR * self._slowest * shard.num_bytes)
 
     def _drain(self) -> None:
-        """Nothing new is handed out; what is nearly done may be committed."""
+        """Count commits that arrive within ``DRAIN_S``; assign nothing new."""
         end = self._clock() + DRAIN_S
         while any(self._running.values()) and (left := end - self._clock()) > 0:
             for event in self._pool.wait(min(left, 0.2)):
@@ -691,6 +718,7 @@ class Dispatcher:
 
 
 def _num_documents(shards: Iterable[Shard]) -> int | None:
+    """Documents of ``shards``; None where a slice does not state their number."""
     total = 0
     for shard in shards:
         for piece in shard.slices:
@@ -701,14 +729,13 @@ def _num_documents(shards: Iterable[Shard]) -> int | None:
 
 
 class Told(Exception):
-    """An exception that is not ours, as ``reason`` tells it: its own class may not survive the way
-    to the driver.
-    """
+    """A third-party exception as text by ``reason``: its class may not unpickle in the driver."""
 
 
 def reason(error: BaseException) -> str:
-    """One line on ``error``: its type, the last line of its message and, if it is not ours, where
-    it was raised.
+    """One line on ``error``: its type and the last line of its message.
+
+    For an error that is not an ``AfnError``, the file and line that raised it follow.
     """
     if isinstance(error, Told):
         return str(error)

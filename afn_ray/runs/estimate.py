@@ -1,4 +1,4 @@
-"""What a run would do, how long it would take and what it would cost, before any of it is done."""
+"""Estimate what a run would do, how long it would take and what it would cost, before it starts."""
 
 from __future__ import annotations
 
@@ -24,40 +24,47 @@ from afn_ray.text import nearest
 from afn_ray.tokens import counting
 
 SAMPLE_DOCUMENTS = 200
+"""Largest number of documents in the sample that is measured here."""
 PILOT_S = 2.0
+"""Time after which the measurement of the sample ends, in seconds."""
 BYTES_PER_TOKEN = 6.0
-"""Upper estimate of the store's bytes for a token of one series, offsets included; each further
-series adds 3.
-"""
+"""Upper estimate of the store's size for a token of one series with offsets, in bytes."""
 BYTES_PER_SERIES, OFFSET_BYTES = 3.0, 2.0
+"""Upper estimates for each further series and for the offsets of a token, in bytes."""
 BYTES_PER_NEURON = 6.5
-"""Upper estimate of the store's bytes for one neuron of a token, counts by type included."""
+"""Upper estimate for one neuron of a token, counts by type included, in bytes."""
 REDUCE_TOKENS_PER_S = 2.5e6
-"""Of one series, by one core: between what 10,000 small shards and 50 large ones took."""
+"""Speed of the reduce of one series on one core, in tokens per second.
+
+It is between the measured speeds of 10,000 small shards and of 50 large ones.
+"""
 SCREEN_TOKENS_PER_S = 3.5e6
-"""Of all layers, by one core."""
+"""Speed of the screening of all layers on one core, in tokens per second."""
 READ_BYTES = storage.READ_AHEAD_BYTES
-"""Of the corpus, in one request: once to plan, where the file is new, and once to measure."""
+"""Size of one read of the corpus, in bytes.
+
+A new file is read twice: once to plan and once to measure.
+"""
 PUTS_A_SHARD, GETS_A_SHARD = 4, 12
-"""Requests to object stores for a shard, counted on small ones: PUT with LIST, which cost alike,
-and GET with HEAD beside those for the corpus's bytes. Each table of neurons is one PUT more. The
-status is written by the clock.
+"""Requests to object stores for a shard: PUT and LIST, which cost the same, then GET and HEAD.
+
+They were counted on small shards. The GET requests for the corpus's bytes come on top. Each table
+of neurons is one more PUT. Writes of the status depend on time and are not counted.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What one worker does, as ``afn bench rate`` measured it."""
+    """Speed of one worker, as ``afn bench rate`` measured it."""
 
     tokens_per_second: float
-    load_s: float  # until a process has loaded the model
+    load_s: float  # seconds until a process has loaded the model
     where: str  # machine, versions, n and spread
-    speed: dict[str, Any] = field(
-        default_factory=dict
-    )  # what it was measured for, as of ``speed_of``
+    # what it was measured for, from ``speed_of``
+    speed: dict[str, Any] = field(default_factory=dict)
 
     def check(self, speed: dict[str, Any], file: Path) -> None:
-        """Raise ``ConfigError`` if it is not of ``speed``."""
+        """Raise ``ConfigError`` unless the rate was measured for ``speed``."""
         differing = [
             f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
             for key in speed
@@ -72,10 +79,10 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What things cost, in one ``currency``; None: not known, and left out of every sum."""
+    """Prices in one ``currency``; a price of None is unknown and left out of every sum."""
 
     currency: str
-    as_of: str  # of whom and when
+    as_of: str  # whose prices, and their date
     worker_hour: float | None = None
     worker_hour_on_demand: float | None = None
     head_hour: float | None = None
@@ -86,7 +93,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A line of a bill: ``amount`` of ``unit`` at ``price`` each; None: no price is known."""
+    """A line of a bill: ``amount`` of ``unit`` at ``price`` each; None: the price is unknown."""
 
     what: str
     amount: float
@@ -95,38 +102,38 @@ class Cost:
 
     @property
     def total(self) -> float | None:
+        """Price of the amount; None: unknown."""
         return None if self.price is None else self.amount * self.price
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run would do, and about how long it would take."""
+    """Result of a dry run: the work of a run, its time and its costs."""
 
     num_files: int
-    skipped: tuple[FileInfo, ...]  # for an unknown ending
+    skipped: tuple[FileInfo, ...]  # files with an unknown suffix
     num_documents: int
     documents_exact: bool
     num_bytes: int
     num_shards: int
     num_shards_done: int  # already in the store
-    tokens: int  # special ones among them, as a run counts them
-    tokens_low: int  # of the 95 % interval; where all are counted, ``tokens``
+    tokens: int  # special tokens included, as a run counts them
+    tokens_low: int  # bound of the 95 % interval; ``tokens`` where all are counted
     tokens_high: int
-    tokens_exact: bool  # what the store has is added up from its commits, what is small is counted
-    tokens_there: int  # of them already in the store
+    tokens_exact: bool  # all tokens are counted, here or in commits
+    tokens_there: int  # tokens already in the store
     num_beginnings: int  # large slices that could be sampled only at their beginning
-    store_bytes: int  # estimated, but for what is there
-    seconds: (
-        float | None
-    )  # from the first worker's start to the reduced tables; None: no rate is known
-    load_s: float | None  # of these, until models are loaded
-    reduce_s: float  # of these, by the reduce and the screening
+    store_bytes: int  # exact for shards in the store, else estimated
+    # from the first worker's start to the reduced tables; None: no rate is known
+    seconds: float | None
+    load_s: float | None  # part of ``seconds`` until models are loaded
+    reduce_s: float  # part of ``seconds`` for the reduce and the screening
     num_workers: int
-    worker_hours: float | None  # of the workers, from first to last; GPU-hours where they have GPUs
+    worker_hours: float | None  # hours of all workers together; GPU-hours where they have GPUs
     num_puts: int  # requests to an object store
     num_gets: int
-    tokens_per_second: float | None  # of one worker; None: not measured on the workers' device
-    rate: str  # where it was measured, or why it was not
+    tokens_per_second: float | None  # one worker's; None: not measured on the workers' device
+    rate: str  # where the speed was measured, or why it was not
     model: str
     layers: tuple[int, ...]
     depth: int
@@ -135,13 +142,12 @@ class Estimate:
     window_tokens: int
     overlap_tokens: int
     measure: str
-    signal_costs: dict[
-        str, float
-    ]  # time of a forward pass with each signal over one with strength alone, less 1;
-    # none where the sample was tried on another device than the workers'
+    # time of a forward pass with each signal over one with strength alone, minus 1;
+    # empty where the sample was measured on another device than the workers'
+    signal_costs: dict[str, float]
     prices: Prices | None
-    costs: tuple[Cost, ...]  # of the run; none without prices, or while its hours are not known
-    monthly: Cost | None  # of what it leaves in the store
+    costs: tuple[Cost, ...]  # costs of the run; empty without prices or hours
+    monthly: Cost | None  # monthly cost of the run's data in the store
 
 
 def dry_run(
@@ -152,20 +158,18 @@ def dry_run(
     prices: Path | None = None,
     reduce_only: bool = False,
 ) -> Estimate:
-    """What ``job.run(config)`` would do, or what it would refuse: it is that call's own
-    preparation.
+    """Estimate ``job.run(config)`` with that call's own preparation.
 
-    Reads the corpus once to plan, counts or samples what the store lacks, tries the model on a
-    little of it, and leaves nothing behind. ``rate``: a file that ``afn bench rate`` wrote, perhaps
-    on another machine; without it the sample is measured here, and where this machine lacks the
-    workers' device, time, hours and money are None: they are not told. ``prices``: a TOML file with
-    keys of ``Prices``. Raises what ``job.run`` raises before its work begins, and ``ConfigError``
-    for a rate of something else.
+    Reads the corpus once to plan, counts or samples what the store lacks, runs the model on a small
+    sample, and leaves nothing behind. ``rate``: a file by ``afn bench rate``, maybe from another
+    machine. Without it the sample is measured here; where this machine lacks the workers' device,
+    time, hours and costs are None. ``prices``: a TOML file with the keys of ``Prices``. Raises the
+    errors that ``job.run`` raises before its work begins, and ``ConfigError`` for a rate that was
+    measured for something else.
     """
     money = None if prices is None else read_prices(prices)
-    known = (
-        None if rate is None else read_rate(rate)
-    )  # before the corpus is read, which may take hours
+    # before the corpus is read, which may take hours
+    known = None if rate is None else read_rate(rate)
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.try_writable(config.store)
@@ -256,7 +260,7 @@ def dry_run(
 
 @dataclass(frozen=True, slots=True)
 class _There:
-    """What the store has of a run."""
+    """Data of a run that the store already has."""
 
     tokens: int
     documents: int
@@ -272,23 +276,24 @@ def _what_is_there(commits: Commits) -> _There:
 
 
 # --- arithmetic
-# ------------------------------------------------------------------------------------------
 
 
 def bytes_per_token(config: RunConfig, num_series: int, num_neuron_layers: int) -> float:
-    """Upper estimate of what the store holds for each token."""
+    """Upper estimate of the store's size per token, in bytes."""
     size = (
         BYTES_PER_TOKEN
         + BYTES_PER_SERIES * (num_series - 1)
         - (0 if config.offsets else OFFSET_BYTES)
     )
-    high = 0.25 if config.neurons_of == "high" else 1.0  # of tokens, where others' thresholds fit
+    # share of tokens with neurons, if the thresholds of the other run fit
+    high = 0.25 if config.neurons_of == "high" else 1.0
     return size + BYTES_PER_NEURON * config.top_neurons * num_neuron_layers * high
 
 
 def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
-    """Seconds of one core for the reduce of ``tokens``; its leaves, which are most of it, are as
-    many as cores.
+    """Seconds of one core to reduce ``tokens``.
+
+    Most of this work is in the leaves of the reduce, which run on all cores.
     """
     return tokens * num_series / REDUCE_TOKENS_PER_S + (
         tokens / SCREEN_TOKENS_PER_S if screened else 0.0
@@ -296,7 +301,7 @@ def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
 
 
 def gets_of_corpus(num_bytes: int) -> int:
-    """Requests that read a shard's bytes, to plan and to measure."""
+    """Number of requests that read a shard's bytes, to plan and to measure."""
     return 2 * -(-num_bytes // READ_BYTES)
 
 
@@ -308,9 +313,9 @@ def bill(
     num_gets: int,
     store_bytes: float,
 ) -> tuple[tuple[Cost, ...], Cost | None]:
-    """What a run costs, line by line, and what its store costs a month; nothing without ``prices``.
+    """Costs of a run line by line, and the monthly cost of its data; empty without ``prices``.
 
-    Without hours there is no line of the run: its requests alone would look like its price.
+    Without hours the run has no lines: its requests alone would look like its price.
     """
     if prices is None:
         return (), None
@@ -333,12 +338,11 @@ def _no_rate(device: str, here: str) -> str:
 
 
 # --- a sample, measured here
-# -----------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class _Pilot:
-    """What a sample took in this process."""
+    """Measurements of a sample in this process."""
 
     load_s: float
     num_tokens: int = 0
@@ -368,12 +372,11 @@ def _pilot(task: worker.Task, texts: Sequence[str]) -> _Pilot:
             )
             sets = [[alone], *([alone, other] for other in others)]
             turns = [[processor.seconds(prepared, signals) for signals in sets] for _ in range(2)]
-            for name, seconds in zip(
-                taken, map(min, *turns), strict=True
-            ):  # the other one was disturbed
+            # The faster of two turns counts: the other one was disturbed.
+            for name, seconds in zip(taken, map(min, *turns), strict=True):
                 taken[name] += seconds
     processor.close()
-    # More work takes more time; where it seems to take less, the cost is lost in the noise.
+    # A signal cannot save time: a negative cost is noise and counts as 0.
     pilot.signal_costs = {
         s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]
     }
@@ -381,13 +384,10 @@ def _pilot(task: worker.Task, texts: Sequence[str]) -> _Pilot:
 
 
 # --- files of rates and prices
-# ---------------------------------------------------------------------------
 
 
 def speed_of(task: worker.Task, measure: dict[str, Any]) -> dict[str, Any]:
-    """What of a run changes how many tokens a worker does in a second, but for the machine and the
-    texts.
-    """
+    """The inputs of a worker's tokens per second, except the machine and the texts."""
     return {
         "model": fingerprint(measure["model"]),
         "layers": list(task.layers),
@@ -403,7 +403,7 @@ def speed_of(task: worker.Task, measure: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether ``value`` is 0 or more, and what a float can hold."""
+    """Whether ``value`` is a number of 0 or more that a float can hold."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -420,13 +420,11 @@ RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "versions": (lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str), "an object with that of torch"),
     "foreign": (_is_number, "a number, 0 or more"),
 }  # fmt: skip
-"""What is read of the file that ``afn bench rate --json`` writes."""
+"""Keys that are read from a file by ``afn bench rate --json``: a check and the expected value."""
 
 
 def read_rate(path: Path) -> Rate:
-    """The rate in ``path``. Raises ``ConfigError`` for what ``afn bench rate --json`` did not
-    write.
-    """
+    """The rate in ``path``. Raises ``ConfigError`` unless ``afn bench rate --json`` wrote it."""
     try:
         value = json.loads(settings.decode(path.read_bytes()))
     except OSError as error:
@@ -451,7 +449,7 @@ def read_rate(path: Path) -> Rate:
 
 
 def read_prices(path: Path) -> Prices:
-    """The prices in the TOML file ``path``. Raises ``ConfigError`` for what they cannot be."""
+    """The prices in the TOML file ``path``. Raises ``ConfigError`` for wrong keys or values."""
     value = settings.read_toml(path, "--prices")
     known = [f.name for f in fields(Prices)]
     if unknown := sorted(value.keys() - set(known)):

@@ -1,4 +1,4 @@
-"""One worker in this process, without Ray, for the dispatcher that has them on Ray otherwise."""
+"""A dispatcher's pool without Ray: one worker in this process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from afn_ray.runs.worker import Processor, Task
 from afn_ray.schema import Shard
 
 STOP_S = 1.0
-"""How long threads of this process may take to notice that they are to stop; a batch, or an upload,
-may take longer.
+"""Longest wait for this process's threads to stop, in seconds.
+
+A batch or an upload may take longer.
 """
 
 
 class InlinePool:
-    """One worker in this process: a thread for each shard in flight."""
+    """One worker in this process, with a thread for each shard in flight."""
 
     can_replace = False
 
@@ -40,6 +41,7 @@ class InlinePool:
         thread.start()
 
     def _process(self, shard: Shard, oom_retries: int) -> None:
+        """Process ``shard`` on this thread and queue the event."""
         try:
             self._events.put(Done(0, shard.id, self._processor.process(shard, oom_retries)))
         except BaseException as error:  # noqa: BLE001 - the dispatcher says what it means
@@ -58,7 +60,7 @@ class InlinePool:
         raise NotImplementedError
 
     def release(self, worker: int) -> None:
-        """It ends with the run."""
+        """Do nothing: the worker ends with the run."""
 
     def progress(self) -> Progress:
         return self._processor.progress
@@ -70,7 +72,7 @@ class InlinePool:
         return "this process is its only worker"
 
     def num_loading(self) -> int:
-        return 0  # it has loaded the model before it is asked
+        return 0  # the constructor has loaded the model
 
     def close(self) -> None:
         self._processor.stop()
@@ -78,7 +80,7 @@ class InlinePool:
             self._processor.close()
 
     def _join(self, timeout_s: float) -> int:
-        """Number of threads that are still at work after ``timeout_s``."""
+        """Wait up to ``timeout_s`` for all threads; return how many still run."""
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""One run from start to finish: plan, do what the store lacks, reduce."""
+"""One run from start to finish: plan, process the shards that the store lacks, reduce."""
 
 from __future__ import annotations
 
@@ -25,33 +25,36 @@ from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
+"""Reason of a missing shard in a run that was only reduced."""
 PILOT_DOCUMENTS = 2000
+"""Largest number of documents in a pilot's sample."""
 MOST_REASONS = 5
-"""Why documents of a corpus without a token are quarantined, as told at its end."""
+"""Quarantined documents that the error lists for a corpus without tokens."""
 MOST_REASONS = 1000
-"""Shards given up whose file and reason run.json keeps; of more it has the id alone, and can still
-be read.
+"""Quarantined shards whose file and reason run.json keeps; further ones have only their id.
+
+The limit keeps run.json small enough to read.
 """
 MOST_SHARDS = 20
-"""Shards that are named one by one at the end of a run."""
+"""Shards that the end of a run lists one by one."""
 MOST_CHARS = 1000
-"""Length of the reason of a missing shard in run.json."""
+"""Longest reason of a missing shard in run.json, in characters."""
 NEVER = 3.4e38
-"""A strength that none has."""
+"""A strength above that of any token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that a person who waits wants to see."""
+    """Something to show to a person who waits for the run."""
 
     # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "screening",
     # "complete"
     kind: str
     message: str
-    state: dispatch.State | None = None  # of "working"
-    done: int = 0  # of "hashing": files
-    total: int = 0
-    run: str = ""  # its name, once it has one: of "planned"
+    state: dispatch.State | None = None  # for "working"
+    done: int = 0  # for "hashing": files read
+    total: int = 0  # for "hashing": files to read
+    run: str = ""  # for "planned": name of the run, once it has one
 
 
 OnEvent = Callable[[Event], None]
@@ -59,17 +62,17 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a run is to do, before it looks at what the store has."""
+    """The work of a run, before the store's shards are known."""
 
     config: RunConfig
-    device: str  # of the workers
+    device: str  # device of the workers
     files: model.ModelFiles
     plan: manifest.Plan
-    begun_ns: int  # before the first file was looked at
+    begun_ns: int  # time before the first file was listed, in nanoseconds
     decided: precision.Precision
     task: worker.Task
     measure: dict[str, Any]
-    frozen: list[dict[str, Any]]  # thresholds that it labels by, as of ``manifest.find_frozen``
+    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``manifest.find_frozen``
 
 
 def prepare(
@@ -77,8 +80,8 @@ def prepare(
 ) -> Prepared:
     """Plan the corpus of a normalised config and decide what to measure.
 
-    ``keep`` writes what pilots found into the store, for later runs; with ``reduce_only`` none is
-    run.
+    ``keep`` writes the results of pilots into the store for later runs. With ``reduce_only`` no
+    pilot runs.
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = worker.find_model(config)
@@ -101,15 +104,16 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """What the store has of a run."""
+    """The results of a run that the store already has."""
 
     commits: Commits
-    complete: bool  # with the same plan reduced
+    complete: bool  # a run with the same plan is complete
 
 
 def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
-    """What the store has of ``asked``; writes nothing, and refuses what ``run`` refuses before it
-    begins to work.
+    """Find what the store has of ``asked``; write nothing.
+
+    Raises the errors that ``run`` raises before its work begins.
     """
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
     same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
@@ -125,8 +129,9 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
 
 
 def _commits_to_reduce(asked: Prepared) -> Commits:
-    """Commits of the plan, for a reduce alone. Raises ``IncompleteRun`` where too many are
-    lacking.
+    """Commits of the plan, for a reduce alone.
+
+    Raises ``IncompleteRun`` where more than ``allow_quarantined`` are missing.
     """
     config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
     shards = epochs.newest(config.store).marked(measure_id, plan.shards)
@@ -137,8 +142,9 @@ def _commits_to_reduce(asked: Prepared) -> Commits:
 
 
 def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: OnEvent) -> None:
-    """Raises ``StoreError`` where the store has lost shards of the ``complete`` run of
-    ``asked``.
+    """Report that the run of ``asked`` is ``complete``.
+
+    Raises ``StoreError`` where the store has lost shards of that run.
     """
     if gone := manifest.lost_shards(
         asked.config.store, asked.task.measure_id, asked.plan.shards, complete
@@ -158,21 +164,20 @@ def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: 
 def run(
     config: RunConfig, on_event: OnEvent = lambda event: None, *, reduce_only: bool = False
 ) -> Run:
-    """Measure every token of ``config.corpus`` and return the complete run, ready to be asked.
+    """Measure every token of ``config.corpus`` and return the complete run, ready for queries.
 
-    A shard that the store has is not done again, so the same call after a crash resumes and after
-    success does nothing. ``reduce_only``: no shard is done and no pilot run; the store must have
-    the measure, and all shards but ``allow_quarantined``. Raises ``ConfigError`` before any work,
-    ``IncompleteRun`` when shards were given up or are lacking (the others are committed),
-    ``Interrupted`` when the call can be repeated to resume.
+    A shard that the store has is not processed again. The same call thus resumes after a crash and
+    does nothing after success. With ``reduce_only`` no shard is processed and no pilot runs; the
+    store must have the measure, and all shards except ``allow_quarantined``. Raises ``ConfigError``
+    before any work, ``IncompleteRun`` when shards are quarantined or missing (the others are
+    committed), and ``Interrupted`` when the same call resumes the run.
     """
     config = normalised(config)
     lexicon.function_words(config.language)
     storage.check_writable(config.store)
     manifest.keep_from_jobs(config.store)
-    with status.reported(
-        config, planning=not reduce_only
-    ) as reporter:  # which may find that it cannot
+    # With ``reduce_only`` the run may turn out to be impossible: no status before it has a name.
+    with status.reported(config, planning=not reduce_only) as reporter:
         return _run(config, _reporting(reporter, on_event), reporter, reduce_only=reduce_only)
 
 
@@ -190,9 +195,8 @@ def _run(
         _say_nothing_to_do(asked, folder, on_event)
         _report_losses(folder, on_event)
         return _opened(claim)
-    commits = shard_files.find_commits(
-        config.store, task.measure_id, plan.shards
-    )  # after the claim: gc leaves these
+    # after the claim, from which on gc keeps these commits
+    commits = shard_files.find_commits(config.store, task.measure_id, plan.shards)
     todo = [s for s in plan.shards if s.id not in commits]
     reporter.begin(folder, plan.shards, commits)
     task = replace(task, run=folder.id)
@@ -333,8 +337,9 @@ def _run(
 
 
 def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
-    """``shards`` that were given up, as run.json lists them: the first with file and reason, the
-    others by id alone.
+    """``shards`` that were quarantined, as run.json lists them.
+
+    The first ``MOST_REASONS`` have file and reason, the others only their id.
     """
     listed = [
         {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
@@ -344,7 +349,7 @@ def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[
 
 
 def _opened(claim: manifest.Claim) -> Run:
-    """The complete run of ``claim``, which needs its lease no longer."""
+    """The complete run of ``claim``, whose lease is deleted."""
     run = open_run(claim.run.uri)
     if claim.lease is not None:
         storage.delete([claim.lease])
@@ -352,7 +357,7 @@ def _opened(claim: manifest.Claim) -> Run:
 
 
 def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
-    """What the complete ``run`` did not measure of its corpus; what it lost is a warning."""
+    """Report what the complete ``run`` did not measure of its corpus; losses are warnings."""
     files = manifest.read_table(run, "files")
     found = losses.total(files)
     if skipped := losses.describe_skipped(losses.skipped_files(files)):
@@ -374,8 +379,9 @@ def _decide_precision(
     keep: bool,
     reduce_only: bool,
 ) -> precision.Precision:
-    """What the store's first run decided, so that every later one measures the same; else a pilot's
-    decision.
+    """The precision that the store's first run decided, so that later runs measure the same.
+
+    Where there is no decision yet, a pilot decides.
     """
     config = task.config
     if config.dtype == "float32":
@@ -422,8 +428,9 @@ def _find_outliers(
     keep: bool,
     reduce_only: bool,
 ) -> tuple[worker.Task, dict[str, Any]]:
-    """``task`` and ``measure`` with the outlier dimensions that the store's first run found, where
-    a signal asks.
+    """``task`` and ``measure`` with the outlier dimensions, where a signal needs them.
+
+    The store's first run finds them with a pilot; later runs use the same dimensions.
     """
     if not worker.wants_outliers(task):
         return task, measure
@@ -445,14 +452,15 @@ def _find_outliers(
 
 
 def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[float]:
-    """Q3 of each layer in ``frozen``; where that run had no tokens, none is as strong."""
+    """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
     q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
     return [NEVER if q3[k] is None else q3[k] for k in layers]
 
 
 def _in_turns(documents: Sequence[Document]) -> list[str]:
-    """Texts of ``documents``, one of each source in turn: a pilot that ends early has seen all of
-    them.
+    """Texts of ``documents``, one of each source in turn.
+
+    A pilot that ends early has then seen all sources.
     """
     by_source: dict[str, list[str]] = {}
     for document in documents:
@@ -462,7 +470,7 @@ def _in_turns(documents: Sequence[Document]) -> list[str]:
 
 
 def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
-    """``on_event``, and the run's status goes along."""
+    """``on_event`` that also updates the run's status."""
 
     def both(event: Event) -> None:
         if event.state is not None:
@@ -479,7 +487,10 @@ def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
 
 
 def _working(on_event: OnEvent) -> dispatch.OnState:
-    """Passes states on, their notices once each, and says once if the model has to be padded."""
+    """Callback that passes states on as events.
+
+    It reports each notice once, and warns once if the model needs padding.
+    """
     warned, num_said = False, 0
 
     def on_state(state: dispatch.State) -> None:
@@ -502,9 +513,7 @@ def _working(on_event: OnEvent) -> dispatch.OnState:
 
 
 def normalised(config: RunConfig) -> RunConfig:
-    """``config`` with the places that it is remembered by, which workers elsewhere see too:
-    absolute ones.
-    """
+    """``config`` with absolute paths and URIs, which workers on other machines see too."""
     return replace(
         config,
         store=storage.absolute(config.store).rstrip("/"),
@@ -516,16 +525,19 @@ def normalised(config: RunConfig) -> RunConfig:
 
 
 def _warning(on_event: OnEvent) -> Callable[[str], None]:
+    """Callback that reports a notice as a warning."""
     return lambda notice: on_event(Event("warning", f"warning: {notice}"))
 
 
 def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
+    """Callback that reports the number of files hashed."""
     return lambda done, total: on_event(
         Event("hashing", "reading the corpus to plan", done=done, total=total)
     )
 
 
 def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
+    """Message for a run with too many quarantined shards."""
     where = {s.id: s.slices[0].uri for s in plan.shards}
     lines = [
         f"  shard {shard} ({where[shard]}): {why}"
@@ -547,6 +559,7 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
 
 
 def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there: int) -> str:
+    """Message for a reduce alone with too few commits."""
     num_shards = len(plan.shards)
     none = (
         ""
@@ -561,6 +574,7 @@ def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there:
 
 
 def _no_pilot(store: str) -> str:
+    """Message for a reduce alone without the results of a pilot."""
     return (
         f"no run in {store} has decided the precision or the outlier dimensions of what this config asks for, and "
         "--reduce-only decides nothing: give the config that measured, or leave --reduce-only out"
@@ -568,6 +582,7 @@ def _no_pilot(store: str) -> str:
 
 
 def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
+    """Message for a corpus without tokens, with reasons of quarantined documents."""
     reasons: list[str] = []
     for commit in commits:
         table = shard_files.read_shard_table(store, measure_id, commit, "documents")

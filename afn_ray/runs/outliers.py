@@ -1,6 +1,4 @@
-"""Which dimensions of the hidden state are outliers: the largest ones of each layer, on a pilot
-sample.
-"""
+"""Find outlier dimensions of the hidden state: the largest of each layer, on a pilot sample."""
 
 from __future__ import annotations
 
@@ -14,12 +12,13 @@ from afn_ray.model.signals import DIMENSIONS
 from afn_ray.runs import worker
 
 PILOT_CHARS = 16_384
-"""Of text that the pilot measures: dimensions that stick out do so in any text."""
+"""Text that the pilot measures, in characters: outlier dimensions are the same in any text."""
 
 
 def find_outliers(task: worker.Task, texts: Sequence[str]) -> list[list[int]]:
-    """For each of the task's layers the ``DIMENSIONS`` with the largest mean square over the tokens
-    of ``texts``, special ones apart, the largest first.
+    """The ``DIMENSIONS`` largest dimensions of each of the task's layers, the largest first.
+
+    The size of a dimension is its mean square over the tokens of ``texts``, special tokens apart.
     """
     sample, size = [], 0
     for text in texts:

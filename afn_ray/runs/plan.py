@@ -1,6 +1,4 @@
-"""Plan of a run: the corpus is listed and cut into shards; files known from an earlier run are not
-read.
-"""
+"""Plan a run: list the corpus and cut it into shards; read no file that an earlier run knows."""
 
 from __future__ import annotations
 
@@ -22,22 +20,25 @@ from afn_ray.store.checksums import IO_THREADS
 from afn_ray.store.manifest import Plan, cuts_id, proved_rows, read_plan, run_names
 
 MOST_SLICES = 10_000
-"""Slices of one shard; its commit.json has a line of 0.5 kB beside the name for each."""
+"""Largest number of slices in one shard.
+
+The shard's commit.json has a line of 0.5 kB and a name for each slice.
+"""
 MOST_NAMES_BYTES = 16 << 20
-"""Names of the slices of one shard together, as JSON writes them, in bytes."""
+"""Largest total size of the names of one shard's slices as JSON, in bytes."""
 LOOK_BACK = 100
-"""Plans that are read to find the last one of a corpus, in a store that many share."""
+"""Largest number of plans searched for the last one of a corpus, in a shared store."""
 RACY_NS = 2_000_000_000
-"""A file written this shortly before it was hashed may have changed since under the same time: hash
-it again.
+"""Shortest age of a file for its modification time to be trusted, in nanoseconds.
+
+A younger file may have changed after it was hashed and keep the same time: it is hashed again.
 """
 
 
 def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
-    """List the corpus and cut it into shards; files that an earlier run hashed unchanged are not
-    read.
+    """List the corpus and cut it into shards; read no file that an earlier run hashed unchanged.
 
-    ``on_file(done, total)`` is called as files are hashed. Raises ``CorpusError``.
+    ``on_file(done, total)`` is called after each hashed file. Raises ``CorpusError``.
     """
     options = config.read_options
     files, skipped = listing.list_files(config.corpus, options, config.store)
@@ -65,14 +66,19 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
 
 
 def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[FileSlice]]:
-    """Slices in order, small ones together up to ``shard_bytes``, ``MOST_SLICES`` and
-    ``MOST_NAMES_BYTES``.
+    """Slices in order, small ones grouped up to the limits of a shard.
 
-    A group also ends behind every later slice of a file, so that lines appended to a file of
-    several slices make anew its last one alone; and, once a quarter full, behind a slice whose path
-    hashes so: four times in ``shard_bytes``, however large the files are. A change then moves the
-    end of its own group and seldom those of more than the next two: behind a slice where the old
-    groups and the new both end, they are the same again.
+    The limits are ``shard_bytes``, ``MOST_SLICES`` and ``MOST_NAMES_BYTES``. A group also ends in
+    two other places:
+
+    - After every slice that is not the first of its file. Lines appended to a file of several
+      slices then change only the last group.
+    - Once a quarter full, after a slice chosen by the hash of its path. The chance grows with the
+      slice's size, so this happens four times in ``shard_bytes`` on average, however large the
+      files are.
+
+    A change thus moves the end of its own group, and seldom the ends of more than the next two.
+    After a slice at which an old and a new group both end, all groups are the same again.
     """
     groups: list[list[FileSlice]] = []
     current: list[FileSlice] = []
@@ -95,15 +101,14 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
 
 
 def _share(text: str) -> float:
-    """A number from 0 to 1 that ``text`` alone decides."""
+    """A number from 0 to 1 that depends on ``text`` alone."""
     return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
 
 
 def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
-    """What the store's newest runs of the same cuts know of files: their slices, where nothing
-    changed.
+    """Slices of unchanged files, from the store's newest runs with the same way to cut files.
 
-    The newest one of this corpus, and those of others that came since.
+    These runs are the newest one of this corpus, and later ones of other corpora.
     """
     known: dict[FileInfo, list[FileSlice]] = {}
     cuts = cuts_id(config, shard_bytes)
@@ -127,6 +132,7 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
 
 
 def _trusted(version: str, hashed_ns: int) -> bool:
+    """Whether a file's ``version`` proves that the file is the one hashed at ``hashed_ns``."""
     kind, _, value = version.partition(":")
     return kind == "etag" or (
         kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS

@@ -1,6 +1,4 @@
-"""What of a request can be seen to be wrong in a second, before torch, transformers or Ray are
-loaded.
-"""
+"""Find errors in a request within a second, before torch, transformers or Ray is loaded."""
 
 from __future__ import annotations
 
@@ -19,19 +17,21 @@ from afn_ray.store import manifest, storage
 from afn_ray.text import nearest
 
 MOST_CONFIG_BYTES = 16 << 20
+"""Largest config.json that is read here, in bytes."""
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What families call the number of their blocks in config.json."""
+"""Keys of config.json that hold the number of blocks, by model family."""
 GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-"""Of NVIDIA, of Windows below a Linux of its own, and of AMD: without any of them no torch sees a
-GPU.
+"""Files of GPU drivers: NVIDIA's, Windows' under WSL, and AMD's.
+
+Without any of them torch finds no GPU.
 """
 
 
 def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
-    """Raise ``ConfigError`` for what a run of ``config`` would refuse later, and take longer to.
+    """Raise ``ConfigError`` for what a run of ``config`` would refuse later.
 
-    What is asked of other machines is left to the run: a hub, a bucket, a cluster. ``reduce_only``:
-    it needs no device.
+    Only this machine is checked, not a hub, a bucket or a cluster. ``reduce_only``: the run needs
+    no device.
     """
     lexicon.function_words(config.language)
     is_here = config.executor == "inline"
@@ -56,9 +56,7 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
 
 
 def check_frozen(config: RunConfig) -> None:
-    """Raise ``ConfigError`` where ``config`` names thresholds, and ``afn audit --frozen`` is to
-    choose them.
-    """
+    """Raise ``ConfigError`` where ``config`` names thresholds that ``afn audit --frozen`` sets."""
     if config.thresholds is not None:
         raise ConfigError(
             f"thresholds is {config.thresholds!r} already; leave it out of the config, or --frozen"
@@ -73,8 +71,9 @@ def check_question(
     layers: str | None = None,
     layer: int | None = None,
 ) -> None:
-    """The same of what is asked of a run and its model: ``afn explain``, ``afn claims
-    --masking``.
+    """Raise ``ConfigError`` for a wrong question to a run and its model.
+
+    ``afn explain`` and ``afn claims --masking`` ask such questions.
     """
     run = manifest.find_run(run_uri)
     if layer is not None and layer not in run.info["layers"]:
@@ -90,7 +89,7 @@ def check_question(
 
 
 def check_signals(spec: str) -> None:
-    """Raise ``ConfigError`` for a signal that there is not, here or in an installed package."""
+    """Raise ``ConfigError`` for a signal that neither afn-ray nor an installed package has."""
     known = [*BUILT_IN_SIGNALS, *sorted(point.name for point in entry_points(group=SIGNAL_GROUP))]
     for name in signal_names(spec):
         if name not in known:
@@ -100,7 +99,7 @@ def check_signals(spec: str) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ``ModelError`` for a GPU that this machine has no driver for."""
+    """Raise ``ModelError`` for a GPU without a driver on this machine."""
     if device == "cuda" and not any(Path(driver).exists() for driver in GPU_DRIVERS):
         raise ModelError(
             "device is cuda, but there is no driver of a GPU here; use --device cpu, or leave it out"
@@ -108,10 +107,10 @@ def check_device(device: str) -> None:
 
 
 def check_model(name: str, revision: str | None, *, trust_remote_code: bool = False) -> int | None:
-    """Blocks of the model in the folder ``name``; None where only its own code, another format or a
-    hub knows.
+    """Number of blocks of the model in the folder ``name``; None: not known here.
 
-    Raises ``ModelError`` for a path where there is no model.
+    It is known only from a config.json, and not where the model brings its own code. Raises
+    ``ModelError`` for a path without a model.
     """
     path = Path(name).expanduser()
     try:
@@ -139,8 +138,9 @@ def check_model(name: str, revision: str | None, *, trust_remote_code: bool = Fa
 
 
 def _depth(name: str, file: Path) -> int | None:
+    """Number of blocks by the config.json ``file``; None: not known here."""
     if file.stat().st_size > MOST_CONFIG_BYTES:
-        return None  # the model's own check says how large it may be
+        return None  # the check at load has a limit of its own
     try:
         config: Any = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Which precision is safe: half-precision products measured against float32 on a pilot sample."""
+"""Decide which precision is safe: compare half precision with float32 on a pilot sample."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ if TYPE_CHECKING:  # torch is loaded where a pilot runs, not where its decision 
 PILOT_TOKENS = 16_384
 """Tokens that the pilot measures; 0.2 % of them is 33."""
 LEAST_TOKENS = 1_000
-"""A smaller sample says nothing about one label in 500."""
+"""Smallest usable sample, in tokens: a smaller one cannot show a change of one label in 500."""
 PILOT_S = 60.0
-"""A pilot that takes longer in float32 goes on with what it has."""
+"""Longest time that the pilot measures in float32, in seconds; it then uses the tokens so far."""
 MAX_FLIPS = 0.002
+"""Share of changed HIGH labels from which on a precision is not safe."""
 MAX_MEDIAN_ERROR = 5e-4
+"""Median relative error of strengths from which on a precision is not safe."""
 FLOAT16_RANGE = 65504 / 4
-"""Largest value of a product that leaves room for texts which the pilot did not see."""
+"""Largest safe magnitude of a float16 product, a quarter of its range.
+
+Other texts than the pilot's may have larger products.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One half precision against float32, on the pilot's tokens; special ones apart."""
+    """One half precision compared with float32 on the pilot's tokens, special tokens apart."""
 
     dtype: str
     safe: bool
-    why: str  # what speaks against it; empty when it is safe
-    flips: dict[str, float] = field(
-        default_factory=dict
-    )  # layer -> share of tokens whose HIGH label changes
-    median_error: dict[str, float] = field(
-        default_factory=dict
-    )  # layer -> median relative error of strengths
+    why: str  # why it is not safe; empty when it is safe
+    # layer -> share of tokens whose HIGH label changes
+    flips: dict[str, float] = field(default_factory=dict)
+    # layer -> median relative error of strengths
+    median_error: dict[str, float] = field(default_factory=dict)
     peak: float = 0.0  # largest magnitude of a product
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtype of a run's products, and what it rests on."""
+    """The dtype of a run's products, and the evidence for it."""
 
     dtype: str
     asked: str
-    device: str  # on which it was decided
+    device: str  # device of the pilot
     why: str
-    n_tokens: int  # of the pilot; 0 where there was none to measure
+    n_tokens: int  # tokens of the pilot; 0 where no pilot ran
     trials: tuple[Trial, ...] = ()
 
     @property
     def against(self) -> str:
-        """What the pilot has against the chosen precision; empty unless it was asked for all the
-        same.
-        """
+        """Why the pilot finds the chosen precision unsafe; "" unless the config asked for it."""
         return next((t.why for t in self.trials if t.dtype == self.dtype), "")
 
     def to_json(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class Precision:
 
 
 def from_json(value: dict[str, Any]) -> Precision:
-    """The inverse of ``Precision.to_json``. Raises ``StoreError`` for what is not one."""
+    """The inverse of ``Precision.to_json``. Raises ``StoreError`` for any other value."""
     try:
         return Precision(**{**value, "trials": tuple(Trial(**t) for t in value["trials"])})
     except (KeyError, TypeError) as error:
@@ -76,7 +77,7 @@ def from_json(value: dict[str, Any]) -> Precision:
 
 
 def describe(precision: Precision) -> str:
-    """One line for people: the dtype, and the pilot's figures behind it."""
+    """One line for people: the dtype, and the pilot's figures for it."""
     text = f"products in {precision.dtype} on {precision.device}: {precision.why}"
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
@@ -88,8 +89,9 @@ def describe(precision: Precision) -> str:
 
 
 def candidates(asked: str, device: str) -> tuple[str, ...]:
-    """Half precisions to try on ``device``, the best first: float16 is ten times closer at a GPU's
-    same speed.
+    """Half precisions to try on ``device``, the best first.
+
+    On a GPU float16 is as fast as bfloat16 and ten times closer to float32.
     """
     if asked != "auto":
         return () if asked == "float32" else (asked,)
@@ -100,11 +102,12 @@ def candidates(asked: str, device: str) -> tuple[str, ...]:
 
 
 def decide(task: worker.Task, texts: Sequence[str]) -> Precision:
-    """Measure ``texts`` in float32 and in every candidate; ``auto`` takes the first that is safe.
+    """Measure ``texts`` in float32 and in half precision; ``auto`` takes the first safe one.
 
-    Safe: less than ``MAX_FLIPS`` of the tokens change their HIGH label at any layer, each against
-    the Q3 of its own precision, and the median relative error is under ``MAX_MEDIAN_ERROR``. A
-    precision that the config names is taken, with the same figures beside it.
+    A precision is safe if less than ``MAX_FLIPS`` of the tokens change their HIGH label at any
+    layer, each against the Q3 of its own precision, and the median relative error is under
+    ``MAX_MEDIAN_ERROR``. A float16 product must also stay within ``FLOAT16_RANGE``. A precision
+    that the config names is taken in any case, with the same figures.
     """
     from afn_ray import model
     from afn_ray.runs import worker
@@ -150,8 +153,9 @@ def decide(task: worker.Task, texts: Sequence[str]) -> Precision:
 
 
 def _groups(texts: Sequence[str]) -> list[list[str]]:
-    """The beginnings of ``texts`` in groups of about a quarter of the pilot, so that it ends near
-    its size.
+    """The beginnings of ``texts`` in groups of about a quarter of the pilot.
+
+    The pilot thus ends near its intended size.
     """
     groups: list[list[str]] = [[]]
     size = 0
@@ -166,6 +170,7 @@ def _groups(texts: Sequence[str]) -> list[list[str]]:
 
 
 def _try(task: worker.Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
+    """Measure ``chunks`` in the task's dtype and compare the strengths with ``reference``."""
     from afn_ray import model
     from afn_ray.runs import worker
 
@@ -178,10 +183,8 @@ def _try(task: worker.Task, chunks: Sequence[list[str]], reference: np.ndarray) 
             for chunk in chunks:
                 measured = processor.measure(chunk, [False] * len(chunk))
                 found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
-    except (
-        ModelError,
-        RuntimeError,
-    ) as error:  # RuntimeError: the device's memory is not enough, an operator is not
+    # RuntimeError: too little memory on the device, or an operator without this dtype
+    except (ModelError, RuntimeError) as error:
         return Trial(task.dtype, False, str(error).strip().splitlines()[0])
     finally:
         model.free_memory()

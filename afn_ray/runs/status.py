@@ -1,8 +1,7 @@
-"""How far a run is: a small file in its folder that its driver replaces now and then, and that
-anyone may read.
+"""Status of a run: a small file in its folder that the driver rewrites and anyone may read.
 
-Nothing relies on it. Two drivers of one run replace each other's; a store that refuses it is told
-of once.
+No other part depends on it. Two drivers of one run overwrite each other's status. A store that
+refuses the file causes one warning.
 """
 
 from __future__ import annotations
@@ -31,26 +30,29 @@ from afn_ray.store.layout import PLANNING, STATUS
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
-if TYPE_CHECKING:  # with them comes torch, and who looks at a run need not wait for that
+if TYPE_CHECKING:  # their import loads torch, which a reader of a status does not need
     from afn_ray.runs.dispatch import State
     from afn_ray.runs.progress import Progress
 
 EVERY_S = 10.0
-"""Between two writes; a change of phase is written at once, but no sooner than ``LEAST_S`` after
-the one before.
+"""Pause between two writes, in seconds.
+
+A change of phase is written at once, but at least ``LEAST_S`` after the previous write.
 """
 LEAST_S = 1.0
+"""Shortest pause between two writes, in seconds."""
 END_S = 2.0
-"""What the last write may take: a job that is stopped is killed soon after."""
+"""Longest wait for the last write, in seconds: a stopped job is killed soon after."""
 SILENT_S = 60.0
-"""A driver that has not written for so long is thought to be dead."""
+"""Age of the status from which on its driver counts as dead, in seconds."""
 MOST_TOLD = 20
-"""Failures, newest notices and places of the corpus that the file lists."""
+"""Largest number of failures, of newest notices and of corpus places in the file."""
 MOST_CHARS = 2000
-"""Of a reason."""
+"""Longest reason or notice in the file, in characters."""
 COMPLETE, FAILED, USAGE, UNDER_WAY, STOPPED = 0, 1, 2, 3, 75
 """Exit codes of ``afn status``."""
 EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silent": STOPPED}
+"""Exit code by state; the states in it are final, except "silent"."""
 
 NOTHING: dict[str, Any] = {
     "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "", "written_at": "", "host": "",
@@ -60,28 +62,29 @@ NOTHING: dict[str, Any] = {
     "tokens_per_s": 0.0, "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0,
     "notices": [], "exit_code": None, "reason": "",
 }  # fmt: skip
-"""A status before the first word: its keys, and what kind of value each has."""
+"""An empty status: every key, with a value of its type."""
 SHARDS, WORKERS = (
     ("planned", "reused", "done", "running", "quarantined"),
     ("wanted", "ready", "lost"),
 )
+"""Keys of ``shards`` and of ``workers`` in a status."""
 MOST_BYTES = 1 << 20
-"""Of a status: it lists ``MOST_TOLD`` failures."""
+"""Largest status that is read, in bytes; it lists ``MOST_TOLD`` failures."""
 
 _log = logging.getLogger(__name__)
 
 
 # --- writing
-# ---------------------------------------------------------------------------------------------
 
 
 class Reporter:
-    """Writes the status of one call of a run, on a thread of its own: a store that is slow holds up
-    nobody.
+    """Write the status of one call of a run, on a thread of its own.
+
+    A slow store thus does not delay the run.
     """
 
     def __init__(self, config: RunConfig, *, planning: bool = True) -> None:
-        """``planning``: whether there is a word before the run has a name."""
+        """``planning``: whether to write a status before the run has a name."""
         self._planning = storage.join(config.store, PLANNING)
         self._uri = self._planning if planning else ""
         self._bystander = logs.Bystander(_log, f"a status in {config.store}")
@@ -100,7 +103,7 @@ class Reporter:
         self._thread.start()
 
     def begin(self, run: RunFolder, shards: Sequence[Shard], commits: Commits) -> None:
-        """The run has a name and a plan, ``shards``, of which the store has ``commits``."""
+        """Record the run's name and its plan, ``shards``; the store has ``commits`` of it."""
         self._shards = shards
         totals = total_counts(commits.values())
         self._reused = {
@@ -112,7 +115,7 @@ class Reporter:
         )
 
     def phase(self, name: str, doing: str = "") -> None:
-        """What the run does now: "planning", "pilot", "starting", "reducing" or "screening"."""
+        """Record the phase: "planning", "pilot", "starting", "reducing" or "screening"."""
         if (name, doing) != (self._body["phase"], self._body["doing"]):
             now = name != self._body["phase"]
             self._set(phase=name, doing=doing, waits_for="", left_s=None)
@@ -120,11 +123,11 @@ class Reporter:
                 self._changed.set()
 
     def notice(self, text: str) -> None:
-        """What a person should know."""
+        """Record a message for people; the newest ``MOST_TOLD`` are kept."""
         self._set(notices=[*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"][-MOST_TOLD:])
 
     def working(self, state: State) -> None:
-        """How far the dispatcher is."""
+        """Record the state of the dispatcher."""
         self._bystander.call(self._working, state)
 
     def _working(self, state: State) -> None:
@@ -150,6 +153,7 @@ class Reporter:
             self._changed.set()
 
     def _failures(self, state: State) -> list[dict[str, str]]:
+        """The first ``MOST_TOLD`` failures with their files."""
         told: list[dict[str, str]] = self._body["failures"]
         if len(told) == min(len(state.failures), MOST_TOLD):
             return told
@@ -162,12 +166,12 @@ class Reporter:
         ]
 
     def end(self, phase: str, exit_code: int, reason: str) -> None:
-        """The last word: "complete", "stopped" (resumable) or "failed". Waits until it is written,
-        but not for long.
+        """Record the last phase: "complete", "stopped" (resumable) or "failed".
+
+        Waits until it is written, for at most ``END_S``.
         """
-        if (
-            phase == "complete" and not self._body["run"]
-        ):  # nothing was to do, and nothing is written
+        # Nothing was to do: nothing is written.
+        if phase == "complete" and not self._body["run"]:
             self._uri = ""
         self._set(
             phase=phase,
@@ -182,9 +186,10 @@ class Reporter:
         self._thread.join(END_S)
 
     def _set(self, **values: Any) -> None:
-        self._body = {**self._body, **values}  # a new one: the thread may be at the old one
+        self._body = {**self._body, **values}  # a new dict: the thread may be writing the old one
 
     def _write_often(self) -> None:
+        """Write the status until ``end``: every ``EVERY_S``, and soon after a change of phase."""
         over = False
         while not over:
             self._over.wait(LEAST_S)
@@ -193,7 +198,7 @@ class Reporter:
             if uri := self._uri:
                 self._bystander.call(self._write, uri)
             if uri != self._planning and (uri or self._body["phase"] == "complete"):
-                # Ours, or of a call before, and read first: this one has got further.
+                # The status without a run's name, of this call or an earlier one, is outdated.
                 self._bystander.call(storage.delete, [self._planning])
             if not over:
                 self._changed.wait(EVERY_S - LEAST_S)
@@ -205,7 +210,10 @@ class Reporter:
 
 @contextlib.contextmanager
 def reported(config: RunConfig, *, planning: bool = True) -> Iterator[Reporter]:
-    """A reporter of one call, which learns how it ends. ``planning``: as of ``Reporter``."""
+    """Context with a ``Reporter`` of one call; the end of the block is its last phase.
+
+    ``planning`` is that of ``Reporter``.
+    """
     reporter = Reporter(config, planning=planning)
     try:
         yield reporter
@@ -242,7 +250,10 @@ def _shards_of(num_planned: int, num_reused: int, state: State | None = None) ->
 
 
 def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
-    """Of what is committed, that of earlier calls with it; bytes are of this call."""
+    """Counts of committed shards, those of earlier calls (``reused``) included.
+
+    Bytes read and written are those of this call alone.
+    """
     total = {k: n + counts.get(k, 0) for k, n in reused.items()}
     total["documents_quarantined"], total["bytes_lost"] = (
         total.pop("quarantined"),
@@ -252,13 +263,14 @@ def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str
 
 
 def _lack(state: State) -> str:
+    """Cause of the wait before any worker has loaded the model; "" afterwards."""
     if state.num_ready or state.num_done:
         return ""
     return f"workers: 0 of {state.num_workers} have loaded the model"
 
 
 def waits(live: Progress) -> str:
-    """What the models wait for, where that takes a fifth of their time."""
+    """Cause of the models' wait, if they wait for a fifth of their time; else ""."""
     if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
         return ""
     share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
@@ -270,38 +282,39 @@ def waits(live: Progress) -> str:
 
 
 # --- reading
-# ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is known of a run. ``state`` is its phase, or "silent" where its driver should have
-    written and has not, or "begun" where none has: it was killed at once, or is of an afn-ray
-    before there were statuses.
+    """Status of a run as a reader sees it.
+
+    ``state`` is the run's phase, or one of two more. "silent": the driver has not written for
+    ``SILENT_S``. "begun": no status was ever written, since the driver was killed at once, or is of
+    an afn-ray without statuses.
     """
 
     uri: str
     state: str
-    age_s: (
-        float | None
-    )  # of the last word, by the store's clock; None for a run that has ended, or has no word
-    body: dict[str, Any]  # as the driver wrote it; of a complete run, what its run.json says
+    # age of the status by the store's clock; None: the run has ended, or has no status
+    age_s: float | None
+    body: dict[str, Any]  # as the driver wrote it; for a complete run, from its run.json
 
     @property
     def last_word(self) -> str:
-        """When its driver wrote last, ISO 8601, UTC; empty where it has not."""
+        """Time of the driver's last write, ISO 8601, UTC; empty where it never wrote."""
         return str(self.body.get("written_at", ""))
 
     @property
     def exit_code(self) -> int:
+        """Exit code of ``afn status`` for this run."""
         return EXIT_CODES.get(self.state, STOPPED if self.state == "begun" else UNDER_WAY)
 
 
 def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
-    """Of the run at ``uri`` alone, or of the ``last`` runs of a store, newest first, one without a
-    name yet before.
+    """Status of the run at ``uri``, or of the ``last`` runs of a store, newest first.
 
-    Raises ``StoreError`` where there is neither, ``Interrupted`` when the store does not answer.
+    A run that has no name yet comes first. Raises ``StoreError`` where ``uri`` is neither, and
+    ``Interrupted`` when the store does not answer.
     """
     uri = storage.absolute(uri).rstrip("/")
     store, _, name = uri.rpartition("/runs/")
@@ -320,11 +333,11 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
         looks = zip(names, pool.map(look.run, names), strict=True)
     runs = [
         s for name, s in looks if s is not None and s.body.get("run", name) == name
-    ]  # others are copies
+    ]  # a status with another run's name was copied there
     if body is not None:
         ahead = look.judge(planning, planning, body)
-        # What a driver left that died before its run had a name is no news once a run has said
-        # more.
+        # A driver that died before its run had a name is not reported once a run has a newer
+        # status.
         if ahead.state not in ("silent", *EXIT_CODES) or all(
             r.last_word <= ahead.last_word for r in runs
         ):
@@ -333,19 +346,17 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    """None where there is no status that can be read: people look at it, and look again."""
+    """The status in ``uri``; None where there is none that can be read."""
     try:
         data = storage.read_if_there(uri, MOST_BYTES)
         body = json.loads(data) if data is not None else None
-    except (StoreError, ValueError, RecursionError):  # too long, half written, a stranger's
+    except (StoreError, ValueError, RecursionError):  # too long, half written, or not a status
         return None
     return body if _is_status(body) else None
 
 
 def _is_status(body: Any) -> bool:
-    """Whether ``body`` has what a status has, each value of its kind: anyone may write to a
-    store.
-    """
+    """Whether ``body`` has the keys and types of a status: anyone may write to a store."""
 
     def numbers(value: dict[str, Any], names: Sequence[str]) -> bool:
         return not value or all(type(value.get(name)) is int for name in names)
@@ -375,13 +386,13 @@ def _is_status(body: Any) -> bool:
 
 
 class _Look:
-    """One look at the runs of a store, which asks for its time at most once."""
+    """Reads the runs of a store and asks for the store's time at most once."""
 
     def __init__(self, store: str) -> None:
         self._store, self._now_s, self._asks = store, 0.0, threading.Lock()
 
     def run(self, name: str) -> Status | None:
-        """None: there is no such run, or a gc has removed it."""
+        """Status of the run ``name``; None: there is no such run, or a gc has removed it."""
         folder = manifest.open_folder(self._store, name)
         if folder.condemned:
             return None
@@ -401,12 +412,12 @@ class _Look:
         )
 
     def judge(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
+        """Status by the ``body`` in ``uri``, with its age."""
         if body["phase"] in EXIT_CODES:
             return Status(run_uri, body["phase"], None, body)
         modified_s = storage.modified_s(uri)
-        age_s = (
-            0.0 if modified_s is None else max(0.0, self._now() - modified_s)
-        )  # None: its run has a name now
+        # no such file any more: its run has a name now
+        age_s = 0.0 if modified_s is None else max(0.0, self._now() - modified_s)
         return Status(run_uri, "silent" if age_s > SILENT_S else body["phase"], age_s, body)
 
     def _now(self) -> float:
@@ -414,13 +425,13 @@ class _Look:
             if not self._now_s:
                 try:
                     self._now_s = storage.clock_s(self._store)
-                except StoreError:  # who may only read goes by the clock here
+                except StoreError:  # a reader without write access uses this machine's clock
                     self._now_s = time.time()
             return self._now_s
 
 
 def _body_of(info: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says of a complete run, under the names of a status."""
+    """The run.json of a complete run, with the keys of a status."""
     counts, quarantined = info["counts"], info.get("quarantined", [])
     return {
         "run": info["id"],
@@ -453,11 +464,10 @@ def to_json(status: Status) -> dict[str, Any]:
 
 
 # --- for people
-# ------------------------------------------------------------------------------------------
 
 
 def lines(s: Status) -> Iterator[str]:
-    """One run, a line for each thing worth knowing."""
+    """Lines that describe one run, one fact a line."""
     body = s.body
     yield f"run      {s.uri}"
     yield f"state    {_said_state(s)}"
@@ -504,6 +514,7 @@ def lines(s: Status) -> Iterator[str]:
 
 
 def _said_state(s: Status) -> str:
+    """The state of a run in words."""
     body = s.body
     if s.state == "starting" and "phase" not in body:
         return "begun a moment ago"
@@ -535,7 +546,7 @@ def said_time(seconds: float) -> str:
 
 
 def table(runs: Sequence[Status]) -> Iterator[str]:
-    """Runs of a store, one line each under a heading."""
+    """Runs of a store as a table: a heading, then one line per run."""
     rows = [("STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS")]
     for s in runs:
         shards = s.body.get("shards") or {}

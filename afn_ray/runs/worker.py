@@ -1,4 +1,18 @@
-"""One shard from start to finish: read, encode, measure, record, commit. Knows nothing of Ray."""
+"""One shard from start to finish: read, encode, measure, record, commit. Knows nothing of Ray.
+
+The hot path, in order, with what each module takes in and gives out::
+
+    runs/worker       in: Task, Shard                       out: Commit
+    corpus/<format>   in: FileSlice, ReadOptions            out: Documents, one at a time
+    tokens/encode     in: texts of a chunk of documents     out: Encoded: ids, offsets, flags
+    tokens/windows    in: Encoded, token budget             out: TokenBatches: ids, lengths
+    model/engine      in: ids int64 [n_tokens], lengths     out: float32 [n_measured, n_tokens]
+    model/signals     in: Site: one block's hidden states   out: float32 [..., rows] a column
+    reduce/histogram  in: token ids, flags, rounded values  out: Summary: a histogram a type
+    store/records     in: columns of tokens and documents   out: Parquet files in local scratch
+
+``runs/worker`` then publishes the files by ``store/shard_files``, which writes commit.json last.
+"""
 
 from __future__ import annotations
 
@@ -57,23 +71,30 @@ PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "Strength is a norm; a norm is not a meaning, yet.",
 )
+"""Texts of the self-check at load."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
-"""Of one forward pass: on a CPU more gains 4 % and takes memory, a GPU wants enough work for all of
-it at once.
+"""Default size of one forward pass by device, in tokens.
+
+Larger batches on a CPU gain 4 % and need memory. A GPU needs enough work for all of its units.
 """
 LONG_PROBE_TOKENS = 640
-"""Of the longest text in the self-check: beyond most attention windows, and soon measured."""
+"""Length of the longest text in the self-check, in tokens.
+
+It exceeds most attention windows and is still measured quickly.
+"""
 SUBMITTED = 4
-"""Batches that a GPU is given ahead of the one whose results are taken."""
+"""Largest number of batches queued on a GPU after the one whose result is awaited."""
 MOST_NUMBERS = 640
-"""Measured of a token: a chunk of a quarter of a million tokens is then 0.6 GB, and a few of them
-are on their way.
+"""Largest number of values measured per token.
+
+A chunk of a quarter of a million tokens then takes 0.6 GB, and a few chunks are in flight.
 """
 WRITTEN_BEHIND = 2
-"""Chunks that wait for the writing thread: bounds memory."""
+"""Largest number of chunks that wait for the writing thread; bounds memory."""
 NONE_MEASURED = 5
-"""Documents of a shard that are at fault, and none measured beside them: the fault is no
-document's.
+"""Fewest failed documents that fail the shard when it has no measured token.
+
+A fault in all of them is probably not the fault of a document.
 """
 
 _log = logging.getLogger(__name__)
@@ -81,34 +102,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """All that a worker must know to process shards of one run; small, and safe to pickle."""
+    """All inputs of a worker that processes shards of one run; small and picklable."""
 
     config: RunConfig
     layers: tuple[int, ...]
-    series: tuple[
-        Series, ...
-    ]  # what is recorded, in the order of the tables: strength first, by layer
-    dtype: str  # of the matrix products
+    # recorded series in the order of the tables: strength first, by layer
+    series: tuple[Series, ...]
+    dtype: str  # dtype of the matrix products
     device: str
     measure_id: str
-    identity: dict[str, str]  # of the model, as ``model.identity`` gives it
-    outliers: tuple[tuple[int, ...], ...] = ()  # dimensions of each layer that a signal leaves out
-    neuron_layers: tuple[int, ...] = ()  # of which neurons are recorded
-    neurons_above: tuple[
-        float, ...
-    ] = ()  # of each of these the strength from which on they are; empty: of all tokens
+    identity: dict[str, str]  # the model's identity, from ``model.identity``
+    outliers: tuple[tuple[int, ...], ...] = ()  # per layer, dimensions that a signal leaves out
+    neuron_layers: tuple[int, ...] = ()  # layers whose neurons are recorded
+    # per neuron layer, the least strength of tokens with recorded neurons; empty: all tokens
+    neurons_above: tuple[float, ...] = ()
     tagged: bool = False  # the corpus is labelled
-    run: str = ""  # its name, and the worker's number: for what is logged
-    worker: int = 0
+    run: str = ""  # name of the run, for logs
+    worker: int = 0  # number of the worker, for logs
 
 
 def prepare(
     config: RunConfig, files: model.ModelFiles, device: str, dtype: str
 ) -> tuple[Task, dict[str, Any]]:
-    """The task of ``config`` and its measure: everything that changes a value.
+    """Return the task of ``config`` and its measure: everything that changes a recorded value.
 
-    ``device``: "cpu" or "cuda", of the workers; ``dtype``: of the products, decided. Raises
-    ``ModelError`` or ``ConfigError``.
+    ``device`` is "cpu" or "cuda", the workers' device. ``dtype`` is the dtype of the matrix
+    products, already decided. Raises ``ModelError`` or ``ConfigError``.
     """
     layers = resolve_layers(config.layers, files.depth)
     window = _window_tokens(config, files)
@@ -154,7 +173,7 @@ def prepare(
 
 
 def in_dtype(task: Task, measure: dict[str, Any], dtype: str) -> tuple[Task, dict[str, Any]]:
-    """The same task and measure with products of ``dtype``."""
+    """``task`` and ``measure`` with matrix products in ``dtype``."""
     measure = measure | {"dtype": dtype}
     return replace(task, dtype=dtype, measure_id=fingerprint(measure)), measure
 
@@ -162,7 +181,7 @@ def in_dtype(task: Task, measure: dict[str, Any], dtype: str) -> tuple[Task, dic
 def with_outliers(
     task: Task, measure: dict[str, Any], outliers: Sequence[Sequence[int]]
 ) -> tuple[Task, dict[str, Any]]:
-    """The same task and measure, for signals that leave these dimensions of each layer out."""
+    """``task`` and ``measure`` with ``outliers``, the dimensions of each layer to leave out."""
     measure = measure | {"outliers": [list(dims) for dims in outliers]}
     return replace(
         task, outliers=tuple(map(tuple, outliers)), measure_id=fingerprint(measure)
@@ -172,8 +191,10 @@ def with_outliers(
 def with_neurons_above(
     task: Task, measure: dict[str, Any], above: Sequence[float]
 ) -> tuple[Task, dict[str, Any]]:
-    """The same task and measure, with neurons of those tokens alone whose strengths at
-    ``neuron_layers`` are ``above`` or more.
+    """``task`` and ``measure`` that record neurons of strong tokens alone.
+
+    ``above`` holds a strength for each of ``neuron_layers``; weaker tokens have no neurons
+    recorded.
     """
     measure = measure | {"neurons_above": list(above)}
     return replace(task, neurons_above=tuple(above), measure_id=fingerprint(measure)), measure
@@ -182,9 +203,7 @@ def with_neurons_above(
 def with_labels(
     task: Task, measure: dict[str, Any], labels: str | None
 ) -> tuple[Task, dict[str, Any]]:
-    """The same task and measure, for a corpus whose tags are in ``labels``; None: for one that has
-    none.
-    """
+    """``task`` and ``measure`` for tags in the column ``labels``; None: a corpus without tags."""
     if labels is None:
         return task, measure
     measure = measure | {"labels": labels}
@@ -192,23 +211,24 @@ def with_labels(
 
 
 def wants_outliers(task: Task) -> bool:
-    """Whether a signal of ``task`` leaves outlier dimensions out."""
+    """Whether a signal of ``task`` leaves out outlier dimensions."""
     return any("outliers" in s.needs for s in find_signals(task.config.signals)[0])
 
 
 def with_signals(task: Task, signals: str = STRENGTH) -> Task:
-    """``task`` that looks at ``signals``, whose names are of columns, and at nothing else."""
+    """``task`` that measures ``signals``, names of columns, and nothing else."""
     recorded = tuple(series(task.layers, find_signals(signals)[0]))
     config = replace(task.config, signals=signals, neurons_of="all", top_neurons=TOP_NEURONS)
     return replace(task, config=config, series=recorded, neuron_layers=(), neurons_above=())
 
 
 def _window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
+    """Tokens in a window: the config's value, else the model's context up to the default."""
     return config.window_tokens or min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
 
 
 def find_model(config: RunConfig) -> model.ModelFiles:
-    """The files of the config's model on this machine."""
+    """Files of the config's model on this machine."""
     return model.find_model(
         config.model,
         config.revision,
@@ -219,17 +239,17 @@ def find_model(config: RunConfig) -> model.ModelFiles:
 
 
 def text_encoder(files: model.ModelFiles) -> encode.TextEncoder:
-    """What turns texts into the tokens of ``files``."""
+    """Encoder of texts into the tokens of ``files``."""
     return encode.TextEncoder(model.load_tokenizer(files))
 
 
 class Processor:
     """A loaded model and tokenizer that turn shards into commits.
 
-    A few threads may each have a shard in process: one shard at a time holds the model, while the
-    next is read and tokenized and the one before is encoded and uploaded. Reading, tokenizing and
-    writing have threads of their own (``tokenizer_workers``: processes), a bounded number of chunks
-    before and behind the model.
+    Several threads may each process a shard. One shard at a time holds the model, while the next
+    one is read and tokenized and the previous one is written and uploaded. Reading, tokenizing and
+    writing have threads of their own; with ``tokenizer_workers``, tokenizing has processes. The
+    number of chunks that wait before and after the model is bounded.
     """
 
     def __init__(self, task: Task) -> None:
@@ -268,31 +288,30 @@ class Processor:
             self.model.packed,
             self.model.num_embeddings,
         )
-        self._num_rows = len(task.series) + 2 * config.top_neurons * len(
-            task.neuron_layers
-        )  # of what is measured
+        # rows of the measured values: the series, then numbers and values of neurons
+        self._num_rows = len(task.series) + 2 * config.top_neurons * len(task.neuron_layers)
         self.preparer = Preparer(recipe, encoder)
         self.feed = Feed(self.preparer, config.tokenizer_workers)
-        self._device = threading.Lock()  # held by the shard whose turn it is
+        self._device = threading.Lock()  # held by the shard that uses the model
         self._counting = threading.Lock()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """Shards in process end soon, with ``Interrupted``."""
+        """Make shards in process end soon with ``Interrupted``."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Ends the tokenizer's thread or processes."""
+        """End the tokenizer's thread or processes."""
         self.feed.close()
 
     def process(self, shard: Shard, oom_retries: int = 0) -> Commit:
-        """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a
-        rival's.
+        """Measure every token of ``shard`` and commit it; return the commit that counts.
 
-        ``oom_retries``: how often the token budget is halved, for a shard that met too little memory.
-        Raises ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is another
-        now), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus does
-        not answer, ``StoreError`` for a store that fails.
+        Another attempt may have committed the shard first; its commit is then returned.
+        ``oom_retries``: how often the token budget is halved, for a shard that ran out of memory.
+        Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its file has
+        changed), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus
+        does not answer, and ``StoreError`` where the store fails.
         """
         attempt = uuid.uuid4().hex[:16]
         known: dict[str, Any] = {"run": self.task.run, "worker": self.task.worker}
@@ -333,12 +352,13 @@ class Processor:
         return commit
 
     def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
+        """Return the shard's commit, which the store has or this attempt makes."""
         config = self.task.config
         commit = shard_files.read_commit(
             config.store, self.task.measure_id, shard.id, shard.generation
         )
         if commit is not None:
-            return commit  # another run, or an attempt whose answer was lost, was here first
+            return commit  # by another run, or by an attempt whose answer was lost
         counts = dict.fromkeys(COUNTS, 0)
         summary = Summary(self.task.series, self.task.tagged)
         pairs = neurons.PairSummary(self.task.neuron_layers)
@@ -380,10 +400,10 @@ class Processor:
         pairs: neurons.PairSummary,
         counts: dict[str, int],
     ) -> float:
-        """Returns the seconds for which the shard held the model.
+        """Measure and write all ``documents``; return the seconds that the model was held.
 
-        Raises ``ShardError`` where no document of the shard can be measured and ``NONE_MEASURED``
-        are at fault.
+        Raises ``ShardError`` where no token is measured and ``NONE_MEASURED`` documents or more
+        failed.
         """
         behind: deque[Future[list[str]]] = deque()
         num_at_fault, first = 0, ""
@@ -421,6 +441,7 @@ class Processor:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
+        """Hold the model, which one shard at a time may use."""
         while not self._device.acquire(timeout=0.2):
             self._check_stopped()
         try:
@@ -429,8 +450,9 @@ class Processor:
             self._device.release()
 
     def mean_squares(self, texts: list[str]) -> npt.NDArray[np.float64]:
-        """Of each dimension of the hidden state over the tokens of ``texts``, special ones apart:
-        [n_layers, size].
+        """Mean square of each hidden dimension over tokens: float64 [n_layers, hidden_size].
+
+        The tokens are those of ``texts``, special ones apart.
         """
 
         def squares(prepared: Prepared) -> npt.NDArray[np.float64]:
@@ -448,23 +470,22 @@ class Processor:
         )[1]
 
     def _check_stopped(self) -> None:
+        """Raise ``Interrupted`` after ``stop``."""
         if self._stopped.is_set():
             raise Interrupted("stopped; the same command resumes")
 
     def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
-        """All series of every token of ``texts``, which are encoded, cut into windows and batched
-        together.
+        """Measure all series of every token of ``texts``, which are encoded and batched together.
 
-        Texts at fault have no token; ``encoded.problems`` says why.
+        A text that fails has no tokens; ``encoded.problems`` holds the reason. ``replaced`` marks
+        texts in which U+FFFD stands for invalid UTF-8.
         """
         prepared = self.preparer.prepare(texts, replaced)
         prepared, values = self._without_culprits(texts, replaced, 0, prepared, self.values)
         return Measured(prepared.encoded, values, len(self.task.layers))
 
     def _measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
-        """``values`` of ``chunk``; where the model cannot take some of its documents, of the
-        others.
-        """
+        """``chunk`` and its ``values``, without the documents that the model cannot process."""
         texts, replaced = (
             [d.text for d in chunk.documents],
             [d.num_replaced > 0 for d in chunk.documents],
@@ -482,11 +503,10 @@ class Processor:
         prepared: Prepared,
         run: Callable[[Prepared], Result],
     ) -> tuple[Prepared, Result]:
-        """``run(prepared)``; where it fails for some of ``texts``, with these packed as if they
-        were empty.
+        """Return ``prepared`` and ``run(prepared)``, with failing texts packed as empty ones.
 
-        Only a text that fails alone is at fault, while the model still takes a probe: what fails
-        for everything, or only in company, is raised as it came.
+        A text is at fault where it fails alone while the model still measures a probe. An error
+        that occurs for every text, or only for several together, is raised unchanged.
         """
         measured = self.progress.measured
         try:
@@ -498,7 +518,7 @@ class Processor:
             suspects = [i for i, n in enumerate(np.diff(prepared.encoded.bounds).tolist()) if n]
 
             def attempt(some: list[int]) -> None:
-                self.progress.measured = measured  # what is tried here is measured once more
+                self.progress.measured = measured  # these texts are measured again later
                 run(
                     self.preparer.prepare(
                         [texts[i] for i in some], [replaced[i] for i in some], oom_retries
@@ -517,7 +537,7 @@ class Processor:
         return prepared, run(prepared)
 
     def _takes_probe(self) -> bool:
-        """Whether the model still measures what it measured at load."""
+        """Whether the model still measures a probe of the self-check."""
         ids = np.asarray(self._probe, np.int64)
         try:
             return bool(np.isfinite(self.model.measure(ids, [len(ids)], self.signals)).all())
@@ -527,9 +547,10 @@ class Processor:
             return False
 
     def values(self, prepared: Prepared) -> Values:
-        """Rounded [n_measured, n_tokens]: the series, then for each layer whose neurons are
-        recorded their numbers and their values. Raises ``OutOfMemory`` where a batch does not
-        fit.
+        """Measured values, rounded: float32 [n_measured, n_tokens].
+
+        The rows are the series, then for each neuron layer the neurons' numbers and their values.
+        Raises ``OutOfMemory`` where a batch does not fit.
         """
         try:
             return self._values(prepared)
@@ -541,7 +562,7 @@ class Processor:
             raise
 
     def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
-        """What the forward passes take that measure ``signals`` of ``prepared``."""
+        """Seconds that the forward passes of ``prepared`` take with ``signals``."""
         began = time.monotonic()
         for batch in prepared.batches:
             self.model.measure(batch.ids, batch.lengths, signals)
@@ -571,7 +592,7 @@ class Processor:
         while under_way:
             take()
         self.progress.model_s += time.monotonic() - began
-        for row in result:  # one by one: rounding takes several times their memory
+        for row in result:  # one row at a time: rounding needs several times a row's memory
             row[:] = round_strengths(row)
         return result
 
@@ -584,8 +605,9 @@ class Processor:
         pairs: neurons.PairSummary,
         counts: dict[str, int],
     ) -> list[str]:
-        """Write the rows of one chunk and add it to the summaries; returns why documents are at
-        fault that are read.
+        """Write the rows of one chunk and add it to the summaries.
+
+        Returns the reasons of the documents that were read and could not be measured.
         """
         began = time.monotonic()
         first_doc = counts["documents"]
@@ -683,7 +705,7 @@ class Processor:
             ("lost_unknown", sum(num_documents is None for _, num_documents in losses)),
         ):
             counts[name] += value
-        with self._counting:  # the next shard may have begun to write as well
+        with self._counting:  # the next shard may write at the same time
             self.progress.documents += len(chunk)
             self.progress.write_s += time.monotonic() - began
         return list(problems.values())
@@ -697,7 +719,7 @@ class Processor:
         flags: npt.NDArray[np.uint8],
         keep: npt.NDArray[np.bool_],
     ) -> tuple[npt.NDArray[np.int64], pa.Table]:
-        """Tokens whose neurons are recorded, and the rows of ``token_neurons_schema`` for them."""
+        """Rows with recorded neurons, and their table as in ``token_neurons_schema``."""
         layers, above = self.task.neuron_layers, self.task.neurons_above
         normal = (flags & SPECIAL) == 0
         high = (
@@ -714,7 +736,7 @@ class Processor:
         return which, records.make_table(columns, token_neurons_schema(layers))
 
     def _why_bad(self, values: Values) -> str:
-        """What is wrong with a document of ``values`` [n_series, n_tokens]."""
+        """Reason why the values of a document, [n_series, n_tokens], are refused."""
         wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
         if not len(wrong):
             return f"the model gave a neuron of {neurons.LIMIT:,.0f} or more, or one that is not finite"
@@ -724,7 +746,7 @@ class Processor:
 
 
 def _may_blame(error: BaseException) -> bool:
-    """Whether ``error`` of a forward pass may be the fault of a text in it."""
+    """Whether a text may have caused ``error`` in a forward pass."""
     return (
         culprits.is_of_input(error)
         and not model.is_out_of_memory(error)
@@ -734,7 +756,7 @@ def _may_blame(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Tokens of some texts and what was measured of them, rounded [n_series, n_tokens]."""
+    """Tokens of some texts with their measured values, rounded: float32 [n_series, n_tokens]."""
 
     encoded: encode.Encoded
     values: Values
@@ -742,13 +764,14 @@ class Measured:
 
     @property
     def strengths(self) -> Values:
-        """Those of strength [n_layers, n_tokens], which come first."""
+        """The values of strength, [n_layers, n_tokens]; strength is the first signal."""
         return self.values[: self.n_layers]
 
 
 def _probes(encoder: encode.TextEncoder, window: int) -> list[list[int]]:
-    """Token sequences for the self-check, each with its template; the last is as long as a window,
-    or nearly.
+    """Token sequences of the self-check, each with its template.
+
+    The last one is as long as a window, or nearly.
     """
     width = min(window, LONG_PROBE_TOKENS)
     problems = encoder.encode(PROBES).problems
@@ -764,8 +787,9 @@ def _probes(encoder: encode.TextEncoder, window: int) -> list[list[int]]:
 
 
 def _loss(document: Document, *, rejected: bool) -> tuple[int, int | None]:
-    """Bytes of its file and documents that are lost with ``document``; ``rejected``: its text was
-    read and not measured.
+    """Bytes and documents of the file that are lost with ``document``.
+
+    ``rejected``: the text was read but not measured. None documents: their number is unknown.
     """
     if rejected:
         return max(1, len(document.text.encode())), 1
@@ -780,7 +804,7 @@ def _document_means(
     values: npt.NDArray[np.float32],
     n_tokens: npt.NDArray[np.int64],
 ) -> pa.Array:
-    """Mean strength of each document's tokens, special ones apart; null where there are none."""
+    """Mean value of each document's tokens, special tokens apart; null where there are none."""
     counted = (flags & SPECIAL) == 0
     weights = counted.astype(np.float64)
     n = np.bincount(encoded.docs, weights, len(n_tokens))
@@ -793,7 +817,7 @@ def _document_means(
 
 @contextmanager
 def _scratch_folder(config: RunConfig) -> Iterator[Path]:
-    """A folder for one attempt's unfinished files, locked while its owner lives."""
+    """A folder for one attempt's unfinished files, locked while its process lives."""
     root = disk.scratch_folder(config.scratch)
     with contextlib.ExitStack() as stack:
         try:
@@ -803,7 +827,7 @@ def _scratch_folder(config: RunConfig) -> Iterator[Path]:
             )
             lock = stack.enter_context((folder / "new-lock").open("w"))
             if disk.lock(lock):
-                Path(lock.name).rename(folder / "lock")  # seen only once it is held
+                Path(lock.name).rename(folder / "lock")  # visible only once it is held
         except OSError as error:
             if error.errno in disk.FULL:
                 raise Interrupted(
@@ -815,8 +839,8 @@ def _scratch_folder(config: RunConfig) -> Iterator[Path]:
 
 
 def sweep_scratch(config: RunConfig) -> None:
-    """Remove what killed workers left on this machine: scratch folders whose lock nobody holds."""
+    """Remove scratch folders that killed workers left on this machine: those with a free lock."""
     for lock in disk.scratch_folder(config.scratch).glob(f"{SCRATCH_PREFIX}*/lock"):
-        with contextlib.suppress(OSError), lock.open() as file:  # held, gone, or somebody else's
+        with contextlib.suppress(OSError), lock.open() as file:  # held, gone, or another user's
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent)

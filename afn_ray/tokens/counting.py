@@ -1,10 +1,10 @@
-"""How many tokens and documents slices have: all of them counted where they are few, else estimated
-with an interval.
+"""Count the tokens and documents of slices, or estimate them with an interval.
 
-The estimate draws places in the slices' bytes, in runs of slices each for itself, so that every
-byte of a run has the same chance however long files and documents are. What is around a place gives
-tokens per byte there; their mean times the run's bytes is the run's estimate. The spread of the
-places gives its variance, the degrees of freedom are those of Welch and Satterthwaite, and
+Few slices are counted in full. For more, the estimate draws random places in the slices' bytes.
+Consecutive slices form strata, and each stratum is sampled separately. Every byte of a stratum has
+the same chance, however long files and documents are. The text around a place gives its tokens per
+byte. Their mean times the bytes of the stratum estimates the stratum's tokens. The spread of the
+places gives the variance, the degrees of freedom are those of Welch and Satterthwaite, and
 Student's t gives the interval (Cochran, Sampling Techniques, 1977, 5.4 and 9A).
 """
 
@@ -28,26 +28,29 @@ from afn_ray.store import storage
 from afn_ray.tokens.encode import TextEncoder
 
 EXACT_BYTES = 2 << 20
-"""Slices of so many bytes in all are counted: 3 seconds."""
+"""Total size of slices up to which all tokens are counted, in bytes: about 3 seconds."""
 EXACT_TEXT_BYTES = 8 << 20
-"""Text of them that is read at most, where they are compressed."""
+"""Text up to which all tokens are counted, in characters; compressed slices may have more."""
 STRATA, PLACES, LEAST_PLACES = 16, 128, 6
-"""Runs of slices, about; places that are drawn in all; and in each run at least."""
+"""Number of strata, approximately; number of places in all; least number in a stratum."""
 BLOCK_BYTES = 16 << 10
-"""Text around a place that is encoded."""
+"""Text around a place that is encoded, in bytes."""
 READ_BYTES = 64 << 20
-"""Text that is read in all of slices which can only be read from their beginning."""
+"""Text to read in all from slices that must be read from their beginning, in bytes."""
 LEAST_READ_BYTES = 1 << 20
-"""Of each of them."""
+"""Least text to read from each of these slices, in bytes."""
 SEEDED_BY = 1000
-"""Slices whose identity seeds the draw."""
+"""Number of slices whose identity seeds the random generator."""
 CONFIDENCE = 0.95
+"""Confidence level of the interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Tokens, special ones among them, and documents of slices; ``low`` and ``high`` are the same
-    where all are counted, else they bound the 95 % interval.
+    """Tokens and documents of slices; special tokens included.
+
+    ``low`` and ``high`` bound the 95 % interval of ``tokens``; they are equal where all are
+    counted.
     """
 
     tokens: int
@@ -64,17 +67,16 @@ NOTHING = Count(0, 0, 0, 0, True, True)
 
 @dataclass(frozen=True, slots=True)
 class _Density:
-    """What a place gives, per stored byte of its slice."""
+    """Tokens and documents at a place, per stored byte of its slice."""
 
     tokens: float
     documents: float
 
 
 def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
-    """Count or estimate what ``slices`` hold; the same slices give the same answer.
+    """Count or estimate the contents of ``slices``; the same slices give the same answer.
 
-    Raises what ``reading.read`` raises for files that are not those that were planned, or cannot be
-    read.
+    Raises what ``reading.read`` raises for files that differ from the plan or cannot be read.
     """
     if sum(piece.num_bytes for piece in slices) <= EXACT_BYTES:
         found = _count_all(slices, options, encoder)
@@ -86,7 +88,7 @@ def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncode
 def _count_all(
     slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder
 ) -> Count | None:
-    """None where the text is more than ``EXACT_TEXT_BYTES``."""
+    """Count all tokens; None where the text exceeds ``EXACT_TEXT_BYTES``."""
     num_tokens = num_documents = num_bytes = 0
     documents = (d for piece in slices for d in reading.read(piece, options))
     while batch := list(itertools.islice(documents, 256)):
@@ -99,10 +101,10 @@ def _count_all(
 
 
 # --- the estimate
-# ----------------------------------------------------------------------------------------
 
 
 def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
+    """Estimate the tokens and documents of ``slices`` from places in them."""
     chance = np.random.default_rng(
         int(fingerprint([piece.identity for piece in slices[:SEEDED_BY]]), 16)
     )
@@ -149,11 +151,10 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
 
 
 def _strata(ends: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Runs of slices, which end at the bytes ``ends``: as few as have a ``STRATA``-th of all bytes
-    or more.
+    """Strata as byte ranges over slices that end at the bytes ``ends``.
 
-    A large slice is thus a run of its own: what differs between large files adds nothing to the
-    variance.
+    A stratum has as few slices as hold a ``STRATA``-th of all bytes. A large slice is a stratum of
+    its own, so differences between large files add nothing to the variance.
     """
     strata: list[tuple[int, int]] = []
     begin = before = 0
@@ -173,8 +174,9 @@ def _strata(ends: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _student(variances: Sequence[tuple[float, int]]) -> float:
-    """The quantile of Student's t for a sum of ``variances``, each with its degrees of freedom
-    (Abramowitz 26.7.5).
+    """Quantile of Student's t for a sum of ``variances``, each with its degrees of freedom.
+
+    The expansion is Abramowitz and Stegun 26.7.5.
     """
     squares = sum(v * v / n for v, n in variances)
     freedom = max(3.0, sum(v for v, _ in variances) ** 2 / squares) if squares else math.inf
@@ -183,8 +185,8 @@ def _student(variances: Sequence[tuple[float, int]]) -> float:
 
 
 def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
-    """Whether any part of ``piece`` can be read without what is before it."""
-    # Of UTF-16, which is not cut, the documents are not counted.
+    """Whether any part of ``piece`` can be read without the text before it."""
+    # UTF-16 has no such parts; the number of its documents is -1.
     return (
         reading.is_lines(piece.format, options)
         and not piece.compression
@@ -193,7 +195,7 @@ def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
 
 
 class _Reader:
-    """Reads what is around places, and encodes a little of it."""
+    """Reads the text around places, and encodes a part of it."""
 
     def __init__(
         self,
@@ -207,14 +209,15 @@ class _Reader:
         self.num_beginnings = 0
 
     def densities(self, piece: FileSlice, places: Sequence[int]) -> list[_Density]:
-        """Of each of ``places``, bytes from the start of ``piece``."""
+        """Density at each of ``places``, in bytes from the start of ``piece``."""
         if _is_cut(piece, self._options):
             return [self._of_lines(piece, place) for place in places]
         return self._of_whole(piece, len(places))
 
     def _of_lines(self, piece: FileSlice, place: int) -> _Density:
-        """Of the block that ``place`` is in; a line on its edge counts by the part of it that is
-        inside.
+        """Density of the block around ``place``.
+
+        A line on the edge of the block counts by the part of it that is inside.
         """
         begin = piece.start + place // BLOCK_BYTES * BLOCK_BYTES
         end = min(begin + BLOCK_BYTES, piece.end)
@@ -231,9 +234,7 @@ class _Reader:
         return _Density(tokens / (end - begin), num / (end - begin))
 
     def _count(self, documents: Sequence[Document]) -> list[float]:
-        """Tokens of each of ``documents``; of a long one as many as a part of it, drawn by chance,
-        leads to expect.
-        """
+        """Tokens of each of ``documents``; for a long one, an estimate from a random part of it."""
         parts = [self._part(d.text) for d in documents]
         template = self._encoder.template
         extra = len(template.prefix) + len(template.suffix)
@@ -244,17 +245,17 @@ class _Reader:
         ]
 
     def _part(self, text: str) -> tuple[str, float]:
+        """The text to encode, and the ratio of the whole text's length to its length."""
         if len(text) <= 2 * BLOCK_BYTES:
             return text, 1.0
-        begin = int(
-            self._chance.integers(len(text))
-        )  # what goes over the end goes on at the beginning
+        # the part wraps around the end of the text
+        begin = int(self._chance.integers(len(text)))
         part = text[begin : begin + BLOCK_BYTES]
         part += text[: BLOCK_BYTES - len(part)]
         return part, len(text) / BLOCK_BYTES
 
     def _of_whole(self, piece: FileSlice, num_places: int) -> list[_Density]:
-        """Of all of ``piece``, or of its beginning; each time by other blocks of its text."""
+        """Density of ``piece`` or of its beginning, ``num_places`` times with random blocks."""
         texts: list[str] = []
         num_bytes = 0
         read, share = piece, 1.0
@@ -292,9 +293,7 @@ class _Reader:
 
 
 def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) -> Iterator[str]:
-    """Parts of ``texts``, one behind the other and around the end, from character ``begin`` on:
-    ``size`` in all.
-    """
+    """Parts of ``texts`` from character ``begin`` on, ``size`` in all, wrapping around the end."""
     size = min(size, ends[-1])
     at = bisect.bisect_right(ends, begin)
     offset = begin - (ends[at] - len(texts[at]))
@@ -314,7 +313,7 @@ def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
 
 
 def _line_start(piece: FileSlice, at: int) -> int:
-    """Where the line begins that has the byte ``at``."""
+    """Start of the line that contains the byte ``at``."""
     step = BLOCK_BYTES
     while at > piece.start:
         begin = max(piece.start, at - step)
@@ -326,7 +325,7 @@ def _line_start(piece: FileSlice, at: int) -> int:
 
 
 def _line_end(piece: FileSlice, at: int) -> int:
-    """Where the line ends that has the byte before ``at``."""
+    """End of the line that contains the byte before ``at``."""
     step, at = BLOCK_BYTES, at - 1
     while at < piece.end:
         end = min(piece.end, at + step)

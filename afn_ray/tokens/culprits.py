@@ -1,4 +1,4 @@
-"""Which of many documents a call fails for: halved until each is alone."""
+"""Find the documents for which a call fails, by halving until each is alone."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ REASON_CHARS = 200
 
 
 def is_of_input(error: BaseException) -> bool:
-    """Whether ``error`` may be the fault of what was given: not of memory, a disk, a signal, and
-    none of ours.
+    """Whether the input may have caused ``error``.
 
-    A panic of a Rust library is a ``BaseException``, so that nobody takes it for an ordinary error;
-    here it is one.
+    Memory, a disk, a signal and an ``AfnError`` are other causes. A panic of a Rust library is a
+    ``BaseException`` that no handler for ordinary errors catches; here it counts as an ordinary
+    error.
     """
     if type(error).__name__ == "PanicException":
         return True
@@ -28,11 +28,11 @@ def find_culprits(
     suspects: Sequence[int],
     may_blame: Callable[[BaseException], bool],
 ) -> dict[int, BaseException]:
-    """Those of ``suspects`` for which ``attempt`` raises when they are alone, with what it raises.
+    """Those of ``suspects`` for which ``attempt`` raises when they are alone, with their errors.
 
     The result depends on ``suspects`` alone. n suspects with k culprits take about 2 k log2(n)
-    calls, and each halving looks at every suspect once at most. Errors that ``may_blame`` denies
-    are raised.
+    calls, and each level of halving passes every suspect at most once. Errors for which
+    ``may_blame`` is false are raised.
     """
     culprits: dict[int, BaseException] = {}
     groups = [list(suspects)]
@@ -52,7 +52,7 @@ def find_culprits(
 
 
 def first_line(error: BaseException) -> str:
-    """The type and the beginning of the message of ``error``, as a document's status has them."""
+    """Type of ``error`` and beginning of its message, as a document's status has them."""
     text = " ".join((str(error).strip().splitlines() or [""])[0].split())
     name = type(error).__name__
     return printable(f"{name}: {text[:REASON_CHARS]}" if text else name)

@@ -1,4 +1,4 @@
-"""Texts in, tokens out: ids with their places, word starts and surfaces."""
+"""Encode texts as tokens: ids with character offsets, word starts and surfaces."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from afn_ray.tokens.culprits import find_culprits, first_line, is_of_input
 
 Int32 = npt.NDArray[np.int32]
 MOST_IDS = 1 << 31
-"""Token ids that the tables can hold."""
+"""Number of token ids that the tables can hold."""
 NAME_CHARS = 40
 """Longest token in a message, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What the tokenizer puts around every text: [CLS] and [SEP], a BOS, or nothing."""
+    """Tokens that the tokenizer adds to every text: [CLS] and [SEP], a BOS, or none."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -37,45 +37,45 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of some documents, one after the other, each with its template around it.
+    """Tokens of several documents, one after the other, each within its template.
 
-    Document i holds the rows ``bounds[i]`` to ``bounds[i + 1]``; none when its text has no token at
-    all, or is at fault: ``problems`` says why.
+    Document i has the rows ``bounds[i]`` to ``bounds[i + 1]``. It has none when its text has no
+    token or cannot be encoded; ``problems`` then holds the reason.
     """
 
     bounds: npt.NDArray[np.int64]  # [n_docs + 1]
-    token_ids: Int32  # [n_tokens], as are all below
+    token_ids: Int32  # [n_tokens], as all arrays below
     start: Int32  # character offsets into the document's text; special tokens have no width
     end: Int32
     flags: npt.NDArray[np.uint8]
-    word_end: Int32  # of tokens that start a word: character offset where the word ends; else 0
+    word_end: Int32  # where the token starts a word: character offset of the word's end; else 0
     problems: dict[int, str] = field(default_factory=dict)  # document -> why it has no rows
 
     @property
     def docs(self) -> Int32:
-        """Document of every row, counted from 0."""
+        """Document of every row, counted from 0: [n_tokens]."""
         return np.repeat(np.arange(len(self.bounds) - 1, dtype=np.int32), np.diff(self.bounds))
 
     @property
     def positions(self) -> Int32:
-        """Position of every row in its document."""
+        """Position of every row in its document: [n_tokens]."""
         return (np.arange(len(self.token_ids)) - self.bounds[self.docs]).astype(np.int32)
 
 
 UNIGRAM_UNKNOWN = "<unk>"
-"""Unknown token of Unigram models, which do not say it: that of SentencePiece."""
+"""Unknown token of Unigram models, which do not name it: SentencePiece's."""
 
 
 class TextEncoder:
-    """A fast tokenizer set up to encode untrusted texts of any length, without truncation or
-    padding.
+    """A fast tokenizer that encodes untrusted texts of any length, without truncation or padding.
 
-    ``num_embeddings``: token ids that the model has a vector for; None: not known. Raises
-    ``ModelError`` for a tokenizer that cannot encode even an "a".
+    ``num_embeddings``: number of token ids that the model has a vector for; None: unknown. Raises
+    ``ModelError`` for a tokenizer that cannot encode "a", or whose template has ids that the model
+    does not have.
     """
 
     def __init__(self, tokenizer: Tokenizer, num_embeddings: int | None = None) -> None:
-        tokenizer.no_truncation()  # tokenizer.json often carries both, for another purpose
+        tokenizer.no_truncation()  # tokenizer.json often sets truncation and padding
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, not a control token
         self._tokenizer = tokenizer
@@ -89,6 +89,7 @@ class TextEncoder:
             )
 
     def _find_template(self) -> Template:
+        """Template of the tokenizer, from its encoding of "a"."""
         try:
             encoding = self._tokenizer.encode("a", add_special_tokens=True)
         except BaseException as error:
@@ -103,7 +104,7 @@ class TextEncoder:
         return Template(tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :]))
 
     def texts(self) -> tuple[list[str], list[str]]:
-        """Every type of the vocabulary by id: as the tokenizer writes it, and as a reader does."""
+        """Every token type by id: in the tokenizer's notation, and as plain text."""
         size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
         continuing = getattr(self._tokenizer.model, "continuing_subword_prefix", None) or ""
@@ -117,9 +118,7 @@ class TextEncoder:
 
     @property
     def unknown(self) -> int | None:
-        """Id of the token for what is in no vocabulary; None where there is none, as in one of
-        bytes.
-        """
+        """Id of the token for unknown text; None where there is none, as in byte vocabularies."""
         model = self._tokenizer.model
         token = (
             UNIGRAM_UNKNOWN
@@ -129,7 +128,7 @@ class TextEncoder:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def count(self, texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Tokens of each of ``texts``, those of the template among them."""
+        """Number of tokens of each of ``texts``, the template included."""
         return np.diff(self.encode(texts).bounds)
 
     def encode(
@@ -140,10 +139,10 @@ class TextEncoder:
     ) -> Encoded:
         """Tokens of ``texts``; ``replaced`` marks those in which U+FFFD stands for invalid UTF-8.
 
-        A text that the tokenizer cannot take, or that gets a token that the model or the text does
-        not have, is given none, as an empty one, and the reason. ``refused``: texts that are known
-        to be at fault, and why. Raises ``ModelError`` for a tokenizer that can take nothing any
-        more.
+        A text has no rows, as if it were empty, and a reason in ``problems`` where the tokenizer
+        fails, or where a token has no vector in the model or offsets outside the text. ``refused``:
+        texts with known problems, and why. Raises ``ModelError`` where the tokenizer fails for
+        every text.
         """
         problems = dict(refused or {})
         encodings = self._encodings(texts, problems)
@@ -156,9 +155,9 @@ class TextEncoder:
         token_ids, start, end, word_end = (np.zeros(bounds[-1], np.int32) for _ in range(4))
         flags = np.full(bounds[-1], SPECIAL, np.uint8)
 
-        # All text tokens of all texts at once; ``rows`` is where they go, between their templates.
+        # All text tokens of all texts at once; ``rows`` are their rows, between the templates.
         n = int(lengths.sum())
-        first = np.cumsum(lengths) - lengths  # of each text, among the text tokens
+        first = np.cumsum(lengths) - lengths  # index of each text's first text token
         text_of = np.repeat(np.arange(len(texts)), lengths)
         rows = np.arange(n) + (bounds[:-1] + before - first)[text_of]
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, n)
@@ -173,7 +172,7 @@ class TextEncoder:
             (-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n
         )
         characters, origin = _characters(texts)
-        at = origin[text_of]  # of each token's text, among the characters
+        at = origin[text_of]  # start of each token's text in ``characters``
         starts = _word_starts(text_of, words, inside[::2], inside[1::2], characters, at)
         flags[rows] = starts * np.uint8(WORD_START)
         heads = np.flatnonzero(starts)
@@ -193,7 +192,7 @@ class TextEncoder:
         return Encoded(bounds, token_ids, start, end, flags, word_end, problems)
 
     def _encodings(self, texts: Sequence[str], problems: dict[int, str]) -> list[Encoding]:
-        """Of those ``texts`` that have no problem; adds those that the tokenizer cannot take."""
+        """Encodings of the ``texts`` without a problem; adds texts that fail to ``problems``."""
 
         def encode(some: Sequence[int]) -> list[Encoding]:
             return self._tokenizer.encode_batch([texts[i] for i in some], add_special_tokens=False)
@@ -205,7 +204,7 @@ class TextEncoder:
             if not is_of_input(error):
                 raise
             found = find_culprits(encode, kept, is_of_input)
-        self._find_template()  # or it is no text's fault
+        self._find_template()  # raises where the tokenizer itself is broken
         problems |= {
             i: f"the tokenizer cannot take it: {first_line(why)}" for i, why in found.items()
         }
@@ -218,9 +217,7 @@ class TextEncoder:
         ids: npt.NDArray[np.int64],
         spans: npt.NDArray[np.int64],
     ) -> dict[int, str]:
-        """Texts with a token that the model has no vector for, or whose characters they do not
-        have; and why.
-        """
+        """Texts with a token that has no vector or has offsets outside the text; and why."""
         start, end = spans[::2], spans[1::2]
         beyond = ids >= self._num_ids
         outside = (
@@ -240,18 +237,21 @@ class TextEncoder:
         return problems
 
     def _name(self, token_id: int) -> str:
+        """A token for messages: its id and its text."""
         return (
             f"token id {token_id} ({(self._tokenizer.id_to_token(token_id) or '')[:NAME_CHARS]!r})"
         )
 
     @property
     def _beyond(self) -> str:
+        """Range of the model's token ids, for messages."""
         return f"the model has embeddings for the ids 0 to {self._num_ids - 1}"
 
 
 def _characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """Code points of all ``texts``, and where each text begins among them, with the end behind the
-    last.
+    """Code points of all ``texts``, and the index at which each text begins.
+
+    The last index is the end of the last text.
     """
     characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
     return characters, np.cumsum([0, *map(len, texts)], dtype=np.int64)
@@ -265,22 +265,23 @@ def _word_starts(
     characters: npt.NDArray[np.uint32],
     origin: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.bool_]:
-    """Which text tokens start a word: the first of a text, a new pre-tokenizer word, or a token
-    with white space before or at its first character.
+    """Which text tokens start a word: [n_text_tokens].
 
-    The last rule serves tokenizers without a pre-tokenizer, for which a whole text is one word. A
-    single space that is a token of its own, as before a rare word or a number, is part of the word
-    behind it. Nothing starts within a character, though a normalizer may make words of one.
+    A word starts at the first token of a text, at a new word of the pre-tokenizer, and at a token
+    with white space before or at its first character. The last rule is for tokenizers without a
+    pre-tokenizer, for which a whole text is one word. A single space that is a token of its own, as
+    before a rare word or a number, belongs to the word after it. No word starts within a character,
+    even where a normalizer makes several words of one.
     """
     new_text = np.diff(text_of, prepend=-1) != 0
     new_word = np.diff(words, prepend=-2) != 0
     starts: npt.NDArray[np.bool_] = new_text.copy()
     rest = np.flatnonzero(~new_text)
     at: npt.NDArray[np.int64] = origin[rest] + start[rest].astype(np.int64)
-    new_character = start[rest] >= end[rest - 1]  # else another piece of the same one
+    new_character = start[rest] >= end[rest - 1]  # else another piece of the same character
     inside = (start[rest] < end[rest]) & _is_space(characters, at)
     behind = (start[rest] > 0) & _is_space(characters, at - 1)
-    width = end[rest - 1] - start[rest - 1]  # 0 where the tokenizer trims white space off offsets
+    width = end[rest - 1] - start[rest - 1]  # 0 where the tokenizer leaves spaces out of offsets
     lone_space = (width <= 1) & (end[rest - 1] == start[rest]) & behind
     lone_space[lone_space] = (width[lone_space] == 0) | (characters[at[lone_space] - 1] == ord(" "))
     starts[rest] = new_character & (inside | ((new_word[rest] | behind) & ~lone_space))
@@ -296,8 +297,10 @@ def _join_at_marks(
     characters: npt.NDArray[np.uint32],
     at_start: npt.NDArray[np.int64],
 ) -> None:
-    """Undo what pre-tokenizers of GPT-2's kind do to accents, vowel signs and points, which are no
-    letters to them: a word ends before each, and it, with punctuation behind it, is another one.
+    """Join words that a pre-tokenizer like GPT-2's has split at accents, vowel signs and points.
+
+    These marks are not letters to it: it ends a word before each mark, and makes another word of
+    the mark and the punctuation after it. ``starts`` is changed in place.
     """
     if not len(characters) or characters.max() < 0x300:  # no marks
         return
@@ -336,8 +339,9 @@ def _with_marks(
     at: npt.NDArray[np.int64],
     origin: npt.NDArray[np.int64],
 ) -> Int32:
-    """Where the words whose last tokens are ``tails`` end: behind the accents that follow, which no
-    token covers when a tokenizer drops them.
+    """Ends of the words whose last tokens are ``tails``, the marks after them included.
+
+    No token covers these marks where a tokenizer drops accents.
     """
     ends = end[tails]
     following = np.minimum(tails + 1, len(text_of) - 1)
@@ -356,15 +360,15 @@ def _with_marks(
 
 
 def _low(characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-    """Characters ``at``, those behind the tables below as the last of these, which is none."""
+    """Characters ``at``; those above ``_CATEGORIES`` become its last one, which is unassigned."""
     if not len(characters):
         return np.zeros(len(at), np.uint32)
     return np.minimum(characters[np.clip(at, 0, len(characters) - 1)], len(_CATEGORIES) - 1)
 
 
-_CATEGORIES = [
-    unicodedata.category(chr(c))[0] for c in range(0x2E80)
-]  # behind it are CJK and emoji, words as they are
+# CJK and emoji, which need no joining, start at U+2E80.
+_CATEGORIES = [unicodedata.category(chr(c))[0] for c in range(0x2E80)]
+"""Major category of each character below U+2E80."""
 _MARK = np.array([c == "M" for c in _CATEGORIES])
 _LETTER = np.array([c in "LM" for c in _CATEGORIES])
 _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
@@ -373,16 +377,17 @@ _SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 def _is_space(
     characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
+    """Whether the characters ``at`` are white space."""
     if not len(characters):
         return np.zeros(len(at), bool)
     return np.isin(characters[np.clip(at, 0, len(characters) - 1)], _SPACES)
 
 
 def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:
-    """Per row, the word as written, where a word starts that its tokens' readable texts do not
-    spell; else None.
+    """Per row, the word as written where a word starts; None where its tokens' texts spell it.
 
-    A lower-casing tokenizer's "LORD" has a surface, its "lord" has none.
+    With a lower-casing tokenizer "LORD" has a surface and "lord" has none. Rows that start no word
+    have None.
     """
     result: list[str | None] = [None] * len(encoded.token_ids)
     ids = encoded.token_ids.tolist()
@@ -413,11 +418,11 @@ def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) ->
 def find_tags(
     encoded: Encoded, texts: Sequence[str], spans: Sequence[Sequence[Span]]
 ) -> list[str | None]:
-    """Per row, the tag of the one of its document's ``spans`` that holds the token's first
-    character; else None.
+    """Per row, the tag of the span that holds the token's first character; else None.
 
-    White space in front is skipped: up to the end of the word where the token starts one, for the
-    first piece of a rare word may be a space alone.
+    ``spans`` are those of each document. White space before the text is skipped. Where the token
+    starts a word, it is skipped up to the word's end: the first piece of a rare word may be a space
+    alone.
     """
     result: list[str | None] = [None] * len(encoded.token_ids)
     starts, stops = encoded.start.tolist(), np.maximum(encoded.end, encoded.word_end).tolist()

@@ -1,6 +1,4 @@
-"""Texts become batches ahead of the model: tokenized, cut into windows and packed on a thread, or
-in processes.
-"""
+"""Prepare batches ahead of the model: tokenize and pack texts on a thread or in processes."""
 
 from __future__ import annotations
 
@@ -36,34 +34,33 @@ from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
 
 CHUNK_BYTES = 1 << 20
-"""Text encoded and packed together: 1 MiB is about 250,000 tokens, enough to leave 1 % of
-filler.
+"""Text that is encoded and packed together, in characters; each document adds 64.
+
+1 MiB is about 250,000 tokens, enough to keep filler at 1 %.
 """
 
 ANSWER_S = 5.0
-"""How often it is asked whether a tokenizer process is alive."""
+"""Pause between two checks whether a tokenizer process is alive, in seconds."""
 
 START_S = 120.0
-"""Longest that a tokenizer process may take until it is ready, in seconds: imports from a slow disk
-take some.
-"""
+"""Longest start of a tokenizer process, in seconds; imports from a slow disk take long."""
 
 CLOSE_S = 10.0
-"""Longest that tokenizer processes may take to end before they are killed, in seconds."""
+"""Longest wait for tokenizer processes to end before they are killed, in seconds."""
 
 EXIT_CODE_S = 1.0
-"""Longest that the exit code of a process that has died is waited for, in seconds."""
+"""Longest wait for the exit code of a dead process, in seconds."""
 
 GIVEN_UP = (CancelledError, RuntimeError)
-"""What chunks meet whose pool was given up under them."""
+"""Errors of chunks whose pool another shard has replaced."""
 
 AHEAD = 2
-"""Chunks that wait before the model, beside those that processes work on: bounds memory."""
+"""Number of chunks that wait before the model, besides one for each process; bounds memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How texts become batches; small, and what another process needs for it."""
+    """How texts become batches; small and picklable, for tokenizer processes."""
 
     tokenizer: str  # as JSON
     window_tokens: int
@@ -71,18 +68,18 @@ class Recipe:
     batch_tokens: int
     causal: bool
     packed: bool
-    num_embeddings: int | None = None  # token ids that the model has a vector for; None: not known
+    num_embeddings: int | None = None  # token ids that the model has a vector for; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Some texts' tokens, and the batches in which the model will see them."""
+    """Tokens of several texts, and the batches for the model."""
 
     encoded: encode.Encoded
-    surfaces: list[str | None]  # as ``tokens.surfaces`` gives them
-    n_windows: npt.NDArray[np.int64]  # of each text
+    surfaces: list[str | None]  # [n_tokens], from ``encode.surfaces``
+    n_windows: npt.NDArray[np.int64]  # [n_texts]
     batches: list[tokens.TokenBatch]
-    seconds: float  # that this took
+    seconds: float  # duration of the preparation
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ class Chunk:
 
 
 class Preparer:
-    """``Recipe`` at work, in whichever process."""
+    """Prepares texts by a ``Recipe``, in any process."""
 
     def __init__(self, recipe: Recipe, encoder: encode.TextEncoder | None = None) -> None:
         self.recipe = recipe
@@ -114,11 +111,11 @@ class Preparer:
         oom_retries: int = 0,
         refused: Mapping[int, str] | None = None,
     ) -> Prepared:
-        """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for
-        invalid UTF-8.
+        """Tokens, windows and batches of ``texts``.
 
-        ``oom_retries``: how often the token budget is halved; ``refused``: texts at fault, which are
-        packed as if they were empty, and why.
+        ``replaced`` marks texts in which U+FFFD stands for invalid UTF-8. ``oom_retries``: how often
+        the token budget is halved. ``refused``: texts with known problems, which are packed as
+        empty ones, and why.
         """
         began = time.monotonic()
         recipe, template = self.recipe, self.encoder.template
@@ -139,11 +136,11 @@ class Preparer:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """A chunk that a pool prepares."""
+    """A chunk that an executor prepares."""
 
     prepared: Future[Prepared]
     started: Future[None] | None  # the pool's process is ready; None: a thread needs no start
-    submitted: float  # monotonic
+    submitted: float  # monotonic time, in seconds
 
 
 _preparer: Preparer
@@ -151,15 +148,14 @@ _preparer: Preparer
 
 @contextlib.contextmanager
 def _without_sigint() -> Iterator[None]:
-    """What is spawned here never gets SIGINT: Ctrl-C goes to all of a terminal, and the parent ends
-    its processes.
+    """Context in which spawned processes block SIGINT.
 
-    A process that ignores it by itself does so only after its imports, which take seconds.
+    Ctrl-C signals all processes of a terminal, but the parent must end its processes itself. A
+    process that ignores the signal by itself does so only after its imports, which take seconds.
     """
-    resource_tracker.ensure_running()  # spawn starts it otherwise, and that lets SIGINT in again
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGINT}
-    )  # of this thread; a process inherits it
+    resource_tracker.ensure_running()  # else spawn starts it, and that unblocks SIGINT
+    # the mask of this thread, which a new process inherits
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
@@ -167,16 +163,18 @@ def _without_sigint() -> Iterator[None]:
 
 
 def _start() -> None:
+    """Initialize a tokenizer process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _use(recipe: Recipe) -> None:
+    """Build the preparer of a tokenizer process: its first task."""
     global _preparer
     _preparer = Preparer(recipe)
 
 
 def _end_with_parent() -> None:
-    """A pool's process would wait for ever for work from a parent that was killed."""
+    """End this process with its parent; otherwise it waits for work of a killed parent for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -184,15 +182,15 @@ def _end_with_parent() -> None:
 
 
 def _prepare(texts: list[str], replaced: list[bool], oom_retries: int) -> Prepared:
+    """``Preparer.prepare`` in a tokenizer process."""
     return _preparer.prepare(texts, replaced, oom_retries)
 
 
 class Feed:
-    """Prepares chunks of documents, a bounded number ahead of who takes them, in their order; of
-    many shards at once.
+    """Prepares chunks of documents for the model, in order, a bounded number ahead.
 
-    ``num_processes``: 0 prepares on a thread of this process, which is enough for a model on a CPU
-    core.
+    Several shards may use it at once. ``num_processes``: number of tokenizer processes; 0 uses a
+    thread of this process, which is enough for a model on a CPU core.
     """
 
     def __init__(self, preparer: Preparer, num_processes: int) -> None:
@@ -205,12 +203,13 @@ class Feed:
         self._open()
 
     def _open(self) -> None:
+        """Start the executors."""
         preparer, num_processes = self._preparer, self._num_processes
         if num_processes:  # a fresh interpreter each: a fork of a process with threads may hang
             spawn = multiprocessing.get_context("spawn")
-            # A pool each: one of several may hang when a process dies while it starts another.
-            # The recipe is the first task: a start that sends more than a pipe holds waits for ever
-            # for a process that died before it read.
+            # One pool per process: a pool of several may hang when one process dies while the pool
+            # starts another. The recipe is sent as the first task: if the start itself sent more
+            # than a pipe holds, it would wait for ever for a process that died before it read.
             self.executors = [ProcessPoolExecutor(1, spawn, _start) for _ in range(num_processes)]
             self._prepare = _prepare
         else:
@@ -219,13 +218,11 @@ class Feed:
         self._turns = itertools.cycle(self.executors)
 
     def chunks(self, documents: Iterable[Document], oom_retries: int = 0) -> Chunks:
-        """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard
-        alone.
-        """
+        """``documents`` in chunks of about ``CHUNK_BYTES``; they depend on the shard alone."""
         return Chunks(self, documents, oom_retries)
 
     def submit(self, documents: list[Document], oom_retries: int) -> _Work:
-        """Prepare a chunk, behind those submitted before it."""
+        """Start to prepare a chunk, after those submitted before it."""
         texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
         executor = next(self._turns)
         with self._starting:
@@ -238,8 +235,9 @@ class Feed:
         )
 
     def why_dead(self, executors: Sequence[Executor]) -> str:
-        """How the first process of ``executors`` that is dead ended, or that one has not started in
-        time.
+        """How the first dead process of ``executors`` ended.
+
+        It says only "died" where no exit code is known after ``EXIT_CODE_S``.
         """
         end = time.monotonic() + EXIT_CODE_S
         while time.monotonic() < end:
@@ -252,19 +250,17 @@ class Feed:
         return "died"
 
     def renew(self, broken: list[Executor]) -> None:
-        """New processes in place of ``broken``, unless another shard has met them before and did
-        it.
-        """
+        """Replace the ``broken`` executors, unless another shard has done so already."""
         with self._renewing:
             if self.executors is broken:
                 for executor in broken:
                     _kill(_processes(executor))
-                    executor.shutdown(wait=False, cancel_futures=True)  # a broken one may never end
+                    executor.shutdown(wait=False, cancel_futures=True)  # it may never end
                     self._started.pop(executor, None)
                 self._open()
 
     def close(self) -> None:
-        """Ends the thread or the processes, of which one that hangs is killed."""
+        """End the thread or the processes; kill a process that hangs."""
         processes = [p for executor in self.executors for p in _processes(executor)]
         late = threading.Timer(CLOSE_S, _kill, (processes,))
         late.daemon = True
@@ -275,21 +271,20 @@ class Feed:
 
 
 class _NotStarted(BrokenProcessPool):
-    """A process lives, and is not ready."""
+    """A process is alive but not ready in time."""
 
 
 class Chunks:
-    """A shard's chunks, read on a thread of their own from now on.
+    """A shard's chunks, read on a thread of their own from construction on.
 
-    What reading raises is raised where its chunk is taken, behind the chunks before it. At the end,
-    or at the first error, it closes itself.
+    An error of the reading is raised in place of its chunk, after the chunks before it. The
+    iterator closes itself at its end and at the first error.
     """
 
     def __init__(self, feed: Feed, documents: Iterable[Document], oom_retries: int) -> None:
         self._feed, self._executors, self._halvings = feed, feed.executors, oom_retries
-        self._ready: Queue[Any] = Queue(
-            feed.ahead
-        )  # documents, seconds, work; an error; None at the end
+        # items: (documents, seconds, work), or an error, or None at the end
+        self._ready: Queue[Any] = Queue(feed.ahead)
         self._stopped = threading.Event()
         self._reader = threading.Thread(
             target=self._read, args=(documents,), name="afn-read", daemon=True
@@ -312,7 +307,7 @@ class Chunks:
             return Chunk(documents, self._result(work), seconds)
         except BaseException as error:
             self.close()
-            renewed = self._feed.executors is not self._executors  # by a shard beside this one
+            renewed = self._feed.executors is not self._executors  # by another shard
             if not isinstance(error, BrokenProcessPool) and not (
                 renewed and isinstance(error, GIVEN_UP)
             ):
@@ -330,7 +325,11 @@ class Chunks:
             ) from error
 
     def _result(self, work: _Work) -> Prepared:
-        """What ``work`` gives. A pool whose process was killed as it answered may never notice."""
+        """Wait for the result of ``work``.
+
+        A pool may never notice that its process was killed while it answered, so this checks the
+        processes every ``ANSWER_S``.
+        """
         while True:
             try:
                 if work.started is not None and work.started.done():
@@ -352,18 +351,17 @@ class Chunks:
         self.close()
 
     def close(self) -> None:
-        """Ends the reader; chunks that nobody took are let go."""
+        """End the reader and drop the chunks that were not taken."""
         self._stopped.set()
-        while self._reader.is_alive():  # it may wait for room
+        while self._reader.is_alive():  # it may wait for room in the queue
             with contextlib.suppress(Empty):
                 item = self._ready.get(timeout=0.05)
                 if isinstance(item, tuple) and item[2].started is None:
-                    item[
-                        2
-                        # not in a process: a pool that breaks fails at a chunk that is cancelled
-                    ].prepared.cancel()
+                    # Only on a thread: a process pool that breaks fails at a cancelled chunk.
+                    item[2].prepared.cancel()
 
     def _read(self, documents: Iterable[Document]) -> None:
+        """Read chunks, submit them and queue them, until the end, an error or ``close``."""
         try:
             began = time.monotonic()
             for chunk in _chunks(documents):
@@ -378,11 +376,12 @@ class Chunks:
 
 
 def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
-    """Of a pool; there are none before its first chunk."""
+    """Processes of a pool; there are none before its first chunk."""
     return list((getattr(executor, "_processes", None) or {}).values())
 
 
 def _is_ready(started: Future[None] | None) -> bool:
+    """Whether a process has started without an error."""
     return (
         started is not None
         and started.done()
@@ -392,12 +391,13 @@ def _is_ready(started: Future[None] | None) -> bool:
 
 
 def _kill(processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    """Kill ``processes``."""
     for process in processes:
         process.kill()
 
 
 def _ending(code: int) -> str:
-    """What the exit code of a process says."""
+    """Meaning of the exit code of a process."""
     if code >= 0:
         return f"exit code {code}"
     return f"signal {-code}, {signal.strsignal(-code) or 'unknown'}" + (
@@ -406,6 +406,7 @@ def _ending(code: int) -> str:
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """``documents`` in lists of about ``CHUNK_BYTES`` of text."""
     chunk: list[Document] = []
     size = 0
     for document in documents:

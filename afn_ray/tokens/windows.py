@@ -1,4 +1,4 @@
-"""Texts become tokens, tokens become windows, windows become batches."""
+"""Cut tokens into windows, and pack windows into batches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from afn_ray.tokens.encode import Encoded, Template, TextEncoder
 class Window:
     """One forward pass over part of a document: rows ``row`` to ``row + length`` of an ``Encoded``.
 
-    Its inputs are those rows' tokens, but for the template at both ends, and it records the rows
-    ``row + keep_start`` to ``row + keep_end``.
+    The inputs are the tokens of these rows, with the template at both ends. Rows ``row +
+    keep_start`` to ``row + keep_end`` are recorded.
     """
 
     row: int
@@ -30,8 +30,9 @@ class Window:
 def window_sizes(
     window_tokens: int, overlap_tokens: int | None, template: Template
 ) -> tuple[int, int]:
-    """Tokens of text in a window and tokens that neighbours share. Raises ``ConfigError`` when
-    nothing is left.
+    """Text tokens in a window, and tokens that neighbouring windows share.
+
+    Raises ``ConfigError`` when the window has no room for new text.
     """
     width = window_tokens - template.num_special
     overlap = width // 4 if overlap_tokens is None else overlap_tokens
@@ -46,11 +47,11 @@ def window_sizes(
 def make_windows(
     encoded: Encoded, template: Template, width: int, overlap: int, causal: bool
 ) -> list[Window]:
-    """Windows of at most ``width`` text tokens in which every row is recorded exactly once.
+    """Windows of at most ``width`` text tokens that record every row exactly once.
 
-    A token is recorded where it sees most context: for encoders neighbours meet in the middle of
-    their overlap, for decoders (``causal``) the earlier window keeps all of it, since only context
-    to the left counts. The last window of a document is moved left until it is full.
+    A token is recorded where it has most context. Windows of encoders meet in the middle of their
+    overlap. In decoders (``causal``) only context to the left counts, so the earlier window records
+    the whole overlap. The last window of a document is moved left until it is full.
     """
     before, after = len(template.prefix), len(template.suffix)
     windows: list[Window] = []
@@ -82,18 +83,21 @@ def make_windows(
 
 
 FILLED_TO = 2048
-"""Rows that a matrix product handles alike, whatever is in them."""
+"""Number of rows to whose multiples batches are filled.
+
+A matrix product with such a number of rows computes each row alike, whatever the others hold.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Windows that go through the model together, one behind the other."""
+    """Windows that go through the model together, one after the other."""
 
-    ids: npt.NDArray[np.int64]  # [n_tokens]; behind the windows may be filler
-    lengths: list[int]  # of the windows
-    kept: npt.NDArray[np.int64]  # which of the batch's tokens are recorded
-    rows: npt.NDArray[np.int64]  # and which row of the ``Encoded`` each of them is
-    forward_tokens: int  # that the model computes, with padding or filler
+    ids: npt.NDArray[np.int64]  # [n_tokens]; filler may follow the windows
+    lengths: list[int]  # tokens of each window
+    kept: npt.NDArray[np.int64]  # [n_kept], indexes into ``ids`` of recorded tokens
+    rows: npt.NDArray[np.int64]  # [n_kept], their rows in the ``Encoded``
+    forward_tokens: int  # tokens that the model computes, with padding or filler
 
 
 def make_batches(
@@ -104,21 +108,22 @@ def make_batches(
     *,
     packed: bool,
 ) -> Iterator[TokenBatch]:
-    """``windows`` in batches of ``batch_tokens``: a function of the windows and the budget alone.
+    """``windows`` in batches of ``batch_tokens``; they depend on the windows and the budget alone.
 
-    ``packed``: without padding, for models that keep sequences apart. Batches are filled up to
-    exactly the budget, or to a multiple of ``FILLED_TO``, so that a window's bits do not depend on
-    its neighbours; only a batch that is the only one stays smaller. Otherwise: neighbours in
-    length, at most the budget with their padding. A window over the budget is a batch alone.
+    ``packed``: without padding, for models that keep sequences apart. Batches are filled to exactly
+    the budget, or to a multiple of ``FILLED_TO``, so that the bits of a window's results do not
+    depend on its neighbours. Only a single batch may be smaller. Without ``packed``, a batch has
+    windows of similar length and at most the budget with their padding. A window over the budget is
+    a batch of its own.
     """
     groups = _packs(windows, batch_tokens) if packed else _sorted_groups(windows, batch_tokens)
     for group in groups:
         lengths = [w.length for w in group]
         total = sum(lengths)
         size = total
-        if packed and len(groups) == 1:  # a power of two, so that few shapes occur
+        if packed and len(groups) == 1:  # a power of two: few different shapes
             size = max(total, min(batch_tokens, 1 << (total - 1).bit_length()))
-        elif packed:  # the last one of a large budget need not be filled to its end
+        elif packed:  # the last batch of a large budget may be smaller than the budget
             size = max(total, min(batch_tokens, -(-total // FILLED_TO) * FILLED_TO))
         ids = np.empty(size, np.int64)
         first = np.cumsum(lengths) - lengths
@@ -128,7 +133,7 @@ def make_batches(
             ids[first + at] = token
         for at, token in enumerate(reversed(encoder.template.suffix)):
             ids[first + lengths - 1 - at] = token
-        ids[total:] = ids[0]  # filler: any token will do
+        ids[total:] = ids[0]  # filler: any token
         start = np.array([w.keep_start for w in group])
         n_kept = np.array([w.keep_end for w in group]) - start
         within = np.arange(n_kept.sum()) - np.repeat(np.cumsum(n_kept) - n_kept, n_kept)
@@ -138,8 +143,10 @@ def make_batches(
 
 
 def _packs(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
-    """Each pack takes the longest window that still fits, again and again: little is left over, and
-    windows of one length lie side by side, where attention takes them together.
+    """Packs of windows; each takes the longest window that still fits until none does.
+
+    Little room is left over. Windows of one length are next to each other, where attention computes
+    them together.
     """
     by_length: dict[int, list[Window]] = {}
     for window in sorted(windows, key=lambda w: w.row, reverse=True):
@@ -160,6 +167,7 @@ def _packs(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
 
 
 def _sorted_groups(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
+    """Groups of windows of similar length, each within ``batch_tokens`` with its padding."""
     groups: list[list[Window]] = []
     current: list[Window] = []
     for window in sorted(windows, key=lambda w: (w.length, w.row)):

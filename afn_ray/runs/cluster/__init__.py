@@ -1,4 +1,4 @@
-"""The only door to Ray: who does the work of a run, workers there or this process."""
+"""The only door to Ray: run the work on Ray's workers, or in this process without Ray."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from afn_ray.store import storage
 T = TypeVar("T")
 
 INLINE_BYTES = 1 << 20
-"""A run with less to read than this is done in this process: a local Ray takes 5 seconds and 0.5 GB
-to start.
+"""Corpus size below which a run stays in this process, in bytes.
+
+A local Ray takes 5 seconds and 0.5 GB to start.
 """
 
 
 def process_shards(
     config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState
 ) -> State:
-    """Process ``shards``; returns what was committed and what was quarantined, by the rules of
-    ``Dispatcher``.
+    """Process ``shards`` by the rules of ``Dispatcher``; return the final state.
 
-    Raises at once for what concerns all of them: a model that does not load, a full disk, no
-    capacity.
+    The state holds the commits and the quarantined shards. Raises at once for an error that
+    concerns all shards: a model that does not load, a full disk, no capacity.
     """
     try:
         if runs_inline(config, shards):
@@ -53,14 +53,13 @@ def process_shards(
             finally:
                 published.close()
     finally:
-        sweep_scratch(config)  # workers are killed, not asked
+        sweep_scratch(config)  # workers are killed and cannot clean up
 
 
 def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) -> None:
-    """Raise what ``process_shards`` and ``tasks`` would raise of a Ray that cannot, or must not, be
-    joined.
+    """Raise what ``process_shards`` and ``tasks`` would raise for a Ray that must not be joined.
 
-    ``todo``: shards to process; ``planned``: those to reduce. A Ray of our own is not started.
+    ``todo``: shards to process; ``planned``: shards to reduce. No local Ray is started.
     """
     works = bool(todo) and not runs_inline(config, todo)
     reduces = len(planned) > FAN_IN and not runs_inline(config, planned)
@@ -76,6 +75,7 @@ def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) ->
 def _dispatch(
     pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState
 ) -> State:
+    """Run a ``Dispatcher`` of ``shards`` on ``pool``."""
     return Dispatcher(
         pool,
         shards,
@@ -87,9 +87,7 @@ def _dispatch(
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
-    """Whether ``shards`` are processed in this process: when asked for, or when they are not worth
-    a local Ray.
-    """
+    """Whether ``shards`` run in this process: as configured, or too little work for Ray."""
     if config.executor != "auto":
         return config.executor == "inline"
     if any(map(storage.is_process_memory, (config.store, *config.corpus))):
@@ -102,8 +100,9 @@ def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
 
 
 def find_device(config: RunConfig) -> str:
-    """Device of the workers, "cuda" or "cpu": what the cluster has for a remote Ray, else what is
-    here.
+    """Device of the workers, "cuda" or "cpu".
+
+    On a cluster it depends on the cluster's resources, else on this machine.
     """
     if _is_here(config):
         return model.choose_device(config.device)
@@ -114,18 +113,19 @@ def find_device(config: RunConfig) -> str:
 
 
 def _is_here(config: RunConfig) -> bool:
-    """Whether workers have what this machine has: they are this process, or a local Ray's."""
+    """Whether workers have this machine's resources: inline, or on a local Ray."""
     return config.executor == "inline" or address(config) is None
 
 
 def local_device(device: str) -> str:
-    """The device on which to try in this process what workers will do on ``device``."""
+    """Device of this process on which to test work that workers do on ``device``."""
     return device if device == "cpu" else model.choose_device("auto")
 
 
 def count_workers(config: RunConfig, device: str) -> int:
-    """Workers that a run would start, from the config or from what this machine or the cluster
-    has.
+    """Number of workers that a run would start.
+
+    It is configured, or depends on the resources of this machine or the cluster.
     """
     if config.executor == "inline":
         return 1
@@ -143,8 +143,9 @@ def pilot(
     texts: Sequence[str],
     on_notice: Callable[[str], None],
 ) -> T:
-    """``pilot(task, texts)`` where the workers' device is: here for a CPU of this machine, else on
-    a worker's place.
+    """Return ``pilot(task, texts)``, run on the workers' device.
+
+    It runs in this process for a CPU of this machine, else on Ray with a worker's resources.
     """
     config = task.config
     if _is_here(config) and (config.executor == "inline" or task.device == "cpu"):
@@ -158,8 +159,9 @@ def pilot(
 def tasks(
     config: RunConfig, shards: Sequence[Shard], on_notice: Callable[[str], None]
 ) -> Iterator[Tasks]:
-    """Who runs the calls of a reduce of ``shards``: this process where it did them or one call
-    reads all, else Ray.
+    """Context with the ``Tasks`` that run the calls of a reduce of ``shards``.
+
+    They run in this process where it processed the shards or where one call reads all, else on Ray.
     """
     if len(shards) <= FAN_IN or runs_inline(config, shards):
         yield Inline()

@@ -1,6 +1,4 @@
-"""Who reaches a Ray: one of our own listens on this machine alone, and one that asks for no token
-is not joined.
-"""
+"""Access control: a local Ray listens on loopback alone; a cluster without a token is refused."""
 
 from __future__ import annotations
 
@@ -18,33 +16,34 @@ from afn_ray.runs import address
 from afn_ray.runs.cluster import session
 
 CONNECT_S = 5.0
+"""Longest wait for a connection to the head, in seconds."""
 REFUSED = ("Unauthenticated", "AuthenticationError", "authentication_token_loader")
-"""What Ray says to who has no token, or a wrong one."""
+"""Ray's words to a client without a valid token."""
 NOT_OURS = (
     "the cluster at {} wants a token, and not the one we have, if any: set RAY_AUTH_TOKEN to the cluster's, or "
     "RAY_AUTH_TOKEN_PATH to a file that has it"
 )
+"""Message for a cluster that refuses this process's token."""
 ASK_S = 90.0
-"""Ray itself gives up after 45 s."""
+"""Longest wait for a health check, in seconds; Ray itself stops after 45 s."""
 HOW_TO_CLOSE = (
     "start every node with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (KubeRay: authOptions: {mode: token}), "
     "and set both here"
 )
+"""Advice for a cluster that asks for no token."""
 
 _log = logging.getLogger(__name__)
-_asked: dict[str, bool] = {}  # address -> whether it is open; a command joins more than once
+_asked: dict[str, bool] = {}  # address -> whether it is open; one command may join several times
 
 
 def choose_token(own: bool) -> None:
-    """Ask for token authentication in the environment, before Ray is imported; of a Ray of our
-    ``own``, give one.
+    """Set token authentication in the environment, before Ray is imported.
 
-    Where it is given, Ray does not write one to ``~/.ray/auth_token``, for every user of the
-    machine to read.
+    ``own``: for a local Ray, set a token too. Ray then does not write one to ``~/.ray/auth_token``,
+    which every user of the machine may read.
     """
-    if (
-        "ray" not in sys.modules
-    ):  # Ray reads the mode as it is imported; who imported it before us has chosen
+    # Ray reads the mode at import; code that imported it earlier has chosen the mode.
+    if "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     if own:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -52,17 +51,15 @@ def choose_token(own: bool) -> None:
 
 
 def start_local(**options: Any) -> None:
-    """``ray.init`` of a Ray of our own, with a token and on loopback alone; ``options`` are
-    ``ray.init``'s.
-    """
+    """Start a local Ray with a token, on loopback alone; ``options`` are ``ray.init``'s."""
     choose_token(own=True)
     session.check()
     import ray
     from ray._private import ray_constants  # ray.init has no argument for the address it listens on
 
-    # The one way to loopback: any address that ray.init is given Ray replaces by one that others
-    # reach, and listens on all. It is put back, since a cluster that is joined later must reach
-    # this process.
+    # This private constant is the only way to loopback: Ray replaces any address given to ray.init
+    # by one that other machines reach, and listens on all interfaces. The old value is restored,
+    # since a cluster that is joined later must reach this process.
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
@@ -78,10 +75,10 @@ def start_local(**options: Any) -> None:
 
 
 def check(where: str | None, allow_open: bool) -> None:
-    """Raise ``ConfigError`` for a Ray that others reach and that asks for no token; ``where`` None:
-    one of our own.
+    """Raise ``ConfigError`` for a Ray that other machines reach and that asks for no token.
 
-    With ``allow_open`` it is a warning.
+    ``where`` None: a local Ray. With ``allow_open`` there is a warning instead. Raises
+    ``ConfigError`` also where nothing answers at ``where``.
     """
     if where is None:
         is_refused = os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled"
@@ -105,10 +102,9 @@ def check(where: str | None, allow_open: bool) -> None:
 
 
 def is_open(where: str) -> bool:
-    """Whether the Ray at ``where`` (``host:port`` or ``auto``) answers without a token, asked in a
-    second.
+    """Whether the Ray at ``where`` (``host:port`` or ``auto``) accepts a client without a token.
 
-    Raises ``ConfigError`` when it does not answer at all, and when it cannot be told.
+    Takes about a second. Raises ``ConfigError`` when Ray does not answer or the answer is unclear.
     """
     if where not in _asked:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_TOKEN")}
@@ -124,14 +120,15 @@ def is_open(where: str) -> bool:
 
 
 def refuses_us(where: str) -> bool:
-    """Whether the Ray at ``where`` wants a token, and not the one that this process has, if any."""
+    """Whether the Ray at ``where`` refuses this process's token, or the lack of one."""
     said = _ask(where, dict(os.environ)).stderr
     return any(word in said for word in REFUSED)
 
 
 def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Ray's own look at the health of a head, in a process of its own: it prints, and holds on to
-    what it found.
+    """Run Ray's health check of a head in a process of its own.
+
+    In this process the check would print, and keep what it found.
     """
     ray = [
         sys.executable,
@@ -151,8 +148,9 @@ def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess
 
 
 def unreachable(where: str) -> str | None:
-    """Why nothing can be reached at ``where``, told in seconds where Ray takes minutes; None also
-    for ``auto``.
+    """Why nothing answers at ``where``; None: it answers, or ``where`` is ``auto``.
+
+    Takes seconds, where Ray takes minutes.
     """
     if where == "auto":
         return None
@@ -164,11 +162,11 @@ def unreachable(where: str) -> str | None:
 
 
 def is_loopback(where: str) -> bool:
-    """Whether ``where`` is an address of this machine that no other reaches."""
+    """Whether ``where`` is an address of this machine that no other machine reaches."""
     if where == "auto":
         return False
     host, _ = address.host_and_port(where)
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False

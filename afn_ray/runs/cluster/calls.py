@@ -1,4 +1,4 @@
-"""Calls as Ray tasks: those of the reduce, and one where a worker will be."""
+"""Function calls as Ray tasks: those of the reduce, and one with a worker's resources."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from afn_ray.runs.cluster.connection import cause_of, lack, needs
 from afn_ray.runs.dispatch import Patience
 
 POLL_S = 0.5
+"""Longest wait for results between two checks for missing resources, in seconds."""
 MAX_PENDING = 256
-"""Calls under way at a time, so that any number of shards has bounded room in the object store and
-the driver.
+"""Largest number of calls in flight.
+
+It bounds the memory of the object store and the driver for any number of shards.
 """
 
 
@@ -27,8 +29,10 @@ def call_on_place(
     function: Callable[..., Any],
     *args: Any,
 ) -> Any:
-    """``function(*args)`` with what a worker has. Raises as it does; ``Interrupted`` when there is
-    no such place in time, or when the process is lost, again when repeated.
+    """Return ``function(*args)``, run on Ray with a worker's resources.
+
+    Raises the function's own error, and ``Interrupted`` when there are no resources in time or when
+    the process is lost even after retries.
     """
     import ray
 
@@ -54,14 +58,15 @@ def call_on_place(
 
 
 def _announced(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
-    """First that the call has a place, which may take long to find, then what it gives."""
+    """Yield None once the call runs, which may need a long wait for resources, then the result."""
     yield None
     yield function(*args)
 
 
 class RayTasks:
-    """``reduce.Tasks`` of a Ray that is joined. Calls are pure, so a lost process or result is
-    Ray's to repeat.
+    """``reduce.Tasks`` on the joined Ray.
+
+    Calls are pure functions, so Ray may repeat one whose process or result is lost.
     """
 
     def __init__(self, config: RunConfig, on_notice: Callable[[str], None]) -> None:
@@ -70,8 +75,7 @@ class RayTasks:
         self._patience = Patience(config.wait_s, lambda: lack(1, config, "cpu"))
         self._on_notice = on_notice
 
-        # A call's error is raised where its result is asked for, not printed by each call that
-        # waited for it.
+        # A call's error is raised with its result, not printed by each call that depends on it.
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         self._ray = ray
         self._call = ray.remote(num_cpus=1, max_retries=3)(call)
@@ -81,7 +85,7 @@ class RayTasks:
         self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
     ) -> list[Any]:
         if len(self._pending) >= MAX_PENDING:
-            # One reference of each call is held until then, and never its value.
+            # Only one reference of each call is held until then, never its value.
             self._pending = self._wait(self._pending, MAX_PENDING // 2)
         task = self._call.options(
             num_returns=num_results, name=f"reduce:{function.__name__.strip('_')}"
@@ -92,8 +96,9 @@ class RayTasks:
         return list(handles)
 
     def _wait(self, refs: list[Any], num_done: int) -> list[Any]:
-        """Those of ``refs`` that are not done once ``num_done`` are. Raises ``Interrupted`` while
-        there is no place.
+        """Wait until ``num_done`` of ``refs`` are done; return the others.
+
+        Raises ``Interrupted`` when there are no resources for too long.
         """
         self._patience.reset()
         num_before = 0
@@ -103,7 +108,7 @@ class RayTasks:
             )
             if len(done) >= num_done:
                 return list(left)
-            if len(done) > num_before:  # calls are short: while none ends, none has a place
+            if len(done) > num_before:  # calls are short: while none ends, none has resources
                 num_before = len(done)
                 self._patience.reset()
             elif (notice := self._patience.check()) is not None:

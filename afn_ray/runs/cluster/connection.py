@@ -1,6 +1,4 @@
-"""A connection to Ray, local or a cluster's: what it has, what a worker asks of it, and whether it
-works.
-"""
+"""A connection to a local Ray or a cluster: its resources, a worker's needs, and its health."""
 
 from __future__ import annotations
 
@@ -26,42 +24,44 @@ from afn_ray.store import storage
 from afn_ray.text import count
 
 PROBE_S = 60.0
-"""How long a cluster may take to give one CPU to one task when it is only tried."""
+"""Longest wait for a cluster to run the one-CPU task of ``probe``, in seconds."""
 lost_exit_code = Interrupted.exit_code
-"""Of a process whose Ray has lost its head; a command whose codes mean something else sets its
-own.
-"""
+"""Exit code of a process whose Ray has lost its head; a command with other codes sets its own."""
 GCS_LOST_S = 20.0
-"""Ray itself waits for a minute for a head that is gone."""
+"""Time without an answer after which Ray's head counts as lost, in seconds.
+
+Ray itself waits a minute.
+"""
 WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Large temporaries come from a heap that is kept instead of fresh pages each time: 1.1 times
-    # faster.
+    # Large temporary arrays reuse the heap instead of fresh pages: 1.1 times faster.
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+"""Environment of worker processes."""
 OBJECT_STORE_BYTES = 128 << 20
-"""Of a local Ray: only shards and commits travel through it."""
+"""Object store of a local Ray, in bytes; it holds only shards and commits."""
 
 
 _log = logging.getLogger(__name__)
 
 
 def address(config: RunConfig) -> str | None:
-    """Where a cluster is that was started by others; None where a Ray of our own is to be."""
+    """Address of an existing cluster; None: a local Ray is to be started."""
     return of_cluster(config.address)
 
 
 def check_own(config: RunConfig) -> None:
-    """Raise ``ConfigError`` where a Ray of our own would be refused by ``joined``; starts none."""
+    """Raise ``ConfigError`` where ``joined`` would refuse a local Ray; starts none."""
     _check_reachable(config)
     access.choose_token(own=True)
     access.check(None, config.allow_open_cluster)
 
 
 def _check_reachable(config: RunConfig) -> None:
+    """Raise ``ConfigError`` for a ``memory://`` store or corpus, which workers cannot reach."""
     if any(map(storage.is_process_memory, (config.store, *config.corpus))):
         raise ConfigError(
             "memory:// lives in one process; use --executor inline, or a store that workers can reach"
@@ -70,10 +70,9 @@ def _check_reachable(config: RunConfig) -> None:
 
 @contextmanager
 def joined(config: RunConfig) -> Iterator[None]:
-    """A connection to Ray: the one this process has, the cluster at the address, or a local one of
-    our own.
+    """Context with a connection to Ray: this process's own, a cluster's, or a local Ray's.
 
-    Raises ``ConfigError`` where there is none, and where whoever reaches it could run code on it.
+    Raises ``ConfigError`` where there is none, and for one on which anyone could run code.
     """
     _check_reachable(config)
     where = address(config)
@@ -93,7 +92,7 @@ def joined(config: RunConfig) -> Iterator[None]:
             ray.init(address=where, log_to_driver=False, logging_level="ERROR")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's own
-    except SystemExit as stopped:  # which was in force for a moment
+    except SystemExit as stopped:  # by Ray's handler, which was active for a moment
         raise KeyboardInterrupt from stopped
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         if where is not None and access.refuses_us(where):
@@ -114,8 +113,8 @@ def joined(config: RunConfig) -> Iterator[None]:
 def _watch_gcs(over: threading.Event) -> None:
     """End this process, resumable, once Ray's head has not answered for ``GCS_LOST_S``.
 
-    Ray ends it a while later in any case, in the midst of whatever it does and with a code that
-    says nothing.
+    Ray itself would end it later, at any point of its work and with an exit code that has no
+    meaning.
     """
     import ray
 
@@ -139,28 +138,27 @@ def _watch_gcs(over: threading.Event) -> None:
 
 
 def _local_cpus(config: RunConfig) -> int:
-    """CPUs of a local Ray: what Ray itself finds here, or fewer that we may use, or more for the
-    workers asked for.
+    """Number of CPUs of a local Ray.
+
+    It is the number that Ray finds, at most the number that this process may use, and at least the
+    number that the configured workers need.
     """
-    from ray._private.utils import (
-        get_num_cpus,
-    )  # what ray.init() counts by; nothing public says it beforehand
+    # the function that ray.init() uses to count; no public one does so before a start
+    from ray._private.utils import get_num_cpus
 
     found = min(int(get_num_cpus(override_docker_cpu_warning=True)), model.count_devices("cpu"))
     return max(1, found, (config.workers or 1) * (1 + config.tokenizer_workers))
 
 
 def num_units(device: str) -> int:
-    """GPUs, or CPUs, of the Ray that this process has joined."""
+    """Number of GPUs, or of CPUs, of the Ray that this process has joined."""
     import ray
 
     return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 0))
 
 
 def units_for_workers(config: RunConfig, units: int, device: str) -> int:
-    """Workers that ``units`` GPUs or CPUs are enough for; a worker's tokenizers take CPUs as
-    well.
-    """
+    """Number of workers that ``units`` GPUs or CPUs allow; tokenizer processes need CPUs too."""
     if device == "cpu":
         return max(1, units // (1 + config.tokenizer_workers))
     if not config.tokenizer_workers:
@@ -170,7 +168,7 @@ def units_for_workers(config: RunConfig, units: int, device: str) -> int:
 
 
 def needs(config: RunConfig, device: str) -> dict[str, Any]:
-    """What one worker asks of Ray."""
+    """Resources and environment of one worker, as options for Ray."""
     return {
         "num_cpus": 1 + config.tokenizer_workers,
         "num_gpus": 1 if device == "cuda" else 0,
@@ -179,8 +177,9 @@ def needs(config: RunConfig, device: str) -> dict[str, Any]:
 
 
 def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0) -> str:
-    """What those of ``num_waiting`` workers ask for that have no place yet, and what the cluster
-    has.
+    """Resources that waiting workers ask for, and those that the cluster has, for people.
+
+    ``num_loading`` of the ``num_waiting`` workers have their resources already.
     """
     import ray
 
@@ -196,8 +195,9 @@ def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0)
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What a call on Ray raised, out of a wrapping for each call that waited for it; or Ray's own
-    error.
+    """The error that a call on Ray raised, without Ray's wrappers; or Ray's own error.
+
+    Ray adds a wrapper for each call that waited for the failed one.
     """
     while isinstance(inner := getattr(error, "cause", None), BaseException):
         error = inner
@@ -205,7 +205,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def start_error(error: BaseException) -> BaseException:
-    """Why a worker could not start: what it raised, or a ``ModelError`` with Ray's words."""
+    """Why a worker could not start: its own error, or a ``ModelError`` with Ray's message."""
     import ray
 
     cause = cause_of(error)
@@ -215,9 +215,9 @@ def start_error(error: BaseException) -> BaseException:
 
 
 def probe(address: str | None) -> str:
-    """Join the Ray at ``address`` or start a local one, run a task on it, and say what it has.
+    """Join the Ray at ``address`` or start a local one, run a task on it, and describe it.
 
-    Raises ``ConfigError`` when there is none, or when its nodes cannot run a task of ours.
+    Raises ``ConfigError`` when there is none, or when its nodes cannot run a task of afn-ray.
     """
     with joined(RunConfig(corpus=("-",), model="-", store="/", address=address)):
         import ray
@@ -237,7 +237,8 @@ def probe(address: str | None) -> str:
 
 
 def _python_version() -> str:
-    """Of the node that runs this; a function of ours is pickled by name, so the node has afn-ray if
-    it answers.
+    """Python version of the node that runs this.
+
+    Ray pickles the function by name, so a node that answers has afn-ray.
     """
     return platform.python_version()

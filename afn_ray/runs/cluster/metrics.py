@@ -1,9 +1,8 @@
-"""What a run's driver tells Prometheus by way of Ray, whose node agents export it with ``ray_``
-before each name.
+"""Publish a run's metrics to Prometheus through Ray.
 
-The driver alone publishes, for it knows what all workers have done: Ray labels each series with the
-process that it is of, so workers would leave a new set behind at every restart. A run has these
-series once, whatever its size.
+Ray's node agents export each metric with ``ray_`` before its name. The driver alone publishes,
+since it knows the work of all workers. Ray labels each series with its process, so workers would
+add a new set of series at every restart. A run has each series once, whatever its size.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ COUNTERS = {
     "afn_retries_total": "Attempts at shards that were lost or failed and are made again",
     "afn_workers_lost_total": "Processes of workers that died or were ended before their time",
 }
+"""Names and descriptions of the counters."""
 GAUGES = {
     "afn_shards_queued": "Shards that no worker has yet",
     "afn_shards_running": "Shards on workers",
@@ -39,11 +39,13 @@ GAUGES = {
     "afn_workers_ready": "Workers that have loaded the model",
     "afn_last_commit_timestamp_seconds": "Unix time of the last commit; before the first, of the beginning",
 }
+"""Names and descriptions of the gauges."""
 SHARD_SECONDS = "afn_shard_seconds"
 SHARD_SECONDS_HELP = "Seconds for which a committed shard held its model"
 BOUNDS_S = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0)
+"""Bounds of the histogram of shard times, in seconds."""
 LASTING = ("afn_shards_quarantined", "afn_last_commit_timestamp_seconds")
-"""Gauges that keep their value when the workers of a run have ended; the others are 0 then."""
+"""Gauges that keep their value when the run's workers have ended; the others become 0."""
 
 
 class Published:
@@ -69,7 +71,7 @@ class Published:
         self._bystander = logs.Bystander(_log, "metrics")
 
     def publish(self, state: State) -> None:
-        """What ``state`` has that was not told before."""
+        """Publish the changes in ``state``; a failure is logged once and ignored."""
         self._bystander.call(self._publish, state)
 
     def _publish(self, state: State) -> None:
@@ -108,7 +110,7 @@ class Published:
             self._gauges[name].set(value)
 
     def close(self) -> None:
-        """The run has no workers any more."""
+        """Set the gauges of workers to 0: the run has no workers any more."""
         for name, gauge in self._gauges.items():
             if name not in LASTING:
                 self._bystander.call(gauge.set, 0)

@@ -1,4 +1,4 @@
-"""Workers on Ray: restartable actors, and why one of their processes died."""
+"""Workers on Ray: restartable actors, and the cause of death of their processes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit
 
 POLL_S = 0.5
+"""Longest wait between two polls of the actors, in seconds."""
 VERDICT_S = 30.0
-"""How long it may take until Ray knows that the node of a dead worker is dead too."""
+"""Longest time until Ray reports the death of a dead worker's node, in seconds."""
 UNITS_S = 5.0
-"""How old a look at the cluster's resources, and at its nodes that leave, may be."""
+"""Longest age of the known resources and leaving nodes of the cluster, in seconds."""
 CLOSE_S = 2.0
-"""How long workers may take to end their tokenizers before they are killed."""
+"""Longest wait for workers to end their tokenizers before they are killed, in seconds."""
 
 
 class _Worker:
-    """What an actor runs: one processor, and a look at it while it works."""
+    """Class of the actors: one ``Processor``, which can be polled while it works."""
 
     def __init__(self, task: Task) -> None:
         self._error: Exception | None = None
@@ -47,6 +48,7 @@ class _Worker:
             self._error = error
 
     def process(self, shard: Shard, oom_retries: int) -> tuple[Commit, Progress]:
+        """Commit of ``shard``, and the worker's progress."""
         try:
             return self._processor.process(shard, oom_retries), self._processor.progress
         except AfnError:
@@ -55,7 +57,7 @@ class _Worker:
             raise dispatch.Told(dispatch.reason(error)) from None
 
     def look(self) -> tuple[Progress, str, str]:
-        """Progress, and the ids of this node and this process."""
+        """Progress and the ids of this node and process. Raises the error of a failed start."""
         import ray
 
         if self._error is not None:
@@ -69,27 +71,26 @@ class _Worker:
 
 @dataclass(slots=True)
 class _Actor:
-    """An actor and what is known of the process that it has now."""
+    """An actor with the known state of its current process."""
 
     handle: Any
     ready: bool = False
-    look: Any = None  # question under way
-    look_again: float = 0.0  # when to ask, while there is none
+    look: Any = None  # reference of the poll in flight
+    look_again: float = 0.0  # time of the next poll, while none is in flight
     node: str = ""
-    process: str = ""  # the one it has, or while it is not ready the one it had
-    restarts: int = 0  # that are accounted for
+    process: str = ""  # id of its process; while it is not ready, of the previous one
+    restarts: int = 0  # restarts that have been handled
     progress: Progress = field(default_factory=Progress)
-    nodes: frozenset[str] = frozenset()  # alive when it was looked at first
-    dead_since: float | None = None  # while its verdict is open
+    nodes: frozenset[str] = frozenset()  # nodes alive at its last poll, while it is not ready
+    dead_since: float | None = None  # time of its death, while the cause is unknown
 
 
 class RayPool:
-    """Restartable actors, all asked for at once: those that wait for a place are what an autoscaler
-    sees.
+    """A pool of restartable actors.
 
-    Ray retries nothing (``max_task_retries=0``) but restarts processes. Of a dead process it does
-    not say why it died; that is found out here: its node is gone as well, or had no memory left, or
-    neither.
+    All are requested at once: an autoscaler sees those that wait for resources. Ray restarts
+    processes but retries no task (``max_task_retries=0``). Ray does not report why a process died.
+    This class finds the cause: the node is gone too, the node had no memory left, or neither.
     """
 
     can_replace = True
@@ -109,12 +110,12 @@ class RayPool:
         self._actors: dict[int, _Actor] = {}
         self._last = -1
         self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
-        self._released = Progress()  # of workers and processes that are no more
+        self._released = Progress()  # total of ended workers and processes
         self._num_wanted = 0
         self._next_count = self._next_notices = 0.0
 
     def _check_local(self) -> None:
-        """A local Ray never grows: what it lacks it lacks for good."""
+        """Raise ``ConfigError`` where a local Ray lacks a worker's resources: it never grows."""
         if address(self._config) is not None:
             return
         if not num_units(self._task.device):
@@ -144,6 +145,7 @@ class RayPool:
         return len(self._actors)
 
     def _ask(self, actor: _Actor) -> None:
+        """Poll ``actor``."""
         actor.look = actor.handle.look.options(concurrency_group="look").remote()
         if not actor.ready:
             actor.nodes = self._alive()
@@ -159,26 +161,27 @@ class RayPool:
         while True:
             events = [*self._verdicts(), *self._leaving()]
             looks = {a.look: n for n, a in self._actors.items() if a.look is not None}
-            # A look that a ready worker answers is no event, and must not end the wait.
+            # A ready worker's answer to a poll is no event, and must not end the wait.
             waited = [*self._in_flight, *(r for r, n in looks.items() if not self._actors[n].ready)]
             left = 0.0 if events else max(0.0, min(end - time.monotonic(), POLL_S))
             if waited:
                 self._ray.wait(waited, num_returns=1, timeout=left)
             else:
                 time.sleep(left)
-            # One call would give one ref, in no order: those that end often would starve the
-            # others.
+            # Ask for all finished refs: ray.wait returns one of them in no order, and frequent ones
+            # would starve the others.
             refs = [*self._in_flight, *looks]
             done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
             for ref in done:
                 if ref in looks:
                     events += self._looked(looks[ref], ref)
-                elif ref in self._in_flight:  # not if its worker died with the one before it
+                elif ref in self._in_flight:  # else an earlier ref has shown its worker's death
                     events += self._finished(ref)
             if events or time.monotonic() >= end:
                 return events
 
     def _finished(self, ref: Any) -> Iterator[Event]:
+        """Events of a task that has ended."""
         worker, shard = self._in_flight.pop(ref)
         try:
             commit, progress = self._ray.get(ref)
@@ -195,6 +198,7 @@ class RayPool:
             ) from error
 
     def _looked(self, worker: int, ref: Any) -> Iterator[Event]:
+        """Events of a poll that has been answered."""
         actor = self._actors.get(worker)
         if actor is None or actor.look is not ref:  # released or replaced since
             return
@@ -203,14 +207,14 @@ class RayPool:
             progress, node, process = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             if actor.ready:
-                return  # a look is no work; the task in flight says what happened
+                return  # a failed poll loses no work; the task in flight reports what happened
             actor.look_again = time.monotonic() + POLL_S
             if not self._returns(error):
                 self._ray.kill(self._actors.pop(worker).handle)
                 yield Gone(worker, Cause.START, start_error(error))
             elif (restarts := _restarts(actor.handle)) > actor.restarts:
                 actor.restarts = restarts
-                if actor.nodes <= self._alive():  # else its node went
+                if actor.nodes <= self._alive():  # else its node may be gone
                     yield Gone(
                         worker, Cause.LOADING, ModelError(_died_loading(self._config, error))
                     )
@@ -218,9 +222,8 @@ class RayPool:
         if actor.ready:
             self._moved_to(worker, progress)
             return
-        if (
-            process == actor.process
-        ):  # it lives: asked before its end, or only the way to it was cut for a moment
+        # The old process still lives: the poll was sent before its end, or its network was cut.
+        if process == actor.process:
             actor.look_again = time.monotonic() + POLL_S
             if actor.dead_since is not None:
                 yield self._verdict(worker, Cause.NODE)
@@ -233,16 +236,18 @@ class RayPool:
         yield Ready(worker)
 
     def _moved_to(self, worker: int, progress: Progress) -> None:
-        """What its process has done, if that is news: answers may come in another order than they
-        were given.
+        """Store the progress of a worker's process, unless a newer one is known.
+
+        Answers may arrive out of order.
         """
         actor = self._actors[worker]
         if progress.tokens >= actor.progress.tokens:
             actor.progress = progress
 
     def _returns(self, error: Any) -> bool:
-        """Whether Ray starts the process anew; one that was preempted it calls dead until it
-        has.
+        """Whether Ray will restart the process.
+
+        Ray calls a preempted actor dead until its restart.
         """
         exceptions = self._ray.exceptions
         return isinstance(error, exceptions.ActorUnavailableError) or (
@@ -250,20 +255,22 @@ class RayPool:
         )
 
     def _died(self, worker: int, error: Any) -> None:
+        """Handle a dead process: drop its tasks, keep its progress, poll its successor."""
         for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
             del self._in_flight[ref]
         actor = self._actors[worker]
         actor.ready, actor.dead_since = False, time.monotonic()
         actor.restarts += 1
         self._released = total([self._released, actor.progress])
-        actor.progress = Progress()  # the next process counts from nothing
+        actor.progress = Progress()  # the next process counts from 0
         if error.preempted:
-            actor.node = ""  # no node of that name is alive
+            actor.node = ""  # counts as a dead node
         self._ask(actor)
 
     def _verdicts(self) -> Iterator[Event]:
-        """Why processes died, once it is known: at the latest when Ray would know that a node is
-        dead.
+        """Events for dead processes whose cause is known by now.
+
+        After ``VERDICT_S`` Ray would know of a dead node, so the cause is then a crash.
         """
         dead = {n: a for n, a in self._actors.items() if a.dead_since is not None}
         alive = self._alive() if dead else frozenset()
@@ -281,9 +288,11 @@ class RayPool:
         return Gone(worker, cause)
 
     def _alive(self) -> frozenset[str]:
+        """Ids of the nodes that are alive."""
         return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
 
     def _leaving(self) -> Iterator[Event]:
+        """Events for workers on nodes that will stop soon."""
         if time.monotonic() < self._next_notices:
             return
         self._next_notices = time.monotonic() + UNITS_S
@@ -295,7 +304,7 @@ class RayPool:
     def replace(self, worker: int) -> None:
         self._ray.kill(self._actors[worker].handle, no_restart=False)
         self._died(worker, self._ray.exceptions.RayActorError())
-        self._actors[worker].dead_since = None
+        self._actors[worker].dead_since = None  # the cause is known
 
     def release(self, worker: int) -> None:
         actor = self._actors.pop(worker)
@@ -303,7 +312,7 @@ class RayPool:
         self._close([actor])
 
     def progress(self) -> Progress:
-        """As of the last looks; new ones are sent, one question to each worker at a time."""
+        """Progress as of the last polls; sends new ones, at most one in flight per worker."""
         now = time.monotonic()
         for actor in self._actors.values():
             if actor.look is None and now >= actor.look_again:
@@ -325,9 +334,9 @@ class RayPool:
         self._actors.clear()
 
     def _close(self, actors: Sequence[_Actor]) -> None:
-        if (
-            self._config.tokenizer_workers
-        ):  # a killed worker's tokenizers end too, but leave their semaphores behind
+        # Tokenizers of a killed worker end too, but leak their semaphores.
+        """End ``actors``."""
+        if self._config.tokenizer_workers:
             refs = [
                 a.handle.close.options(concurrency_group="look").remote() for a in actors if a.ready
             ]
@@ -345,8 +354,9 @@ def _died_loading(config: RunConfig, error: Any) -> str:
 
 
 def _ran_out_of_memory(process: str) -> bool:
-    """Whether Ray's memory monitor ended the worker process of this id; only its dashboard tells in
-    public.
+    """Whether Ray's memory monitor killed the worker process with this id.
+
+    The only public source of this is Ray's dashboard.
     """
     from ray import WorkerID
     from ray._private.state import state
@@ -360,23 +370,21 @@ def _ran_out_of_memory(process: str) -> bool:
 
 
 def _has_place(actor: Any) -> bool:
-    """Whether ``actor`` has a process, which loads its model; Ray has the number of none for one
-    that waits.
-    """
+    """Whether ``actor`` has resources, and so a process; Ray's pid of a waiting actor is 0."""
     from ray._private.state import state
 
     return bool(state.actor_table(actor._actor_id.hex()).get("Pid"))
 
 
 def _restarts(actor: Any) -> int:
-    """How often Ray has started the process of ``actor`` anew."""
+    """Number of times that Ray has restarted the process of ``actor``."""
     from ray._private.state import state
 
     return int(state.actor_table(actor._actor_id.hex()).get("NumRestarts", 0))
 
 
 def _leaving_nodes() -> frozenset[str]:
-    """Ids of nodes that are being drained, on a notice of preemption for one."""
+    """Ids of nodes that are being drained, for example on a notice of preemption."""
     from ray._private.state import state
 
     return frozenset(state.get_draining_nodes())

@@ -1,6 +1,4 @@
-"""Where a Ray of our own keeps its session: a folder with room, and short enough a path for its
-sockets.
-"""
+"""Folder of a local Ray's session: it needs free space, and a path short enough for sockets."""
 
 from __future__ import annotations
 
@@ -15,24 +13,21 @@ from afn_ray.store import disk
 SOCKET_BYTES = 107
 """Longest path of a Unix socket, in bytes."""
 LONGEST_SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-"""Path of a socket within Ray's folder, as long as it gets."""
+"""Longest path of a socket within Ray's folder."""
 LEAST_BYTES = 16 << 20
-"""Room without which a local Ray does not come up: its logs, the files of its ports, its
-sockets.
-"""
+"""Least free space for a local Ray to start, in bytes: for logs, port files and sockets."""
 
 
 def folder() -> Path:
-    """Ray's folder for its sessions, by ``RAY_TMPDIR`` or ``TMPDIR``."""
+    """Ray's folder for sessions, from ``RAY_TMPDIR`` or ``TMPDIR``."""
     return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")  # noqa: S108 - Ray's default
 
 
 def check() -> None:
-    """Raise ``Interrupted`` where a local Ray cannot have its session in ``folder()``: full, or too
-    long a path.
+    """Raise ``Interrupted`` where ``folder()`` is full or its path is too long for a local Ray.
 
-    Ray itself waits half a minute for a file that it cannot write, and does not say why. Raises
-    ``ConfigError`` where the folder may not be written.
+    Ray itself waits half a minute for a file that it cannot write, without a reason. Raises
+    ``ConfigError`` where the folder is not writable.
     """
     there = folder()
     longest = len(os.fsencode(there / LONGEST_SOCKET))
