@@ -28,7 +28,7 @@ LACKING = "not in the store when the run was reduced alone"
 """Reason of a missing shard in a run that was only reduced."""
 PILOT_DOCUMENTS = 2000
 """Largest number of documents in a pilot's sample."""
-MOST_REASONS = 5
+MOST_REASONS_SAID = 5
 """Quarantined documents that the error lists for a corpus without tokens."""
 MOST_REASONS = 1000
 """Quarantined shards whose file and reason run.json keeps; further ones have only their id.
@@ -592,9 +592,9 @@ def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
             for source, why in rows
             if why != "empty"
         ]
-        if len(reasons) >= MOST_REASONS:
+        if len(reasons) >= MOST_REASONS_SAID:
             break
-    told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS])
+    told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS_SAID])
     totals = {k: sum(c.counts[k] for c in commits) for k in ("documents", "empty", "quarantined")}
     return (
         f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} empty, "
