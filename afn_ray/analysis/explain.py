@@ -19,6 +19,7 @@ from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
 from afn_ray.runs import cluster, worker
+from afn_ray.runs.task import Task, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
 from afn_ray.store import manifest
 from afn_ray.store.settings import config_from
@@ -273,7 +274,7 @@ def explain(
     )
 
 
-def _measure(plan: worker.Task, text: str, replaced: bool) -> tuple[worker.Measured, list[str]]:
+def _measure(plan: Task, text: str, replaced: bool) -> tuple[worker.Measured, list[str]]:
     """``plan``'s series for every token of ``text``, and the tokenizer's vocabulary."""
     model.free_memory()  # free the previous model
     with contextlib.closing(worker.Processor(plan)) as processor:
@@ -371,7 +372,7 @@ def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
 
 def recorded_task(
     run: manifest.RunFolder, *, model_name: str | None, trust_remote_code: bool, allow_pickle: bool
-) -> worker.Task:
+) -> Task:
     """The task that measures texts on this machine as ``run`` measured its corpus.
 
     Raises ``ModelError`` as ``explain`` does.
@@ -390,11 +391,11 @@ def recorded_task(
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
     task, measure = worker.prepare(config, worker.find_model(config), device, config.dtype)
-    task, measure = worker.with_labels(task, measure, recorded.get("labels"))
+    task, measure = with_labels(task, measure, recorded.get("labels"))
     if "outliers" in recorded:
-        task, measure = worker.with_outliers(task, measure, recorded["outliers"])
+        task, measure = with_outliers(task, measure, recorded["outliers"])
     if "neurons_above" in recorded:
-        task, measure = worker.with_neurons_above(task, measure, recorded["neurons_above"])
+        task, measure = with_neurons_above(task, measure, recorded["neurons_above"])
     if task.measure_id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
     return task

@@ -29,6 +29,7 @@ from afn_ray.errors import ModelError
 from afn_ray.model.signals import DIMENSIONS, known
 from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
+from afn_ray.runs.task import with_outliers
 from afn_ray.schema import STRENGTH
 from afn_ray.store import manifest
 
@@ -124,7 +125,7 @@ class _Job:
         self.config = config
         task, measure = worker.prepare(config, files, config.device, config.dtype)
         if worker.wants_outliers(task):  # which ones costs nothing
-            task, _ = worker.with_outliers(task, measure, [range(DIMENSIONS)] * len(task.layers))
+            task, _ = with_outliers(task, measure, [range(DIMENSIONS)] * len(task.layers))
         self._task = task
         self.processor = worker.Processor(task)
         self._num_runs = 0

@@ -17,6 +17,7 @@ from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.job import OnEvent, normalised, prepare, take_stock
+from afn_ray.runs.task import Task
 from afn_ray.schema import FileInfo, fingerprint
 from afn_ray.store import settings, storage
 from afn_ray.store.commits import Commits
@@ -350,7 +351,7 @@ class _Pilot:
     signal_costs: dict[str, float] = field(default_factory=dict)
 
 
-def _pilot(task: worker.Task, texts: Sequence[str]) -> _Pilot:
+def _pilot(task: Task, texts: Sequence[str]) -> _Pilot:
     if not texts:
         return _Pilot(0.0)
     began = time.monotonic()
@@ -386,7 +387,7 @@ def _pilot(task: worker.Task, texts: Sequence[str]) -> _Pilot:
 # --- files of rates and prices
 
 
-def speed_of(task: worker.Task, measure: dict[str, Any]) -> dict[str, Any]:
+def speed_of(task: Task, measure: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a worker's tokens per second, except the machine and the texts."""
     return {
         "model": fingerprint(measure["model"]),

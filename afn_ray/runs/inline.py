@@ -9,7 +9,8 @@ import time
 
 from afn_ray.runs.dispatch import Done, Event, Failed, Ready
 from afn_ray.runs.progress import Progress
-from afn_ray.runs.worker import Processor, Task
+from afn_ray.runs.task import Task
+from afn_ray.runs.worker import Processor
 from afn_ray.schema import Shard
 
 STOP_S = 1.0

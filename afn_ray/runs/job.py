@@ -19,6 +19,7 @@ from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.tree import reduce_run
 from afn_ray.runs import cluster, dispatch, outliers, precision, status, worker
 from afn_ray.runs.plan import make_plan
+from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import Document, Shard, fingerprint
 from afn_ray.store import epochs, manifest, shard_files, storage
 from afn_ray.store.commits import Commit, Commits, total_counts
@@ -70,7 +71,7 @@ class Prepared:
     plan: manifest.Plan
     begun_ns: int  # time before the first file was listed, in nanoseconds
     decided: precision.Precision
-    task: worker.Task
+    task: Task
     measure: dict[str, Any]
     frozen: list[dict[str, Any]]  # thresholds for the labels, from ``manifest.find_frozen``
 
@@ -88,17 +89,15 @@ def prepare(
     task, measure = worker.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
-    task, measure = worker.with_labels(task, measure, plan.labels)
+    task, measure = with_labels(task, measure, plan.labels)
     decided = _decide_precision(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
-    task, measure = worker.in_dtype(task, measure, decided.dtype)
+    task, measure = in_dtype(task, measure, decided.dtype)
     task, measure = _find_outliers(
         task, measure, plan, on_event, keep=keep, reduce_only=reduce_only
     )
     frozen = manifest.find_frozen(config, measure)
     if config.neurons_of == "high":
-        task, measure = worker.with_neurons_above(
-            task, measure, _high_from(frozen, task.neuron_layers)
-        )
+        task, measure = with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
     return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
 
 
@@ -371,7 +370,7 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
 
 
 def _decide_precision(
-    task: worker.Task,
+    task: Task,
     measure: dict[str, Any],
     plan: manifest.Plan,
     on_event: OnEvent,
@@ -420,14 +419,14 @@ def _decide_precision(
 
 
 def _find_outliers(
-    task: worker.Task,
+    task: Task,
     measure: dict[str, Any],
     plan: manifest.Plan,
     on_event: OnEvent,
     *,
     keep: bool,
     reduce_only: bool,
-) -> tuple[worker.Task, dict[str, Any]]:
+) -> tuple[Task, dict[str, Any]]:
     """``task`` and ``measure`` with the outlier dimensions, where a signal needs them.
 
     The store's first run finds them with a pilot; later runs use the same dimensions.
@@ -448,7 +447,7 @@ def _find_outliers(
         }
         if keep:
             stored = manifest.write_pilot(task.config.store, key, stored)
-    return worker.with_outliers(task, measure, stored["outliers"])
+    return with_outliers(task, measure, stored["outliers"])
 
 
 def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[float]:

@@ -13,7 +13,7 @@ from afn_ray.errors import ModelError, StoreError
 from afn_ray.schema import SPECIAL
 
 if TYPE_CHECKING:  # torch is loaded where a pilot runs, not where its decision is read
-    from afn_ray.runs import worker
+    from afn_ray.runs.task import Task
 
 PILOT_TOKENS = 16_384
 """Tokens that the pilot measures; 0.2 % of them is 33."""
@@ -101,7 +101,7 @@ def candidates(asked: str, device: str) -> tuple[str, ...]:
     return tuple(d for d in order if model.has_fast_products(d, device))
 
 
-def decide(task: worker.Task, texts: Sequence[str]) -> Precision:
+def decide(task: Task, texts: Sequence[str]) -> Precision:
     """Measure ``texts`` in float32 and in half precision; ``auto`` takes the first safe one.
 
     A precision is safe if less than ``MAX_FLIPS`` of the tokens change their HIGH label at any
@@ -169,7 +169,7 @@ def _groups(texts: Sequence[str]) -> list[list[str]]:
     return [g for g in groups if g]
 
 
-def _try(task: worker.Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
+def _try(task: Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
     """Measure ``chunks`` in the task's dtype and compare the strengths with ``reference``."""
     from afn_ray import model
     from afn_ray.runs import worker

@@ -17,6 +17,7 @@ from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.runs import job, precision, worker
+from afn_ray.runs.task import Task
 from afn_ray.schema import Document
 from afn_ray.store import manifest
 from conftest import write_jsonl
@@ -37,7 +38,7 @@ def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "PILOT_TOKENS", 3000)
 
 
-def task_of(config: RunConfig) -> worker.Task:
+def task_of(config: RunConfig) -> Task:
     return worker.prepare(config, worker.find_model(config), "cpu", "float32")[0]
 
 
@@ -61,7 +62,7 @@ def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
     assert trial.flips["4"] < 0.005
 
 
-def strengths(task: worker.Task, dtype: str, texts: list[str]) -> np.ndarray:
+def strengths(task: Task, dtype: str, texts: list[str]) -> np.ndarray:
     processor = worker.Processor(replace(task, dtype=dtype))
     measured = processor.measure(texts, [False] * len(texts))
     processor.close()

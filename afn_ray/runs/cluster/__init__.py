@@ -17,7 +17,8 @@ from afn_ray.runs.cluster.metrics import Published
 from afn_ray.runs.cluster.pool import RayPool
 from afn_ray.runs.dispatch import Dispatcher, OnState, State
 from afn_ray.runs.inline import InlinePool
-from afn_ray.runs.worker import Task, sweep_scratch
+from afn_ray.runs.task import Task
+from afn_ray.runs.worker import sweep_scratch
 from afn_ray.schema import Shard
 from afn_ray.store import storage
 

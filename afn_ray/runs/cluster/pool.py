@@ -22,7 +22,8 @@ from afn_ray.runs.cluster.connection import (
 )
 from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
 from afn_ray.runs.progress import Progress, total
-from afn_ray.runs.worker import Processor, Task
+from afn_ray.runs.task import Task
+from afn_ray.runs.worker import Processor
 from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit
 
