@@ -211,7 +211,7 @@ def attend_by_group(
     left: int,
     right: int,
 ) -> torch.Tensor:
-    """Attend with one call for each group of equally long sequences; the reference on any device."""
+    """Attend with one call for each group of equally long sequences; the reference everywhere."""
     heads = query.shape[1]
     parts: list[torch.Tensor] = []
     for row, n, length in layout.groups:

@@ -690,7 +690,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
-    """Raise ``ModelError`` if ``got`` differs from ``expected`` by more than ``TOLERANCE[dtype]``."""
+    """Raise ``ModelError`` if ``got`` and ``expected`` differ by more than ``TOLERANCE[dtype]``."""
     tolerance = TOLERANCE[dtype]
     differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
     difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))

@@ -289,7 +289,7 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
 
 
 def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
-    """Raise ``ModelError`` if the shapes of tensors in the files differ from those of the config."""
+    """Raise ``ModelError`` if tensors in the files have other shapes than the config gives."""
     told = []
     for key in mismatched:
         named = isinstance(key, tuple) and len(key) == 3

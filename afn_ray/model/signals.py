@@ -70,7 +70,7 @@ class Signal(ABC):
     first_layer: ClassVar[int] = 0
     """First layer that has the signal: 0, or 1 if the embeddings do not have it."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Members of ``NEEDS`` that the signal reads; they cost time and are computed only on demand."""
+    """Members of ``NEEDS`` that the signal reads; they are computed only on demand."""
     is_series: ClassVar[bool] = True
     """Whether each of ``columns`` is a column of the tokens table; false if they have their own."""
 
@@ -98,7 +98,7 @@ def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
 
 
 def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
-    """Everything that a model measures: ``series``, then the values for separate tables by layer."""
+    """Everything that a model measures: ``series``, then values for separate tables by layer."""
     others = [
         Series(c, k)
         for s in signals
@@ -160,7 +160,7 @@ class Trimmed(Signal):
 
 
 class States(Signal):
-    """Whole hidden states [..., rows, hidden_size], for checks inside the package; never recorded."""
+    """Whole hidden states [..., rows, hidden_size], for use inside the package; never recorded."""
 
     name, columns, unit = "states", ("states",), "of the hidden state"
 

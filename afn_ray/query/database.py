@@ -549,8 +549,7 @@ def _settings(limits: sandbox.Limits) -> dict[str, Any]:
     return session.CLOSED | {"memory_limit": f"{limits.memory_bytes}B", "threads": limits.threads}
 
 
-# --- a run's tables, files and row
-# -----------------------------------------------------------------------
+# --- a run's tables, files and row ---
 
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,

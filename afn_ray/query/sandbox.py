@@ -406,8 +406,7 @@ def _resident_bytes(pid: int) -> int:
     return 0
 
 
-# --- files
-# -----------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def _serve(files: ReadOnlyFiles, connections: socket.socket) -> None:

@@ -121,8 +121,7 @@ class Unknown(Exception):
     """A relation that is not bound here: it is to be sent with its steps."""
 
 
-# --- what goes over sockets
-# ------------------------------------------------------------------------------
+# --- what goes over sockets ---
 
 
 def receive(connection: socket.socket, num_bytes: int) -> bytearray:
@@ -161,8 +160,7 @@ class _Reads:
         return bytes(receive(connection, num_bytes))
 
 
-# --- the session
-# -----------------------------------------------------------------------------------------
+# --- the session ---
 
 
 class Session:
@@ -423,8 +421,7 @@ def _placed(
     return error
 
 
-# --- the process
-# -----------------------------------------------------------------------------------------
+# --- the process ---
 
 
 def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:

@@ -133,8 +133,7 @@ def statements(
     return made
 
 
-# --- tokens and documents
-# --------------------------------------------------------------------------------
+# --- tokens and documents ---
 
 
 def _exact(value: float | None, kind: str) -> str:
@@ -208,8 +207,7 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
     )
 
 
-# --- classes
-# ---------------------------------------------------------------------------------------------
+# --- classes ---
 
 
 def classes_view(layers: Sequence[int], tagged: bool) -> str:
@@ -439,8 +437,7 @@ def document_text_macro(rows: str, offsets: bool) -> str:
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
 
 
-# --- keyword in context
-# ----------------------------------------------------------------------------------
+# --- keyword in context ---
 
 
 def kwic_macro(

@@ -141,8 +141,7 @@ Sources = dict[str, tuple[Histogram, int]]
 """Histogram and HIGH tokens by source."""
 
 
-# --- distances
-# -------------------------------------------------------------------------------------------
+# --- distances ---
 
 
 def psi(a: Histogram, b: Histogram) -> float:
@@ -240,8 +239,7 @@ def benjamini_hochberg(p: Floats) -> Floats:
     return q
 
 
-# --- tables
-# ----------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def _complete(run: str | RunFolder) -> RunFolder:
@@ -431,8 +429,7 @@ def _pieces(*types: pa.Table) -> Iterator[Ints]:
         yield np.array(found, np.int64)
 
 
-# --- what a reader must know
-# -----------------------------------------------------------------------------
+# --- what a reader must know ---
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -256,8 +256,7 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
     return Limits(row["q3"], row["sink_factor"] * row["q2"], rare)
 
 
-# --- scan
-# ------------------------------------------------------------------------------------------------
+# --- scan ---
 
 
 def _read(
@@ -403,8 +402,7 @@ def _repeated(part: tuple[Histogram]) -> list[Histogram]:
     return [Histogram(all_of.keys[more], all_of.counts[more])]
 
 
-# --- sources
-# ---------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def _describe(
@@ -479,8 +477,7 @@ def _variance(h: Histogram) -> float:
     return math.fsum((values - mean) ** 2 * h.counts) / h.n
 
 
-# --- documents
-# -------------------------------------------------------------------------------------------
+# --- documents ---
 
 
 def _rank(

@@ -284,8 +284,7 @@ def _neurons(
     }
 
 
-# --- the tree
-# --------------------------------------------------------------------------------------------
+# --- the tree ---
 
 
 def _submit_series(
@@ -559,5 +558,4 @@ def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.T
     return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None
 
 
-# --- the tables
-# ------------------------------------------------------------------------------------------
+# --- the tables ---
