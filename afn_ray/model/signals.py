@@ -1,4 +1,7 @@
-"""Signals: the per-token numbers read from one block, one class each, found by name or entry point."""
+"""Signals: numbers per token that are read from one block, one class for each signal.
+
+A signal is built in, or an installed package provides it through an entry point.
+"""
 
 from __future__ import annotations
 

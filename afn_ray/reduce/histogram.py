@@ -260,9 +260,10 @@ class TypeTags:
 
 
 def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Whether each token is a whole word: it starts a word, and the next token does not continue it.
+    """Whether each token is a whole word, bool [n].
 
-    ``docs`` and ``flags`` [n] belong to the tokens of whole documents.
+    A whole word starts a word, and the next token of the document does not continue it. ``docs``
+    and ``flags`` [n] belong to the tokens of whole documents.
     """
     goes_on = np.zeros(len(flags), np.bool_)
     goes_on[:-1] = (flags[1:] & (SPECIAL | WORD_START) == 0) & (docs[1:] == docs[:-1])
@@ -340,8 +341,8 @@ class SeriesSummary:
         """The sum of ``parts``, read one by one; the same for any order and grouping.
 
         Parts are collected until they are as large as the sum so far. So n parts cost n log n and
-        not n squared. Memory is four times that of the result, which is 64 bytes for each distinct
-        pair of a type and a strength.
+        not n squared. Peak memory is four times the result: 64 bytes for each distinct pair of a
+        type and a strength.
         """
         total, waiting, num_keys = cls._add([]), [], 0
         for part in parts:

@@ -1,33 +1,40 @@
-"""One more scan of a run's tokens: strengths by source, and the documents that are strange for
-theirs.
+"""Screen a run's documents: one more scan of its tokens for strengths by source and outliers.
 
-Pure calls of ``reduce.Tasks``, so neither order nor grouping nor place changes a bit::
+All steps are pure functions under ``reduce.tree.Tasks``, so order, grouping and place do not change
+a bit::
 
-    scan    some shards' tokens and documents -> sums by source, features of each document, hashes
-    of their texts add     sums, or hashes, of FAN_IN places  -> their sum rank    features of some
-    shards            -> the strangest documents among them worst   strangest documents
-    -> the strangest of all
+    scan    tokens and documents of some shards -> sums by source, features of each document,
+                                                   hashes of their texts
+    add     up to FAN_IN sums or hash counts    -> their sum
+    rank    features of some shards             -> the strangest documents among them
+    worst   up to FAN_IN lists of documents     -> the strangest of all
 
-A document is strange when one of its features (``FEATURES``, at the deepest layer recorded, special
-tokens apart) lies far from the median of its source, in robust standard deviations: z = (x -
-median) / sqrt((1.4826 MAD)^2 + noise^2). ``noise`` is what x varies by in a document so short, were
-its tokens drawn from the source: short documents are not strange for being short. A source of fewer
-than ``LEAST_DOCS`` documents is held against the whole corpus.
+A document is strange if one of its features is far from the median of its source. Features
+(``FEATURES``) are taken at the deepest recorded layer, without special tokens. The distance is in
+robust standard deviations: z = (x - median) / sqrt((1.4826 MAD)^2 + noise^2). ``noise`` is the
+standard deviation of x in a document of the same length whose tokens are drawn from the source. So
+a document is not strange only because it is short. A source of fewer than ``LEAST_DOCS`` documents
+is compared with the whole corpus.
 
-=================  ===================================================
-================================= feature            of a document of n tokens
-noise squared, m being the median =================
-===================================================  ================================= mean_strength
-mean of the strengths                                variance of the source's tokens / n share_high
-tokens at or above the Q3 that labels go by          p (1 - p) / n, p = (m n + 1) / (n + 2)
-share_rare         tokens of types in at most ``RARE`` of the documents  the same share_sinks
-tokens over the sink limit                           the same share_fragments    tokens that
-continue a word                          the same share_distinct     log(distinct types) / log(n):
-Herdan's C             p (1 - p) / n / ln(n)^2, p = n^(m - 1) =================
-===================================================  =================================
+In this table n is the number of tokens of the document, and m is the median of its source:
 
-A text that many documents share is strange for that: log2(copies) log2(n) / 2 counts as a z too,
-for the chance that independent texts agree falls with their length.
+===============  ================================================  ==============================
+feature          value for a document                              noise squared
+===============  ================================================  ==============================
+mean_strength    mean of the strengths                             variance of the source's
+                                                                   tokens / n
+share_high       share of tokens at or above the Q3 that labels    p (1 - p) / n,
+                 use                                               p = (m n + 1) / (n + 2)
+share_rare       share of tokens of types that occur in at most    as for share_high
+                 ``RARE`` of the documents
+share_sinks      share of tokens above the sink limit              as for share_high
+share_fragments  share of tokens that continue a word              as for share_high
+share_distinct   log(distinct types) / log(n): Herdan's C          p (1 - p) / n / ln(n)^2,
+                                                                   p = n^(m - 1)
+===============  ================================================  ==============================
+
+A text that several documents share is strange too. log2(copies) log2(n) / 2 counts as a z, because
+the chance that independent texts agree falls with their length.
 """
 
 from __future__ import annotations
