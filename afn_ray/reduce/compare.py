@@ -232,7 +232,7 @@ def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[F
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
-    """q of each test with the given ``p``: the lowest false discovery rate that still selects it."""
+    """q of each test with the given ``p``: the lowest false discovery rate that selects it."""
     order = np.argsort(p, kind="stable")[::-1]
     q = np.empty(len(p))
     q[order] = np.minimum.accumulate(np.minimum(1.0, p[order] * len(p) / np.arange(len(p), 0, -1)))

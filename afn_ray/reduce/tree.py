@@ -502,7 +502,7 @@ def _most_frequent(tags: TypeTags) -> list[dict[int, str]]:
 
 
 def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
-    """Run ``function`` for a ``Tasks`` in other processes; a single result is returned unwrapped."""
+    """Run ``function`` for a ``Tasks`` in other processes; return a single result unwrapped."""
     values = function(*args)
     return values if num_results > 1 else values[0]
 
