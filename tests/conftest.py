@@ -36,7 +36,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from afn_ray.config import RunConfig
-from afn_ray.runs import demo, worker
+from afn_ray.runs import demo
 from afn_ray.schema import Shard
 from afn_ray.store import blocks, checksums, storage
 from afn_ray.store.commits import Commit
@@ -332,16 +332,18 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
     """Ctrl-C in this process once ``shards`` are committed; returns the ids of those that were."""
+    from afn_ray.runs import worker
+
     process = worker.Processor.process
     done: list[str] = []
     one_by_one = threading.Lock()
 
-    def process_or_stop(self: worker.Processor, shard: Shard, halvings: int = 0) -> Commit:
+    def process_or_stop(self: Any, shard: Shard, oom_retries: int = 0) -> Commit:
         with one_by_one:
             if len(done) == shards:
                 raise KeyboardInterrupt
             done.append(shard.id)
-            return process(self, shard, halvings)
+            return process(self, shard, oom_retries)
 
     monkeypatch.setattr(worker.Processor, "process", process_or_stop)
     return done

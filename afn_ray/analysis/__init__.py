@@ -1,1 +1,1 @@
-"""Questions to finished runs: a run in; an audit, claims, a verification or an explanation out."""
+"""Questions to finished runs. In: a run. Out: an audit, claims, a verification, an explanation."""

@@ -1,6 +1,4 @@
-"""The nightly audit: a run over today's corpus, held against an earlier one by what a policy
-allows.
-"""
+"""The nightly audit: run today's corpus, compare with an earlier run, judge by a policy."""
 
 from __future__ import annotations
 
@@ -40,12 +38,13 @@ from afn_ray.text import count
 
 PAGE = "report.html"
 JSON_VERSION = 1
-"""Raised when an entry of audit.json goes or changes its meaning."""
+"""Version of audit.json's layout; raised when an entry goes or changes its meaning."""
 WEEK = timedelta(days=6.5)
-"""A run of last week began at least so long before this one: nights do not begin on the minute."""
+"""Least age of a baseline of last week; under 7 days, as nights do not begin on the minute."""
 LEAST_TOKENS = 1000
-"""Of a source in both runs, by default: distances of fewer tokens are mostly chance (PSI: 9/n_a +
-9/n_b of it).
+"""Default of ``min_tokens``: tokens that a source needs in both runs to be judged.
+
+Distances between fewer tokens are mostly chance: chance alone gives a PSI of 9/n_a + 9/n_b.
 """
 TOLD_SOURCES = 5
 WEBHOOK_TRIES = 3
@@ -63,7 +62,7 @@ RUN_LIMITS = {
     "replaced_characters": "characters that may be replaced (U+FFFD), for bytes that are no text",
     "replaced_share": "share of the characters that may be replaced",
 }  # fmt: skip
-"""What is asked of the run alone; each key with its meaning."""
+"""Limits on the run alone; each key with its meaning."""
 DISTANCE_LIMITS = {
     "psi": "population stability index of the strengths, at most",
     "ks": "Kolmogorov-Smirnov distance of the strengths, at most",
@@ -90,9 +89,9 @@ SOURCE_LIMITS = {
     **DISTANCE_LIMITS,
     "min_tokens_ratio": "tokens of a source in this run over those in the baseline, at least",
 }
-"""Limits in ``[source]`` on the worst source; max_vanished_sources limits those that are gone."""
+"""Limits in ``[source]`` on the worst source; ``max_vanished_sources`` limits vanished ones."""
 WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
-"""Limits of the run alone that are numbers and no shares."""
+"""Limits on the run alone that are counts, not shares."""
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
 SOURCE_OPTIONS = {
     "min_tokens": f"tokens that a source needs in both runs (for min_tokens_ratio: in the baseline) to be judged; "
@@ -107,16 +106,16 @@ SHARES = (
     "class_share_shift",
     "class_high_shift",
 )
-"""What is never over 1."""
+"""Limits that are shares: a value above 1 is an error."""
 OF_MEASURE = ("model", "revision", "layers", "dtype", "window_tokens", "overlap_tokens")
-"""What of a config makes runs of one measure; files of the model may still differ."""
+"""Config keys that two runs of one measure share; the model's files may still differ."""
 OF_SOURCES = ("max_new_sources", "max_vanished_sources")
 PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a run may be and how far it may move; limits by key, shares as numbers from 0 to 1."""
+    """Limits on a run and on its drift, by key; shares are numbers from 0 to 1."""
 
     limits: Mapping[str, float]
     source_limits: Mapping[str, float]
@@ -126,26 +125,26 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One limit and what it was held against."""
+    """One limit and the value compared with it."""
 
-    key: str  # as in the policy; source.psi for psi in [source]
+    key: str  # name in the policy; source.psi for psi in [source]
     limit: float
-    value: float | None  # None: not known, as nothing could be compared, or infinite
+    value: float | None  # None: infinite, or unknown because nothing could be compared
     passed: bool | None  # None: not judged
-    where: str | None  # the source, class or layer that the value is of
+    where: str | None  # source, class, files or layer that the value belongs to
     meaning: str
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """One night's verdict and what it rests on."""
+    """One night's verdict and the evidence for it."""
 
     passed: bool
     rules: tuple[Rule, ...]
     run: RunFolder
     baseline: RunFolder | None  # None: the first night
     comparison: Comparison | None
-    losses: Losses  # of the run
+    losses: Losses  # of ``run``
     notes: tuple[str, ...]
 
 
@@ -158,25 +157,29 @@ def run_audit(
     mark: bool = True,
     on_event: job.OnEvent = lambda event: None,
 ) -> Audit:
-    """Run ``config``, compare with ``baseline`` and judge by ``policy``. Writes the run, and that
-    it was audited.
+    """Run ``config``, compare the run with ``baseline`` and judge it by ``policy``.
 
-    ``mark`` false leaves the last to the caller, for ``manifest.mark_audited`` once the verdict is
-    told.
+    Writes the run and, with ``mark``, the mark that it was audited. With ``mark`` false the caller
+    calls ``manifest.mark_audited`` once it has reported the verdict.
 
-    ``baseline`` is "previous" (the store's newest run of the same measure before this one that was
-    audited, as ``manifest.mark_audited`` tells; without any the newest complete one), "week" (the
-    newest complete one that began at least 6.5 days earlier), or a run's URI. Without one it is the
-    first night: what needs one is not judged. ``frozen`` labels by the thresholds that the run
-    named goes by, else those that the newest audited run of this corpus goes by: every night passes
-    them on, and HIGH means what it meant on the first.
+    ``baseline`` is one of:
 
-    The same call gives the same verdict while the corpus is the same, whatever ended the one
-    before. Raises what ``job.run`` and ``compare.compare`` raise.
+    - "previous": the store's newest earlier run of the same measure and corpus that
+      ``manifest.mark_audited`` marked; without any, the newest complete one.
+    - "week": the newest complete one that began at least 6.5 days earlier.
+    - the URI of a run.
+
+    Without a baseline this is the first night, and rules that need one are not judged. ``frozen``
+    labels with the thresholds that the named run used, otherwise with those that the newest audited
+    run of this corpus used. Every night passes its thresholds on, so HIGH keeps its meaning from
+    the first night.
+
+    The same call gives the same verdict while the corpus is the same, however the previous call
+    ended. Raises what ``job.run`` and ``compare.compare`` raise.
     """
     named = (
         None if baseline in BASELINES else _named(baseline)
-    )  # a wrong name is told before the work, not after it
+    )  # before the run, so that a wrong name fails early
     if frozen:
         config = _frozen(config, named)
     _begin_nights(config)
@@ -198,7 +201,7 @@ def run_audit(
 def _notes(
     policy: Policy, run: RunFolder, comparison: Comparison | None, baseline: str
 ) -> Iterator[str]:
-    """What a reader of the verdict must know."""
+    """Facts that a reader of the verdict needs."""
     if (labels_of := run.info["config"].get("thresholds")) is not None:
         yield f"HIGH goes by the thresholds of {labels_of}."
     if comparison is None:
@@ -258,11 +261,10 @@ def _frozen(config: RunConfig, named: RunFolder | None) -> RunConfig:
 
 
 def _begin_nights(config: RunConfig) -> None:
-    """Where no run of its measure was audited yet, the newest counts as such: the first audit is
-    held against it.
+    """Mark the newest run as audited where no run of its measure was audited yet.
 
-    So are those after it until one comes to its end, for the runs that they made are told of by
-    nobody.
+    The first audit is compared with that run. So are the next ones until an audit completes,
+    because the verdicts on their runs were never reported.
     """
     run = next(_asked_alike(config), None)
     if run is not None and not any(
@@ -272,9 +274,7 @@ def _begin_nights(config: RunConfig) -> None:
 
 
 def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
-    """Complete runs of this corpus and, as far as a config tells, of its measure, the newest
-    first.
-    """
+    """Complete runs of this corpus and, by the config's keys, of its measure; newest first."""
     asked = asdict(job.normalised(config))
     for run in _complete_runs(asked["store"]):
         if _corpus(run) == list(asked["corpus"]) and all(
@@ -284,7 +284,7 @@ def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def _last_told(runs: Iterator[RunFolder]) -> RunFolder | None:
-    """Of ``runs``, the newest first, the newest that was audited; without any the newest."""
+    """The newest audited run of ``runs``, which are newest first; without any the newest run."""
     newest = None
     for run in runs:
         if manifest.is_audited(run):
@@ -294,7 +294,7 @@ def _last_told(runs: Iterator[RunFolder]) -> RunFolder | None:
 
 
 def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]:
-    """The store's complete runs that began before the one named ``before``, the newest first."""
+    """The store's complete runs that began before the run named ``before``, newest first."""
     for name in reversed(manifest.run_names(store)):
         if before is None or name < before:
             run = manifest.open_folder(store, name)
@@ -303,7 +303,9 @@ def _complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]
 
 
 def _previous(run: RunFolder) -> RunFolder | None:
-    """The newest that was audited: of one whose audit was killed nobody has heard, so its step
+    """The newest audited run; the newest of all where none was audited.
+
+    A run whose audit was killed is not a baseline: its verdict was never reported, so its drift
     counts again.
     """
     return _last_told(_comparable(run))
@@ -315,11 +317,11 @@ def _last_week(run: RunFolder) -> RunFolder | None:
 
 
 def _comparable(run: RunFolder) -> Iterator[RunFolder]:
-    """Complete runs of the same measure and corpus that began before ``run``, the newest first.
+    """Complete runs of the same measure and corpus that began before ``run``, newest first.
 
-    Those right before it that were asked for the same, or that hold the same shards, are ``run``
-    itself: tried again for what it lacked, or because another corpus of the store had a run in
-    between.
+    Runs directly before it with the same request, or with the same shards, count as ``run`` itself
+    and are left out. They are retries for missing shards, or repeats after another corpus of the
+    store had a run in between.
     """
     asked, shards = (
         run.id.rpartition("-")[2],
@@ -353,12 +355,12 @@ BASELINES: dict[str, Callable[[RunFolder], RunFolder | None]] = {
 
 
 # --- policy
-# ----------------------------------------------------------------------------------------------
 
 
 def read_policy(file: str | Path) -> Policy:
-    """The policy in the TOML ``file``, a path or any fsspec URL. Raises ``ConfigError`` for a key
-    that does not exist, with those that do, and for a value that is none.
+    """Read the policy from the TOML ``file``, a path or any fsspec URL.
+
+    Raises ``ConfigError`` for an unknown key, with the known ones, and for an invalid value.
     """
     values = settings.read_toml(file, "policy")
     source = values.pop("source", {})
@@ -393,7 +395,7 @@ def _listed(known: Mapping[str, str]) -> str:
 
 
 def _limit(file: str | Path, key: str, value: object) -> float:
-    """A limit as a number: 0.02 and "2%" are the same."""
+    """Parse a limit; 0.02 and "2%" are the same."""
     if key in WHOLE or (key.startswith("max_") and not key.endswith("_ratio")):
         return _whole(file, key, value)
     if isinstance(value, int | float) and value > 1 and key.removeprefix("source.") in SHARES:
@@ -422,12 +424,12 @@ def judge(
     lost: Losses,
     sources: Collection[str],
 ) -> Iterator[Rule]:
-    """Every limit of ``policy`` held against ``run`` and ``comparison``, in the policy's order.
+    """Compare ``run`` and ``comparison`` with each limit of ``policy``, in the policy's order.
 
-    ``lost`` is what the run lost, ``sources`` are those that it read, with tokens or without.
-    Without a comparison, or where the baseline has no table of sources, what needs one is not
-    judged. Raises ``ConfigError`` for limits that this run's layers or tables can never be held
-    against.
+    ``lost`` is what the run lost. ``sources`` are the sources that it read, with tokens or
+    without. Rules that need a comparison are not judged without one, nor rules on sources where the
+    baseline has no table of sources. Raises ``ConfigError`` for limits that this run's layers or
+    tables can never be compared with.
     """
     layer = _judged_layer(policy, run, comparison)
     if (
@@ -482,7 +484,7 @@ Measured = tuple[str, tuple[float | None, str | None]]
 
 
 def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
-    """Values of ``RUN_LIMITS``; of what is lost with the worst files."""
+    """Values of ``RUN_LIMITS``; losses come with the worst files."""
     counts = run.info["counts"]
     missing = len(run.info["quarantined"])
     yield "quarantined_documents", (counts["quarantined"] / max(1, counts["documents"]), None)
@@ -498,9 +500,7 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
-    """Values of ``DRIFT_LIMITS`` at ``layer``; those of sources only where both runs have a table
-    of them.
-    """
+    """Values of ``DRIFT_LIMITS`` at ``layer``; of sources only where both runs have their table."""
     drift = _at(comparison.drift, layer).to_pylist()
     whole = next(row for row in drift if row["source"] is None)
     for key in DISTANCE_LIMITS if whole["n_a"] and whole["n_b"] else ():
@@ -544,9 +544,7 @@ def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list
 def _shrinkable(
     comparison: Comparison, layer: int, min_tokens: int, sources: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Sources of ``min_tokens`` in the baseline that this run has read, be it without finding a
-    token.
-    """
+    """Sources with ``min_tokens`` in the baseline that this run read, even without a token."""
     there = [f"{name}/" for name in sources]
     return [
         row
@@ -558,16 +556,14 @@ def _shrinkable(
 
 
 def _sources_of(run: RunFolder) -> frozenset[str]:
-    """Files, or folders where they are many, that ``run`` read, whether they had tokens or not."""
+    """Files that ``run`` read, with tokens or without; folders where there are many files."""
     if "sources" not in run.info["tables"]:
         return frozenset()
     return frozenset(manifest.read_table(run, "sources")["source"].to_pylist())
 
 
 def _distance(row: dict[str, Any], key: str) -> float:
-    """What ``key`` of ``DISTANCE_LIMITS`` is in a row of ``DRIFT_SCHEMA`` whose tokens are in both
-    runs.
-    """
+    """Value of a ``DISTANCE_LIMITS`` key in a ``DRIFT_SCHEMA`` row with tokens in both runs."""
     if key == "share_high_shift":
         return float(abs(row["share_high_b"] - row["share_high_a"]))
     if key in row:
@@ -583,7 +579,6 @@ def _ratio(a: float, b: float) -> float:
 
 
 # --- results
-# ---------------------------------------------------------------------------------------------
 
 
 def to_json(found: Audit) -> dict[str, Any]:
@@ -601,17 +596,17 @@ def to_json(found: Audit) -> dict[str, Any]:
 
 
 def to_bytes(found: Audit) -> bytes:
-    """audit.json, UTF-8."""
+    """Content of audit.json, UTF-8."""
     return (
         json.dumps(to_json(found), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     ).encode()
 
 
 def write_json(found: Audit, folder: str) -> str:
-    """Write audit.json in ``folder``, a path or any fsspec URL, in place of an older one, whose
-    page goes.
+    """Write audit.json to ``folder``, a path or any fsspec URL, and return its URI.
 
-    It appears whole or not at all. Returns its URI. Raises ``StoreError`` or ``Unavailable``.
+    Replaces an older one atomically and deletes that one's page. Raises ``StoreError`` or
+    ``Unavailable``.
     """
     target = storage.join(folder, "audit.json")
     storage.write_over(target, to_bytes(found), retry_for_s=None)
@@ -620,9 +615,7 @@ def write_json(found: Audit, folder: str) -> str:
 
 
 def lines(found: Audit) -> Iterator[str]:
-    """The verdict for a person: each rule, broken ones first, then what to know, then the
-    answer.
-    """
+    """The verdict as lines of text: rules, broken ones first; then notes; then the answer."""
     for rule in sorted(found.rules, key=lambda r: (r.passed is not False, r.passed is not None)):
         said = {True: "holds", False: "BROKEN", None: "not judged"}[rule.passed]
         value = "" if rule.passed is None else _said_value(rule)
@@ -648,15 +641,14 @@ def _said_value(rule: Rule) -> str:
     return f"{rule.value:,}" if rule.key in WHOLE else f"{rule.value:.5g}"
 
 
-# --- to be told
-# ------------------------------------------------------------------------------------------
+# --- notification
 
 
 def check_webhook(url: str, allow_http: bool) -> str:
-    """``url`` if a verdict may be sent there: by https, or by http to this machine, or anywhere
-    with ``allow_http``.
+    """Return ``url`` if a verdict may be sent there.
 
-    Raises ``ConfigError``, which names no more of it than its host: the rest is often a secret.
+    Allowed are https, http to this machine, and with ``allow_http`` any http. Raises
+    ``ConfigError``, which names only the URL's host: the rest is often a secret.
     """
     try:
         parts = urlsplit(url)
@@ -690,7 +682,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect could lead a checked URL anywhere; it is an answer like 404."""
+    """Treats a redirect as an answer like 404: it could lead a checked URL anywhere."""
 
     def redirect_request(
         self,
@@ -705,15 +697,15 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
-    """POST the JSON ``body``; None once it is taken, else why not.
+    """POST the JSON ``body``; return None on success, else the reason of the failure.
 
-    Tried ``WEBHOOK_TRIES`` times where another try may help: no answer, 429 or 5xx.
+    Tries up to ``WEBHOOK_TRIES`` times: again after no answer, 429 or 5xx.
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310 - checked before
     local = urlsplit(url).scheme == "http" and _is_this_machine(urlsplit(url).hostname or "")
     proxies = (
         [urllib.request.ProxyHandler({})] if local else []
-    )  # what stays on this machine goes through nobody
+    )  # requests to this machine bypass every proxy
     opener = urllib.request.build_opener(_NoRedirects, *proxies)
     why = ""
     for attempt in range(WEBHOOK_TRIES):
@@ -733,8 +725,9 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
 
 
 def call_command(command: list[str], audit_json: str) -> str | None:
-    """Run ``command``, without a shell, AFN_AUDIT_JSON being audit.json's URI; None if it left with
-    0, or why not.
+    """Run ``command`` without a shell; return None if it exits with 0, else the reason.
+
+    The environment variable AFN_AUDIT_JSON holds the URI of audit.json.
     """
     try:
         done = subprocess.run(  # noqa: S603 - it is what the user asked for
@@ -751,8 +744,10 @@ def call_command(command: list[str], audit_json: str) -> str | None:
 
 
 def parse_command(text: str) -> list[str]:
-    """The words of ``text`` as a shell would split them. Raises ``ConfigError`` where it would not,
-    or finds none.
+    """Split ``text`` into words as a shell does.
+
+    Raises ``ConfigError`` where a shell would fail, where there is no word, and for an unknown
+    command.
     """
     try:
         words = shlex.split(text)

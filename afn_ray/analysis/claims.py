@@ -1,17 +1,16 @@
-"""What is claimed of token activation strength, each figure beside its control, with an interval
-over documents.
+"""Claims about token activation strength, each figure beside its control.
 
-Claims are those of arXiv:2605.22377; what is measured here says neither yes nor no. Every figure is
-of the tokens that are not special. Intervals are the 2.5 and 97.5 % points of ``REPLICATES``
-bootstrap samples of documents: tokens of one document are no independent draws, so intervals over
-tokens would be too narrow. Documents beyond ``GROUPS`` are drawn in that many groups. A replicate
-draws the same documents for every figure, so differences are paired; ranks, bins and the means of
-types are those of all tokens in every replicate.
+The claims are those of arXiv:2605.22377; these measurements neither confirm nor refute them. All
+figures leave special tokens out. Intervals are the 2.5 and 97.5 % points of ``REPLICATES``
+bootstrap samples of documents. Tokens of one document are not independent draws, so intervals over
+tokens would be too narrow. More than ``GROUPS`` documents are drawn in that many groups. A
+replicate draws the same documents for every figure, so differences are paired. Ranks, bins and the
+means of types come from all tokens in every replicate.
 
-Cost: a scan of the tokens for each signal at a layer, which counts its distinct values, and one in
-which all else is summed, batch by batch. Memory holds a row for each distinct value, type, position
-and document, and for each signal 4 MB of bins; it does not grow with the tokens. Of runs of more
-than ``MAX_TOKENS`` a sample of documents is taken, and what is shown says so.
+Cost: one scan of the tokens for each signal at a layer, which counts its distinct values, and one
+scan that sums everything else batch by batch. Memory holds a row for each distinct value, type,
+position and document, and 4 MB of bins for each signal; it does not grow with the tokens. A run of
+more than ``MAX_TOKENS`` is sampled by document, and the output says so.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ from afn_ray.text import count, printable
 GROUPS = 500
 REPLICATES = 1000
 BINS = 256
-"""Of a variable's ranks, for intervals of an AUC; the AUC itself goes by every distinct value."""
+"""Bins of a variable's ranks, for intervals of an AUC; the AUC itself uses every distinct value."""
 MAX_TOKENS = 5_000_000
-"""Enough for intervals of a thousandth; more would take longer than a look at them is worth."""
+"""Default of ``max_tokens``; enough for intervals of a thousandth within an acceptable wait."""
 SEED = 0
 FEW = 20
-"""Documents of which a bootstrap cannot be trusted."""
+"""Number of documents below which a bootstrap is unreliable."""
 MOST_TAGS = 24
-"""Tags that have figures of their own; the rarer ones have one together."""
+"""Number of tags with figures of their own; the rarer ones share one figure."""
 KINDS = ("content", "function", "punctuation")
-"""Classes that the claims speak of."""
+"""Word classes that the claims compare."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -56,23 +55,23 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number that bears on a claim."""
+    """One number that supports or contradicts a claim."""
 
     claim: str
-    what: str  # is measured
-    of: str  # which variable or tokens
+    what: str  # the quantity measured
+    of: str  # the variable or the tokens it is measured on
     layer: int | None
     value: float
     low: float
-    high: float  # of the 95 % interval
-    n: int  # tokens that it rests on
-    n_docs: int  # and documents, which the bootstrap draws
+    high: float  # low and high: the 95 % interval
+    n: int  # number of tokens it is computed from
+    n_docs: int  # number of their documents, which the bootstrap draws
     is_control: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """Figures claim by claim, and what must be known to read them."""
+    """Figures claim by claim, and the notes needed to read them."""
 
     run: str  # URI
     notes: tuple[str, ...]
@@ -90,9 +89,7 @@ CLAIMS = {
     "sinks": "Do a few tokens make the figures?",
     "masking": "Does the model's output rest on HIGH tokens?",
 }
-"""Each claim as the question that its figures answer, beside the controls that could answer it as
-well.
-"""
+"""Each claim as the question that its figures and controls answer."""
 
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
@@ -105,11 +102,13 @@ DEFINITIONS = (
 
 
 def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -> Claims:
-    """Every figure that the signals of ``run`` allow.
+    """Compute every figure that the signals of ``run`` allow.
 
-    ``max_tokens``: of a larger run so many are read, in documents chosen by their hash, at least
-    about ``GROUPS``. Raises ``QueryError`` for a query that takes too long (``open_run(...,
-    timeout_s=...)`` gives it more), once ``max_s`` have passed, and for a run without a token.
+    A run of more than ``max_tokens`` is sampled down to about that many tokens, in documents chosen
+    by their hash, at least about ``GROUPS``.
+
+    Raises ``QueryError`` for a query that takes too long (raise its limit with ``open_run(...,
+    timeout_s=...)``), once ``max_s`` seconds have passed, and for a run without a token.
     """
     sample = _Sample(run, max_tokens, max_s)
     layers: list[int] = list(run.info["layers"])
@@ -126,22 +125,21 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
 
 
 # --- the bootstrap
-# ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A figure of all documents, and of those of each replicate [REPLICATES]."""
+    """A figure over all documents, and over those of each replicate [REPLICATES]."""
 
     value: float
     replicates: Floats
 
     def less(self, other: Drawn) -> Drawn:
-        """The difference, in which both are of the same documents in each replicate."""
+        """The difference; both figures use the same documents in each replicate."""
         return Drawn(self.value - other.value, self.replicates - other.replicates)
 
     def interval(self) -> tuple[float, float]:
-        """95 %, over the replicates in which the figure exists; nan where there is none."""
+        """The 95 % interval over replicates in which the figure exists; nan where none does."""
         there = self.replicates[np.isfinite(self.replicates)]
         if not len(there):
             return math.nan, math.nan
@@ -150,23 +148,25 @@ class Drawn:
 
 
 def fixed(value: float) -> Drawn:
-    """A figure that documents do not move."""
+    """A figure that does not depend on the documents drawn."""
     return Drawn(value, np.full(REPLICATES, math.nan))
 
 
 class Draws:
-    """How often each of ``num_groups`` is drawn in each replicate."""
+    """Number of times each of ``num_groups`` is drawn in each replicate."""
 
     def __init__(self, num_groups: int) -> None:
         even = np.full(num_groups, 1 / num_groups)
         drawn = np.random.default_rng(SEED).multinomial(num_groups, even, REPLICATES)
         self._weights = drawn.astype(np.float64)  # [REPLICATES, num_groups]
         if num_groups < 2:
-            self._weights[:] = math.nan  # one document says nothing of how far documents differ
+            self._weights[:] = math.nan  # one document does not show how far documents differ
 
     def draw(self, statistic: Callable[..., Floats], *parts: Floats) -> Drawn:
-        """``statistic`` of what adds up: ``parts`` are sums of each group, [num_groups, ...]; it
-        takes their sums [n, ...] and gives [n].
+        """Apply ``statistic`` to the sums over all groups, and over those of each replicate.
+
+        ``parts`` are sums by group, [num_groups, ...]. ``statistic`` maps their totals [n, ...] to
+        [n].
         """
         with np.errstate(invalid="ignore", divide="ignore"):
             value = float(statistic(*(p.sum(axis=0, keepdims=True) for p in parts))[0])
@@ -174,7 +174,7 @@ class Draws:
 
 
 class _Sample:
-    """The documents of a run that figures are read off, in groups."""
+    """Documents of a run that the figures are computed from, in groups."""
 
     def __init__(self, run: Run, max_tokens: int, max_s: float) -> None:
         self.run = run
@@ -220,7 +220,7 @@ class _Sample:
             )
 
     def ask(self, query: str) -> list[npt.NDArray[Any]]:
-        """The columns of the answer."""
+        """Run ``query`` and return the columns of its result."""
         self.check_time()
         return [column.to_numpy() for column in self.run.sql(query).to_arrow_table().columns]
 
@@ -248,8 +248,9 @@ class _Sample:
 
 
 def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
-    """Where the tokens of each row, ``counts`` of them, lie among all in the order of ``by``: the
-    middle of those that are equal, from -0.5 to 0.5.
+    """Mid-ranks of rows in the order of ``by``, scaled to -0.5 to 0.5.
+
+    A row stands for ``counts`` tokens. Equal values get the middle of their ranks.
     """
     _, level = np.unique(by, return_inverse=True)
     size = np.bincount(level, counts)
@@ -257,21 +258,20 @@ def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
 
 
 def _by_number(keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """``values`` where their ``keys`` say, which are whole numbers; 0 elsewhere."""
+    """A table with ``values`` at the indices ``keys`` (whole numbers) and 0 elsewhere."""
     table = np.zeros(keys.max() + 1, values.dtype)
     table[keys] = values
     return table
 
 
 # --- one pass over the tokens
-# ----------------------------------------------------------------------------
 
 Sums = dict[str, Floats]
-"""What adds up over the tokens, by group: [num_groups]."""
+"""Sums over the tokens by group: [num_groups]."""
 
 
 class _Variable:
-    """What may tell classes apart, and how its values are distributed in each."""
+    """A variable that may separate classes, and the distribution of its values in each class."""
 
     def __init__(
         self,
@@ -282,32 +282,30 @@ class _Variable:
         counts: npt.NDArray[Any],
         groups: int,
     ) -> None:
-        """``values`` [n_values]: the distinct ones, ascending, with the ``counts`` of their
-        tokens.
-        """
+        """``values`` [n_values] are distinct and ascending; ``counts`` are their token counts."""
         self.name, self.layer, self.column = name, layer, column
         self.q3 = values[np.searchsorted(np.cumsum(counts), math.ceil(0.75 * counts.sum()))]
         self._values, self._ranks = values, ranks(values, counts)
         self._bins = np.minimum(BINS - 1, (self._ranks + 0.5) * BINS).astype(np.int64)
-        self.by_value = np.zeros((len(KINDS) + 1, len(values)))  # the last kind is all else
+        self.by_value = np.zeros((len(KINDS) + 1, len(values)))  # the last kind is everything else
         self.by_bin = np.zeros((groups, len(KINDS) + 1, BINS))
         self.high = np.zeros((groups, len(KINDS) + 1))
-        self.tells = len(values) > 1  # where all are equal nothing is told apart
+        self.tells = len(values) > 1  # False: all values are equal and separate nothing
 
     def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Floats:
-        """Count tokens, all [n_tokens]; returns their ranks."""
+        """Count tokens, all arrays [n_tokens]; return their ranks."""
         at = np.searchsorted(self._values, values)
         row = g * (len(KINDS) + 1) + kind
         np.add.at(
             self.by_value.ravel(), kind * len(self._values) + at, 1.0
-        )  # flat: tens of times faster
+        )  # on a flat view: tens of times faster
         np.add.at(self.by_bin.ravel(), row * BINS + self._bins[at], 1.0)
         self.high += np.bincount(row, values >= self.q3, self.high.size).reshape(self.high.shape)
         return self._ranks[at]
 
 
 class _Tags:
-    """The tags of a labelled corpus, and how many tokens of each are HIGH."""
+    """Tags of a labelled corpus, and how many tokens of each are HIGH."""
 
     def __init__(self, sample: _Sample, layers: Sequence[int]) -> None:
         tag = f"coalesce(tag, '{UNTAGGED}')"
@@ -327,12 +325,12 @@ class _Tags:
         )
 
     def read(self, tags: pa.Array) -> tuple[Ints, Ints]:
-        """Under which name each token's tag is counted, and which of ``KINDS`` it is by that."""
+        """Index of the name under which each token's tag is counted, and its index in ``KINDS``."""
         found = pc.index_in(pc.fill_null(tags.cast(pa.string()), UNTAGGED), self._tags).to_numpy()
         return self._columns[found], self._kinds[found]
 
     def add(self, layer: int, g: Ints, tags: Ints, high: npt.NDArray[np.bool_]) -> None:
-        """Count tokens of groups ``g``, all [n_tokens]."""
+        """Count tokens of groups ``g``; all arrays are [n_tokens]."""
         row = g * len(self._names) + tags
         for counts, weights in ((self._n[layer], None), (self._high[layer], high)):
             counts += np.bincount(row, weights, counts.size).reshape(counts.shape)
@@ -350,10 +348,10 @@ class _Tags:
 def _read(
     sample: _Sample, layers: Sequence[int], recorded: set[str], tags: _Tags | None
 ) -> tuple[list[_Variable], dict[int, Sums], int]:
-    """All that figures are made of: variables, strength first by layer; sums by layer; and how many
-    types there are.
+    """Read the inputs of all figures: variables, sums by layer, and the number of types.
 
-    Which of ``KINDS`` a token is, its type says, or where there are ``tags`` its own.
+    Strength comes first among the variables, layer by layer. A token's class, one of ``KINDS``, is
+    that of its type, or with ``tags`` that of its own tag.
     """
     run, groups = sample.run, sample.num_groups
     mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
@@ -481,14 +479,14 @@ def _read(
 
 
 # --- figures
-# ---------------------------------------------------------------------------------------------
 
 
 def _of_layer(
     sample: _Sample, k: int, before: int | None, g: Sums, num_types: int
 ) -> Iterator[Figure]:
-    """What the sums ``g`` tell of strength at layer ``k``; ``before`` is the layer recorded before
-    it.
+    """Figures of strength at layer ``k`` from its sums ``g``.
+
+    ``before`` is the recorded layer before ``k``.
     """
     run, draw, figure = sample.run, sample.draw, sample.figure
     total = {name: float(x.sum()) for name, x in g.items()}
@@ -579,7 +577,7 @@ def _of_layer(
 
 
 def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
-    """Pearson's, of sums."""
+    """Pearson's correlation from sums."""
     return np.asarray((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)))
 
 
@@ -594,7 +592,7 @@ def _partial(
     cx: Floats,
     cf: Floats,
 ) -> Floats:
-    """That of ``x`` and ``c``, which is 0 or 1, with ``f`` held constant."""
+    """Partial correlation of ``x`` and ``c`` (0 or 1) with ``f`` held constant."""
     xc, xf, fc = (
         _correlation(n, x, c, xx, c, cx),
         _correlation(n, x, f, xx, ff, fx),
@@ -604,8 +602,9 @@ def _partial(
 
 
 def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]:
-    """The AUC of strength at every layer and of its rivals, rivals' shares by class, and which
-    layer separates best.
+    """AUC of strength at every layer and of its rivals, and which layer separates best.
+
+    Also the HIGH shares of the rivals, by class.
     """
     found: list[Figure] = []
     by_layer: dict[int, Drawn] = {}
@@ -619,7 +618,7 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
         drawn = sample.draw(_auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
         drawn = Drawn(
             exact, drawn.replicates + exact - drawn.value
-        )  # bins move the AUC a little, and all alike
+        )  # binning shifts the AUC slightly, and equally in all replicates
         is_control = v.name != "strength" or v.layer == 0
         found.append(
             sample.figure("classes", AUC, v.name, v.layer, drawn, n, is_control=is_control)
@@ -657,20 +656,20 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
 
 
 def _auc(content: Floats, others: Floats) -> Floats:
-    """Chance that a draw of ``content`` lies above one of ``others``, equal ones counting half;
-    counts [n, bins] of ascending values -> [n].
+    """Probability that a draw from ``content`` is above one from ``others``; ties count half.
+
+    Arguments are counts [n, bins] of ascending values; the result is [n].
     """
     below = np.cumsum(others, axis=1) - others
     wins = (content * (below + others / 2)).sum(axis=1)
     return np.asarray(wins / (content.sum(axis=1) * others.sum(axis=1)))
 
 
-# --- what is shown
-# ---------------------------------------------------------------------------------------
+# --- output
 
 
 def to_json(found: Claims) -> dict[str, Any]:
-    """Plain values; intervals that do not exist are null."""
+    """The claims as plain values; missing interval bounds are null."""
     value = asdict(found)
     for figure in value["figures"]:
         figure |= {
@@ -680,9 +679,7 @@ def to_json(found: Claims) -> dict[str, Any]:
 
 
 def render(found: Claims, console: Console) -> None:
-    """A question for each claim, the control that answers it as well, and the figures, each with
-    its controls.
-    """
+    """Print for each claim its question, a sentence on its controls, and its figures."""
     for claim, question in CLAIMS.items():
         if not (mine := [f for f in found.figures if f.claim == claim]):
             continue
@@ -718,11 +715,11 @@ def render(found: Claims, console: Console) -> None:
 
 
 def against_controls(figures: Sequence[Figure]) -> str:
-    """Which controls equal or beat the first figure of the deepest layer, in numbers; empty where
-    it has no control.
+    """Name the controls that equal or beat the main figure, in one sentence with numbers.
 
-    ``figures`` are of one claim. A control beats the figure when its interval lies above, equals it
-    when they overlap.
+    ``figures`` belong to one claim. The main figure is the first one of the deepest layer. A
+    control beats it when its interval is above, and equals it when the two overlap. Empty where
+    there is no control.
     """
     known = [f for f in figures if math.isfinite(f.value)]
     deepest = max(
@@ -730,15 +727,15 @@ def against_controls(figures: Sequence[Figure]) -> str:
     )
     whats = sorted(
         dict.fromkeys(f.what for f in known), key=lambda what: what != AUC
-    )  # a sort keeps equals in order
+    )  # stable sort: equal keys keep their order
     for what in whats:
         of_this = [f for f in known if f.what == what and f.layer in (None, 0, deepest)]
         mine = [f for f in of_this if not f.is_control and f.layer == deepest]
         if not mine:
             continue
         main = max(mine, key=lambda f: f.value) if mine[0].claim == "tags" else mine[0]
-        # The same at layer 0 is a control, and what is no measure of a layer; not what is measured
-        # otherwise there.
+        # Controls are the same variable at layer 0, and controls that are no measure of a layer. A
+        # different quantity at layer 0 is not a control of this figure.
         controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
         if controls:
             break
@@ -773,5 +770,5 @@ def _amount(numbers: Sequence[int], noun: str) -> str:
 
 
 def shown(value: float) -> str:
-    """Three digits after the point, or two figures of what would vanish in them."""
+    """Format with three decimals, or with two significant digits where these would show 0."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

@@ -1,6 +1,4 @@
-"""Which neurons answer to a word and hardly to others, and what one neuron answers to: words,
-types, contexts.
-"""
+"""Selective neurons of a word, and what one neuron responds to: words, types, contexts."""
 
 from __future__ import annotations
 
@@ -18,26 +16,27 @@ from afn_ray.query.database import Run
 from afn_ray.text import printable
 
 LEAST_N = 20
-"""Neurons met less often are not ranked: what few tokens have in common says little."""
+"""Least number of tokens with a neuron for it to be ranked; fewer have much in common by chance."""
 MOST_OCCURRENCES = 20_000
-"""Of a word that are looked at: the early ones, which are enough for a share. A word that occurs
-more often is a type, so the vocabulary knows how often.
+"""Number of occurrences of a word that are read, the first ones; enough for a share.
+
+A word that occurs more often is a type, so the vocabulary has its exact count.
 """
 CONTEXTS = 10
 WORDS_BESIDE = 6
 TOKENS_BESIDE = 40
-"""On each side, read for the words beside a token."""
+"""Number of tokens read on each side of a token, to form the words around it."""
 SHOWN_TYPES = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """A neuron and what it answers to, as in the table ``neurons``."""
+    """A neuron and its types, as in the table ``neurons``."""
 
     layer: int
     neuron: int
-    n: int  # tokens that have it among their neurons, special ones apart
-    share: float  # of all tokens whose neurons are recorded
+    n: int  # tokens that have it among their neurons, without special ones
+    share: float  # n as a share of all tokens whose neurons are recorded
     mean: float
     largest: float
     n_types: int
@@ -47,22 +46,22 @@ class Neuron:
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """A neuron against a word."""
+    """A neuron compared between a word and all other tokens."""
 
     neuron: Neuron
-    share: float  # of the word's tokens that have the neuron
-    elsewhere: float  # of all other tokens that have it
-    mean: float  # its value in the word
+    share: float  # share of the word's tokens that have the neuron
+    elsewhere: float  # share of all other tokens that have it
+    mean: float  # mean value in the word's tokens
 
     @property
     def lift(self) -> float | None:
-        """How many times as often as elsewhere; None where it is never met elsewhere."""
+        """``share`` over ``elsewhere``; None where ``elsewhere`` is 0."""
         return self.share / self.elsewhere if self.elsewhere else None
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A token that has the neuron, among the words around it."""
+    """A token that has the neuron, and the words around it."""
 
     doc: int
     position: int
@@ -73,8 +72,9 @@ class Context:
 
 
 def layer_of(run: Run, layer: int | None) -> int:
-    """``layer``, or the deepest whose neurons ``run`` recorded. Raises ``ConfigError`` where there
-    is none.
+    """``layer``, or the deepest layer with recorded neurons.
+
+    Raises ``ConfigError`` where the layer's neurons were not recorded, or none were.
     """
     layers: list[int] = run.info["measure"].get("neuron_layers", [])
     if not layers:
@@ -86,8 +86,9 @@ def layer_of(run: Run, layer: int | None) -> int:
 
 
 def selective_neurons(run: Run, layer: int, most: int) -> list[Neuron]:
-    """Neurons whose tokens are furthest from the corpus's mixture of types, of those met
-    ``LEAST_N`` times or more.
+    """The ``most`` most selective neurons of those with at least ``LEAST_N`` tokens.
+
+    Selectivity is how far the types of a neuron's tokens are from the corpus's mixture of types.
     """
     rows = run.sql(
         "FROM neurons WHERE layer = ? AND n >= ? ORDER BY selectivity DESC, neuron LIMIT ?",
@@ -97,8 +98,9 @@ def selective_neurons(run: Run, layer: int, most: int) -> list[Neuron]:
 
 
 def find_neuron(run: Run, layer: int, number: int) -> Neuron:
-    """The neuron ``number`` of ``layer``. Raises ``ConfigError`` for one that no token has among
-    its neurons.
+    """The neuron ``number`` of ``layer``.
+
+    Raises ``ConfigError`` for a neuron that no token has among its neurons.
     """
     rows = (
         run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number])
@@ -120,11 +122,10 @@ def _neuron(row: dict[str, Any]) -> Neuron:
 
 
 def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Concept], int]:
-    """Neurons that tokens of ``word`` have more often than other tokens do, and the occurrences
-    that were looked at.
+    """Neurons more frequent in ``word`` than elsewhere, and the number of occurrences read.
 
-    Those come first that tell most of the word: share times the logarithm of the lift. Raises
-    ``ConfigError`` for a word that does not occur.
+    Sorted by share times the logarithm of the lift, largest first. Raises ``ConfigError`` for a
+    word that does not occur.
     """
     ((occurrences,),) = run.sql(
         f"SELECT count(*) FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})",  # noqa: S608
@@ -140,8 +141,8 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
             f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
             f"WHERE layer = {layer} AND class <> 'special' AND lower(text) = lower($word))"
         )
-    # What unnests one list is taken for one row: a join with the tokens makes its table of that,
-    # and not of them all.
+    # DuckDB estimates one row for an unnested list, so the join builds its hash table from the list
+    # and not from all tokens.
     query = f"""
         WITH places AS MATERIALIZED (
             SELECT doc, position + unnest(range(n_tokens))::INTEGER AS position
@@ -176,11 +177,12 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
 
 
 def contexts(run: Run, layer: int, number: int, most: int = CONTEXTS) -> list[Context]:
-    """Tokens in which the neuron is furthest from 0, with the words around them; reads all of the
-    layer's neurons.
+    """Tokens with the largest absolute values of the neuron, with the words around them.
+
+    Reads all recorded neurons of the layer.
     """
-    # Where all tokens have neurons, rows are beside each other; of HIGH tokens alone none is
-    # special.
+    # With neurons of all tokens the two tables have the same rows in the same order. With neurons
+    # of HIGH tokens alone there are no special tokens to exclude.
     high_only = "neurons_above" in run.info["measure"]
     normal = (
         "token_neurons t"
@@ -206,7 +208,7 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
     ).fetchall()
     words: list[
         tuple[str, bool]
-    ] = []  # text, whether it is whole: then its other pieces add nothing
+    ] = []  # text, and whether it is a whole word: its other pieces then add nothing
     at = 0
     for place, text, is_word_start, is_whole in tokens:
         if is_word_start or not words:
@@ -220,14 +222,11 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
     return Context(doc, position, value, " ".join(left), texts[at], " ".join(right))
 
 
-# --- what is shown
-# ---------------------------------------------------------------------------------------
+# --- output
 
 
 def said_layer(run: Run, layer: int) -> str:
-    """The layer, the others that were recorded, and of which tokens neurons were: what heads every
-    view.
-    """
+    """Heading of every view: the layer, other recorded layers, and a note on HIGH-only neurons."""
     others = ", ".join(str(k) for k in run.info["measure"]["neuron_layers"] if k != layer)
     high_only = "; neurons of HIGH tokens alone were recorded: all figures are of these"
     return (
@@ -238,7 +237,7 @@ def said_layer(run: Run, layer: int) -> str:
 
 
 def render_selective(found: Sequence[Neuron], console: Console) -> None:
-    """The most selective neurons of a layer."""
+    """Print the most selective neurons of a layer."""
     table = _table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
     for x in found:
         figures = (
@@ -259,7 +258,7 @@ def render_selective(found: Sequence[Neuron], console: Console) -> None:
 
 
 def render_word(word: str, found: Sequence[Concept], occurrences: int, console: Console) -> None:
-    """The neurons of a word."""
+    """Print the neurons of a word."""
     limit = ", the early ones" if occurrences == MOST_OCCURRENCES else ""
     console.print(Text(f"{printable(word)}: {occurrences:,} occurrences{limit}", "bold"))
     if not found:
@@ -289,7 +288,7 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
 
 
 def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) -> None:
-    """One neuron: its types, and the tokens in which it is furthest from 0."""
+    """Print one neuron: its types, and the tokens with its largest absolute values."""
     console.print(Text(f"Layer {neuron.layer}, neuron {neuron.neuron}", "bold"))
     console.print(
         f"among the neurons of {neuron.n:,} tokens ({neuron.share:.2%}) of {neuron.n_types:,} types; mean "

@@ -1,6 +1,4 @@
-"""One text against a run: what is measured of its tokens, and what a decision hangs on, beside what
-the run knows.
-"""
+"""One text compared with a run: its tokens' measurements, and the inputs of a decision."""
 
 from __future__ import annotations
 
@@ -26,14 +24,14 @@ from afn_ray.store import manifest
 from afn_ray.store.settings import config_from
 
 TOP = 10
-"""Tokens and neurons that a decision lists, and labels that it shows."""
+"""Number of tokens and neurons that a decision lists, and of labels that it shows."""
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class Usual:
-    """What the run knows of a token's type at one layer."""
+    """Figures of a token's type at one layer, from the run."""
 
     n: int  # occurrences
     median: float
@@ -42,47 +40,47 @@ class Usual:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What another signal than strength says of one token at one layer."""
+    """One token's value of a signal other than strength, at one layer."""
 
-    signal: str  # its column, without the layer
+    signal: str  # column name without the layer
     value: float
     quartile: (
         int | None
-    )  # by the run's thresholds, where it recorded the signal; None for special tokens too
+    )  # by the run's thresholds; None where it did not record the signal, and for special tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One token at one layer, against the run."""
+    """One token at one layer, compared with the run."""
 
     layer: int
     strength: float
-    quartile: int | None  # 1 to 4 by the run's thresholds; None for special tokens, which have none
+    quartile: int | None  # 1 to 4 by the run's thresholds; None for special tokens
     high: bool | None  # at or above Q3
-    rank: float | None  # share of the run's tokens, special ones apart, at or below ``strength``
+    rank: float | None  # share of the run's non-special tokens at or below ``strength``
     usual: Usual | None  # None: the type is not in the run
-    signals: tuple[Value, ...] = ()  # those asked for, where the layer has them
+    signals: tuple[Value, ...] = ()  # the requested ones that the layer has
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One token at one layer, within this text alone."""
+    """One token at one layer, compared within this text alone."""
 
     layer: int
     strength: float
-    rank: float | None  # share of the text's tokens, special ones apart, at or below ``strength``
-    decile: int | None  # 0 to 9 by that rank; None for special tokens, as is the one above
-    quartile: int | None  # by the run's thresholds, where it recorded the layer
+    rank: float | None  # share of the text's non-special tokens at or below ``strength``
+    decile: int | None  # 0 to 9 by ``rank``; both are None for special tokens
+    quartile: int | None  # by the run's thresholds; None where it did not record the layer
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token of the text."""
 
-    text: str  # as written; empty for special tokens
-    piece: str  # as the tokenizer writes it
+    text: str  # as in the text; empty for special tokens
+    piece: str  # as in the tokenizer's vocabulary
     token_id: int
-    start: int  # character offsets into the text
+    start: int  # start and end: character offsets into the text
     end: int
     special: bool
     word_start: bool
@@ -92,7 +90,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The run's quartiles of one layer, over all its tokens but the special ones."""
+    """The run's quartiles of one layer, over all its tokens except special ones."""
 
     layer: int
     n: int
@@ -103,52 +101,50 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """One answer that the classifier could give."""
+    """One label of the classifier."""
 
     name: str
-    value: float  # probability; of a regression the value
+    value: float  # probability; for a regression the value
 
 
 @dataclass(frozen=True, slots=True)
 class Neuron:
-    """One neuron of the layer's MLP in a decision."""
+    """A neuron of the layer's MLP and its part in a decision."""
 
     neuron: int
-    attribution: float  # over all tokens
-    token: int  # ordinal of the token where its part is largest, by size
+    attribution: float  # sum over all tokens
+    token: int  # index of the token with its largest absolute attribution
     attribution_there: float
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the model's own classifier says of the text, and what that hangs on, as
-    ``model.Decided`` defines it.
-    """
+    """The classifier's output for the text and its attributions, as in ``model.Decided``."""
 
     layer: int
     kind: str  # "one" of the labels, "any" of them, or a "value"
     labels: tuple[Label, ...]
-    chosen: int  # ordinal of the label that attributions are of
+    chosen: int  # index of the label that the attributions explain
     attributions: tuple[float, ...]  # by token
-    neurons: tuple[Neuron, ...]  # the ``TOP`` by size of attribution; empty at layer 0
+    neurons: tuple[Neuron, ...]  # the ``TOP`` largest by absolute attribution; empty at layer 0
     spearman: (
         float | None
-    )  # of strength and size of attribution, special tokens apart; None where either is constant
+    )  # of strength and absolute attribution, without special tokens; None where either is constant
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A text's tokens against a run."""
+    """A text's tokens compared with a run."""
 
     run: str  # URI
     model: str
     dtype: str
-    device: str  # on which the text was measured
+    device: str  # device on which the text was measured
     text: str
     layers: tuple[int, ...]  # ascending
     thresholds: tuple[Thresholds, ...]  # in the order of ``layers``
     tokens: tuple[Token, ...]
-    notes: tuple[str, ...]  # why figures may differ from the run's in their last digits
+    notes: tuple[str, ...]  # reasons why figures may differ from the run's in their last digits
     sweep: tuple[int, ...] = ()  # layers of the heat map, ascending
     decision: Decision | None = None
 
@@ -167,16 +163,19 @@ def explain(
 ) -> Explanation:
     """Measure ``text`` as the run at ``run_uri`` measured its corpus, in this process, and compare.
 
-    ``signals``: what to measure beside strength, recorded or not. ``layers``: of a heat map of the
-    text, recorded or not, as in a config. ``task``: ask the model's own sequence classifier too,
-    and look into it at ``layer`` (None: the deepest recorded).
+    - ``signals``: signals to measure beside strength, recorded or not.
+    - ``layers``: layers of a heat map of the text, recorded or not; same syntax as in a config.
+    - ``task``: also run the model's own sequence classifier and attribute its output at ``layer``
+      (None: the deepest recorded layer).
+    - ``model_name``: path of the run's model on this machine, if it differs from the run's.
 
-    ``model_name``: where the run's model is on this machine, if elsewhere than it was for the run.
-    A store may be somebody else's: code and pickles that its run names are used only where the
-    caller says so as well. Raises ``StoreError`` without such a run, ``ConfigError`` for a text
-    without tokens, a layer that was not recorded or a signal that there is not, and ``ModelError``
-    when the model here is not the run's (it says in what they differ), cannot give a signal or has
-    no classifier.
+    A store may come from a third party, so code and pickles that its run names are used only where
+    the caller allows them too (``trust_remote_code``, ``allow_pickle``).
+
+    Raises ``StoreError`` where there is no such run, and ``ConfigError`` for a text without tokens,
+    a layer that was not recorded or an unknown signal. Raises ``ModelError`` when the model here
+    differs from the run's (the message names the differences), cannot give a signal or has no
+    classifier.
     """
     run = manifest.find_run(run_uri)
     plan = recorded_task(
@@ -194,7 +193,7 @@ def explain(
             f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
             "looked for none; leave them out, or explain against a run that recorded them"
         )
-    cleaned = SURROGATES.sub("\ufffd", text)  # what is no character, as in the corpus
+    cleaned = SURROGATES.sub("\ufffd", text)  # no surrogates, as in the corpus
     measured, pieces = _measure(plan, cleaned, cleaned != text)
     encoded, by_series = measured.encoded, dict(zip(plan.series, measured.values, strict=True))
     special = (encoded.flags & SPECIAL) > 0
@@ -219,7 +218,7 @@ def explain(
         other = replace(plan, layers=elsewhere, outliers=())
         other = worker.with_signals(
             other
-        )  # in a pass of its own: the first one is then just the run's
+        )  # in a pass of its own, so that the first one is exactly the run's
         by_series |= zip(
             other.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True
         )
@@ -275,10 +274,8 @@ def explain(
 
 
 def _measure(plan: worker.Task, text: str, replaced: bool) -> tuple[worker.Measured, list[str]]:
-    """``plan``'s series of every token of ``text``, and the vocabulary as the tokenizer writes
-    it.
-    """
-    model.free_memory()  # of the one before
+    """``plan``'s series for every token of ``text``, and the tokenizer's vocabulary."""
+    model.free_memory()  # free the previous model
     with contextlib.closing(worker.Processor(plan)) as processor:
         measured = processor.measure([text], [replaced])
         pieces = processor.preparer.pieces
@@ -303,9 +300,7 @@ def _measure(plan: worker.Task, text: str, replaced: bool) -> tuple[worker.Measu
 def _read_signal(
     tables: Mapping[str, pa.Table], series: Series, special: Any, values: Any
 ) -> list[Value]:
-    """What ``series`` says of each token, from the run's tables where it recorded it; the arrays
-    are [n_tokens].
-    """
+    """Values of ``series`` by token, with quartiles where recorded; arrays are [n_tokens]."""
     rows = []
     if "signals" in tables:
         here = (pc.field("signal") == series.signal) & (pc.field("layer") == series.layer)
@@ -327,7 +322,7 @@ def _read_signal(
 def _within_text(
     layer: int, values: Any, special: Any, quartiles: Sequence[int | None] | None
 ) -> list[Cell]:
-    """Each token's place among the tokens of the text at ``layer``; the arrays are [n_tokens]."""
+    """Each token's rank among the tokens of the text at ``layer``; the arrays are [n_tokens]."""
     others = np.sort(values[~special])
     at_or_below, n = np.searchsorted(others, values, side="right").tolist(), len(others)
     return [
@@ -343,9 +338,7 @@ def _within_text(
 
 
 def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> Decision:
-    """``decided`` with its neurons ranked; ``values`` (strengths) and ``special`` are
-    [n_tokens].
-    """
+    """``decided`` with ranked neurons; ``values`` (strengths) and ``special`` are [n_tokens]."""
     if not (np.isfinite(decided.tokens).all() and np.isfinite(decided.neurons).all()):
         raise ModelError("the gradient of the classifier's answer is not finite for this text")
     totals = decided.neurons.sum(axis=0, dtype=np.float64)
@@ -366,9 +359,7 @@ def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> 
 
 
 def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
-    """Correlation of the ranks of ``a`` and ``b`` [n], equal values sharing theirs; None where all
-    are equal.
-    """
+    """Rank correlation of ``a`` and ``b`` [n], ties averaged; None where either is constant."""
     ranks = []
     for values in (a, b):
         _, inverse, n = np.unique(values, return_inverse=True, return_counts=True)
@@ -381,8 +372,9 @@ def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
 def recorded_task(
     run: manifest.RunFolder, *, model_name: str | None, trust_remote_code: bool, allow_pickle: bool
 ) -> worker.Task:
-    """The task that measures texts here as ``run`` measured its corpus. Raises ``ModelError`` as
-    ``explain`` does.
+    """The task that measures texts on this machine as ``run`` measured its corpus.
+
+    Raises ``ModelError`` as ``explain`` does.
     """
     recorded = run.info["measure"]
     config = config_from(run.info["config"])
@@ -411,9 +403,7 @@ def recorded_task(
 def _read_layer(
     tables: Mapping[str, pa.Table], layer: int, token_ids: Any, special: Any, strengths: Any
 ) -> tuple[Thresholds, list[Reading]]:
-    """Thresholds of ``layer`` and one reading per token, from the run's tables; the arrays are
-    [n_tokens].
-    """
+    """Thresholds of ``layer`` and a reading per token, from ``tables``; arrays are [n_tokens]."""
     here = pc.field("layer") == layer
     row = tables["labels"].filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
@@ -488,7 +478,7 @@ def _notes(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...]:
 
 
 def index_of(layers: tuple[int, ...], layer: int | None) -> int:
-    """Where ``layer`` is among the recorded ``layers``; None: the deepest."""
+    """Index of ``layer`` among the recorded ``layers``; None means the deepest."""
     if layer is None:
         return len(layers) - 1
     if layer not in layers:
@@ -499,6 +489,6 @@ def index_of(layers: tuple[int, ...], layer: int | None) -> int:
 
 
 def to_json(explanation: Explanation) -> dict[str, Any]:
-    """``explanation`` as plain values: what ``json.loads`` gives back."""
+    """``explanation`` as plain values, equal to what ``json.loads`` returns."""
     value: dict[str, Any] = json.loads(json.dumps(asdict(explanation), allow_nan=False))
     return value

@@ -1,10 +1,9 @@
-"""What the model's own output loses with its HIGH tokens: they are masked, and beside them as many
-others.
+"""Masking: how the model's output changes without its HIGH tokens, against other tokens.
 
-A token may be HIGH, that is long, without the rest of the text depending on it. Documents of the
-run are drawn by their hash and put together again from the token ids that the run recorded, so the
-corpus is not needed, and is always what was measured. What is read is the output of the last block,
-before a final norm.
+A token may be HIGH (its state is long) although the rest of the text does not depend on it.
+Documents of the run are drawn by their hash and rebuilt from the recorded token ids, so the corpus
+is not needed and the text is always the measured one. The output compared is that of the last
+block, before a final norm.
 """
 
 from __future__ import annotations
@@ -39,11 +38,12 @@ STAND_INS = (
     "[PAD]",
     "<pad>",
 )
-"""What a token is replaced by: the first of these that the vocabulary has. Decoders have seldom a
-mask.
+"""Replacements for a masked token; the first one in the vocabulary is used.
+
+Decoders seldom have a mask token.
 """
 SHARE = 0.15
-"""Of a document's tokens, at most: as many as were masked when masked models learned."""
+"""Largest share of a document's tokens that is masked; the usual share in masked training."""
 KINDS = ("HIGH", "LOW", "random", "HIGH content", "LOW content")
 DIFFERENCES = (("HIGH", "random"), ("HIGH", "LOW"), ("HIGH content", "LOW content"))
 CHANGES = (
@@ -57,11 +57,11 @@ States32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One document of the run, as far as a window reaches; all [n_tokens]."""
+    """One document of the run, cut to one window; all arrays are [n_tokens]."""
 
     doc: int
     ids: Ints
-    free: npt.NDArray[np.bool_]  # neither special nor a sink: may be replaced, and is looked at
+    free: npt.NDArray[np.bool_]  # neither special nor a sink: may be replaced, and is compared
     high: npt.NDArray[np.bool_]
     content: npt.NDArray[np.bool_]
 
@@ -74,14 +74,15 @@ def check(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[list[Figure], str]:
-    """The figures of the claim ``masking`` for at most ``num_documents``, and what must be known to
-    read them.
+    """The figures of the claim ``masking`` for at most ``num_documents``, and a note on them.
 
-    HIGH is as the run labels it at its deepest layer. In each document as many HIGH, LOW and random
-    tokens are replaced, in each class of words too; special tokens and sinks are neither replaced
-    nor looked at. Means are over documents. The rest is that of ``explain.explain``: raises
-    ``ModelError`` where the model here is not the run's, ``ConfigError`` where its vocabulary has
-    none of ``STAND_INS``, or no document a token of both kinds.
+    HIGH is the run's label at its deepest layer. In each document the same number of HIGH, LOW and
+    random tokens is replaced, and the same again among content words. Special tokens and sinks are
+    neither replaced nor compared. Means are over documents.
+
+    The other arguments are those of ``explain.explain``. Raises ``ModelError`` where the model here
+    is not the run's. Raises ``ConfigError`` where its vocabulary has none of ``STAND_INS``, or
+    where no document has both HIGH and LOW tokens.
     """
     task = explain.recorded_task(
         manifest.find_run(run.uri),
@@ -170,14 +171,15 @@ def _stand_in(processor: worker.Processor) -> tuple[str, int]:
 def _texts(
     run: Run, layer: int, num_documents: int, window: int, processor: worker.Processor
 ) -> Iterator[Text]:
-    """Documents in the order of their hash; of one that is longer than a window the beginning, with
-    the template.
+    """Documents in the order of their hash.
+
+    A document longer than a window is cut to its beginning, and the template's suffix is restored.
     """
     suffix = list(processor.preparer.encoder.template.suffix)
     content = content_tags(run)
     is_content = "coalesce(class, '') = 'content'"
     parameters: dict[str, Any] = {"n": num_documents, "window": window}
-    if content is not None:  # a token's own tag says more than what its type mostly is
+    if content is not None:  # a token's own tag is more exact than its type's most frequent class
         is_content, parameters["content"] = (
             "coalesce(list_contains($content::VARCHAR[], tag), false)",
             content,
@@ -202,9 +204,7 @@ def _texts(
 
 
 def content_tags(run: Run) -> list[str] | None:
-    """Tags of content words where the run is labelled, none where its tags are not UPOS; None where
-    it has no tags.
-    """
+    """Tags of content words; empty where the tags are not UPOS; None where the run has no tags."""
     if "tag" not in run.sql("FROM tokens LIMIT 0").columns:
         return None
     tags = [
@@ -215,8 +215,10 @@ def content_tags(run: Run) -> list[str] | None:
 
 
 def choose(text: Text) -> dict[str, Ints]:
-    """Which tokens of ``text`` are replaced, kind by kind: as many of each, drawn without
-    replacement by a seed that is the document's own. Kinds that it lacks are left out.
+    """Indices of the tokens of ``text`` to replace, by kind: the same number of each.
+
+    Drawn without replacement, with a seed of the document's own. Kinds that the document lacks are
+    left out.
     """
     dice = np.random.default_rng([SEED, text.doc])
     most = max(1, int(SHARE * text.free.sum()))
@@ -236,9 +238,7 @@ def choose(text: Text) -> dict[str, Ints]:
 def _changes(
     processor: worker.Processor, text: Text, chosen: dict[str, Ints], stand_in: int
 ) -> dict[str, tuple[float, float]]:
-    """Both of ``CHANGES`` for each kind that leaves a token; the text and its variants are one
-    batch.
-    """
+    """Both ``CHANGES`` for each kind that leaves a token; text and variants form one batch."""
     if not chosen:
         return {}
     variants = np.repeat(text.ids[None], 1 + len(chosen), axis=0)

@@ -1,6 +1,4 @@
-"""SQL that counts a run's tables once more from its rows, and shares nothing with what reduced
-them.
-"""
+"""SQL that recomputes a run's tables from its rows; shares no code with the reduce step."""
 
 from __future__ import annotations
 
@@ -8,8 +6,8 @@ from __future__ import annotations
 def thresholds_sql(layer: int) -> str:
     """SQL of a layer's thresholds from the rows; its parameter is the sink factor.
 
-    Quartiles are those of DuckDB's quantile_disc, which holds every row in memory: equal values are
-    counted first.
+    Quartiles equal those of DuckDB's ``quantile_disc``, which holds every row in memory. This query
+    counts equal values first.
     """
     return f"""
         WITH counted AS MATERIALIZED (
@@ -43,9 +41,7 @@ def thresholds_sql(layer: int) -> str:
 
 
 def vocabulary_sql(layer: int) -> str:
-    """SQL of the types of a layer whose counts or extremes differ between the vocabulary and the
-    rows.
-    """
+    """SQL of a layer's types whose counts or extremes differ between vocabulary and rows."""
     strength = f"strength_{layer}"
     return f"""
         WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
@@ -61,10 +57,10 @@ def vocabulary_sql(layer: int) -> str:
 
 
 def neurons_sql(layer: int, high_only: bool) -> str:
-    """SQL of the neurons of a layer whose counts or extremes differ between ``neurons`` and the
-    rows.
+    """SQL of a layer's neurons whose counts or extremes differ between ``neurons`` and the rows.
 
-    Where all tokens have a row these are beside each other; of HIGH tokens alone none is special.
+    With neurons of all tokens both tables have the same rows in the same order. With neurons of
+    HIGH tokens alone there are no special tokens to exclude.
     """
     rows = (
         "FROM token_neurons"

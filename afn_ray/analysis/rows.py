@@ -1,4 +1,4 @@
-"""Whether the rows of one shard are what its commit and its measure promise."""
+"""Check of one shard's rows against its commit and its measure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Wrong(Exception):
-    """What is wrong with a shard's rows: the table (empty: the commit itself) and the message."""
+    """An error in a shard's rows: the table (empty: the commit itself) and the message."""
 
 
 def check_rows(
@@ -41,7 +41,7 @@ def check_rows(
     read: Shard,
     measure: Mapping[str, Any] | None,
 ) -> None:
-    """Raises ``Wrong`` at the first promise that the rows of a shard break."""
+    """Check the rows of a shard; raise ``Wrong`` at the first error."""
     series, tagged = _check_schemas(tables, commit, measure)
     columns = [
         "doc",
@@ -86,8 +86,10 @@ def check_rows(
 def _check_schemas(
     tables: Mapping[str, pq.ParquetFile], commit: Commit, measure: Mapping[str, Any] | None
 ) -> tuple[tuple[Series, ...], bool]:
-    """What was recorded, and whether with tags: by ``measure``, or where no run knows it as the
-    tokens have it.
+    """Check the schemas; return the recorded series, and whether there are tags.
+
+    The expected schema is that of ``measure``. Without it, because no run has that measure, the
+    columns of the tokens decide.
     """
     names = tables["tokens"].schema_arrow.names
     parts = [name.rpartition("_") for name in names]
@@ -132,7 +134,7 @@ def series_of(measure: Mapping[str, Any]) -> tuple[Series, ...]:
 
 
 def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
-    """The counts that ``documents`` give."""
+    """Check ``documents`` and return the counts that they give."""
     n_tokens = documents["n_tokens"].to_numpy()
     status = documents["status"].cast(pa.string())
     quarantined = pc.starts_with(status, "quarantined").to_numpy()
@@ -160,7 +162,7 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
 
 
 def _check_losses(documents: pa.Table) -> dict[str, int]:
-    """What ``documents`` give for what was replaced and lost."""
+    """Check and count what was replaced and lost in ``documents``."""
     replaced, lost_bytes = (documents[name].to_numpy() for name in ("n_replaced", "lost_bytes"))
     unknown = pc.is_null(documents["lost_documents"]).to_numpy()
     known = pc.fill_null(documents["lost_documents"], 0).to_numpy()
@@ -186,7 +188,7 @@ def _check_losses(documents: pa.Table) -> dict[str, int]:
 def _check_tokens(
     file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series], tagged: bool
 ) -> tuple[int, Summary]:
-    """The number of special tokens in ``file``, and the summary of all."""
+    """Check ``file``; return its number of special tokens and the summary of all tokens."""
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
     num_special, summary = 0, Summary(series, tagged)
@@ -240,9 +242,7 @@ def _check_tokens(
 def _check_neurons(
     tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Mapping[str, Any]
 ) -> neurons.PairSummary:
-    """The pairs of ``lists``, once these are shown to be of the tokens of which they should be, and
-    in order.
-    """
+    """Check that ``lists`` has rows for the right tokens, in order; return its pair sums."""
     layers = _neuron_layers(lists)
     above = dict(zip(layers, measure.get("neurons_above", []), strict=False))
     pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
@@ -297,14 +297,14 @@ def _check_neurons(
 
 
 class _Rows:
-    """The rows of a Parquet file in order, as many at a time as are asked for."""
+    """Rows of a Parquet file in order, in chunks of any size."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
         self._batches = file.iter_batches(records.BATCH_ROWS)
         self._held = file.schema_arrow.empty_table()
 
     def take(self, n: int) -> pa.Table:
-        """The next ``n`` rows; fewer where the file ends."""
+        """The next ``n`` rows; fewer at the end of the file."""
         while len(self._held) < n and (batch := next(self._batches, None)) is not None:
             self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
         taken, self._held = self._held.slice(0, n), self._held.slice(n)
@@ -312,5 +312,5 @@ class _Rows:
 
 
 def only(values: Mapping[str, int], keys: Iterable[str]) -> dict[str, int]:
-    """Those of ``values`` that ``keys`` name."""
+    """The entries of ``values`` whose keys are in ``keys``."""
     return {k: values[k] for k in keys}

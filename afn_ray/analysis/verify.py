@@ -1,4 +1,4 @@
-"""Prove that a store still holds what was committed: every file, every row, every threshold."""
+"""Verify that a store still holds what was committed: every file, every row, every threshold."""
 
 from __future__ import annotations
 
@@ -41,9 +41,12 @@ from afn_ray.store.orphans import Age, Orphan, Plans
 from afn_ray.text import count
 
 SHARDS_AT_ONCE = 4
-"""Each holds its files in memory, one shard's worth."""
+"""Number of shards checked in parallel; each holds the files of one shard in memory."""
 RELATIVE = 1e-9
-"""Between two computations of a mean; the order of a sum may differ. All else is equal or wrong."""
+"""Relative tolerance between two computations of a mean, as the order of a sum may differ.
+
+Everything else must be equal.
+"""
 
 OnProgress = Callable[[str], None]
 Ints = npt.NDArray[np.int64]
@@ -51,11 +54,16 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it was committed.
+    """One difference between the store and what was committed.
 
-    ``kind``: "missing" (a file), "damaged" (bytes that are not those written), "misplaced" (another
-    measure's, shard's, attempt's or run's), "plan" (reads a part of the corpus twice or never),
-    "rows" (of a shard), "tables" (of a run, against its shards).
+    ``kind`` is one of:
+
+    - "missing": a file is missing.
+    - "damaged": bytes differ from those written.
+    - "misplaced": a file of another measure, shard, attempt or run.
+    - "plan": a plan reads part of the corpus twice or never.
+    - "rows": an error in the rows of a shard.
+    - "tables": tables of a run that do not match its shards.
     """
 
     kind: str
@@ -65,34 +73,32 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was checked, and what was found."""
+    """The extent and the findings of one verification."""
 
     uri: str
-    findings: tuple[Finding, ...]  # in the order of their URIs; none: all is as it was committed
+    findings: tuple[Finding, ...]  # by URI; empty: everything is as committed
     orphans: tuple[Orphan, ...]
-    foreign: tuple[
-        str, ...
-    ]  # URIs of files in the store that afn-ray never writes there; they are left alone
+    foreign: tuple[str, ...]  # URIs of files that afn-ray never writes to a store; left alone
     incomplete: tuple[str, ...]  # URIs of runs that have not ended; no damage
-    condemned: tuple[str, ...]  # URIs of runs that a gc gave up and has not removed yet; no damage
+    condemned: tuple[str, ...]  # URIs of runs that a gc condemned but has not removed; no damage
     unproved: tuple[
         str, ...
-    ]  # URIs of complete runs whose tables could not be shown to be right, for what was found
-    num_shards: int  # committed
-    num_files: int  # of shards and runs
+    ]  # URIs of complete runs whose tables could not be verified because of the findings
+    num_shards: int  # committed shards
+    num_files: int  # files of shards and runs
     num_bytes: int
-    num_rows: int  # of tokens
-    num_runs: int  # whose tables were recomputed
+    num_rows: int  # rows of tokens
+    num_runs: int  # runs whose tables were recomputed
     seconds: float
 
 
 @dataclass(slots=True)
 class _Checked:
-    """One committed shard as it was found."""
+    """Result of checking one committed shard."""
 
     commits: dict[int, Commit] = field(default_factory=dict)  # by generation
     findings: list[Finding] = field(default_factory=list)
-    unnamed: list[storage.StoredFile] = field(default_factory=list)  # by none of its commits
+    unnamed: list[storage.StoredFile] = field(default_factory=list)  # named by none of its commits
     num_files: int = 0
     num_bytes: int = 0
     num_rows: int = 0
@@ -106,14 +112,17 @@ def verify_store(
     memory_limit: str = "2GB",
     on_progress: OnProgress = lambda message: None,
 ) -> Verification:
-    """Check all committed shards and complete runs of the store at ``uri``, or one run and its
-    shards.
+    """Check all committed shards and complete runs of the store, or one run and its shards.
 
-    Every file is read once, a few shards at a time. ``clean`` removes orphans: at once where a
-    commit or a run.json keeps all others from being used, and those of a shard that no run plans
-    when they are older than ``min_age_h`` hours; those of a shard that a run is about to do stay.
-    ``memory_limit`` is DuckDB's. Damage is returned, not raised. Raises ``StoreError`` when there
-    is neither a store nor a run, ``Interrupted`` when it does not answer.
+    ``uri`` is that of the store or the run. Every file is read once, a few shards at a time.
+    ``memory_limit`` is DuckDB's.
+
+    ``clean`` removes orphans. An orphan goes at once where a commit or a run.json rules out its
+    use. An orphan of a shard that no run plans goes when it is older than ``min_age_h`` hours.
+    Orphans of a shard that a run is about to process stay.
+
+    Damage is returned, not raised. Raises ``StoreError`` when there is neither a store nor a run,
+    and ``Interrupted`` when the store does not answer.
     """
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
@@ -139,7 +148,7 @@ def verify_store(
         runs = [_Run(store, name) for name in sorted(there.runs)]
     else:
         if _is_condemned(store, name):
-            manifest.find_run(uri)  # it says so
+            manifest.find_run(uri)  # raises the error that says so
         runs = [run := _Run(store, name)]
         planned = {(run.measure_id, shard.id) for shard in run.shards}
         there = layout.sort_files(store, storage.list_below(uri))
@@ -152,7 +161,7 @@ def verify_store(
     files = there.shards
     age = Age(storage.clock_s(store) if clean else time.time(), min_age_h)
     measures = {run.measure_id: run.measure for run in runs if run.measure}
-    lists: dict[Place, list[str]] = {}  # complete runs by what they list
+    lists: dict[Place, list[str]] = {}  # run.json URIs of complete runs, by shard
     for run in runs:
         for shard in run.shards if run.complete else ():
             lists.setdefault((run.measure_id, shard.id), []).append(
@@ -217,7 +226,7 @@ def verify_store(
 def _is_condemned(store: str, name: str) -> bool:
     try:
         return manifest.open_folder(store, name).condemned
-    except StoreError:  # damaged: told below
+    except StoreError:  # damaged; reported when the run is checked
         return False
 
 
@@ -233,7 +242,7 @@ def _newest_epoch(store: str, findings: list[Finding]) -> epochs.Epoch:
 def _of_shards(
     store: str, checked: Mapping[Place, _Checked], epoch: epochs.Epoch, plans: Plans, age: Age
 ) -> Iterator[Orphan]:
-    """Files in the folders of shards that none of their commits names."""
+    """Files in shard folders that no commit of their shard names."""
     if any(one.unnamed for one in checked.values()):
         plans.add_new(store)
         plans.unreadable |= epoch.number < 0
@@ -247,9 +256,7 @@ def _of_shards(
 
 
 def _redo_shard(folder: str, runs: Sequence[str]) -> str:
-    """What to do about a shard that is not as it was committed; ``runs`` are the run.json that list
-    it.
-    """
+    """Advice on a damaged shard; ``runs`` are URIs of the run.json files that list it."""
     others = f" and {len(runs) - 3} more that list the shard" if len(runs) > 3 else ""
     return f"delete {' and '.join([folder, *runs[:3]])}{others}, then give 'afn run' again: it is done anew"
 
@@ -265,7 +272,10 @@ def _check_pilot(store: str, name: str) -> Iterator[Finding]:
 
 
 def _without(error: StoreError, uri: str) -> str:
-    """The message of ``error``, which a finding prints behind ``uri``; and this is 'afn verify'."""
+    """The message of ``error`` without its URI and its advice to verify.
+
+    A finding prints the URI first, and this is already 'afn verify'.
+    """
     return (
         str(error)
         .removeprefix(f"{uri} ")
@@ -275,7 +285,7 @@ def _without(error: StoreError, uri: str) -> str:
 
 
 def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Finding | None]:
-    """The file at ``uri``, and what is wrong with it by ``entry``: its size and checksum."""
+    """Read the file at ``uri``; compare its size and checksum with ``entry``."""
     try:
         data = storage.read_if_there(uri)
     except StoreError as error:
@@ -294,7 +304,6 @@ def _read(uri: str, entry: Mapping[str, Any], advice: str) -> tuple[bytes, Findi
 
 
 # --- shards
-# ----------------------------------------------------------------------------------------------
 
 
 def _check_shard(
@@ -305,11 +314,10 @@ def _check_shard(
     generation: int,
     redo: str,
 ) -> _Checked:
-    """The shard at ``place``, in whose folder ``files`` were listed; ``measure`` is None where no
-    run knows it.
+    """Check the shard at ``place``, whose folder listing gave ``files``.
 
-    ``generation``: the one that counts; ``redo``: what to do about it when it is not as it was
-    committed.
+    ``measure`` is None where no run has it. ``generation`` is the valid generation; its commit may
+    be newer than the listing. ``redo`` is the advice on a damaged shard.
     """
     checked = _Checked()
     folder = shard_files.shard_uri(store, *place)
@@ -319,7 +327,7 @@ def _check_shard(
         found = {}
         for number in sorted(
             {*generations, max(0, generation)}
-        ):  # the one that counts may have come since
+        ):  # the valid one may be newer than the listing
             name = layout.commit_name(number)
             try:
                 committed = shard_files.read_committed(store, *place, number)
@@ -328,7 +336,7 @@ def _check_shard(
                 )
             except (
                 StoreError
-            ) as error:  # nobody can say which files it named, so none of them is an orphan
+            ) as error:  # without the names in the commit, no file can be called an orphan
                 uri = storage.join(folder, name)
                 checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
                 return checked
@@ -355,8 +363,9 @@ def _check_commit(
     of: tuple[str, Mapping[str, Any] | None],
     redo: str,
 ) -> None:
-    """Add to ``checked`` what is wrong with the commit at ``uri`` and its files. ``of``: the
-    measure's id, and it.
+    """Check the commit at ``uri`` and its files; add findings to ``checked``.
+
+    ``of`` is the measure's id and the measure, None where no run has it.
     """
     commit, read, listed = committed
     folder = uri.rpartition("/")[0]
@@ -396,7 +405,7 @@ def _check_commit(
             findings.append(finding)
     checked.findings += findings
     if findings:
-        return  # what its rows are is no question any more
+        return  # damaged files: their rows are not checked
     checked.num_rows += tables["tokens"].metadata.num_rows
     try:
         rows.check_rows(tables, commit, read, of[1])
@@ -411,11 +420,10 @@ def _check_commit(
 
 
 # --- runs
-# ------------------------------------------------------------------------------------------------
 
 
 class _Run:
-    """One run: what it planned, and whether its tables are what its shards give."""
+    """One run: its plan, and the check of its tables against its shards."""
 
     def __init__(self, store: str, name: str) -> None:
         self.folder = manifest.RunFolder(storage.join(store, "runs", name), store, name, {})
@@ -435,7 +443,7 @@ class _Run:
         if not storage.exists(self._plan):
             if self.complete:
                 self._find("missing", self._plan, "there is no such file", self._begin_again)
-            return  # without either, a crash came before the run began
+            return  # without either file, the run crashed before it began
         if self.complete:
             try:
                 self.folder = manifest.find_run(uri)
@@ -503,8 +511,9 @@ class _Run:
                 self._find("plan", self._plan, message, self._begin_again)
 
     def orphans(self, files: Iterable[storage.StoredFile], age: Age) -> Iterator[Orphan]:
-        """Those of ``files``, which lie in the run's folder, that it does not name; none before it
-        is complete.
+        """The files of ``files``, the run's folder, that the run does not name.
+
+        Yields nothing for an incomplete run.
         """
         if not self.folder.info:
             return
@@ -515,8 +524,9 @@ class _Run:
                 yield age.orphan(file, True)
 
     def check(self, checked: Mapping[Place, _Checked], memory_limit: str) -> None:
-        """Compare the complete run with its shards. Damage of a shard is told there, and leaves the
-        run unproved.
+        """Compare the complete run with its shards.
+
+        Damage of a shard is reported with the shard, and leaves the run unproved.
         """
         try:
             self._check(checked, memory_limit)
@@ -590,7 +600,7 @@ class _Run:
         self.proved = not self.findings
 
     def _named_files(self) -> set[str]:
-        """The files of tokens that the run names; none where its table says nothing."""
+        """Token files that the run names; empty where its table is damaged."""
         try:
             return set(manifest.read_table(self.folder, "shards")["tokens_file"].to_pylist())
         except (StoreError, *checksums.DAMAGES):
@@ -613,13 +623,12 @@ class _Run:
         vocabulary: pa.Table,
         files: pa.Table,
     ) -> dict[str, pa.Table]:
-        """The run's tables anew: reduced from the summaries, which were proved to be those of the
-        rows, and screened.
+        """Recompute the run's tables: reduce the summaries, which match the rows, and screen.
 
-        The tokenizer and the word lists that name and sort types may not be here, or be newer:
-        ``token``, ``text`` and ``class`` are taken from the stored ``vocabulary``, and have only
-        its checksum to speak for them; classes that are tags are recomputed. Which files were left
-        out of the corpus is taken from the stored ``files``.
+        The tokenizer and word lists that name and classify types may be missing here, or newer. So
+        ``token``, ``text`` and ``class`` come from the stored ``vocabulary``, and only its checksum
+        vouches for them; classes that are tags are recomputed. The list of files left out of the
+        corpus comes from the stored ``files``.
         """
         ids = vocabulary["token_id"].to_pylist()
         pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
@@ -677,9 +686,7 @@ class _Run:
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
-        """Thresholds and counts once more, from the rows, in SQL that shares nothing with
-        ``reduce``.
-        """
+        """Recompute thresholds and counts from the rows, in SQL independent of ``reduce``."""
         with database.open_run(
             self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
         ) as run:
@@ -720,8 +727,9 @@ class _Run:
 def _wrong_totals(
     stored: Mapping[str, Any], commits: Sequence[Commit], given_up: Sequence[Shard]
 ) -> str:
-    """How the counts of a run.json differ from the sums over its commits and the shards that it
-    gave up; empty where they do not.
+    """Difference between a run.json's counts and the sums over its commits and given-up shards.
+
+    Empty where there is none.
     """
     totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
     expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
@@ -734,7 +742,7 @@ def _wrong_totals(
 
 
 def _difference(stored: pa.Table, expected: pa.Table) -> str:
-    """Where two tables differ first, floats by more than rounding; empty where they do not."""
+    """The first difference between two tables, beyond rounding of floats; empty without one."""
     if stored.column_names != expected.column_names:
         return f"its columns are {stored.column_names}, expected {expected.column_names}"
     if len(stored) != len(expected):
@@ -757,14 +765,11 @@ def _difference(stored: pa.Table, expected: pa.Table) -> str:
     return ""
 
 
-# --- what is shown
-# ---------------------------------------------------------------------------------------
+# --- output
 
 
 def lines(v: Verification) -> Iterator[str]:
-    """One line per finding, orphan and run that could not be checked, and a last one that says what
-    was.
-    """
+    """One line per finding, orphan and run with a problem, and a last line with the totals."""
     for finding in v.findings:
         yield f"{finding.kind:<10}  {finding.uri}: {finding.message}"
     for orphan in v.orphans:

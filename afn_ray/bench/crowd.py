@@ -60,7 +60,7 @@ class _Worker:
     hangs: bool = False
     queue: deque[tuple[Shard, int]] = field(
         default_factory=deque
-    )  # shard, halvings; the first is at work
+    )  # shard, oom_retries; the first is at work
     progress: Progress = field(default_factory=Progress)
 
 
@@ -106,9 +106,9 @@ class Crowd:
             self._start(self._last)
         return len(self._workers)
 
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
         one = self._workers[worker]
-        one.queue.append((shard, halvings))
+        one.queue.append((shard, oom_retries))
         self.num_attempts += 1
         if len(one.queue) == 1 and one.alive:
             self._begin(worker)
@@ -223,14 +223,14 @@ class Crowd:
     def _begin(self, worker: int) -> None:
         """The first shard in the queue of ``worker`` is its turn."""
         one = self._workers[worker]
-        shard, halvings = one.queue[0]
+        shard, oom_retries = one.queue[0]
         life = one.life
         if shard.id in self.committed:  # it finds its commit
             self._later(1.0, partial(self._tell, worker, one, life, None))
             return
         seconds = self._chance.lognormvariate(0.0, SPREAD) * SHARD_S
         fate = self.poison.get(shard.id) or self._luck()
-        if fate == "memory" and halvings and shard.id not in self.poison:
+        if fate == "memory" and oom_retries and shard.id not in self.poison:
             fate = None
         if fate == "hang":
             self.happened["hang"] += 1

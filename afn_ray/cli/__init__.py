@@ -1,1 +1,1 @@
-"""The `afn` command: arguments in, one call, an exit code out. Holds no rule of the product."""
+"""The `afn` command: arguments in, one call, an exit code out. Contains no product logic."""

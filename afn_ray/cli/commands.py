@@ -1,4 +1,4 @@
-"""The ``afn`` command: parses, calls, prints, and returns an exit code."""
+"""The ``afn`` command: parse, call, print, and return an exit code."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from afn_ray.text import count, printable
 
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
 SAMPLE = 200
-"""Documents that a check by masking takes."""
+"""Default number of documents that a check by masking uses."""
 
 
 def command(argv: Sequence[str] | None = None) -> NoReturn:
-    """``afn``: ``main``, and then the process ends at once.
+    """Entry point of ``afn``: call ``main``, then end the process at once.
 
-    Threads are not waited for: one of ours may hang in an upload, and libraries' have been seen to
-    abort the interpreter as it ended, with a code that says nothing of what was done.
+    It does not wait for threads. One of ours may hang in an upload, and threads of libraries can
+    abort the interpreter at exit, with an exit code unrelated to the result.
     """
     terminal.prepare()
     try:
@@ -49,7 +49,7 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """What ``afn`` does, with the exit code as ``SystemExit``."""
+    """Run the ``afn`` command; raise ``SystemExit`` with its exit code."""
     parser = grammar.parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if rest and args.command == "sql" and args.query is None and not rest[0].startswith("-"):
         args.query = rest.pop(
             0
-        )  # argparse before Python 3.12 wants an optional argument right behind the first one
+        )  # argparse before Python 3.12 expects an optional argument directly after the first one
     if rest:
         args.parser.error(
             f"unrecognized arguments: {' '.join(rest)}{grammar.nearest_flag(args.parser, rest[0])}"
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         resumable = audits or args.command in ("run", "demo", "gc")
         code = Interrupted.exit_code if resumable else 130
         _say_end("stopped", "stopped" + ("; the same command resumes" if resumable else ""), code)
-    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
         terminal.drop(sys.stdout)
         code = 0
     except UnicodeError as error:
@@ -95,14 +95,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         elif json_lines() is not None:
             _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
         elif audits:
-            traceback.print_exc()  # Python would leave with 1, which says that a policy is broken
+            traceback.print_exc()  # Python would exit with 1, which means a broken policy
         else:
             raise
     sys.exit(AUDIT_FAILED if audits and failed else code)
 
 
 def _say_end(event: str, message: str, code: int, traceback: bool = False) -> None:
-    """Why the command ends as it does, on stderr."""
+    """Print on stderr, or log as JSON, why the command ends."""
     if json_lines() is None:
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
         errors.print("afn:", printable(message, keep="\n"), markup=False)
@@ -113,8 +113,9 @@ def _say_end(event: str, message: str, code: int, traceback: bool = False) -> No
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C: workers are stopped, scratch files removed, and the exit code says
-    resumable.
+    """Handle SIGTERM like Ctrl-C.
+
+    Workers stop, scratch files are removed, and the exit code says resumable.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -128,17 +129,16 @@ def _terminable() -> Iterator[None]:
 
 
 # --- commands
-# --------------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace) -> None:
     names = {f.name for f in fields(RunConfig)}
     given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
     if not given.get("corpus"):
-        given.pop("corpus", None)  # none on the command line: the file's
+        given.pop("corpus", None)  # none on the command line: use the config file's
     log_as(
         vars(args).get("log_format", "text"), args.quiet
-    )  # what is wrong with the config is told in the same form
+    )  # errors in the config use the same format
     if not args.dry_run and (args.rate or args.prices):
         raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
     from afn_ray.store import settings
@@ -214,7 +214,7 @@ def _claims(args: argparse.Namespace) -> None:
         precheck.check_question(args.run, args.model)
     with database.open_run(args.run, timeout_s=args.timeout) as run:
         masked: tuple[list[Any], tuple[str, ...]] = ([], ())
-        if args.masking:  # first: the model may not be here
+        if args.masking:  # first, because the model may be missing here
             from afn_ray.analysis import masking
 
             figures, note = masking.check(
@@ -284,14 +284,14 @@ def _audit(args: argparse.Namespace) -> int:
 
     connection.lost_exit_code = AUDIT_FAILED
     policy = audit.read_policy(args.policy)
-    out = storage.absolute(args.out)  # one that cannot be opened is told now, not after the run
+    out = storage.absolute(args.out)  # fails now, not after the run
     url = (
         args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
-    )  # a Secret made of a file ends with its newline
+    )  # a Secret made from a file ends with its newline
     webhook = audit.check_webhook(url, args.allow_http) if url else None
     command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
     if not args.no_report:
-        report.check_packages()  # now, not after the run
+        report.check_packages()  # fails now, not after the run
     errors = Console(stderr=True, highlight=False)
     with shown_progress(errors, args.quiet) as on_event:
         found = audit.run_audit(
@@ -317,12 +317,12 @@ def _audit(args: argparse.Namespace) -> int:
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(
         None, failures
-    ):  # whoever waits for the exit code still learns the verdict
+    ):  # the exit code is the verdict even if a notification fails
         logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
     _print_lines(audit.lines(found))
     manifest.mark_audited(
         found.run
-    )  # last: whatever ends this before, its step is told of again, or with the next
+    )  # last: without this mark, the next audit reports this run's drift again
     return 0 if found.passed else POLICY_BROKEN
 
 
@@ -361,7 +361,7 @@ def _sql(args: argparse.Namespace) -> None:
 
 
 def _print_lines(lines: Iterable[str]) -> None:
-    """Print ``lines``; a reader that ends early is no error, for the exit code has the verdict."""
+    """Print ``lines``; ignore a reader that ends early, as the exit code has the verdict."""
     try:
         for line in lines:
             print(printable(line))
@@ -371,14 +371,14 @@ def _print_lines(lines: Iterable[str]) -> None:
 
 
 ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
-"""Formats of the files that ``afn sql`` writes, by ending."""
+"""Output formats of ``afn sql`` by file ending."""
 
 
 def _format_of(asked: str | None, out: Path | None) -> str:
-    """Format that was asked for, else that of the file's ending."""
+    """The requested format, otherwise that of the file's ending."""
     if (
         asked is not None or out is None or (out.exists() and not out.is_file())
-    ):  # a pipe, /dev/stdout
+    ):  # a pipe or /dev/stdout
         return asked or "table"
     if (form := ENDINGS.get(out.suffix.lower())) is None:
         raise ConfigError(
@@ -537,8 +537,7 @@ def _shell(text: str) -> str:
     return shlex.quote(text)
 
 
-# --- progress
-# --------------------------------------------------------------------------------------------
+# --- dispatch table
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {

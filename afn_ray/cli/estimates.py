@@ -1,4 +1,4 @@
-"""A dry run's estimate in words."""
+"""Print a dry run's estimate for people."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def print_estimate(e: Estimate, console: Console) -> None:
 
 
 def _tokens(e: Estimate) -> str:
-    """How many tokens, and how that is known."""
+    """The number of tokens, and how it was obtained."""
     there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
     if e.tokens_exact:
         more = f"{e.tokens - e.tokens_there:,} counted" if e.tokens > e.tokens_there else ""
@@ -70,7 +70,7 @@ def _tokens(e: Estimate) -> str:
 
 
 def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
-    """Rate, time and work; or why they are not told."""
+    """Rate, time and work, or why they are unknown."""
     if e.num_shards_done == e.num_shards and e.seconds is not None:
         yield "time", f"about {_duration(e.seconds)}: nothing is left to measure"
         return
@@ -98,7 +98,7 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
 
 
 def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
-    """The money, with its arithmetic; what has no price is said and left out of the sum."""
+    """The cost with its arithmetic; items without a price are listed and left out of the sum."""
     assert e.prices is not None and e.monthly is not None
     currency = e.prices.currency
     yield "prices", f"in {currency}, of {e.prices.as_of}"

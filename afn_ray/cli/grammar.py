@@ -1,4 +1,4 @@
-"""What ``afn`` takes on its command line: commands, flags, and what they say of themselves."""
+"""Arguments of the ``afn`` command: subcommands, flags and their help."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ AUDIT_EPILOG = (
     "same command resumes it"
 )
 CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
-"""What argparse says of a word that is none of those it expects."""
+"""argparse's message for a value that is not among the allowed choices."""
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake is told in one line; the whole usage, 50 lines for some commands, is what --help is
-    for.
-    """
+    """Parser that reports a mistake in one line; argparse would print the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         if choice := CHOICE.search(message):
@@ -42,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of ``afn``; ``command`` of what it gives is the command's name."""
+    """The parser of ``afn``; its result's ``command`` is the subcommand's name."""
     top = _Parser(
         prog="afn", description="Token Activation Strength of a whole corpus.", epilog=EPILOG
     )
@@ -401,15 +399,13 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
-        command.allow_abbrev = False  # a mistyped flag is an error, as a mistyped key is
+        command.allow_abbrev = False  # a mistyped flag is an error, like a mistyped key
     return top
 
 
 def nearest_flag(command: argparse.ArgumentParser, flag: str) -> str:
-    """What may have been meant by ``flag``, in brackets; empty where no flag of ``command`` is
-    near.
-    """
-    flags = [option for action in command._actions for option in action.option_strings]
+    """A hint, in brackets, at the flag of ``command`` nearest to ``flag``; empty without one."""
+    flags = sorted(set(re.findall(r"--?[a-z][a-z-]*", command.format_help())))
     return nearest([flag.partition("=")[0]], flags)
 
 
@@ -496,10 +492,9 @@ def _count(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _memory(text: str) -> str:

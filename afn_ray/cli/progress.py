@@ -1,4 +1,4 @@
-"""How far a run is: a bar, log lines or JSON."""
+"""Progress of a run: a bar, log lines or JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ LOG_EVERY_S = 30.0
 
 
 class ToStderr(logging.Handler):
-    """What the library logs, above a live bar where there is one: that takes over
-    ``sys.stderr``.
+    """Logging handler that prints on ``sys.stderr``, above a live bar where there is one.
+
+    A live bar replaces ``sys.stderr``, so the handler looks it up for each record.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -36,7 +37,7 @@ class ToStderr(logging.Handler):
 
 
 def log_as(form: str, quiet: bool) -> None:
-    """``form`` as of ``RunConfig.log_format``."""
+    """Set the log's format to ``form``, a value of ``RunConfig.log_format``, and its level."""
     log = logging.getLogger(logs.ROOT)
     for handler in log.handlers:
         handler.setFormatter(logs.Lines("json") if form == "json" else None)
@@ -44,13 +45,13 @@ def log_as(form: str, quiet: bool) -> None:
 
 
 def json_lines() -> logs.Lines | None:
-    """What writes the log as JSON; None where it is for people."""
+    """The formatter that writes the log as JSON; None where the log is text."""
     formatters = (handler.formatter for handler in logging.getLogger(logs.ROOT).handlers)
     return next((f for f in formatters if isinstance(f, logs.Lines)), None)
 
 
 def now_and_then() -> Callable[[str], None]:
-    """Prints what it is told on stderr, every half a minute at most."""
+    """A function that prints its message on stderr, at most once in ``LOG_EVERY_S`` seconds."""
     console, last = Console(stderr=True, highlight=False), time.monotonic()
 
     def say(message: str) -> None:
@@ -64,14 +65,14 @@ def now_and_then() -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def shown_progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
-    """Shows events: a live bar on a terminal, else a line when something ends and every half a
-    minute.
+    """Show events: a live bar on a terminal, otherwise log lines.
 
-    ``quiet``: warnings alone.
+    Log lines come at every event, with progress at most every ``LOG_EVERY_S`` seconds. ``quiet``
+    shows warnings only.
     """
     if (
         lines := json_lines()
-    ) is not None:  # whose level leaves warnings alone where it is to be quiet
+    ) is not None:  # for ``quiet``, ``log_as`` has set the level to warnings
         yield _log_json(lines)
     elif quiet:
         yield _warnings(console)
@@ -158,7 +159,7 @@ def _log(console: Console) -> OnEvent:
 
 
 def _log_json(lines: logs.Lines) -> OnEvent:
-    """Events as records; progress no more often than for people."""
+    """Log events as JSON records; progress at most every ``LOG_EVERY_S`` seconds."""
     last, log = 0.0, logging.getLogger(logs.ROOT)
 
     def on_event(event: Event) -> None:
@@ -206,16 +207,14 @@ def _log_json(lines: logs.Lines) -> OnEvent:
 
 
 def _bar(state: State) -> tuple[str, int, int]:
-    """Unit of the bar, how many are done, and how many there are: documents where their number is
-    planned.
-    """
+    """The bar's unit, done and total: documents where their number is planned, else shards."""
     if state.num_documents:
         return "documents", state.num_measured, state.num_documents
     return "shards", state.num_done, state.num_shards
 
 
 def _note(event: Event) -> str:
-    """Documents, tokens per second, padding, time left and failures of a run at work."""
+    """Documents, tokens per second, padding, time left and failures of a run in progress."""
     assert event.state is not None
     state, live = event.state, event.state.live
     if not state.num_ready and not state.commits:
@@ -224,7 +223,7 @@ def _note(event: Event) -> str:
     from afn_ray.runs import status
 
     counted = f"{state.num_measured:,} documents"
-    if state.num_documents:  # which the bar has
+    if state.num_documents:  # the bar already shows documents
         counted = f"{state.num_done:,} of {count(state.num_shards, 'shard')}"
     parts = [counted, f"{state.tokens_per_s:,.0f} tokens/s"]
     if live.tokens:

@@ -1,6 +1,4 @@
-"""The standard streams of a command, whatever they are: closed, full, without a reader, or not
-UTF-8.
-"""
+"""Standard streams of a command: closed, full, without a reader, or not UTF-8."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from afn_ray.store import disk
 
 
 class _Steady:
-    """A stream for people, whose end stops nobody: what cannot be written any more is let go."""
+    """A text stream that drops its output after an error, so that the command goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -36,15 +34,15 @@ class _Steady:
 
 
 def prepare() -> None:
-    """Have all three streams, and none that raises for a character that its encoding lacks.
+    """Make all three standard streams usable, and safe for characters outside their encoding.
 
-    A log whose reader has left, or whose disk is full, does not stop the work that it tells of.
+    A log whose reader has left, or whose disk is full, does not stop the command.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if (
             stream is None
-        ):  # closed by the parent process; otherwise the next file would get its number
+        ):  # closed by the parent process; otherwise the next opened file would get its number
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - as long as we live
         elif name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -52,8 +50,9 @@ def prepare() -> None:
 
 
 def finish(code: int) -> int:
-    """Write out what is buffered; returns ``code``, or what says that the output of a success could
-    not be written.
+    """Flush standard output and error; return the exit code.
+
+    That is ``code``; after a success whose output cannot be written, the code of that error.
     """
     try:
         sys.stdout.flush()
@@ -68,14 +67,14 @@ def finish(code: int) -> int:
 
 
 def drop(stream: TextIO) -> None:
-    """Let what is written to ``stream`` from now on go nowhere."""
+    """Discard everything written to ``stream`` from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def read_input() -> str:
-    """All of standard input, as UTF-8. Raises ``ConfigError`` where it is something else."""
+    """All of standard input, decoded as UTF-8. Raises ``ConfigError`` where it is not UTF-8."""
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8-sig")

@@ -1,1 +1,1 @@
-"""Files in, documents out, with what was lost counted in bytes. Knows nothing of tokens."""
+"""Files in, documents out, with losses counted in bytes. Knows nothing of tokens."""

@@ -17,11 +17,14 @@ from afn_ray.corpus.streams import Line, Stream
 from afn_ray.schema import Document, FileSlice, ReadOptions
 
 CONLLU_LINES = 1 << 20
-"""Of one document: lines of a letter take 200 times their bytes."""
+"""Most lines of one document. As objects, one-letter lines take 200 times their bytes."""
 
 
 def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """A document is what a ``newdoc`` begins; where there is none above, a sentence."""
+    """Yield the documents of ``slice``.
+
+    A ``newdoc`` comment begins a document. Before the first one, each sentence is a document.
+    """
     limit = streams.line_limit(options)
     document: list[list[Line]] = []
     size, num_lines, together = 0, 0, False
@@ -35,7 +38,7 @@ def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> 
         if len(comments) == len(sentence) and not begins:
             continue
         if document and (begins or not together):
-            stream.done = sentence[0].offset  # the sentence that is read already is not done
+            stream.done = sentence[0].offset  # the new sentence is read, but not yet yielded
             yield _conllu_document(
                 origin_in(stream, slice, document[0][0], size), document, options
             )
@@ -51,8 +54,10 @@ def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> 
 
 
 def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
-    """Lines between blank ones; of more than ``limit`` bytes the one that begins a document, and
-    one without data that stands for the others.
+    """Yield the lines of each sentence; sentences are separated by blank lines.
+
+    A sentence over ``limit`` bytes or ``CONLLU_LINES`` lines becomes its ``newdoc`` line, if it has
+    one, and a line without data that stands for the rest.
     """
     sentence: list[Line] = []
     size = 0

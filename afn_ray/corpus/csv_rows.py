@@ -1,7 +1,7 @@
 """CSV in, documents out: a header, commas, and fields in double quotes.
 
-A quote within a field is doubled, or has a backslash before it, as ``csv_escape`` says. A row that
-other programs read otherwise is never guessed at: it is quarantined with the reason.
+A quote within a field is doubled or preceded by a backslash, as set by ``csv_escape``. A row that
+other programs may read differently is never guessed at: it is quarantined with the reason.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from afn_ray.corpus.streams import Stream
 from afn_ray.schema import Document, FileSlice, ReadOptions
 
 NULL = "\\N"
-"""What MySQL and Hive write for a value that is missing."""
+"""Marker of MySQL and Hive for a missing value."""
 BACKSLASH = "its quotes may have backslashes before them, as Spark and MySQL write them: "
 SPACED = re.compile(r'(?:^|,) +"')
+"""A space before the opening quote of a field."""
 OPENING = re.compile(r'(?:^|,)"')
+"""The opening quote of a field."""
 IN_QUOTES = re.compile(r'\\(["\\\n])|""|"')
+"""Inside quotes: a character escaped by a backslash, a doubled quote, or the closing quote."""
 
 
 class _TooLong(Exception):
@@ -41,13 +44,16 @@ class Row(NamedTuple):
 
     fields: list[str]
     problem: str
-    start: int  # bytes of the stream before it
+    start: int
+    """Bytes of the stream before the row."""
     end: int
-    num_lines: int  # lines that are not blank
+    """Bytes of the stream up to the end of the row."""
+    num_lines: int
+    """Lines of the row that are not blank."""
 
 
 def csv_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice``, a whole file."""
+    """Yield the documents of ``slice``, which is a whole file."""
     rows = read_rows(stream, options)
     header = next(rows, None)
     if header is None:
@@ -87,11 +93,11 @@ def _document(origin: Origin, row: dict[str, str], options: ReadOptions) -> Docu
 
 
 def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
-    """Rows of ``stream``, the header first."""
+    """Yield the rows of ``stream``, the header first."""
     limit = streams.line_limit(options)
     lines = streams.lines(stream, limit)
-    raw: list[str] = []  # lines of the row under way
-    num_bytes = num_lines = first_line = 0  # of the row under way
+    raw: list[str] = []  # lines of the current row
+    num_bytes = num_lines = first_line = 0  # of the current row
     ended = quoted = False
 
     def feed() -> Iterator[str]:
@@ -109,8 +115,8 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             yield text
         ended = True
 
-    # The module's limit belongs to the whole process: it is only ever raised, and the real bound is
-    # in feed().
+    # The limit of the csv module applies to the whole process, so it is only ever raised. feed()
+    # enforces the real limit.
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     reader = csv.reader(feed(), strict=True)
     while True:
@@ -122,7 +128,8 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             fields = next(reader, None)
         except csv.Error as error:
             why = _why_not_csv(error, raw, options)
-            if ended:  # the reader only asks for a line after the last one inside a quoted field
+            # The reader requests a line after the last one only inside a quoted field.
+            if ended:
                 why = (
                     "quoted field is not closed before the end of the file, and took all of it from line "
                     f"{first_line:,} on"
@@ -149,11 +156,10 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
 
 
 def _doubled(line: str, quoted: bool) -> tuple[str, bool]:
-    """``line``, whose quotes have backslashes, with doubled ones; and whether a quoted field is
-    open behind it.
+    """``line`` with its escaped quotes doubled, and whether a quoted field is still open after it.
 
-    A backslash before anything but a quote, a backslash or a newline is one, and so is any outside
-    of quotes.
+    Inside quotes, a backslash escapes a quote, a backslash or a newline. Any other backslash is a
+    plain character.
     """
     parts: list[str] = []
     at = 0
@@ -172,8 +178,9 @@ def _doubled(line: str, quoted: bool) -> tuple[str, bool]:
 
 
 def _escaped_fields(raw: list[str]) -> list[str] | None:
-    """Fields of a row, were its quotes to have backslashes; None where they cannot. ``EOFError``:
-    it goes on.
+    """Fields of a row, read with backslash escapes; None if it is not valid CSV that way.
+
+    Raises ``EOFError`` if the row would continue after its last line.
     """
     quoted = False
     lines = []
@@ -197,12 +204,9 @@ def _why_not_csv(error: csv.Error, raw: list[str], options: ReadOptions) -> str:
 
 
 def _other_reading(fields: list[str], raw: list[str], options: ReadOptions) -> str:
-    """Why the row is not sure to be ``fields``: what it is in another dialect; empty where no other
-    fits.
-    """
-    if any(
-        ' "' in line and SPACED.search(line) for line in raw
-    ):  # most lines lack it, and the pattern is slow
+    """Why another CSV dialect reads the row differently from ``fields``; empty if none does."""
+    # The substring test comes first: most lines fail it, and the pattern is slow.
+    if any(' "' in line and SPACED.search(line) for line in raw):
         with_spaces = [field.lstrip(" ") for field in fields]
         try:
             (row,) = csv.reader(raw, strict=True, skipinitialspace=True)

@@ -1,6 +1,4 @@
-"""A row of the corpus becomes a document: text without what is invalid, within bounds; or the
-reason why it is none.
-"""
+"""A row of the corpus becomes a document of valid text, or the reason why it cannot be one."""
 
 from __future__ import annotations
 
@@ -14,40 +12,47 @@ from afn_ray.schema import Document, FileSlice, ReadOptions, Span
 from afn_ray.text import count
 
 ID_CHARS = 1024
+"""Longest document id, in characters."""
 REASON_CHARS = 600
+"""Longest reason for a quarantine, in characters."""
 GARBLED_SHARE = 0.05
 """Largest share of a document's characters that may be replaced or control characters."""
 GARBLED_FROM = 4
-"""Fewest replaced and control characters that say so: one of four letters proves nothing."""
+"""Fewest replaced and control characters that mark a text as garbled.
+
+In a very short text, a share proves nothing.
+"""
 SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
+"""Separators of fields in files that are not comma-separated, and their names in messages."""
 
 COLUMN = re.compile(r"[\w.:/$@+-]{1,40}")
-"""What looks like the name of a column, and not like a line of text."""
+"""A likely column name, as opposed to a line of text."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x80-\x9f]")
-"""C0 but for tab, newline, carriage return and form feed; and C1."""
+"""Control characters: C0 except tab, newline, carriage return and form feed; and C1."""
 SEVEN_BIT = re.compile("\x1b\\$[@AB(]|\x1b\\$\\)C")
-"""What begins text in ISO-2022, whose bytes are all ASCII: nothing of it is invalid."""
+"""Start of ISO-2022 text. All its bytes are ASCII, so none of them is invalid UTF-8."""
 INVALID = "\udcff"
-"""What ``streams.MARK`` makes of an invalid sequence."""
+"""Character that stands for an invalid sequence, from the error handler ``streams.MARK``."""
 
 
 class Origin(NamedTuple):
-    """The place of a row in the corpus, and what is lost when it cannot be measured."""
+    """The place of a row in the corpus, and what is lost if it cannot be measured."""
 
     uri: str
     offset: int
-    lost_bytes: int  # of the file, as it is stored
+    lost_bytes: int
+    """Bytes of the file as it is stored, compressed or not."""
     lost_documents: int | None = 1
 
 
 def decode(data: bytes | bytearray) -> str:
-    """``data`` as text, with a lone surrogate for each invalid sequence."""
+    """``data`` as text, with a lone surrogate for each invalid UTF-8 sequence."""
     return data.decode("utf-8", MARK)
 
 
 def clean(text: str) -> tuple[str, int]:
-    """``text`` with U+FFFD for lone surrogates, and their number."""
+    """``text`` with U+FFFD in place of lone surrogates, and the number of them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -56,8 +61,9 @@ def clean(text: str) -> tuple[str, int]:
 
 
 def clean_id(text: str) -> str:
-    """``text`` as an id. Raises ``ValueError`` where it is not UTF-8: of two such ids, one would be
-    made.
+    """``text`` as an id. Raises ``ValueError`` if it is not UTF-8.
+
+    U+FFFD is not used here, because two different ids could become the same.
     """
     if SURROGATES.search(text):
         raise ValueError("the id is not valid UTF-8; convert the file to UTF-8")
@@ -71,15 +77,14 @@ def document(
     options: ReadOptions,
     spans: tuple[Span, ...] = (),
 ) -> Document:
-    """The document of a row; quarantined where it is over a bound, or garbled."""
+    """The document of a row; quarantined if it exceeds a limit or is garbled."""
     if doc_id is not None and len(doc_id) > ID_CHARS:
         return problem(
             origin, f"id of {len(doc_id)} characters is over the limit of {ID_CHARS}", doc_id
         )
     limit = options.max_document_bytes
-    if (
-        len(text) > limit
-    ):  # said before it is encoded: many rows of Parquet may share one text of a gigabyte
+    # Check before encoding: many rows of Parquet may share one text of a gigabyte.
+    if len(text) > limit:
         size = f"{'' if text.isascii() else 'at least '}{len(text)}"
         over = f"document of {size} bytes is over max_document_bytes = {limit}"
         return problem(origin, over, doc_id, text.count(INVALID))
@@ -95,7 +100,7 @@ def document(
 def labelled_document(
     origin: Origin, text: object, labels: object, doc_id: str | None, options: ReadOptions
 ) -> Document:
-    """The document of a row with tags, from the two cells that hold text and tags."""
+    """The document of a row with tags, from the cells with its text and its tags."""
     assert options.labels is not None
     try:
         text, spans = tags.from_cells(text, labels, options.text_column, options.labels)
@@ -107,7 +112,7 @@ def labelled_document(
 def problem(
     origin: Origin, reason: str, doc_id: str | None = None, num_replaced: int = 0
 ) -> Document:
-    """A row that is quarantined."""
+    """A quarantined row."""
     return Document(
         origin.uri,
         origin.offset,
@@ -121,8 +126,9 @@ def problem(
 
 
 def garbled(text: str, num_replaced: int) -> str:
-    """Why ``text`` with so many replaced characters is no text, and what it may be; empty where it
-    is one.
+    """Why ``text`` is not readable text, and the likely cause; empty if it is readable.
+
+    ``num_replaced`` is the number of its replaced characters.
     """
     if SEVEN_BIT.search(text):
         return "it looks like ISO-2022, as of Japanese mail (it has the mark ESC $); convert the file to UTF-8"
@@ -153,7 +159,6 @@ def _likely_cause(text: str, num_replaced: int) -> str:
 
 
 # --- columns
-# ---------------------------------------------------------------------------------------------
 
 
 def columns_of(options: ReadOptions) -> list[str]:
@@ -163,12 +168,12 @@ def columns_of(options: ReadOptions) -> list[str]:
 
 
 def missing_column(names: Sequence[str], options: ReadOptions) -> str | None:
-    """The first column that is to be read and not among ``names``."""
+    """The first required column that is not among ``names``; None if all are there."""
     return next((c for c in columns_of(options) if c not in names), None)
 
 
 def why_missing(names: Sequence[str], options: ReadOptions) -> str:
-    """Why the names of columns may not be those that were meant; empty where nothing says so."""
+    """The likely reason why a column is missing from ``names``; empty if there is none."""
     line = ",".join(names)
     if why := garbled(line, line.count(INVALID)):
         return why
@@ -181,9 +186,8 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
             if separator in field
             for part in field.split(separator)
         ]
-        if options.text_column in parts or (
-            parts and len(names) == 1
-        ):  # a header of one field, as of Excel in Europe
+        # A header of one field with other separators is typical of European Excel.
+        if options.text_column in parts or (parts and len(names) == 1):
             return (
                 f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
                 "read_csv('FILE')) TO 'corpus.parquet'\""
@@ -194,15 +198,17 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
 
 
 def listing(names: Iterable[str], width: int = 40) -> str:
-    """The first ten of ``names``, each cut at ``width``, as one printable line."""
+    """The first ten of ``names``, each cut at ``width`` characters, as one printable line."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return printable(", ".join(name[:width] for name in names[:10])) + more
 
 
 def columns(names: Iterable[str]) -> str:
-    """``names`` of columns for a message; where a header is missing they are text, which no log may
-    have.
+    """Column ``names`` as text for a message.
+
+    Names that do not look like column names are not shown: if the header is missing they are text
+    of the corpus, which must not be logged.
     """
     names = list(names)
     shown = [name for name in names if COLUMN.fullmatch(name)]
@@ -215,9 +221,14 @@ def columns(names: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
+    """``text`` with U+FFFD in place of characters that cannot be printed."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def origin_in(stream: Stream, slice: FileSlice, line: Line, num_bytes: int) -> Origin:
+    """The origin of a row of ``num_bytes`` that begins at ``line``.
+
+    Its offset is in bytes of the file if ``stream`` is plain, else in lines.
+    """
     offset = line.offset if stream.is_plain else line.number
     return Origin(slice.uri, offset, stream.stored(num_bytes))

@@ -1,8 +1,8 @@
 """The footer of a Parquet file: where its column chunks are, and how they are encoded.
 
-pyarrow ends the process (an exception of C++ that it does not catch) when it is asked for the
-metadata of a column chunk that are damaged, so they are parsed here: Thrift's compact protocol, as
-the format's own description has it.
+pyarrow ends the process (an uncaught C++ exception) when it is asked for damaged metadata of a
+column chunk. Therefore the footer is parsed here, in Thrift's compact protocol as the format
+specifies it.
 """
 
 from __future__ import annotations
@@ -14,30 +14,38 @@ from afn_ray.corpus.streams import Source
 
 MAGIC = b"PAR1"
 FOOTER_BYTES = 64 << 20
+"""Largest footer, in bytes."""
 MOST_VALUES = 4_000_000
-"""Most values of one footer, which take up to 0.6 GB; 100 row groups of 1,000 columns have 3
-million.
+"""Most values of one footer, which take up to 0.6 GB of memory.
+
+100 row groups of 1,000 columns have 3 million values.
 """
 ENCODINGS_OF_DELTAS = {6, 7}
-"""DELTA_LENGTH_BYTE_ARRAY and DELTA_BYTE_ARRAY."""
+"""Numbers of DELTA_LENGTH_BYTE_ARRAY and DELTA_BYTE_ARRAY."""
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 
-Struct = dict[int, Any]  # by the numbers of the fields
+Struct = dict[int, Any]
+"""A Thrift struct: field number -> value."""
 
 
 class Chunk(NamedTuple):
     """One column of one row group."""
 
     path: str
-    offset: int  # bytes
-    taken: int  # bytes in the file
-    given: int  # bytes, decompressed
+    offset: int
+    """First byte in the file."""
+    taken: int
+    """Size in the file, in bytes."""
+    given: int
+    """Size after decompression, in bytes."""
     has_deltas: bool
+    """Whether it has one of ``ENCODINGS_OF_DELTAS``."""
 
 
 def read_chunks(source: Source) -> list[list[Chunk]]:
-    """Chunks of each row group, in the order of the columns. Raises ``ValueError`` or
-    ``IndexError``.
+    """Chunks of each row group, in column order.
+
+    Raises ``ValueError`` or ``IndexError`` if the footer is missing or damaged.
     """
     if source.size < 8:
         raise ValueError("no footer")
@@ -54,9 +62,7 @@ def read_chunks(source: Source) -> list[list[Chunk]]:
 
 @lru_cache(2)
 def _parse(data: bytes) -> list[list[Chunk]]:
-    """Chunks of the footer ``data``; kept, for the slices of a file are read one behind the
-    other.
-    """
+    """Chunks of the footer ``data``, cached because the slices of a file are read in turn."""
     try:
         footer = _Reader(data).struct()
         groups = [[_chunk(column[3]) for column in group[1]] for group in footer[4]]
@@ -80,7 +86,7 @@ def _chunk(metadata: Struct) -> Chunk:
 
 
 class _Reader:
-    """Values of Thrift's compact protocol, one behind the other."""
+    """Reads consecutive values of Thrift's compact protocol."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -123,9 +129,7 @@ class _Reader:
         raise ValueError(f"its footer is damaged: a value of kind {kind}")
 
     def _expect(self, num_values: int) -> None:
-        """Count values before they are read. Raises ``ValueError`` where there are more than
-        ``MOST_VALUES``.
-        """
+        """Count values before they are read. Raises ``ValueError`` above ``MOST_VALUES``."""
         self._num_values += num_values
         if self._num_values > MOST_VALUES:
             raise ValueError(f"its footer has more than {MOST_VALUES:,} values")

@@ -19,6 +19,7 @@ from afn_ray.schema import Document, ReadOptions
 
 
 def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
+    """The document of one line of JSON; quarantined if it is not an object with the columns."""
     value = parse(line)
     if isinstance(value, _NotJson):
         num_invalid = line.count(INVALID)
@@ -47,8 +48,9 @@ def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
 
 
 def _json_id(value: object, column: str) -> str | None:
-    """``value`` as an id; None where there is none. ``ValueError`` for what is no string or whole
-    number.
+    """``value`` as an id; None if it is null.
+
+    Raises ``ValueError`` if it is neither a string nor a whole number.
     """
     if value is None:
         return None
@@ -66,9 +68,10 @@ class _NotJson(str):
 
 
 def parse(line: str) -> Any:
+    """The JSON value in ``line``, or a ``_NotJson`` with the reason."""
     try:
         return json.loads(line)
     except RecursionError:
         return _NotJson("nested too deeply")
-    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
+    except ValueError as error:  # also a number with too many digits, which is no JSONDecodeError
         return _NotJson(error)

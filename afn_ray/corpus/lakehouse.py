@@ -1,5 +1,6 @@
-"""Folders that are tables of Delta Lake, Iceberg or Hudi: their log says which files count, and it
-is not read here.
+"""Detect and refuse tables of Delta Lake, Iceberg or Hudi.
+
+Their log lists which files are valid, and afn-ray does not read it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from afn_ray.errors import CorpusError, StoreError
 from afn_ray.store import storage
 
 THREADS = 16
+"""Most folders checked at the same time."""
 ICEBERG_METADATA = re.compile(r"[^/]+\.metadata\.json(\.gz)?|version-hint\.text")
 MARK = re.compile(
     rf"/(?:(?:_delta_log|\.hoodie|_spark_metadata)(?=/|$)|metadata(?:/(?:{ICEBERG_METADATA.pattern}))?$)"
 )
-"""What the name of a file or folder in a table has behind the table's own; a look there says
-whether it is one.
+"""Path of a file or folder that suggests a table: what follows the table's own path.
+
+A check of the folder then shows whether it is one.
 """
 ROOT = re.compile(r"[a-z0-9+.-]+://[^/]*")
+"""The root of a bucket."""
 HTTP = ("http://", "https://")
-"""Servers that answer what they like for what is not there."""
+"""Web servers are not checked: their answers for missing files are unreliable."""
 
 GLOB = re.compile(r"(?:(?<=/)|^)[^/]*[*?[]")
 """The first part of a path with a wildcard."""
@@ -30,8 +34,10 @@ GLOB = re.compile(r"(?:(?<=/)|^)[^/]*[*?[]")
 
 class _Kind(NamedTuple):
     name: str
-    mark: str  # name of a folder right below the table's
-    export: str  # command that writes the current version of the table at {0}
+    mark: str
+    """Name of a folder directly below the table's."""
+    export: str
+    """Command that exports the current version of the table at ``{0}``."""
 
 
 DELTA = _Kind(
@@ -58,12 +64,11 @@ KINDS = (DELTA, HUDI, SINK, ICEBERG)
 
 
 def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
-    """Raise ``CorpusError`` where what ``patterns`` name is a table, is in one, or has one below
-    it.
+    """Raise ``CorpusError`` if ``patterns`` name a table, are in one, or have one below them.
 
-    ``uris``: all that was seen as they were listed, hidden names too where they are remote. Only
-    there may a look at each folder take long, so the listing says which to look at; what is above a
-    pattern was not listed.
+    ``uris`` are all files and folders that the listing returned; on remote filesystems also hidden
+    ones. A check of every remote folder would take long, so there the listing selects the folders
+    to check. Folders above a pattern were not listed and are always checked.
     """
     local: set[str] = set()
     folders: set[str] = set()
@@ -90,10 +95,9 @@ def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
 
 
 def _above(folder: str) -> list[str]:
-    """``folder`` and those above it, but for partitions (``year=2026``), which are never tables
-    themselves.
+    """``folder`` and its parents, except partitions (``year=2026``) and the root of a bucket.
 
-    Nor the root of a bucket: who may read a prefix alone may not look there.
+    A partition is never a table itself. A user who may read only a prefix cannot read the root.
     """
     folders: list[str] = []
     while folder and not ROOT.fullmatch(folder):
@@ -113,6 +117,6 @@ def _kind(folder: str) -> _Kind | None:
                 map(ICEBERG_METADATA.fullmatch, storage.list_names(place))
             ):
                 return kind
-        except StoreError:  # it may not be looked at, as what is above a prefix that one may read
+        except StoreError:  # no permission, for example above the prefix that the user may read
             continue
     return None

@@ -1,4 +1,4 @@
-"""Which files a corpus is, where they are cut into slices, and a small sample of what they hold."""
+"""List the files of a corpus, cut them into slices, and read a small sample of them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from afn_ray.text import nearest
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
            "conllu": "conllu"}  # fmt: skip
-"""Ending of a file name -> format."""
+"""File name ending -> format."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-"""Second endings that all formats but Parquet may have."""
+"""Second endings allowed for all formats except Parquet."""
 
 SAMPLE_FILES = 8
+"""Most files in a sample."""
 LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 64 << 10, 16 << 20
-"""64 KiB are 8 batches of a CPU; 16 MiB are about five minutes of one worker."""
+"""Smallest and largest target size of a shard, in bytes.
+
+64 KiB are 8 batches of a CPU; 16 MiB are about five minutes of one worker.
+"""
 SHARDS_IN_CLASS = 64
-"""Shards of the largest corpus of a size class between the two."""
+"""Shards of the largest corpus in a size class, if neither limit applies."""
 
 
 def list_files(
     patterns: Sequence[str], options: ReadOptions, store: str | None = None
 ) -> tuple[list[FileInfo], list[FileInfo]]:
-    """Files that ``patterns`` name and those of them that are left out, once each and sorted by
-    URI.
+    """The files that ``patterns`` name, and those that are left out; unique, sorted by URI.
 
-    Left out are unknown endings, when ``options.format`` is ``auto``, and what is in ``store`` or
-    has the place of a file in any other store. Raises ``CorpusError`` when nothing is left, or a
-    pattern names a place in ``store``, and for tables of Delta Lake and its like, whose files are
-    not all to be read.
+    Left out are files with unknown endings if ``options.format`` is ``auto``, files in ``store``,
+    and files with a path like that of a file in any other store. Raises ``CorpusError`` if no file
+    is left, if a pattern is in ``store``, and for tables of Delta Lake and similar formats, of
+    which not all files are valid.
     """
     in_store = storage.below(store) if store is not None else lambda folder: False
     for pattern in patterns:
@@ -70,12 +73,11 @@ def list_files(
 
 
 def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
-    """Bytes of a shard of a corpus of ``files``: a function of the power of 4 that their sizes add
-    up to at most.
+    """Target size of a shard, in bytes, for a corpus of ``files``.
 
-    Shards thus keep their ids while the corpus grows within its class, for any number of workers.
-    There are 16 to 64 of them, fewer where a file cannot be cut or most of its bytes are not read,
-    and more beyond 1 GiB.
+    It depends only on the smallest power of 4 that is at least the total size. Shards thus keep
+    their ids while the corpus grows within its size class, for any number of workers. There are 16
+    to 64 shards; fewer if a file cannot be cut or most of its bytes are not read; more above 1 GiB.
     """
     num_bytes = sum(file.size for file in files)
     size_class = 1
@@ -85,12 +87,11 @@ def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
 
 
 def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
-    """A first look at one file of each format, so that a mistyped column fails now and not after a
-    night.
+    """Check the columns of one file of each format, so that a wrong name fails before the run.
 
-    Raises ``CorpusError`` when the text column, or the id column or that of the tags if one is
-    asked for, is in none of a file's first 20 documents, or a format cannot have the tags asked
-    for. Empty and unreadable files pass.
+    Raises ``CorpusError`` if a required column (text, and id or tags if configured) is in none of
+    the first 20 documents of a file, or if a format cannot have the configured tags. Empty and
+    unreadable files pass.
     """
     first: dict[str, FileInfo] = {}
     for file in files:
@@ -102,13 +103,12 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
 
 
 def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
-    """Slices of ``file``, in order, none of it left out; reads it once and hashes it.
+    """Cut all of ``file`` into slices, in order. The file is read once and hashed.
 
     Uncompressed lines are cut at the first newline at or after ``shard_bytes`` from a slice's
-    start, so that appending to a file leaves all slices but the last as they were. Parquet is cut
-    between row groups; everything else is one slice. An unreadable Parquet file is one slice, for
-    ``reading`` to quarantine. Raises ``CorpusError`` for a column that a CSV or Parquet file does
-    not have, or a file that cannot be read.
+    start. Appending to a file thus changes only its last slice. Parquet is cut between row groups.
+    Any other file is one slice. So is an unreadable Parquet file, which ``reading`` quarantines.
+    Raises ``CorpusError`` if a CSV or Parquet file lacks a column, or if a file cannot be read.
     """
     format, compression = _kind(file.uri, options)
     if format == "parquet":
@@ -131,21 +131,20 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
 def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) -> list[Document]:
     """At most ``max_documents`` readable documents from up to 8 files, evenly spaced in ``files``.
 
-    Reads about 1 MB of a file at most. A longer text file gives its beginning.
+    At most about 1 MB of each file is read. Of a longer text file, the sample has the beginning.
     """
     count = min(SAMPLE_FILES, len(files))
     chosen = [files[i * (len(files) - 1) // max(count - 1, 1)] for i in range(count)]
     documents: list[Document] = []
     for i, file in enumerate(chosen):
-        quota = -(
-            -(max_documents - len(documents)) // (count - i)
-        )  # what one file lacks, the next ones give
+        # If one file has too few documents, the next ones supply more.
+        quota = -(-(max_documents - len(documents)) // (count - i))
         documents += reading.sample(_whole(file, options), options, quota)
     return documents
 
 
 def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
-    """Format and compression of ``uri``; an unknown format is empty."""
+    """Format and compression of ``uri``; the format is empty if it is unknown."""
     name = uri.lower()
     stem, _, ending = name.rpartition(".")
     compression = ending if ending in COMPRESSIONS else ""
@@ -174,7 +173,6 @@ def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
 
 
 # --- cutting
-# ---------------------------------------------------------------------------------------------
 
 
 def _slice(
@@ -204,7 +202,7 @@ def _slice(
 
 
 def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
-    """All of ``file``, not hashed: for a first look."""
+    """All of ``file`` as a slice without hash, for samples and checks."""
     return _slice(file, *_kind(file.uri, options))
 
 
@@ -217,11 +215,11 @@ def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int
 
 
 def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]:
-    """Slices of lines; none for UTF-16 and UTF-32, of which a byte is no newline."""
+    """Slices of lines; none for UTF-16 and UTF-32, where a newline is more than one byte."""
     slices: list[FileSlice] = []
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
-    has_ink = False  # the line under way is not blank
+    has_ink = False  # the current line is not blank
     with streams.Source(file.uri, 0, file.size) as source:
         while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
             if end == 0 and streams.encoding_of(block):

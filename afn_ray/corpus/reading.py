@@ -1,7 +1,7 @@
 """The bytes of a slice become documents.
 
-``read`` never raises for what is in a slice: a bad line, row or stream becomes a ``Document`` with
-a ``problem``.
+``read`` never raises for the content of a slice: a bad line, row or stream becomes a ``Document``
+with a ``problem``.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.store import parquet, storage
 
 PEEK_DOCUMENTS = 20
+"""Most documents read to find the columns."""
 SAMPLE_BYTES = 1 << 20
+"""Most bytes of a file read for a sample or a check of its columns."""
 
 
 # --- reading
-# ---------------------------------------------------------------------------------------------
 
 
 def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice`` in order, streamed in bounded memory.
+    """Yield the documents of ``slice`` in order, streamed in bounded memory.
 
     Bad content is yielded as a ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly
-    after the last document, when the slice's bytes are not those that were planned, ``ShardError``
-    when the disk or the network fails, ``Unavailable`` when it does not answer.
+    after the last document, if the slice's bytes are not the planned ones; ``ShardError`` if the
+    disk or the network fails; ``Unavailable`` if it does not answer.
 
-    What is planned is bytes: a file that was touched or written anew with the same content is read,
-    and so is a slice of lines or row groups whose own bytes are the same in a file that grew.
+    A plan fixes bytes, not files. A file that was touched or rewritten with the same content is
+    read, and so is a slice of lines or row groups whose bytes are unchanged in a file that grew.
     """
     try:
         now = _check(slice, options)
@@ -53,9 +54,8 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
             share = _Share(slice.num_bytes)
             with Source(slice.uri, 0, now.size) as source:
                 yield from map(share.bound, parquet_documents(source, slice, options))
-            _check(
-                slice, options, trusted="etag:"
-            )  # pages are read here and there, and not hashed on the way
+            # The pages were read out of order and not hashed, so check the file again.
+            _check(slice, options, trusted="etag:")
         else:
             yield from _read_bytes(slice, options)
     except CorpusError as error:
@@ -90,15 +90,16 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
 
 
 class _Share:
-    """What the rows of a slice of ``num_bytes`` may lose together: of compressed ones, each is an
-    estimate.
+    """The bytes that the rows of a slice can still lose, at most ``num_bytes`` together.
+
+    In compressed files, each row's loss is an estimate, and the sum could exceed the file.
     """
 
     def __init__(self, num_bytes: int) -> None:
         self._left = num_bytes
 
     def bound(self, found: Document) -> Document:
-        """``found`` with no more lost bytes than are left, and with one at least."""
+        """``found`` with its lost bytes limited to what is left, but at least 1."""
         if found.problem is None:
             return found
         lost_bytes = max(1, min(found.lost_bytes, self._left))
@@ -107,10 +108,9 @@ class _Share:
 
 
 def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInfo:
-    """The file now. Raises ``CorpusChanged`` when the bytes of ``slice`` are not those that were
-    planned.
+    """The file's current state. Raises ``CorpusChanged`` if ``slice`` has other bytes than planned.
 
-    They are not read where the file has the planned size and version, and that begins with
+    The bytes are not read if the file has its planned size and version and the version begins with
     ``trusted``.
     """
     now = storage.stat(slice.uri)
@@ -124,19 +124,19 @@ def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInf
 
 
 def _is_part(slice: FileSlice, options: ReadOptions) -> bool:
-    """Whether the file may have another size and ``slice`` the same bytes."""
+    """Whether ``slice`` can be unchanged although the file has another size."""
     return _is_row_groups(slice) or (is_lines(slice.format, options) and not slice.compression)
 
 
 def _is_row_groups(slice: FileSlice) -> bool:
-    return (
-        slice.format == "parquet" and slice.num_documents >= 0
-    )  # else the file was unreadable when it was cut
+    # Without a number of documents, the file was unreadable when it was cut.
+    return slice.format == "parquet" and slice.num_documents >= 0
 
 
 def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
-    """SHA-256, in hex, of the bytes of ``slice`` in its file of ``size`` bytes, as ``corpus.cut``
-    takes it.
+    """SHA-256, in hex, of the bytes of ``slice``, as computed by ``listing.cut``.
+
+    ``size`` is the current size of its file, in bytes.
     """
     if _is_row_groups(slice):
         with Source(slice.uri, 0, size) as source, contextlib.suppress(*UNREADABLE):
@@ -159,7 +159,7 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
         )
         if got not in (None, expected)
     ]
-    # A plan remembers files by size and version.
+    # A plan identifies files by size and version.
     touch = "touch it and " if (now.size, now.version) == (slice.size, slice.version) else ""
     return CorpusChanged(
         f"{slice.uri} is not the file that was planned: {'; '.join(differing)}; {touch}run the same command again "
@@ -167,14 +167,11 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
     )
 
 
-# --- a first look
-# ----------------------------------------------------------------------------------------
+# --- columns and samples
 
 
 def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
-    """Columns of the first documents of ``slice``; None when they have none, or none that can be
-    read.
-    """
+    """Columns of the first documents of ``slice``; None if there are none that can be read."""
     with Source(slice.uri, slice.start, slice.end) as source:
         if slice.format == "parquet":
             with contextlib.suppress(*UNREADABLE):
@@ -200,8 +197,9 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
 
 
 def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[Document]:
-    """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file;
-    reads about 1 MB.
+    """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file.
+
+    About 1 MB is read at most.
     """
     documents: list[Document] = []
     budget = None if slice.format == "parquet" else SAMPLE_BYTES
@@ -235,12 +233,12 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
 
 
 # --- formats
-# ---------------------------------------------------------------------------------------------
 
 
 def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of ``slice``, whose bytes ``stream`` gives; raises ``Damaged`` where a stream ends
-    too early.
+    """Yield the documents of ``slice`` from the bytes of ``stream``.
+
+    Raises ``Damaged`` if the stream ends too early.
     """
     if slice.format == "csv":
         return csv_documents(stream, slice, options)

@@ -1,6 +1,4 @@
-"""Parquet in, documents out: row groups, the columns that are read, and the types that text and ids
-may have.
-"""
+"""Parquet in, documents out: row groups, the columns to read, and the types of texts and ids."""
 
 from __future__ import annotations
 
@@ -32,26 +30,31 @@ from afn_ray.schema import Document, FileSlice, ReadOptions
 from afn_ray.store import parquet
 
 BATCH_BYTES = 4 << 20
-BATCH_ROWS = 64  # few: the bytes of dictionary-encoded rows cannot be told from the file's metadata
+"""Target size of a batch, in bytes."""
+BATCH_ROWS = 64
+"""Most rows of a batch.
+
+It is low, because the metadata do not contain the decoded size of dictionary-encoded rows.
+"""
 SHARED_BYTES = 256 << 20
-"""Most bytes of a batch whose rows may share bytes and are not read as dictionaries."""
+"""Most bytes of a batch whose rows may share values but cannot be read as dictionaries."""
 UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
-"""What pyarrow raises for a file that is not Parquet, or damaged."""
+"""Errors raised for a file that is damaged or not Parquet."""
 
 MARKED_HEX = re.compile(r"\\x([0-9a-f]{2})*")
-"""An id of bytes that are no text."""
+"""An id of bytes that are not text: hex after ``\\x``."""
 
 Texts = list[Any]
 Ids = list[str | None]
 
 
 # --- files
-# -----------------------------------------------------------------------------------------------
 
 
 def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int, int]]]:
-    """Per row group the (offset, bytes) of the chunks of ``columns``. ``ValueError`` for one
-    outside the file.
+    """The (offset, size in bytes) of each chunk of ``columns``, per row group.
+
+    Raises ``ValueError`` for a chunk outside the file.
     """
     groups: list[list[tuple[int, int]]] = []
     for group, chunks in enumerate(footer.read_chunks(source)):
@@ -68,9 +71,7 @@ def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int
 def hash_chunks(
     source: Source, columns: Sequence[str], groups: Iterable[list[tuple[int, int]]]
 ) -> str:
-    """SHA-256, in hex, of the names of ``columns`` and of the bytes of their chunks in
-    ``groups``.
-    """
+    """SHA-256, in hex, of the names of ``columns`` and the bytes of their chunks in ``groups``."""
     sha256 = hashlib.sha256(json.dumps(columns).encode())
     for chunks in groups:
         for offset, left in chunks:
@@ -82,9 +83,7 @@ def hash_chunks(
 
 
 def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
-    """Raise ``CorpusError`` where the id column of a ``ParquetFile`` has a type that cannot be an
-    id.
-    """
+    """Raise ``CorpusError`` if the id column of a ``ParquetFile`` has an unsuitable type."""
     schema = file.schema_arrow
     if options.id_column is None or options.id_column not in schema.names:
         return
@@ -98,12 +97,12 @@ def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
 
 
 def _is_of(path: str, columns: Sequence[str]) -> bool:
-    """Whether the leaf at ``path`` belongs to one of ``columns``."""
+    """Whether the leaf column at ``path`` belongs to one of ``columns``."""
     return any(path == column or path.startswith(column + ".") for column in columns)
 
 
 class _File:
-    """An open file, and what of it is read."""
+    """An open Parquet file and the columns to read."""
 
     def __init__(self, source: Source, options: ReadOptions) -> None:
         self._source = source
@@ -133,14 +132,12 @@ class _File:
         return self.schema.field(self.schema.names.index(column)).type
 
     def stored(self, group: int) -> tuple[int, int]:
-        """Bytes that the columns of a row group take in the file, and those they give."""
+        """Sizes of the columns of a row group, in bytes: in the file, and decompressed."""
         chunks = [self._chunks[group][i] for i in self._indices]
         return sum(c.taken for c in chunks), sum(c.given for c in chunks)
 
     def check_expansion(self, group: int) -> None:
-        """Raise ``ValueError`` for a row group whose metadata say that a column gives far more than
-        it takes.
-        """
+        """Raise ``ValueError`` if a column of the row group expands too much, by its metadata."""
         for i in self._indices:
             chunk = self._chunks[group][i]
             if chunk.given > max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken):
@@ -149,12 +146,13 @@ class _File:
                 )
 
     def batches(self, group: int) -> Iterator[tuple[Texts, Ids, list[Any]]]:
-        """Texts, ids and tags of one row group, a few megabytes at a time where its metadata allow
-        to tell.
+        """Yield the texts, ids and tags of one row group, a few megabytes at a time.
+
+        The size is exact only if the metadata allow it.
         """
         options, chunks = self.options, self._chunks[group]
-        # As dictionaries, or 64 rows that share a value of 64 MB would be 4 GB. Arrow cannot read
-        # delta encodings so.
+        # Read strings as dictionaries: 64 rows that share a value of 64 MB would else take 4 GB.
+        # Arrow cannot do that with delta encodings.
         dense = [i for i in self._strings if chunks[i].has_deltas]
         shared = tuple(chunks[i].path for i in self._strings if i not in dense)
         num_bytes = self.stored(group)[1]
@@ -173,7 +171,7 @@ class _File:
             yield _lists(text) if _is_list(text.type) else _strings(text), ids, labels
 
     def _with(self, dictionaries: tuple[str, ...]) -> Any:
-        """The file with the columns ``dictionaries`` read as such."""
+        """The file with the columns ``dictionaries`` read as dictionaries."""
         if dictionaries not in self._open:
             self._open[dictionaries] = parquet.open_file(
                 self._source,
@@ -199,11 +197,10 @@ def _is_uuid(leaf: Any) -> bool:
 
 
 # --- documents
-# -------------------------------------------------------------------------------------------
 
 
 def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
-    """Documents of the row groups of ``slice``, whose file ``source`` gives."""
+    """Yield the documents of the row groups of ``slice``, whose file is ``source``."""
     unreadable = "not a readable Parquet file"
     num_documents = slice.num_documents if slice.num_documents >= 0 else None
     whole = Origin(slice.uri, 0, max(slice.num_bytes, 1), num_documents)
@@ -222,7 +219,7 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
     for group in range(slice.start, min(slice.end, len(file.num_rows))):
         end = row + file.num_rows[group]
         taken, given = file.stored(group)
-        share = taken / max(file.num_rows[group], 1)  # of a row
+        share = taken / max(file.num_rows[group], 1)  # bytes of a row, on average
 
         def lost(num_rows: float, row: int, share: float = share) -> Origin:
             return Origin(slice.uri, row, max(1, round(num_rows * share)))
@@ -259,7 +256,6 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
 
 
 # --- types
-# -----------------------------------------------------------------------------------------------
 
 
 def _is_any(kind: Any, *names: str) -> bool:
@@ -281,8 +277,9 @@ def _is_text(kind: Any) -> bool:
 
 
 def _is_id(kind: Any) -> bool:
-    """Whether ids can be made of an Arrow type. Not of floats: two large whole numbers may be
-    one.
+    """Whether an Arrow type is suitable for ids.
+
+    Floats are not: two large whole numbers can become the same float.
     """
     kind = _storage(kind)
     return (
@@ -297,7 +294,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _storage(kind: Any) -> Any:
-    """The type of the values of an Arrow type, without what is wrapped around them."""
+    """The value type of an Arrow type, without extension type and dictionary."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     return kind.value_type if _is_any(kind, "dictionary") else kind
@@ -308,8 +305,9 @@ def _plain(column: Any) -> Any:
 
 
 def _lists(column: Any) -> list[Any]:
-    """Values of an Arrow array, nested as they are; the type of one that is not UTF-8 shows that it
-    is no list.
+    """Values of an Arrow array, with nested lists.
+
+    A value that is not UTF-8 becomes the error object, whose type is rejected later as not a list.
     """
 
     def value(scalar: Any) -> Any:
@@ -322,7 +320,7 @@ def _lists(column: Any) -> list[Any]:
 
 
 def _of_values(column: Any, convert: Callable[[Any], list[Any]]) -> list[Any]:
-    """What ``convert`` makes of an Arrow array; of one with a dictionary, of each value once."""
+    """``convert`` applied to an Arrow array; in a dictionary array, once per distinct value."""
     if not _is_any(column.type, "dictionary"):
         return convert(column)
     used = column.indices.unique().drop_null()
@@ -331,15 +329,16 @@ def _of_values(column: Any, convert: Callable[[Any], list[Any]]) -> list[Any]:
 
 
 def _bytes(column: Any) -> list[bytes | None]:
-    """Values of an Arrow array of strings or bytes; pyarrow does not check that strings are
-    UTF-8.
+    """Values of an Arrow array of strings or bytes, as bytes.
+
+    pyarrow does not check that strings are UTF-8.
     """
     values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
     return values
 
 
 def _strings(column: Any) -> list[str | None]:
-    """Values of an Arrow array of text as strings that may hold surrogates."""
+    """Values of an Arrow array of text as strings, which may contain lone surrogates."""
 
     def convert(values: Any) -> list[str | None]:
         return [None if value is None else decode(value) for value in _bytes(values)]
@@ -348,7 +347,7 @@ def _strings(column: Any) -> list[str | None]:
 
 
 def _ids(column: Any, is_uuid: bool) -> Ids:
-    """Values of an Arrow array as ids: one text for each value, and never the same for two."""
+    """Values of an Arrow array as ids. Two ids are equal if, and only if, the values are."""
     is_uuid = is_uuid or getattr(column.type, "extension_name", "") == "arrow.uuid"
     column = _plain(column)
 
@@ -371,10 +370,11 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
 
 
 def _id_of_bytes(value: bytes, kind: Any) -> str:
-    """``value`` as text where it is some, in hex where it is not.
+    """``value`` as text if it is printable text, else in hex.
 
-    Hex has ``\\x`` before it, and so has text that looks like such: no two values have one id.
-    Those of a fixed length need none, for hex is longer than any of their texts.
+    Hex has the prefix ``\\x``. Text that looks like prefixed hex is also encoded, so that no two
+    values have the same id. Values of a fixed length need no prefix, because their hex is longer
+    than any of their texts.
     """
     with contextlib.suppress(UnicodeDecodeError):
         text = value.decode()

@@ -1,6 +1,4 @@
-"""The bytes of one file: a part of it, decompressed, as UTF-8, in lines; all of it within
-bounds.
-"""
+"""The bytes of one file, within limits: a range, decompressed, as UTF-8, in lines."""
 
 from __future__ import annotations
 
@@ -20,61 +18,71 @@ from afn_ray.schema import ReadOptions
 from afn_ray.store import storage
 
 BLOCK_BYTES = 1 << 20
+"""Bytes read from a file at a time."""
 PIECE_BYTES = 1 << 10
-"""Compressed bytes that are decoded at a time: how exactly the place of a damage is known."""
-DECOMPRESSED_BLOCK_BYTES = (
-    1 << 16
-)  # decoded in the call that meets damage is lost, so ask for little
+"""Compressed bytes decoded at a time. It is the resolution at which damage is located."""
+DECOMPRESSED_BLOCK_BYTES = 1 << 16
+"""Decompressed bytes requested at a time.
+
+It is low, because the bytes decoded in the call that meets damage are lost.
+"""
 LINE_BYTES = 64 << 20
+"""Smallest limit on the length of a line, in bytes."""
 BOM = codecs.BOM_UTF8
 UTF_BOMS = (
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+"""Byte order marks and their encodings. UTF-32-LE is first: its mark begins with UTF-16-LE's."""
 LONGEST_BOM = 4
 EXPANSION = 200
+"""Largest ratio of decompressed to compressed bytes."""
 EXPANSION_FROM_BYTES = 64 << 20
-"""A stream, or the text of a Parquet row group, that gives more than these and that many times its
-length is a bomb.
-"""
+"""Decompressed bytes above which ``EXPANSION`` applies to a stream or a Parquet column chunk."""
 
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What decompressors raise; errors of the disk or network below are ``CorpusError`` and never among
-them.
+"""Errors that decompressors raise for damaged data.
+
+Errors of the disk or network below them are ``CorpusError``, which is none of these.
 """
 
 MARK = "afn_ray.mark"
-# An invalid sequence becomes a lone surrogate, which UTF-8 cannot hold, so that it can be told from
-# a U+FFFD of the source until the text has been found in its line.
+"""Name of the error handler that decodes an invalid sequence to a lone surrogate."""
+# UTF-8 cannot encode a lone surrogate. An invalid sequence thus stays distinct from a U+FFFD in the
+# source until the text has been extracted from its line.
 codecs.register_error(
     MARK, lambda error: ("\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0)
 )
 
 
 class Damaged(Exception):
-    """A stream ends here: what comes before is good, the rest cannot be had."""
+    """A stream ends here: what came before is good, the rest is lost."""
 
 
 class Bomb(Damaged):
-    """A stream gives far more than what holds it."""
+    """A stream decompresses to far more bytes than its file has."""
 
 
 class Line(NamedTuple):
-    offset: int  # bytes from the start of the file
-    number: int  # lines from the start of the stream
-    length: int  # bytes, without the newline
-    data: bytes | None  # without the newline; None when over the limit
+    offset: int
+    """Bytes from the start of the file."""
+    number: int
+    """Lines from the start of the stream."""
+    length: int
+    """Bytes, without the newline."""
+    data: bytes | None
+    """Content without the newline; None if the line is over the limit."""
     blank: bool
 
 
 class Source:
     """The bytes ``start`` to ``end`` of a file, hashed as they are read.
 
-    What goes wrong below is a ``CorpusError``, never an ``OSError``: readers would take that for
-    bad content and quarantine what a second try can read. With a ``budget``, ``Damaged`` where more
-    bytes are asked for.
+    Errors of the disk or network are raised as ``CorpusError``, never ``OSError``: readers would
+    take that for bad content and quarantine what another try can read. With a ``budget``, reading
+    more bytes raises ``Damaged``.
     """
 
     def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
@@ -92,9 +100,10 @@ class Source:
         self._file.close()
 
     def close(self) -> None:
-        """Nothing: pyarrow closes what it has been lent; ``with`` closes the file."""
+        """Do nothing: pyarrow closes files that it is given; ``with`` closes the file."""
 
     def rewind(self) -> None:
+        """Go back to ``start`` and hash anew."""
         self.sha256 = hashlib.sha256()
         self.seek(0)
 
@@ -127,16 +136,19 @@ class Source:
     read1 = read
 
     def drain(self) -> None:
+        """Read and hash the rest."""
         while self.read(BLOCK_BYTES):
             pass
 
 
 # --- decompression
-# ---------------------------------------------------------------------------------------
 
 
 class _Pieces:
-    """A source in pieces of ``PIECE_BYTES`` at most, read a block at a time; a file to pyarrow."""
+    """A source in pieces of at most ``PIECE_BYTES``, read a block at a time.
+
+    To pyarrow it is a file.
+    """
 
     closed = False
 
@@ -147,10 +159,10 @@ class _Pieces:
     def rewind(self) -> None:
         self._source.rewind()
         self._block, self._i = b"", 0
-        self.at = 0  # bytes given
-        self.before = 0  # bytes given before the last piece
-        self.used = 0  # of them, what has been decoded; in doubt fewer
-        self.start = 0  # of the stream under way
+        self.at = 0  # bytes returned
+        self.before = 0  # bytes returned before the last piece
+        self.used = 0  # bytes decoded, a lower bound
+        self.start = 0  # first byte of the current stream
 
     def read(self, size: int = -1, /) -> bytes:
         if self._i == len(self._block):
@@ -165,13 +177,13 @@ class _Pieces:
         return piece
 
     def put_back(self, num_bytes: int) -> None:
-        """Give the last bytes of the last piece once more."""
+        """Return the last ``num_bytes`` of the last piece again."""
         self._i -= num_bytes
         self.at -= num_bytes
         self.before = self.at
 
     def skip_zeros(self) -> int:
-        """Number of zeros from here to the next other byte or the end."""
+        """Skip zeros up to the next other byte or the end, and return their number."""
         num_zeros = 0
         while piece := self.read():
             rest = piece.lstrip(b"\0")
@@ -188,7 +200,7 @@ class _Pieces:
         return False
 
     def close(self) -> None:
-        """Nothing: pyarrow closes what it has been lent."""
+        """Do nothing: pyarrow closes files that it is given."""
 
     def seekable(self) -> bool:
         return False
@@ -198,7 +210,7 @@ class _Pieces:
 
 
 class _Decoder(Protocol):
-    """One compressed stream, as ``bz2.BZ2Decompressor`` has it."""
+    """A decoder of one compressed stream, with the interface of ``bz2.BZ2Decompressor``."""
 
     @property
     def eof(self) -> bool: ...
@@ -237,9 +249,10 @@ def _decoder(compression: str) -> _Decoder:
 
 
 def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
-    """What is in all streams of a file, one behind the other, up to the last byte of the file.
+    """Yield the decompressed bytes of all streams of a file, one after another.
 
-    Python's own readers take what is no stream, behind the first, for the end of the file.
+    All bytes of the file are decoded. Python's own readers take invalid bytes after the first
+    stream for the end of the file.
     """
     number = 0
     while not pieces.is_over():
@@ -274,8 +287,8 @@ def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
 class _Zst:
     """A zstd stream of any number of frames.
 
-    Arrow loses what it decoded in the call that meets damage. Then this starts anew, goes to where
-    it was and on byte by byte.
+    Arrow loses what it decoded in the call that meets damage. The stream is then read again from
+    the start up to the same place, and from there byte by byte.
     """
 
     def __init__(self, pieces: _Pieces) -> None:
@@ -318,34 +331,30 @@ def _words(error: BaseException) -> str:
 
 
 # --- text
-# ------------------------------------------------------------------------------------------------
 
 
 def encoding_of(head: bytes) -> str:
-    """UTF-16 or UTF-32, where the byte order mark that a file begins with says so; else empty."""
+    """UTF-16 or UTF-32 if ``head`` begins with such a byte order mark, else empty."""
     return next((name for mark, name in UTF_BOMS if head.startswith(mark)), "")
 
 
 class Stream:
-    """The bytes of a source, decompressed and in UTF-8, in blocks; and how many of the file's they
-    took.
+    """The bytes of a source, decompressed and in UTF-8, in blocks.
 
-    UTF-16 and UTF-32 with a byte order mark become UTF-8 with one; what is invalid in them becomes
-    the byte FF, which is invalid there too. The mark is whole in the first block. Raises
-    ``Damaged`` as it is read.
+    It also records how many bytes of the file they took. UTF-16 and UTF-32 with a byte order mark
+    become UTF-8 with one; invalid sequences become the byte FF, which is invalid in UTF-8 too. The
+    first block contains the whole mark. Iteration raises ``Damaged``.
     """
 
     def __init__(self, source: Source, compression: str) -> None:
         self._source, self._compression = source, compression
         self._pieces = _Pieces(source)
         self._blocks = self._utf8()
-        self.encoding = ""  # known with the first block
-        self.num_bytes = 0  # given
-        self.done = 0  # of them, in lines that were given
-        self._start = (
-            0,
-            0,
-        )  # of the compressed stream under way: bytes of the file and of this before it
+        self.encoding = ""  # known from the first block on
+        self.num_bytes = 0  # bytes yielded
+        self.done = 0  # bytes in lines that were yielded
+        # Bytes of the file, and bytes yielded, before the current compressed stream.
+        self._start = (0, 0)
 
     @property
     def is_plain(self) -> bool:
@@ -353,8 +362,9 @@ class Stream:
         return not self._compression and not self.encoding
 
     def stored(self, num_bytes: int) -> int:
-        """Bytes of the file that ``num_bytes`` of the stream took, by the ratio so far; at least
-        1.
+        """Bytes of the file that ``num_bytes`` of the stream took, estimated; at least 1.
+
+        The estimate uses the ratio of compressed to decompressed bytes so far.
         """
         if self.is_plain:
             return max(num_bytes, 1)
@@ -362,8 +372,9 @@ class Stream:
         return max(1, round(num_bytes * taken / max(self.num_bytes, 1)))
 
     def lost_from(self, start: int) -> int:
-        """Bytes of the file behind those that the first ``start`` bytes of the stream took; at
-        least 1.
+        """Bytes of the file after those of the first ``start`` bytes of the stream; at least 1.
+
+        In a compressed file it is an estimate.
         """
         if self.is_plain:
             return max(1, self._source.size - start)
@@ -402,9 +413,8 @@ class Stream:
             yield data
 
     def _decompressed(self) -> Iterator[bytes]:
-        if (
-            self._compression and self._source.size == 0
-        ):  # some decompressors take nothing for an end
+        # Some decompressors accept an empty file.
+        if self._compression and self._source.size == 0:
             raise Damaged(
                 f"the file has 0 bytes, and what {self._compression} makes of nothing has more"
             )
@@ -435,15 +445,17 @@ def _raising(damage: Damaged) -> Iterator[bytes]:
 
 
 def line_limit(options: ReadOptions) -> int:
-    """Bytes of the longest line or CSV row that is parsed: other columns and escapes need room
-    beside the text.
+    """Length of the longest line or CSV row that is parsed, in bytes.
+
+    Other columns and escapes need space beside the text.
     """
     return max(LINE_BYTES, 8 * options.max_document_bytes)
 
 
 def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
-    """Lines of ``stream``, the first of which is at byte ``start`` of its file; holds ``limit``
-    bytes at most.
+    """Yield the lines of ``stream``, whose first byte is byte ``start`` of its file.
+
+    At most ``limit`` bytes are held in memory.
     """
     offset, number, length, blank = start, 0, 0, True
     pieces: list[bytes] = []

@@ -1,6 +1,4 @@
-"""Tags of a document's words: from the cells of a labelled corpus, and from the lines of
-CoNLL-U.
-"""
+"""Tags of a document's words, from the cells of a labelled corpus or the lines of CoNLL-U."""
 
 from __future__ import annotations
 
@@ -12,22 +10,26 @@ from afn_ray.schema import RESERVED, UPOS, XPOS, Span
 from afn_ray.text import count
 
 MAX_TAG_CHARS = 100
+"""Longest tag, in characters."""
 NUM_COLUMNS = 10
+"""Columns of a CoNLL-U line."""
 COLUMN = {UPOS: 3, XPOS: 4}
+"""Indices of the tag columns in a CoNLL-U line."""
 WORD = re.compile(r"\S+")
 WORD_ID = re.compile("([1-9][0-9]{0,8})(?:-([1-9][0-9]{0,8}))?")
 EMPTY_NODE = re.compile(r"[0-9]+\.[0-9]+")
 
 Tagged = tuple[str, tuple[Span, ...]]
+"""A text and its tags."""
 
 
 def from_cells(text: object, labels: object, text_column: str, labels_column: str) -> Tagged:
-    """A document's text and tags, from the two cells that hold them.
+    """Text and tags of a document, from the two cells that hold them.
 
-    ``labels`` has a tag for each word, or spans of characters, each an object or a list of start,
-    end and label. Words are those of ``text`` if that is a list, which are joined by a space, else
-    what white space separates. A tag that is null or empty is none. Raises ``ValueError`` for
-    anything else: got against expected.
+    ``labels`` has one tag per word, or spans of characters: each an object or a list of start, end
+    and label. If ``text`` is a list, its items are the words, and they are joined by a space; else
+    words are separated by white space. A null or empty tag means no tag. Raises ``ValueError`` for
+    anything else, with got against expected.
     """
     if not isinstance(labels, list | tuple):
         raise ValueError(f"{labels_column} is {_kind(labels)}, expected a list of tags or of spans")
@@ -35,7 +37,7 @@ def from_cells(text: object, labels: object, text_column: str, labels_column: st
         if labels and all(isinstance(span, dict | list | tuple) for span in labels):
             return text, _spans(labels, len(text), labels_column)
         places = [match.span() for match in WORD.finditer(text)]
-        if not labels:  # spans as well as words: a document in which nothing was found
+        if not labels:  # an empty list of tags or spans: the document has none
             return text, ()
     elif isinstance(text, list | tuple):
         if (
@@ -64,17 +66,17 @@ def from_cells(text: object, labels: object, text_column: str, labels_column: st
 def from_conllu(
     sentences: Iterable[Sequence[tuple[int, str]]], labels: str
 ) -> tuple[str, tuple[Span, ...], str]:
-    """Text, tags and id (empty: it has none) of a document, from the numbered lines of its
-    sentences.
+    """Text, tags and id of a document, from the numbered lines of its sentences.
 
-    The text is what the forms spell, with a space behind each but where ``SpaceAfter=No`` says
-    otherwise. A multiword token (1-2) has the tags of its words, joined by +; empty nodes (1.1) are
-    left out. Raises ``ValueError`` for a line that is no CoNLL-U, or out of its place.
+    The id is empty if there is none. The text consists of the forms, each followed by a space
+    unless ``SpaceAfter=No`` is set. A multiword token (1-2) has the tags of its words, joined by +.
+    Empty nodes (1.1) are left out. Raises ``ValueError`` for a line that is not CoNLL-U or is out
+    of order.
     """
     tokens: list[tuple[str, bool, list[str]]] = []  # form, whether a space follows, tags
     comments: dict[str, str] = {}
     for nth, sentence in enumerate(sentences):
-        last = until = 0  # the last word, and the last one of the multiword token that it is in
+        last = until = 0  # number of the last word, and of the last word of its multiword token
         for number, line in sentence:
             if line.startswith("#"):
                 if not nth:
@@ -158,7 +160,7 @@ def _spans(values: Sequence[object], num_chars: int, column: str) -> tuple[Span,
 
 
 def _tag(value: object, what: str) -> str:
-    """``value`` as a tag, empty where there is none."""
+    """``value`` as a tag; empty if there is none."""
     if value is None:
         return ""
     if not isinstance(value, str | int) or isinstance(value, bool):

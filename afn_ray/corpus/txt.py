@@ -15,6 +15,7 @@ from afn_ray.schema import Document, FileSlice, ReadOptions
 
 
 def whole_document(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """Yield the one document of ``slice``; quarantined if it exceeds ``max_document_bytes``."""
     limit = options.max_document_bytes
     origin = Origin(slice.uri, 0, max(slice.num_bytes, 1))
     data = bytearray()

@@ -14,8 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, StoreError
 from afn_ray.store.blocks import Blocks
-from afn_ray.store.retry import patiently
-from afn_ray.store.storage import RangeFile, open_filesystem
+from afn_ray.store.retry import with_retries
+from afn_ray.store.storage import RangeFile, open_filesystem, path_in
 
 
 class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -44,14 +44,12 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         self.failed: AfnError | None = None
         self._fs, path = open_filesystem(root)
         self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
-        self._files = {
-            name: (str(self._fs._strip_protocol(uri)), size) for name, (uri, size) in files.items()
-        }
+        self._files = {name: (path_in(uri), size) for name, (uri, size) in files.items()}
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode != "rb":
             self._refuse()
-        name, (_, size) = self._strip_protocol(path), self._find(path)
+        name, (_, size) = _name(path), self._find(path)
         return RangeFile(
             lambda start, end: self._checked(name, start, end), size, threading.local()
         )
@@ -60,7 +58,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         return {"name": path, "size": self._find(path)[1], "type": "file"}
 
     def glob(self, path: str, **options: Any) -> list[str]:
-        return [path] if self._strip_protocol(path) in self._files else []
+        return [path] if _name(path) in self._files else []
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
         raise PermissionError(f"{path}: the files of a run cannot be listed")
@@ -70,7 +68,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
     def _find(self, path: str) -> tuple[str, int]:
         try:
-            return self._files[self._strip_protocol(path)]
+            return self._files[_name(path)]
         except KeyError:
             raise PermissionError(f"{path} is not a file of this run") from None
 
@@ -109,7 +107,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
             return bytes(self._fs.cat_file(target, start=start, end=end))
 
         try:
-            return patiently(read, f"reading {target}", local=self._local_root is not None)
+            return with_retries(read, f"reading {target}", local=self._local_root is not None)
         except FileNotFoundError as error:
             raise StoreError(
                 f"{target} is gone from the store; 'afn verify' says what else is, and what to do"
@@ -121,6 +119,11 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     mkdir = makedirs = rmdir = rm = rm_file = mv = copy = cp_file = put_file = pipe_file = touch = (
         _refuse
     )
+
+
+def _name(path: str) -> str:
+    """The name of the file that DuckDB asks for by ``path``."""
+    return path.removeprefix(f"{ReadOnlyFiles.protocol}://")
 
 
 class ServedFiles(ReadOnlyFiles):

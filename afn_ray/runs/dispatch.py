@@ -152,7 +152,7 @@ class Pool(Protocol):
         their number.
         """
 
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
         """Give ``worker`` a shard, its token budget halved so many times."""
 
     def wait(self, timeout_s: float) -> list[Event]:
@@ -263,7 +263,7 @@ class _Record:
     """What is held against a shard."""
 
     charges: int = 0  # exceptions of its own, crashes while it was alone
-    halvings: int = 0
+    oom_retries: int = 0
 
 
 class Patience:
@@ -402,7 +402,7 @@ class Dispatcher:
             bytes=shard.num_bytes,
         )
         record = self._records.get(shard.id)
-        self._pool.hand(worker, shard, record.halvings if record else 0)
+        self._pool.hand(worker, shard, record.oom_retries if record else 0)
 
     def _forget(self, worker: int) -> list[Shard]:
         """``worker`` has no process now; returns what it had in flight."""
@@ -568,8 +568,8 @@ class Dispatcher:
 
     def _halve(self, shard: Shard) -> bool:
         record = self._records.setdefault(shard.id, _Record())
-        record.halvings += 1
-        return record.halvings <= HALVINGS
+        record.oom_retries += 1
+        return record.oom_retries <= HALVINGS
 
     def _again(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
         self.state.retries += 1

@@ -32,16 +32,16 @@ class InlinePool:
     def grow(self, num_useful: int) -> int:
         return 1
 
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
         thread = threading.Thread(
-            target=self._process, args=(shard, halvings), name="afn-shard", daemon=True
+            target=self._process, args=(shard, oom_retries), name="afn-shard", daemon=True
         )
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
         thread.start()
 
-    def _process(self, shard: Shard, halvings: int) -> None:
+    def _process(self, shard: Shard, oom_retries: int) -> None:
         try:
-            self._events.put(Done(0, shard.id, self._processor.process(shard, halvings)))
+            self._events.put(Done(0, shard.id, self._processor.process(shard, oom_retries)))
         except BaseException as error:  # noqa: BLE001 - the dispatcher says what it means
             self._events.put(Failed(0, shard.id, error))
 

@@ -285,11 +285,11 @@ class Processor:
         """Ends the tokenizer's thread or processes."""
         self.feed.close()
 
-    def process(self, shard: Shard, halvings: int = 0) -> Commit:
+    def process(self, shard: Shard, oom_retries: int = 0) -> Commit:
         """Measure every token of ``shard`` and commit it; returns the winner's commit, ours or a
         rival's.
 
-        ``halvings``: how often the token budget is halved, for a shard that met too little memory.
+        ``oom_retries``: how often the token budget is halved, for a shard that met too little memory.
         Raises ``ShardError`` for what is this shard's alone (``CorpusChanged``: its file is another
         now), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus does
         not answer, ``StoreError`` for a store that fails.
@@ -303,11 +303,11 @@ class Processor:
             f"reads {shard.slices[0].uri}",
             **known,
             bytes=shard.num_bytes,
-            halvings=halvings,
+            oom_retries=oom_retries,
         )
         began = time.monotonic()
         try:
-            commit = self._process(shard, halvings, attempt)
+            commit = self._process(shard, oom_retries, attempt)
         except BaseException as error:
             logs.tell(
                 _log,
@@ -332,7 +332,7 @@ class Processor:
         )
         return commit
 
-    def _process(self, shard: Shard, halvings: int, attempt: str) -> Commit:
+    def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
         config = self.task.config
         commit = shard_files.read_commit(
             config.store, self.task.measure_id, shard.id, shard.generation
@@ -354,7 +354,7 @@ class Processor:
                 self.task.tagged,
             ) as files:
                 seconds = self._measure_and_write(
-                    documents, halvings, files, summary, pairs, counts
+                    documents, oom_retries, files, summary, pairs, counts
                 )
                 files.summary.write_each(summary.tables())
                 if files.pairs is not None:
@@ -374,7 +374,7 @@ class Processor:
     def _measure_and_write(
         self,
         documents: Iterator[Document],
-        halvings: int,
+        oom_retries: int,
         files: records.ShardFiles,
         summary: Summary,
         pairs: neurons.PairSummary,
@@ -395,7 +395,7 @@ class Processor:
             first = first or "".join(problems[:1])
 
         with (
-            self.feed.chunks(documents, halvings) as chunks,
+            self.feed.chunks(documents, oom_retries) as chunks,
             ThreadPoolExecutor(1, "afn-write") as writer,
         ):
             with self._turn():
@@ -403,7 +403,7 @@ class Processor:
                 for chunk in chunks:
                     self.progress.wait_s += time.monotonic() - waiting
                     self.progress.read_s += chunk.read_s
-                    chunk, values = self._measure_chunk(chunk, halvings)
+                    chunk, values = self._measure_chunk(chunk, oom_retries)
                     behind.append(
                         writer.submit(self._record, chunk, values, files, summary, pairs, counts)
                     )
@@ -461,7 +461,7 @@ class Processor:
         prepared, values = self._without_culprits(texts, replaced, 0, prepared, self.values)
         return Measured(prepared.encoded, values, len(self.task.layers))
 
-    def _measure_chunk(self, chunk: Chunk, halvings: int) -> tuple[Chunk, Values]:
+    def _measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
         """``values`` of ``chunk``; where the model cannot take some of its documents, of the
         others.
         """
@@ -470,7 +470,7 @@ class Processor:
             [d.num_replaced > 0 for d in chunk.documents],
         )
         prepared, values = self._without_culprits(
-            texts, replaced, halvings, chunk.prepared, self.values
+            texts, replaced, oom_retries, chunk.prepared, self.values
         )
         return replace(chunk, prepared=prepared), values
 
@@ -478,7 +478,7 @@ class Processor:
         self,
         texts: list[str],
         replaced: list[bool],
-        halvings: int,
+        oom_retries: int,
         prepared: Prepared,
         run: Callable[[Prepared], Result],
     ) -> tuple[Prepared, Result]:
@@ -501,7 +501,7 @@ class Processor:
                 self.progress.measured = measured  # what is tried here is measured once more
                 run(
                     self.preparer.prepare(
-                        [texts[i] for i in some], [replaced[i] for i in some], halvings
+                        [texts[i] for i in some], [replaced[i] for i in some], oom_retries
                     )
                 )
 
@@ -513,7 +513,7 @@ class Processor:
             i: f"the model cannot take it: {culprits.first_line(error)}"
             for i, error in found.items()
         }
-        prepared = self.preparer.prepare(texts, replaced, halvings, refused | why)
+        prepared = self.preparer.prepare(texts, replaced, oom_retries, refused | why)
         return prepared, run(prepared)
 
     def _takes_probe(self) -> bool:

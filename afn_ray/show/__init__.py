@@ -1,3 +1,1 @@
-"""Results for people: runs in; tables, charts, pages and a SQL prompt out. Writes nothing to a
-store.
-"""
+"""Results for people. In: runs. Out: tables, charts, pages, a SQL prompt. Writes to no store."""

@@ -1,4 +1,4 @@
-"""A run's figures as Vega-Lite drawings, each beside the same figures as a table."""
+"""Vega-Lite charts of a run's figures, each with a table of the same figures."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from afn_ray.show import overview
 from afn_ray.text import printable
 
 MAX_POINTS = 6000
-"""Types in the scatter, the most frequent ones: as many as a browser moves at once."""
+"""Number of types in the scatter, the most frequent ones; a browser can animate about as many."""
 MAX_SCATTER_LAYERS = 12
 MAX_ROWS = 20
-"""Of a table that could have one for each type or source."""
+"""Largest number of rows of a table with one row for each type or source."""
 MAX_CHARS = 40
-"""Of a token on its own."""
+"""Largest length of a token in a table cell, in characters."""
 NUM_BARS = 80
 TAIL = 0.0005
-"""Share of the tokens that a histogram leaves out on either side: one sink would flatten all
-others.
+"""Share of the tokens that a histogram leaves out at each end.
+
+One sink would flatten all other bars.
 """
 NUM_RARITY_BINS = 20
 
@@ -39,7 +40,7 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under ``heads``; the first ``left`` columns are words, the others figures."""
+    """A table with ``heads``; its first ``left`` columns are text, the others figures."""
 
     caption: str
     heads: tuple[str, ...]
@@ -49,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A Vega-Lite ``spec`` under the name by which the page finds it, and its figures."""
+    """A Vega-Lite ``spec`` with the name that the page uses for it, and its figures as a table."""
 
     name: str
     title: str
@@ -58,32 +59,28 @@ class Chart:
 
 
 # --- figures and words
-# -----------------------------------------------------------------------------------
 
 
 def number(value: float | None, digits: int | None = None) -> str:
-    """Five digits, or ``digits`` after the point; a dash for what does not exist."""
+    """Format with five digits, or with ``digits`` decimals; a dash for None."""
     if value is None:
         return "–"
     return overview.figure(value) if digits is None else f"{value:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """With one digit after the point; a dash for what does not exist."""
+    """Format as a percentage with one decimal; a dash for None."""
     return "–" if value is None else f"{value:.1%}"
 
 
 def cut(text: str) -> str:
-    """A token on its own: its white space visible, no character that acts, and no longer than a
-    cell.
-    """
+    """A token as a table cell: visible white space, no control characters, limited length."""
     text = printable(text, keep="\n\t").replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"
 
 
-# --- the grammar
-# ----------------------------------------------------------------------------------------- Colours
-# are variables of the page: one drawing is right on light, on dark and on paper.
+# --- building blocks
+# Colours are CSS variables of the page, so one chart works on light, on dark and on paper.
 
 INK, FAINT, RULE, NOW, BEFORE = (
     f"var(--{name})" for name in ("ink", "faint", "rule", "now", "before")
@@ -123,12 +120,12 @@ def _spec(
 
 
 def _of(field: str, title: str | None = None, **more: Any) -> Spec:
-    """The encoding of a quantity."""
+    """Encoding of a quantity."""
     return {"field": field, "type": "quantitative", "title": title, **more}
 
 
 def _by(field: str, title: str | None = None, **more: Any) -> Spec:
-    """The encoding of a name, or of what is read like one."""
+    """Encoding of a name or another category."""
     return {"field": field, "type": "nominal", "title": title, **more}
 
 
@@ -141,16 +138,16 @@ def _class_colours(names: Sequence[str]) -> Spec:
         return _colours("class", names, [f"var(--{name})" for name in names])
     return _by(
         "class", sort=list(names), scale={"domain": list(names), "scheme": "tableau20"}
-    )  # tags
+    )  # class names are tags
 
 
 # --- strengths
-# -------------------------------------------------------------------------------------------
 
 
 def _bars(histogram: pa.Table, layer: int, edges: Floats | None = None) -> tuple[Floats, Floats]:
-    """Edges [NUM_BARS + 1] and the share of the layer's tokens, special ones apart, between them
-    [NUM_BARS].
+    """Edges [NUM_BARS + 1] of the bars, and the share of the layer's tokens in each [NUM_BARS].
+
+    Special tokens are left out.
     """
     here = histogram.filter((pc.field("layer") == layer) & ~pc.field("special"))
     strengths, n = (here[name].to_numpy().astype(np.float64) for name in ("strength", "n"))
@@ -165,11 +162,10 @@ def _bars(histogram: pa.Table, layer: int, edges: Floats | None = None) -> tuple
 def histogram_chart(
     layer: int, now: pa.Table, limits: Sequence[float], before: pa.Table | None
 ) -> Chart:
-    """Strengths of ``layer``, coloured by the quartiles that ``limits`` [3] cut; a line for the
-    baseline.
+    """Histogram of strengths at ``layer``, coloured by quartile, with a line for the baseline.
 
-    ``now`` and ``before`` are histogram tables, ``before`` None without a baseline that has the
-    layer.
+    ``limits`` [3] are the thresholds Q1 to Q3. ``now`` and ``before`` are histogram tables;
+    ``before`` is None without a baseline that has the layer.
     """
     edges, shares = _bars(now, layer)
     quartiles = 1 + np.searchsorted(limits, (edges[:-1] + edges[1:]) / 2, side="right")
@@ -252,15 +248,14 @@ def histogram_chart(
 
 
 # --- classes and layers
-# ----------------------------------------------------------------------------------
 
 
 def share_by_rarity(words: pa.Table) -> Floats:
-    """HIGH share that each type would have were rarity all that counts, [types].
+    """HIGH share of each type if only its rarity mattered, [types].
 
-    Types are ordered by idf and cut into at most ``NUM_RARITY_BINS`` bins of about as many tokens
-    each, types of one idf together; a type gets the HIGH share of all tokens of its bin, its own
-    among them.
+    Types are ordered by idf and cut into at most ``NUM_RARITY_BINS`` bins of about the same number
+    of tokens; types of one idf share a bin. A type gets the HIGH share of all tokens of its bin,
+    its own tokens included.
     """
     n, n_high = (words[name].to_numpy().astype(np.float64) for name in ("n", "n_high"))
     _, group = np.unique(words["idf"].to_numpy(), return_inverse=True)
@@ -274,7 +269,7 @@ def share_by_rarity(words: pa.Table) -> Floats:
 def classes_chart(summary: overview.Summary, words: pa.Table) -> Chart:
     """HIGH share of each class at the deepest layer, beside layer 0 and beside rarity alone.
 
-    ``words``: rows of the vocabulary at the deepest layer, special tokens left out.
+    ``words``: rows of the vocabulary at the deepest layer, without special tokens.
     """
     main, first = summary.layers[-1], summary.layers[0]
     label = main.labels["tokens"]
@@ -355,7 +350,7 @@ def classes_chart(summary: overview.Summary, words: pa.Table) -> Chart:
 
 
 def layers_charts(summary: overview.Summary) -> list[Chart]:
-    """What may be compared across layers: HIGH shares and ratios, never strengths."""
+    """Charts of figures comparable across layers: HIGH shares and ratios, not strengths."""
     x = _by("layer", "layer (0 = embeddings)", axis={"labelAngle": 0})
     drawn = overview.frequent_classes(summary.layers[0])
     names = [summary.layers[0].classes[at].name for at in drawn]
@@ -423,15 +418,13 @@ def layers_charts(summary: overview.Summary) -> list[Chart]:
 
 
 # --- claims
-# ----------------------------------------------------------------------------------------------
 
 
 def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, str, list[Chart]]]:
-    """Each claim's question, which control answers it as well, and a chart for each of what it is
-    measured by.
+    """For each claim its question, the sentence on its controls, and one chart per quantity.
 
-    Drawn are those of ``layer``, of layer 0 and of none; of the claim about layers all. The tables
-    have every layer.
+    Charts show figures of ``layer``, of layer 0 and without a layer; for the claim about layers,
+    those of all layers. The tables have every layer.
     """
     return [
         (
@@ -483,7 +476,7 @@ def _claim_chart(claim: str, what: str, figures: Sequence[claims.Figure], layer:
         "shape": _by("kind", scale={"domain": kinds, "range": shapes}, legend=None),
     }
     layers: list[Spec] = [{"mark": DOT, "encoding": mark}]
-    if any("low" in v for v in values):  # Vega complains of a field that none has
+    if any("low" in v for v in values):  # Vega warns about a field that no row has
         layers.insert(
             0,
             {
@@ -512,13 +505,10 @@ def _claim_chart(claim: str, what: str, figures: Sequence[claims.Figure], layer:
 
 
 # --- vocabulary
-# ------------------------------------------------------------------------------------------
 
 
 def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
-    """The scatter's types in columns, the most frequent first, with how many of each are HIGH by
-    layer.
-    """
+    """Data of the scatter, in columns: the most frequent types and their HIGH counts by layer."""
     layers = list(vocabulary)
     deepest = vocabulary[layers[-1]]
     if len(layers) > MAX_SCATTER_LAYERS:
@@ -547,8 +537,9 @@ def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
 
 
 def vocabulary_chart(words: pa.Table) -> Chart:
-    """Frequency against HIGH share; the page's script fills it from ``points``, and marks what is
-    searched for.
+    """Frequency against HIGH share, a point for each type.
+
+    The page's script fills it from ``points`` and marks the types that match a search.
     """
     names = in_order(words["class"].to_pylist())
     most = int(words["n"].to_numpy().max())
@@ -614,7 +605,7 @@ def vocabulary_chart(words: pa.Table) -> Chart:
 
 
 def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
-    """The words whose HIGH share moved most surely, before and now; None where none has."""
+    """Words with the most significant changes of HIGH share, before and now; None without any."""
     words = compare.whole_words(compare.moved(movers.filter(pc.field("layer") == layer)))
     rows = sorted(words.to_pylist(), key=lambda r: (r["q"], -abs(r["z"])))[:MAX_ROWS]
     if not rows:

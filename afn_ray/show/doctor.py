@@ -1,4 +1,4 @@
-"""What works on this machine, and what to do about what does not."""
+"""Checks of this machine's installation, with advice for each failure."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ from afn_ray.text import count, printable
 
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
-"""Free space to warn and to fail at: a shard's unfinished files take about 50 MB a worker, a GB of
-text about 2 GB.
+"""Free space, in bytes, below which to warn and to fail.
+
+A shard's unfinished files take about 50 MB a worker; a GB of text takes about 2 GB.
 """
 RAY_S = 150.0
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was tried."""
+    """Result of one check."""
 
     name: str
     ok: bool | None  # None: a warning, or not tried
@@ -46,11 +47,14 @@ class Check:
 
 
 def check(model: str | None, store: str | None, address: str | None) -> list[Check]:
-    """Try everything that a run needs, in the order in which it needs it; takes some 20 s.
+    """Check everything that a run needs, in the order of its use; takes about 20 s.
 
-    ``model``: default the demo's, where it is installed; ``store``: left out without one;
-    ``address``: of a Ray cluster, default ``RAY_ADDRESS``, else a local Ray is started and stopped.
-    Raises nothing: what goes wrong is a failed check that says what to do.
+    - ``model``: the model to load; default the demo's, where it is installed.
+    - ``store``: the store to write to; without it that check is not tried.
+    - ``address``: the Ray cluster; default ``RAY_ADDRESS``, otherwise a local Ray is started and
+      stopped.
+
+    Raises nothing: a problem is a failed check with advice.
     """
     address = of_cluster(address)
     tries: list[tuple[str, Callable[[], Check], str]] = [
@@ -74,7 +78,7 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
     for name, attempt, advice in tries:
         try:
             checks.append(attempt())
-        except AfnError as error:  # says itself what to do
+        except AfnError as error:  # its message contains the advice
             checks.append(Check(name, False, str(error), advice))
         except Exception as error:  # noqa: BLE001 - a broken installation raises anything, and this is who tells
             checks.append(
@@ -86,15 +90,13 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
 
 
 def _install(package: str) -> str:
-    """The command that installs ``package`` as afn-ray wants it."""
+    """The command that installs ``package`` in the version that afn-ray requires."""
     wanted = [str(r) for r in _requirements() if r.name == package]
     return f"pip install --force-reinstall '{(wanted or [package])[0]}'"
 
 
 def _requirements() -> list[Requirement]:
-    """What afn-ray's own metadata asks for here, extras apart; nothing where it is not
-    installed.
-    """
+    """Requirements of afn-ray's metadata, without extras; empty where it is not installed."""
     try:
         lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -105,7 +107,6 @@ def _requirements() -> list[Requirement]:
 
 
 # --- this machine
-# ----------------------------------------------------------------------------------------
 
 
 def _python() -> Check:
@@ -154,7 +155,7 @@ def _torch() -> Check:
         return Check("torch", True, gpus)
     capabilities: dict[str, object] = getattr(
         torch.cpu, "get_capabilities", dict
-    )()  # not in all builds
+    )()  # missing in some builds
     half = [
         name
         for name in ("amx_bf16", "avx512_bf16", "amx_fp16", "avx512_fp16")
@@ -175,9 +176,7 @@ def _torch() -> Check:
 
 
 def _machine() -> str:
-    """CPU cores and memory that a run may use, and beside them what the machine has where that is
-    more.
-    """
+    """CPU cores and memory that a run may use; also the machine's cores where it has more."""
     cores, of = cgroup.num_cores(), os.cpu_count() or 1
     memory = cgroup.memory_bytes()
     return (f"{cores} of {of} CPU cores" if cores < of else count(cores, "CPU core")) + (
@@ -186,7 +185,7 @@ def _machine() -> str:
 
 
 def _scratch() -> Check:
-    """The folders in which a run without --scratch, and a local Ray, write what is unfinished."""
+    """Check the scratch folders of a run without --scratch and of a local Ray."""
     from afn_ray.runs.cluster import session
 
     scratch = disk.scratch_folder(None)
@@ -206,11 +205,11 @@ def _scratch() -> Check:
 
 
 def _space(name: str, folder: Path, otherwise: str) -> Check:
-    """Free space on the disk that holds ``folder``, or will."""
+    """Free space on the disk of ``folder``, which may not exist yet."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         free = shutil.disk_usage(there).free
-    except OSError as error:  # some mounts do not tell
+    except OSError as error:  # some mounts do not report it
         return Check(
             name,
             None,
@@ -226,11 +225,10 @@ def _space(name: str, folder: Path, otherwise: str) -> Check:
 
 
 # --- Ray
-# -------------------------------------------------------------------------------------------------
 
 
 def _ray(address: str | None) -> Check:
-    """Tries Ray in a process of its own, with which all that it started ends."""
+    """Check Ray in a process of its own, so that everything it starts ends with it."""
     from afn_ray.runs.cluster import access
 
     began = time.monotonic()
@@ -312,8 +310,9 @@ def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
 
 
 def probe_ray(address: str | None = None) -> None:
-    """What the process of ``_probe`` runs: prints what Ray has, or leaves with what is wrong as its
-    last line.
+    """Body of the process of ``_probe``.
+
+    Prints Ray's resources, or exits with the error as the last line.
     """
     try:
         from afn_ray.runs.cluster import connection
@@ -324,7 +323,6 @@ def probe_ray(address: str | None = None) -> None:
 
 
 # --- model and store
-# -------------------------------------------------------------------------------------
 
 
 def _model(name: str | None) -> Check:
@@ -375,7 +373,6 @@ def _store(uri: str | None) -> Check:
 
 
 # --- rendering
-# -------------------------------------------------------------------------------------------
 
 MARKS = {
     True: ("ok", "bold green"),
@@ -385,7 +382,7 @@ MARKS = {
 
 
 def render(checks: list[Check], console: Console) -> None:
-    """Print ``checks`` as a table; each mark is a word as well as a colour."""
+    """Print ``checks`` as a table; each mark has a word as well as a colour."""
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("", "check", "found"):
         table.add_column(head, no_wrap=head != "found", overflow="fold")

@@ -1,4 +1,4 @@
-"""How an explained text is shown: on a terminal and as a page, coloured by quartile."""
+"""Output of an explained text, coloured by quartile: on a terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -29,22 +29,20 @@ from afn_ray.analysis.explain import (
 from afn_ray.schema import STRENGTH
 
 TABLE_ROWS = 40
-"""Rows of the terminal's table, unless all are asked for."""
+"""Largest number of rows of the terminal's table, without ``show_all``."""
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
 JOINERS = "\u200c\u200d"
 """Format characters that spelling needs: zero-width non-joiner and joiner."""
 
 
-# --- the text as people read it
-# --------------------------------------------------------------------------
+# --- the text for reading
 
 
 def _visible(text: str, keep: str = "") -> str:
-    """``text`` with its control and invisible format characters, but those of ``keep``, written as
-    escapes.
+    """``text`` with control and invisible format characters as escapes, except those of ``keep``.
 
-    A terminal obeys some of them, and bidirectional ones reorder what stands beside them, on any
-    page.
+    A terminal obeys some of these characters, and bidirectional ones reorder their neighbours on
+    any page.
     """
     keep += JOINERS
     return "".join(
@@ -60,10 +58,10 @@ def _visible(text: str, keep: str = "") -> str:
 
 
 def _running(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
-    """The text in order, cut into tokens and what lies between them (None); every character once.
+    """The text in order, cut into tokens and the parts between them (None); each character once.
 
-    White space before a token's first letter counts as between; of tokens that share a character
-    (byte-level pieces) the first shows it.
+    White space before a token's first letter counts as between. Where tokens share a character
+    (byte-level pieces), the first one shows it.
     """
     text, cursor = explanation.text, 0
     for token in explanation.tokens:
@@ -84,9 +82,7 @@ def _shown(text: str) -> str:
 
 
 def _label(token: Token) -> str:
-    """A token on its own, as a table shows it; one that continues a word begins with an
-    ellipsis.
-    """
+    """A token as a table shows it; one that continues a word begins with an ellipsis."""
     if token.special:
         return _visible(token.piece)
     text = _visible(token.text.strip()) or _visible(token.text).replace(" ", "␣")
@@ -94,9 +90,7 @@ def _label(token: Token) -> str:
 
 
 def _cells(token: Token, reading: Reading) -> list[str]:
-    """Strength, quartile, rank, and the type's median, HIGH share and n, as the tables show
-    them.
-    """
+    """Cells of a token's table row after the token: strength to n, as in ``HEADS``."""
     usual = reading.usual
     return [
         f"{reading.strength:.4f}",
@@ -138,8 +132,9 @@ DECISION_LEGEND = (
 
 
 def _value_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list[tuple[str, int]]]]:
-    """Names of strength and the other signals, and for each token their values as shown, each with
-    its quartile (0: none); no names where strength is all there is.
+    """Names of the signals and, for each token, their values as text with a quartile (0: none).
+
+    Strength comes first. No names where there is no other signal.
     """
     first = explanation.tokens[0].readings[at]
     if not first.signals:
@@ -161,7 +156,7 @@ def _value_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list
 
 
 def _cell(cell: Cell) -> str:
-    """A token's place in the heat map."""
+    """A token's cell in the heat map."""
     return (
         "·"
         if cell.decile is None
@@ -170,7 +165,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _answer(decision: Decision) -> str:
-    """What the classifier says, the likeliest label first."""
+    """The classifier's labels, the most likely first."""
     if decision.kind == "value":
         return ", ".join(f"{_visible(label.name)} {label.value:.4f}" for label in decision.labels)
     best = sorted(decision.labels, key=lambda label: -label.value)
@@ -183,7 +178,7 @@ def _answer(decision: Decision) -> str:
 
 
 def _behind(explanation: Explanation, decision: Decision) -> str:
-    """What attributions are of, and how they go with strength."""
+    """The label that is explained, and how its attributions correlate with strength."""
     special = sum(
         a for a, t in zip(decision.attributions, explanation.tokens, strict=True) if t.special
     )
@@ -197,7 +192,7 @@ def _behind(explanation: Explanation, decision: Decision) -> str:
 
 
 def _numbered(explanation: Explanation) -> list[str]:
-    """Labels of the tokens; where there are several of one, with which of them it is."""
+    """Labels of the tokens; repeated labels get a number."""
     labels = [_label(token) for token in explanation.tokens]
     seen: Counter[str] = Counter()
     found = []
@@ -212,7 +207,7 @@ NEURON_HEADS = ("neuron", "attribution", "most at", "attribution there")
 
 
 def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
-    """The tokens that rank highest, under ``DECISION_HEADS``; special ones apart."""
+    """Rows under ``DECISION_HEADS``: the highest ranked tokens, without special ones."""
     at = explanation.layers.index(decision.layer)
     scored = [
         (label, t.readings[at].strength, a)
@@ -230,7 +225,7 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
 
 
 def _neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
-    """The neurons that rank highest, under ``NEURON_HEADS``."""
+    """Rows under ``NEURON_HEADS``: the highest ranked neurons."""
     labels = _numbered(explanation)
     return [
         (f"{n.neuron}", f"{n.attribution:+.4f}", labels[n.token], f"{n.attribution_there:+.4f}")
@@ -258,7 +253,6 @@ def _limits(t: Thresholds) -> dict[int, str]:
 
 
 # --- terminal
-# --------------------------------------------------------------------------------------------
 
 TERMINAL = {
     1: "",
@@ -266,19 +260,20 @@ TERMINAL = {
     3: "#241a00 on #f2b84b",
     4: "bold underline #ffffff on #b23a0e",
 }
-"""Styles of the quartiles. The first is the terminal's own, the others bring their own background,
-so that all four are legible on dark and light; bold and underline tell HIGH without colour.
+"""Styles of the quartiles.
+
+The first keeps the terminal's colours; the others set their own background, so all four are legible
+on dark and light. Bold and underline mark HIGH without colour.
 """
 
 
 def render_terminal(
     explanation: Explanation, layer: int | None, console: Console, *, show_all: bool = False
 ) -> None:
-    """Print the text coloured by quartile at ``layer`` (None: the deepest recorded), then a table
-    of its tokens.
+    """Print the text coloured by quartile at ``layer``, then a table of its tokens.
 
-    The table stops after ``TABLE_ROWS`` unless ``show_all``. Raises ``ConfigError`` for a layer not
-    recorded.
+    ``layer`` None is the deepest recorded one. The table stops after ``TABLE_ROWS`` rows unless
+    ``show_all``. Raises ``ConfigError`` for a layer that was not recorded.
     """
     at = index_of(explanation.layers, layer)
     n = f"{explanation.thresholds[at].n:,}"
@@ -303,7 +298,7 @@ def render_terminal(
         reading = token.readings[at]
         label = Text.assemble(
             (_label(token), TERMINAL[reading.quartile or 1])
-        )  # colours no more than its letters
+        )  # colours only its letters
         table.add_row(label, *_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
     _print_signals(explanation, at, console, len(shown))
@@ -343,9 +338,7 @@ LABEL_WIDTH = 24
 
 
 def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
-    """The heat map of the first ``n`` tokens, in as many parts side by side as the console's width
-    asks for.
-    """
+    """Print the heat map of the first ``n`` tokens, in parts that fit the console's width."""
     layers = list(explanation.sweep)
     width = min(LABEL_WIDTH, max(cell_len(_label(t)) for t in explanation.tokens[:n]))
     if layers:
@@ -394,7 +387,6 @@ TEXTS = ("by strength", "by attribution", "most at")
 
 
 # --- page
-# ------------------------------------------------------------------------------------------------
 
 LIGHT = {
     0: ("#1c2024", "#ffffff"),
@@ -408,14 +400,17 @@ DARK = {
     3: ("#fff8e8", "#7a5200"),
     4: ("#2a0c00", "#ff9d66"),
 }
-"""Text and background of the page (0) and of quartiles 2 to 4; the first quartile looks like the
-page.
+"""Text and background colours of the page (0) and of quartiles 2 to 4.
+
+The first quartile has the page's colours.
 """
 
 
 def _ramp(low: str, high: str) -> list[tuple[str, str]]:
-    """Text and background of the ten deciles of a heat map: black or white, whichever is told
-    better, on a mixture.
+    """Text and background colours of the ten deciles of a heat map.
+
+    The background is a mixture of ``low`` and ``high``; the text is black or white, whichever has
+    more contrast.
     """
     colours = []
     for tenth in range(10):
@@ -478,8 +473,9 @@ HEAT@media print {
 
 
 def render_html(explanation: Explanation) -> str:
-    """One page with everything in it: no script, no network (its policy forbids both), light and
-    dark, printable.
+    """A self-contained page: light and dark, printable, no script and no network.
+
+    Its Content-Security-Policy forbids both.
     """
     layers = explanation.layers
     style = _style(layers)
@@ -588,7 +584,7 @@ def _html_signals(explanation: Explanation, at: int) -> str:
 def _html_table(
     kind: str, caption: str, heads: Iterable[str], rows: Iterable[Iterable[str]]
 ) -> str:
-    """``rows`` of cells that are HTML already."""
+    """A table of ``rows`` whose cells are HTML already."""
     head = "".join(f'<th scope="col"{_aligned(name)}>{_html(name)}</th>' for name in heads)
     names = list(heads)
     body = "\n".join(
@@ -652,7 +648,7 @@ def _layer_name(layer: int) -> str:
 
 
 def _title(token: Token, at: int) -> str:
-    """What a pointer over a token shows."""
+    """Tooltip of a token."""
     strength, quartile, rank, median, _, n = _cells(token, token.readings[at])
     usual = f"its type has median {median}, n {n}" if token.readings[at].usual else median
     return _html(f"{_label(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}")

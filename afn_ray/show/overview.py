@@ -1,6 +1,4 @@
-"""What a run is, and what is true of its measure: the honest summary, as data and as tables; and
-two runs compared.
-"""
+"""Summary of a run with cautions on its measure, as data and tables; comparison of two runs."""
 
 from __future__ import annotations
 
@@ -29,18 +27,18 @@ from afn_ray.text import count, printable
 
 SALIENT_WORDS = 10
 SALIENT_MIN_N = 20
-"""Words seen less often are not ranked: one occurrence says nothing."""
+"""Least occurrences of a word to be ranked; fewer say too little."""
 
 MOVERS = 15
 MOVED_SOURCES = 8
-"""Types and sources of a comparison that a terminal shows."""
+"""Number of types and of sources of a comparison that a terminal shows."""
 MAX_CLASSES = 24
-"""That a table or a drawing shows, the most frequent: a corpus may have more tags."""
+"""Number of classes that a table or chart shows, the most frequent; a corpus may have more tags."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassShare:
-    """How often tokens of one class are HIGH at one layer, with Wilson's 95 % interval."""
+    """Share of one class's tokens that is HIGH at one layer, with Wilson's 95 % interval."""
 
     layer: int
     name: str
@@ -53,35 +51,35 @@ class ClassShare:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """The thresholds of one layer and how far they can be trusted."""
+    """The thresholds of one layer, and figures to judge them by."""
 
     layer: int
     thresholds: dict[str, dict[str, Any]]  # population -> row of the thresholds table
     labels: dict[
         str, dict[str, Any]
-    ]  # the same of what HIGH goes by: frozen thresholds, or again the run's own
-    cv: float  # sd / mean of all tokens but the special ones
+    ]  # the thresholds that decide HIGH: frozen ones, or the run's own
+    cv: float  # sd / mean of all tokens except special ones
     q3_over_q2: float
     special_mean: float | None  # mean strength of the special tokens
-    idf_auc: float | None  # how well rarity alone tells HIGH from LOW; 0.5 is not at all
+    idf_auc: float | None  # AUC of rarity alone for HIGH; 0.5 is chance
     classes: tuple[ClassShare, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run's honest summary."""
+    """A run's summary."""
 
     uri: str
     info: dict[str, Any]
-    bytes_per_token: dict[str, float]  # tokens, documents, summary, neurons, pairs, all
+    bytes_per_token: dict[str, float]  # keys: tokens, documents, summary, neurons, pairs, all
     padding_share: float
     losses: Losses
-    skipped: str  # files that were left out of the corpus, in words
+    skipped: str  # files left out of the corpus, in words
     layers: tuple[LayerFacts, ...]
 
 
 def summarise(run: manifest.RunFolder) -> Summary:
-    """The summary of a complete run, from its small tables alone."""
+    """The summary of a complete run; reads only its small tables."""
     with checksums.named_damage(run.uri):
         return _summarise(run)
 
@@ -163,16 +161,18 @@ def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
 
 
 def frequent_classes(facts: LayerFacts) -> list[int]:
-    """Places of the ``MAX_CLASSES`` most frequent of ``facts.classes``, in their order; they are
-    those of any layer.
+    """Indices of the ``MAX_CLASSES`` most frequent of ``facts.classes``, ascending.
+
+    They are valid at every layer.
     """
     by_n = sorted(range(len(facts.classes)), key=lambda at: -facts.classes[at].n)
     return sorted(by_n[:MAX_CLASSES])
 
 
 def _idf_auc(vocabulary: Any) -> float | None:
-    """Chance that a HIGH token's type is rarer than a LOW token's (ties count half), exactly, from
-    the counts.
+    """Probability that a HIGH token's type is rarer than a LOW token's; ties count half.
+
+    Exact, from the counts.
     """
     normal = np.array(vocabulary["class"].to_pylist()) != "special"
     idf = vocabulary["idf"].to_numpy()[normal]
@@ -187,17 +187,16 @@ def _idf_auc(vocabulary: Any) -> float | None:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """The summary as plain values; class shares carry their interval."""
+    """The summary as plain values; class shares include their interval."""
     return asdict(summary)
 
 
 def figure(value: float) -> str:
-    """``value`` with about five digits."""
+    """Format ``value`` with about five digits."""
     return f"{value:,.{max(0, 5 - max(1, len(str(int(abs(value))))))}f}"
 
 
 # --- tables
-# ----------------------------------------------------------------------------------------------
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -211,9 +210,7 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 
 def _print(table: Table, console: Console) -> None:
-    """Prints ``table`` as wide as it is: a terminal that is too narrow wraps it, and no figure is
-    cut short.
-    """
+    """Print ``table`` at its full width: a narrow terminal wraps lines but cuts no figure."""
     table.width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
     console.print(table, crop=False, no_wrap=True, overflow="ignore")
 
@@ -221,16 +218,14 @@ def _print(table: Table, console: Console) -> None:
 GENERIC = re.compile(
     r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
 )
-"""Names of folders that do not say which model is in them."""
+"""Names of folders that do not identify a model."""
 
 
 def model_title(name: str) -> str:
-    """What the model ``name`` (a hub name, a folder or a GGUF file) is called, without where it is
-    on a disk.
-    """
+    """Short name of the model ``name`` (a hub name, a folder or a GGUF file), without its path."""
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
     if not parts or (len(parts) == 2 and not name.startswith(("/", ".", "~"))):
-        return name  # a hub name, or a folder below the one that the run began in
+        return name  # a hub name, or a folder relative to the run's working directory
     for part in parts:
         if part.startswith("models--"):  # the hub's cache
             return part.removeprefix("models--").replace("--", "/")
@@ -242,8 +237,9 @@ def model_title(name: str) -> str:
 
 
 def facts(summary: Summary) -> list[tuple[str, str]]:
-    """What the run is: names and values, for people to read. Raises ``StoreError`` for a damaged
-    run.json.
+    """Facts about the run, names and values for people.
+
+    Raises ``StoreError`` for a damaged run.json.
     """
     with checksums.named_damage(summary.uri):
         return _facts(summary)
@@ -314,7 +310,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
 
 
 def cautions(summary: Summary) -> list[str]:
-    """What the figures do not say; a line that belongs to the one before it is indented."""
+    """Limits of what the figures say; an indented line belongs to the line before it."""
     lines = []
     if summary.losses.any:
         lines.append(f"Lost, and in no figure: {losses.describe(summary.losses)}.")
@@ -340,9 +336,7 @@ def cautions(summary: Summary) -> list[str]:
 
 
 def render(summary: Summary, console: Console) -> None:
-    """What the run is, its thresholds, its class shares beside their control, and what to be
-    careful about.
-    """
+    """Print a run's facts, thresholds, class shares beside their control, and cautions."""
     with checksums.named_damage(summary.uri):
         _render(summary, console)
 
@@ -360,7 +354,7 @@ def _render(summary: Summary, console: Console) -> None:
 
 
 def render_thresholds(summary: Summary, console: Console) -> None:
-    """Quartiles of every layer, with and without sinks."""
+    """Print the quartiles of every layer, with and without sinks."""
     table = _table(
         "Thresholds (a token at or above Q3 is HIGH)",
         "layer",
@@ -416,7 +410,7 @@ def render_thresholds(summary: Summary, console: Console) -> None:
 
 
 def render_classes(summary: Summary, console: Console) -> None:
-    """HIGH share of each class at every layer, the embeddings beside them as the control."""
+    """Print the HIGH share of each class at every layer, beside the embeddings as the control."""
     ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
     shown = ordered[-max(2, (console.width - 20) // 21) :]
     heads = [f"layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in shown]
@@ -440,7 +434,7 @@ def render_classes(summary: Summary, console: Console) -> None:
 
 
 def render_caution(summary: Summary, console: Console) -> None:
-    """What the figures do not say."""
+    """Print the cautions."""
     lines = [
         "[bold]To be careful about[/bold]",
         *(escape(printable(line)) for line in cautions(summary)),
@@ -450,24 +444,21 @@ def render_caution(summary: Summary, console: Console) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SalientWord:
-    """One word, whatever its case, and how often the mean strength of its tokens is at or above
-    Q3.
-    """
+    """One word, in lower case, and how often the mean strength of its tokens is at or above Q3."""
 
     text: str
     n: int
     n_high: int
-    median: float  # of the words' mean strengths
-    low: float  # Wilson's 95 % interval of the share
+    median: float  # of the mean strengths of its occurrences
+    low: float  # low and high: Wilson's 95 % interval of the share
     high: float
 
 
 def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[SalientWord]]:
-    """Content words that are HIGH most surely and least surely: ranked by the near end of the
-    interval.
+    """Content words that are most surely and least surely HIGH.
 
-    A word here is two letters or more, and no function word of the run's language. Reads the run's
-    tokens once.
+    Words are ranked by the end of the interval nearer to the middle. A content word has two letters
+    or more and is no function word of the run's language. Reads the run's tokens once.
     """
     ((q3,),) = run.sql(
         "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
@@ -491,7 +482,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
 
 
 def render_salient(run: Run, layer: int, console: Console) -> None:
-    """The most and the least salient words, side by side."""
+    """Print the most and the least salient words, side by side."""
     table = _table(
         f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at or above Q3)",
         "most salient",
@@ -515,13 +506,10 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
 
 
 # --- two runs
-# --------------------------------------------------------------------------------------------
 
 
 def render_comparison(found: compare.Comparison, console: Console) -> None:
-    """Both runs, and at the deepest layer what moved between them, beside the distances at every
-    layer.
-    """
+    """Print both runs, the distances at every layer, and the changes at the deepest layer."""
     table = _table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
     for at in (0, 3, 4):
         table.columns[at].justify = "left"
@@ -553,9 +541,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
 
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
-    """Rows of ``DRIFT_SCHEMA``: quartiles of B with their shift from A, HIGH shares, and
-    distances.
-    """
+    """Print ``DRIFT_SCHEMA`` rows: quartiles of B, their shift from A, HIGH shares, distances."""
     table = _table(
         title,
         first,
@@ -591,9 +577,7 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
 
 
 def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
-    """What share of the tokens each class has, and how many of its own are HIGH, before and
-    after.
-    """
+    """Print each class's share of the tokens and its HIGH share, in both runs."""
     table = _table(
         f"Classes at layer {layer} (HIGH: share, 95 % interval)",
         "class",
@@ -614,7 +598,7 @@ def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None
 
 
 def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
-    """The types that moved most surely, and the most frequent that are new or vanished."""
+    """Print the most significantly moved types, and the most frequent new and vanished ones."""
     here = movers.filter(pc.equal(movers["layer"], layer))
     of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
     both, moved = of_status["both"], compare.moved(here)

@@ -1,6 +1,4 @@
-"""One run as a page that people look at: a self-contained HTML file whose charts are drawn by
-Vega.
-"""
+"""One run as a report page: a self-contained HTML file with Vega charts."""
 
 from __future__ import annotations
 
@@ -29,21 +27,22 @@ from afn_ray.store import checksums, manifest, storage
 from afn_ray.text import printable
 
 MAX_CHARS = 10_000
-"""Of any text on the page: a corpus may be a list of a million files."""
+"""Largest length of any text on the page, in characters; a corpus may list a million files."""
 MAX_SCREENED = 20
 MAX_SCREENED_TOKENS = 240
 MAX_SCREENED_CHARS = 2_000
-"""Of one document: a token may be as long as its document."""
+"""Largest length of one screened document, in characters; one token may be that long."""
 QUERY_TIMEOUT_S = 300.0
 CLAIMS_S = 300.0
-"""For which the claims may be looked into: afn claims takes as long as it needs."""
+"""Time limit of the claims on a page, in seconds; ``afn claims`` has no such limit."""
 PACKAGES = {"jinja2": "Jinja2", "vl_convert": "vl-convert-python"}
 
 
 @dataclass(frozen=True, slots=True)
 class ScreenedDocument:
-    """One strange document and its beginning, cut into pieces of one quartile (0: special or
-    between tokens).
+    """A screened document and its beginning, in pieces of one quartile.
+
+    Quartile 0 is a special token or text between tokens.
     """
 
     row: dict[str, Any]  # of the screened table
@@ -59,14 +58,15 @@ def write_report(
     ranks_only: bool = False,
     with_claims: bool = True,
 ) -> Path:
-    """Write the page of ``run`` to ``out`` (None: ``report-<run id>.html`` here), whole or not at
-    all; returns where.
+    """Write the page of ``run`` to ``out`` atomically, and return its path.
 
-    ``run`` and ``baseline`` are a run's URI, a store's for its latest complete run, or a folder.
-    With a baseline the page says what has changed since; ``ranks_only`` is that of ``compare``.
-    Without ``with_claims`` the page has none, which saves most of its time. Raises ``ConfigError``
-    without the packages of ``afn-ray[report]`` or where ``out`` cannot be written, ``StoreError``
-    without such a run.
+    ``out`` None is ``report-<run id>.html`` in the working directory. ``run`` and ``baseline`` are
+    a run's URI, a store's URI for its latest complete run, or a folder. With a baseline the page
+    shows the changes since it; ``ranks_only`` is that of ``compare``. Leaving out the claims
+    (``with_claims`` false) saves most of the time.
+
+    Raises ``ConfigError`` without the packages of ``afn-ray[report]`` or where ``out`` cannot be
+    written, and ``StoreError`` without such a run.
     """
     folder = manifest.find_run(run) if isinstance(run, str) else run
     path = Path(f"report-{folder.id}.html") if out is None else out
@@ -85,8 +85,9 @@ def render(
     *,
     with_claims: bool = True,
 ) -> str:
-    """The page of a complete ``run``, and of what ``comparison`` says of it as its ``b``. Reads the
-    tokens once, and more often ``with_claims``. Raises ``StoreError`` for a damaged run.
+    """The page of a complete ``run``, and of ``comparison``, in which it is ``b``.
+
+    Reads the tokens once, and more often ``with_claims``. Raises ``StoreError`` for a damaged run.
     """
     jinja2, vl_convert = check_packages()
     with checksums.named_damage(run.uri):
@@ -182,15 +183,19 @@ def check_packages() -> list[Any]:
 
 
 def _policy(text: str) -> str:
-    """What a Content-Security-Policy calls the inline ``text``, which nothing else equals."""
+    """Content-Security-Policy source of the inline ``text``: its hash.
+
+    Raises ``AssertionError`` where the text would end its script or style element.
+    """
     if "</script" in text.lower() or "</style" in text.lower() or "<!--" in text:
         raise AssertionError("what is written into a script or style element would end it")
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _shown(value: Any) -> Any:
-    """Text from outside, bounded, and with escapes for characters that reorder or hide others;
-    markup as it is.
+    """External text, cut to ``MAX_CHARS``, with characters that reorder or hide text as escapes.
+
+    Markup is unchanged.
     """
     if type(value) is not str:
         return value
@@ -198,13 +203,13 @@ def _shown(value: Any) -> Any:
 
 
 def _title(corpus: Sequence[str]) -> str:
-    """What a corpus is called for short: the end of its first path."""
+    """Short name of a corpus: the end of its first path."""
     more = f" and {len(corpus) - 1} more" if len(corpus) > 1 else ""
     return "/".join(corpus[0].rstrip("/").split("/")[-2:]) + more
 
 
 def _by_layer(table: pa.Table, layers: Sequence[int]) -> dict[int, pa.Table]:
-    """Rows of each layer, special tokens left out."""
+    """Rows of each layer, without special tokens."""
     normal = table.filter(pc.not_equal(table["class"], "special"))
     return {k: normal.filter(pc.equal(normal["layer"], k)).combine_chunks() for k in layers}
 
@@ -212,7 +217,7 @@ def _by_layer(table: pa.Table, layers: Sequence[int]) -> dict[int, pa.Table]:
 def _histograms(
     run: manifest.RunFolder, summary: overview.Summary, comparison: compare.Comparison | None
 ) -> list[Chart]:
-    """One for each layer; the baseline's line where its strengths are of the same measure."""
+    """One chart for each layer, with the baseline's line where both runs have the same measure."""
     now, before, compared = manifest.read_table(run, "histogram"), None, set()
     if comparison is not None and comparison.a.info["measure"]["id"] == run.info["measure"]["id"]:
         before, compared = (
@@ -231,7 +236,7 @@ def _histograms(
 
 
 def command_line(config: Mapping[str, Any]) -> str:
-    """The ``afn run`` command that a run's recorded ``config`` is that of, quoted for a shell."""
+    """The ``afn run`` command that gives a run's recorded ``config``, quoted for a shell."""
     words = ["afn", "run", *config["corpus"]]
     for field in fields(RunConfig):
         value = config.get(field.name, field.default)
@@ -247,13 +252,12 @@ def command_line(config: Mapping[str, Any]) -> str:
 
 
 # --- tables
-# ----------------------------------------------------------------------------------------------
 
 
 def _glance(
     summary: overview.Summary, comparison: compare.Comparison | None
 ) -> list[tuple[str, str, str]]:
-    """What one reads first: a figure, what it is, and what it is to be held against."""
+    """Cards at the top of the page: a figure, its name, and the value to compare it with."""
     counts, main, first = summary.info["counts"], summary.layers[-1], summary.layers[0]
     cards = [
         (
@@ -272,7 +276,7 @@ def _glance(
         cards.append((losses.said_bytes(lost.lost_bytes), "lost", against))
     for share, control in list(zip(main.classes, first.classes, strict=True))[
         :1
-    ]:  # content, where there is any
+    ]:  # content, where there are content words
         against = (
             f"at layer 0, the control: {percent(control.share)}"
             if first.layer == 0
@@ -306,7 +310,7 @@ def _glance(
 
 
 def _reading(psi: float | None) -> str:
-    """What by custom a population stability index is called."""
+    """Conventional reading of a population stability index."""
     if psi is None:
         return "not known: ranks only"
     return (
@@ -351,7 +355,7 @@ def _thresholds_table(summary: overview.Summary) -> Table:
 
 
 def _sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
-    """The largest sources; None for a run without their table."""
+    """The largest sources; None for a run without a table of sources."""
     if "sources" not in run.info["tables"]:
         return None
     table = manifest.read_table(run, "sources")
@@ -376,7 +380,7 @@ def _sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
 
 
 def _files_table(run: manifest.RunFolder) -> Table | None:
-    """The files that lost most, or of which most was replaced; None where none did."""
+    """The files with most bytes lost or characters replaced; None without any."""
     table = manifest.read_table(run, "files")
     lossy = pc.or_(losses.lost_something(table), pc.greater(table["n_replaced"], 0))
     order = [("lost_bytes", "descending"), ("n_replaced", "descending"), ("source", "ascending")]
@@ -409,12 +413,12 @@ def _said_lost_documents(row: Mapping[str, Any]) -> str:
 
 
 def _whole(comparison: compare.Comparison) -> list[dict[str, Any]]:
-    """A row for each layer: all tokens."""
+    """The rows of all tokens, one for each layer."""
     return [r for r in comparison.drift.to_pylist() if r["source"] is None]
 
 
 def _drift(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
-    """The tables of what has changed, of ``layer`` where there is one row for each of many."""
+    """The tables of changes; those with many rows for each layer are of ``layer`` only."""
     heads = (
         "tokens before",
         "now",
@@ -444,7 +448,7 @@ def _drift(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     rows = comparison.drift.to_pylist()
     layers = tuple((str(r["layer"]), *cells(r)) for r in rows if r["source"] is None)
     of_sources = [r for r in rows if r["source"] is not None and r["layer"] == layer]
-    new_or_gone = 2.0  # beyond any KS
+    new_or_gone = 2.0  # above any KS, so that new and vanished sources come first
     of_sources.sort(
         key=lambda r: (-(new_or_gone if r["ks"] is None else r["ks"]), -r["n_a"] - r["n_b"])
     )
@@ -505,13 +509,13 @@ def _types_table(types: pa.Table, n: str, caption: str) -> Table:
     return Table(some, ("word", "class", "n", "HIGH"), tuple(cells), left=2)
 
 
-# --- what is read off the tokens
-# -------------------------------------------------------------------------
+# --- figures from the tokens
 
 
 def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
-    """The most and the least salient words, or why they are not known: to put all words together
-    may be too much.
+    """The most and the least salient words, or why they are unknown.
+
+    The query over all words may exceed its limits.
     """
     try:
         found = overview.salient_words(tables, layer)
@@ -537,7 +541,7 @@ def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
 
 
 def _claims(tables: database.Run) -> claims.Claims | str:
-    """Claims and controls, or why they are not known."""
+    """Claims and controls, or why they are unknown."""
     try:
         return claims.claims(tables, max_s=CLAIMS_S)
     except QueryError as error:
@@ -552,7 +556,7 @@ def _screened(run: manifest.RunFolder, tables: database.Run) -> list[ScreenedDoc
     has_offsets = "start" in tables.tokens().columns
     places = 'start, "end"' if has_offsets else "NULL, NULL"
     tokens: dict[int, list[tuple[Any, ...]]] = {r["doc"]: [] for r in rows}
-    for layer in {r["layer"] for r in rows}:  # one, or none
+    for layer in {r["layer"] for r in rows}:  # one layer, or none
         ask = f"""
             SELECT doc, text, surface, is_word_start, {places}, coalesce(quartile_{int(layer)}, 0) FROM tokens
             WHERE doc IN (SELECT unnest($docs)) AND position <= $last AND NOT is_special ORDER BY doc, position
@@ -565,8 +569,9 @@ def _screened(run: manifest.RunFolder, tables: database.Run) -> list[ScreenedDoc
 
 
 def _placed(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
-    """Tokens by their offsets, as written where the surface of their word tells; characters that
-    tokens share, once.
+    """Tokens by their offsets, as written in the text where the surface of their word is known.
+
+    Characters that tokens share appear once.
     """
     words: list[list[tuple[Any, ...]]] = []
     for token in tokens:
@@ -578,7 +583,7 @@ def _placed(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
         surface, first = word[0][1], word[0][3]
         origin = (
             first if surface is None else max(first, word[-1][4] - len(surface))
-        )  # it has no space before it
+        )  # the surface has no leading space
         if cursor and first > cursor:
             yield " ", 0
         for text, _, _, start, end, quartile in word:
@@ -592,7 +597,7 @@ def _placed(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
 
 
 def _unplaced(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
-    """Tokens without offsets, as the vocabulary has them, a space before each word."""
+    """Tokens without offsets, as in the vocabulary, with a space before each word."""
     for at, (text, _, is_word_start, _, _, quartile) in enumerate(tokens):
         if at and is_word_start:
             yield " ", 0
@@ -600,7 +605,7 @@ def _unplaced(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, int]]:
 
 
 def _bounded(row: dict[str, Any], pieces: Iterable[tuple[str, int]]) -> ScreenedDocument:
-    """``row`` with as many of its ``pieces`` as a page has room for."""
+    """``row`` with its ``pieces``, cut to ``MAX_SCREENED_CHARS``."""
     left, shown = MAX_SCREENED_CHARS, []
     for text, quartile in pieces:
         shown.append((text[:left], quartile))

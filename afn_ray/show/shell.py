@@ -1,4 +1,4 @@
-"""Results printed, and the interactive SQL prompt."""
+"""Output of query results, and the interactive SQL prompt."""
 
 from __future__ import annotations
 
@@ -39,29 +39,30 @@ from afn_ray.text import printable
 
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_ROWS = 100
-"""Rows that a table shows in the prompt."""
+"""Largest number of rows of a table in the prompt."""
 MAX_CELL = 300
-"""Characters that a cell of a table shows; what is left out is counted."""
+"""Largest length of a table cell, in characters; the number left out is shown."""
 TEXT_WIDTH = 24
-"""Columns of text keep this width before columns are left out of a table."""
+"""Least width of text columns, in characters, before columns are left out of a table."""
 BATCH_ROWS = 1 << 14
 
 
 # --- printing
-# --------------------------------------------------------------------------------------------
 
 
 def print_result(
     result: Result, format: str = "table", out: IO[bytes] | None = None, max_rows: int | None = None
 ) -> int:
-    """Print ``result`` as table, csv, json (an array of objects) or parquet to ``out``; None is
-    standard output.
+    """Print ``result`` to ``out`` (None: standard output) and return its number of rows.
 
-    A table fits the terminal, shows ``max_rows`` rows at most (None: all) and says what it leaves
-    out. The others are complete, and are written as they are computed. In CSV, null is an empty
-    field and empty text is ``""``; in JSON, null, NaN and infinities are null; in both, bytes are
-    hex and dates ISO 8601. Raises ``QueryError`` for a query over its limits, and for Parquet on a
-    terminal. Returns how many rows there were (of a table: shown).
+    ``format`` is table, csv, json (an array of objects) or parquet. A table fits the terminal,
+    shows at most ``max_rows`` rows (None: all) and says what it leaves out; its number of rows is
+    that of rows shown. The other formats are complete and are written while they are computed.
+
+    In CSV, null is an empty field and empty text is ``""``. In JSON, null, NaN and infinities are
+    null. In both, bytes are hex and dates ISO 8601.
+
+    Raises ``QueryError`` for a query over its limits, and for Parquet on a terminal.
     """
     if format == "table":
         return _print_table(result, out, max_rows)
@@ -91,13 +92,13 @@ def print_result(
 
 
 def say_why_empty(run: Run, query: str, num_rows: int) -> None:
-    """Print, on standard error, why a query may have no rows."""
+    """Print on standard error why a query may have no rows."""
     for note in run.why_empty(query) if num_rows == 0 else ():
         print(f"note: {printable(note)}", file=sys.stderr)
 
 
 class _Terminal(io.RawIOBase):
-    """What is written, with characters that act on a terminal shown as escapes."""
+    """Binary stream to a terminal; writes control characters as escapes."""
 
     def __init__(self, out: IO[bytes]) -> None:
         self._out, self._decoder = out, codecs.getincrementaldecoder("utf-8")("replace")
@@ -148,7 +149,7 @@ def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
 
 
 def _is_flat(kind: pa.DataType) -> bool:
-    """Whether Arrow's own CSV of the type is what we want."""
+    """Whether Arrow's own CSV form of the type is used."""
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
@@ -159,9 +160,7 @@ def _is_flat(kind: pa.DataType) -> bool:
 
 
 def _unique(names: Iterable[str]) -> list[str]:
-    """``names``, with _1, _2, ... behind those that were there before: JSON and Parquet need them
-    to differ.
-    """
+    """``names``, repeated ones numbered _1, _2, ...: JSON and Parquet need distinct names."""
     taken: list[str] = []
     for name in names:
         free = (
@@ -172,8 +171,9 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    """The column's values as JSON has them. A FLOAT is the shortest number that reads back as
-    it.
+    """The column's values as JSON values.
+
+    A FLOAT becomes the shortest number that reads back as the same FLOAT.
     """
     if pa.types.is_float32(column.type):
         return [
@@ -189,7 +189,7 @@ def _values(column: pa.Array) -> list[Any]:
 
 
 def _listed(column: pa.Array) -> list[Any]:
-    """The column's values; dates that Python does not have, as of the year 20000, are text."""
+    """The column's values; dates outside Python's range, such as the year 20000, become text."""
     try:
         values: list[Any] = column.to_pylist()
         return values
@@ -239,7 +239,6 @@ def _as_text(value: Any) -> str | None:
 
 
 # --- tables
-# ----------------------------------------------------------------------------------------------
 
 
 def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
@@ -248,7 +247,7 @@ def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) ->
     if not console.is_terminal:
         console = Console(
             file=target, highlight=False, markup=False, emoji=False, width=1 << 20
-        )  # nothing to fit
+        )  # no terminal to fit
     reader = result.to_arrow_reader(BATCH_ROWS)
     rows, more = _first_rows(reader, max_rows)
     if reader.schema.names == ["explain_key", "explain_value"]:
@@ -313,8 +312,9 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
 
 
 def _fitting(widths: list[int], room: int) -> list[int]:
-    """Columns that fit into ``room`` with three spaces between: all, or as many as do from both
-    ends.
+    """Indices of the columns that fit into ``room`` with three spaces between them.
+
+    Columns in the middle are left out first.
     """
     shown = list(range(len(widths)))
     gap = 3
@@ -352,7 +352,6 @@ def _count(n: int, noun: str) -> str:
 
 
 # --- the prompt
-# ------------------------------------------------------------------------------------------
 
 KEYWORDS = re.findall(
     r"\w+",
@@ -376,13 +375,11 @@ SQL_PARTS = re.compile(
     | --[^\n]*(?:\n|\Z) | /\*.*?(?:\*/|\Z) | \$(\w*)\$.*?(?:\$\1\$|\Z) | ;""",
     re.VERBOSE | re.DOTALL,
 )
-"""Where a semicolon may be without ending a statement, and the semicolon that does."""
+"""Parts in which a semicolon does not end a statement, and the semicolon that does."""
 
 
 def split_statements(text: str) -> tuple[list[str], str]:
-    """The statements of ``text`` that end with a semicolon, without it, and what is behind the
-    last.
-    """
+    """The statements of ``text`` that end with a semicolon, without it, and the rest."""
     statements, start = [], 0
     for part in SQL_PARTS.finditer(text):
         if part[0] == ";":
@@ -392,10 +389,10 @@ def split_statements(text: str) -> tuple[list[str], str]:
 
 
 def complete(text: str, tables: Mapping[str, list[str]]) -> list[str]:
-    """What the word at the end of ``text`` may become: commands, views, columns, keywords.
+    """Completions of the word at the end of ``text``: commands, views, columns, keywords.
 
-    Behind FROM and JOIN only views; columns are those of the views that ``text`` names, or of the
-    view before a dot, else of all.
+    After FROM and JOIN only views. Columns are those of the view before a dot, otherwise of the
+    views that ``text`` names, otherwise of all.
     """
     if text.startswith("."):
         command, _, word = text.partition(" ")
@@ -445,9 +442,7 @@ class _Completer(Completer):
 
 
 class Shell:
-    """What one prompt or script does with its lines: SQL up to a semicolon, and commands that begin
-    with a dot.
-    """
+    """State of one prompt or script: runs SQL statements and commands that begin with a dot."""
 
     def __init__(self, run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
         """``tables`` are the user's own, by name."""
@@ -456,7 +451,7 @@ class Shell:
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def execute(self, text: str) -> None:
-        """Do the command or the statements of ``text``. Raises ``QueryError``."""
+        """Run the command or the statements in ``text``. Raises ``QueryError``."""
         if text.lstrip().startswith("."):
             self._command(*text.split())
             return
@@ -506,7 +501,7 @@ class Shell:
 
 
 def examples(layer: int) -> list[str]:
-    """Queries to start from, at ``layer``."""
+    """Example queries at ``layer``."""
     return [
         f"-- types that are HIGH most often, with 95 % intervals\n"
         f"SELECT text, class, n, share_high, share_high_low, share_high_high FROM vocabulary\n"
@@ -527,11 +522,10 @@ def examples(layer: int) -> list[str]:
 
 
 def interactive(run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
-    """A prompt over ``run`` until Ctrl-D or ``.quit``; without a terminal, the statements on
-    standard input.
+    """Run a prompt over ``run`` until Ctrl-D or ``.quit``.
 
-    In the prompt an error is printed and the next line read; on standard input it is raised at once
-    (``QueryError``).
+    Without a terminal, run the statements on standard input. The prompt prints an error and reads
+    the next line; on standard input the error is raised at once (``QueryError``).
     """
     shell = Shell(run, tables)
     if not sys.stdin.isatty():
@@ -556,7 +550,7 @@ def interactive(run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
         except QueryError as error:
             print(printable(str(error), keep="\n"), file=sys.stderr)
         except KeyboardInterrupt:
-            continue  # the line is given up, or the query is stopped
+            continue  # drops the line, or stops the query
         except EOFError:
             return
 
@@ -576,7 +570,7 @@ def _script(shell: Shell, lines: Iterable[str]) -> None:
 
 
 def _keys() -> KeyBindings:
-    """Enter ends what is complete, and otherwise the line."""
+    """Key bindings: Enter runs complete input, otherwise it starts a new line."""
     keys = KeyBindings()
 
     @keys.add("enter")
@@ -593,8 +587,9 @@ def _keys() -> KeyBindings:
 
 
 def _history() -> History:
-    """Queries of earlier sessions, in the user's state folder and for the user alone; else of this
-    one.
+    """Queries of earlier sessions in a private file in the user's state folder.
+
+    In memory where that file cannot be written.
     """
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "afn-ray"
     path = folder / "history"

@@ -1,3 +1,1 @@
-"""The only door to fsspec, and what a store holds: shards, runs, and what collects or checks
-them.
-"""
+"""The only door to fsspec, and the files of a store: shards, runs, checks, garbage collection."""

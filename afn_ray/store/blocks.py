@@ -1,4 +1,4 @@
-"""CRC-32 of each block of a file: a reader of any part of the file can check that part alone."""
+"""CRC-32 checksums of a file's blocks, so that a reader of one part can check that part alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LEAST_BLOCK_BYTES = 64 << 10
-"""Size of a block of a small file, in bytes."""
+"""Smallest block size, in bytes."""
 MOST_BLOCKS = 128
-"""Blocks of a large file, which are larger: the list in a commit.json stays at 1 kB a file."""
+"""Most blocks per file. It keeps the checksums in commit.json at about 1 kB a file."""
 CRC_CHARS = 8
 """Length of one CRC-32, in hex digits."""
 
 
 def block_bytes(num_bytes: int) -> int:
-    """Size of the blocks of a file of ``num_bytes``: the smallest power of two that gives few
-    enough blocks.
+    """Block size for a file of ``num_bytes``, in bytes.
+
+    It is the smallest power of two, at least ``LEAST_BLOCK_BYTES``, that gives at most
+    ``MOST_BLOCKS`` blocks.
     """
     size = LEAST_BLOCK_BYTES
     while num_bytes > size * MOST_BLOCKS:
@@ -27,14 +29,14 @@ def block_bytes(num_bytes: int) -> int:
 
 
 def checksums(data: bytes) -> str:
-    """CRC-32 of each block of ``data``, in hex, one behind the other."""
+    """CRC-32 of each block of ``data``, in hex, concatenated."""
     size = block_bytes(len(data))
     view = memoryview(data)
     return "".join(_crc32(view[at : at + size]) for at in range(0, len(data), size))
 
 
 def file_checksums(path: Path) -> tuple[str, str]:
-    """SHA-256 of a local file, in hex, and ``checksums`` of its blocks; the file is read once."""
+    """SHA-256 of a local file, in hex, and ``checksums`` of its blocks, in one read of the file."""
     size = block_bytes(path.stat().st_size)
     digest = hashlib.sha256()
     crcs = []
@@ -47,15 +49,16 @@ def file_checksums(path: Path) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of one file of ``num_bytes``, and the checksum that each of them must have."""
+    """The size of one file, in bytes, and the expected ``checksums`` of its blocks."""
 
     num_bytes: int
     checksums: str
 
     @classmethod
     def of(cls, num_bytes: object, checksums: object) -> Blocks:
-        """Checksums as a JSON file lists them. Raises ``ValueError`` for values that are no such
-        list.
+        """Validate values read from JSON. Raises ``ValueError`` if they are no such list.
+
+        ``num_bytes`` is the size of the file, ``checksums`` has the CRC-32 of each block.
         """
         if type(num_bytes) is not int or num_bytes < 0 or not isinstance(checksums, str):
             raise ValueError(
@@ -69,10 +72,10 @@ class Blocks:
         return cls(num_bytes, checksums)
 
     def read(self, start: int, end: int, read: Callable[[int, int], bytes]) -> bytes | None:
-        """Bytes ``start`` to ``end`` of the file, which ``read(start, end)`` reads; None: they are
-        damaged.
+        """Return bytes ``start`` to ``end`` (exclusive) of the file, or None if they are damaged.
 
-        Whole blocks are read, for the checksum is of the whole block.
+        ``read(start, end)`` reads the file. It is called for whole blocks, because a checksum
+        covers a whole block.
         """
         size = block_bytes(self.num_bytes)
         first, last = start // size, -(-end // size)

@@ -1,6 +1,4 @@
-"""Files of a store that prove themselves whole: JSON with a checksum of its own bytes, tables
-listed with theirs.
-"""
+"""JSON files that carry their own checksum, and the entries that list tables with theirs."""
 
 from __future__ import annotations
 
@@ -20,18 +18,20 @@ from afn_ray.schema import (
 from afn_ray.store import blocks, parquet, storage
 
 IO_THREADS = 16
+"""Most concurrent requests of one call to the store."""
 JSON_BYTES = 64 << 20
-"""Of run.json, commit.json and what pilots decided, which have a line for each file of a shard at
-most.
+"""Largest run.json, commit.json or calibration file, in bytes.
+
+These files have at most one line for each file of a shard.
 """
 AHEAD = 4096
-"""Rows, or reads, that are prepared together: none of what a driver does at once grows with its
-run.
+"""Most rows or reads that a driver prepares at once, so that its memory does not grow with the run.
 """
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 
 
 def parse_table(data: bytes, uri: str) -> pa.Table:
+    """The table in ``data``, the content of ``uri``. Raises ``StoreError`` if it is damaged."""
     try:
         return parquet.read(data)
     except (pa.ArrowException, OSError) as error:
@@ -39,6 +39,7 @@ def parse_table(data: bytes, uri: str) -> pa.Table:
 
 
 def short(value: object) -> str:
+    """``value`` as JSON for a message, at most 100 characters."""
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
@@ -52,14 +53,12 @@ DAMAGES = (
     ArithmeticError,
     pa.ArrowException,
 )
-"""What work on a JSON file or a table raises that has its checksum and is not what afn-ray
-writes.
-"""
+"""Errors raised for a JSON file or table with a valid checksum but unexpected content."""
 
 
 @contextlib.contextmanager
 def named_damage(uri: str) -> Iterator[None]:
-    """Raises ``StoreError`` for what is read below ``uri`` and is not what afn-ray writes."""
+    """Raise ``StoreError`` in place of errors from unexpected content below ``uri``."""
     try:
         yield
     except DAMAGES as error:
@@ -69,20 +68,19 @@ def named_damage(uri: str) -> Iterator[None]:
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """What the sealed file ``uri`` holds, or None when there is no such file. Raises ``StoreError``
-    for any other.
+    """The content of the checksummed JSON file ``uri``; None if there is no such file.
+
+    Raises ``StoreError`` if the file is damaged or has another schema version.
     """
     data = storage.read_if_there(uri, JSON_BYTES)
     return None if data is None else parse_json(data, uri)
 
 
 class Part(dict[str, Any]):
-    """One object of a JSON file of the store; asking for a key that it lacks raises
-    ``StoreError``.
-    """
+    """One object of a JSON file of the store. A missing key raises ``StoreError``."""
 
     def __init__(self, items: Iterable[Any] = (), uri: str = "a JSON file of the store") -> None:
-        """``items`` as of ``dict``; ``uri`` names the file."""
+        """``items`` are those of ``dict``; ``uri`` names the file in errors."""
         super().__init__(items)
         self.uri = uri
 
@@ -93,6 +91,10 @@ class Part(dict[str, Any]):
 
 
 def parse_json(data: bytes, uri: str) -> dict[str, Any]:
+    """The object in ``data``, the content of ``uri``, without its checksum.
+
+    Raises ``StoreError`` if the file is damaged or has another schema version.
+    """
     try:
         value = json.loads(data, object_hook=partial(Part, uri=uri))
     except (ValueError, RecursionError) as error:
@@ -112,10 +114,10 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
 
 
 def sealed(body: dict[str, Any]) -> bytes:
-    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without it: no byte
-    changes unseen.
+    """``body`` as a JSON file whose last entry is the SHA-256 of the same file without that entry.
 
-    Raises ``StoreError`` for what no reader would take.
+    The checksum covers every byte. Raises ``StoreError`` if the file would be larger than
+    ``JSON_BYTES``, which no reader accepts.
     """
     data = json_bytes({**body, "sha256": sha256(json_bytes(body)).hexdigest()})
     if len(data) > JSON_BYTES:
@@ -128,7 +130,7 @@ def sealed(body: dict[str, Any]) -> bytes:
 
 
 def entry_of(name: str, data: bytes) -> dict[str, Any]:
-    """What run.json says of a table's file."""
+    """The entry of a table's file in run.json: name, size in bytes, SHA-256, block checksums."""
     return {
         "name": name,
         "bytes": len(data),
@@ -138,4 +140,5 @@ def entry_of(name: str, data: bytes) -> dict[str, Any]:
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
+    """``value`` as an indented JSON file in UTF-8."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

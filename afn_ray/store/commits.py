@@ -1,4 +1,4 @@
-"""What a commit says, and a run's commits in the driver's memory: some 350 bytes for each."""
+"""A shard's commit, and a run's commits packed in the driver's memory: about 350 bytes each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ COUNTS = (
     "documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars", "replaced",
     "lost_bytes", "lost_documents", "lost_unknown",
 )  # fmt: skip
-"""What a commit counts. ``replaced``: characters; ``lost_unknown``: losses of an unknown number of
-documents.
+"""Names of the counts in a commit.
+
+``replaced`` counts characters. ``lost_unknown`` counts losses of an unknown number of documents.
 """
 
 
@@ -33,10 +34,12 @@ class Commit:
 class Commits(MutableMapping[str, Commit]):
     """Commits by shard id, packed: a run may have a million, and as objects each takes 3 kB.
 
-    What they have in common (names of tables and counts, versions) is kept once. A commit that is
-    not packed without loss is kept as it is. ``update`` with another ``Commits`` unpacks nothing.
+    Values that commits share (names of tables and counts, versions) are stored once. A commit that
+    cannot be packed without loss is kept as an object. ``update`` with another ``Commits`` unpacks
+    nothing.
     """
 
+    # Both are shared by all instances, so that packed commits move between them.
     _kinds: list[tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]] = []  # noqa: RUF012 - of all
     _places: dict[Any, int] = {}  # noqa: RUF012
 
@@ -73,7 +76,7 @@ class Commits(MutableMapping[str, Commit]):
         return self
 
     def in_order(self, shards: Iterable[str]) -> Sequence[Commit]:
-        """Those of ``shards``, each made when it is asked for."""
+        """The commits of ``shards`` in that order, each unpacked when it is accessed."""
         return _InOrder(self, list(shards))
 
     def _pack(self, commit: Commit) -> bytes:
@@ -128,7 +131,7 @@ class _InOrder(Sequence[Commit]):
 
 
 def total_counts(commits: Iterable[Commit]) -> dict[str, int]:
-    """The sums of all counts of ``commits``."""
+    """Sum of each count over ``commits``."""
     totals: Counter[str] = Counter()
     for commit in commits:
         totals.update(commit.counts)

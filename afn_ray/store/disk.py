@@ -1,6 +1,4 @@
-"""Files on a disk of this machine, or one that is mounted: each appears whole, and where that is
-asked, only once.
-"""
+"""Files on a local or mounted disk: each appears whole and, where required, only once."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 COPY_BYTES = 1 << 20
+"""Bytes copied at a time."""
 
 NO_LINKS = frozenset(
     {
@@ -26,25 +25,25 @@ NO_LINKS = frozenset(
         errno.EXDEV,
     }
 )
-"""How filesystems answer that have no hard links (FAT, exFAT, SMB, and buckets or folders mounted
-through FUSE).
-"""
+"""Errors of filesystems without hard links (FAT, exFAT, SMB, FUSE mounts of buckets or folders)."""
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS, errno.EPERM,
                             errno.EACCES, errno.EISDIR})  # fmt: skip
-"""How filesystems answer that cannot write a folder's entries through, or not on demand."""
+"""Errors of filesystems that cannot fsync a folder."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""How filesystems answer that have no locks on files (NFS without its lock service, some FUSE)."""
+"""Errors of filesystems without file locks (NFS without its lock service, some FUSE)."""
 
 FOLDER_TRIES = 5
-"""How often a folder is made that goes before there is a file in it."""
+"""Most tries to create a file in a folder that another process removes while it is empty."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a full disk or an exhausted quota."""
 
 CLAIM_S = 10.0
-"""Longest that a writer may take from claiming a name to filling it, in seconds."""
+"""Longest wait of a writer for another writer to fill a name that it claimed, in seconds."""
 CLAIM_POLL_S = 0.02
+"""Pause between two checks of a claimed name, in seconds."""
 READER_S = 1.0
-"""Longest that a reader waits for a name that is claimed, in seconds."""
+"""Longest wait of a reader for a claimed name to be filled, in seconds."""
 
 
 class NameTaken(Exception):
@@ -52,15 +51,16 @@ class NameTaken(Exception):
 
 
 class UnfinishedClaim(OSError):
-    """A name was claimed and never filled: its writer ended in between."""
+    """A writer claimed a name and ended before it filled the file."""
 
 
 def create_once(target: Path, data: bytes) -> None:
-    """Create ``target`` with ``data``, whole or not at all. Raises ``NameTaken`` when it is there.
+    """Create ``target`` with ``data``, whole or not at all. Raises ``NameTaken`` if it exists.
 
-    A hard link appears whole and only once. Without hard links the name is claimed by an empty
-    file, which one writer alone can create, and then replaced by the full one. Raises
-    ``UnfinishedClaim`` where that never happened.
+    A hard link publishes the file whole and only once. On a filesystem without hard links, the
+    writer claims the name with an empty file, which only one writer can create, and then replaces
+    it with the full file. Raises ``UnfinishedClaim`` if another writer claimed the name and did not
+    fill it within ``CLAIM_S``.
     """
     temporary = write_temporary(target, data)
     try:
@@ -104,7 +104,7 @@ def _check_content(target: Path) -> None:
 
 
 def wait_for_content(target: Path, seconds: float) -> bool:
-    """Whether ``target``, which a writer may have claimed, is no empty file within ``seconds``."""
+    """Wait for a claimed ``target`` to be filled; False if it is still empty after ``seconds``."""
     end = time.monotonic() + seconds
     while _is_empty(target):
         if time.monotonic() >= end:
@@ -121,7 +121,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def replace(target: Path, data: bytes) -> None:
-    """Put ``data`` at ``target`` in the place of what is there."""
+    """Write ``data`` to ``target``, replacing what is there."""
     temporary = write_temporary(target, data)
     try:
         temporary.replace(target)
@@ -130,7 +130,7 @@ def replace(target: Path, data: bytes) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy the file ``source`` to ``target``, which is removed again where that fails."""
+    """Copy the file ``source`` to ``target``; remove ``target`` if that fails."""
     try:
         with source.open("rb") as reader, _created(target) as sink:
             while block := reader.read(COPY_BYTES):
@@ -143,7 +143,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def write_temporary(target: Path, data: bytes) -> Path:
-    """A hidden file beside ``target`` that holds ``data``."""
+    """Write ``data`` to a hidden file beside ``target`` and return its path."""
     temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     try:
         with _created(temporary) as sink:
@@ -157,8 +157,9 @@ def write_temporary(target: Path, data: bytes) -> Path:
 
 
 def _created(target: Path) -> IO[bytes]:
-    """``target``, open for writing, in a folder that another process may remove while it is
-    empty.
+    """Open ``target`` for writing, and create its folder.
+
+    It retries, because another process may remove the folder while it is empty.
     """
     for left in reversed(range(FOLDER_TRIES)):
         try:
@@ -171,7 +172,7 @@ def _created(target: Path) -> IO[bytes]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in ``folder`` survive a power cut, where its filesystem can do that."""
+    """Make the names in ``folder`` survive a power cut, if its filesystem supports that."""
     try:
         _sync(folder)
     except OSError as error:
@@ -188,7 +189,7 @@ def _sync(folder: Path) -> None:
 
 
 def lock(file: IO[str]) -> bool:
-    """Lock ``file`` until it is closed; False where its filesystem has no locks."""
+    """Lock ``file`` until it is closed; False if its filesystem has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -199,19 +200,21 @@ def lock(file: IO[str]) -> bool:
 
 
 def scratch_folder(given: str | None) -> Path:
-    """Where unfinished files go: ``given``, or what the environment names.
+    """The folder for unfinished files: ``given``, else the one that the environment names.
 
-    Python's own choice passes over a folder that is full, silently, and ends in the working folder.
+    It is /tmp if neither is set. ``tempfile.gettempdir`` is not used: it silently skips a full
+    folder and falls back to the working folder.
     """
     named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
     return Path(given or next(filter(None, named), "/tmp"))  # noqa: S108 - the system's, as tempfile has it
 
 
 def find_lacks(folder: Path) -> list[str]:
-    """What the filesystem of the writable ``folder`` lacks, and what is done instead; nothing on
-    most disks.
+    """What the filesystem of the writable ``folder`` lacks, and what is done instead.
+
+    The list is empty on most disks.
     """
-    name = f"probe-{uuid.uuid4().hex}"  # as of a store's other probes, in case it stays
+    name = f"probe-{uuid.uuid4().hex}"  # a probe that is left behind is recognised by this name
     probe = write_temporary(
         folder / name, b"afn-ray asks what this filesystem can do; this file can be deleted\n"
     )

@@ -1,24 +1,23 @@
-"""Which generation of a shard counts, and which runs are given up: what a gc publishes before it
-deletes.
+"""Epochs: what a gc publishes before it deletes (valid generations of shards, condemned runs).
 
-A gc and a run exclude each other without a lock. Each first writes what it is about to do, then
-reads what the other wrote:
+A gc and a run exclude each other without a lock. Each first writes its intent, then reads what the
+other wrote:
 
-* A run writes its claim (a new run its plan, a run that is taken up again a lease), then reads the
-  newest epoch.
-* A gc writes the next epoch, then lists the runs and their leases. It spares whatever a claim
-  covers.
+* A run writes its claim (a new run writes its plan, a resumed run a lease), then reads the newest
+  epoch.
+* A gc writes the next epoch, then lists the runs and their leases. It spares everything that a
+  claim covers.
 
-So for each pair at least one sees the other: the run does without what is condemned, or the gc
-leaves it alone.
+For each pair, at least one sees the other: either the run does without the condemned shards, or the
+gc spares them.
 
-An epoch also rules that no name is used twice, so that a DELETE that is repeated, or arrives an
-hour late, can only hit what was condemned. Data files are named by their attempt. A commit is named
-by its generation (``commit.json`` is generation 0, then ``commit-<generation>.json``), and epoch n
-lists, for every shard that may be used as it is, its generation; any other shard has generation n.
-Generations only grow: what was condemned once is never found again.
+An epoch also ensures that no name is used twice. A DELETE that is repeated, or arrives an hour
+late, can only remove what was condemned. Data files are named by their attempt. A commit is named
+by its generation: ``commit.json`` is generation 0, later ones are ``commit-<generation>.json``.
+Epoch n lists the generation of every shard whose result may be used as it is; every other shard has
+generation n. Generations only grow, so a condemned commit is never found again.
 
-Layout: ``gc/<epoch>.parquet``, written once; the newest alone counts.
+Layout: ``gc/<epoch>.parquet``, written once. Only the newest epoch counts.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from afn_ray.store import parquet, storage
 from afn_ray.store.layout import EPOCH_FILE, EPOCHS, Place
 
 TRIES = 20
-"""Rounds in which other collections may publish before this process gives up."""
+"""Most tries to read the newest epoch while other processes publish newer ones."""
 SCHEMA = pa.schema(
     [
         pa.field("measure", pa.string(), nullable=False),
@@ -50,16 +49,16 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one gc published; number 0 is the time before the first."""
+    """What one gc published. Number 0 stands for the time before the first gc."""
 
     number: int = 0
-    rows: pa.Table = field(
-        default_factory=SCHEMA.empty_table
-    )  # shards of older generations than ``number``
-    condemned: frozenset[str] = frozenset()  # names of runs that nobody may take up
+    rows: pa.Table = field(default_factory=SCHEMA.empty_table)
+    """Shards whose generation is lower than ``number``, in the columns of ``SCHEMA``."""
+    condemned: frozenset[str] = frozenset()
+    """Names of the runs that must not be resumed."""
 
     def generations(self) -> dict[Place, int]:
-        """Generation of every shard in ``rows``; all others have generation ``number``."""
+        """Generation of every shard in ``rows``; all other shards have generation ``number``."""
         columns = (self.rows[name].to_pylist() for name in SCHEMA.names)
         return {
             (measure, shard): generation
@@ -67,7 +66,7 @@ class Epoch:
         }
 
     def marked(self, measure_id: str, shards: Sequence[Shard]) -> tuple[Shard, ...]:
-        """``shards``, each with the generation that counts for it."""
+        """``shards``, each with its valid generation."""
         if not self.number:
             return tuple(shards)
         known = self.rows.filter(pc.field("measure") == measure_id)
@@ -82,7 +81,7 @@ class Epoch:
         )
 
     def after(self, generations: Mapping[Place, int], condemned: frozenset[str]) -> Epoch:
-        """The next epoch, in which only the shards in ``generations`` stay what they are."""
+        """The next epoch: only the shards in ``generations`` keep their generation."""
         places = sorted(generations)
         columns = [
             [measure for measure, _ in places],
@@ -93,14 +92,17 @@ class Epoch:
 
 
 def newest(store: str) -> Epoch:
-    """The newest epoch of ``store``. Raises ``StoreError`` when it is damaged."""
+    """The newest epoch of ``store``. Raises ``StoreError`` if it is damaged.
+
+    Raises ``Interrupted`` if other processes publish faster than it can be read.
+    """
     for _ in range(TRIES):
         names = _names(store)
         if not names:
             return Epoch()
         uri = storage.join(store, EPOCHS, names[-1])
         data = storage.read_if_there(uri)
-        if data is not None:  # else a newer one came, and this one went
+        if data is not None:  # else another process has published a newer one and deleted this one
             return _parse(data, uri)
     raise Interrupted(
         f"{store}: collections follow each other too fast to read one's result; try again later"
@@ -108,18 +110,18 @@ def newest(store: str) -> Epoch:
 
 
 def publish(store: str, epoch: Epoch) -> bool:
-    """Make ``epoch`` the newest of ``store``; False when another process published meanwhile, so
-    its basis is old.
+    """Make ``epoch`` the newest of ``store``; False if another process published in the meantime.
 
-    Older epochs are removed: nobody reads them.
+    After False, ``epoch`` was computed from an outdated one. Older epochs are deleted, because
+    nothing reads them.
     """
     name = _name(epoch.number)
     try:
         storage.write_once(storage.join(store, EPOCHS, name), _bytes(epoch))
-    except storage.AlreadyWritten:  # perhaps our own, its answer lost: the next one says the same
+    except storage.AlreadyWritten:  # maybe our own, its answer lost; the next epoch repeats it
         return False
     names = _names(store)
-    if names[-1:] != [name]:  # the writer of newer ones removed this name, so it was free again
+    if names[-1:] != [name]:  # a newer epoch exists; its writer had deleted this name
         return False
     storage.delete([storage.join(store, EPOCHS, old) for old in names[:-1]])
     return True

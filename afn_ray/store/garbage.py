@@ -1,4 +1,4 @@
-"""Delete what no kept run refers to, in an order that leaves the store whole wherever it ends."""
+"""Garbage collection: delete what no kept run refers to, so that a crash leaves the store whole."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from afn_ray.store.layout import Place
 from afn_ray.text import count
 
 KEEP = 30
+"""Default number of newest complete runs that are kept."""
 MIN_AGE_H = 24.0
+"""Default age from which unused shards and incomplete runs are removed, in hours."""
 GRAVE_DAYS = 30.0
-"""How long a run that was given up is remembered, by the store's clock: a process that stood still
-as long forgets.
+"""Days that the run.json of a condemned run is kept, by the store's clock.
+
+A process of that run that was suspended for longer does not learn that the run was condemned.
 """
 MAX_LINES = 20
-"""Shards that are listed one by one for a person."""
+"""Most shards listed one by one in the output for people."""
 
 OnProgress = Callable[[str], None]
 
 TRIES = 20
-"""Looks at a store that other collections change meanwhile."""
+"""Most tries while other garbage collections change the store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A run's or a shard's folder, and those of its files that go."""
+    """A run's or a shard's folder, and the number and bytes of its files that are deleted."""
 
     uri: str
     num_files: int
@@ -42,22 +45,20 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What no kept run of a store refers to: deleted, or what a call with ``delete`` would
-    delete.
-    """
+    """What no kept run of a store refers to: deleted, or what ``delete`` would delete."""
 
     store: str
-    kept: tuple[str, ...]  # names of runs, in the order in which they were begun
+    kept: tuple[str, ...]
+    """Names of the kept runs, oldest first."""
     runs: tuple[Folder, ...]
     shards: tuple[Folder, ...]
-    num_young: int  # shards that no kept run lists and that stay for their age
+    num_young: int
+    """Shards that no kept run lists, but that are too young to be deleted."""
     deleted: bool
-    spared: tuple[
-        str, ...
-    ] = ()  # runs that were to go, and that a process has taken up or completed meanwhile
-    num_spared: int = (
-        0  # shards that were to go, and that a run lists which began or was spared meanwhile
-    )
+    spared: tuple[str, ...] = ()
+    """Names of doomed runs that a process has resumed or completed in the meantime."""
+    num_spared: int = 0
+    """Doomed shards listed by a run that began or was spared in the meantime."""
 
     @property
     def num_files(self) -> int:
@@ -77,21 +78,30 @@ def collect_garbage(
     delete: bool = False,
     on_progress: OnProgress = lambda message: None,
 ) -> Garbage:
-    """Find, and with ``delete`` remove, the runs of ``store`` that are not kept and the shards that
-    only they list.
+    """Find, and with ``delete`` remove, unkept runs of ``store`` and shards that only they list.
 
-    Kept are the ``keep`` newest complete runs, ``keep_runs`` (names or URIs), of each measure and
-    corpus the newest audited run (the next audit is held against it), every run begun after the
-    newest complete one, copies of runs under other names, any other that is not complete while a
-    file of it, or of a shard that it plans, is younger than ``min_age_h`` hours (it may be under
-    way), and a complete one that a process has taken up since. A shard that no kept run lists stays
-    while it is younger than that. Files that afn-ray does not write are left alone.
+    These runs are kept:
 
-    What goes is published as an epoch first; then the runs are listed again, and what a run claims
-    that began or was taken up meanwhile is spared (``epochs``). Can be killed, repeated and run
-    beside others and beside runs. Raises ``ConfigError`` for what makes no sense, ``StoreError``
-    where a plan cannot be read, for then nobody knows what it refers to (nothing is deleted), or
-    where a file may not be deleted, ``Interrupted`` when the store does not answer.
+    * the ``keep`` newest complete runs;
+    * ``keep_runs`` (names or URIs);
+    * the newest audited run of each measure and corpus, because the next audit is compared with it;
+    * every run begun after the newest complete one;
+    * copies of runs under other names;
+    * any other incomplete run that may be under way: a file of it, or of a shard that it plans, is
+      younger than ``min_age_h`` hours;
+    * a complete run that a process has resumed within ``min_age_h`` hours.
+
+    A shard that no kept run lists stays while it is younger than ``min_age_h`` hours. Files that
+    afn-ray does not write are left alone.
+
+    The result is first published as an epoch. Then the runs are listed again, and everything is
+    spared that a new or resumed run claims (``epochs``). The call can be killed, repeated, and run
+    at the same time as others and as runs.
+
+    Raises ``ConfigError`` for invalid arguments. Raises ``StoreError`` if ``store`` is no store or
+    has no such run to keep, if a plan cannot be read (it is then unknown what it refers to, and
+    nothing is deleted), or if a file must not be deleted. Raises ``Interrupted`` if the store does
+    not answer or other collections change it too often.
     """
     if keep < 1:
         raise ConfigError(f"keep is {keep}; expected at least 1 run")
@@ -109,7 +119,7 @@ def collect_garbage(
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is kept, as of ``collect_garbage``."""
+    """What is kept, as in ``collect_garbage``."""
 
     keep: int
     keep_runs: tuple[str, ...]
@@ -118,8 +128,9 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A commit of an older generation, which no run refers to any more although it lists the shard,
-    and its files.
+    """An outdated commit of a shard, and its files.
+
+    Its generation is too old for any run to refer to it, although a kept run lists the shard.
     """
 
     place: Place
@@ -128,22 +139,24 @@ class Leftover:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What a store held at one time, and what of it goes."""
+    """The state of a store at one time, and what of it is deleted."""
 
     store: str
     there: layout.StoreFiles
     now_s: float
     next_epoch: epochs.Epoch
-    planned: dict[str, set[Place]]  # of the runs that are kept
+    planned: dict[str, set[Place]]
+    """Shards of each kept run."""
     doomed_runs: tuple[str, ...]
-    dead_runs: tuple[str, ...]  # given up by an earlier collection
+    dead_runs: tuple[str, ...]
+    """Runs condemned by an earlier gc."""
     doomed: tuple[Place, ...]
     leftovers: tuple[Leftover, ...]
     num_young: int
 
     @property
     def found(self) -> bool:
-        """Whether anything goes."""
+        """Whether there is anything to delete."""
         return bool(
             self.doomed_runs
             or self.doomed
@@ -152,7 +165,10 @@ class _Look:
         )
 
     def files_of(self, run: str) -> list[storage.StoredFile]:
-        """The files that go of a run that was given up: what says so stays for ``GRAVE_DAYS``."""
+        """The files of a condemned run that are deleted.
+
+        Its run.json, which marks it as condemned, stays for ``GRAVE_DAYS``.
+        """
         files = self.there.runs[run]
         if run in self.dead_runs and not _is_old(files, self.now_s - 86400 * GRAVE_DAYS):
             return [file for file in files if not file.uri.endswith("/run.json")]
@@ -160,9 +176,8 @@ class _Look:
 
 
 def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
-    before = epochs.newest(
-        store
-    )  # ahead of all else: a run that is not seen below reads this one or a newer one
+    # Read the epoch first: a run that the listing below misses reads this epoch or a newer one.
+    before = epochs.newest(store)
     there = layout.sort_files(store, storage.list_below(store))
     if not there.runs and not there.shards:
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
@@ -212,10 +227,9 @@ def _leftovers(
     planned: Mapping[str, set[Place]],
     generations: Mapping[Place, int],
 ) -> Iterator[Leftover]:
-    """Commits of shards that are needed, of generations that no run finds any more, unless a kept
-    run names them.
+    """Outdated commits of shards that stay, unless a kept run names them.
 
-    Only a run that took a shard up just before it was condemned does.
+    A kept run names an outdated commit only if it read the commit just before a gc condemned it.
     """
     old: dict[Place, list[int]] = {}
     for place in there.shards.keys() & generations.keys():
@@ -232,7 +246,7 @@ def _leftovers(
             run = manifest.open_folder(store, name)
             if run.info:
                 named |= set(manifest.read_table(run, "shards")["tokens_file"].to_pylist())
-            else:  # it may be about to name them
+            else:  # an incomplete run may be about to name them
                 for place in theirs:
                     del old[place]
     for place, numbers in old.items():
@@ -241,7 +255,7 @@ def _leftovers(
         for number in numbers:
             try:
                 commit = shard_files.read_commit(store, *place, number)
-            except StoreError:  # 'afn verify' tells of it
+            except StoreError:  # 'afn verify' reports it
                 continue
             if (
                 commit is None
@@ -256,7 +270,7 @@ def _leftovers(
 
 
 def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
-    """Delete what ``look`` found, whose epoch is published, but for what a run claims by now."""
+    """Delete what ``look`` found, except what a run claims by now. Its epoch is published."""
     store = look.store
     spared, covered = _claimed(look) if look.found else ((), set())
     for name in (*look.doomed_runs, *look.dead_runs):
@@ -285,10 +299,9 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
 
 
 def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
-    """Runs that were to go and stay, and the shards that these list, or runs that began since
-    ``look``.
+    """The doomed runs that are spared, and the shards that spared or new runs list.
 
-    The other runs that were to go can never be complete (again) afterwards.
+    All other doomed runs are condemned here: they can never be complete (again).
     """
     now = layout.sort_files(look.store, storage.list_below(storage.join(look.store, "runs"))).runs
     spared = []
@@ -308,7 +321,7 @@ def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
     gone = {*look.doomed_runs, *look.dead_runs} - {*spared}
     covered: set[Place] = set()
     for name in now.keys() - gone:
-        if not look.planned.get(name):  # it began since, or its plan came since
+        if not look.planned.get(name):  # it is new, was spared, or has written its plan since
             covered |= _planned(look.store, name)
     return spared, covered
 
@@ -351,7 +364,7 @@ def _report(
 def _kept(
     store: str, there: layout.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
 ) -> list[str]:
-    """Those of ``names`` that stay, sorted."""
+    """Names of the runs that are kept, sorted."""
     complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
     copies = [n for n in complete if manifest.is_copied(store, n)]
     complete = [n for n in complete if n not in copies]
@@ -381,8 +394,9 @@ def _kept(
 
 
 def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
-    """Of each measure and corpus the newest of the ``audited`` runs: the next audit is held against
-    it.
+    """The newest of the ``audited`` runs of each measure and corpus.
+
+    The next audit is compared with it.
     """
     newest = {}
     for name in audited:
@@ -392,7 +406,7 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
 
 
 def _named(store: str, run: str, names: Sequence[str]) -> str:
-    """The name of ``run``, given as that or as a URI."""
+    """The name of ``run``, which is a name or a URI."""
     name = run.rstrip("/").rpartition("/")[2]
     if name not in names or (
         "/" in run and storage.absolute(run).rstrip("/") != storage.join(store, "runs", name)
@@ -404,8 +418,10 @@ def _named(store: str, run: str, names: Sequence[str]) -> str:
 
 
 def _planned(store: str, name: str) -> set[Place]:
-    """Shards that the run ``name`` lists; none where a crash, or a collection like this, came
-    before its plan.
+    """The shards that the run ``name`` lists; empty if it has no plan.
+
+    It has none if it crashed before it wrote one, or if a gc deleted it. Raises ``StoreError`` if
+    the plan is damaged or missing from a complete run.
     """
     run = manifest.RunFolder(storage.join(store, "runs", name), store, name, {})
     try:
@@ -433,7 +449,7 @@ def _folder(uri: str, files: Sequence[storage.StoredFile]) -> Folder:
 
 
 def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
-    """Remove ``files`` of ``folder``, commits before all that they name."""
+    """Remove ``files`` of ``folder``, commits before the files that they name."""
     for file in sorted(
         files, key=lambda f: (layout.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)
     ):
@@ -442,10 +458,10 @@ def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
 
 
 def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
-    """One line per run and shard that goes or is gone, the first twenty of these, and a last one
-    with the sums.
+    """Yield one line per run and shard, at most ``MAX_LINES`` shards, and lines with the sums.
 
-    ``flags``: what the command was given beside the store, for the one that deletes.
+    ``flags`` are the flags that the command was called with; they are repeated in the command that
+    deletes.
     """
     for run in g.runs:
         yield f"run    {run.uri}: {count(run.num_files, 'file')}, {count(run.num_bytes, 'byte')}"

@@ -1,4 +1,4 @@
-"""Names in a store, and which of the files below any folder are a store's own."""
+"""Names of the files in a store, and which files below a folder belong to a store."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from datetime import UTC, datetime
 from afn_ray.store import storage
 
 EPOCHS = "gc"
-"""Folder of what collections have given up."""
+"""Folder of the epochs that garbage collections publish."""
 EPOCH_FILE = re.compile(r"[0-9]{8}\.parquet")
 Place = tuple[str, str]
-"""A shard in a store: fingerprint of its measure, and its id."""
+"""A shard in a store: the fingerprint of its measure, and the shard's id."""
 HEX = re.compile("[0-9a-f]{32}")
+"""A fingerprint or id: 128 bits in hex."""
 STAMP = "%Y%m%dT%H%M%S.%fZ"
-"""Beginning of a run, the first part of its name."""
+"""Time format of a run's start, the first part of its name."""
 RUN_NAME = re.compile(r"([1-3][0-9]{7}T[0-9]{6}\.[0-9]{3}Z)-[0-9a-f]{12}")
-"""Name of a run's folder; names from the year 4000 on, and all others, are foreign."""
+"""Name of a run's folder. Names from the year 4000 on do not match and count as foreign."""
 LATEST = datetime(3000, 1, 1, tzinfo=UTC)
-"""Latest beginning that a run is named by: a clock beyond it is wrong, and later runs need names
-behind.
+"""Latest start time used in a run's name, UTC.
+
+A clock beyond it is wrong, and later runs need names that sort after it.
 """
 SCRATCH_PREFIX = "afn-scratch-"
-"""Beginning of the name of an attempt's folder for unfinished files."""
+"""Prefix of the folder that holds an attempt's unfinished files."""
 PLANNING = "planning.json"
+"""Status file of a run that has no name yet."""
 RAY_IGNORE = ".rayignore"
-"""File for which Ray leaves a folder out of what it ships with a job."""
+"""File that makes Ray leave a folder out of the files that it uploads with a job."""
 
 STORE_FILE = re.compile(
     rf"/(?:shards/{HEX.pattern}/{HEX.pattern}/[^/]+|runs/{RUN_NAME.pattern}/[^/]+|pilots/{HEX.pattern}\.json|"
     rf"gc/[0-9]{{8}}\.parquet|{re.escape(RAY_IGNORE)}|"
     rf"probe-{HEX.pattern}|{SCRATCH_PREFIX}[^/]+/[^/]+)$"
 )
-"""End of the path of a file that a run leaves in a store, or an attempt on scratch."""
+"""End of the path of any file in a store or in an attempt's scratch folder."""
 
 
 def is_run_name(name: str) -> bool:
-    """Whether afn-ray may have called a run ``name``."""
+    """Whether ``name`` is a valid name of a run."""
     match = RUN_NAME.fullmatch(name)
     try:
         return match is not None and bool(datetime.strptime(match[1], STAMP))
@@ -47,15 +50,13 @@ def is_run_name(name: str) -> bool:
 
 
 def is_store_file(uri: str) -> bool:
-    """Whether ``uri`` has the path of a file of a store, this one or another, or of an attempt's
-    scratch.
-    """
+    """Whether the path of ``uri`` is that of a file in any store or scratch folder."""
     return STORE_FILE.search(uri) is not None
 
 
 TABLES = ("tokens", "documents", "summary")
 NEURON_TABLES = ("neurons", "pairs")
-"""Of a shard whose neurons are recorded as well."""
+"""Further tables of a shard whose neurons are recorded."""
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "sources", "screened",
               "signals", "signal_vocabulary", "neurons", "neuron_types")  # fmt: skip
 PROBE = re.compile("probe-[0-9a-f]{32}")
@@ -72,28 +73,26 @@ RUN_FILE = re.compile(
 
 @dataclass(slots=True)
 class StoreFiles:
-    """The files of a store by what they belong to, those of killed attempts and reduces among
-    them.
-    """
+    """The files of a store, grouped by owner, including those of killed attempts and reduces."""
 
     shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
     runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
-    pilots: list[str] = field(default_factory=list)  # names
-    probes: list[storage.StoredFile] = field(
-        default_factory=list
-    )  # of processes killed as they tried to write
-    planning: list[storage.StoredFile] = field(
-        default_factory=list
-    )  # how far a run is that has no name yet
-    ignore: list[storage.StoredFile] = field(
-        default_factory=list
-    )  # what keeps the store out of a job
-    foreign: list[str] = field(default_factory=list)  # URIs of what afn-ray never writes
+    pilots: list[str] = field(default_factory=list)
+    """Names of the calibration files."""
+    probes: list[storage.StoredFile] = field(default_factory=list)
+    """Probe files, and temporary copies of epochs and of ``PLANNING``, left by killed processes."""
+    planning: list[storage.StoredFile] = field(default_factory=list)
+    """Status of a run that has no name yet."""
+    ignore: list[storage.StoredFile] = field(default_factory=list)
+    """The files that keep the store out of Ray jobs."""
+    foreign: list[str] = field(default_factory=list)
+    """URIs of files that afn-ray never writes."""
 
 
 def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
-    """Sort ``files``, listed below ``store``, by their names alone; every one of them is in one
-    place of the result.
+    """Group ``files``, listed below ``store``, by name alone.
+
+    Each file is in exactly one group. Only complete epoch files are in none.
     """
     root, there = f"{storage.absolute(store)}/", StoreFiles()
     for file in files:
@@ -123,13 +122,13 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
 
 
 def _final(name: str) -> str:
-    """The name that a file was to get, where a local write was killed before it had it."""
+    """The intended name of a temporary file that a killed local write left; else ``name``."""
     unfinished = re.fullmatch(r"\.(.+)-[0-9a-f]{32}", name)
     return unfinished[1] if unfinished else name
 
 
 def commit_name(generation: int) -> str:
-    """Name of the commit of that generation of a shard."""
+    """Name of the commit of a shard with that generation."""
     return f"commit-{generation}.json" if generation else "commit.json"
 
 

@@ -1,23 +1,24 @@
-"""Plan a run, commit its shards, and say what is done: the store's one mechanism.
+"""Runs in a store: plan and begin them, write and read their tables, complete them.
 
 Layout of a store::
 
-    shards/<measure>/<shard>/commit.json              the commit; its existence is the truth
-    shards/<measure>/<shard>/commit-<n>.json          the same, of a shard that a gc had given up
-    before (``epochs``) shards/<measure>/<shard>/<attempt>-<table>.parquet runs/<run>/plan.parquet
-    written when the run begins; also what it remembers of files runs/<run>/run.json
-    written once, last; its existence means complete runs/<run>/audited.json
-    an audit has given its verdict on the run
-    runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet runs/<run>/lease-<id>.json
-    a process has taken up a run that was there; it ends without runs/<run>/status.json
-    how far it is, for people; replaced while it is under way planning.json
-    the same of a run that has no name yet .rayignore                                        keeps a
-    store on a disk out of what Ray ships with a job gc/<epoch>.parquet
-    what gc has given up so far (``epochs``)
+    shards/<measure>/<shard>/commit.json        the commit; its existence is the truth
+    shards/<measure>/<shard>/commit-<n>.json    the same, after a gc condemned the last (``epochs``)
+    shards/<measure>/<shard>/<attempt>-<table>.parquet
+    runs/<run>/plan.parquet                     written first; also remembers the hashes of files
+    runs/<run>/run.json                         written once, last; its existence means complete
+    runs/<run>/audited.json                     an audit has given its verdict on the run
+    runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
+    runs/<run>/lease-<id>.json                  a process has resumed the run; deleted on completion
+    runs/<run>/status.json                      progress, for people; replaced during the run
+    planning.json                               progress of a run that has no name yet
+    pilots/<key>.json                           decision of a calibration, for later runs
+    .rayignore                                  keeps a store on a disk out of Ray jobs
+    gc/<epoch>.parquet                          what garbage collections condemned (``epochs``)
 
-Nothing relies on the two that tell how far a run is. Of the others each says itself whether it is
-whole: a JSON file carries a checksum of all its other bytes (``sealed``), and what is in Parquet is
-listed with size and checksum in the commit.json or run.json that names it.
+Nothing depends on the two progress files. Each other file can be verified: a JSON file carries a
+checksum of all its other bytes (``sealed``), and the size and checksum of a Parquet file are listed
+in the commit.json or run.json that names it.
 """
 
 from __future__ import annotations
@@ -73,17 +74,16 @@ RUN_KEYS: dict[str, type] = {
     "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
     "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
 }  # fmt: skip
+"""Required keys of run.json, and the types of their values."""
 
 
-# --- what lies in a store
-# --------------------------------------------------------------------------------
+# --- what a store holds
 
 
 def keep_from_jobs(store: str) -> None:
-    """Write the file for which Ray leaves a ``store`` on a disk out of a job that is submitted from
-    a folder above it.
+    """Write the file that makes Ray leave a local ``store`` out of jobs submitted from above it.
 
-    A store soon has more than the 512 MiB that Ray ships, and no job needs it.
+    A store soon exceeds the 512 MiB that Ray uploads, and no job needs it.
     """
     if storage.is_local(store):
         with contextlib.suppress(storage.AlreadyWritten):
@@ -91,19 +91,17 @@ def keep_from_jobs(store: str) -> None:
 
 
 def run_names(store: str) -> list[str]:
-    """Names of the runs in ``store``, in the order in which they were begun; copies under such
-    names among them.
-    """
+    """Names of the runs in ``store``, oldest first, including copies under such names."""
     return [name for name in storage.list_names(storage.join(store, "runs")) if is_run_name(name)]
 
 
 def is_copy(run: RunFolder) -> bool:
-    """Whether ``run`` is a copy of a complete run under another name, which is foreign."""
+    """Whether ``run`` is a copy of a complete run under another name. A copy counts as foreign."""
     return bool(run.info) and run.info["id"] != run.id
 
 
 def is_copied(store: str, name: str) -> bool:
-    """Whether the run ``name`` is a copy of another; one whose run.json is damaged is not."""
+    """Whether the run ``name`` is a copy of another run; False if its run.json is damaged."""
     try:
         return is_copy(open_folder(store, name))
     except StoreError:
@@ -123,18 +121,20 @@ def set_copies_apart(store: str, there: StoreFiles) -> None:
 
 
 # --- plan
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The shards of a run, in order, and the files they come from."""
+    """The shards of a run, in order, and the files that they come from."""
 
     shards: tuple[Shard, ...]
     files: tuple[FileInfo, ...]
-    skipped: tuple[FileInfo, ...]  # with an ending that is no known format, or of a store
-    num_hashed: int  # files read to plan; the others were remembered
-    shard_bytes: int = 0  # by which the files were cut
+    skipped: tuple[FileInfo, ...]
+    """Files with an unknown ending, or of a store."""
+    num_hashed: int
+    """Number of files read for the plan; the hashes of the others were remembered."""
+    shard_bytes: int = 0
+    """Target size of a shard, in bytes, at which the files were cut."""
 
     @property
     def num_bytes(self) -> int:
@@ -142,7 +142,7 @@ class Plan:
 
     @property
     def labels(self) -> str | None:
-        """Where the documents' tags come from; None: they have none."""
+        """The source of the documents' tags; None if they have none."""
         found = (
             shard.options.labels_in(piece.format) for shard in self.shards for piece in shard.slices
         )
@@ -150,8 +150,9 @@ class Plan:
 
 
 def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the plan at ``uri``. Raises ``StoreError`` where they and ``header`` are not what
-    was written.
+    """The rows of the plan at ``uri``, verified against the checksum in ``header``.
+
+    Raises ``StoreError`` if the rows or the header are damaged.
     """
     asked = {key: value for key, value in header.items() if key != "sha256"}
     try:
@@ -167,13 +168,14 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
 
 
 def cuts_id(config: RunConfig, shard_bytes: int) -> str:
-    """Fingerprint of what decides where files are cut."""
+    """Fingerprint of everything that decides where files are cut."""
     return fingerprint([SCHEMA_VERSION, asdict(config.read_options), shard_bytes])
 
 
 def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
-    """The plan of the run named ``run`` and its header; None when a crash came before it was
-    written.
+    """The plan of the run named ``run`` and its header; None if the run crashed before writing it.
+
+    Raises ``StoreError`` if the plan is damaged. The checksum is not verified; see ``proved_rows``.
     """
     uri = storage.join(store, "runs", run, "plan.parquet")
     data = storage.read_if_there(uri)
@@ -190,18 +192,18 @@ def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
 
 
 # --- runs
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """One run in a store; ``info`` is its run.json, empty while it is not complete."""
+    """One run in a store. ``info`` is its run.json, empty until the run is complete."""
 
     uri: str
     store: str
     id: str
     info: dict[str, Any]
-    condemned: bool = False  # a gc has given it up: it can never be complete
+    condemned: bool = False
+    """A gc has condemned the run: it can never be complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,18 +211,20 @@ class Claim:
     """A run that no gc removes while its process is at work, and the shards that it may use."""
 
     run: RunFolder
-    shards: tuple[Shard, ...]  # of the plan, in the generations that count
-    lease: str | None  # URI; None: the run is new, and its plan is the claim
+    shards: tuple[Shard, ...]
+    """The shards of the plan, in their valid generations."""
+    lease: str | None
+    """URI of the lease; None for a new run, whose plan is its claim."""
 
 
 def find_begun(
     config: RunConfig, measure: dict[str, Any], plan: Plan, frozen: Sequence[dict[str, Any]] = ()
 ) -> tuple[RunFolder | None, str]:
-    """The store's newest run where it is that of ``plan``, complete or not; and the newest one's
-    name, or "".
+    """The store's newest run if it has this ``plan``, else None; and the newest run's name or "".
 
-    Writes nothing. Raises ``StoreError`` when the store holds another measure and the config does
-    not allow a second one.
+    The run may be complete or not. A condemned run, or a complete run with quarantined shards, is
+    not returned. Writes nothing. Raises ``StoreError`` if the store holds another measure and the
+    config does not allow a second one, or if the plan of an incomplete run is damaged.
     """
     measure_id = fingerprint(measure)
     held = [
@@ -236,17 +240,15 @@ def find_begun(
     newest = next(begun, "")
     if newest.endswith(suffix):
         same = open_folder(config.store, newest)
+        # A complete run with quarantined shards is not reused: a new run tries them again.
         if not same.condemned and not same.info.get("quarantined"):
             if not same.info and (begun_plan := read_plan(config.store, newest)) is not None:
                 proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
-            return (
-                same,
-                newest,
-            )  # one that lacks shards is complete, and asked again it is tried again
+            return same, newest
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
         if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
-            return same, newest  # it labels by these thresholds, which are its own
+            return same, newest  # its own thresholds are the frozen ones
     return None, newest
 
 
@@ -257,18 +259,19 @@ def begin_run(
     begun_ns: int,
     frozen: Sequence[dict[str, Any]] = (),
 ) -> Claim:
-    """The run of ``plan``: the store's newest one when it is the same, complete or not, else a new
-    one.
+    """Resume the store's newest run if it has this ``plan``, complete or not, or begin a new one.
 
-    ``begun_ns`` is the time before the first file was looked at; ``frozen`` as of ``find_frozen``.
-    The claim is written before the newest epoch is read; ``epochs`` says why. A run that a gc gave
-    up in between is begun anew. Raises ``StoreError`` as ``find_begun`` does.
+    ``begun_ns`` is the Unix time in ns before the first file was examined. ``frozen`` are the rows
+    returned by ``find_frozen``. The claim is written before the newest epoch is read; ``epochs``
+    explains why. If a gc condemned the run in between, a new run is begun. Raises ``StoreError`` as
+    ``find_begun`` does.
     """
     run, newest = find_begun(config, measure, plan, frozen)
     lease = None
     if run is not None:
         lease = storage.join(run.uri, f"lease-{uuid.uuid4().hex}.json")
-        with contextlib.suppress(storage.AlreadyWritten):  # our own, its first answer lost
+        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
+        with contextlib.suppress(storage.AlreadyWritten):
             storage.write_once(lease, sealed({"schema_version": SCHEMA_VERSION, "run": run.id}))
     else:
         run = _new_run(config, measure, plan, begun_ns, frozen, newest)
@@ -288,11 +291,11 @@ def _new_run(
     frozen: Sequence[dict[str, Any]],
     newest: str,
 ) -> RunFolder:
-    """A run whose name comes after that of ``newest``, or is of this millisecond."""
+    """Write the plan of a new run, whose name sorts after ``newest``."""
     suffix = _suffix(fingerprint(measure), plan.shards, config, frozen)
     created = min(datetime.now(UTC), LATEST)
     name = f"{_stamp(created)}-{suffix}"
-    if name <= newest:  # the clock went back, and the newest run is found by its name
+    if name <= newest:  # the clock went back; the newest run must have the last name
         created = datetime.strptime(newest.partition("-")[0], STAMP).replace(
             tzinfo=UTC
         ) + timedelta(milliseconds=1)
@@ -309,15 +312,14 @@ def _new_run(
     table, header["sha256"] = _plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})
     uri = storage.join(config.store, "runs", name)
-    with contextlib.suppress(
-        storage.AlreadyWritten
-    ):  # the same call in the same millisecond: the same plan
+    # The same name means the same request in the same millisecond, and so the same plan.
+    with contextlib.suppress(storage.AlreadyWritten):
         storage.write_once(storage.join(uri, "plan.parquet"), parquet.encode(table))
     return RunFolder(uri, config.store, name, {})
 
 
 def _is_begun(store: str, name: str) -> bool:
-    """Whether the folder ``name`` is a run that has its plan, and no copy."""
+    """Whether the folder ``name`` is a run with a plan, and not a copy."""
     return storage.exists(storage.join(store, "runs", name, "plan.parquet")) and not is_copied(
         store, name
     )
@@ -351,8 +353,9 @@ def _suffix(
     config: RunConfig,
     frozen: Sequence[dict[str, Any]] | None,
 ) -> str:
-    """Last part of a run's name: what it was asked for; ``frozen`` is None in plans of before there
-    was any.
+    """Last part of a run's name: a fingerprint of the request.
+
+    ``frozen`` is None for a plan that was written before frozen thresholds existed.
     """
     ask: dict[str, Any] = {
         "measure": measure_id,
@@ -369,17 +372,17 @@ BESIDE_STRENGTH = frozenset({
     "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above",
     "labels",
 })  # fmt: skip
-"""Of a measure: what changes no strength, so that thresholds mean the same."""
+"""Keys of a measure that change no strength, so that thresholds stay comparable."""
 FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
-"""What a run takes from the thresholds of another, by column."""
+"""Columns that a run takes from the thresholds of another run."""
 
 
 def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, Any]]:
-    """The thresholds that ``config`` says to label by, as rows of ``FROZEN``; none for the run's
-    own.
+    """The thresholds that ``config`` names for labels, as rows of ``FROZEN``.
 
-    Those that the run named goes by itself, so that a run every night may name the night before.
-    Raises ``StoreError`` when there is no such run, ``ConfigError`` when it has another measure.
+    The list is empty if the run labels by its own thresholds. They are the thresholds that the
+    named run itself labels by, so that each nightly run can name the previous one. Raises
+    ``StoreError`` if there is no such run, ``ConfigError`` if it has another measure.
     """
     if config.thresholds is None:
         return []
@@ -396,25 +399,25 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
 
 
 def frozen_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """What the complete ``run`` labels by, as rows of ``FROZEN``."""
+    """The thresholds that the complete ``run`` labels by, as rows of ``FROZEN``."""
     return [{name: row[name] for name in FROZEN} for row in labels(run).to_pylist()]
 
 
 def labels_name(run: RunFolder) -> str:
-    """Name of the table of the thresholds that the complete run's labels go by."""
+    """Name of the table with the thresholds that the complete ``run`` labels by."""
     return "frozen" if "frozen" in run.info["tables"] else "thresholds"
 
 
 def labels(run: RunFolder) -> pa.Table:
-    """The thresholds that the complete run's labels go by, as in ``THRESHOLDS_SCHEMA``: frozen
-    ones, or its own.
+    """The thresholds that the complete ``run`` labels by, as in ``THRESHOLDS_SCHEMA``.
+
+    They are frozen ones or the run's own.
     """
     return read_table(run, labels_name(run))
 
 
 def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
-    """The shards that ``run`` planned, in order, and its plan's header, once both are proved to be
-    what was written.
+    """The shards that ``run`` planned, in order, and the header of its plan, both verified.
 
     Raises ``StoreError`` for a plan that is missing, damaged, edited or another run's.
     """
@@ -458,7 +461,7 @@ def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> 
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], who: str = "the store") -> str:
-    """What two measures differ in; ``who`` has theirs."""
+    """The differences of two measures as text; ``who`` is the owner of ``theirs``."""
     return "; ".join(
         f"{k}: {who} has {short(theirs.get(k))}, this run asks for {short(ours.get(k))}"
         for k in sorted({*theirs, *ours} - {"id"})
@@ -490,7 +493,7 @@ _INFO_IS: dict[str, Callable[[Any], bool]] = {
         isinstance(q[k], str) for q in x for k in ("shard", "uri", "reason")
     ),
 }
-"""What is shown or added up of a run.json that anyone may have written."""
+"""Checks of the values in run.json that are shown or added up; the file may have been edited."""
 
 
 def _is_info(key: str, value: Any) -> bool:
@@ -501,8 +504,9 @@ def _is_info(key: str, value: Any) -> bool:
 
 
 def open_folder(store: str, name: str) -> RunFolder:
-    """The run ``name`` in ``store``, complete, not yet, or condemned. Raises ``StoreError`` for a
-    damaged run.json.
+    """The run ``name`` in ``store``: complete, incomplete or condemned.
+
+    Raises ``StoreError`` if run.json is damaged.
     """
     uri = storage.join(store, "runs", name)
     info = read_json(storage.join(uri, "run.json"))
@@ -520,9 +524,9 @@ def open_folder(store: str, name: str) -> RunFolder:
 
 
 def find_run(uri: str) -> RunFolder:
-    """The run at ``uri``: a run's own URI, or a store's for its latest complete run.
+    """The run at ``uri``, which is a run's own URI, or a store's for its latest complete run.
 
-    Raises ``StoreError`` when there is none, or when the run named is not complete.
+    Raises ``StoreError`` if there is none, or if the named run is not complete.
     """
     uri = storage.absolute(uri).rstrip("/")
     store, _, name = uri.rpartition("/runs/")
@@ -557,12 +561,12 @@ def find_run(uri: str) -> RunFolder:
 
 
 def read_pilot(store: str, key: str) -> dict[str, Any] | None:
-    """What an earlier run in ``store`` decided under ``key``, if one did."""
+    """The calibration that an earlier run stored under ``key``; None if there is none."""
     return read_json(storage.join(store, "pilots", f"{key}.json"))
 
 
 def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Keep ``value`` for all later runs under ``key``; returns what is kept, ours or a rival's."""
+    """Store the calibration ``value`` under ``key``; return the stored one, ours or a rival's."""
     uri = storage.join(store, "pilots", f"{key}.json")
     with contextlib.suppress(storage.AlreadyWritten):
         storage.write_once(uri, sealed({"schema_version": SCHEMA_VERSION, **value}))
@@ -570,8 +574,10 @@ def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
-    """Write run.json, which makes the run complete; ``info["tables"]`` has what ``write_table``
-    gave.
+    """Write run.json, which makes the run complete.
+
+    ``info["tables"]`` holds the entries returned by ``write_table``. If another process has
+    completed the run, its run.json is returned. Raises ``Interrupted`` if a gc condemned the run.
     """
     plan = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
     tables = {"plan": entry_of("plan.parquet", plan), **info["tables"]}
@@ -579,9 +585,8 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     try:
         storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
     except storage.AlreadyWritten:
-        theirs = open_folder(
-            run.store, run.id
-        )  # another process finished the same run with the same tables
+        # Another process finished the same run with the same tables, or a gc condemned it.
+        theirs = open_folder(run.store, run.id)
         if theirs.condemned:
             raise Interrupted(
                 f"'afn gc' has given up run {run.uri}, which had stood still; the same command begins a new one"
@@ -591,11 +596,11 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
 
 
 def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
-    """Make sure that ``run`` is never complete (again); False where it has been completed
-    meanwhile.
+    """Make sure that ``run`` is never complete (again); False if it was completed in the meantime.
 
-    Its run.json says so in place of what would make it complete: one name, so that only one of the
-    two can be written. ``complete``: it was, and no process is about to take it up.
+    Its run.json then says "condemned" instead of "complete". Both use the same name, so only one of
+    the two can be written. ``complete`` is true if the run was complete and no process is resuming
+    it; run.json is then replaced.
     """
     uri, body = (
         storage.join(run.uri, "run.json"),
@@ -612,7 +617,7 @@ def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
 
 
 def mark_audited(run: RunFolder) -> None:
-    """Keep with the complete ``run`` that a verdict on it was given, whatever it was."""
+    """Record that the complete ``run`` was audited, whatever the verdict."""
     with contextlib.suppress(storage.AlreadyWritten):
         body = {
             "schema_version": SCHEMA_VERSION,
@@ -623,16 +628,14 @@ def mark_audited(run: RunFolder) -> None:
 
 
 def is_audited(run: RunFolder) -> bool:
-    """Whether ``mark_audited`` was called for ``run``. Raises ``StoreError`` for a mark that is
-    damaged.
-    """
+    """Whether ``mark_audited`` was called for ``run``. A damaged mark raises ``StoreError``."""
     uri = storage.join(run.uri, "audited.json")
     body = read_json(uri)
     return body is not None and body.get("run") == run.id
 
 
 def created_at(run: RunFolder) -> str:
-    """When the run began, ISO 8601, UTC."""
+    """When the run began, in ISO 8601, UTC. Raises ``StoreError`` if its plan is gone."""
     plan = read_plan(run.store, run.id)
     if plan is None:
         raise StoreError(
@@ -642,11 +645,11 @@ def created_at(run: RunFolder) -> str:
 
 
 def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
-    """Write the run's table ``name`` and return its file's name, size and checksum, for
-    ``run.json`` to list.
+    """Write the run's table ``name`` and return its entry for run.json.
 
-    Nothing is replaced: a rival's file, or one that an unfinished reduce left behind, is kept where
-    it holds the same, and stands beside ours where it does not.
+    The entry has the file's name, size and checksums. No file is replaced: if a rival or an
+    unfinished reduce left a file of that name, it is used if it has the same bytes; else ours gets
+    another name.
     """
     data = parquet.encode(table)
     file = f"{name}.parquet"
@@ -655,16 +658,15 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
     except storage.AlreadyWritten:
         if storage.read_bytes(storage.join(run.uri, file)) != data:
             file = f"{name}-{sha256(data).hexdigest()[:16]}.parquet"
-            with contextlib.suppress(storage.AlreadyWritten):  # named by its content
+            with contextlib.suppress(storage.AlreadyWritten):  # the name is the hash of the content
                 storage.write_once(storage.join(run.uri, file), data)
     return entry_of(file, data)
 
 
 def read_table(run: RunFolder, name: str) -> pa.Table:
-    """The run's table ``name``: shards, thresholds, histogram, vocabulary or plan; unproved while
-    it is not complete.
+    """The run's table ``name``, such as thresholds or plan; unverified until the run is complete.
 
-    Raises ``StoreError`` when it is missing or not what run.json lists.
+    Raises ``StoreError`` if it is missing or does not match run.json.
     """
     if not run.info:
         uri = storage.join(run.uri, f"{name}.parquet")
@@ -683,13 +685,14 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
     return parse_table(data, uri)
 
 
-# --- commits
-# ---------------------------------------------------------------------------------------------
+# --- files and shards of a complete run
 
 
 def find_blocks(run: RunFolder, name: str) -> Blocks:
-    """The blocks of the file ``name``, below the store, which is a shard's of the complete ``run``
-    or its own.
+    """The blocks of the file ``name``, relative to the store.
+
+    It is a file of the complete ``run`` or of one of its shards. Raises ``StoreError`` if no commit
+    and no run.json lists it.
     """
     uri, (*folders, file) = storage.join(run.store, name), name.split("/")
     try:
@@ -702,8 +705,9 @@ def find_blocks(run: RunFolder, name: str) -> Blocks:
 
 
 def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFolder) -> list[str]:
-    """Shards of the complete ``run`` that have no folder any more; one listing accuses, a look at
-    each convicts.
+    """Ids of the shards of the complete ``run`` whose folders are gone.
+
+    One listing of all folders finds the suspects; a listing of each suspect's folder confirms it.
     """
     there = set(storage.list_names(storage.join(store, "shards", measure_id)))
     missing = {q["shard"] for q in run.info.get("quarantined", [])}

@@ -1,6 +1,4 @@
-"""Files of a store that nothing names, and which of them nobody can name any more: those may be
-removed.
-"""
+"""Files of a store that no commit and no run names, and which of them may be removed."""
 
 from __future__ import annotations
 
@@ -17,24 +15,26 @@ from afn_ray.store.layout import Place
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A file of an attempt or a reduce that lost or died: no commit and no run names it."""
+    """A file that no commit or run names, left by an attempt or reduce that lost or was killed."""
 
     uri: str
     num_bytes: int
     age_s: float
-    removable: bool  # nobody can come to name it
+    removable: bool
+    """No process can name the file any more."""
     removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Age:
-    """How old a file must be before nobody can be at work on it."""
+    """Minimum age of files that no process can still be working on."""
 
-    now_s: float  # by the store's clock, if anything is to be removed
+    now_s: float
+    """Unix time by the store's clock, if files are to be removed."""
     min_age_h: float
 
     def orphan(self, file: storage.StoredFile, removable: bool | None = None) -> Orphan:
-        """``file`` as an orphan; ``removable`` None: once it is old."""
+        """``file`` as an orphan; ``removable`` None means: once the file is old enough."""
         age_s = max(0.0, self.now_s - file.modified_s)
         return Orphan(
             file.uri,
@@ -46,21 +46,26 @@ class Age:
 
 @dataclass(slots=True)
 class Plans:
-    """Shards that the runs of a store plan: whose attempts may still commit."""
+    """The shards in the plans of a store's runs. Attempts at these shards may still commit."""
 
-    runs: set[str] = field(default_factory=set)  # names, of those that were read
-    under_way: set[Place] = field(default_factory=set)  # of runs that are not complete
+    runs: set[str] = field(default_factory=set)
+    """Names of the runs whose plans were read."""
+    under_way: set[Place] = field(default_factory=set)
+    """Shards of the runs that are not complete."""
     all: set[Place] = field(default_factory=set)
-    unreadable: bool = False  # a plan cannot be read: it may list any shard
+    """Shards of all runs."""
+    unreadable: bool = False
+    """True if a plan could not be read. It may list any shard."""
 
     def add(self, name: str, places: Collection[Place], *, complete: bool) -> None:
+        """Add the planned ``places`` of the run ``name``."""
         self.runs.add(name)
         self.all.update(places)
         if not complete:
             self.under_way.update(places)
 
     def add_new(self, store: str) -> None:
-        """Read the plans of the runs in ``store`` that are not in here yet."""
+        """Read the plans of the runs in ``store`` that were not read yet."""
         for name in manifest.run_names(store):
             uri = storage.join(store, "runs", name)
             if name in self.runs or not storage.exists(storage.join(uri, "plan.parquet")):
@@ -76,13 +81,14 @@ class Plans:
 
 
 def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) -> bool | None:
-    """Whether no attempt can come to name a file in the folder of the shard at ``place`` that no
-    commit names.
+    """Whether a file that no commit names can be removed from the folder of the shard at ``place``.
 
-    ``generation``: the one that counts, read after the file was listed; ``committed``: it has a
-    commit, so that every other attempt at it loses. A commit of an older generation is found by no
-    run but those that are under way. None: an old file can be removed, since the run of its attempt
-    is gone or was complete. ``plans`` were read after the file was listed.
+    It can be removed if no attempt can name it any more. None means: only if it is old, because the
+    run of its attempt is gone or was complete.
+
+    ``generation`` is the valid generation, read after the file was listed. ``committed`` is true if
+    that generation has a commit; every other attempt at it then loses. Only runs under way can find
+    a commit of an older generation. ``plans`` were read after the file was listed.
     """
     if committed and generation == 0:
         return True
@@ -94,10 +100,10 @@ def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) 
 
 
 def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> list[Orphan]:
-    """``orphans`` once the removable ones are removed; one that was or may be named in the meantime
-    stays.
+    """Remove the removable ``orphans`` and return all of them with their new state.
 
-    ``plans`` has the runs that were read; those of others are added.
+    A file that a commit or run names by now, or may name, stays. ``plans`` holds the plans that
+    were read before; those of new runs are added.
     """
     plans.add_new(store)
     epoch = epochs.newest(store)
@@ -142,7 +148,7 @@ def commits_of(store: str, place: Place) -> Mapping[int, Commit]:
 
 
 def names_of(folder: manifest.RunFolder) -> set[str]:
-    """Files in a run's folder that are its own."""
+    """Names of the files in a run's folder that belong to the run."""
     tables = folder.info.get("tables", {}).values()
     return {
         "plan.parquet",

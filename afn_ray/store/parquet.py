@@ -1,4 +1,4 @@
-"""Parquet files with a checksum of each page: written into every file, checked by every read."""
+"""Parquet files with page checksums: every write adds them, every read verifies them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import pyarrow.parquet as pq
 
 
 def open_file(source: Any, **options: Any) -> pq.ParquetFile:
-    """``source`` (bytes, a path or a file) as a Parquet file. Reading a damaged page raises
-    ``OSError``.
+    """Open ``source`` (bytes, a path or a file) as a Parquet file.
+
+    Reading a damaged page raises ``OSError``.
     """
     source = pa.BufferReader(source) if isinstance(source, bytes) else source
     return pq.ParquetFile(source, page_checksum_verification=True, **options)
 
 
 def read(data: bytes, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
-    """The table in ``data``. Raises ``OSError`` or ``pa.ArrowException`` for a damaged page or
-    file.
-    """
+    """The table in ``data``. Damaged data raises ``OSError`` or ``pa.ArrowException``."""
     columns = None if columns is None else list(columns)
     return pq.read_table(
         pa.BufferReader(data), columns=columns, page_checksum_verification=True, **options
@@ -28,7 +27,7 @@ def read(data: bytes, columns: Sequence[str] | None = None, **options: Any) -> p
 
 
 def writer(sink: Any, schema: pa.Schema, **options: Any) -> pq.ParquetWriter:
-    """A writer of ``schema`` to ``sink``, compressed with zstd."""
+    """A writer of tables of ``schema`` to ``sink``, compressed with zstd."""
     return pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True, **options)
 
 

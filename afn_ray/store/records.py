@@ -1,6 +1,4 @@
-"""Per-token and per-document records as Parquet files on local scratch, in the encodings that
-measured best.
-"""
+"""Per-token and per-document records as Parquet files on local scratch, compactly encoded."""
 
 from __future__ import annotations
 
@@ -29,22 +27,21 @@ from afn_ray.schema import (
 from afn_ray.store import disk, parquet
 
 ROW_GROUP_ROWS = 1 << 19
-"""Rows gathered before they are written: 0.5 M rows scan fastest and look up a document in about 3
-ms.
-"""
+"""Rows after which a row group ends: 0.5 M scan fastest, and a document is found in about 3 ms."""
 
 BATCH_ROWS = 1 << 18
-"""Rows that are read at a time."""
+"""Rows read at a time."""
 
 _DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins",
           "total")  # fmt: skip
+"""Integer columns that are delta-encoded."""
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Delta for sorted integers, dictionaries for repeated values, byte-stream split for floats,
-    zstd for all.
+    """A Parquet writer with the encodings that measured best, and zstd for all columns.
 
-    Byte-stream split is for floats alone: DuckDB 1.5 cannot read it on integers.
+    Integers in ``_DELTA`` are delta-encoded, repeated values get dictionaries, and floats are
+    byte-stream split. DuckDB 1.5 cannot read byte-stream split integers.
     """
     encodings: dict[str, str] = {}
     dictionaries: list[str] = []
@@ -61,9 +58,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:
-    """Path, name and type of each column as Parquet has it: of what is in a list or a struct
-    too.
-    """
+    """Path, name and type of each Parquet column, including those inside lists and structs."""
     for field in schema:
         path, kind = field.name, field.type
         if pa.types.is_list(kind):
@@ -75,7 +70,7 @@ def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:
 
 
 class TableFile:
-    """One growing Parquet file: tables go in, row groups of ``ROW_GROUP_ROWS`` come out."""
+    """One Parquet file that grows: tables go in, row groups of ``ROW_GROUP_ROWS`` come out."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.path, self.schema, self.num_rows = path, schema, 0
@@ -85,6 +80,7 @@ class TableFile:
             self._file = _writer(path, schema)
 
     def write(self, table: pa.Table) -> None:
+        """Append ``table``; write a row group when enough rows are gathered."""
         self._pending.append(table)
         self._pending_rows += table.num_rows
         self.num_rows += table.num_rows
@@ -92,7 +88,7 @@ class TableFile:
             self.flush()
 
     def flush(self) -> None:
-        """End the row group, which has all that was written since the last."""
+        """End the row group: write all rows since the previous one."""
         if self._pending_rows:
             with _scratch(self.path):
                 self._file.write_table(
@@ -101,23 +97,24 @@ class TableFile:
         self._pending, self._pending_rows = [], 0
 
     def write_each(self, tables: Iterable[pa.Table]) -> None:
-        """A row group for each table that has rows, so that a reduce reads one at a time."""
+        """Write one row group for each table with rows, so that a reduce can read one at a time."""
         for table in tables:
             self.write(table)
             self.flush()
 
     def close(self) -> None:
+        """Write the remaining rows and the footer."""
         self.flush()
         with _scratch(self.path):
             self._file.close()
 
 
 class ShardFiles:
-    """The files of one attempt at a shard, closed on leaving the context: those of neurons where
-    they are recorded.
+    """The files of one attempt at a shard, closed on leaving the context.
 
-    ``origin`` (measure, shard, attempt) goes into each footer, so that a file says itself where it
-    belongs; ``tagged``: the corpus is labelled.
+    Tables of neurons are included if neurons are recorded. ``origin`` (measure, shard, attempt) is
+    written into each footer, so that a file states where it belongs. ``tagged`` is true if the
+    corpus has tags.
     """
 
     def __init__(
@@ -157,13 +154,14 @@ class ShardFiles:
                 file.close()
 
     def tables(self) -> dict[str, tuple[Path, int]]:
-        """Path and rows of each file."""
+        """Path and number of rows of each file, by table name."""
         return {file.path.stem: (file.path, file.num_rows) for file in self._files}
 
 
 def read_origin(file: pq.ParquetFile) -> dict[str, str]:
-    """What ``ShardFiles`` wrote into the footer: measure, shard, attempt and table; empty where
-    nothing is.
+    """The origin that ``ShardFiles`` wrote into a footer: measure, shard, attempt and table.
+
+    It is empty if there is none.
     """
     try:
         value = json.loads((file.metadata.metadata or {}).get(b"afn", b"{}"))
@@ -173,9 +171,7 @@ def read_origin(file: pq.ParquetFile) -> dict[str, str]:
 
 
 def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    """``columns`` (arrays or lists) as a table of ``schema``; columns that it does not have are
-    left out.
-    """
+    """``columns`` (arrays or lists) as a table of ``schema``; other columns are left out."""
     arrays = []
     for field in schema:
         values = columns[field.name]
@@ -191,11 +187,11 @@ def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 def whole_documents(
     file: pq.ParquetFile, ends: npt.NDArray[np.int64], columns: Sequence[str]
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Rows of ``tokens`` in order, ``doc`` and ``columns``, some documents at a time: the first
-    row's number, a table.
+    """Yield the rows of ``tokens`` in order, several whole documents at a time.
 
-    ``ends``: where each document ends. Whatever the size of a shard, memory is that of
-    ``BATCH_ROWS`` or a document.
+    Each item is the number of the first row and a table with ``doc`` and ``columns``. ``ends``
+    (int64) is the row after each document's last one. Memory is bounded by ``BATCH_ROWS`` or the
+    longest document, whatever the size of the shard.
     """
     first = read = 0
     held: list[pa.RecordBatch] = []
@@ -213,6 +209,7 @@ def whole_documents(
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[None]:
+    """Raise ``Interrupted`` in place of an error of a full scratch disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which failures of a filesystem pass by themselves, and asking again until they have."""
+"""Which filesystem errors are transient, and how a call is retried after one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from afn_ray.errors import Unavailable
 T = TypeVar("T")
 
 RETRY_FOR_S = 120.0
-"""From the first failure of a call; longer than a throttled bucket or a restarted gateway needs."""
+"""Longest retry time after the first failure of a call, in seconds.
+
+A throttled bucket or a restarted gateway needs less.
+"""
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
+"""Upper bounds of the first and of the longest wait between two tries, in seconds."""
 SAY_AFTER_S = 5.0
-"""Of failures: a person who waits is told why."""
+"""Time of failures after which a warning is logged, in seconds."""
 SAY_EVERY_S = 30.0
+"""Shortest pause between two such warnings in one process, in seconds."""
 
 _log = logging.getLogger(__name__)
 
 LOCAL_ERRNOS = frozenset({errno.EINTR, errno.ESTALE})
-"""What a mounted folder gives in passing. EIO is not here: a disk that fails goes on failing."""
+"""Transient errors of a mounted folder. EIO is not included: a failing disk keeps failing."""
 
 REMOTE_ERRNOS = LOCAL_ERRNOS | {
     errno.EAGAIN,
@@ -41,36 +46,37 @@ REMOTE_ERRNOS = LOCAL_ERRNOS | {
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
 }
+"""Transient errors of a remote filesystem."""
 
 DEFINITE = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError,
 )  # fmt: skip
+"""Errors that another try does not change."""
 
-# By name, because the packages are extras: of botocore, aiohttp, requests, gcsfs, google.auth and
-# azure.core.
+# Class names of transient errors of botocore, aiohttp, requests, gcsfs, google.auth and azure.core.
+# They are names because the packages are optional.
 TRANSIENT_NAMES = frozenset({
     "HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",
     "IncompleteReadError", "IncompleteRead", "ResponseParserError", "FlexibleChecksumError", "ChecksumError",
     "Timeout", "ChunkedEncodingError", "TransportError", "ServiceRequestError", "ServiceResponseError",
 })  # fmt: skip
 
-# Of S3, with a status that says otherwise. A multipart upload that is gone is begun again; a clock
-# is put right.
+# Transient S3 error codes whose HTTP status says otherwise. A retry restarts a multipart upload
+# that is gone, and corrects the clock after a skewed request.
 TRANSIENT_CODES = frozenset({
     "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
     "NoSuchUpload", "Throttling", "ThrottlingException", "RequestLimitExceeded",
 })  # fmt: skip
 
 
-def patiently(
+def with_retries(
     call: Callable[[], T], what: str, *, local: bool, retry_for_s: float | None = None
 ) -> T:
-    """``call()``, again with exponential backoff and full jitter for as long as its failure may
-    pass.
+    """Call ``call()`` and retry transient errors with exponential backoff and full jitter.
 
     Raises ``Unavailable``, with ``what`` and the last error, ``retry_for_s`` (by default
-    ``RETRY_FOR_S``) after the first failure; any other error as it is. A call that fails may still
-    have acted.
+    ``RETRY_FOR_S``) after the first failure. Raises any other error unchanged. A call that fails
+    may still have taken effect.
     """
     began, said = 0.0, False
     for attempt in itertools.count():
@@ -107,7 +113,10 @@ _next_word = 0.0
 
 
 def _may_say(now: float) -> bool:
-    """Whether it is time for another word: calls of many threads fail together."""
+    """Whether a further warning is due.
+
+    The calls of many threads fail together, and one warning is enough.
+    """
     global _next_word
     if now < _next_word:
         return False
@@ -116,8 +125,10 @@ def _may_say(now: float) -> bool:
 
 
 def is_transient(error: BaseException, *, local: bool = False) -> bool:
-    """Whether the same call may succeed a moment later, as a filesystem's ``error`` and its causes
-    tell.
+    """Whether the same call may succeed a moment later.
+
+    ``error`` comes from a filesystem; its causes are considered too. ``local`` means a local or
+    mounted disk.
     """
     if local:
         return isinstance(error, OSError) and error.errno in LOCAL_ERRNOS
@@ -128,7 +139,7 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
         isinstance(e, ssl.SSLCertVerificationError) for e in chain
     ):
         return False
-    for e in chain:  # the newest word counts: a garbled answer is no answer 400
+    for e in chain:  # the newest error decides: a garbled answer outweighs an older status 400
         if status := _status(e):
             return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))
         names = {c.__name__ for c in type(e).__mro__}
@@ -140,7 +151,7 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
 
 
 def http_status(error: BaseException) -> int:
-    """The HTTP status behind ``error``, 0 where there is none."""
+    """The HTTP status in ``error`` or its causes; 0 if there is none."""
     return next((status for e in _causes(error) if (status := _status(e))), 0)
 
 
@@ -161,7 +172,7 @@ def _s3_code(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what led to it, the newest first."""
+    """``error`` and its causes, newest first."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -1,6 +1,4 @@
-"""The TOML files that users write, on a disk or behind a URL: read within bounds, and what one
-makes of a run.
-"""
+"""TOML files that users write, local or behind a URL: read them and build a ``RunConfig``."""
 
 from __future__ import annotations
 
@@ -17,19 +15,22 @@ from afn_ray.store import storage
 from afn_ray.text import nearest
 
 MOST_BYTES = 1 << 20
-"""Of such a file: people write them."""
+"""Largest TOML file, in bytes. Such files are written by hand."""
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
          (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
-"""Byte order marks and what follows them; the longer of two that begin alike first."""
+"""Byte order marks and their encodings. UTF-32-LE is first: its mark begins with UTF-16-LE's."""
 PLACES = ("corpus", "store", "scratch", "thresholds")
-"""Keys that name places. ``model`` may also be a hub name, which looks like a relative path."""
+"""Config keys that hold paths or URLs.
+
+``model`` is not among them: it may be a hub name, which looks like a relative path.
+"""
 
 
 def read_toml(file: str | Path, what: str) -> dict[str, Any]:
-    """The values in the TOML ``file``, a path or any fsspec URL; errors call it ``what``.
+    """The values in the TOML ``file``, a path or any fsspec URL. Errors name it ``what``.
 
-    Raises ``ConfigError`` for one that cannot be read, is over ``MOST_BYTES`` or is no TOML,
-    ``Unavailable`` where its store does not answer.
+    Raises ``ConfigError`` if the file cannot be read, is larger than ``MOST_BYTES`` or is not TOML,
+    and ``Unavailable`` if its store does not answer.
     """
     try:
         data = _read(str(file))
@@ -48,8 +49,9 @@ def read_toml(file: str | Path, what: str) -> dict[str, Any]:
 
 
 def decode(data: bytes) -> str:
-    """The text in ``data``: UTF-8, or what the byte order mark says that editors on Windows put
-    there.
+    """The text in ``data``: UTF-8, or the encoding of its byte order mark.
+
+    Editors on Windows write such marks.
     """
     for mark, encoding in MARKS:
         if data.startswith(mark):
@@ -60,17 +62,17 @@ def decode(data: bytes) -> str:
 def _read(file: str) -> bytes:
     if "://" in file:
         return storage.read_bytes(file, 0, MOST_BYTES + 1)
-    with Path(file).open("rb") as source:  # a pipe too
+    with Path(file).open("rb") as source:  # also works for a pipe
         return source.read(MOST_BYTES + 1)
 
 
 def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> RunConfig:
-    """RunConfig from ``values`` (the flags that were given) over the TOML ``file``, a path or
-    fsspec URL; flags win.
+    """A ``RunConfig`` from ``values`` (the given flags) over the TOML ``file``; flags win.
 
-    Relative paths are below the working folder, wherever the file is. One behind a URL is read on
-    many machines, and may have none. Raises ``ConfigError`` for an unknown key (it lists the known
-    ones), a wrong type, a missing key or such a path.
+    ``file`` is a path or an fsspec URL. Relative paths in it are relative to the working folder,
+    not to the file. A file behind a URL is read on many machines and must not contain relative
+    paths. Raises ``ConfigError`` for an unknown key (the message lists the known ones), a wrong
+    type, a missing key or such a path.
     """
     found = {} if file is None else read_toml(file, "config file")
     merged = {**found, **values}

@@ -1,4 +1,4 @@
-"""Shards in a store: their tables uploaded, committed once, found and read."""
+"""Shards in a store: upload their tables, commit them once, find and read them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from afn_ray.store.layout import (
 
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
+    """The folder of a shard's files in ``store``."""
     return storage.join(store, "shards", measure_id, shard)
 
 
@@ -50,13 +51,11 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
     "made_by": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
 }
-"""What is added up or kept of a commit that anyone may have written."""
+"""Checks of the values in a commit that are added up or kept; the file may have been edited."""
 
 
 def read_commit(store: str, measure_id: str, shard: str, generation: int = 0) -> Commit | None:
-    """The commit of ``shard``, or None while there is none. Raises ``StoreError`` when it is
-    damaged.
-    """
+    """The commit of ``shard``; None if there is none. Raises ``StoreError`` if it is damaged."""
     found = read_committed(store, measure_id, shard, generation)
     return None if found is None else found[0]
 
@@ -64,7 +63,7 @@ def read_commit(store: str, measure_id: str, shard: str, generation: int = 0) ->
 def read_committed(
     store: str, measure_id: str, shard: str, generation: int = 0
 ) -> tuple[Commit, Shard] | None:
-    """As ``read_commit``, with the slices that were read and how."""
+    """Like ``read_commit``, with the shard that was read: its slices and read options."""
     uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = read_json(uri)
     if value is None:
@@ -93,7 +92,10 @@ def read_committed(
 def committed_blocks(
     store: str, measure_id: str, shard: str, generation: int = 0
 ) -> dict[str, Blocks]:
-    """The blocks of the files of a committed shard, by the names of the files."""
+    """The blocks of each file of a committed shard, by file name.
+
+    Raises ``StoreError`` if the commit is gone or damaged.
+    """
     uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = read_json(uri)
     if value is None:
@@ -109,11 +111,14 @@ def committed_blocks(
 
 
 def blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks:
-    """The blocks of ``file`` from the commit that names it, of whichever generation."""
+    """The blocks of ``file`` from the commit that names it, of any generation.
+
+    Raises ``StoreError`` if a commit is gone or damaged, and ``KeyError`` if none names ``file``.
+    """
     refused: Exception = KeyError(file)
 
     def generations() -> Iterator[int]:
-        yield 0  # most shards have this one alone
+        yield 0  # the only generation of most shards
         names = storage.list_names(shard_uri(store, measure_id, shard))
         yield from sorted(n for name in names if (n := generation_of(name)))
 
@@ -129,8 +134,10 @@ def blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks
 
 
 def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
-    """One file of a committed shard. Raises ``StoreError`` when it is not what ``entry`` of the
-    commit says.
+    """The content of one file of a committed shard.
+
+    Raises ``StoreError`` if its checksum is not the one in ``entry``, the file's entry in the
+    commit.
     """
     folder = shard_uri(store, measure_id, shard)
     data = storage.read_bytes(storage.join(folder, entry["name"]))
@@ -143,13 +150,13 @@ def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) ->
 
 
 def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
-    """One table of a committed shard. Raises ``StoreError`` when it is not what the commit says."""
+    """One table of a committed shard. Raises ``StoreError`` if it does not match the commit."""
     entry = commit.files[table]
     return parse_table(read_file(store, measure_id, commit.shard, entry), str(entry["name"]))
 
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
-    """Commits that the store has of ``shards``, in their generations, by shard id."""
+    """The commits of those ``shards``, in their generations, that the store has, by shard id."""
     there = set(storage.list_names(storage.join(store, "shards", measure_id)))
     held = [shard for shard in shards if shard.id in there]
     commits = Commits()
@@ -158,7 +165,7 @@ def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commit
         return read_commit(store, measure_id, shard.id, shard.generation)
 
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        for begin in range(0, len(held), AHEAD):  # a pool takes all that it is given at once
+        for begin in range(0, len(held), AHEAD):  # a pool queues all its input at once
             for found in pool.map(read, held[begin : begin + AHEAD]):
                 if found is not None:
                     commits[found.shard] = found
@@ -175,12 +182,12 @@ def publish(
     seconds: float,
     made_by: dict[str, str],
 ) -> Commit:
-    """Upload ``tables`` (name -> local file, rows) and commit them; the first commit of a shard
-    wins.
+    """Upload ``tables`` (name -> local file, rows) and commit them.
 
-    Returns the winner's commit, ours or not. Raises ``StoreError`` when a rival's counts differ
-    from ours: the same shard under the same measure must have the same rows. After ``Unavailable``
-    nobody knows whether it is committed; the next look at the store tells.
+    The first commit of a shard wins. Returns the winner's commit, ours or not. Raises
+    ``StoreError`` if a rival's counts differ from ours: the same shard under the same measure must
+    have the same rows. After ``Unavailable`` it is unknown whether the shard is committed; read the
+    store again to find out.
     """
     folder = shard_uri(store, measure_id, shard.id)
     files: dict[str, dict[str, Any]] = {}
@@ -193,7 +200,7 @@ def publish(
     try:
         for uri, (path, _) in zip(uris, tables.values(), strict=True):
             storage.upload(path, uri)
-    except BaseException:  # nobody refers to them yet, and a full disk needs the room
+    except BaseException:  # no commit names the files yet, and a full disk needs the space
         storage.delete(uris)
         raise
     commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
@@ -209,14 +216,14 @@ def publish(
     try:
         storage.write_once(storage.join(folder, commit_name(shard.generation)), sealed(body))
         return commit
-    except storage.AlreadyWritten:  # by a rival, or by ourselves where a first answer was lost
+    except storage.AlreadyWritten:  # by a rival, or by our own request whose answer was lost
         winner = read_commit(store, measure_id, shard.id, shard.generation)
-    except Unavailable:  # the store may have the commit, or get it yet: what it names must stay
+    except Unavailable:  # the commit may exist now or later: the files that it names must stay
         raise
-    except (StoreError, Interrupted) as error:  # it may have the commit all the same
+    except (StoreError, Interrupted) as error:  # the commit may exist nevertheless
         winner = read_commit(store, measure_id, shard.id, shard.generation)
         if winner is None:
-            if isinstance(error, Interrupted):  # a full disk needs the room
+            if isinstance(error, Interrupted):  # a full disk needs the space
                 storage.delete(uris)
             raise
     if winner is None:
@@ -226,10 +233,8 @@ def publish(
         )
     if winner.attempt != attempt:
         storage.delete(uris)
-        if {**winner.counts, "forward_tokens": 0} != {
-            **counts,
-            "forward_tokens": 0,
-        }:  # padding depends on the batches
+        # The forward tokens include padding, which depends on the batches.
+        if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:
             raise StoreError(
                 f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
                 "is one worker's model or library different?"

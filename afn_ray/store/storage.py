@@ -23,23 +23,28 @@ from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from fsspec.utils import glob_translate
 
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import FileInfo
 from afn_ray.store import disk
-from afn_ray.store.retry import http_status, patiently
+from afn_ray.store.retry import http_status, with_retries
 
 T = TypeVar("T")
 
 READ_AHEAD_BYTES = 4 << 20
+"""Largest read-ahead of a remote file, in bytes."""
 DELETE_FOR_S = 10.0
-"""Of trying again to delete: what stays is garbage, and whoever deletes is on the way out."""
+"""Longest retry time of a deletion, in seconds.
+
+It is short, because a file that stays is only garbage, and the caller is about to end.
+"""
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-# Timeouts in seconds, so that a dead peer is noticed. botocore asks again for one request, a page
-# of a listing or a part of a file; `patiently` for the whole call.
+"""URL protocol -> extra of the package that supports it."""
+# Timeouts in seconds, so that a dead peer is noticed. botocore retries one request (a page of a
+# listing, a part of a file); `with_retries` retries the whole call.
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {
@@ -47,16 +52,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "max_pool_connections": 32,
         },
     },
-    "gs": {"requests_timeout": 120},  # of a whole request
+    "gs": {"requests_timeout": 120},  # for a whole request
     "az": {"connection_timeout": 5, "read_timeout": 30},
 }  # fmt: skip
-# `container@account` is how Azure names a container, and an ARN has colons; neither is a secret.
+# Azure names a container `container@account`, and an ARN has colons; neither is a secret.
 URL_SECRET = re.compile(
     r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
     r"|[?&][^=&/]*(?:secret|token|passw|signature|credential|key|sig)[^=&/]*=",
     re.IGNORECASE,
 )
-# Of botocore, google.auth and azure.core, by name because the packages are extras.
+# Class names of errors of botocore, google.auth and azure.core. The packages are optional.
 FOREIGN_ERRORS = frozenset(
     {"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"}
 )
@@ -67,22 +72,24 @@ NO_CREDENTIALS = frozenset({
 
 
 UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
+"""Errors of filesystems that do not support a call."""
 NO_BUCKET = "bucket does not exist"
+"""Text in the error of a missing bucket."""
 
 
 class AlreadyWritten(AfnError):
-    """The object is there already; a writer before us won."""
+    """The object exists: another writer, or an earlier try, has created it."""
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Filesystem of ``uri``, which remembers no listings, and the path in it.
+    """The filesystem of ``uri``, without a listings cache, and the path in it.
 
-    Raises ``ConfigError`` for a URL that cannot be opened or holds credentials: these come from the
-    environment.
+    Raises ``ConfigError`` for a URL that cannot be opened or that holds credentials. Credentials
+    come from the environment.
     """
-    if "://" not in uri:  # a local path may hold anything, fsspec's own marks included
+    if "://" not in uri:  # a local path may contain anything, including fsspec's `::`
         local = LocalFileSystem()
-        return local, str(local._strip_protocol(uri))
+        return local, path_in(uri)
     protocol = uri.partition("://")[0]
     if URL_SECRET.search(uri):
         raise ConfigError(
@@ -102,36 +109,42 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except ValueError as error:
         raise ConfigError(f"{uri!r} cannot be opened: {error}") from error
     if extra == "s3":
-        fs.retries = 1  # s3fs's own, which would multiply with botocore's
+        fs.retries = 1  # retries of s3fs would multiply with those of botocore
     return fs, path
 
 
+def path_in(uri: str) -> str:
+    """Path of ``uri`` in its filesystem."""
+    if "://" in uri:
+        return str(fsspec.core.strip_protocol(uri))
+    return make_path_posix(uri).rstrip("/") or "/"
+
+
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with ``parts`` below it."""
+    """``uri`` with ``parts`` appended."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
 def is_local(uri: str) -> bool:
-    """Whether ``uri`` is on this machine's disk."""
+    """Whether ``uri`` is on a local or mounted disk."""
     return isinstance(open_filesystem(uri)[0], LocalFileSystem)
 
 
 def is_process_memory(uri: str) -> bool:
-    """Whether ``uri`` lives in this process alone, out of reach of workers in others."""
+    """Whether ``uri`` is in the memory of this process, which other processes cannot read."""
     return bool(open_filesystem(uri)[0].protocol == "memory")
 
 
 def absolute(uri: str) -> str:
-    """``uri`` in the one form under which it is remembered: absolute, with its protocol unless
-    local.
-    """
+    """Canonical form of ``uri``: absolute, with its protocol unless local."""
     fs, path = open_filesystem(uri)
     return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
 def below(folder: str) -> Callable[[str], bool]:
-    """A test whether a URI, absolute as listings have it, is ``folder`` or below it; on a local
-    disk by links too.
+    """A predicate on absolute URIs, as listings give them: is the URI ``folder`` or below it?
+
+    On a local disk it also follows links.
     """
     fs, path = open_filesystem(folder)
     root = absolute(folder).rstrip("/")
@@ -152,7 +165,7 @@ def below(folder: str) -> Callable[[str], bool]:
 
 @contextlib.contextmanager
 def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
-    """Turns the errors of filesystems into ours: what happened, where, what to do."""
+    """Raise filesystem errors as an ``AfnError`` that says what happened, where, and what to do."""
     try:
         yield
     except OSError as error:
@@ -179,9 +192,8 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
             raise kind(
                 f"{action} {uri}: {error}; give credentials in the environment, as for the store's own tools"
             ) from error
-        if isinstance(error, ValueError) and "endpoint" in str(
-            error
-        ):  # botocore's, of what the environment says
+        # botocore raises ValueError for a malformed endpoint in the environment.
+        if isinstance(error, ValueError) and "endpoint" in str(error):
             raise ConfigError(
                 f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port"
             ) from error
@@ -197,15 +209,15 @@ def _ask(
     kind: type[AfnError],
     call: Callable[[], T],
 ) -> T:
-    """``call()`` on ``fs``, again while it fails in passing, its errors ours. Raises
-    ``Unavailable`` at last.
+    """Call ``call()`` on ``fs`` and retry transient errors; raise errors as ``AfnError``.
+
+    Raises ``Unavailable`` when the retries are used up, and ``kind`` for other errors.
     """
     with _named(action, uri, kind):
-        return patiently(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
+        return with_retries(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
 
 
 # --- reading
-# ---------------------------------------------------------------------------------------------
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -231,17 +243,17 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
 
 
 def stat(uri: str) -> FileInfo:
-    """Size and version of one file now. Raises ``CorpusError`` when it is gone or unreadable."""
+    """Current size and version of one file. Raises ``CorpusError`` if it is gone or unreadable."""
     fs, path = open_filesystem(uri)
     return _ask(fs, "looking at", uri, CorpusError, lambda: _file_info(fs, fs.info(path)))
 
 
 def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
-    """Files that ``pattern`` (a file, a folder with all below it, or a glob) names, sorted by URI.
+    """Files that ``pattern`` names, sorted by URI: a file, all files below a folder, or a glob.
 
-    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as Spark and Hive do.
-    Links are followed. Raises ``CorpusError`` when there are none, and rather than leave out what
-    cannot be listed. ``left_out`` gets what else a remote listing had, files and folders.
+    Hidden files and folders (``.x``, ``_x``) below a folder are left out, as in Spark and Hive.
+    Links are followed. Raises ``CorpusError`` if no file matches, or if something cannot be listed.
+    ``left_out`` collects the other files and folders of a remote listing.
     """
     fs, path = open_filesystem(pattern)
     others: list[str] = []
@@ -263,9 +275,8 @@ def _match(
 ) -> list[FileInfo]:
     local = isinstance(fs, LocalFileSystem)
     info = _info(fs, path)
-    if (
-        info is not None and info["type"] == "file"
-    ):  # a file or folder whose name holds * or [ is still one
+    # A pattern that is the exact name of a file or folder is no glob, even if it contains * or [.
+    if info is not None and info["type"] == "file":
         return [_file_info(fs, info)]
     if info is not None and info["type"] == "directory":
         if local:
@@ -285,7 +296,7 @@ def _match(
 def _sifted(
     entries: Iterable[dict[str, Any]], is_wanted: Callable[[str], Any], left_out: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Those of ``entries`` whose names are wanted; the names of the others go to ``left_out``."""
+    """Yield the ``entries`` whose names are wanted; append the other names to ``left_out``."""
     for info in entries:
         if is_wanted(info["name"]):
             yield info
@@ -294,8 +305,9 @@ def _sifted(
 
 
 def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
-    """What ``fs`` knows of ``path``; None when there is nothing. fsspec's own exists() takes any
-    failure for that.
+    """The entry of ``path`` in ``fs``; None if there is none.
+
+    fsspec's ``exists()`` is not used: it reports any failure as absence.
     """
     try:
         return cast(dict[str, Any], fs.info(path))
@@ -304,8 +316,10 @@ def _info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
 
 
 def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any]]:
-    """All files below ``folder``. fsspec's own find leaves out folders that it cannot list; object
-    stores' do not.
+    """All files below ``folder``.
+
+    fsspec's generic ``find()`` skips folders that it cannot list; the ``find()`` of object stores
+    does not.
     """
     own = getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find) or (
         not isinstance(fs, AsyncFileSystem) and type(fs).find is not fsspec.AbstractFileSystem.find
@@ -319,8 +333,9 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any
 def _glob(
     fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Files that match ``pattern``, one level of folders after the other; fsspec's own leaves out
-    as its find does.
+    """Files that match ``pattern``, found level by level.
+
+    fsspec's ``glob()`` is not used: like its ``find()``, it skips folders that it cannot list.
     """
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
@@ -347,8 +362,9 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Files below the local ``folder``. fsspec's own walk leaves out what it may not list, and
-    follows no links.
+    """Regular files below the local ``folder``, following links, without hidden ones.
+
+    fsspec's ``walk()`` is not used: it skips folders that it cannot list and does not follow links.
     """
 
     def fail(error: OSError) -> None:
@@ -356,7 +372,7 @@ def _walk(folder: str) -> Iterator[str]:
             f"listing {error.filename}: {error.strerror}; a corpus is listed whole or not at all"
         )
 
-    seen: set[str] = set()  # a link may lead back up
+    seen: set[str] = set()  # a link may lead back to a parent folder
     for base, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(base)
         if real in seen:
@@ -366,13 +382,14 @@ def _walk(folder: str) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for path in (posixpath.join(base, name) for name in names if not _is_hidden(name)):
             with _named("looking at", path, CorpusError):
-                if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader for ever
+                if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader forever
                     yield path
 
 
 def open_read(uri: str) -> IO[bytes]:
-    """A seekable binary reader of ``uri``, which reads ahead on a remote filesystem and holds
-    nothing open there.
+    """A seekable binary reader of ``uri``.
+
+    On a remote filesystem it reads ahead and keeps no connection open.
     """
     fs, path = open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
@@ -390,8 +407,9 @@ def open_read(uri: str) -> IO[bytes]:
 
 
 def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes ``start`` to ``end`` (exclusive) of ``uri``; all of it by default. ``StoreError``
-    if absent.
+    """Bytes ``start`` to ``end`` (exclusive) of ``uri``; by default all of it.
+
+    Raises ``StoreError`` if the file does not exist.
     """
     fs, path = open_filesystem(uri)
     try:
@@ -399,14 +417,15 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
             fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end))
         )
     except StoreError as error:
-        if not start and http_status(error) == 416:  # a bucket has no first byte of an empty object
+        if not start and http_status(error) == 416:  # the range does not exist: the object is empty
             return b""
         raise
 
 
 def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
-    """All of ``uri``, or None when there is no such file. ``StoreError`` where it has more than
-    ``most_bytes``.
+    """All of ``uri``; None if there is no such file.
+
+    Raises ``StoreError`` if it is larger than ``most_bytes``.
     """
     end = None if most_bytes is None else most_bytes + 1
     try:
@@ -431,7 +450,7 @@ def exists(uri: str) -> bool:
 
 
 def list_names(uri: str) -> list[str]:
-    """Names right below the folder ``uri``, sorted; none when there is no such folder."""
+    """Names directly below the folder ``uri``, sorted; empty if there is no such folder."""
     fs, path = open_filesystem(uri)
 
     def names() -> list[str]:
@@ -447,18 +466,20 @@ def list_names(uri: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file of a store as the filesystem lists it."""
+    """One file of a store, as the filesystem lists it."""
 
     uri: str
-    size: int  # bytes
-    modified_s: float  # Unix time; now where the filesystem does not tell
+    size: int
+    """Size in bytes."""
+    modified_s: float
+    """Unix time of the last change; the current time if the filesystem does not report one."""
 
 
 def list_below(uri: str) -> list[StoredFile]:
-    """Every file below the folder ``uri``, hidden ones too, sorted; none when there is no such
-    folder.
+    """Every file below the folder ``uri``, hidden ones too, sorted by URI; empty if there is none.
 
-    What goes or comes meanwhile is in it or not; all else is. Links are no files of a store.
+    Files that appear or vanish during the listing may be missing or included. Links are left out: a
+    store has none.
     """
     fs, path = open_filesystem(uri)
 
@@ -479,11 +500,14 @@ def list_below(uri: str) -> list[StoredFile]:
 
 
 def _local_files(folder: str) -> Iterator[StoredFile]:
-    """As ``list_below``. fsspec's own walk raises for a file that goes before it is looked at."""
+    """Every regular file below a local folder, as for ``list_below``.
+
+    fsspec's ``walk()`` is not used: it raises for a file that vanishes during the listing.
+    """
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
-            raise error  # a folder that may not be listed is no empty one
+            raise error  # a folder that cannot be listed must not pass as empty
 
     for base, _, names in os.walk(folder, onerror=fail):
         for path in (Path(base, name) for name in names):
@@ -506,14 +530,13 @@ def _modified_s(info: dict[str, Any]) -> float:
 
 
 # --- writing
-# ---------------------------------------------------------------------------------------------
 
 
 def write_once(uri: str, data: bytes) -> None:
-    """Create ``uri`` with ``data``, whole or not at all. Raises ``AlreadyWritten`` when it exists.
+    """Create ``uri`` with ``data``, whole or not at all. Raises ``AlreadyWritten`` if it exists.
 
-    On a remote filesystem that may be our own: a first try can have written although its answer was
-    lost. After ``Unavailable`` nobody knows whether it is there, or will be.
+    On a remote filesystem, that file may be our own: an earlier try may have written it although
+    its answer was lost. After ``Unavailable`` it is unknown whether the file exists or will exist.
     """
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
@@ -530,9 +553,8 @@ def write_once(uri: str, data: bytes) -> None:
         except FileExistsError:
             raise AlreadyWritten(uri) from None
         except OSError as error:
-            if (
-                http_status(error) == 412
-            ):  # not every store says which precondition failed; we made but one
+            # Not every store says which precondition failed; we set only one.
+            if http_status(error) == 412:
                 raise AlreadyWritten(uri) from None
             raise
 
@@ -540,12 +562,11 @@ def write_once(uri: str, data: bytes) -> None:
 
 
 def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
-    """Put ``data`` at ``uri``, whole or not at all, in the place of what is there. No result goes
-    this way.
+    """Write ``data`` to ``uri``, whole or not at all, replacing what is there. Not for results.
 
-    A store that does not answer is asked again for ``retry_for_s`` (None: as for anything else), by
-    default not at all. Raises ``StoreError`` or ``Unavailable``; then nobody knows which of the two
-    is there.
+    Transient errors are retried for ``retry_for_s``: by default not at all, None for as long as
+    those of other calls. Raises ``StoreError`` or ``Unavailable``; then it is unknown whether the
+    old or the new content is there.
     """
     fs, path = open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
@@ -553,12 +574,13 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
         (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
     )
     with _named("writing", uri, StoreError):
-        patiently(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
+        with_retries(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
 
 def upload(local: Path, uri: str) -> None:
-    """Copy the finished file ``local`` to ``uri``, an attempt-unique name that nobody reads before
-    its commit.
+    """Copy the finished file ``local`` to ``uri``, an attempt-unique name.
+
+    Nothing reads that name before its commit.
     """
     fs, path = open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
@@ -568,23 +590,25 @@ def upload(local: Path, uri: str) -> None:
 
 
 def delete(uris: list[str]) -> None:
-    """Remove files that nobody refers to; one that cannot be removed stays, and is no error."""
+    """Remove files that nothing refers to; one that cannot be removed stays, without an error."""
     for uri in uris:
         try:
             remove(uri, DELETE_FOR_S)
         except StoreError:
             continue
         except Unavailable:
-            return  # for the others there is no answer either
+            return  # the store would not answer for the other files either
 
 
 def remove(uri: str, retry_for_s: float | None = None) -> None:
-    """Remove the file ``uri``; one that is gone is no error. Raises ``StoreError`` when it may not
-    be removed.
+    """Remove the file ``uri``; a missing file is no error.
+
+    Raises ``StoreError`` if the file must not be removed, ``Unavailable`` if the store does not
+    answer for ``retry_for_s``.
     """
     fs, path = open_filesystem(uri)
     with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
-        patiently(
+        with_retries(
             partial(fs.rm_file, path),
             f"deleting {uri}",
             local=isinstance(fs, LocalFileSystem),
@@ -593,7 +617,7 @@ def remove(uri: str, retry_for_s: float | None = None) -> None:
 
 
 def remove_if_empty(uri: str) -> None:
-    """Remove the folder ``uri`` if nothing is in it. Object stores have no folders."""
+    """Remove the folder ``uri`` if it is empty. Object stores have no folders."""
     fs, path = open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
@@ -605,17 +629,16 @@ def remove_if_empty(uri: str) -> None:
 
 
 def modified_s(uri: str) -> float | None:
-    """When ``uri`` was written, Unix time by its filesystem's clock; None when there is no such
-    file.
-    """
+    """Unix time when ``uri`` was written, by its filesystem's clock; None if there is no file."""
     fs, path = open_filesystem(uri)
     info = _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
     return None if info is None else _modified_s(info)
 
 
 def clock_s(uri: str) -> float:
-    """Unix time by the clock of the filesystem at ``uri``, which dates its files; it writes one
-    there to see.
+    """Current Unix time by the clock of the filesystem at ``uri``, which dates its files.
+
+    It writes a probe file to find out, and deletes it.
     """
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
     try:
@@ -628,12 +651,15 @@ def clock_s(uri: str) -> float:
 
 
 def check_writable(uri: str) -> None:
-    """Prove that files can be created below ``uri`` and deleted again. Raises ``StoreError``."""
+    """Check that files can be created and deleted below ``uri``. Raises ``StoreError`` if not.
+
+    Also raises it if the filesystem lets a second writer replace a file.
+    """
     _probe(uri)
 
 
 def try_writable(uri: str) -> None:
-    """As ``check_writable``; folders that it makes on a disk are removed again."""
+    """Like ``check_writable``, but remove the folders that it creates on a local disk."""
     local = None if "://" in uri else Path(uri)
     missing = (
         [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
@@ -642,7 +668,7 @@ def try_writable(uri: str) -> None:
         _probe(uri)
     finally:
         for folder in missing:
-            with contextlib.suppress(OSError):  # another process's by now, or never made
+            with contextlib.suppress(OSError):  # now used by another process, or never created
                 folder.rmdir()
 
 
@@ -654,9 +680,8 @@ def _probe(uri: str) -> None:
     probe = join(uri, f"probe-{uuid.uuid4().hex}")
     text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
     try:
-        with contextlib.suppress(
-            AlreadyWritten
-        ):  # our own, its first answer lost: nobody else has this name
+        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
+        with contextlib.suppress(AlreadyWritten):
             write_once(probe, text)
         write_once(probe, text)
     except AlreadyWritten:
@@ -678,23 +703,22 @@ def find_lacks(uri: str) -> list[str]:
 
 @contextlib.contextmanager
 def write_local(path: Path) -> Iterator[IO[bytes]]:
-    """A file of this machine that appears whole, once what is written is complete, or not at
-    all.
+    """A local file, open for writing, that appears whole on success or not at all.
+
+    Raises ``ConfigError`` if it cannot be written.
     """
     if path.exists() and not path.is_file():  # a pipe, /dev/stdout
         with path.open("wb") as file:
             yield file
         return
-    unfinished = path.with_name(
-        f".{path.name[:40]}-{os.getpid()}"
-    )  # as long a name as there may be, and a bit
+    # The name is cut, because a suffix could make it longer than the filesystem allows.
+    unfinished = path.with_name(f".{path.name[:40]}-{os.getpid()}")
     try:
         with unfinished.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # a machine that dies leaves what was there or all of this, not an empty file
+            # After a power cut, the file has its old content or all of the new, and is not empty.
+            os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
@@ -708,16 +732,14 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-# --- reading by name
-# -------------------------------------------------------------------------------------
+# --- reading by ranges
 
 
 class RangeFile(io.RawIOBase):
-    """A file read by ranges: between reads nothing is open, so thousands of files need no
-    descriptors.
+    """A read-only file that is read by byte ranges.
 
-    ``position`` is where its reader is: a ``threading.local`` gives every thread a reader of its
-    own.
+    Nothing stays open between two reads, so thousands of such files need no descriptors.
+    ``position`` holds the read position: a ``threading.local`` gives each thread its own.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size: int, position: Any) -> None:

@@ -111,20 +111,20 @@ class Preparer:
         self,
         texts: Sequence[str],
         replaced: Sequence[bool],
-        halvings: int = 0,
+        oom_retries: int = 0,
         refused: Mapping[int, str] | None = None,
     ) -> Prepared:
         """Tokens, windows and batches of ``texts``; ``replaced``: in which U+FFFD stands for
         invalid UTF-8.
 
-        ``halvings``: how often the token budget is halved; ``refused``: texts at fault, which are
+        ``oom_retries``: how often the token budget is halved; ``refused``: texts at fault, which are
         packed as if they were empty, and why.
         """
         began = time.monotonic()
         recipe, template = self.recipe, self.encoder.template
         encoded = self.encoder.encode(texts, replaced, refused)
         windows = tokens.make_windows(encoded, template, self._width, self._overlap, recipe.causal)
-        budget = max(1, recipe.batch_tokens >> halvings)
+        budget = max(1, recipe.batch_tokens >> oom_retries)
         batches = list(
             tokens.make_batches(windows, encoded, self.encoder, budget, packed=recipe.packed)
         )
@@ -183,8 +183,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _prepare(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
-    return _preparer.prepare(texts, replaced, halvings)
+def _prepare(texts: list[str], replaced: list[bool], oom_retries: int) -> Prepared:
+    return _preparer.prepare(texts, replaced, oom_retries)
 
 
 class Feed:
@@ -218,13 +218,13 @@ class Feed:
             self._prepare = preparer.prepare
         self._turns = itertools.cycle(self.executors)
 
-    def chunks(self, documents: Iterable[Document], halvings: int = 0) -> Chunks:
+    def chunks(self, documents: Iterable[Document], oom_retries: int = 0) -> Chunks:
         """``documents`` in chunks of about ``CHUNK_BYTES`` of text: a function of the shard
         alone.
         """
-        return Chunks(self, documents, halvings)
+        return Chunks(self, documents, oom_retries)
 
-    def submit(self, documents: list[Document], halvings: int) -> _Work:
+    def submit(self, documents: list[Document], oom_retries: int) -> _Work:
         """Prepare a chunk, behind those submitted before it."""
         texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
         executor = next(self._turns)
@@ -234,7 +234,7 @@ class Feed:
                 with _without_sigint():  # the first task of a pool spawns its process
                     started = self._started[executor] = executor.submit(_use, self._preparer.recipe)
         return _Work(
-            executor.submit(self._prepare, texts, replaced, halvings), started, time.monotonic()
+            executor.submit(self._prepare, texts, replaced, oom_retries), started, time.monotonic()
         )
 
     def why_dead(self, executors: Sequence[Executor]) -> str:
@@ -285,8 +285,8 @@ class Chunks:
     or at the first error, it closes itself.
     """
 
-    def __init__(self, feed: Feed, documents: Iterable[Document], halvings: int) -> None:
-        self._feed, self._executors, self._halvings = feed, feed.executors, halvings
+    def __init__(self, feed: Feed, documents: Iterable[Document], oom_retries: int) -> None:
+        self._feed, self._executors, self._halvings = feed, feed.executors, oom_retries
         self._ready: Queue[Any] = Queue(
             feed.ahead
         )  # documents, seconds, work; an error; None at the end

@@ -245,7 +245,7 @@ def test_a_shard_that_meets_too_little_memory_is_tried_with_half_the_budget(
         nodes.close()
     ground.check(store)
     [victim] = chaos.events("measured", fault="eat")
-    assert [e["halvings"] for e in chaos.events("process", shard=victim["shard"])] == [0, 1]
+    assert [e["oom_retries"] for e in chaos.events("process", shard=victim["shard"])] == [0, 1]
 
 
 @pytest.mark.only("local", "without a worker nothing is asked of the store")

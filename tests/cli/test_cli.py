@@ -454,6 +454,31 @@ def test_the_progress_line_says_what_the_models_wait_for(
     assert (says or "10 tokens/s") in progress._note(Event("working", "", state=state))
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [["show"], ["show", "--json"], ["sql", "SELECT 1"], ["status"], ["verify"], ["gc"]],
+    ids=" ".join,
+)
+def test_a_command_that_reads_a_store_loads_neither_torch_nor_ray(
+    store: Path, argv: list[str]
+) -> None:
+    code = (
+        "import sys, afn_ray\n"
+        "from afn_ray.cli import commands\n"
+        "try:\n"
+        "    commands.main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    code = end.code or 0\n"
+        "heavy = {'torch', 'transformers', 'ray'} & set(sys.modules)\n"
+        "sys.exit(code if not heavy else f'{heavy} are loaded')\n"
+    )
+    command, *rest = argv
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, str(store), *rest], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_reads_a_run_loads_neither_torch_nor_ray() -> None:
     """They take seconds to load, and an analyst's machine may be small."""
     code = (

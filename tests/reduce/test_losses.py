@@ -200,10 +200,10 @@ def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(
         )
     process = worker.Processor.process
 
-    def fail(self: Any, shard: Any, halvings: int = 0) -> Any:
+    def fail(self: Any, shard: Any, oom_retries: int = 0) -> Any:
         if any(piece.uri.endswith("b.jsonl") for piece in shard.slices):
             raise ShardError("no")
-        return process(self, shard, halvings)
+        return process(self, shard, oom_retries)
 
     monkeypatch.setattr(worker.Processor, "process", fail)
     with afn_ray.run(make_config(shard_bytes=2000, allow_quarantined=9)) as run:

@@ -59,11 +59,11 @@ Fate = BaseException | Cause | str | None
 
 @dataclass
 class FakePool:
-    """Workers as events of the future; ``fate(shard, attempt, alone, halvings)`` says how an
+    """Workers as events of the future; ``fate(shard, attempt, alone, oom_retries)`` says how an
     attempt ends.
     """
 
-    fate: Callable[[str, int, bool, int], Fate] = lambda shard, attempt, alone, halvings: None
+    fate: Callable[[str, int, bool, int], Fate] = lambda shard, attempt, alone, oom_retries: None
     num_places: int = 2  # of workers that the cluster has
     wanted: int = 2
     start: Callable[[int], Fate] = lambda nth: None
@@ -113,14 +113,14 @@ class FakePool:
             assert isinstance(fate, BaseException)
             self.later(START_S, Gone(worker, Cause.START, fate))
 
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
+    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
         flights = self.alive[worker]
         self.attempts[shard.id] += 1
         self.order.append((worker, shard.id, len(flights)))
         alone = not flights
         flights[shard.id] = self.attempts[shard.id]
         self.most_in_flight = max(self.most_in_flight, len(flights))
-        fate = self.fate(shard.id, self.attempts[shard.id], alone, halvings)
+        fate = self.fate(shard.id, self.attempts[shard.id], alone, oom_retries)
         if fate is None:
             self.later(WORK_S, Done(worker, shard.id, commit(shard.id)))
         elif isinstance(fate, Cause):
@@ -296,8 +296,8 @@ def test_a_shard_that_kills_its_worker_is_convicted_alone_and_no_innocent_is_los
 def test_the_last_try_of_a_shard_that_crashed_alone_has_half_the_token_budget() -> None:
     """The kernel kills for want of memory and does not say so."""
 
-    def fate(shard: str, nth: int, alone: bool, halvings: int) -> Fate:
-        return Cause.CRASH if shard == "s3" and not halvings else None
+    def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
+        return Cause.CRASH if shard == "s3" and not oom_retries else None
 
     state = run(FakePool(fate=fate))
     assert len(state.commits) == 20 and not state.failures
@@ -306,7 +306,7 @@ def test_the_last_try_of_a_shard_that_crashed_alone_has_half_the_token_budget() 
 def test_a_suspect_is_alone_on_its_worker_to_the_end() -> None:
     crashed: set[str] = set()
 
-    def fate(shard: str, nth: int, alone: bool, halvings: int) -> Fate:
+    def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
         if nth == 1 and shard == "s1":
             crashed.update(["s0", "s1", "s2"])
             return Cause.CRASH
@@ -331,18 +331,18 @@ def test_the_loss_of_a_node_charges_nobody_however_often(cause: Cause) -> None:
 def test_want_of_memory_halves_the_budget_before_it_charges() -> None:
     seen: list[int] = []
 
-    def fate(shard: str, nth: int, alone: bool, halvings: int) -> Fate:
+    def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
         if shard != "s2":
             return None
-        seen.append(halvings)
-        return OutOfMemory("too little") if halvings < 2 else None
+        seen.append(oom_retries)
+        return OutOfMemory("too little") if oom_retries < 2 else None
 
     assert len(run(FakePool(fate=fate)).commits) == 20
     assert seen == [0, 1, 2]
     seen.clear()
     pool = FakePool(
-        fate=lambda shard, nth, alone, halvings: (
-            seen.append(halvings) or Cause.MEMORY if shard == "s2" else None
+        fate=lambda shard, nth, alone, oom_retries: (
+            seen.append(oom_retries) or Cause.MEMORY if shard == "s2" else None
         )
     )
     state = run(pool)
@@ -606,7 +606,7 @@ def test_whatever_dies_every_shard_is_done_once_or_quarantined_for_its_own_fault
         s.id: chance.choice(["crash", "raise", "hang"]) for s in SHARDS if chance.random() < 0.1
     }
 
-    def fate(shard: str, nth: int, alone: bool, halvings: int) -> Fate:
+    def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
         if shard in poison:
             return {"crash": Cause.CRASH, "raise": ShardError("bad"), "hang": "hang"}[poison[shard]]
         if nth <= 6 and chance.random() < 0.2:

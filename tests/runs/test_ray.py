@@ -100,13 +100,13 @@ class Poisoned(pool._Worker):
     "always".
     """
 
-    def process(self, shard: Any, halvings: int) -> Any:
+    def process(self, shard: Any, oom_retries: int) -> Any:
         text = Path(shard.slices[0].uri).read_text()
         mark = Path(shard.slices[0].uri + ".tried")
         if "always" in text or ("once" in text and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().process(shard, halvings)
+        return super().process(shard, oom_retries)
 
 
 def poisoned_corpus(folder: Path, **texts: str) -> Path:
@@ -352,13 +352,13 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
 class Sick(pool._Worker):
     """A worker whose first process cannot process anything, as after a fault of its device."""
 
-    def process(self, shard: Any, halvings: int) -> Any:
+    def process(self, shard: Any, oom_retries: int) -> Any:
         mark = Path(self._processor.task.config.store).parent / "sick"
         if not mark.exists():
             mark.write_text(str(os.getpid()))
         if mark.read_text() == str(os.getpid()):
             raise RuntimeError("CUDA error: device-side assert triggered")
-        return super().process(shard, halvings)
+        return super().process(shard, oom_retries)
 
 
 def test_a_sick_process_is_replaced_and_does_not_give_up_every_shard(

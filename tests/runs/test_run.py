@@ -650,9 +650,9 @@ def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
         afn_ray.open_run(config.store)
     again: list[str] = []
 
-    def watch(self: Any, shard: Any, halvings: int) -> Any:
+    def watch(self: Any, shard: Any, oom_retries: int) -> Any:
         again.append(shard.id)
-        return process(self, shard, halvings)
+        return process(self, shard, oom_retries)
 
     monkeypatch.setattr(worker.Processor, "process", watch)
     with afn_ray.run(config) as run:
@@ -712,12 +712,12 @@ def test_a_failing_shard_is_tried_again_then_given_up_and_the_others_are_kept(
     tries: dict[str, int] = {}
     poison: list[str] = []
 
-    def fail(self: Any, shard: Any, halvings: int) -> Any:
+    def fail(self: Any, shard: Any, oom_retries: int) -> Any:
         tries[shard.id] = tries.get(shard.id, 0) + 1
         poison.append(shard.id) if not poison else None
         if shard.id == poison[0]:
             raise RuntimeError("a fault of this shard")
-        return process(self, shard, halvings)
+        return process(self, shard, oom_retries)
 
     monkeypatch.setattr(worker.Processor, "process", fail)
     with pytest.raises(

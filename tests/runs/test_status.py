@@ -598,14 +598,14 @@ from afn_ray.runs.cluster import pool
 from afn_ray.errors import CorpusChanged
 
 class Unlucky(pool._Worker):
-    def process(self, shard, halvings):
+    def process(self, shard, oom_retries):
         text, mark = Path(shard.slices[0].uri).read_text(), Path(shard.slices[0].uri + ".tried")
         if "gone" in text:
             raise CorpusChanged("it is another file now")
         if "killed" in text and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().process(shard, halvings)
+        return super().process(shard, oom_retries)
 
 pool._Worker = Unlucky
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",

@@ -21,7 +21,7 @@ from fsspec.exceptions import FSTimeoutError
 
 from afn_ray.errors import Unavailable
 from afn_ray.store import retry
-from afn_ray.store.retry import http_status, is_transient, patiently
+from afn_ray.store.retry import http_status, is_transient, with_retries
 from faults import TRANSIENT, s3_error
 
 ENDPOINT = "http://bucket.example"
@@ -203,7 +203,7 @@ class _Clock:
 def test_a_bucket_that_refuses_for_20_s_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(50):
         clock = _Clock(monkeypatch)
-        assert patiently(lambda: clock.fail_until(20), "writing x", local=False) == "answer"  # noqa: B023
+        assert with_retries(lambda: clock.fail_until(20), "writing x", local=False) == "answer"  # noqa: B023
         assert 20 <= clock.now - 1000 <= 20 + retry.LONGEST_WAIT_S
         for i, wait in enumerate(clock.waits):
             assert 0 <= wait <= min(retry.LONGEST_WAIT_S, retry.FIRST_WAIT_S * 2**i)
@@ -214,7 +214,7 @@ def test_waits_are_spread_over_the_whole_range(monkeypatch: pytest.MonkeyPatch) 
     clock = _Clock(monkeypatch)
     for _ in range(400):
         up_at_s = clock.now - 1000 + 1e-9
-        patiently(lambda: clock.fail_until(up_at_s), "x", local=False)  # noqa: B023
+        with_retries(lambda: clock.fail_until(up_at_s), "x", local=False)  # noqa: B023
     firsts = [w / retry.FIRST_WAIT_S for w in clock.waits]
     assert (
         len(firsts) >= 400
@@ -230,7 +230,7 @@ def test_no_answer_for_too_long_is_unavailable_and_says_why(
 ) -> None:
     clock = _Clock(monkeypatch, call_s)
     with pytest.raises(Unavailable) as caught:
-        patiently(lambda: clock.fail_until(1e9), "writing s3://bucket/x", local=False)
+        with_retries(lambda: clock.fail_until(1e9), "writing s3://bucket/x", local=False)
     assert "writing s3://bucket/x: no answer in" in str(caught.value) and "said SlowDown" in str(
         caught.value
     )
@@ -254,7 +254,7 @@ def test_what_does_not_pass_is_raised_at_once(
         raise error
 
     with pytest.raises(type(error)):
-        patiently(fail, "reading x", local=False)
+        with_retries(fail, "reading x", local=False)
     assert calls == [1] and clock.waits == []
 
 
@@ -266,5 +266,5 @@ def test_an_error_of_another_kind_ends_the_waiting(monkeypatch: pytest.MonkeyPat
         raise next(answers)
 
     with pytest.raises(PermissionError):
-        patiently(fail, "reading x", local=False)
+        with_retries(fail, "reading x", local=False)
     assert len(clock.waits) == 2

@@ -268,10 +268,10 @@ def test_an_error_while_preparing_is_raised_where_its_chunk_is_taken(
 ) -> None:
     right = preparer.prepare
 
-    def sometimes(texts: list[str], replaced: list[bool], halvings: int) -> Prepared:
+    def sometimes(texts: list[str], replaced: list[bool], oom_retries: int) -> Prepared:
         if "3" in texts:
             raise ValueError("no tokens for you")
-        return right(texts, replaced, halvings)
+        return right(texts, replaced, oom_retries)
 
     monkeypatch.setattr(threads, "_prepare", sometimes)
     chunks = threads.chunks(Document("s", i, str(i)) for i in range(30))

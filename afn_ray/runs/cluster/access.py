@@ -58,7 +58,7 @@ def start_local(**options: Any) -> None:
     choose_token(own=True)
     session.check()
     import ray
-    from ray._private import ray_constants
+    from ray._private import ray_constants  # ray.init has no argument for the address it listens on
 
     # The one way to loopback: any address that ray.init is given Ray replaces by one that others
     # reach, and listens on all. It is put back, since a cluster that is joined later must reach

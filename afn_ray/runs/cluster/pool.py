@@ -46,9 +46,9 @@ class _Worker:
         except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
             self._error = error
 
-    def process(self, shard: Shard, halvings: int) -> tuple[Commit, Progress]:
+    def process(self, shard: Shard, oom_retries: int) -> tuple[Commit, Progress]:
         try:
-            return self._processor.process(shard, halvings), self._processor.progress
+            return self._processor.process(shard, oom_retries), self._processor.progress
         except AfnError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is
@@ -148,8 +148,8 @@ class RayPool:
         if not actor.ready:
             actor.nodes = self._alive()
 
-    def hand(self, worker: int, shard: Shard, halvings: int) -> None:
-        self._in_flight[self._actors[worker].handle.process.remote(shard, halvings)] = (
+    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
+        self._in_flight[self._actors[worker].handle.process.remote(shard, oom_retries)] = (
             worker,
             shard.id,
         )

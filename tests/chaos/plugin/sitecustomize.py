@@ -11,7 +11,7 @@ under way::
                  then hang), "until": path whose existence ends a hang}]}
 
 ``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to
-the log: ``time, pid, node, shard, uri, point``, at "process" ``halvings`` (of the token budget),
+the log: ``time, pid, node, shard, uri, point``, at "process" ``oom_retries`` (of the token budget),
 from "measured" on ``attempt`` (at "committed": of the attempt that won), and ``fault`` where one
 follows. Nothing is patched before afn_ray.runs.worker is imported.
 """
@@ -118,9 +118,9 @@ def _patch(pipeline: object) -> None:
     manifest, storage = pipeline.manifest, pipeline.manifest.storage  # type: ignore[attr-defined]
     process, publish, write_once = pipeline.Processor.process, manifest.publish, storage.write_once  # type: ignore[attr-defined]
 
-    def process_slowly(self, shard, halvings=0):  # type: ignore[no-untyped-def]
-        _reach("process", shard.id, shard.slices[0].uri, halvings=halvings)
-        commit = process(self, shard, halvings)
+    def process_slowly(self, shard, oom_retries=0):  # type: ignore[no-untyped-def]
+        _reach("process", shard.id, shard.slices[0].uri, oom_retries=oom_retries)
+        commit = process(self, shard, oom_retries)
         _reach("committed", shard.id, shard.slices[0].uri, attempt=commit.attempt)
         return commit
 

@@ -1,0 +1,49 @@
+"""Private parts of libraries that afn-ray uses are there; pyproject.toml bounds their versions from above."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+PRIVATE = {
+    "ray": [
+        ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER"),
+        ("ray._private.state", "state.actor_table"),
+        ("ray._private.state", "state.get_draining_nodes"),
+        ("ray._private.state", "state._connect_and_get_accessor"),
+        ("ray._private.utils", "get_num_cpus"),
+    ],
+    "torch": [
+        ("torch", "ops.mkldnn._linear_pointwise"),
+        ("torch", "ops.mkldnn._reorder_linear_weight"),
+    ],
+    "transformers": [("transformers", "BertModel._can_record_outputs")],
+}
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [part for parts in PRIVATE.values() for part in parts], ids=str
+)
+def test_a_private_part_that_is_used_is_there(module: str, name: str) -> None:
+    part = import_module(module)
+    for attribute in name.split("."):
+        part = getattr(part, attribute)
+    assert part is not None
+
+
+@pytest.mark.parametrize("package", PRIVATE)
+def test_a_package_whose_private_parts_are_used_is_bounded_from_above(package: str) -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    required = next(r for r in project["dependencies"] if r.startswith(f"{package}>="))
+    assert ",<" in required
+
+
+def test_the_cluster_extra_asks_for_the_ray_of_the_package() -> None:
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    required = next(r for r in project["dependencies"] if r.startswith("ray>="))
+    (extra,) = project["optional-dependencies"]["cluster"]
+    assert extra == required.replace("ray", "ray[default]", 1)
