@@ -92,6 +92,7 @@ class Layout:
 
     @property
     def longest(self) -> int:
+        """Length of the longest sequence; the filler counts as one."""
         return max(max(self.lengths), self.num_rows - sum(self.lengths))
 
 

@@ -31,6 +31,7 @@ FILLER = 16
 """Number of filler rows after the sequences in the self-check."""
 
 Norms = npt.NDArray[np.float32]
+"""Norms of tokens, float32."""
 REFUSALS = (
     RuntimeError,
     ValueError,
@@ -683,6 +684,7 @@ def _joined(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], 
 
 
 def _first_line(error: BaseException) -> str:
+    """First line of the error's text, after the name of its class unless the error is ours."""
     text = str(error).strip().splitlines()
     if isinstance(error, ModelError | attention.UnsupportedAttention):
         return text[0] if text else type(error).__name__

@@ -54,6 +54,7 @@ ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "dev
 """Substrings that mark error messages of GPU libraries."""
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
+"""Full versions of the packages that run the model."""
 
 MAKERS = {
     package.__name__: ".".join(package.__version__.split(".")[:2])
@@ -154,6 +155,7 @@ def find_model(
 
 
 def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool) -> Path:
+    """Folder of the hub model ``name``, downloaded if needed. Raises ``ModelError``."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -179,6 +181,7 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
 
 
 def _check_sizes(name: str, folder: Path) -> None:
+    """Raise ``ModelError`` if a file other than weights exceeds ``DESCRIPTION_BYTES``."""
     for path in (p for pattern in DESCRIPTIONS for p in folder.glob(pattern)):
         if (size := path.stat().st_size) > DESCRIPTION_BYTES:
             raise ModelError(
@@ -255,6 +258,7 @@ def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, st
 
 
 def _loading_failed(name: str, error: BaseException) -> str:
+    """Message for a model that cannot be loaded, with a hint for common causes."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = ""
     if "trust_remote_code" in str(error) or "custom code" in str(error):

@@ -557,6 +557,7 @@ class Run:
 
 
 def _identifier(name: str) -> str:
+    """``name`` as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -571,6 +572,7 @@ SMALL = {
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
 }  # fmt: skip
+"""Schemas of a run's small tables, by the names of their views."""
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons")
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
@@ -653,6 +655,7 @@ def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
 
 
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
+    """The run's table ``name`` as ``schema``. Raises ``StoreError`` if it is damaged."""
     try:
         return manifest.read_table(folder, name).select(schema.names).cast(schema)
     except checksums.DAMAGES as error:

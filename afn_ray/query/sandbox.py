@@ -279,9 +279,11 @@ class _Child:
         threading.Thread(target=_serve, args=(files, served), daemon=True).start()
 
     def is_usable(self) -> bool:
+        """Whether the process is alive and was started by this process, not by its parent."""
         return self._owner == os.getpid() and self._process.poll() is None
 
     def set_up(self, setup: Setup) -> Answer:
+        """Start the session and set the memory limit; return the first answer."""
         self._send(setup)
         answer = self._receive(0, time.monotonic() + START_S)
         self._most_resident = _resident_bytes(self._process.pid) + self._limits.process_bytes

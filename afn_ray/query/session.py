@@ -36,6 +36,7 @@ SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT
 """
 
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
+"""SQL that begins the transaction of every query."""
 
 CLOSED: dict[str, Any] = {
     "temp_directory": "",

@@ -34,12 +34,14 @@ VIEWS = {
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
+"""Descriptions of the views, by name."""
 DERIVED = ("tokens", "documents", "words", "classes", "token_neurons", "neuron_types")
 """Views that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: enough for a look",
     "document_text(document)": "a document put together from its words",
 }
+"""Descriptions of the macros, by signature."""
 
 PIECES = 4
 """Largest number of tokens of a word that window functions join; longer words are grouped."""

@@ -105,6 +105,7 @@ class Pairs:
 
 _NONE = np.empty(0, np.int64)
 EMPTY = Pairs(_NONE, _NONE, _NONE, np.empty(0, np.float32))
+"""Pairs of a shard without tokens."""
 
 
 class PairSummary:

@@ -97,6 +97,7 @@ TEXT_CHARS = 300
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 BIN_MASK = (1 << BIN_BITS) - 1
+"""Mask of the bin in a key of a source and a bin."""
 
 
 class Place(NamedTuple):
@@ -259,6 +260,7 @@ def _groups(places: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> Limits:
+    """Limits at ``layer``; infinite if the run has no normal tokens."""
     (row,) = (r for r in labels.to_pylist() if r["layer"] == layer and r["population"] == "tokens")
     here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
     ids, in_docs = here["token_id"].to_numpy(), here["n_docs"].to_numpy()
@@ -465,6 +467,7 @@ def _describe(
 
 
 def _by_source(histogram: Histogram, num_sources: int) -> Iterator[Histogram]:
+    """The histogram of each source, from keys of a source and a bin."""
     ends = np.searchsorted(histogram.keys, np.arange(num_sources + 1) << BIN_BITS)
     for begin, end in pairwise(ends.tolist()):
         yield Histogram(histogram.keys[begin:end] & BIN_MASK, histogram.counts[begin:end])
@@ -487,6 +490,7 @@ def _mad(h: Histogram) -> float:
 
 
 def _variance(h: Histogram) -> float:
+    """Population variance; nan if there are no values."""
     if not h.n:
         return float("nan")
     values = to_values(h.keys).astype(np.float64)
