@@ -1,4 +1,4 @@
-"""The only door to transformers: find a model, load it, prove it at load, and read its layers."""
+"""The only door to transformers: find a model, load and self-check it, and read its layers."""
 
 from afn_ray.model.engine import Model, Pending
 from afn_ray.model.files import (

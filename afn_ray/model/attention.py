@@ -1,5 +1,7 @@
-"""Attention over packed sequences: one function for every family that goes through transformers'
-interface.
+"""Attention over packed sequences: one function for every family that uses transformers' interface.
+
+A packed batch holds its sequences one after another, without padding. A token attends to tokens of
+its own sequence only.
 """
 
 from __future__ import annotations
@@ -16,27 +18,32 @@ import torch.nn.functional as functional
 import transformers
 
 NAME = "afn_packed"
-"""Of the attention function, in transformers' registry. It has no mask function: masks are never
-built.
+"""Name of the attention function in transformers' registry.
+
+The name has no mask function, so transformers never builds a mask.
 """
 
 IGNORED = {"dropout", "is_causal", "scaling", "sliding_window", "position_ids", "deterministic", "use_cache",
            "output_attentions", "output_hidden_states", "return_dict", "cache_position", "layer_idx"}  # fmt: skip
-"""Arguments that change nothing here, or that are honoured by name; any other one that is set is
-refused.
+"""Options of transformers' attention interface that ``attend`` accepts.
+
+They have no effect here, or are read from named arguments. ``attend`` refuses any other option that
+is set.
 """
 
-
 SCORES = 1 << 19
-"""Attention scores computed at a time, over all heads: 1 MiB in bfloat16."""
+"""Number of attention scores computed at a time, over all heads: 1 MiB in bfloat16."""
 
 
 class UnsupportedAttention(Exception):
-    """A model asks its attention for something that the packed one does not do."""
+    """The model needs an attention feature that packed attention does not implement."""
 
 
 class Seen(NamedTuple):
-    """What one call attended to: as ``attend`` has it, and its output."""
+    """Inputs and output of one attention call, as in ``attend``.
+
+    ``left`` and ``right`` are the tokens visible on either side; -1 means all.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -49,23 +56,23 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True)
 class Layout:
-    """Where the sequences of one packed batch lie among its rows, one behind the other; rows behind
-    them are filler.
+    """Row ranges of the sequences in one packed batch.
+
+    The sequences follow one another from row 0. Rows after the last sequence are filler.
     """
 
     lengths: Sequence[int]
     num_rows: int
     device: torch.device
-    calls: int = 0  # of the attention function
-    windowed: bool = False  # whether one of them was told of a sliding window
-    watched: bool = False  # whether the block that runs is to leave what it attended to
+    calls: int = 0  # calls of ``attend`` so far
+    windowed: bool = False  # a call had a sliding window
+    watched: bool = False  # keep the next call in ``seen``
     seen: Seen | None = None
-    groups: list[tuple[int, int, int]] = field(
-        init=False
-    )  # first row, sequences, their common length
-    bounds: torch.Tensor | None = field(
-        init=False, default=None
-    )  # int32 [n + 1], first row of each; CUDA only
+    # Neighbouring sequences of equal length: first row, number of sequences, length.
+    groups: list[tuple[int, int, int]] = field(init=False)
+    # On CUDA only: int32 [n_sequences + 2], first row of each sequence and of the filler, then
+    # the end.
+    bounds: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.groups, row = [], 0
@@ -85,6 +92,7 @@ class Layout:
 
     @property
     def longest(self) -> int:
+        """Length of the longest sequence; the filler counts as one."""
         return max(max(self.lengths), self.num_rows - sum(self.lengths))
 
 
@@ -93,7 +101,7 @@ _layout: ContextVar[Layout] = ContextVar("layout")
 
 @contextmanager
 def packed(layout: Layout) -> Iterator[None]:
-    """Forward passes inside attend within the sequences of ``layout``."""
+    """Make forward passes in this context attend within the sequences of ``layout``."""
     token = _layout.set(layout)
     try:
         yield
@@ -112,12 +120,12 @@ def attend(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """``query`` [1, heads, rows, size], ``key`` and ``value`` [1, kv_heads, rows, size] -> [1,
-    rows, heads, size].
+    """Attend within each sequence of the layout set by ``packed``.
 
-    A token sees its own sequence, and in a decoder what is to its left. Raises
-    ``UnsupportedAttention`` for what some family adds: a mask of its own, soft capping, learned
-    sinks, position biases.
+    ``query`` is [1, heads, rows, size]; ``key`` and ``value`` are [1, kv_heads, rows, size]. The
+    output is [1, rows, heads, size]. A token sees its own sequence; in a decoder, only itself and
+    the tokens to its left. Raises ``UnsupportedAttention`` for features of single families: a mask
+    of their own, soft capping, learned sinks, position biases.
     """
     if attention_mask is not None:
         raise UnsupportedAttention("its attention wants a mask of its own")
@@ -128,8 +136,8 @@ def attend(
     layout = _layout.get()
     layout.calls += 1
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    left = right = -1  # tokens seen on either side; -1 is all
-    if sliding_window is not None:  # flash convention: both sides count the token itself
+    left = right = -1  # tokens visible on either side; -1 means all
+    if sliding_window is not None:  # the window counts the token itself, as in flash attention
         layout.windowed = True
         left = right = sliding_window - 1
     if causal:
@@ -147,22 +155,21 @@ def attend(
 
 
 def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token gets of the attention, float32 [heads, rows] both: from the others, and from
-    itself.
+    """Attention that each token receives from other tokens, and from itself.
 
-    From the others in the mean over those of its sequence that may attend to it, 0 where none may.
-    The products are done once more, for a fused kernel keeps no weights: of one block, and a
-    cache's worth of scores at a time.
+    Both results are float32 [heads, rows]. The first is the mean over the other tokens of the same
+    sequence that may attend to this one; it is 0 if there are none. A fused kernel keeps no
+    weights, so this function recomputes the scores of one block, at most about ``SCORES`` at a
+    time.
     """
     heads, rows = seen.query.shape[1], seen.query.shape[2]
     of_others = torch.zeros(heads, rows, device=seen.query.device)
     own = torch.zeros_like(of_others)
     for row, n, length in layout.groups:
         mask = _band(length, seen.left, seen.right, seen.query.device)
-        may = (mask.sum(0) - 1).clamp(min=1)  # queries but itself that see a key
-        step = max(
-            1, SCORES // (length * length * heads)
-        )  # sequences at a time, or of a long one so many queries
+        may = (mask.sum(0) - 1).clamp(min=1)  # other queries that see each key
+        # ``step`` sequences at a time; a long sequence is cut into ``block`` queries at a time.
+        step = max(1, SCORES // (length * length * heads))
         block = length if step > 1 else max(1, min(length, SCORES // (length * heads)))
         for at in range(0, n, step):
             here = slice(row + at * length, row + min(n, at + step) * length)
@@ -186,8 +193,10 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def value_norms(seen: Seen, gram: torch.Tensor) -> torch.Tensor:
-    """Length of what each head would add for a token alone, float32 [heads, rows]: of its value
-    through the head's part P of the output projection. ``gram`` [heads, size, size] is P P^T.
+    """L2 norm of each token's value after the output projection of each head.
+
+    The result is float32 [heads, rows]. ``gram`` [heads, size, size] is P P^T, where P [size,
+    hidden_size] is the head's part of the output projection.
     """
     value = seen.value[0].float()
     value = value.repeat_interleave(len(gram) // value.shape[0], 0)
@@ -203,7 +212,7 @@ def attend_by_group(
     left: int,
     right: int,
 ) -> torch.Tensor:
-    """Neighbouring sequences of one length are one call; the reference for every device."""
+    """Attend with one call for each group of equally long sequences; the reference everywhere."""
     heads = query.shape[1]
     parts: list[torch.Tensor] = []
     for row, n, length in layout.groups:
@@ -242,25 +251,28 @@ def attend_by_group(
 def _attend_by_products(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> Iterator[torch.Tensor]:
-    """[heads, n, length, size] each -> [some n * length, heads, size], in order.
+    """Full attention by batched matrix products, for bfloat16 on the CPU.
 
-    torch's own attention does not use a CPU's bfloat16 units: batched products are 1.6 times faster
-    on 40 tokens, and 2.2 times on 512 (AMD EPYC). A cache's worth of scores at a time.
+    Inputs are [heads, n, length, size]. Yields the output of a few sequences at a time, in order,
+    as [sequences * length, heads, size]. torch's own attention does not use the CPU's bfloat16
+    units: batched products are 1.6 times faster on 40 tokens and 2.2 times on 512 (AMD EPYC). At
+    most about ``SCORES`` scores are in memory.
     """
     heads, n, length, _ = query.shape
     step = max(1, SCORES // (length * length * heads))
     nothing = query.new_empty(())
     for at in range(0, n, step):
         q, k, v = (x[:, at : at + step].flatten(0, 1) for x in (query, key, value))
-        # The scale goes into the product: q * scale would be rounded once more.
+        # Scale inside the product: q * scale would add one more rounding.
         scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=scale)
         shares = scores.softmax(-1)
         yield torch.bmm(shares, v).view(heads, -1, value.shape[-1]).transpose(0, 1)
 
 
 def _band(length: int, left: int, right: int, device: torch.device) -> torch.Tensor:
-    """Bool [length, length]: which keys (columns) a query sees, so many to its left and right; -1
-    is all.
+    """Mask bool [length, length]: the keys (columns) that each query (row) sees.
+
+    A query sees ``left`` keys to its left and ``right`` keys to its right; -1 means all.
     """
     at = torch.arange(length, device=device)
     distance = at[None, :] - at[:, None]
@@ -278,8 +290,9 @@ def _attend_varlen(
     left: int,
     right: int,
 ) -> torch.Tensor:
-    """Flash attention over all sequences at once; ``num_splits=1`` keeps bits apart from the
-    neighbours.
+    """Flash attention over all sequences at once.
+
+    With ``num_splits=1`` the result of a sequence does not depend on the other sequences.
     """
     from torch.nn.attention.varlen import varlen_attn
 

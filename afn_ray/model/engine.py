@@ -1,6 +1,4 @@
-"""A loaded model that reads chosen layers in one forward pass over packed sequences, and proves
-itself first.
-"""
+"""A loaded, self-checked model that reads chosen layers in one forward pass."""
 
 from __future__ import annotations
 
@@ -23,15 +21,17 @@ from afn_ray.model.signals import Attention, Centred, Signal, Site, States, Stre
 from afn_ray.schema import MOST_NEURONS, Series
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Relative difference of norms that the self-check lets pass, by the dtype of the products: for all
-tokens in float32, for nine of ten in half precision, where single ones may be far off and the model
-still be wired right.
+"""Largest relative difference of norms that the self-check accepts, by the dtype of the products.
+
+In float32 it holds for all tokens. In half precision it holds for nine tokens of ten: single tokens
+may differ much in a model that is wired correctly.
 """
 
 FILLER = 16
-"""Rows behind the sequences of the self-check."""
+"""Number of filler rows after the sequences in the self-check."""
 
 Norms = npt.NDArray[np.float32]
+"""Norms of tokens, float32."""
 REFUSALS = (
     RuntimeError,
     ValueError,
@@ -41,43 +41,40 @@ REFUSALS = (
     KeyError,
     attention.UnsupportedAttention,
 )
-"""What a model raises that cannot run the way it was asked to."""
-
+"""Errors of a model that cannot run in the requested way."""
 
 STRENGTH = Strength()
 
 
 class _Call(NamedTuple):
-    """One call of a linear layer, in the order in which they come."""
+    """One call of a linear layer during the search for places."""
 
     block: torch.nn.Module
-    name: str  # in its block
+    name: str  # of the layer in its block
     module: torch.nn.Module
     input: torch.Tensor
-    width: int  # of its output
-    attended: attention.Seen | None  # by the block before this call
+    width: int  # size of the output's last dimension
+    attended: attention.Seen | None  # the block's attention call before this one
 
 
 class _Place(NamedTuple):
-    """Where one block has what signals need."""
+    """Places in one block from which signals read."""
 
-    norm: str  # the LayerNorm that makes the block's output; empty where it is not needed
-    gram: (
-        torch.Tensor | None
-    )  # of each head's part of the output projection, for ``attention.value_norms``
-    neurons: str  # the layer behind the MLP's neurons
-    num_neurons: int
+    norm: str  # LayerNorm that makes the block's output; empty if not needed
+    gram: torch.Tensor | None  # [heads, size, size] for ``attention.value_norms``
+    neurons: str  # layer whose input is the MLP's neurons; empty if not needed
+    num_neurons: int  # 0 if not needed
 
 
 def _follows(call: _Call) -> bool:
-    """Whether ``call`` takes what attention gave, as it gave it."""
+    """Whether the input of ``call`` is the output of attention, unchanged."""
     return call.attended is not None and torch.equal(
         call.input.flatten(), call.attended.output.flatten()
     )
 
 
 def _gram(call: _Call) -> torch.Tensor:
-    """[heads, size, size] of the output projection that is called."""
+    """P P^T for each head's part P of the output projection in ``call``: [heads, size, size]."""
     assert call.attended is not None
     weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
     weight = weight if isinstance(call.module, Conv1D) else weight.t()
@@ -87,16 +84,16 @@ def _gram(call: _Call) -> torch.Tensor:
 
 
 class _Enough(Exception):
-    """Raised in a hook once the last layer asked for is read: the later blocks never run."""
+    """Raised in a hook after the last requested layer, so that later blocks do not run."""
 
 
 class Pending:
-    """What one batch gave, maybe still on its way from the device."""
+    """The values of one batch, perhaps still in transfer from the device."""
 
     def __init__(self, values: torch.Tensor, layout: Callable[[Norms], Norms]) -> None:
         self._layout = layout
         self._event: torch.cuda.Event | None = None
-        if values.device.type == "cuda":  # copied behind the computation; nobody waits for it here
+        if values.device.type == "cuda":  # copy after the computation, without waiting here
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values = host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -105,20 +102,20 @@ class Pending:
             self._values = values
 
     def result(self) -> Norms:
-        """Float32 [n_measured, n_tokens]."""
+        """Wait for the device; return float32 [n_measured, n_tokens]."""
         if self._event is not None:
             self._event.synchronize()
         return self._layout(self._values.numpy())
 
 
 class Model:
-    """A model on one device that reads chosen layers in one forward pass and stops after the last
-    of them.
+    """A model on one device that reads chosen layers in one forward pass.
 
-    Layer k is the output of the k-th block that runs, layer 0 the input of the first. ``dtype`` is
-    of the blocks' matrix products; the residual stream, the norms and what is read are float32.
-    ``batch_tokens``: the size of most batches, for which the weights are laid out. ``outliers``:
-    dimensions that stick out, for each layer, where a signal leaves them out.
+    The pass stops after the last chosen layer. Layer k is the output of the k-th block that runs;
+    layer 0 is the input of the first block. ``dtype`` is the dtype of the blocks' matrix products.
+    The residual stream, the norms and all values read are float32. ``batch_tokens`` is the size of
+    most batches, for which the memory layout of the weights is chosen. ``outliers`` lists the
+    outlier dimensions of each layer, for signals that leave them out.
     """
 
     def __init__(
@@ -138,10 +135,9 @@ class Model:
             k: torch.tensor(dims, device=self.device)
             for k, dims in zip(layers, outliers, strict=False)
         }
-        self.causal = False  # set by prepare, as are the next two
-        self.packed = (
-            False  # whether sequences of a batch lie one behind the other, without padding
-        )
+        # Set by ``prepare``, as are the next two.
+        self.causal = False
+        self.packed = False  # whether a batch is one packed sequence without padding
         self.why_padded: str | None = None
         self._model: Any = load_weights(files)
         self._parameters = inspect.signature(self._model.forward).parameters
@@ -149,17 +145,15 @@ class Model:
         self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
         self._stop = True
         self._calls = self._length = 0
-        self._windowed = False  # whether attention was told of a sliding window
+        self._windowed = False  # whether attention received a sliding window
         self._signals: Sequence[Signal] = (STRENGTH,)
         self._needs: frozenset[str] = frozenset()
         self._places: dict[torch.nn.Module, _Place] = {}
-        self._before: torch.Tensor | None = (
-            None  # what goes into the block that runs, if it is read
-        )
+        self._before: torch.Tensor | None = None  # input of the running block, if it is read
         self._neurons: torch.Tensor | None = None
         self._unscaled: torch.Tensor | None = None
         self._layout: attention.Layout | None = None
-        self._watching = False  # whether attention of every block is kept
+        self._watching = False  # whether to keep the attention call of every block
         self._read: dict[Series, torch.Tensor] = {}
         self._cast: Any = None
         self._blocks = find_blocks(self._model, files)
@@ -168,27 +162,27 @@ class Model:
             block.register_forward_hook(self._after_block)
         self._batch_tokens = batch_tokens
 
-    # --- proving ---
+    # --- self-check ---
 
     def prepare(self, probes: Sequence[Sequence[int]], needs: frozenset[str] = frozenset()) -> None:
-        """Choose how this model runs fastest, and prove that it is still the plain one.
+        """Choose the fastest way to run this model and check it against the plain model.
 
-        ``needs``: what signals want beside hidden states, of ``signals.NEEDS``; where it is in each
-        block is found.
+        ``probes`` are a few token sequences of different lengths, each with the tokenizer's
+        template. The longest has the length of a window if that is affordable. The norms of the
+        hooked layers must equal those of the plain model's ``hidden_states[k]``, both one text at
+        a time and all texts in one batch. ``needs`` are the inputs that signals need beside hidden
+        states, from ``signals.NEEDS``; this method finds their place in each block.
 
-        ``probes``: a few token sequences of different lengths, each with the tokenizer's template,
-        the longest as long as a window where that is affordable. Norms of hooked layers, one text
-        at a time and all in one batch, must equal those of the plain model's ``hidden_states[k]``;
-        sets ``packed``, ``why_padded``, ``causal``. Raises ``ModelError`` with the difference and
-        the tolerance.
+        Sets ``packed``, ``why_padded`` and ``causal``. Raises ``ModelError`` with the difference
+        and the tolerance.
         """
         plain = [self._plain_norms(ids) for ids in probes]
         self._model.to(device=self.device)
         self._choose_attention(probes, plain)
-        needs -= {"outliers"}  # which are given
+        needs -= {"outliers"}  # passed to the constructor
         places = self._find_places(max(probes, key=len), needs) if needs else {}
         self._choose_products(probes, plain)
-        for block, place in places.items():  # now, for a product may have taken a layer's place
+        for block, place in places.items():  # only now: a product may have replaced a layer
             if place.neurons:
                 block.get_submodule(place.neurons).register_forward_pre_hook(self._before_neurons)
             if place.norm:
@@ -201,8 +195,9 @@ class Model:
         )
 
     def _choose_attention(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
-        """Packed, if it equals the plain model, else padded; both with the plain linear layers, in
-        float32.
+        """Choose packed batches if they match the plain model, and padded batches otherwise.
+
+        Both are checked with the plain linear layers, in float32.
         """
         before = self._model.config._attn_implementation
         try:
@@ -233,8 +228,9 @@ class Model:
             raise ModelError(f"{self._name} failed its self-check: {_first_line(error)}") from error
 
     def _choose_products(self, probes: Sequence[Sequence[int]], plain: list[list[Norms]]) -> None:
-        """Fast linear layers where the model lets its own be replaced; for half precision that is a
-        condition.
+        """Use fast linear layers if the model passes its self-check with them.
+
+        Half precision requires them: raises ``ModelError`` if the check fails there.
         """
         full = self.dtype == torch.float32
         why = ""
@@ -257,7 +253,10 @@ class Model:
     def _find_places(
         self, ids: Sequence[int], needs: frozenset[str]
     ) -> dict[torch.nn.Module, _Place]:
-        """Where each block has what ``needs`` names, seen in one forward pass of all blocks."""
+        """Find the places in each block that ``needs`` names, in one forward pass of all blocks.
+
+        Raises ``ModelError`` if a block has no such place.
+        """
         if "attention" in needs and not self.packed:
             raise ModelError(
                 f"{self._name} gives no attention weights to read: its batches are padded, since {self.why_padded}; "
@@ -265,7 +264,7 @@ class Model:
             )
         calls: list[_Call] = []
         norms: dict[torch.nn.Module, str] = {}
-        last: list[tuple[str, torch.Tensor]] = []  # the LayerNorm that ran last
+        last: list[tuple[str, torch.Tensor]] = []  # name and output of the last LayerNorm to run
         handles = []
         layers, self.layers, self._stop = self.layers, tuple(range(self.files.depth + 1)), False
         self._watching = True
@@ -347,17 +346,19 @@ class Model:
         return places
 
     def _check_centred(self, ids: Sequence[int]) -> None:
-        """What goes into the LayerNorm that ends a block has, centred and without its gain, the
-        norm sqrt(hidden).
+        """Check the ``Centred`` signal: its values must be sqrt(hidden_size).
+
+        That is the norm of the output of a LayerNorm without gain and bias. Raises ``ModelError``.
         """
         got = self.measure(*_joined([ids]), (Centred(),))
         expected = np.full_like(got, self.files.hidden_size**0.5)
         what = "the LayerNorm without gain that ends a block against sqrt(hidden_size)"
-        compare_norms(what, got, expected, torch.bfloat16)  # its epsilon takes some of it
+        # The LayerNorm's epsilon makes the norm a little smaller, so the tolerance is wide.
+        compare_norms(what, got, expected, torch.bfloat16)
 
     @property
     def num_embeddings(self) -> int:
-        """Token ids that the model has a vector for: from 0 on."""
+        """Number of token ids that have an embedding; the ids count from 0."""
         return int(self._model.get_input_embeddings().weight.shape[0])
 
     @property
@@ -367,6 +368,10 @@ class Model:
     def _check(
         self, probes: Sequence[Sequence[int]], plain: list[list[Norms]], dtype: torch.dtype
     ) -> None:
+        """Compare single texts with the plain model, and one batch of all texts with single texts.
+
+        Raises ``ModelError`` if they differ by more than the tolerance of ``dtype``.
+        """
         singles = [self.measure(*_joined([ids])) for ids in probes]
         for expected, got in zip(plain, singles, strict=True):
             for at, layer in enumerate(self.layers):
@@ -384,8 +389,9 @@ class Model:
             compare_norms(f"{what} against single texts", got, alone, dtype)
 
     def _plain_norms(self, ids: Sequence[int]) -> list[Norms]:
-        """What the hooks read of every layer of the plain model, proved to be its
-        ``hidden_states``.
+        """Norms [n_tokens] of every layer of the plain model, as the hooks read them.
+
+        Raises ``ModelError`` if they differ from the norms of the model's ``hidden_states``.
         """
         self._stop, self._calls, self._length, self._signals = False, 0, len(ids), (STRENGTH,)
         layers, self.layers = self.layers, tuple(range(self.files.depth + 1))
@@ -408,21 +414,21 @@ class Model:
         ]
         self._read.clear()
         for layer in layers:
-            if (
-                layer < self.files.depth
-            ):  # the last entry of hidden_states may be after a final norm
+            # The last entry of hidden_states may be after a final norm.
+            if layer < self.files.depth:
                 what = f"layer {layer} hooked against hidden_states[{layer}]"
                 compare_norms(what, hooked[layer], norm(states[layer][0]).numpy(), torch.float32)
         return hooked
 
     def _is_causal(self, ids: Sequence[int]) -> bool:
-        """Whether a token sees only what is to its left: the first outputs do not move when the
-        last input does.
+        """Whether a token sees only the tokens to its left.
+
+        In that case a change of the last inputs does not change the outputs before them.
         """
         changed = [*ids[:-2], *reversed(ids[-2:])] if ids[-1] != ids[-2] else [*ids[:-1], ids[0]]
         layers, self.layers = self.layers, (max(*self.layers, 1),)
         try:
-            # Whole states: norms behind a LayerNorm without a gain are all the same.
+            # Compare whole states: after a LayerNorm without gain all norms are equal.
             one, other = (self.measure(*_joined([x]), (States(),))[0, :-2] for x in (ids, changed))
         finally:
             self.layers = layers
@@ -430,13 +436,14 @@ class Model:
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], float]]:
-        """While open, the largest magnitude into or out of any product is kept; the call gives it
-        (nan if one was).
+        """Record the largest magnitude of any product's input or output in this context.
+
+        Yields a function that returns it; nan if any value was nan.
         """
         peak = torch.zeros((), device=self.device)
 
         def look(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            for x in (args[0], output):  # what goes in may be a product of two that were in range
+            for x in (args[0], output):  # an input may be the product of two values in range
                 if x.numel():
                     peak.copy_(torch.maximum(peak, x.detach().abs().amax()))
 
@@ -456,7 +463,7 @@ class Model:
         lengths: Sequence[int],
         signals: Sequence[Signal] = (STRENGTH,),
     ) -> Norms:
-        """``submit``, and wait for what it gives."""
+        """Like ``submit``, but wait for the values: float32 [n_measured, n_tokens]."""
         return self.submit(ids, lengths, signals).result()
 
     def submit(
@@ -465,11 +472,12 @@ class Model:
         lengths: Sequence[int],
         signals: Sequence[Signal] = (STRENGTH,),
     ) -> Pending:
-        """``signals`` of every chosen layer for sequences that lie one behind the other in ``ids``.
+        """Measure ``signals`` at every chosen layer for the sequences in ``ids``.
 
-        ``ids``: int64 [n_tokens], of which those behind ``sum(lengths)`` are filler. The result is
-        float32 [n_measured, n_tokens], in the order of ``signals.measured``; at filler it is
-        meaningless. On a GPU this returns before the device is done.
+        ``ids`` is int64 [n_tokens]: sequences of the given ``lengths`` one after another, then
+        filler. The result is float32 [n_measured, n_tokens] in the order of ``signals.measured``;
+        the values at filler have no meaning. On a GPU this method returns before the device is
+        done.
         """
         self._signals = signals
         self._needs = frozenset(need for signal in signals for need in signal.needs)
@@ -480,7 +488,7 @@ class Model:
             with torch.inference_mode(), _one_thread(self.device):
                 layout = run(ids, lengths)
                 values = torch.stack([self._read[s] for s in measured(self.layers, signals)])
-        finally:  # what a failed pass left behind is not the next one's
+        finally:  # a failed pass must not leave state to the next one
             self._read.clear()
             self._before = self._neurons = self._unscaled = self._layout = None
             if self._cast is not None:
@@ -515,10 +523,10 @@ class Model:
         longest, n = max(lengths), len(lengths)
         self._length = longest
         mask = np.arange(longest) < np.asarray(lengths)[:, None]
-        matrix = np.full((n, longest), ids[0], np.int64)  # any id; the mask must make it irrelevant
+        matrix = np.full((n, longest), ids[0], np.int64)  # pad with any id: the mask excludes it
         matrix[mask] = ids[: sum(lengths)]
         inputs = {"input_ids": self._to_device(matrix)}
-        if not mask.all():  # without padding no mask is needed, and attention without one is faster
+        if not mask.all():  # without padding, attention needs no mask and is faster
             inputs["attention_mask"] = self._to_device(mask.astype(np.int64))
         self._run(inputs)
         return lambda values: values[:, mask]
@@ -557,7 +565,7 @@ class Model:
         self._calls += 1
         if self._calls in self.layers:
             hidden = output[0] if isinstance(output, tuple) else output
-            if self._neurons is not None:  # some MLPs see all rows of a batch as one sequence
+            if self._neurons is not None:  # some MLPs flatten the rows of a batch
                 shape = (*hidden.shape[:-1], self._places[module].num_neurons)
                 if self._neurons.numel() != math.prod(shape):
                     raise ModelError(
@@ -601,7 +609,7 @@ class Model:
         )
 
     def _keep(self, site: Site) -> None:
-        # Some models pad to a multiple of their attention window.
+        # Some models pad their states to a multiple of the attention window.
         for name in ("hidden", "before", "neurons", "unscaled"):
             if (states := getattr(site, name)) is not None:
                 setattr(site, name, states[:, : self._length])
@@ -615,7 +623,10 @@ class Model:
 
 
 def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Module]:
-    """The modules whose outputs are the layers; shared ones (ALBERT) once."""
+    """The modules whose outputs are the layers; a shared module (ALBERT) occurs once.
+
+    Raises ``ModelError`` if there are none.
+    """
     recorded = getattr(model, "_can_record_outputs", None) or {}
     spec = recorded.get("hidden_states")
     classes = []
@@ -639,8 +650,9 @@ def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Modu
 
 
 def _masks_only(config: Any, context_tokens: int) -> bool:
-    """Whether the config limits what a token sees: some families say so to the mask alone, which is
-    not built here.
+    """Whether the config limits which tokens a token sees.
+
+    Some families apply such a limit only in the mask, and packed attention builds no mask.
     """
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and not any("sliding" in k or "chunked" in k for k in kinds):
@@ -655,7 +667,10 @@ def _masks_only(config: Any, context_tokens: int) -> bool:
 
 
 def num_experts(config: Any) -> int:
-    """Of a mixture, whose neurons are others for each token; 0 for a model that is none."""
+    """Number of experts in a mixture-of-experts model; 0 for any other model.
+
+    In a mixture each token has neurons of its own experts.
+    """
     counts = [
         getattr(config.get_text_config(), n, None)
         for n in ("num_experts", "num_local_experts", "moe_num_experts")
@@ -664,10 +679,12 @@ def num_experts(config: Any) -> int:
 
 
 def _joined(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], list[int]]:
+    """The ids of all ``sequences`` one after another, and the length of each."""
     return np.concatenate([np.asarray(s, np.int64) for s in sequences]), [len(s) for s in sequences]
 
 
 def _first_line(error: BaseException) -> str:
+    """First line of the error's text, after the name of its class unless the error is ours."""
     text = str(error).strip().splitlines()
     if isinstance(error, ModelError | attention.UnsupportedAttention):
         return text[0] if text else type(error).__name__
@@ -675,9 +692,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
-    """Raises ``ModelError`` where ``got`` differs from ``expected`` by more than products of
-    ``dtype`` explain.
-    """
+    """Raise ``ModelError`` if ``got`` and ``expected`` differ by more than ``TOLERANCE[dtype]``."""
     tolerance = TOLERANCE[dtype]
     differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
     difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))
@@ -689,8 +704,9 @@ def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) ->
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """One thread for the product: bits differ between numbers of threads, and a worker has one
-    core.
+    """Limit torch to one CPU thread in this context.
+
+    The bits of products depend on the number of threads, and a worker has one core.
     """
     before = torch.get_num_threads()
     if device.type != "cpu" or before == 1:

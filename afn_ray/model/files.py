@@ -1,6 +1,4 @@
-"""Find a model on this machine or on a hub, refuse what is unsafe, and load it and its
-tokenizer.
-"""
+"""Find a model on disk or on a hub, refuse unsafe files, load the model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,22 +20,27 @@ from afn_ray.errors import ModelError
 from afn_ray.model import parts
 from afn_ray.tokens.culprits import is_of_input
 
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # one worker a core: threads would only fight
+# With one worker per core, more threads would only compete for it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DEFAULT_WINDOW_TOKENS = 2048
+"""Context length in tokens of a model whose config does not give one."""
 DESCRIPTION_BYTES = 256 << 20
-"""Of a file that is no weights: the largest tokenizers have 35 MB, and parsing takes many times a
-file's length.
+"""Largest size of a file other than weights, in bytes.
+
+The largest tokenizers have 35 MB, and parsing takes many times the size of a file.
 """
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "merges*", "*.py", "*.tiktoken", "*.spm")
+"""Patterns of files other than weights: config, tokenizer and code."""
 FETCHED = ("*.safetensors", "*.gguf", "*.bin", *DESCRIPTIONS)
+"""Patterns of files that are downloaded from a hub."""
 IGNORED_FILES = {"data_config.json", "generation_config.json", "README.txt", "requirements.txt"}
+"""Files that do not count for a model's identity, even if it has code of its own."""
 POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
                            "roberta-prelayernorm", "data2vec-text", "xmod", "ibert"}  # fmt: skip
-"""Model types that number positions from ``pad_token_id + 1``, so that many of their positions are
-not usable.
+"""Model types that number positions from ``pad_token_id + 1``.
+
+Positions below that are not usable and shorten the context.
 """
 
 TESTED = frozenset({
@@ -45,27 +48,24 @@ TESTED = frozenset({
     "gemma3_text", "gpt2", "gpt_neox", "llama", "minicpm", "minicpm3", "mistral", "modernbert", "mpnet", "nomic_bert",
     "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
 })  # fmt: skip
-"""Model types whose layers are held against the plain model's by a test
-(``tests/test_families.py``).
-"""
+"""Model types that a test compares with the plain model (``tests/test_families.py``)."""
 
 ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "device-side assert")
-"""How messages of a GPU's libraries call them."""
+"""Substrings that mark error messages of GPU libraries."""
 
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
+"""Full versions of the packages that run the model."""
 
 MAKERS = {
     package.__name__: ".".join(package.__version__.split(".")[:2])
     for package in (tokenizers, transformers)
 }
-"""Versions, without that of mends, of what decides which tokens a text has and what a block
-computes.
-"""
+"""Major and minor versions of the packages that decide tokens and the computation of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on this machine's disk and what it says of itself."""
+    """A model on this machine's disk, with the facts from its config."""
 
     name: str
     folder: Path
@@ -74,7 +74,7 @@ class ModelFiles:
     hidden_size: int
     model_type: str
     context_tokens: int  # longest input the model takes
-    num_embeddings: int | None  # token ids that the config has a vector for; None: it does not tell
+    num_embeddings: int | None  # size of the embedding table; None if the config has no size
     trust_remote_code: bool
     allow_pickle: bool
     identity: dict[str, str] = field(repr=False)  # file of the config, weights or code -> SHA-256
@@ -88,10 +88,11 @@ def find_model(
     allow_pickle: bool,
     allow_untested: bool = False,
 ) -> ModelFiles:
-    """The model ``name``: a folder, a GGUF file, or a hub name (fetched unless the cache has it).
+    """Find the model ``name``: a folder, a GGUF file, or a hub name.
 
-    Raises ``ModelError`` with the reason and what to do: not found, weights that can run code, an
-    architecture that is no encoder or decoder of text, or one of a family that nobody has tested.
+    A hub model is downloaded unless the cache has it. Raises ``ModelError`` with the reason and
+    what to do: the model is not found, its weights can run code, its architecture is no encoder or
+    decoder of text, or its family is not in ``TESTED`` and ``allow_untested`` is not set.
     """
     path = Path(name).expanduser()
     gguf = None
@@ -154,6 +155,7 @@ def find_model(
 
 
 def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool) -> Path:
+    """Folder of the hub model ``name``, downloaded if needed. Raises ``ModelError``."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -179,6 +181,7 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
 
 
 def _check_sizes(name: str, folder: Path) -> None:
+    """Raise ``ModelError`` if a file other than weights exceeds ``DESCRIPTION_BYTES``."""
     for path in (p for pattern in DESCRIPTIONS for p in folder.glob(pattern)):
         if (size := path.stat().st_size) > DESCRIPTION_BYTES:
             raise ModelError(
@@ -187,6 +190,7 @@ def _check_sizes(name: str, folder: Path) -> None:
 
 
 def _context_tokens(config: Any) -> int:
+    """Longest input of the model, in tokens."""
     tokens = getattr(config, "max_position_embeddings", None) or getattr(
         config, "n_positions", None
     )
@@ -197,8 +201,10 @@ def _context_tokens(config: Any) -> int:
 
 
 def _rotary_limit(config: Any) -> int | None:
-    """Tokens beyond which a family's rotary frequencies depend on the longest text of a batch, so
-    on its neighbours.
+    """Longest input in tokens for which the rotary frequencies are fixed; None if they always are.
+
+    In some families the frequencies for longer inputs depend on the longest text of the batch, so
+    a text's values would depend on its neighbours.
     """
     scaling = (
         getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -219,10 +225,10 @@ def _rotary_limit(config: Any) -> int | None:
 def _identity(
     folder: Path, gguf: str | None, weights: Sequence[str], trust_remote_code: bool
 ) -> dict[str, str]:
-    """SHA-256 of the files that change a value, but for the tokenizer's: what is made of them
-    counts.
+    """SHA-256 of each file that can change a value, by name.
 
-    Code of the model's own may read any file beside it.
+    Tokenizer files are left out: ``identity`` hashes the tokenizer built from them. If the model
+    has code of its own, almost every file counts, because that code may read it.
     """
     if gguf is not None:
         return {"model.gguf": _sha256(folder / gguf)}
@@ -243,14 +249,16 @@ def _sha256(path: Path) -> str:
 
 
 def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """What decides the values of ``files`` with ``tokenizer``: their content, and who makes tokens
-    and blocks of it.
+    """Everything about the model that decides the recorded values, by name.
+
+    These are the SHA-256 of its files and of the built tokenizer, and the versions in ``MAKERS``.
     """
     made = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return files.identity | {"tokenizer": made} | MAKERS
 
 
 def _loading_failed(name: str, error: BaseException) -> str:
+    """Message for a model that cannot be loaded, with a hint for common causes."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = ""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
@@ -264,8 +272,9 @@ def _loading_failed(name: str, error: BaseException) -> str:
 
 
 def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
-    """The model's fast (Rust) tokenizer. Raises ``ModelError`` when it has none, or one of another
-    model.
+    """The model's fast (Rust) tokenizer.
+
+    Raises ``ModelError`` if the model has none, or if the tokenizer does not fit the model.
     """
     if files.gguf is None and not files.trust_remote_code:
         parts.check_has_tokenizer(files.name, files.folder)
@@ -276,9 +285,8 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
             trust_remote_code=files.trust_remote_code,
             local_files_only=True,
         )
-    except (
-        BaseException
-    ) as error:  # transformers raises nearly anything for a file it cannot use, and Rust panics
+    # transformers raises nearly any error for a file that it cannot use, and Rust panics.
+    except BaseException as error:
         if not is_of_input(error) and not isinstance(error, OSError):
             raise
         raise ModelError(_loading_failed(f"{files.name} (its tokenizer)", error)) from error
@@ -292,14 +300,14 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that the device, or this process, had too little memory."""
+    """Whether ``error`` means that the device or this process ran out of memory."""
     return isinstance(
         error, torch.OutOfMemoryError | MemoryError
     ) or "can't allocate memory" in str(error)
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether ``error`` is of an accelerator, which may be broken for all that comes after it."""
+    """Whether ``error`` comes from an accelerator, which may be unusable afterwards."""
     kind = getattr(torch, "AcceleratorError", None)
     return (kind is not None and isinstance(error, kind)) or any(
         name in str(error) for name in ACCELERATORS
@@ -307,8 +315,9 @@ def is_device_fault(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Let go of models that nobody holds: their hooks hold them in a circle, which only a
-    collection breaks.
+    """Free the memory of models that are no longer in use.
+
+    A model and its hooks refer to each other, so only a garbage collection frees them.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -316,8 +325,9 @@ def free_memory() -> None:
 
 
 def choose_device(device: str) -> str:
-    """``auto`` as "cuda" where torch sees a GPU, else "cpu". Raises ``ModelError`` for a GPU that
-    is not there.
+    """Resolve ``auto`` to "cuda" if torch sees a GPU, else to "cpu".
+
+    Raises ``ModelError`` for "cuda" if torch sees no GPU.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -329,20 +339,20 @@ def choose_device(device: str) -> str:
 
 
 def count_devices(device: str) -> int:
-    """GPUs, or CPU cores that this process may use."""
+    """Number of GPUs for "cuda"; otherwise the number of CPU cores that this process may use."""
     return torch.cuda.device_count() if device == "cuda" else cgroup.num_cores()
 
 
 def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch.nn.Module:
-    """The model of ``kind``, one of transformers' classes, in float32 on the CPU; frozen.
+    """Load the model as ``kind``, one of transformers' classes, frozen, in float32 on the CPU.
 
-    Raises ``ModelError`` where weights that ``kind`` needs are not in the files and would be
-    random, where they have another shape, and where the files hold weights that it does not have.
+    Raises ``ModelError`` if weights that ``kind`` needs are missing from the files and would be
+    random, if they have other shapes, or if the files hold weights that ``kind`` does not have.
     """
     parts.check_environment()
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
-    # the report of unused heads: what is missing is checked below
+    # Silence the report of unused heads; the checks below find missing weights.
     transformers.utils.logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
@@ -357,7 +367,7 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # transformers raises nearly anything for files it cannot use
+    except Exception as error:  # transformers raises nearly any error for unusable files
         raise ModelError(_loading_failed(files.name, error)) from error
     finally:
         transformers.utils.logging.set_verbosity(level)
@@ -376,6 +386,6 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
         )
     model.eval()
     if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # keys and values that nobody would read
+        model.config.use_cache = False  # no later pass would read cached keys and values
     model.requires_grad_(False)
     return model  # type: ignore[no-any-return]

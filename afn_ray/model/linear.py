@@ -1,4 +1,4 @@
-"""Linear layers of the blocks: weights made ready once, products in a chosen precision."""
+"""Linear layers of the blocks: weights prepared once, products in a chosen precision."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch.nn.functional as functional
 from transformers.pytorch_utils import Conv1D
 
 Replaced = list[tuple[torch.nn.Module, str, torch.nn.Module]]
-"""Parent, name, and the layer that was there."""
+"""Replaced layers: the parent module, the name in the parent, and the original layer."""
 
 
 class _Cast:
-    """The last input in the products' dtype: query, key and value layers read the same one."""
+    """Cast inputs to the dtype of the products; reuse the result while the input stays the same.
+
+    Query, key and value layers read the same input.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -33,11 +36,11 @@ class _Cast:
 
 
 class Product(torch.nn.Module):
-    """A linear layer whose product is of the dtype of ``cast``, and its output too.
+    """A linear layer that multiplies in the dtype of ``cast`` and returns that dtype.
 
-    The sum with a residual stream in float32 is float32 again, by torch's promotion; so the stream,
-    its norms and what is read off it keep full precision. ``wide`` outputs are float32 for blocks
-    that normalise before they add.
+    torch promotes the sum of this output and a float32 residual stream to float32. So the stream,
+    its norms and the values read from it keep full precision. With ``wide`` the output is float32,
+    for blocks that normalise before they add. ``rows`` is the expected number of input rows.
     """
 
     def __init__(
@@ -63,10 +66,11 @@ class Product(torch.nn.Module):
         return result.float() if self._wide else result
 
 
-@cache  # models have hundreds of products, and the trial wakes every thread
+@cache  # a model has hundreds of products, and each trial wakes every thread
 def _can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes reordered weights of ``dtype`` here: private operators, so they are
-    tried.
+    """Whether oneDNN computes correct products from reordered weights of ``dtype`` here.
+
+    The operators are private to torch, so this function tries them on a small product.
     """
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
@@ -86,9 +90,7 @@ def _can_prepack(dtype: torch.dtype) -> bool:
 
 
 def has_fast_products(dtype: str, device: str) -> bool:
-    """Whether ``device`` multiplies in half precision faster than in float32, by what it says of
-    itself.
-    """
+    """Whether ``device`` reports that it multiplies faster in half precision than in float32."""
     if device == "cuda":
         return dtype == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
@@ -98,8 +100,9 @@ def has_fast_products(dtype: str, device: str) -> bool:
 def replace_linear_layers(
     blocks: Iterable[torch.nn.Module], dtype: torch.dtype, rows: int, *, wide: bool
 ) -> tuple[Replaced, _Cast]:
-    """Replace the linear layers inside ``blocks`` by ``Product``s for about ``rows`` rows; undone
-    by ``restore``.
+    """Replace the linear layers inside ``blocks`` by ``Product``s for about ``rows`` rows.
+
+    ``restore`` undoes the replacement. The second result is the cast that the products share.
     """
     cast = _Cast(dtype)
     replaced: Replaced = []
@@ -121,5 +124,6 @@ def replace_linear_layers(
 
 
 def restore(replaced: Replaced) -> None:
+    """Put the original layers back."""
     for parent, name, layer in replaced:
         setattr(parent, name, layer)

@@ -1,4 +1,4 @@
-"""Hold the parts of a model folder against each other: config, weights and tokenizer."""
+"""Check that the parts of a model folder fit together: config, weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from afn_ray.text import count
 from afn_ray.tokens.culprits import is_of_input
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-"""Names of weights that transformers loads; ``.index.json`` behind them where they are in many
-files.
+"""Names of the weight files that transformers loads.
+
+Weights in several files have an index with this name plus ``.index.json``.
 """
 ADAPTERS = ("adapter_config.json", "adapter_model*")
+"""Patterns of files that belong to an adapter."""
 TOKENIZERS = (
     "tokenizer.json",
     "*.model",
@@ -29,11 +31,12 @@ TOKENIZERS = (
     "*.tiktoken",
     "*.spm",
 )
-"""Files out of which transformers makes a tokenizer; without any it makes one that knows no
-word.
+"""Patterns of files from which transformers builds a tokenizer.
+
+Without any of them, transformers builds a tokenizer with no vocabulary.
 """
 READABLE = "The quick fox, a lazy dog. 1 + 2 = 3; \u4e00 \u4e2d \u306e \u0438 \u0432 \u0648 \u05d5 \u03ba\u03b1\u03b9"
-"""Characters of several scripts, of which every vocabulary has one."""
+"""Text in several scripts, at least one of which every vocabulary covers."""
 
 HEADS = frozenset({
     "classifier", "cls", "decoder", "dense", "discriminator_predictions", "embed_out", "generator_lm_head",
@@ -41,13 +44,15 @@ HEADS = frozenset({
     "multiple_choice_head", "pooler", "pre_classifier", "predictions", "qa_outputs", "score", "sequence_summary",
     "sop_classifier", "v_head", "vocab_layer_norm", "vocab_projector", "vocab_transform",
 })  # fmt: skip
-"""Modules behind the last block, by what transformers and trl call them: no layer depends on
-them.
+"""Modules after the last block, by their names in transformers and trl.
+
+No layer depends on them.
 """
 BUFFERS = (".position_ids", ".token_type_ids", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias",
            ".attention.bias", ".attention.masked_bias")  # fmt: skip
-"""Tensors that older versions of transformers saved and newer ones compute: positions, masks,
-frequencies.
+"""Suffixes of tensors that older versions of transformers saved and newer versions compute.
+
+They hold positions, masks and frequencies.
 """
 ADAPTED = (
     ".lora_",
@@ -60,19 +65,17 @@ ADAPTED = (
     "base_model.model.",
     "modules_to_save",
 )
-"""What is in the names of an adapter's tensors."""
+"""Substrings that mark the names of an adapter's tensors."""
 MOST_NAMES = 3
-"""Tensors that a message names."""
+"""Largest number of tensors or files that a message names."""
 
 ROUNDING = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0"),
             "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("", "0")}  # fmt: skip
-"""Environment variables that round the inputs of float32 products, and their values that do not."""
+"""Environment variables that can round the inputs of float32 products, with their exact values."""
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raises ``ModelError`` where ``folder`` holds an adapter, with or without the weights that it
-    is for.
-    """
+    """Raise ``ModelError`` if ``folder`` holds an adapter, with or without its base weights."""
     found = sorted({p.name for pattern in ADAPTERS for p in folder.glob(pattern)})
     if found:
         raise ModelError(
@@ -83,7 +86,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
-    """Raises ``ModelError`` for quantized weights, and for code that is not in ``folder``."""
+    """Raise ``ModelError`` for quantized weights, and for remote code outside ``folder``."""
     config = read_json(name, folder / "config.json")
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
@@ -110,9 +113,10 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
 
 
 def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
-    """Names of the files whose weights transformers loads, with their index. Raises ``ModelError``
-    where there are none, some are missing, or others beside them would be left out without a
-    word.
+    """Names of the weight files that transformers loads, with their index.
+
+    Raises ``ModelError`` if there are none, if some are missing, or if transformers would ignore
+    other weight files in the folder without a warning.
     """
     explicit = read_json(name, folder / "config.json").get("transformers_weights")
     if isinstance(explicit, str):
@@ -160,7 +164,7 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
 
 
 def _indexed(name: str, folder: Path, index: str) -> list[str]:
-    """Files that ``index`` names, all there."""
+    """Names of the files that ``index`` lists. Raises ``ModelError`` if one of them is missing."""
     weight_map = read_json(name, folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
@@ -176,6 +180,7 @@ def _indexed(name: str, folder: Path, index: str) -> list[str]:
 
 
 def _plain(name: str, file: object) -> str:
+    """``file``, a name without a folder. Raises ``ModelError`` for anything else."""
     if not isinstance(file, str) or not file or Path(file).name != file:
         raise ModelError(
             f"{name} names {file!r} as a file of its weights; expected a name in its own folder"
@@ -184,6 +189,7 @@ def _plain(name: str, file: object) -> str:
 
 
 def read_json(name: str, path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ``ModelError`` if it cannot be read or is no object."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -196,7 +202,7 @@ def read_json(name: str, path: Path) -> dict[str, Any]:
 
 
 def check_has_tokenizer(name: str, folder: Path) -> None:
-    """Raises ``ModelError`` for a folder without a tokenizer's files."""
+    """Raise ``ModelError`` if ``folder`` has no tokenizer files."""
     if not any(p.is_file() for pattern in TOKENIZERS for p in folder.glob(pattern)):
         raise ModelError(
             f"{name} has no tokenizer: {folder} has no tokenizer.json, and no vocab.txt, vocab.json, merges.txt or "
@@ -207,12 +213,11 @@ def check_has_tokenizer(name: str, folder: Path) -> None:
 def check_tokenizer(
     name: str, tokenizer: tokenizers.Tokenizer, unknown: int | None, num_embeddings: int | None
 ) -> None:
-    """Raises ``ModelError`` for a tokenizer of ids that the model has no vector for, or without a
-    vocabulary.
+    """Raise ``ModelError`` if the tokenizer has ids without an embedding, or no vocabulary.
 
-    ``unknown``: id of the token for what is in no vocabulary. Special tokens beyond the embeddings
-    may be there (Gemma 3 of 1 B has one for images): in texts they are text, and a template that
-    has one is refused apart.
+    ``unknown`` is the id of the unknown token, if there is one. Special tokens beyond the
+    embeddings are allowed (Gemma 3 1B has one for images). In a corpus they are tokenized as text,
+    and another check refuses a template that contains one.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     added = {
@@ -231,7 +236,7 @@ def check_tokenizer(
             )
     try:
         ids = tokenizer.encode(READABLE, add_special_tokens=False).ids
-    except BaseException as error:  # one without unknown tokens says so in this way
+    except BaseException as error:  # raised by a tokenizer that has no unknown token
         if not is_of_input(error):
             raise
         return
@@ -245,15 +250,17 @@ def check_tokenizer(
 
 
 def find_unused(model: torch.nn.Module, keys: Iterable[str]) -> list[str]:
-    """Which of a checkpoint's ``keys`` that ``model`` has no parameter for belong to its body, and
-    would be lost.
+    """Checkpoint tensors of the model's body that ``model`` would ignore.
+
+    ``keys`` are the checkpoint's tensors without a parameter in ``model``. Those of heads, poolers
+    and computed buffers are left out: no layer depends on them. Tensors of adapters are kept.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     unused = []
     for key in sorted(keys):
         inner = key.removeprefix(prefix) if len(prefix) > 1 else key
         first = inner.partition(".")[0]
-        is_pooler = first == "pooler"  # which reads the last layer, and families have or have not
+        is_pooler = first == "pooler"  # reads the last layer; not every family has one
         is_head = inner == key and first in HEADS and not hasattr(model, first)
         is_adapted = any(mark in f".{key}" for mark in ADAPTED)
         if is_adapted or not (
@@ -264,8 +271,10 @@ def find_unused(model: torch.nn.Module, keys: Iterable[str]) -> list[str]:
 
 
 def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Iterable[str]) -> None:
-    """Raises ``ModelError`` where a checkpoint holds weights of the body that ``model`` of
-    ``depth`` blocks lacks.
+    """Raise ``ModelError`` if the checkpoint holds body weights that ``model`` does not have.
+
+    ``unexpected`` are the checkpoint's tensors without a parameter in ``model``; ``depth`` is the
+    number of blocks in its config.
     """
     unused = find_unused(model, unexpected)
     if not unused:
@@ -280,9 +289,7 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
 
 
 def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
-    """Raises ``ModelError`` where tensors have other shapes in the files than the config gives
-    them.
-    """
+    """Raise ``ModelError`` if tensors in the files have other shapes than the config gives."""
     told = []
     for key in mismatched:
         named = isinstance(key, tuple) and len(key) == 3
@@ -295,8 +302,9 @@ def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
 
 
 def check_environment() -> None:
-    """Raises ``ModelError`` where this process rounds float32 products, which the measure does not
-    tell.
+    """Raise ``ModelError`` if this process rounds float32 products.
+
+    The measure does not record such rounding.
     """
     for variable, exact in ROUNDING.items():
         if (value := os.environ.get(variable, "")).upper() not in exact:

@@ -1,5 +1,6 @@
-"""What is read off one block of the model: a small class for each signal, found by name or by entry
-point.
+"""Signals: numbers per token that are read from one block, one class for each signal.
+
+A signal is built in, or an installed package provides it through an entry point.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from afn_ray.schema import STRENGTH, Series
 from afn_ray.text import nearest
 
 NEEDS = frozenset({"attention", "neurons", "norm", "outliers"})
+"""Inputs beside hidden states that a signal can need."""
 DIMENSIONS = 3
-"""Outlier dimensions of a layer."""
+"""Number of outlier dimensions of a layer."""
 TAKEN = frozenset({"high", "quartile", "sink", "neurons"})
-"""Columns that have a layer behind their name too."""
+"""Names of other columns that end in a layer number; a signal's column cannot have them."""
 
 
 @dataclass(slots=True)
 class Attention:
-    """Who gets the attention of one block in a batch of packed sequences.
+    """Attention that the tokens of a packed batch receive in one block.
 
-    ``received`` and ``own`` [heads, 1, rows], float32: what a token gets in the mean over the other
-    tokens of its sequence that may attend to it (0 where there is none), and from itself. ``norms``
-    [heads, 1, rows]: length of what a head would add for this token alone, its value through the
-    head's part of the output projection.
+    All are float32 [heads, 1, rows]. ``received`` is the attention from other tokens: the mean over
+    the tokens of the same sequence that may attend to this one, 0 if there are none. ``own`` is the
+    attention from the token itself. ``norms`` is the L2 norm of the token's value after the head's
+    part of the output projection.
     """
 
     received: torch.Tensor
@@ -42,52 +44,51 @@ class Attention:
 
 @dataclass(slots=True)
 class Site:
-    """What one block gave for a batch, all on the model's device; the rows are tokens, and
-    filler.
+    """The values of one block for one batch, on the model's device.
+
+    The rows are tokens, then filler. The last four fields are set only for signals that need them.
     """
 
     layer: int  # 0: the embeddings
-    hidden: torch.Tensor  # [..., rows, hidden_size], output of the block
-    before: torch.Tensor | None = None  # the same of its input; None at layer 0
-    attention: Attention | None = None  # only for signals that need it, as is the next
-    neurons: torch.Tensor | None = (
-        None  # [..., rows, intermediate_size], what goes into the MLP's last product
-    )
-    unscaled: torch.Tensor | None = (
-        None  # the output before the gain and bias of the LayerNorm that ends the block
-    )
-    outliers: torch.Tensor | None = (
-        None  # int64 [DIMENSIONS], of the hidden state, found on a pilot
-    )
+    hidden: torch.Tensor  # output of the block, [..., rows, hidden_size]
+    before: torch.Tensor | None = None  # input of the block, same shape; None at layer 0
+    attention: Attention | None = None
+    # Input of the MLP's last product, [..., rows, intermediate_size].
+    neurons: torch.Tensor | None = None
+    # Output of the LayerNorm that ends the block, without its gain and bias.
+    unscaled: torch.Tensor | None = None
+    # Outlier dimensions of the hidden state, int64 [DIMENSIONS], found by the calibration.
+    outliers: torch.Tensor | None = None
 
 
 class Signal(ABC):
-    """Numbers read off a block for each token. Subclasses take no arguments and keep no state."""
+    """Numbers read from a block for each token. Subclasses take no arguments and keep no state."""
 
     name: ClassVar[str]
-    """As in ``--signals``."""
+    """Name of the signal in ``--signals``."""
     columns: ClassVar[tuple[str, ...]]
-    """What it measures; in the tables each is followed by the layer, as in ``strength_8``."""
+    """Names of the measured numbers; the tables append the layer, as in ``strength_8``."""
     unit: ClassVar[str]
+    """Unit of the numbers, in words."""
     first_layer: ClassVar[int] = 0
-    """1 for what the embeddings have not."""
+    """First layer that has the signal: 0, or 1 if the embeddings do not have it."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of ``NEEDS``, which cost time and are made only for those who ask."""
+    """Members of ``NEEDS`` that the signal reads; they are computed only on demand."""
     is_series: ClassVar[bool] = True
-    """Whether each of ``columns`` is a column of the tokens table; false for what has a table of
-    its own.
-    """
+    """Whether each of ``columns`` is a column of the tokens table; false if they have their own."""
 
     @abstractmethod
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
-        """For each of ``columns`` finite, non-negative numbers [..., rows], float32, on the same
-        device.
+        """One float32 tensor [..., rows] for each of ``columns``, on the same device.
+
+        All numbers are finite and not negative.
         """
 
 
 def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
-    """What ``signals`` measure at ``layers``, in the order of the tables: signal by signal, layers
-    in their order.
+    """All series of ``signals`` at ``layers``, in the order of the tables.
+
+    The order is by signal, then by column, then by layer.
     """
     return [
         Series(c, k)
@@ -100,9 +101,7 @@ def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
 
 
 def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
-    """All that a model gives: the ``series``, then layer by layer what goes into tables of its
-    own.
-    """
+    """Everything that a model measures: ``series``, then values for separate tables by layer."""
     others = [
         Series(c, k)
         for s in signals
@@ -124,7 +123,7 @@ class Strength(Signal):
 
 
 class Shift(Signal):
-    """L2 norm of what the block changed: of its output less its input."""
+    """L2 norm of the block's change: its output minus its input."""
 
     name, columns, unit = "shift", ("shift",), "of the hidden state"
     first_layer = 1
@@ -137,7 +136,7 @@ class Shift(Signal):
 class Centred(Signal):
     """The strength without the gain and the bias of the LayerNorm that ends the block.
 
-    All but the same for every token, sqrt(hidden_size): what differs in strength is how far a token
+    It is nearly sqrt(hidden_size) for every token. So strengths differ only by how far a token
     points into the dimensions of large gain. Blocks that end in a sum have no such norm.
     """
 
@@ -150,8 +149,9 @@ class Centred(Signal):
 
 
 class Trimmed(Signal):
-    """The strength without the layer's outlier dimensions, which are found on a pilot and kept in
-    the run.
+    """The strength without the layer's outlier dimensions.
+
+    The calibration finds these dimensions, and the run stores them.
     """
 
     name, columns, unit = "trimmed", ("strength_trimmed",), "of the hidden state"
@@ -163,9 +163,7 @@ class Trimmed(Signal):
 
 
 class States(Signal):
-    """Whole hidden states [..., rows, hidden_size]: for whoever looks at more of them than a
-    number; not recorded.
-    """
+    """Whole hidden states [..., rows, hidden_size], for use inside the package; never recorded."""
 
     name, columns, unit = "states", ("states",), "of the hidden state"
 
@@ -174,13 +172,13 @@ class States(Signal):
 
 
 class Received(Signal):
-    """Attention that the token gets in the layer.
+    """Attention that the token receives in the layer.
 
-    ``attention``: from the other tokens of its window, in the mean over them and over heads.
-    ``attention_self``: from itself, mean over heads. ``attention_norm``: what it adds to the
-    others, each head's share of attention times the length of its transformed value, summed over
-    heads (Kobayashi et al. 2020, arXiv:2004.10102, before the sum over heads), in the mean over the
-    others; in a model whose attention looks back, over those behind it.
+    ``attention``: from the other tokens of its window, mean over these tokens and over heads.
+    ``attention_self``: from itself, mean over heads. ``attention_norm``: how much the token adds to
+    the other tokens, mean over them. It is each head's attention weight times the L2 norm of the
+    transformed value, summed over heads (Kobayashi et al. 2020, arXiv:2004.10102, before the sum
+    over heads). In a causal model the other tokens are those after this one.
     """
 
     name, columns = "attention", ("attention", "attention_self", "attention_norm")
@@ -194,11 +192,11 @@ class Received(Signal):
 
 
 class Neurons(Signal):
-    """The MLP's neurons that are furthest from 0: behind the non-linearity, in a gated MLP the
-    product with the gate.
+    """The MLP's neurons with the largest absolute values.
 
-    ``top`` numbers of neurons, then their values in the same order, the furthest first; a value of
-    0 is no neuron. They go into the table ``token_neurons``.
+    Values are read after the non-linearity; in a gated MLP, after the product with the gate. The
+    columns are ``top`` neuron numbers, then their values in the same order, the largest absolute
+    value first. A value of 0 means no neuron. They go into the table ``token_neurons``.
     """
 
     name, unit = "neurons", "of the input of the MLP's last product"
@@ -212,13 +210,13 @@ class Neurons(Signal):
         assert site.neurons is not None
         neurons = site.neurons.float()
         which = neurons.abs().topk(min(self._top, neurons.shape[-1])).indices
-        missing = (0, self._top - which.shape[-1])  # of an MLP with fewer neurons
+        missing = (0, self._top - which.shape[-1])  # an MLP may have fewer neurons than ``top``
         found = (which.float(), neurons.gather(-1, which))
         return [column for x in found for column in functional.pad(x, missing).unbind(-1)]
 
 
 def norm(hidden: torch.Tensor) -> torch.Tensor:
-    """[..., hidden_size], any float dtype -> L2 norms [...], float32.
+    """L2 norms, float32 [...], of ``hidden`` [..., hidden_size] in any float dtype.
 
     The sum is accumulated in float32: in bfloat16 it would flip 1.6 % of the HIGH labels.
     """
@@ -232,19 +230,21 @@ BUILT_IN: dict[str, type[Signal]] = {
 
 
 def known() -> list[str]:
-    """Names that ``find_signals`` finds: ours, and those of installed packages."""
+    """Names of all signals: the built-in ones, and those of installed packages."""
     return [*BUILT_IN, *sorted(_elsewhere().keys() - BUILT_IN)]
 
 
 def _elsewhere() -> dict[str, EntryPoint]:
+    """Signals of installed packages, by name."""
     return {point.name: point for point in entry_points(group=SIGNAL_GROUP)}
 
 
 def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signal, ...], list[str]]:
-    """The signals that ``text`` names, and what tells each from others of its name: for one of
-    another package its version too, since what was measured by another one is another measure.
+    """The signals that ``text`` names, and the identity of each.
 
-    Raises ``ConfigError`` for a name that nobody has, and for a class that is no ``Signal``.
+    The identity is the signal's name. For a signal of an installed package it includes the name and
+    version of the package: another version is another measure. Raises ``ConfigError`` for an
+    unknown name, for a class that is no valid ``Signal``, and for two signals with the same column.
     """
     found: list[Signal] = []
     identities = []
@@ -268,6 +268,7 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
 
 
 def _load(point: EntryPoint) -> Signal:
+    """The signal at ``point``. Raises ``ConfigError`` if it cannot be loaded or is not valid."""
     where = f"signal {point.name!r} ({point.value})"
     try:
         signal = point.load()()
@@ -292,7 +293,7 @@ def _load(point: EntryPoint) -> Signal:
         ]
     except ConfigError:
         raise
-    except Exception as error:  # it is somebody else's code
+    except Exception as error:  # third-party code may raise any error
         raise ConfigError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     if wrong:
         raise ConfigError(f"{where} is no signal: {'; '.join(wrong)}")

@@ -1,6 +1,4 @@
-"""What a sequence classifier decides about one text, and what at one layer its decision hangs
-on.
-"""
+"""A sequence classifier's decision about one text, with each token's and neuron's part in it."""
 
 from __future__ import annotations
 
@@ -23,28 +21,28 @@ class Decided:
     """A classifier's answer, and each token's and neuron's part in the logit of ``chosen``.
 
     A part is value times gradient at the layer (Simonyan et al. 2013, arXiv:1312.6034; Shrikumar et
-    al. 2016, arXiv:1605.01713): what the logit would lose, were it linear, if the value went to 0.
-    For a token it is summed over the dimensions of its hidden state.
+    al. 2016, arXiv:1605.01713). If the logit were linear, it would lose this much when the value
+    went to 0. For a token, the parts of the dimensions of its hidden state are summed.
     """
 
     kind: str  # "one" of the labels (softmax), "any" of them (sigmoid each), or a "value"
     labels: tuple[str, ...]
     values: tuple[float, ...]  # by label: probabilities, or the value itself
-    chosen: int  # label with the largest value
-    tokens: Norms  # [n_tokens]
-    # [n_tokens, intermediate_size], of the MLP's neurons; layer 0 has none: [n_tokens, 0]
+    chosen: int  # index of the label with the largest value
+    tokens: Norms  # parts of the tokens, [n_tokens]
+    # Parts of the MLP's neurons, [n_tokens, intermediate_size]; [n_tokens, 0] if there are none,
+    # as at layer 0.
     neurons: Norms
 
 
 def decide(
     files: ModelFiles, ids: Sequence[int], layer: int, strengths: Norms, dtype: str, device: str
 ) -> Decided:
-    """Run the sequence classifier in ``files`` over the one text ``ids``, in float32 and as
-    transformers has it.
+    """Run the sequence classifier in ``files`` over one text ``ids``, in float32, unchanged.
 
-    ``strengths`` [n_tokens]: what was measured at ``layer`` with products of ``dtype``; the
-    classifier's own must be those within that dtype's tolerance. Raises ``ModelError`` where they
-    are not, and without a classifier.
+    ``strengths`` [n_tokens] are those measured at ``layer`` with products of ``dtype``. Raises
+    ``ModelError`` if the classifier's own strengths differ by more than the tolerance of ``dtype``,
+    and if ``files`` hold no classifier.
     """
     model = _load(files).to(device)
     blocks = find_blocks(model.base_model, files)
@@ -56,9 +54,8 @@ def decide(
         calls += 1
         if calls == max(1, layer):
             hidden = args[0] if args else kwargs["hidden_states"]
-            read["hidden"] = (
-                hidden.requires_grad_()
-            )  # of all that runs, what comes behind this has gradients
+            # Only computations after this point record gradients.
+            read["hidden"] = hidden.requires_grad_()
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if calls == layer:
@@ -71,9 +68,9 @@ def decide(
             and output.shape[-1] == files.hidden_size
             and args[0].shape[:-1].numel() == len(ids)
         ):
-            read["neurons"] = args[
-                0
-            ]  # the block's last product is the MLP's; of experts each token has its own
+            # The last product of the block is the MLP's. In a mixture each token has its own
+            # experts, so their neurons are left out.
+            read["neurons"] = args[0]
 
     for block in blocks:
         block.register_forward_pre_hook(before, with_kwargs=True)
@@ -110,6 +107,7 @@ def decide(
 
 
 def _load(files: ModelFiles) -> Any:
+    """The sequence classifier in ``files``. Raises ``ModelError`` if there is none."""
     if files.gguf is not None:
         raise ModelError(
             f"{files.name} is a GGUF file, which holds no classifier; give a run of a model that has one"
@@ -123,7 +121,7 @@ def _load(files: ModelFiles) -> Any:
 
 
 def _read(logits: torch.Tensor, config: Any) -> tuple[str, torch.Tensor]:
-    """The kind of answer that ``logits`` [n_labels] are, and its values."""
+    """The kind of the answer in ``logits`` [n_labels], and its values."""
     if getattr(config, "problem_type", None) == "regression" or len(logits) == 1:
         return "value", logits
     if getattr(config, "problem_type", None) == "multi_label_classification":

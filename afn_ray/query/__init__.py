@@ -1,3 +1,4 @@
-"""The only door to DuckDB: SQL and a run in, rows out. A query runs in a process of its own and
-cannot write.
+"""The only door to DuckDB: SQL and a run in, rows out.
+
+Queries run in a separate process that cannot write.
 """

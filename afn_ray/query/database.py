@@ -1,6 +1,4 @@
-"""A run's tables as SQL views, asked in a process of their own, and the catalog for other
-clients.
-"""
+"""Query a run's tables as SQL views in a separate process; write a catalog for other clients."""
 
 from __future__ import annotations
 
@@ -51,10 +49,12 @@ from afn_ray.text import printable
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
-"""A store names its folders and files as it likes, and all of these stand in SQL."""
+"""Safe names of files below a store: the names come from the store and are inserted into SQL."""
 
 MAX_TIMEOUT_S = 1_000_000
+"""Largest time limit of a query, in seconds."""
 MAX_THREADS = 1024
+"""Largest number of DuckDB's threads."""
 
 
 def open_run(
@@ -65,16 +65,17 @@ def open_run(
     threads: int | None = None,
     timeout_s: float = 60.0,
 ) -> Run:
-    """The run at ``uri`` (a run's URI, or a store's for its latest complete run), ready to be asked
-    in SQL.
+    """Open the run at ``uri`` for queries in SQL.
 
-    ``baseline``, another run's URI or a store's, fills the views ``movers``, ``drift`` and
-    ``class_drift``, in which ``_a`` is the baseline and ``_b`` this run; without one they are
-    empty. ``memory_limit`` is DuckDB's, ``threads`` None is one per core, ``timeout_s`` holds for
-    each query. Opening reads the run's small tables and a Parquet footer of each part that
-    ``words`` is read in, 16 at most. Raises ``StoreError`` when there is no such run or it is
-    damaged, ``QueryError`` for a limit that DuckDB does not accept, ``ConfigError`` for a baseline
-    of another measure.
+    ``uri`` is a run's URI, or a store's URI for its latest complete run. ``baseline``, given in the
+    same way, fills the views ``movers``, ``drift`` and ``class_drift``, in which ``_a`` is the
+    baseline and ``_b`` this run; without it they are empty. ``memory_limit`` is DuckDB's limit.
+    ``threads`` is DuckDB's number of threads, one per core by default. ``timeout_s`` is the limit
+    of each query in seconds. Opening reads the run's small tables, and one Parquet footer for each
+    part of ``words``, at most 16.
+
+    Raises ``StoreError`` if the run does not exist or is damaged, ``QueryError`` for a limit that
+    is not valid, and ``ConfigError`` for a baseline of another measure.
     """
     against = None if baseline is None else manifest.find_run(baseline)
     return Run(
@@ -87,13 +88,13 @@ def open_run(
 
 
 def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
-    """Write the views and macros of ``open_run`` into ``path``, a DuckDB file that any client of
-    DuckDB opens.
+    """Write the views and macros of ``open_run`` into a DuckDB file for any DuckDB client.
 
-    It holds the run's small tables, and reads tokens and documents where the store is now; where it
-    has moved, ``SET VARIABLE afn_store = '/its/new/place'`` says so. A store that is not local
-    needs DuckDB's httpfs. The file is whole or not there. Raises ``ConfigError`` when ``path``
-    exists or cannot be written, and what ``open_run`` raises.
+    The file ``path`` holds the run's small tables. It reads tokens and documents from the store at
+    its current place. After the store has moved, set ``SET VARIABLE afn_store =
+    '/its/new/place'``. A store that is not local needs DuckDB's httpfs extension. The file appears
+    complete or not at all. Raises ``ConfigError`` if ``path`` exists or cannot be written, and what
+    ``open_run`` raises.
     """
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
@@ -107,7 +108,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     place = folder.store.rstrip("/").replace("'", "''")
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        # The format of DuckDB 1.0: by default the file has one that only the newest clients open.
+        # The file format of DuckDB 1.0: only the newest clients open the default format.
         with duckdb.connect(
             unfinished, config={"storage_compatibility_version": "v1.0.0"}
         ) as connection:
@@ -118,7 +119,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
-        os.link(unfinished, path)  # appears whole, and replaces nothing
+        os.link(unfinished, path)  # appears complete, and replaces no file
     except FileExistsError as error:
         raise ConfigError(
             f"{path} exists and stays as it is; name another file, or remove it"
@@ -131,54 +132,59 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
 
 
 KEYS = itertools.count()
-"""Of relations, unlike in a process and in those forked from it."""
+"""Keys of relations, unique in this process and each process forked from it."""
 
 BATCH_ROWS = 1 << 17
+"""Rows of an Arrow batch by default."""
 
 
 class Result:
-    """The rows of one query: lazy, computed by the method that asks for them, anew each time.
+    """The rows of one query, computed anew by each method that returns them.
 
     It has every method of ``duckdb.DuckDBPyRelation`` that takes no Python function (``fetchall``,
-    ``df``, ``pl``, ``to_arrow_table``, ``filter``, ``limit``, ``aggregate``, ...); those that
-    return a relation return a ``Result``. It is computed in the run's own process, and its rows
-    come from there as Arrow. Errors are ``QueryError``; each call has the run's time limit for
-    itself, the first one less what it took to prepare the query, and what it returns at once is
-    bounded by the memory limit (``to_arrow_reader`` is not: it takes rows a batch at a time).
+    ``df``, ``pl``, ``to_arrow_table``, ``filter``, ``limit``, ``aggregate``, ...). Methods that
+    return a relation there return a ``Result`` here. The run's query process computes the rows and
+    sends them as Arrow.
+
+    Errors are raised as ``QueryError``. Each call has the run's time limit; the first call has what
+    the preparation of the query left of it. The size of the rows that a call returns at once is
+    bounded by the memory limit. ``to_arrow_reader`` has no such bound: it reads one batch at a
+    time.
     """
 
     __slots__ = ("_first", "_key", "_made", "_run", "_steps")
 
     def __init__(self, run: Run, steps: Steps) -> None:
-        """What ``steps`` make; SQL that is wrong is found here."""
+        """Bind ``steps`` in the query process. Raises ``QueryError`` for SQL that is wrong."""
         self._run, self._steps, self._key = run, steps, next(KEYS)
         self._first: Allowance | None = run._allowance()
         self._made = self._bind(self._first)
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns."""
+        """Column names."""
         return list(self._made["columns"])
 
     @property
     def types(self) -> list[str]:
-        """SQL types of the columns."""
+        """SQL types of the columns, as text."""
         return list(self._made["types"])
 
     dtypes = types
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many rows and columns there are; the rows are counted."""
+        """Numbers of rows and columns; a query counts the rows."""
         ((rows,),) = self.aggregate("count(*)").fetchall()
         return rows, len(self.columns)
 
     def to_arrow_reader(self, batch_size: int = BATCH_ROWS) -> pa.RecordBatchReader:
-        """The rows as a stream of Arrow batches; the time limit holds for each batch, not for who
-        reads them.
+        """The rows as a stream of Arrow batches.
+
+        The time limit applies to the computation of each batch, not to the time between reads.
         """
         schema, batches = self._batches(batch_size)
-        if _is_lossless(schema):  # DuckDB's own kinds of numbers, as the nearest that Arrow has
+        if _is_lossless(schema):  # convert DuckDB's own types to the nearest Arrow types
             schema = self._run._local(schema.empty_table()).to_arrow_table().schema
             batches = (
                 b
@@ -190,7 +196,7 @@ class Result:
     arrow = to_arrow_reader
 
     def to_arrow_table(self, batch_size: int = BATCH_ROWS) -> pa.Table:
-        """All rows as one table."""
+        """All rows as one Arrow table."""
         table = self._table(batch_size)
         return self._run._local(table).to_arrow_table() if _is_lossless(table.schema) else table
 
@@ -214,23 +220,25 @@ class Result:
         return partial(self._step, name)
 
     def _of_rows(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """A method that returns all rows in some form."""
+        """Call the relation's method ``name`` on all rows, in this process."""
         table = self._table(BATCH_ROWS)
-        if (
-            name == "fetchall" and set(self.types) <= PLAIN_TYPES
-        ):  # the same, without a query in this process
+        # Plain types need no query in this process to give the same values.
+        if name == "fetchall" and set(self.types) <= PLAIN_TYPES:
             return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
         with self._run._plain_errors():
             return getattr(self._run._local(table, self.types), name)(*arguments, **options)
 
     def _step(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method there; what it makes is a result too, unless it is a value."""
+        """Call the relation's method ``name`` in the query process.
+
+        Returns a ``Result`` for a relation, otherwise the value.
+        """
         step = (name, tuple(map(_sent, arguments)), {k: _sent(v) for k, v in options.items()})
         made = Result(self._run, (*self._steps, step))
         return made._made.get("value", made)
 
     def _allowance(self) -> Allowance:
-        """The time of one call; the first call's is what preparing the query has left."""
+        """Time of one call; the first call has what the preparation of the query left."""
         allowance, self._first = self._first or self._run._allowance(), None
         return allowance
 
@@ -239,7 +247,7 @@ class Result:
 
     def _ask(self, allowance: Allowance, do: str, argument: Any) -> tuple[int, Answer]:
         number, answer = self._run._process.ask(allowance, do, self._key, argument)
-        if "unknown" in answer.fields:  # asked before, or too long ago
+        if "unknown" in answer.fields:  # the process used or dropped this relation: bind it again
             self._bind(allowance)
             number, answer = self._run._process.ask(allowance, do, self._key, argument)
         return number, answer
@@ -251,8 +259,9 @@ class Result:
     def _batches(
         self, batch_rows: int, allowance: Allowance | None = None
     ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """Schema and rows as they come, DuckDB's own types kept; each batch has the limit, or all
-        ``allowance``.
+        """Schema and batches of the rows, with DuckDB's own types kept.
+
+        All batches share ``allowance`` if it is given; otherwise each has the run's time limit.
         """
         reader, answer = self._ask(allowance or self._allowance(), "read", batch_rows)
         with self._run._plain_errors():
@@ -276,6 +285,7 @@ class Result:
         return first.schema, batches()
 
     def _table(self, batch_rows: int) -> pa.Table:
+        """All rows. Raises ``QueryError`` if they are larger than the memory limit."""
         schema, batches = self._batches(batch_rows, self._allowance())
         taken, num_bytes = [], 0
         for batch in batches:
@@ -293,27 +303,30 @@ EMPTY_BY_DESIGN = (
     "signals", "signal_vocabulary", "token_neurons", "neurons", "neuron_types", "sources", "screened", "movers",
     "drift", "class_drift",
 )  # fmt: skip
-"""Views that say in their description when they are empty."""
+"""Views that may be empty; their descriptions say when."""
 
 PLAIN_TYPES = frozenset(
     {"BOOLEAN", "TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE", "VARCHAR"}
 )
-"""Types whose values are the same from Arrow as from DuckDB."""
+"""SQL types whose Python values are the same from Arrow as from DuckDB."""
 
 OF_ROWS = frozenset({
     "fetchall", "df", "to_df", "fetchdf", "pl", "fetchnumpy", "to_dicts", "iter_rows", "torch", "tf",
     "fetch_arrow_table", "fetch_record_batch", "fetch_arrow_reader",
 })  # fmt: skip
-"""Methods of a relation that return rows; the others make another relation, or a value."""
+"""Methods of a relation that return rows; the others return a relation or a value."""
 
 
 def _is_lossless(schema: pa.Schema) -> bool:
-    """Whether a type is DuckDB's own, which Arrow has under a name alone."""
+    """Whether ``schema`` has a type of DuckDB's own, which Arrow has as an extension type."""
     return "extension<" in str(schema.types)
 
 
 def _sent(value: Any) -> Any:
-    """An argument of a method as it is sent."""
+    """``value``, an argument of a method, in the form in which it is sent.
+
+    Raises ``QueryError`` for a Python function.
+    """
     if isinstance(value, Result):
         return Made(value._steps)
     if isinstance(value, duckdb.Expression):
@@ -326,11 +339,11 @@ def _sent(value: Any) -> Any:
 
 
 class Run:
-    """A complete run as SQL views and macros, those of ``views``.
+    """A complete run as SQL views and macros, defined in ``views``.
 
-    Queries run in a process of their own (``sandbox``), which cannot write, and cannot read
-    anything but this run's own files (``session``). One that passes its limits is stopped; where
-    that does not help the process is killed, and the next query gets a new one.
+    Queries run in a separate process (``sandbox``). It cannot write, and it can read only this
+    run's own files (``session``). A query over its limits is interrupted. If that does not help,
+    the process is killed, and the next query starts a new one.
     """
 
     def __init__(
@@ -380,13 +393,12 @@ class Run:
     def sql(
         self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Any
     ) -> Result:
-        """The result of one statement that reads; nothing is computed before a method of it is
-        called.
+        """The result of one statement that reads; the result's methods compute it.
 
         ``parameters`` are for ``?`` or ``$1`` (a sequence) or ``$name`` (a mapping). ``tables`` are
-        your own, from pandas, polars or Arrow, under the names that the query gives them, as in
+        your own tables, from pandas, polars or Arrow, by the names that the query uses, as in
         ``run.sql("FROM words JOIN meta USING (doc)", meta=frame)``. Raises ``QueryError`` for SQL
-        that is wrong or forbidden; the result's methods raise it for a query over its limits.
+        that is wrong or forbidden. The result's methods raise it for a query over its limits.
         """
         if not query.isascii() and any("\ud800" <= c <= "\udfff" for c in query):
             raise QueryError(
@@ -424,9 +436,7 @@ class Run:
         return {name: self.sql(f"FROM {name}").columns for name in VIEWS}
 
     def why_empty(self, query: str) -> list[str]:
-        """What may be the reason, as far as the text of ``query`` tells, for which it has no
-        rows.
-        """
+        """Possible reasons why ``query`` has no rows, found from its text."""
         notes = [
             f"{v}: {VIEWS[v]}"
             for v in EMPTY_BY_DESIGN
@@ -471,7 +481,7 @@ class Run:
         return bool(self.sql(f"SELECT 1 FROM {view} LIMIT 1").fetchall())  # noqa: S608 - a name of ours
 
     def close(self) -> None:
-        """End the session, and its process."""
+        """End the session and its process."""
         self._process.close()
 
     def __repr__(self) -> str:
@@ -493,7 +503,11 @@ class Run:
         self.close()
 
     def _own(self, name: str, table: Any) -> pa.Table:
-        """A table of the caller's, as it is sent."""
+        """The caller's ``table`` as Arrow.
+
+        Raises ``QueryError`` if its name is a view's, if it is no table, or if it has more than
+        half of the memory limit.
+        """
         if name.lower() in VIEWS:
             raise QueryError(f"{name} is a view of the run; give your table another name")
         try:
@@ -508,8 +522,9 @@ class Run:
         return arrow
 
     def _local(self, table: pa.Table, types: Sequence[str] = ()) -> duckdb.DuckDBPyRelation:
-        """Rows that were computed as a relation of this process, which reads them and nothing
-        else.
+        """Computed rows as a relation of this process, which has no access to anything else.
+
+        With ``types``, columns are cast to these SQL types.
         """
         if self._here is None:
             here = duckdb.connect(":memory:", config=session.CLOSED | {"threads": 1})
@@ -542,6 +557,7 @@ class Run:
 
 
 def _identifier(name: str) -> str:
+    """``name`` as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -549,29 +565,28 @@ def _settings(limits: sandbox.Limits) -> dict[str, Any]:
     return session.CLOSED | {"memory_limit": f"{limits.memory_bytes}B", "threads": limits.threads}
 
 
-# --- a run's tables, files and row
-# -----------------------------------------------------------------------
+# --- a run's tables and files ---
 
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
 }  # fmt: skip
+"""Schemas of a run's small tables, by the names of their views."""
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons")
-"""A run made before there was such a table, or without asking for it, has an empty one."""
+"""Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
 def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> dict[str, pa.Table]:
-    """All small tables by the names of their views."""
+    """All small tables, by the names of their views."""
     tables = {
         name: schema.empty_table()
         if name in MAY_LACK and name not in folder.info["tables"]
         else _table(folder, name, schema)
         for name, schema in SMALL.items()
     }
-    tables["sources"] = tables["sources"].drop_columns(
-        ["bins", "counts"]
-    )  # of many sources too much for DuckDB
+    # Histograms of many sources are too large for DuckDB.
+    tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])
     tables["labels"] = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     found = None if baseline is None else compare(baseline, folder)
@@ -589,8 +604,10 @@ def _statements(
     before: str,
     read: ReadOnlyFiles,
 ) -> list[str]:
-    """SQL of the run's views and macros, over its ``tables``; ``before`` is SQL before the name of
-    a file.
+    """SQL of the run's views and macros over its ``tables``.
+
+    ``before`` is the SQL that precedes a file's name. ``read`` opens files to find their columns.
+    Raises ``StoreError`` for a damaged run.
     """
     quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
     layers = folder.info["layers"]
@@ -624,7 +641,7 @@ def _statements(
 
 
 def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
-    """Columns of a Parquet file."""
+    """Column names of a Parquet file. Raises ``StoreError`` if it is damaged."""
     try:
         names: list[str] = pq.read_schema(files.open(name)).names
     except PermissionError as error:
@@ -638,6 +655,7 @@ def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
 
 
 def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
+    """The run's table ``name`` as ``schema``. Raises ``StoreError`` if it is damaged."""
     try:
         return manifest.read_table(folder, name).select(schema.names).cast(schema)
     except checksums.DAMAGES as error:
@@ -645,20 +663,23 @@ def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table
 
 
 class _File(NamedTuple):
-    """One shard's file of a table, or a file of the run's own."""
+    """A file of a shard's table, or a file of the run."""
 
-    name: str  # below the store
+    name: str  # path below the store
     uri: str
     size: int  # bytes
-    shard: Mapping[str, Any]  # its row of ``shards``
+    shard: Mapping[str, Any]  # row of ``shards``
 
 
 AFN = "'afn://' || "
-"""Before a file's name: a run's own files, through ``storage.ReadOnlyFiles``."""
+"""SQL before a file's name that reads it through ``files.ReadOnlyFiles``."""
 
 
 def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File]]:
-    """The files that the views read, by table, in the order of the run's shards."""
+    """The files that the views read, by table, in the order of the run's shards.
+
+    Raises ``StoreError`` for names that are missing or not safe.
+    """
     files: dict[str, list[_File]] = {"tokens": [], "documents": [], "neurons": []}
     for shard in shards.to_pylist():
         for table, of_table in files.items():
@@ -690,12 +711,15 @@ def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File
 
 
 SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}
+"""Column of ``shards`` with the size of each table's file, in bytes."""
 NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
+"""Row of ``shards`` for a file that belongs to no shard."""
 
 
 def _paths(files: Sequence[_File], before: str) -> list[File]:
-    """``files`` as the views read them; ``before`` is SQL. Names have neither quotes nor spaces
-    (``FILE_NAME``, ``RUN_FILE_NAME``).
+    """``files`` as the views read them; ``before`` is the SQL that precedes a name.
+
+    Names have neither quotes nor spaces (``FILE_NAME``, ``RUN_FILE_NAME``).
     """
     return [
         File(
@@ -710,7 +734,7 @@ def _paths(files: Sequence[_File], before: str) -> list[File]:
 
 
 def _run_row(folder: manifest.RunFolder) -> pa.Table:
-    """run.json as one row: what people look for as columns, the rest as JSON."""
+    """run.json as one row: the important values as columns, the rest as JSON."""
     info = folder.info
     config, measure = info.get("config", {}), info.get("measure", {})
     row = {

@@ -1,4 +1,4 @@
-"""The files of a run as DuckDB reads them: by name, read-only, each block checked."""
+"""The read-only filesystem through which DuckDB reads a run's files; it checks every block."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from afn_ray.store.storage import RangeFile, open_filesystem, path_in
 
 
 class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """Filesystem ``afn://`` that holds exactly the files it was given, each under a name, and never
-    writes.
+    """Filesystem ``afn://`` with a fixed set of named files; it never writes.
 
-    DuckDB 2.0 calls seek and read on one file object from many threads, which gives errors and
-    sometimes wrong rows with fsspec's own files. Every read here is positional: no position is
-    shared between threads. A local file must still lie in ``root`` once links are followed; every
-    other access raises ``PermissionError``.
+    DuckDB 2.0 calls seek and read on one file object from many threads. With fsspec's own files
+    this causes errors and sometimes wrong rows. Here every read is positional, so threads share no
+    position. A local file must be below ``root`` after links are resolved. Any other access raises
+    ``PermissionError``.
     """
 
     protocol = "afn"
@@ -34,16 +33,15 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def __init__(
         self, root: str, files: Mapping[str, tuple[str, int]], find_blocks: Callable[[str], Blocks]
     ) -> None:
-        """``files``: name -> (URI below ``root``, size in bytes). They are taken to be immutable.
+        """Serve ``files``: name -> (URI below ``root``, size in bytes).
 
-        ``find_blocks(name)`` gives a file's checksums when it is first read. What is read is held
-        against them.
+        The files must not change. ``find_blocks(name)`` returns a file's checksums; it is called
+        on the first read of the file. All bytes read are compared with the checksums.
         """
         super().__init__()
         self._find_blocks, self._blocks = find_blocks, dict[str, Blocks]()
-        self.failed: AfnError | None = (
-            None  # how a read failed last: DuckDB makes text of what it meets
-        )
+        # Error of the last failed read: DuckDB reduces errors to text.
+        self.failed: AfnError | None = None
         self._fs, path = open_filesystem(root)
         self._local_root = os.path.realpath(path) if isinstance(self._fs, LocalFileSystem) else None
         self._files = {name: (path_in(uri), size) for name, (uri, size) in files.items()}
@@ -66,7 +64,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         raise PermissionError(f"{path}: the files of a run cannot be listed")
 
     def modified(self, path: str) -> datetime:
-        return datetime.fromtimestamp(0, UTC)  # DuckDB asks, to see whether its cache holds
+        return datetime.fromtimestamp(0, UTC)  # DuckDB uses it to validate its cache
 
     def _find(self, path: str) -> tuple[str, int]:
         try:
@@ -75,6 +73,10 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
             raise PermissionError(f"{path} is not a file of this run") from None
 
     def _checked(self, name: str, start: int, end: int) -> bytes:
+        """The bytes of a file from ``start`` to ``end``.
+
+        Raises ``StoreError`` if the file is gone or does not have the committed checksum.
+        """
         target, size = self._files[name]
         try:
             if (blocks := self._blocks.get(name)) is None:
@@ -125,12 +127,10 @@ def _name(path: str) -> str:
 
 
 class ServedFiles(ReadOnlyFiles):
-    """The same files in a process that cannot read them itself, and asks one that can."""
+    """The same files in a process that cannot open them; it reads through another process."""
 
     def __init__(self, sizes: Mapping[str, int], read: Callable[[str, int, int], bytes]) -> None:
-        """``sizes``: in bytes, by name. ``read``: the bytes of a file, by its name, from start to
-        end.
-        """
+        """``sizes`` are in bytes by name; ``read(name, start, end)`` returns bytes of a file."""
         fsspec.AbstractFileSystem.__init__(self)
         self._files = {name: (name, size) for name, size in sizes.items()}
         self._ask = read

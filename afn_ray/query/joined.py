@@ -1,4 +1,4 @@
-"""Tables of the user's own, read from files to be joined with a run: bounded in bytes and rows."""
+"""Read a user's own tables from files, for joins with a run; bytes and rows are limited."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ import pyarrow.parquet
 from afn_ray.errors import ConfigError
 
 MAX_BYTES = 256 << 20
-"""Of a file, and of the table that it becomes."""
+"""Largest size of a file, and of the table read from it, in bytes."""
 MAX_ROWS = 10_000_000
+"""Largest number of rows of a table."""
 ENDINGS = (".csv", ".jsonl", ".parquet")
+"""File name endings of the supported formats."""
 
 
 def read_tables(given: list[str]) -> dict[str, pa.Table]:
-    """The tables of ``name=file`` by name. Raises ``ConfigError``."""
+    """Read the tables ``given`` as ``name=file``; return them by name.
+
+    Raises ``ConfigError`` for a name that is not valid or given twice, and what ``read_table``
+    raises.
+    """
     tables: dict[str, pa.Table] = {}
     for one in given:
         name, _, path = one.partition("=")
@@ -35,7 +41,11 @@ def read_tables(given: list[str]) -> dict[str, pa.Table]:
 
 
 def read_table(path: Path) -> pa.Table:
-    """A CSV, JSONL or Parquet file, types guessed. Raises ``ConfigError``."""
+    """Read a CSV, JSONL or Parquet file; the types of CSV and JSONL are guessed.
+
+    Raises ``ConfigError`` for an unknown ending, and for a file that is too large, empty or
+    unreadable.
+    """
     if path.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{path}: expected a file that ends in {', '.join(ENDINGS)}")
     batches, rows, num_bytes = [], 0, 0

@@ -1,6 +1,4 @@
-"""A process of its own for SQL, with hard limits: started, asked, and killed when it passes one of
-them.
-"""
+"""Run SQL in a separate process with hard limits, and kill it when it passes one of them."""
 
 from __future__ import annotations
 
@@ -55,35 +53,45 @@ ENVIRONMENT = (
     "LD_LIBRARY_PATH",
     "DYLD_LIBRARY_PATH",
 )
-"""What the process gets of ours; credentials stay here, for it opens no file itself."""
+"""Environment variables that the child process inherits.
+
+Credentials are not among them: the child opens no files itself.
+"""
 
 START_S = 120.0
-"""Longest start, in seconds: it reads the footers of a few files, from a bucket that may be
-slow.
+"""Longest start of the process, in seconds.
+
+It reads the footers of a few files, perhaps from a slow bucket.
 """
 POLL_MS = 20
-"""Between two looks at the memory and the time of a query."""
+"""Interval between two checks of a query's memory and time, in milliseconds."""
 GRACE_S = 0.5
-"""From asking a query to stop until its process is killed."""
+"""Time between a request to stop a query and the end of its process, in seconds."""
 
 SPARE_BYTES = 256 << 20
-"""Memory of the process that DuckDB's own limit does not count: Arrow's buffers, text in work, the
-interpreter's.
+"""Memory in bytes that the process may use beyond DuckDB's own limit.
+
+Arrow's buffers, text in work and the interpreter use it.
 """
 SPARE_BYTES_PER_THREAD = 16 << 20
-"""Stacks and arenas."""
+"""Memory in bytes for the stack and the arenas of each thread."""
 MAX_NAME_BYTES = 4096
+"""Longest name of a file in a read request, in bytes."""
 MOST_TEXT_BYTES = 64 << 20
-"""Longest error, or names and types of a result's columns, that the process may answer with, in
-bytes of JSON.
+"""Longest JSON of an answer, in bytes.
+
+It holds an error, or the names and types of a result's columns.
 """
 
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+"""Powers of 1000 or 1024 by the prefix of a unit."""
 
 
 def memory_bytes(text: str) -> int:
-    """``text`` as DuckDB reads it: 500MB, 2GB, 1.5GiB, or 50% of what this process may have. Raises
-    ``QueryError``.
+    """The number of bytes in ``text``, as DuckDB reads it: 500MB, 2GB, 1.5GiB or 50%.
+
+    A percentage is a share of the memory that this process may have. Raises ``QueryError`` for any
+    other text.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?|(%))\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
@@ -100,17 +108,17 @@ def memory_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one query may take."""
+    """Limits of one query."""
 
     memory: str
-    """Of DuckDB, as it was asked for."""
+    """DuckDB's memory limit, as the user wrote it."""
     memory_bytes: int
     threads: int
     timeout_s: float
 
     @property
     def process_bytes(self) -> int:
-        """Memory that the process may take beyond what it begins with."""
+        """Memory in bytes that the process may use beyond what it has at its start."""
         return self.memory_bytes * 9 // 8 + SPARE_BYTES + self.threads * SPARE_BYTES_PER_THREAD
 
     def memory_error(self) -> QueryError:
@@ -127,17 +135,16 @@ class Limits:
 
 @dataclass
 class Allowance:
-    """Time that the requests of one query may still take together."""
+    """Time that is left to all requests of one query together, in seconds."""
 
     left_s: float
 
 
 class Process:
-    """The process that answers; started at the first question, and again after it was killed or
-    died.
+    """The query process.
 
-    Questions from several threads are answered one after the other. It ends with this object, and
-    with this process.
+    It is started at the first request, and again after it was killed or died. Requests from several
+    threads run one after another. The process ends with this object, and with the parent process.
     """
 
     def __init__(self, files: ReadOnlyFiles, setup: Setup, limits: Limits) -> None:
@@ -149,15 +156,15 @@ class Process:
         self._forgotten: list[int] = []
 
     def ask(self, allowance: Allowance, do: str, *arguments: Any) -> tuple[int, Answer]:
-        """The number and the answer of a request, which takes its time from ``allowance``.
+        """Send a request; return its number and its answer. Its time counts in ``allowance``.
 
-        Raises ``QueryError`` for SQL that is wrong or over a limit, or that its process died of,
-        and what reading a file raised.
+        ``do`` is a method of ``session.Session``. Raises ``QueryError`` for SQL that is wrong, is
+        over a limit, or crashed the process. Raises the error of a file that could not be read.
         """
         with self._lock:
             if self._closed:
                 raise QueryError("the run is closed; open it again")
-            self._files.failed = None  # what a query met that was stopped
+            self._files.failed = None  # a stopped query may have left an error
             child = self._started()
             forget, self._forgotten = tuple(self._forgotten), []
             request = Request(next(self._numbers), do, arguments, forget)
@@ -168,10 +175,11 @@ class Process:
         return request.number, answer
 
     def forget(self, reader: int) -> None:
-        """Nobody reads the result of this request any more."""
+        """Release the reader of this request: no more batches are needed."""
         self._forgotten.append(reader)
 
     def close(self) -> None:
+        """End the process; later requests raise ``QueryError``."""
         with self._lock:
             self._closed = True
             self._end()
@@ -189,8 +197,9 @@ class Process:
         return self._child
 
     def _check(self, answer: Answer) -> None:
-        """Raise what an answer stands for that is an error: of a file that could not be read, or of
-        SQL.
+        """Raise the error in ``answer``, if it has one.
+
+        The error is that of a file that could not be read, or a ``QueryError``.
         """
         if (error := answer.fields.get("error")) is not None:
             raise self._files.failed or QueryError(readable(error, self._limits))
@@ -202,7 +211,7 @@ class Process:
 
 
 def readable(message: str, limits: Limits | None = None) -> str:
-    """An error of DuckDB's as it is told: without what is of no use to who asked."""
+    """An error message of DuckDB in a form that helps the user."""
     if limits is not None and OUT_OF_MEMORY.search(message):
         return str(limits.memory_error())
     if "Permission Error" in message or "read-only mode" in message:
@@ -210,15 +219,13 @@ def readable(message: str, limits: Limits | None = None) -> str:
             f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table of your own comes "
             "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, polars or Arrow"
         )
-    if "Traceback (most recent call last)" in message:  # our filesystem's error, told by DuckDB
+    if "Traceback (most recent call last)" in message:  # an error of our filesystem
         return message.strip().rpartition("\n")[2]
     return message.strip()
 
 
 def _is_broken(answer: Answer) -> bool:
-    """Whether DuckDB is better started again: after an error of its own, or memory that the system
-    refused it.
-    """
+    """Whether DuckDB must be restarted after an internal error or refused memory."""
     by_system = "alloc" in answer.fields.get("error", "") and OUT_OF_MEMORY.search(
         answer.fields["error"]
     )
@@ -230,7 +237,7 @@ def _is_broken(answer: Answer) -> bool:
 
 
 class _Child:
-    """One such process, and the threads that read files for it."""
+    """One query process, and the threads that read files for it."""
 
     def __init__(self, files: ReadOnlyFiles, limits: Limits) -> None:
         self._owner, self._limits, self._most_resident = os.getpid(), limits, 0
@@ -257,7 +264,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd="/",
-                start_new_session=True,  # Ctrl-C is ours: we say what it stops
+                start_new_session=True,  # Ctrl-C goes to the parent, which stops the query
                 env={k: v for k in ENVIRONMENT if (v := os.environ.get(k)) is not None}
                 | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
@@ -272,9 +279,11 @@ class _Child:
         threading.Thread(target=_serve, args=(files, served), daemon=True).start()
 
     def is_usable(self) -> bool:
+        """Whether the process is alive and was started by this process, not by its parent."""
         return self._owner == os.getpid() and self._process.poll() is None
 
     def set_up(self, setup: Setup) -> Answer:
+        """Start the session and set the memory limit; return the first answer."""
         self._send(setup)
         answer = self._receive(0, time.monotonic() + START_S)
         self._most_resident = _resident_bytes(self._process.pid) + self._limits.process_bytes
@@ -293,9 +302,7 @@ class _Child:
             self._sender.send(what)
         except OSError:
             raise self._died() from None
-        except (
-            Exception
-        ) as error:  # whatever an object of the caller's raises when it is to be copied
+        except Exception as error:  # a caller's object may raise any error when it is pickled
             raise QueryError(
                 f"a parameter cannot be sent to the process that runs SQL: {error}"
             ) from error
@@ -312,9 +319,8 @@ class _Child:
                     late = True
                     if now > until + GRACE_S:
                         raise self._killed(self._limits.time_error())
-                    self._stop(
-                        number
-                    )  # again and again: what comes before the query begins is lost
+                    # Repeated, because DuckDB ignores an interrupt before the query begins.
+                    self._stop(number)
         except KeyboardInterrupt:
             self._stop_for_good(number, poll)
             raise
@@ -334,15 +340,17 @@ class _Child:
             return Answer(fields, pa.py_buffer(receive(self._requests, arrow_bytes)))
         except (EOFError, OSError):
             raise self._died() from None
-        except BaseException:  # half an answer: what comes next could not be told from its rest
+        except BaseException:  # a half-read answer makes the rest of the stream useless
             self.end()
             raise
 
     def _stop(self, number: int) -> None:
+        """Ask the process to interrupt the request ``number``."""
         with contextlib.suppress(OSError):
             self._stops.sendall(LENGTH.pack(number))
 
     def _stop_for_good(self, number: int, poll: select.poll) -> None:
+        """Interrupt the request ``number`` and discard its answer; kill the process if needed."""
         until = time.monotonic() + GRACE_S
         try:
             while not poll.poll(POLL_MS):
@@ -358,7 +366,7 @@ class _Child:
         return error
 
     def _died(self) -> QueryError:
-        """Why it ended by itself."""
+        """The error for a process that ended by itself."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_S)
         code, said = self._process.poll(), ""
@@ -379,7 +387,7 @@ class _Child:
         )
 
     def end(self) -> None:
-        """Kill it and close what led to it; a process that was forked from ours leaves it alone."""
+        """Kill the process and close the sockets; a fork of the parent only closes its copies."""
         self._sender.close()
         for one in self._sockets:
             with contextlib.suppress(OSError):
@@ -400,18 +408,17 @@ def _text_error(num_bytes: int) -> QueryError:
 
 
 def _resident_bytes(pid: int) -> int:
-    """Memory that a process has in use; 0 where the system does not say."""
+    """Resident memory of a process in bytes; 0 if the system does not report it."""
     with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/statm") as statm:  # noqa: PTH123
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
     return 0
 
 
-# --- files
-# -----------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def _serve(files: ReadOnlyFiles, connections: socket.socket) -> None:
-    """Take connections, one for each thread that reads there, and a thread here for each."""
+    """Accept connections: one for each reading thread of the child, with one thread here each."""
     while True:
         try:
             _, fds, _, _ = socket.recv_fds(connections, 1, 1)
@@ -425,6 +432,7 @@ def _serve(files: ReadOnlyFiles, connections: socket.socket) -> None:
 
 
 def _serve_reads(files: ReadOnlyFiles, connection: socket.socket) -> None:
+    """Answer read requests on ``connection`` until it is closed."""
     with connection, contextlib.suppress(EOFError, OSError):
         while True:
             name_bytes, start, end = READ.unpack(receive(connection, READ.size))

@@ -1,10 +1,8 @@
-"""The process that runs SQL: a sandboxed DuckDB session over a run's files, which answers one
-request at a time.
+"""The process that runs SQL: a sandboxed DuckDB session over a run's files.
 
-It is started by ``sandbox``, and has nothing but sockets: it reads files through the process that
-started it, opens none of its own, and cannot write any. Requests come as ``multiprocessing`` sends
-objects, from the process that may do everything anyway; answers go back as JSON and Arrow, which
-execute nothing.
+``sandbox`` starts it. It answers one request at a time and has only sockets: it reads files through
+its parent process, opens no file itself, and cannot write. Requests arrive as pickled objects, from
+a parent that has full rights anyway. Answers return as JSON and Arrow, which cannot execute code.
 """
 
 from __future__ import annotations
@@ -32,11 +30,13 @@ import pyarrow as pa
 from afn_ray.query.files import ServedFiles
 
 ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
-"""SELECT is also FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE; MULTI is PIVOT without an IN
-list.
+"""Allowed types of statements.
+
+SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT without an IN list.
 """
 
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
+"""SQL that begins the transaction of every query."""
 
 CLOSED: dict[str, Any] = {
     "temp_directory": "",
@@ -47,86 +47,98 @@ CLOSED: dict[str, Any] = {
     "allow_extension_repositories": "forbidden",
     "allow_persistent_secrets": False,
 }
-"""Settings of a connection that neither spills nor loads anything."""
+"""DuckDB settings that prevent spilling to disk and the loading of extensions."""
 
 FRAME = struct.Struct("<IQ")
-"""Before an answer: bytes of its JSON, and of its Arrow stream."""
+"""Header of an answer: bytes of its JSON, and bytes of its Arrow stream.
+
+The answer to a read has the same header: bytes of the error, and bytes of the data.
+"""
 LENGTH = struct.Struct("<Q")
-"""From the other process, to stop a request: its number."""
+"""Message of the parent to stop a request: the request's number."""
 READ = struct.Struct("<IQQ")
-"""Before the name of a file to read: bytes of the name, start and end of the range."""
+"""Header of a read request: bytes of the file's name, start and end of the range."""
 
 MAX_RELATIONS = 32
-"""Relations that stay bound for a second call; others are bound again."""
+"""Number of relations that stay bound; older ones are bound again on demand."""
 MAX_READERS = 256
-"""Results that are read a batch at a time, at one time."""
+"""Largest number of results that are read in batches at the same time."""
 MAX_OPEN_FILES = 256
+"""Largest number of open file descriptors of the process."""
 STACK_BYTES = 8 << 20
-"""Stack of the main thread: an expression nested too deeply ends the process, not the machine."""
+"""Stack of the main thread in bytes: a too deeply nested expression ends only the process."""
 CPU_SPARE_S = 10
-"""CPU time beyond the time limit after which the kernel ends a process whose parent is gone."""
+"""CPU time in seconds beyond the time limit, after which the kernel ends the process.
+
+It matters for a process that hangs and whose parent is gone.
+"""
 
 OUT_OF_MEMORY = re.compile(
     r"^(Out of Memory Error|.*bad[_ ]alloc|.*[Ff]ailed to allocate|MemoryError$)"
 )
-"""What DuckDB, Arrow, C++ and Python say of memory that they did not get."""
+"""Pattern of the out-of-memory errors of DuckDB, Arrow, C++ and Python."""
 
 Steps = tuple[tuple[Any, ...], ...]
-"""How a relation is made: its query first, and then calls of methods, each with its arguments."""
+"""Steps that make a relation.
+
+The first is (query, parameters, tables). Each other step is a method call: (name, arguments,
+options).
+"""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a session consists of."""
+    """Content and limits of a session."""
 
     settings: Mapping[str, Any]
-    """DuckDB's."""
+    """DuckDB settings."""
     tables: Mapping[str, pa.Table]
+    """Small tables of the run, by name."""
     statements: Sequence[str]
-    """SQL of our own, executed in order once the tables are there."""
+    """SQL that makes the views and macros, executed in order after the tables exist."""
     sizes: Mapping[str, int]
-    """Files that may be read, by name, in bytes."""
+    """Sizes in bytes of the files that may be read, by name."""
     memory_bytes: int
-    """What the process may allocate beyond what it has before DuckDB starts."""
+    """Memory in bytes that the process may allocate beyond what it has before DuckDB starts."""
     timeout_s: float
+    """Time limit of a query, in seconds."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One thing to do."""
+    """One call of a ``Session`` method."""
 
     number: int
-    do: str  # a method of Session
+    do: str  # name of a method of Session
     arguments: tuple[Any, ...] = ()
     forget: tuple[int, ...] = ()
-    """Readers that nobody reads any more."""
+    """Numbers of readers to release first."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A relation as an argument of another's method."""
+    """A relation that is an argument of another relation's method."""
 
     steps: Steps
 
 
 @dataclass
 class Answer:
-    """What goes back."""
+    """The answer to a request: JSON fields, and an Arrow stream or nothing."""
 
     fields: dict[str, Any] = field(default_factory=dict)
     arrow: bytes | pa.Buffer = b""
 
 
 class Unknown(Exception):
-    """A relation that is not bound here: it is to be sent with its steps."""
+    """The relation is not bound here; the parent must send its steps."""
 
 
-# --- what goes over sockets
-# ------------------------------------------------------------------------------
+# --- sockets ---
 
 
 def receive(connection: socket.socket, num_bytes: int) -> bytearray:
-    """The next ``num_bytes``. Raises ``EOFError`` when the other side is gone."""
+    """Receive the next ``num_bytes``. Raises ``EOFError`` if the other side is gone."""
     data = bytearray(num_bytes)
     view = memoryview(data)
     while view:
@@ -137,10 +149,10 @@ def receive(connection: socket.socket, num_bytes: int) -> bytearray:
 
 
 class _Reads:
-    """Reads of files through the other process, over one connection for each thread that reads."""
+    """Reads files through the parent process, over one connection for each reading thread."""
 
     def __init__(self, connections: socket.socket) -> None:
-        """``connections`` takes the other end of each."""
+        """``connections`` is the socket that sends the other end of each connection."""
         self._connections, self._lock, self._local = (
             connections,
             threading.Lock(),
@@ -161,19 +173,17 @@ class _Reads:
         return bytes(receive(connection, num_bytes))
 
 
-# --- the session
-# -----------------------------------------------------------------------------------------
+# --- the session ---
 
 
 class Session:
-    """A run's views in DuckDB. A query cannot write, and cannot read anything but the files that it
-    was given:
+    """A run's views in DuckDB. A query cannot write, and can read only the given files.
 
-    - one statement, and only one that reads, in a read-only transaction on a connection of its own;
-    - DuckDB's own filesystem is off; what it reads comes through ``storage.ServedFiles``, which has
-      nothing but the run's files and no way to write;
-    - no external access, no extensions, no secrets, no Python variables, no spilling, and a locked
-      configuration.
+    - A query is one statement that reads, in a read-only transaction on its own connection.
+    - DuckDB's own filesystem is off. All reads use ``files.ServedFiles``, which has only the run's
+      files and cannot write.
+    - There is no external access, no extension, no secret, no Python variable and no spilling. The
+      configuration is locked.
     """
 
     def __init__(self, setup: Setup, read: Callable[[str, int, int], bytes]) -> None:
@@ -191,7 +201,7 @@ class Session:
         fill(self.connection, setup.tables, setup.statements)
         for statement in (
             "SET disabled_filesystems = 'LocalFileSystem'",
-            # it grants writing too, which ServedFiles refuses
+            # This also permits writing, which ServedFiles refuses.
             "SET allowed_directories = ['afn://']",
             "SET enable_external_access = false",
             "SET lock_configuration = true",
@@ -199,7 +209,7 @@ class Session:
             self.connection.execute(statement)
 
     def answer(self, request: Request) -> Answer:
-        """Do one thing. Whatever goes wrong is an answer too."""
+        """Carry out ``request``. Errors are returned in the answer, never raised."""
         for reader in request.forget:
             self._readers.pop(reader, None)
         self._number = request.number
@@ -217,23 +227,24 @@ class Session:
                 self._asked = None
 
     def interrupt(self, number: int) -> None:
-        """Stop request ``number``, if it is still at work."""
+        """Interrupt request ``number`` if it is still running."""
         with self._lock:
             if self._asked is not None and self._asked[0] == number:
                 self._asked[1].interrupt()
 
-    # What a request may ask for.
+    # Methods that a request can name.
 
     def bind(self, key: int, steps: Steps) -> Answer:
-        """Columns and types of what ``steps`` make, without computing it; or the value, where it is
-        no relation.
+        """Bind the relation that ``steps`` make; return its columns and types, or its value.
+
+        A relation is not computed. Steps that end in no relation give a value.
         """
         cursor = self.connection.cursor()
         with self._at_work(cursor):
             made = self._make(cursor, steps)
         if isinstance(made, duckdb.DuckDBPyRelation):
             fields = {"columns": made.columns, "types": [str(kind) for kind in made.types]}
-        elif callable(getattr(made, "agg", None)):  # of group_by
+        elif callable(getattr(made, "agg", None)):  # the result of group_by
             fields = {"columns": [], "types": []}
         else:
             return Answer({"value": made})
@@ -243,12 +254,13 @@ class Session:
         return Answer(fields)
 
     def read(self, key: int, batch_rows: int) -> Answer:
-        """The first batch of a relation; the number of this request is its reader's."""
+        """The first batch of a relation; the request's number names the reader for ``next``."""
         cursor, relation = self._relation(key)
         with self._at_work(cursor):
             reader = _within_arrow(relation).to_arrow_reader(batch_rows)
             batch = next(reader, None)
-            # Few rows are all there are, nearly always: that is known without another request.
+            # A batch that is not full is nearly always the last one. Reading ahead finds out
+            # without another request.
             is_full = batch is not None and batch.num_rows >= batch_rows
             after = None if batch is None or is_full else next(reader, None)
         last = not is_full and after is None
@@ -286,17 +298,19 @@ class Session:
             relation.show(**options)
         return Answer({"value": printed.getvalue()})
 
-    # How it is done.
+    # Helpers.
 
     @contextlib.contextmanager
     def _at_work(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """Make ``cursor`` the connection that ``interrupt`` stops."""
         with self._lock:
             self._asked = self._number, cursor
         yield
 
     def _relation(self, key: int) -> tuple[duckdb.DuckDBPyConnection, duckdb.DuckDBPyRelation]:
-        """A relation that is bound; each is computed on a connection of its own, so it is taken
-        out.
+        """Remove and return a bound relation and its connection. Raises ``Unknown``.
+
+        Each computation needs its own connection, so a relation is used once.
         """
         try:
             return self._relations.pop(key)
@@ -304,6 +318,7 @@ class Session:
             raise Unknown from None
 
     def _make(self, cursor: duckdb.DuckDBPyConnection, steps: Steps, within: bool = False) -> Any:
+        """The result of ``steps`` on ``cursor``; ``within``: a transaction is already open."""
         query, parameters, tables = steps[0]
         statements = cursor.extract_statements(query)
         if len(statements) != 1:
@@ -337,7 +352,7 @@ class Session:
 def fill(
     connection: duckdb.DuckDBPyConnection, tables: Mapping[str, pa.Table], statements: Sequence[str]
 ) -> None:
-    """Make a run's tables in ``connection``, then what ``statements`` of ours make over them."""
+    """Create a run's tables in ``connection``, then execute ``statements`` over them."""
     connection.execute("CREATE SCHEMA internal")
     for name, table in tables.items():
         connection.register("incoming", table)
@@ -348,14 +363,16 @@ def fill(
 
 
 FARTHEST_INTERVAL_H = 2_562_047
-"""Hours of an INTERVAL, beside its months and days, that no longer fit Arrow's 64 bits of
-nanoseconds.
+"""Smallest number of hours in an INTERVAL, beside months and days, that Arrow cannot hold.
+
+Arrow has 64 bits for nanoseconds.
 """
 
 
 def _within_arrow(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """``relation``, which fails at an INTERVAL that Arrow cannot hold; DuckDB itself makes another
-    value of it.
+    """``relation`` with a check that raises an error for an INTERVAL that Arrow cannot hold.
+
+    Without the check DuckDB would return a wrong value.
     """
     checks = [_beyond_arrow(f"#{at}", kind) for at, kind in enumerate(relation.types, 1)]
     if not any(checks):
@@ -374,8 +391,9 @@ BEYOND_ARROW = "an INTERVAL of 292 years or more, counted in hours, is beyond wh
 
 
 def _beyond_arrow(value: str, kind: Any, depth: int = 0) -> str:
-    """SQL that is true where ``value`` of type ``kind`` holds such an INTERVAL; empty where none
-    can be in it.
+    """SQL that is true if ``value`` of type ``kind`` holds an INTERVAL beyond Arrow's range.
+
+    It is empty if the type cannot hold an INTERVAL.
     """
     if kind.id == "interval":
         return f"abs(datepart('hour', {value})) >= {FARTHEST_INTERVAL_H}"
@@ -399,6 +417,7 @@ def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa
 
 
 def _encoded(schema: pa.Schema, batch: pa.RecordBatch | None) -> pa.Buffer:
+    """An Arrow stream of ``schema`` with ``batch``, if there is one."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         if batch is not None:
@@ -409,8 +428,9 @@ def _encoded(schema: pa.Schema, batch: pa.RecordBatch | None) -> pa.Buffer:
 def _placed(
     error: duckdb.Error, cursor: duckdb.DuckDBPyConnection, query: str, parameters: Any
 ) -> duckdb.Error:
-    """``error`` with the line and place in ``query``, which DuckDB gives on executing but not to a
-    lazy relation.
+    """``error`` with the line and column in ``query``.
+
+    DuckDB reports the position when it executes a query, but not for a lazy relation.
     """
     try:
         cursor.execute(f"EXPLAIN\n{query}", parameters)
@@ -423,12 +443,11 @@ def _placed(
     return error
 
 
-# --- the process
-# -----------------------------------------------------------------------------------------
+# --- the process ---
 
 
 def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
-    """Answer until the other process is gone."""
+    """Answer requests until the parent process is gone."""
     requests, stops, files = (socket.socket(fileno=fd) for fd in (requests_fd, stops_fd, files_fd))
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
@@ -453,7 +472,7 @@ def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
 
 
 def _listen(stops: socket.socket, session: Session) -> None:
-    """Interrupt what is to be stopped, and end when the other process has."""
+    """Interrupt requests on the parent's demand; exit when the parent is gone."""
     try:
         while True:
             session.interrupt(*LENGTH.unpack(receive(stops, LENGTH.size)))
@@ -468,7 +487,7 @@ def _send(connection: socket.socket, answer: Answer) -> None:
 
 
 def _limit(what: int, value: int) -> None:
-    """Lower a limit of this process, for good; one that this system does not have is left out."""
+    """Lower a resource limit of this process for good, if the system supports it."""
     with contextlib.suppress(OSError, ValueError):
         _, most = resource.getrlimit(what)
         value = value if most == resource.RLIM_INFINITY else min(value, most)
@@ -476,8 +495,9 @@ def _limit(what: int, value: int) -> None:
 
 
 def _limit_cpu(timeout_s: float) -> None:
-    """A process that hangs where no thread of ours runs, and whose parent is gone, ends all the
-    same.
+    """Limit the CPU time of the next request.
+
+    So the kernel ends a process that hangs and whose parent is gone, even if no Python thread runs.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = used.ru_utime + used.ru_stime + timeout_s * (os.cpu_count() or 1) + CPU_SPARE_S
@@ -489,8 +509,9 @@ def _limit_cpu(timeout_s: float) -> None:
 
 
 def _data_bytes() -> int:
-    """Memory that is this process's own and writable, as RLIMIT_DATA counts it; 0 where the system
-    does not say.
+    """Private writable memory of this process in bytes, as RLIMIT_DATA counts it.
+
+    It is 0 if the system does not report it.
     """
     with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # noqa: PTH123 - without pathlib
         return int(statm.read().split()[5]) * resource.getpagesize()

@@ -1,4 +1,7 @@
-"""The SQL of a run's views and macros: our own text and numbers, whatever a corpus holds."""
+"""The SQL of a run's views and macros.
+
+It contains only text and numbers of this package, never text from a corpus.
+"""
 
 from __future__ import annotations
 
@@ -31,46 +34,50 @@ VIEWS = {
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }
+"""Descriptions of the views, by name."""
 DERIVED = ("tokens", "documents", "words", "classes", "token_neurons", "neuron_types")
-"""Those that are read from files; the others are small tables."""
+"""Views that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: enough for a look",
     "document_text(document)": "a document put together from its words",
 }
+"""Descriptions of the macros, by signature."""
 
 PIECES = 4
-"""Tokens of a word that are gathered in passing; those of longer words behind them are gathered by
-words.
-"""
+"""Largest number of tokens of a word that window functions join; longer words are grouped."""
 SLICES = 16
-"""Parts of a run that ``words`` is read in: side by side, and for one document that part alone."""
-SLICE_TOKENS = 1 << 21
-"""Below so many tokens a part is not worth its planning."""
-FAR_TOKENS = 1 << 18
-"""Tokens on each side of a word that ``kwic`` looks at, at most."""
-CONTEXT_CHARS = 10_000
-"""Characters on each side that ``kwic`` gives, at least where there are as many."""
-SPACES = "'\u0120', '\u2581'"
-"""What tokens of byte-level BPE and of SentencePiece have in place of the space before a word, as
-SQL.
+"""Largest number of parts in which ``words`` reads a run.
+
+Parts are read in parallel. A query for one document reads only its part.
 """
+SLICE_TOKENS = 1 << 21
+"""Smallest number of tokens in a part of ``words``: planning a part costs time too."""
+FAR_TOKENS = 1 << 18
+"""Largest number of tokens on each side of a word that ``kwic`` reads."""
+CONTEXT_CHARS = 10_000
+"""Largest number of characters on each side that ``kwic`` returns, for up to 100 words."""
+SPACES = "'\u0120', '\u2581'"
+"""SQL list of the marks for the space before a word, in byte-level BPE and in SentencePiece."""
 CONTINUES = SPECIAL | WORD_START
-"""A token with neither flag continues a word."""
+"""Mask of the flags that a token which continues a word does not have."""
 
 
 class File(NamedTuple):
     """One shard's file of a table."""
 
     path: str  # SQL of its path
-    doc_offset: int
+    doc_offset: int  # run-wide number of its first document
     n_documents: int
     n_tokens: int
     folder: str | None
-    """Its shard's, unlike any other's: for clients before DuckDB 1.3, which do not number files."""
+    """Unique folder of its shard, for catalogs: DuckDB before 1.3 does not number files.
+
+    None for queries in the package's own process.
+    """
 
 
 def _rows(files: Sequence[File]) -> str:
-    """The rows of ``files`` in order, with ``doc`` run-wide and each row's place."""
+    """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``."""
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     numbered = f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], {PLAIN})"  # noqa: S608
     if files[0].folder is not None:
@@ -84,14 +91,15 @@ def _rows(files: Sequence[File]) -> str:
 
 
 PLAIN = "hive_partitioning = false"
+"""Options of ``read_parquet``: folder names are no columns."""
 
 
 class NeuronFiles(NamedTuple):
-    """Where a run's neurons are."""
+    """Files with a run's neurons."""
 
     layers: Sequence[int]
-    tokens: Sequence[File]
-    types: str  # SQL of the path of the run's table
+    tokens: Sequence[File]  # files of ``token_neurons``
+    types: str  # SQL of the path of the run's table ``neuron_types``
 
 
 def statements(
@@ -104,15 +112,15 @@ def statements(
     offsets: bool,
     tagged: bool,
 ) -> list[str]:
-    """What makes the views and macros, once the run's small tables are there under the names of
-    their views.
+    """SQL statements that create the views and macros.
 
-    ``labels``: by layer, the thresholds that labels go by, of the population of all tokens.
-    ``others``: what was recorded beside strength; ``neurons`` likewise. ``offsets``: whether tokens
-    have ``start`` and ``end``; ``tagged``: whether they have ``tag``.
+    The run's small tables must exist under the names of their views. ``labels`` has, by layer, the
+    thresholds that label tokens, for the population of all tokens. ``others`` are the recorded
+    series beside strength; ``neurons`` are the files of recorded neurons, or None. ``offsets``:
+    tokens have ``start`` and ``end``. ``tagged``: tokens have ``tag``.
     """
-    # A token that occurs both as text and as a special token has two rows in the vocabulary, with
-    # one text.
+    # A token that occurs both as text and as a special token has two vocabulary rows with the same
+    # text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
     made = [
         "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, any_value(text) AS text, "  # noqa: S608
@@ -133,13 +141,13 @@ def statements(
     return made
 
 
-# --- tokens and documents
-# --------------------------------------------------------------------------------
+# --- tokens and documents ---
 
 
 def _exact(value: float | None, kind: str) -> str:
-    # From text the nearest FLOAT is taken, which is the value itself; a bare number would be a
-    # DECIMAL first.
+    """SQL of ``value`` as ``kind``, without loss."""
+    # DuckDB reads text as the nearest FLOAT, which is the value itself. It would read a bare
+    # number as DECIMAL first.
     return f"NULL::{kind}" if value is None else f"'{value!r}'::{kind}"
 
 
@@ -208,13 +216,13 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
     )
 
 
-# --- classes
-# ---------------------------------------------------------------------------------------------
+# --- classes ---
 
 
 def classes_view(layers: Sequence[int], tagged: bool) -> str:
-    """SQL of the ``classes`` view: equal values are counted first, so that memory does not grow
-    with the tokens.
+    """SQL of the ``classes`` view.
+
+    It first counts equal values, so memory does not grow with the number of tokens.
     """
     source, name = "tokens", f"coalesce(tag, '{UNTAGGED}')"
     if not tagged:
@@ -245,10 +253,9 @@ def classes_view(layers: Sequence[int], tagged: bool) -> str:
         FROM ({of_layers})"""  # noqa: S608
 
 
-# --- words
-# ----------------------------------------------------------------------------------------------- A
-# word starts at a token with the word-start flag, and at the first token of a document that is not
-# special.
+# --- words ---
+#
+# A word starts at a token with the word-start flag, and at the first normal token of a document.
 
 
 def words_view(
@@ -258,12 +265,11 @@ def words_view(
     offsets: bool,
     tagged: bool,
 ) -> str:
-    """SQL of the ``words`` view: one pass over the rows in their order, so that memory does not
-    grow with them.
+    """SQL of the ``words`` view: one pass over the rows in their order.
 
-    Windows without partition or order stream, as long as no join lies below them. A filter does not
-    pass them, so the run is read in parts whose documents are known: a question about one document
-    reads one part.
+    Memory does not grow with the rows: window functions without partition or order stream, if
+    their input has no join. DuckDB does not push a filter through such a window. So the run is read
+    in parts with known documents, and a query for one document reads one part.
     """
     parts = []
     for part in _parts(files):
@@ -274,8 +280,9 @@ def words_view(
 
 
 def _parts(files: Sequence[File]) -> list[list[File]]:
-    """``files`` in at most ``SLICES`` runs of about as many tokens each; files without documents
-    are left out.
+    """``files`` in at most ``SLICES`` groups with about equal numbers of tokens.
+
+    Files without documents are left out.
     """
     room = max(SLICE_TOKENS, -(-sum(f.n_tokens for f in files) // SLICES))
     parts: list[list[File]] = [[]]
@@ -296,17 +303,17 @@ def _words(
     offsets: bool,
     tagged: bool,
 ) -> str:
-    """SQL of the words of ``files``: up to ``PIECES`` tokens are put together in passing, longer
-    words by grouping.
+    """SQL of the words of ``files``.
 
-    A word has the tag of its first token, and the class of that token's type.
+    Window functions join words of up to ``PIECES`` tokens; longer words are grouped. A word has the
+    tag of its first token, and the class of that token's type.
     """
     rows, portable = _rows(files), files[0].folder is not None
     strengths = [f"strength_{k}" for k in layers]
     columns = ["token_id", *strengths, *(['"end"'] if offsets else [])]
     every = range(1, PIECES + 1)
-    # A token is of a long word when no other word begins before its place in the word has passed
-    # PIECES.
+    # A token belongs to a long word if no other word begins before the word has more than PIECES
+    # tokens.
     inside = " ".join(
         f"WHEN {at} THEN NOT ({' OR '.join(f'is_head_{j}' for j in range(1, PIECES - at + 1))})"
         for at in range(PIECES)
@@ -319,7 +326,8 @@ def _words(
                 FROM {rows} WHERE flags & {SPECIAL} = 0
             )
         )"""  # noqa: S608
-    # another version of DuckDB that opens a catalog gets further arguments of lag and lead twice
+    # A catalog uses lead with one argument only: when another version of DuckDB opens the file, it
+    # gets the further arguments of lag and lead twice.
     if portable:
         for j in every:
             head = f"is_head_{j - 1}" if j > 1 else "is_head"
@@ -328,7 +336,7 @@ def _words(
                 f"lead({_piece(c, j - 1)}) OVER () AS {_piece(c, j)}" for c in columns if j < PIECES
             ]
             ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
-    else:  # the same, in half the time
+    else:  # the same rows in half the time
         leads = [f"lead(is_head, {j}, true) OVER () AS is_head_{j}" for j in every]
         leads += [
             f"lead({c}, {j}) OVER () AS {_piece(c, j)}" for c in columns for j in range(1, PIECES)
@@ -402,18 +410,18 @@ def _words(
 
 
 def _piece(column: str, at: int) -> str:
-    """The column of the token ``at`` places behind."""
+    """Name of the column with the value of ``column`` for the token ``at`` places later."""
     return column if at == 0 else f"{column.strip(chr(34))}_piece_{at}"
 
 
 def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
-    """SQL of the words of ``rows``: few tokens with their texts, in whole documents or stretches of
-    them.
+    """SQL of the words of ``rows``, a few tokens with their texts.
 
-    ``key`` tells stretches apart; words are numbered from 1 in each, and 0 is what is left of one
-    begun before it. ``gap`` is what stands before a word, ``also`` more columns.
+    The rows are whole documents or contiguous ranges of them; ``key`` identifies a range. Words are
+    numbered from 1 in each range; 0 is the rest of a word that began before the range. The column
+    ``gap`` is the space before a word, if there is one. ``also`` is SQL of more columns.
     """
-    # Most tokenizers of BPE count the space before a word among its characters.
+    # In most BPE tokenizers the offsets of a token include the space before the word.
     holds_space = 'is_spaced AND "end" - start > length(ltrim(text))'
     gap = (
         f"CASE WHEN start > lag(\"end\") OVER w OR ({holds_space}) THEN ' ' ELSE '' END"
@@ -439,8 +447,7 @@ def document_text_macro(rows: str, offsets: bool) -> str:
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
 
 
-# --- keyword in context
-# ----------------------------------------------------------------------------------
+# --- keyword in context ---
 
 
 def kwic_macro(
@@ -449,13 +456,12 @@ def kwic_macro(
     labels: Mapping[int, Mapping[str, Any]],
     offsets: bool,
 ) -> str:
-    """SQL of every occurrence of ``word``, or of ``most`` that come early, with ``n`` words on both
-    sides.
+    """SQL of the occurrences of ``word`` with ``n`` words on both sides.
 
-    It never sorts the run: token ids are found in the vocabulary, the heads of the word by a scan,
-    and what stands beside them by the numbers of their rows. Nearly always the first ``20 * most +
-    1000`` heads are enough for ``most``; only where too many turn out to begin other words, all are
-    looked at.
+    With ``most`` it returns at most that many early occurrences. The query never sorts the run: it
+    finds token ids in the vocabulary, first tokens of the word (heads) by a scan, and the context
+    by row numbers. The first ``20 * most + 1000`` heads are nearly always enough for ``most``. Only
+    if too many of them begin other words, all heads are read.
     """
     rows, portable = _rows(files), files[0].folder is not None
     some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
@@ -463,9 +469,8 @@ def kwic_macro(
         rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", ""
     )
     words = "greatest(n, 0)::BIGINT"
-    most_tokens = (
-        "4 * length(word)"  # of the word: a tokenizer of bytes may take four for one character
-    )
+    # Most tokens of the word: a byte tokenizer may need four for one character.
+    most_tokens = "4 * length(word)"
     places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
     strengths = "".join(
         f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
@@ -483,7 +488,7 @@ def kwic_macro(
     place = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
 
     def near(heads: str, beside: str, ends: str = "") -> str:
-        """SQL of the tokens at most ``beside`` before or behind the words at ``heads``."""
+        """SQL of the tokens up to ``beside`` before and after the words at ``heads``."""
         around = (
             f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + 1)) AS near "  # noqa: S608
             f"FROM {heads}"
@@ -494,8 +499,9 @@ def kwic_macro(
             JOIN internal.types s USING (token_id)"""  # noqa: S608
 
     def numbered(heads: str, beside: str) -> str:
-        """SQL of the words beside ``heads``, as far as ``beside`` tokens hold them; ``place`` 0 is
-        the word itself.
+        """SQL of the words in the ``beside`` tokens on both sides of ``heads``.
+
+        ``place`` is the number of a word relative to the head's word, which has 0.
         """
         of_ends = {
             "first_row": "min(t.row)",
@@ -519,6 +525,7 @@ def kwic_macro(
             FROM (SELECT *, {place} FROM ({spelled})) WHERE place IS NOT NULL"""  # noqa: S608
 
     def side(which: str, cut: str) -> str:
+        """SQL of the context on one side, shortened by ``cut`` if it is too long."""
         text = f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), '')"
         return f"CASE WHEN length({text}) > {chars} THEN {cut.format(f'({text})')} ELSE {text} END"
 
@@ -534,8 +541,8 @@ def kwic_macro(
         "CASE WHEN is_cut_before THEN '…' ELSE '' END || text "
         "|| CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
     )
-    # Few tokens first, and more for those that lack words. Before DuckDB 1.4 planning that takes
-    # half a minute.
+    # Read few tokens first, and more only for occurrences that lack words. A catalog reads once:
+    # before DuckDB 1.4 the plan of two steps takes half a minute.
     beside = f"least(64 * {words} + 256, {FAR_TOKENS})"
     chosen = f"""
         chosen AS (
@@ -565,22 +572,21 @@ def kwic_macro(
 
 
 def _few(rows: str) -> str:
-    """``rows`` in a form that DuckDB takes for one row: in a join with the tokens it makes its
-    table of these.
+    """``rows`` in a form that DuckDB estimates as one row.
 
-    It cannot tell how many a scan will find. Where it expects more than there are tokens it would
-    make a table of all tokens, 5 GB for 100 M of them, and do so even where nothing is found.
+    So a join with the tokens builds its hash table from ``rows``. DuckDB cannot estimate how many
+    rows a scan finds. If it expects more rows than there are tokens, it builds the hash table from
+    all tokens, which takes 5 GB for 100 M tokens, even if nothing is found.
     """
     return f"(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM ({rows}) of_these))"  # noqa: S608
 
 
 def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
-    """Steps from the vocabulary to ``<name>_found``: file and row of the heads of the word, where
-    ``wanted`` is true.
+    """SQL of the steps from the vocabulary to ``<name>_found``: file and row of the word's heads.
 
-    A head is the word when it has the word as its surface; or when it has none, and its text, with
-    those of the tokens that continue it, is the word. What is not wanted is not scanned either: a
-    join with nothing ends at once.
+    A head is a token that starts the word. Its surface is the word; or it has no surface, and its
+    text with the texts of the tokens that continue it is the word. If ``wanted`` is false, nothing
+    is scanned, because a join with no rows ends at once.
     """
     pieces = (
         "SELECT file, row AS head, row + unnest(range(0, 4 * length(word) + 1)) AS near "  # noqa: S608

@@ -1,3 +1,4 @@
-"""Summaries of shards in; thresholds, vocabulary, neurons, screening and comparisons out. Knows
-nothing of models.
+"""Shard summaries in; thresholds, vocabulary, neurons, screening and comparisons out.
+
+This package does not know models.
 """

@@ -1,9 +1,8 @@
-"""Two runs side by side: how far their strengths, classes, types and sources moved. Reads their
-small tables alone.
+"""Compare two runs: how far strengths, classes, types and sources moved between them.
 
-Special tokens are left out. Distances are read off the lossless histograms, so they are those of
-all recorded values, and exactly 0 for two runs over the same corpus; ``psi``,
-``kolmogorov_smirnov`` and ``jensen_shannon`` define them.
+Only the small tables of the runs are read. Special tokens are left out. Distances are computed
+from the lossless histograms: they cover all recorded values and are exactly 0 for two runs over
+the same corpus. ``psi``, ``kolmogorov_smirnov`` and ``jensen_shannon`` define them.
 """
 
 from __future__ import annotations
@@ -31,14 +30,18 @@ from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
 JSON_VERSION = 2
-"""Raised when an entry of ``to_json`` goes or changes its meaning."""
+"""Version of the result of ``to_json``; it grows if an entry disappears or changes its meaning."""
 JSON_ROWS = 1000
-"""Of movers, new types, vanished types and sources that ``to_json`` lists at most."""
+"""Largest number of movers, new types, vanished types and sources each in ``to_json``."""
 SIGNIFICANT = 0.05
-"""A type has moved where its q is below: at most so large a share of such types moved by chance."""
+"""Value of q below which a type counts as moved.
+
+It is the expected share of types among the moved ones that moved only by chance.
+"""
 NUM_BINS = 10
+"""Number of bins for ``psi`` and ``jensen_shannon``."""
 LEAST_EXPECTED = 5
-"""Tokens; with fewer the normal distribution is no approximation of a share's."""
+"""Smallest expected number of tokens for which a share is approximately normal."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -46,12 +49,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What differs between run ``a``, the baseline, and run ``b``.
+    """The differences between run ``a``, the baseline, and run ``b``.
 
-    ``drift`` has a row for each layer (``source`` null) and for each source of either run in it;
-    ``classes`` one for each class of either run; ``movers`` one for each type of either run, in a
-    layer those in both first and of these the surest to have moved. Their schemas are
-    ``DRIFT_SCHEMA``, ``CLASS_DRIFT_SCHEMA`` and ``MOVERS_SCHEMA``.
+    ``drift`` (``DRIFT_SCHEMA``) has, for each layer, one row for the whole run (``source`` is null)
+    and one for each source of either run. ``classes`` (``CLASS_DRIFT_SCHEMA``) has one row for each
+    class of either run. ``movers`` (``MOVERS_SCHEMA``) has one row for each type of either run.
+    Within a layer, movers in both runs come first, in ascending order of q.
     """
 
     a: RunFolder
@@ -59,24 +62,24 @@ class Comparison:
     drift: pa.Table
     classes: pa.Table
     movers: pa.Table
-    notes: tuple[str, ...]  # what a reader must know
+    notes: tuple[str, ...]  # sentences that a reader must know
 
 
 def compare(
     run_a: str | RunFolder, run_b: str | RunFolder, *, ranks_only: bool = False
 ) -> Comparison:
-    """How ``run_b`` differs from ``run_a``, each a run's URI, or a store's for its latest complete
-    run.
+    """Compare ``run_b`` with its baseline ``run_a``.
 
-    z is that of ``two_proportions``, p two-sided under the normal distribution, q after Benjamini
-    and Hochberg over the layer's types in both runs. Tokens of one document are no independent
-    draws, so z says which types moved most, not how sure one may be. A type in both runs has its
-    class in ``run_b``.
+    Each is a run, a run's URI, or a store's URI for its latest complete run. ``two_proportions``
+    defines z and the two-sided p; q is computed from p after Benjamini and Hochberg, over the
+    layer's types in both runs. Tokens of one document are not independent draws. So z shows which
+    types moved most, but not how certain that is. A type in both runs has its class of ``run_b``.
 
-    Raises ``ConfigError`` for runs of different measures, whose strengths cannot be compared,
-    unless ``ranks_only``: then quartiles, medians and distances are null, and shares remain; types
-    are then matched by their piece. Raises ``StoreError`` for a run that is missing, incomplete or
-    damaged.
+    Runs of different measures have strengths that cannot be compared. For them this function
+    raises ``ConfigError`` unless ``ranks_only`` is set. With ``ranks_only``, quartiles, medians and
+    distances are null and shares remain; types of different measures are matched by their piece.
+    Also raises ``ConfigError`` for runs without a common layer, and ``StoreError`` for a run that
+    is missing, incomplete or damaged.
     """
     a, b = (_complete(run) for run in (run_a, run_b))
     same_measure = a.info["measure"]["id"] == b.info["measure"]["id"]
@@ -138,21 +141,19 @@ def _compared(
 
 
 Sources = dict[str, tuple[Histogram, int]]
-"""Histogram and HIGH tokens by source."""
+"""Histogram and number of HIGH tokens by source."""
 
 
-# --- distances
-# -------------------------------------------------------------------------------------------
+# --- distances ---
 
 
 def psi(a: Histogram, b: Histogram) -> float:
-    """Population stability index: the sum over bins of (q - p) ln(q / p), p and q the bin's shares
-    of ``a`` and ``b``.
+    """Population stability index: the sum over bins of (q - p) ln(q / p).
 
-    Bins end at the deciles of ``a`` (inverse CDF, the end included), the last one nowhere; deciles
-    that coincide end one bin. A bin that is empty in one of the two counts as half a token there,
-    in ``a`` and ``b`` alike, and one that is empty in both is left out. Not symmetric, for the bins
-    are ``a``'s. Neither may be empty.
+    p and q are the bin's shares of ``a`` and ``b``. Bins end at the deciles of ``a`` (inverse CDF,
+    the end included); the last bin has no upper end. Equal deciles end one bin. A bin that is empty
+    in one of the two counts there as half a token. A bin that is empty in both is left out. The
+    index is not symmetric, because the bins are those of ``a``. Neither histogram may be empty.
     """
     ends = np.unique([a.quantile_key(i, NUM_BINS) for i in range(1, NUM_BINS)])
     in_a, in_b = _binned(a, ends), _binned(b, ends)
@@ -162,26 +163,27 @@ def psi(a: Histogram, b: Histogram) -> float:
 
 
 def kolmogorov_smirnov(a: Histogram, b: Histogram) -> float:
-    """The largest difference of the two empirical CDFs, over all recorded values; 0 to 1. Neither
-    may be empty.
+    """Largest difference of the two empirical CDFs over all recorded values, 0 to 1.
+
+    Neither histogram may be empty.
     """
     keys = _keys_of(a, b)
     return float(np.abs(_at_or_below(a, keys) / a.n - _at_or_below(b, keys) / b.n).max())
 
 
 def jensen_shannon(a: Histogram, b: Histogram) -> float:
-    """Jensen-Shannon distance to base 2: the square root of the divergence; symmetric, a metric, 0
-    to 1.
+    """Jensen-Shannon distance to base 2, 0 to 1: the square root of the divergence.
 
-    Over ten bins that end at the deciles of the even mixture of the two, whatever their sizes. Over
-    the recorded values themselves it would be near 1 for any two small samples, since these hardly
-    share a value. Neither may be empty.
+    It is symmetric and a metric. It uses ten bins that end at the deciles of the even mixture of
+    the two, whatever their sizes. Without bins it would be near 1 for any two small samples,
+    because small samples share hardly any value. Neither histogram may be empty.
     """
     keys, n_a, n_b = _keys_of(a, b), a.n, b.n
     below_a, below_b = _at_or_below(a, keys), _at_or_below(b, keys)
 
     def mixture(at: int) -> int:
-        return NUM_BINS * (int(below_a[at]) * n_b + int(below_b[at]) * n_a)  # exact: beyond 64 bits
+        # Python integers: the product may exceed 64 bits.
+        return NUM_BINS * (int(below_a[at]) * n_b + int(below_b[at]) * n_a)
 
     deciles = [
         bisect_left(range(len(keys)), 2 * i * n_a * n_b, key=mixture) for i in range(1, NUM_BINS)
@@ -194,30 +196,29 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
 
 
 def _keys_of(a: Histogram, b: Histogram) -> Ints:
-    """The keys of both, ascending, each once."""
+    """The distinct keys of both, ascending."""
     keys = np.sort(np.concatenate([a.keys, b.keys]), kind="stable")  # two ascending runs: a merge
     return keys[starts(keys)]
 
 
 def _at_or_below(histogram: Histogram, keys: Ints) -> Ints:
-    """How many values of ``histogram`` are at or below each of ``keys``."""
+    """Number of values of ``histogram`` at or below each of ``keys``."""
     cumulative = np.append(0, np.cumsum(histogram.counts))
     return cumulative[np.searchsorted(histogram.keys, keys, side="right")]
 
 
 def _binned(histogram: Histogram, ends: Ints) -> Ints:
-    """How many values lie in each bin; ``ends`` close all but the last."""
+    """Number of values in each bin; ``ends`` are the inclusive ends of all bins but the last."""
     return np.diff(_at_or_below(histogram, ends), prepend=0, append=histogram.n)
 
 
 def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[Floats, Floats]:
-    """z of ``high_b / n_b`` against ``high_a / n_a`` with the pooled share's variance, and its
-    two-sided p.
+    """z of the share ``high_b / n_b`` against ``high_a / n_a``, and its two-sided p.
 
-    Where less than ``LEAST_EXPECTED`` tokens of either kind are expected in either run that z is no
-    normal one: there it is that of the log-odds ratio, with one token of the pooled share added to
-    each run as a prior (Monroe, Colaresi and Quinn, 2008). Where none or all of both are HIGH there
-    is no difference: z is 0 and p is 1.
+    z uses the variance of the pooled share. With fewer than ``LEAST_EXPECTED`` expected tokens of
+    either kind in either run, that z is not normal. Then z is that of the log-odds ratio, with one
+    token of the pooled share added to each run as a prior (Monroe, Colaresi and Quinn, 2008). If no
+    token or every token of both runs is HIGH, there is no difference: z is 0 and p is 1.
     """
     pooled = (high_a + high_b) / (n_a + n_b)
     sd = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
@@ -231,20 +232,18 @@ def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[F
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
-    """q of each of the tests whose ``p`` are given: the least false discovery rate at which it
-    would be found.
-    """
+    """q of each test with the given ``p``: the lowest false discovery rate that selects it."""
     order = np.argsort(p, kind="stable")[::-1]
     q = np.empty(len(p))
     q[order] = np.minimum.accumulate(np.minimum(1.0, p[order] * len(p) / np.arange(len(p), 0, -1)))
     return q
 
 
-# --- tables
-# ----------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def _complete(run: str | RunFolder) -> RunFolder:
+    """The run's folder. Raises ``StoreError`` if the run is not complete."""
     folder = manifest.find_run(run) if isinstance(run, str) else run
     if not folder.info:
         raise StoreError(
@@ -254,8 +253,9 @@ def _complete(run: str | RunFolder) -> RunFolder:
 
 
 def _by_layer(run: RunFolder, name: str) -> dict[int, pa.Table]:
-    """The run's table ``name`` by layer; nothing where the run has no such table, as older ones
-    have no sources.
+    """The run's table ``name`` by layer; empty if the run has no such table.
+
+    Older runs have no table of sources.
     """
     if name not in run.info["tables"]:
         return {}
@@ -271,13 +271,13 @@ def _without_special(words: pa.Table) -> pa.Table:
 
 
 def _of_layer(table: pa.Table) -> Histogram:
-    """Of all tokens but the special ones, from rows of ``HISTOGRAM_SCHEMA``."""
+    """Histogram of all tokens except special ones, from rows of ``HISTOGRAM_SCHEMA``."""
     normal = table.filter(pc.invert(table["special"]))
     return Histogram.of(to_bins(normal["strength"].to_numpy()), normal["n"].to_numpy())
 
 
 def _of_sources(table: pa.Table) -> Sources:
-    """Histogram and HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``."""
+    """Histogram and number of HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``."""
     columns = (table[name] for name in ("source", "bins", "counts", "n_high"))
     return {
         name.as_py(): (
@@ -291,8 +291,10 @@ def _of_sources(table: pa.Table) -> Sources:
 
 
 def _alike(*sides: Sources) -> Iterator[Sources]:
-    """Sources with tokens; files of one side go into the folders that the other has for them, as
-    with many files.
+    """The sources of both sides that have tokens, matched by name.
+
+    A run with many files has folders as sources. Files of one side are added up into the folders
+    that the other side has for them.
     """
     names = [{name for name, (histogram, _) in side.items() if histogram.n} for side in sides]
     for side, own, others in zip(sides, names, reversed(names), strict=True):
@@ -322,7 +324,7 @@ def _drift_row(
     *,
     ranks_only: bool,
 ) -> dict[str, Any]:
-    """A row of ``DRIFT_SCHEMA``; each side is a histogram and how many of its tokens are HIGH."""
+    """A row of ``DRIFT_SCHEMA``; each side is a histogram and its number of HIGH tokens."""
     row: dict[str, Any] = {"layer": layer, "source": source}
     for run, (histogram, n_high) in (("a", of_a), ("b", of_b)):
         row[f"n_{run}"] = histogram.n
@@ -338,8 +340,9 @@ def _drift_row(
 
 
 def _class_rows(layer: int, *types: pa.Table) -> Iterator[dict[str, Any]]:
-    """Rows of ``CLASS_DRIFT_SCHEMA``. Of a class with no token in a run nothing is known there: 0,
-    from 0 to 1.
+    """Rows of ``CLASS_DRIFT_SCHEMA``.
+
+    A class without tokens in a run has a HIGH share of 0 there, with the interval 0 to 1.
     """
     of_run = {}
     for run, words in zip("ab", types, strict=True):
@@ -370,8 +373,9 @@ def _class_rows(layer: int, *types: pa.Table) -> Iterator[dict[str, Any]]:
 def _movers(
     layer: int, types_a: pa.Table, types_b: pa.Table, *, by_id: bool, ranks_only: bool
 ) -> pa.Table:
-    """The layer's rows of ``MOVERS_SCHEMA``; types are the same where their ids are, or else their
-    pieces.
+    """The layer's rows of ``MOVERS_SCHEMA``.
+
+    Types are matched by their ids with ``by_id``, otherwise by their pieces.
     """
     keys_a, keys_b = (
         (t["token_id"].to_numpy() for t in (types_a, types_b))
@@ -418,25 +422,23 @@ def _movers(
 
 
 def _pieces(*types: pa.Table) -> Iterator[Ints]:
-    """A number for each type of each table, the same where their pieces are."""
+    """A number for each type of each table; types with equal pieces have equal numbers."""
     numbers: dict[tuple[str, int], int] = {}
     for table in types:
         seen: Counter[str] = Counter()
         found = []
         for piece in table["token"].to_pylist():
-            seen[piece] += (
-                1  # a vocabulary may hold a piece twice: the first is then the other's first
-            )
+            # A vocabulary may hold a piece twice: match the first with the first of the other.
+            seen[piece] += 1
             found.append(numbers.setdefault((piece, seen[piece]), len(numbers)))
         yield np.array(found, np.int64)
 
 
-# --- what a reader must know
-# -----------------------------------------------------------------------------
+# --- notes for the reader ---
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Keys of two measures that differ, with their values."""
+    """Keys of two measures with different values, with both values."""
     return [
         f"{key}: {_short(a.get(key))} against {_short(b.get(key))}"
         for key in sorted({*a, *b} - {"id"})
@@ -454,6 +456,7 @@ def _listed(layers: list[int]) -> str:
 
 
 def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> Iterator[str]:
+    """Sentences that a reader of the comparison must know."""
     runs = (("A", a), ("B", b))
     if a.uri == b.uri:
         yield "A and B are one run."
@@ -502,16 +505,18 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain values, bounded: the surest movers, the most frequent new and
-    vanished types and the sources furthest away by KS, ``JSON_ROWS`` of each, with the number of
-    all at the deepest layer.
+    """The comparison as plain values of bounded size.
+
+    It lists the movers with the lowest q, the most frequent new and vanished types, and the sources
+    with the largest KS distance: at most ``JSON_ROWS`` of each. The total numbers are those at the
+    deepest layer.
     """
     drift, movers = comparison.drift, comparison.movers
     whole = pc.is_null(drift["source"])
     sources = drift.filter(pc.invert(whole)).sort_by(
         [("ks", "descending"), ("layer", "descending")]
     )
-    unknown = pc.is_null(sources["ks"])  # new and vanished ones are the furthest
+    unknown = pc.is_null(sources["ks"])  # new and vanished sources come first
     sources = pa.concat_tables([sources.filter(unknown), sources.filter(pc.invert(unknown))])
     of_status = {
         s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")
@@ -546,7 +551,7 @@ def _at(table: pa.Table, layer: int) -> pa.Table:
 
 
 def describe(run: RunFolder) -> dict[str, Any]:
-    """What tells a run from others, as plain values."""
+    """The facts that identify a run, as plain values."""
     info = run.info
     return {
         "uri": run.uri,
@@ -562,17 +567,15 @@ def describe(run: RunFolder) -> dict[str, Any]:
 
 
 def whole_words(types: pa.Table) -> pa.Table:
-    """Rows of ``types`` (with a column ``class``) that are no part of a word: what a list of words
-    may show.
-    """
+    """Rows of ``types`` that may stand in a list of words: their ``class`` is no part of a word."""
     return types.filter(pc.invert(pc.is_in(types["class"], pa.array(PARTS_OF_WORDS))))
 
 
 def moved(movers: pa.Table) -> pa.Table:
-    """Rows of ``movers`` whose HIGH share moved: a q below ``SIGNIFICANT``."""
+    """Rows of ``movers`` whose HIGH share moved: their q is below ``SIGNIFICANT``."""
     return movers.filter(pc.fill_null(pc.less(movers["q"], SIGNIFICANT), False))
 
 
 def num_moved(movers: pa.Table) -> int:
-    """How many of ``movers`` have a q below ``SIGNIFICANT``."""
+    """Number of rows of ``movers`` with a q below ``SIGNIFICANT``."""
     return len(moved(movers))

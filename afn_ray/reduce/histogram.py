@@ -1,9 +1,9 @@
 """Lossless histograms of strengths: rounding, exact mergeable statistics, exact quantiles.
 
-Recorded strengths keep 15 bits of mantissa. Non-negative floats sort like their bit patterns, so
-the upper 24 bits of a strength are an ordered integer *bin* that is the recorded value itself: a
-histogram of bins loses nothing, adds up in any order, and gives every quantile as an exact order
-statistic.
+Recorded strengths keep 15 bits of mantissa. Non-negative floats sort like their bit patterns. So
+the upper 24 bits of a strength are an ordered integer *bin* that equals the recorded value. A
+histogram of bins loses nothing, can be added in any order, and gives every quantile as an exact
+order statistic.
 """
 
 from __future__ import annotations
@@ -22,28 +22,33 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 DEFINITION = "inverse CDF: the smallest recorded value with at least q*n values at or below it"
-"""numpy.quantile(method="inverted_cdf") and DuckDB's quantile_disc."""
+"""Definition of a quantile: numpy.quantile(method="inverted_cdf"), DuckDB's quantile_disc."""
 
 BIN_BITS = 24
+"""Bits of a bin in a key."""
 TYPE_BITS = 31
+"""Bits of a token id in a key, above those of the bin."""
 SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
+"""Bit of a key that marks a special token."""
 COMPACT_KEYS = 1 << 22
+"""Number of keys in unmerged chunks after which they are merged."""
 MERGE_KEYS = 1 << 18
-"""Keys that a merge sorts at a time: few enough for a core's cache, and for little memory beside
-the sum.
+"""Number of keys that a merge sorts at a time.
+
+They fit into a core's cache and need little memory beside the sum.
 """
 
 
 def round_strengths(values: Floats) -> Floats:
-    """``values`` rounded to 15 bits of mantissa, half to even; relative error at most 2^-16, -0
-    becomes +0.
+    """``values`` rounded to 15 bits of mantissa, half to even.
+
+    The relative error is at most 2^-16. -0 becomes +0; values that are not finite stay the same.
     """
     bits = np.asarray(values, np.float32).view(np.uint32)
     finite = np.isfinite(values)
     rounded = (bits + np.uint32(0x7F) + ((bits >> 8) & 1)) & np.uint32(0xFFFFFF00)
-    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32) + np.float32(
-        0
-    )  # -0 becomes +0
+    # Adding 0 turns -0 into +0.
+    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32) + np.float32(0)
 
 
 def to_bins(values: Floats) -> Ints:
@@ -57,7 +62,7 @@ def to_values(bins: Ints) -> Floats:
 
 
 def starts(keys: Ints) -> Ints:
-    """Where each run of equal ``keys`` begins."""
+    """Index at which each run of equal ``keys`` begins."""
     first = np.ones(len(keys), bool)
     np.not_equal(keys[1:], keys[:-1], out=first[1:])
     return np.flatnonzero(first)
@@ -65,14 +70,14 @@ def starts(keys: Ints) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Sorted integer keys and how often each occurs; int64 [n] both."""
+    """Sorted distinct integer keys and the count of each, both int64 [n]."""
 
     keys: Ints
     counts: Ints
 
     @classmethod
     def of(cls, keys: Ints, counts: Ints | None = None) -> Histogram:
-        """Of ``keys`` in any order, each counted once, or as often as ``counts`` says."""
+        """The histogram of ``keys`` in any order; ``counts`` are their weights, 1 by default."""
         if counts is None:
             unique, counts = np.unique(keys, return_counts=True)
             return cls(unique, counts.astype(np.int64))
@@ -83,8 +88,9 @@ class Histogram:
 
     @classmethod
     def merge(cls, parts: Iterable[Histogram]) -> Histogram:
-        """The sum of ``parts``, one range of keys after another: beside the parts and the sum,
-        little is held.
+        """The sum of ``parts``.
+
+        It is made one range of keys at a time, so it needs little memory beside parts and sum.
         """
         parts = [p for p in parts if len(p.keys)] or [cls.of(np.empty(0, np.int64))]
         if len(parts) == 1:
@@ -103,21 +109,23 @@ class Histogram:
 
     @property
     def n(self) -> int:
+        """Sum of the counts."""
         return int(self.counts.sum())
 
     def quantile_key(self, numerator: int, denominator: int) -> int:
-        """Key at the inverse CDF of ``numerator/denominator``, exactly. The histogram must not be
-        empty.
+        """The exact key at the quantile ``numerator/denominator`` (inverse CDF).
+
+        The histogram must not be empty.
         """
         rank = max(1, -(-self.n * numerator // denominator))
         return int(self.keys[np.searchsorted(np.cumsum(self.counts), rank)])
 
 
 class Summary:
-    """Statistics of one shard, gathered chunk by chunk. Memory is bounded by types times occupied
-    bins.
+    """Statistics of one shard, collected chunk by chunk.
 
-    ``tagged``: tokens come with tags, and how often each type has each is counted too.
+    Memory is bounded by the number of types times occupied bins. With ``tagged``, tokens have tags,
+    and the summary also counts how often each type has each tag.
     """
 
     def __init__(self, series: Sequence[Series], tagged: bool = False) -> None:
@@ -137,8 +145,10 @@ class Summary:
         values: Mapping[Series, Floats],
         tags: pa.Array | None = None,
     ) -> None:
-        """Add the tokens of whole documents; ``values`` are rounded, finite and not negative, [n]
-        per series; ``tags`` are strings, null where there is none.
+        """Add the tokens of whole documents.
+
+        ``values`` are [n] for each series; they must be rounded, finite and not negative. ``tags``
+        are strings, null for a token without a tag.
         """
         special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
         types = special + (token_ids.astype(np.int64) << BIN_BITS)
@@ -156,8 +166,9 @@ class Summary:
                 self._tags[:] = [TypeTags.merge(self._tags)]
 
     def tables(self) -> Iterable[pa.Table]:
-        """One table per series, as in ``SUMMARY_SCHEMA``; with tags as in
-        ``TAGGED_SUMMARY_SCHEMA``, theirs last.
+        """One table per series, as in ``SUMMARY_SCHEMA``.
+
+        With tags the schema is ``TAGGED_SUMMARY_SCHEMA``, and the table of the tags comes last.
         """
         counts = (self._docs, self._word_starts, self._whole_words)
         docs, starts, wholes = (Histogram.merge(parts) for parts in counts)
@@ -176,22 +187,20 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class TypeTags:
-    """How often each type of a labelled corpus has each tag; sums of these are exact in any
-    order.
-    """
+    """Counts of the tags of each type in a labelled corpus; their sums are exact in any order."""
 
-    table: pa.Table  # token_id, tag, n; each pair once, in order
+    table: pa.Table  # token_id, tag, n; distinct pairs in order
 
     @classmethod
     def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
-        """Of tokens; those whose tag is null are left out."""
+        """Counts of tokens; tokens whose tag is null are left out."""
         return cls._sum(
             pa.table({"token_id": token_ids, "tag": tags, "n": np.ones(len(token_ids), np.int64)})
         )
 
     @classmethod
     def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:
-        """The sum of ``parts``, of which there is one at least."""
+        """The sum of ``parts``; at least one is required."""
         return cls._sum(pa.concat_tables([part.table for part in parts]))
 
     @classmethod
@@ -210,13 +219,14 @@ class TypeTags:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TypeTags:
-        """From their rows of ``TAGGED_SUMMARY_SCHEMA``."""
+        """From the tag rows of ``TAGGED_SUMMARY_SCHEMA``."""
         n = table["counts"].combine_chunks().flatten()
         return cls(pa.table({"token_id": table["token_id"], "tag": table["tag"], "n": n}))
 
     def to_table(self) -> pa.Table:
-        """As rows of ``TAGGED_SUMMARY_SCHEMA``, in which ``counts`` alone says something; the
-        inverse of the above.
+        """As rows of ``TAGGED_SUMMARY_SCHEMA``; the inverse of ``from_table``.
+
+        Beside the type and the tag, only ``counts`` has a meaning; the other numbers are 0.
         """
         zeros, ends = (
             np.zeros(len(self.table), np.int64),
@@ -239,9 +249,7 @@ class TypeTags:
         ).cast(TAGGED_SUMMARY_SCHEMA)
 
     def most_frequent(self) -> dict[int, str]:
-        """The tag that each type has most often; of those that it has as often the first by
-        name.
-        """
+        """The most frequent tag of each type; for equal counts, the first by name."""
         best: dict[int, tuple[int, str]] = {}
         for token_id, tag, n in zip(
             *(self.table[c].to_pylist() for c in ("token_id", "tag", "n")), strict=True
@@ -252,10 +260,10 @@ class TypeTags:
 
 
 def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Which tokens are a word by themselves: they start one, and the next token of their document
-    does not continue it.
+    """Whether each token is a whole word, bool [n].
 
-    ``docs`` and ``flags``: of the tokens of whole documents, [n].
+    A whole word starts a word, and the next token of the document does not continue it. ``docs``
+    and ``flags`` [n] belong to the tokens of whole documents.
     """
     goes_on = np.zeros(len(flags), np.bool_)
     goes_on[:-1] = (flags[1:] & (SPECIAL | WORD_START) == 0) & (docs[1:] == docs[:-1])
@@ -264,7 +272,7 @@ def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> np
 
 
 def _look_up(histogram: Histogram, keys: Ints) -> Ints:
-    """Counts of ``keys``, 0 for those that do not occur."""
+    """Counts of ``keys``; 0 for keys that do not occur."""
     if not len(histogram.keys):
         return np.zeros(len(keys), np.int64)
     at = np.minimum(np.searchsorted(histogram.keys, keys), len(histogram.keys) - 1)
@@ -273,18 +281,19 @@ def _look_up(histogram: Histogram, keys: Ints) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class SeriesSummary:
-    """One series' summary of one shard or of many: values, and by type documents, word starts and
-    whole words.
+    """Summary of one series over one shard or many.
+
+    It counts values, and for each type documents, word starts and whole words.
     """
 
-    values: Histogram  # keys: special, type, bin
-    docs: Histogram  # keys: special, type
+    values: Histogram  # keys: special bit, type, bin
+    docs: Histogram  # keys: special bit, type, 0; as in the next two
     word_starts: Histogram
     whole_words: Histogram
 
     @classmethod
     def from_table(cls, table: pa.Table) -> SeriesSummary:
-        """From one series' rows of ``SUMMARY_SCHEMA``."""
+        """From the rows of one series in ``SUMMARY_SCHEMA``."""
         table = table.combine_chunks()
         types = table["special"].to_numpy().astype(np.int64) * SPECIAL_KEY
         types += table["token_id"].to_numpy().astype(np.int64) << BIN_BITS
@@ -303,8 +312,9 @@ class SeriesSummary:
         )
 
     def to_table(self, series: Series) -> pa.Table:
-        """As rows of ``SUMMARY_SCHEMA``, one for each type, normal ones first; the inverse of
-        ``from_table``.
+        """As rows of ``SUMMARY_SCHEMA``; the inverse of ``from_table``.
+
+        There is one row for each type; special types come last.
         """
         types = self.values.keys >> BIN_BITS
         first = starts(types)
@@ -328,10 +338,10 @@ class SeriesSummary:
 
     @classmethod
     def merge(cls, parts: Iterable[SeriesSummary]) -> SeriesSummary:
-        """The sum of ``parts``, which are taken one by one; the same for any order and grouping.
+        """The sum of ``parts``, read one by one; the same for any order and grouping.
 
-        Parts wait until they are as large as the sum so far: n of them cost n log n and not n
-        squared, and memory is that of the result four times, 64 bytes for each distinct pair of a
+        Parts are collected until they are as large as the sum so far. So n parts cost n log n and
+        not n squared. Peak memory is four times the result: 64 bytes for each distinct pair of a
         type and a strength.
         """
         total, waiting, num_keys = cls._add([]), [], 0

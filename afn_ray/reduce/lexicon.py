@@ -11,14 +11,14 @@ import stopwords
 from afn_ray.errors import ConfigError
 
 SOURCE = f"stopwords {version('stopwords')}"
-"""Where function words come from: another version may have others, and so other classes."""
+"""Package and version that list the function words; another version may give other classes."""
 
 
 @cache
 def function_words(language: str) -> frozenset[str]:
     """Function words of ``language`` (ISO 639-1), from the package ``stopwords``, lower case.
 
-    Raises ``ConfigError`` for a language that it does not have.
+    Raises ``ConfigError`` for a language that the package does not have.
     """
     if language not in stopwords.LANGUAGE_MAPPING:
         raise ConfigError(
@@ -29,18 +29,23 @@ def function_words(language: str) -> frozenset[str]:
 
 
 def languages() -> list[str]:
-    """Codes that ``function_words`` knows."""
+    """Language codes that ``function_words`` accepts."""
     return sorted(stopwords.LANGUAGE_MAPPING)
 
 
 def classify(text: str, *, special: bool, starts_word: bool, is_whole: bool, language: str) -> str:
-    """Class of the type that reads ``text``.
+    """Class of the type whose readable text is ``text``.
 
-    Unicode categories decide: all symbols and punctuation (P*, S*) is punctuation; digits (N*) with
-    at most punctuation around them are a number; marks that no text is left of are punctuation. A
-    type that mostly continues words (not ``starts_word``) is a fragment, whatever it spells, and so
-    are bytes that make no character of their own. One that mostly starts words of several tokens
-    (not ``is_whole``) is a piece.
+    The first matching rule decides:
+
+    - ``special`` types are special.
+    - Bytes that make no character are a fragment, and so are combining marks (M*) in a type that
+      does not start words.
+    - Text without letters (L*) and digits (N*) is punctuation, also an empty text.
+    - Text with digits and no letters is a number.
+    - A type that mostly continues words (not ``starts_word``) is a fragment.
+    - A type that mostly starts words of several tokens (not ``is_whole``) is a piece.
+    - A function word of ``language`` is function; all other types are content.
     """
     if special:
         return "special"

@@ -1,8 +1,7 @@
-"""What a run lost of its corpus, file by file: bytes and documents that were not measured,
-characters replaced.
+"""Losses of a run, file by file: bytes and documents not measured, and characters replaced.
 
-A row of ``documents`` says what it stands for. Only shards whose commit counts a loss are read
-again, by pure calls of ``reduce.Tasks``; all other files are known to be whole.
+Each row of a ``documents`` table counts its losses. Only the tables of shards whose commit counts
+a loss are read again, by pure functions under ``reduce.tree.Tasks``. All other files are whole.
 """
 
 from __future__ import annotations
@@ -24,46 +23,47 @@ from afn_ray.store.layout import is_store_file
 from afn_ray.text import count
 
 NAMED_FILES = 5
-"""Files that a sentence names, those that lost most."""
+"""Largest number of files that a sentence names; those with the largest losses come first."""
 READ = ("source", "status", "n_replaced", "lost_bytes", "lost_documents")
+"""Columns of the documents table that are read."""
 SUMS = ("n_quarantined", "lost_bytes", "lost_documents", "lost_unknown", "n_replaced")
-"""Columns of ``FILES_SCHEMA`` that the documents of a file add up to."""
+"""Columns of ``FILES_SCHEMA`` that are sums over the documents of a file."""
 COUNTED = ("quarantined", "lost_bytes", "lost_documents", "lost_unknown", "replaced")
-"""The same among the counts of a commit."""
+"""Counts of a commit that correspond to ``SUMS``."""
 
 LOST = ("lost_bytes", "lost_documents", "lost_unknown")
-"""Of these, what a shard that was given up has as well."""
+"""Members of ``SUMS`` that a quarantined shard also adds to."""
 
 Entry = tuple[str, dict[str, Any]]
-"""A shard and its file of documents, as its commit lists it."""
+"""A shard id and the entry of its documents file in its commit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """The totals of some files, and the files that are worst."""
+    """Total losses of some files, and the files with the largest losses."""
 
-    num_bytes: int  # of the files' parts that were to be read
+    num_bytes: int  # bytes that the plan reads
     lost_bytes: int
-    lost_documents: int  # where their number is known
-    lost_unknown: int  # losses of an unknown number of documents
-    replaced: int  # characters
-    num_files: int  # that lost something
-    worst: tuple[tuple[str, float], ...]  # URI and share read, of those that lost most bytes
-    num_replaced_files: int
-    most_replaced: tuple[str, ...]  # URIs
+    lost_documents: int  # lost documents whose number is known
+    lost_unknown: int  # losses with an unknown number of documents
+    replaced: int  # replaced characters
+    num_files: int  # files with a loss
+    worst: tuple[tuple[str, float], ...]  # URI and share read of the files that lost most bytes
+    num_replaced_files: int  # files with replaced characters
+    most_replaced: tuple[str, ...]  # URIs of the files with most replaced characters
 
     @property
     def any(self) -> bool:
+        """Whether a file lost something; replaced characters do not count."""
         return self.num_files > 0
 
     @property
     def share(self) -> float:
-        """Of the bytes that were to be read, those that were lost."""
+        """Share of the planned bytes that were lost, 0 to 1."""
         return min(1.0, self.lost_bytes / self.num_bytes) if self.num_bytes else float(self.any)
 
 
-# --- the table
-# -------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def files_table(
@@ -75,10 +75,11 @@ def files_table(
     skipped: Iterable[FileInfo],
     tasks: Tasks | None = None,
 ) -> pa.Table:
-    """A row of ``FILES_SCHEMA`` for each file of the corpus, by URI.
+    """One row of ``FILES_SCHEMA`` for each file of the corpus, ordered by URI.
 
-    ``commits`` are those of ``shards`` that were not given up; a shard without one is lost as a
-    whole. Raises ``StoreError`` for a file that is not as committed.
+    ``commits`` belong to the ``shards`` that were not quarantined; a shard without a commit is lost
+    as a whole. ``skipped`` are files that were left out of the corpus. Raises ``StoreError`` for a
+    file that differs from its commit.
     """
     tasks = tasks or Inline()
     done = {commit.shard for commit in commits}
@@ -101,7 +102,7 @@ def files_table(
 
 
 def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[str, int]:
-    """``counts``, sums over commits, with the losses of ``shards`` that were given up."""
+    """``counts``, the sums over commits, plus the losses of quarantined ``shards``."""
     planned = _planned(list(shards), set())
     return {
         name: n + (pc.sum(planned[name]).as_py() or 0 if name in LOST else 0)
@@ -110,18 +111,18 @@ def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[st
 
 
 def add_files(files: pa.Table) -> pa.Table:
-    """The sums of rows that have one ``source``, and the share of their bytes that was read."""
+    """Sums of the rows with equal ``source``, and the share of their bytes that was read."""
     (added,) = _add(files)
     size, lost = (added[name].to_numpy().astype(np.float64) for name in ("num_bytes", "lost_bytes"))
     empty = np.where(added["n_quarantined"].to_numpy() > 0, 0.0, 1.0)
-    # A document that the model refused counts as its text, which may be more than the file's
-    # compressed bytes.
+    # A document that the model refused counts with the bytes of its text, and these may exceed
+    # the compressed bytes of the file.
     share = np.where(size > 0, np.clip(1 - lost / np.maximum(size, 1), 0, 1), empty)
     return added.append_column("share_read", pa.array(share))
 
 
 def _planned(shards: Sequence[Shard], done: set[str]) -> pa.Table:
-    """A row for each slice; all of it is lost where its shard was given up."""
+    """One row for each slice; a slice is lost as a whole if its shard is not in ``done``."""
     slices = [(piece, int(shard.id not in done)) for shard in shards for piece in shard.slices]
     rows = {
         "source": [piece.uri for piece, _ in slices],
@@ -135,7 +136,7 @@ def _planned(shards: Sequence[Shard], done: set[str]) -> pa.Table:
 
 
 def _losses(store: str, measure_id: str, entries: Sequence[Entry]) -> list[pa.Table]:
-    """What each file lost, from some shards' documents; files that lost nothing are left out."""
+    """Losses of each file in some shards' documents; files without losses are left out."""
     tables = []
     for shard, entry in entries:
         data = shard_files.read_file(store, measure_id, shard, entry)
@@ -155,7 +156,7 @@ def _losses(store: str, measure_id: str, entries: Sequence[Entry]) -> list[pa.Ta
 
 
 def _table(rows: Mapping[str, Any], num_rows: int) -> pa.Table:
-    """``rows`` as a table of sums; what they lack is 0."""
+    """``rows`` as a table of sums; missing columns are 0."""
     columns = {"source": pa.array(rows["source"], pa.string())}
     for name in ("bytes", "num_bytes", *SUMS):
         values = np.asarray(rows.get(name, np.zeros(num_rows)), np.int64)
@@ -164,13 +165,14 @@ def _table(rows: Mapping[str, Any], num_rows: int) -> pa.Table:
 
 
 def _add(*tables: pa.Table) -> list[pa.Table]:
-    """The sums of ``tables``, a row for each file."""
+    """The sum of ``tables``, one row for each file."""
     rows = pa.concat_tables(tables).group_by("source", use_threads=False)
     added = rows.aggregate([(name, "sum") for name in ("bytes", "num_bytes", *SUMS)])
     return [added.rename_columns([name.removesuffix("_sum") for name in added.column_names])]
 
 
 def _not_read(files: Iterable[FileInfo]) -> pa.Table:
+    """Rows of ``FILES_SCHEMA`` for skipped files."""
     nothing = dict.fromkeys(FILES_SCHEMA.names, 0)
     rows = [
         nothing | {"source": f.uri, "is_skipped": True, "bytes": f.size, "share_read": 0.0}
@@ -180,17 +182,16 @@ def _not_read(files: Iterable[FileInfo]) -> pa.Table:
 
 
 def skipped_files(table: pa.Table) -> list[FileInfo]:
-    """The files of a run's table that were left out of its corpus."""
+    """Files in a run's ``files`` table that were left out of its corpus."""
     rows = table.filter(table["is_skipped"]).select(["source", "bytes"]).to_pylist()
     return [FileInfo(row["source"], row["bytes"], "") for row in rows]
 
 
-# --- the totals
-# ------------------------------------------------------------------------------------------
+# --- the totals ---
 
 
 def total(files: pa.Table) -> Losses:
-    """What ``files``, of ``FILES_SCHEMA``, lost together."""
+    """Total losses of ``files``, a table of ``FILES_SCHEMA``."""
     read = files.filter(pc.invert(files["is_skipped"]))
     sums = {name: int(pc.sum(read[name]).as_py() or 0) for name in ("num_bytes", *SUMS)}
     losers = read.filter(lost_something(read))
@@ -215,13 +216,13 @@ def total(files: pa.Table) -> Losses:
 
 
 def lost_something(files: pa.Table) -> pa.Array:
-    """Of each row whether anything was lost."""
+    """Whether each row has a loss."""
     lost = [files[name].to_numpy() > 0 for name in ("lost_bytes", "lost_documents", "lost_unknown")]
     return pa.array(np.any(lost, axis=0), pa.bool_())
 
 
 def of_run(run: manifest.RunFolder) -> Losses:
-    """What the complete ``run`` lost."""
+    """Total losses of the complete ``run``."""
     return total(manifest.read_table(run, "files"))
 
 
@@ -233,17 +234,17 @@ def to_json(found: Losses) -> dict[str, Any]:
     return body
 
 
-# --- what the tokenizer does not know
-# --------------------------------------------------------------------
+# --- unknown tokens ---
 
 UNKNOWN_SHARE = 0.05
-"""Share of the tokens of text from which unknown ones are a warning; of text in a model's own
-language it is 0.001.
+"""Share of unknown tokens among text tokens above which the run warns, 0 to 1.
+
+Text in the model's own language has about 0.001.
 """
 
 
 def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
-    """Tokens of text in a run's ``vocabulary`` that have the id ``unknown``."""
+    """Number of text tokens in a run's ``vocabulary`` with the id ``unknown``."""
     if unknown is None or not len(vocabulary):
         return 0
     of_layer = pc.equal(vocabulary["layer"], pc.min(vocabulary["layer"]))
@@ -255,8 +256,9 @@ def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
 
 
 def describe_unknown(info: Mapping[str, Any]) -> str:
-    """How much of a run's text its tokenizer does not know, where that is over ``UNKNOWN_SHARE``;
-    else empty.
+    """Sentence about the share of unknown tokens in a run's text.
+
+    It is empty unless the share is above ``UNKNOWN_SHARE``.
     """
     found, counts = info.get("unknown"), info["counts"]
     num_tokens = counts["tokens"] - counts["special"]
@@ -271,14 +273,11 @@ def describe_unknown(info: Mapping[str, Any]) -> str:
     )
 
 
-# --- in words
-# --------------------------------------------------------------------------------------------
+# --- in words ---
 
 
 def describe(found: Losses) -> str:
-    """What was lost, as "43 kB of 1.2 MB (3.6%) in 2 files: a.gz (52.1% read), ..."; empty where
-    nothing was.
-    """
+    """The losses as "43 kB of 1.2 MB (3.6%) in 2 files: a.gz (52.1% read), ..."; empty if none."""
     if not found.any:
         return ""
     return (
@@ -288,7 +287,7 @@ def describe(found: Losses) -> str:
 
 
 def worst_files(found: Losses) -> str:
-    """Names of the files that lost most, with the share of each that was read."""
+    """Names of the files with the largest losses, with the share of each that was read."""
     names = _names([uri for uri, _ in found.worst])
     files = [
         f"{name} ({rounded_down(share)} read)"
@@ -298,7 +297,7 @@ def worst_files(found: Losses) -> str:
 
 
 def describe_replaced(found: Losses) -> str:
-    """Where characters were replaced; empty where none was."""
+    """Sentence about replaced characters and their files; empty if there are none."""
     if not found.replaced:
         return ""
     files = count(found.num_replaced_files, "file")
@@ -306,12 +305,12 @@ def describe_replaced(found: Losses) -> str:
 
 
 def replaced_files(found: Losses) -> str:
-    """Names of the files of most replaced characters."""
+    """Names of the files with most replaced characters."""
     return _listed(_names(found.most_replaced), found.num_replaced_files)
 
 
 def describe_skipped(files: Sequence[FileInfo]) -> str:
-    """Files that were left out of the corpus, and why; empty where none was."""
+    """Sentence about files left out of the corpus, with reasons; empty if there are none."""
     of_store = [file for file in files if is_store_file(file.uri)]
     others = [file for file in files if not is_store_file(file.uri)]
     parts = []
@@ -328,7 +327,7 @@ def _sized(files: Sequence[FileInfo]) -> str:
 
 
 def said_documents(found: Losses) -> str:
-    """How many documents are lost, as far as that is known."""
+    """Phrase for the number of lost documents, as far as it is known."""
     if not found.lost_unknown:
         return count(found.lost_documents, "document")
     if not found.lost_documents:
@@ -337,7 +336,7 @@ def said_documents(found: Losses) -> str:
 
 
 def said_bytes(n: int) -> str:
-    """``n`` bytes with two or three digits: "43 kB"."""
+    """``n`` bytes in decimal units with two or three digits: "43 kB"."""
     if n < 1000:
         return count(n, "byte")
     power = min(5, int(math.log10(n)) // 3)
@@ -347,17 +346,17 @@ def said_bytes(n: int) -> str:
 
 
 def rounded_down(share: float) -> str:
-    """``share`` in percent, never 100% where something is missing."""
+    """``share`` in percent, rounded down: a share below 1 is never 100%."""
     return f"{math.floor(share * 1000) / 10:g}%"
 
 
 def rounded_up(share: float) -> str:
-    """``share`` in percent, never 0% where there is something."""
+    """``share`` in percent, rounded up: a share above 0 is never 0%."""
     return f"{math.ceil(share * 1000) / 10:g}%"
 
 
 def _names(uris: Sequence[str]) -> list[str]:
-    """The files' names, or their whole URIs where two have the same."""
+    """Names of the files, or their whole URIs if two names are equal."""
     names = [uri.rpartition("/")[2] for uri in uris]
     return names if len({*names}) == len(names) else list(uris)
 

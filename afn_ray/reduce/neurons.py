@@ -1,9 +1,8 @@
-"""Which neurons answer to which types: exact counts of each pair, which merge in any order, and
-what they say.
+"""Counts of neurons and types that occur together, and the neuron tables made from them.
 
-Of each token its few neurons furthest from 0 are recorded. A pair is one of them with the token's
-type; special tokens are left out. Values are summed in units of 2^-20, as integers, so neither
-order nor grouping changes a bit.
+For each token the run records a few neurons with the largest absolute values. A pair is one of
+these neurons and the token's type; special tokens are left out. Values are summed as integers in
+units of 2^-20, so neither order nor grouping changes a bit.
 """
 
 from __future__ import annotations
@@ -30,30 +29,33 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 SCALE = 1 << 20
+"""Units per 1.0 in which values are summed."""
 LIMIT = float(1 << 24)
-"""Of a neuron's value: sums of half a million such ones fit into 64 bits, and no model comes
-near.
+"""Largest absolute value of a neuron.
+
+Sums of half a million such values fit into 64 bits, and no model comes near the limit.
 """
 TOP_TYPES = 10
-"""Types that the table of neurons names for each."""
+"""Number of types that the table of neurons names for each neuron."""
 MIN_N = 5
-"""Pairs seen less often are counted in the neuron's figures, and have no row of their own in a
-run's tables.
+"""Smallest number of tokens for a pair to have a row in ``neuron_types``.
+
+Rarer pairs count in the statistics of their neuron.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Pairs of a neuron and a type at one layer, each once, in order; all [n_pairs]."""
+    """Distinct pairs of a neuron and a type at one layer, in order of their keys; all [n_pairs]."""
 
-    keys: Ints  # neuron, type
-    n: Ints  # tokens
-    totals: Ints  # of the values, in units of 1 / SCALE
-    largest: Floats
+    keys: Ints  # neuron << TYPE_BITS, plus the token id
+    n: Ints  # number of tokens
+    totals: Ints  # sum of the values, in units of 1 / SCALE
+    largest: Floats  # largest value
 
     @classmethod
     def of(cls, keys: Ints, n: Ints, totals: Ints, largest: Floats) -> Pairs:
-        """The sum of pairs in any order."""
+        """The sum of pairs that come in any order and may repeat."""
         order = np.argsort(keys, kind="stable")
         keys, n, totals, largest = keys[order], n[order], totals[order], largest[order]
         first = starts(keys)
@@ -103,10 +105,11 @@ class Pairs:
 
 _NONE = np.empty(0, np.int64)
 EMPTY = Pairs(_NONE, _NONE, _NONE, np.empty(0, np.float32))
+"""Pairs of a shard without tokens."""
 
 
 class PairSummary:
-    """The pairs of one shard, gathered chunk by chunk; memory is bounded by the distinct ones."""
+    """The pairs of one shard, collected chunk by chunk in memory bounded by the distinct pairs."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self._parts: dict[int, list[Pairs]] = {k: [] for k in layers}
@@ -114,9 +117,7 @@ class PairSummary:
     def add(
         self, token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], lists: pa.Table
     ) -> None:
-        """Add tokens, whose neurons are rows of ``lists`` (``token_neurons_schema``) in the same
-        order.
-        """
+        """Add tokens; ``lists`` has their neurons in the same order (``token_neurons_schema``)."""
         normal = (flags & SPECIAL) == 0
         for layer, parts in self._parts.items():
             column = lists[neurons_column(layer)].combine_chunks()
@@ -138,10 +139,10 @@ class PairSummary:
 
 
 def lists_of(measured: Floats, kept: npt.NDArray[np.bool_] | None = None) -> pa.Array:
-    """What a model gave of one layer, as a column of ``token_neurons_schema``.
+    """The neurons that a model measured at one layer, as a column of ``token_neurons_schema``.
 
-    ``measured`` [2 top, n_tokens]: numbers of neurons, then their values, the furthest from 0
-    first. Values of 0 are left out, and tokens that are not ``kept`` [n_tokens] have null.
+    ``measured`` [2 top, n_tokens] has neuron numbers, then their values, the largest absolute value
+    first. Values of 0 are left out. Tokens that are not ``kept`` [n_tokens] have null.
     """
     which, values = np.split(measured.T, 2, axis=1)
     there = values != 0
@@ -159,10 +160,10 @@ def lists_of(measured: Floats, kept: npt.NDArray[np.bool_] | None = None) -> pa.
 
 
 def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[pa.Table, pa.Table]:
-    """What ``pairs`` of whole neurons say: rows of ``NEURONS_SCHEMA`` without texts, and of
-    ``NEURON_TYPES_SCHEMA``.
+    """Rows of ``NEURONS_SCHEMA`` without texts, and rows of ``NEURON_TYPES_SCHEMA``.
 
-    ``types``: ``token_id`` ascending and ``n``, the tokens of which neurons are recorded.
+    ``pairs`` must hold all pairs of each neuron in it. ``types`` has ``token_id``, ascending, and
+    ``n``, the number of tokens with recorded neurons.
     """
     if not len(pairs.keys):
         return NEURONS_SCHEMA.empty_table(), NEURON_TYPES_SCHEMA.empty_table()
@@ -223,7 +224,7 @@ def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[
 
 
 def with_texts(table: pa.Table, readable: Sequence[str]) -> pa.Table:
-    """Rows of ``NEURONS_SCHEMA`` with the texts of their types; ``readable``: by token id."""
+    """``table`` of ``NEURONS_SCHEMA`` with the texts of its types; ``readable`` is by token id."""
     types = table["types"].combine_chunks()
     types = types.chunk(0) if isinstance(types, pa.ChunkedArray) else types
     items = types.flatten()

@@ -1,33 +1,40 @@
-"""One more scan of a run's tokens: strengths by source, and the documents that are strange for
-theirs.
+"""Screen a run's documents: one more scan of its tokens for strengths by source and outliers.
 
-Pure calls of ``reduce.Tasks``, so neither order nor grouping nor place changes a bit::
+All steps are pure functions under ``reduce.tree.Tasks``, so order, grouping and place do not change
+a bit::
 
-    scan    some shards' tokens and documents -> sums by source, features of each document, hashes
-    of their texts add     sums, or hashes, of FAN_IN places  -> their sum rank    features of some
-    shards            -> the strangest documents among them worst   strangest documents
-    -> the strangest of all
+    scan    tokens and documents of some shards -> sums by source, features of each document,
+                                                   hashes of their texts
+    add     up to FAN_IN sums or hash counts    -> their sum
+    rank    features of some shards             -> the strangest documents among them
+    worst   up to FAN_IN lists of documents     -> the strangest of all
 
-A document is strange when one of its features (``FEATURES``, at the deepest layer recorded, special
-tokens apart) lies far from the median of its source, in robust standard deviations: z = (x -
-median) / sqrt((1.4826 MAD)^2 + noise^2). ``noise`` is what x varies by in a document so short, were
-its tokens drawn from the source: short documents are not strange for being short. A source of fewer
-than ``LEAST_DOCS`` documents is held against the whole corpus.
+A document is strange if one of its features is far from the median of its source. Features
+(``FEATURES``) are taken at the deepest recorded layer, without special tokens. The distance is in
+robust standard deviations: z = (x - median) / sqrt((1.4826 MAD)^2 + noise^2). ``noise`` is the
+standard deviation of x in a document of the same length whose tokens are drawn from the source. So
+a document is not strange only because it is short. A source of fewer than ``LEAST_DOCS`` documents
+is compared with the whole corpus.
 
-=================  ===================================================
-================================= feature            of a document of n tokens
-noise squared, m being the median =================
-===================================================  ================================= mean_strength
-mean of the strengths                                variance of the source's tokens / n share_high
-tokens at or above the Q3 that labels go by          p (1 - p) / n, p = (m n + 1) / (n + 2)
-share_rare         tokens of types in at most ``RARE`` of the documents  the same share_sinks
-tokens over the sink limit                           the same share_fragments    tokens that
-continue a word                          the same share_distinct     log(distinct types) / log(n):
-Herdan's C             p (1 - p) / n / ln(n)^2, p = n^(m - 1) =================
-===================================================  =================================
+In this table n is the number of tokens of the document, and m is the median of its source:
 
-A text that many documents share is strange for that: log2(copies) log2(n) / 2 counts as a z too,
-for the chance that independent texts agree falls with their length.
+===============  ================================================  ==============================
+feature          value for a document                              noise squared
+===============  ================================================  ==============================
+mean_strength    mean of the strengths                             variance of the source's
+                                                                   tokens / n
+share_high       share of tokens at or above the Q3 that labels    p (1 - p) / n,
+                 use                                               p = (m n + 1) / (n + 2)
+share_rare       share of tokens of types that occur in at most    as for share_high
+                 ``RARE`` of the documents
+share_sinks      share of tokens above the sink limit              as for share_high
+share_fragments  share of tokens that continue a word              as for share_high
+share_distinct   log(distinct types) / log(n): Herdan's C          p (1 - p) / n / ln(n)^2,
+                                                                   p = n^(m - 1)
+===============  ================================================  ==============================
+
+A text that several documents share is strange too. log2(copies) log2(n) / 2 counts as a z, because
+the chance that independent texts agree falls with their length.
 """
 
 from __future__ import annotations
@@ -66,53 +73,57 @@ from afn_ray.store import parquet, records, shard_files
 from afn_ray.store.commits import Commit
 
 MAX_SOURCES = 1000
-"""With more files than that, sources are the deepest folders of which there are fewer."""
+"""Largest number of sources.
+
+If a run has more files, its sources are folders, as deep as this limit allows.
+"""
 LEAST_DOCS = 20
+"""Smallest number of documents in a source that is compared with itself."""
 RARE = 0.01
-"""Of a run's documents: a type in no more of them is rare."""
+"""Largest share of a run's documents in which a rare type occurs."""
 READ_BYTES = 64 << 20
-"""Of tokens that one call reads: large shards come alone."""
+"""Bytes of token files that one call reads; a larger shard has a call of its own."""
 PART_DOCS = 2_000_000
-"""Documents whose hashes are counted together."""
+"""Number of documents for each part in which text hashes are counted."""
 MAD_TO_SD = 1.4826
-"""Of a normal distribution."""
+"""Ratio of the standard deviation to the MAD in a normal distribution."""
 LEAST_SCALE = 1e-9
-"""Where all documents of a source are the same."""
+"""Smallest divisor of a z, for a source whose documents are all equal."""
 TOLD = 3.0
-"""A feature with such a z is named among the reasons."""
+"""Absolute z from which a feature is named among the reasons."""
 TEXT_CHARS = 300
+"""Longest beginning of a text in the ``screened`` table, in characters."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 BIN_MASK = (1 << BIN_BITS) - 1
+"""Mask of the bin in a key of a source and a bin."""
 
 
 class Place(NamedTuple):
-    """A shard's tokens and documents: what it takes to read and to trust them."""
+    """Location and checksums of a shard's tokens and documents."""
 
     shard: str
-    doc_offset: int
+    doc_offset: int  # run-wide number of the shard's first document
     tokens: dict[str, Any]  # name, bytes, sha256
-    documents: dict[str, Any]
+    documents: dict[str, Any]  # the same
 
 
 class Limits(NamedTuple):
-    """What makes a token HIGH, a sink or rare at the layer that documents are screened at."""
+    """Limits for HIGH, sink and rare tokens at the screened layer."""
 
-    q3: float
-    sink: float
+    q3: float  # HIGH: at or above
+    sink: float  # sink: above
     rare: npt.NDArray[np.bool_]  # by token id
 
 
 class Spread(NamedTuple):
-    """Per source, and last of all sources together: [n_features, n_sources + 1], and [n_sources +
-    1].
-    """
+    """Statistics of each source; the last column is all sources together."""
 
-    median: Floats
-    mad: Floats
-    variance: Floats  # of the tokens' strengths
-    n_docs: Ints
+    median: Floats  # of the features, [n_features, n_sources + 1]
+    mad: Floats  # of the features, [n_features, n_sources + 1]
+    variance: Floats  # of the tokens' strengths, [n_sources + 1]
+    n_docs: Ints  # [n_sources + 1]
 
 
 RANKED = pa.schema(
@@ -123,6 +134,7 @@ RANKED = pa.schema(
         pa.field("hash", pa.int64()),
     ]
 )
+"""Schema of strange documents before their texts are read."""
 
 
 def scan_run(
@@ -139,12 +151,13 @@ def scan_run(
     worst: int,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
-    """The run's ``sources`` and ``screened`` tables, by ``tasks`` or in this process.
+    """The run's ``sources`` and ``screened`` tables, made by ``tasks`` or in this process.
 
-    ``commits`` in plan order; ``shards`` that were planned, whose files are the sources;
-    ``labels``, ``files`` and ``vocabulary`` are the run's tables, ``readable`` the tokenizer's
-    texts by token id; ``worst`` documents are kept. Of documents that share a text the strangest is
-    kept, the first where they are equal. Raises ``StoreError`` for a file that is not as committed.
+    ``commits`` are in plan order. ``shards`` are the planned ones; their files define the sources.
+    ``labels``, ``files`` and ``vocabulary`` are the run's tables; ``readable`` has the tokenizer's
+    texts by token id. ``screened`` has at most ``worst`` documents. Of documents with the same text
+    it has the strangest, or the first of several equally strange ones. Raises ``StoreError`` for a
+    file that differs from its commit.
     """
     tasks = tasks or Inline()
     uris = {piece.uri for shard in shards for piece in shard.slices}
@@ -190,7 +203,7 @@ def scan_run(
 
 
 def source_depth(uris: Collection[str]) -> int | None:
-    """Parts of a file's URI that name its source; None: all of them, for the files are few."""
+    """Number of URI parts that name a source; None if each file is a source."""
     if len(uris) <= MAX_SOURCES:
         return None
     parts = [uri.split("/")[:-1] for uri in uris]
@@ -201,12 +214,12 @@ def source_depth(uris: Collection[str]) -> int | None:
 
 
 def source_of(uri: str, depth: int | None) -> str:
-    """The source of the file ``uri``: itself, or the folder that its first ``depth`` parts name."""
+    """The source of the file ``uri``: the file itself, or the folder of its first parts."""
     return uri if depth is None else "/".join(uri.split("/")[:-1][:depth])
 
 
 def _by_name(files: pa.Table, depth: int | None) -> dict[str, dict[str, Any]]:
-    """Columns of ``SOURCES_SCHEMA`` that the run's ``files`` give, by source."""
+    """Sums over the run's ``files`` for each source, as columns of ``SOURCES_SCHEMA``."""
     read = files.filter(pc.invert(files["is_skipped"]))
     names = pa.array([source_of(uri, depth) for uri in read["source"].to_pylist()], pa.string())
     read = read.set_column(0, "source", names)
@@ -216,7 +229,7 @@ def _by_name(files: pa.Table, depth: int | None) -> dict[str, dict[str, Any]]:
 def _tree(
     tasks: Tasks, merge: Callable[..., Sequence[Any]], handles: list[Any], *first: Any
 ) -> Any:
-    """A handle of ``merge(*first, *values)`` of all ``handles``, ``FAN_IN`` at a time."""
+    """Handle of ``merge(*first, *values)`` over all ``handles``, ``FAN_IN`` at a time."""
     while True:
         handles = [
             tasks.submit(merge, *first, *handles[begin : begin + FAN_IN])[0]
@@ -234,6 +247,7 @@ def _places(commits: Sequence[Commit]) -> Iterator[Place]:
 
 
 def _groups(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """``places`` in order, in groups of at most ``FAN_IN`` shards and about ``READ_BYTES``."""
     group: list[Place] = []
     size = 0
     for place in places:
@@ -246,6 +260,7 @@ def _groups(places: Sequence[Place]) -> Iterator[list[Place]]:
 
 
 def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> Limits:
+    """Limits at ``layer``; infinite if the run has no normal tokens."""
     (row,) = (r for r in labels.to_pylist() if r["layer"] == layer and r["population"] == "tokens")
     here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
     ids, in_docs = here["token_id"].to_numpy(), here["n_docs"].to_numpy()
@@ -256,8 +271,7 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
     return Limits(row["q3"], row["sink_factor"] * row["q2"], rare)
 
 
-# --- scan
-# ------------------------------------------------------------------------------------------------
+# --- scan ---
 
 
 def _read(
@@ -277,8 +291,10 @@ def _scan(
     limits: Limits,
     num_parts: int,
 ) -> list[Any]:
-    """Sums by source (strengths of each layer, each feature, documents), a table of features, and
-    hashes in parts.
+    """Sums by source, a table of the documents' features, and text hashes in ``num_parts`` parts.
+
+    The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
+    the index of the source above the bin.
     """
     index = {name: at for at, name in enumerate(names)}
     sums: list[tuple[Histogram, ...]] = []
@@ -359,8 +375,9 @@ def _features(
     num_docs: int,
     limits: Limits,
 ) -> tuple[Ints, list[npt.NDArray[np.float32]]]:
-    """Tokens of each document, and its ``FEATURES``, rounded as strengths are; 0 where it has no
-    tokens.
+    """Number of tokens of each document, and its ``FEATURES``, rounded as strengths are.
+
+    Both are 0 for a document without tokens. Special tokens are left out by the caller.
     """
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)
@@ -384,7 +401,7 @@ def _features(
 
 
 def _hashes(column: pa.ChunkedArray) -> Ints:
-    """63 bits of each text's hash; of those without one, which have no tokens, nothing is asked."""
+    """63 bits of each text's SHA-256; 0 for a document without a hash, which has no tokens."""
     values = pc.fill_null(column.combine_chunks(), bytes(32))
     raw = np.frombuffer(values.buffers()[1], np.uint8).reshape(-1, 32)[
         values.offset : values.offset + len(values)
@@ -397,14 +414,13 @@ def _add(*sums: tuple[Histogram, ...]) -> list[tuple[Histogram, ...]]:
 
 
 def _repeated(part: tuple[Histogram]) -> list[Histogram]:
-    """Hashes that more than one document has."""
+    """Hashes that occur in more than one document."""
     (all_of,) = part
     more = all_of.counts > 1
     return [Histogram(all_of.keys[more], all_of.counts[more])]
 
 
-# --- sources
-# ---------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def _describe(
@@ -414,7 +430,7 @@ def _describe(
     sums: tuple[Histogram, ...],
     read: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Spread, pa.Table]:
-    """What is usual for each source, and the ``sources`` table; ``read`` as of ``_by_name``."""
+    """Spread of each source, and the ``sources`` table; ``read`` is the result of ``_by_name``."""
     strengths, of_docs, documents = sums[: len(layers)], sums[len(layers) : -1], sums[-1]
     n_documents = np.zeros(len(names), np.int64)
     n_documents[documents.keys] = documents.counts
@@ -451,13 +467,14 @@ def _describe(
 
 
 def _by_source(histogram: Histogram, num_sources: int) -> Iterator[Histogram]:
+    """The histogram of each source, from keys of a source and a bin."""
     ends = np.searchsorted(histogram.keys, np.arange(num_sources + 1) << BIN_BITS)
     for begin, end in pairwise(ends.tolist()):
         yield Histogram(histogram.keys[begin:end] & BIN_MASK, histogram.counts[begin:end])
 
 
 def _median(values: npt.NDArray[Any], counts: Ints) -> float:
-    """By the inverse CDF, of ``values`` in ascending order; nan of none."""
+    """Median (inverse CDF) of ``values`` in ascending order; nan if there are none."""
     if not len(values):
         return float("nan")
     upto = np.cumsum(counts)
@@ -465,6 +482,7 @@ def _median(values: npt.NDArray[Any], counts: Ints) -> float:
 
 
 def _mad(h: Histogram) -> float:
+    """Median absolute deviation from the median; nan if there are no values."""
     values = to_values(h.keys).astype(np.float64)
     away = np.abs(values - _median(values, h.counts))
     order = np.argsort(away, kind="stable")
@@ -472,15 +490,15 @@ def _mad(h: Histogram) -> float:
 
 
 def _variance(h: Histogram) -> float:
+    """Population variance; nan if there are no values."""
     if not h.n:
         return float("nan")
     values = to_values(h.keys).astype(np.float64)
-    mean = math.fsum(values * h.counts) / h.n  # rounded once: the same bits on any machine
+    mean = math.fsum(values * h.counts) / h.n  # fsum rounds once: the same bits on any machine
     return math.fsum((values - mean) ** 2 * h.counts) / h.n
 
 
-# --- documents
-# -------------------------------------------------------------------------------------------
+# --- documents ---
 
 
 def _rank(
@@ -492,7 +510,7 @@ def _rank(
     spread: Spread,
     *repeated: Histogram,
 ) -> list[pa.Table]:
-    """The strangest of ``documents``, as in ``RANKED``."""
+    """The ``worst`` strangest of ``documents``, as in ``RANKED``."""
     index = {name: at for at, name in enumerate(names)}
     uris = documents["source"].combine_chunks()
     of_uri = np.array(
@@ -517,9 +535,8 @@ def _rank(
     shared = np.log2(copies) * np.log2(n) / 2
     score = np.maximum(np.abs(z).max(axis=0), shared) if len(n) else np.empty(0)
     first = np.lexsort((documents["doc"].to_numpy(), -score))
-    _, distinct = np.unique(
-        hashes[first], return_index=True
-    )  # of documents with one text the first
+    # Of documents with the same text, keep the first.
+    _, distinct = np.unique(hashes[first], return_index=True)
     chosen = first[np.sort(distinct)[:worst]]
     table = documents.take(chosen).append_column(
         "layer", pa.array(np.full(len(chosen), layer, np.int16))
@@ -546,7 +563,7 @@ def _rank(
 
 
 def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
-    """Squared, as the table in this module's docstring says."""
+    """Squared noise of a feature, as in the table of this module's docstring."""
     if feature == "mean_strength":
         return variance / n
     if feature == "share_distinct":
@@ -559,7 +576,7 @@ def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
 def _reason(
     z: Floats, values: Floats, medians: Floats, copies: int, shared: float, of_all: bool
 ) -> str:
-    """The features that make a document strange, the strangest first; at least one."""
+    """Up to three reasons why a document is strange, the strongest first; at least one."""
     told = [
         (
             abs(z[at]),
@@ -575,6 +592,7 @@ def _reason(
 
 
 def _worst(worst: int, *tables: pa.Table) -> list[pa.Table]:
+    """The ``worst`` strangest documents of ``tables``."""
     table = pa.concat_tables(tables)
     first = np.lexsort((table["doc"].to_numpy(), -table["score"].to_numpy()))
     _, distinct = np.unique(table["hash"].to_numpy()[first], return_index=True)
@@ -589,7 +607,7 @@ def _with_texts(
     readable: Sequence[str],
     tasks: Tasks,
 ) -> pa.Table:
-    """``table`` as in ``SCREENED_SCHEMA``, with the beginnings of the documents' texts."""
+    """``table`` with ranks and the beginnings of the texts, as in ``SCREENED_SCHEMA``."""
     wanted: dict[str, list[int]] = {}
     for row in table.select(["shard", "in_shard"]).to_pylist():
         wanted.setdefault(row["shard"], []).append(row["in_shard"])
@@ -613,19 +631,19 @@ def _with_texts(
 def _texts(
     store: str, measure_id: str, place: Place, docs: Sequence[int], readable: Sequence[str]
 ) -> list[dict[int, str]]:
-    """Beginnings of ``docs``, put together from their tokens: words as written, one space between
-    them.
+    """Beginnings of the texts of ``docs``, joined from their tokens.
+
+    Words are as written in the corpus, with one space between them.
     """
     tokens = _read(store, measure_id, place, place.tokens, ["doc", "token_id", "flags", "surface"])
     column = tokens["doc"].to_numpy()
     texts = {}
     for doc in docs:
         begin, end = np.searchsorted(column, [doc, doc + 1])
-        rows = tokens.slice(
-            begin, min(end - begin, TEXT_CHARS)
-        )  # a token has a character or more, nearly always
+        # Nearly every token has at least one character.
+        rows = tokens.slice(begin, min(end - begin, TEXT_CHARS))
         pieces: list[str] = []
-        written = False  # the word under way was given as a whole
+        written = False  # the whole current word is already in ``pieces``
         for token, flags, surface in zip(
             rows["token_id"].to_pylist(),
             rows["flags"].to_pylist(),

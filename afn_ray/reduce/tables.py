@@ -36,11 +36,11 @@ STATISTICS_SCHEMA = pa.schema(
     + [f for f in VOCABULARY_SCHEMA if f.name in
        ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")]
 )  # fmt: skip
-"""What the vocabulary says of a type, before its text."""
+"""Schema of a type's statistics, before the vocabulary adds texts and classes."""
 
 
 def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence[int]) -> pa.Table:
-    """Where the shards' files are and how many rows they hold, in plan order."""
+    """The ``shards`` table: files of each shard and their numbers of rows, in plan order."""
     tables = [SHARDS_SCHEMA.empty_table()]
     rows: list[dict[str, Any]] = []
     doc_offset = 0
@@ -85,6 +85,7 @@ def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence
 
 
 def histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table:
+    """Rows of ``HISTOGRAM_SCHEMA`` for one layer, of special or of normal tokens."""
     n = len(histogram.keys)
     columns = [
         np.full(n, layer, np.int16),
@@ -98,10 +99,10 @@ def histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table
 def threshold_rows(
     layer: int, histogram: Histogram, n_special: int, sink_factor: float
 ) -> list[dict[str, Any]]:
-    """Thresholds of one layer over all tokens but the special ones, and again without the sinks.
+    """Thresholds of one layer: one row for all normal tokens, one for those that are no sinks.
 
-    A sink is a token over ``sink_factor`` times the median of all. HIGH is at or above Q3 of the
-    same population.
+    A sink is a token above ``sink_factor`` times the median of all normal tokens. HIGH is at or
+    above Q3 of the same population. ``histogram`` holds the normal tokens.
     """
     median = (
         to_values(np.array([histogram.quantile_key(1, 2)]))[0] if histogram.n else np.float32(0)
@@ -129,10 +130,11 @@ def threshold_rows(
 
 
 def _moments(h: Histogram) -> dict[str, Any]:
+    """Count, mean, standard deviation, minimum and maximum; null for an empty histogram."""
     if not h.n:
         return {"n": 0, "mean": None, "sd": None, "min": None, "max": None}
     values = to_values(h.keys).astype(np.float64)
-    mean = math.fsum(values * h.counts) / h.n  # rounded once: the same bits on any machine
+    mean = math.fsum(values * h.counts) / h.n  # fsum rounds once: the same bits on any machine
     sd = math.sqrt(math.fsum((values - mean) ** 2 * h.counts) / h.n)
     return {"n": h.n, "mean": mean, "sd": sd, "min": values[0], "max": values[-1]}
 
@@ -140,8 +142,9 @@ def _moments(h: Histogram) -> dict[str, Any]:
 def frozen_rows(
     own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """``own`` rows of a layer with the quartiles of ``frozen``, and this run's tokens counted under
-    these.
+    """``own`` rows of a layer with the quartiles of ``frozen``.
+
+    The counts of HIGH tokens and sinks are those of this run's tokens under these quartiles.
     """
     taken = {row["population"]: row for row in frozen}
     values = to_values(histogram.keys).astype(np.float64)
@@ -173,8 +176,9 @@ def frozen_rows(
 
 
 def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
-    """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``; ``q3`` is the layer's
-    threshold.
+    """Statistics of every type that occurs, as in ``STATISTICS_SCHEMA``.
+
+    ``q3`` is the layer's threshold for HIGH; None means that no token is HIGH.
     """
     keys, counts = merged.values.keys, merged.values.counts
     types = keys >> BIN_BITS
@@ -222,9 +226,10 @@ def vocabulary_table(
     language: str,
     tags: Mapping[int, str] | None = None,
 ) -> pa.Table:
-    """``statistics`` of all types in any order, with texts, classes and shares, in order of ids.
+    """The vocabulary of one layer: ``statistics`` with texts, classes and shares, ordered by id.
 
-    ``tags``: the classes of types, where the corpus says them; else they are guessed.
+    ``statistics`` holds all types in any order. ``tags`` gives the classes of types if the corpus
+    is labelled; without it, classes are guessed. ``pieces`` and ``readable`` are by token id.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
     columns: dict[str, Any] = {

@@ -1,21 +1,22 @@
-"""Shards' summaries in, a run's thresholds, histogram and vocabulary out. No record is read again.
+"""Reduce shard summaries to a run's thresholds, histogram, vocabulary and neuron tables.
 
-Summaries merge in a tree of pure functions that run here or elsewhere (``Tasks``)::
+No token record is read again. Summaries are merged in a tree of pure functions, which run in this
+process or in others (``Tasks``)::
 
-    read    some shards' summaries of one series -> their sum, cut by type into parts
-    merge   a part from FAN_IN places            -> their sum, until there is one of each part
-    count   a part                               -> how often each value occurs in it
-    total   all parts' counts                    -> the layer's histogram and thresholds
-    types   a part, what labels go by            -> statistics of each type
+    read    summaries of one series from some shards  -> their sum, cut by type into parts
+    merge   one part from up to FAN_IN sums           -> its sum, until each part occurs once
+    count   a part                                    -> how often each value occurs in it
+    total   the counts of all parts                   -> the layer's histogram and thresholds
+    types   a part and the thresholds that label      -> statistics of each type
 
-Pairs of neurons and types go the same way, cut by neuron, to a last step that gives the rows of
-both their tables. Of a labelled corpus the counts of each type's tags::
+Pairs of neurons and types are merged in the same way, cut by neuron. Their last step makes the rows
+of both neuron tables. The tags of a labelled corpus are counted for each type::
 
-    tags    some shards' summaries               -> their sum
-    add     sums from FAN_IN places              -> their sum, until there is one
+    tags    summaries of some shards                  -> their sum
+    add     up to FAN_IN sums                         -> their sum, until one is left
 
-All that is added are integers, so neither order nor grouping nor place changes a bit; whoever calls
-holds handles and the small tables at the end.
+All added values are integers, so order, grouping and place do not change a bit. The caller holds
+only handles, and the small tables at the end.
 """
 
 from __future__ import annotations
@@ -59,43 +60,49 @@ from afn_ray.store import parquet, shard_files
 from afn_ray.store.commits import Commit
 
 READ_AHEAD = 8
+"""Number of files that one call reads at the same time."""
 FAN_IN = 64
-"""Sums that one call merges, and shards that one reads at most."""
+"""Largest number of sums that one call merges, and of shards that one call reads."""
 READ_BYTES = 16 << 20
-"""Of one series' summaries, that one call reads: large shards come in smaller groups. Each byte
-becomes 8 to 40.
+"""Bytes of one series' summaries that one call reads, as stored.
+
+Large shards are read in smaller groups. Each stored byte takes 8 to 40 bytes of memory.
 """
 SLICE_PAIRS = 1 << 20
-"""Pairs of a type and a strength that a call looks at together."""
+"""Number of pairs of a type and a strength that a call processes at a time."""
 PART_BYTES = 32 << 20
-"""Of one series' summaries that go into one part. Sums are smaller, for what they have in common
-counts once.
+"""Stored bytes of one series' summaries for each part.
+
+The sum is smaller, because a pair that occurs in several summaries occurs once in it.
 """
 MAX_PARTS = 16
-"""Parts of a series. More would spread the last merges, but parts under 100 kB would pass through
-the driver.
+"""Largest number of parts of a series.
+
+More parts would distribute the last merges better, but parts under 100 kB would pass through the
+driver.
 """
 
 
 class Tasks(Protocol):
-    """Calls pure functions, here or in other processes, perhaps more than once where a process
-    died.
-    """
+    """Runs pure functions in this process or in others, perhaps again if a process died."""
 
     def submit(
         self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
     ) -> list[Any]:
-        """A handle for each of the ``num_results`` values that ``function(*args)`` returns.
+        """Start ``function(*args)``; return one handle for each of its ``num_results`` values.
 
-        Handles among ``args`` arrive as the values that they stand for.
+        The function receives the values of handles among ``args``.
         """
 
     def result(self, handle: Any) -> Any:
-        """The value of ``handle``. Raises what its function raised, or one that it depends on."""
+        """Wait for the value of ``handle``.
+
+        Raises the error of its function, or of a function that it depends on.
+        """
 
 
 class Inline:
-    """Calls at once, in this process: what is held is what the caller still has handles of."""
+    """Runs each function at once in this process; a handle is the value itself."""
 
     def submit(
         self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
@@ -109,7 +116,7 @@ class Inline:
 
 
 class SummaryFile(NamedTuple):
-    """What it takes to read a shard's summary and to trust it."""
+    """Location, size and checksum of one table file of a shard."""
 
     shard: str
     name: str
@@ -135,15 +142,20 @@ def reduce_run(
     tagged: bool = False,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
-    """The run's tables from its shards' summaries, by ``tasks`` or in this process.
+    """The run's tables, made from its shards' summaries by ``tasks`` or in this process.
 
-    ``commits`` in plan order, ``num_bytes`` read for each; ``series`` as the shards have them,
-    strength first; ``pieces`` and ``readable`` are the vocabulary's texts by token id; ``frozen``
-    has rows of ``manifest.FROZEN`` to label by instead of the run's own thresholds;
-    ``neuron_layers`` of which neurons are recorded, ``high_neurons`` where of HIGH tokens alone;
-    where summaries are ``tagged``, classes are tags. The result does not depend on how the corpus
-    was cut into shards. Raises ``StoreError`` when a summary is missing or damaged, or when
-    together they have not the tokens that the commits count.
+    - ``commits`` are in plan order, and ``num_bytes`` are the bytes read for each of them.
+    - ``series`` has the order of the summaries, strength first.
+    - ``pieces`` and ``readable`` are the vocabulary's texts by token id.
+    - ``frozen`` has rows of ``manifest.FROZEN``. If given, they label tokens instead of the run's
+      own thresholds.
+    - ``neuron_layers`` are the layers with recorded neurons; with ``high_neurons`` only HIGH tokens
+      have them.
+    - ``tagged``: the summaries count tags, and the classes of types are their tags.
+
+    The result does not depend on how the corpus was cut into shards. Raises ``StoreError`` if a
+    summary is missing or damaged, or if the summaries do not hold the number of tokens that the
+    commits count.
     """
     tasks = tasks or Inline()
     n_docs = sum(
@@ -223,8 +235,9 @@ def reduce_run(
 
 
 class _Files:
-    """What it takes to read a table of every shard, in order; made anew each time, since a run may
-    have a million.
+    """The files of one table of all shards, in order.
+
+    Entries are made on each iteration, because a run may have a million shards.
     """
 
     def __init__(self, commits: Sequence[Commit], table: str) -> None:
@@ -246,8 +259,9 @@ def _neurons(
     high_only: bool,
     readable: Sequence[str],
 ) -> dict[str, pa.Table]:
-    """The tables of neurons. Tokens that have a list are all but special ones, or those of them
-    that are HIGH.
+    """The tables ``neurons`` and ``neuron_types``.
+
+    All normal tokens have recorded neurons; with ``high_only`` only the HIGH ones of them do.
     """
     files = _Files(commits, "pairs")
     submitted = []
@@ -284,8 +298,7 @@ def _neurons(
     }
 
 
-# --- the tree
-# --------------------------------------------------------------------------------------------
+# --- the tree ---
 
 
 def _submit_series(
@@ -298,7 +311,7 @@ def _submit_series(
     sink_factor: float,
     frozen: Sequence[dict[str, Any]],
 ) -> tuple[list[Any], list[Any]]:
-    """Handles of one series' ``_total``, and of ``_types`` of each part."""
+    """Handles of the results of ``_total`` for one series, and of ``_types`` for each part."""
     one, num_series = series[at], len(series)
     num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
     leaves = (
@@ -314,16 +327,16 @@ def _submit_series(
 def _tree(
     tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequence[Any]], subject: Any
 ) -> list[Any]:
-    """Handles of the parts of the sum of ``leaves``, each of which has handles of the same parts.
+    """Handles of the parts of the sum of ``leaves``.
 
-    ``merge(subject, *parts)`` adds them up.
+    Each leaf is a list of handles, one for each part. ``merge(subject, *values)`` adds the values
+    of one part.
     """
-    levels: list[list[list[Any]]] = [
-        []
-    ]  # at height h: sums of FAN_IN^h groups, each as handles of its parts
+    # At height h: sums of FAN_IN^h leaves, each as a list of handles of its parts.
+    levels: list[list[list[Any]]] = [[]]
 
     def merge_level(height: int) -> None:
-        """Replace the sums at ``height`` by one above them."""
+        """Replace the sums at ``height`` by one sum at the next height."""
         if height + 1 == len(levels):
             levels.append([])
         if len(levels[height]) > 1:
@@ -347,7 +360,7 @@ def _tree(
 def _submit_tags(
     tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], num_series: int
 ) -> Any:
-    """A handle of the tag that each type has most often."""
+    """Handle of the most frequent tag of each type."""
     leaves = (
         tasks.submit(_tags, store, measure_id, group, num_series)
         for group in _groups(files, num_series)
@@ -356,7 +369,7 @@ def _submit_tags(
 
 
 def _groups(files: Iterable[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
-    """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` of a series."""
+    """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` per series."""
     group: list[SummaryFile] = []
     size = 0
     for file in files:
@@ -376,10 +389,10 @@ def _read(
     series: Series,
     num_parts: int,
 ) -> list[bytes]:
-    """The sum of ``series`` (row group ``at``) of ``files``; part p has the types whose id is p
-    modulo the number.
+    """The sum of ``series`` (row group ``at``) over ``files``, as ``num_parts`` encoded parts.
 
-    Ids go by frequency in most vocabularies, so the parts are about equal.
+    Part p has the types whose id modulo ``num_parts`` is p. Most vocabularies order ids by
+    frequency, so the parts have about equal sizes.
     """
     table = SeriesSummary.merge(_read_series(store, measure_id, files, at, series)).to_table(series)
     part_of = table["token_id"].to_numpy() % num_parts
@@ -398,7 +411,7 @@ def _merge(series: Series, *parts: bytes) -> list[bytes]:
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
-    """How often each value occurs in ``part``: of normal tokens, and of special ones."""
+    """Histograms of the values in ``part``: one of normal tokens, one of special tokens."""
     normal: list[Histogram] = []
     special: list[Histogram] = []
     for some in _slices(part):
@@ -414,7 +427,7 @@ def _total(
     frozen: Sequence[dict[str, Any]],
     *counts: tuple[Histogram, Histogram],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table]:
-    """Rows of the layer's thresholds, those that labels go by, and its histogram."""
+    """Rows of the layer's own thresholds, rows of those that label tokens, and its histogram."""
     normal, special = (Histogram.merge(of) for of in zip(*counts, strict=True))
     histogram = pa.concat_tables(
         [histogram_table(layer, False, normal), histogram_table(layer, True, special)]
@@ -424,7 +437,7 @@ def _total(
 
 
 def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
-    """``type_statistics`` of ``part`` under the thresholds that labels go by."""
+    """``type_statistics`` of ``part`` under the thresholds that label tokens."""
     tables = [type_statistics(some, labels[0]["q3"]) for some in _slices(part)]
     return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]
 
@@ -432,8 +445,9 @@ def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
 def _read_pairs(
     store: str, measure_id: str, files: Sequence[SummaryFile], layer: int, num_parts: int
 ) -> list[bytes]:
-    """The sum of the pairs of ``files`` at ``layer``; part p has the neurons whose number is p
-    modulo the number.
+    """The sum of the pairs in ``files`` at ``layer``, as ``num_parts`` encoded parts.
+
+    Part p has the neurons whose number modulo ``num_parts`` is p.
     """
 
     def read(file: SummaryFile) -> neurons.Pairs:
@@ -469,7 +483,7 @@ def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.T
 def _tags(
     store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int
 ) -> list[TypeTags]:
-    """The sum of the counts of tags in ``files``, the row group behind those of the series."""
+    """The sum of the tag counts in ``files``; their row group follows those of the series."""
     nothing = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))
     found = (_read_group(store, measure_id, file, num_series) for file in files)
     return [
@@ -488,14 +502,15 @@ def _most_frequent(tags: TypeTags) -> list[dict[int, str]]:
 
 
 def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
-    """What a ``Tasks`` elsewhere runs: a lone value comes out of its sequence."""
+    """Run ``function`` for a ``Tasks`` in other processes; return a single result unwrapped."""
     values = function(*args)
     return values if num_results > 1 else values[0]
 
 
 def _encode(table: pa.Table) -> bytes:
-    """A sum as it travels: 2 to 4 bytes for a distinct pair of a type and a strength, where memory
-    takes 16.
+    """A sum as Parquet bytes, for transfer between processes.
+
+    A distinct pair of a type and a strength takes 2 to 4 bytes, against 16 in memory.
     """
     return parquet.encode(
         table,
@@ -515,7 +530,7 @@ def _decode(data: bytes) -> pa.Table:
 
 
 def _slices(part: bytes) -> Iterator[SeriesSummary]:
-    """``part``, some types at a time, which are all there is of these types."""
+    """``part``, some types at a time; each slice holds all values of its types."""
     table = _decode(part)
     if not len(table):
         return
@@ -528,7 +543,10 @@ def _slices(part: bytes) -> Iterator[SeriesSummary]:
 def _read_series(
     store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Series
 ) -> Iterator[SeriesSummary]:
-    """``series`` (row group ``at``) of every summary, a few files ahead."""
+    """``series`` (row group ``at``) of every summary that has it, reading several files at a time.
+
+    Raises ``StoreError`` if a row group holds another series.
+    """
 
     def read(file: SummaryFile) -> SeriesSummary | None:
         table = _read_group(store, measure_id, file, at)
@@ -549,15 +567,9 @@ def _read_series(
 
 
 def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.Table | None:
-    """Row group ``at`` of a summary; None where it is not there: of a shard without tokens, or
-    without tags.
-    """
+    """Row group ``at`` of a summary; None if the shard has no tokens or no tags for it."""
     data = shard_files.read_file(
         store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256}
     )
     summary = parquet.open_file(data)
     return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None
-
-
-# --- the tables
-# ------------------------------------------------------------------------------------------
