@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -94,16 +95,18 @@ def memory_bytes(text: str) -> int:
     other text.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?|(%))\s*", text, re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
+    num_bytes = 0
+    if found is not None and found[4]:
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        num_bytes = int(float(found[1]) / 100 * (cgroup.memory_bytes() or machine_bytes))
+    elif found is not None:
+        unit = (1024 if found[3] else 1000) ** UNITS[(found[2] or "").lower()]
+        num_bytes = int(float(found[1]) * unit)
+    if num_bytes == 0:
         raise QueryError(
             f"the memory limit is {text!r}; expected a size such as 500MB, 2GB or 1.5GiB"
         )
-    if found[4]:
-        everything = cgroup.memory_bytes() or os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
-        return int(float(found[1]) / 100 * everything)
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[(found[2] or "").lower()])
+    return num_bytes
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Process:
         self._closed = False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._forgotten: list[int] = []
+        self._forgotten: deque[int] = deque()
 
     def ask(self, allowance: Allowance, do: str, *arguments: Any) -> tuple[int, Answer]:
         """Send a request; return its number and its answer. Its time counts in ``allowance``.
@@ -166,7 +169,7 @@ class Process:
                 raise QueryError("the run is closed; open it again")
             self._files.failed = None  # a stopped query may have left an error
             child = self._started()
-            forget, self._forgotten = tuple(self._forgotten), []
+            forget = tuple(self._forgotten.popleft() for _ in range(len(self._forgotten)))
             request = Request(next(self._numbers), do, arguments, forget)
             answer = child.ask(request, allowance)
             if _is_broken(answer):
