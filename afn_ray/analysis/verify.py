@@ -20,7 +20,8 @@ from afn_ray.analysis import recount, rows
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
-from afn_ray.reduce.tables import shards_table
+from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.tables import Texts, shards_table
 from afn_ray.schema import Shard, fingerprint
 from afn_ray.store import (
     blocks,
@@ -636,21 +637,15 @@ class _Run:
             ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True
         ):
             pieces[at], readable[at] = token, text
-        tables = tree.reduce_run(
-            self.folder.store,
-            self.measure_id,
-            commits,
+        shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
+        recorded = tree.Recorded(
             rows.series_of(self.measure),
-            pieces=pieces,
-            readable=readable,
-            language=self._config["language"],
-            sink_factor=self._config["sink_factor"],
-            num_bytes=num_bytes,
-            frozen=self._frozen,
-            neuron_layers=self.measure.get("neuron_layers", []),
-            high_neurons="neurons_above" in self.measure,
-            tagged=(tagged := "labels" in self.measure),
+            self.measure.get("neuron_layers", []),
+            "neurons_above" in self.measure,
+            tagged := "labels" in self.measure,
         )
+        rules = tree.Rules(self._config["language"], self._config["sink_factor"], self._frozen)
+        tables = tree.reduce_run(shards, recorded, Texts(pieces, readable), rules)
         at = tables["vocabulary"].column_names.index("class")
         if not tagged:
             tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
@@ -663,26 +658,9 @@ class _Run:
             tables["signal_vocabulary"] = others.set_column(
                 at, "class", pa.array(column, pa.string())
             )
-        tables["files"] = losses.files_table(
-            self.folder.store,
-            self.measure_id,
-            commits,
-            shards=self.shards,
-            skipped=losses.skipped_files(files),
-        )
-        if self._config.get("screen"):
-            tables |= screen.scan_run(
-                self.folder.store,
-                self.measure_id,
-                commits,
-                self.measure["layers"],
-                shards=self.shards,
-                labels=tables["frozen" if self._frozen else "thresholds"],
-                files=tables["files"],
-                vocabulary=tables["vocabulary"],
-                readable=readable,
-                worst=self._config["screen"],
-            )
+        tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
+        if worst := self._config.get("screen"):
+            tables |= screen.scan_run(shards, self.measure["layers"], tables, readable, worst)
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:

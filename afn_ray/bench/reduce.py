@@ -33,6 +33,8 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.tables import Texts
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
 from afn_ray.store import layout, shard_files
 from afn_ray.store.commits import COUNTS, Commit
@@ -165,16 +167,11 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     with cluster.tasks(config, shards, lambda notice: print(notice, file=sys.stderr)) as tasks:
         before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
         tables = tree.reduce_run(
-            store,
-            MEASURE_ID,
-            commits,
-            (SERIES,),
-            pieces=texts,
-            readable=texts,
-            language="en",
-            sink_factor=10.0,
-            num_bytes=[1] * len(commits),
-            tasks=tasks,
+            CommittedShards(store, MEASURE_ID, commits, [1] * len(commits)),
+            tree.Recorded((SERIES,)),
+            Texts(texts, texts),
+            tree.Rules("en", 10.0),
+            tasks,
         )
         seconds = time.monotonic() - began
     return {

@@ -32,7 +32,8 @@ from afn_ray.bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS,
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
 from afn_ray.reduce import tree as reduce
-from afn_ray.reduce.tables import STATISTICS_SCHEMA
+from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.tables import STATISTICS_SCHEMA, Texts
 from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
@@ -127,8 +128,8 @@ class Tree:
         self.calls[name] += 1
         self.most_args = max(self.most_args, len(args))
         if name == "read":
-            assert len(args[2]) <= reduce.FAN_IN
-            return [len(args[2])] * num_results
+            assert len(args[0]) <= reduce.FAN_IN
+            return [len(args[0])] * num_results
         if name == "merge":
             return [sum(args[1:])]
         if name == "count":
@@ -230,16 +231,11 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     tree = Tree()
     with meter.part("reduce"):
         tables = reduce.reduce_run(
-            "-",
-            MEASURE_ID,
-            ordered,
-            (SERIES,),
-            pieces=(),
-            readable=(),
-            language="en",
-            sink_factor=10.0,
-            num_bytes=[s.num_bytes for s in done],
-            tasks=tree,
+            CommittedShards("-", MEASURE_ID, ordered, [s.num_bytes for s in done]),
+            reduce.Recorded((SERIES,)),
+            Texts((), ()),
+            reduce.Rules("en", 10.0),
+            tree,
         )
     assert tables["shards"].num_rows == len(done)
     remember("with the reduce planned")

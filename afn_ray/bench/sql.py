@@ -38,6 +38,8 @@ from afn_ray.errors import AfnError
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.tables import Texts
 from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, fingerprint
 from afn_ray.store import manifest, shard_files
 from afn_ray.store.commits import COUNTS
@@ -227,34 +229,14 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     folder = manifest.begin_run(
         config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()
     ).run
-    written, readable = pieces()
+    texts = Texts(*pieces())
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
-    tables = tree.reduce_run(
-        store,
-        measure_id,
-        ordered,
-        (SERIES,),
-        pieces=written,
-        readable=readable,
-        language="en",
-        sink_factor=10.0,
-        num_bytes=[1] * len(ordered),
-    )
+    committed = CommittedShards(store, measure_id, ordered, [1] * len(ordered))
+    tables = tree.reduce_run(committed, tree.Recorded((SERIES,)), texts, tree.Rules("en", 10.0))
     seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")
     began = time.monotonic()
-    tables["files"] = losses.files_table(store, measure_id, ordered, shards=shards, skipped=())
-    tables |= screen.scan_run(
-        store,
-        measure_id,
-        ordered,
-        (LAYER,),
-        shards=shards,
-        labels=tables["thresholds"],
-        files=tables["files"],
-        vocabulary=tables["vocabulary"],
-        readable=readable,
-        worst=config.screen,
-    )
+    tables["files"] = losses.files_table(committed, shards, ())
+    tables |= screen.scan_run(committed, (LAYER,), tables, texts.readable, config.screen)
     screening_s = time.monotonic() - began
     tokens = sum(c.counts["tokens"] for c in ordered)
     info = {

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
 from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
-from afn_ray.store import manifest, parquet, shard_files
-from afn_ray.store.commits import Commit
+from afn_ray.store import manifest, parquet
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import count
 
@@ -33,9 +33,6 @@ COUNTED = ("quarantined", "lost_bytes", "lost_documents", "lost_unknown", "repla
 
 LOST = ("lost_bytes", "lost_documents", "lost_unknown")
 """Members of ``SUMS`` that a quarantined shard also adds to."""
-
-Entry = tuple[str, dict[str, Any]]
-"""A shard id and the entry of its documents file in its commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +64,33 @@ class Losses:
 
 
 def files_table(
-    store: str,
-    measure_id: str,
-    commits: Sequence[Commit],
-    *,
-    shards: Sequence[Shard],
+    committed: CommittedShards,
+    planned: Sequence[Shard],
     skipped: Iterable[FileInfo],
     tasks: Tasks | None = None,
 ) -> pa.Table:
     """One row of ``FILES_SCHEMA`` for each file of the corpus, ordered by URI.
 
-    ``commits`` belong to the ``shards`` that were not quarantined; a shard without a commit is lost
-    as a whole. ``skipped`` are files that were left out of the corpus. Raises ``StoreError`` for a
-    file that differs from its commit.
+    A ``planned`` shard that is not ``committed`` is lost as a whole. ``skipped`` are files that were
+    left out of the corpus. Raises ``StoreError`` for a file that differs from its commit.
     """
     tasks = tasks or Inline()
-    done = {commit.shard for commit in commits}
-    counted = ((c, [c.counts[name] for name in COUNTED]) for c in commits)
-    entries = [(c.shard, c.files["documents"]) for c, counts in counted if any(counts)]
+    done: set[str] = set()
+    files: list[CommittedFile] = []
+    for commit in committed.commits:
+        done.add(commit.shard)
+        if any(commit.counts[name] for name in COUNTED):
+            files.append(committed.file(commit, "documents"))
     handles = [
-        tasks.submit(_losses, store, measure_id, entries[begin : begin + FAN_IN])[0]
-        for begin in range(0, len(entries), FAN_IN)
+        tasks.submit(_losses, files[begin : begin + FAN_IN])[0]
+        for begin in range(0, len(files), FAN_IN)
     ]
     while len(handles) > 1:
         handles = [
             tasks.submit(_add, *handles[begin : begin + FAN_IN])[0]
             for begin in range(0, len(handles), FAN_IN)
         ]
-    found = pa.concat_tables([_planned(shards, done), *map(tasks.result, handles)])
+    found = pa.concat_tables([_planned(planned, done), *map(tasks.result, handles)])
     read = add_files(found)
     read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))
     read = read.select(FILES_SCHEMA.names).cast(FILES_SCHEMA)
@@ -135,12 +131,11 @@ def _planned(shards: Sequence[Shard], done: set[str]) -> pa.Table:
     return _table(rows, len(slices))
 
 
-def _losses(store: str, measure_id: str, entries: Sequence[Entry]) -> list[pa.Table]:
+def _losses(files: Sequence[CommittedFile]) -> list[pa.Table]:
     """Losses of each file in some shards' documents; files without losses are left out."""
     tables = []
-    for shard, entry in entries:
-        data = shard_files.read_file(store, measure_id, shard, entry)
-        documents = parquet.read(data, list(READ), use_threads=False)
+    for file in files:
+        documents = parquet.read(file.read(), list(READ), use_threads=False)
         status = documents["status"].cast(pa.string())
         rows = {
             "source": documents["source"].cast(pa.string()).combine_chunks(),

@@ -59,6 +59,7 @@ from afn_ray.reduce.histogram import (
     to_bins,
     to_values,
 )
+from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
 from afn_ray.schema import (
     FEATURES,
@@ -66,11 +67,9 @@ from afn_ray.schema import (
     SOURCES_SCHEMA,
     SPECIAL,
     WORD_START,
-    Shard,
     strength_column,
 )
-from afn_ray.store import parquet, records, shard_files
-from afn_ray.store.commits import Commit
+from afn_ray.store import parquet, records
 
 MAX_SOURCES = 1000
 """Largest number of sources.
@@ -101,12 +100,32 @@ BIN_MASK = (1 << BIN_BITS) - 1
 
 
 class Place(NamedTuple):
-    """Location and checksums of a shard's tokens and documents."""
+    """Files of a shard's tokens and documents."""
 
     shard: str
     doc_offset: int  # run-wide number of the shard's first document
-    tokens: dict[str, Any]  # name, bytes, sha256
-    documents: dict[str, Any]  # the same
+    tokens: CommittedFile
+    documents: CommittedFile
+
+
+class Sources(NamedTuple):
+    """The sources of a run: its files, or their folders where there are too many."""
+
+    names: tuple[str, ...]  # in ascending order
+    depth: int | None  # number of URI parts that name a source; None if each file is one
+
+    @classmethod
+    def of(cls, uris: Collection[str]) -> Sources:
+        """The sources of the files ``uris``."""
+        depth = source_depth(uris)
+        return cls(tuple(sorted({source_of(uri, depth) for uri in uris})), depth)
+
+    def index_of(self, uris: pa.DictionaryArray) -> Ints:
+        """Index of the source of each file in ``uris``."""
+        index = {name: at for at, name in enumerate(self.names)}
+        names = [source_of(uri, self.depth) for uri in uris.dictionary.to_pylist()]
+        of_uri = np.array([index[name] for name in names], np.int64)
+        return of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
 
 
 class Limits(NamedTuple):
@@ -138,67 +157,47 @@ RANKED = pa.schema(
 
 
 def scan_run(
-    store: str,
-    measure_id: str,
-    commits: Sequence[Commit],
+    shards: CommittedShards,
     layers: Sequence[int],
-    *,
-    shards: Sequence[Shard],
-    labels: pa.Table,
-    files: pa.Table,
-    vocabulary: pa.Table,
+    reduced: Mapping[str, pa.Table],
     readable: Sequence[str],
     worst: int,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
     """The run's ``sources`` and ``screened`` tables, made by ``tasks`` or in this process.
 
-    ``commits`` are in plan order. ``shards`` are the planned ones; their files define the sources.
-    ``labels``, ``files`` and ``vocabulary`` are the run's tables; ``readable`` has the tokenizer's
-    texts by token id. ``screened`` has at most ``worst`` documents. Of documents with the same text
-    it has the strangest, or the first of several equally strange ones. Raises ``StoreError`` for a
-    file that differs from its commit.
+    ``reduced`` are the run's other tables by name; its ``files`` define the sources. ``readable``
+    has the tokenizer's texts by token id. ``screened`` has at most ``worst`` documents. Of
+    documents with the same text it has the strangest, or the first of several equally strange ones.
+    Raises ``StoreError`` for a file that differs from its commit.
     """
     tasks = tasks or Inline()
-    uris = {piece.uri for shard in shards for piece in shard.slices}
-    depth = source_depth(uris)
-    names = sorted({source_of(uri, depth) for uri in uris})
+    labels = reduced["frozen" if "frozen" in reduced else "thresholds"]
+    files = reduced["files"].filter(pc.invert(reduced["files"]["is_skipped"]))
+    sources = Sources.of(files["source"].to_pylist())
     layer = layers[-1]
-    n_docs = sum(
-        c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits
-    )
-    limits = _limits(layer, labels, vocabulary, n_docs)
+    n_docs = shards.n_docs
+    limits = _limits(layer, labels, reduced["vocabulary"], n_docs)
     num_parts = 1 + n_docs // PART_DOCS
-    places = list(_places(commits))
+    places = list(_places(shards))
     scanned = [
-        tasks.submit(
-            _scan,
-            store,
-            measure_id,
-            group,
-            depth,
-            names,
-            layers,
-            limits,
-            num_parts,
-            num_results=2 + num_parts,
-        )
+        tasks.submit(_scan, group, sources, layers, limits, num_parts, num_results=2 + num_parts)
         for group in _groups(places)
     ]
     sums, *parts = (
         _tree(tasks, _add, [s[at] for s in scanned]) for at in (0, *range(2, 2 + num_parts))
     )
     repeated = [tasks.submit(_repeated, part)[0] for part in parts]
-    spread, sources = tasks.submit(
-        _describe, names, layers, labels, sums, _by_name(files, depth), num_results=2
+    spread, described = tasks.submit(
+        _describe, sources.names, layers, labels, sums, _by_name(files, sources), num_results=2
     )
     ranked = [
-        tasks.submit(_rank, layer, worst, s[1], names, depth, spread, *repeated)[0] for s in scanned
+        tasks.submit(_rank, layer, worst, s[1], sources, spread, *repeated)[0] for s in scanned
     ]
     table = tasks.result(_tree(tasks, _worst, ranked, worst))
     return {
-        "sources": tasks.result(sources),
-        "screened": _with_texts(store, measure_id, places, table, readable, tasks),
+        "sources": tasks.result(described),
+        "screened": _with_texts(places, table, readable, tasks),
     }
 
 
@@ -218,12 +217,11 @@ def source_of(uri: str, depth: int | None) -> str:
     return uri if depth is None else "/".join(uri.split("/")[:-1][:depth])
 
 
-def _by_name(files: pa.Table, depth: int | None) -> dict[str, dict[str, Any]]:
-    """Sums over the run's ``files`` for each source, as columns of ``SOURCES_SCHEMA``."""
-    read = files.filter(pc.invert(files["is_skipped"]))
-    names = pa.array([source_of(uri, depth) for uri in read["source"].to_pylist()], pa.string())
-    read = read.set_column(0, "source", names)
-    return {row.pop("source"): row for row in losses.add_files(read).to_pylist()}
+def _by_name(files: pa.Table, sources: Sources) -> dict[str, dict[str, Any]]:
+    """Sums over ``files`` for each source, as columns of ``SOURCES_SCHEMA``."""
+    names = [source_of(uri, sources.depth) for uri in files["source"].to_pylist()]
+    named = files.set_column(0, "source", pa.array(names, pa.string()))
+    return {row.pop("source"): row for row in losses.add_files(named).to_pylist()}
 
 
 def _tree(
@@ -239,10 +237,11 @@ def _tree(
             return handles[0]
 
 
-def _places(commits: Sequence[Commit]) -> Iterator[Place]:
+def _places(shards: CommittedShards) -> Iterator[Place]:
     doc_offset = 0
-    for commit in commits:
-        yield Place(commit.shard, doc_offset, commit.files["tokens"], commit.files["documents"])
+    for commit in shards.commits:
+        tokens, documents = (shards.file(commit, table) for table in ("tokens", "documents"))
+        yield Place(commit.shard, doc_offset, tokens, documents)
         doc_offset += commit.counts["documents"]
 
 
@@ -251,11 +250,11 @@ def _groups(places: Sequence[Place]) -> Iterator[list[Place]]:
     group: list[Place] = []
     size = 0
     for place in places:
-        if group and (len(group) == FAN_IN or size + place.tokens["bytes"] > READ_BYTES):
+        if group and (len(group) == FAN_IN or size + place.tokens.num_bytes > READ_BYTES):
             yield group
             group, size = [], 0
         group.append(place)
-        size += place.tokens["bytes"]
+        size += place.tokens.num_bytes
     yield group
 
 
@@ -274,19 +273,13 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
 # --- scan ---
 
 
-def _read(
-    store: str, measure_id: str, place: Place, entry: dict[str, Any], columns: Sequence[str]
-) -> pa.Table:
-    data = shard_files.read_file(store, measure_id, place.shard, entry)
-    return parquet.read(data, columns, use_threads=False).combine_chunks()
+def _read(file: CommittedFile, columns: Sequence[str]) -> pa.Table:
+    return parquet.read(file.read(), columns, use_threads=False).combine_chunks()
 
 
 def _scan(
-    store: str,
-    measure_id: str,
     places: Sequence[Place],
-    depth: int | None,
-    names: Sequence[str],
+    sources: Sources,
     layers: Sequence[int],
     limits: Limits,
     num_parts: int,
@@ -296,26 +289,18 @@ def _scan(
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin.
     """
-    index = {name: at for at, name in enumerate(names)}
     sums: list[tuple[Histogram, ...]] = []
     tables, hashes = [], []
     for place in places:
-        documents = _read(
-            store, measure_id, place, place.documents, ["source", "n_tokens", "text_sha256"]
-        )
+        documents = _read(place.documents, ["source", "n_tokens", "text_sha256"])
         uris = documents["source"].combine_chunks()
-        of_uri = np.array(
-            [index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64
-        )
-        source = of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
+        source = sources.index_of(uris)
         n = np.zeros(len(source), np.int64)
         features = [np.zeros(len(source), np.float32) for _ in FEATURES]
         pieces: list[tuple[Histogram, ...]] = [
             tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)
         ]
-        file = parquet.open_file(
-            shard_files.read_file(store, measure_id, place.shard, place.tokens)
-        )
+        file = parquet.open_file(place.tokens.read())
         ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
         for _, tokens in records.whole_documents(
             file, ends, ["token_id", "flags", *map(strength_column, layers)]
@@ -505,19 +490,14 @@ def _rank(
     layer: int,
     worst: int,
     documents: pa.Table,
-    names: Sequence[str],
-    depth: int | None,
+    sources: Sources,
     spread: Spread,
     *repeated: Histogram,
 ) -> list[pa.Table]:
     """The ``worst`` strangest of ``documents``, as in ``RANKED``."""
-    index = {name: at for at, name in enumerate(names)}
-    uris = documents["source"].combine_chunks()
-    of_uri = np.array(
-        [index[source_of(uri, depth)] for uri in uris.dictionary.to_pylist()], np.int64
-    )
-    own = of_uri[uris.indices.to_numpy()] if len(of_uri) else np.empty(0, np.int64)
-    against = np.where(spread.n_docs[own] < LEAST_DOCS, len(names), own)
+    own = sources.index_of(documents["source"].combine_chunks())
+    corpus = len(sources.names)  # index of all sources together
+    against = np.where(spread.n_docs[own] < LEAST_DOCS, corpus, own)
     n = documents["n_tokens"].to_numpy().astype(np.float64)
     values = np.array([documents[name].to_numpy() for name in FEATURES], np.float64)
     median = spread.median[:, against]
@@ -548,7 +528,7 @@ def _rank(
             median[:, at],
             int(copies[at]),
             shared[at],
-            against[at] == len(names),
+            against[at] == corpus,
         )
         for at in chosen.tolist()
     ]
@@ -600,21 +580,14 @@ def _worst(worst: int, *tables: pa.Table) -> list[pa.Table]:
 
 
 def _with_texts(
-    store: str,
-    measure_id: str,
-    places: Sequence[Place],
-    table: pa.Table,
-    readable: Sequence[str],
-    tasks: Tasks,
+    places: Sequence[Place], table: pa.Table, readable: Sequence[str], tasks: Tasks
 ) -> pa.Table:
     """``table`` with ranks and the beginnings of the texts, as in ``SCREENED_SCHEMA``."""
     wanted: dict[str, list[int]] = {}
     for row in table.select(["shard", "in_shard"]).to_pylist():
         wanted.setdefault(row["shard"], []).append(row["in_shard"])
     handles = {
-        place.shard: tasks.submit(_texts, store, measure_id, place, wanted[place.shard], readable)[
-            0
-        ]
+        place.shard: tasks.submit(_texts, place.tokens, wanted[place.shard], readable)[0]
         for place in places
         if place.shard in wanted
     }
@@ -629,13 +602,13 @@ def _with_texts(
 
 
 def _texts(
-    store: str, measure_id: str, place: Place, docs: Sequence[int], readable: Sequence[str]
+    file: CommittedFile, docs: Sequence[int], readable: Sequence[str]
 ) -> list[dict[int, str]]:
-    """Beginnings of the texts of ``docs``, joined from their tokens.
+    """Beginnings of the texts of ``docs``, joined from the tokens in ``file``.
 
     Words are as written in the corpus, with one space between them.
     """
-    tokens = _read(store, measure_id, place, place.tokens, ["doc", "token_id", "flags", "surface"])
+    tokens = _read(file, ["doc", "token_id", "flags", "surface"])
     column = tokens["doc"].to_numpy()
     texts = {}
     for doc in docs:

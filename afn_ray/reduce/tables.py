@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,13 @@ STATISTICS_SCHEMA = pa.schema(
        ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")]
 )  # fmt: skip
 """Schema of a type's statistics, before the vocabulary adds texts and classes."""
+
+
+class Texts(NamedTuple):
+    """Texts of a vocabulary, both by token id."""
+
+    pieces: Sequence[str]  # as the tokenizer writes them
+    readable: Sequence[str]  # as people read them
 
 
 def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence[int]) -> pa.Table:
@@ -221,22 +228,21 @@ def vocabulary_table(
     layer: int,
     statistics: pa.Table,
     n_docs: int,
-    pieces: Sequence[str],
-    readable: Sequence[str],
+    texts: Texts,
     language: str,
     tags: Mapping[int, str] | None = None,
 ) -> pa.Table:
     """The vocabulary of one layer: ``statistics`` with texts, classes and shares, ordered by id.
 
     ``statistics`` holds all types in any order. ``tags`` gives the classes of types if the corpus
-    is labelled; without it, classes are guessed. ``pieces`` and ``readable`` are by token id.
+    is labelled; without it, classes are guessed by the words of ``language``.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
     columns: dict[str, Any] = {
         name: statistics[name].to_numpy() for name in statistics.column_names
     }
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
-    texts = [readable[i] for i in ids]
+    readable = [texts.readable[i] for i in ids]
     if tags is not None:
         is_special = columns["special"].tolist()
         classes = [
@@ -252,13 +258,13 @@ def vocabulary_table(
                 is_whole=2 * whole >= starts,
                 language=language,
             )
-            for text, s, count, starts, whole in zip(texts, *kinds, strict=True)
+            for text, s, count, starts, whole in zip(readable, *kinds, strict=True)
         ]
     low, upper = wilson(n_high, n)
     columns |= {
         "layer": np.full(len(ids), layer),
-        "token": [pieces[i] for i in ids],
-        "text": texts,
+        "token": [texts.pieces[i] for i in ids],
+        "text": readable,
         "class": classes,
         "share_high": n_high / n,
         "share_high_low": low,

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -39,9 +40,11 @@ from afn_ray.reduce.histogram import (
     SeriesSummary,
     TypeTags,
 )
+from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tables import (
     STATISTICS_SCHEMA,
+    Texts,
     frozen_rows,
     histogram_table,
     shards_table,
@@ -56,8 +59,7 @@ from afn_ray.schema import (
     THRESHOLDS_SCHEMA,
     Series,
 )
-from afn_ray.store import parquet, shard_files
-from afn_ray.store.commits import Commit
+from afn_ray.store import parquet
 
 READ_AHEAD = 8
 """Number of files that one call reads at the same time."""
@@ -115,70 +117,44 @@ class Inline:
         return handle
 
 
-class SummaryFile(NamedTuple):
-    """Location, size and checksum of one table file of a shard."""
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What every shard of a run recorded."""
 
-    shard: str
-    name: str
-    rows: int
-    num_bytes: int
-    sha256: str
+    series: Sequence[Series]  # in the order of the summaries, strength first
+    neuron_layers: Sequence[int] = ()  # layers with recorded neurons
+    high_neurons: bool = False  # only HIGH tokens have recorded neurons
+    tagged: bool = False  # the summaries count tags, which are the classes of types
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Rules by which a run classifies types and labels tokens."""
+
+    language: str  # of the function words
+    sink_factor: float  # a sink is stronger than this many medians
+    # Rows of ``manifest.FROZEN`` that label tokens; empty: the run's own thresholds do.
+    frozen: Sequence[dict[str, Any]] = ()
 
 
 def reduce_run(
-    store: str,
-    measure_id: str,
-    commits: Sequence[Commit],
-    series: Sequence[Series],
-    *,
-    pieces: Sequence[str],
-    readable: Sequence[str],
-    language: str,
-    sink_factor: float,
-    num_bytes: Sequence[int],
-    frozen: Sequence[dict[str, Any]] = (),
-    neuron_layers: Sequence[int] = (),
-    high_neurons: bool = False,
-    tagged: bool = False,
+    shards: CommittedShards,
+    recorded: Recorded,
+    texts: Texts,
+    rules: Rules,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
     """The run's tables, made from its shards' summaries by ``tasks`` or in this process.
-
-    - ``commits`` are in plan order, and ``num_bytes`` are the bytes read for each of them.
-    - ``series`` has the order of the summaries, strength first.
-    - ``pieces`` and ``readable`` are the vocabulary's texts by token id.
-    - ``frozen`` has rows of ``manifest.FROZEN``. If given, they label tokens instead of the run's
-      own thresholds.
-    - ``neuron_layers`` are the layers with recorded neurons; with ``high_neurons`` only HIGH tokens
-      have them.
-    - ``tagged``: the summaries count tags, and the classes of types are their tags.
 
     The result does not depend on how the corpus was cut into shards. Raises ``StoreError`` if a
     summary is missing or damaged, or if the summaries do not hold the number of tokens that the
     commits count.
     """
     tasks = tasks or Inline()
-    n_docs = sum(
-        c.counts["documents"] - c.counts["empty"] - c.counts["quarantined"] for c in commits
-    )
-    n_tokens = sum(c.counts["tokens"] for c in commits)
-    files = _Files(commits, "summary")
-    submitted = [
-        _submit_series(
-            tasks,
-            store,
-            measure_id,
-            files,
-            at,
-            series,
-            sink_factor,
-            [r for r in frozen if r["layer"] == one.layer and one.signal == STRENGTH],
-        )
-        for at, one in enumerate(series)
-    ]
-    tags = (
-        tasks.result(_submit_tags(tasks, store, measure_id, files, len(series))) if tagged else None
-    )
+    n_docs, n_tokens = shards.n_docs, shards.n_tokens
+    series = recorded.series
+    submitted = [_submit_series(tasks, shards, at, series, rules) for at in range(len(series))]
+    tags = tasks.result(_submit_tags(tasks, shards, len(series))) if recorded.tagged else None
     thresholds: list[dict[str, Any]] = []
     labels: list[dict[str, Any]] = []
     histograms, vocabularies = [], []
@@ -188,13 +164,12 @@ def reduce_run(
         rows, goes_by, histogram = map(tasks.result, total)
         if (n := rows[0]["n"] + rows[0]["n_special"]) != n_tokens:
             raise StoreError(
-                f"the summaries of {one.name} hold {n:,} tokens, expected {n_tokens:,} as the {len(commits):,} "
-                f"commits of measure {measure_id} count; 'afn verify {store}' says where"
+                f"the summaries of {one.name} hold {n:,} tokens, expected {n_tokens:,} as the "
+                f"{len(shards.commits):,} commits of measure {shards.measure_id} count; "
+                f"'afn verify {shards.store}' says where"
             )
         statistics = pa.concat_tables([tasks.result(part) for part in types])
-        vocabulary = vocabulary_table(
-            one.layer, statistics, n_docs, pieces, readable, language, tags
-        )
+        vocabulary = vocabulary_table(one.layer, statistics, n_docs, texts, rules.language, tags)
         if one.signal != STRENGTH:
             signals.append(
                 {f.name: ({"signal": one.signal} | rows[0])[f.name] for f in SIGNALS_SCHEMA}
@@ -210,75 +185,42 @@ def reduce_run(
         labels += goes_by
         histograms.append(histogram)
         vocabularies.append(vocabulary)
-    vocabulary = pa.concat_tables(vocabularies)
-    others = {
-        "signals": pa.Table.from_pylist(signals, SIGNALS_SCHEMA),
-        "signal_vocabulary": pa.concat_tables(
-            [SIGNAL_VOCABULARY_SCHEMA.empty_table(), *signal_vocabularies]
-        ),
-    }
-    return {
-        "shards": shards_table(measure_id, commits, num_bytes),
+    tables = {
+        "shards": shards_table(shards.measure_id, shards.commits, shards.num_bytes),
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
-        **({"frozen": pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)} if frozen else {}),
-        "histogram": pa.concat_tables(histograms),
-        "vocabulary": vocabulary,
-        **(others if signals else {}),
-        **(
-            _neurons(
-                tasks, store, measure_id, commits, neuron_layers, vocabulary, high_neurons, readable
-            )
-            if neuron_layers
-            else {}
-        ),
     }
-
-
-class _Files:
-    """The files of one table of all shards, in order.
-
-    Entries are made on each iteration, because a run may have a million shards.
-    """
-
-    def __init__(self, commits: Sequence[Commit], table: str) -> None:
-        self._commits, self._table = commits, table
-
-    def __iter__(self) -> Iterator[SummaryFile]:
-        for c in self._commits:
-            file = c.files[self._table]
-            yield SummaryFile(c.shard, file["name"], file["rows"], file["bytes"], file["sha256"])
+    if rules.frozen:
+        tables["frozen"] = pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)
+    tables["histogram"] = pa.concat_tables(histograms)
+    tables["vocabulary"] = pa.concat_tables(vocabularies)
+    if signals:
+        tables["signals"] = pa.Table.from_pylist(signals, SIGNALS_SCHEMA)
+        tables["signal_vocabulary"] = pa.concat_tables(signal_vocabularies)
+    if recorded.neuron_layers:
+        tables |= _neurons(tasks, shards, recorded, tables["vocabulary"], texts.readable)
+    return tables
 
 
 def _neurons(
     tasks: Tasks,
-    store: str,
-    measure_id: str,
-    commits: Sequence[Commit],
-    layers: Sequence[int],
+    shards: CommittedShards,
+    recorded: Recorded,
     vocabulary: pa.Table,
-    high_only: bool,
     readable: Sequence[str],
 ) -> dict[str, pa.Table]:
-    """The tables ``neurons`` and ``neuron_types``.
-
-    All normal tokens have recorded neurons; with ``high_only`` only the HIGH ones of them do.
-    """
-    files = _Files(commits, "pairs")
+    """The tables ``neurons`` and ``neuron_types``."""
+    layers = recorded.neuron_layers
     submitted = []
     for layer in layers:
         here = vocabulary.filter((pc.field("layer") == layer) & (pc.field("class") != "special"))
         types = {
             "token_id": here["token_id"].to_numpy(),
-            "n": here["n_high" if high_only else "n"].to_numpy(),
+            "n": here["n_high" if recorded.high_neurons else "n"].to_numpy(),
         }
-        num_parts = min(
-            MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (len(layers) * PART_BYTES)
-        )
+        num_parts = _num_parts(shards.files("pairs"), len(layers))
         leaves = (
-            tasks.submit(
-                _read_pairs, store, measure_id, group, layer, num_parts, num_results=num_parts
-            )
-            for group in _groups(files, len(layers))
+            tasks.submit(_read_pairs, group, layer, num_parts, num_results=num_parts)
+            for group in _groups(shards.files("pairs"), len(layers))
         )
         parts = _tree(tasks, leaves, _merge_pairs, layer)
         submitted.append(
@@ -302,25 +244,19 @@ def _neurons(
 
 
 def _submit_series(
-    tasks: Tasks,
-    store: str,
-    measure_id: str,
-    files: Iterable[SummaryFile],
-    at: int,
-    series: Sequence[Series],
-    sink_factor: float,
-    frozen: Sequence[dict[str, Any]],
+    tasks: Tasks, shards: CommittedShards, at: int, series: Sequence[Series], rules: Rules
 ) -> tuple[list[Any], list[Any]]:
     """Handles of the results of ``_total`` for one series, and of ``_types`` for each part."""
-    one, num_series = series[at], len(series)
-    num_parts = min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
+    one = series[at]
+    frozen = [r for r in rules.frozen if r["layer"] == one.layer and one.signal == STRENGTH]
+    num_parts = _num_parts(shards.files("summary"), len(series))
     leaves = (
-        tasks.submit(_read, store, measure_id, group, at, one, num_parts, num_results=num_parts)
-        for group in _groups(files, num_series)
+        tasks.submit(_read, group, at, one, num_parts, num_results=num_parts)
+        for group in _groups(shards.files("summary"), len(series))
     )
     parts = _tree(tasks, leaves, _merge, one)
     counts = [tasks.submit(_count, part)[0] for part in parts]
-    total = tasks.submit(_total, one.layer, sink_factor, frozen, *counts, num_results=3)
+    total = tasks.submit(_total, one.layer, rules.sink_factor, frozen, *counts, num_results=3)
     return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
 
 
@@ -357,20 +293,23 @@ def _tree(
     return parts
 
 
-def _submit_tags(
-    tasks: Tasks, store: str, measure_id: str, files: Iterable[SummaryFile], num_series: int
-) -> Any:
+def _submit_tags(tasks: Tasks, shards: CommittedShards, num_series: int) -> Any:
     """Handle of the most frequent tag of each type."""
     leaves = (
-        tasks.submit(_tags, store, measure_id, group, num_series)
-        for group in _groups(files, num_series)
+        tasks.submit(_tags, group, num_series)
+        for group in _groups(shards.files("summary"), num_series)
     )
     return tasks.submit(_most_frequent, *_tree(tasks, leaves, _add_tags, None))[0]
 
 
-def _groups(files: Iterable[SummaryFile], num_series: int) -> Iterator[tuple[SummaryFile, ...]]:
+def _num_parts(files: Iterable[CommittedFile], num_series: int) -> int:
+    """Number of parts into which the sum of one series over ``files`` is cut."""
+    return min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
+
+
+def _groups(files: Iterable[CommittedFile], num_series: int) -> Iterator[tuple[CommittedFile, ...]]:
     """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` per series."""
-    group: list[SummaryFile] = []
+    group: list[CommittedFile] = []
     size = 0
     for file in files:
         if group and (len(group) == FAN_IN or size + file.num_bytes > num_series * READ_BYTES):
@@ -381,20 +320,13 @@ def _groups(files: Iterable[SummaryFile], num_series: int) -> Iterator[tuple[Sum
     yield tuple(group)
 
 
-def _read(
-    store: str,
-    measure_id: str,
-    files: Sequence[SummaryFile],
-    at: int,
-    series: Series,
-    num_parts: int,
-) -> list[bytes]:
+def _read(files: Sequence[CommittedFile], at: int, series: Series, num_parts: int) -> list[bytes]:
     """The sum of ``series`` (row group ``at``) over ``files``, as ``num_parts`` encoded parts.
 
     Part p has the types whose id modulo ``num_parts`` is p. Most vocabularies order ids by
     frequency, so the parts have about equal sizes.
     """
-    table = SeriesSummary.merge(_read_series(store, measure_id, files, at, series)).to_table(series)
+    table = SeriesSummary.merge(_read_series(files, at, series)).to_table(series)
     part_of = table["token_id"].to_numpy() % num_parts
     return [_encode(table.filter(pa.array(part_of == part))) for part in range(num_parts)]
 
@@ -442,19 +374,14 @@ def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
     return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]
 
 
-def _read_pairs(
-    store: str, measure_id: str, files: Sequence[SummaryFile], layer: int, num_parts: int
-) -> list[bytes]:
+def _read_pairs(files: Sequence[CommittedFile], layer: int, num_parts: int) -> list[bytes]:
     """The sum of the pairs in ``files`` at ``layer``, as ``num_parts`` encoded parts.
 
     Part p has the neurons whose number modulo ``num_parts`` is p.
     """
 
-    def read(file: SummaryFile) -> neurons.Pairs:
-        data = shard_files.read_file(
-            store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256}
-        )
-        table = parquet.read(data, filters=[("layer", "=", layer)], use_threads=False)
+    def read(file: CommittedFile) -> neurons.Pairs:
+        table = parquet.read(file.read(), filters=[("layer", "=", layer)], use_threads=False)
         return neurons.Pairs.from_table(table)
 
     total = neurons.EMPTY
@@ -480,12 +407,10 @@ def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.T
     return list(neurons.neuron_tables(neurons.Pairs.from_table(_decode(part)), layer, types))
 
 
-def _tags(
-    store: str, measure_id: str, files: Sequence[SummaryFile], num_series: int
-) -> list[TypeTags]:
+def _tags(files: Sequence[CommittedFile], num_series: int) -> list[TypeTags]:
     """The sum of the tag counts in ``files``; their row group follows those of the series."""
     nothing = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))
-    found = (_read_group(store, measure_id, file, num_series) for file in files)
+    found = (_read_group(file, num_series) for file in files)
     return [
         TypeTags.merge(
             [nothing, *(TypeTags.from_table(table) for table in found if table is not None)]
@@ -541,15 +466,15 @@ def _slices(part: bytes) -> Iterator[SeriesSummary]:
 
 
 def _read_series(
-    store: str, measure_id: str, files: Sequence[SummaryFile], at: int, series: Series
+    files: Sequence[CommittedFile], at: int, series: Series
 ) -> Iterator[SeriesSummary]:
     """``series`` (row group ``at``) of every summary that has it, reading several files at a time.
 
     Raises ``StoreError`` if a row group holds another series.
     """
 
-    def read(file: SummaryFile) -> SeriesSummary | None:
-        table = _read_group(store, measure_id, file, at)
+    def read(file: CommittedFile) -> SeriesSummary | None:
+        table = _read_group(file, at)
         if table is None:
             return None
         found = Series(table["signal"][0].as_py(), table["layer"][0].as_py())
@@ -566,10 +491,7 @@ def _read_series(
                     yield part
 
 
-def _read_group(store: str, measure_id: str, file: SummaryFile, at: int) -> pa.Table | None:
+def _read_group(file: CommittedFile, at: int) -> pa.Table | None:
     """Row group ``at`` of a summary; None if the shard has no tokens or no tags for it."""
-    data = shard_files.read_file(
-        store, measure_id, file.shard, {"name": file.name, "sha256": file.sha256}
-    )
-    summary = parquet.open_file(data)
+    summary = parquet.open_file(file.read())
     return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None

@@ -16,7 +16,9 @@ from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import lexicon, losses, screen
-from afn_ray.reduce.tree import reduce_run
+from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.tables import Texts
+from afn_ray.reduce.tree import Recorded, Rules, reduce_run
 from afn_ray.runs import cluster, dispatch, outliers, precision, status, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
@@ -229,46 +231,19 @@ def _run(
         raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
     on_event(Event("reducing", "finding the thresholds and the vocabulary"))
     encoder = worker.text_encoder(asked.files)
-    pieces, readable = encoder.texts()
+    texts = Texts(*encoder.texts())
+    shards = CommittedShards(
+        config.store, task.measure_id, ordered, [shard.num_bytes for shard in done]
+    )
+    recorded = Recorded(task.series, task.neuron_layers, bool(task.neurons_above), task.tagged)
+    rules = Rules(config.language, config.sink_factor, frozen)
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
-        tables = reduce_run(
-            config.store,
-            task.measure_id,
-            ordered,
-            task.series,
-            pieces=pieces,
-            readable=readable,
-            language=config.language,
-            sink_factor=config.sink_factor,
-            num_bytes=[s.num_bytes for s in done],
-            frozen=frozen,
-            neuron_layers=task.neuron_layers,
-            high_neurons=bool(task.neurons_above),
-            tagged=task.tagged,
-            tasks=tasks,
-        )
-        tables["files"] = losses.files_table(
-            config.store,
-            task.measure_id,
-            ordered,
-            shards=plan.shards,
-            skipped=plan.skipped,
-            tasks=tasks,
-        )
+        tables = reduce_run(shards, recorded, texts, rules, tasks)
+        tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)
         if config.screen:
             on_event(Event("screening", "looking for strange documents"))
             tables |= screen.scan_run(
-                config.store,
-                task.measure_id,
-                ordered,
-                task.layers,
-                shards=plan.shards,
-                labels=tables["frozen" if frozen else "thresholds"],
-                files=tables["files"],
-                vocabulary=tables["vocabulary"],
-                readable=readable,
-                worst=config.screen,
-                tasks=tasks,
+                shards, task.layers, tables, texts.readable, config.screen, tasks
             )
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = total_counts(ordered)
@@ -299,7 +274,7 @@ def _run(
             **losses.with_given_up(totals, [s for s in plan.shards if s.id in state.failures]),
         },
         "unknown": {
-            "token": None if encoder.unknown is None else pieces[encoder.unknown],
+            "token": None if encoder.unknown is None else texts.pieces[encoder.unknown],
             "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
         },
         "quarantined": quarantined,

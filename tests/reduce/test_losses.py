@@ -17,6 +17,7 @@ from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
 from afn_ray.reduce import compare, losses
+from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import job, status, worker
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import overview
@@ -138,13 +139,10 @@ def test_the_sums_are_the_same_for_any_grouping(
     found = shard_files.find_commits(store, measure_id, shards)
     stored = manifest.read_table(run, "files")
     monkeypatch.setattr(losses, "FAN_IN", 2)
-    again = losses.files_table(
-        store,
-        measure_id,
-        [found[s.id] for s in shards],
-        shards=shards,
-        skipped=losses.skipped_files(stored),
+    committed = CommittedShards(
+        store, measure_id, [found[s.id] for s in shards], [s.num_bytes for s in shards]
     )
+    again = losses.files_table(committed, shards, losses.skipped_files(stored))
     assert len(shards) > 4 and again.equals(stored)
 
 

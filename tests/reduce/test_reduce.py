@@ -8,7 +8,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
+from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.stats import wilson
-from afn_ray.reduce.tree import Inline, call, reduce_run
+from afn_ray.reduce.tables import Texts
+from afn_ray.reduce.tree import Inline, Recorded, Rules, Tasks, call, reduce_run
 from afn_ray.runs import cluster
 from afn_ray.runs.cluster import calls
 from afn_ray.schema import (
@@ -139,18 +141,25 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> Commit:
     )
 
 
+def _reduced(
+    store: str, commits: Sequence[Commit], tasks: Tasks | None = None, **changes: Any
+) -> dict[str, pa.Table]:
+    """The tables of the shards of ``commits``; ``changes`` are fields of ``Recorded`` or ``Rules``."""
+    asked = {"series": SERIES, "language": "en", "sink_factor": 10.0} | changes
+    recorded, rules = (
+        of(**{f.name: asked.pop(f.name) for f in fields(of) if f.name in asked})
+        for of in (Recorded, Rules)
+    )
+    assert not asked
+    shards = CommittedShards(store, MEASURE_ID, commits, [7] * len(commits))
+    return reduce_run(shards, recorded, Texts(PIECES, READABLE), rules, tasks)
+
+
 def _reduce(
     store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any
 ) -> dict[str, pa.Table]:
     commits = [_commit(store, scratch, number, part) for number, part in enumerate(parts)]
-    asked: dict[str, Any] = {
-        "pieces": PIECES,
-        "readable": READABLE,
-        "language": "en",
-        "sink_factor": 10.0,
-        "num_bytes": [7] * len(commits),
-    }
-    return reduce_run(store, MEASURE_ID, commits, SERIES, **(asked | changes))
+    return _reduced(store, commits, **changes)
 
 
 @pytest.fixture
@@ -379,36 +388,19 @@ def test_a_damaged_summary_is_named(store: str, scratch: Path) -> None:
     uri = f"{shard_files.shard_uri(store, MEASURE_ID, commit.shard)}/{commit.files['summary']['name']}"
     data = bytearray(storage.read_bytes(uri))
     data[len(data) // 2] ^= 1
-    asked: dict[str, Any] = {
-        "pieces": PIECES,
-        "readable": READABLE,
-        "language": "en",
-        "sink_factor": 10.0,
-        "num_bytes": [1],
-    }
     storage.delete([uri])
     storage.write_once(uri, bytes(data))
     with pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"):
-        reduce_run(store, MEASURE_ID, [commit], SERIES, **asked)
+        _reduced(store, [commit])
     storage.delete([uri])
     with pytest.raises(StoreError, match=r"summary\.parquet: no such file"):
-        reduce_run(store, MEASURE_ID, [commit], SERIES, **asked)
+        _reduced(store, [commit])
 
 
 def test_a_summary_of_other_layers_is_refused(store: str, scratch: Path) -> None:
     commit = _commit(store, scratch, 0, _corpus(9, 10))
     with pytest.raises(StoreError, match="holds strength_0, expected strength_7"):
-        reduce_run(
-            store,
-            MEASURE_ID,
-            [commit],
-            [Series("strength", 7), SERIES[1]],
-            pieces=PIECES,
-            readable=READABLE,
-            language="en",
-            sink_factor=10.0,
-            num_bytes=[1],
-        )
+        _reduced(store, [commit], series=[Series("strength", 7), SERIES[1]])
 
 
 # --- the tree
@@ -541,10 +533,10 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
             raise AssertionError("no value is asked for while the tree grows")
 
     monkeypatch.setattr(tree, "FAN_IN", 4)
-    files = [tree.SummaryFile(str(i), "", 1, 1, "") for i in range(4**6)]
-    total, types = tree._submit_series(
-        Counting(), "/store", MEASURE_ID, files, 0, SERIES[1:], 10.0, []
-    )
+    files = {"summary": {"name": "", "bytes": 1, "sha256": ""}}
+    commits = [Commit(str(i), "", files, {}, 0.0, {}) for i in range(4**6)]
+    shards = CommittedShards("/store", MEASURE_ID, commits, [1] * len(commits))
+    total, types = tree._submit_series(Counting(), shards, 0, SERIES[1:], Rules("en", 10.0))
     assert (
         made == 4**5 + (4**5 - 1) // 3 + 5
     )  # groups, merges, then the ends: count, total's three, types
@@ -559,17 +551,7 @@ def test_summaries_that_hold_other_tokens_than_commits_count_are_refused(
     with pytest.raises(
         StoreError, match=r"strength_0 hold \d+ tokens, expected \d+ as the 1 commits"
     ):
-        reduce_run(
-            store,
-            MEASURE_ID,
-            [lying],
-            SERIES,
-            pieces=PIECES,
-            readable=READABLE,
-            language="en",
-            sink_factor=10.0,
-            num_bytes=[1],
-        )
+        _reduced(store, [lying])
 
 
 # --- on Ray
@@ -589,20 +571,13 @@ def _on_ray(num_shards: int) -> Any:
 def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch: Path) -> None:
     corpus = _corpus(10, 300, 3)
     commits = [_commit(store, scratch, i, corpus.part(i, i + 2)) for i in range(0, 300, 2)]
-    asked: dict[str, Any] = {
-        "pieces": PIECES,
-        "readable": READABLE,
-        "language": "en",
-        "sink_factor": 10.0,
-        "num_bytes": [7] * len(commits),
-    }
-    inline = reduce_run(store, MEASURE_ID, commits, SERIES, **asked)
+    inline = _reduced(store, commits)
     with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
         assert isinstance(tasks, cluster.RayTasks)
         patch.setattr(calls, "MAX_PENDING", 4)
         patch.setattr(tree, "PART_BYTES", 1 << 12)
         patch.setattr(tree, "FAN_IN", 8)
-        on_ray = reduce_run(store, MEASURE_ID, commits[::-1], SERIES, tasks=tasks, **asked)
+        on_ray = _reduced(store, commits[::-1], tasks)
         assert len(tasks._pending) <= 4
     assert inline["shards"].num_rows == 150
     for name in ("thresholds", "histogram", "vocabulary"):
@@ -622,18 +597,11 @@ def test_a_damaged_summary_is_named_from_the_leaves_of_a_tree_on_ray(
     uri = f"{shard_files.shard_uri(store, MEASURE_ID, commits[3].shard)}/{commits[3].files['summary']['name']}"
     storage.delete([uri])
     storage.write_once(uri, b"something else")
-    asked: dict[str, Any] = {
-        "pieces": PIECES,
-        "readable": READABLE,
-        "language": "en",
-        "sink_factor": 10.0,
-        "num_bytes": [7] * 70,
-    }
     with (
         _on_ray(70) as tasks,
         pytest.raises(StoreError, match=r"summary\.parquet is damaged: its checksum"),
     ):
-        reduce_run(store, MEASURE_ID, commits, SERIES, tasks=tasks, **asked)
+        _reduced(store, commits, tasks)
 
 
 def _die(mark: str, times: int) -> list[int]:

@@ -24,6 +24,7 @@ from afn_ray.errors import StoreError
 from afn_ray.reduce import screen
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, source_depth, source_of
+from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import worker
 from afn_ray.schema import FEATURES
 from afn_ray.store import manifest, shard_files
@@ -241,18 +242,16 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
     monkeypatch.setattr(screen, "FAN_IN", 2)
     monkeypatch.setattr(screen, "READ_BYTES", 1 + 20_000 * seed)
     monkeypatch.setattr(screen, "PART_DOCS", 40)
+    committed = CommittedShards(
+        made.store, measure_id, [found[s.id] for s in shards], [s.num_bytes for s in shards]
+    )
     tables = screen.scan_run(
-        made.store,
-        measure_id,
-        [found[s.id] for s in shards],
+        committed,
         header["measure"]["layers"],
-        shards=shards,
-        labels=manifest.labels(run),
-        files=manifest.read_table(run, "files"),
-        vocabulary=manifest.read_table(run, "vocabulary"),
-        readable=worker.text_encoder(worker.find_model(made)).texts()[1],
-        worst=1000,
-        tasks=Shuffled(seed),
+        {t: manifest.read_table(run, t) for t in ("thresholds", "files", "vocabulary")},
+        worker.text_encoder(worker.find_model(made)).texts()[1],
+        1000,
+        Shuffled(seed),
     )
     assert len(shards) > 3
     for name, table in tables.items():
