@@ -32,6 +32,7 @@ from rich.text import Text
 
 from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
+from afn_ray.reduce.stats import Floats, Ints, auc, midranks, quantile_index
 from afn_ray.schema import UNTAGGED, in_order, upos_classes
 from afn_ray.text import count, printable
 
@@ -48,9 +49,6 @@ MOST_TAGS = 24
 """Number of tags with figures of their own; the rarer ones share one figure."""
 KINDS = ("content", "function", "punctuation")
 """Word classes that the claims compare."""
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +250,7 @@ def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
 
     A row stands for ``counts`` tokens. Equal values get the middle of their ranks.
     """
-    _, level = np.unique(by, return_inverse=True)
-    size = np.bincount(level, counts)
-    return np.asarray(((np.cumsum(size) - size / 2) / size.sum() - 0.5)[level])
+    return np.asarray(midranks(by, counts) / counts.sum() - 0.5)
 
 
 def _by_number(keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -284,7 +280,7 @@ class _Variable:
     ) -> None:
         """``values`` [n_values] are distinct and ascending; ``counts`` are their token counts."""
         self.name, self.layer, self.column = name, layer, column
-        self.q3 = values[np.searchsorted(np.cumsum(counts), math.ceil(0.75 * counts.sum()))]
+        self.q3 = values[quantile_index(counts, 3, 4)]
         self._values, self._ranks = values, ranks(values, counts)
         self._bins = np.minimum(BINS - 1, (self._ranks + 0.5) * BINS).astype(np.int64)
         self.by_value = np.zeros((len(KINDS) + 1, len(values)))  # the last kind is everything else
@@ -614,8 +610,8 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
         n = int(content.sum() + others.sum())
         if not content.any() or not others.any():
             return []
-        exact = float(_auc(content[None], others[None])[0])
-        drawn = sample.draw(_auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
+        exact = float(auc(content[None], others[None])[0])
+        drawn = sample.draw(auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
         drawn = Drawn(
             exact, drawn.replicates + exact - drawn.value
         )  # binning shifts the AUC slightly, and equally in all replicates
@@ -653,16 +649,6 @@ def _separation(sample: _Sample, variables: Sequence[_Variable]) -> list[Figure]
         )
         found.append(sample.figure("layers", what, "strength", k, share, n, is_control=k == 0))
     return found
-
-
-def _auc(content: Floats, others: Floats) -> Floats:
-    """Probability that a draw from ``content`` is above one from ``others``; ties count half.
-
-    Arguments are counts [n, bins] of ascending values; the result is [n].
-    """
-    below = np.cumsum(others, axis=1) - others
-    wins = (content * (below + others / 2)).sum(axis=1)
-    return np.asarray(wins / (content.sum(axis=1) * others.sum(axis=1)))
 
 
 # --- output

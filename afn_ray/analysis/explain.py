@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,6 +17,7 @@ from afn_ray import model
 from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
+from afn_ray.reduce.stats import spearman
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.task import Task, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
@@ -355,19 +355,8 @@ def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> 
         decided.chosen,
         tuple(decided.tokens.tolist()),
         tuple(neurons),
-        _spearman(values[~special], np.abs(decided.tokens[~special])),
+        spearman(values[~special], np.abs(decided.tokens[~special])),
     )
-
-
-def _spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
-    """Rank correlation of ``a`` and ``b`` [n], ties averaged; None where either is constant."""
-    ranks = []
-    for values in (a, b):
-        _, inverse, n = np.unique(values, return_inverse=True, return_counts=True)
-        if len(n) < 2:
-            return None
-        ranks.append((np.cumsum(n) - (n - 1) / 2)[inverse])
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def recorded_task(

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.reduce.stats import quantile_index
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
 
 Floats = npt.NDArray[np.float32]
@@ -117,8 +118,7 @@ class Histogram:
 
         The histogram must not be empty.
         """
-        rank = max(1, -(-self.n * numerator // denominator))
-        return int(self.keys[np.searchsorted(np.cumsum(self.counts), rank)])
+        return int(self.keys[quantile_index(self.counts, numerator, denominator)])
 
 
 class Summary:

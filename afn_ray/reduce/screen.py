@@ -40,7 +40,6 @@ the chance that independent texts agree falls with their length.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -60,6 +59,7 @@ from afn_ray.reduce.histogram import (
     to_values,
 )
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
+from afn_ray.reduce.stats import Floats, Ints, mean_and_variance, quantile_index
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
 from afn_ray.schema import (
     FEATURES,
@@ -93,8 +93,6 @@ TOLD = 3.0
 TEXT_CHARS = 300
 """Longest beginning of a text in the ``screened`` table, in characters."""
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 BIN_MASK = (1 << BIN_BITS) - 1
 """Mask of the bin in a key of a source and a bin."""
 
@@ -462,8 +460,7 @@ def _median(values: npt.NDArray[Any], counts: Ints) -> float:
     """Median (inverse CDF) of ``values`` in ascending order; nan if there are none."""
     if not len(values):
         return float("nan")
-    upto = np.cumsum(counts)
-    return float(values[np.searchsorted(upto, (upto[-1] + 1) // 2)])
+    return float(values[quantile_index(counts, 1, 2)])
 
 
 def _mad(h: Histogram) -> float:
@@ -478,9 +475,7 @@ def _variance(h: Histogram) -> float:
     """Population variance; nan if there are no values."""
     if not h.n:
         return float("nan")
-    values = to_values(h.keys).astype(np.float64)
-    mean = math.fsum(values * h.counts) / h.n  # fsum rounds once: the same bits on any machine
-    return math.fsum((values - mean) ** 2 * h.counts) / h.n
+    return mean_and_variance(to_values(h.keys).astype(np.float64), h.counts)[1]
 
 
 # --- documents ---

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,3 +23,58 @@ def wilson(k: Ints | int, n: Ints | int) -> tuple[Floats, Floats]:
     return np.where(k == 0, 0.0, np.maximum(0, centre - half)), np.where(
         k == n, 1.0, np.minimum(1, centre + half)
     )
+
+
+def quantile_rank(n: Any, numerator: int, denominator: int) -> Any:
+    """Rank, from 1, of the quantile ``numerator/denominator`` among ``n`` values (inverse CDF).
+
+    ``n`` is a number or an array of numbers.
+    """
+    return np.maximum(1, -(-n * numerator // denominator))
+
+
+def quantile_index(counts: npt.NDArray[Any], numerator: int, denominator: int) -> int:
+    """Index of the quantile ``numerator/denominator`` (inverse CDF) among ascending values.
+
+    ``counts`` [n_values] says how often each value occurs; it must not be empty.
+    """
+    cumulative = np.cumsum(counts)
+    rank = quantile_rank(cumulative[-1], numerator, denominator)
+    return int(np.searchsorted(cumulative, rank))
+
+
+def mean_and_variance(values: Floats, counts: Ints) -> tuple[float, float]:
+    """Mean and population variance of ``values``, each of which occurs ``counts`` times.
+
+    There must be a value. The sums are rounded once (``fsum``): the same bits on any machine.
+    """
+    n = int(counts.sum())
+    mean = math.fsum(values * counts) / n
+    return mean, math.fsum((values - mean) ** 2 * counts) / n
+
+
+def auc(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
+    """Probability that a draw from ``above`` exceeds one from ``below``; ties count half.
+
+    Arguments are counts [..., n_values] of the same ascending values; the result is [...].
+    """
+    smaller = np.cumsum(below, axis=-1) - below
+    wins = (above * (smaller + below / 2)).sum(axis=-1)
+    return np.asarray(wins / (above.sum(axis=-1) * below.sum(axis=-1)))
+
+
+def midranks(values: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None) -> Floats:
+    """Number of smaller values plus half the number of equal ones, for each of ``values`` [n].
+
+    A value occurs ``counts`` times, by default once.
+    """
+    _, level = np.unique(values, return_inverse=True)
+    size = np.bincount(level, counts)
+    return np.asarray((np.cumsum(size) - size / 2)[level])
+
+
+def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
+    """Rank correlation of ``a`` and ``b`` [n], ties averaged; None where either is constant."""
+    if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
+        return None
+    return float(np.corrcoef(midranks(a), midranks(b))[0, 1])

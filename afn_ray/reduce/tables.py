@@ -19,7 +19,7 @@ from afn_ray.reduce.histogram import (
     starts,
     to_values,
 )
-from afn_ray.reduce.stats import wilson
+from afn_ray.reduce.stats import mean_and_variance, quantile_rank, wilson
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     SHARDS_SCHEMA,
@@ -141,9 +141,8 @@ def _moments(h: Histogram) -> dict[str, Any]:
     if not h.n:
         return {"n": 0, "mean": None, "sd": None, "min": None, "max": None}
     values = to_values(h.keys).astype(np.float64)
-    mean = math.fsum(values * h.counts) / h.n  # fsum rounds once: the same bits on any machine
-    sd = math.sqrt(math.fsum((values - mean) ** 2 * h.counts) / h.n)
-    return {"n": h.n, "mean": mean, "sd": sd, "min": values[0], "max": values[-1]}
+    mean, variance = mean_and_variance(values, h.counts)
+    return {"n": h.n, "mean": mean, "sd": math.sqrt(variance), "min": values[0], "max": values[-1]}
 
 
 def frozen_rows(
@@ -201,8 +200,7 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     cumulative = np.cumsum(counts)
     before = cumulative[first] - counts[first]
     quartile = {
-        i: values[np.searchsorted(cumulative, before + np.maximum(1, (i * n + 3) // 4))]
-        for i in (1, 2, 3)
+        i: values[np.searchsorted(cumulative, before + quantile_rank(n, i, 4))] for i in (1, 2, 3)
     }
     high = values >= np.float32(np.inf if q3 is None else q3)
     columns: dict[str, Any] = {

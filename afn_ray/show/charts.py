@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
 from afn_ray.reduce import compare
+from afn_ray.reduce.stats import midranks
 from afn_ray.schema import CLASSES, in_order
 from afn_ray.show import overview
 from afn_ray.text import printable
@@ -258,10 +259,8 @@ def share_by_rarity(words: pa.Table) -> Floats:
     its own tokens included.
     """
     n, n_high = (words[name].to_numpy().astype(np.float64) for name in ("n", "n_high"))
-    _, group = np.unique(words["idf"].to_numpy(), return_inverse=True)
-    size = np.bincount(group, n)
-    middle = (np.cumsum(size) - size / 2) / size.sum()
-    bins = np.minimum((middle * NUM_RARITY_BINS).astype(np.int64), NUM_RARITY_BINS - 1)[group]
+    middle = midranks(words["idf"].to_numpy(), n) / n.sum()
+    bins = np.minimum((middle * NUM_RARITY_BINS).astype(np.int64), NUM_RARITY_BINS - 1)
     shares: Floats = (np.bincount(bins, n_high) / np.maximum(1, np.bincount(bins, n)))[bins]
     return shares
 

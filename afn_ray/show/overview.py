@@ -19,7 +19,7 @@ from rich.text import Text
 from afn_ray.query.database import Run
 from afn_ray.reduce import compare, lexicon, losses
 from afn_ray.reduce.losses import Losses
-from afn_ray.reduce.stats import wilson
+from afn_ray.reduce.stats import auc, wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
 from afn_ray.store import checksums, manifest
@@ -181,9 +181,7 @@ def _idf_auc(vocabulary: Any) -> float | None:
     if not high.sum() or not low.sum():
         return None
     _, at = np.unique(idf, return_inverse=True)
-    high, low = np.bincount(at, high), np.bincount(at, low)
-    below = np.cumsum(low) - low
-    return float(high @ (below + low / 2) / (high.sum() * low.sum()))
+    return float(auc(np.bincount(at, high), np.bincount(at, low)))
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
