@@ -123,7 +123,7 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
             storage.join(config.store, "runs", name, "plan.parquet"), table, begun
         ):
             piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
-            if _trusted(piece.version, begun["begun_ns"]):
+            if is_trusted(piece.version, begun["begun_ns"]):
                 of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
         known = of_plan | known
         if begun["config"]["corpus"] == list(config.corpus):
@@ -131,7 +131,7 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
     return known
 
 
-def _trusted(version: str, hashed_ns: int) -> bool:
+def is_trusted(version: str, hashed_ns: int) -> bool:
     """Whether a file's ``version`` proves that the file is the one hashed at ``hashed_ns``."""
     kind, _, value = version.partition(":")
     return kind == "etag" or (

@@ -8,7 +8,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -142,24 +142,21 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> Commit:
 
 
 def _reduced(
-    store: str, commits: Sequence[Commit], tasks: Tasks | None = None, **changes: Any
+    store: str,
+    commits: Sequence[Commit],
+    tasks: Tasks | None = None,
+    series: Sequence[Series] = SERIES,
 ) -> dict[str, pa.Table]:
-    """The tables of the shards of ``commits``; ``changes`` are fields of ``Recorded`` or ``Rules``."""
-    asked = {"series": SERIES, "language": "en", "sink_factor": 10.0} | changes
-    recorded, rules = (
-        of(**{f.name: asked.pop(f.name) for f in fields(of) if f.name in asked})
-        for of in (Recorded, Rules)
-    )
-    assert not asked
     shards = CommittedShards(store, MEASURE_ID, commits, [7] * len(commits))
-    return reduce_run(shards, recorded, Texts(PIECES, READABLE), rules, tasks)
+    texts = Texts(PIECES, READABLE)
+    return reduce_run(shards, Recorded(series), texts, Rules("en", 10.0), tasks)
 
 
 def _reduce(
-    store: str, scratch: Path, parts: Sequence[Tokens], **changes: Any
+    store: str, scratch: Path, parts: Sequence[Tokens], tasks: Tasks | None = None
 ) -> dict[str, pa.Table]:
     commits = [_commit(store, scratch, number, part) for number, part in enumerate(parts)]
-    return _reduced(store, commits, **changes)
+    return _reduced(store, commits, tasks)
 
 
 @pytest.fixture
@@ -489,7 +486,7 @@ def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
             "SLICE_PAIRS": slice_pairs,
         }.items():
             patch.setattr(tree, name, value)
-        tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks=tasks)
+        tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks)
     for name in ("thresholds", "histogram", "vocabulary"):
         assert tables[name].combine_chunks().equals(expected[name].combine_chunks()), (
             name

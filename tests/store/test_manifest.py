@@ -30,8 +30,8 @@ from afn_ray.runs.plan import (
     MOST_NAMES_BYTES,
     MOST_SLICES,
     RACY_NS,
-    _trusted,
     group_slices,
+    is_trusted,
     make_plan,
 )
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
@@ -342,7 +342,7 @@ def test_a_file_written_just_before_it_was_hashed_is_not_trusted(
     ],
 )
 def test_versions_that_prove_nothing_are_not_trusted(version: str, trusted: bool) -> None:
-    assert _trusted(version, OLD_NS) is trusted
+    assert is_trusted(version, OLD_NS) is trusted
 
 
 def test_other_cuts_are_not_remembered(config: RunConfig) -> None:
