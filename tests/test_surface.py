@@ -34,6 +34,8 @@ def check(name: str, value: Any) -> None:
 
 
 def columns(arrow: Any) -> list[str]:
+    """Name, type and nullability of each column; no column, nested ones included, has metadata."""
+    assert "metadata --" not in arrow.to_string(show_field_metadata=True, show_schema_metadata=True)
     return [str(field) for field in arrow]
 
 
@@ -54,6 +56,8 @@ def test_arrow_schemas() -> None:
     found["tokens_without_offsets"] = columns(
         schema.tokens_schema(schema.strengths([8]), offsets=False)
     )
+    found["tokens_tagged"] = columns(schema.tokens_schema([], offsets=True, tagged=True))
+    found["token_neurons"] = columns(schema.token_neurons_schema([4, 8]))
     found["documents"] = columns(schema.documents_schema(schema.strengths([4, 8])))
     check("schemas", {"version": schema.SCHEMA_VERSION, **found})
 
