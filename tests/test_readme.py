@@ -170,7 +170,7 @@ def test_the_first_section_leads_from_the_demo_to_its_next_commands(newcomer: Ne
 def test_the_section_on_a_corpus_of_ones_own_fits_together(
     newcomer: Newcomer, verses: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, show, dry_run, from_file, sql = commands_of("Your own corpus")
+    first, show, dry_run, from_file, sql = commands_of("Measure your own corpus")
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         newcomer.types(first, code=75)
@@ -211,7 +211,7 @@ def test_the_section_on_a_corpus_of_ones_own_fits_together(
 
 
 def test_what_show_recommends_works(newcomer: Newcomer) -> None:
-    first, show, *_ = commands_of("Your own corpus")
+    first, show, *_ = commands_of("Measure your own corpus")
     newcomer.types(f"{first} --layers 2/3")
     (layers,) = re.findall(
         r"give the same 'afn run' command with --layers ([\d,]+) and another --store",

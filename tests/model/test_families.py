@@ -378,7 +378,7 @@ def test_every_family_that_is_taken_has_a_test_and_no_other_is() -> None:
 
 def test_the_table_of_models_says_what_is_tested() -> None:
     text = (Path(__file__).parents[2] / "infra/guide/signals.md").read_text("utf-8")
-    section = text[text.index("\n## Models\n") :]
+    section = text[text.index("\n## Choose a model\n") :]
     table = [
         line for line in section[: section.index("\n## ", 1)].splitlines() if line.startswith("|")
     ]
