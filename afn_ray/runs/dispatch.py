@@ -145,7 +145,8 @@ class Failed:
     error: BaseException
 
 
-Event = Ready | Silent | Gone | Leaving | Done | Failed
+PoolEvent = Ready | Silent | Gone | Leaving | Done | Failed
+"""Event that a pool reports to the dispatcher."""
 
 
 class Pool(Protocol):
@@ -163,7 +164,7 @@ class Pool(Protocol):
     def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
         """Assign a shard to ``worker``, with its token budget halved ``oom_retries`` times."""
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         """Return the events so far; wait for the first one for at most ``timeout_s``."""
 
     def replace(self, worker: int) -> None:
@@ -434,7 +435,7 @@ class Dispatcher:
 
     # --- events
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: PoolEvent) -> None:
         """Handle ``event``."""
         if isinstance(event, Ready):
             self._running[event.worker] = {}

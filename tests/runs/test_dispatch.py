@@ -32,10 +32,10 @@ from afn_ray.runs.dispatch import (
     Cause,
     Dispatcher,
     Done,
-    Event,
     Failed,
     Gone,
     Leaving,
+    PoolEvent,
     Ready,
     Silent,
     State,
@@ -71,7 +71,7 @@ class FakePool:
     loading: int = 0  # of the workers that are not ready
     at: Callable[[FakePool], None] = lambda pool: None  # at every look at the clock
     now: float = 0.0
-    events: list[tuple[float, Event]] = field(default_factory=list)
+    events: list[tuple[float, PoolEvent]] = field(default_factory=list)
     alive: dict[int, dict[str, int]] = field(
         default_factory=dict
     )  # worker -> shards in flight, and their attempts
@@ -87,7 +87,7 @@ class FakePool:
     def clock(self) -> float:
         return self.now
 
-    def later(self, seconds: float, event: Event) -> None:
+    def later(self, seconds: float, event: PoolEvent) -> None:
         self.events.append((self.now + seconds, event))
 
     def grow(self, num_useful: int) -> int:
@@ -130,14 +130,14 @@ class FakePool:
         elif isinstance(fate, BaseException):
             self.later(WORK_S / 2, Failed(worker, shard.id, fate))
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         self.at(self)
         end = self.now + timeout_s
         self.events.sort(key=lambda e: e[0])
         ready = [e for e in self.events if e[0] <= end]
         self.events = self.events[len(ready) :]
         self.now = ready[-1][0] if ready else end
-        told: list[Event] = []
+        told: list[PoolEvent] = []
         for _, event in ready:
             if isinstance(event, Done | Failed):
                 if self.alive.get(event.worker, {}).pop(event.shard, None) is None:
