@@ -62,7 +62,7 @@ OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Preparation:
     """The work of a run, before the store's shards are known."""
 
     config: RunConfig
@@ -78,7 +78,7 @@ class Prepared:
 
 def prepare(
     config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bool = False
-) -> Prepared:
+) -> Preparation:
     """Plan the corpus of a normalised config and decide what to measure.
 
     ``keep`` writes the results of pilots into the store for later runs. With ``reduce_only`` no
@@ -98,7 +98,7 @@ def prepare(
     frozen = manifest.find_frozen(config, measure)
     if config.neurons_of == "high":
         task, measure = with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
-    return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
+    return Preparation(config, device, files, plan, begun_ns, decided, task, measure, frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Stock:
     complete: bool  # a run with the same plan is complete
 
 
-def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
+def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
     """Find what the store has of ``asked``; write nothing.
 
     Raises the errors that ``run`` raises before its work begins.
@@ -127,7 +127,7 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
     return Stock(commits, False)
 
 
-def _commits_to_reduce(asked: Prepared) -> Commits:
+def _commits_to_reduce(asked: Preparation) -> Commits:
     """Commits of the plan, for a reduce alone.
 
     Raises ``IncompleteRun`` where more than ``allow_quarantined`` are missing.
@@ -140,7 +140,7 @@ def _commits_to_reduce(asked: Prepared) -> Commits:
     return commits
 
 
-def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: OnEvent) -> None:
+def _say_nothing_to_do(asked: Preparation, complete: manifest.RunFolder, on_event: OnEvent) -> None:
     """Report that the run of ``asked`` is ``complete``.
 
     Raises ``StoreError`` where the store has lost shards of that run.
