@@ -32,7 +32,7 @@ import faults
 from afn_ray.analysis import verify
 from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.runs.cluster import connection
-from afn_ray.runs.job import Event
+from afn_ray.runs.events import Event, Planned, Starting
 from afn_ray.schema import Shard
 from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.commits import Commit
@@ -144,7 +144,7 @@ def test_a_corpus_that_changes_between_plan_and_read_fails_its_shards_with_that_
     config = ground.config(store, corpus=(corpus,), executor="ray", workers=2)
 
     def change(event: Event) -> None:
-        if event.kind == "planned" and "shards" in event.message:
+        if isinstance(event, Planned):
             fs.rm_file(f"{path}/03.jsonl")
             fs.pipe_file(f"{path}/07.jsonl", b'{"text": "In the end."}\n')
             same_size = fs.cat_file(f"{path}/09.jsonl").replace(b"the", b"THE")
@@ -410,7 +410,7 @@ def test_a_bucket_that_refuses_writes_for_twenty_seconds(
         return call(*args, **options)
 
     def begin(event: Event) -> None:
-        if event.kind == "starting":
+        if isinstance(event, Starting):
             until.append(time.monotonic() + 20)
 
     store = ground.store()

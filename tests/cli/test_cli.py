@@ -445,13 +445,12 @@ def test_the_progress_line_says_what_the_models_wait_for(
 ) -> None:
     from afn_ray.runs import status
     from afn_ray.runs.cluster import State
-    from afn_ray.runs.job import Event
     from afn_ray.runs.progress import Progress
 
     live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
     assert status.waits(live) == says
     state = State(4, 1, 1, live=live, seconds=10.0)
-    assert (says or "10 tokens/s") in progress._note(Event("working", "", state=state))
+    assert (says or "10 tokens/s") in progress._note(state)
 
 
 @pytest.mark.parametrize(

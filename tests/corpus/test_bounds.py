@@ -66,7 +66,7 @@ for uri in sys.argv[1:]:
             for document in documents:
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1
-    except streams.Damaged as damage:
+    except streams.DamagedStream as damage:
         problems[str(damage)] = 1
     peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
     print(json.dumps([Path(uri).name, problems, peak, round(time.process_time(), 1)]))

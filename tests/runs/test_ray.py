@@ -28,6 +28,7 @@ from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 from afn_ray.runs import cluster, demo
 from afn_ray.runs.cluster import pool, session
 from afn_ray.runs.dispatch import Ready
+from afn_ray.runs.events import Working
 from afn_ray.runs.progress import Progress
 from conftest import stop_after, write_jsonl
 
@@ -132,7 +133,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
             (6,)
         ]
     assert (folder / "1.txt.tried").exists() and (folder / "4.txt.tried").exists()
-    assert max(e.state.retries for e in events if e.state) >= 1
+    assert max(e.state.retries for e in events if isinstance(e, Working)) >= 1
 
 
 def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kept(

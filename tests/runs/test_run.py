@@ -48,6 +48,7 @@ from afn_ray.errors import (
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, dispatch, estimate, job, precision, status, worker
+from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 from afn_ray.show import doctor, overview
@@ -473,7 +474,12 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
     fail_on(monkeypatch, "abraham", IndexError("index out of range in self"))
     config = make_config(corpus=(str(corpus),), id_column="id")
     tables = []
-    measured = [0.0]
+    measured: list[float] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, Working):
+            measured.append(event.state.live.measured)
+
     for name in ("whole", "stopped"):
         config = replace(config, store=str(tmp_path / name))
         if name == "stopped":
@@ -481,9 +487,7 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
                 stop_after(patch, 2)
                 with pytest.raises((KeyboardInterrupt, Interrupted)):
                     afn_ray.run(config)
-        with afn_ray.run(
-            config, lambda e: measured.append(e.state.live.measured if e.state else 0.0)
-        ) as run:
+        with afn_ray.run(config, look) as run:
             assert run.info["counts"]["shards"] > 3 and run.info["counts"]["quarantined"] == 1
             assert max(measured) < 101  # what is tried again is not said to be done
             tables.append((all_rows(run, "tokens"), all_rows(run, "documents")))
@@ -631,7 +635,7 @@ def test_the_second_run_does_nothing_and_says_so(
     with afn_ray.run(config, events.append) as run:
         assert run.uri == first
     assert {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()} == before
-    assert next(e.message for e in events if e.kind == "complete").startswith("nothing to do")
+    assert next(e.message for e in events if isinstance(e, Complete)).startswith("nothing to do")
 
 
 def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(

@@ -33,6 +33,7 @@ from afn_ray.runs import cluster, dispatch, status
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.runs.dispatch import State
+from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import garbage, layout, manifest, storage
@@ -72,15 +73,15 @@ def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
     monkeypatch.setattr(status, "EVERY_S", 0.04)
     config, told = make_config(corpus=(corpus,)), {}
 
-    def look(event: Any) -> None:
+    def look(event: Event) -> None:
         until = time.monotonic() + 10
         while (
-            event.kind in ("starting", "reducing")
-            and event.kind not in told
+            isinstance(event, Starting | Reducing)
+            and event.name not in told
             and time.monotonic() < until
         ):
-            if (found := read(config)).state == event.kind:
-                told[event.kind] = found
+            if (found := read(config)).state == event.name:
+                told[event.name] = found
 
     with afn_ray.run(config, look) as run:
         counts = run.info["counts"]
@@ -116,8 +117,8 @@ def test_a_run_of_one_shard_moves(
     bars: list[tuple[str, int, int]] = []
     on_the_way: list[float | None] = []
 
-    def look(event: Any) -> None:
-        if event.state is not None:
+    def look(event: Event) -> None:
+        if isinstance(event, Working):
             bars.append(_bar(event.state))
             if not event.state.num_done:
                 on_the_way.append(bars[-1][1])
@@ -544,8 +545,6 @@ def test_a_quiet_run_still_warns(
 
 
 def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> None:
-    from afn_ray.runs.job import Event
-
     lines = logs.Lines("json")
     state = State(
         10,
@@ -558,10 +557,10 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
     )
     with caplog.at_level("INFO", logs.ROOT):
         on_event = _log_json(lines)
-        on_event(Event("planned", "10 shards", run="a-run"))
-        on_event(Event("working", "", state=state))
-        on_event(Event("working", "", state=state))  # too soon
-        on_event(Event("warning", "warning: be careful"))
+        on_event(Planned("10 shards", run="a-run"))
+        on_event(Working(state))
+        on_event(Working(state))  # too soon
+        on_event(Warned("be careful"))
     planned, progress, warning = (json.loads(lines.format(record)) for record in caplog.records)
     assert planned["event"] == "planned" and progress["run"] == "a-run"
     assert (progress["event"], progress["tokens_per_s"], progress["left_s"]) == (
