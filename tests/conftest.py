@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow as pa
@@ -40,6 +41,9 @@ from afn_ray.runs import demo
 from afn_ray.schema import Shard
 from afn_ray.store import blocks, checksums, storage
 from afn_ray.store.commits import Commit
+
+if TYPE_CHECKING:
+    from afn_ray import Run
 
 SLOW = (
     "test_jobs",
@@ -328,6 +332,37 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
         commit["crc32"][table] = blocks.checksums(data)
 
     edit_sealed(f"{folder}/commit.json", edit)
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command, by its name."""
+    from afn_ray.cli import grammar
+
+    (commands,) = (
+        a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
+
+
+def recorded(run: Run) -> tuple[pa.Table, ...]:
+    """All tokens and documents in plan order, and the run's thresholds and vocabulary."""
+
+    def read(uri: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+
+    store = run.uri.rsplit("/runs/", 1)[0]
+    shards = read(f"{run.uri}/shards.parquet").to_pylist()
+    tables = (
+        pa.concat_tables(
+            [read(f"{store}/{shard[f'{table}_file']}") for shard in shards]
+        ).unify_dictionaries()
+        for table in ("tokens", "documents")
+    )
+    metadata = None  # it names the attempt
+    return (
+        *(t.combine_chunks().replace_schema_metadata(metadata) for t in tables),
+        *(read(f"{run.uri}/{name}.parquet") for name in ("thresholds", "vocabulary")),
+    )
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:

@@ -31,7 +31,7 @@ import afn_ray
 from afn_ray.cli import grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 from afn_ray.store import manifest, settings, storage
-from conftest import write_jsonl
+from conftest import command_parsers, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f.name for f in (ROOT / "jobs").glob("*.py"))
@@ -313,7 +313,7 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
     assert settings.config_from({}, tmp_path / "run.toml").workers == 100
     given = {
         flag
-        for command in COMMANDS.values()
+        for command in command_parsers().values()
         for action in command._actions
         for flag in action.option_strings
     }
@@ -332,7 +332,6 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
     }
 
 
-(COMMANDS,) = (action.choices for action in grammar.parser()._actions if action.choices)
 MEANT = {"activation_scan": ["run", "--config"], "reduce": ["run", "--reduce-only", "--config"],
          "nightly_audit": ["audit"], "benchmark": ["bench"]}  # fmt: skip
 

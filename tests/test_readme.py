@@ -15,10 +15,9 @@ import pytest
 
 import afn_ray
 from afn_ray.cli import commands as cli
-from afn_ray.cli import grammar
 from afn_ray.runs import demo
 from afn_ray.show import shell
-from conftest import stop_after, write_jsonl
+from conftest import command_parsers, stop_after, write_jsonl
 
 SMALL_BENCH = {
     "engine": [
@@ -327,10 +326,9 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
-    (commands,) = (a for a in grammar.parser()._actions if a.choices)
     flags = {
         flag
-        for parser in commands.choices.values()
+        for parser in command_parsers().values()
         for a in parser._actions
         for flag in a.option_strings
     }

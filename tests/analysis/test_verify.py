@@ -35,19 +35,17 @@ from conftest import edit_sealed, edit_table, recommit, rewrite, stop_after, wri
 
 
 def config_of(folder: Path, tiny_bert: Path, **changes: Any) -> RunConfig:
-    return RunConfig(
-        **{
-            "corpus": (str(folder / "corpus"),),
-            "model": str(tiny_bert),
-            "store": str(folder / "store"),
-            "executor": "inline",
-            "shard_bytes": 3000,
-            "batch_tokens": 256,
-            "dtype": "float32",
-            "layers": "0,2",
-        }
-        | changes
-    )
+    options: dict[str, Any] = {
+        "corpus": (str(folder / "corpus"),),
+        "model": str(tiny_bert),
+        "store": str(folder / "store"),
+        "executor": "inline",
+        "shard_bytes": 3000,
+        "batch_tokens": 256,
+        "dtype": "float32",
+        "layers": "0,2",
+    }
+    return RunConfig(**options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +393,7 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
 def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
     store: Copy, other: Path, table: str, whose: str
 ) -> None:
-    theirs = {
+    find: dict[str, Callable[[], Path | str]] = {
         "measure": lambda: next(
             (other / "shards").glob(f"*/{store.shards[0].rpartition('/')[2]}/*-{table}.parquet")
         ),
@@ -405,8 +403,8 @@ def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
         "table": lambda: store.file(
             {"tokens": "documents", "documents": "summary", "summary": "tokens"}[table]
         ),
-    }[whose]()
-    data = storage.read_bytes(str(theirs))
+    }
+    data = storage.read_bytes(str(find[whose]()))
     swap(store, table, data, rows=pq.ParquetFile(io.BytesIO(data)).metadata.num_rows)
     v = store.verify()
     assert kinds(v) == [("misplaced", store.file(table))]
@@ -709,7 +707,7 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
     uri = store.commit
     storage.delete([f"{store.run}/run.json", uri])
     read = shard_files.read_committed
-    calls = []
+    calls: list[object] = []
 
     def commits_late(*place: Any) -> Any:
         found = read(*place)

@@ -18,10 +18,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,8 +36,9 @@ from afn_ray.runs.job import Event
 from afn_ray.schema import Shard
 from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.commits import Commit
+from conftest import recorded
 from drivers import Drivers
-from ground import NUM_SHARDS, Ground, make_ground, recorded
+from ground import NUM_SHARDS, Ground, make_ground
 from hosts import Chaos, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
@@ -467,8 +468,8 @@ def test_a_clock_that_jumps_back_and_forth(ground: Ground, monkeypatch: pytest.M
         jump = timedelta()
 
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) + cls.jump
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + cls.jump
 
     monkeypatch.setattr(manifest, "datetime", Clock)
     monkeypatch.setattr(time, "time", lambda: now() + Clock.jump.total_seconds())

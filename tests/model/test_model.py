@@ -530,8 +530,9 @@ def test_the_narrowest_of_the_inputs_decides(gpu_layouts: list[dict[str, Any]]) 
     ],
 )
 def test_what_packed_attention_cannot_do_is_refused(options: dict[str, Any], why: str) -> None:
+    q, k, v = random_rows(13, 4, 4, torch.float32)
     with pytest.raises(attention.UnsupportedAttention, match=why):
-        attend(*random_rows(13, 4, 4, torch.float32), CPU, **options)
+        attend(q, k, v, CPU, **options)
 
 
 # --- linear layers
@@ -633,7 +634,9 @@ def test_linear_layers_are_replaced_and_put_back() -> None:
     before, names = block(x), dict(block.named_modules())
     replaced, cast = linear.replace_linear_layers([block], torch.float32, 5, wide=False)
     assert cast.dtype == torch.float32 and len(replaced) == 2
-    assert isinstance(block[0], linear.Product) and isinstance(block[1][1], linear.Product)
+    inner = block[1]
+    assert isinstance(inner, torch.nn.Sequential)
+    assert isinstance(block[0], linear.Product) and isinstance(inner[1], linear.Product)
     assert block[3] is special  # a subclass may compute something else
     torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-5)
     linear.restore(replaced)
@@ -651,11 +654,11 @@ def test_fast_products_are_those_that_the_processor_names(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         assert model.has_fast_products("bfloat16", "cpu") is expected
         assert not model.has_fast_products("float16", "cpu")
-    for able in (True, False):
+    for is_able in (True, False):
         monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able
+            torch.cuda, "is_bf16_supported", lambda including_emulation, able=is_able: able
         )
-        assert model.has_fast_products("bfloat16", "cuda") is able
+        assert model.has_fast_products("bfloat16", "cuda") is is_able
         assert model.has_fast_products("float16", "cuda")
 
 

@@ -65,7 +65,8 @@ def strengths(task: worker.Task, dtype: str, texts: list[str]) -> np.ndarray:
     processor = worker.Processor(replace(task, dtype=dtype))
     measured = processor.measure(texts, [False] * len(texts))
     processor.close()
-    return measured.strengths[0, (measured.encoded.flags & 1) == 0]
+    found: np.ndarray = measured.strengths[0, (measured.encoded.flags & 1) == 0]
+    return found
 
 
 @pytest.mark.parametrize(

@@ -369,10 +369,13 @@ def test_two_collections_at_once_do_what_one_does(made: Made, tmp_path: Path) ->
     for turn in range(5):
         store = made.copy(str(tmp_path / f"{turn}"))
         stays = expected(store, made.runs[-1:])
-        start, errors = threading.Barrier(2), []
+        start = threading.Barrier(2)
+        errors: list[BaseException] = []
 
         def one(
-            store: str = store, start: threading.Barrier = start, errors: list[Any] = errors
+            store: str = store,
+            start: threading.Barrier = start,
+            errors: list[BaseException] = errors,
         ) -> None:
             start.wait()
             try:
@@ -547,9 +550,12 @@ def test_a_run_that_was_taken_up_is_spared(made: Made, store: str, tmp_path: Pat
     lease = f"{store}/runs/{made.runs[0]}/lease-{'1' * 32}.json"
     with pytest.MonkeyPatch.context() as patch:
         publish = epochs.publish
-        patch.setattr(
-            epochs, "publish", lambda *args: (storage.write_once(lease, b"{}"), publish(*args))[1]
-        )
+
+        def publish_late(*args: Any) -> object:
+            storage.write_once(lease, b"{}")
+            return publish(*args)
+
+        patch.setattr(epochs, "publish", publish_late)
         done = collect(store, delete=True)
     assert done.spared == made.runs[:1] and made.runs[0] in done.kept
     check_whole(store, (made.runs[0], made.runs[-1]))

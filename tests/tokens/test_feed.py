@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,9 @@ class Counted:
             yield row
         if self.error is not None:
             raise self.error
+
+    def have_been_read(self, number: int) -> bool:
+        return self.read == number
 
 
 def assert_same(one: Prepared, other: Prepared) -> None:
@@ -238,7 +242,7 @@ def test_the_reader_stays_a_bounded_number_of_chunks_ahead(
     for taken in range(1, 6):
         assert next(chunks).documents == [rows.rows[taken - 1]]
         most = taken + ahead + 1  # those in the queue, and one in hand that has no room
-        assert eventually(lambda most=most: rows.read == most)
+        assert eventually(partial(rows.have_been_read, most))
         time.sleep(0.05)
         assert rows.read == most  # and there it waits
     assert sum(len(c.documents) for c in chunks) == 35
