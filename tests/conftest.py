@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fsspec
 import pyarrow as pa
@@ -44,6 +44,10 @@ from afn_ray.store.commits import Commit
 
 if TYPE_CHECKING:
     from afn_ray import Run
+    from afn_ray.model import ModelFiles
+    from drivers import Drivers
+    from ground import Ground
+    from hosts import Chaos
 
 SLOW = (
     "test_jobs",
@@ -251,7 +255,16 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
+def corpus(tmp_path: Path, verses: list[str]) -> str:
+    """A file of 60 verses."""
+    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_bert: Path) -> MakeConfig:
     """A config over the tiny BERT, in this process, with small shards; keywords replace any
     field.
     """
@@ -334,6 +347,16 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
     edit_sealed(f"{folder}/commit.json", edit)
 
 
+def afn(
+    *args: str | Path, stdin: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``afn`` with ``args`` in a process of its own, once it has ended."""
+    command = [sys.executable, "-m", "afn_ray", *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300
+    )
+
+
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
     from afn_ray.cli import grammar
@@ -363,6 +386,25 @@ def recorded(run: Run) -> tuple[pa.Table, ...]:
         *(t.combine_chunks().replace_schema_metadata(metadata) for t in tables),
         *(read(f"{run.uri}/{name}.parquet") for name in ("thresholds", "vocabulary")),
     )
+
+
+def fenced(page: str, language: str) -> list[str]:
+    """What stands between fences of ``language`` in the Markdown ``page``."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def find_model(folder: Path | str, **options: bool) -> ModelFiles:
+    """The model in ``folder``, of which nothing is to be executed unless ``options`` allow it."""
+    from afn_ray import model
+
+    return model.find_model(
+        str(folder), None, **({"trust_remote_code": False, "allow_pickle": False} | options)
+    )
+
+
+def interrupted(*args: object, **kwargs: object) -> NoReturn:
+    """Ctrl-C, in the place of any function."""
+    raise KeyboardInterrupt
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
@@ -490,6 +532,37 @@ def local_ray(s3_server: str) -> Iterator[None]:
     access.start_local(num_cpus=4, object_store_memory=128 << 20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", params=["local", "s3"])
+def ground(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Path,
+    verses: list[str],
+    s3_server: str,
+) -> Ground:
+    """What a chaos test stands on, on a disk and in a bucket."""
+    from ground import make_ground
+
+    folder = tmp_path_factory.mktemp(f"ground-{request.param}")
+    return make_ground(request.param, folder, tiny_bert, verses)
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Chaos:
+    """The schedule of faults of a file's tests; none is planned yet."""
+    from hosts import Chaos
+
+    return Chaos.of(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos) -> Drivers:
+    """Starts ``afn`` commands that meet the faults of ``chaos``."""
+    from drivers import Drivers
+
+    return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
 @pytest.fixture

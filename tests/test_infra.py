@@ -33,7 +33,7 @@ from afn_ray.config import RunConfig
 from afn_ray.runs.cluster import connection
 from afn_ray.store import storage
 from afn_ray.store.settings import config_from
-from conftest import write_jsonl
+from conftest import fenced, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -1302,11 +1302,7 @@ def test_a_slurm_job_whose_head_no_node_can_reach_does_not_begin(
 # --------------------------------------------------------------------------------------------
 
 PAGE = (INFRA / "README.md").read_text("utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S)
-    for line in block.splitlines()
-]
+COMMANDS = [line for block in fenced(PAGE, "sh") for line in block.splitlines()]
 
 
 def test_what_the_page_names_exists() -> None:

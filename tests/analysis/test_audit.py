@@ -8,7 +8,6 @@ import gzip
 import http.server
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from afn_ray.show import report
 from afn_ray.store import manifest, storage
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
-from conftest import RUN_INFO, stop_after, write_jsonl
+from conftest import RUN_INFO, fenced, interrupted, stop_after, write_jsonl
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "nightly_audit.py"
 
@@ -539,11 +538,7 @@ def damaged_parquet(folder: Path, rows: list[dict[str, str]], whole: bool) -> No
 
 
 POLICIES = {
-    "guide": re.findall(
-        r"^```toml\n(.*?)^```",
-        (SCRIPT.parent.parent / "infra/guide/audit.md").read_text(),
-        re.M | re.S,
-    )[0],
+    "guide": fenced((SCRIPT.parent.parent / "infra/guide/audit.md").read_text(), "toml")[0],
     "kubernetes": (SCRIPT.parent.parent / "infra/kubernetes/values/policy.toml").read_text(),
 }
 
@@ -837,10 +832,6 @@ def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Night
     assert nights.audit() == 0
     assert (nights.folder / "out" / "audit.json").read_bytes() == before
     assert names(nights.folder / "out") == ["audit.json"]
-
-
-def interrupted(*args: Any, **kwargs: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {

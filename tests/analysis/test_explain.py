@@ -35,7 +35,7 @@ from afn_ray.schema import SPECIAL
 from afn_ray.show import explanation as explained
 from afn_ray.show.explanation import render_html, render_terminal
 from afn_ray.store import manifest
-from conftest import write_jsonl
+from conftest import find_model, write_jsonl
 
 HOSTILE = (
     "In the [bold]beginning[/bold] \x1b[31mred\x1b[0m \x9b2J \u202egnp.exe "
@@ -715,7 +715,7 @@ def test_families_decide_as_transformers_has_them(
         k: v for k, v in small.items() if k == "vocab_size" or name not in ("distilbert", "gpt2")
     }
     save_classifier(tmp_path, getattr(transformers, kind)(**common | options), wordpiece)
-    files = model.find_model(str(tmp_path), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(tmp_path)
     ids = [101, 2003, 2019, 3899, 2040, 102]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     out = theirs(torch.tensor([ids]), output_hidden_states=True)
@@ -739,7 +739,7 @@ def test_families_decide_as_transformers_has_them(
 def test_what_cannot_be_shown_is_refused_with_the_reason(
     classified: Corpus, tiny_bert: Path, tmp_path: Path, tiny_mpnet: Path, verses: list[str]
 ) -> None:
-    files = model.find_model(str(tiny_bert), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(tiny_bert)
     for changed, why in (
         (files, r"holds no sequence classifier .*classifier\.bias, classifier\.weight"),
         (replace(files, gguf="a.gguf"), "is a GGUF file, which holds no classifier"),

@@ -9,8 +9,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +29,7 @@ from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.layout import RAY_IGNORE
-from conftest import edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
+from conftest import afn, edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
 
 
 def config_of(folder: Path, tiny_bert: Path, **changes: Any) -> RunConfig:
@@ -792,23 +790,18 @@ def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:
 # -----------------------------------------------------------------------------------------
 
 
-def afn(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "afn_ray", "verify", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_the_command_prints_what_it_found_and_leaves_with_a_code(
     made: Path, tmp_path: Path
 ) -> None:
     store = copy(made, str(tmp_path / "store"))
-    done = afn(store.uri)
+    done = afn("verify", store.uri)
     assert (done.returncode, done.stderr) == (0, "") and "all is as it was committed" in done.stdout
     flip(store.file("tokens"), 0.5)
-    done = afn(store.uri)
+    done = afn("verify", store.uri)
     assert done.returncode == 1 and done.stderr == f"afn: {store.uri} is damaged: 1 finding\n"
     first, unproved, last = done.stdout.splitlines()
     assert first.startswith(f"damaged     {store.file('tokens')}: its SHA-256 is ")
     assert unproved.startswith(f"unproved    {store.run}") and last.endswith("1 finding")
-    done = afn(store.run, "--json")
+    done = afn("verify", store.run, "--json")
     (finding,) = json.loads(done.stdout)["findings"]
     assert done.returncode == 1 and Finding(**finding).uri == store.file("tokens")

@@ -38,35 +38,10 @@ from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.commits import Commit
 from conftest import recorded
 from drivers import Drivers
-from ground import NUM_SHARDS, Ground, make_ground
+from ground import NUM_SHARDS, Ground
 from hosts import Chaos, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
-
-KINDS = ("local", "s3")
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def ground(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_bert: Path,
-    verses: list[str],
-    s3_server: str,
-) -> Ground:
-    return make_ground(
-        request.param, tmp_path_factory.mktemp(f"ground-{request.param}"), tiny_bert, verses
-    )
-
-
-@pytest.fixture(scope="module")
-def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
-    return Chaos.of(tmp_path_factory.mktemp("chaos"))
-
-
-@pytest.fixture(scope="module")
-def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos, s3_server: str) -> Drivers:
-    return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
 @pytest.fixture

@@ -17,16 +17,7 @@ from afn_ray.cli import progress, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 from afn_ray.runs import precheck
 from afn_ray.runs.progress import Progress
-from conftest import command_parsers, write_jsonl
-
-
-def afn(
-    *args: str | Path, stdin: str | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "afn_ray", *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300
-    )
+from conftest import afn, command_parsers, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,8 @@ from afn_ray.runs.worker import Processor
 from afn_ray.store import manifest
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import feed
-from conftest import write_jsonl
+from conftest import MakeConfig, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 BUDGETS = (64, 100, 256, 1000, 2048, 4096, 16384)
 
 

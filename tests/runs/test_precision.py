@@ -4,7 +4,6 @@ remembers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ from afn_ray.errors import ModelError, StoreError
 from afn_ray.runs import job, precision, worker
 from afn_ray.schema import Document
 from afn_ray.store import manifest
-from conftest import write_jsonl
-
-MakeConfig = Callable[..., RunConfig]
+from conftest import MakeConfig, write_jsonl
 
 
 @pytest.fixture

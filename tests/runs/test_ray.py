@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,16 +22,14 @@ import ray
 
 import afn_ray
 from afn_ray import model
-from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 from afn_ray.runs import demo
 from afn_ray.runs.cluster import pool, session
 from afn_ray.runs.dispatch import Ready
 from afn_ray.runs.job import Event
 from afn_ray.runs.progress import Progress
-from conftest import recorded, stop_after, write_jsonl
+from conftest import MakeConfig, recorded, stop_after, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 pytestmark = pytest.mark.ray
 
 

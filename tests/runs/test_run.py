@@ -53,9 +53,7 @@ from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 from afn_ray.show import doctor, overview
 from afn_ray.store import disk, garbage, manifest, records
-from conftest import stop_after, write_jsonl
-
-MakeConfig = Callable[..., RunConfig]
+from conftest import MakeConfig, interrupted, stop_after, write_jsonl
 
 
 def shard_tables(run: afn_ray.Run, table: str) -> list[pa.Table]:
@@ -1125,10 +1123,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             monkeypatch.setattr(cluster, name, fail)
 
     return forbid
-
-
-def interrupted(*args: Any, **named: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 def files_below(folder: str) -> set[Path]:

@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,9 @@ from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
 from afn_ray.runs.plan import make_plan
 from afn_ray.store import storage
 from afn_ray.tokens import counting, encode
-from conftest import write_jsonl
+from conftest import MakeConfig, write_jsonl
 from test_bench import printed
 
-MakeConfig = Callable[..., RunConfig]
 NUM_SEEDS = 30
 PRICES = """
 currency = "EUR"
@@ -57,11 +56,6 @@ storage_gb_month = 0.25
 def printed_estimate(found: estimate.Estimate, capsys: pytest.CaptureFixture[str]) -> str:
     estimates.print_estimate(found, Console(highlight=False, soft_wrap=True, width=1000))
     return capsys.readouterr().out
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, verses: list[str]) -> str:
-    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
 
 
 # --- rates

@@ -15,7 +15,6 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,8 @@ from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import garbage, layout, manifest, storage
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
-from conftest import stop_after, write_jsonl
+from conftest import MakeConfig, fenced, stop_after, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 INFRA = Path(__file__).parents[2] / "infra"
 MONITORING, GUIDE = INFRA / "monitoring", INFRA / "guide" / "seeing.md"
 MARK = "zyxwmark"
@@ -51,11 +49,6 @@ EXACT = (
     "bytes_written_total", "shards_quarantined", "shard_seconds_count", "shards_queued", "shards_running",
     "workers_wanted", "workers_ready",
 )  # fmt: skip
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, verses: list[str]) -> str:
-    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
 
 
 def read(config: RunConfig) -> status.Status:
@@ -891,7 +884,9 @@ def test_commands_of_the_guide_run(
         pass
     (tmp_path / "model").symlink_to(tiny_bert)
     (tmp_path / "infra").symlink_to(MONITORING.parent)
-    commands = [block for block in blocks(GUIDE, "sh") if not block.startswith("pip install ")]
+    commands = [
+        block for block in fenced(GUIDE.read_text(), "sh") if not block.startswith("pip install ")
+    ]
     assert len(commands) == 4
     shim = f'afn() {{ "{sys.executable}" -m afn_ray "$@"; }}\n'
     done = subprocess.run(
@@ -907,10 +902,5 @@ def test_commands_of_the_guide_run(
     assert log[-1]["event"] == "complete" and {line["run"] for line in log if "shard" in line} != {
         ""
     }
-    (toml,) = blocks(GUIDE, "toml")
+    (toml,) = fenced(GUIDE.read_text(), "toml")
     assert make_config(**tomllib.loads(toml)).log_format == "json"
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """What stands between fences of ``language`` in the page at ``path``."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)

@@ -8,8 +8,6 @@ import itertools
 import json
 import os
 import shlex
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from afn_ray.store import epochs, manifest, storage
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.garbage import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
-from conftest import rewrite, write_jsonl
+from conftest import afn, rewrite, write_jsonl
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
 """Of a corpus of two files, each in one of two states; the last night has nothing that no earlier
@@ -666,12 +664,6 @@ def test_wrong_requests_are_refused(store: str, made: Made, tmp_path: Path) -> N
 
 # --- the command
 # -----------------------------------------------------------------------------------------
-
-
-def afn(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "afn_ray", *args], capture_output=True, text=True, timeout=300
-    )
 
 
 def test_the_command_lists_and_what_it_names_deletes(made: Made, store: str) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from afn_ray.errors import HelperDied, ShardError
 from afn_ray.schema import REPLACED, Document
 from afn_ray.tokens import encode, feed
 from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
+from conftest import find_model
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,7 +54,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_bert: Path) -> Recipe:
-    files = model.find_model(str(tiny_bert), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(tiny_bert)
     return Recipe(model.load_tokenizer(files).to_str(), 64, None, 256, False, True)
 
 
@@ -89,7 +91,8 @@ def documents(verses: list[str], n: int) -> list[Document]:
 
 def pids(chunks: Feed) -> list[int]:
     """The tokenizer processes, of which there are some once a chunk was prepared."""
-    return [pid for pool in chunks.executors for pid in pool._processes or {}]  # type: ignore[attr-defined]
+    pools = (e for e in chunks.executors if isinstance(e, ProcessPoolExecutor))
+    return [pid for pool in pools for pid in pool._processes or {}]
 
 
 class Counted:
