@@ -6,7 +6,6 @@ difference.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,8 +18,8 @@ import pytest
 
 import afn_ray
 from afn_ray import schema
-from afn_ray.cli import grammar
 from afn_ray.config import HINTS, RunConfig
+from conftest import command_parsers
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -73,9 +72,6 @@ def test_config_keys() -> None:
 
 
 def test_command_line() -> None:
-    (commands,) = (
-        a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction)
-    )
     found = {
         name: [
             {
@@ -85,7 +81,7 @@ def test_command_line() -> None:
             }
             for a in parser._actions
         ]
-        for name, parser in commands.choices.items()
+        for name, parser in command_parsers().items()
     }
     check("cli", found)
 

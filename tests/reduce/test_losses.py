@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import overview
 from afn_ray.store import checksums, manifest, shard_files
-from conftest import write_jsonl
+from conftest import MakeConfig, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
 
 

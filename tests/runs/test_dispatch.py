@@ -339,11 +339,14 @@ def test_want_of_memory_halves_the_budget_before_it_charges() -> None:
     assert len(run(FakePool(fate=fate)).commits) == 20
     assert seen == [0, 1, 2]
     seen.clear()
-    pool = FakePool(
-        fate=lambda shard, nth, alone, oom_retries: (
-            seen.append(oom_retries) or Cause.MEMORY if shard == "s2" else None
-        )
-    )
+
+    def starved(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
+        if shard != "s2":
+            return None
+        seen.append(oom_retries)
+        return Cause.MEMORY
+
+    pool = FakePool(fate=starved)
     state = run(pool)
     assert state.failures.keys() == {"s2"} and "memory" in state.failures["s2"]
     assert max(seen) >= HALVINGS
@@ -605,9 +608,11 @@ def test_whatever_dies_every_shard_is_done_once_or_quarantined_for_its_own_fault
         s.id: chance.choice(["crash", "raise", "hang"]) for s in SHARDS if chance.random() < 0.1
     }
 
+    ends: dict[str, Fate] = {"crash": Cause.CRASH, "raise": ShardError("bad"), "hang": "hang"}
+
     def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
         if shard in poison:
-            return {"crash": Cause.CRASH, "raise": ShardError("bad"), "hang": "hang"}[poison[shard]]
+            return ends[poison[shard]]
         if nth <= 6 and chance.random() < 0.2:
             return chance.choice(
                 [

@@ -4,7 +4,6 @@ remembers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
 from afn_ray.store import manifest
-from conftest import write_jsonl
-
-MakeConfig = Callable[..., RunConfig]
+from conftest import MakeConfig, write_jsonl
 
 
 @pytest.fixture
@@ -67,7 +64,8 @@ def strengths(task: Task, dtype: str, texts: list[str]) -> np.ndarray:
     processor = worker.Processor(replace(task, dtype=dtype))
     measured = processor.measure(texts, [False] * len(texts))
     processor.close()
-    return measured.strengths[0, (measured.encoded.flags & 1) == 0]
+    found: np.ndarray = measured.strengths[0, (measured.encoded.flags & 1) == 0]
+    return found
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from afn_ray.analysis import verify
 from afn_ray.cli import commands as cli
 from afn_ray.cli.progress import _bar, _log_json, log_as
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, IncompleteRun, StoreError
+from afn_ray.errors import ConfigError, IncompleteRun, StoreError, Unavailable
 from afn_ray.runs import cluster, dispatch, status
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
@@ -37,11 +37,10 @@ from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Work
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import garbage, layout, manifest, storage
-from afn_ray.store.commits import Commit
+from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
-from conftest import stop_after, write_jsonl
+from conftest import MakeConfig, fenced, stop_after, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 INFRA = Path(__file__).parents[2] / "infra"
 MONITORING, GUIDE = INFRA / "monitoring", INFRA / "guide" / "seeing.md"
 MARK = "zyxwmark"
@@ -51,11 +50,6 @@ EXACT = (
     "bytes_written_total", "shards_quarantined", "shard_seconds_count", "shards_queued", "shards_running",
     "workers_wanted", "workers_ready",
 )  # fmt: skip
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, verses: list[str]) -> str:
-    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
 
 
 def read(config: RunConfig) -> status.Status:
@@ -256,7 +250,7 @@ def test_a_status_is_replaced_whole_on_every_filesystem(place: str) -> None:
         for _ in range(9):  # it asks once, and on a bad night that is not enough
             try:
                 storage.write_over(uri, text)
-            except storage.Unavailable:
+            except Unavailable:
                 continue
             break
         assert storage.read_bytes(uri) == text
@@ -394,8 +388,8 @@ def test_what_is_no_store_has_no_status(tmp_path: Path) -> None:
 def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     memory: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status.socket, "gethostname", lambda: "head-0")
-    monkeypatch.setattr(status.os, "getpid", lambda: 4711)
+    monkeypatch.setattr(socket, "gethostname", lambda: "head-0")
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
     monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:25:45+00:00")
     reporter = status.Reporter(make_config(store=memory, corpus=("s3://corpus/2026-11-22",)))
     piece = FileSlice("s3://corpus/2026-11-22/7.jsonl", 9, "", "jsonl", "", 0, 9, 9, 1, "")
@@ -408,11 +402,9 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
         1.0,
         {},
     )
-    reporter.begin(
-        manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}),
-        [shard] * 190,
-        dict.fromkeys(map(str, range(100)), before),
-    )
+    found = Commits()
+    found.update(dict.fromkeys(map(str, range(100)), before))
+    reporter.begin(manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}), [shard] * 190, found)
     state = State(
         90,
         num_workers=8,
@@ -434,7 +426,7 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
         failures={"bad": "HelperDied: it died"},
         notices=["a worker was replaced"],
     )
-    state.commits = dict.fromkeys("abcdefghi", before)
+    state.commits.update(dict.fromkeys("abcdefghi", before))
     monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:31:02+00:00")
     reporter.working(state)
     reporter.notice("a worker was replaced")
@@ -648,9 +640,12 @@ class Live:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
     folder = tmp_path_factory.mktemp("live")
-    rows = [[{"text": f"{MARK} and it was so, number {i}. " * 9}] for i in range(6)]
-    for i, extra in ((1, [{"text": "killed"}]), (3, [{"text": "gone"}]), (4, ["no JSON"])):
-        rows[i] += extra
+    rows: list[list[dict[str, str] | str]] = [
+        [{"text": f"{MARK} and it was so, number {i}. " * 9}] for i in range(6)
+    ]
+    rows[1].append({"text": "killed"})
+    rows[3].append({"text": "gone"})
+    rows[4].append("no JSON")
     for i, documents in enumerate(rows):
         write_jsonl(folder / f"{i}.jsonl", documents)
     store = str(folder / "store")
@@ -679,7 +674,8 @@ def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
     )
     assert done.returncode == 0, done.stderr
     workers = Path(f"{store}.workers").read_text()
-    types, series = {}, {}
+    types: dict[str, str] = {}
+    series: dict[str, list[float]] = {}
     for line in Path(f"{store}.metrics").read_text().splitlines():
         if line.startswith("# TYPE "):
             types[line.split()[2]] = line.split()[3]
@@ -887,7 +883,9 @@ def test_commands_of_the_guide_run(
         pass
     (tmp_path / "model").symlink_to(tiny_bert)
     (tmp_path / "infra").symlink_to(MONITORING.parent)
-    commands = [block for block in blocks(GUIDE, "sh") if not block.startswith("pip install ")]
+    commands = [
+        block for block in fenced(GUIDE.read_text(), "sh") if not block.startswith("pip install ")
+    ]
     assert len(commands) == 4
     shim = f'afn() {{ "{sys.executable}" -m afn_ray "$@"; }}\n'
     done = subprocess.run(
@@ -903,10 +901,5 @@ def test_commands_of_the_guide_run(
     assert log[-1]["event"] == "complete" and {line["run"] for line in log if "shard" in line} != {
         ""
     }
-    (toml,) = blocks(GUIDE, "toml")
+    (toml,) = fenced(GUIDE.read_text(), "toml")
     assert make_config(**tomllib.loads(toml)).log_format == "json"
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """What stands between fences of ``language`` in the page at ``path``."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)
