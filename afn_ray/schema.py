@@ -1,4 +1,8 @@
-"""The nouns of the product and the Arrow schemas of its tables."""
+"""The nouns of the product and the Arrow schemas of its tables.
+
+In this order: fingerprints; files, shards and documents; what is recorded of a token; classes and
+tags; then the tables of a shard, of a run, and of two runs compared.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,7 @@ SCHEMA_VERSION = 5
 It grows when a stored table or the meaning of a stored value changes.
 """
 
-SPECIAL = 1
-"""``flags`` bit 0: the tokenizer's template added the token, which has no text."""
-WORD_START = 2
-"""``flags`` bit 1: the token starts a word."""
-REPLACED = 4
-"""``flags`` bit 2: the token covers a U+FFFD that replaced invalid UTF-8 in the source."""
+# --- fingerprints
 
 
 def fingerprint(value: object) -> str:
@@ -45,16 +44,10 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+# --- files, shards and documents
+
 UPOS, XPOS = "upos", "xpos"
 """Tag columns of CoNLL-U: Universal Dependencies' parts of speech, and the language's own."""
-
-
-class Span(NamedTuple):
-    """A tagged range of characters in a text."""
-
-    start: int
-    end: int  # exclusive
-    tag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +131,14 @@ class Shard:
         return sum(s.num_bytes for s in self.slices)
 
 
+class Span(NamedTuple):
+    """A tagged range of characters in a text."""
+
+    start: int
+    end: int  # exclusive
+    tag: str
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One document of the corpus, or the reason why it has no text."""
@@ -152,6 +153,15 @@ class Document:
     lost_bytes: int = 0  # bytes of the stored file that a quarantined row stands for
     lost_documents: int | None = None  # documents that the row stands for; None: unknown
 
+
+# --- what is recorded of a token
+
+SPECIAL = 1
+"""``flags`` bit 0: the tokenizer's template added the token, which has no text."""
+WORD_START = 2
+"""``flags`` bit 1: the token starts a word."""
+REPLACED = 4
+"""``flags`` bit 2: the token covers a U+FFFD that replaced invalid UTF-8 in the source."""
 
 STRENGTH = "strength"
 """Signal that decides HIGH labels; every run has its thresholds and vocabulary."""
@@ -179,68 +189,8 @@ def strength_column(layer: int) -> str:
     return Series(STRENGTH, layer).name
 
 
-def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False) -> pa.Schema:
-    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position).
-
-    ``tagged``: the corpus is labelled, so the table has a ``tag`` column.
-    """
-    fields = [
-        pa.field("doc", pa.int32(), nullable=False),
-        pa.field("position", pa.int32(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("flags", pa.uint8(), nullable=False),
-        pa.field("surface", pa.dictionary(pa.int32(), pa.string())),
-    ]
-    if tagged:
-        fields.append(pa.field("tag", pa.dictionary(pa.int32(), pa.string())))
-    if offsets:
-        fields += [
-            pa.field("start", pa.int32(), nullable=False),
-            pa.field("end", pa.int32(), nullable=False),
-        ]
-    fields += [pa.field(s.name, pa.float32(), nullable=False) for s in series]
-    return pa.schema(fields)
-
-
-def documents_schema(series: Sequence[Series]) -> pa.Schema:
-    """Schema of a shard's ``documents`` table: one row per document read, in order."""
-    return pa.schema(
-        [
-            pa.field("doc", pa.int32(), nullable=False),
-            # null: the corpus gives no id; the view then shows the content hash
-            pa.field("doc_id", pa.string()),
-            pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-            pa.field("offset", pa.int64(), nullable=False),
-            pa.field("n_tokens", pa.int32(), nullable=False),
-            pa.field("n_windows", pa.int32(), nullable=False),
-            pa.field("n_chars", pa.int32(), nullable=False),
-            pa.field("n_replaced", pa.int64(), nullable=False),
-            # bytes of the stored file that the row stands for
-            pa.field("lost_bytes", pa.int64(), nullable=False),
-            # 0: nothing is lost; null: the number is unknown
-            pa.field("lost_documents", pa.int64()),
-            pa.field("text_sha256", pa.binary(32)),
-            pa.field("status", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-            *(pa.field(f"mean_{s.name}", pa.float32()) for s in series),
-        ]
-    )
-
-
 MOST_NEURONS = 1 << 16
 """Largest number of neurons in an MLP; neuron numbers are recorded as uint16."""
-NEURON_LIST = pa.list_(
-    pa.field(
-        "item",
-        pa.struct(
-            [
-                pa.field("neuron", pa.uint16(), nullable=False),
-                pa.field("value", pa.float32(), nullable=False),
-            ]
-        ),
-        nullable=False,
-    )
-)
-"""Arrow type of a token's recorded neurons, the largest absolute value first."""
 
 
 def neurons_column(layer: int) -> str:
@@ -248,191 +198,7 @@ def neurons_column(layer: int) -> str:
     return f"neurons_{layer}"
 
 
-def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
-    """Schema of a shard's ``neurons`` table: one row per token, in the order of ``tokens``.
-
-    With neurons of HIGH tokens alone, a row stands for a token that is HIGH at one of ``layers`` or
-    more; the column of every other layer is null.
-    """
-    return pa.schema(
-        [
-            pa.field("doc", pa.int32(), nullable=False),
-            pa.field("position", pa.int32(), nullable=False),
-            *(pa.field(neurons_column(k), NEURON_LIST) for k in layers),
-        ]
-    )
-
-
-PAIRS_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("neuron", pa.int32(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("n", pa.int64(), nullable=False),
-        pa.field("total", pa.int64(), nullable=False),  # sum of the values, in units of 2^-20
-        pa.field("largest", pa.float32(), nullable=False),
-    ]
-)
-"""A shard's mergeable statistics of neurons, one row per pair of a neuron and a token type.
-
-Each row counts the normal tokens of the type that have the neuron in their list.
-"""
-
-SUMMARY_SCHEMA = pa.schema(
-    [
-        pa.field("signal", pa.string(), nullable=False),
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("special", pa.bool_(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("n_docs", pa.int64(), nullable=False),
-        pa.field("n_word_start", pa.int64(), nullable=False),
-        pa.field("n_whole", pa.int64(), nullable=False),  # tokens that are a whole word
-        pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
-        pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
-    ]
-)
-"""A shard's mergeable statistics: the lossless histogram of values per series and type.
-
-Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram. Its
-integers merge by addition in any order. The Parquet file has one row group per series.
-"""
-
-TAGGED_SUMMARY_SCHEMA = SUMMARY_SCHEMA.append(pa.field("tag", pa.string()))
-"""``SUMMARY_SCHEMA`` of a labelled corpus, with one more row group.
-
-In that row group ``counts`` holds how often a type has ``tag``.
-"""
-
-HISTOGRAM_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("special", pa.bool_(), nullable=False),
-        pa.field("strength", pa.float32(), nullable=False),
-        pa.field("n", pa.int64(), nullable=False),
-    ]
-)
-"""The run's strengths: each distinct recorded value with its count, special tokens apart."""
-
-THRESHOLDS_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("population", pa.string(), nullable=False),  # "tokens" or "tokens_without_sinks"
-        pa.field("n", pa.int64(), nullable=False),
-        pa.field("mean", pa.float64()),
-        pa.field("sd", pa.float64()),
-        pa.field("min", pa.float32()),
-        pa.field("q1", pa.float32()),
-        pa.field("q2", pa.float32()),
-        pa.field("q3", pa.float32()),
-        pa.field("max", pa.float32()),
-        pa.field("n_high", pa.int64(), nullable=False),
-        pa.field("n_sinks", pa.int64(), nullable=False),
-        pa.field("n_special", pa.int64(), nullable=False),
-        pa.field("sink_factor", pa.float64(), nullable=False),
-        pa.field("definition", pa.string(), nullable=False),
-    ]
-)
-"""The run's thresholds and moments of strength, one row per layer and population."""
-
-VOCABULARY_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("token", pa.string(), nullable=False),  # the piece in the tokenizer's notation
-        pa.field("text", pa.string(), nullable=False),  # the piece as plain text
-        pa.field("class", pa.string(), nullable=False),
-        pa.field("n", pa.int64(), nullable=False),
-        pa.field("n_docs", pa.int64(), nullable=False),
-        pa.field("mean", pa.float64(), nullable=False),
-        pa.field("sd", pa.float64(), nullable=False),
-        pa.field("min", pa.float32(), nullable=False),
-        pa.field("q1", pa.float32(), nullable=False),
-        pa.field("q2", pa.float32(), nullable=False),
-        pa.field("q3", pa.float32(), nullable=False),
-        pa.field("max", pa.float32(), nullable=False),
-        pa.field("n_high", pa.int64(), nullable=False),
-        pa.field("share_high", pa.float64(), nullable=False),
-        pa.field("share_high_low", pa.float64(), nullable=False),  # Wilson interval, 95 %
-        pa.field("share_high_high", pa.float64(), nullable=False),
-        pa.field("idf", pa.float64(), nullable=False),
-    ]
-)
-"""Every token type at each layer: its strengths, and how often it is HIGH."""
-
-_OF_STRENGTH = ("n_high", "share_high", "share_high_low", "share_high_high")
-
-SIGNAL_VOCABULARY_SCHEMA = pa.schema(
-    [pa.field("signal", pa.string(), nullable=False)]
-    + [f for f in VOCABULARY_SCHEMA if f.name not in _OF_STRENGTH]
-)
-"""Every type under each signal except strength, as in ``VOCABULARY_SCHEMA``."""
-
-SIGNALS_SCHEMA = pa.schema(
-    [
-        pa.field("signal", pa.string(), nullable=False),
-        pa.field("layer", pa.int16(), nullable=False),
-        *(
-            THRESHOLDS_SCHEMA.field(name)
-            for name in ("n", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_special")
-        ),
-    ]
-)
-"""Distribution of each signal except strength over the tokens, special tokens apart."""
-
-NEURONS_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("neuron", pa.int32(), nullable=False),
-        # tokens that have the neuron in their list, special tokens apart
-        pa.field("n", pa.int64(), nullable=False),
-        pa.field("share", pa.float64(), nullable=False),  # n over all tokens with a list
-        pa.field("mean", pa.float64(), nullable=False),  # mean value over these tokens
-        pa.field("largest", pa.float32(), nullable=False),
-        pa.field("n_types", pa.int64(), nullable=False),
-        # divergence of the neuron's types from the types of all tokens, in bits
-        pa.field("selectivity", pa.float64(), nullable=False),
-        pa.field(
-            "types",  # the types that contribute most of these bits, in descending order
-            pa.list_(
-                pa.field(
-                    "item",
-                    pa.struct(
-                        [
-                            pa.field("token_id", pa.int32(), nullable=False),
-                            pa.field("text", pa.string(), nullable=False),
-                            pa.field("n", pa.int64(), nullable=False),
-                            # frequency of the type here over its frequency among all tokens
-                            pa.field("lift", pa.float64(), nullable=False),
-                        ]
-                    ),
-                    nullable=False,
-                )
-            ),
-            nullable=False,
-        ),
-    ]
-)
-"""The token types that each MLP neuron responds to.
-
-Selectivity is the Kullback-Leibler divergence of the types of the neuron's tokens from the types of
-all tokens. It is 0 for a neuron that responds to all types alike. With few tokens it is high by
-chance.
-"""
-
-NEURON_TYPES_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("neuron", pa.int32(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        # tokens of the type that have the neuron in their list
-        pa.field("n", pa.int64(), nullable=False),
-        pa.field("share", pa.float64(), nullable=False),  # n over the type's tokens with a list
-        pa.field("mean", pa.float64(), nullable=False),
-        pa.field("largest", pa.float32(), nullable=False),
-        pa.field("lift", pa.float64(), nullable=False),
-    ]
-)
-"""Every pair of a neuron and a token type that occurs at least five times."""
+# --- classes and tags
 
 CLASSES = ("content", "function", "piece", "fragment", "number", "punctuation", "special")
 """Classes of a token type, in the order of the tables."""
@@ -481,79 +247,280 @@ def upos_classes(tags: Iterable[str]) -> dict[str, str]:
     return {tag: kind for tag, parts in found.items() if len(parts) == 1 for kind in parts if kind}
 
 
-SHARDS_SCHEMA = pa.schema(
-    [
-        pa.field("ordinal", pa.int32(), nullable=False),
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("doc_offset", pa.int64(), nullable=False),  # run-wide doc = doc_offset + doc
-        pa.field("n_documents", pa.int64(), nullable=False),
-        pa.field("n_empty", pa.int64(), nullable=False),
-        pa.field("n_quarantined", pa.int64(), nullable=False),
-        pa.field("n_tokens", pa.int64(), nullable=False),
-        pa.field("n_windows", pa.int64(), nullable=False),
-        pa.field("n_replaced", pa.int64(), nullable=False),
-        pa.field("lost_bytes", pa.int64(), nullable=False),  # corpus bytes not measured
-        pa.field("lost_documents", pa.int64(), nullable=False),  # from losses of known number
-        # losses whose number of documents is unknown
-        pa.field("lost_unknown", pa.int64(), nullable=False),
-        pa.field("padding_share", pa.float64(), nullable=False),
-        pa.field("num_bytes", pa.int64(), nullable=False),  # read from the corpus
-        pa.field("token_bytes", pa.int64(), nullable=False),
-        pa.field("document_bytes", pa.int64(), nullable=False),
-        pa.field("summary_bytes", pa.int64(), nullable=False),
-        pa.field("neurons_bytes", pa.int64(), nullable=False),  # 0: no neurons are recorded
-        pa.field("pairs_bytes", pa.int64(), nullable=False),  # pairs of neurons and types
-        pa.field("seconds", pa.float64(), nullable=False),
-        pa.field("tokens_file", pa.string(), nullable=False),  # relative to the store
-        pa.field("documents_file", pa.string(), nullable=False),
-        pa.field("summary_file", pa.string(), nullable=False),
-        pa.field("neurons_file", pa.string()),
-    ]
+# --- columns of tables
+
+
+def _list_of(kind: str | pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("item", kind, nullable=False))
+
+
+_ARROW_TYPES = {
+    "repeated string": pa.dictionary(pa.int32(), pa.string()),
+    "32 bytes": pa.binary(32),
+    "list of int32": _list_of("int32"),
+    "list of int64": _list_of("int64"),
+}
+"""Types that have a name in ``_columns`` but none in Arrow."""
+
+
+def _columns(*lines: str) -> list[pa.Field]:
+    """Columns in the order of ``lines``, which read ``q1, q3: float32`` or ``id: string or null``.
+
+    A column without "or null" holds no nulls.
+    """
+    fields = []
+    for line in lines:
+        names, _, kind = line.partition(": ")
+        kind, or_null, _ = kind.partition(" or null")
+        for name in names.split(", "):
+            fields.append(pa.field(name, _ARROW_TYPES.get(kind, kind), nullable=bool(or_null)))
+    return fields
+
+
+def _schema(*lines: str) -> pa.Schema:
+    return pa.schema(_columns(*lines))
+
+
+# Groups of columns that several tables share
+_TOKEN_TYPE = (
+    "token_id: int32",
+    "token: string",  # the piece in the tokenizer's notation
+    "text: string",  # the piece as plain text
+    "class: string",
+)
+_DISTRIBUTION = ("mean, sd: float64", "min, q1, q2, q3, max: float32")
+_DISTRIBUTION_OR_NULL = tuple(f"{line} or null" for line in _DISTRIBUTION)
+_TYPE_IN_CORPUS = (*_TOKEN_TYPE, "n, n_docs: int64", *_DISTRIBUTION)
+_HISTOGRAM = ("bins: list of int32", "counts: list of int64")
+_LOST_DOCUMENTS = (
+    "lost_documents: int64",  # from losses of known number
+    "lost_unknown: int64",  # losses whose number of documents is unknown
+)
+_DAMAGE = (
+    "n_quarantined: int64",  # rows of ``documents``
+    *_LOST_DOCUMENTS,
+    "n_replaced: int64",  # U+FFFD for invalid UTF-8
+)
+
+# --- tables of a shard
+
+
+def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False) -> pa.Schema:
+    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position).
+
+    ``tagged``: the corpus is labelled, so the table has a ``tag`` column.
+    """
+    columns = _columns(
+        "doc, position, token_id: int32",
+        "flags: uint8",
+        "surface: repeated string or null",
+        *(["tag: repeated string or null"] if tagged else []),
+        *(["start, end: int32"] if offsets else []),
+    )
+    values = [pa.field(s.name, pa.float32(), nullable=False) for s in series]
+    return pa.schema(columns + values)
+
+
+def documents_schema(series: Sequence[Series]) -> pa.Schema:
+    """Schema of a shard's ``documents`` table: one row per document read, in order."""
+    columns = _columns(
+        "doc: int32",
+        # null: the corpus gives no id; the view then shows the content hash
+        "doc_id: string or null",
+        "source: repeated string",
+        "offset: int64",
+        "n_tokens, n_windows, n_chars: int32",
+        "n_replaced: int64",
+        "lost_bytes: int64",  # bytes of the stored file that the row stands for
+        "lost_documents: int64 or null",  # 0: nothing is lost; null: the number is unknown
+        "text_sha256: 32 bytes or null",
+        "status: repeated string",
+    )
+    means = [pa.field(f"mean_{s.name}", pa.float32()) for s in series]
+    return pa.schema(columns + means)
+
+
+NEURON_LIST = _list_of(pa.struct(_columns("neuron: uint16", "value: float32")))
+"""Arrow type of a token's recorded neurons, the largest absolute value first."""
+
+
+def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
+    """Schema of a shard's ``neurons`` table: one row per token, in the order of ``tokens``.
+
+    With neurons of HIGH tokens alone, a row stands for a token that is HIGH at one of ``layers`` or
+    more; the column of every other layer is null.
+    """
+    lists = [pa.field(neurons_column(layer), NEURON_LIST) for layer in layers]
+    return pa.schema(_columns("doc, position: int32") + lists)
+
+
+PAIRS_SCHEMA = _schema(
+    "layer: int16",
+    "neuron, token_id: int32",
+    "n: int64",
+    "total: int64",  # sum of the values, in units of 2^-20
+    "largest: float32",
+)
+"""A shard's mergeable statistics of neurons, one row per pair of a neuron and a token type.
+
+Each row counts the normal tokens of the type that have the neuron in their list.
+"""
+
+SUMMARY_SCHEMA = _schema(
+    "signal: string",
+    "layer: int16",
+    "special: bool",
+    "token_id: int32",
+    "n_docs, n_word_start: int64",
+    "n_whole: int64",  # tokens that are a whole word
+    *_HISTOGRAM,
+)
+"""A shard's mergeable statistics: the lossless histogram of values per series and type.
+
+Count, sum, sum of squares, minimum, maximum and every quantile are read off the histogram. Its
+integers merge by addition in any order. The Parquet file has one row group per series.
+"""
+
+TAGGED_SUMMARY_SCHEMA = SUMMARY_SCHEMA.append(pa.field("tag", pa.string()))
+"""``SUMMARY_SCHEMA`` of a labelled corpus, with one more row group.
+
+In that row group ``counts`` holds how often a type has ``tag``.
+"""
+
+# --- tables of a run
+
+PLAN_SCHEMA = _schema(
+    "ordinal: int32",
+    "shard, uri: string",
+    "size: int64",
+    "version, format, compression: string",
+    "start, end, num_bytes, num_documents: int64",
+    "sha256: string",
+)
+"""A run's plan: one row per slice, in order."""
+
+SHARDS_SCHEMA = _schema(
+    "ordinal: int32",
+    "shard: string",
+    "doc_offset: int64",  # run-wide doc = doc_offset + doc
+    "n_documents, n_empty, n_quarantined, n_tokens, n_windows, n_replaced: int64",
+    "lost_bytes: int64",  # corpus bytes not measured
+    *_LOST_DOCUMENTS,
+    "padding_share: float64",
+    "num_bytes: int64",  # read from the corpus
+    "token_bytes, document_bytes, summary_bytes: int64",
+    "neurons_bytes: int64",  # 0: no neurons are recorded
+    "pairs_bytes: int64",  # pairs of neurons and types
+    "seconds: float64",
+    "tokens_file, documents_file, summary_file: string",  # relative to the store
+    "neurons_file: string or null",
 )
 """A run's shards in plan order: the location of their files and their numbers of rows."""
 
-FILES_SCHEMA = pa.schema(
-    [
-        pa.field("source", pa.string(), nullable=False),  # URI of the file
-        # not read: the suffix is unknown, or the file belongs to a store
-        pa.field("is_skipped", pa.bool_(), nullable=False),
-        pa.field("bytes", pa.int64(), nullable=False),  # size of the file
-        # bytes to read: all, or those of the columns used in Parquet
-        pa.field("num_bytes", pa.int64(), nullable=False),
-        pa.field("lost_bytes", pa.int64(), nullable=False),  # part of num_bytes not measured
-        pa.field("share_read", pa.float64(), nullable=False),  # measured share of num_bytes
-        pa.field("n_quarantined", pa.int64(), nullable=False),  # rows of ``documents``
-        pa.field("lost_documents", pa.int64(), nullable=False),  # from losses of known number
-        # losses whose number of documents is unknown
-        pa.field("lost_unknown", pa.int64(), nullable=False),
-        pa.field("n_replaced", pa.int64(), nullable=False),  # U+FFFD for invalid UTF-8
-    ]
+FILES_SCHEMA = _schema(
+    "source: string",  # URI of the file
+    "is_skipped: bool",  # not read: the suffix is unknown, or the file belongs to a store
+    "bytes: int64",  # size of the file
+    "num_bytes: int64",  # bytes to read: all, or those of the columns used in Parquet
+    "lost_bytes: int64",  # part of num_bytes not measured
+    "share_read: float64",  # measured share of num_bytes
+    *_DAMAGE,
 )
 """How much of each file of a run's corpus was measured."""
 
-SOURCES_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        # URI of a file, or of a folder where there are many files
-        pa.field("source", pa.string(), nullable=False),
-        *(FILES_SCHEMA.field(name) for name in ("bytes", "lost_bytes", "share_read")),
-        # documents read, empty and quarantined ones included
-        pa.field("n_documents", pa.int64(), nullable=False),
-        *(
-            FILES_SCHEMA.field(name)
-            for name in ("n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
-        ),
-        pa.field("n_docs", pa.int64(), nullable=False),  # documents with tokens
-        pa.field("n", pa.int64(), nullable=False),  # tokens, special ones apart
-        pa.field("n_high", pa.int64(), nullable=False),
-        pa.field("bins", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
-        pa.field("counts", pa.list_(pa.field("item", pa.int64(), nullable=False)), nullable=False),
-    ]
+SOURCES_SCHEMA = _schema(
+    "layer: int16",
+    "source: string",  # URI of a file, or of a folder where there are many files
+    "bytes, lost_bytes: int64",  # as in ``FILES_SCHEMA``
+    "share_read: float64",
+    "n_documents: int64",  # documents read, empty and quarantined ones included
+    *_DAMAGE,
+    "n_docs: int64",  # documents with tokens
+    "n: int64",  # tokens, special ones apart
+    "n_high: int64",
+    *_HISTOGRAM,
 )
 """A run's tokens by source.
 
 ``bins`` and ``counts`` are the lossless histogram of strengths, as in ``SUMMARY_SCHEMA``.
 """
+
+HISTOGRAM_SCHEMA = _schema("layer: int16", "special: bool", "strength: float32", "n: int64")
+"""The run's strengths: each distinct recorded value with its count, special tokens apart."""
+
+THRESHOLDS_SCHEMA = _schema(
+    "layer: int16",
+    "population: string",  # "tokens" or "tokens_without_sinks"
+    "n: int64",
+    *_DISTRIBUTION_OR_NULL,
+    "n_high, n_sinks, n_special: int64",
+    "sink_factor: float64",
+    "definition: string",
+)
+"""The run's thresholds and moments of strength, one row per layer and population."""
+
+VOCABULARY_SCHEMA = _schema(
+    "layer: int16",
+    *_TYPE_IN_CORPUS,
+    "n_high: int64",
+    "share_high: float64",
+    "share_high_low, share_high_high: float64",  # Wilson interval, 95 %
+    "idf: float64",
+)
+"""Every token type at each layer: its strengths, and how often it is HIGH."""
+
+SIGNAL_VOCABULARY_SCHEMA = _schema(
+    "signal: string", "layer: int16", *_TYPE_IN_CORPUS, "idf: float64"
+)
+"""Every type under each signal except strength, as in ``VOCABULARY_SCHEMA``."""
+
+SIGNALS_SCHEMA = _schema(
+    "signal: string", "layer: int16", "n: int64", *_DISTRIBUTION_OR_NULL, "n_special: int64"
+)
+"""Distribution of each signal except strength over the tokens, special tokens apart."""
+
+_TYPES_OF_NEURON = _list_of(
+    pa.struct(
+        _columns(
+            "token_id: int32",
+            "text: string",
+            "n: int64",
+            "lift: float64",  # frequency of the type here over its frequency among all tokens
+        )
+    )
+)
+
+NEURONS_SCHEMA = _schema(
+    "layer: int16",
+    "neuron: int32",
+    "n: int64",  # tokens that have the neuron in their list, special tokens apart
+    "share: float64",  # n over all tokens with a list
+    "mean: float64",  # mean value over these tokens
+    "largest: float32",
+    "n_types: int64",
+    # divergence of the neuron's types from the types of all tokens, in bits
+    "selectivity: float64",
+).append(
+    # the types that contribute most of these bits, in descending order
+    pa.field("types", _TYPES_OF_NEURON, nullable=False)
+)
+"""The token types that each MLP neuron responds to.
+
+Selectivity is the Kullback-Leibler divergence of the types of the neuron's tokens from the types of
+all tokens. It is 0 for a neuron that responds to all types alike. With few tokens it is high by
+chance.
+"""
+
+NEURON_TYPES_SCHEMA = _schema(
+    "layer: int16",
+    "neuron, token_id: int32",
+    "n: int64",  # tokens of the type that have the neuron in their list
+    "share: float64",  # n over the type's tokens with a list
+    "mean: float64",
+    "largest: float32",
+    "lift: float64",
+)
+"""Every pair of a neuron and a token type that occurs at least five times."""
 
 FEATURES = (
     "mean_strength",
@@ -565,96 +532,59 @@ FEATURES = (
 )
 """Features of a document that the screening compares, all at one layer; see ``reduce.screen``."""
 
-SCREENED_SCHEMA = pa.schema(
-    [
-        pa.field("rank", pa.int32(), nullable=False),  # from 1, the strangest document
-        pa.field("doc", pa.int64(), nullable=False),  # run-wide, as in the views
-        pa.field("source", pa.string(), nullable=False),  # URI of the file
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("n_tokens", pa.int32(), nullable=False),  # special ones apart
-        # documents of the run with the same text, this one included
-        pa.field("n_copies", pa.int32(), nullable=False),
-        *(pa.field(name, pa.float32(), nullable=False) for name in FEATURES),
-        pa.field("score", pa.float64(), nullable=False),  # the largest robust z
-        pa.field("reason", pa.string(), nullable=False),
-        # beginning of the document, joined from its tokens
-        pa.field("text", pa.string(), nullable=False),
-    ]
+SCREENED_SCHEMA = _schema(
+    "rank: int32",  # from 1, the strangest document
+    "doc: int64",  # run-wide, as in the views
+    "source: string",  # URI of the file
+    "layer: int16",
+    "n_tokens: int32",  # special ones apart
+    "n_copies: int32",  # documents of the run with the same text, this one included
+    *(f"{name}: float32" for name in FEATURES),
+    "score: float64",  # the largest robust z
+    "reason: string",
+    "text: string",  # beginning of the document, joined from its tokens
 )
 """A run's strangest documents."""
 
-DRIFT_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("source", pa.string()),  # null: the whole corpus
-        # tokens, special ones apart; 0: the source is new or gone
-        pa.field("n_a", pa.int64(), nullable=False),
-        pa.field("n_b", pa.int64(), nullable=False),
-        *(pa.field(f"{q}_{run}", pa.float32()) for q in ("q1", "q2", "q3") for run in "ab"),
-        pa.field("share_high_a", pa.float64()),  # at or above the Q3 of the run's labels
-        pa.field("share_high_b", pa.float64()),
-        pa.field("psi", pa.float64()),
-        pa.field("ks", pa.float64()),
-        pa.field("js", pa.float64()),
-    ]
+# --- tables of two runs compared, a and b
+
+DRIFT_SCHEMA = _schema(
+    "layer: int16",
+    "source: string or null",  # null: the whole corpus
+    "n_a, n_b: int64",  # tokens, special ones apart; 0: the source is new or gone
+    "q1_a, q1_b, q2_a, q2_b, q3_a, q3_b: float32 or null",
+    "share_high_a, share_high_b: float64 or null",  # at or above the Q3 of the run's labels
+    "psi, ks, js: float64 or null",
 )
 """Strength distributions of two runs per layer: over all tokens, and per source."""
 
-CLASS_DRIFT_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("class", pa.string(), nullable=False),
-        *(
-            pa.field(f"{name}_{run}", kind, nullable=False)
-            for run in "ab"
-            for name, kind in (
-                ("n", pa.int64()), ("share", pa.float64()), ("n_high", pa.int64()), ("share_high", pa.float64()),
-                ("share_high_low", pa.float64()), ("share_high_high", pa.float64()),
-            )
-        ),
-    ]
-)  # fmt: skip
+CLASS_DRIFT_SCHEMA = _schema(
+    "layer: int16",
+    "class: string",
+    "n_a: int64",
+    "share_a: float64",
+    "n_high_a: int64",
+    "share_high_a, share_high_low_a, share_high_high_a: float64",
+    "n_b: int64",
+    "share_b: float64",
+    "n_high_b: int64",
+    "share_high_b, share_high_low_b, share_high_high_b: float64",
+)
 """Classes in two runs: their share of the tokens, and their HIGH share with its interval.
 
 The interval is Wilson's, 95 %.
 """
 
-MOVERS_SCHEMA = pa.schema(
-    [
-        pa.field("layer", pa.int16(), nullable=False),
-        pa.field("token_id", pa.int32(), nullable=False),
-        pa.field("token", pa.string(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("class", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),  # "both", "new" (only in b) or "vanished"
-        pa.field("n_a", pa.int64(), nullable=False),
-        pa.field("n_b", pa.int64(), nullable=False),
-        pa.field("share_high_a", pa.float64()),
-        pa.field("share_high_b", pa.float64()),
-        pa.field("median_a", pa.float32()),
-        pa.field("median_b", pa.float32()),
-        pa.field("z", pa.float64()),  # z score of the difference of the HIGH shares
-        pa.field("p", pa.float64()),
-        # p adjusted by Benjamini and Hochberg over the layer's types that both runs have
-        pa.field("q", pa.float64()),
-    ]
+MOVERS_SCHEMA = _schema(
+    "layer: int16",
+    *_TOKEN_TYPE,
+    "status: string",  # "both", "new" (only in b) or "vanished"
+    "n_a, n_b: int64",
+    "share_high_a, share_high_b: float64 or null",
+    "median_a, median_b: float32 or null",
+    "z: float64 or null",  # z score of the difference of the HIGH shares
+    "p: float64 or null",
+    # p adjusted by Benjamini and Hochberg over the layer's types that both runs have
+    "q: float64 or null",
 )
 """Every type that occurs in either of two runs, and how it moved between them."""
-
-PLAN_SCHEMA = pa.schema(
-    [
-        pa.field("ordinal", pa.int32(), nullable=False),
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("uri", pa.string(), nullable=False),
-        pa.field("size", pa.int64(), nullable=False),
-        pa.field("version", pa.string(), nullable=False),
-        pa.field("format", pa.string(), nullable=False),
-        pa.field("compression", pa.string(), nullable=False),
-        pa.field("start", pa.int64(), nullable=False),
-        pa.field("end", pa.int64(), nullable=False),
-        pa.field("num_bytes", pa.int64(), nullable=False),
-        pa.field("num_documents", pa.int64(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-    ]
-)
-"""A run's plan: one row per slice, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -18,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fsspec
 import pyarrow as pa
@@ -40,6 +41,13 @@ from afn_ray.runs import demo
 from afn_ray.schema import Shard
 from afn_ray.store import blocks, checksums, storage
 from afn_ray.store.commits import Commit
+
+if TYPE_CHECKING:
+    from afn_ray import Run
+    from afn_ray.model import ModelFiles
+    from drivers import Drivers
+    from ground import Ground
+    from hosts import Chaos
 
 SLOW = (
     "test_jobs",
@@ -247,7 +255,16 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 @pytest.fixture
-def make_config(tmp_path: Path, tiny_bert: Path) -> Callable[..., RunConfig]:
+def corpus(tmp_path: Path, verses: list[str]) -> str:
+    """A file of 60 verses."""
+    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
+
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_bert: Path) -> MakeConfig:
     """A config over the tiny BERT, in this process, with small shards; keywords replace any
     field.
     """
@@ -328,6 +345,66 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
         commit["crc32"][table] = blocks.checksums(data)
 
     edit_sealed(f"{folder}/commit.json", edit)
+
+
+def afn(
+    *args: str | Path, stdin: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``afn`` with ``args`` in a process of its own, once it has ended."""
+    command = [sys.executable, "-m", "afn_ray", *map(str, args)]
+    return subprocess.run(
+        command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300
+    )
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command, by its name."""
+    from afn_ray.cli import grammar
+
+    (commands,) = (
+        a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
+
+
+def recorded(run: Run) -> tuple[pa.Table, ...]:
+    """All tokens and documents in plan order, and the run's thresholds and vocabulary."""
+
+    def read(uri: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+
+    store = run.uri.rsplit("/runs/", 1)[0]
+    shards = read(f"{run.uri}/shards.parquet").to_pylist()
+    tables = (
+        pa.concat_tables(
+            [read(f"{store}/{shard[f'{table}_file']}") for shard in shards]
+        ).unify_dictionaries()
+        for table in ("tokens", "documents")
+    )
+    metadata = None  # it names the attempt
+    return (
+        *(t.combine_chunks().replace_schema_metadata(metadata) for t in tables),
+        *(read(f"{run.uri}/{name}.parquet") for name in ("thresholds", "vocabulary")),
+    )
+
+
+def fenced(page: str, language: str) -> list[str]:
+    """What stands between fences of ``language`` in the Markdown ``page``."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def find_model(folder: Path | str, **options: bool) -> ModelFiles:
+    """The model in ``folder``, of which nothing is to be executed unless ``options`` allow it."""
+    from afn_ray import model
+
+    return model.find_model(
+        str(folder), None, **({"trust_remote_code": False, "allow_pickle": False} | options)
+    )
+
+
+def interrupted(*args: object, **kwargs: object) -> NoReturn:
+    """Ctrl-C, in the place of any function."""
+    raise KeyboardInterrupt
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> list[str]:
@@ -455,6 +532,37 @@ def local_ray(s3_server: str) -> Iterator[None]:
     access.start_local(num_cpus=4, object_store_memory=128 << 20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", params=["local", "s3"])
+def ground(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Path,
+    verses: list[str],
+    s3_server: str,
+) -> Ground:
+    """What a chaos test stands on, on a disk and in a bucket."""
+    from ground import make_ground
+
+    folder = tmp_path_factory.mktemp(f"ground-{request.param}")
+    return make_ground(request.param, folder, tiny_bert, verses)
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Chaos:
+    """The schedule of faults of a file's tests; none is planned yet."""
+    from hosts import Chaos
+
+    return Chaos.of(tmp_path_factory.mktemp("chaos"))
+
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos) -> Drivers:
+    """Starts ``afn`` commands that meet the faults of ``chaos``."""
+    from drivers import Drivers
+
+    return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
 @pytest.fixture

@@ -24,12 +24,9 @@ from afn_ray.errors import AfnError, ConfigError, ModelError
 from afn_ray.model.signals import Received
 from afn_ray.query.database import open_run
 from afn_ray.runs import worker
+from conftest import find_model
 
 ROOT = Path(__file__).parent.parent
-
-
-def find(folder: Path) -> model.ModelFiles:
-    return model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
 
 
 def printed(render: Any, result: dict[str, Any]) -> str:
@@ -122,7 +119,7 @@ def in_this_process(
     """Outcomes of ``variants`` on mixed texts, in float32, as their processes would have them; and
     the differences.
     """
-    files = find(folder)
+    files = find_model(folder)
     written = texts.Writer(model.load_tokenizer(files), files.context_tokens).write(
         "mixed", 800, 400, causal=causal
     )
@@ -279,7 +276,7 @@ def test_lengths_are_as_planned(profile: str, mean: int, workers: int) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt"])
 def test_texts_have_the_tokens_that_were_planned(name: str, request: pytest.FixtureRequest) -> None:
-    files = find(request.getfixturevalue(name))
+    files = find_model(request.getfixturevalue(name))
     window = files.context_tokens
     writer = texts.Writer(model.load_tokenizer(files), window)
     for profile in bench.PROFILES:
@@ -301,7 +298,7 @@ def test_the_made_up_model_is_one_that_transformers_knows(tmp_path: Path) -> Non
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == texts.VOCABULARY and tokenizer.pad_token == "[PAD]"
     text = (
-        texts.Writer(model.load_tokenizer(find(tmp_path)), 64)
+        texts.Writer(model.load_tokenizer(find_model(tmp_path)), 64)
         .write("full", 64, 64, causal=False)[0]
         .text
     )

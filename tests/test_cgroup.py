@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -119,8 +120,8 @@ def test_workers_tokenizers_and_a_local_ray_get_what_the_quota_gives(
     monkeypatch.setattr(cgroup, "num_cores", lambda: count(root))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    def asked(**values: object) -> RunConfig:
-        return RunConfig(corpus=("c",), model="m", store="s", **values)  # type: ignore[arg-type]
+    def asked(**values: Any) -> RunConfig:
+        return RunConfig(corpus=("c",), model="m", store="s", **values)
 
     from afn_ray.runs import cluster
 

@@ -141,9 +141,9 @@ BOUNDS = {"window_tokens": 8, "workers": 1, "batch_tokens": 16, "shard_bytes": 1
 
 @pytest.mark.parametrize(("name", "least"), BOUNDS.items())
 def test_every_number_has_a_least_value(name: str, least: int) -> None:
-    assert getattr(RunConfig(**NEEDED, **{name: least}), name) == least
+    assert getattr(RunConfig(**NEEDED | {name: least}), name) == least
     with pytest.raises(ConfigError, match=rf"{name} is {least - 1}; expected (at least )?{least}"):
-        RunConfig(**NEEDED, **{name: least - 1})
+        RunConfig(**NEEDED | {name: least - 1})
 
 
 @pytest.mark.parametrize("value", [1, 1.0, 0, -3.0, float("nan"), float("inf"), 10**400])
@@ -157,7 +157,7 @@ def test_a_choice_lists_what_it_may_be(name: str) -> None:
     with pytest.raises(
         ConfigError, match=f"{name} is 'no'; expected one of {', '.join(CHOICES[name])}"
     ):
-        RunConfig(**NEEDED, **{name: "no"})
+        RunConfig(**NEEDED | {name: "no"})
 
 
 @pytest.mark.parametrize("name", ["corpus", "model", "store", "text_column", "language"])

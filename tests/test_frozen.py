@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
@@ -97,10 +98,10 @@ def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(
     assert {r["population"] for r in frozen.to_pylist()} == set(POPULATIONS)
 
 
-def rows_q2(frozen: object, layer: int) -> float:
+def rows_q2(frozen: pa.Table, layer: int) -> float:
     (q2,) = (
         r["q2"] for r in frozen.to_pylist() if r["layer"] == layer and r["population"] == "tokens"
-    )  # type: ignore[attr-defined]
+    )
     return float(q2)
 
 

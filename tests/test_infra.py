@@ -33,7 +33,7 @@ from afn_ray.config import RunConfig
 from afn_ray.runs.cluster import connection
 from afn_ray.store import storage
 from afn_ray.store.settings import config_from
-from conftest import write_jsonl
+from conftest import fenced, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -117,7 +117,7 @@ def pods(manifests: list[Manifest]) -> dict[str, Manifest]:
     """Every pod that comes of ``manifests``, by its component; the head's with the autoscaler that
     KubeRay adds.
     """
-    found = {}
+    found: dict[str, Manifest] = {}
     for m in manifests:
         if m["kind"] in ("RayJob", "RayCronJob"):
             spec = rayjob_spec([m])
@@ -1036,13 +1036,13 @@ def test_a_ray_cluster_on_machines(cloud: str, run_config: RunConfig) -> None:
 def template() -> Manifest:
     """infra/cloud/aws.yaml with its tags as what they stand before."""
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
         pass
 
     def plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
         if isinstance(node, yaml.ScalarNode):
             return loader.construct_scalar(node)
-        return loader.construct_sequence(node)  # type: ignore[arg-type]
+        return loader.construct_sequence(node)
 
     Loader.add_multi_constructor("!", plain)
     return dict(yaml.load((INFRA / "cloud" / "aws.yaml").read_text(), Loader))
@@ -1076,7 +1076,9 @@ def test_a_run_needs_the_rights_that_the_template_gives(
     call = S3FileSystem._call_s3
 
     async def recorded(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        words = {k: v for a in args if isinstance(a, dict) for k, v in a.items()} | kwargs
+        words: dict[str, str] = {
+            k: v for a in args if isinstance(a, dict) for k, v in a.items()
+        } | kwargs
         made.append((CALLS[method], words["Bucket"], words.get("Key", words.get("Prefix", ""))))
         return await call(self, method, *args, **kwargs)
 
@@ -1300,11 +1302,7 @@ def test_a_slurm_job_whose_head_no_node_can_reach_does_not_begin(
 # --------------------------------------------------------------------------------------------
 
 PAGE = (INFRA / "README.md").read_text("utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S)
-    for line in block.splitlines()
-]
+COMMANDS = [line for block in fenced(PAGE, "sh") for line in block.splitlines()]
 
 
 def test_what_the_page_names_exists() -> None:

@@ -31,7 +31,7 @@ import afn_ray
 from afn_ray.cli import grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 from afn_ray.store import manifest, settings, storage
-from conftest import write_jsonl
+from conftest import command_parsers, fenced, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f.name for f in (ROOT / "jobs").glob("*.py"))
@@ -292,11 +292,7 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
     """Its commands parse and name what is there; its config is one; its flags and exit codes
     exist.
     """
-    lines = [
-        line
-        for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S)
-        for line in block.splitlines()
-    ]
+    lines = [line for block in fenced(PAGE, "sh") for line in block.splitlines()]
     seen = set()
     for line in lines:
         program, group, name, *words = shlex.split(line)
@@ -308,12 +304,12 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
     for row in re.findall(r"^\| `jobs/(\S+) .*$", PAGE, re.M):
         seen.add(row)
     assert seen == set(SCRIPTS)
-    (text,) = re.findall(r"^```toml\n(.*?)^```", PAGE, re.M | re.S)
+    (text,) = fenced(PAGE, "toml")
     (tmp_path / "run.toml").write_text(text)
     assert settings.config_from({}, tmp_path / "run.toml").workers == 100
     given = {
         flag
-        for command in COMMANDS.values()
+        for command in command_parsers().values()
         for action in command._actions
         for flag in action.option_strings
     }
@@ -332,7 +328,6 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
     }
 
 
-(COMMANDS,) = (action.choices for action in grammar.parser()._actions if action.choices)
 MEANT = {"activation_scan": ["run", "--config"], "reduce": ["run", "--reduce-only", "--config"],
          "nightly_audit": ["audit"], "benchmark": ["bench"]}  # fmt: skip
 

@@ -15,10 +15,9 @@ import pytest
 
 import afn_ray
 from afn_ray.cli import commands as cli
-from afn_ray.cli import grammar
 from afn_ray.runs import demo
 from afn_ray.show import shell
-from conftest import stop_after, write_jsonl
+from conftest import command_parsers, fenced, stop_after, write_jsonl
 
 SMALL_BENCH = {
     "engine": [
@@ -43,10 +42,6 @@ made.
 TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", TEXT, re.M | re.S)
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minilm: Path) -> Path:
     """What the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's store
@@ -59,8 +54,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
     rows = [{"citation": f"v{i}", "id": i, "text": t} for i, t in enumerate(verses[:300])]
     write_jsonl(folder / "corpus" / "verses.jsonl", rows)
     (folder / "treebank").mkdir()
-    (folder / "treebank" / "tale.conllu").write_text("".join(blocks("conllu")), "utf-8")
-    for name, text in zip(("run.toml", "signal.toml", "policy.toml"), blocks("toml"), strict=True):
+    (folder / "treebank" / "tale.conllu").write_text("".join(fenced(TEXT, "conllu")), "utf-8")
+    for name, text in zip(
+        ("run.toml", "signal.toml", "policy.toml"), fenced(TEXT, "toml"), strict=True
+    ):
         (folder / name).write_text(text)
     config = demo.demo_config("afn-demo")
     done = subprocess.run(
@@ -90,7 +87,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
 
 
 def test_the_first_two_blocks_are_the_two_commands_of_a_newcomer() -> None:
-    first, second = blocks("sh")[:2]
+    first, second = fenced(TEXT, "sh")[:2]
     assert 'pip install -c constraints.txt -e ".[demo]" && afn demo' in first
     assert 'pip install -c constraints.txt -e ".[dev]" && python -m pytest' in second
 
@@ -99,11 +96,7 @@ def commands_of(heading: str) -> list[str]:
     """The commands in the README's section of this ``heading``; "": before the first."""
     text = PAGES[0].read_text("utf-8")
     section = text.partition(f"\n## {heading}\n" if heading else "\n")[2].partition("\n## ")[0]
-    return [
-        line
-        for block in re.findall(r"^```sh\n(.*?)^```", section, re.M | re.S)
-        for line in block.splitlines()
-    ]
+    return [line for block in fenced(section, "sh") for line in block.splitlines()]
 
 
 @dataclass
@@ -141,7 +134,7 @@ def newcomer(
         tmp_path / "corpus" / "a.jsonl",
         [*({"id": i, "text": t} for i, t in enumerate(verses[:600])), "{no"],
     )
-    (tmp_path / "run.toml").write_text(blocks("toml")[0])
+    (tmp_path / "run.toml").write_text(fenced(TEXT, "toml")[0])
     few = write_jsonl(
         tmp_path / "few.jsonl", [{"citation": str(i), "text": t} for i, t in enumerate(verses[:80])]
     )
@@ -170,7 +163,7 @@ def test_the_first_section_leads_from_the_demo_to_its_next_commands(newcomer: Ne
 def test_the_section_on_a_corpus_of_ones_own_fits_together(
     newcomer: Newcomer, verses: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, show, dry_run, from_file, sql = commands_of("Your own corpus")
+    first, show, dry_run, from_file, sql = commands_of("Measure your own corpus")
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         newcomer.types(first, code=75)
@@ -211,7 +204,7 @@ def test_the_section_on_a_corpus_of_ones_own_fits_together(
 
 
 def test_what_show_recommends_works(newcomer: Newcomer) -> None:
-    first, show, *_ = commands_of("Your own corpus")
+    first, show, *_ = commands_of("Measure your own corpus")
     newcomer.types(f"{first} --layers 2/3")
     (layers,) = re.findall(
         r"give the same 'afn run' command with --layers ([\d,]+) and another --store",
@@ -232,7 +225,7 @@ def test_every_other_command_runs_in_order(
     """In this process, for most of them take less time than to load torch; a benchmark and the
     doctor in their own.
     """
-    commands = [line for block in blocks("sh")[2:] for line in block.splitlines() if line]
+    commands = [line for block in fenced(TEXT, "sh")[2:] for line in block.splitlines() if line]
     assert len(commands) > 8
     monkeypatch.chdir(workplace)
     for command in commands:
@@ -261,7 +254,7 @@ def test_every_other_command_runs_in_order(
 
 
 def test_the_python_runs(workplace: Path) -> None:
-    for code in blocks("python"):
+    for code in fenced(TEXT, "python"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True
         )
@@ -303,7 +296,7 @@ def baseline(workplace: Path, minilm: Path) -> str:
 
 @pytest.mark.parametrize("number", range(1, 11))
 def test_the_worked_question(workplace: Path, baseline: str, number: int) -> None:
-    (block,) = blocks("sql")
+    (block,) = fenced(TEXT, "sql")
     questions, rest = shell.split_statements(block)
     assert [q.split()[1] for q in questions] == [f"{i}." for i in range(1, 11)] and not rest.strip()
     with afn_ray.open_run(str(workplace / "afn-demo"), baseline=baseline) as run:
@@ -327,10 +320,9 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
-    (commands,) = (a for a in grammar.parser()._actions if a.choices)
     flags = {
         flag
-        for parser in commands.choices.values()
+        for parser in command_parsers().values()
         for a in parser._actions
         for flag in a.option_strings
     }

@@ -6,7 +6,6 @@ difference.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -19,8 +18,8 @@ import pytest
 
 import afn_ray
 from afn_ray import schema
-from afn_ray.cli import grammar
 from afn_ray.config import HINTS, RunConfig
+from conftest import command_parsers
 
 FROZEN = Path(__file__).parent / "frozen"
 
@@ -34,6 +33,8 @@ def check(name: str, value: Any) -> None:
 
 
 def columns(arrow: Any) -> list[str]:
+    """Name, type and nullability of each column; no column, nested ones included, has metadata."""
+    assert "metadata --" not in arrow.to_string(show_field_metadata=True, show_schema_metadata=True)
     return [str(field) for field in arrow]
 
 
@@ -54,6 +55,8 @@ def test_arrow_schemas() -> None:
     found["tokens_without_offsets"] = columns(
         schema.tokens_schema(schema.strengths([8]), offsets=False)
     )
+    found["tokens_tagged"] = columns(schema.tokens_schema([], offsets=True, tagged=True))
+    found["token_neurons"] = columns(schema.token_neurons_schema([4, 8]))
     found["documents"] = columns(schema.documents_schema(schema.strengths([4, 8])))
     check("schemas", {"version": schema.SCHEMA_VERSION, **found})
 
@@ -69,9 +72,6 @@ def test_config_keys() -> None:
 
 
 def test_command_line() -> None:
-    (commands,) = (
-        a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction)
-    )
     found = {
         name: [
             {
@@ -81,7 +81,7 @@ def test_command_line() -> None:
             }
             for a in parser._actions
         ]
-        for name, parser in commands.choices.items()
+        for name, parser in command_parsers().items()
     }
     check("cli", found)
 

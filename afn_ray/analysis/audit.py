@@ -31,6 +31,7 @@ from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job, precheck
+from afn_ray.runs.events import OnEvent
 from afn_ray.store import checksums, manifest, settings, storage
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
@@ -155,7 +156,7 @@ def run_audit(
     baseline: str = "previous",
     frozen: bool = False,
     mark: bool = True,
-    on_event: job.OnEvent = lambda event: None,
+    on_event: OnEvent = lambda event: None,
 ) -> Audit:
     """Run ``config``, compare the run with ``baseline`` and judge it by ``policy``.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
-from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
+from afn_ray.runs.dispatch import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Progress, total
 from afn_ray.schema import Shard
 from afn_ray.store import layout
@@ -80,7 +80,7 @@ class Crowd:
         self._num_wanted = num_workers
         self._workers: dict[int, _Worker] = {}
         self._last = -1
-        self._future: list[tuple[float, int, Callable[[], Event | None]]] = []
+        self._future: list[tuple[float, int, Callable[[], PoolEvent | None]]] = []
         self._order = itertools.count()
         self.faults: Counter[str] = Counter()  # shard -> attempts that failed by its own fault
         self.poison = {
@@ -113,7 +113,7 @@ class Crowd:
         if len(one.queue) == 1 and one.alive:
             self._begin(worker)
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         end = self.now + timeout_s
         while self._future and self._future[0][0] <= end:
             self.now, _, happen = heapq.heappop(self._future)
@@ -148,7 +148,7 @@ class Crowd:
     # --- what happens
     # ------------------------------------------------------------------------------------
 
-    def _later(self, seconds: float, happen: Callable[[], Event | None]) -> None:
+    def _later(self, seconds: float, happen: Callable[[], PoolEvent | None]) -> None:
         heapq.heappush(self._future, (self.now + seconds, next(self._order), happen))
 
     def _start(self, worker: int, after_s: float = 0.0) -> None:
@@ -156,7 +156,7 @@ class Crowd:
         life = one.life
         dies = self._chance.random() < BAD_START
 
-        def ready() -> Event | None:
+        def ready() -> PoolEvent | None:
             if self._workers.get(worker) is not one or one.life != life:
                 return None
             if dies:
@@ -180,13 +180,13 @@ class Crowd:
         one.alive = one.hangs = False
         one.queue.clear()
 
-    def _die(self, worker: int, cause: Cause, back_s: float = 0.0) -> Event:
+    def _die(self, worker: int, cause: Cause, back_s: float = 0.0) -> PoolEvent:
         self._end(worker)
         self.happened[cause.name.lower()] += 1
         one = self._workers[worker]
         life = one.life
 
-        def gone() -> Event | None:
+        def gone() -> PoolEvent | None:
             return (
                 Gone(worker, cause)
                 if self._workers.get(worker) is one and one.life == life
@@ -212,10 +212,10 @@ class Crowd:
             self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node)
         )
 
-    def _announce(self, worker: int) -> Event | None:
+    def _announce(self, worker: int) -> PoolEvent | None:
         return Leaving(worker) if worker in self._workers else None
 
-    def _taken(self, worker: int, one: _Worker, life: int) -> Event | None:
+    def _taken(self, worker: int, one: _Worker, life: int) -> PoolEvent | None:
         if self._workers.get(worker) is not one or one.life != life:
             return None
         return self._die(worker, Cause.NODE, NODE_BACK_S)
@@ -247,7 +247,7 @@ class Crowd:
                 return kind
         return None
 
-    def _tell(self, worker: int, one: _Worker, life: int, fate: str | None) -> Event | None:
+    def _tell(self, worker: int, one: _Worker, life: int, fate: str | None) -> PoolEvent | None:
         """How the attempt that is at work on ``worker`` ended."""
         if self._workers.get(worker) is not one or one.life != life:
             return None

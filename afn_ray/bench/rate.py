@@ -103,7 +103,7 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
     return size
 
 
-def _once(processor: worker.Processor, prepared: job.Prepared, store: str) -> tuple[float, int]:
+def _once(processor: worker.Processor, prepared: job.Preparation, store: str) -> tuple[float, int]:
     """Seconds of all shards in a fresh store, as many at a time as a worker has; and their
     tokens.
     """

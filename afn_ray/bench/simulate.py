@@ -207,8 +207,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
                 crowd,
                 plan.shards,
                 on_state,
-                wait_s=1e9,
-                allow_quarantined=num_shards,
+                dispatch.Tolerance(wait_s=1e9, allow_quarantined=num_shards),
                 clock=crowd.clock,
             )
             for method, name in (

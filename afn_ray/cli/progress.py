@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from afn_ray import logs
+from afn_ray.runs import events
+from afn_ray.runs.events import Event, OnEvent
 from afn_ray.text import count, printable
 
 if TYPE_CHECKING:
     from afn_ray.runs.dispatch import State
-    from afn_ray.runs.job import Event, OnEvent
 
 LOG_EVERY_S = 30.0
 
@@ -73,7 +74,7 @@ def shown_progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
     if (
         lines := json_lines()
     ) is not None:  # for ``quiet``, ``log_as`` has set the level to warnings
-        yield _log_json(lines)
+        yield log_json(lines)
     elif quiet:
         yield _warnings(console)
     elif console.is_terminal:
@@ -106,30 +107,29 @@ def _live(console: Console) -> Iterator[OnEvent]:
         task = progress.add_task("planning", total=None, note="")
 
         def on_event(event: Event) -> None:
-            if event.kind in ("planned", "warning", "complete"):
-                progress.console.print(printable(event.message), markup=False, soft_wrap=True)
-            elif event.kind == "hashing":
-                progress.update(
-                    task,
-                    description=event.message,
-                    completed=event.done,
-                    total=event.total,
-                    note="files",
-                )
-            elif event.state is not None:
-                what, done, total = _bar(event.state)
-                progress.update(
-                    task, description=what, completed=done, total=total, note=_note(event)
-                )
-            else:
-                progress.update(task, description=event.message, completed=0, total=None, note="")
+            match event:
+                case events.Hashing(done, total):
+                    progress.update(
+                        task, description=event.message, completed=done, total=total, note="files"
+                    )
+                case events.Working(state):
+                    what, done, total = bar_counts(state)
+                    progress.update(
+                        task, description=what, completed=done, total=total, note=_note(state)
+                    )
+                case events.Piloting() | events.Starting() | events.Reducing() | events.Screening():
+                    progress.update(
+                        task, description=event.message, completed=0, total=None, note=""
+                    )
+                case _:
+                    progress.console.print(printable(event.message), markup=False, soft_wrap=True)
 
         yield on_event
 
 
 def _warnings(console: Console) -> OnEvent:
     def on_event(event: Event) -> None:
-        if event.kind == "warning":
+        if isinstance(event, events.Warned):
             console.print(printable(event.message), markup=False, soft_wrap=True)
 
     return on_event
@@ -140,83 +140,84 @@ def _log(console: Console) -> OnEvent:
 
     def on_event(event: Event) -> None:
         nonlocal last
-        state = event.state
-        if state is None and event.kind != "hashing":
-            console.print(printable(event.message), markup=False, soft_wrap=True)
-        elif time.monotonic() - last >= LOG_EVERY_S:
+        if isinstance(event, events.Hashing | events.Working):
+            if time.monotonic() - last < LOG_EVERY_S:
+                return
             last = time.monotonic()
-            if state is None:
-                console.print(
-                    f"{event.message}: {event.done:,} of {event.total:,} files", markup=False
-                )
-            else:
-                what, done, total = _bar(state)
-                console.print(
-                    f"{what} {done:,}/{total:,}  {_note(event)}", markup=False, soft_wrap=True
-                )
+        match event:
+            case events.Hashing(done, total):
+                console.print(f"{event.message}: {done:,} of {total:,} files", markup=False)
+            case events.Working(state):
+                what, done, total = bar_counts(state)
+                text = f"{what} {done:,}/{total:,}  {_note(state)}"
+                console.print(text, markup=False, soft_wrap=True)
+            case _:
+                console.print(printable(event.message), markup=False, soft_wrap=True)
 
     return on_event
 
 
-def _log_json(lines: logs.Lines) -> OnEvent:
+def log_json(lines: logs.Lines) -> OnEvent:
     """Log events as JSON records; progress at most every ``LOG_EVERY_S`` seconds."""
     last, log = 0.0, logging.getLogger(logs.ROOT)
 
     def on_event(event: Event) -> None:
         nonlocal last
-        if event.run:
+        if isinstance(event, events.Planned):
             lines.about["run"] = event.run
-        state = event.state
-        if state is None and event.kind != "hashing":
-            level = logging.WARNING if event.kind == "warning" else logging.INFO
-            logs.tell(log, event.kind, event.message.removeprefix("warning: "), level=level)
-        elif time.monotonic() - last >= LOG_EVERY_S:
+        if isinstance(event, events.Hashing | events.Working):
+            if time.monotonic() - last < LOG_EVERY_S:
+                return
             last = time.monotonic()
-            if state is None:
+        match event:
+            case events.Hashing(done, total):
+                files = {"files_done": done, "files": total}
+                logs.tell(log, event.name, event.message, counts=files)
+            case events.Working(state):
                 logs.tell(
                     log,
-                    "hashing",
-                    event.message,
-                    counts={"files_done": event.done, "files": event.total},
+                    event.name,
+                    _note(state),
+                    counts=_counts(state),
+                    tokens_per_s=round(state.tokens_per_s, 1),
+                    left_s=state.left_s and round(state.left_s),
                 )
-                return
-            counts = {
-                "shards": state.num_shards,
-                "done": len(state.commits),
-                "quarantined": len(state.failures),
-                "running": state.num_running,
-                "retries": state.retries,
-                "workers": state.num_workers,
-                "workers_ready": state.num_ready,
-                "documents": state.live.documents,
-                "tokens": state.live.tokens,
-                "lost_bytes": state.counts["lost_bytes"],
-                "documents_measured": state.num_measured,
-                "documents_planned": state.num_documents,
-            }
-            logs.tell(
-                log,
-                "progress",
-                _note(event),
-                counts=counts,
-                tokens_per_s=round(state.tokens_per_s, 1),
-                left_s=state.left_s and round(state.left_s),
-            )
+            case events.Warned(notice):
+                logs.tell(log, event.name, notice, level=logging.WARNING)
+            case _:
+                logs.tell(log, event.name, event.message)
 
     return on_event
 
 
-def _bar(state: State) -> tuple[str, int, int]:
+def _counts(state: State) -> dict[str, int | None]:
+    """Counts of a run in progress, for the JSON log."""
+    return {
+        "shards": state.num_shards,
+        "done": len(state.commits),
+        "quarantined": len(state.failures),
+        "running": state.num_running,
+        "retries": state.retries,
+        "workers": state.num_workers,
+        "workers_ready": state.num_ready,
+        "documents": state.live.documents,
+        "tokens": state.live.tokens,
+        "lost_bytes": state.counts["lost_bytes"],
+        "documents_measured": state.num_measured,
+        "documents_planned": state.num_documents,
+    }
+
+
+def bar_counts(state: State) -> tuple[str, int, int]:
     """The bar's unit, done and total: documents where their number is planned, else shards."""
     if state.num_documents:
         return "documents", state.num_measured, state.num_documents
     return "shards", state.num_done, state.num_shards
 
 
-def _note(event: Event) -> str:
+def _note(state: State) -> str:
     """Documents, tokens per second, padding, time left and failures of a run in progress."""
-    assert event.state is not None
-    state, live = event.state, event.state.live
+    live = state.live
     if not state.num_ready and not state.commits:
         return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
     from afn_ray.reduce import losses

@@ -23,7 +23,7 @@ from afn_ray.corpus.documents import (
 )
 from afn_ray.corpus.jsonl import json_document, parse
 from afn_ray.corpus.row_groups import UNREADABLE, column_chunks, hash_chunks, parquet_documents
-from afn_ray.corpus.streams import BOM, Bomb, Damaged, Source, Stream
+from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
 from afn_ray.corpus.txt import whole_document
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
 from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
@@ -76,7 +76,7 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
                 yield share.bound(found)
                 num_documents += 1
                 offset, done = found.offset + 1, stream.done
-        except Damaged as damage:
+        except DamagedStream as damage:
             what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
             is_one = slice.format == "txt" and not is_lines(slice.format, options)
             rest = problem(
@@ -179,7 +179,7 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
             return None
         stream = Stream(source, slice.compression)
         names: dict[str, None] = {}
-        with contextlib.suppress(Damaged):
+        with contextlib.suppress(DamagedStream):
             if slice.format == "csv":
                 header = next(read_rows(stream, options), None)
                 names.update(dict.fromkeys(header.fields if header else []))
@@ -203,7 +203,10 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
     """
     documents: list[Document] = []
     budget = None if slice.format == "parquet" else SAMPLE_BYTES
-    with Source(slice.uri, slice.start, slice.end, budget) as source, contextlib.suppress(Damaged):
+    with (
+        Source(slice.uri, slice.start, slice.end, budget) as source,
+        contextlib.suppress(DamagedStream),
+    ):
         if slice.format == "txt" and options.txt_documents == "file":
             return _sample_text(source, slice, options)[:max_documents]
         if slice.format == "parquet":
@@ -222,7 +225,7 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
 
 def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list[Document]:
     head = bytearray()
-    with contextlib.suppress(Damaged):
+    with contextlib.suppress(DamagedStream):
         for block in Stream(source, slice.compression):
             head += block
             if len(head) >= SAMPLE_BYTES:
@@ -238,7 +241,7 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
 def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of ``slice`` from the bytes of ``stream``.
 
-    Raises ``Damaged`` if the stream ends too early.
+    Raises ``DamagedStream`` if the stream ends too early.
     """
     if slice.format == "csv":
         return csv_documents(stream, slice, options)

@@ -57,11 +57,11 @@ codecs.register_error(
 )
 
 
-class Damaged(Exception):
+class DamagedStream(Exception):
     """A stream ends here: what came before is good, the rest is lost."""
 
 
-class Bomb(Damaged):
+class Bomb(DamagedStream):
     """A stream decompresses to far more bytes than its file has."""
 
 
@@ -82,7 +82,7 @@ class Source:
 
     Errors of the disk or network are raised as ``CorpusError``, never ``OSError``: readers would
     take that for bad content and quarantine what another try can read. With a ``budget``, reading
-    more bytes raises ``Damaged``.
+    more bytes raises ``DamagedStream``.
     """
 
     def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
@@ -123,7 +123,7 @@ class Source:
 
     def read(self, size: int = -1, /) -> bytes:
         if self._budget is not None and self._at >= self._budget:
-            raise Damaged("over the budget")
+            raise DamagedStream("over the budget")
         left = max(self.size - self._at, 0)
         try:
             data = self._file.read(min(size, left) if size >= 0 else left)
@@ -276,10 +276,10 @@ def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
                     yield given
         except DAMAGE as error:
             what = f"stream {number}, which begins at byte {start}: {_words(error)}"
-            raise Damaged(f"{what}; what came of that stream may be altered") from error
+            raise DamagedStream(f"{what}; what came of that stream may be altered") from error
         padding = pieces.skip_zeros() if compression in ("gz", "xz") else 0
         if compression == "xz" and padding % 4:
-            raise Damaged(
+            raise DamagedStream(
                 f"stream {number} is followed by {padding} zeros, expected a multiple of 4"
             )
 
@@ -307,7 +307,7 @@ class _Zst:
                 self._pieces.used = self._pieces.before
                 yield data
         except DAMAGE as error:
-            raise Damaged(_words(error)) from error
+            raise DamagedStream(_words(error)) from error
 
     def _read(self) -> bytes:
         size = DECOMPRESSED_BLOCK_BYTES
@@ -343,7 +343,7 @@ class Stream:
 
     It also records how many bytes of the file they took. UTF-16 and UTF-32 with a byte order mark
     become UTF-8 with one; invalid sequences become the byte FF, which is invalid in UTF-8 too. The
-    first block contains the whole mark. Iteration raises ``Damaged``.
+    first block contains the whole mark. Iteration raises ``DamagedStream``.
     """
 
     def __init__(self, source: Source, compression: str) -> None:
@@ -396,7 +396,7 @@ class Stream:
                 head += block
                 if len(head) >= LONGEST_BOM:
                     break
-        except Damaged as damage:  # a few bytes came before it
+        except DamagedStream as damage:  # a few bytes came before it
             blocks = _raising(damage)
         if self._source.start == 0:
             self.encoding = encoding_of(head)
@@ -415,7 +415,7 @@ class Stream:
     def _decompressed(self) -> Iterator[bytes]:
         # Some decompressors accept an empty file.
         if self._compression and self._source.size == 0:
-            raise Damaged(
+            raise DamagedStream(
                 f"the file has 0 bytes, and what {self._compression} makes of nothing has more"
             )
         if not self._compression:
@@ -439,7 +439,7 @@ class Stream:
             yield block
 
 
-def _raising(damage: Damaged) -> Iterator[bytes]:
+def _raising(damage: DamagedStream) -> Iterator[bytes]:
     raise damage
     yield b""
 

@@ -145,7 +145,8 @@ class Failed:
     error: BaseException
 
 
-Event = Ready | Silent | Gone | Leaving | Done | Failed
+PoolEvent = Ready | Silent | Gone | Leaving | Done | Failed
+"""Event that a pool reports to the dispatcher."""
 
 
 class Pool(Protocol):
@@ -163,7 +164,7 @@ class Pool(Protocol):
     def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
         """Assign a shard to ``worker``, with its token budget halved ``oom_retries`` times."""
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         """Return the events so far; wait for the first one for at most ``timeout_s``."""
 
     def replace(self, worker: int) -> None:
@@ -308,6 +309,15 @@ class Patience:
         return f"{count(loading, 'worker')} loading the model" if loading else "no worker"
 
 
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What a run accepts before it stops."""
+
+    wait_s: float  # longest wait without any ready worker, in seconds
+    deadline_s: float | None = None  # of each shard, in seconds; None: from the speed so far
+    allow_quarantined: int = 0  # shards that a complete run may lack
+
+
 class Dispatcher:
     """Process one run's shards on one pool's workers.
 
@@ -329,10 +339,7 @@ class Dispatcher:
         pool: Pool,
         shards: Sequence[Shard],
         on_state: OnState,
-        *,
-        wait_s: float,
-        deadline_s: float | None = None,
-        allow_quarantined: int = 0,
+        tolerance: Tolerance,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._on_state, self._clock = pool, on_state, clock
@@ -344,15 +351,15 @@ class Dispatcher:
         self._leaving: set[int] = set()
         self._silent: set[int] = set()
         self._room: dict[int, None] = {}  # workers with a free slot, the longest free first
-        self._deadline_s = deadline_s
+        self._deadline_s = tolerance.deadline_s
         self._slowest = 0.0  # seconds per byte
         # worker -> its tokens, and when their number last grew
         self._moved: dict[int, tuple[int, float]] = {}
         self._next_check = 0.0
         self._next_start = 0.0
         self._failed_starts = self._quarantines = self._unanswered = 0
-        self._max_quarantines = max(QUARANTINES_IN_ROW, allow_quarantined + 1)
-        self._patience = Patience(wait_s, pool.lack, clock, pool.num_loading)
+        self._max_quarantines = max(QUARANTINES_IN_ROW, tolerance.allow_quarantined + 1)
+        self._patience = Patience(tolerance.wait_s, pool.lack, clock, pool.num_loading)
         self._began: float | None = None  # when the first worker was ready
         self.state = State(len(shards), num_documents=_num_documents(shards))
 
@@ -434,7 +441,7 @@ class Dispatcher:
 
     # --- events
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: PoolEvent) -> None:
         """Handle ``event``."""
         if isinstance(event, Ready):
             self._running[event.worker] = {}

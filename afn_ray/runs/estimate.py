@@ -16,7 +16,8 @@ from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster, worker
-from afn_ray.runs.job import OnEvent, normalised, prepare, take_stock
+from afn_ray.runs.events import OnEvent
+from afn_ray.runs.job import normalised, prepare, take_stock
 from afn_ray.runs.task import Task
 from afn_ray.schema import FileInfo, fingerprint
 from afn_ray.store import settings, storage

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 
-from afn_ray.runs.dispatch import Done, Event, Failed, Ready
+from afn_ray.runs.dispatch import Done, Failed, PoolEvent, Ready
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
@@ -27,7 +27,7 @@ class InlinePool:
 
     def __init__(self, task: Task) -> None:
         self._processor = Processor(task)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[PoolEvent] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._events.put(Ready(0))
 
@@ -48,7 +48,7 @@ class InlinePool:
         except BaseException as error:  # noqa: BLE001 - the dispatcher says what it means
             self._events.put(Failed(0, shard.id, error))
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         with contextlib.suppress(queue.Empty):
             events = [self._events.get(timeout=timeout_s)]
             while not self._events.empty():

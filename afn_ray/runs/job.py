@@ -19,7 +19,8 @@ from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.reduce.tree import Recorded, Rules, reduce_run
-from afn_ray.runs import cluster, dispatch, outliers, precision, status, worker
+from afn_ray.runs import cluster, dispatch, events, outliers, precision, status, worker
+from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import Document, Shard, fingerprint
@@ -47,24 +48,7 @@ NEVER = 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """Something to show to a person who waits for the run."""
-
-    # "hashing", "planned", "pilot", "warning", "starting", "working", "reducing", "screening",
-    # "complete"
-    kind: str
-    message: str
-    state: dispatch.State | None = None  # for "working"
-    done: int = 0  # for "hashing": files read
-    total: int = 0  # for "hashing": files to read
-    run: str = ""  # for "planned": name of the run, once it has one
-
-
-OnEvent = Callable[[Event], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Preparation:
     """The work of a run, before the store's shards are known."""
 
     config: RunConfig
@@ -80,7 +64,7 @@ class Prepared:
 
 def prepare(
     config: RunConfig, on_event: OnEvent, *, keep: bool, reduce_only: bool = False
-) -> Prepared:
+) -> Preparation:
     """Plan the corpus of a normalised config and decide what to measure.
 
     ``keep`` writes the results of pilots into the store for later runs. With ``reduce_only`` no
@@ -100,7 +84,7 @@ def prepare(
     frozen = manifest.find_frozen(config, measure)
     if config.neurons_of == "high":
         task, measure = with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
-    return Prepared(config, device, files, plan, begun_ns, decided, task, measure, frozen)
+    return Preparation(config, device, files, plan, begun_ns, decided, task, measure, frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +95,7 @@ class Stock:
     complete: bool  # a run with the same plan is complete
 
 
-def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
+def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = False) -> Stock:
     """Find what the store has of ``asked``; write nothing.
 
     Raises the errors that ``run`` raises before its work begins.
@@ -129,7 +113,7 @@ def take_stock(asked: Prepared, on_event: OnEvent, *, reduce_only: bool = False)
     return Stock(commits, False)
 
 
-def _commits_to_reduce(asked: Prepared) -> Commits:
+def _commits_to_reduce(asked: Preparation) -> Commits:
     """Commits of the plan, for a reduce alone.
 
     Raises ``IncompleteRun`` where more than ``allow_quarantined`` are missing.
@@ -142,7 +126,7 @@ def _commits_to_reduce(asked: Prepared) -> Commits:
     return commits
 
 
-def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: OnEvent) -> None:
+def _say_nothing_to_do(asked: Preparation, complete: manifest.RunFolder, on_event: OnEvent) -> None:
     """Report that the run of ``asked`` is ``complete``.
 
     Raises ``StoreError`` where the store has lost shards of that run.
@@ -155,9 +139,8 @@ def _say_nothing_to_do(asked: Prepared, complete: manifest.RunFolder, on_event: 
             f"delete {complete.uri}/run.json and give this command again to do them anew"
         )
     on_event(
-        Event(
-            "complete",
-            f"nothing to do: run {complete.uri} is complete and the corpus has not changed",
+        events.Complete(
+            f"nothing to do: run {complete.uri} is complete and the corpus has not changed"
         )
     )
 
@@ -202,8 +185,7 @@ def _run(
     reporter.begin(folder, plan.shards, commits)
     task = replace(task, run=folder.id)
     on_event(
-        Event(
-            "planned",
+        events.Planned(
             f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
             f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
             f"{len(todo):,} to do",
@@ -215,7 +197,7 @@ def _run(
         state.failures = dict.fromkeys((s.id for s in todo), LACKING)
     elif todo:
         where = "in this process" if cluster.runs_inline(config, todo) else "on Ray"
-        on_event(Event("starting", f"starting workers on {asked.device}, {where}"))
+        on_event(events.Starting(f"starting workers on {asked.device}, {where}"))
         state = cluster.process_shards(config, task, todo, _working(on_event))
     if state.stopped or len(state.failures) > config.allow_quarantined:
         raise IncompleteRun(_failed(state, plan))
@@ -229,7 +211,7 @@ def _run(
         )
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
-    on_event(Event("reducing", "finding the thresholds and the vocabulary"))
+    on_event(events.Reducing())
     encoder = worker.text_encoder(asked.files)
     texts = Texts(*encoder.texts())
     shards = CommittedShards(
@@ -241,7 +223,7 @@ def _run(
         tables = reduce_run(shards, recorded, texts, rules, tasks)
         tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)
         if config.screen:
-            on_event(Event("screening", "looking for strange documents"))
+            on_event(events.Screening())
             tables |= screen.scan_run(
                 shards, task.layers, tables, texts.readable, config.screen, tasks
             )
@@ -292,19 +274,15 @@ def _run(
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
     on_event(
-        Event(
-            "complete",
+        events.Complete(
             f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
             f"{count(measured, 'document')}, {totals['empty']:,} empty, "
-            f"{totals['quarantined']:,} quarantined{why}",
+            f"{totals['quarantined']:,} quarantined{why}"
         )
     )
     for shard in quarantined[:MOST_SHARDS]:
         on_event(
-            Event(
-                "warning",
-                f"warning: missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}",
-            )
+            events.Warned(f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}")
         )
     _report_losses(folder, on_event)
     return _opened(claim)
@@ -335,13 +313,13 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     files = manifest.read_table(run, "files")
     found = losses.total(files)
     if skipped := losses.describe_skipped(losses.skipped_files(files)):
-        on_event(Event("complete", f"skipped: {skipped}"))
+        on_event(events.Complete(f"skipped: {skipped}"))
     if replaced := losses.describe_replaced(found):
-        on_event(Event("complete", f"replaced: {replaced}"))
+        on_event(events.Complete(f"replaced: {replaced}"))
     if unknown := losses.describe_unknown(run.info):
-        on_event(Event("warning", f"warning: unknown: {unknown}"))
+        on_event(events.Warned(f"unknown: {unknown}"))
     if lost := losses.describe(found):
-        on_event(Event("warning", f"warning: lost: {lost}"))
+        on_event(events.Warned(f"lost: {lost}"))
 
 
 def _decide_precision(
@@ -365,29 +343,27 @@ def _decide_precision(
     if stored is None and reduce_only:
         raise StoreError(_no_pilot(config.store))
     if stored is None:
-        on_event(Event("pilot", "a pilot compares half precision with float32"))
+        on_event(events.Piloting("a pilot compares half precision with float32"))
         sample = listing.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
         decided = cluster.pilot(precision.decide, task, _in_turns(sample), _warning(on_event))
         if keep:
             stored = manifest.write_pilot(config.store, key, decided.to_json())
-        on_event(Event("planned", precision.describe(decided)))
+        on_event(events.PrecisionDecided(precision.describe(decided)))
     else:
         decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
         on_event(
-            Event(
-                "planned",
+            events.PrecisionDecided(
                 f"{precision.describe(decided)}; this store's first run decided it, and another --dtype "
-                "wants another store",
+                "wants another store"
             )
         )
     if decided.against:
-        on_event(Event("warning", f"warning: {decided.dtype} is not safe here: {decided.against}"))
+        on_event(events.Warned(f"{decided.dtype} is not safe here: {decided.against}"))
     if decided.device != task.device and not reduce_only:
         on_event(
-            Event(
-                "warning",
-                f"warning: {decided.dtype} was chosen on {decided.device}, this is {task.device}; "
-                "it may be slow here",
+            events.Warned(
+                f"{decided.dtype} was chosen on {decided.device}, this is {task.device}; "
+                "it may be slow here"
             )
         )
     return decided
@@ -413,7 +389,7 @@ def _find_outliers(
     if stored is None and reduce_only:
         raise StoreError(_no_pilot(task.config.store))
     if stored is None:
-        on_event(Event("pilot", "a pilot looks for outlier dimensions"))
+        on_event(events.Piloting("a pilot looks for outlier dimensions"))
         sample = listing.sample(plan.files, task.config.read_options, PILOT_DOCUMENTS)
         stored = {
             "outliers": cluster.pilot(
@@ -447,14 +423,15 @@ def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
     """``on_event`` that also updates the run's status."""
 
     def both(event: Event) -> None:
-        if event.state is not None:
-            reporter.working(event.state)
-        elif event.kind == "warning":
-            reporter.notice(event.message.removeprefix("warning: "))
-        elif event.kind == "hashing":
-            reporter.phase("planning", f"read {event.done:,} of {event.total:,} files")
-        elif event.kind in ("pilot", "starting", "reducing", "screening"):
-            reporter.phase(event.kind, event.message)
+        match event:
+            case events.Working(state):
+                reporter.working(state)
+            case events.Warned(notice):
+                reporter.notice(notice)
+            case events.Hashing(num_read, num_files):
+                reporter.phase("planning", f"read {num_read:,} of {num_files:,} files")
+            case events.Piloting() | events.Starting() | events.Reducing() | events.Screening():
+                reporter.phase(event.name, event.message)
         on_event(event)
 
     return both
@@ -472,16 +449,14 @@ def _working(on_event: OnEvent) -> dispatch.OnState:
         if state.live.why_padded and not warned:
             warned = True
             on_event(
-                Event(
-                    "warning",
-                    "warning: sequences are padded, not packed, which is slower: "
-                    f"{state.live.why_padded}",
+                events.Warned(
+                    f"sequences are padded, not packed, which is slower: {state.live.why_padded}"
                 )
             )
         for notice in state.notices[num_said:]:
-            on_event(Event("warning", f"warning: {notice}"))
+            on_event(events.Warned(notice))
         num_said = len(state.notices)
-        on_event(Event("working", "", state=state))
+        on_event(events.Working(state))
 
     return on_state
 
@@ -500,14 +475,12 @@ def normalised(config: RunConfig) -> RunConfig:
 
 def _warning(on_event: OnEvent) -> Callable[[str], None]:
     """Callback that reports a notice as a warning."""
-    return lambda notice: on_event(Event("warning", f"warning: {notice}"))
+    return lambda notice: on_event(events.Warned(notice))
 
 
 def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
     """Callback that reports the number of files hashed."""
-    return lambda done, total: on_event(
-        Event("hashing", "reading the corpus to plan", done=done, total=total)
-    )
+    return lambda done, total: on_event(events.Hashing(done, total))
 
 
 def _failed(state: dispatch.State, plan: manifest.Plan) -> str:

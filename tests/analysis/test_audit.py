@@ -8,7 +8,6 @@ import gzip
 import http.server
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from afn_ray.show import report
 from afn_ray.store import manifest, storage
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
-from conftest import RUN_INFO, stop_after, write_jsonl
+from conftest import RUN_INFO, fenced, interrupted, stop_after, write_jsonl
 
 SCRIPT = Path(__file__).parents[2] / "jobs" / "nightly_audit.py"
 
@@ -285,12 +284,8 @@ def test_every_key_is_judged() -> None:
 def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
     value, where = VALUES[key]
     rule = one_rule(key, value)
-    assert (rule.key, rule.value, rule.where, rule.passed) == (
-        key,
-        pytest.approx(value),
-        where,
-        True,
-    )
+    assert (rule.key, rule.where, rule.passed) == (key, where, True)
+    assert rule.value == pytest.approx(value)
     beyond = value + 0.001 if "min_" in key else value - 0.001
     assert one_rule(key, beyond).passed is False
     known = (
@@ -515,6 +510,10 @@ def nights(tmp_path: Path, tiny_bert: Path, verses: list[str]) -> Nights:
     return Nights(tmp_path / "nights", tiny_bert, verses, LOOSE)
 
 
+Damage = Callable[[Path, list[dict[str, str]], bool], None]
+"""Writes rows below a folder, whole or not."""
+
+
 def cut_gz(folder: Path, rows: list[dict[str, str]], whole: bool) -> None:
     data = gzip.compress(write_jsonl(folder / "x", rows).read_bytes())
     (folder / "x").unlink()
@@ -539,11 +538,7 @@ def damaged_parquet(folder: Path, rows: list[dict[str, str]], whole: bool) -> No
 
 
 POLICIES = {
-    "guide": re.findall(
-        r"^```toml\n(.*?)^```",
-        (SCRIPT.parent.parent / "infra/guide/audit.md").read_text(),
-        re.M | re.S,
-    )[0],
+    "guide": fenced((SCRIPT.parent.parent / "infra/guide/audit.md").read_text(), "toml")[0],
     "kubernetes": (SCRIPT.parent.parent / "infra/kubernetes/values/policy.toml").read_text(),
 }
 
@@ -551,7 +546,7 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("damage", [cut_gz, unclosed_csv, damaged_parquet])
 def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
-    damage: Callable[[Path, list[dict[str, str]], bool], None],
+    damage: Damage,
     policy: str,
     tmp_path: Path,
     tiny_bert: Path,
@@ -568,7 +563,12 @@ def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
     assert "lost_documents" in broken and "a." in broken["lost_documents"]["where"]
     assert said["counts"]["quarantined"] == 1 and said["lost"]["num_files"] == 1
     lost = (said["lost"]["lost_documents"], said["lost"]["lost_unknown"])
-    assert lost == {cut_gz: (0, 1), unclosed_csv: (202, 0), damaged_parquet: (200, 0)}[damage]
+    expected: dict[Damage, tuple[int, int]] = {
+        cut_gz: (0, 1),
+        unclosed_csv: (202, 0),
+        damaged_parquet: (200, 0),
+    }
+    assert lost == expected[damage]
 
 
 def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> None:
@@ -832,10 +832,6 @@ def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Night
     assert nights.audit() == 0
     assert (nights.folder / "out" / "audit.json").read_bytes() == before
     assert names(nights.folder / "out") == ["audit.json"]
-
-
-def interrupted(*args: Any, **kwargs: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {

@@ -30,12 +30,12 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
 from afn_ray.model import VERSIONS
-from afn_ray.runs import job
+from afn_ray.runs import job, worker
 from afn_ray.schema import SPECIAL
 from afn_ray.show import explanation as explained
 from afn_ray.show.explanation import render_html, render_terminal
 from afn_ray.store import manifest
-from conftest import write_jsonl
+from conftest import find_model, write_jsonl
 
 HOSTILE = (
     "In the [bold]beginning[/bold] \x1b[31mred\x1b[0m \x9b2J \u202egnp.exe "
@@ -260,7 +260,7 @@ def test_a_run_cannot_make_its_reader_run_code(
         "config": corpus.folder.info["config"] | {flag: True, "model": "/evil"}
     }
     monkeypatch.setattr(manifest, "find_run", lambda uri: replace(corpus.folder, info=info))
-    monkeypatch.setattr(module.worker, "prepare", lambda *_: pytest.fail("looked at the model"))
+    monkeypatch.setattr(worker, "prepare", lambda *_: pytest.fail("looked at the model"))
     with pytest.raises(ModelError, match=f"give --{flag.replace('_', '-')}"):
         explain(corpus.folder.uri, "word")
 
@@ -628,7 +628,7 @@ def test_a_decision_s_attributions_are_plain_autograd_s(
     decision = explanation.decision
     assert decision is not None and decision.layer == layer and decision.kind == "one"
     model, _ = plain(classified, explanation)
-    inner = []
+    inner: list[torch.Tensor] = []
     model.bert.encoder.layer[max(layer, 1) - 1].output.dense.register_forward_hook(
         lambda m, args, _: inner.append(*args)
     )
@@ -711,7 +711,7 @@ def test_families_decide_as_transformers_has_them(
         k: v for k, v in small.items() if k == "vocab_size" or name not in ("distilbert", "gpt2")
     }
     save_classifier(tmp_path, getattr(transformers, kind)(**common | options), wordpiece)
-    files = model.find_model(str(tmp_path), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(tmp_path)
     ids = [101, 2003, 2019, 3899, 2040, 102]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     out = theirs(torch.tensor([ids]), output_hidden_states=True)
@@ -735,7 +735,7 @@ def test_families_decide_as_transformers_has_them(
 def test_what_cannot_be_shown_is_refused_with_the_reason(
     classified: Corpus, tiny_bert: Path, tmp_path: Path, tiny_mpnet: Path, verses: list[str]
 ) -> None:
-    files = model.find_model(str(tiny_bert), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(tiny_bert)
     for changed, why in (
         (files, r"holds no sequence classifier .*classifier\.bias, classifier\.weight"),
         (replace(files, gguf="a.gguf"), "is a GGUF file, which holds no classifier"),
@@ -822,11 +822,8 @@ def test_the_page_shows_them_and_can_be_read(whole: Explanation) -> None:
     page = Page(render_html(whole))
     html = render_html(whole)
     assert r"&lt;b&gt;new&lt;/b&gt;\x1b[31m" in html and "<b>" not in html
-    deciles = [
-        int(a["class"][1:])
-        for tag, a in page.elements
-        if tag == "td" and re.fullmatch(r"h\d", a.get("class") or "")
-    ]
+    cells = [a.get("class") or "" for tag, a in page.elements if tag == "td"]
+    deciles = [int(name[1:]) for name in cells if re.fullmatch(r"h\d", name)]
     assert deciles == [c.decile for t in whole.tokens if not t.special for c in t.cells]
     assert all(f".h{d} {{ color: var(--ink-{d})" in page.style for d in range(10))
     ramps = [*explained.LIGHT_HEAT, *explained.DARK_HEAT]

@@ -9,8 +9,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,23 +29,21 @@ from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import layout, manifest, shard_files, storage
 from afn_ray.store.layout import RAY_IGNORE
-from conftest import edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
+from conftest import afn, edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
 
 
 def config_of(folder: Path, tiny_bert: Path, **changes: Any) -> RunConfig:
-    return RunConfig(
-        **{
-            "corpus": (str(folder / "corpus"),),
-            "model": str(tiny_bert),
-            "store": str(folder / "store"),
-            "executor": "inline",
-            "shard_bytes": 3000,
-            "batch_tokens": 256,
-            "dtype": "float32",
-            "layers": "0,2",
-        }
-        | changes
-    )
+    options: dict[str, Any] = {
+        "corpus": (str(folder / "corpus"),),
+        "model": str(tiny_bert),
+        "store": str(folder / "store"),
+        "executor": "inline",
+        "shard_bytes": 3000,
+        "batch_tokens": 256,
+        "dtype": "float32",
+        "layers": "0,2",
+    }
+    return RunConfig(**options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +391,7 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
 def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
     store: Copy, other: Path, table: str, whose: str
 ) -> None:
-    theirs = {
+    find: dict[str, Callable[[], Path | str]] = {
         "measure": lambda: next(
             (other / "shards").glob(f"*/{store.shards[0].rpartition('/')[2]}/*-{table}.parquet")
         ),
@@ -405,8 +401,8 @@ def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
         "table": lambda: store.file(
             {"tokens": "documents", "documents": "summary", "summary": "tokens"}[table]
         ),
-    }[whose]()
-    data = storage.read_bytes(str(theirs))
+    }
+    data = storage.read_bytes(str(find[whose]()))
     swap(store, table, data, rows=pq.ParquetFile(io.BytesIO(data)).metadata.num_rows)
     v = store.verify()
     assert kinds(v) == [("misplaced", store.file(table))]
@@ -709,7 +705,7 @@ def test_a_commit_that_came_meanwhile_keeps_its_files(
     uri = store.commit
     storage.delete([f"{store.run}/run.json", uri])
     read = shard_files.read_committed
-    calls = []
+    calls: list[object] = []
 
     def commits_late(*place: Any) -> Any:
         found = read(*place)
@@ -794,23 +790,18 @@ def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:
 # -----------------------------------------------------------------------------------------
 
 
-def afn(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "afn_ray", "verify", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
 def test_the_command_prints_what_it_found_and_leaves_with_a_code(
     made: Path, tmp_path: Path
 ) -> None:
     store = copy(made, str(tmp_path / "store"))
-    done = afn(store.uri)
+    done = afn("verify", store.uri)
     assert (done.returncode, done.stderr) == (0, "") and "all is as it was committed" in done.stdout
     flip(store.file("tokens"), 0.5)
-    done = afn(store.uri)
+    done = afn("verify", store.uri)
     assert done.returncode == 1 and done.stderr == f"afn: {store.uri} is damaged: 1 finding\n"
     first, unproved, last = done.stdout.splitlines()
     assert first.startswith(f"damaged     {store.file('tokens')}: its SHA-256 is ")
     assert unproved.startswith(f"unproved    {store.run}") and last.endswith("1 finding")
-    done = afn(store.run, "--json")
+    done = afn("verify", store.run, "--json")
     (finding,) = json.loads(done.stdout)["findings"]
     assert done.returncode == 1 and Finding(**finding).uri == store.file("tokens")

@@ -11,37 +11,14 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import afn_ray
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
-from afn_ray.store import storage
-from conftest import write_jsonl
+from conftest import recorded, write_jsonl
 
 NUM_SHARDS = 12
 SHARD_BYTES = 2048
-
-
-def recorded(run: afn_ray.Run) -> tuple[pa.Table, ...]:
-    """All tokens and documents in plan order, and the run's thresholds and vocabulary."""
-
-    def read(uri: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
-
-    store = run.uri.rsplit("/runs/", 1)[0]
-    shards = read(f"{run.uri}/shards.parquet").to_pylist()
-    tables = (
-        pa.concat_tables(
-            [read(f"{store}/{shard[f'{table}_file']}") for shard in shards]
-        ).unify_dictionaries()
-        for table in ("tokens", "documents")
-    )
-    metadata = None  # it names the attempt
-    return (
-        *(t.combine_chunks().replace_schema_metadata(metadata) for t in tables),
-        *(read(f"{run.uri}/{name}.parquet") for name in ("thresholds", "vocabulary")),
-    )
 
 
 @dataclass(frozen=True)

@@ -21,36 +21,14 @@ import pytest
 from afn_ray.analysis import verify
 from afn_ray.store import storage
 from drivers import Driver, Drivers
-from ground import NUM_SHARDS, Ground, make_ground
+from ground import NUM_SHARDS, Ground
 from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-KINDS = ("local", "s3")
 LAST = f"{NUM_SHARDS - 1}.jsonl"
 ROOM_KIB = 2 << 20
 """More than a worker with its model takes, less than one that eats."""
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def ground(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_bert: Path,
-    verses: list[str],
-    s3_server: str,
-) -> Ground:
-    return make_ground(request.param, tmp_path_factory.mktemp("machines"), tiny_bert, verses)
-
-
-@pytest.fixture(scope="module")
-def chaos(tmp_path_factory: pytest.TempPathFactory, s3_server: str) -> Chaos:
-    return Chaos.of(tmp_path_factory.mktemp("chaos"))
-
-
-@pytest.fixture(scope="module")
-def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos) -> Drivers:
-    return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
 @pytest.fixture(scope="module")

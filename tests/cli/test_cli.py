@@ -7,24 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from afn_ray.cli import grammar, progress, terminal
+from afn_ray.cli import progress, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 from afn_ray.runs import precheck
-from conftest import write_jsonl
-
-
-def afn(
-    *args: str | Path, stdin: str | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "afn_ray", *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300
-    )
+from afn_ray.runs.progress import Progress
+from conftest import afn, command_parsers, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -417,41 +410,36 @@ def test_a_log_that_nobody_reads_any_more_stops_no_work() -> None:
     reader, writer = os.pipe()
     with open(writer, "w", encoding="ascii") as log:  # noqa: PTH123
         steady = terminal._Steady(log)
-        print("heard", file=steady, flush=True)  # type: ignore[arg-type]
+        print("heard", file=steady, flush=True)
         assert os.read(reader, 99) == b"heard\n"
         os.close(reader)
-        print("not heard", file=steady, flush=True)  # type: ignore[arg-type]
-        print("x" * 100_000, file=steady, flush=True)  # type: ignore[arg-type]
+        print("not heard", file=steady, flush=True)
+        print("x" * 100_000, file=steady, flush=True)
         assert steady.encoding == "ascii"
 
 
 def test_the_parser_has_no_option_without_help() -> None:
-    (commands,) = (a for a in grammar.parser()._actions if a.choices)
-    assert all(a.help for parser in commands.choices.values() for a in parser._actions)
+    assert all(a.help for parser in command_parsers().values() for a in parser._actions)
 
 
 @pytest.mark.parametrize(
     ("seconds", "says"),
     [
-        ({"model_s": 9.0, "wait_s": 1.0, "tokenize_s": 5.0}, ""),
-        ({"model_s": 1.0, "wait_s": 3.0, "tokenize_s": 5.0}, ""),  # too early to tell
-        ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 5.0, "read_s": 1.0},
+        (Progress(model_s=9.0, wait_s=1.0, tokenize_s=5.0), ""),
+        (Progress(model_s=1.0, wait_s=3.0, tokenize_s=5.0), ""),  # too early to tell
+        (Progress(model_s=6.0, wait_s=4.0, tokenize_s=5.0, read_s=1.0),
          "40% of the time waiting for the tokenizer: try more --tokenizer-workers"),
-        ({"model_s": 6.0, "wait_s": 4.0, "tokenize_s": 1.0, "read_s": 5.0}, "40% of the time waiting for the corpus"),
+        (Progress(model_s=6.0, wait_s=4.0, tokenize_s=1.0, read_s=5.0), "40% of the time waiting for the corpus"),
     ],
 )  # fmt: skip
-def test_the_progress_line_says_what_the_models_wait_for(
-    seconds: dict[str, float], says: str
-) -> None:
+def test_the_progress_line_says_what_the_models_wait_for(seconds: Progress, says: str) -> None:
     from afn_ray.runs import status
-    from afn_ray.runs.cluster import State
-    from afn_ray.runs.job import Event
-    from afn_ray.runs.progress import Progress
+    from afn_ray.runs.dispatch import State
 
-    live = Progress(documents=1, tokens=100, forward_tokens=110, **seconds)  # type: ignore[arg-type]
+    live = replace(seconds, documents=1, tokens=100, forward_tokens=110)
     assert status.waits(live) == says
     state = State(4, 1, 1, live=live, seconds=10.0)
-    assert (says or "10 tokens/s") in progress._note(Event("working", "", state=state))
+    assert (says or "10 tokens/s") in progress._note(state)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,8 @@ from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
 from afn_ray.schema import ReadOptions
 from afn_ray.store import checksums, manifest, shard_files, storage
-from conftest import write_jsonl
+from conftest import MakeConfig, fenced, find_model, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 PIECE = 64 << 20
 OPTIONS = ReadOptions("auto", "text", "id", "line", 8 << 20, None)
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -66,7 +65,7 @@ for uri in sys.argv[1:]:
             for document in documents:
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1
-    except streams.Damaged as damage:
+    except streams.DamagedStream as damage:
         problems[str(damage)] = 1
     peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
     print(json.dumps([Path(uri).name, problems, peak, round(time.process_time(), 1)]))
@@ -172,7 +171,7 @@ def test_pickles_beside_a_model_and_in_parquet_are_never_opened(
         "model.pickle",
     ):
         (folder / name).write_bytes(evil)
-    files = model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(folder)
     assert not any(name.endswith(".bin") for name in files.identity)
     model.load_tokenizer(files)
     load_weights(files)
@@ -249,7 +248,7 @@ def test_files_of_a_gigabyte_are_refused_before_they_are_read(
         with pytest.raises(
             ModelError, match=rf"{name} of .* has 1,073,741,824 bytes; expected at most"
         ):
-            model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
+            find_model(folder)
         (folder / name).write_bytes(before)
     shard = tmp_path / "store" / "shards" / "m" / "s"
     run = tmp_path / "store" / "runs" / "r"
@@ -338,10 +337,6 @@ PAGES = [
 ]
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
-
-
 def test_pages_name_files_bounds_and_commands_that_are_there() -> None:
     for page in PAGES:
         text = page.read_text("utf-8")
@@ -349,7 +344,8 @@ def test_pages_name_files_bounds_and_commands_that_are_there() -> None:
             assert (page.parent / link).exists(), (page, link)
         for flag in re.findall(r"`[^`\n]*?(--[a-z-]+)", text):
             assert f'"{flag}"' in (ROOT / "tests" / "frozen" / "cli.json").read_text(), flag
-    (everything,), commands = blocks(PAGES[1])[:1], blocks(PAGES[1])[1].splitlines()
+    everything, single, *_ = fenced(PAGES[1].read_text("utf-8"), "sh")
+    commands = single.splitlines()
     gate = ROOT / ".ci" / "run"
     assert everything == ".ci/run\n" and os.access(gate, os.X_OK)
     for command in commands[1:]:
@@ -358,7 +354,7 @@ def test_pages_name_files_bounds_and_commands_that_are_there() -> None:
         commands[0].startswith("python -m pytest -n 0 tests/")
         and (ROOT / commands[0].split()[-1]).exists()
     )
-    token, licences = blocks(PAGES[2])
+    token, licences = fenced(PAGES[2].read_text("utf-8"), "sh")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     listed = subprocess.run(
         ["bash", "-euc", f"{token}echo ${{#RAY_AUTH_TOKEN}}\n{licences}"],

@@ -48,7 +48,8 @@ def zstd(data: bytes) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
-    return sink.getvalue().to_pybytes()
+    packed: bytes = sink.getvalue().to_pybytes()
+    return packed
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -220,7 +221,12 @@ def test_the_look_for_tables_takes_as_long_for_many_folders_as_for_two(
 ) -> None:
     looks: list[str] = []
     exists = storage.exists
-    monkeypatch.setattr(storage, "exists", lambda uri: looks.append(uri) or exists(uri))
+
+    def look(uri: str) -> bool:
+        looks.append(uri)
+        return exists(uri)
+
+    monkeypatch.setattr(storage, "exists", look)
     num_looks = []
     for num_folders in (2, 40):
         place = f"{memory}/{num_folders}"
@@ -1496,11 +1502,14 @@ def test_the_footer_of_a_file_is_parsed_once_for_its_slices(
     file = parquet(
         tmp_path / "a.parquet", {"text": [os.urandom(8).hex() for _ in range(40)]}, row_group_size=2
     )
-    parsed = []
+    parsed: list[int] = []
     real = footer._Reader.struct
-    monkeypatch.setattr(
-        footer._Reader, "struct", lambda reader: parsed.append(reader._at) or real(reader)
-    )
+
+    def struct(reader: footer._Reader) -> object:
+        parsed.append(reader._at)
+        return real(reader)
+
+    monkeypatch.setattr(footer._Reader, "struct", struct)
     assert len(read_all(file, OPTIONS, 1)) == 40
     assert parsed.count(0) == 1  # structs within it begin later
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from afn_ray.errors import StoreError
 from afn_ray.store import manifest, shard_files, storage
 
 STORE = "/model"
@@ -188,9 +189,7 @@ class World:
     def read_bytes(self, uri: str, start: int | None = None, end: int | None = None) -> bytes:
         data = self.read_if_there(uri)
         if data is None:
-            raise storage.StoreError(
-                f"reading {uri}: no such file or folder"
-            ) from FileNotFoundError()
+            raise StoreError(f"reading {uri}: no such file or folder") from FileNotFoundError()
         return data[start:end]
 
     def exists(self, uri: str) -> bool:
@@ -289,7 +288,7 @@ class World:
         patch.setattr(storage, "clock_s", lambda uri: NOW_S)
         for module in (manifest, shard_files):
             patch.setattr(module, "datetime", Still)
-        patch.setattr(manifest.uuid, "uuid4", self.unlike)
+        patch.setattr(uuid, "uuid4", self.unlike)
 
     def unlike(self) -> uuid.UUID:
         """An id that no other call gets, and that the same call of the same process gets in each

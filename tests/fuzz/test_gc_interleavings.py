@@ -113,7 +113,9 @@ class Driver:
         ]
         tables = {"shards": manifest.write_table(run, "shards", pa.Table.from_pylist(rows))}
         texts = dict.fromkeys(("created_at", "finished_at"), "")
-        parts = {key: {} for key in ("model", "config", "corpus", "counts", "precision")}
+        parts: dict[str, dict[str, object]] = {
+            key: {} for key in ("model", "config", "corpus", "counts", "precision")
+        }
         info = {**parts, **texts, "measure": MEASURE, "layers": [1], "tables": tables}
         manifest.finish_run(run, info)
 
@@ -431,7 +433,7 @@ def epoch_first(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(manifest, "find_begun", find)
     patch.setattr(
-        manifest.epochs,
+        epochs,
         "newest",
         lambda store: read.pop(threading.get_ident(), None) or newest(store),
     )

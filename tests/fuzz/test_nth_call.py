@@ -20,7 +20,7 @@ import faults
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError
-from chaos.ground import recorded
+from conftest import recorded
 
 NUM_DOCUMENTS = 40
 NUM_FAULTS = {"short": 8, "long": 500}

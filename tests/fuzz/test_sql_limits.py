@@ -85,7 +85,7 @@ def test_no_statement_passes_its_limits(
     monkeypatch.setattr(sandbox, "_resident_bytes", watched)
     with open_run(str(tmp_path), timeout_s=TIMEOUT_S, memory_limit=MEMORY, threads=2) as run:
         for name, text in (SHORT | LONG if fuzz_length == "long" else SHORT).items():
-            took = []
+            took: list[float] = []
             while not took or (took[-1] > TIMEOUT_S + SLACK_S and len(took) < TRIES):
                 assert run.sql("SELECT 42").fetchall() == [(42,)], name
                 took.append(seconds_of(run, text))

@@ -22,7 +22,7 @@ from transformers import dynamic_module_utils
 from afn_ray import model
 from afn_ray.errors import ModelError
 from afn_ray.model import files
-from conftest import save_model
+from conftest import find_model, save_model
 
 CONTEXT = 40
 SMALL: dict[str, Any] = {
@@ -139,9 +139,7 @@ def ready(family: Any) -> Callable[[str], model.Model]:
 def load(
     folder: Path, layers: list[int], dtype: str = "float32", trust_remote_code: bool = False
 ) -> model.Model:
-    files = model.find_model(
-        str(folder), None, trust_remote_code=trust_remote_code, allow_pickle=False
-    )
+    files = find_model(folder, trust_remote_code=trust_remote_code)
     loaded = model.Model(files, layers, dtype, "cpu", 64)
     loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)])
     return loaded
@@ -378,7 +376,7 @@ def test_every_family_that_is_taken_has_a_test_and_no_other_is() -> None:
 
 def test_the_table_of_models_says_what_is_tested() -> None:
     text = (Path(__file__).parents[2] / "infra/guide/signals.md").read_text("utf-8")
-    section = text[text.index("\n## Models\n") :]
+    section = text[text.index("\n## Choose a model\n") :]
     table = [
         line for line in section[: section.index("\n## ", 1)].splitlines() if line.startswith("|")
     ]

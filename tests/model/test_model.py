@@ -29,18 +29,13 @@ from afn_ray.model import attention, files, linear, parts
 from afn_ray.model.signals import Signal, Site, norm
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.tokens.encode import TextEncoder
-
-
-def find(folder: Path | str, **options: bool) -> model.ModelFiles:
-    return model.find_model(
-        str(folder), None, **({"trust_remote_code": False, "allow_pickle": False} | options)
-    )
+from conftest import find_model
 
 
 def load(
     folder: Path, layers: list[int], dtype: str = "float32"
 ) -> tuple[model.Model, TextEncoder]:
-    files = find(folder)
+    files = find_model(folder)
     encoder = TextEncoder(model.load_tokenizer(files))
     loaded = model.Model(files, layers, dtype, "cpu", 256)
     probes = encoder.encode(["Hello there, you.", "In the beginning was the word, they say."])
@@ -530,8 +525,9 @@ def test_the_narrowest_of_the_inputs_decides(gpu_layouts: list[dict[str, Any]]) 
     ],
 )
 def test_what_packed_attention_cannot_do_is_refused(options: dict[str, Any], why: str) -> None:
+    q, k, v = random_rows(13, 4, 4, torch.float32)
     with pytest.raises(attention.UnsupportedAttention, match=why):
-        attend(*random_rows(13, 4, 4, torch.float32), CPU, **options)
+        attend(q, k, v, CPU, **options)
 
 
 # --- linear layers
@@ -633,7 +629,9 @@ def test_linear_layers_are_replaced_and_put_back() -> None:
     before, names = block(x), dict(block.named_modules())
     replaced, cast = linear.replace_linear_layers([block], torch.float32, 5, wide=False)
     assert cast.dtype == torch.float32 and len(replaced) == 2
-    assert isinstance(block[0], linear.Product) and isinstance(block[1][1], linear.Product)
+    inner = block[1]
+    assert isinstance(inner, torch.nn.Sequential)
+    assert isinstance(block[0], linear.Product) and isinstance(inner[1], linear.Product)
     assert block[3] is special  # a subclass may compute something else
     torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-5)
     linear.restore(replaced)
@@ -651,11 +649,11 @@ def test_fast_products_are_those_that_the_processor_names(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         assert model.has_fast_products("bfloat16", "cpu") is expected
         assert not model.has_fast_products("float16", "cpu")
-    for able in (True, False):
+    for is_able in (True, False):
         monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able
+            torch.cuda, "is_bf16_supported", lambda including_emulation, able=is_able: able
         )
-        assert model.has_fast_products("bfloat16", "cuda") is able
+        assert model.has_fast_products("bfloat16", "cuda") is is_able
         assert model.has_fast_products("float16", "cuda")
 
 
@@ -673,15 +671,15 @@ def test_fast_products_are_those_that_the_processor_names(monkeypatch: pytest.Mo
 )
 def test_unknown_models_say_what_was_tried(name: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        find(name)
+        find_model(name)
 
 
 def test_a_folder_without_config_or_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
-        find(tmp_path)
+        find_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match=r"has no \.safetensors file"):
-        find(tmp_path)
+        find_model(tmp_path)
 
 
 def test_pickled_weights_need_a_flag_and_load_with_it(tmp_path: Path, tiny_bert: Path) -> None:
@@ -690,8 +688,8 @@ def test_pickled_weights_need_a_flag_and_load_with_it(tmp_path: Path, tiny_bert:
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickle can run code as it loads.*--allow-pickle"):
-        find(folder)
-    files = find(folder, allow_pickle=True)
+        find_model(folder)
+    files = find_model(folder, allow_pickle=True)
     assert "pytorch_model.bin" in files.identity
     assert model.Model(files, [1], "float32", "cpu", 256)
 
@@ -706,7 +704,7 @@ def test_remote_code_needs_a_flag(tmp_path: Path, tiny_bert: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('this code must not run')")
     with pytest.raises(ModelError, match="--trust-remote-code runs it"):
-        find(folder)
+        find_model(folder)
 
 
 def test_missing_weights_are_refused_and_not_random(tmp_path: Path, tiny_bert: Path) -> None:
@@ -717,7 +715,7 @@ def test_missing_weights_are_refused_and_not_random(tmp_path: Path, tiny_bert: P
     with pytest.raises(
         ModelError, match=r"1 weights are not in its files and would be random: encoder\.layer\.1"
     ):
-        model.Model(find(folder), [1], "float32", "cpu", 256)
+        model.Model(find_model(folder), [1], "float32", "cpu", 256)
 
 
 def test_weights_in_many_files_are_those_of_one(tmp_path: Path, tiny_bert: Path) -> None:
@@ -727,16 +725,16 @@ def test_weights_in_many_files_are_those_of_one(tmp_path: Path, tiny_bert: Path)
     transformers.AutoModel.from_pretrained(tiny_bert).save_pretrained(folder, max_shard_size="1MB")
     shards = sorted(p.name for p in folder.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert {*shards, "model.safetensors.index.json"} <= find(folder).identity.keys()
+    assert {*shards, "model.safetensors.index.json"} <= find_model(folder).identity.keys()
     (one, encoder), (many, _) = load(tiny_bert, [0, 3]), load(folder, [0, 3])
     ids = encoder.encode(["And there was light."]).token_ids.tolist()
     np.testing.assert_array_equal(measure(many, ids)[0], measure(one, ids)[0])
 
-    before = find(folder).identity
+    before = find_model(folder).identity
     for name in shards:  # each is a part of what is measured
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        assert [k for k, v in find(folder).identity.items() if v != before[k]] == [name]
+        assert [k for k, v in find_model(folder).identity.items() if v != before[k]] == [name]
         (folder / name).write_bytes(whole)
     (folder / shards[-1]).unlink()
     with pytest.raises(ModelError, match=rf"sharded cannot be loaded: .*{shards[-1]}"):
@@ -776,7 +774,7 @@ def test_a_folder_without_a_tokenizer_is_refused(left: list[str], folder: Path) 
     with pytest.raises(
         ModelError, match=r"has no tokenizer: .*copy has no tokenizer\.json.*Copy the files"
     ):
-        model.load_tokenizer(find(folder))
+        model.load_tokenizer(find_model(folder))
 
 
 def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None:
@@ -785,7 +783,7 @@ def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None
     with pytest.raises(
         ModelError, match="makes its unknown token of every word, with a vocabulary of 5 entries"
     ):
-        model.load_tokenizer(find(folder))
+        model.load_tokenizer(find_model(folder))
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
@@ -796,13 +794,13 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> N
         ModelError,
         match=r"1 id that the model has no embedding for: 30522 \('covfefe'\) is the first",
     ):
-        model.load_tokenizer(find(folder))
+        model.load_tokenizer(find_model(folder))
     edit_weights(folder, lambda w: w | {"embeddings.word_embeddings.weight": torch.rand(30000, 32)})
     edit_json(folder / "config.json", vocab_size=30000)
     with pytest.raises(
         ModelError, match=r"523 ids that the model has no embedding for: 30000 .* is 30,000"
     ):
-        model.load_tokenizer(find(folder))
+        model.load_tokenizer(find_model(folder))
 
 
 def test_a_special_token_beyond_the_embeddings_is_only_text_in_texts(
@@ -813,7 +811,8 @@ def test_a_special_token_beyond_the_embeddings_is_only_text_in_texts(
     tokenizer.save(str(folder / "tokenizer.json"))
     texts = ["an <image> here"]
     got, plain = (
-        TextEncoder(model.load_tokenizer(find(f)), 30522).encode(texts) for f in (folder, tiny_bert)
+        TextEncoder(model.load_tokenizer(find_model(f)), 30522).encode(texts)
+        for f in (folder, tiny_bert)
     )
     assert got.token_ids.tolist() == plain.token_ids.tolist() and not got.problems
 
@@ -845,7 +844,7 @@ def test_weights_and_a_config_that_are_not_of_one_model_are_refused(
     edit_weights(folder, edit)
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ModelError, match=why):
-        model.Model(find(folder), [1], "float32", "cpu", 256)
+        model.Model(find_model(folder), [1], "float32", "cpu", 256)
 
 
 @pytest.mark.parametrize(
@@ -871,7 +870,7 @@ def test_heads_that_no_layer_depends_on_may_be_in_the_weights(
     made = getattr(transformers, config)(**size)
     whole = getattr(transformers, f"AutoModelFor{kind}").from_config(made)
     whole.save_pretrained(tmp_path)
-    loaded = files.load_weights(find(tmp_path))
+    loaded = files.load_weights(find_model(tmp_path))
     for name, value in loaded.named_parameters():
         if "pooler" not in name:
             assert torch.equal(value, whole.base_model.get_parameter(name)), name
@@ -881,7 +880,7 @@ def test_buffers_that_old_checkpoints_hold_are_no_weights(
     folder: Path, tmp_path: Path, tiny_gpt: Path
 ) -> None:
     edit_weights(folder, lambda w: w | {"embeddings.position_ids": torch.arange(64)[None]})
-    assert files.load_weights(find(folder))
+    assert files.load_weights(find_model(folder))
     gpt = shutil.copytree(tiny_gpt, tmp_path / "gpt")
     edit_weights(
         gpt,
@@ -889,7 +888,7 @@ def test_buffers_that_old_checkpoints_hold_are_no_weights(
             w | {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.ones(1)}
         ),
     )
-    assert files.load_weights(find(gpt))
+    assert files.load_weights(find_model(gpt))
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -906,7 +905,7 @@ def test_an_adapter_is_refused_whether_peft_is_installed_or_not(
     with pytest.raises(
         ModelError, match=rf"copy holds an adapter \({names[0]}\).*Merge it into its weights"
     ):
-        find(folder)
+        find_model(folder)
 
 
 def sharded(folder: Path, source: Path) -> list[str]:
@@ -919,38 +918,38 @@ def test_files_of_weights_that_disagree_are_refused(folder: Path, tiny_bert: Pat
     whole = (folder / "model.safetensors").read_bytes()
     shards, index = sharded(folder, tiny_bert), folder / "model.safetensors.index.json"
     listed = index.read_text()
-    before = find(folder).identity
+    before = find_model(folder).identity
     (folder / "consolidated.safetensors").write_bytes(b"not read")
     (folder / "pytorch_model.bin").write_bytes(b"nor this")
-    assert find(folder).identity == before == find(folder, allow_pickle=True).identity
+    assert find_model(folder).identity == before == find_model(folder, allow_pickle=True).identity
 
     (folder / "model.safetensors").write_bytes(whole)
     with pytest.raises(
         ModelError,
         match=r"two sets of weights, model\.safetensors and model\.safetensors\.index\.json",
     ):
-        find(folder)
+        find_model(folder)
     index.unlink()
     with pytest.raises(
         ModelError, match=rf"weights that model\.safetensors knows nothing of: {shards[0]}"
     ):
-        find(folder)
+        find_model(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(
         ModelError,
         match=rf"{len(shards)} parts of its weights .*no model\.safetensors\.index\.json",
     ):
-        find(folder)
+        find_model(folder)
     index.write_text(listed)
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match=r"index\.json knows nothing of: model-00009-of-00009"):
-        find(folder)
+        find_model(folder)
     (folder / "model-00009-of-00009.safetensors").unlink()
     (folder / shards[0]).rename(folder / "elsewhere")
     with pytest.raises(
         ModelError, match=rf"names {len(shards)} files of weights, and .* lacks {shards[0]}"
     ):
-        find(folder)
+        find_model(folder)
     (folder / "elsewhere").rename(folder / shards[0])
     for wrong, why in (
         ('{"weight_map": {"a": "../secret.safetensors"}}', "expected a name in its own folder"),
@@ -961,30 +960,32 @@ def test_files_of_weights_that_disagree_are_refused(folder: Path, tiny_bert: Pat
     ):
         index.write_text(wrong)
         with pytest.raises(ModelError, match=why):
-            find(folder)
+            find_model(folder)
 
 
 def test_weights_that_the_config_names_are_those_of_the_measure(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "mine.safetensors")
     with pytest.raises(ModelError, match=r"has mine\.safetensors, expected model\.safetensors"):
-        find(folder)
+        find_model(folder)
     edit_json(folder / "config.json", transformers_weights="mine.safetensors")
-    assert "mine.safetensors" in find(folder).identity and files.load_weights(find(folder))
+    assert "mine.safetensors" in find_model(folder).identity and files.load_weights(
+        find_model(folder)
+    )
     edit_json(folder / "config.json", transformers_weights="lost.safetensors")
     with pytest.raises(ModelError, match=r"names lost\.safetensors as its weights"):
-        find(folder)
+        find_model(folder)
 
 
 def test_quantized_weights_and_code_of_another_repository_are_refused(folder: Path) -> None:
     edit_json(folder / "config.json", auto_map={"AutoModel": "someone/else--code.Model"})
-    assert find(folder)
+    assert find_model(folder)
     with pytest.raises(ModelError, match=r"code of .* is in another repository \(someone/else\)"):
-        model.find_model(str(folder), None, trust_remote_code=True, allow_pickle=False)
+        find_model(folder, trust_remote_code=True)
     edit_json(
         folder / "config.json", auto_map={}, quantization_config={"quant_method": "bitsandbytes"}
     )
     with pytest.raises(ModelError, match=r"are quantized \(bitsandbytes\)"):
-        find(folder)
+        find_model(folder)
 
 
 def test_a_tokenizer_file_that_makes_its_library_panic_is_refused(
@@ -1000,7 +1001,7 @@ def test_a_tokenizer_file_that_makes_its_library_panic_is_refused(
     with pytest.raises(
         ModelError, match=r"its tokenizer\) cannot be loaded: called `Option::unwrap"
     ):
-        model.load_tokenizer(find(folder))
+        model.load_tokenizer(find_model(folder))
 
 
 @pytest.mark.parametrize("variable", sorted(parts.ROUNDING))
@@ -1009,14 +1010,14 @@ def test_an_environment_that_rounds_float32_products_is_refused(
 ) -> None:
     monkeypatch.setenv(variable, "BF16" if "FPMATH" in variable else "1")
     with pytest.raises(ModelError, match=f"{variable} is .* rounds the inputs of float32 products"):
-        files.load_weights(find(tiny_bert))
+        files.load_weights(find_model(tiny_bert))
 
 
 def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(
     folder: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def identity() -> dict[str, str]:
-        return model.identity(find(folder), model.load_tokenizer(find(folder)))
+        return model.identity(find_model(folder), model.load_tokenizer(find_model(folder)))
 
     before = identity()
     assert before.keys() == {
@@ -1065,7 +1066,7 @@ def test_damaged_weights_are_an_error_that_names_the_model(tmp_path: Path, tiny_
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match=r"damaged.* cannot be loaded"):
-        model.Model(find(folder), [1], "float32", "cpu", 256)
+        model.Model(find_model(folder), [1], "float32", "cpu", 256)
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path, byte_bpe: Path) -> None:
@@ -1074,7 +1075,7 @@ def test_encoder_decoders_are_refused(tmp_path: Path, byte_bpe: Path) -> None:
     )
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="is an encoder-decoder"):
-        find(tmp_path)
+        find_model(tmp_path)
 
 
 def test_positions_that_roberta_cannot_use_are_not_offered(tmp_path: Path) -> None:
@@ -1082,18 +1083,18 @@ def test_positions_that_roberta_cannot_use_are_not_offered(tmp_path: Path) -> No
         tmp_path
     )
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert find(tmp_path).context_tokens == 512
+    assert find_model(tmp_path).context_tokens == 512
 
 
 def test_identity_is_of_content_and_not_of_place(tmp_path: Path, tiny_bert: Path) -> None:
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
-    assert find(copy).identity == find(tiny_bert).identity
+    assert find_model(copy).identity == find_model(tiny_bert).identity
     (copy / "README.md").write_text("hello")
-    assert find(copy).identity == find(tiny_bert).identity
+    assert find_model(copy).identity == find_model(tiny_bert).identity
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    assert find(copy).identity != find(tiny_bert).identity
+    assert find_model(copy).identity != find_model(tiny_bert).identity
 
 
 def test_cuda_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1163,7 +1164,7 @@ def write_gguf(path: Path, folder: Path) -> None:
 def test_a_gguf_file_is_a_model(tmp_path: Path, tiny_llama: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_llama)
-    files = find(path)
+    files = find_model(path)
     assert (files.depth, files.hidden_size, files.context_tokens, files.gguf) == (
         3,
         32,
@@ -1174,7 +1175,7 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, tiny_llama: Path) -> None:
     ids = encoder.encode(["And there was light."]).token_ids.tolist()
     assert (
         ids
-        == TextEncoder(model.load_tokenizer(find(tiny_llama)))
+        == TextEncoder(model.load_tokenizer(find_model(tiny_llama)))
         .encode(["And there was light."])
         .token_ids.tolist()
     )
@@ -1187,4 +1188,4 @@ def test_a_gguf_file_is_a_model(tmp_path: Path, tiny_llama: Path) -> None:
 def test_a_damaged_gguf_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 20)
     with pytest.raises(ModelError, match=r"broken\.gguf cannot be loaded"):
-        find(tmp_path / "broken.gguf")
+        find_model(tmp_path / "broken.gguf")

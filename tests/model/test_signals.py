@@ -5,7 +5,6 @@ of it.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from afn_ray.model.signals import (
 from afn_ray.runs import outliers
 from afn_ray.runs.worker import NONE_MEASURED
 from afn_ray.store import manifest, storage
-from conftest import edit_table, write_jsonl
+from conftest import edit_table, fenced, find_model, write_jsonl
 from test_families import CONTEXT, LAYERS, PACKED, PADDED, documents, family  # noqa: F401
 
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
@@ -47,7 +46,7 @@ SIGNALS: list[Signal] = [Strength(), Shift(), Received()]
 def load(
     folder: Path, needs: frozenset[str], layers: list[int] = LAYERS, dtype: str = "float32"
 ) -> model.Model:
-    files = model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(folder)
     loaded = model.Model(files, layers, dtype, "cpu", 64)
     loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)], needs)
     return loaded
@@ -196,7 +195,7 @@ def test_a_padded_family_has_no_attention_to_read(name: str, family: Any) -> Non
 
 
 def test_without_gain_and_bias_every_strength_is_the_root_of_the_width(minilm: Path) -> None:
-    files = model.find_model(str(minilm), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(minilm)
     loaded = model.Model(files, [1, 4, 6], "float32", "cpu", 64)
     ids = np.arange(1000, 1060, dtype=np.int64)
     loaded.prepare([ids[:5].tolist(), ids.tolist()], Centred.needs)
@@ -222,7 +221,7 @@ def test_gains_are_found_in_padded_and_in_shared_blocks(name: str, family: Any) 
 @pytest.mark.parametrize("name", ["bert", "llama", "mpnet"])
 def test_trimmed_strengths_lack_the_dimensions_given(name: str, family: Any) -> None:  # noqa: F811
     folder, _ = family(name)
-    files = model.find_model(str(folder), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(folder)
     loaded = model.Model(files, [0, 2], "float32", "cpu", 64, [[3, 1], [30]])
     loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)], Trimmed.needs)
     for ids, got in zip(TEXTS, measure(loaded, [Trimmed()]), strict=True):
@@ -434,11 +433,7 @@ def test_a_signal_that_is_not_there_is_told_with_those_that_are() -> None:
 
 GUIDE = (Path(__file__).parents[2] / "infra/guide/signals.md").read_text("utf-8")
 PACKAGE = (
-    next(
-        b
-        for b in re.findall(r"^```py\n(.*?)^```", GUIDE, re.M | re.S)
-        if "class Largest(Signal):" in b
-    )
+    next(b for b in fenced(GUIDE, "py") if "class Largest(Signal):" in b)
     + """
 
 dict = dict

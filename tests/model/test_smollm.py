@@ -17,6 +17,7 @@ import torch
 from afn_ray import model
 from afn_ray.model import engine, files
 from afn_ray.tokens.encode import TextEncoder
+from conftest import find_model
 from test_tokens import SPACED, written
 
 LAYERS = [0, 1, 20, 29]
@@ -44,7 +45,7 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         gguf, "GGUFReader", cache(gguf.GGUFReader)
     )  # read four times otherwise, for seconds
-    found = model.find_model(str(gguf_file), None, trust_remote_code=False, allow_pickle=False)
+    found = find_model(gguf_file)
     assert (found.model_type, found.depth, found.hidden_size, found.context_tokens) == (
         "llama",
         30,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -779,13 +780,14 @@ def test_the_engine_itself_cannot_write_or_read_elsewhere(store: Path, tmp_path:
 
 
 def test_the_relation_of_a_result_cannot_write_either(run: Run, tmp_path: Path) -> None:
-    for write in (
+    writes: tuple[Callable[[database.Result], object], ...] = (
         lambda r: r.to_csv(str(tmp_path / "x.csv")),
         lambda r: r.to_parquet(str(tmp_path / "x.parquet")),
         lambda r: r.create("vocabulary2"),
         lambda r: r.create_view("tokens"),
         lambda r: r.insert_into("vocabulary"),
-    ):
+    )
+    for write in writes:
         with pytest.raises(QueryError):
             write(run.vocabulary())
     assert not list(tmp_path.iterdir())
@@ -917,8 +919,8 @@ def test_the_filesystem_holds_what_it_was_given_and_never_writes(tmp_path: Path)
         100,
     )
     assert (files.glob("afn://name"), files.glob("afn://*")) == (["afn://name"], [])
-    calls: list[Callable[[], Any]] = [
-        lambda mode=mode: files.open("name", mode) for mode in ("wb", "ab", "xb", "r+b")
+    calls: list[Callable[[], object]] = [
+        partial(files.open, "name", mode) for mode in ("wb", "ab", "xb", "r+b")
     ]
     calls += [
         lambda: files.open("other"),

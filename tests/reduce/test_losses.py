@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from afn_ray.errors import ShardError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import job, status, worker
+from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import overview
 from afn_ray.store import checksums, manifest, shard_files
-from conftest import write_jsonl
+from conftest import MakeConfig, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
 
 
@@ -63,9 +63,9 @@ def lossy(
 
 
 def said_by_a_run(config: RunConfig) -> list[str]:
-    events: list[job.Event] = []
+    events: list[Event] = []
     afn_ray.run(config, events.append).close()
-    return [e.message for e in events if e.kind in ("warning", "complete")]
+    return [e.message for e in events if isinstance(e, Warned | Complete)]
 
 
 def by_name(table: pa.Table) -> dict[str, dict[str, Any]]:

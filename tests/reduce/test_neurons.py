@@ -143,10 +143,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
 
 def rows_of(run: afn_ray.Run, layer: int) -> list[tuple[int, bool, list[dict[str, Any]]]]:
     """Type, whether it is special, and neurons of each token that has a list."""
-    return run.sql(
+    rows: list[tuple[int, bool, list[dict[str, Any]]]] = run.sql(
         f"SELECT token_id, is_special, neurons_{layer} FROM token_neurons POSITIONAL JOIN tokens "
         f"WHERE neurons_{layer} IS NOT NULL"
     ).fetchall()
+    return rows
 
 
 def check_tables(

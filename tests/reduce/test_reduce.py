@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -570,7 +570,7 @@ def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch
     commits = [_commit(store, scratch, i, corpus.part(i, i + 2)) for i in range(0, 300, 2)]
     inline = _reduced(store, commits)
     with pytest.MonkeyPatch.context() as patch, _on_ray(len(commits)) as tasks:
-        assert isinstance(tasks, cluster.RayTasks)
+        assert isinstance(tasks, calls.RayTasks)
         patch.setattr(calls, "MAX_PENDING", 4)
         patch.setattr(tree, "PART_BYTES", 1 << 12)
         patch.setattr(tree, "FAN_IN", 8)
@@ -646,12 +646,13 @@ def test_a_run_on_ray_reduces_there_and_has_the_tables_of_one_in_this_process(
     for module in (cluster, tree):
         monkeypatch.setattr(module, "FAN_IN", 2)
     submitted: list[str] = []
-    submit = cluster.RayTasks.submit
-    monkeypatch.setattr(
-        cluster.RayTasks,
-        "submit",
-        lambda self, f, *a, **k: submitted.append(f.__name__) or submit(self, f, *a, **k),
-    )
+    submit = calls.RayTasks.submit
+
+    def submit_noted(tasks: calls.RayTasks, function: Callable[..., Any], *a: Any, **k: Any) -> Any:
+        submitted.append(function.__name__)
+        return submit(tasks, function, *a, **k)
+
+    monkeypatch.setattr(calls.RayTasks, "submit", submit_noted)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
     tables = []
     for executor in ("inline", "ray"):

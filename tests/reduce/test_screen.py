@@ -209,7 +209,9 @@ class Shuffled:
     """Calls when a result is asked for, in an order of its own."""
 
     def __init__(self, seed: int) -> None:
-        self.dice, self.waiting, self.values = random.Random(seed), [], {}  # type: ignore[var-annotated]
+        self.dice = random.Random(seed)
+        self.waiting: list[tuple[Callable[..., Sequence[Any]], tuple[Any, ...], list[Any]]] = []
+        self.values: dict[Any, Any] = {}
 
     def submit(
         self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1

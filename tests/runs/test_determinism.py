@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -22,9 +23,8 @@ from afn_ray.runs.worker import Processor
 from afn_ray.store import manifest
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import feed
-from conftest import write_jsonl
+from conftest import MakeConfig, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 BUDGETS = (64, 100, 256, 1000, 2048, 4096, 16384)
 
 
@@ -62,6 +62,10 @@ def unrounded() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "round_strengths", lambda values: values)
         yield
+
+
+ALONE: WeakKeyDictionary[Processor, list[np.ndarray]] = WeakKeyDictionary()
+"""Of each, the strengths of all texts of ``pool`` measured together."""
 
 
 def measure(processor: Processor, texts: list[str]) -> list[np.ndarray]:
@@ -107,8 +111,8 @@ def test_the_bits_of_a_document_do_not_depend_on_its_neighbours(
     processor = processors(kind, budget, dtype)
     assert processor.model.packed
     texts = pool(verses)
-    if not hasattr(processor, "alone"):  # a document is alone with what fills its batch
-        processor.alone = measure(processor, texts)  # type: ignore[attr-defined]
+    if processor not in ALONE:  # a document is alone with what fills its batch
+        ALONE[processor] = measure(processor, texts)
     chosen = data.draw(
         st.lists(st.integers(0, len(texts) - 1), min_size=8, max_size=25, unique=True)
     )
@@ -116,7 +120,7 @@ def test_the_bits_of_a_document_do_not_depend_on_its_neighbours(
     assume(len(prepared.batches) > 1)
     assert all(len(b.ids) == max(budget, max(b.lengths)) for b in prepared.batches)
     for i, got in zip(chosen, measure(processor, [texts[i] for i in chosen]), strict=True):
-        expected = processor.alone[i]  # type: ignore[attr-defined]
+        expected = ALONE[processor][i]
         assert got.tobytes() == expected.tobytes(), (i, np.abs(got - expected).max())
 
 

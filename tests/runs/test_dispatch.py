@@ -32,13 +32,14 @@ from afn_ray.runs.dispatch import (
     Cause,
     Dispatcher,
     Done,
-    Event,
     Failed,
     Gone,
     Leaving,
+    PoolEvent,
     Ready,
     Silent,
     State,
+    Tolerance,
 )
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
@@ -71,7 +72,7 @@ class FakePool:
     loading: int = 0  # of the workers that are not ready
     at: Callable[[FakePool], None] = lambda pool: None  # at every look at the clock
     now: float = 0.0
-    events: list[tuple[float, Event]] = field(default_factory=list)
+    events: list[tuple[float, PoolEvent]] = field(default_factory=list)
     alive: dict[int, dict[str, int]] = field(
         default_factory=dict
     )  # worker -> shards in flight, and their attempts
@@ -87,7 +88,7 @@ class FakePool:
     def clock(self) -> float:
         return self.now
 
-    def later(self, seconds: float, event: Event) -> None:
+    def later(self, seconds: float, event: PoolEvent) -> None:
         self.events.append((self.now + seconds, event))
 
     def grow(self, num_useful: int) -> int:
@@ -130,14 +131,14 @@ class FakePool:
         elif isinstance(fate, BaseException):
             self.later(WORK_S / 2, Failed(worker, shard.id, fate))
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         self.at(self)
         end = self.now + timeout_s
         self.events.sort(key=lambda e: e[0])
         ready = [e for e in self.events if e[0] <= end]
         self.events = self.events[len(ready) :]
         self.now = ready[-1][0] if ready else end
-        told: list[Event] = []
+        told: list[PoolEvent] = []
         for _, event in ready:
             if isinstance(event, Done | Failed):
                 if self.alive.get(event.worker, {}).pop(event.shard, None) is None:
@@ -196,9 +197,7 @@ def run(
         pool,
         shards,
         on_state,
-        wait_s=wait_s,
-        deadline_s=deadline_s,
-        allow_quarantined=allow_quarantined,
+        Tolerance(wait_s, deadline_s, allow_quarantined),
         clock=pool.clock,
     ).run()
     assert pool.closed
@@ -340,11 +339,14 @@ def test_want_of_memory_halves_the_budget_before_it_charges() -> None:
     assert len(run(FakePool(fate=fate)).commits) == 20
     assert seen == [0, 1, 2]
     seen.clear()
-    pool = FakePool(
-        fate=lambda shard, nth, alone, oom_retries: (
-            seen.append(oom_retries) or Cause.MEMORY if shard == "s2" else None
-        )
-    )
+
+    def starved(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
+        if shard != "s2":
+            return None
+        seen.append(oom_retries)
+        return Cause.MEMORY
+
+    pool = FakePool(fate=starved)
     state = run(pool)
     assert state.failures.keys() == {"s2"} and "memory" in state.failures["s2"]
     assert max(seen) >= HALVINGS
@@ -482,7 +484,7 @@ def test_a_hang_where_no_process_can_be_replaced_stops_the_run() -> None:
 
 def test_the_deadline_follows_the_size_and_the_slowest_shard() -> None:
     pool = FakePool()
-    dispatcher = Dispatcher(pool, SHARDS, lambda state: None, wait_s=10.0, clock=pool.clock)
+    dispatcher = Dispatcher(pool, SHARDS, lambda state: None, Tolerance(10.0), clock=pool.clock)
     big, small = make_shard("big", 10**9), make_shard("small", 10)
     assert dispatcher.deadline_s(small) >= dispatch.DEADLINE_S
     assert dispatcher.deadline_s(big) == dispatch.DEADLINE_S + 10**9 / dispatch.DEADLINE_BYTES_PER_S
@@ -497,7 +499,7 @@ def test_a_shard_of_a_worker_that_moves_is_not_hung_unless_its_deadline_was_give
         pool.tokens[0] = int(pool.now)
 
     slow = FakePool(fate=lambda shard, nth, *_: "hang" if nth == 1 else None, at=at, wanted=1)
-    dispatcher = Dispatcher(slow, SHARDS[:1], lambda state: None, wait_s=10.0, clock=slow.clock)
+    dispatcher = Dispatcher(slow, SHARDS[:1], lambda state: None, Tolerance(10.0), clock=slow.clock)
     slow.later(5_000, Done(0, "s0", commit("s0")))
     assert len(dispatcher.run().commits) == 1 and slow.attempts["s0"] == 1
     hung = FakePool(fate=lambda shard, nth, *_: "hang" if nth == 1 else None, wanted=1)
@@ -592,7 +594,7 @@ def test_stopping_drains_what_is_nearly_done_and_hands_out_nothing() -> None:
             raise KeyboardInterrupt
 
     pool = FakePool(at=at)
-    dispatcher = Dispatcher(pool, SHARDS, lambda state: None, wait_s=10.0, clock=pool.clock)
+    dispatcher = Dispatcher(pool, SHARDS, lambda state: None, Tolerance(10.0), clock=pool.clock)
     with pytest.raises(KeyboardInterrupt):
         dispatcher.run()
     assert len(dispatcher.state.commits) == 2 * SLOTS == len(pool.attempts)
@@ -606,9 +608,11 @@ def test_whatever_dies_every_shard_is_done_once_or_quarantined_for_its_own_fault
         s.id: chance.choice(["crash", "raise", "hang"]) for s in SHARDS if chance.random() < 0.1
     }
 
+    ends: dict[str, Fate] = {"crash": Cause.CRASH, "raise": ShardError("bad"), "hang": "hang"}
+
     def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
         if shard in poison:
-            return {"crash": Cause.CRASH, "raise": ShardError("bad"), "hang": "hang"}[poison[shard]]
+            return ends[poison[shard]]
         if nth <= 6 and chance.random() < 0.2:
             return chance.choice(
                 [

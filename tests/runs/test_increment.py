@@ -25,8 +25,7 @@ from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import FileInfo
 from afn_ray.store import manifest, storage
-from chaos.ground import recorded
-from conftest import write_jsonl
+from conftest import recorded, write_jsonl
 
 B = 1024
 """Bytes of a shard."""
@@ -217,6 +216,21 @@ def write_gzip(folder: Path, text: str) -> None:
     (folder / "e.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode(), mtime=0))
 
 
+def add_two(folder: Path, ground: Ground, verses: list[str]) -> None:
+    add(folder, "b9.jsonl", verses[:3])
+    (folder / "a3.txt").write_text("one more")
+
+
+def change_all(folder: Path, ground: Ground, verses: list[str]) -> None:
+    add(folder, "b.jsonl", verses[:1])
+    (folder / "c.csv").unlink()
+    write_parquet(folder, verses[300:332])
+    (folder / "a1.txt").unlink()
+    shutil.copy(folder / "g.txt", folder / "g2.txt")
+    (folder / "h.jsonl").rename(folder / "i.jsonl")
+    os.utime(folder / "f.jsonl")
+
+
 CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
     "append a line": (1, 1, lambda f, g, v: add(f, "b.jsonl", v[:1])),  # the last slice
     # the last slice, and what is new
@@ -235,16 +249,13 @@ CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
     "delete a small file": (0, 1, lambda f, g, v: (f / "a1.txt").unlink()),
     "rename a file": (1, 5, lambda f, g, v: (f / "b.jsonl").rename(f / "b2.jsonl")),  # a new source
     "duplicate a file": (1, 5, lambda f, g, v: shutil.copy(f / "b.jsonl", f / "b2.jsonl")),
-    "add files": (2, 2, lambda f, g, v: [add(f, "b9.jsonl", v[:3]), (f / "a3.txt").write_text("one more")]),
+    "add files": (2, 2, add_two),
     "change a text": (1, 1, lambda f, g, v: (f / "a0.txt").write_text("another")),
     "change a CSV": (1, 1, lambda f, g, v: replace_in(f / "c.csv", 99, b"the", b"a")),
     "change what is compressed": (1, 1, lambda f, g, v: write_gzip(f, "another")),
     "change a row group": (1, 1, lambda f, g, v: write_parquet(f, [*v[300:315], v[308], *v[316:324]])),
     "add a row group": (1, 1, lambda f, g, v: write_parquet(f, v[300:332])),
-    "all at once": (5, 5, lambda f, g, v: [
-        add(f, "b.jsonl", v[:1]), (f / "c.csv").unlink(), write_parquet(f, v[300:332]), (f / "a1.txt").unlink(),
-        shutil.copy(f / "g.txt", f / "g2.txt"), (f / "h.jsonl").rename(f / "i.jsonl"), os.utime(f / "f.jsonl"),
-    ]),
+    "all at once": (5, 5, change_all),
 }  # fmt: skip
 
 

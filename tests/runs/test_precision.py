@@ -4,7 +4,6 @@ remembers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.runs import job, precision, worker
+from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
 from afn_ray.store import manifest
-from conftest import write_jsonl
-
-MakeConfig = Callable[..., RunConfig]
+from conftest import MakeConfig, write_jsonl
 
 
 @pytest.fixture
@@ -66,7 +64,8 @@ def strengths(task: Task, dtype: str, texts: list[str]) -> np.ndarray:
     processor = worker.Processor(replace(task, dtype=dtype))
     measured = processor.measure(texts, [False] * len(texts))
     processor.close()
-    return measured.strengths[0, (measured.encoded.flags & 1) == 0]
+    found: np.ndarray = measured.strengths[0, (measured.encoded.flags & 1) == 0]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -227,12 +226,12 @@ def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
 ) -> None:
     monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
-    events: list[job.Event] = []
+    events: list[Event] = []
     with afn_ray.run(
         make_config(corpus=(str(corpus),), dtype="bfloat16", shard_bytes=1 << 20), events.append
     ) as run:
         assert manifest.find_run(run.uri).info["measure"]["dtype"] == "bfloat16"
-    assert [e.message[:39] for e in events if e.kind == "warning"] == [
+    assert [e.message[:39] for e in events if isinstance(e, Warned)] == [
         "warning: bfloat16 is not safe here: the"
     ]
 
@@ -256,10 +255,10 @@ def test_a_padded_model_warns_once(
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"text": f"Text number {i} of a few words."} for i in range(300)]
     )
-    events: list[job.Event] = []
+    events: list[Event] = []
     with afn_ray.run(make_config(corpus=(str(corpus),)), events.append):
         pass
-    warnings = [e.message for e in events if e.kind == "warning"]
+    warnings = [e.message for e in events if isinstance(e, Warned)]
     assert len(warnings) == 1
     assert (
         "sequences are padded, not packed" in warnings[0]

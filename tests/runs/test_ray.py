@@ -12,44 +12,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
 
 import afn_ray
-from afn_ray.config import RunConfig
+from afn_ray import model
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
-from afn_ray.runs import cluster, demo
+from afn_ray.runs import demo
 from afn_ray.runs.cluster import pool, session
 from afn_ray.runs.dispatch import Ready
+from afn_ray.runs.events import Working
 from afn_ray.runs.progress import Progress
-from conftest import stop_after, write_jsonl
+from conftest import MakeConfig, recorded, stop_after, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 pytestmark = pytest.mark.ray
-
-
-def recorded(run: afn_ray.Run) -> tuple[pa.Table, pa.Table, pa.Table, pa.Table]:
-    """All tokens and documents in plan order, and the run's thresholds and vocabulary."""
-    store = run.uri.rsplit("/runs/", 1)[0]
-    shards = pq.read_table(f"{run.uri}/shards.parquet").to_pylist()
-    tokens, documents = (
-        pa.concat_tables([pq.read_table(f"{store}/{s[f'{t}_file']}") for s in shards])
-        .unify_dictionaries()
-        .combine_chunks()
-        for t in ("tokens", "documents")
-    )
-    return (
-        tokens,
-        documents,
-        *(pq.read_table(f"{run.uri}/{t}.parquet") for t in ("thresholds", "vocabulary")),
-    )
 
 
 def plain(tables: tuple[pa.Table, ...]) -> list[list[dict[str, Any]]]:
@@ -124,7 +105,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
     folder = poisoned_corpus(
         tmp_path / "corpus", n1="It happened once. ", n4="It happened once more. "
     )
-    events = []
+    events: list[Event] = []
     config = make_config(corpus=(f"{folder}/*.txt",), executor="ray", workers=2, shard_bytes=1024)
     with afn_ray.run(config, events.append) as run:
         assert run.info["counts"]["documents"] == 6
@@ -132,7 +113,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
             (6,)
         ]
     assert (folder / "1.txt.tried").exists() and (folder / "4.txt.tried").exists()
-    assert max(e.state.retries for e in events if e.state) >= 1
+    assert max(e.state.retries for e in events if isinstance(e, Working)) >= 1
 
 
 def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kept(
@@ -375,7 +356,7 @@ def test_a_sick_process_is_replaced_and_does_not_give_up_every_shard(
 def test_a_ray_without_the_device_is_an_error_and_no_wait(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.model, "choose_device", lambda device: "cuda")
+    monkeypatch.setattr(model, "choose_device", lambda device: "cuda")
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     with pytest.raises(ConfigError, match=r"needs one GPU, and this Ray has none; it has .*CPU"):
         afn_ray.run(make_config(corpus=(str(corpus),), executor="ray"))

@@ -37,6 +37,7 @@ from afn_ray import model
 from afn_ray.analysis import verify
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
+from afn_ray.corpus import reading
 from afn_ray.errors import (
     ConfigError,
     CorpusError,
@@ -48,13 +49,12 @@ from afn_ray.errors import (
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, dispatch, estimate, job, precision, status, worker
+from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 from afn_ray.show import doctor, overview
 from afn_ray.store import disk, garbage, manifest, records
-from conftest import stop_after, write_jsonl
-
-MakeConfig = Callable[..., RunConfig]
+from conftest import MakeConfig, interrupted, stop_after, write_jsonl
 
 
 def shard_tables(run: afn_ray.Run, table: str) -> list[pa.Table]:
@@ -473,7 +473,12 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
     fail_on(monkeypatch, "abraham", IndexError("index out of range in self"))
     config = make_config(corpus=(str(corpus),), id_column="id")
     tables = []
-    measured = [0.0]
+    measured: list[float] = []
+
+    def look(event: Event) -> None:
+        if isinstance(event, Working):
+            measured.append(event.state.live.measured)
+
     for name in ("whole", "stopped"):
         config = replace(config, store=str(tmp_path / name))
         if name == "stopped":
@@ -481,9 +486,7 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
                 stop_after(patch, 2)
                 with pytest.raises((KeyboardInterrupt, Interrupted)):
                     afn_ray.run(config)
-        with afn_ray.run(
-            config, lambda e: measured.append(e.state.live.measured if e.state else 0.0)
-        ) as run:
+        with afn_ray.run(config, look) as run:
             assert run.info["counts"]["shards"] > 3 and run.info["counts"]["quarantined"] == 1
             assert max(measured) < 101  # what is tried again is not said to be done
             tables.append((all_rows(run, "tokens"), all_rows(run, "documents")))
@@ -627,11 +630,11 @@ def test_the_second_run_does_nothing_and_says_so(
     monkeypatch.setattr(
         worker.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded")
     )
-    events = []
+    events: list[job.Event] = []
     with afn_ray.run(config, events.append) as run:
         assert run.uri == first
     assert {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()} == before
-    assert next(e.message for e in events if e.kind == "complete").startswith("nothing to do")
+    assert next(e.message for e in events if isinstance(e, Complete)).startswith("nothing to do")
 
 
 def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
@@ -764,7 +767,7 @@ def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:6]])
     config = make_config(corpus=(str(corpus),), executor="inline")
-    released, read = threading.Event(), worker.reading.read
+    released, read = threading.Event(), reading.read
 
     def hang(*asked: Any) -> Any:
         released.wait(60)
@@ -772,7 +775,7 @@ def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
 
     monkeypatch.setattr(dispatch, "DEADLINE_S", 0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(worker.reading, "read", hang)
+        patch.setattr(reading, "read", hang)
         with pytest.raises(
             Interrupted, match=r"\(.*c\.jsonl\) is not done after .*--shard-deadline"
         ) as caught:
@@ -1035,7 +1038,7 @@ def test_a_model_folder_that_moves_keeps_the_measure(
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
     afn_ray.run(make_config(corpus=(str(corpus),))).close()
     moved = shutil.copytree(tiny_bert, tmp_path / "elsewhere")
-    events = []
+    events: list[job.Event] = []
     afn_ray.run(make_config(corpus=(str(corpus),), model=str(moved)), events.append).close()
     assert events[-1].message.startswith("nothing to do")
 
@@ -1048,7 +1051,8 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
         most, least = overview.salient_words(run, 0)
         ((q3,),) = run.sql("SELECT q3 FROM thresholds WHERE population = 'tokens'").fetchall()
         words: dict[str, list[float]] = {}
-        text, values = "", []
+        text = ""
+        values: list[float] = []
         for row in [*all_rows(run, "tokens"), {"flags": SPECIAL}]:
             if row["flags"] and text:
                 words.setdefault(text.lower(), []).append(float(np.mean(values)))
@@ -1123,10 +1127,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             monkeypatch.setattr(cluster, name, fail)
 
     return forbid
-
-
-def interrupted(*args: Any, **named: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 def files_below(folder: str) -> set[Path]:

@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer
 
 import afn_ray
@@ -37,10 +38,9 @@ from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
 from afn_ray.runs.plan import make_plan
 from afn_ray.store import storage
 from afn_ray.tokens import counting, encode
-from conftest import write_jsonl
+from conftest import MakeConfig, write_jsonl
 from test_bench import printed
 
-MakeConfig = Callable[..., RunConfig]
 NUM_SEEDS = 30
 PRICES = """
 currency = "EUR"
@@ -54,13 +54,8 @@ storage_gb_month = 0.25
 
 
 def printed_estimate(found: estimate.Estimate, capsys: pytest.CaptureFixture[str]) -> str:
-    estimates.print_estimate(found, commands.Console(highlight=False, soft_wrap=True, width=1000))
+    estimates.print_estimate(found, Console(highlight=False, soft_wrap=True, width=1000))
     return capsys.readouterr().out
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, verses: list[str]) -> str:
-    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
 
 
 # --- rates
@@ -91,7 +86,7 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
     text = printed_estimate(found, capsys)
     assert "200 tokens/s of one worker (on" in text and "n = 4, 100-300" in text
 
-    others = {"layers": "2", "signals": "shift", "window_tokens": 32}
+    others: dict[str, Any] = {"layers": "2", "signals": "shift", "window_tokens": 32}
     with pytest.raises(ConfigError) as refused:
         afn_ray.dry_run(replace(config, **others), rate=file)
     assert all(
@@ -741,11 +736,12 @@ def test_lines_that_are_read_from_the_beginning_alone_are_counted_from_it(
         monkeypatch.setattr(counting, name, value)
     texts: list[int] = []
     real = encode.TextEncoder.count
-    monkeypatch.setattr(
-        encode.TextEncoder,
-        "count",
-        lambda self, some: texts.append(sum(map(len, some))) or real(self, some),
-    )
+
+    def count(encoder: encode.TextEncoder, some: Sequence[str]) -> object:
+        texts.append(sum(map(len, some)))
+        return real(encoder, some)
+
+    monkeypatch.setattr(encode.TextEncoder, "count", count)
     found = counting.count(slices, config.read_options, encoder)
     assert truth.exact and truth.documents == 3000 and not found.exact and found.num_beginnings == 1
     assert found.tokens == pytest.approx(truth.tokens, rel=0.1) and max(texts) <= 1000

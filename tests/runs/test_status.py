@@ -9,12 +9,12 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,21 @@ import afn_ray
 from afn_ray import logs
 from afn_ray.analysis import verify
 from afn_ray.cli import commands as cli
-from afn_ray.cli.progress import _bar, _log_json, log_as
+from afn_ray.cli.progress import bar_counts, log_as, log_json
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, IncompleteRun, StoreError
+from afn_ray.errors import ConfigError, IncompleteRun, StoreError, Unavailable
 from afn_ray.runs import cluster, dispatch, status
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.runs.dispatch import State
+from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import garbage, layout, manifest, storage
-from afn_ray.store.commits import Commit
+from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
-from conftest import stop_after, write_jsonl
+from conftest import MakeConfig, fenced, stop_after, write_jsonl
 
-MakeConfig = Callable[..., RunConfig]
 INFRA = Path(__file__).parents[2] / "infra"
 MONITORING, GUIDE = INFRA / "monitoring", INFRA / "guide" / "seeing.md"
 MARK = "zyxwmark"
@@ -50,11 +50,6 @@ EXACT = (
     "bytes_written_total", "shards_quarantined", "shard_seconds_count", "shards_queued", "shards_running",
     "workers_wanted", "workers_ready",
 )  # fmt: skip
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, verses: list[str]) -> str:
-    return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
 
 
 def read(config: RunConfig) -> status.Status:
@@ -72,15 +67,15 @@ def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
     monkeypatch.setattr(status, "EVERY_S", 0.04)
     config, told = make_config(corpus=(corpus,)), {}
 
-    def look(event: Any) -> None:
+    def look(event: Event) -> None:
         until = time.monotonic() + 10
         while (
-            event.kind in ("starting", "reducing")
-            and event.kind not in told
+            isinstance(event, Starting | Reducing)
+            and event.name not in told
             and time.monotonic() < until
         ):
-            if (found := read(config)).state == event.kind:
-                told[event.kind] = found
+            if (found := read(config)).state == event.name:
+                told[event.name] = found
 
     with afn_ray.run(config, look) as run:
         counts = run.info["counts"]
@@ -116,9 +111,9 @@ def test_a_run_of_one_shard_moves(
     bars: list[tuple[str, int, int]] = []
     on_the_way: list[float | None] = []
 
-    def look(event: Any) -> None:
-        if event.state is not None:
-            bars.append(_bar(event.state))
+    def look(event: Event) -> None:
+        if isinstance(event, Working):
+            bars.append(bar_counts(event.state))
             if not event.state.num_done:
                 on_the_way.append(bars[-1][1])
 
@@ -136,7 +131,7 @@ def test_documents_tell_the_time_left_before_a_shard_is_done() -> None:
     assert state.left_s == 60.0
     assert replace(state, seconds=1.0).left_s is None  # too early
     assert replace(state, num_documents=None).left_s is None
-    assert _bar(replace(state, num_documents=None)) == ("shards", 0, 1)
+    assert bar_counts(replace(state, num_documents=None)) == ("shards", 0, 1)
     again = replace(state, live=Progress(measured=1700.0))  # attempts that failed count too
     assert (again.num_measured, again.left_s) == (1000, 0.0)
 
@@ -255,7 +250,7 @@ def test_a_status_is_replaced_whole_on_every_filesystem(place: str) -> None:
         for _ in range(9):  # it asks once, and on a bad night that is not enough
             try:
                 storage.write_over(uri, text)
-            except storage.Unavailable:
+            except Unavailable:
                 continue
             break
         assert storage.read_bytes(uri) == text
@@ -393,8 +388,8 @@ def test_what_is_no_store_has_no_status(tmp_path: Path) -> None:
 def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     memory: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status.socket, "gethostname", lambda: "head-0")
-    monkeypatch.setattr(status.os, "getpid", lambda: 4711)
+    monkeypatch.setattr(socket, "gethostname", lambda: "head-0")
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
     monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:25:45+00:00")
     reporter = status.Reporter(make_config(store=memory, corpus=("s3://corpus/2026-11-22",)))
     piece = FileSlice("s3://corpus/2026-11-22/7.jsonl", 9, "", "jsonl", "", 0, 9, 9, 1, "")
@@ -407,11 +402,9 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
         1.0,
         {},
     )
-    reporter.begin(
-        manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}),
-        [shard] * 190,
-        dict.fromkeys(map(str, range(100)), before),
-    )
+    found = Commits()
+    found.update(dict.fromkeys(map(str, range(100)), before))
+    reporter.begin(manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}), [shard] * 190, found)
     state = State(
         90,
         num_workers=8,
@@ -433,7 +426,7 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
         failures={"bad": "HelperDied: it died"},
         notices=["a worker was replaced"],
     )
-    state.commits = dict.fromkeys("abcdefghi", before)
+    state.commits.update(dict.fromkeys("abcdefghi", before))
     monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:31:02+00:00")
     reporter.working(state)
     reporter.notice("a worker was replaced")
@@ -544,8 +537,6 @@ def test_a_quiet_run_still_warns(
 
 
 def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> None:
-    from afn_ray.runs.job import Event
-
     lines = logs.Lines("json")
     state = State(
         10,
@@ -557,11 +548,11 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
         live=Progress(7, 100, 120, measured=9.4),
     )
     with caplog.at_level("INFO", logs.ROOT):
-        on_event = _log_json(lines)
-        on_event(Event("planned", "10 shards", run="a-run"))
-        on_event(Event("working", "", state=state))
-        on_event(Event("working", "", state=state))  # too soon
-        on_event(Event("warning", "warning: be careful"))
+        on_event = log_json(lines)
+        on_event(Planned("10 shards", run="a-run"))
+        on_event(Working(state))
+        on_event(Working(state))  # too soon
+        on_event(Warned("be careful"))
     planned, progress, warning = (json.loads(lines.format(record)) for record in caplog.records)
     assert planned["event"] == "planned" and progress["run"] == "a-run"
     assert (progress["event"], progress["tokens_per_s"], progress["left_s"]) == (
@@ -649,9 +640,12 @@ class Live:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
     folder = tmp_path_factory.mktemp("live")
-    rows = [[{"text": f"{MARK} and it was so, number {i}. " * 9}] for i in range(6)]
-    for i, extra in ((1, [{"text": "killed"}]), (3, [{"text": "gone"}]), (4, ["no JSON"])):
-        rows[i] += extra
+    rows: list[list[dict[str, str] | str]] = [
+        [{"text": f"{MARK} and it was so, number {i}. " * 9}] for i in range(6)
+    ]
+    rows[1].append({"text": "killed"})
+    rows[3].append({"text": "gone"})
+    rows[4].append("no JSON")
     for i, documents in enumerate(rows):
         write_jsonl(folder / f"{i}.jsonl", documents)
     store = str(folder / "store")
@@ -680,7 +674,8 @@ def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
     )
     assert done.returncode == 0, done.stderr
     workers = Path(f"{store}.workers").read_text()
-    types, series = {}, {}
+    types: dict[str, str] = {}
+    series: dict[str, list[float]] = {}
     for line in Path(f"{store}.metrics").read_text().splitlines():
         if line.startswith("# TYPE "):
             types[line.split()[2]] = line.split()[3]
@@ -888,7 +883,9 @@ def test_commands_of_the_guide_run(
         pass
     (tmp_path / "model").symlink_to(tiny_bert)
     (tmp_path / "infra").symlink_to(MONITORING.parent)
-    commands = [block for block in blocks(GUIDE, "sh") if not block.startswith("pip install ")]
+    commands = [
+        block for block in fenced(GUIDE.read_text(), "sh") if not block.startswith("pip install ")
+    ]
     assert len(commands) == 4
     shim = f'afn() {{ "{sys.executable}" -m afn_ray "$@"; }}\n'
     done = subprocess.run(
@@ -904,10 +901,5 @@ def test_commands_of_the_guide_run(
     assert log[-1]["event"] == "complete" and {line["run"] for line in log if "shard" in line} != {
         ""
     }
-    (toml,) = blocks(GUIDE, "toml")
+    (toml,) = fenced(GUIDE.read_text(), "toml")
     assert make_config(**tomllib.loads(toml)).log_format == "json"
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    """What stands between fences of ``language`` in the page at ``path``."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)

@@ -6,6 +6,8 @@ import errno
 import importlib.metadata
 import io
 import os
+import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -150,7 +152,7 @@ def test_the_bounds_come_from_the_package_s_own_metadata(monkeypatch: pytest.Mon
 
 def test_a_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, ok in (("3.10.14", False), ("3.11.0", True), ("3.13.9", True), ("3.14.0", False)):
-        monkeypatch.setattr(doctor.platform, "python_version", lambda v=version: v)
+        monkeypatch.setattr(platform, "python_version", lambda v=version: v)
         assert doctor._python().ok is ok
 
 
@@ -172,7 +174,7 @@ def test_free_space(
             assert path == tmp_path  # the disk of a folder that is not there yet is its parent's
             self.free = free
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", Usage)
+    monkeypatch.setattr(shutil, "disk_usage", Usage)
     found = doctor._space("store", tmp_path / "a" / "b", "use another")
     assert found.ok is ok and bool(found.advice) is (ok is not True)
 
@@ -189,9 +191,9 @@ def test_scratch_is_looked_at_where_a_run_writes_it(
     monkeypatch.setattr(session, "SOCKET_BYTES", 1000)
     found = doctor._scratch()
     assert found.ok is not False and f"free at {tmp_path / 'mine'}" in found.found
-    usage = doctor.shutil.disk_usage(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
         found = doctor._scratch()
         assert found.ok is False and "set TMPDIR, or give --scratch" in found.advice
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
@@ -207,7 +209,7 @@ def test_free_space_that_is_not_known_is_no_failure(
     def unknown(path: Path) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", unknown)
+    monkeypatch.setattr(shutil, "disk_usage", unknown)
     assert doctor._space("store", tmp_path, "use another").ok is None
 
 

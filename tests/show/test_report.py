@@ -548,6 +548,10 @@ def opened(browser: Any, page: Path) -> Iterator[Opener]:
     said: list[str] = []
     contexts = []
 
+    def dismiss(dialog: Any) -> None:
+        said.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
     def open_page(**options: Any) -> Any:
         context = browser.new_context(
             offline=True, viewport={"width": 1280, "height": 900}, **options
@@ -559,9 +563,7 @@ def opened(browser: Any, page: Path) -> Iterator[Opener]:
         tab = context.new_page()
         tab.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         tab.on("pageerror", lambda error: said.append(f"error: {error}"))
-        tab.on(
-            "dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss())
-        )
+        tab.on("dialog", dismiss)
         tab.on(
             "request",
             lambda ask: said.append(f"request: {ask.url}") if ask.url != page.as_uri() else None,

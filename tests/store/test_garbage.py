@@ -8,8 +8,6 @@ import itertools
 import json
 import os
 import shlex
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from afn_ray.store import epochs, manifest, storage
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.garbage import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
-from conftest import rewrite, write_jsonl
+from conftest import afn, rewrite, write_jsonl
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
 """Of a corpus of two files, each in one of two states; the last night has nothing that no earlier
@@ -369,10 +367,13 @@ def test_two_collections_at_once_do_what_one_does(made: Made, tmp_path: Path) ->
     for turn in range(5):
         store = made.copy(str(tmp_path / f"{turn}"))
         stays = expected(store, made.runs[-1:])
-        start, errors = threading.Barrier(2), []
+        start = threading.Barrier(2)
+        errors: list[BaseException] = []
 
         def one(
-            store: str = store, start: threading.Barrier = start, errors: list[Any] = errors
+            store: str = store,
+            start: threading.Barrier = start,
+            errors: list[BaseException] = errors,
         ) -> None:
             start.wait()
             try:
@@ -547,9 +548,12 @@ def test_a_run_that_was_taken_up_is_spared(made: Made, store: str, tmp_path: Pat
     lease = f"{store}/runs/{made.runs[0]}/lease-{'1' * 32}.json"
     with pytest.MonkeyPatch.context() as patch:
         publish = epochs.publish
-        patch.setattr(
-            epochs, "publish", lambda *args: (storage.write_once(lease, b"{}"), publish(*args))[1]
-        )
+
+        def publish_late(*args: Any) -> object:
+            storage.write_once(lease, b"{}")
+            return publish(*args)
+
+        patch.setattr(epochs, "publish", publish_late)
         done = collect(store, delete=True)
     assert done.spared == made.runs[:1] and made.runs[0] in done.kept
     check_whole(store, (made.runs[0], made.runs[-1]))
@@ -660,12 +664,6 @@ def test_wrong_requests_are_refused(store: str, made: Made, tmp_path: Path) -> N
 
 # --- the command
 # -----------------------------------------------------------------------------------------
-
-
-def afn(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "afn_ray", *args], capture_output=True, text=True, timeout=300
-    )
 
 
 def test_the_command_lists_and_what_it_names_deletes(made: Made, store: str) -> None:

@@ -12,9 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -791,7 +791,7 @@ def test_packed_commits_are_those_that_were_given(
         replace(ours, files={}),
         replace(ours, counts={"n": 1 << 70}),
         replace(ours, files={"tokens": files["tokens"] | {"name": "other"}}),
-        replace(ours, made_by={"a": ["b"]}),
+        replace(ours, made_by={"a": ["b"]}),  # type: ignore[dict-item]
     ]
     kept, others = Commits(), Commits()
     for at, commit in enumerate([ours, *odd]):
@@ -916,8 +916,8 @@ def test_a_clock_that_was_in_the_year_9999_does_not_end_later_runs(
 ) -> None:
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
 
     names = []
     for at in range(5):
@@ -927,7 +927,7 @@ def test_a_clock_that_was_in_the_year_9999_does_not_end_later_runs(
             names.append(finish_run(_begin(replace(config, sink_factor=2.0 + at)), RUN_INFO).id)
         assert find_run(config.store).id == names[-1]
     assert names == sorted(names) and len(set(names)) == 5
-    assert all(manifest.is_run_name(name) for name in names)
+    assert all(layout.is_run_name(name) for name in names)
 
 
 def test_a_plan_with_a_flipped_bit_is_not_remembered_in_silence(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from s3fs import S3FileSystem
 import afn_ray
 import faults
 from afn_ray.cli import commands
-from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
 from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
@@ -39,10 +38,7 @@ from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import FileInfo, ReadOptions
 from afn_ray.store import blocks, manifest, retry, storage
 from afn_ray.store.storage import RangeFile
-from conftest import S3_SECRET, stop_after, write_jsonl
-
-MakeConfig = Callable[..., RunConfig]
-
+from conftest import S3_SECRET, MakeConfig, stop_after, write_jsonl
 
 # --- a run
 # -----------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ def _documents(n: int) -> pa.Table:
 
 def _summary(tokens: pa.Table) -> list[pa.Table]:
     summary = Summary(SERIES)
-    columns = [tokens[c].to_numpy() for c in ("doc", "token_id", "flags")]
-    summary.add(*columns, {s: tokens[s.name].to_numpy() for s in SERIES})
+    docs, token_ids, flags = (tokens[c].to_numpy() for c in ("doc", "token_id", "flags"))
+    summary.add(docs, token_ids, flags, {s: tokens[s.name].to_numpy() for s in SERIES})
     return list(summary.tables())
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -133,7 +134,7 @@ def test_an_exception_in_the_middle_leaves_nothing(
 
 
 def _write_and_die(uri: str) -> None:
-    os.fsync = lambda handle: os._exit(9)  # as a kill between writing and linking
+    os.fsync = lambda fd: os._exit(9)  # as a kill between writing and linking
     storage.write_once(uri, b"data")
 
 
@@ -621,6 +622,10 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
 def test_any_part_of_a_file_is_checked_by_its_blocks(tmp_path: Path, num_bytes: int) -> None:
     data = Random(num_bytes).randbytes(num_bytes)
     (tmp_path / "x").write_bytes(data)
+
+    def reads(data: bytes) -> Callable[[int, int], bytes]:
+        return lambda start, end: data[start:end]
+
     sha256, checksums = blocks.file_checksums(tmp_path / "x")
     assert sha256 == hashlib.sha256(data).hexdigest() and checksums == blocks.checksums(data)
     found = blocks.Blocks.of(num_bytes, checksums)
@@ -628,14 +633,14 @@ def test_any_part_of_a_file_is_checked_by_its_blocks(tmp_path: Path, num_bytes: 
     random = Random(1)
     for _ in range(20):
         start, end = sorted(random.randrange(num_bytes + 1) for _ in range(2))
-        assert found.read(start, end, lambda a, b: data[a:b]) == data[start:end]
+        assert found.read(start, end, reads(data)) == data[start:end]
         if start < end:
             damaged = bytearray(data)
             damaged[random.randrange(start, end)] ^= 1 << random.randrange(8)
             for wrong in (bytes(damaged), data[: end - 1]):
-                assert found.read(start, end, lambda a, b, wrong=wrong: wrong[a:b]) is None
-    for wrong in (checksums + "00000000", checksums[:-1] or "0", None, 7):
+                assert found.read(start, end, reads(wrong)) is None
+    for no_sums in (checksums + "00000000", checksums[:-1] or "0", None, 7):
         with pytest.raises(ValueError, match="crc32"):
-            blocks.Blocks.of(num_bytes, wrong)
+            blocks.Blocks.of(num_bytes, no_sums)
     with pytest.raises(ValueError, match="bytes is"):
         blocks.Blocks.of(-1, checksums)

@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from afn_ray.errors import HelperDied, ShardError
 from afn_ray.schema import REPLACED, Document
 from afn_ray.tokens import encode, feed
 from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
+from conftest import find_model
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -51,7 +54,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_bert: Path) -> Recipe:
-    files = model.find_model(str(tiny_bert), None, trust_remote_code=False, allow_pickle=False)
+    files = find_model(tiny_bert)
     return Recipe(model.load_tokenizer(files).to_str(), 64, None, 256, False, True)
 
 
@@ -88,7 +91,8 @@ def documents(verses: list[str], n: int) -> list[Document]:
 
 def pids(chunks: Feed) -> list[int]:
     """The tokenizer processes, of which there are some once a chunk was prepared."""
-    return [pid for pool in chunks.executors for pid in pool._processes or {}]  # type: ignore[attr-defined]
+    pools = (e for e in chunks.executors if isinstance(e, ProcessPoolExecutor))
+    return [pid for pool in pools for pid in pool._processes or {}]
 
 
 class Counted:
@@ -103,6 +107,9 @@ class Counted:
             yield row
         if self.error is not None:
             raise self.error
+
+    def have_been_read(self, number: int) -> bool:
+        return self.read == number
 
 
 def assert_same(one: Prepared, other: Prepared) -> None:
@@ -238,7 +245,7 @@ def test_the_reader_stays_a_bounded_number_of_chunks_ahead(
     for taken in range(1, 6):
         assert next(chunks).documents == [rows.rows[taken - 1]]
         most = taken + ahead + 1  # those in the queue, and one in hand that has no room
-        assert eventually(lambda most=most: rows.read == most)
+        assert eventually(partial(rows.have_been_read, most))
         time.sleep(0.05)
         assert rows.read == most  # and there it waits
     assert sum(len(c.documents) for c in chunks) == 35

@@ -15,7 +15,7 @@ from afn_ray.runs.cluster.calls import RayTasks, call_on_place
 from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
 from afn_ray.runs.cluster.metrics import Published
 from afn_ray.runs.cluster.pool import RayPool
-from afn_ray.runs.dispatch import Dispatcher, OnState, State
+from afn_ray.runs.dispatch import Dispatcher, OnState, State, Tolerance
 from afn_ray.runs.inline import InlinePool
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import sweep_scratch
@@ -77,14 +77,8 @@ def _dispatch(
     pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState
 ) -> State:
     """Run a ``Dispatcher`` of ``shards`` on ``pool``."""
-    return Dispatcher(
-        pool,
-        shards,
-        on_state,
-        wait_s=config.wait_s,
-        deadline_s=config.shard_deadline_s,
-        allow_quarantined=config.allow_quarantined,
-    ).run()
+    tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)
+    return Dispatcher(pool, shards, on_state, tolerance).run()
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:

@@ -20,7 +20,7 @@ from afn_ray.runs.cluster.connection import (
     start_error,
     units_for_workers,
 )
-from afn_ray.runs.dispatch import Cause, Done, Event, Failed, Gone, Leaving, Ready, Silent
+from afn_ray.runs.dispatch import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Progress, total
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
@@ -157,7 +157,7 @@ class RayPool:
             shard.id,
         )
 
-    def wait(self, timeout_s: float) -> list[Event]:
+    def wait(self, timeout_s: float) -> list[PoolEvent]:
         end = time.monotonic() + timeout_s
         while True:
             events = [*self._verdicts(), *self._leaving()]
@@ -181,7 +181,7 @@ class RayPool:
             if events or time.monotonic() >= end:
                 return events
 
-    def _finished(self, ref: Any) -> Iterator[Event]:
+    def _finished(self, ref: Any) -> Iterator[PoolEvent]:
         """Events of a task that has ended."""
         worker, shard = self._in_flight.pop(ref)
         try:
@@ -198,7 +198,7 @@ class RayPool:
                 f"Ray failed: {dispatch.reason(error)}; the same command resumes"
             ) from error
 
-    def _looked(self, worker: int, ref: Any) -> Iterator[Event]:
+    def _looked(self, worker: int, ref: Any) -> Iterator[PoolEvent]:
         """Events of a poll that has been answered."""
         actor = self._actors.get(worker)
         if actor is None or actor.look is not ref:  # released or replaced since
@@ -268,7 +268,7 @@ class RayPool:
             actor.node = ""  # counts as a dead node
         self._ask(actor)
 
-    def _verdicts(self) -> Iterator[Event]:
+    def _verdicts(self) -> Iterator[PoolEvent]:
         """Events for dead processes whose cause is known by now.
 
         After ``VERDICT_S`` Ray would know of a dead node, so the cause is then a crash.
@@ -292,7 +292,7 @@ class RayPool:
         """Ids of the nodes that are alive."""
         return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
 
-    def _leaving(self) -> Iterator[Event]:
+    def _leaving(self) -> Iterator[PoolEvent]:
         """Events for workers on nodes that will stop soon."""
         if time.monotonic() < self._next_notices:
             return

@@ -21,6 +21,15 @@ from __future__ import annotations
 import os
 import sys
 
+TYPE_CHECKING = False  # that of typing, whose import is not every process's to pay
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    from afn_ray.runs.worker import Processor
+    from afn_ray.schema import Shard
+    from afn_ray.store.commits import Commit
+
 POINTS = (
     "process",  # the attempt begins
     "measured",  # its files are finished on scratch
@@ -87,7 +96,7 @@ def _strike(fault: dict[str, object], where: str) -> None:
         case "raise":
             raise RuntimeError(f"a fault on purpose {where}")
         case "eat":
-            eaten = []
+            eaten: list[bytes] = []
             while len(eaten) << 26 < EAT_BYTES:
                 eaten.append(b"x" * (64 << 20))
                 time.sleep(0.02)
@@ -112,51 +121,55 @@ def _node() -> str | None:
     )
 
 
-def _patch(pipeline: object) -> None:
+def _patch(worker: ModuleType) -> None:
     import json
 
-    manifest, storage = pipeline.manifest, pipeline.manifest.storage  # type: ignore[attr-defined]
-    process, publish, write_once = pipeline.Processor.process, manifest.publish, storage.write_once  # type: ignore[attr-defined]
+    shard_files, storage = worker.shard_files, worker.shard_files.storage
+    process, publish, write_once = worker.Processor.process, shard_files.publish, storage.write_once
 
-    def process_slowly(self, shard, oom_retries=0):  # type: ignore[no-untyped-def]
+    def process_slowly(self: Processor, shard: Shard, oom_retries: int = 0) -> Commit:
         _reach("process", shard.id, shard.slices[0].uri, oom_retries=oom_retries)
-        commit = process(self, shard, oom_retries)
+        commit: Commit = process(self, shard, oom_retries)
         _reach("committed", shard.id, shard.slices[0].uri, attempt=commit.attempt)
         return commit
 
-    def publish_measured(store, measure_id, shard, attempt, *args, **options):  # type: ignore[no-untyped-def]
+    def publish_measured(
+        store: str, measure_id: str, shard: Shard, attempt: str, *args: object, **options: object
+    ) -> Commit:
         _reach("measured", shard.id, shard.slices[0].uri, attempt=attempt)
-        return publish(store, measure_id, shard, attempt, *args, **options)
+        commit: Commit = publish(store, measure_id, shard, attempt, *args, **options)
+        return commit
 
-    def write_uploaded(uri, data, *args, **options):  # type: ignore[no-untyped-def]
+    def write_uploaded(uri: str, data: bytes, *args: object, **options: object) -> None:
         if uri.rpartition("/")[2].startswith("commit"):
             commit = json.loads(data)
             _reach(
                 "uploaded", commit["shard"], commit["slices"][0]["uri"], attempt=commit["attempt"]
             )
-        return write_once(uri, data, *args, **options)
+        write_once(uri, data, *args, **options)
 
-    pipeline.Processor.process = process_slowly  # type: ignore[attr-defined]
-    manifest.publish, storage.write_once = publish_measured, write_uploaded
+    worker.Processor.process = process_slowly
+    shard_files.publish, storage.write_once = publish_measured, write_uploaded
 
 
 class _Finder:
     """Patches afn_ray.runs.worker once somebody imports it."""
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != "afn_ray.runs.worker":
             return None
         from importlib.util import find_spec
 
         sys.meta_path.remove(self)
         spec = find_spec(name)
+        assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_patch(module):  # type: ignore[no-untyped-def]
+        def execute_and_patch(module: ModuleType) -> None:
             execute(module)
             _patch(module)
 
-        spec.loader.exec_module = execute_and_patch
+        spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec
 
 

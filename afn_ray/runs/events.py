@@ -1,0 +1,119 @@
+"""Events of a run, for the caller who waits for it: one class for each kind.
+
+Each event has a ``message`` for people, and the ``name`` of its line in the JSON log. Code tells
+events apart by class, never by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from afn_ray.runs.dispatch import State
+
+
+@dataclass(frozen=True, slots=True)
+class Hashing:
+    """The run has read some files of the corpus to plan."""
+
+    name: ClassVar[str] = "hashing"
+    message: ClassVar[str] = "reading the corpus to plan"
+    num_read: int
+    num_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piloting:
+    """A pilot starts."""
+
+    name: ClassVar[str] = "pilot"
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionDecided:
+    """The precision of the run is decided."""
+
+    name: ClassVar[str] = "planned"
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The run has a name and a plan."""
+
+    name: ClassVar[str] = "planned"
+    message: str
+    run: str  # id of the run
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """Workers start."""
+
+    name: ClassVar[str] = "starting"
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Working:
+    """The dispatcher has polled its workers."""
+
+    name: ClassVar[str] = "progress"
+    message: ClassVar[str] = ""  # whoever shows ``state`` chooses the words
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Reducing:
+    """The reduce of the shards starts."""
+
+    name: ClassVar[str] = "reducing"
+    message: ClassVar[str] = "finding the thresholds and the vocabulary"
+
+
+@dataclass(frozen=True, slots=True)
+class Screening:
+    """The screening of the documents starts."""
+
+    name: ClassVar[str] = "screening"
+    message: ClassVar[str] = "looking for strange documents"
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something is wrong, and the run continues."""
+
+    name: ClassVar[str] = "warning"
+    notice: str
+
+    @property
+    def message(self) -> str:
+        return f"warning: {self.notice}"
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """The run is complete; the message is one fact about it."""
+
+    name: ClassVar[str] = "complete"
+    message: str
+
+
+Event = (
+    Hashing
+    | Piloting
+    | PrecisionDecided
+    | Planned
+    | Starting
+    | Working
+    | Reducing
+    | Screening
+    | Warned
+    | Complete
+)
+"""What a run reports to its caller."""
+OnEvent = Callable[[Event], None]
+"""Callback for the events of a run."""
