@@ -143,7 +143,7 @@ def load(
         str(folder), None, trust_remote_code=trust_remote_code, allow_pickle=False
     )
     loaded = model.Model(files, layers, dtype, "cpu", 64)
-    loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)])
+    model.prepare(loaded, [documents(3, [n])[0] for n in (4, 9, CONTEXT)])
     return loaded
 
 
@@ -403,7 +403,7 @@ def test_a_family_without_a_test_is_tried_on_demand(tmp_path: Path) -> None:
         model.find_model(str(folder), None, **asked)
     found = model.find_model(str(folder), None, **asked, allow_untested=True)
     loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
-    loaded.prepare([documents(3, [n])[0] for n in (4, 9)])
+    model.prepare(loaded, [documents(3, [n])[0] for n in (4, 9)])
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def load(
         probes.token_ids[a:b].tolist()
         for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)
     ]
-    loaded.prepare(ids)
+    model.prepare(loaded, ids)
     return loaded, encoder
 
 
