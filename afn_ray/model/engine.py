@@ -1,11 +1,11 @@
-"""A loaded, self-checked model that reads chosen layers in one forward pass."""
+"""Load a model's weights, run batches through it, and read chosen layers."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from afn_ray.errors import ModelError
 from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
-from afn_ray.model.linear import Product
+from afn_ray.model.linear import Cast, Product
 from afn_ray.model.signals import Attention, Signal, Site, Strength, measured
 from afn_ray.schema import Series
 
@@ -32,6 +32,29 @@ class Place(NamedTuple):
     gram: torch.Tensor | None  # [heads, size, size] for ``attention.value_norms``
     neurons: str  # layer whose input is the MLP's neurons; empty if not needed
     num_neurons: int  # 0 if not needed
+
+
+@dataclass(slots=True)
+class Pass:
+    """One forward pass: what it reads, how far it is, and the values read so far."""
+
+    layers: Sequence[int] = ()  # ascending
+    signals: Sequence[Signal] = ()
+    needs: frozenset[str] = frozenset()  # of the signals
+    to_end: bool = False  # whether blocks after the last layer run, too
+    length: int = 0  # tokens in a row of the batch
+    layout: attention.Layout | None = None  # of a packed batch
+    calls: int = 0  # blocks that have run
+    # In the running block: its input, and two places inside it, if they are read.
+    before: torch.Tensor | None = None
+    neurons: torch.Tensor | None = None
+    unscaled: torch.Tensor | None = None
+    read: dict[Series, torch.Tensor] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Drop all tensors: a traceback may hold this pass while its batch is tried again."""
+        self.read.clear()
+        self.before = self.neurons = self.unscaled = self.layout = None
 
 
 class _Enough(Exception):
@@ -82,44 +105,35 @@ class Model:
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self.layers = tuple(layers)
+        self.batch_tokens = batch_tokens
         self._outliers = {
             k: torch.tensor(dims, device=self.device)
             for k, dims in zip(layers, outliers, strict=False)
         }
-        # Set by ``prepare``, as are the next two.
+        self.module: Any = load_weights(files)
+        self.blocks = find_blocks(self.module, files)
+        for block in self.blocks:
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True)
+            block.register_forward_hook(self._after_block)
+        padding = getattr(self.module.config, "pad_token_id", None) or 0
+        self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
+        # Set by ``prove.prepare``, as are the next three.
         self.causal = False
         self.packed = False  # whether a batch is one packed sequence without padding
         self.why_padded: str | None = None
-        self._model: Any = load_weights(files)
-        self._parameters = inspect.signature(self._model.forward).parameters
-        padding = getattr(self._model.config, "pad_token_id", None) or 0
-        self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
-        self._stop = True
-        self._calls = self._length = 0
-        self._windowed = False  # whether attention received a sliding window
-        self._signals: Sequence[Signal] = (STRENGTH,)
-        self._needs: frozenset[str] = frozenset()
-        self._places: dict[torch.nn.Module, Place] = {}
-        self._before: torch.Tensor | None = None  # input of the running block, if it is read
-        self._neurons: torch.Tensor | None = None
-        self._unscaled: torch.Tensor | None = None
-        self._layout: attention.Layout | None = None
-        self._watching = False  # whether to keep the attention call of every block
-        self._read: dict[Series, torch.Tensor] = {}
-        self._cast: Any = None
-        self._blocks = find_blocks(self._model, files)
-        for block in self._blocks:
-            block.register_forward_pre_hook(self._before_block, with_kwargs=True)
-            block.register_forward_hook(self._after_block)
-        self._batch_tokens = batch_tokens
+        self.cast: Cast | None = None  # that the fast products share
+        self.windowed = False  # whether attention has received a sliding window
+        self.places: dict[torch.nn.Module, Place] = {}
+        self._pass = Pass()
 
     @property
     def num_embeddings(self) -> int:
         """Number of token ids that have an embedding; the ids count from 0."""
-        return int(self._model.get_input_embeddings().weight.shape[0])
+        return int(self.module.get_input_embeddings().weight.shape[0])
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """Name and type of the model, for messages."""
         return f"{self.files.name} ({self.files.model_type})"
 
     @contextmanager
@@ -135,7 +149,7 @@ class Model:
                 if x.numel():
                     peak.copy_(torch.maximum(peak, x.detach().abs().amax()))
 
-        modules = [m for block in self._blocks for m in block.modules() if isinstance(m, Product)]
+        modules = [m for block in self.blocks for m in block.modules() if isinstance(m, Product)]
         handles = [m.register_forward_hook(look) for m in modules]
         try:
             yield lambda: float(peak)
@@ -143,51 +157,73 @@ class Model:
             for handle in handles:
                 handle.remove()
 
-    # --- measuring ---
+    def read_from(self, places: dict[torch.nn.Module, Place]) -> None:
+        """Read what signals need beside hidden states from these ``places``, one for each block."""
+        for block, place in places.items():
+            if place.neurons:
+                block.get_submodule(place.neurons).register_forward_pre_hook(self._before_neurons)
+            if place.norm:
+                block.get_submodule(place.norm).register_forward_pre_hook(self._before_norm)
+        self.places = places
+
+    def run_plain(self, ids: Sequence[int]) -> tuple[Pass, Sequence[torch.Tensor] | None]:
+        """Run all blocks over one text, on the CPU, as transformers runs them.
+
+        Returns the finished pass, which read the strength at every layer, and the model's own
+        ``hidden_states``.
+        """
+        layers = range(self.files.depth + 1)
+        self._pass = this = Pass(layers, (STRENGTH,), to_end=True, length=len(ids))
+        with torch.inference_mode(), one_thread(torch.device("cpu")):
+            states = self.module(
+                input_ids=torch.tensor([list(ids)]), output_hidden_states=True
+            ).hidden_states
+        return this, states
 
     def measure(
         self,
         ids: npt.NDArray[np.int64],
         lengths: Sequence[int],
         signals: Sequence[Signal] = (STRENGTH,),
+        layers: Sequence[int] | None = None,
     ) -> Norms:
         """Like ``submit``, but wait for the values: float32 [n_measured, n_tokens]."""
-        return self.submit(ids, lengths, signals).result()
+        return self.submit(ids, lengths, signals, layers).result()
 
     def submit(
         self,
         ids: npt.NDArray[np.int64],
         lengths: Sequence[int],
         signals: Sequence[Signal] = (STRENGTH,),
+        layers: Sequence[int] | None = None,
     ) -> Pending:
-        """Measure ``signals`` at every chosen layer for the sequences in ``ids``.
+        """Measure ``signals`` at ``layers`` (the chosen ones by default) for sequences in ``ids``.
 
         ``ids`` is int64 [n_tokens]: sequences of the given ``lengths`` one after another, then
         filler. The result is float32 [n_measured, n_tokens] in the order of ``signals.measured``;
         the values at filler have no meaning. On a GPU this method returns before the device is
         done.
         """
-        self._signals = signals
-        self._needs = frozenset(need for signal in signals for need in signal.needs)
-        self._calls = 0
-        self._read.clear()
+        layers = self.layers if layers is None else layers
+        needs = frozenset(need for signal in signals for need in signal.needs)
+        self._pass = this = Pass(layers, signals, needs)
         run = self._run_packed if self.packed else self._run_padded
         try:
             with torch.inference_mode(), one_thread(self.device):
                 layout = run(ids, lengths)
-                values = torch.stack([self._read[s] for s in measured(self.layers, signals)])
-        finally:  # a failed pass must not leave state to the next one
-            self._read.clear()
-            self._before = self._neurons = self._unscaled = self._layout = None
-            if self._cast is not None:
-                self._cast.clear()
+                values = torch.stack([this.read[s] for s in measured(layers, signals)])
+        finally:
+            this.forget()
+            if self.cast is not None:
+                self.cast.clear()
         return Pending(values, layout)
 
     def _run_packed(
         self, ids: npt.NDArray[np.int64], lengths: Sequence[int]
     ) -> Callable[[Norms], Norms]:
-        self._length = len(ids)
-        self._layout = layout = attention.Layout(lengths, len(ids), self.device)
+        this = self._pass
+        this.length = len(ids)
+        this.layout = layout = attention.Layout(lengths, len(ids), self.device)
         positions = np.full(len(ids), self._first_position, np.int64)
         n = sum(lengths)
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -198,10 +234,10 @@ class Model:
         }
         with attention.packed(layout):
             self._run(inputs)
-        self._windowed |= layout.windowed
-        if layout.calls != self._calls:
+        self.windowed |= layout.windowed
+        if layout.calls != this.calls:
             raise ModelError(
-                f"{self._calls} of its blocks ran, and {layout.calls} times its attention went through the interface"
+                f"{this.calls} of its blocks ran, and {layout.calls} times its attention went through the interface"
             )
         return lambda values: values[:, 0]
 
@@ -209,7 +245,7 @@ class Model:
         self, ids: npt.NDArray[np.int64], lengths: Sequence[int]
     ) -> Callable[[Norms], Norms]:
         longest, n = max(lengths), len(lengths)
-        self._length = longest
+        self._pass.length = longest
         mask = np.arange(longest) < np.asarray(lengths)[:, None]
         matrix = np.full((n, longest), ids[0], np.int64)  # pad with any id: the mask excludes it
         matrix[mask] = ids[: sum(lengths)]
@@ -229,84 +265,89 @@ class Model:
 
     def _run(self, inputs: dict[str, torch.Tensor]) -> None:
         try:
-            self._model(**inputs)
+            self.module(**inputs)
         except _Enough:
             return
-        if self._calls != self.files.depth:
+        if self._pass.calls != self.files.depth:
             raise ModelError(
-                f"{self._name} ran {self._calls} blocks, its config says {self.files.depth}"
+                f"{self.name} ran {self._pass.calls} blocks, its config says {self.files.depth}"
             )
 
     def _before_block(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        this = self._pass
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self._calls == 0 and 0 in self.layers:
+        if this.calls == 0 and 0 in this.layers:
             self._keep(Site(0, hidden))
-        is_read = self._calls + 1 in self.layers
-        self._before = hidden if is_read else None
-        if self._layout is not None:
-            self._layout.watched = self._watching or (is_read and "attention" in self._needs)
-            self._layout.seen = None
+        is_read = this.calls + 1 in this.layers
+        this.before = hidden if is_read else None
+        if this.layout is not None:
+            this.layout.watched = is_read and "attention" in this.needs
+            this.layout.seen = None
 
     def _after_block(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._calls += 1
-        if self._calls in self.layers:
+        this = self._pass
+        this.calls += 1
+        if this.calls in this.layers:
             hidden = output[0] if isinstance(output, tuple) else output
-            if self._neurons is not None:  # some MLPs flatten the rows of a batch
-                shape = (*hidden.shape[:-1], self._places[module].num_neurons)
-                if self._neurons.numel() != math.prod(shape):
+            if this.neurons is not None:  # some MLPs flatten the rows of a batch
+                shape = (*hidden.shape[:-1], self.places[module].num_neurons)
+                if this.neurons.numel() != math.prod(shape):
                     raise ModelError(
-                        f"{self._name} runs its MLP in pieces, as with chunk_size_feed_forward in its "
+                        f"{self.name} runs its MLP in pieces, as with chunk_size_feed_forward in its "
                         "config; leave the signal neurons out"
                     )
-                self._neurons = self._neurons.reshape(shape)
+                this.neurons = this.neurons.reshape(shape)
             self._keep(
                 Site(
-                    self._calls,
+                    this.calls,
                     hidden,
-                    self._before,
+                    this.before,
                     self._attention(module),
-                    self._neurons,
-                    self._unscaled,
+                    this.neurons,
+                    this.unscaled,
                 )
             )
-        self._neurons = self._unscaled = None
+        this.neurons = this.unscaled = None
 
     def _before_neurons(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if "neurons" in self._needs and self._calls + 1 in self.layers:
-            self._neurons = args[0]
+        this = self._pass
+        if "neurons" in this.needs and this.calls + 1 in this.layers:
+            this.neurons = args[0]
 
     def _before_norm(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if "norm" in self._needs and self._calls + 1 in self.layers:
+        this = self._pass
+        if "norm" in this.needs and this.calls + 1 in this.layers:
             assert isinstance(module, torch.nn.LayerNorm)
-            self._unscaled = torch.nn.functional.layer_norm(
+            this.unscaled = torch.nn.functional.layer_norm(
                 args[0], module.normalized_shape, eps=module.eps
             )
 
     def _attention(self, block: torch.nn.Module) -> Attention | None:
-        if "attention" not in self._needs:
+        if "attention" not in self._pass.needs:
             return None
-        gram = self._places[block].gram
-        assert gram is not None and self._layout is not None and self._layout.seen is not None
-        of_others, own = attention.received(self._layout.seen, self._layout)
+        gram, layout = self.places[block].gram, self._pass.layout
+        assert gram is not None and layout is not None and layout.seen is not None
+        of_others, own = attention.received(layout.seen, layout)
         return Attention(
             of_others[:, None],
             own[:, None],
-            attention.value_norms(self._layout.seen, gram)[:, None],
+            attention.value_norms(layout.seen, gram)[:, None],
         )
 
     def _keep(self, site: Site) -> None:
+        this = self._pass
         # Some models pad their states to a multiple of the attention window.
         for name in ("hidden", "before", "neurons", "unscaled"):
             if (states := getattr(site, name)) is not None:
-                setattr(site, name, states[:, : self._length])
+                setattr(site, name, states[:, : this.length])
         site.outliers = self._outliers.get(site.layer)
-        for signal in self._signals:
+        for signal in this.signals:
             if site.layer >= signal.first_layer:
                 for column, values in zip(signal.columns, signal.measure(site), strict=True):
-                    self._read[Series(column, site.layer)] = values
-        if self._stop and site.layer == self.layers[-1]:
+                    this.read[Series(column, site.layer)] = values
+        if not this.to_end and site.layer == this.layers[-1]:
             raise _Enough
 
 
