@@ -122,7 +122,7 @@ class _Candidate:
         processor = worker.Processor(worker.prepare(config, self.files, self._device, "float32")[0])
         processor.close()
         engine = processor.model
-        gram = engine._places[engine._blocks[self.layer - 1]].gram
+        gram = engine.places[engine.blocks[self.layer - 1]].gram
         assert gram is not None
         return gram
 

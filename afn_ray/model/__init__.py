@@ -16,6 +16,7 @@ from afn_ray.model.files import (
     load_tokenizer,
 )
 from afn_ray.model.linear import has_fast_products
+from afn_ray.model.prove import prepare
 from afn_ray.model.task import Decided, decide
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "is_device_fault",
     "is_out_of_memory",
     "load_tokenizer",
+    "prepare",
 ]

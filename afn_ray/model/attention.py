@@ -109,6 +109,11 @@ def packed(layout: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+def current() -> Layout | None:
+    """The layout of the pass that runs in this context; None outside of ``packed``."""
+    return _layout.get(None)
+
+
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -13,7 +13,7 @@ Replaced = list[tuple[torch.nn.Module, str, torch.nn.Module]]
 """Replaced layers: the parent module, the name in the parent, and the original layer."""
 
 
-class _Cast:
+class Cast:
     """Cast inputs to the dtype of the products; reuse the result while the input stays the same.
 
     Query, key and value layers read the same input.
@@ -44,7 +44,7 @@ class Product(torch.nn.Module):
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, cast: _Cast, rows: int, wide: bool
+        self, weight: torch.Tensor, bias: torch.Tensor | None, cast: Cast, rows: int, wide: bool
     ) -> None:
         super().__init__()
         self._cast, self._wide = cast, wide
@@ -99,12 +99,12 @@ def has_fast_products(dtype: str, device: str) -> bool:
 
 def replace_linear_layers(
     blocks: Iterable[torch.nn.Module], dtype: torch.dtype, rows: int, *, wide: bool
-) -> tuple[Replaced, _Cast]:
+) -> tuple[Replaced, Cast]:
     """Replace the linear layers inside ``blocks`` by ``Product``s for about ``rows`` rows.
 
     ``restore`` undoes the replacement. The second result is the cast that the products share.
     """
-    cast = _Cast(dtype)
+    cast = Cast(dtype)
     replaced: Replaced = []
     for block in blocks:
         for parent in list(block.modules()):

@@ -11,8 +11,9 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from afn_ray.errors import ModelError
-from afn_ray.model.engine import Norms, compare_norms, find_blocks, num_experts
+from afn_ray.model.engine import Norms, find_blocks
 from afn_ray.model.files import ModelFiles, load_weights
+from afn_ray.model.prove import compare_norms, num_experts
 from afn_ray.model.signals import norm
 
 

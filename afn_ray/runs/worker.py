@@ -218,7 +218,7 @@ class Processor:
         needs = frozenset(need for signal in self.signals for need in signal.needs)
         probes = _probes(encoder, window)
         self._probe = min(probes, key=len)
-        self.model.prepare(probes, needs)
+        model.prepare(self.model, probes, needs)
         self.progress.why_padded = self.model.why_padded or ""
         recipe = Recipe(
             tokenizer.to_str(),

@@ -43,7 +43,7 @@ def load(
         probes.token_ids[a:b].tolist()
         for a, b in zip(probes.bounds, probes.bounds[1:], strict=False)
     ]
-    loaded.prepare(ids)
+    model.prepare(loaded, ids)
     return loaded, encoder
 
 
@@ -102,17 +102,26 @@ def test_layers_of_other_architectures_equal_hidden_states(
 def test_blocks_after_the_last_layer_never_run(minilm: Path) -> None:
     loaded, encoder = load(minilm, [2, 4])
     ran = []
-    for at, block in enumerate(loaded._model.encoder.layer):
+    for at, block in enumerate(loaded.module.encoder.layer):
         block.register_forward_pre_hook(lambda module, args, at=at: ran.append(at))
     ids = encoder.encode(["Let there be light"]).token_ids.tolist()
     measure(loaded, ids, ids[:1])
     assert ran == [0, 1, 2, 3]
 
 
+def test_other_layers_are_measured_on_demand_and_the_chosen_ones_stay(tiny_bert: Path) -> None:
+    loaded, encoder = load(tiny_bert, [2])
+    ids = encoder.encode(["Let there be light"]).token_ids.astype(np.int64)
+    expected = reference_norms(tiny_bert, ids.tolist())
+    others = loaded.measure(ids, [len(ids)], layers=[0, 3])
+    np.testing.assert_allclose(others, [expected[0], expected[3]], rtol=2e-5)
+    np.testing.assert_allclose(loaded.measure(ids, [len(ids)]), [expected[2]], rtol=2e-5)
+
+
 def test_layer_0_alone_runs_no_block(tiny_bert: Path) -> None:
     loaded, encoder = load(tiny_bert, [0])
     ran = []
-    for part in loaded._blocks[0].modules():
+    for part in loaded.blocks[0].modules():
         part.register_forward_hook(lambda module, args, output: ran.append(module))
     ids = encoder.encode(["Let there be light"]).token_ids.tolist()
     (got,) = measure(loaded, ids)
@@ -150,18 +159,19 @@ def test_with_half_precision_products_the_stream_and_the_norms_stay_float32(
     ids = encoder.encode(["Let there be light"]).token_ids
     loaded.measure(ids.astype(np.int64), [len(ids)], [Watching()])
     assert seen == {torch.float32}
-    assert {p.dtype for p in loaded._model.embeddings.parameters()} == {torch.float32}
-    norms = [m for b in loaded._blocks for m in b.modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert {p.dtype for p in loaded.module.embeddings.parameters()} == {torch.float32}
+    norms = [m for b in loaded.blocks for m in b.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert norms and all(m.weight.dtype == torch.float32 for m in norms)
-    products = [m for b in loaded._blocks for m in b.modules() if isinstance(m, linear.Product)]
+    products = [m for b in loaded.blocks for m in b.modules() if isinstance(m, linear.Product)]
     assert len(products) == 3 * 6 and all(m._weight.dtype == torch.bfloat16 for m in products)
 
 
 def test_no_input_is_kept_behind_a_batch(tiny_bert: Path) -> None:
     loaded, encoder = load(tiny_bert, [2], "bfloat16")
     measure(loaded, encoder.encode(["Let there be light"]).token_ids.tolist())
-    assert loaded._cast._source is loaded._cast._result is None
-    assert loaded._read == {}
+    assert loaded.cast is not None
+    assert loaded.cast._source is loaded.cast._result is None
+    assert loaded._pass.read == {}
 
 
 # --- the self-check
@@ -281,7 +291,7 @@ def test_products_that_are_wrong_are_not_used(
     monkeypatch.setattr(linear.Product, "forward", lambda self, x: right(self, x) * 30)
     loaded, encoder = load(tiny_bert, [2])
     assert loaded.packed  # each choice for itself
-    assert not any(isinstance(m, linear.Product) for m in loaded._model.modules())
+    assert not any(isinstance(m, linear.Product) for m in loaded.module.modules())
     ids = encoder.encode(["Let there be light"]).token_ids.tolist()
     np.testing.assert_allclose(
         measure(loaded, ids)[0][0], reference_norms(tiny_bert, ids)[2], rtol=2e-5
@@ -547,7 +557,7 @@ def test_a_product_is_the_linear_layer_it_replaces(
         monkeypatch.setattr(linear, "_can_prepack", lambda dtype: False)
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
-    product = linear.Product(layer.weight.detach(), layer.bias, linear._Cast(dtype), 64, wide)
+    product = linear.Product(layer.weight.detach(), layer.bias, linear.Cast(dtype), 64, wide)
     assert product._prepacked == (prepacked and linear._can_prepack(dtype))
     for shape in ((1, 64, 48), (1, 3, 48), (2, 5, 48), (7, 48)):
         x = torch.randn(shape)
@@ -570,7 +580,7 @@ def test_weights_are_laid_out_for_onednn_where_it_takes_them(
     if torch.backends.mkldnn.is_available():
         assert linear._can_prepack(torch.float32)
     loaded, encoder = load(minilm, [4])
-    product = loaded._model.encoder.layer[0].intermediate.dense
+    product = loaded.module.encoder.layer[0].intermediate.dense
     assert isinstance(product, linear.Product) and product._prepacked == linear._can_prepack(
         torch.float32
     )
@@ -599,7 +609,7 @@ def test_onednn_that_miscomputes_or_refuses_is_not_used(monkeypatch: pytest.Monk
 
 
 def test_one_input_of_several_layers_is_cast_once() -> None:
-    cast = linear._Cast(torch.bfloat16)
+    cast = linear.Cast(torch.bfloat16)
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     one = cast(x)
     assert one.dtype == torch.bfloat16 and cast(x) is one

@@ -48,7 +48,7 @@ def load(
 ) -> model.Model:
     files = find_model(folder)
     loaded = model.Model(files, layers, dtype, "cpu", 64)
-    loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)], needs)
+    model.prepare(loaded, [documents(3, [n])[0] for n in (4, 9, CONTEXT)], needs)
     return loaded
 
 
@@ -198,7 +198,7 @@ def test_without_gain_and_bias_every_strength_is_the_root_of_the_width(minilm: P
     files = find_model(minilm)
     loaded = model.Model(files, [1, 4, 6], "float32", "cpu", 64)
     ids = np.arange(1000, 1060, dtype=np.int64)
-    loaded.prepare([ids[:5].tolist(), ids.tolist()], Centred.needs)
+    model.prepare(loaded, [ids[:5].tolist(), ids.tolist()], Centred.needs)
     strength, centred = np.split(loaded.measure(ids, [60], [Strength(), Centred()]), 2)
     np.testing.assert_allclose(centred, np.sqrt(384), rtol=1e-4)
     assert strength.std() > 0.1
@@ -223,7 +223,7 @@ def test_trimmed_strengths_lack_the_dimensions_given(name: str, family: Any) -> 
     folder, _ = family(name)
     files = find_model(folder)
     loaded = model.Model(files, [0, 2], "float32", "cpu", 64, [[3, 1], [30]])
-    loaded.prepare([documents(3, [n])[0] for n in (4, 9, CONTEXT)], Trimmed.needs)
+    model.prepare(loaded, [documents(3, [n])[0] for n in (4, 9, CONTEXT)], Trimmed.needs)
     for ids, got in zip(TEXTS, measure(loaded, [Trimmed()]), strict=True):
         for layer, dims in ((0, [3, 1]), (2, [30])):
             states = plain(folder, ids).hidden_states[layer][0].double()

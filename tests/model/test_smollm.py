@@ -71,7 +71,7 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
     expected = [[x[k][0].double().norm(dim=-1).numpy() for k in LAYERS] for x in states]
     monkeypatch.setattr(engine, "load_weights", lambda _: plain)
     loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
-    loaded.prepare([rows[1], rows[0]])  # the self-check
+    model.prepare(loaded, [rows[1], rows[0]])  # the self-check
     assert loaded.packed and loaded.causal
 
     lengths = [len(ids) for ids in rows]

@@ -630,7 +630,7 @@ def test_the_second_run_does_nothing_and_says_so(
     monkeypatch.setattr(
         worker.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded")
     )
-    events: list[job.Event] = []
+    events: list[Event] = []
     with afn_ray.run(config, events.append) as run:
         assert run.uri == first
     assert {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()} == before
@@ -1038,7 +1038,7 @@ def test_a_model_folder_that_moves_keeps_the_measure(
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
     afn_ray.run(make_config(corpus=(str(corpus),))).close()
     moved = shutil.copytree(tiny_bert, tmp_path / "elsewhere")
-    events: list[job.Event] = []
+    events: list[Event] = []
     afn_ray.run(make_config(corpus=(str(corpus),), model=str(moved)), events.append).close()
     assert events[-1].message.startswith("nothing to do")
 
