@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray.query.database import Run
+from afn_ray.query.views import is_high
 from afn_ray.reduce import compare, lexicon, losses
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import wilson
@@ -465,7 +466,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     ).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
-        SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({strength} >= $q3) AS n_high,
+        SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
                quantile_disc({strength}, 0.5) AS median
         FROM words WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') GROUP BY lower(text) HAVING n >= $least
     """  # noqa: S608 - the layer is a number
