@@ -44,7 +44,7 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.store import checksums, manifest, storage
+from afn_ray.store import checksums, disk, manifest, storage
 from afn_ray.text import printable
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
@@ -106,12 +106,25 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
         read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
         made = _statements(folder, tables, files, "store() || ", read)
     place = folder.store.rstrip("/").replace("'", "''")
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with disk.unfinished(path) as unfinished:
+            _write_catalog(unfinished, place, tables, made)
+            os.link(unfinished, path)  # appears complete, and replaces no file
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} exists and stays as it is; name another file, or remove it"
+        ) from error
+    except (duckdb.Error, OSError) as error:
+        raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
+
+
+def _write_catalog(
+    path: Path, place: str, tables: Mapping[str, pa.Table], made: Sequence[str]
+) -> None:
+    """Write the database to ``path``; ``place`` is the store, quoted for SQL."""
     try:
         # The file format of DuckDB 1.0: only the newest clients open the default format.
-        with duckdb.connect(
-            unfinished, config={"storage_compatibility_version": "v1.0.0"}
-        ) as connection:
+        with duckdb.connect(path, config={"storage_compatibility_version": "v1.0.0"}) as connection:
             connection.execute(
                 f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
             )
@@ -119,16 +132,8 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
-        os.link(unfinished, path)  # appears complete, and replaces no file
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists and stays as it is; name another file, or remove it"
-        ) from error
-    except (duckdb.Error, OSError) as error:
-        raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
     finally:
-        for left in (unfinished, unfinished.with_name(f"{unfinished.name}.wal")):
-            left.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.wal").unlink(missing_ok=True)
 
 
 KEYS = itertools.count()
