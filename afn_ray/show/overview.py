@@ -24,6 +24,7 @@ from afn_ray.reduce.stats import wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
 from afn_ray.store import checksums, manifest
+from afn_ray.store.commits import num_measured
 from afn_ray.text import count, printable
 
 SALIENT_WORDS = 10
@@ -249,13 +250,12 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     info = summary.info
     counts, model, size = info["counts"], info["model"], summary.bytes_per_token
-    read = counts["documents"] - counts["empty"] - counts["quarantined"]
     rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),
         (
             "documents",
-            f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
+            f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} empty "
             f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
         ("lost", losses.describe(summary.losses) or "nothing"),
