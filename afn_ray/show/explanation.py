@@ -81,7 +81,7 @@ def _shown(text: str) -> str:
     return _visible(text.replace("\r\n", "\n"), keep="\n\t")
 
 
-def _label(token: Token) -> str:
+def _token_name(token: Token) -> str:
     """A token as a table shows it; one that continues a word begins with an ellipsis."""
     if token.special:
         return _visible(token.piece)
@@ -192,13 +192,13 @@ def _behind(explanation: Explanation, decision: Decision) -> str:
 
 
 def _numbered(explanation: Explanation) -> list[str]:
-    """Labels of the tokens; repeated labels get a number."""
-    labels = [_label(token) for token in explanation.tokens]
+    """Names of the tokens; repeated names get a number."""
+    names = [_token_name(token) for token in explanation.tokens]
     seen: Counter[str] = Counter()
     found = []
-    for label in labels:
-        seen[label] += 1
-        found.append(f"{label} #{seen[label]}" if labels.count(label) > 1 else label)
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name} #{seen[name]}" if names.count(name) > 1 else name)
     return found
 
 
@@ -210,8 +210,8 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
     """Rows under ``DECISION_HEADS``: the highest ranked tokens, without special ones."""
     at = explanation.layers.index(decision.layer)
     scored = [
-        (label, t.readings[at].strength, a)
-        for label, t, a in zip(
+        (name, t.readings[at].strength, a)
+        for name, t, a in zip(
             _numbered(explanation), explanation.tokens, decision.attributions, strict=True
         )
         if not t.special
@@ -226,9 +226,9 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
 
 def _neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
     """Rows under ``NEURON_HEADS``: the highest ranked neurons."""
-    labels = _numbered(explanation)
+    names = _numbered(explanation)
     return [
-        (f"{n.neuron}", f"{n.attribution:+.4f}", labels[n.token], f"{n.attribution_there:+.4f}")
+        (f"{n.neuron}", f"{n.attribution:+.4f}", names[n.token], f"{n.attribution_there:+.4f}")
         for n in decision.neurons
     ]
 
@@ -297,7 +297,7 @@ def render_terminal(
     for token in shown:
         reading = token.readings[at]
         label = Text.assemble(
-            (_label(token), TERMINAL[reading.quartile or 1])
+            (_token_name(token), TERMINAL[reading.quartile or 1])
         )  # colours only its letters
         table.add_row(label, *_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
@@ -324,23 +324,23 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
     table.add_column(
         "token",
         overflow="fold",
-        min_width=min(12, max(cell_len(_label(t)) for t in explanation.tokens)),
+        min_width=min(12, max(cell_len(_token_name(t)) for t in explanation.tokens)),
     )
     for name in names:
         table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
     for token, row in zip(explanation.tokens[:n], rows, strict=False):
         values = [Text.assemble((text, TERMINAL[quartile or 1])) for text, quartile in row]
-        table.add_row(Text(_label(token)), *values, style="dim" if token.special else "")
+        table.add_row(Text(_token_name(token)), *values, style="dim" if token.special else "")
     console.print(table)
 
 
-LABEL_WIDTH = 24
+NAME_WIDTH = 24
 
 
 def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
     """Print the heat map of the first ``n`` tokens, in parts that fit the console's width."""
     layers = list(explanation.sweep)
-    width = min(LABEL_WIDTH, max(cell_len(_label(t)) for t in explanation.tokens[:n]))
+    width = min(NAME_WIDTH, max(cell_len(_token_name(t)) for t in explanation.tokens[:n]))
     if layers:
         console.print(Text("Rank of strength within each layer", "bold"))
     while layers:
@@ -354,7 +354,7 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
         console.print(Text(f"\n  {set_cell_size('layer', width)}  {heads}", "bold"), no_wrap=True)
         for token in explanation.tokens[:n]:
             line = Text(
-                f"  {set_cell_size(_label(token), width)}  ", "dim" if token.special else ""
+                f"  {set_cell_size(_token_name(token), width)}  ", "dim" if token.special else ""
             )
             for i, w in zip(at, widths, strict=True):
                 cell = token.cells[i]
@@ -550,7 +550,7 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         for quartile, text in limits.items()
     )
     rows = "\n".join(
-        f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(_label(token))}</bdi></span></td>'
+        f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(_token_name(token))}</bdi></span></td>'
         + "".join(f"<td>{cell}</td>" for cell in _cells(token, token.readings[at]))
         + "</tr>"
         for token in explanation.tokens
@@ -571,7 +571,7 @@ def _html_signals(explanation: Explanation, at: int) -> str:
         return ""
     body = (
         [
-            f"<bdi>{_html(_label(token))}</bdi>",
+            f"<bdi>{_html(_token_name(token))}</bdi>",
             *(f'<span class="q{quartile}">{text}</span>' for text, quartile in row),
         ]
         for token, row in zip(explanation.tokens, rows, strict=True)
@@ -606,7 +606,7 @@ def _aligned(name: str) -> str:
 def _html_sweep(explanation: Explanation) -> str:
     heads = "".join(f'<th scope="col">{k}</th>' for k in explanation.sweep)
     rows = "\n".join(
-        f'<tr><th scope="row"><bdi>{_html(_label(token))}</bdi></th>'
+        f'<tr><th scope="row"><bdi>{_html(_token_name(token))}</bdi></th>'
         + "".join(
             f'<td class="h{"" if c.decile is None else c.decile}" '
             f'title="layer {c.layer}: strength {c.strength:.4f}">{_cell(c)}</td>'
@@ -651,7 +651,9 @@ def _title(token: Token, at: int) -> str:
     """Tooltip of a token."""
     strength, quartile, rank, median, _, n = _cells(token, token.readings[at])
     usual = f"its type has median {median}, n {n}" if token.readings[at].usual else median
-    return _html(f"{_label(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}")
+    return _html(
+        f"{_token_name(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}"
+    )
 
 
 def _html(text: str) -> str:

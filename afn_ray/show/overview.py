@@ -201,7 +201,7 @@ def figure(value: float) -> str:
 # --- tables
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
+def _titled_table(title: str, *columns: str, left: int = 1) -> Table:
     table = Table(
         title=Text(printable(title)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
@@ -343,7 +343,7 @@ def render(summary: Summary, console: Console) -> None:
 
 
 def _render(summary: Summary, console: Console) -> None:
-    table = _table(f"Run {summary.info['id']}", "", "", left=2)
+    table = _titled_table(f"Run {summary.info['id']}", "", "", left=2)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
     table.show_header = False
     for name, value in facts(summary):
@@ -356,7 +356,7 @@ def _render(summary: Summary, console: Console) -> None:
 
 def render_thresholds(summary: Summary, console: Console) -> None:
     """Print the quartiles of every layer, with and without sinks."""
-    table = _table(
+    table = _titled_table(
         "Thresholds (a token at or above Q3 is HIGH)",
         "layer",
         "of",
@@ -415,7 +415,9 @@ def render_classes(summary: Summary, console: Console) -> None:
     ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
     shown = ordered[-max(2, (console.width - 20) // 21) :]
     heads = [f"layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in shown]
-    table = _table("Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads)
+    table = _titled_table(
+        "Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads
+    )
     classes = ordered[0].classes
     left_out = [f"{len(ordered) - len(shown)} more layers"] * (len(shown) < len(ordered))
     left_out += [count(len(classes) - MAX_CLASSES, "rarer tag")] * (len(classes) > MAX_CLASSES)
@@ -484,7 +486,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
 
 def render_salient(run: Run, layer: int, console: Console) -> None:
     """Print the most and the least salient words, side by side."""
-    table = _table(
+    table = _titled_table(
         f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at or above Q3)",
         "most salient",
         "n",
@@ -511,7 +513,7 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
 
 def render_comparison(found: compare.Comparison, console: Console) -> None:
     """Print both runs, the distances at every layer, and the changes at the deepest layer."""
-    table = _table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
+    table = _titled_table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
     for at in (0, 3, 4):
         table.columns[at].justify = "left"
     for name, run in (("A", found.a), ("B", found.b)):
@@ -543,7 +545,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
     """Print ``DRIFT_SCHEMA`` rows: quartiles of B, their shift from A, HIGH shares, distances."""
-    table = _table(
+    table = _titled_table(
         title,
         first,
         "tokens A",
@@ -579,7 +581,7 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
 
 def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
     """Print each class's share of the tokens and its HIGH share, in both runs."""
-    table = _table(
+    table = _titled_table(
         f"Classes at layer {layer} (HIGH: share, 95 % interval)",
         "class",
         "tokens A",
@@ -605,7 +607,7 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     both, moved = of_status["both"], compare.moved(here)
     words = compare.whole_words(moved)
     title = f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
-    table = _table(
+    table = _titled_table(
         title,
         "word",
         "class",
