@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from html import escape
@@ -27,34 +26,14 @@ from afn_ray.analysis.explain import (
     index_of,
 )
 from afn_ray.schema import STRENGTH
+from afn_ray.text import visible
 
 TABLE_ROWS = 40
 """Largest number of rows of the terminal's table, without ``show_all``."""
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
-JOINERS = "\u200c\u200d"
-"""Format characters that spelling needs: zero-width non-joiner and joiner."""
 
 
 # --- the text for reading
-
-
-def _visible(text: str, keep: str = "") -> str:
-    """``text`` with control and invisible format characters as escapes, except those of ``keep``.
-
-    A terminal obeys some of these characters, and bidirectional ones reorder their neighbours on
-    any page.
-    """
-    keep += JOINERS
-    return "".join(
-        c
-        if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else f"\\x{ord(c):02x}"
-        if ord(c) < 256
-        else f"\\u{ord(c):04x}"
-        if ord(c) < 65536
-        else f"\\U{ord(c):08x}"
-        for c in text
-    )
 
 
 def _running(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
@@ -78,14 +57,14 @@ def _running(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
 
 
 def _shown(text: str) -> str:
-    return _visible(text.replace("\r\n", "\n"), keep="\n\t")
+    return visible(text.replace("\r\n", "\n"), keep="\n\t")
 
 
 def _token_name(token: Token) -> str:
     """A token as a table shows it; one that continues a word begins with an ellipsis."""
     if token.special:
-        return _visible(token.piece)
-    text = _visible(token.text.strip()) or _visible(token.text).replace(" ", "␣")
+        return visible(token.piece)
+    text = visible(token.text.strip()) or visible(token.text).replace(" ", "␣")
     return text if token.word_start else f"…{text}"
 
 
@@ -167,12 +146,12 @@ def _cell(cell: Cell) -> str:
 def _answer(decision: Decision) -> str:
     """The classifier's labels, the most likely first."""
     if decision.kind == "value":
-        return ", ".join(f"{_visible(label.name)} {label.value:.4f}" for label in decision.labels)
+        return ", ".join(f"{visible(label.name)} {label.value:.4f}" for label in decision.labels)
     best = sorted(decision.labels, key=lambda label: -label.value)
     rest = f", and {len(best) - TOP} less likely" if len(best) > TOP else ""
     how = "one" if decision.kind == "one" else "any"
     return (
-        ", ".join(f"{_visible(label.name)} {label.value:.1%}" for label in best[:TOP])
+        ", ".join(f"{visible(label.name)} {label.value:.1%}" for label in best[:TOP])
         + f"{rest} ({how} of {len(best)} labels)"
     )
 
@@ -185,7 +164,7 @@ def _behind(explanation: Explanation, decision: Decision) -> str:
     rho = "not defined" if decision.spearman is None else f"{decision.spearman:.2f}"
     n = sum(not t.special for t in explanation.tokens)
     return (
-        f"Behind {_visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: attributions sum to "
+        f"Behind {visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: attributions sum to "
         f"{sum(decision.attributions):+.4f}, of which {special:+.4f} at special tokens; Spearman's rho of strength and "
         f"size of attribution {rho} ({n} tokens)"
     )
@@ -278,7 +257,7 @@ def render_terminal(
     at = index_of(explanation.layers, layer)
     n = f"{explanation.thresholds[at].n:,}"
     head = (
-        f"{_layer_name(explanation.layers[at])}, against {n} tokens of {_visible(explanation.run)}"
+        f"{_layer_name(explanation.layers[at])}, against {n} tokens of {visible(explanation.run)}"
     )
     console.print(Text(head, "bold"), soft_wrap=True)
     running = Text(overflow="fold")
@@ -308,7 +287,7 @@ def render_terminal(
     if explanation.decision is not None:
         _print_decision(explanation, explanation.decision, console)
     for note in _legends(explanation, at):
-        console.print(Padding(Text(_visible(note), "dim"), (0, 2)))
+        console.print(Padding(Text(visible(note), "dim"), (0, 2)))
 
 
 def _print_signals(explanation: Explanation, at: int, console: Console, n: int) -> None:
@@ -657,4 +636,4 @@ def _title(token: Token, at: int) -> str:
 
 
 def _html(text: str) -> str:
-    return escape(_visible(text, keep="\n\t"), quote=True)
+    return escape(visible(text, keep="\n\t"), quote=True)
