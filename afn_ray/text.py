@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that act on a terminal: control, bidirectional and surrogate characters."""
 
+HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories of characters that a page does not show or that reorder their neighbours."""
+JOINERS = "\u200c\u200d"
+"""Format characters that spelling needs: zero-width non-joiner and joiner."""
+
 
 def printable(text: str, keep: str = "") -> str:
     """``text`` with the characters in ``UNSAFE`` as escapes, except those in ``keep``."""
     return UNSAFE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
+def visible(text: str, keep: str = "") -> str:
+    """``text`` with all ``HIDDEN`` characters as escapes, except ``JOINERS`` and those in ``keep``.
+
+    ``printable`` leaves more of them as they are, and writes a line feed as \\n, not as \\x0a.
+    """
+    keep += JOINERS
+    return "".join(
+        c if c in keep or unicodedata.category(c) not in HIDDEN else _escape(c) for c in text
+    )
+
+
+def _escape(c: str) -> str:
+    return f"\\x{ord(c):02x}" if ord(c) < 32 else ascii(c)[1:-1]
 
 
 def count(n: int, noun: str) -> str:

@@ -238,7 +238,7 @@ def said_layer(run: Run, layer: int) -> str:
 
 def render_selective(found: Sequence[Neuron], console: Console) -> None:
     """Print the most selective neurons of a layer."""
-    table = _table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
+    table = _headed_table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
     for x in found:
         figures = (
             f"{x.n:,}",
@@ -266,7 +266,7 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
             "no neuron that was recorded of its tokens is met more often in it than elsewhere"
         )
         return
-    table = _table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
+    table = _headed_table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
     for x in found:
         lift = (
             "only here" if x.lift is None else f"{x.lift:,.0f}" if x.lift >= 10 else f"{x.lift:.1f}"
@@ -294,7 +294,7 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
         f"among the neurons of {neuron.n:,} tokens ({neuron.share:.2%}) of {neuron.n_types:,} types; mean "
         f"{neuron.mean:.2f}, largest {neuron.largest:.2f}, selectivity {neuron.selectivity:.1f} bits"
     )
-    table = _table("type", "n", "lift")
+    table = _headed_table("type", "n", "lift")
     for text, n, lift in neuron.types:
         table.add_row(Text(printable(text)), f"{n:,}", f"{lift:,.1f}")
     console.print(table)
@@ -317,7 +317,7 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
     console.print(lines)
 
 
-def _table(*heads: str) -> Table:
+def _headed_table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
         left = head in ("type", "answers to")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from afn_ray.query.views import is_high
+
 
 def thresholds_sql(layer: int) -> str:
     """SQL of a layer's thresholds from the rows; its parameter is the sink factor.
@@ -30,8 +32,9 @@ def thresholds_sql(layer: int) -> str:
                 max(value) AS max, sum(value::DOUBLE * n) / any_value(total) AS mean FROM places GROUP BY population
         )
         SELECT population, coalesce(q.n, 0)::BIGINT AS n, mean, q.min, q1, q2, q3, q.max,
-            coalesce((SELECT sum(p.n) FROM places p WHERE p.population = all_of.population AND p.value >= q.q3), 0)
-                ::BIGINT AS n_high,
+            coalesce((
+                SELECT sum(p.n) FROM places p WHERE p.population = all_of.population AND {is_high("p.value", "q.q3")}
+            ), 0)::BIGINT AS n_high,
             coalesce((SELECT sum(n) FROM counted, sinks WHERE NOT is_special AND value::DOUBLE > above), 0)
                 ::BIGINT AS n_sinks,
             coalesce((SELECT sum(n) FROM counted WHERE is_special), 0)::BIGINT AS n_special
@@ -46,7 +49,7 @@ def vocabulary_sql(layer: int) -> str:
     return f"""
         WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
         counted AS (
-            SELECT token_id, is_special, count(*) AS n, count(*) FILTER ({strength} >= q3) AS n_high,
+            SELECT token_id, is_special, count(*) AS n, count(*) FILTER ({is_high(strength, "q3")}) AS n_high,
                 min({strength}) AS min, max({strength}) AS max
             FROM tokens, q GROUP BY token_id, is_special
         ), stored AS (

@@ -129,8 +129,8 @@ def verify_store(
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     began = time.monotonic()
     uri = storage.absolute(uri).rstrip("/")
-    store, _, name = uri.rpartition("/runs/")
-    if not name or "/" in name or not {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
+    store, name = manifest.split_uri(uri)
+    if name and not {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
         store = uri
     if store == uri and not {"runs", "shards"} & {*storage.list_names(uri)}:
         raise StoreError(

@@ -44,7 +44,7 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.store import checksums, manifest, storage
+from afn_ray.store import checksums, disk, manifest, storage
 from afn_ray.text import printable
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
@@ -106,12 +106,25 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
         read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
         made = _statements(folder, tables, files, "store() || ", read)
     place = folder.store.rstrip("/").replace("'", "''")
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with disk.unfinished(path) as unfinished:
+            _write_catalog(unfinished, place, tables, made)
+            os.link(unfinished, path)  # appears complete, and replaces no file
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} exists and stays as it is; name another file, or remove it"
+        ) from error
+    except (duckdb.Error, OSError) as error:
+        raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
+
+
+def _write_catalog(
+    path: Path, place: str, tables: Mapping[str, pa.Table], made: Sequence[str]
+) -> None:
+    """Write the database to ``path``; ``place`` is the store, quoted for SQL."""
     try:
         # The file format of DuckDB 1.0: only the newest clients open the default format.
-        with duckdb.connect(
-            unfinished, config={"storage_compatibility_version": "v1.0.0"}
-        ) as connection:
+        with duckdb.connect(path, config={"storage_compatibility_version": "v1.0.0"}) as connection:
             connection.execute(
                 f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
             )
@@ -119,16 +132,8 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
-        os.link(unfinished, path)  # appears complete, and replaces no file
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists and stays as it is; name another file, or remove it"
-        ) from error
-    except (duckdb.Error, OSError) as error:
-        raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
     finally:
-        for left in (unfinished, unfinished.with_name(f"{unfinished.name}.wal")):
-            left.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.wal").unlink(missing_ok=True)
 
 
 KEYS = itertools.count()
@@ -197,7 +202,7 @@ class Result:
 
     def to_arrow_table(self, batch_size: int = BATCH_ROWS) -> pa.Table:
         """All rows as one Arrow table."""
-        table = self._table(batch_size)
+        table = self._all_rows(batch_size)
         return self._run._local(table).to_arrow_table() if _is_lossless(table.schema) else table
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
@@ -221,7 +226,7 @@ class Result:
 
     def _of_rows(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Call the relation's method ``name`` on all rows, in this process."""
-        table = self._table(BATCH_ROWS)
+        table = self._all_rows(BATCH_ROWS)
         # Plain types need no query in this process to give the same values.
         if name == "fetchall" and set(self.types) <= PLAIN_TYPES:
             return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
@@ -284,7 +289,7 @@ class Result:
 
         return first.schema, batches()
 
-    def _table(self, batch_rows: int) -> pa.Table:
+    def _all_rows(self, batch_rows: int) -> pa.Table:
         """All rows. Raises ``QueryError`` if they are larger than the memory limit."""
         schema, batches = self._batches(batch_rows, self._allowance())
         taken, num_bytes = [], 0
@@ -582,12 +587,12 @@ def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> 
     tables = {
         name: schema.empty_table()
         if name in MAY_LACK and name not in folder.info["tables"]
-        else _table(folder, name, schema)
+        else _small_table(folder, name, schema)
         for name, schema in SMALL.items()
     }
     # Histograms of many sources are too large for DuckDB.
     tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])
-    tables["labels"] = _table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
+    tables["labels"] = _small_table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     found = None if baseline is None else compare(baseline, folder)
     tables["movers"] = MOVERS_SCHEMA.empty_table() if found is None else found.movers
@@ -654,7 +659,7 @@ def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
     return names
 
 
-def _table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
+def _small_table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
     """The run's table ``name`` as ``schema``. Raises ``StoreError`` if it is damaged."""
     try:
         return manifest.read_table(folder, name).select(schema.names).cast(schema)

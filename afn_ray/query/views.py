@@ -106,7 +106,7 @@ def statements(
     tokens: Sequence[File],
     documents: Sequence[File],
     layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]],
+    quartiles: Mapping[int, Mapping[str, Any]],
     others: Sequence[Series],
     neurons: NeuronFiles | None,
     offsets: bool,
@@ -114,8 +114,8 @@ def statements(
 ) -> list[str]:
     """SQL statements that create the views and macros.
 
-    The run's small tables must exist under the names of their views. ``labels`` has, by layer, the
-    thresholds that label tokens, for the population of all tokens. ``others`` are the recorded
+    The run's small tables must exist under the names of their views. ``quartiles`` has, by layer,
+    the thresholds that label tokens, for the population of all tokens. ``others`` are the recorded
     series beside strength; ``neurons`` are the files of recorded neurons, or None. ``offsets``:
     tokens have ``start`` and ``end``. ``tagged``: tokens have ``tag``.
     """
@@ -125,11 +125,11 @@ def statements(
     made = [
         "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, any_value(text) AS text, "  # noqa: S608
         f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP BY token_id",
-        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, labels, others, offsets, tagged)}",
+        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, quartiles, others, offsets, tagged)}",
         f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
-        f"CREATE VIEW words AS {words_view(tokens, layers, labels, offsets, tagged)}",
+        f"CREATE VIEW words AS {words_view(tokens, layers, quartiles, offsets, tagged)}",
         f"CREATE VIEW classes AS {classes_view(layers, tagged)}",
-        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, layers, labels, offsets)}",
+        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, layers, quartiles, offsets)}",
         f"CREATE MACRO document_text(document) AS ({document_text_macro(_rows(tokens), offsets)})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
@@ -144,6 +144,14 @@ def statements(
 # --- tokens and documents ---
 
 
+def is_high(strength: str, q3: str) -> str:
+    """SQL of whether ``strength`` is HIGH: at or above ``q3``, the Q3 of the thresholds that label.
+
+    It is NULL if ``q3`` is NULL, because a run without normal tokens has no HIGH ones.
+    """
+    return f"{strength} >= {q3}"
+
+
 def _exact(value: float | None, kind: str) -> str:
     """SQL of ``value`` as ``kind``, without loss."""
     # DuckDB reads text as the nearest FLOAT, which is the value itself. It would read a bare
@@ -154,7 +162,7 @@ def _exact(value: float | None, kind: str) -> str:
 def tokens_view(
     source: str,
     layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]],
+    quartiles: Mapping[int, Mapping[str, Any]],
     others: Sequence[Series],
     offsets: bool,
     tagged: bool,
@@ -174,7 +182,7 @@ def tokens_view(
         *(("start", '"end"') if offsets else ()),
     ]
     for k in layers:
-        row = labels[k]
+        row = quartiles[k]
         strength = f"strength_{k}"
         q1, q2, q3 = (_exact(row[q], "FLOAT") for q in ("q1", "q2", "q3"))
         sink = None if row["q2"] is None else row["sink_factor"] * row["q2"]
@@ -182,7 +190,7 @@ def tokens_view(
             strength,
             f"CASE WHEN is_special OR {q3} IS NULL THEN NULL WHEN {strength} < {q1} THEN 1 "
             f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS quartile_{k}",
-            f"CASE WHEN NOT is_special THEN {strength} >= {q3} END AS high_{k}",
+            f"CASE WHEN NOT is_special THEN {is_high(strength, q3)} END AS high_{k}",
             f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {_exact(sink, 'DOUBLE')} END AS sink_{k}",
         ]
     columns += [s.name for s in others]
@@ -261,7 +269,7 @@ def classes_view(layers: Sequence[int], tagged: bool) -> str:
 def words_view(
     files: Sequence[File],
     layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]],
+    quartiles: Mapping[int, Mapping[str, Any]],
     offsets: bool,
     tagged: bool,
 ) -> str:
@@ -274,7 +282,7 @@ def words_view(
     parts = []
     for part in _parts(files):
         last = part[-1].doc_offset + part[-1].n_documents
-        words = _words(part, layers, labels, offsets, tagged)
+        words = _words(part, layers, quartiles, offsets, tagged)
         parts.append(f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}")
     return " UNION ALL ".join(parts)
 
@@ -299,7 +307,7 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
 def _words(
     files: Sequence[File],
     layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]],
+    quartiles: Mapping[int, Mapping[str, Any]],
     offsets: bool,
     tagged: bool,
 ) -> str:
@@ -387,7 +395,8 @@ def _words(
         short += ["start", f'{last} AS "end"']
         long += ["min(start) AS start", 'max("end") AS "end"']
     for k, s in zip(layers, strengths, strict=True):
-        high = f"max_strength_{k} >= {_exact(labels[k]['q3'], 'FLOAT')} AS high_{k}"
+        q3 = _exact(quartiles[k]["q3"], "FLOAT")
+        high = f"{is_high(f'max_strength_{k}', q3)} AS high_{k}"
         short += [f"{largest(s)} AS max_strength_{k}"]
         short += [
             f"({joined(' + ', s, '::DOUBLE')}) / pieces AS mean_strength_{k}",
@@ -453,7 +462,7 @@ def document_text_macro(rows: str, offsets: bool) -> str:
 def kwic_macro(
     files: Sequence[File],
     layers: Sequence[int],
-    labels: Mapping[int, Mapping[str, Any]],
+    quartiles: Mapping[int, Mapping[str, Any]],
     offsets: bool,
 ) -> str:
     """SQL of the occurrences of ``word`` with ``n`` words on both sides.
@@ -475,7 +484,7 @@ def kwic_macro(
     strengths = "".join(
         f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
         f", arg_min(strength_{k}, position) AS first_strength_{k}"
-        f", max(strength_{k}) >= {_exact(labels[k]['q3'], 'FLOAT')} AS high_{k}"
+        f", {is_high(f'max(strength_{k})', _exact(quartiles[k]['q3'], 'FLOAT'))} AS high_{k}"
         for k in layers
     )
     names = ["n_tokens", *(["start", '"end"'] if offsets else [])]

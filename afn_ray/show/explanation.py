@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from html import escape
@@ -27,34 +26,14 @@ from afn_ray.analysis.explain import (
     index_of,
 )
 from afn_ray.schema import STRENGTH
+from afn_ray.text import visible
 
 TABLE_ROWS = 40
 """Largest number of rows of the terminal's table, without ``show_all``."""
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
-JOINERS = "\u200c\u200d"
-"""Format characters that spelling needs: zero-width non-joiner and joiner."""
 
 
 # --- the text for reading
-
-
-def _visible(text: str, keep: str = "") -> str:
-    """``text`` with control and invisible format characters as escapes, except those of ``keep``.
-
-    A terminal obeys some of these characters, and bidirectional ones reorder their neighbours on
-    any page.
-    """
-    keep += JOINERS
-    return "".join(
-        c
-        if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else f"\\x{ord(c):02x}"
-        if ord(c) < 256
-        else f"\\u{ord(c):04x}"
-        if ord(c) < 65536
-        else f"\\U{ord(c):08x}"
-        for c in text
-    )
 
 
 def _running(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
@@ -78,14 +57,14 @@ def _running(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
 
 
 def _shown(text: str) -> str:
-    return _visible(text.replace("\r\n", "\n"), keep="\n\t")
+    return visible(text.replace("\r\n", "\n"), keep="\n\t")
 
 
-def _label(token: Token) -> str:
+def _token_name(token: Token) -> str:
     """A token as a table shows it; one that continues a word begins with an ellipsis."""
     if token.special:
-        return _visible(token.piece)
-    text = _visible(token.text.strip()) or _visible(token.text).replace(" ", "␣")
+        return visible(token.piece)
+    text = visible(token.text.strip()) or visible(token.text).replace(" ", "␣")
     return text if token.word_start else f"…{text}"
 
 
@@ -167,12 +146,12 @@ def _cell(cell: Cell) -> str:
 def _answer(decision: Decision) -> str:
     """The classifier's labels, the most likely first."""
     if decision.kind == "value":
-        return ", ".join(f"{_visible(label.name)} {label.value:.4f}" for label in decision.labels)
+        return ", ".join(f"{visible(label.name)} {label.value:.4f}" for label in decision.labels)
     best = sorted(decision.labels, key=lambda label: -label.value)
     rest = f", and {len(best) - TOP} less likely" if len(best) > TOP else ""
     how = "one" if decision.kind == "one" else "any"
     return (
-        ", ".join(f"{_visible(label.name)} {label.value:.1%}" for label in best[:TOP])
+        ", ".join(f"{visible(label.name)} {label.value:.1%}" for label in best[:TOP])
         + f"{rest} ({how} of {len(best)} labels)"
     )
 
@@ -185,20 +164,20 @@ def _behind(explanation: Explanation, decision: Decision) -> str:
     rho = "not defined" if decision.spearman is None else f"{decision.spearman:.2f}"
     n = sum(not t.special for t in explanation.tokens)
     return (
-        f"Behind {_visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: attributions sum to "
+        f"Behind {visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: attributions sum to "
         f"{sum(decision.attributions):+.4f}, of which {special:+.4f} at special tokens; Spearman's rho of strength and "
         f"size of attribution {rho} ({n} tokens)"
     )
 
 
 def _numbered(explanation: Explanation) -> list[str]:
-    """Labels of the tokens; repeated labels get a number."""
-    labels = [_label(token) for token in explanation.tokens]
+    """Names of the tokens; repeated names get a number."""
+    names = [_token_name(token) for token in explanation.tokens]
     seen: Counter[str] = Counter()
     found = []
-    for label in labels:
-        seen[label] += 1
-        found.append(f"{label} #{seen[label]}" if labels.count(label) > 1 else label)
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name} #{seen[name]}" if names.count(name) > 1 else name)
     return found
 
 
@@ -210,8 +189,8 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
     """Rows under ``DECISION_HEADS``: the highest ranked tokens, without special ones."""
     at = explanation.layers.index(decision.layer)
     scored = [
-        (label, t.readings[at].strength, a)
-        for label, t, a in zip(
+        (name, t.readings[at].strength, a)
+        for name, t, a in zip(
             _numbered(explanation), explanation.tokens, decision.attributions, strict=True
         )
         if not t.special
@@ -226,9 +205,9 @@ def _decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[s
 
 def _neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
     """Rows under ``NEURON_HEADS``: the highest ranked neurons."""
-    labels = _numbered(explanation)
+    names = _numbered(explanation)
     return [
-        (f"{n.neuron}", f"{n.attribution:+.4f}", labels[n.token], f"{n.attribution_there:+.4f}")
+        (f"{n.neuron}", f"{n.attribution:+.4f}", names[n.token], f"{n.attribution_there:+.4f}")
         for n in decision.neurons
     ]
 
@@ -278,7 +257,7 @@ def render_terminal(
     at = index_of(explanation.layers, layer)
     n = f"{explanation.thresholds[at].n:,}"
     head = (
-        f"{_layer_name(explanation.layers[at])}, against {n} tokens of {_visible(explanation.run)}"
+        f"{_layer_name(explanation.layers[at])}, against {n} tokens of {visible(explanation.run)}"
     )
     console.print(Text(head, "bold"), soft_wrap=True)
     running = Text(overflow="fold")
@@ -297,7 +276,7 @@ def render_terminal(
     for token in shown:
         reading = token.readings[at]
         label = Text.assemble(
-            (_label(token), TERMINAL[reading.quartile or 1])
+            (_token_name(token), TERMINAL[reading.quartile or 1])
         )  # colours only its letters
         table.add_row(label, *_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
@@ -308,7 +287,7 @@ def render_terminal(
     if explanation.decision is not None:
         _print_decision(explanation, explanation.decision, console)
     for note in _legends(explanation, at):
-        console.print(Padding(Text(_visible(note), "dim"), (0, 2)))
+        console.print(Padding(Text(visible(note), "dim"), (0, 2)))
 
 
 def _print_signals(explanation: Explanation, at: int, console: Console, n: int) -> None:
@@ -324,23 +303,23 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
     table.add_column(
         "token",
         overflow="fold",
-        min_width=min(12, max(cell_len(_label(t)) for t in explanation.tokens)),
+        min_width=min(12, max(cell_len(_token_name(t)) for t in explanation.tokens)),
     )
     for name in names:
         table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
     for token, row in zip(explanation.tokens[:n], rows, strict=False):
         values = [Text.assemble((text, TERMINAL[quartile or 1])) for text, quartile in row]
-        table.add_row(Text(_label(token)), *values, style="dim" if token.special else "")
+        table.add_row(Text(_token_name(token)), *values, style="dim" if token.special else "")
     console.print(table)
 
 
-LABEL_WIDTH = 24
+NAME_WIDTH = 24
 
 
 def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
     """Print the heat map of the first ``n`` tokens, in parts that fit the console's width."""
     layers = list(explanation.sweep)
-    width = min(LABEL_WIDTH, max(cell_len(_label(t)) for t in explanation.tokens[:n]))
+    width = min(NAME_WIDTH, max(cell_len(_token_name(t)) for t in explanation.tokens[:n]))
     if layers:
         console.print(Text("Rank of strength within each layer", "bold"))
     while layers:
@@ -354,7 +333,7 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
         console.print(Text(f"\n  {set_cell_size('layer', width)}  {heads}", "bold"), no_wrap=True)
         for token in explanation.tokens[:n]:
             line = Text(
-                f"  {set_cell_size(_label(token), width)}  ", "dim" if token.special else ""
+                f"  {set_cell_size(_token_name(token), width)}  ", "dim" if token.special else ""
             )
             for i, w in zip(at, widths, strict=True):
                 cell = token.cells[i]
@@ -550,7 +529,7 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         for quartile, text in limits.items()
     )
     rows = "\n".join(
-        f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(_label(token))}</bdi></span></td>'
+        f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(_token_name(token))}</bdi></span></td>'
         + "".join(f"<td>{cell}</td>" for cell in _cells(token, token.readings[at]))
         + "</tr>"
         for token in explanation.tokens
@@ -571,7 +550,7 @@ def _html_signals(explanation: Explanation, at: int) -> str:
         return ""
     body = (
         [
-            f"<bdi>{_html(_label(token))}</bdi>",
+            f"<bdi>{_html(_token_name(token))}</bdi>",
             *(f'<span class="q{quartile}">{text}</span>' for text, quartile in row),
         ]
         for token, row in zip(explanation.tokens, rows, strict=True)
@@ -606,7 +585,7 @@ def _aligned(name: str) -> str:
 def _html_sweep(explanation: Explanation) -> str:
     heads = "".join(f'<th scope="col">{k}</th>' for k in explanation.sweep)
     rows = "\n".join(
-        f'<tr><th scope="row"><bdi>{_html(_label(token))}</bdi></th>'
+        f'<tr><th scope="row"><bdi>{_html(_token_name(token))}</bdi></th>'
         + "".join(
             f'<td class="h{"" if c.decile is None else c.decile}" '
             f'title="layer {c.layer}: strength {c.strength:.4f}">{_cell(c)}</td>'
@@ -651,8 +630,10 @@ def _title(token: Token, at: int) -> str:
     """Tooltip of a token."""
     strength, quartile, rank, median, _, n = _cells(token, token.readings[at])
     usual = f"its type has median {median}, n {n}" if token.readings[at].usual else median
-    return _html(f"{_label(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}")
+    return _html(
+        f"{_token_name(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}"
+    )
 
 
 def _html(text: str) -> str:
-    return escape(_visible(text, keep="\n\t"), quote=True)
+    return escape(visible(text, keep="\n\t"), quote=True)

@@ -17,12 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray.query.database import Run
+from afn_ray.query.views import is_high
 from afn_ray.reduce import compare, lexicon, losses
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
 from afn_ray.store import checksums, manifest
+from afn_ray.store.commits import num_measured
 from afn_ray.text import count, printable
 
 SALIENT_WORDS = 10
@@ -197,7 +199,7 @@ def figure(value: float) -> str:
 # --- tables
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
+def _titled_table(title: str, *columns: str, left: int = 1) -> Table:
     table = Table(
         title=Text(printable(title)), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
@@ -246,13 +248,12 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     info = summary.info
     counts, model, size = info["counts"], info["model"], summary.bytes_per_token
-    read = counts["documents"] - counts["empty"] - counts["quarantined"]
     rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),
         (
             "documents",
-            f"{counts['documents']:,} = {read:,} measured + {counts['empty']:,} empty "
+            f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} empty "
             f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
         ("lost", losses.describe(summary.losses) or "nothing"),
@@ -340,7 +341,7 @@ def render(summary: Summary, console: Console) -> None:
 
 
 def _render(summary: Summary, console: Console) -> None:
-    table = _table(f"Run {summary.info['id']}", "", "", left=2)
+    table = _titled_table(f"Run {summary.info['id']}", "", "", left=2)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
     table.show_header = False
     for name, value in facts(summary):
@@ -353,7 +354,7 @@ def _render(summary: Summary, console: Console) -> None:
 
 def render_thresholds(summary: Summary, console: Console) -> None:
     """Print the quartiles of every layer, with and without sinks."""
-    table = _table(
+    table = _titled_table(
         "Thresholds (a token at or above Q3 is HIGH)",
         "layer",
         "of",
@@ -412,7 +413,9 @@ def render_classes(summary: Summary, console: Console) -> None:
     ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
     shown = ordered[-max(2, (console.width - 20) // 21) :]
     heads = [f"layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in shown]
-    table = _table("Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads)
+    table = _titled_table(
+        "Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads
+    )
     classes = ordered[0].classes
     left_out = [f"{len(ordered) - len(shown)} more layers"] * (len(shown) < len(ordered))
     left_out += [count(len(classes) - MAX_CLASSES, "rarer tag")] * (len(classes) > MAX_CLASSES)
@@ -463,7 +466,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     ).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
-        SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({strength} >= $q3) AS n_high,
+        SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
                quantile_disc({strength}, 0.5) AS median
         FROM words WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') GROUP BY lower(text) HAVING n >= $least
     """  # noqa: S608 - the layer is a number
@@ -481,7 +484,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
 
 def render_salient(run: Run, layer: int, console: Console) -> None:
     """Print the most and the least salient words, side by side."""
-    table = _table(
+    table = _titled_table(
         f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at or above Q3)",
         "most salient",
         "n",
@@ -508,7 +511,7 @@ def render_salient(run: Run, layer: int, console: Console) -> None:
 
 def render_comparison(found: compare.Comparison, console: Console) -> None:
     """Print both runs, the distances at every layer, and the changes at the deepest layer."""
-    table = _table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
+    table = _titled_table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
     for at in (0, 3, 4):
         table.columns[at].justify = "left"
     for name, run in (("A", found.a), ("B", found.b)):
@@ -540,7 +543,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
     """Print ``DRIFT_SCHEMA`` rows: quartiles of B, their shift from A, HIGH shares, distances."""
-    table = _table(
+    table = _titled_table(
         title,
         first,
         "tokens A",
@@ -576,7 +579,7 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
 
 def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
     """Print each class's share of the tokens and its HIGH share, in both runs."""
-    table = _table(
+    table = _titled_table(
         f"Classes at layer {layer} (HIGH: share, 95 % interval)",
         "class",
         "tokens A",
@@ -602,7 +605,7 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     both, moved = of_status["both"], compare.moved(here)
     words = compare.whole_words(moved)
     title = f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
-    table = _table(
+    table = _titled_table(
         title,
         "word",
         "class",

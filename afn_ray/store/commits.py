@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ COUNTS = (
 
 ``replaced`` counts characters. ``lost_unknown`` counts losses of an unknown number of documents.
 """
+
+
+def num_measured(counts: Mapping[str, int]) -> int:
+    """Number of documents in ``counts`` that are neither empty nor quarantined."""
+    return counts["documents"] - counts["empty"] - counts["quarantined"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -140,6 +141,20 @@ def copy(source: Path, target: Path) -> None:
     except BaseException:
         target.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """A hidden path beside ``target`` for a file that the caller names ``target`` once it is whole.
+
+    What is left under the hidden path at the end is removed.
+    """
+    # The name is cut, because a suffix could make it longer than the filesystem allows.
+    path = target.with_name(f".{target.name[:40]}-{os.getpid()}")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def write_temporary(target: Path, data: bytes) -> Path:

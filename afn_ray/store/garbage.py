@@ -407,10 +407,10 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
 
 def _named(store: str, run: str, names: Sequence[str]) -> str:
     """The name of ``run``, which is a name or a URI."""
-    name = run.rstrip("/").rpartition("/")[2]
-    if name not in names or (
-        "/" in run and storage.absolute(run).rstrip("/") != storage.join(store, "runs", name)
-    ):
+    place, name = store, run
+    if "/" in run:
+        place, name = manifest.split_uri(storage.absolute(run).rstrip("/"))
+    if name not in names or place != store:
         raise StoreError(
             f"{store} has no run {run} to keep; 'afn gc' without --keep-run lists those that it has"
         )

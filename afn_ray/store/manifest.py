@@ -523,14 +523,20 @@ def open_folder(store: str, name: str) -> RunFolder:
     return RunFolder(uri, store, name, info)
 
 
+def split_uri(uri: str) -> tuple[str, str]:
+    """The store and the name of the run at ``uri``; for any other URI, itself and no name."""
+    store, _, name = uri.rpartition("/runs/")
+    return (store, name) if name and "/" not in name else (uri, "")
+
+
 def find_run(uri: str) -> RunFolder:
     """The run at ``uri``, which is a run's own URI, or a store's for its latest complete run.
 
     Raises ``StoreError`` if there is none, or if the named run is not complete.
     """
     uri = storage.absolute(uri).rstrip("/")
-    store, _, name = uri.rpartition("/runs/")
-    if name and "/" not in name and storage.exists(storage.join(uri, "plan.parquet")):
+    store, name = split_uri(uri)
+    if name and storage.exists(storage.join(uri, "plan.parquet")):
         run = open_folder(store, name)
         if run.condemned:
             raise StoreError(

@@ -112,8 +112,8 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
     for folder, group in itertools.groupby(orphans, key=lambda o: o.uri.rpartition("/")[0]):
         mine = list(group)
         named: set[str] = set()
-        if folder.rpartition("/")[0].endswith("/runs"):
-            named = names_of(manifest.open_folder(store, folder.rpartition("/")[2]))
+        if name := manifest.split_uri(folder)[1]:
+            named = names_of(manifest.open_folder(store, name))
         elif folder != storage.absolute(store):
             measure_id, shard = folder.split("/")[-2:]
             generation = generations.get((measure_id, shard), epoch.number)

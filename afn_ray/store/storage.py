@@ -711,19 +711,16 @@ def write_local(path: Path) -> Iterator[IO[bytes]]:
         with path.open("wb") as file:
             yield file
         return
-    # The name is cut, because a suffix could make it longer than the filesystem allows.
-    unfinished = path.with_name(f".{path.name[:40]}-{os.getpid()}")
     try:
-        with unfinished.open("wb") as file:
-            yield file
-            file.flush()
-            # After a power cut, the file has its old content or all of the new, and is not empty.
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with disk.unfinished(path) as unfinished:
+            with unfinished.open("wb") as file:
+                yield file
+                file.flush()
+                # After a power cut, the file has its old content or all of the new, never none.
+                os.fsync(file.fileno())
+            unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
