@@ -118,14 +118,14 @@ def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
     small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = model.Model.prepare
+    right = model.prepare
 
-    def refuse(self: Any, *args: Any) -> None:
-        if str(self.dtype) != "torch.float32":
+    def refuse(loaded: model.Model, *args: Any) -> None:
+        if str(loaded.dtype) != "torch.float32":
             raise error
-        right(self, *args)
+        right(loaded, *args)
 
-    monkeypatch.setattr(model.Model, "prepare", refuse)
+    monkeypatch.setattr(model, "prepare", refuse)
     decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
     assert (decided.dtype, decided.trials[0].why) == ("float32", why)
 
