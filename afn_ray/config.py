@@ -87,7 +87,8 @@ class RunConfig:
     )
     labels: str | None = _option(
         None,
-        "column that holds the tags of a labelled corpus (JSONL, Parquet); of CoNLL-U upos (the default) or xpos",
+        "column that holds the tags of a labelled corpus (JSONL, Parquet); of CoNLL-U upos (the "
+        "default) or xpos",
     )
     format: str = _option("auto", "format of the files; auto goes by their ending")
     txt_documents: str = _option("file", "a document is one .txt file, or one line of it")
@@ -107,12 +108,14 @@ class RunConfig:
     max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
     shard_bytes: int | None = _option(
         None,
-        "corpus bytes in one shard, the unit of work and retry; default: a 64th of the corpus's size, rounded up to "
+        "corpus bytes in one shard, the unit of work and retry; default: a 64th of the corpus's "
+        "size, rounded up to "
         "a power of 4, but 64 KiB at least and 16 MiB at most",
     )
     batch_tokens: int | None = _option(
         None,
-        "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move the last bit",
+        "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move "
+        "the last bit",
     )
     tokenizer_workers: int = _option(
         0, "tokenizer processes beside each worker, a CPU each; 0: a thread of the worker"
@@ -161,16 +164,19 @@ class RunConfig:
             raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
         if self.top_neurons != TOP_NEURONS and "neurons" not in signal_names(self.signals):
             raise ConfigError(
-                f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or leave "
+                f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or "
+                "leave "
                 "top_neurons out"
             )
         if self.neurons_of == "high" and "neurons" not in signal_names(self.signals):
             raise ConfigError(
-                "neurons_of is high, but signals does not have neurons: add it, or leave neurons_of out"
+                "neurons_of is high, but signals does not have neurons: add it, or leave "
+                "neurons_of out"
             )
         if self.neurons_of == "high" and self.thresholds is None:
             raise ConfigError(
-                "neurons_of is high, but what is HIGH is known before the corpus is measured only by "
+                "neurons_of is high, but what is HIGH is known before the corpus is measured only "
+                "by "
                 "thresholds: name the run whose thresholds say it"
             )
         if self.top_neurons > MOST_TOP_NEURONS:
@@ -183,12 +189,14 @@ class RunConfig:
             )
         if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
             raise ConfigError(
-                f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at most "
+                f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at "
+                "most "
                 f"{MOST_CORPUS_BYTES:,}: name folders or globs that hold the files"
             )
         if self.allow_quarantined > MOST_QUARANTINED:
             raise ConfigError(
-                f"allow_quarantined is {self.allow_quarantined}; expected at most {MOST_QUARANTINED}"
+                f"allow_quarantined is {self.allow_quarantined}; expected at most "
+                f"{MOST_QUARANTINED}"
             )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -289,7 +297,8 @@ def resolve_layers(spec: str, depth: int) -> tuple[int, ...]:
             value = Fraction(part.strip())
         except (ValueError, ZeroDivisionError):
             raise ConfigError(
-                f"layers is {spec!r}; expected numbers, fractions of the depth or 'all', as in 8, 2/3 or 0,4,8"
+                f"layers is {spec!r}; expected numbers, fractions of the depth or 'all', as in 8, "
+                "2/3 or 0,4,8"
             ) from None
         is_share = "/" in part or "." in part
         layer = int(value * depth + Fraction(1, 2)) if is_share else int(value)

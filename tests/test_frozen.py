@@ -75,7 +75,8 @@ def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(
                     f" AND {strength}::DOUBLE <= {limit!r}" if row["population"] != "tokens" else ""
                 )
                 n, n_high, least, mean = run.sql(
-                    f"SELECT count(*), count(*) FILTER ({strength} >= '{row['q3']!r}'::FLOAT), min({strength}), "
+                    f"SELECT count(*), count(*) FILTER ({strength} >= '{row['q3']!r}'::FLOAT), "
+                    f"min({strength}), "
                     f"avg({strength}::DOUBLE) FROM tokens WHERE {which}"
                 ).fetchall()[0]
                 assert (row["n"], row["n_high"], row["min"]) == (n, n_high, least)
@@ -90,7 +91,8 @@ def test_labels_go_by_the_frozen_thresholds_and_the_runs_own_are_kept(
                 "n_high"
             ].to_pylist()
             assert run.sql(
-                f"SELECT sum(n_high)::BIGINT FROM vocabulary WHERE layer = {layer} AND class <> 'special'"
+                f"SELECT sum(n_high)::BIGINT FROM vocabulary WHERE layer = {layer} AND class <> "
+                "'special'"
             ).fetchall() == [(labelled,)]
             assert run.sql(f"SELECT count(*) FROM labels WHERE layer = {layer}").fetchall() == [
                 (2,)

@@ -107,7 +107,8 @@ def test_command_line() -> None:
 def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str]) -> None:
     code = "import sys; sys.argv = ['afn', *sys.argv[1:], '--help']\n" + (
         "try:\n    from afn_ray.cli.commands import main; main()\nfinally:\n"
-        "    heavy = {'torch', 'ray', 'duckdb', 'transformers'} & set(sys.modules)\n    assert not heavy, heavy\n"
+        "    heavy = {'torch', 'ray', 'duckdb', 'transformers'} & set(sys.modules)\n    assert not "
+        "heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
@@ -115,5 +116,8 @@ def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str])
 
 
 def test_a_run_in_this_process_imports_no_ray() -> None:
-    code = "import sys, afn_ray.runs.worker, afn_ray.runs.cluster, afn_ray.runs.job; assert 'ray' not in sys.modules"
+    code = (
+        "import sys, afn_ray.runs.worker, afn_ray.runs.cluster, afn_ray.runs.job; assert 'ray' not "
+        "in sys.modules"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -53,13 +53,16 @@ WEBHOOK_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 300.0
 
 RUN_LIMITS = {
-    "quarantined_documents": "share of the rows of documents that may be quarantined; the rest of a damaged file is "
+    "quarantined_documents": "share of the rows of documents that may be quarantined; the rest of "
+                             "a damaged file is "
                              "one row, so limit what is lost too",
-    "quarantined_shards": "share of the shards that may be missing (of those that allow_quarantined lets pass)",
+    "quarantined_shards": "share of the shards that may be missing (of those that "
+                          "allow_quarantined lets pass)",
     "empty_documents": "share of the documents read that may be empty",
     "lost_bytes": "bytes of the corpus that may be lost: damaged, cut off, quarantined",
     "lost_share": "share of the bytes to be read that may be lost",
-    "lost_documents": "documents that may be lost; a loss of a number that nobody can tell breaks every limit",
+    "lost_documents": "documents that may be lost; a loss of a number that nobody can tell breaks "
+                      "every limit",
     "replaced_characters": "characters that may be replaced (U+FFFD), for bytes that are no text",
     "replaced_share": "share of the characters that may be replaced",
 }  # fmt: skip
@@ -71,7 +74,8 @@ DISTANCE_LIMITS = {
     "q1_shift": "change of Q1 relative to the baseline's, up or down, at most",
     "q2_shift": "change of the median relative to the baseline's, up or down, at most",
     "q3_shift": "change of Q3 relative to the baseline's, up or down, at most",
-    "share_high_shift": "change of the share of HIGH tokens, at most (says something where thresholds are frozen)",
+    "share_high_shift": "change of the share of HIGH tokens, at most (says something where "
+    "thresholds are frozen)",
 }
 """Limits on two runs and, in ``[source]``, on each source in both; each key with its meaning."""
 DRIFT_LIMITS = {
@@ -95,7 +99,8 @@ WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
 """Limits on the run alone that are counts, not shares."""
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
 SOURCE_OPTIONS = {
-    "min_tokens": f"tokens that a source needs in both runs (for min_tokens_ratio: in the baseline) to be judged; "
+    "min_tokens": "tokens that a source needs in both runs (for min_tokens_ratio: in the "
+                  "baseline) to be judged; "
                   f"default: {LEAST_TOKENS}"
 }  # fmt: skip
 IN_SOURCE = "\n  [source]: limits for the worst source"
@@ -207,10 +212,16 @@ def _notes(
         yield f"HIGH goes by the thresholds of {labels_of}."
     if comparison is None:
         if next(_comparable(run), None) is None:
-            yield "First night: no earlier run of this corpus and measure is here, and what needs one was not judged."
+            yield (
+                "First night: no earlier run of this corpus and measure is here, and what needs "
+                "one was not judged."
+            )
         else:
             days = WEEK.total_seconds() / 86_400
-            yield f"No earlier run is {days:g} days old yet (--baseline {baseline}); what needs one was not judged."
+            yield (
+                f"No earlier run is {days:g} days old yet (--baseline {baseline}); what needs one "
+                "was not judged."
+            )
         return
     yield from comparison.notes
     if policy.source_limits:
@@ -224,16 +235,21 @@ def _notes(
         new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in there if not r["n_a"]]
         if new:
             yield (
-                f"[source] judged nothing of {count(len(new), 'new source')}, which have nothing to be held against: "
+                f"[source] judged nothing of {count(len(new), 'new source')}, which have nothing "
+                "to be held against: "
                 f"{_first(new)}; max_new_sources limits them."
             )
         if gone := [f"{r['source']} ({count(r['n_a'], 'token')})" for r in left if not r["n_b"]]:
             yield (
-                f"[source] judged nothing of {count(len(gone), 'source')} of the baseline without a token in this run: "
+                f"[source] judged nothing of {count(len(gone), 'source')} of the baseline without "
+                "a token in this run: "
                 f"{_first(gone)}; max_vanished_sources limits them."
             )
         if small := len(there) - len(new):
-            yield f"[source] judged nothing of {count(small, 'source')} under min_tokens, {policy.min_tokens:,}."
+            yield (
+                f"[source] judged nothing of {count(small, 'source')} under min_tokens, "
+                f"{policy.min_tokens:,}."
+            )
 
 
 def _first(names: Sequence[str]) -> str:
@@ -244,12 +260,14 @@ def _first(names: Sequence[str]) -> str:
 def _named(uri: str) -> RunFolder:
     if "/" not in uri and not storage.exists(uri):
         raise ConfigError(
-            f"baseline is {uri!r}; expected {', '.join(BASELINES)} or a run's URI, as in store/runs/..."
+            f"baseline is {uri!r}; expected {', '.join(BASELINES)} or a run's URI, as in "
+            "store/runs/..."
         )
     run = manifest.find_run(uri)
     if run.uri != storage.absolute(uri).rstrip("/"):
         raise ConfigError(
-            f"baseline {uri} is a store, whose latest run is another one every night; name one of its runs, {run.uri} "
+            f"baseline {uri} is a store, whose latest run is another one every night; name one of "
+            f"its runs, {run.uri} "
             f"say, or give {' or '.join(BASELINES)}"
         )
     return run
@@ -376,7 +394,8 @@ def read_policy(file: str | Path) -> Policy:
     if not limits and not source_limits:
         known = _listed(RUN_LIMITS | DRIFT_LIMITS | OPTIONS)
         raise ConfigError(
-            f"policy {file} has no limit, so nothing could break it; it may have:\n{known}{IN_SOURCE}"
+            f"policy {file} has no limit, so nothing could break it; it may "
+            f"have:\n{known}{IN_SOURCE}"
         )
     return Policy(limits, source_limits, layer, min_tokens)
 
@@ -387,7 +406,8 @@ def _check_keys(
     if unknown := sorted(values.keys() - known.keys()):
         tables = "" if table else IN_SOURCE
         raise ConfigError(
-            f"policy {file}: no such {table}key: {', '.join(unknown)}; there are:\n{_listed(known)}{tables}"
+            f"policy {file}: no such {table}key: {', '.join(unknown)}; there "
+            f"are:\n{_listed(known)}{tables}"
         )
 
 
@@ -437,7 +457,8 @@ def judge(
         policy.source_limits or policy.limits.keys() & set(OF_SOURCES)
     ) and "sources" not in run.info["tables"]:
         raise ConfigError(
-            f"the policy limits sources, but run {run.uri} has no table of them: run it with its screening (--screen)"
+            f"the policy limits sources, but run {run.uri} has no table of them: run it with its "
+            "screening (--screen)"
         )
     alone = dict(_of_run(run, lost))
     moved = {} if comparison is None else dict(_of_comparison(comparison, layer))
@@ -662,7 +683,8 @@ def check_webhook(url: str, allow_http: bool) -> str:
         )
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
-            f"the webhook's URL has a user's name before {host}; put a secret into its path, or leave it out"
+            f"the webhook's URL has a user's name before {host}; put a secret into its path, or "
+            "leave it out"
         )
     if parts.scheme not in ("https", "http") or not host or (port is not None and not port):
         raise ConfigError(
@@ -670,7 +692,8 @@ def check_webhook(url: str, allow_http: bool) -> str:
         )
     if parts.scheme == "http" and not allow_http and not _is_this_machine(host):
         raise ConfigError(
-            f"the webhook at {host} is http, which anybody on the way reads; use https, or --allow-http"
+            f"the webhook at {host} is http, which anybody on the way reads; use https, or "
+            "--allow-http"
         )
     return url
 

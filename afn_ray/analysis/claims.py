@@ -91,10 +91,14 @@ CLAIMS = {
 
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
-    "HIGH is at or above the run's own Q3, for rivals of strength at or above theirs, also where the run's labels go "
-    "by thresholds of another one. AUC: how often a content word lies above a function word or punctuation mark (0.5: "
-    "no more than by chance). Spearman's rho goes by ranks, so that of log frequency is that of frequency. A control "
-    "is what the other figures are to be held against. Attention is a mean over the tokens of a window, so it is less "
+    "HIGH is at or above the run's own Q3, for rivals of strength at or above theirs, also where "
+    "the run's labels go "
+    "by thresholds of another one. AUC: how often a content word lies above a function word or "
+    "punctuation mark (0.5: "
+    "no more than by chance). Spearman's rho goes by ranks, so that of log frequency is that of "
+    "frequency. A control "
+    "is what the other figures are to be held against. Attention is a mean over the tokens of a "
+    "window, so it is less "
     "in longer texts.",
 )
 
@@ -187,7 +191,8 @@ class _Sample:
         docs, sizes = self.ask(f"SELECT doc, count(*) FROM {self.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
         if not len(docs):
             raise QueryError(
-                f"{run.uri} has no token that is not special, so there is nothing to hold claims against"
+                f"{run.uri} has no token that is not special, so there is nothing to hold claims "
+                "against"
             )
         self.n, self.n_docs = int(sizes.sum()), len(docs)
         self.num_groups = min(self.n_docs, GROUPS)
@@ -200,7 +205,8 @@ class _Sample:
         of = f", one in {one_in} of {of_docs:,}, chosen by their hash" if one_in > 1 else ""
         groups = f" in {self.num_groups:,} groups" if self.num_groups < self.n_docs else ""
         self.notes: tuple[str, ...] = (
-            f"{count(self.n, 'token')} of {count(self.n_docs, 'document')}{of}; intervals by {REPLICATES:,} bootstrap "
+            f"{count(self.n, 'token')} of {count(self.n_docs, 'document')}{of}; intervals by "
+            f"{REPLICATES:,} bootstrap "
             f"samples of documents{groups}",
         )
         if -(-of_tokens // max_tokens) > one_in:
@@ -225,7 +231,8 @@ class _Sample:
     def check_time(self) -> None:
         if time.monotonic() >= self._until:
             raise QueryError(
-                f"the claims took more than {self._max_s:g} s; afn claims {self.run.uri} takes the time that it needs"
+                f"the claims took more than {self._max_s:g} s; afn claims {self.run.uri} takes the "
+                "time that it needs"
             )
 
     def figure(

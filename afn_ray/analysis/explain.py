@@ -186,7 +186,8 @@ def explain(
     chosen = index_of(plan.layers, layer)
     if apart := [s.name for s in find_signals(signals)[0] if not s.is_series]:
         raise ConfigError(
-            f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show neurons"
+            f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show "
+            "neurons"
         )
     plan = worker.with_signals(plan, signals)
     if worker.wants_outliers(plan) and not plan.outliers:
@@ -251,7 +252,8 @@ def explain(
         window = run.info["measure"]["window_tokens"]
         if len(tokens) > window:
             raise ConfigError(
-                f"the text has {len(tokens):,} tokens, and a classifier decides about one window, which "
+                f"the text has {len(tokens):,} tokens, and a classifier decides about one window, "
+                "which "
                 f"has {window:,}; shorten it"
             )
         model.free_memory()
@@ -439,10 +441,12 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
             differs.append(f"these parts of it differ: {', '.join(told)}")
         elif theirs.get(key) != ours.get(key):
             differs.append(
-                f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} here"
+                f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} "
+                "here"
             )
     return (
-        f"the model at {name} is not the one of run {run}: {'; '.join(differs) or 'its run.json was edited'}. "
+        f"the model at {name} is not the one of run {run}: "
+        f"{'; '.join(differs) or 'its run.json was edited'}. "
         "Strengths of two measures cannot be compared; give the run's model"
     )
 
@@ -452,7 +456,8 @@ def _notes(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...]:
     if made_by["device"] != device:
         digits = "fifth or a later" if dtype == "float32" else "third or fourth"
         notes.append(
-            f"The run was measured on {made_by['device']}, this text on {device} (both {dtype}): strengths differ in "
+            f"The run was measured on {made_by['device']}, this text on {device} (both {dtype}): "
+            "strengths differ in "
             f"their {digits} digit, and a token close to a threshold can lie on its other side."
         )
     changed = [
@@ -462,7 +467,8 @@ def _notes(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...]:
     ]
     if changed:
         notes.append(
-            f"Libraries differ from the run's ({'; '.join(changed)}): last digits of strengths may, too."
+            f"Libraries differ from the run's ({'; '.join(changed)}): last digits of strengths "
+            "may, too."
         )
     return tuple(notes)
 

@@ -111,7 +111,8 @@ def check(
     changes, replaced = changes[there], replaced[there]
     if not len(changes):
         raise ConfigError(
-            f"none of the documents drawn from {run.uri} has both HIGH and LOW tokens that may be masked"
+            f"none of the documents drawn from {run.uri} has both HIGH and LOW tokens that may be "
+            "masked"
         )
     draws = Draws(len(changes))
     figures = []
@@ -140,12 +141,17 @@ def check(
                     _figure(what, f"{a} less {b}", layer, difference, n, n_docs, is_control=False)
                 )
     note = (
-        f"Masking: {count(len(changes), 'document')} of the run, drawn by their hash, each in one window. As many "
-        f"tokens of every kind, at most {SHARE:.0%} of a document's, became {name}. Only tokens that stayed are looked "
+        f"Masking: {count(len(changes), 'document')} of the run, drawn by their hash, each in one "
+        "window. As many "
+        f"tokens of every kind, at most {SHARE:.0%} of a document's, became {name}. Only tokens "
+        "that stayed are looked "
         f"at, at the output of block {last[0]}, in float32."
     )
     if content_tags(run) == []:
-        note += " Which of the corpus's tags are content words is not known, so these are not looked at apart."
+        note += (
+            " Which of the corpus's tags are content words is not known, so these are not looked "
+            "at apart."
+        )
     return figures, note
 
 
@@ -163,7 +169,8 @@ def _stand_in(processor: worker.Processor) -> tuple[str, int]:
         if name in pieces:
             return name, pieces.index(name)
     raise ConfigError(
-        f"the vocabulary of {processor.task.config.model} has nothing to put for a token that is masked: "
+        f"the vocabulary of {processor.task.config.model} has nothing to put for a token that is "
+        "masked: "
         f"none of {', '.join(STAND_INS)}"
     )
 
@@ -185,10 +192,12 @@ def _texts(
             content,
         )
     rows = run.sql(
-        f"SELECT doc, token_id, NOT is_special AND NOT coalesce(sink_{layer}, false), coalesce(high_{layer}, false), "  # noqa: S608
+        f"SELECT doc, token_id, NOT is_special AND NOT coalesce(sink_{layer}, false), "  # noqa: S608
+        f"coalesce(high_{layer}, false), "
         f"{is_content} FROM tokens LEFT JOIN (SELECT token_id, class FROM vocabulary "
         f"WHERE layer = {layer} AND class <> 'special') USING (token_id) "
-        "WHERE doc IN (SELECT doc FROM documents WHERE n_tokens > 0 ORDER BY hash(doc), doc LIMIT $n) "
+        "WHERE doc IN (SELECT doc FROM documents WHERE n_tokens > 0 ORDER BY hash(doc), doc LIMIT "
+        "$n) "
         "AND position <= $window ORDER BY doc, position",
         parameters,
     ).to_arrow_table()

@@ -208,7 +208,8 @@ def _check_tokens(
                 row = int(np.argmax(wrong))
                 raise Wrong(
                     "tokens",
-                    f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token is lost, "
+                    f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token "
+                    "is lost, "
                     "doubled or out of place",
                 )
         flags = part["flags"].to_numpy()
@@ -232,7 +233,8 @@ def _check_tokens(
                 doc = int(np.argmax(wrong))
                 raise Wrong(
                     "documents",
-                    f"doc {docs[0] + doc}: mean_{one.name} is {means[doc]}, its tokens give {expected[doc]}",
+                    f"doc {docs[0] + doc}: mean_{one.name} is {means[doc]}, its tokens give "
+                    f"{expected[doc]}",
                 )
         tags = part["tag"].cast(pa.string()) if tagged else None
         summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series, tags)

@@ -259,7 +259,10 @@ def _of_shards(
 def _redo_shard(folder: str, runs: Sequence[str]) -> str:
     """Advice on a damaged shard; ``runs`` are URIs of the run.json files that list it."""
     others = f" and {len(runs) - 3} more that list the shard" if len(runs) > 3 else ""
-    return f"delete {' and '.join([folder, *runs[:3]])}{others}, then give 'afn run' again: it is done anew"
+    return (
+        f"delete {' and '.join([folder, *runs[:3]])}{others}, then give 'afn run' again: it is "
+        "done anew"
+    )
 
 
 def _check_pilot(store: str, name: str) -> Iterator[Finding]:
@@ -373,7 +376,10 @@ def _check_commit(
     findings: list[Finding] = []
     identity = Shard.of(read.slices, read.options).id
     if identity != commit.shard:
-        message = f"it is the commit of shard {commit.shard}, but its slices are those of shard {identity}; {redo}"
+        message = (
+            f"it is the commit of shard {commit.shard}, but its slices are those of shard "
+            f"{identity}; {redo}"
+        )
         findings.append(Finding("misplaced", uri, message))
     tables: dict[str, pq.ParquetFile] = {}
     for table, entry in commit.files.items():
@@ -504,11 +510,17 @@ class _Run:
             for piece in pieces:
                 if piece.start != end:
                     what = "twice" if piece.start < end else "never"
-                    message = f"it reads part of {uri} {what}: a slice starts at {piece.start}, expected {end}"
+                    message = (
+                        f"it reads part of {uri} {what}: a slice starts at {piece.start}, expected "
+                        f"{end}"
+                    )
                     self._find("plan", self._plan, message, self._begin_again)
                 end = piece.end
             if piece.format != "parquet" and end != piece.size:
-                message = f"it reads part of {uri} never: its last slice ends at {end}, the file at {piece.size}"
+                message = (
+                    f"it reads part of {uri} never: its last slice ends at {end}, the file at "
+                    f"{piece.size}"
+                )
                 self._find("plan", self._plan, message, self._begin_again)
 
     def orphans(self, files: Iterable[storage.StoredFile], age: Age) -> Iterator[Orphan]:
@@ -688,7 +700,8 @@ class _Run:
                     self._find(
                         "tables",
                         self._table_uri("vocabulary"),
-                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the tokens, not in both; "
+                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the "
+                        "tokens, not in both; "
                         f"the first is of token_id {wrong[0][0]}",
                     )
             for layer in self.measure.get("neuron_layers", []):
@@ -697,7 +710,8 @@ class _Run:
                     self._find(
                         "tables",
                         self._table_uri("neurons"),
-                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the neurons, not in both; "
+                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the "
+                        "neurons, not in both; "
                         f"the first is of neuron {wrong[0][0]}",
                     )
 
@@ -758,17 +772,23 @@ def lines(v: Verification) -> Iterator[str]:
             if orphan.removable
             else "somebody may be at work on it"
         )
-        yield f"orphan      {orphan.uri}: {orphan.num_bytes:,} bytes, {orphan.age_s / 3600:.1f} h old; {state}"
+        yield (
+            f"orphan      {orphan.uri}: {orphan.num_bytes:,} bytes, {orphan.age_s / 3600:.1f} h "
+            f"old; {state}"
+        )
     for uri in v.foreign:
         yield f"foreign     {uri}: afn-ray does not write such a file; it is left alone"
     for uri in v.incomplete:
         yield f"incomplete  {uri}: give its 'afn run' command again to finish it"
     for uri in v.condemned:
-        yield f"condemned   {uri}: 'afn gc' gave it up; 'afn gc --delete' removes what is left of it"
+        yield (
+            f"condemned   {uri}: 'afn gc' gave it up; 'afn gc --delete' removes what is left of it"
+        )
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"
     yield (
-        f"checked {count(v.num_shards, 'shard')}, {count(v.num_files, 'file')}, {count(v.num_bytes, 'byte')}, "
+        f"checked {count(v.num_shards, 'shard')}, {count(v.num_files, 'file')}, "
+        f"{count(v.num_bytes, 'byte')}, "
         f"{count(v.num_rows, 'token')}; recomputed {count(v.num_runs, 'run')}; {v.seconds:.1f} s: "
         + (count(len(v.findings), "finding") if v.findings else "all is as it was committed")
     )

@@ -20,12 +20,17 @@ PROFILES = {
     "full": "full windows",
 }
 VARIANTS = {
-    "loop": "the Hugging Face loop a user writes: float32, padded, batches of 32, all hidden states",
-    "tuned": "the best-tuned padded pipeline: stopped at the layer, sorted by length, a budget of tokens",
-    "ray_data": "Ray Data map_batches with `tuned` inside, from the first batch on, its actors loaded",
-    "sentence_transformers": "token embeddings of sentence-transformers: float32, padded, all layers",
+    "loop": "the Hugging Face loop a user writes: float32, padded, batches of 32, all hidden "
+    "states",
+    "tuned": "the best-tuned padded pipeline: stopped at the layer, sorted by length, a budget of "
+    "tokens",
+    "ray_data": "Ray Data map_batches with `tuned` inside, from the first batch on, its actors "
+    "loaded",
+    "sentence_transformers": "token embeddings of sentence-transformers: float32, padded, all "
+    "layers",
     "engine": "afn-ray: texts in memory -> strengths in memory",
-    "job": "afn-ray: JSONL files -> Parquet, committed; workers loaded and shards planned, as within a long run",
+    "job": "afn-ray: JSONL files -> Parquet, committed; workers loaded and shards planned, as "
+    "within a long run",
 }
 TOKENS_PER_WORKER = {"cpu": 16_300, "cuda": 1_000_000}
 """On a CPU a little less than eight batches of 2,048: one that is partly filled weighs more here
@@ -56,7 +61,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         allow_abbrev=False,
         help="tokens per second of this engine and of what users write, interleaved",
         description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
-        "turns; reported are medians of the repetitions that nothing else on the machine disturbed.",
+        "turns; reported are medians of the repetitions that nothing else on the machine "
+        "disturbed.",
     )
     engine.add_argument(
         "--profiles", metavar="LIST", default=",".join(PROFILES), help=f"of {','.join(PROFILES)}"
@@ -202,7 +208,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         allow_abbrev=False,
         help="what the driver of a huge run takes, and that it loses no shard",
         description="The real plan, dispatcher, status and reduce over workers and a clock that are fake, with "
-        "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own process.",
+        "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own "
+        "process.",
     )
     simulate.add_argument(
         "--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)"
@@ -218,7 +225,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         allow_abbrev=False,
         help="seconds and memory of questions to a large run, and of its reduce",
         description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
-        "million tokens. Every reduce and question has its own process; the memory limit is that of 'afn sql', 2GB.",
+        "million tokens. Every reduce and question has its own process; the memory limit is that "
+        "of 'afn sql', 2GB.",
     )
     sql.add_argument(
         "--rows",

@@ -288,7 +288,8 @@ def measure(
                         else ""
                     )
                     note(
-                        f"{profile} {repetition}/{options.repeat} {variant}: {rate:,.0f} tokens/s{busy}"
+                        f"{profile} {repetition}/{options.repeat} {variant}: {rate:,.0f} "
+                        f"tokens/s{busy}"
                     )
                 if repetition == 1:
                     differences[profile] = compare(strengths, base.dtype)
@@ -414,7 +415,8 @@ def _texts(
     for profile, found in texts.items():
         if len(found) < base.workers:
             raise ConfigError(
-                f"--tokens {num_tokens} is {len(found)} texts of the profile {profile}, too few for {base.workers} "
+                f"--tokens {num_tokens} is {len(found)} texts of the profile {profile}, too few "
+                f"for {base.workers} "
                 "workers; give more"
             )
     return texts
@@ -443,7 +445,10 @@ def _start(variant: str, base: Spec, folder: Path, texts: dict[str, list[Text]])
 
 
 def _missing_note(variant: str) -> str:
-    return f"{variant} is skipped: {NEEDS.get(variant, variant)} is not installed; pip install 'afn-ray[bench]'"
+    return (
+        f"{variant} is skipped: {NEEDS.get(variant, variant)} is not installed; pip install "
+        "'afn-ray[bench]'"
+    )
 
 
 # --- figures
@@ -471,7 +476,8 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
         for i in common:
             if by_text[i][0].shape != expected[i].shape:
                 raise ModelError(
-                    f"{variant} has {len(by_text[i][0])} tokens of text {i}, expected {len(expected[i])}: "
+                    f"{variant} has {len(by_text[i][0])} tokens of text {i}, expected "
+                    f"{len(expected[i])}: "
                     "the variants do not measure the same; no figures"
                 )
         got, want = (
@@ -481,7 +487,8 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
         difference = float(np.quantile(np.abs(got - want) / np.abs(want), 0.99))
         if not difference <= TOLERANCE[dtype]:
             raise ModelError(
-                f"{variant} differs from {order[0]} by {difference:.1e} relative, more than rounding in {dtype} "
+                f"{variant} differs from {order[0]} by {difference:.1e} relative, more than "
+                f"rounding in {dtype} "
                 f"({TOLERANCE[dtype]:.0e}): the variants do not measure the same; no figures"
             )
         found[variant] = difference
@@ -594,8 +601,10 @@ def render(result: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"{result['workers']} processes on {result['device']}, {result['dtype']}, windows of "
-        f"{result['window_tokens']} tokens, batches of {result['batch_tokens']}; GEMM peak in this run "
-        f"{result['gemm_peak_tflops']:.3f} TFLOP/s; n = {result['repeat']}, median (lowest-highest)",
+        f"{result['window_tokens']} tokens, batches of {result['batch_tokens']}; GEMM peak in this "
+        "run "
+        f"{result['gemm_peak_tflops']:.3f} TFLOP/s; n = {result['repeat']}, median "
+        "(lowest-highest)",
         markup=False,
     )
     for profile, variants in result["profiles"].items():
@@ -646,11 +655,15 @@ def render(result: dict[str, Any], console: Console) -> None:
     for name in next(iter(result["profiles"].values())):
         console.print(f"{name}: {VARIANTS[name]}", markup=False)
     console.print(
-        f"Every clock counts tokenizing. {' and '.join(SLOW)} get one text in {ONE_IN}, of all lengths, and torch's "
-        "own threads; the others get one thread a core. Peers get long texts already cut into our windows. MFU: "
-        "operations of the blocks up to the layer, without padding, of the GEMM peak. Sizes are those of long runs in "
+        f"Every clock counts tokenizing. {' and '.join(SLOW)} get one text in {ONE_IN}, of all "
+        "lengths, and torch's "
+        "own threads; the others get one thread a core. Peers get long texts already cut into our "
+        "windows. MFU: "
+        "operations of the blocks up to the layer, without padding, of the GEMM peak. Sizes are "
+        "those of long runs in "
         "small: nearly whole batches, lengths as evenly spread. differs: relative difference "
-        f"of strengths from the engine's, 99th percentile. clean: others took at most {FOREIGN:.0%} of the cores.",
+        "of strengths from the engine's, 99th percentile. clean: others took at most "
+        f"{FOREIGN:.0%} of the cores.",
         markup=False,
     )
 

@@ -44,7 +44,10 @@ def render(result: dict[str, Any], console: Console) -> None:
     print_facts(result, console)
     console.print(f"n = {result['repeat']}, median (lowest-highest)", markup=False)
     for name, values in result["figures"].items():
-        line = f"{name:<44} {statistics.median(values):>12,.3f} ({min(values):,.3f}-{max(values):,.3f})"
+        line = (
+            f"{name:<44} {statistics.median(values):>12,.3f} "
+            f"({min(values):,.3f}-{max(values):,.3f})"
+        )
         console.print(line, markup=False)
 
 

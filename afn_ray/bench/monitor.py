@@ -40,7 +40,8 @@ WAYS = {
     "plain again": "the same once more: what it takes more or less is noise",
     "strength": "the same, with the strength of every token read at the layer and brought home",
     "strength, shift": "the same, with the shift too",
-    "strength, shift, attention": "the same, with attention received too, computed once more at the layer",
+    "strength, shift, attention": "the same, with attention received too, computed once more at "
+    "the layer",
     "plain to the layer": "the plain pass, ended behind the layer's block",
     "strength to the layer": "the same, with the strength",
     "afn-ray": "afn-ray's engine: the strengths, ended there too, one thread on a CPU",
@@ -300,7 +301,10 @@ def render(result: dict[str, Any], console: Console) -> None:
     """One table per model, and how much faster the distilled shape is."""
     machine.print_facts(result, console)
     for label, found in result["models"].items():
-        title = f"\n{label}: layer {found['layer']} of {found['depth']}; ms per text, and how much more than plain"
+        title = (
+            f"\n{label}: layer {found['layer']} of {found['depth']}; ms per text, and how much "
+            "more than plain"
+        )
         table = Table(
             box=None, pad_edge=False, title=title, title_justify="left", title_style="bold"
         )
@@ -325,8 +329,10 @@ def render(result: dict[str, Any], console: Console) -> None:
     for way, what in WAYS.items():
         console.print(f"{way}: {what}", markup=False)
     console.print(
-        f"{result['texts']} texts of each length, one at a time, tokenizing included; all ways and models take turns "
-        "on each text. Times, ratios and overheads are medians over texts; an overhead is against plain, of what ends "
+        f"{result['texts']} texts of each length, one at a time, tokenizing included; all ways and "
+        "models take turns "
+        "on each text. Times, ratios and overheads are medians over texts; an overhead is against "
+        "plain, of what ends "
         f"at the layer against what plainly does. Others took {result['foreign']:.0%} of the "
         "cores meanwhile.",
         markup=False,

@@ -203,7 +203,8 @@ def find_blocks(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return list(module)
     raise ConfigError(
-        f"{type(model).__name__} keeps its {depth} blocks in no list; choose other --variants or --model"
+        f"{type(model).__name__} keeps its {depth} blocks in no list; choose other --variants or "
+        "--model"
     )
 
 

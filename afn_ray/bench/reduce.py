@@ -73,7 +73,8 @@ def measure(
         (Path(store) / "index.json").write_text(json.dumps(index), "utf-8")
         total = {name: sum(row[name] for row in index) for name in ("tokens", "bytes")}
         on_note(
-            f"{num_shards:,} summaries of {total['tokens']:,} tokens, {total['bytes'] / 1e6:,.0f} MB, written in "
+            f"{num_shards:,} summaries of {total['tokens']:,} tokens, {total['bytes'] / 1e6:,.0f} "
+            "MB, written in "
             f"{time.monotonic() - began:.0f} s"
         )
         found: dict[str, list[dict[str, Any]]] = {executor: [] for executor in EXECUTORS}
@@ -219,7 +220,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     """A line for each executor."""
     machine.print_facts(result, console)
     console.print(
-        f"\n{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} MB of summaries; "
+        f"\n{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} "
+        "MB of summaries; "
         f"n = {result['repeat']}, median (lowest-highest)",
         markup=False,
     )
@@ -245,7 +247,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(f"{executor}: {what}", markup=False)
     same = "have the same bits" if result["identical"] else "DIFFER"
     console.print(
-        f"Tables of all {len(EXECUTORS) * result['repeat']} reduces, each in an order of its own, {same}: "
+        f"Tables of all {len(EXECUTORS) * result['repeat']} reduces, each in an order of its own, "
+        f"{same}: "
         f"{result['types']:,} types, {result['strengths']:,} distinct strengths. Others took up to "
         f"{result['foreign']:.0%} of the cores meanwhile.",
         markup=False,

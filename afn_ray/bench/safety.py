@@ -70,7 +70,8 @@ def measure(
                 ms = (many - few) * EXECUTORS[executor] / (sizes["many"] - sizes["few"]) * 1000
                 rounds.append({"many_s": many, "few_s": few, "again_s": again, "overhead_ms": ms})
                 on_note(
-                    f"{executor} {at + 1}/{repeat}: {many:.1f} s for {sizes['many']:,} shards, {few:.1f} s for "
+                    f"{executor} {at + 1}/{repeat}: {many:.1f} s for {sizes['many']:,} shards, "
+                    f"{few:.1f} s for "
                     f"{sizes['few']:,}, {again:.1f} s again"
                 )
     place = "local disk" if storage.is_local(stores) else stores.partition("://")[0]
@@ -121,7 +122,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     """A column for each executor."""
     machine.print_facts(result, console)
     console.print(
-        f"\n{result['shards']:,} shards of one word each, store on {result['store']}; n = {result['repeat']}, "
+        f"\n{result['shards']:,} shards of one word each, store on {result['store']}; n = "
+        f"{result['repeat']}, "
         "median (lowest-highest)",
         markup=False,
     )
@@ -143,5 +145,6 @@ def render(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "\nWhole commands, start of Python included; a shard more is the difference of the first two."
+        "\nWhole commands, start of Python included; a shard more is the difference of the first "
+        "two."
     )

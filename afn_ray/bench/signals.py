@@ -194,13 +194,16 @@ def render(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        f"\ncost: time beside strength at layer k alone, median, least and most of {result['repeat']} turns over "
-        f"{result['tokens']:,} tokens, from JSONL to committed Parquet, one worker; bytes: of the tokens table, and of "
+        "\ncost: time beside strength at layer k alone, median, least and most of "
+        f"{result['repeat']} turns over "
+        f"{result['tokens']:,} tokens, from JSONL to committed Parquet, one worker; bytes: of the "
+        "tokens table, and of "
         f"neurons with their counts. Others took {result['foreign']:.0%} of the cores meanwhile.",
         markup=False,
     )
     sweep = statistics.median(result["variants"][SWEEP]["cost"])
     console.print(
-        f"A sweep of all layers costs {sweep:+.1%}; the bar is {WITHIN:.0%}: {'met' if sweep < WITHIN else 'not met'}.",
+        f"A sweep of all layers costs {sweep:+.1%}; the bar is {WITHIN:.0%}: "
+        f"{'met' if sweep < WITHIN else 'not met'}.",
         markup=False,
     )

@@ -58,7 +58,8 @@ CONTINUES_EVERY = 5
 """One type in so many continues a word, as in English text under BERT's vocabulary."""
 CAPITAL_SHARE = 0.1
 QUESTIONS = {
-    "types that are HIGH most often": "FROM vocabulary WHERE n >= 100 ORDER BY share_high DESC LIMIT 20",
+    "types that are HIGH most often": "FROM vocabulary WHERE n >= 100 ORDER BY share_high DESC "
+    "LIMIT 20",
     "movers since a baseline": "FROM movers WHERE status = 'both' ORDER BY q, abs(z) DESC LIMIT 20",
     "class shares": "SELECT class, sum(n), sum(n_high) / sum(n) FROM vocabulary GROUP BY ALL",
     "drift since a baseline": "FROM drift",
@@ -294,7 +295,8 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
                 pass
         size = sum(f.stat().st_size for f in Path(store).rglob("*-tokens.parquet"))
         on_note(
-            f"{num_shards + 1:,} shards, {size / 1e6:,.0f} MB of tokens, written in {time.monotonic() - began:.0f} s"
+            f"{num_shards + 1:,} shards, {size / 1e6:,.0f} MB of tokens, written in "
+            f"{time.monotonic() - began:.0f} s"
         )
         reduces = []
         for first, count in ((0, max(1, num_shards // 5)), (0, num_shards), (1, num_shards)):
@@ -362,7 +364,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     """A line for each reduce, and for each question."""
     machine.print_facts(result, console)
     console.print(
-        f"\n{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n = "
+        f"\n{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n "
+        "= "
         f"{result['repeat']}, median (lowest-highest)",
         markup=False,
     )

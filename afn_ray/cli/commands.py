@@ -464,7 +464,8 @@ def _demo(args: argparse.Namespace) -> None:
     out = Console(highlight=False)
     tokens = summary.info["counts"]["tokens"]
     out.print(
-        f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} s\n"
+        f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} "
+        "s\n"
     )
     overview.render_thresholds(summary, out)
     overview.render_classes(summary, out)
@@ -473,7 +474,8 @@ def _demo(args: argparse.Namespace) -> None:
     overview.render_caution(summary, out)
     store = _shell(args.store)
     query = (
-        f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND class = 'content' AND n > 99 "
+        f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND class = 'content' "
+        "AND n > 99 "
         "ORDER BY share_high DESC LIMIT 9"
     )
     out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)

@@ -23,7 +23,8 @@ def print_estimate(e: Estimate, console: Console) -> None:
     rows = [
         (
             "model",
-            f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on {e.device}",
+            f"{e.model}: layers {', '.join(map(str, e.layers))} of {e.depth}, {e.dtype} on "
+            f"{e.device}",
         ),
         ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
         (
@@ -39,7 +40,8 @@ def print_estimate(e: Estimate, console: Console) -> None:
         *_pace(e),
         (
             "requests",
-            f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store are buckets",
+            f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store "
+            "are buckets",
         ),
         *(
             [("signals", f"time of the forward pass beside strength alone: {signals}")]
@@ -84,14 +86,16 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
     yield (
         "time",
         (
-            f"about {_duration(e.seconds)} with {e.num_workers} workers: loading {_duration(e.load_s)}, reduce "
+            f"about {_duration(e.seconds)} with {e.num_workers} workers: loading "
+            f"{_duration(e.load_s)}, reduce "
             f"and screening {_duration(e.reduce_s)}"
         ),
     )
     yield (
         "work",
         (
-            f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = {e.num_workers} x "
+            f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = "
+            f"{e.num_workers} x "
             f"{e.seconds / 3600:,.3f}"
         ),
     )
@@ -123,7 +127,10 @@ def _bill(e: Estimate) -> Iterator[tuple[str, str]]:
 def _arithmetic(cost: Cost, currency: str) -> str:
     if cost.price is None:
         return f"{_amount(cost.amount)} {cost.unit}, for which there is no price"
-    return f"{_amount(cost.amount)} {cost.unit} x {cost.price:g} = {_amount(cost.total or 0.0)} {currency}"
+    return (
+        f"{_amount(cost.amount)} {cost.unit} x {cost.price:g} = {_amount(cost.total or 0.0)} "
+        f"{currency}"
+    )
 
 
 def _amount(value: float) -> str:

@@ -12,11 +12,21 @@ from afn_ray.config import CHOICES, HINTS, RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.text import nearest
 
-EPILOG = "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, resumable"
-VERIFY_EPILOG = "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from the store"
-GC_EPILOG = "exit codes: 0 listed, or deleted; 2 usage, or a plan that cannot be read; 75 stopped, resumable"
+EPILOG = (
+    "exit codes: 0 done; 1 ended with shards missing; 2 usage, config or query; 75 stopped, "
+    "resumable"
+)
+VERIFY_EPILOG = (
+    "exit codes: 0 all is as it was committed; 1 something is damaged; 2 usage; 75 no answer from "
+    "the store"
+)
+GC_EPILOG = (
+    "exit codes: 0 listed, or deleted; 2 usage, or a plan that cannot be read; 75 stopped, "
+    "resumable"
+)
 STATUS_EPILOG = (
-    "exit codes, of the newest run: 0 complete; 1 failed; 2 usage, or neither a store nor a run; 3 under way; "
+    "exit codes, of the newest run: 0 complete; 1 failed; 2 usage, or neither a store nor a run; 3 "
+    "under way; "
     "75 stopped, or no word from its driver: the same 'afn run' command resumes"
 )
 AUDIT_EPILOG = (
@@ -209,7 +219,8 @@ def parser() -> argparse.ArgumentParser:
         help="ask a run in SQL",
         epilog=EPILOG,
         description="Views: tokens, documents, vocabulary, words, classes, thresholds, labels, histogram, signals, "
-        "signal_vocabulary, token_neurons, neurons, neuron_types, files, sources, screened, shards, run, and with "
+        "signal_vocabulary, token_neurons, neurons, neuron_types, files, sources, screened, "
+        "shards, run, and with "
         "--baseline movers, drift, class_drift. Macros: kwic(word, n := 5, most := NULL), "
         "document_text(document). Without a QUERY, a shell.",
     )

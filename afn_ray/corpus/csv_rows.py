@@ -131,7 +131,8 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             # The reader requests a line after the last one only inside a quoted field.
             if ended:
                 why = (
-                    "quoted field is not closed before the end of the file, and took all of it from line "
+                    "quoted field is not closed before the end of the file, and took all of it "
+                    "from line "
                     f"{first_line:,} on"
                 )
             yield Row([], why, start, stream.done, max(num_lines, 1))
@@ -142,7 +143,8 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
                 num_lines += sum(not line.blank for line in lines)
             finally:
                 why = (
-                    f"row is over the limit of {limit} bytes (is a quote not closed?); the file is left out from "
+                    f"row is over the limit of {limit} bytes (is a quote not closed?); the file is "
+                    "left out from "
                     f"line {first_line:,} on"
                 )
                 yield Row([], why, start, stream.done, max(num_lines, 1))
@@ -214,7 +216,8 @@ def _other_reading(fields: list[str], raw: list[str], options: ReadOptions) -> s
             row = fields
         if [field.lstrip(" ") for field in row] != with_spaces:
             return (
-                "a field has a space before its opening quote, so that some programs take its quotes for text; "
+                "a field has a space before its opening quote, so that some programs take its "
+                "quotes for text; "
                 "remove such spaces"
             )
     if options.csv_escape == "auto" and any('\\"' in line for line in raw):

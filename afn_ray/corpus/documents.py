@@ -131,7 +131,10 @@ def garbled(text: str, num_replaced: int) -> str:
     ``num_replaced`` is the number of its replaced characters.
     """
     if SEVEN_BIT.search(text):
-        return "it looks like ISO-2022, as of Japanese mail (it has the mark ESC $); convert the file to UTF-8"
+        return (
+            "it looks like ISO-2022, as of Japanese mail (it has the mark ESC $); convert the file "
+            "to UTF-8"
+        )
     num_controls = len(CONTROLS.findall(text))
     num_bad = num_replaced + num_controls
     if num_bad < GARBLED_FROM or num_bad <= GARBLED_SHARE * len(text):
@@ -144,18 +147,30 @@ def garbled(text: str, num_replaced: int) -> str:
         )
         if number
     ]
-    return f"of {count(len(text), 'character')} {' and '.join(parts)}: {_likely_cause(text, num_replaced)}"
+    return (
+        f"of {count(len(text), 'character')} {' and '.join(parts)}: "
+        f"{_likely_cause(text, num_replaced)}"
+    )
 
 
 def _likely_cause(text: str, num_replaced: int) -> str:
     if text.count("\0") * 5 > len(text):
-        return "it looks like UTF-16 or UTF-32 without a byte order mark, or binary data; convert the file to UTF-8"
+        return (
+            "it looks like UTF-16 or UTF-32 without a byte order mark, or binary data; convert the "
+            "file to UTF-8"
+        )
     num_low = sum(c < " " for c in CONTROLS.findall(text))  # C0
     if num_replaced > 4 * num_low:
-        return "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; convert the file to UTF-8"
+        return (
+            "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; convert the file to "
+            "UTF-8"
+        )
     if num_replaced == 0 and num_low == 0:
         return "it looks like UTF-8 that was once read as latin-1 and written anew; repair the file"
-    return "it looks like binary data, or UTF-16 without a byte order mark; convert the file to UTF-8, or leave it out"
+    return (
+        "it looks like binary data, or UTF-16 without a byte order mark; convert the file to "
+        "UTF-8, or leave it out"
+    )
 
 
 # --- columns
@@ -193,7 +208,10 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
                 "read_csv('FILE')) TO 'corpus.parquet'\""
             )
     if any(name.strip(" \ufeff") == options.text_column for name in names):
-        return f"a name in its header has spaces or a byte order mark around {options.text_column!r}: remove them"
+        return (
+            f"a name in its header has spaces or a byte order mark around {options.text_column!r}: "
+            "remove them"
+        )
     return ""
 
 

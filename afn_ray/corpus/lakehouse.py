@@ -88,8 +88,10 @@ def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
         for folder, kind in zip(ordered, pool.map(_kind, ordered), strict=True):
             if kind is not None:
                 raise CorpusError(
-                    f"{folder} is {kind.name} (it has {kind.mark}): its log alone says which of its files count, and "
-                    "files of deleted and replaced rows stay beside them. Export its current version and name that, "
+                    f"{folder} is {kind.name} (it has {kind.mark}): its log alone says which of "
+                    "its files count, and "
+                    "files of deleted and replaced rows stay beside them. Export its current "
+                    "version and name that, "
                     f"as with: {kind.export.format(folder)}"
                 )
 

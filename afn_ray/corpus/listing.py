@@ -45,7 +45,8 @@ def list_files(
     for pattern in patterns:
         if in_store(storage.absolute(pattern)):
             raise CorpusError(
-                f"corpus {pattern} is in the store {store}; give a --store that is not above the corpus"
+                f"corpus {pattern} is in the store {store}; give a --store that is not above the "
+                "corpus"
             )
     others: set[str] = set()
     found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern, others)}
@@ -58,13 +59,15 @@ def list_files(
         (skipped if left_out else files).append(file)
     if not files and all(is_store_file(file.uri) for file in skipped):
         raise CorpusError(
-            f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a store is no corpus: "
+            f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a "
+            "store is no corpus: "
             "name the folder with the texts"
         )
     if not files:
         found_uris = documents.listing([file.uri for file in skipped], 200)
         raise CorpusError(
-            f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be followed by "
+            f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be "
+            "followed by "
             f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
             "it with --format"
         )
@@ -160,7 +163,8 @@ def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadO
     if names is not None and (missing := documents.missing_column(names, options)) is not None:
         why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
         raise CorpusError(
-            f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}"
+            f"no column {missing!r} in {file.uri}; it has: "
+            f"{documents.columns(names)}{why and '; '}{why}"
         )
 
 

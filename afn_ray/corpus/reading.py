@@ -61,7 +61,8 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     except CorpusError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise CorpusChanged(
-                f"{slice.uri} is gone since it was planned; run the same command again to plan without it"
+                f"{slice.uri} is gone since it was planned; run the same command again to plan "
+                "without it"
             ) from error
         raise ShardError(str(error)) from error
 
@@ -162,7 +163,8 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
     # A plan identifies files by size and version.
     touch = "touch it and " if (now.size, now.version) == (slice.size, slice.version) else ""
     return CorpusChanged(
-        f"{slice.uri} is not the file that was planned: {'; '.join(differing)}; {touch}run the same command again "
+        f"{slice.uri} is not the file that was planned: {'; '.join(differing)}; {touch}run the "
+        "same command again "
         "to plan it anew"
     )
 

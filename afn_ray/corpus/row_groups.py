@@ -90,8 +90,10 @@ def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
     kind = schema.field(schema.names.index(options.id_column)).type
     if not _is_id(kind):
         raise CorpusError(
-            f"id column {options.id_column!r} of {uri} is {kind}, of which no id can be made; expected strings, whole "
-            "numbers, decimals, dates, times, booleans, UUIDs or bytes. Cast it to one of them, name another column, "
+            f"id column {options.id_column!r} of {uri} is {kind}, of which no id can be made; "
+            "expected strings, whole "
+            "numbers, decimals, dates, times, booleans, UUIDs or bytes. Cast it to one of them, "
+            "name another column, "
             "or leave id_column out: then ids are content hashes"
         )
 
@@ -142,7 +144,8 @@ class _File:
             chunk = self._chunks[group][i]
             if chunk.given > max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken):
                 raise ValueError(
-                    f"{chunk.taken} bytes of {chunk.path} give {chunk.given}, over {EXPANSION} times as many"
+                    f"{chunk.taken} bytes of {chunk.path} give {chunk.given}, over {EXPANSION} "
+                    "times as many"
                 )
 
     def batches(self, group: int) -> Iterator[tuple[Texts, Ids, list[Any]]]:

@@ -433,7 +433,8 @@ class Stream:
             given += len(block)
             if given > max(EXPANSION_FROM_BYTES, EXPANSION * self._pieces.at):
                 raise Bomb(
-                    f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; decompress the file "
+                    f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; "
+                    "decompress the file "
                     "if it is meant"
                 )
             yield block

@@ -53,7 +53,8 @@ def from_cells(text: object, labels: object, text_column: str, labels_column: st
         raise ValueError(f"{text_column} is {_kind(text)}, expected a string or a list of words")
     if len(labels) != len(places):
         raise ValueError(
-            f"{labels_column} has {count(len(labels), 'tag')}, expected {len(places)}: one for each word"
+            f"{labels_column} has {count(len(labels), 'tag')}, expected {len(places)}: one for "
+            "each word"
         )
     names = [_tag(value, f"{labels_column}: tag {i}") for i, value in enumerate(labels)]
     return text, tuple(
@@ -153,7 +154,8 @@ def _spans(values: Sequence[object], num_chars: int, column: str) -> tuple[Span,
     for one, other in pairwise(spans):
         if other.start < one.end:
             raise ValueError(
-                f"{column}: spans {one.start} to {one.end} and {other.start} to {other.end} overlap, expected one tag "
+                f"{column}: spans {one.start} to {one.end} and {other.start} to {other.end} "
+                "overlap, expected one tag "
                 "for a character"
             )
     return tuple(spans)
@@ -172,7 +174,8 @@ def _tag(value: object, what: str) -> str:
         raise ValueError(f"{what} is {name!r}, expected characters that can be printed")
     if name in RESERVED:
         raise ValueError(
-            f"{what} is {name!r}, which is what tokens without a tag are called; expected another name"
+            f"{what} is {name!r}, which is what tokens without a tag are called; expected another "
+            "name"
         )
     return name
 

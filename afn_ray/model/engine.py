@@ -237,7 +237,8 @@ class Model:
         self.windowed |= layout.windowed
         if layout.calls != this.calls:
             raise ModelError(
-                f"{this.calls} of its blocks ran, and {layout.calls} times its attention went through the interface"
+                f"{this.calls} of its blocks ran, and {layout.calls} times its attention went "
+                "through the interface"
             )
         return lambda values: values[:, 0]
 
@@ -295,7 +296,8 @@ class Model:
                 shape = (*hidden.shape[:-1], self.places[module].num_neurons)
                 if this.neurons.numel() != math.prod(shape):
                     raise ModelError(
-                        f"{self.name} runs its MLP in pieces, as with chunk_size_feed_forward in its "
+                        f"{self.name} runs its MLP in pieces, as with chunk_size_feed_forward in "
+                        "its "
                         "config; leave the signal neurons out"
                     )
                 this.neurons = this.neurons.reshape(shape)

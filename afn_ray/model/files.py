@@ -124,11 +124,13 @@ def find_model(
         raise ModelError(_loading_failed(name, error)) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and decoders"
+            f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and "
+            "decoders"
         )
     if config.model_type not in TESTED and not allow_untested:
         raise ModelError(
-            f"{name} is of the family {config.model_type}, which has no test; --allow-untested tries it: it is still "
+            f"{name} is of the family {config.model_type}, which has no test; --allow-untested "
+            "tries it: it is still "
             "held against the plain model at load, and refused where it differs. Tested are: "
             f"{', '.join(sorted(TESTED))}"
         )
@@ -136,7 +138,8 @@ def find_model(
     depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
     if not isinstance(depth, int) or not isinstance(hidden, int):
         raise ModelError(
-            f"{name} ({config.model_type}) does not say how many layers it has; is it a model of text?"
+            f"{name} ({config.model_type}) does not say how many layers it has; is it a model of "
+            "text?"
         )
     num_embeddings = getattr(text, "vocab_size", None)
     return ModelFiles(
@@ -175,8 +178,10 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"no model {name!r}: no such folder here, and the hub did not give it ({reason}). Give a model folder, "
-            "a .gguf file or a hub name; offline, set HF_HUB_OFFLINE=1 and fill the cache beforehand"
+            f"no model {name!r}: no such folder here, and the hub did not give it ({reason}). Give "
+            "a model folder, "
+            "a .gguf file or a hub name; offline, set HF_HUB_OFFLINE=1 and fill the cache "
+            "beforehand"
         ) from error
 
 
@@ -381,7 +386,8 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
     if missing:
         raise ModelError(
             f"model {files.name}: {len(missing)} weights are not in its files and would be random: "
-            f"{', '.join(missing[:3])}. config.json says {files.depth} blocks of {files.hidden_size}: is it another "
+            f"{', '.join(missing[:3])}. config.json says {files.depth} blocks of "
+            f"{files.hidden_size}: is it another "
             "model's?"
         )
     model.eval()

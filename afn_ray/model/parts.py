@@ -35,7 +35,10 @@ TOKENIZERS = (
 
 Without any of them, transformers builds a tokenizer with no vocabulary.
 """
-READABLE = "The quick fox, a lazy dog. 1 + 2 = 3; \u4e00 \u4e2d \u306e \u0438 \u0432 \u0648 \u05d5 \u03ba\u03b1\u03b9"
+READABLE = (
+    "The quick fox, a lazy dog. 1 + 2 = 3; \u4e00 \u4e2d \u306e \u0438 \u0432 \u0648 \u05d5 "
+    "\u03ba\u03b1\u03b9"
+)
 """Text in several scripts, at least one of which every vocabulary covers."""
 
 HEADS = frozenset({
@@ -79,8 +82,10 @@ def check_folder(name: str, folder: Path) -> None:
     found = sorted({p.name for pattern in ADAPTERS for p in folder.glob(pattern)})
     if found:
         raise ModelError(
-            f"{name} holds an adapter ({', '.join(found)}), which transformers applies only where the package peft is "
-            "installed. Merge it into its weights (peft: merge_and_unload, then save_pretrained), and give that "
+            f"{name} holds an adapter ({', '.join(found)}), which transformers applies only where "
+            "the package peft is "
+            "installed. Merge it into its weights (peft: merge_and_unload, then save_pretrained), "
+            "and give that "
             "folder; where it should not count, move its files elsewhere"
         )
 
@@ -94,8 +99,10 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
             method = part["quantization_config"]
             method = method.get("quant_method", "?") if isinstance(method, dict) else method
             raise ModelError(
-                f"the weights of {name} are quantized ({method}), and what they are depends on a package of their own; "
-                "give the model's own weights, or save it dequantized (model.dequantize(), then save_pretrained)"
+                f"the weights of {name} are quantized ({method}), and what they are depends on a "
+                "package of their own; "
+                "give the model's own weights, or save it dequantized (model.dequantize(), then "
+                "save_pretrained)"
             )
     described = [config]
     if (path := folder / "tokenizer_config.json").is_file():
@@ -107,8 +114,10 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
             if "--" in str(place):
                 repository = str(place).partition("--")[0]
                 raise ModelError(
-                    f"the code of {name} is in another repository ({repository}), which may change while the folder "
-                    "does not: put its .py files into the folder, and leave the repository out of auto_map"
+                    f"the code of {name} is in another repository ({repository}), which may change "
+                    "while the folder "
+                    "does not: put its .py files into the folder, and leave the repository out of "
+                    "auto_map"
                 )
 
 
@@ -122,7 +131,8 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
     if isinstance(explicit, str):
         if not (folder / _plain(name, explicit)).is_file():
             raise ModelError(
-                f"config.json of {name} names {explicit} as its weights, and {folder} does not have it"
+                f"config.json of {name} names {explicit} as its weights, and {folder} does not "
+                "have it"
             )
         single, index = (explicit, "") if not explicit.endswith(".index.json") else ("", explicit)
         return [single] if single else [index, *_indexed(name, folder, index)]
@@ -134,7 +144,8 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
         if not whole and not indexed:
             if parts:
                 raise ModelError(
-                    f"{name} has {count(len(parts), 'part')} of its weights ({min(parts)}, ...) and no {index} that "
+                    f"{name} has {count(len(parts), 'part')} of its weights ({min(parts)}, ...) "
+                    f"and no {index} that "
                     "says what is in them; copy that too"
                 )
             continue
@@ -146,13 +157,15 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
         if unused := sorted(parts - set(used)):
             raise ModelError(
                 f"{name} has weights that {single if whole else index} knows nothing of: "
-                f"{', '.join(unused[:MOST_NAMES])}; remove them, or give the folder that they are of"
+                f"{', '.join(unused[:MOST_NAMES])}; remove them, or give the folder that they are "
+                "of"
             )
         return [single] if whole else [index, *used]
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     if others:
         raise ModelError(
-            f"no weights at {name}: {folder} has {', '.join(others[:MOST_NAMES])}, expected {SAFETENSORS} "
+            f"no weights at {name}: {folder} has {', '.join(others[:MOST_NAMES])}, expected "
+            f"{SAFETENSORS} "
             f"or {SAFETENSORS}.index.json"
         )
     if allow_pickle or not any(folder.glob("pytorch_model*.bin")):
@@ -173,7 +186,8 @@ def _indexed(name: str, folder: Path, index: str) -> list[str]:
     files = sorted({_plain(name, file) for file in weight_map.values()})
     if missing := [f for f in files if not (folder / f).is_file()]:
         raise ModelError(
-            f"{name} cannot be loaded: {index} names {count(len(files), 'file')} of weights, and {folder} lacks "
+            f"{name} cannot be loaded: {index} names {count(len(files), 'file')} of weights, and "
+            f"{folder} lacks "
             f"{', '.join(missing[:MOST_NAMES])}; copy them too"
         )
     return files
@@ -205,8 +219,10 @@ def check_has_tokenizer(name: str, folder: Path) -> None:
     """Raise ``ModelError`` if ``folder`` has no tokenizer files."""
     if not any(p.is_file() for pattern in TOKENIZERS for p in folder.glob(pattern)):
         raise ModelError(
-            f"{name} has no tokenizer: {folder} has no tokenizer.json, and no vocab.txt, vocab.json, merges.txt or "
-            "*.model. Copy the files of the model's own tokenizer into it (AutoTokenizer: save_pretrained)"
+            f"{name} has no tokenizer: {folder} has no tokenizer.json, and no vocab.txt, "
+            "vocab.json, merges.txt or "
+            "*.model. Copy the files of the model's own tokenizer into it (AutoTokenizer: "
+            "save_pretrained)"
         )
 
 
@@ -229,9 +245,12 @@ def check_tokenizer(
         }
         if beyond := sorted(i for i in names if i >= num_embeddings):
             raise ModelError(
-                f"the tokenizer of {name} has {count(len(beyond), 'id')} that the model has no embedding for: "
-                f"{beyond[0]} ({names[beyond[0]][:40]!r}) is the first, and vocab_size in config.json is "
-                f"{num_embeddings:,}. Give the model's own tokenizer; or, where tokens were added to it, a model with "
+                f"the tokenizer of {name} has {count(len(beyond), 'id')} that the model has no "
+                "embedding for: "
+                f"{beyond[0]} ({names[beyond[0]][:40]!r}) is the first, and vocab_size in "
+                "config.json is "
+                f"{num_embeddings:,}. Give the model's own tokenizer; or, where tokens were added "
+                "to it, a model with "
                 "vectors for them (resize_token_embeddings, and trained)"
             )
     try:
@@ -242,9 +261,11 @@ def check_tokenizer(
         return
     if not ids or (unknown is not None and set(ids) == {unknown}):
         raise ModelError(
-            f"the tokenizer of {name} makes {'nothing' if not ids else 'its unknown token'} of every word, with a "
+            f"the tokenizer of {name} makes {'nothing' if not ids else 'its unknown token'} of "
+            "every word, with a "
             f"vocabulary of {count(len(vocabulary) + len(added), 'entry').replace('entrys', 'entries')}: a file of the "
-            "tokenizer is missing or another model's. Copy the files of the model's own tokenizer into the folder "
+            "tokenizer is missing or another model's. Copy the files of the model's own tokenizer "
+            "into the folder "
             "(AutoTokenizer: save_pretrained)"
         )
 
@@ -281,9 +302,13 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
         return
     hint = f"config.json says {count(depth, 'block')}: is it another model's?"
     if any(mark in f".{key}" for key in unused for mark in ADAPTED):
-        hint = "they are an adapter's: merge it into the weights (peft: merge_and_unload, then save_pretrained)"
+        hint = (
+            "they are an adapter's: merge it into the weights (peft: merge_and_unload, then "
+            "save_pretrained)"
+        )
     raise ModelError(
-        f"model {name}: its files hold {count(len(unused), 'tensor')} that {type(model).__name__} does not have and "
+        f"model {name}: its files hold {count(len(unused), 'tensor')} that {type(model).__name__} "
+        "does not have and "
         f"that would be left out: {', '.join(unused[:MOST_NAMES])}; {hint}"
     )
 
@@ -296,7 +321,8 @@ def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
         told.append(f"{key[0]} is {tuple(key[1])}, expected {tuple(key[2])}" if named else str(key))
     if told:
         raise ModelError(
-            f"model {name}: {count(len(told), 'tensor')} of its files have other shapes than config.json says: "
+            f"model {name}: {count(len(told), 'tensor')} of its files have other shapes than "
+            "config.json says: "
             f"{'; '.join(sorted(told)[:MOST_NAMES])}. Is config.json another model's?"
         )
 
@@ -309,7 +335,8 @@ def check_environment() -> None:
     for variable, exact in ROUNDING.items():
         if (value := os.environ.get(variable, "")).upper() not in exact:
             raise ModelError(
-                f"{variable} is {value!r}, which rounds the inputs of float32 products: unset it, and "
+                f"{variable} is {value!r}, which rounds the inputs of float32 products: unset it, "
+                "and "
                 "give --dtype bfloat16 or float16 where speed is wanted"
             )
     if (precision := torch.get_float32_matmul_precision()) != "highest":

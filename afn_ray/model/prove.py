@@ -226,7 +226,8 @@ def _find_places(
     """
     if "attention" in needs and not model.packed:
         raise ModelError(
-            f"{model.name} gives no attention weights to read: its batches are padded, since {model.why_padded}; "
+            f"{model.name} gives no attention weights to read: its batches are padded, since "
+            f"{model.why_padded}; "
             "leave the signal attention out"
         )
     ran = _watch_blocks(model, ids)
@@ -291,7 +292,8 @@ def _find_place(model: Model, block: _Block, needs: frozenset[str]) -> Place:
     }
     if lacking := sorted(n for n in needs & found.keys() if not found[n]):
         raise ModelError(
-            f"{model.name}: no linear layer of its blocks was found to be the one behind its {lacking[0]}; "
+            f"{model.name}: no linear layer of its blocks was found to be the one behind its "
+            f"{lacking[0]}; "
             f"leave signals out that need {lacking[0]}"
         )
     behind, num_neurons = "", 0
@@ -299,17 +301,20 @@ def _find_place(model: Model, block: _Block, needs: frozenset[str]) -> Place:
         behind, num_neurons = found["neurons"][-1].name, found["neurons"][-1].input.shape[-1]
         if experts := num_experts(model.module.config):
             raise ModelError(
-                f"{model.name} is a mixture of {experts} experts: its neurons are other ones for each token; leave "
+                f"{model.name} is a mixture of {experts} experts: its neurons are other ones for "
+                "each token; leave "
                 "the signal neurons out"
             )
         if num_neurons > MOST_NEURONS:
             raise ModelError(
-                f"{model.name} has {num_neurons:,} neurons in a block, and they are recorded as numbers below "
+                f"{model.name} has {num_neurons:,} neurons in a block, and they are recorded as "
+                "numbers below "
                 f"{MOST_NEURONS:,}; leave the signal neurons out"
             )
     if "norm" in needs and not block.norm:
         raise ModelError(
-            f"{model.name}: its blocks do not end with a LayerNorm, so there is no gain to leave out; leave "
+            f"{model.name}: its blocks do not end with a LayerNorm, so there is no gain to leave "
+            "out; leave "
             "the signal centred out"
         )
     gram = _gram(found["attention"][0]) if "attention" in needs else None
@@ -398,5 +403,6 @@ def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) ->
     difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))
     if not difference <= tolerance:
         raise ModelError(
-            f"self-check failed: {what} differs by {difference:.2e} relative, tolerance {tolerance:.0e}"
+            f"self-check failed: {what} differs by {difference:.2e} relative, tolerance "
+            f"{tolerance:.0e}"
         )

@@ -259,7 +259,8 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
             identities.append(f"{name} of {package.name} {package.version}" if package else name)
         else:
             raise ConfigError(
-                f"there is no signal {name!r}{nearest([name], known())}; there are {', '.join(known())}"
+                f"there is no signal {name!r}{nearest([name], known())}; there are "
+                f"{', '.join(known())}"
             )
     columns = [c for s in found for c in s.columns]
     if twice := sorted({c for c in columns if columns.count(c) > 1}):

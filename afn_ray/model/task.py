@@ -111,7 +111,8 @@ def _load(files: ModelFiles) -> Any:
     """The sequence classifier in ``files``. Raises ``ModelError`` if there is none."""
     if files.gguf is not None:
         raise ModelError(
-            f"{files.name} is a GGUF file, which holds no classifier; give a run of a model that has one"
+            f"{files.name} is a GGUF file, which holds no classifier; give a run of a model that "
+            "has one"
         )
     try:
         return load_weights(files, transformers.AutoModelForSequenceClassification)

@@ -298,8 +298,10 @@ class Result:
             num_bytes += batch.nbytes
             if num_bytes > self._run._limits.memory_bytes:
                 raise QueryError(
-                    f"the result is larger than the memory limit of {self._run._limits.memory}: ask for less, take it "
-                    "a batch at a time with .to_arrow_reader(), write it with afn sql --out, or raise the limit"
+                    f"the result is larger than the memory limit of {self._run._limits.memory}: "
+                    "ask for less, take it "
+                    "a batch at a time with .to_arrow_reader(), write it with afn sql --out, or "
+                    "raise the limit"
                 )
         return pa.Table.from_batches(taken, schema)
 
@@ -338,7 +340,8 @@ def _sent(value: Any) -> Any:
         return str(value)
     if callable(value):
         raise QueryError(
-            "a Python function cannot be called there; take the rows out, as with .df(), and call it here"
+            "a Python function cannot be called there; take the rows out, as with .df(), and call "
+            "it here"
         )
     return value
 
@@ -472,13 +475,15 @@ class Run:
                 )
         if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*\S\s+\S(?:[^']|'')*)'", query):
             notes.append(
-                f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its context"
+                f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its "
+                "context"
             )
         elif re.search(r"\bkwic\([^)]*,\s*(?:n\s*:=\s*)?-\s*\d", query):
             notes.append("kwic takes the number of words on each side, 0 or more")
         elif found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
             notes.append(
-                f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves no row"
+                f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves "
+                "no row"
             )
         return notes
 
@@ -521,7 +526,8 @@ class Run:
             raise QueryError(f"{name} is no table of pandas, polars or Arrow: {error}") from error
         if arrow.nbytes > self._limits.memory_bytes // 2:
             raise QueryError(
-                f"{name} has {arrow.nbytes:,} bytes, over half of the memory limit of {self._limits.memory}; "
+                f"{name} has {arrow.nbytes:,} bytes, over half of the memory limit of "
+                f"{self._limits.memory}; "
                 "take the columns that the query needs, or raise the limit"
             )
         return arrow
@@ -618,7 +624,8 @@ def _statements(
     layers = folder.info["layers"]
     if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
         raise StoreError(
-            f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of {list(quartiles)}"
+            f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of "
+            f"{list(quartiles)}"
         )
     others = [Series(r["signal"], r["layer"]) for r in tables["signals"].to_pylist()]
     if wrong := [s.name for s in others if not SIGNAL.fullmatch(s.signal)]:
@@ -693,7 +700,8 @@ def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File
                 continue
             if not FILE_NAME.fullmatch(name or ""):
                 raise StoreError(
-                    f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a shard's file"
+                    f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a "
+                    "shard's file"
                 )
             of_table.append(
                 _File(name, storage.join(folder.store, name), shard[SIZES[table]], shard)

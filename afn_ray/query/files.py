@@ -88,7 +88,8 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
             )
             if data is None:
                 raise StoreError(
-                    f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum that was committed; "
+                    f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum "
+                    "that was committed; "
                     "'afn verify' says what else is, and what to do"
                 )
             return data

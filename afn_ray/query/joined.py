@@ -57,7 +57,8 @@ def read_table(path: Path) -> pa.Table:
             rows, num_bytes = rows + batch.num_rows, num_bytes + batch.nbytes
             if rows > MAX_ROWS or num_bytes > MAX_BYTES:
                 raise ConfigError(
-                    f"{path} becomes over {MAX_ROWS:,} rows or {MAX_BYTES:,} bytes; take what is needed"
+                    f"{path} becomes over {MAX_ROWS:,} rows or {MAX_BYTES:,} bytes; take what is "
+                    "needed"
                 )
         if not batches:
             raise ConfigError(f"{path} has no rows")

@@ -126,13 +126,15 @@ class Limits:
 
     def memory_error(self) -> QueryError:
         return QueryError(
-            f"the query needs more memory than its limit of {self.memory}; ask for less, as in WHERE doc < 1000, "
+            f"the query needs more memory than its limit of {self.memory}; ask for less, as in "
+            "WHERE doc < 1000, "
             "or raise the memory limit"
         )
 
     def time_error(self) -> QueryError:
         return QueryError(
-            f"stopped after {self.timeout_s:g} s; ask for less, as in WHERE doc < 1000, or give it more time"
+            f"stopped after {self.timeout_s:g} s; ask for less, as in WHERE doc < 1000, or give it "
+            "more time"
         )
 
 
@@ -219,8 +221,10 @@ def readable(message: str, limits: Limits | None = None) -> str:
         return str(limits.memory_error())
     if "Permission Error" in message or "read-only mode" in message:
         return (
-            f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table of your own comes "
-            "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, polars or Arrow"
+            f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table "
+            "of your own comes "
+            "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, "
+            "polars or Arrow"
         )
     if "Traceback (most recent call last)" in message:  # an error of our filesystem
         return message.strip().rpartition("\n")[2]
@@ -385,7 +389,8 @@ class _Child:
             else said
         )
         return QueryError(
-            f"the process that runs SQL died of this query ({how}{': ' + why if why else ''}); ask it another way. "
+            f"the process that runs SQL died of this query ({how}{': ' + why if why else ''}); ask "
+            "it another way. "
             "The next query gets a new process"
         )
 
@@ -405,7 +410,8 @@ class _Child:
 
 def _text_error(num_bytes: int) -> QueryError:
     return QueryError(
-        f"the error or the names of the columns that the query gives take {num_bytes:,} bytes; expected at most "
+        f"the error or the names of the columns that the query gives take {num_bytes:,} bytes; "
+        "expected at most "
         f"{MOST_TEXT_BYTES:,}. Ask for fewer columns, or in fewer words"
     )
 

@@ -274,7 +274,8 @@ class Session:
         """The next batch of a reader."""
         if reader not in self._readers:
             raise duckdb.InvalidInputException(
-                "this result is no longer there: the process that computed it was stopped, or more than "
+                "this result is no longer there: the process that computed it was stopped, or more "
+                "than "
                 f"{MAX_READERS} results were read at a time; ask again"
             )
         cursor, batches = self._readers[reader]
@@ -327,8 +328,10 @@ class Session:
             )
         if (kind := statements[0].type) not in ALLOWED:
             raise duckdb.PermissionException(
-                f"{kind.name} is not allowed: a run is read-only. Ask with SELECT, FROM, WITH, DESCRIBE, SHOW, "
-                "SUMMARIZE, PIVOT or EXPLAIN; for changes of your own, take rows out with .to_arrow_table() or --format"
+                f"{kind.name} is not allowed: a run is read-only. Ask with SELECT, FROM, WITH, "
+                "DESCRIBE, SHOW, "
+                "SUMMARIZE, PIVOT or EXPLAIN; for changes of your own, take rows out with "
+                ".to_arrow_table() or --format"
             )
         for name, table in tables.items():
             cursor.register(name, table)
@@ -387,7 +390,10 @@ def _within_arrow(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
     return relation.project(", ".join(columns))
 
 
-BEYOND_ARROW = "an INTERVAL of 292 years or more, counted in hours, is beyond what Arrow can hold; cast it ::VARCHAR"
+BEYOND_ARROW = (
+    "an INTERVAL of 292 years or more, counted in hours, is beyond what Arrow can hold; cast it "
+    "::VARCHAR"
+)
 
 
 def _beyond_arrow(value: str, kind: Any, depth: int = 0) -> str:

@@ -15,21 +15,28 @@ VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
-    "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is labelled",
+    "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is "
+    "labelled",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
     "thresholds": "quartiles of the run per layer, with and without sinks",
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
-    "signals": "how each signal but strength is distributed, per layer; empty where none was recorded",
+    "signals": "how each signal but strength is distributed, per layer; empty where none was "
+    "recorded",
     "signal_vocabulary": "statistics of every type under each of these",
-    "token_neurons": "the neurons of each token that are furthest from 0; empty where none were recorded",
+    "token_neurons": "the neurons of each token that are furthest from 0; empty where none were "
+    "recorded",
     "neurons": "what each of these neurons answers to, per layer; empty where none were recorded",
-    "neuron_types": "each neuron with each type that it meets at least five times; empty where none were recorded",
+    "neuron_types": "each neuron with each type that it meets at least five times; empty where "
+    "none were recorded",
     "histogram": "how often each distinct strength occurs, per layer; special tokens apart",
-    "files": "what was read of each file of the corpus, and what was lost; files left out for their ending as well",
-    "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run has none",
+    "files": "what was read of each file of the corpus, and what was lost; files left out for "
+    "their ending as well",
+    "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run "
+    "has none",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",
-    "drift": "distances of the strengths from the baseline, whole and by source; empty without a baseline",
+    "drift": "distances of the strengths from the baseline, whole and by source; empty without a "
+    "baseline",
     "class_drift": "classes here and in the baseline; empty without a baseline",
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
@@ -38,7 +45,8 @@ VIEWS = {
 DERIVED = ("tokens", "documents", "words", "classes", "token_neurons", "neuron_types")
 """Views that are read from files; the others are small tables."""
 MACROS = {
-    "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: enough for a look",
+    "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: "
+    "enough for a look",
     "document_text(document)": "a document put together from its words",
 }
 """Descriptions of the macros, by signature."""
@@ -79,7 +87,10 @@ class File(NamedTuple):
 def _rows(files: Sequence[File]) -> str:
     """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``."""
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
-    numbered = f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], {PLAIN})"  # noqa: S608
+    numbered = (
+        f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], "  # noqa: S608
+        f"{PLAIN})"
+    )
     if files[0].folder is not None:
         folders = ", ".join(f"'{f.folder}'" for f in files)
         numbered = (
@@ -87,7 +98,10 @@ def _rows(files: Sequence[File]) -> str:
             f"list_position([{folders}], string_split(filename, '/')[-2]) - 1 AS file "
             f"FROM read_parquet([{paths}], {PLAIN}, filename = true, file_row_number = true)"
         )
-    return f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM ({numbered}))"  # noqa: S608
+    return (
+        f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM "  # noqa: S608
+        f"({numbered}))"
+    )
 
 
 PLAIN = "hive_partitioning = false"
@@ -123,13 +137,17 @@ def statements(
     # text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
     made = [
-        "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, any_value(text) AS text, "  # noqa: S608
-        f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP BY token_id",
-        f"CREATE VIEW tokens AS {tokens_view(_rows(tokens), layers, quartiles, others, offsets, tagged)}",
+        "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, "  # noqa: S608
+        "any_value(text) AS text, "
+        f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP "
+        "BY token_id",
+        "CREATE VIEW tokens AS "
+        f"{tokens_view(_rows(tokens), layers, quartiles, others, offsets, tagged)}",
         f"CREATE VIEW documents AS {documents_view(_rows(documents), layers, others)}",
         f"CREATE VIEW words AS {words_view(tokens, layers, quartiles, offsets, tagged)}",
         f"CREATE VIEW classes AS {classes_view(layers, tagged)}",
-        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, layers, quartiles, offsets)}",
+        "CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE "
+        f"{kwic_macro(tokens, layers, quartiles, offsets)}",
         f"CREATE MACRO document_text(document) AS ({document_text_macro(_rows(tokens), offsets)})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
@@ -189,9 +207,11 @@ def tokens_view(
         columns += [
             strength,
             f"CASE WHEN is_special OR {q3} IS NULL THEN NULL WHEN {strength} < {q1} THEN 1 "
-            f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS quartile_{k}",
+            f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS "
+            f"quartile_{k}",
             f"CASE WHEN NOT is_special THEN {is_high(strength, q3)} END AS high_{k}",
-            f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {_exact(sink, 'DOUBLE')} END AS sink_{k}",
+            f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {_exact(sink, 'DOUBLE')} END AS "
+            f"sink_{k}",
         ]
     columns += [s.name for s in others]
     return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
@@ -499,7 +519,8 @@ def kwic_macro(
     def near(heads: str, beside: str, ends: str = "") -> str:
         """SQL of the tokens up to ``beside`` before and after the words at ``heads``."""
         around = (
-            f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + 1)) AS near "  # noqa: S608
+            f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + "  # noqa: S608
+            "1)) AS near "
             f"FROM {heads}"
         )
         return f"""
@@ -535,7 +556,10 @@ def kwic_macro(
 
     def side(which: str, cut: str) -> str:
         """SQL of the context on one side, shortened by ``cut`` if it is too long."""
-        text = f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), '')"
+        text = (
+            f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), "
+            "'')"
+        )
         return f"CASE WHEN length({text}) > {chars} THEN {cut.format(f'({text})')} ELSE {text} END"
 
     chars = f"greatest({CONTEXT_CHARS}, 100 * {words})"

@@ -85,14 +85,17 @@ def compare(
     same_measure = a.info["measure"]["id"] == b.info["measure"]["id"]
     if not same_measure and not ranks_only:
         raise ConfigError(
-            f"runs {a.uri} and {b.uri} are of different measures, so their strengths cannot be compared: "
-            f"{'; '.join(_differences(a.info['measure'], b.info['measure']))}. 'afn compare A B --ranks-only' compares "
+            f"runs {a.uri} and {b.uri} are of different measures, so their strengths cannot be "
+            "compared: "
+            f"{'; '.join(_differences(a.info['measure'], b.info['measure']))}. 'afn compare A B "
+            "--ranks-only' compares "
             "shares alone"
         )
     layers = [k for k in a.info["layers"] if k in b.info["layers"]]
     if not layers:
         raise ConfigError(
-            f"runs {a.uri} and {b.uri} have no layer in common: {_listed(a.info['layers'])} against "
+            f"runs {a.uri} and {b.uri} have no layer in common: {_listed(a.info['layers'])} "
+            "against "
             f"{_listed(b.info['layers'])}"
         )
     with checksums.named_damage(f"{a.uri} or {b.uri}"):
@@ -463,7 +466,10 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
     if ranks_only:
         yield "Ranks only: quartiles, medians and distances are left out; shares remain."
         if differing := _differences(a.info["measure"], b.info["measure"]):
-            yield f"The measures differ, and types are matched by their piece: {'; '.join(differing)}."
+            yield (
+                "The measures differ, and types are matched by their piece: "
+                f"{'; '.join(differing)}."
+            )
     q3_a, q3_b = (
         {
             r["layer"]: r["q3"]
@@ -476,7 +482,8 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         yield "HIGH means the same in A and B: both label by the same Q3."
     else:
         yield (
-            "HIGH is a rank within each run: A and B label by different Q3, so a HIGH share says nothing of raw "
+            "HIGH is a rank within each run: A and B label by different Q3, so a HIGH share says "
+            "nothing of raw "
             "strengths."
         )
     for name, run in runs:
@@ -492,7 +499,10 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
     if (language := a.info["config"].get("language")) != (
         theirs := b.info["config"].get("language")
     ):
-        yield f"Function words are those of {language!r} in A and of {theirs!r} in B, so classes differ by that too."
+        yield (
+            f"Function words are those of {language!r} in A and of {theirs!r} in B, so classes "
+            "differ by that too."
+        )
     labels = [info["measure"].get("labels") for info in (a.info, b.info)]
     if labels[0] != labels[1]:
         of_a, of_b = (
@@ -501,7 +511,10 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         yield f"Classes are {of_a} in A and {of_b} in B, so they differ by that too."
     words = [info.get("function_words") for info in (a.info, b.info)]
     if words[0] != words[1]:
-        yield f"Function words are from {words[0]} in A and from {words[1]} in B, so classes may differ by that too."
+        yield (
+            f"Function words are from {words[0]} in A and from {words[1]} in B, so classes may "
+            "differ by that too."
+        )
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

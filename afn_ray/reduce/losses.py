@@ -262,8 +262,10 @@ def describe_unknown(info: Mapping[str, Any]) -> str:
     if not UNKNOWN_SHARE * num_tokens < num <= num_tokens:
         return ""
     return (
-        f"{num:,} of {count(num_tokens, 'token')} of text ({rounded_up(num / num_tokens)}) are {found.get('token')}, "
-        "which stands for whatever the tokenizer does not know: their strengths say nothing of words. Is the model one "
+        f"{num:,} of {count(num_tokens, 'token')} of text ({rounded_up(num / num_tokens)}) are "
+        f"{found.get('token')}, "
+        "which stands for whatever the tokenizer does not know: their strengths say nothing of "
+        "words. Is the model one "
         "of the corpus's language, and the tokenizer the model's own?"
     )
 
@@ -276,7 +278,8 @@ def describe(found: Losses) -> str:
     if not found.any:
         return ""
     return (
-        f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} ({rounded_up(found.share)}) in "
+        f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} "
+        f"({rounded_up(found.share)}) in "
         f"{count(found.num_files, 'file')}: {worst_files(found)}; {said_documents(found)}"
     )
 

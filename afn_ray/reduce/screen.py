@@ -555,7 +555,8 @@ def _reason(
     told = [
         (
             abs(z[at]),
-            f"{name} {values[at]:.4g}, median of {'the corpus' if of_all else 'its source'} {medians[at]:.4g} "
+            f"{name} {values[at]:.4g}, median of {'the corpus' if of_all else 'its source'} "
+            f"{medians[at]:.4g} "
             f"(z {z[at]:+.1f})",
         )
         for at, name in enumerate(FEATURES)

@@ -480,7 +480,8 @@ def _read_series(
         found = Series(table["signal"][0].as_py(), table["layer"][0].as_py())
         if found != series:
             raise StoreError(
-                f"{file.name} of shard {file.shard}: row group {at} holds {found.name}, expected {series.name}"
+                f"{file.name} of shard {file.shard}: row group {at} holds {found.name}, expected "
+                f"{series.name}"
             )
         return SeriesSummary.from_table(table)
 

@@ -23,12 +23,15 @@ def check(where: str) -> None:
     if scheme in ("http", "https") and has_scheme:
         plain = f"{scheme}://{rest.rpartition('@')[2]}"  # without a password
         raise ConfigError(
-            f"{plain} is the address of Ray's dashboard, which takes jobs, not connections: submit the command there "
-            f"(ray job submit --address {plain} -- afn run ...), or give host:6379 of the cluster's head"
+            f"{plain} is the address of Ray's dashboard, which takes jobs, not connections: submit "
+            "the command there "
+            f"(ray job submit --address {plain} -- afn run ...), or give host:6379 of the "
+            "cluster's head"
         )
     if scheme == "ray" and has_scheme:
         raise ConfigError(
-            f"{where} is an address of Ray Client, which afn-ray does not use: give host:6379 on a machine of the "
+            f"{where} is an address of Ray Client, which afn-ray does not use: give host:6379 on a "
+            "machine of the "
             "cluster, or submit the command as a job"
         )
     if where != "auto":

@@ -297,12 +297,16 @@ class Patience:
         waited = self._clock() - self._since
         if waited >= self._wait_s:
             raise Interrupted(
-                f"{self._who()} for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the same command resumes"
+                f"{self._who()} for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the "
+                "same command resumes"
             )
         if self._said or waited < SAY_AFTER_S:
             return None
         self._said = True
-        return f"{self._who()} for {waited:,.0f} s: {self._lack()}; waiting for up to {self._wait_s:,.0f} s (--wait)"
+        return (
+            f"{self._who()} for {waited:,.0f} s: {self._lack()}; waiting for up to "
+            f"{self._wait_s:,.0f} s (--wait)"
+        )
 
     def _who(self) -> str:
         loading = self._num_loading()
@@ -691,11 +695,13 @@ class Dispatcher:
             shard, seconds = late[0].shard, now - late[0].began
             if not self._pool.can_replace:
                 raise Interrupted(
-                    f"shard {shard.id} ({shard.slices[0].uri}) is not done after {seconds:,.0f} s (--shard-deadline), "
+                    f"shard {shard.id} ({shard.slices[0].uri}) is not done after {seconds:,.0f} s "
+                    "(--shard-deadline), "
                     "and this process cannot be replaced; with --executor ray a hung worker is"
                 )
             self.state.notices.append(
-                f"a worker was replaced: shard {shard.id} is not done after {seconds:,.0f} s, its deadline is "
+                f"a worker was replaced: shard {shard.id} is not done after {seconds:,.0f} s, its "
+                "deadline is "
                 f"{self.deadline_s(shard):g} s (--shard-deadline)"
             )
             self._blame(self._replace(worker), f"it hung: not done after {seconds:,.0f} s")

@@ -74,7 +74,8 @@ class Rate:
         ]
         if differing:
             raise ConfigError(
-                f"--rate {file} was measured for something else: {'; '.join(differing)}; measure this run's: "
+                f"--rate {file} was measured for something else: {'; '.join(differing)}; measure "
+                "this run's: "
                 "'afn bench rate RUN_TOML --json FILE'"
             )
 
@@ -334,7 +335,8 @@ def bill(
 
 def _no_rate(device: str, here: str) -> str:
     return (
-        f"the workers' device is {device} and this machine's is {here}: measure on one of theirs with 'afn bench rate "
+        f"the workers' device is {device} and this machine's is {here}: measure on one of theirs "
+        "with 'afn bench rate "
         "RUN_TOML --json FILE' and give --rate FILE"
     )
 
@@ -439,7 +441,8 @@ def read_rate(path: Path) -> Rate:
     for key, (is_right, expected) in RATE_KEYS.items():
         if not is_right(found.get(key)):
             raise ConfigError(
-                f"--rate {path} is not what 'afn bench rate --json' writes: {key} is {found.get(key)!r}; expected "
+                f"--rate {path} is not what 'afn bench rate --json' writes: {key} is "
+                f"{found.get(key)!r}; expected "
                 f"{expected}"
             )
     rates = found["tokens_per_second"]

@@ -135,7 +135,8 @@ def _say_nothing_to_do(asked: Preparation, complete: manifest.RunFolder, on_even
         asked.config.store, asked.task.measure_id, asked.plan.shards, complete
     ):
         raise StoreError(
-            f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the store, as {gone[0]}: "
+            f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the "
+            f"store, as {gone[0]}: "
             f"delete {complete.uri}/run.json and give this command again to do them anew"
         )
     on_event(
@@ -207,7 +208,8 @@ def _run(
     quarantined = given_up([s for s in plan.shards if s.id in state.failures], state.failures)
     if lost := [s.id for s in plan.shards if s.id not in commits and s.id not in state.failures]:
         raise IncompleteRun(
-            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: {', '.join(lost[:9])}"
+            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: "
+            f"{', '.join(lost[:9])}"
         )
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
@@ -268,8 +270,10 @@ def _run(
     folder = manifest.finish_run(folder, info)
     if len(theirs := folder.info["quarantined"]) > config.allow_quarantined:
         raise IncompleteRun(
-            f"another process has completed run {folder.uri} without {len(theirs)} shards, more than "
-            f"--allow-quarantined {config.allow_quarantined} permits here; the same command tries them again"
+            f"another process has completed run {folder.uri} without {len(theirs)} shards, more "
+            "than "
+            f"--allow-quarantined {config.allow_quarantined} permits here; the same command tries "
+            "them again"
         )
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
@@ -353,7 +357,8 @@ def _decide_precision(
         decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
         on_event(
             events.PrecisionDecided(
-                f"{precision.describe(decided)}; this store's first run decided it, and another --dtype "
+                f"{precision.describe(decided)}; this store's first run decided it, and another "
+                "--dtype "
                 "wants another store"
             )
         )
@@ -498,8 +503,10 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
         else ""
     )
     return (
-        f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; what is done is "
-        "committed, and the same command tries the others again (--allow-quarantined N: a run that lacks up to N "
+        f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; "
+        "what is done is "
+        "committed, and the same command tries the others again (--allow-quarantined N: a run that "
+        "lacks up to N "
         "counts as complete)"
         ":\n" + "\n".join(lines)
     )
@@ -514,8 +521,10 @@ def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there:
         else f"; of measure {measure_id} it has none: is the config the one that measured?"
     )
     return (
-        f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, and --reduce-only does "
-        f"none{none}; the same command without it does them (--allow-quarantined N: a run that lacks up to N counts as "
+        f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, "
+        "and --reduce-only does "
+        f"none{none}; the same command without it does them (--allow-quarantined N: a run that "
+        "lacks up to N counts as "
         "complete)"
     )
 
@@ -523,7 +532,8 @@ def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there:
 def _no_pilot(store: str) -> str:
     """Message for a reduce alone without the results of a pilot."""
     return (
-        f"no run in {store} has decided the precision or the outlier dimensions of what this config asks for, and "
+        f"no run in {store} has decided the precision or the outlier dimensions of what this "
+        "config asks for, and "
         "--reduce-only decides nothing: give the config that measured, or leave --reduce-only out"
     )
 
@@ -544,6 +554,7 @@ def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
     told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS_SAID])
     totals = {k: sum(c.counts[k] for c in commits) for k in ("documents", "empty", "quarantined")}
     return (
-        f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} empty, "
+        f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} "
+        "empty, "
         f"{totals['quarantined']} quarantined{':' if told else ''}{told}"
     )

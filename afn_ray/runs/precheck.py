@@ -102,7 +102,8 @@ def check_device(device: str) -> None:
     """Raise ``ModelError`` for a GPU without a driver on this machine."""
     if device == "cuda" and not any(Path(driver).exists() for driver in GPU_DRIVERS):
         raise ModelError(
-            "device is cuda, but there is no driver of a GPU here; use --device cpu, or leave it out"
+            "device is cuda, but there is no driver of a GPU here; use --device cpu, or leave it "
+            "out"
         )
 
 

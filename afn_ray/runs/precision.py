@@ -82,7 +82,8 @@ def describe(precision: Precision) -> str:
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
             text += (
-                f" (against float32 on {precision.n_tokens:,} tokens {max(trial.flips.values()):.2%} of the labels "
+                f" (against float32 on {precision.n_tokens:,} tokens "
+                f"{max(trial.flips.values()):.2%} of the labels "
                 f"change, median relative error {max(trial.median_error.values()):.1e})"
             )
     return text

@@ -491,7 +491,10 @@ def lines(s: Status) -> Iterator[str]:
             + (f", {bad:,} of them quarantined" if bad else "")
         )
     if lost := body["bytes_lost"]:
-        yield f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run names the files"
+        yield (
+            f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run "
+            "names the files"
+        )
     if live and body["documents_planned"]:
         planned = count(body["documents_planned"], "document")
         yield f"measured {body['documents_measured']:,} of {planned} of this call"
@@ -526,7 +529,10 @@ def _said_state(s: Status) -> str:
     if s.state == "failed":
         return f"failed at {body['written_at']}, exit code {body['exit_code']}{reason}"
     if s.state == "stopped":
-        return f"stopped at {body['written_at']}, exit code {body['exit_code']}; the same command resumes{reason}"
+        return (
+            f"stopped at {body['written_at']}, exit code {body['exit_code']}; the same command "
+            f"resumes{reason}"
+        )
     doing = f" ({body['doing']})" if body["doing"] else ""
     assert s.age_s is not None
     if s.state == "silent":

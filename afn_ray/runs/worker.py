@@ -123,7 +123,8 @@ def prepare(
     neuron_layers = tuple(k for k in layers if k and any(isinstance(s, Neurons) for s in signals))
     if nowhere := [s.name for s in signals if all(k < s.first_layer for k in layers)]:
         raise ConfigError(
-            f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another layer too, "
+            f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another "
+            "layer too, "
             f"layers is {config.layers}"
         )
     if (num_rows := len(recorded) + 2 * config.top_neurons * len(neuron_layers)) > MOST_NUMBERS:
@@ -206,7 +207,8 @@ class Processor:
                 k for k in {*identity, *task.identity} if identity.get(k) != task.identity.get(k)
             )
             raise ModelError(
-                f"model {config.model} differs on this worker from the one planned: {', '.join(differing)}"
+                f"model {config.model} differs on this worker from the one planned: "
+                f"{', '.join(differing)}"
             )
         window = _window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
@@ -376,7 +378,8 @@ class Processor:
                 finish()
         if num_at_fault >= NONE_MEASURED and not counts["tokens"]:
             raise ShardError(
-                f"none of {num_at_fault:,} documents could be measured, so the fault may be none of theirs: {first}"
+                f"none of {num_at_fault:,} documents could be measured, so the fault may be none "
+                f"of theirs: {first}"
             )
         return seconds
 
@@ -680,7 +683,10 @@ class Processor:
         """Reason why the values of a document, [n_series, n_tokens], are refused."""
         wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
         if not len(wrong):
-            return f"the model gave a neuron of {neurons.LIMIT:,.0f} or more, or one that is not finite"
+            return (
+                f"the model gave a neuron of {neurons.LIMIT:,.0f} or more, or one that is not "
+                "finite"
+            )
         at = wrong[0]
         what = "negative" if (values[at] < 0).any() else f"not finite in {self.task.dtype}"
         return f"the model gave a {self.task.series[at].signal} that is {what}"
@@ -772,7 +778,8 @@ def _scratch_folder(config: RunConfig) -> Iterator[Path]:
         except OSError as error:
             if error.errno in disk.FULL:
                 raise Interrupted(
-                    f"no space left in the scratch folder {root}; make room, or give another --scratch or TMPDIR, and "
+                    f"no space left in the scratch folder {root}; make room, or give another "
+                    "--scratch or TMPDIR, and "
                     "run the same command again: it resumes"
                 ) from error
             raise ConfigError(f"scratch folder {root}: {error.strerror}") from error

@@ -162,7 +162,8 @@ def _torch() -> Check:
         if capabilities.get(name)
     ]
     found = (
-        f"torch {torch.__version__} on the CPU: {machine}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__} on the CPU: {machine}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, "
         f"half precision: {', '.join(half) or 'none (float32 is the default and fastest)'}"
     )
     if Path("/proc/driver/nvidia/version").exists():
@@ -346,8 +347,10 @@ def _model(name: str | None) -> Check:
     return Check(
         "model",
         True,
-        f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, {measure['window_tokens']} tokens; "
-        f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, {packing}, "
+        f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, "
+        f"{measure['window_tokens']} tokens; "
+        f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, "
+        f"{packing}, "
         f"{time.monotonic() - began:.1f} s",
     )
 

@@ -89,8 +89,10 @@ def _cells(token: Token, reading: Reading) -> list[str]:
 
 HEADS = ("token", "strength", "quartile", "rank", "median", "HIGH", "n")
 LEGEND = (
-    "rank: share of the run's tokens at or below this strength. median, HIGH, n: of the same type in the run "
-    "(median strength, share that is HIGH, occurrences). Special tokens are apart. Compare strengths within one "
+    "rank: share of the run's tokens at or below this strength. median, HIGH, n: of the same type "
+    "in the run "
+    "(median strength, share that is HIGH, occurrences). Special tokens are apart. Compare "
+    "strengths within one "
     "layer of one model only."
 )
 
@@ -100,12 +102,16 @@ SIGNALS_LEGEND = (
     "recorded the signal."
 )
 SWEEP_LEGEND = (
-    "Strength's rank within its layer among the tokens of this text: 0 is the lowest tenth, 9 the highest; behind a "
-    "slash the quartile among the run's tokens, at layers that it recorded. Special tokens are apart."
+    "Strength's rank within its layer among the tokens of this text: 0 is the lowest tenth, 9 the "
+    "highest; behind a "
+    "slash the quartile among the run's tokens, at layers that it recorded. Special tokens are "
+    "apart."
 )
 DECISION_LEGEND = (
-    "attribution: value times gradient of the answer's logit at this layer, summed over the dimensions of a token's "
-    "hidden state, and over tokens for a neuron of the MLP; ranked by size. #2 is the second such token of the text. "
+    "attribution: value times gradient of the answer's logit at this layer, summed over the "
+    "dimensions of a token's "
+    "hidden state, and over tokens for a neuron of the MLP; ranked by size. #2 is the second such "
+    "token of the text. "
     "Special tokens take part in the decision and are left out of ranks and correlation."
 )
 
@@ -164,8 +170,10 @@ def _behind(explanation: Explanation, decision: Decision) -> str:
     rho = "not defined" if decision.spearman is None else f"{decision.spearman:.2f}"
     n = sum(not t.special for t in explanation.tokens)
     return (
-        f"Behind {visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: attributions sum to "
-        f"{sum(decision.attributions):+.4f}, of which {special:+.4f} at special tokens; Spearman's rho of strength and "
+        f"Behind {visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: "
+        "attributions sum to "
+        f"{sum(decision.attributions):+.4f}, of which {special:+.4f} at special tokens; Spearman's "
+        "rho of strength and "
         f"size of attribution {rho} ({n} tokens)"
     )
 
@@ -470,10 +478,12 @@ def render_html(explanation: Explanation) -> str:
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta http-equiv="Content-Security-Policy" content="'
-            f"default-src 'none'; style-src 'sha256-{policy}'; base-uri 'none'; form-action 'none'\">",
+            f"default-src 'none'; style-src 'sha256-{policy}'; base-uri 'none'; form-action "
+            "'none'\">",
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">\n<title>Token Activation Strength of a text</title>',
-            f"<style>{style}</style>\n</head>\n<body>\n<main>\n<h1>Token Activation Strength of a text</h1>\n<dl>",
+            f"<style>{style}</style>\n</head>\n<body>\n<main>\n<h1>Token Activation Strength of a "
+            "text</h1>\n<dl>",
             *(f"<dt>{name}</dt><dd>{_html(value)}</dd>" for name, value in facts),
             "</dl>",
             f"<fieldset><legend>Show</legend>\n{switch}</fieldset>" if len(layers) > 1 else "",

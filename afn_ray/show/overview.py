@@ -253,7 +253,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("corpus", ", ".join(info["config"]["corpus"])),
         (
             "documents",
-            f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} empty "
+            f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} "
+            "empty "
             f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
         ("lost", losses.describe(summary.losses) or "nothing"),
@@ -265,7 +266,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         *([("unknown", unknown)] if (unknown := losses.describe_unknown(info)) else []),
         (
             "tokens",
-            f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the thresholds)",
+            f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the "
+            "thresholds)",
         ),
         (
             "model",
@@ -315,11 +317,20 @@ def cautions(summary: Summary) -> list[str]:
         lines.append(f"Lost, and in no figure: {losses.describe(summary.losses)}.")
     for layer in summary.layers:
         main = layer.thresholds["tokens"]
-        line = f"Layer {layer.layer}: Q3 lies {layer.q3_over_q2 - 1:.1%} above the median (CV {layer.cv:.2f})"
+        line = (
+            f"Layer {layer.layer}: Q3 lies {layer.q3_over_q2 - 1:.1%} above the median (CV "
+            f"{layer.cv:.2f})"
+        )
         if layer.idf_auc is not None:
-            line += f"; rarity alone tells HIGH from LOW with AUC {layer.idf_auc:.2f} (0.5 = not at all, 1 = always)"
+            line += (
+                f"; rarity alone tells HIGH from LOW with AUC {layer.idf_auc:.2f} (0.5 = not at "
+                "all, 1 = always)"
+            )
         if layer.special_mean is not None:
-            line += f"; special tokens have mean {figure(layer.special_mean)}, the others {figure(main['mean'])}"
+            line += (
+                f"; special tokens have mean {figure(layer.special_mean)}, the others "
+                f"{figure(main['mean'])}"
+            )
         lines.append(line + ".")
         if main["n_sinks"]:
             sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
@@ -327,7 +338,8 @@ def cautions(summary: Summary) -> list[str]:
     if all(layer.layer != 0 for layer in summary.layers):
         with_control = ",".join(map(str, (0, *(layer.layer for layer in summary.layers))))
         lines.append(
-            "Layer 0 was not recorded: to see what the embeddings alone explain, give the same 'afn run' "
+            "Layer 0 was not recorded: to see what the embeddings alone explain, give the same "
+            "'afn run' "
             f"command with --layers {with_control} and another --store."
         )
     lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
@@ -401,7 +413,8 @@ def render_thresholds(summary: Summary, console: Console) -> None:
             for r in [f.labels["tokens"]]
         )
         console.print(
-            f"HIGH goes by the frozen thresholds, of {printable(str(summary.info['config']['thresholds']))}; "
+            "HIGH goes by the frozen thresholds, of "
+            f"{printable(str(summary.info['config']['thresholds']))}; "
             f"tokens that are HIGH by them: {shares}",
             markup=False,
             soft_wrap=True,
@@ -485,7 +498,8 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
 def render_salient(run: Run, layer: int, console: Console) -> None:
     """Print the most and the least salient words, side by side."""
     table = _titled_table(
-        f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at or above Q3)",
+        f"Words at layer {layer}, seen {SALIENT_MIN_N} times or more (HIGH: mean of the tokens at "
+        "or above Q3)",
         "most salient",
         "n",
         "HIGH",
@@ -534,7 +548,10 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
     at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
     if sources := found.drift.filter(at_layer).to_pylist():
         apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
-        title = f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in all)"
+        title = (
+            f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in "
+            "all)"
+        )
         _render_drift(title, "source", apart[:MOVED_SOURCES], console)
     console.print(
         Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True
@@ -589,7 +606,8 @@ def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None
     )
     for row in classes.filter(pc.equal(classes["layer"], layer)).to_pylist():
         highs = (
-            f"{row[f'share_high_{r}']:.3f} ({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
+            f"{row[f'share_high_{r}']:.3f} "
+            f"({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
             for r in "ab"
         )
         table.add_row(
@@ -604,7 +622,10 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
     of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
     both, moved = of_status["both"], compare.moved(here)
     words = compare.whole_words(moved)
-    title = f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < {compare.SIGNIFICANT})"
+    title = (
+        f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < "
+        f"{compare.SIGNIFICANT})"
+    )
     table = _titled_table(
         title,
         "word",

@@ -479,7 +479,8 @@ def _drift(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
         ),
         "num_sources": len(of_sources),
         "classes": Table(
-            f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is HIGH (95 % interval)",
+            f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is "
+            "HIGH (95 % interval)",
             ("class", "tokens before", "now", "part before", "now", "HIGH before", "now"),
             classes,
         ),

@@ -72,7 +72,8 @@ def print_result(
     sink = sys.stdout.buffer if out is None else out
     if format == "parquet" and sink.isatty():
         raise QueryError(
-            "Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a program"
+            "Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a "
+            "program"
         )
     batches = result.to_arrow_reader(BATCH_ROWS)
     num_rows = 0
@@ -355,9 +356,12 @@ def _count(n: int, noun: str) -> str:
 
 KEYWORDS = re.findall(
     r"\w+",
-    "ALL AND ANY AS ASC BETWEEN BY CASE CAST COUNT CROSS DESC DESCRIBE DISTINCT ELSE END EXCEPT EXCLUDE EXISTS EXPLAIN "
-    "FALSE FILTER FROM FULL GROUP HAVING ILIKE IN INNER INTERSECT IS JOIN LEFT LIKE LIMIT NOT NULL OFFSET ON OR ORDER "
-    "OVER PARTITION PIVOT QUALIFY RIGHT SELECT SHOW SUMMARIZE THEN TRUE UNION USING VALUES WHEN WHERE WINDOW WITH",
+    "ALL AND ANY AS ASC BETWEEN BY CASE CAST COUNT CROSS DESC DESCRIBE DISTINCT ELSE END EXCEPT "
+    "EXCLUDE EXISTS EXPLAIN "
+    "FALSE FILTER FROM FULL GROUP HAVING ILIKE IN INNER INTERSECT IS JOIN LEFT LIKE LIMIT NOT NULL "
+    "OFFSET ON OR ORDER "
+    "OVER PARTITION PIVOT QUALIFY RIGHT SELECT SHOW SUMMARIZE THEN TRUE UNION USING VALUES WHEN "
+    "WHERE WINDOW WITH",
 )
 
 COMMANDS = {
@@ -510,7 +514,8 @@ def examples(layer: int) -> list[str]:
         f"SELECT class, sum(n) AS n, sum(n_high) / sum(n) AS share_high FROM vocabulary\n"
         f"WHERE layer = {layer} GROUP BY class ORDER BY share_high DESC;",
         f"-- one document, word by word\n"
-        f"SELECT word, text, max_strength_{layer}, high_{layer} FROM words WHERE doc = 0 ORDER BY word;",
+        f"SELECT word, text, max_strength_{layer}, high_{layer} FROM words WHERE doc = 0 ORDER BY "
+        "word;",
         f"-- documents with the strongest tokens\n"
         f"SELECT doc_id, source, n_tokens, mean_strength_{layer} FROM documents\n"
         f"ORDER BY mean_strength_{layer} DESC NULLS LAST LIMIT 10;",

@@ -62,7 +62,8 @@ class Blocks:
         """
         if type(num_bytes) is not int or num_bytes < 0 or not isinstance(checksums, str):
             raise ValueError(
-                f"bytes is {num_bytes!r:.40} and crc32 {checksums!r:.40}, expected a size and hex digits"
+                f"bytes is {num_bytes!r:.40} and crc32 {checksums!r:.40}, expected a size and hex "
+                "digits"
             )
         expected = CRC_CHARS * -(-num_bytes // block_bytes(num_bytes))
         if len(checksums) != expected:

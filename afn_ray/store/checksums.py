@@ -102,7 +102,8 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
         raise StoreError(
-            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it, or measure the "
+            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that "
+            "wrote it, or measure the "
             "corpus anew in another --store"
         )
     value.pop("sha256", None)
@@ -123,7 +124,8 @@ def sealed(body: dict[str, Any]) -> bytes:
     if len(data) > JSON_BYTES:
         longest = max(body, key=lambda key: len(json_bytes({key: body[key]})))
         raise StoreError(
-            f"a JSON file of {len(data):,} bytes was not written: at most {JSON_BYTES:,} are read, and most of it is "
+            f"a JSON file of {len(data):,} bytes was not written: at most {JSON_BYTES:,} are read, "
+            "and most of it is "
             f"its entry {longest}"
         )
     return data

@@ -98,7 +98,8 @@ def _check_content(target: Path) -> None:
     if not wait_for_content(target, CLAIM_S):
         raise UnfinishedClaim(
             errno.EEXIST,
-            f"it is empty, and nobody has filled it for {CLAIM_S:g} s: its writer ended as it began; delete that file "
+            f"it is empty, and nobody has filled it for {CLAIM_S:g} s: its writer ended as it "
+            "began; delete that file "
             "and run the same command again",
             str(target),
         )
@@ -241,7 +242,8 @@ def find_lacks(folder: Path) -> list[str]:
             NO_LINKS,
         ),
         (
-            "fsync of folders (a power cut may lose the last commits, which are then measured again)",
+            "fsync of folders (a power cut may lose the last commits, which are then measured "
+            "again)",
             lambda: _sync(folder),
             NO_FOLDER_SYNC,
         ),

@@ -163,7 +163,8 @@ def _bytes(epoch: Epoch) -> bytes:
 
 def _parse(data: bytes, uri: str) -> Epoch:
     advice = (
-        "restore it from a backup; or, when no gc has run for a day, delete its folder: runs stay as they are, and "
+        "restore it from a backup; or, when no gc has run for a day, delete its folder: runs stay "
+        "as they are, and "
         "what was deleted is measured again"
     )
     try:
@@ -176,11 +177,13 @@ def _parse(data: bytes, uri: str) -> Epoch:
         raise StoreError(f"{uri} is damaged: {error!r}; {advice}") from error
     if digest != _digest(rows, header) or not uri.endswith(f"/{_name(number)}"):
         raise StoreError(
-            f"{uri} is damaged: its rows and name do not have the checksum that it carries; {advice}"
+            f"{uri} is damaged: its rows and name do not have the checksum that it carries; "
+            f"{advice}"
         )
     if header["schema_version"] != SCHEMA_VERSION:
         got = header["schema_version"]
         raise StoreError(
-            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that wrote it"
+            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that "
+            "wrote it"
         )
     return Epoch(number, rows, condemned)

@@ -433,7 +433,8 @@ def _planned(store: str, name: str) -> set[Place]:
         ):
             return set()
         raise StoreError(
-            f"{error}; which shards the run refers to is not known, so no shard can be deleted. Restore its plan, or "
+            f"{error}; which shards the run refers to is not known, so no shard can be deleted. "
+            "Restore its plan, or "
             f"delete {run.uri} to give the run up, then give this command again"
         ) from error
     measure_id = fingerprint(header["measure"])
@@ -466,17 +467,30 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
     for run in g.runs:
         yield f"run    {run.uri}: {count(run.num_files, 'file')}, {count(run.num_bytes, 'byte')}"
     for shard in g.shards[:MAX_LINES]:
-        yield f"shard  {shard.uri}: {count(shard.num_files, 'file')}, {count(shard.num_bytes, 'byte')}"
+        yield (
+            f"shard  {shard.uri}: {count(shard.num_files, 'file')}, "
+            f"{count(shard.num_bytes, 'byte')}"
+        )
     if len(g.shards) > MAX_LINES:
         yield f"shard  ... and {count(len(g.shards) - MAX_LINES, 'more shard')}; --json lists all"
     for name in g.spared:
-        yield f"spared {storage.join(g.store, 'runs', name)}: a process has taken it up or completed it meanwhile"
+        yield (
+            f"spared {storage.join(g.store, 'runs', name)}: a process has taken it up or completed "
+            "it meanwhile"
+        )
     if g.num_spared:
-        yield f"{count(g.num_spared, 'shard')} stay: a run lists them that began or was spared meanwhile"
+        yield (
+            f"{count(g.num_spared, 'shard')} stay: a run lists them that began or was spared "
+            "meanwhile"
+        )
     if g.num_young:
-        yield f"{count(g.num_young, 'shard')} that no kept run lists stay: they are younger than --min-age-h"
+        yield (
+            f"{count(g.num_young, 'shard')} that no kept run lists stay: they are younger than "
+            "--min-age-h"
+        )
     sums = (
-        f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, {count(g.num_files, 'file')}, "
+        f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, "
+        f"{count(g.num_files, 'file')}, "
         f"{count(g.num_bytes, 'byte')}"
     )
     kept = f"{count(len(g.kept), 'run')} kept"

@@ -162,7 +162,8 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
         raise StoreError(f"{uri} is damaged: {error!r}{ASK_VERIFY}") from error
     if header.get("sha256") != digest:
         raise StoreError(
-            f"{uri} is damaged: its rows and header do not have the checksum that it carries{ASK_VERIFY}"
+            f"{uri} is damaged: its rows and header do not have the checksum that it "
+            f"carries{ASK_VERIFY}"
         )
     return rows
 
@@ -393,7 +394,8 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
     )
     if theirs != ours:
         raise ConfigError(
-            f"thresholds of {run.uri} are of another measure, and mean nothing here: {_differences(theirs, ours, 'it')}"
+            f"thresholds of {run.uri} are of another measure, and mean nothing here: "
+            f"{_differences(theirs, ours, 'it')}"
         )
     return frozen_rows(run)
 
@@ -540,7 +542,8 @@ def find_run(uri: str) -> RunFolder:
         run = open_folder(store, name)
         if run.condemned:
             raise StoreError(
-                f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists those that are there"
+                f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists those that are "
+                "there"
             )
         if not run.info:
             raise StoreError(
@@ -558,7 +561,8 @@ def find_run(uri: str) -> RunFolder:
         )
     if storage.exists(storage.join(uri, PLANNING)):
         raise StoreError(
-            f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn status "
+            f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn "
+            "status "
             f"{uri}' tells more"
         )
     raise StoreError(
@@ -595,7 +599,8 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
         theirs = open_folder(run.store, run.id)
         if theirs.condemned:
             raise Interrupted(
-                f"'afn gc' has given up run {run.uri}, which had stood still; the same command begins a new one"
+                f"'afn gc' has given up run {run.uri}, which had stood still; the same command "
+                "begins a new one"
             ) from None
         return theirs
     return RunFolder(run.uri, run.store, run.id, body)
@@ -645,7 +650,8 @@ def created_at(run: RunFolder) -> str:
     plan = read_plan(run.store, run.id)
     if plan is None:
         raise StoreError(
-            f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new run"
+            f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new "
+            "run"
         )
     return str(plan[1].get("created_at", ""))
 
@@ -685,7 +691,8 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
     data = storage.read_bytes(uri)
     if entry_of(file, data) != entry:
         raise StoreError(
-            f"{uri} is damaged: {short(entry_of(file, data))}, expected {short(entry)}; delete {run.uri}/run.json and "
+            f"{uri} is damaged: {short(entry_of(file, data))}, expected {short(entry)}; delete "
+            f"{run.uri}/run.json and "
             "give the 'afn run' command again"
         )
     return parse_table(data, uri)

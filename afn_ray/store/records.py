@@ -215,7 +215,8 @@ def _scratch(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in disk.FULL:
             raise Interrupted(
-                f"no space left on scratch while writing {path}; make room or give another --scratch, "
+                f"no space left on scratch while writing {path}; make room or give another "
+                "--scratch, "
                 "and run the same command again: it resumes"
             ) from error
         raise

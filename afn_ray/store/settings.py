@@ -80,7 +80,8 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
     if unknown := sorted(set(merged) - set(known)):
         where = f" in {file}" if file is not None else ""
         raise ConfigError(
-            f"unknown key{where}: {', '.join(unknown)}{nearest(unknown, known)}; known keys: {', '.join(known)}"
+            f"unknown key{where}: {', '.join(unknown)}{nearest(unknown, known)}; known keys: "
+            f"{', '.join(known)}"
         )
     corpus = merged.get("corpus")
     if isinstance(corpus, str):
@@ -103,6 +104,7 @@ def _check_absolute(name: str, value: str | tuple[str, ...], file: str) -> None:
     for place in (value,) if isinstance(value, str) else value:
         if "://" not in place and not Path(place).is_absolute():
             raise ConfigError(
-                f"{name} in {file} is {place!r}, which is another place on every machine that reads this file; give a "
+                f"{name} in {file} is {place!r}, which is another place on every machine that "
+                "reads this file; give a "
                 "URL or an absolute path there"
             )

@@ -84,7 +84,8 @@ def read_committed(
             raise StoreError(f"{uri} is damaged: {what} is {short(got)}")
     if (value.get("measure"), commit.shard) != (measure_id, shard):
         raise StoreError(
-            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure {value.get('measure')}"
+            f"{uri} is damaged: it is the commit of shard {commit.shard} of measure "
+            f"{value.get('measure')}"
         )
     return commit, read
 
@@ -143,7 +144,8 @@ def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) ->
     data = storage.read_bytes(storage.join(folder, entry["name"]))
     if sha256(data).hexdigest() != entry["sha256"]:
         raise StoreError(
-            f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; delete {folder} and "
+            f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; "
+            f"delete {folder} and "
             "give 'afn run' again"
         )
     return data

@@ -93,7 +93,8 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     protocol = uri.partition("://")[0]
     if URL_SECRET.search(uri):
         raise ConfigError(
-            f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; take them out and "
+            f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; "
+            "take them out and "
             "give them in the environment"
         )
     if "::" in uri:
@@ -171,7 +172,8 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
     except OSError as error:
         if error.errno in disk.FULL:
             raise Interrupted(
-                f"no space left while {action} {uri}; make room and run the same command again: it resumes"
+                f"no space left while {action} {uri}; make room and run the same command again: it "
+                "resumes"
             ) from error
         if isinstance(error, FileNotFoundError):
             what = "bucket" if NO_BUCKET in str(error) else "file or folder"
@@ -183,14 +185,16 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
             ) from error
         if error.errno in UNSUPPORTED:
             raise kind(
-                f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a folder elsewhere"
+                f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a "
+                "folder elsewhere"
             ) from error
         raise kind(f"{action} {uri}: {error.strerror or error}") from error
     except Exception as error:
         names = {c.__name__ for c in type(error).__mro__}
         if not names.isdisjoint(NO_CREDENTIALS):
             raise kind(
-                f"{action} {uri}: {error}; give credentials in the environment, as for the store's own tools"
+                f"{action} {uri}: {error}; give credentials in the environment, as for the store's "
+                "own tools"
             ) from error
         # botocore raises ValueError for a malformed endpoint in the environment.
         if isinstance(error, ValueError) and "endpoint" in str(error):
@@ -237,7 +241,8 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
         return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
     if info.get("size") is None:
         raise CorpusError(
-            f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that tells"
+            f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that "
+            "tells"
         )
     return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"]), _version(info))
 
@@ -689,7 +694,8 @@ def _probe(uri: str) -> None:
     finally:
         delete([probe])
     raise StoreError(
-        f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be safe"
+        f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be "
+        "safe"
     )
 
 

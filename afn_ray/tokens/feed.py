@@ -320,7 +320,8 @@ class Chunks:
             self._feed.renew(self._executors)
             raise HelperDied(
                 f"a tokenizer process {why}; what it said is on stderr. Is there enough memory for "
-                "--tokenizer-workers? (A script that calls afn_ray.run with them must be a file, and needs "
+                "--tokenizer-workers? (A script that calls afn_ray.run with them must be a file, "
+                "and needs "
                 "if __name__ == '__main__')"
             ) from error
 

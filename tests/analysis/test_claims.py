@@ -52,8 +52,10 @@ def rows(store: str) -> dict[str, Any]:
     """Every token that is not special, its class and idf, by column."""
     with afn_ray.open_run(store) as run:
         table = run.sql(
-            "SELECT t.*, class, idf, v.n AS n_type, d.n_tokens AS length FROM tokens t JOIN vocabulary v "
-            "ON t.token_id = v.token_id AND v.layer = 3 AND v.class <> 'special' JOIN documents d USING (doc) "
+            "SELECT t.*, class, idf, v.n AS n_type, d.n_tokens AS length FROM tokens t JOIN "
+            "vocabulary v "
+            "ON t.token_id = v.token_id AND v.layer = 3 AND v.class <> 'special' JOIN documents d "
+            "USING (doc) "
             "WHERE NOT is_special ORDER BY doc, position"
         ).to_arrow_table()
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
@@ -469,8 +471,10 @@ def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
     with afn_ray.open_run(store) as run:
         figures, note = masking.check(run, num_documents=120)
         table = run.sql(
-            "SELECT doc, token_id, is_special, coalesce(high_3, false), coalesce(sink_3, false), class FROM tokens "
-            "LEFT JOIN (FROM vocabulary WHERE layer = 3 AND class <> 'special') USING (token_id) ORDER BY doc, position"
+            "SELECT doc, token_id, is_special, coalesce(high_3, false), coalesce(sink_3, false), "
+            "class FROM tokens "
+            "LEFT JOIN (FROM vocabulary WHERE layer = 3 AND class <> 'special') USING (token_id) "
+            "ORDER BY doc, position"
         ).fetchall()
     changes: dict[str, list[Any]] = {kind: [] for kind in masking.KINDS}
     num_cut = 0

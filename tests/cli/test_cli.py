@@ -366,7 +366,10 @@ def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(store: Path) -> None:
-    command = f"{sys.executable} -m afn_ray sql {store} 'FROM tokens' --format csv | head -1; echo ${{PIPESTATUS[0]}}"
+    command = (
+        f"{sys.executable} -m afn_ray sql {store} 'FROM tokens' --format csv | head -1; echo "
+        f"${{PIPESTATUS[0]}}"
+    )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
 
@@ -389,7 +392,8 @@ def test_streams_that_are_closed_full_or_not_utf8_end_in_no_traceback(
 ) -> None:
     """All at once, in a locale whose encoding has no letters beyond ASCII."""
     lines = [
-        f"( {{ {sys.executable} -m afn_ray {how.format(store=store)}; }} >{at}.out 2>{at}.err; echo $? >{at}.code ) &"
+        f"( {{ {sys.executable} -m afn_ray {how.format(store=store)}; }} >{at}.out 2>{at}.err; "
+        f"echo $? >{at}.code ) &"
         for at, (how, _, _) in enumerate(STREAMS)
     ]
     (tmp_path / "all.sh").write_text("\n".join([*lines, "wait"]), "utf-8")

@@ -673,7 +673,10 @@ def test_a_few_wrong_characters_are_measured_and_counted() -> None:
         "caf\ufffd",
         "na\ufffdf, \ufffdt\ufffd",
     ]
-    log = "\x1b[31mred\x1b[0m and a long line of a log, of which the colours are but a small part, as it should be"
+    log = (
+        "\x1b[31mred\x1b[0m and a long line of a log, of which the colours are but a small part, "
+        "as it should be"
+    )
     assert one(log.encode(), "txt").text == log
     assert one(("a\ufffd" * 99).encode(), "txt").num_replaced == 0  # of the source's own
 

@@ -554,7 +554,8 @@ def test_classes_are_the_files_own_tags_in_every_table(
         assert {c: (a, b) for c, a, b in drift} == {c: (n, n) for c, n in by_type.items()}
         table = run.sql("FROM classes").to_dicts()
         rows = run.sql(
-            "SELECT coalesce(tag, 'untagged') AS tag, strength_0, strength_2, high_0, high_2 FROM tokens "
+            "SELECT coalesce(tag, 'untagged') AS tag, strength_0, strength_2, high_0, high_2 FROM "
+            "tokens "
             "WHERE NOT is_special"
         ).to_arrow_table()
     tag = np.array(rows["tag"].to_pylist())

@@ -30,9 +30,12 @@ def nested(before: str, inner: str, after: str, depth: int) -> str:
 
 
 SHORT = {
-    "crash in a function": "SELECT json_transform('1', repeat('[', 50000) || '\"INT\"' || repeat(']', 50000))",
-    "function that is not interrupted": "SELECT levenshtein(repeat('a', 400000), repeat('b', 400000))",
-    "loop without end": "WITH RECURSIVE r AS (SELECT 1 AS i UNION ALL SELECT i + 1 FROM r) SELECT max(i) FROM r",
+    "crash in a function": "SELECT json_transform('1', repeat('[', 50000) || '\"INT\"' || "
+    "repeat(']', 50000))",
+    "function that is not interrupted": "SELECT levenshtein(repeat('a', 400000), repeat('b', "
+    "400000))",
+    "loop without end": "WITH RECURSIVE r AS (SELECT 1 AS i UNION ALL SELECT i + 1 FROM r) SELECT "
+    "max(i) FROM r",
     "one large value": "SELECT md5(repeat('x', 1900000000))",
     "many large values": "SELECT repeat('x', 50000000) FROM range(100)",
     "deep parentheses": f"SELECT {nested('(', '1', ')', 200_000)}",
@@ -46,8 +49,10 @@ LONG = {
     "list of a billion": "SELECT len(list(i)) FROM range(1000000000) t(i)",
     "replacement": "SELECT length(replace(repeat('a', 50000), 'a', repeat('b', 50000)))",
     "padding": "SELECT length(lpad('x', 2000000000, 'y'))",
-    "number without end": "SELECT length((repeat('9', 1000000)::BIGNUM * repeat('9', 1000000)::BIGNUM)::VARCHAR)",
-    "lambdas": "SELECT len(list_transform(range(30000), lambda x: len(list_filter(range(30000), lambda y: y = x))))",
+    "number without end": "SELECT length((repeat('9', 1000000)::BIGNUM * repeat('9', "
+    "1000000)::BIGNUM)::VARCHAR)",
+    "lambdas": "SELECT len(list_transform(range(30000), lambda x: len(list_filter(range(30000), "
+    "lambda y: y = x))))",
     "not not not": "SELECT " + "NOT " * 100_000 + "true",
     "deep lists": f"SELECT {nested('[', '1', ']', 50_000)}",
     "deep queries": f"SELECT * FROM {nested('(SELECT * FROM ', '(SELECT 1)', ')', 10_000)}",

@@ -303,7 +303,8 @@ def test_tables_of_signals_are_what_the_rows_give(made: RunConfig) -> None:
         for row in rows:
             column = f"{row['signal']}_{row['layer']}"
             quartiles, n, mean, least, most = run.sql(
-                f"SELECT quantile_disc({column}, [0.25, 0.5, 0.75]), count(*), avg({column}::DOUBLE), min({column}), "
+                f"SELECT quantile_disc({column}, [0.25, 0.5, 0.75]), count(*), "
+                f"avg({column}::DOUBLE), min({column}), "
                 f"max({column}) FROM tokens WHERE NOT is_special"
             ).fetchall()[0]
             assert [row["q1"], row["q2"], row["q3"], row["n"], row["min"], row["max"]] == [
@@ -329,7 +330,10 @@ def test_tables_of_signals_are_what_the_rows_give(made: RunConfig) -> None:
 
 def test_strength_is_the_same_with_other_signals_beside_it(made: RunConfig, tmp_path: Path) -> None:
     alone = replace(made, signals="strength", store=str(tmp_path / "store"))
-    sql = "SELECT doc, position, token_id, strength_0, strength_1, strength_3 FROM tokens ORDER BY doc, position"
+    sql = (
+        "SELECT doc, position, token_id, strength_0, strength_1, strength_3 FROM tokens ORDER BY "
+        "doc, position"
+    )
     with afn_ray.run(alone) as one, afn_ray.open_run(made.store) as other:
         assert one.sql(sql).fetchall() == other.sql(sql).fetchall()
         for table in ("thresholds", "vocabulary", "histogram"):
@@ -528,7 +532,8 @@ def test_a_signal_of_another_package_is_measured_and_its_version_is_of_the_measu
         ("largest,twice", "two signals measure largest"),
         (
             "high",
-            "is no signal: columns is .'high',., expected names .* none of high, neurons, quartile, sink",
+            "is no signal: columns is .'high',., expected names .* none of high, neurons, "
+            "quartile, sink",
         ),
         ("apart", "is no signal: is_series is False, expected True"),
     ],

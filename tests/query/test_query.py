@@ -977,7 +977,10 @@ def test_sums_are_right_from_many_threads(tmp_path: Path, compression: str) -> N
     table = pa.concat_tables([t for t, _ in shards])
     expected = [sum(pc.sum(table[c]).as_py() for c in ("position", "token_id")), table.num_rows]
     bits = int(np.sum(table["strength_8"].to_numpy().view(np.uint32).astype(np.int64)))
-    sql = "SELECT sum(position) + sum(token_id), count(*), sum(strength_8::BIT::INTEGER::BIGINT) FROM tokens"
+    sql = (
+        "SELECT sum(position) + sum(token_id), count(*), sum(strength_8::BIT::INTEGER::BIGINT) "
+        "FROM tokens"
+    )
     for _ in range(8):  # each with a cache of its own
         with open_run(str(tmp_path), threads=4) as run:
             assert run.sql(sql).fetchall() == [(*expected, bits)]
@@ -1029,7 +1032,10 @@ def test_an_interval_that_arrow_would_alter_is_refused(run: Run, value: str) -> 
 
 def test_other_intervals_come_as_they_are(run: Run) -> None:
     day, month = timedelta(days=1), timedelta(days=30)
-    asked = "SELECT INTERVAL 1 DAY, [INTERVAL 1 MONTH, NULL], NULL::INTERVAL, {'a': INTERVAL 1 DAY}, to_hours(2562046)"
+    asked = (
+        "SELECT INTERVAL 1 DAY, [INTERVAL 1 MONTH, NULL], NULL::INTERVAL, {'a': INTERVAL 1 DAY}, "
+        "to_hours(2562046)"
+    )
     assert run.sql(asked).fetchall() == [
         (day, [month, None], None, {"a": day}, timedelta(hours=2562046))
     ]

@@ -49,7 +49,8 @@ class Raw(NamedTuple):
 def raw(uri: str) -> Raw:
     with afn_ray.open_run(uri) as run:
         table = run.sql(
-            "SELECT token_id, source, strength_0, strength_2 FROM tokens JOIN documents USING (doc) "
+            "SELECT token_id, source, strength_0, strength_2 FROM tokens JOIN documents USING "
+            "(doc) "
             "WHERE NOT is_special ORDER BY doc, position"
         ).to_arrow_table()
         q3 = dict(

@@ -261,7 +261,8 @@ def test_the_worst_are_named_and_the_others_counted() -> None:
     ]
     found = losses.total(made(*rows))
     assert losses.describe(found) == (
-        "1.1 MB of 7.0 MB (15.9%) in 7 files: 6.gz (0% read), 5.gz (90% read), 4.gz (99% read), 3.gz (99.9% read), "
+        "1.1 MB of 7.0 MB (15.9%) in 7 files: 6.gz (0% read), 5.gz (90% read), 4.gz (99% read), "
+        "3.gz (99.9% read), "
         "2.gz (99.9% read), and 2 more; 21 documents"
     )
     unknown = losses.total(
@@ -292,7 +293,8 @@ def test_files_of_one_name_are_told_apart() -> None:
     )
     files = [FileInfo(f"/c/{i}.pdf", 10**i, "") for i in range(7)]
     assert losses.describe_skipped(files) == (
-        "7 files (1.1 MB) with an ending that is no known format: 0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf, and 2 more"
+        "7 files (1.1 MB) with an ending that is no known format: 0.pdf, 1.pdf, 2.pdf, 3.pdf, "
+        "4.pdf, and 2 more"
     )
     own = FileInfo("/c/store/runs/20261122T010203.004Z-abcdef012345/run.json", 5, "")
     assert losses.describe_skipped([own]) == "1 file (5 bytes) of a store"

@@ -204,7 +204,8 @@ def test_tables_are_what_counting_gives(made: RunConfig) -> None:
             "WHERE (a.doc, a.position) <> (b.doc, b.position)"
         ).fetchall() == [(0,)]
         texts = run.sql(
-            "SELECT DISTINCT t.token_id, t.text, v.text FROM (SELECT unnest(types) AS t FROM neurons) "
+            "SELECT DISTINCT t.token_id, t.text, v.text FROM (SELECT unnest(types) AS t FROM "
+            "neurons) "
             "JOIN vocabulary v ON v.token_id = t.token_id"
         ).fetchall()
         assert texts and all(a == b for _, a, b in texts)
@@ -249,16 +250,21 @@ def test_neurons_of_high_tokens_alone(made: RunConfig, tmp_path: Path) -> None:
     config = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "store"))
     with afn_ray.run(config) as run, afn_ray.open_run(made.store) as other:
         for layer in (1, 3):
-            sql = f"SELECT doc, position, neurons_{layer} FROM {{}} WHERE neurons_{layer} IS NOT NULL ORDER BY ALL"
+            sql = (
+                f"SELECT doc, position, neurons_{layer} FROM {{}} WHERE neurons_{layer} IS NOT "
+                "NULL ORDER BY ALL"
+            )
             high = (
-                f"(FROM token_neurons JOIN (SELECT doc, position, high_{layer} FROM tokens) USING (doc, position) "
+                f"(FROM token_neurons JOIN (SELECT doc, position, high_{layer} FROM tokens) USING "
+                "(doc, position) "
                 f"WHERE high_{layer})"
             )
             got = run.sql(sql.format("token_neurons")).fetchall()
             assert got == other.sql(sql.format(high)).fetchall() and len(got) > 100
             rows = run.sql(
                 f"SELECT token_id, is_special, neurons_{layer} FROM token_neurons "
-                f"JOIN (SELECT doc, position, token_id, is_special FROM tokens) USING (doc, position) "
+                "JOIN (SELECT doc, position, token_id, is_special FROM tokens) USING (doc, "
+                "position) "
                 f"WHERE neurons_{layer} IS NOT NULL"
             ).fetchall()
             check_tables(run, layer, rows)
@@ -414,8 +420,10 @@ def test_neurons_of_a_word_are_those_that_counting_ranks_first(made: RunConfig) 
     word = "Nebuchadnezzar"  # of several pieces
     with afn_ray.open_run(made.store) as run:
         rows = run.sql(
-            "SELECT w.n_tokens IS NOT NULL, t.neurons_3 FROM token_neurons t POSITIONAL JOIN tokens k "
-            "LEFT JOIN words w ON w.doc = t.doc AND t.position >= w.position AND t.position < w.position + w.n_tokens "
+            "SELECT w.n_tokens IS NOT NULL, t.neurons_3 FROM token_neurons t POSITIONAL JOIN "
+            "tokens k "
+            "LEFT JOIN words w ON w.doc = t.doc AND t.position >= w.position AND t.position < "
+            "w.position + w.n_tokens "
             f"AND lower(w.text) = lower('{word}') WHERE NOT k.is_special"
         ).fetchall()
         found, occurrences = concepts.neurons_of_word(run, word, 3, 1000)

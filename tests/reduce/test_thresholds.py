@@ -165,7 +165,8 @@ def test_a_quantile_is_duckdbs_quantile_disc() -> None:
     connection = duckdb.connect()
     connection.register("strengths", pa.table({"of": of, "value": np.concatenate(arrays)}))
     rows = connection.execute(
-        "SELECT quantile_disc(value, [0.25, 0.5, 0.75]), quantile_disc(value, 0.0), quantile_disc(value, 1.0) "
+        "SELECT quantile_disc(value, [0.25, 0.5, 0.75]), quantile_disc(value, 0.0), "
+        "quantile_disc(value, 1.0) "
         "FROM strengths GROUP BY of ORDER BY of"
     ).fetchall()
     for values, (quartiles, least, most) in zip(arrays, rows, strict=True):

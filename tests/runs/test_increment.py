@@ -90,7 +90,10 @@ def check_same(mine: afn_ray.Run, theirs: afn_ray.Run) -> None:
                 (manifest.read_table(folder, "histogram"), *screening, shards.drop_columns(files))
             )
             counts = {k: v for k, v in run.info["counts"].items() if k != "shards_reused"}
-            where = "SELECT doc, count(*), min(source) FROM tokens JOIN documents USING (doc) GROUP BY doc ORDER BY doc"
+            where = (
+                "SELECT doc, count(*), min(source) FROM tokens JOIN documents USING (doc) GROUP BY "
+                "doc ORDER BY doc"
+            )
             tables[-1] += (counts, run.info["corpus"], run.sql(where).fetchall())
         assert tables[0] == tables[1]
 

@@ -311,7 +311,8 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello there"}])
     code = (
         "import sys, ray, afn_ray\n"
-        "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], workers=1)\n"
+        "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], "
+        "workers=1)\n"
         "print(afn_ray.run(config).info['counts']['documents'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {

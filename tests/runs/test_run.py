@@ -200,10 +200,14 @@ def test_thresholds_equal_numpy_and_duckdb_over_the_recorded_values(
             )
             expected = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
             got = run.sql(
-                f"SELECT q1, q2, q3, n FROM thresholds WHERE layer = {layer} AND population = 'tokens'"
+                f"SELECT q1, q2, q3, n FROM thresholds WHERE layer = {layer} AND population = "
+                "'tokens'"
             )
             assert got.fetchall() == [(*map(float, expected), len(values))]
-            query = f"SELECT quantile_disc(strength_{layer}, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
+            query = (
+                f"SELECT quantile_disc(strength_{layer}, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT "
+                "is_special"
+            )
             assert run.sql(query).fetchall() == [(list(map(float, expected)),)]
             high = run.sql(
                 f"SELECT sum(n_high) FROM vocabulary WHERE layer = {layer} AND class <> 'special'"
@@ -438,7 +442,10 @@ def test_a_document_that_the_tokenizer_cannot_take_is_quarantined_alone(
     rows = [{"id": f"d{i}", "text": v} for i, v in enumerate(verses[:60])]
     rows[3]["text"] += " \u05d0"
     rows[50]["text"] = "\u4e2d\u6587 is not in it"
-    why = "the tokenizer cannot take it: Exception: Encountered an unknown token but `unk_id` is missing"
+    why = (
+        "the tokenizer cannot take it: Exception: Encountered an unknown token but `unk_id` is "
+        "missing"
+    )
     config = make_config(model=str(folder), id_column="id")
     assert_quarantined_alone(config, tmp_path, rows, {3: why, 50: why})
 

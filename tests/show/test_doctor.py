@@ -137,7 +137,8 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     found = doctor._packages()
     assert found.ok is False
     assert found.found == (
-        f"pyarrow is {importlib.metadata.version('pyarrow')}, expected >=9999; no-such-package is missing"
+        f"pyarrow is {importlib.metadata.version('pyarrow')}, expected >=9999; no-such-package is "
+        "missing"
     )
     assert found.advice == "pip install 'pyarrow>=9999' 'no-such-package>=1.2'"
 

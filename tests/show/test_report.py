@@ -271,8 +271,8 @@ def test_what_was_lost_is_said_first_and_listed_by_file(
     text = _Page.of(report.render(run, with_claims=False)).text
     assert "48 kBlost24.1% of the corpus: 7 documents or more" in text
     assert (
-        "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 documents or more."
-        in text
+        "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 documents "
+        "or more." in text
     )
     caption = "Files that were not read as a whole"
     listed = text[text.index(caption) :]
@@ -412,7 +412,8 @@ def test_the_policy_lets_through_the_pages_own_style_and_scripts_alone(page: Pat
         for text in (*found.inside["script"][1:], *found.inside["style"])
     ]
     assert policy == (
-        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src 'sha256-{hashes[2]}'; "
+        f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src "
+        f"'sha256-{hashes[2]}'; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -558,7 +559,8 @@ def opened(browser: Any, page: Path) -> Iterator[Opener]:
         )
         contexts.append(context)
         context.add_init_script(
-            "document.addEventListener('securitypolicyviolation', e => console.error(e.violatedDirective))"
+            "document.addEventListener('securitypolicyviolation', e => "
+            "console.error(e.violatedDirective))"
         )
         tab = context.new_page()
         tab.on("console", lambda message: said.append(f"{message.type}: {message.text}"))

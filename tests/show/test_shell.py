@@ -141,7 +141,10 @@ def test_standard_output_is_the_default(
 
 
 def test_a_table_aligns_numbers_and_marks_null(run: Run) -> None:
-    sql = "SELECT * FROM (VALUES (1, 'ab', 12.3456789::FLOAT, true), (100, NULL, 1e9, NULL)) t(n, text, x, flag)"
+    sql = (
+        "SELECT * FROM (VALUES (1, 'ab', 12.3456789::FLOAT, true), (100, NULL, 1e9, NULL)) t(n, "
+        "text, x, flag)"
+    )
     lines = [line.rstrip() for line in printed(run, sql, "table").decode().splitlines()]
     assert [line.split() for line in lines if line] == [
         ["n", "text", "x", "flag"],
@@ -230,7 +233,10 @@ def test_other_formats_are_escaped_on_a_terminal_and_exact_elsewhere(run: Run, f
 
 @pytest.mark.parametrize("format", ["table", "csv", "json"])
 def test_dates_that_python_does_not_have_are_text(run: Run, format: str) -> None:
-    sql = "SELECT DATE '20000-01-02' AS a, 'infinity'::DATE AS b, '-infinity'::TIMESTAMP AS c, DATE '2026-01-02' AS d"
+    sql = (
+        "SELECT DATE '20000-01-02' AS a, 'infinity'::DATE AS b, '-infinity'::TIMESTAMP AS c, DATE "
+        "'2026-01-02' AS d"
+    )
     text = printed(run, sql, format).decode()
     assert all(word in text for word in ("20000-01-02", "infinity", "-infinity", "2026-01-02"))
     assert printed(run, "SELECT [DATE '20000-01-02'] AS a, DATE '0044-03-15 (BC)' AS b", format)
@@ -496,7 +502,10 @@ def test_the_examples_are_queries_that_work(run: Run) -> None:
 def test_standard_input_is_a_script(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "-- two\n.format csv\nSELECT 1 AS a; SELECT\n 2 AS b;\n\nSELECT ';' AS c -- ; the last needs no end"
+    text = (
+        "-- two\n.format csv\nSELECT 1 AS a; SELECT\n 2 AS b;\n\nSELECT ';' AS c -- ; the last "
+        "needs no end"
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO(text.removeprefix("-- two\n")))
     shell.interactive(run)
     assert capsys.readouterr().out == '"a"\n1\n"b"\n2\n"c"\n";"\n'

@@ -507,7 +507,8 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         ),
         (
             b'{"schema_version": 2}',
-            "schema version 2, expected 5; use the afn-ray that wrote it, or measure the corpus anew",
+            "schema version 2, expected 5; use the afn-ray that wrote it, or measure the corpus "
+            "anew",
         ),
     ],
 )

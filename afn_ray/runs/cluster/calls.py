@@ -51,7 +51,8 @@ def call_on_place(
         cause = cause_of(error)
         if isinstance(cause, ray.exceptions.RayError):
             raise Interrupted(
-                f"a call on Ray lost its process, again when repeated: {dispatch.reason(cause)}; the same command "
+                f"a call on Ray lost its process, again when repeated: {dispatch.reason(cause)}; "
+                "the same command "
                 "resumes"
             ) from error
         raise cause from None
@@ -122,7 +123,8 @@ class RayTasks:
             cause = cause_of(error)
             if isinstance(cause, self._ray.exceptions.RayError):
                 raise Interrupted(
-                    f"the reduce lost a process or a result on Ray, again when repeated: {dispatch.reason(cause)}; "
+                    "the reduce lost a process or a result on Ray, again when repeated: "
+                    f"{dispatch.reason(cause)}; "
                     "the shards are committed, and the same command goes on from there"
                 ) from error
             raise cause from None

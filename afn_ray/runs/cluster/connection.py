@@ -64,7 +64,8 @@ def _check_reachable(config: RunConfig) -> None:
     """Raise ``ConfigError`` for a ``memory://`` store or corpus, which workers cannot reach."""
     if any(map(storage.is_process_memory, (config.store, *config.corpus))):
         raise ConfigError(
-            "memory:// lives in one process; use --executor inline, or a store that workers can reach"
+            "memory:// lives in one process; use --executor inline, or a store that workers can "
+            "reach"
         )
 
 
@@ -127,7 +128,8 @@ def _watch_gcs(over: threading.Event) -> None:
         except OSError as error:
             if time.monotonic() - since > GCS_LOST_S:
                 _log.error(
-                    "Ray's head at %s:%s has not answered for %.0f s (%s); the same command resumes",
+                    "Ray's head at %s:%s has not answered for %.0f s (%s); the same command "
+                    "resumes",
                     host,
                     port,
                     time.monotonic() - since,
@@ -231,7 +233,8 @@ def probe(address: str | None) -> str:
             ) from error
         has = ray.cluster_resources()
         return (
-            f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has {has.get('CPU', 0):g} CPU and "
+            f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has "
+            f"{has.get('CPU', 0):g} CPU and "
             f"{has.get('GPU', 0):g} GPU on {count(len(ray.nodes()), 'node')}"
         )
 

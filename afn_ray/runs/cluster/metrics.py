@@ -23,8 +23,10 @@ COUNTERS = {
     "afn_shards_total": "Shards committed",
     "afn_bytes_read_total": "Bytes of the corpus in committed shards",
     "afn_bytes_written_total": "Bytes of the files of committed shards",
-    "afn_measured_tokens_total": "Tokens that left the model, those of attempts that failed or are under way too",
-    "afn_forward_tokens_total": "Tokens that went through the model, with padding, filler and overlaps",
+    "afn_measured_tokens_total": "Tokens that left the model, those of attempts that failed or are "
+    "under way too",
+    "afn_forward_tokens_total": "Tokens that went through the model, with padding, filler and "
+    "overlaps",
     "afn_model_seconds_total": "Seconds in which models worked, over all workers",
     "afn_wait_seconds_total": "Seconds in which models waited for text, over all workers",
     "afn_retries_total": "Attempts at shards that were lost or failed and are made again",
@@ -37,7 +39,8 @@ GAUGES = {
     "afn_shards_quarantined": "Shards that are given up",
     "afn_workers_wanted": "Workers asked for",
     "afn_workers_ready": "Workers that have loaded the model",
-    "afn_last_commit_timestamp_seconds": "Unix time of the last commit; before the first, of the beginning",
+    "afn_last_commit_timestamp_seconds": "Unix time of the last commit; before the first, of the "
+    "beginning",
 }
 """Names and descriptions of the gauges."""
 SHARD_SECONDS = "afn_shard_seconds"

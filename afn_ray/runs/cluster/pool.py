@@ -128,7 +128,8 @@ class RayPool:
         needs = 1 + self._config.tokenizer_workers
         if not any(n["Resources"].get("CPU", 0) >= needs for n in self._ray.nodes() if n["Alive"]):
             raise ConfigError(
-                f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of this Ray has so many"
+                f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of "
+                "this Ray has so many"
             )
 
     def grow(self, num_useful: int) -> int:
@@ -349,7 +350,8 @@ class RayPool:
 
 def _died_loading(config: RunConfig, error: Any) -> str:
     return (
-        f"a worker died while it loaded {config.model}: is there too little memory for so many? Give fewer --workers "
+        f"a worker died while it loaded {config.model}: is there too little memory for so many? "
+        "Give fewer --workers "
         f"({dispatch.reason(error)})"
     )
 
