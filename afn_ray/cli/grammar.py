@@ -28,7 +28,7 @@ CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A mistake is told in one line; the whole usage, 50 lines for some commands, is what --help is
     for.
     """
@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of ``afn``; ``command`` of what it gives is the command's name."""
-    top = _Parser(
+    top = Parser(
         prog="afn", description="Token Activation Strength of a whole corpus.", epilog=EPILOG
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
@@ -481,6 +481,8 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="measure this engine on this machine, against what users write instead",
         epilog=EPILOG,
+        description="A checkout of the repository has more: python jobs/benchmark.py demo, reduce, safety, screen, "
+        "signals, simulate or sql.",
     )
     bench.add_commands(parser)
     parser.set_defaults(command="bench")
