@@ -25,6 +25,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 import faults
 
@@ -36,6 +37,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # others' cores spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from afn_ray.bench import PIPED_COLUMNS
 from afn_ray.config import RunConfig
 from afn_ray.runs import demo
 from afn_ray.schema import Shard
@@ -55,6 +57,7 @@ SLOW = (
     "test_readme",
     "test_audit",
     "test_bench",
+    "test_generators",
     "test_object_store",
     "test_cli",
     "test_report",
@@ -283,6 +286,16 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> MakeConfig:
         return RunConfig(**(values | changes))
 
     return make
+
+
+def printed(render: Any, result: dict[str, Any]) -> str:
+    """What ``render`` of a module that measures prints where it is piped, once no line is too
+    wide.
+    """
+    out = io.StringIO()
+    render(result, Console(file=out, width=PIPED_COLUMNS, highlight=False))
+    assert max(map(len, out.getvalue().splitlines())) <= PIPED_COLUMNS
+    return out.getvalue()
 
 
 RUN_INFO: dict[str, Any] = {

@@ -17,6 +17,7 @@ import afn_ray
 from afn_ray.cli import commands as cli
 from afn_ray.runs import demo
 from afn_ray.show import shell
+from bench import commands as bench_commands
 from conftest import command_parsers, fenced, stop_after, write_jsonl
 
 SMALL_BENCH = {
@@ -31,7 +32,7 @@ SMALL_BENCH = {
         "loop,tuned,engine,job",
     ],
     "monitor": ["--texts", "2"],
-    "signals": ["--tokens", "600", "--repeat", "1"],
+    "signals": ["--tokens", "600", "--repeat", "1"],  # of jobs/benchmark.py
 }
 ROOT = Path(__file__).parent.parent
 GUIDE = ("questions", "signals", "audit", "engine", "store")
@@ -232,15 +233,18 @@ def test_every_other_command_runs_in_order(
         assert command.startswith(
             ("afn ", "python jobs/", 'python -m pytest -m "chaos', "python tests/chaos/")
         ), command
-        if not command.startswith("afn "):
-            # minutes: test_bench and the chaos suite, which CI runs, are what they are made of
+        program, *words = shlex.split(command)
+        if words[0] == "jobs/benchmark.py":
+            bench_commands.parser().parse_args(words[1:])
+        if program != "afn" and words[:2] != ["jobs/benchmark.py", "signals"]:
+            # minutes: the tests of bench and the chaos suite, which CI runs, are what they are made of
             continue
-        words = shlex.split(command)[1:]
-        if words[0] in ("bench", "doctor"):
-            if words[0] == "bench":  # the same with less to do
+        if words[0] in ("bench", "doctor", "jobs/benchmark.py"):
+            if words[0] != "doctor":  # the same with less to do
                 words += ["--model", str(tiny_bert), *SMALL_BENCH[words[1]]]
+            start = ["-m", "afn_ray"] if program == "afn" else [str(ROOT / words.pop(0))]
             done = subprocess.run(
-                [sys.executable, "-m", "afn_ray", *words],
+                [sys.executable, *start, *words],
                 capture_output=True,
                 text=True,
                 timeout=300,

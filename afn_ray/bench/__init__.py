@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ TOKENS_PER_WORKER = {"cpu": 16_300, "cuda": 1_000_000}
 """On a CPU a little less than eight batches of 2,048: one that is partly filled weighs more here
 than in a long run.
 """
+LEAST = {
+    "tokens": 16,
+    "workers": 1,
+    "batch_tokens": 16,
+    "tokenizer_workers": 0,
+    "repeat": 1,
+    "texts": 1,
+}
 PIPED_COLUMNS = 100
 BUILT_IN = "BERT-base shape, random weights"
 
@@ -46,16 +54,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="WHAT",
         dest="what",
-        help="demo, engine, monitor, rate, reduce, safety, screen, signals, simulate or sql",
+        help="engine, monitor or rate",
     )
-    demo = commands.add_parser(
-        "demo",
-        allow_abbrev=False,
-        help="time, memory and bytes per token of 'afn demo', and the same command again",
-        description="Every repetition starts a fresh store in a temporary folder.",
-    )
-    demo.add_argument("--workers", type=int, metavar="N", help="workers (default: one per core)")
-    demo.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     engine = commands.add_parser(
         "engine",
         allow_abbrev=False,
@@ -134,136 +134,32 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         help=f"about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})",
     )
     rate.add_argument("--repeat", type=int, default=3, metavar="N", help="turns (default: 3)")
-    reduce = commands.add_parser(
-        "reduce",
-        allow_abbrev=False,
-        help="seconds and memory of the reduce of many shards, in different orders",
-        description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of each type. Every "
-        "reduce has its own process and order; results are compared bit by bit.",
-    )
-    reduce.add_argument(
-        "--shards", type=int, default=10_000, metavar="N", help="summaries (default: 10,000)"
-    )
-    reduce.add_argument(
-        "--tokens",
-        type=int,
-        default=40_000,
-        metavar="N",
-        help="of a shard, in the mean (default: 40,000)",
-    )
-    reduce.add_argument(
-        "--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)"
-    )
-    safety = commands.add_parser(
-        "safety",
-        allow_abbrev=False,
-        help="what a shard costs beside its tokens, and a finished run that is run again",
-        description="Whole runs of an all but empty model over shards of one word each.",
-    )
-    safety.add_argument(
-        "--shards", type=int, default=1000, metavar="N", help="shards (default: 1,000)"
-    )
-    safety.add_argument(
-        "--store",
-        metavar="URI",
-        help="where stores are made, and left (default: a temporary folder)",
-    )
-    safety.add_argument(
-        "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
-    )
-    screen = commands.add_parser(
-        "screen",
-        allow_abbrev=False,
-        help="how well the screening of documents finds planted junk",
-        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (minutes), and "
-        "compares the screening with an order by length and one by idf.",
-    )
-    screen.add_argument(
-        "--store",
-        metavar="URI",
-        help="where the run is made, and left (default: a temporary folder)",
-    )
-    screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
-    signals = commands.add_parser(
-        "signals",
-        allow_abbrev=False,
-        help="what each signal costs beside strength alone, and a sweep of all layers",
-        description="Whole shards, from JSONL to committed Parquet, by one worker; on a CPU it keeps to one core.",
-    )
-    signals.add_argument(
-        "--layer",
-        default="2/3",
-        help="layer k to record, or a fraction of the depth (default: 2/3)",
-    )
-    cpu, cuda = TOKENS_PER_WORKER.values()
-    signals.add_argument(
-        "--tokens",
-        type=int,
-        metavar="N",
-        help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})",
-    )
-    signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
-    simulate = commands.add_parser(
-        "simulate",
-        allow_abbrev=False,
-        help="what the driver of a huge run takes, and that it loses no shard",
-        description="The real plan, dispatcher, status and reduce over workers and a clock that are fake, with "
-        "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own "
-        "process.",
-    )
-    simulate.add_argument(
-        "--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)"
-    )
-    simulate.add_argument(
-        "--workers", type=int, default=1000, metavar="N", help="workers (default: 1,000)"
-    )
-    simulate.add_argument(
-        "--repeat", type=int, default=1, metavar="N", help="runs, each of its own luck (default: 1)"
-    )
-    sql = commands.add_parser(
-        "sql",
-        allow_abbrev=False,
-        help="seconds and memory of questions to a large run, and of its reduce",
-        description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
-        "million tokens. Every reduce and question has its own process; the memory limit is that "
-        "of 'afn sql', 2GB.",
-    )
-    sql.add_argument(
-        "--rows",
-        type=int,
-        default=100_000_000,
-        metavar="N",
-        help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)",
-    )
-    sql.add_argument(
-        "--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)"
-    )
-    for command in (engine, monitor, signals):
-        command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
-        command.add_argument(
-            "--device",
-            choices=("auto", "cpu", "cuda"),
-            default="auto",
-            help="auto takes a GPU when there is one",
-        )
-    for command in (demo, engine, monitor, rate, reduce, safety, screen, signals, simulate, sql):
-        command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+    for command in (engine, monitor):
+        add_model_flags(command)
+    for command in (engine, monitor, rate):
+        add_json_flag(command)
 
 
-def call(args: argparse.Namespace) -> None:
-    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises
+def add_model_flags(command: argparse.ArgumentParser) -> None:
+    """``--model`` and ``--device``."""
+    command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
+    command.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU when there is one",
+    )
+
+
+def add_json_flag(command: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+
+
+def check(args: argparse.Namespace, least_of: Mapping[str, int]) -> None:
+    """Refuse numbers below ``least_of`` and a file of figures that has no folder. Raises
     ``ConfigError``.
     """
-    least_of = {
-        "tokens": 16,
-        "workers": 1,
-        "batch_tokens": 16,
-        "tokenizer_workers": 0,
-        "repeat": 1,
-        "texts": 1,
-        "shards": 10 if args.what == "safety" else 1,
-        "rows": 10_000,
-    }
     for name, least in least_of.items():
         if (value := getattr(args, name, None)) is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
@@ -271,17 +167,23 @@ def call(args: argparse.Namespace) -> None:
         args.json is not None and not args.json.absolute().parent.is_dir()
     ):  # now, not after ten minutes
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+
+
+def consoles() -> tuple[Console, Callable[[str], None]]:
+    """Where a result is printed, and what prints a note of progress."""
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_COLUMNS)
-    if args.what == "demo":
-        from afn_ray.bench import demo
+    return console, lambda note: notes.print(note, markup=False)
 
-        result = demo.measure(
-            args.workers, args.repeat, lambda note: notes.print(note, markup=False)
-        )
-        demo.render(result, console)
-    elif args.what == "monitor":
+
+def call(args: argparse.Namespace) -> None:
+    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises
+    ``ConfigError``.
+    """
+    check(args, LEAST)
+    console, on_note = consoles()
+    if args.what == "monitor":
         from afn_ray.bench import monitor
 
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
@@ -294,58 +196,8 @@ def call(args: argparse.Namespace) -> None:
         precheck.check_run(config)
         from afn_ray.bench import rate
 
-        result = rate.measure(
-            config, args.tokens, args.repeat, lambda note: notes.print(note, markup=False)
-        )
+        result = rate.measure(config, args.tokens, args.repeat, on_note)
         rate.render(result, console)
-    elif args.what == "simulate":
-        from afn_ray.bench import simulate
-
-        result = simulate.measure(
-            args.shards, args.workers, args.repeat, lambda note: notes.print(note, markup=False)
-        )
-        simulate.render(result, console)
-    elif args.what == "reduce":
-        from afn_ray.bench import reduce
-
-        result = reduce.measure(
-            args.shards, args.tokens, args.repeat, lambda note: notes.print(note, markup=False)
-        )
-        reduce.render(result, console)
-    elif args.what == "safety":
-        from afn_ray.bench import safety
-
-        result = safety.measure(
-            args.shards, args.store, args.repeat, lambda note: notes.print(note, markup=False)
-        )
-        safety.render(result, console)
-    elif args.what == "screen":
-        from afn_ray.bench import screen
-
-        with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
-            result = screen.measure(
-                args.store or folder, args.seed, lambda note: notes.print(note, markup=False)
-            )
-        screen.render(result, console)
-    elif args.what == "signals":
-        from afn_ray import model
-        from afn_ray.bench import signals
-
-        device = model.choose_device(args.device)
-        result = signals.measure(
-            args.model,
-            args.layer,
-            args.tokens or TOKENS_PER_WORKER[device],
-            device,
-            args.repeat,
-            lambda note: notes.print(note, markup=False),
-        )
-        signals.render(result, console)
-    elif args.what == "sql":
-        from afn_ray.bench import sql
-
-        result = sql.measure(args.rows, args.repeat, lambda note: notes.print(note, markup=False))
-        sql.render(result, console)
     else:
         profiles = chosen("profiles", args.profiles, PROFILES)
         variants = chosen("variants", args.variants, VARIANTS)
@@ -362,9 +214,7 @@ def call(args: argparse.Namespace) -> None:
             args.tokens,
             args.repeat,
         )
-        result = contest.measure(
-            options, profiles, variants, lambda note: notes.print(note, markup=False)
-        )
+        result = contest.measure(options, profiles, variants, on_note)
         contest.render(result, console)
     if args.json is not None:
         write_json(args.json, result)

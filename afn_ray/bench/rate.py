@@ -4,23 +4,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from afn_ray import model
 from afn_ray.bench import TOKENS_PER_WORKER, machine
-from afn_ray.bench.signals import one_core
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
@@ -92,6 +93,20 @@ def measure(
         "tokens_per_second": rates,
         "speed": estimate.speed_of(prepared.task, prepared.measure),
     }
+
+
+@contextlib.contextmanager
+def one_core(device: str) -> Iterator[None]:
+    """Keep this process to one core while the block runs, on a CPU."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    if device == "cpu":
+        os.sched_setaffinity(0, {min(before)})
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
 
 
 def _write(path: Path, texts: list[str], least_bytes: int) -> int:

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,15 @@ from afn_ray.text import count, printable
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
 SAMPLE = 200
 """Default number of documents that a check by masking uses."""
+Calls = Mapping[str, Callable[[argparse.Namespace], int | None]]
+"""The function of each command, whose result is its exit code; ``None`` is 0."""
 
 
-def command(argv: Sequence[str] | None = None) -> NoReturn:
+def command(
+    argv: Sequence[str] | None = None,
+    make_parser: Callable[[], argparse.ArgumentParser] = grammar.parser,
+    calls: Calls | None = None,
+) -> NoReturn:
     """Entry point of ``afn``: call ``main``, then end the process at once.
 
     It does not wait for threads. One of ours may hang in an upload, and threads of libraries can
@@ -41,16 +47,24 @@ def command(argv: Sequence[str] | None = None) -> NoReturn:
     """
     terminal.prepare()
     try:
-        main(argv)
+        main(argv, make_parser, calls)
     except SystemExit as end:
         os._exit(
             terminal.finish(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
         )
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the ``afn`` command; raise ``SystemExit`` with its exit code."""
-    parser = grammar.parser()
+def main(
+    argv: Sequence[str] | None = None,
+    make_parser: Callable[[], argparse.ArgumentParser] = grammar.parser,
+    calls: Calls | None = None,
+) -> NoReturn:
+    """Run the ``afn`` command; raise ``SystemExit`` with its exit code.
+
+    A program with other commands has a parser of its own, which sets ``command`` and ``parser`` as
+    ``grammar.parser`` does, and ``calls``: a function for each ``command``.
+    """
+    parser = make_parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
         sys.exit(ConfigError.exit_code)
@@ -69,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     audits, failed = args.command == "audit", True
     try:
         with _terminable():
-            code = COMMANDS[args.command](args) or 0
+            code = (calls or COMMANDS)[args.command](args) or 0
         sys.stdout.flush()
         failed = False
     except KeyboardInterrupt:
@@ -542,7 +556,7 @@ def _shell(text: str) -> str:
 # --- dispatch table
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+COMMANDS: Calls = {
     "run": _run, "status": _status, "show": _show, "compare": _compare, "claims": _claims, "neurons": _neurons,
     "audit": _audit, "sql": _sql, "explain": _explain, "report": _report, "verify": _verify, "gc": _gc,
     "doctor": _doctor, "demo": _demo, "bench": _bench,

@@ -38,7 +38,7 @@ CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 RUN_HELP = "a run's URI, or a store's for its latest complete run"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Parser that reports a mistake in one line; argparse would print the whole usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The parser of ``afn``; its result's ``command`` is the subcommand's name."""
-    top = _Parser(
+    top = Parser(
         prog="afn", description="Token Activation Strength of a whole corpus.", epilog=EPILOG
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
@@ -488,6 +488,8 @@ def _add_bench(commands: Any) -> None:
         "bench",
         help="measure this engine on this machine, against what users write instead",
         epilog=EPILOG,
+        description="A checkout of the repository has more: python jobs/benchmark.py demo, reduce, safety, screen, "
+        "signals, simulate or sql.",
     )
     bench.add_commands(parser)
     parser.set_defaults(command="bench")

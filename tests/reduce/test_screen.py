@@ -18,7 +18,6 @@ import pytest
 
 import afn_ray
 from afn_ray.analysis import verify
-from afn_ray.bench import screen as bench
 from afn_ray.config import RunConfig
 from afn_ray.errors import StoreError
 from afn_ray.reduce import screen
@@ -28,6 +27,7 @@ from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import worker
 from afn_ray.schema import FEATURES
 from afn_ray.store import manifest, shard_files
+from bench import screen as bench
 from conftest import write_jsonl
 
 JUNK = "qvx zzkw jjpq xxvb qqzz kkwv jpqx vbzz"
@@ -158,8 +158,8 @@ def test_reasons_and_texts_are_those_of_the_document(made: RunConfig, verses: li
 
 
 def test_planted_junk_is_found(tmp_path: Path, minilm: Path, verses: list[str]) -> None:
-    """A tenth of ``afn bench screen``, on real weights: the same six kinds, and the orders that it
-    must beat.
+    """A tenth of ``jobs/benchmark.py screen``, on real weights: the same six kinds, and the orders
+    that it must beat.
     """
     texts, planted = bench.plant(verses[20_000:23_000], 1)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])

@@ -26,8 +26,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 import afn_ray
-from afn_ray.bench import crowd, machine, rate, simulate
-from afn_ray.bench.reduce import NUM_TYPES
+from afn_ray.bench import machine, rate
 from afn_ray.cli import commands, estimates
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpora
@@ -38,8 +37,10 @@ from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
 from afn_ray.runs.plan import make_plan
 from afn_ray.store import storage
 from afn_ray.tokens import counting, encode
-from conftest import MakeConfig, write_jsonl
-from test_bench import printed
+from bench import commands as bench_commands
+from bench import crowd, simulate
+from bench.reduce import NUM_TYPES
+from conftest import MakeConfig, printed, write_jsonl
 
 NUM_SEEDS = 30
 PRICES = """
@@ -417,8 +418,8 @@ PAIR_BYTES = 64
 
 
 def distinct_pairs(tokens: float) -> float:
-    """Pairs of a type and a strength that differ, in the mean, under the law of ``afn bench
-    reduce``.
+    """Pairs of a type and a strength that differ, in the mean, under the law of
+    ``jobs/benchmark.py reduce``.
     """
     shares = 1 / np.arange(10, NUM_TYPES + 10)
     shares /= shares.sum()
@@ -520,12 +521,18 @@ def test_what_the_page_tells_to_do_works(
         "simulate": ["--shards", "300", "--workers", "10"],
     }
     told = ""
-    for command in [
-        line for block in blocks for line in block.splitlines() if line.startswith("afn ")
-    ]:
-        words = shlex.split(command)[1:]
+    for command in [line for block in blocks for line in block.splitlines()]:
+        words = shlex.split(command)
+        main: Callable[[list[str]], object]
+        if words[0] == "afn":
+            main, given = commands.main, words[1:]
+        else:
+            assert words[:2] == ["python", "jobs/benchmark.py"], command
+            main, given = bench_commands.main, words[2:]
+        for what, flags in smaller.items():
+            given += flags if what in given else []
         with pytest.raises(SystemExit) as end:
-            commands.main([*words, *(smaller[words[1]] if words[0] == "bench" else [])])
+            main(given)
         told += capsys.readouterr().out
         assert end.value.code == 0, (command, told)
     assert "the run: " in told and "USD" in told and "most of the driver" in told.lower()

@@ -76,7 +76,7 @@ class Crowd:
         self.num_attempts = 0
         self.happened: Counter[str] = Counter()
         self.committed: set[str] = set()
-        self._chance = random.Random(seed)  # noqa: S311 - a simulation
+        self._chance = random.Random(seed)
         self._num_wanted = num_workers
         self._workers: dict[int, _Worker] = {}
         self._last = -1

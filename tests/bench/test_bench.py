@@ -8,32 +8,21 @@ import importlib.util
 import json
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from afn_ray import bench, model
-from afn_ray.bench import contest, demo, machine, monitor, ours, peers, reduce, sql, texts
-from afn_ray.bench import signals as bench_signals
+from afn_ray.bench import contest, machine, monitor, ours, peers, texts
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, ConfigError, ModelError
+from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import Received
-from afn_ray.query.database import open_run
 from afn_ray.runs import worker
-from conftest import find_model
+from conftest import find_model, printed
 
-ROOT = Path(__file__).parent.parent
-
-
-def printed(render: Any, result: dict[str, Any]) -> str:
-    out = StringIO()
-    render(result, Console(file=out, width=bench.PIPED_COLUMNS, highlight=False))
-    assert max(map(len, out.getvalue().splitlines())) <= bench.PIPED_COLUMNS
-    return out.getvalue()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -306,36 +295,6 @@ def test_the_made_up_model_is_one_that_transformers_knows(tmp_path: Path) -> Non
     assert len(ids) == 64 and tokenizer.unk_token_id not in ids and ids[0] == tokenizer.cls_token_id
 
 
-def test_what_signals_cost_is_measured_on_the_same_shards(
-    tiny_bert: Path, tiny_mpnet: Path
-) -> None:
-    notes: list[str] = []
-    result = bench_signals.measure(str(tiny_bert), "2/3", 600, "cpu", 2, notes.append)
-    found = result["variants"]
-    assert list(found) == [
-        "strength",
-        "strength, layers 0 to k",
-        "+ shift",
-        "+ centred",
-        "+ trimmed",
-        "+ attention",
-        "+ neurons",
-    ]
-    assert all(
-        len(v["tokens_per_second"]) == len(v["cost"]) == 2 and min(v["cost"]) > -1
-        for v in found.values()
-    )
-    assert found["strength"]["cost"] == [0, 0] and result["tokens"] > 200
-    assert found["+ neurons"]["bytes_per_token"].keys() - found["strength"][
-        "bytes_per_token"
-    ].keys() == {"neurons", "pairs"}
-    assert "A sweep of all layers costs" in printed(bench_signals.render, result)
-    padded = bench_signals.measure(str(tiny_mpnet), "2/3", 200, "cpu", 1, notes.append)
-    assert "+ attention" not in padded["variants"] and any(
-        "+ attention is left out" in n for n in notes
-    )
-
-
 def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
     result = monitor.measure(str(tiny_bert), "2/3", 3, "cpu")
     lengths = result["models"][str(tiny_bert)]["lengths"]
@@ -400,108 +359,7 @@ def test_the_watch_tells_whose_work_it_is() -> None:
     assert stranger.peak_bytes == 0 and stranger.foreign > 0.5 / len(stranger._cores)
 
 
-def test_a_demo_is_measured_with_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the minutes of one: a command's time and its processes' memory, and the table of
-    several.
-    """
-    work = "import time; x = bytes([1]) * (200 << 20); time.sleep(1.5)"
-    seconds, peak = demo.timed([sys.executable, "-c", work])
-    assert seconds > 1.5 and 200 << 20 < peak < 400 << 20
-    with pytest.raises(AfnError, match="left with 3"):
-        demo.timed([sys.executable, "-c", "raise SystemExit(3)"])
-    rows = iter(
-        [{"demo, s": 3.0, "x": 1.0}, {"demo, s": 1.0, "x": 5.0}, {"demo, s": 2.0, "x": 3.0}]
-    )
-    monkeypatch.setattr(demo, "_measured", lambda workers: next(rows))
-    out = StringIO()
-    demo.render(demo.measure(None, 3, lambda note: None), Console(file=out, width=200))
-    lines = [line.split() for line in out.getvalue().splitlines()]
-    assert ["demo,", "s", "2.000", "(1.000-3.000)"] in lines and [
-        "x",
-        "3.000",
-        "(1.000-5.000)",
-    ] in lines
-
-
 def test_the_cluster_job_is_the_same_command() -> None:
     command = [sys.executable, "jobs/benchmark.py", "engine", "--variants", "fastest"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "variants are 'fastest'" in done.stderr
-
-
-# --- the reduce
-# ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_the_reduce_is_measured_on_the_same_summaries_in_different_orders(tmp_path: Path) -> None:
-    notes: list[str] = []
-    result = reduce.measure(70, 40, 1, notes.append)
-    assert result["identical"] and result["shards"] == 70 and 70 * 20 <= result["tokens"] <= 70 * 60
-    assert [n.split(":")[0] for n in notes[1:]] == ["inline 1/1", "ray 1/1"]
-    (inline,), (ray,) = result["rounds"]["inline"], result["rounds"]["ray"]
-    assert inline["types"] == ray["types"] == result["types"] > 100
-    for figures in (inline, ray):
-        assert figures["driver_bytes"] >= figures["before_bytes"] > 10 << 20
-        assert figures["seconds"] > 0 and figures["peak_bytes"] > 10 << 20
-    assert "have the same bits" in printed(reduce.render, result)
-    assert "DIFFER" in printed(reduce.render, {**result, "identical": False})
-    bench.write_json(tmp_path / "figures.json", result)
-
-
-def test_generated_summaries_are_those_of_their_number_alone(tmp_path: Path) -> None:
-    """So that a store of 10,000 holds the one of 1,000, and processes may share the work as they
-    like.
-    """
-    rows = reduce._write(str(tmp_path / "a"), range(4), 100)
-    assert reduce._write(str(tmp_path / "b"), range(2, 4), 100) == rows[2:]
-    assert len({row["sha256"] for row in rows}) == 4
-    assert [row["documents"] for row in rows] == [
-        -(-row["tokens"] // reduce.DOCUMENT_TOKENS) for row in rows
-    ]
-
-
-def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
-    with pytest.raises(AfnError, match=r"afn_ray\.bench\.reduce .* left with 1"):
-        reduce._watched(str(tmp_path), "inline", 0)
-
-
-# --- questions
-# -------------------------------------------------------------------------------------------
-
-
-def test_questions_are_asked_of_a_true_run() -> None:
-    notes: list[str] = []
-    result = sql.measure(120_000, 2, notes.append)
-    assert result["rows"] == 120_000 and [r["shards"] for r in result["reduces"]] == [1, 5, 5]
-    assert list(result["questions"]) == list(sql.QUESTIONS)
-    for question, figures in result["questions"].items():
-        assert figures["rows"] > 0 or "rare" in question, question
-        assert (
-            len(figures["seconds"]) == 2
-            and min(figures["seconds"]) > 0
-            and figures["peak_bytes"] > 10 << 20
-        )
-    assert result["questions"]["100 occurrences of a frequent word"]["rows"] > 50
-    assert "every word of the run" in printed(sql.render, result)
-
-
-def test_generated_shards_hold_what_the_views_expect(tmp_path: Path) -> None:
-    store = str(tmp_path)
-    sql.write_shard(store, 0, 50)
-    done = sql.finish(store, 0, 1)
-    with open_run(done["run"]) as run:
-        assert run.sql("SELECT count(*), count(DISTINCT doc) FROM tokens").fetchall() == [
-            (10_000, 50)
-        ]
-        [(words, alone)] = run.sql(
-            "SELECT count(*), count(*) FILTER (n_tokens = 1) FROM words"
-        ).fetchall()
-        assert 0.7 < words / (10_000 - 100) < 0.9 and 0.6 < alone / words < 0.95
-        quartiles = (
-            "SELECT quantile_disc(strength_8, [0.25, 0.5, 0.75]) FROM tokens WHERE NOT is_special"
-        )
-        [(found,)] = run.sql(quartiles).fetchall()
-        assert [tuple(found)] == run.sql(
-            "SELECT q1, q2, q3 FROM thresholds WHERE population = 'tokens'"
-        ).fetchall()

@@ -110,7 +110,7 @@ def _run(corpus: Path, model: Path, store: str, executor: str) -> float:
         *(["--workers", str(EXECUTORS[executor])] if executor == "ray" else []),
     ]
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise AfnError(
             f"{' '.join(command)} left with {done.returncode}: {done.stderr.strip()[-1000:]}"

@@ -1,7 +1,7 @@
 """What the driver of a huge run takes: real plan, dispatcher, status and reduce over workers and a
 clock that are fake.
 
-    python -m afn_ray.bench.simulate SHARDS WORKERS SEED
+    PYTHONPATH=tests python -m bench.simulate SHARDS WORKERS SEED
 
 is one such run in a process of its own, so that its memory is its own; it prints one line of JSON.
 Every shard has to end exactly once, whatever fails: that is asserted as it goes. Not driven: Ray,
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,9 +27,7 @@ from rich.table import Table
 
 from afn_ray import logs
 from afn_ray.bench import machine
-from afn_ray.bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError
 from afn_ray.reduce import tree as reduce
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import STATISTICS_SCHEMA, Texts
@@ -40,6 +37,8 @@ from afn_ray.runs.plan import group_slices
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
 from afn_ray.store import checksums, layout, manifest, shard_files, storage
 from afn_ray.store.commits import Commits
+from bench.apart import call_apart
+from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
 
 COMMITS_READ = 2_000
 """Commits that are written and found again, on the local disk."""
@@ -58,18 +57,8 @@ def measure(
     """``simulate`` with seeds from 0 on, each in a process of its own; as ``--json`` has it."""
     rounds = []
     for seed in range(repeat):
-        command = [
-            sys.executable,
-            "-m",
-            "afn_ray.bench.simulate",
-            *map(str, (num_shards, num_workers, seed)),
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
-        with machine.Watch([process.pid]) as watch:
-            answer, _ = process.communicate()
-        if process.returncode:
-            raise AfnError(f"{' '.join(command)} left with {process.returncode}")
-        rounds.append({**json.loads(answer), "foreign": round(watch.foreign, 3)})
+        answer, watch = call_apart("bench.simulate", num_shards, num_workers, seed)
+        rounds.append({**answer, "foreign": round(watch.foreign, 3)})
         on_note(f"{seed + 1}/{repeat}: {rounds[-1]['cpu_s']:.0f} s of CPU of the driver")
     return {
         **machine.facts("cpu"),

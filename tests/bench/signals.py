@@ -4,25 +4,24 @@ files included.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from afn_ray import model
 from afn_ray.bench import machine
 from afn_ray.bench.contest import one_layer
+from afn_ray.bench.rate import one_core
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError
@@ -154,19 +153,6 @@ def _write_corpus(path: Path, files: model.ModelFiles, job: _Job, num_tokens: in
     batch = worker.BATCH_TOKENS[job.config.device]
     texts = writer.write(PROFILE, num_tokens, batch, causal=job.processor.model.causal)
     path.write_text("".join(json.dumps({"text": t.text}) + "\n" for t in texts), "utf-8")
-
-
-@contextlib.contextmanager
-def one_core(device: str) -> Iterator[None]:
-    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    if device == "cpu":
-        os.sched_setaffinity(0, {min(before)})
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-        torch.set_num_threads(threads)
 
 
 def render(result: dict[str, Any], console: Console) -> None:

@@ -1,8 +1,8 @@
 """What questions to a large run take: a generated store of as many rows as asked for, reduced,
 screened and asked.
 
-    python -m afn_ray.bench.sql reduce STORE FIRST SHARDS
-    python -m afn_ray.bench.sql ask RUN BASELINE QUESTION REPEAT
+    PYTHONPATH=tests python -m bench.sql reduce STORE FIRST SHARDS
+    PYTHONPATH=tests python -m bench.sql ask RUN BASELINE QUESTION REPEAT
 
 are one reduce and one question, asked REPEAT times, each in a process of its own, so that its
 memory is its own; both print a line of JSON.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,6 @@ from afn_ray import cgroup
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
@@ -44,6 +42,7 @@ from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, finger
 from afn_ray.store import manifest, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import ShardFiles, make_table
+from bench.apart import call_apart
 
 NUM_TYPES = 30_522
 """Of BERT's vocabulary."""
@@ -325,13 +324,8 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
 
 def _apart(*arguments: str) -> dict[str, Any]:
     """What this module prints, called with ``arguments`` in a process of its own."""
-    command = [sys.executable, "-m", "afn_ray.bench.sql", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
-    with machine.Watch([process.pid]) as watch:
-        answer, _ = process.communicate()
-    if process.returncode:
-        raise AfnError(f"{' '.join(command)} left with {process.returncode}")
-    return {**json.loads(answer), "foreign": round(watch.foreign, 3)}
+    answer, watch = call_apart("bench.sql", *arguments)
+    return {**answer, "foreign": round(watch.foreign, 3)}
 
 
 def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, Any]:

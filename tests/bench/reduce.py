@@ -1,7 +1,7 @@
 """What the reduce of many shards takes: generated summaries, reduced in different orders by both
 executors.
 
-    python -m afn_ray.bench.reduce STORE EXECUTOR SEED
+    PYTHONPATH=tests python -m bench.reduce STORE EXECUTOR SEED
 
 is one reduce of the summaries in STORE, in an order of its own and in a process of its own, so that
 its memory is its own; it prints one line of JSON.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,6 @@ from rich.table import Table
 from afn_ray import cgroup
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
@@ -40,6 +38,7 @@ from afn_ray.store import layout, shard_files
 from afn_ray.store.commits import COUNTS, Commit
 from afn_ray.store.records import TableFile
 from afn_ray.store.storage import sha256_file
+from bench.apart import call_apart
 
 NUM_TYPES = 30_522
 """Of BERT's vocabulary."""
@@ -143,14 +142,9 @@ def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
     """One reduce in a process of its own, with the peak memory of it and all that descend from
     it.
     """
-    command = [sys.executable, "-m", "afn_ray.bench.reduce", store, executor, str(seed)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this project's own module
-    with machine.Watch([process.pid]) as watch:
-        answer, _ = process.communicate()
-    if process.returncode:
-        raise AfnError(f"{' '.join(command)} left with {process.returncode}")
+    answer, watch = call_apart("bench.reduce", store, executor, seed)
     return {
-        **json.loads(answer),
+        **answer,
         "peak_bytes": watch.peak_bytes,
         "foreign": round(watch.foreign, 3),
     }

@@ -1,0 +1,213 @@
+"""``python jobs/benchmark.py`` in a checkout: what each simulation takes on the command line,
+checked, and passed to the module that measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from typing import NoReturn
+
+from afn_ray import bench as of_users
+from afn_ray.bench import TOKENS_PER_WORKER
+from afn_ray.cli import commands as cli
+from afn_ray.cli import grammar
+
+LEAST = {
+    "tokens": 16,
+    "workers": 1,
+    "repeat": 1,
+    "shards": 1,
+    "rows": 10_000,
+}
+
+
+def command(argv: Sequence[str]) -> NoReturn:
+    """Measure what ``argv`` asks for; ends the process as ``afn`` does, with its exit codes."""
+    cli.command(argv, parser, {"bench": call})
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """``command``, with the exit code as ``SystemExit``."""
+    cli.main(argv, parser, {"bench": call})
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of what is measured in a checkout alone."""
+    top = grammar.Parser(
+        prog="python jobs/benchmark.py",
+        description="Measurements of a checkout; engine, monitor and rate are those of 'afn bench'.",
+    )
+    top.set_defaults(command="bench")
+    commands = top.add_subparsers(required=True, metavar="WHAT", dest="what")
+    demo = commands.add_parser(
+        "demo",
+        allow_abbrev=False,
+        help="time, memory and bytes per token of 'afn demo', and the same command again",
+        description="Every repetition starts a fresh store in a temporary folder.",
+    )
+    demo.add_argument("--workers", type=int, metavar="N", help="workers (default: one per core)")
+    demo.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+    reduce = commands.add_parser(
+        "reduce",
+        allow_abbrev=False,
+        help="seconds and memory of the reduce of many shards, in different orders",
+        description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of each type. Every "
+        "reduce has its own process and order; results are compared bit by bit.",
+    )
+    reduce.add_argument(
+        "--shards", type=int, default=10_000, metavar="N", help="summaries (default: 10,000)"
+    )
+    reduce.add_argument(
+        "--tokens",
+        type=int,
+        default=40_000,
+        metavar="N",
+        help="of a shard, in the mean (default: 40,000)",
+    )
+    reduce.add_argument(
+        "--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)"
+    )
+    safety = commands.add_parser(
+        "safety",
+        allow_abbrev=False,
+        help="what a shard costs beside its tokens, and a finished run that is run again",
+        description="Whole runs of an all but empty model over shards of one word each.",
+    )
+    safety.add_argument(
+        "--shards", type=int, default=1000, metavar="N", help="shards (default: 1,000)"
+    )
+    safety.add_argument(
+        "--store",
+        metavar="URI",
+        help="where stores are made, and left (default: a temporary folder)",
+    )
+    safety.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
+    )
+    screen = commands.add_parser(
+        "screen",
+        allow_abbrev=False,
+        help="how well the screening of documents finds planted junk",
+        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (minutes), and "
+        "compares the screening with an order by length and one by idf.",
+    )
+    screen.add_argument(
+        "--store",
+        metavar="URI",
+        help="where the run is made, and left (default: a temporary folder)",
+    )
+    screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
+    signals = commands.add_parser(
+        "signals",
+        allow_abbrev=False,
+        help="what each signal costs beside strength alone, and a sweep of all layers",
+        description="Whole shards, from JSONL to committed Parquet, by one worker; on a CPU it keeps to one core.",
+    )
+    signals.add_argument(
+        "--layer",
+        default="2/3",
+        help="layer k to record, or a fraction of the depth (default: 2/3)",
+    )
+    cpu, cuda = TOKENS_PER_WORKER.values()
+    signals.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})",
+    )
+    signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
+    simulate = commands.add_parser(
+        "simulate",
+        allow_abbrev=False,
+        help="what the driver of a huge run takes, and that it loses no shard",
+        description="The real plan, dispatcher, status and reduce over workers and a clock that are fake, with "
+        "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own process.",
+    )
+    simulate.add_argument(
+        "--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)"
+    )
+    simulate.add_argument(
+        "--workers", type=int, default=1000, metavar="N", help="workers (default: 1,000)"
+    )
+    simulate.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="runs, each of its own luck (default: 1)"
+    )
+    sql = commands.add_parser(
+        "sql",
+        allow_abbrev=False,
+        help="seconds and memory of questions to a large run, and of its reduce",
+        description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
+        "million tokens. Every reduce and question has its own process; the memory limit is that of 'afn sql', 2GB.",
+    )
+    sql.add_argument(
+        "--rows",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens of the run (default: 100,000,000, 0.5 GB in a temporary folder)",
+    )
+    sql.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)"
+    )
+    of_users.add_model_flags(signals)
+    for command in commands.choices.values():
+        of_users.add_json_flag(command)
+        command.set_defaults(parser=command)
+    return top
+
+
+def call(args: argparse.Namespace) -> None:
+    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises
+    ``ConfigError``.
+    """
+    of_users.check(args, LEAST | ({"shards": 10} if args.what == "safety" else {}))
+    console, on_note = of_users.consoles()
+    if args.what == "demo":
+        from bench import demo
+
+        result = demo.measure(args.workers, args.repeat, on_note)
+        demo.render(result, console)
+    elif args.what == "simulate":
+        from bench import simulate
+
+        result = simulate.measure(args.shards, args.workers, args.repeat, on_note)
+        simulate.render(result, console)
+    elif args.what == "reduce":
+        from bench import reduce
+
+        result = reduce.measure(args.shards, args.tokens, args.repeat, on_note)
+        reduce.render(result, console)
+    elif args.what == "safety":
+        from bench import safety
+
+        result = safety.measure(args.shards, args.store, args.repeat, on_note)
+        safety.render(result, console)
+    elif args.what == "screen":
+        from bench import screen
+
+        with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
+            result = screen.measure(args.store or folder, args.seed, on_note)
+        screen.render(result, console)
+    elif args.what == "signals":
+        from afn_ray import model
+        from bench import signals
+
+        device = model.choose_device(args.device)
+        result = signals.measure(
+            args.model,
+            args.layer,
+            args.tokens or TOKENS_PER_WORKER[device],
+            device,
+            args.repeat,
+            on_note,
+        )
+        signals.render(result, console)
+    elif args.what == "sql":
+        from bench import sql
+
+        result = sql.measure(args.rows, args.repeat, on_note)
+        sql.render(result, console)
+    if args.json is not None:
+        of_users.write_json(args.json, result)
