@@ -412,3 +412,39 @@ def explore(
             path.pop()
         if not path:
             return judged, True
+
+
+def explore_switches(
+    make: Callable[[], World], judge: Callable[[World], None], switches: int
+) -> int:
+    """Run ``make``'s world in every order in which a process is interrupted at most ``switches``
+    times, and call ``judge`` with each at its end.
+
+    Returns the number of orders judged. A switch to another process after one has ended is free
+    (Musuvathi and Qadeer, 2007, "iterative context bounding").
+    """
+    judged = 0
+    been: dict[tuple[bytes, int | None], int] = {}  # moments, with the switches that were left
+    stack: list[tuple[list[int], int]] = [([], switches)]
+    while stack:
+        order, left = stack.pop()
+        world = make()
+        for i in order:
+            world.step(world.processes[i])
+        while ready := [i for i, p in enumerate(world.processes) if not p.over]:
+            running = order[-1] if order and order[-1] in ready else None
+            moment = world.moment(), running
+            if been.get(moment, -1) >= left:
+                world.end()
+                break
+            been[moment] = left
+            chosen = ready[0] if running is None else running
+            cost = 0 if running is None else 1
+            if cost <= left:
+                stack += [([*order, i], left - cost) for i in ready if i != chosen]
+            world.step(world.processes[chosen])
+            order = [*order, chosen]
+        else:
+            judged += 1
+            _judge(world, judge)
+    return judged
