@@ -44,8 +44,8 @@ def measure(
 ) -> dict[str, Any]:
     """Tokens per second on the config's own corpus, as ``--json`` writes them.
 
-    It measures about ``num_tokens`` tokens from the first documents of each file, and repeats the
-    documents when they are too few. It does so ``repeat`` times, each in a fresh store. On a CPU
+    It measures about ``num_tokens`` tokens from the documents of ``listing.sample``, and repeats
+    the documents when they are too few. It does so ``repeat`` times, each in a fresh store. On a CPU
     the whole process uses one core, as a worker does beside others. Raises ``CorpusError`` when no
     document has text.
     """
