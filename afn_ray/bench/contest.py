@@ -196,9 +196,8 @@ class Team:
     def strengths(self, profile: str, folder: Path | None) -> dict[int, tuple[Any, Any]]:
         """Strengths of the last run by text: at the layer, and at the last layer or None.
 
-        Only the loop has strengths of the last layer too. Without a ``folder`` for files, the
-        processes drop the strengths and the result is empty. Raises ``ModelError`` when a process
-        returns the wrong number of texts.
+        Only the loop has strengths of the last layer too. Without a ``folder`` for the files, the
+        result is empty. Raises ``ModelError`` when a process returns the wrong number of texts.
         """
         files = [
             None if folder is None else folder / f"{self.name}-{i}.npz"

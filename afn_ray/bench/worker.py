@@ -162,7 +162,7 @@ class Worker:
     def save(self, profile: str, file: str | None) -> dict[str, Any]:
         """Write the last run's strengths to ``file``, so that they can be compared; not timed.
 
-        Without a file, it drops them.
+        Without a file, it writes nothing; the variant ``job`` still removes the store of the run.
         """
         if self._spec.variant == "job":
             self._strengths = self._variant.read_back(profile)
