@@ -334,7 +334,6 @@ def measure(
 
 
 # --- planning
-# --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,7 +462,6 @@ def _missing_note(variant: str) -> str:
 
 
 # --- figures
-# ---------------------------------------------------------------------------------------------
 
 
 def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dict[str, float]:
@@ -603,7 +601,6 @@ def _facts(options: Options, base: Spec) -> dict[str, Any]:
 
 
 # --- printing
-# --------------------------------------------------------------------------------------------
 
 
 def render(result: dict[str, Any], console: Console) -> None:

@@ -143,7 +143,7 @@ def evaluate(run: Run, planted: dict[int, str]) -> dict[str, Any]:
     """Precision and recall of the run's screening, and of two simpler orders.
 
     Precision is that of the first k texts, where k is the number of planted texts. Documents with
-    the same text count once, as the first of them: only that one is in a screening.
+    the same text count once, as the first of them, because a screening has one of them only.
     """
     (layer,) = run.info["layers"]
     first = {
