@@ -41,7 +41,7 @@ LONGEST_WINDOW = 512
 ONE_PROCESS = ("loop", "sentence_transformers", "ray_data")
 """Variants that are one process.
 
-It uses torch's default threads, as users have them, or it is the driver of other processes.
+The process uses torch's default threads, as users have them, or it is the driver of others.
 """
 SLOW = ("loop", "sentence_transformers")
 """Variants that measure a sample of the texts: one text in ``ONE_IN``."""

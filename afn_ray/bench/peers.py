@@ -79,8 +79,8 @@ def _tokenizer(spec: Spec) -> Any:
 class Loop:
     """The plain loop: batches in the order of the texts, all layers and all hidden states.
 
-    ``last`` keeps the strengths of the last hidden states, which are those of
-    sentence-transformers.
+    ``last`` is the strengths of the last hidden states. Those of sentence-transformers are
+    compared with them.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -172,7 +172,7 @@ class Tuned:
                 found.append((group, self._forward([ids[i] for i in group])))
                 outcome.forward_tokens += found[-1][1].numel()
         norms: list[Norms] = [np.empty(0, np.float32)] * len(ids)
-        for group, values in found:  # after the loop, which never waits for the GPU
+        for group, values in found:  # not in the loop above, which would then wait for the GPU
             for i, row in zip(group, values.cpu().numpy(), strict=True):
                 norms[i] = row[: len(ids[i])]
         outcome.stages = {"tokenize_s": encoded - began, "model_s": time.monotonic() - encoded}
@@ -235,7 +235,7 @@ class SentenceTransformers:
             show_progress_bar=False,
         )
         norms = [torch.linalg.vector_norm(values, dim=-1).cpu().numpy() for values in found]
-        # ``encode`` sorts texts by characters, longest first. Compute its padding in the same order.
+        # ``encode`` sorts texts by characters, longest first: count its padding in that order.
         lengths = [p.length for p in sorted(_pieces(texts), key=lambda p: -len(p.text))]
         batches = [lengths[i : i + LOOP_BATCH] for i in range(0, len(lengths), LOOP_BATCH)]
         forward_tokens = sum(len(b) * max(b) for b in batches)
@@ -278,7 +278,7 @@ class RayData:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.wait_for_min_actors_s = 600  # every actor is ready before the first batch
+        context.wait_for_min_actors_s = 600  # all actors are ready before the first batch
         pieces = _pieces(texts)
         for old in Path(self._spec.folder).glob("*.jsonl"):
             old.unlink()

@@ -45,9 +45,9 @@ def measure(
     """Tokens per second on the config's own corpus, as ``--json`` writes them.
 
     It measures about ``num_tokens`` tokens from the documents of ``listing.sample``, and repeats
-    the documents when they are too few. It does so ``repeat`` times, each in a fresh store. On a CPU
-    the whole process uses one core, as a worker does beside others. Raises ``CorpusError`` when no
-    document has text.
+    the documents when they are too few. It does so ``repeat`` times, each in a fresh store. On a
+    CPU the whole process uses one core, as a worker does beside others. Raises ``CorpusError`` when
+    no document has text.
     """
     config = job.normalised(config)
     files, _ = listing.list_files(config.corpus, config.read_options)

@@ -102,7 +102,7 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One window of a text, as a text of its own."""
+    """One window of a text, as a separate text."""
 
     text: str
     keep_start: int  # tokens keep_start to keep_end are recorded, including special ones

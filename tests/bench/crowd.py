@@ -38,7 +38,7 @@ NODE_BACK_S = 300.0
 OUTAGE_EVERY_H, OUTAGE_S = 24.0, 300.0
 """Interval between two outages of the store, in hours, and their length, in seconds.
 
-A call retries for two minutes, so only attempts that end after that fail.
+A call retries for two minutes, so attempts fail only in the last three minutes of an outage.
 """
 RATES = {
     "crash": 1e-4,  # one per 833 hours of a worker
@@ -53,7 +53,7 @@ POISON = {"raise": 1e-5, "crash": 1e-5, "memory": 1e-5, "hang": 2e-6}
 BAD_START = 0.01
 """Share of the processes that die while they load the model."""
 COMMITTED = 0.05
-"""Share of the attempts that are committed but not reported when their process dies."""
+"""Share of the attempts that were committed, but not reported, when their process died."""
 
 
 @dataclass(slots=True)

@@ -182,7 +182,7 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
 
 
 def _commit(row: dict[str, Any]) -> Commit:
-    """The commit of the shard whose summary is ``row``."""
+    """The commit of one shard, from its row in the index of ``_write``."""
     counts = {
         **dict.fromkeys(COUNTS, 0),
         "documents": row["documents"],

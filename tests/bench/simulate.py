@@ -268,7 +268,7 @@ def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
 
 
 def _find_some(store: str, shards: Sequence[Shard]) -> float:
-    """Write commits of ``shards`` to ``store``; return the CPU time to find one, in microseconds."""
+    """Write commits of ``shards`` to ``store``; return the CPU time to find one, in us."""
     for shard in shards:
         commit = arrived(shard.id)
         body = {
