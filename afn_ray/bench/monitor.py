@@ -73,8 +73,8 @@ class _Enough(Exception):
 class _Candidate:
     """One model, and a function for each way to process a text, tokenizing included.
 
-    The recording ways and ``afn-ray`` return the values; the plain ways return none. Raises
-    ``ConfigError`` for a GGUF file, which has no plain forward pass.
+    The recording ways and ``afn-ray`` return the values; the plain ways return no
+    values. Raises ``ConfigError`` for a GGUF file, which has no plain forward pass.
     """
 
     def __init__(self, folder: str, layer_text: str, device: str, store: str) -> None:

@@ -223,7 +223,8 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
 def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     """Plan, reduce and screen the run of ``num_shards`` shards from ``first``.
 
-    Returns its URI, and seconds and peak memory of the reduce and of the screening.
+    Returns its URI, and the time and the peak memory of the reduce and of the screening. The peak
+    memory of the screening is that of the process, so it includes the reduce.
     """
     config = _config(store)
     shards = [_shard(store, number) for number in range(first, first + num_shards)]
