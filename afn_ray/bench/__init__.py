@@ -1,4 +1,4 @@
-"""``afn bench``: what it takes on the command line, checked, and handed to who measures."""
+"""``afn bench``: define its command line, check the arguments and call the benchmark."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ VARIANTS = {
     "within a long run",
 }
 TOKENS_PER_WORKER = {"cpu": 16_300, "cuda": 1_000_000}
-"""On a CPU a little less than eight batches of 2,048: one that is partly filled weighs more here
+"""Default number of tokens of each profile's texts, per worker, by device.
+
+The CPU value nearly fills eight batches of 2,048 tokens: a partly filled batch weighs more here
 than in a long run.
 """
 LEAST = {
@@ -44,12 +46,15 @@ LEAST = {
     "repeat": 1,
     "texts": 1,
 }
+"""Smallest valid value of each numeric argument, by name."""
 PIPED_COLUMNS = 100
+"""Width of a result whose output is not a terminal, in columns."""
 BUILT_IN = "BERT-base shape, random weights"
+"""Name, in results, of the model that is measured without ``--model``."""
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """The sub-commands of ``afn bench``."""
+    """Add the sub-commands of ``afn bench`` to ``parser``."""
     commands = parser.add_subparsers(
         required=True,
         metavar="WHAT",
@@ -141,7 +146,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(command: argparse.ArgumentParser) -> None:
-    """``--model`` and ``--device``."""
+    """Add ``--model`` and ``--device`` to ``command``."""
     command.add_argument("--model", help=f"model folder or hub name (default: {BUILT_IN})")
     command.add_argument(
         "--device",
@@ -152,25 +157,25 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
 
 
 def add_json_flag(command: argparse.ArgumentParser) -> None:
-    """``--json``."""
+    """Add ``--json`` to ``command``."""
     command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
 
 
 def check(args: argparse.Namespace, least_of: Mapping[str, int]) -> None:
-    """Refuse numbers below ``least_of`` and a file of figures that has no folder. Raises
-    ``ConfigError``.
+    """Check the numeric arguments against ``least_of``, and that the folder of ``--json`` exists.
+
+    Raises ``ConfigError``.
     """
     for name, least in least_of.items():
         if (value := getattr(args, name, None)) is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
-    if (
-        args.json is not None and not args.json.absolute().parent.is_dir()
-    ):  # now, not after ten minutes
+    # Checked before the measurement, which may take ten minutes.
+    if args.json is not None and not args.json.absolute().parent.is_dir():
         raise ConfigError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
 
 
 def consoles() -> tuple[Console, Callable[[str], None]]:
-    """Where a result is printed, and what prints a note of progress."""
+    """The console for results, and a function that prints a progress note to standard error."""
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_COLUMNS)
@@ -178,8 +183,9 @@ def consoles() -> tuple[Console, Callable[[str], None]]:
 
 
 def call(args: argparse.Namespace) -> None:
-    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises
-    ``ConfigError``.
+    """Run the benchmark that ``args`` select, print the result and write it to ``--json``.
+
+    Raises ``ConfigError``.
     """
     check(args, LEAST)
     console, on_note = consoles()
@@ -221,8 +227,10 @@ def call(args: argparse.Namespace) -> None:
 
 
 def chosen(what: str, text: str, known: dict[str, str]) -> list[str]:
-    """The names in the comma-separated ``text``, in the order of ``known``. Raises
-    ``ConfigError``.
+    """The names in the comma-separated ``text``, in the order of ``known``.
+
+    Raises ``ConfigError`` when there is no name or an unknown one; ``what`` names them in its
+    message.
     """
     names = {name.strip() for name in text.split(",")} - {""}
     if not names or names - set(known):
@@ -231,7 +239,7 @@ def chosen(what: str, text: str, known: dict[str, str]) -> list[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` in a file that appears whole. Raises ``ConfigError``."""
+    """Write ``value`` as JSON to ``path``, atomically. Raises ``ConfigError``."""
     unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         unfinished.write_text(json.dumps(value, indent=1) + "\n", "utf-8")

@@ -1,5 +1,6 @@
-"""The variants against each other: in turns, one at a time, on the same texts, with the machine's
-own peak.
+"""Compare the variants on the same texts, in turns, and with the machine's GEMM peak.
+
+One variant runs at a time.
 """
 
 from __future__ import annotations
@@ -36,19 +37,24 @@ from afn_ray.runs import worker
 from afn_ray.runs.cluster.connection import WORKER_ENV
 
 LONGEST_WINDOW = 512
+"""Longest window of the benchmark, in tokens."""
 ONE_PROCESS = ("loop", "sentence_transformers", "ray_data")
-"""Variants that are one process: with torch's own threads as a user has them, or the driver of
-others.
+"""Variants that are one process.
+
+The process uses torch's default threads, as users have them, or it is the driver of others.
 """
 SLOW = ("loop", "sentence_transformers")
+"""Variants that measure a sample of the texts: one text in ``ONE_IN``."""
 ONE_IN = 16
-"""Of the texts that the slow variants get: enough to know their speed."""
+"""Sampling interval of the slow variants' texts: the sample is large enough for their speed."""
 NEEDS = {"sentence_transformers": "sentence_transformers", "ray_data": "pandas"}
+"""Optional package that a variant imports, by variant."""
 FOREIGN = 0.1
-"""A repetition in which others took more of the cores' time is not clean."""
+"""Largest share of the cores' time that other processes may use in a clean repetition."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
-"""Largest relative difference between two variants' strengths that all tokens but one in a hundred
-may have.
+"""Largest relative difference between two variants' strengths, by dtype.
+
+One token in a hundred may differ more: ``compare`` uses the 99th percentile.
 """
 BARS: dict[str, dict[str, float]] = {
     "engine/loop": {"short": 30, "full": 8},
@@ -57,23 +63,23 @@ BARS: dict[str, dict[str, float]] = {
     "job/engine": {"short": 0.90, "full": 0.92},
     "engine mfu": {"short": 0.50, "full": 0.52},
 }
-"""What is asked of BERT-base's shape on two cores with AMX."""
+"""Required ratio or MFU of BERT-base's shape on two cores with AMX, by figure and profile."""
 
 Notes = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the command line asks for."""
+    """The options of ``afn bench engine``."""
 
-    model: str | None = None  # none: BERT-base's shape with random weights
+    model: str | None = None  # None: BERT-base's shape with random weights
     layer: str = "2/3"
     device: str = "auto"
     dtype: str = "auto"
     batch_tokens: int | None = None
     tokenizer_workers: int | None = None
     workers: int | None = None
-    tokens: int | None = None  # of a profile
+    tokens: int | None = None  # of each profile's texts
     repeat: int = 3
 
 
@@ -82,28 +88,27 @@ class Take:
     """One repetition of one variant."""
 
     seconds: float
-    foreign: float  # share of the cores' time that others took
+    foreign: float  # share of the cores' time that other processes used
     peak_bytes: int
     device_bytes: int
     forward_tokens: int
-    stages: dict[str, float]  # seconds, of all processes together
+    stages: dict[str, float]  # seconds, summed over the processes
 
 
 class Missing(Exception):
-    """A peer is not installed."""
+    """A package that the variant needs is not installed."""
 
 
 class Team:
-    """The processes of one variant, from loading to the end."""
+    """The processes of one variant, from their start to ``close``."""
 
     def __init__(
         self, specs: Sequence[Spec], folder: Path, parts: dict[str, list[list[int]]]
     ) -> None:
         self.name = specs[0].variant
-        self.parts = parts  # profile -> texts of each process
-        self.at_work = (
-            specs[0].workers if self.name == "ray_data" else len(specs)
-        )  # processes that compute
+        self.parts = parts  # profile -> indices of the texts of each process
+        # The number of processes that compute.
+        self.at_work = specs[0].workers if self.name == "ray_data" else len(specs)
         self._logs = [folder / f"{self.name}-{i}.log" for i in range(len(specs))]
         self._processes: list[subprocess.Popen[str]] = []
         single = specs[0].device == "cpu" and self.name not in ONE_PROCESS
@@ -125,8 +130,10 @@ class Team:
             self._processes.append(process)
 
     def answers(self) -> list[dict[str, Any]]:
-        """One from each process. Raises ``Missing``, or ``AfnError`` with what a process says as it
-        fails.
+        """Read one answer from each process.
+
+        Raises ``Missing``, ``ModelError`` with the error that a process reports, or ``AfnError``
+        with the last line of its log when the process ended.
         """
         found = []
         for process, log in zip(self._processes, self._logs, strict=True):
@@ -146,25 +153,27 @@ class Team:
         return found
 
     def ask(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Send one request to each process, and read the answers. Raises as ``answers`` does."""
         for process, request in zip(self._processes, requests, strict=True):
             assert process.stdin is not None
             try:
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
             except BrokenPipeError:
-                break  # ``answers`` says why
+                break  # ``answers`` raises with the cause
         return self.answers()
 
     def multiply(self) -> tuple[float, float]:
-        """Operations a second of all processes together, and the share of the cores that others
-        took meanwhile.
+        """GEMM FLOP/s summed over the processes, and the share of the cores that others used.
+
+        The processes are those of the variant ``gemm``.
         """
         with machine.Watch(p.pid for p in self._processes) as watch:
             answers = self.ask([{}] * len(self._processes))
         return sum(a["flops_per_s"] for a in answers), watch.foreign
 
     def run(self, profile: str) -> Take:
-        """The profile once, all processes at the same time."""
+        """Run the profile once, in all processes at the same time."""
         with machine.Watch(p.pid for p in self._processes) as watch:
             began = time.monotonic()
             answers = self.ask([{"run": profile}] * len(self._processes))
@@ -185,10 +194,10 @@ class Team:
         )
 
     def strengths(self, profile: str, folder: Path | None) -> dict[int, tuple[Any, Any]]:
-        """Strengths that the last run gave, by text, and those of the last layer where the variant
-        has them too.
+        """Strengths of the last run by text: at the layer, and at the last layer or None.
 
-        Without a ``folder`` they are dropped.
+        Only the loop has strengths of the last layer too. Without a ``folder`` for the files, the
+        result is empty. Raises ``ModelError`` when a process returns the wrong number of texts.
         """
         files = [
             None if folder is None else folder / f"{self.name}-{i}.npz"
@@ -214,7 +223,7 @@ class Team:
         return found
 
     def close(self) -> None:
-        """Ends the processes: they leave once their input ends."""
+        """End the processes: close their input, and kill those that still run after 20 s."""
         for process in self._processes:
             assert process.stdin is not None and process.stdout is not None
             with suppress(BrokenPipeError):
@@ -232,10 +241,10 @@ class Team:
 def measure(
     options: Options, profiles: Sequence[str], variants: Sequence[str], note: Notes
 ) -> dict[str, Any]:
-    """Figures of ``variants`` on ``profiles``, as ``--json`` writes them.
+    """The figures of ``variants`` on ``profiles``, as ``--json`` writes them.
 
-    Raises ``ConfigError`` for a wrong option, ``ModelError`` when variants disagree about the
-    strengths.
+    Raises ``ConfigError`` for an invalid option, and ``ModelError`` when the variants' strengths
+    differ.
     """
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -254,7 +263,7 @@ def measure(
         note(f"loading {', '.join(present)}")
         gemm = _start("gemm", base, folder, texts)
         stack.callback(gemm.close)
-        gemm.answers()  # it chooses its fastest product while nothing else runs
+        gemm.answers()  # wait: it chooses its fastest product, so nothing else may run
         teams = {}
         for variant in present:
             teams[variant] = _start(variant, base, folder, texts)
@@ -268,9 +277,8 @@ def measure(
                 del teams[variant]
         takes: dict[str, dict[str, list[Take]]] = {p: {v: [] for v in teams} for p in profiles}
         differences: dict[str, dict[str, float]] = {}
-        peaks: list[
-            tuple[float, float]
-        ] = []  # operations a second, share that others took of the cores
+        # FLOP/s, and the share of the cores' time that other processes used.
+        peaks: list[tuple[float, float]] = []
         for profile in profiles:
             for repetition in range(1, options.repeat + 1):
                 peaks.append(gemm.multiply())
@@ -326,19 +334,19 @@ def measure(
 
 
 # --- planning
-# --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What one token costs in the blocks that run; floating-point operations."""
+    """Cost of one token in the blocks up to the layer, in floating-point operations."""
 
     linear: float  # per token
     attention: float  # per token and token of its window
 
     def flops(self, texts: Sequence[Text]) -> float:
-        """Of the model on ``texts``, without padding; what windows share counts in each, as
-        everybody computes it.
+        """Floating-point operations of the model on ``texts``, without padding.
+
+        Tokens that two windows share count in both, because every variant computes them twice.
         """
         return sum(
             p.length * (self.linear + self.attention * p.length) for t in texts for p in t.pieces
@@ -346,8 +354,9 @@ class Counted:
 
 
 def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
-    """The spec that all variants have in common, what the model costs, and whether it is a
-    decoder.
+    """The spec that all variants share, the cost of the model, and whether it is a decoder.
+
+    Raises ``ConfigError`` for a GGUF file, a wrong layer, or several workers on a GPU.
     """
     name = options.model or str(save_bert(folder / "bert-base"))
     files = model.find_model(name, None, trust_remote_code=False, allow_pickle=False)
@@ -391,8 +400,9 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
 
 
 def one_layer(text: str, depth: int) -> int:
-    """The layer that ``text`` names. Raises ``ConfigError`` when it is not one, or the
-    embeddings.
+    """The layer that ``text`` names, from 1 to ``depth``.
+
+    Raises ``ConfigError`` when it names several layers or layer 0, the embeddings.
     """
     layers = resolve_layers(text, depth)
     if len(layers) != 1 or layers[0] == 0:
@@ -452,24 +462,22 @@ def _missing_note(variant: str) -> str:
 
 
 # --- figures
-# ---------------------------------------------------------------------------------------------
 
 
 def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dict[str, float]:
-    """Relative difference of each variant's strengths from one variant's, the 99th percentile over
-    tokens.
+    """Relative difference of each variant's strengths from the reference, by variant.
 
-    Raises ``ModelError`` where it is more than rounding: figures of variants that do different
-    things mean nothing.
+    It is the 99th percentile over tokens. The reference is the first variant present of engine,
+    loop, tuned, job and ray_data. ``sentence_transformers`` has the last layer only, so its
+    reference is the loop's last layer. Raises ``ModelError`` when the shapes differ, or when a
+    difference exceeds ``TOLERANCE``: figures of variants with different results cannot be compared.
     """
     order = [v for v in ("engine", "loop", "tuned", "job", "ray_data") if v in strengths]
     reference = {i: own for i, (own, _) in strengths[order[0]].items()} if order else {}
     last = {i: last for i, (_, last) in strengths.get("loop", {}).items()}
     found = {}
     for variant, by_text in strengths.items():
-        expected = (
-            last if variant == "sentence_transformers" else reference
-        )  # it has no layer but the last
+        expected = last if variant == "sentence_transformers" else reference
         common = sorted(by_text.keys() & expected.keys())
         if not common:
             continue
@@ -500,7 +508,7 @@ def _num_tokens(texts: Sequence[Text], parts: Sequence[Sequence[int]]) -> int:
 
 
 def _clean(takes: Sequence[Take]) -> list[int]:
-    """Repetitions that others did not disturb; all of them where none is clean."""
+    """Indices of the clean repetitions; of all repetitions when none is clean."""
     return [i for i, take in enumerate(takes) if take.foreign <= FOREIGN] or list(range(len(takes)))
 
 
@@ -512,7 +520,10 @@ def _ratio(
     teams: dict[str, Team],
     profile: str,
 ) -> float | None:
-    """Median over repetitions of how many times faster ``of`` is than ``to`` was beside it."""
+    """Median over repetitions of the speed of ``of`` divided by that of ``to``.
+
+    Both speeds come from the same repetition. The result is None when a variant was not measured.
+    """
     if of not in takes or to not in takes:
         return None
     tokens = _num_tokens(texts, teams[of].parts[profile]) / _num_tokens(
@@ -590,11 +601,10 @@ def _facts(options: Options, base: Spec) -> dict[str, Any]:
 
 
 # --- printing
-# --------------------------------------------------------------------------------------------
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """One table per profile, the ratios with their bars, and what each variant is."""
+    """Print a table per profile, the ratios with their bars, and what each variant is."""
     machine.print_facts(result, console)
     console.print(
         f"model: {result['model']}; layer {result['layer']} of {result['depth']}", markup=False

@@ -1,6 +1,4 @@
-"""What a measurement must know of the machine: its name, its memory, and whether anybody else is
-using it.
-"""
+"""Facts about the machine: its name, the memory of processes, and other processes' CPU use."""
 
 from __future__ import annotations
 
@@ -20,11 +18,13 @@ from rich.console import Console
 from afn_ray import cgroup
 
 SAMPLE_S = 0.5
+"""Interval between two samples of a ``Watch``, in seconds."""
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+"""Unit of CPU times in ``/proc``, in seconds."""
 
 
 def cpu_name() -> str:
-    """As the processor calls itself."""
+    """The processor's model name, or its architecture when it has none."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
@@ -33,7 +33,7 @@ def cpu_name() -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The machine and the versions that figures belong to."""
+    """The machine, its cores and the package versions that produced the figures."""
     import torch
 
     return {
@@ -47,7 +47,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def print_facts(result: dict[str, Any], console: Console) -> None:
-    """``facts`` in one line."""
+    """Print ``facts`` in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     console.print(
         f"{result['machine']}, {result['cores']} cores; Python {result['python']}, {versions}",
@@ -56,7 +56,7 @@ def print_facts(result: dict[str, Any], console: Console) -> None:
 
 
 def family(pids: Iterable[int]) -> list[int]:
-    """``pids`` and all that descend from them."""
+    """``pids`` and all their descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         if fields := _stat(int(entry.parent.name)):
@@ -70,21 +70,24 @@ def family(pids: Iterable[int]) -> list[int]:
 def _stat(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process ended
         return []
 
 
 def memory_bytes(pid: int) -> int:
-    """Proportional set size of one process: shared pages are divided among those who share them."""
+    """Proportional set size (PSS) of one process, in bytes; 0 when it has ended.
+
+    A page that n processes share counts 1/n.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process ended
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
 def own_memory_bytes(name: str) -> int:
-    """``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process."""
+    """``VmRSS`` (resident memory) or ``VmHWM`` (its peak) of this process, in bytes."""
     (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     return int(kilobytes) * 1024
 
@@ -95,7 +98,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _busy_s(cores: set[int]) -> float:
-    """Seconds that ``cores`` have worked since the machine started, for whomever."""
+    """Seconds that ``cores`` have worked since the machine started, for all processes."""
     names = {f"cpu{core}" for core in cores}
     lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
     # user, nice, system, -, -, irq, softirq, steal
@@ -103,10 +106,10 @@ def _busy_s(cores: set[int]) -> float:
 
 
 class Watch:
-    """Looks at some processes and all that descend from them while a block runs.
+    """Samples processes and their descendants while a block runs.
 
-    ``peak_bytes``: highest sum of their proportional memory. ``foreign``: share of the cores' time
-    that others took.
+    ``peak_bytes``: highest sum of their proportional set sizes, in bytes. ``foreign``: share of the
+    cores' time that other processes used.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -137,7 +140,7 @@ class Watch:
         self.foreign = max(0.0, busy - own) / (seconds * len(self._cores))
 
     def _family(self) -> list[int]:
-        return [*family(self._pids), os.getpid()]  # our own looking is nobody else's work
+        return [*family(self._pids), os.getpid()]  # the sampling is not foreign
 
     def _watch(self) -> None:
         while True:

@@ -1,5 +1,6 @@
-"""What recording costs one text at a time: plain forward passes, the same ones recording, and
-afn-ray's own.
+"""Measure the cost of recording strengths, one text at a time.
+
+It compares plain forward passes, the same passes with recording, and afn-ray's engine.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from afn_ray.model.signals import Attention, Received, Shift, Signal, Site, Stre
 from afn_ray.runs import worker
 
 LENGTHS = (16, 64, 256, 512)
+"""Lengths of the texts, in tokens."""
 DISTILLED_LAYERS = 6
+"""Number of blocks of the distilled shape."""
 SHAPES = ("BERT-base shape", "distilled shape")
 WARM_UP = 3
+"""Number of texts of each length that come first and are not counted."""
 WAYS = {
     "plain": "the model's whole forward pass, float32, torch's own threads",
     "plain again": "the same once more: what it takes more or less is noise",
@@ -46,24 +50,31 @@ WAYS = {
     "strength to the layer": "the same, with the strength",
     "afn-ray": "afn-ray's engine: the strengths, ended there too, one thread on a CPU",
 }
+"""Description of each way to process a text, by name."""
 ENDS = " to the layer"
+"""Suffix of the ways that end after the layer's block."""
 PLAIN = {
     way: "plain" + ENDS if way.endswith(ENDS) else "plain"
     for way in WAYS
     if way not in ("plain", "plain" + ENDS)
 }
-"""What each way is held against: its overhead is the share of that time that it takes more."""
+"""Plain way that each way is compared with.
+
+The overhead of a way is its time divided by that of its plain way, minus 1.
+"""
 
 Way = Callable[[str], Any]
 
 
 class _Enough(Exception):
-    """Raised behind the layer: the later blocks never run."""
+    """Raised after the layer's block, so that the later blocks do not run."""
 
 
 class _Candidate:
-    """One model in its three ways; each takes a text and returns what it found, tokenizing
-    included.
+    """One model, and a function for each way to process a text, tokenizing included.
+
+    The recording ways and ``afn-ray`` return the values; the plain ways return no
+    values. Raises ``ConfigError`` for a GGUF file, which has no plain forward pass.
     """
 
     def __init__(self, folder: str, layer_text: str, device: str, store: str) -> None:
@@ -99,16 +110,15 @@ class _Candidate:
             "strength to the layer": self._recording(plain, both[:1], ends=True),
             "afn-ray": self._ours,
         }
-        self.without = ""  # why attention is not recorded, where the model gives none to read
+        self.without = ""  # why attention is not recorded; empty when it is
         try:
             gram = self._gram(config)
         except ModelError as error:
             self.without = str(error)
         else:
             packed = self._load()
-            packed.set_attn_implementation(
-                attention.NAME
-            )  # leaves what it attended to; the kernel is torch's own
+            # This implementation uses torch's kernel, and keeps its inputs for ``Received``.
+            packed.set_attn_implementation(attention.NAME)
             self.ways["strength, shift, attention"] = self._recording(
                 packed, [*both, Received()], gram
             )
@@ -118,7 +128,10 @@ class _Candidate:
         return loaded.to(self._device).eval()
 
     def _gram(self, config: RunConfig) -> torch.Tensor:
-        """Of the output projection behind the layer's attention, where the engine finds it."""
+        """The Gram matrices of the attention's output projection at the layer, from the engine.
+
+        Their shape is [heads, size, size]: see ``attention.value_norms``.
+        """
         config = replace(config, signals="attention", dtype="float32")
         processor = worker.Processor(worker.prepare(config, self.files, self._device, "float32")[0])
         processor.close()
@@ -208,8 +221,9 @@ class _Candidate:
         return [text.text for text in written]
 
     def time(self, text: str, turn: int) -> dict[str, float]:
-        """Milliseconds that each way takes for ``text``, one after the other; who begins goes by
-        ``turn``.
+        """Milliseconds that each way takes for ``text``, by way.
+
+        The ways run one after the other; ``turn`` decides which one is first.
         """
         found = {}
         names = [way for way in WAYS if way in self.ways]
@@ -224,8 +238,9 @@ class _Candidate:
 
 
 def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[str, Any]:
-    """Milliseconds per text of ``name``, or of BERT-base and a distilled shape, as ``--json``
-    writes them.
+    """Milliseconds per text of the model ``name``, as ``--json`` writes them.
+
+    Without a name, it measures BERT-base's shape and a distilled shape.
     """
     device = model.choose_device(device)
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
@@ -280,9 +295,7 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
 
 
 def _paired(slower: list[float], faster: list[float]) -> float:
-    """Median over texts of how many times longer ``slower`` took than ``faster`` right beside
-    it.
-    """
+    """Median over texts of the time in ``slower`` divided by the time in ``faster``."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
@@ -298,7 +311,7 @@ def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """One table per model, and how much faster the distilled shape is."""
+    """Print a table per model, and how much faster the distilled shape is."""
     machine.print_facts(result, console)
     for label, found in result["models"].items():
         title = (

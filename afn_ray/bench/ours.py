@@ -1,4 +1,7 @@
-"""afn-ray as it works within a long run: the engine alone, and the whole job with its files."""
+"""The variants of afn-ray: the engine alone, and the whole job with its files.
+
+Both work as in a long run: the model is loaded, and the shards are planned.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +55,13 @@ class _Ours:
 
 
 class Engine(_Ours):
-    """Tokenizing, windows, packing and the model, over texts in memory: all but reading and writing
-    files.
-    """
+    """The engine on texts in memory: tokenizing, windows, packing and the model, but no files."""
 
     def run(self, texts: Sequence[Text]) -> Outcome:
         before = replace(self._processor.progress)
         documents = (Document("bench", i, text.text) for i, text in enumerate(texts))
         strengths: list[Norms] = []
-        with self._processor.feed.chunks(documents) as chunks:  # as a shard's documents go
+        with self._processor.feed.chunks(documents) as chunks:  # as for a shard
             for chunk in chunks:
                 values = self._processor.values(chunk.prepared)
                 strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
@@ -68,8 +69,9 @@ class Engine(_Ours):
 
 
 class Job(_Ours):
-    """Shards of a corpus on disk become commits in a fresh store, as in a worker that has long been
-    at work.
+    """The whole job: it reads shards from disk, measures them and commits them to a fresh store.
+
+    The worker is loaded and the shards are planned before the first run.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -86,8 +88,9 @@ class Job(_Ours):
             self._plans[profile] = plan.make_plan(config)
 
     def run_profile(self, profile: str) -> Outcome:
-        """As ``run`` of the others, but the texts come from their files; the strengths are read
-        back on request.
+        """Process the shards of ``profile`` once.
+
+        The outcome has no strengths: ``read_back`` reads them from the store.
         """
         before = replace(self._processor.progress)
         self._num_runs += 1
@@ -98,7 +101,7 @@ class Job(_Ours):
         return self._outcome(before, [])
 
     def read_back(self, profile: str) -> list[Norms]:
-        """Strengths that the last run committed; its store is removed."""
+        """The strengths that the last run committed, by text. Removes the store of that run."""
         store = str(Path(self._config.store) / str(self._num_runs))
         strengths: list[Norms] = []
         for shard in self._plans[profile].shards:

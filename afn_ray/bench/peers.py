@@ -1,5 +1,6 @@
-"""What users write instead of afn-ray: a Hugging Face loop, a tuned pipeline, Ray Data,
-sentence-transformers.
+"""The variants that users write instead of afn-ray.
+
+They are a Hugging Face loop, a tuned pipeline, Ray Data and sentence-transformers.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from afn_ray.bench.texts import Piece, Text, budgeted, share
 from afn_ray.errors import ConfigError
 
 LOOP_BATCH = 32
+"""Texts in a batch of the loop and of sentence-transformers."""
 Norms = npt.NDArray[np.float32]
+"""Strengths of the tokens of one text or window: float32 [tokens]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What a process of one variant must know; plain values, as it goes there as JSON."""
+    """Settings of one process of a variant; plain values, because they are sent as JSON."""
 
     variant: str
     model: str  # folder
@@ -35,27 +38,26 @@ class Spec:
     device: str
     dtype: str
     batch_tokens: int
-    tokenizer_workers: int  # of afn-ray alone
+    tokenizer_workers: int  # for afn-ray only
     window_tokens: int
     workers: int  # processes that share the work
-    folder: str  # for files of its own
+    folder: str  # for the files of this process
     texts: dict[str, str]  # profile -> file with this process's texts
 
 
 @dataclass(slots=True)
 class Outcome:
-    """One pass over some texts."""
+    """The result of one pass over some texts."""
 
     strengths: list[Norms]  # by text
-    forward_tokens: int = 0  # with padding or filler
+    forward_tokens: int = 0  # including padding or filler
     stages: dict[str, float] = field(default_factory=dict)  # seconds
-    seconds: float | None = (
-        None  # where the clock of who asks would count what is not the variant's
-    )
+    # The variant's own time, when the caller's clock would include more than its work.
+    seconds: float | None = None
 
 
 def _joined(texts: Sequence[Text], norms: Sequence[Norms]) -> list[Norms]:
-    """Strengths of texts out of those of their windows, in order."""
+    """Strengths of each text, joined from those of its windows, in order."""
     rest = iter(norms)
     return [
         np.concatenate([next(rest)[p.keep_start : p.keep_end] for p in text.pieces])
@@ -75,10 +77,10 @@ def _tokenizer(spec: Spec) -> Any:
 
 
 class Loop:
-    """Batches as the texts come, all layers, all hidden states, one norm at the end.
+    """The plain loop: batches in the order of the texts, all layers and all hidden states.
 
-    Beside the layer's strengths it gives those of the last hidden states, which is what
-    sentence-transformers has.
+    ``last`` is the strengths of the last hidden states. Those of sentence-transformers are
+    compared with them.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -121,12 +123,13 @@ class Loop:
 
 
 class _Enough(Exception):
-    """Raised behind the layer: the later ones never run."""
+    """Raised after the layer's block, so that the later blocks do not run."""
 
 
 class Tuned:
-    """Sorted by length, batches of a budget of tokens, half precision, and no block behind the
-    layer.
+    """The tuned pipeline: sorted by length, batches of a token budget, no block after the layer.
+
+    It computes in the spec's dtype.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -138,7 +141,7 @@ class Tuned:
         )
         blocks = find_blocks(self._model, spec.depth)
         for block in blocks[spec.layer :]:
-            block.to("meta")  # never run: no memory
+            block.to("meta")  # never runs, so it needs no memory
         blocks[spec.layer - 1].register_forward_hook(self._stop)
         self._norms = torch.empty(0)
 
@@ -152,7 +155,7 @@ class Tuned:
         return replace(outcome, strengths=_joined(texts, norms))
 
     def measure(self, texts: Sequence[str]) -> tuple[list[Norms], Outcome]:
-        """Norms of every token of ``texts``, each of which fits into a window."""
+        """Strengths of every token of ``texts``, each of which fits in a window."""
         began = time.monotonic()
         outcome = Outcome([])
         ids = self._tokenizer(
@@ -169,7 +172,7 @@ class Tuned:
                 found.append((group, self._forward([ids[i] for i in group])))
                 outcome.forward_tokens += found[-1][1].numel()
         norms: list[Norms] = [np.empty(0, np.float32)] * len(ids)
-        for group, values in found:  # behind the loop: a GPU is not waited for in between
+        for group, values in found:  # not in the loop above, which would then wait for the GPU
             for i, row in zip(group, values.cpu().numpy(), strict=True):
                 norms[i] = row[: len(ids[i])]
         outcome.stages = {"tokenize_s": encoded - began, "model_s": time.monotonic() - encoded}
@@ -196,8 +199,9 @@ class Tuned:
 
 
 def find_blocks(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
-    """The ``depth`` blocks of ``model``. Raises ``ConfigError`` where they are no list of that
-    length.
+    """The ``depth`` blocks of ``model``.
+
+    Raises ``ConfigError`` when the model has no ``ModuleList`` of that length.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
@@ -209,7 +213,7 @@ def find_blocks(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
 
 
 class SentenceTransformers:
-    """Token embeddings of all layers, and their norm."""
+    """Token embeddings of sentence-transformers, after all layers, and their norms."""
 
     def __init__(self, spec: Spec) -> None:
         import sentence_transformers
@@ -231,7 +235,7 @@ class SentenceTransformers:
             show_progress_bar=False,
         )
         norms = [torch.linalg.vector_norm(values, dim=-1).cpu().numpy() for values in found]
-        # It sorts by characters, longest first.
+        # ``encode`` sorts texts by characters, longest first: count its padding in that order.
         lengths = [p.length for p in sorted(_pieces(texts), key=lambda p: -len(p.text))]
         batches = [lengths[i : i + LOOP_BATCH] for i in range(0, len(lengths), LOOP_BATCH)]
         forward_tokens = sum(len(b) * max(b) for b in batches)
@@ -239,9 +243,9 @@ class SentenceTransformers:
 
 
 class RayData:
-    """``map_batches`` over a pool of actors; the process that holds this is their driver.
+    """``map_batches`` over a pool of actors, with this process as the driver.
 
-    Ray lives only while it is measured: its idle processes would take time from the other variants.
+    Ray runs only during a measurement: its idle processes would slow the other variants.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -274,12 +278,12 @@ class RayData:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.wait_for_min_actors_s = 600  # all of them are ready before the first gets a batch
+        context.wait_for_min_actors_s = 600  # all actors are ready before the first batch
         pieces = _pieces(texts)
         for old in Path(self._spec.folder).glob("*.jsonl"):
             old.unlink()
-        # One batch for each worker, as long as the others': the least padding and the least of
-        # Ray's own work, which is what batches of some thousand texts of a long corpus come to.
+        # One batch per worker, all with about the same number of tokens. That gives the least
+        # padding and the least overhead of Ray, as batches of thousands of texts do in a long run.
         warm_up = [p.text for p in pieces[:: 4 * self._spec.workers]]
         shares = share(texts, self._spec.workers)
         first = np.cumsum([0, *(len(t.pieces) for t in texts)])
@@ -321,14 +325,13 @@ class RayData:
 
 
 class _Mapped:
-    """What each actor holds: the tuned pipeline, warm."""
+    """The state of each actor: the tuned pipeline, warmed up."""
 
     def __init__(self, spec: Spec, warm_up: list[str]) -> None:
         self._tuned = Tuned(spec)
         self._tuned.measure(warm_up)
-        self._log = (
-            Path(spec.folder) / f"{os.getpid()}.jsonl"
-        )  # beside the data, which stays what a user has
+        # Timings are written to a file, so that the batches hold only a user's columns.
+        self._log = Path(spec.folder) / f"{os.getpid()}.jsonl"
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         began = time.monotonic()

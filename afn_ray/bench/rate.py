@@ -1,5 +1,6 @@
-"""Tokens per second of one worker at a run's own work, on this machine: what ``afn run --dry-run
---rate`` reads.
+"""Measure the tokens per second of one worker on a run's own corpus, on this machine.
+
+``afn run --dry-run --rate`` reads the result.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ from afn_ray.errors import CorpusError
 from afn_ray.runs import dispatch, estimate, job, worker
 
 SAMPLE_DOCUMENTS = 2000
+"""Largest number of documents that are measured."""
 NUM_SHARDS = 3
-"""That the texts make: as in a run the next one is read while one is measured and one is
-written.
+"""Number of shards of the texts.
+
+As in a run, one shard is read while another is measured and a third is written.
 """
 CHARS_A_TOKEN = 4
+"""Assumed length of a token, in characters."""
 
 
 def measure(
     config: RunConfig, num_tokens: int | None, repeat: int, on_note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Tokens per second of shards of the config's own corpus, ``repeat`` times in fresh stores; as
-    ``--json`` has it.
+    """Tokens per second on the config's own corpus, as ``--json`` writes them.
 
-    About ``num_tokens`` of its first documents of each file, again and again where they are too
-    few. On a CPU the whole process keeps to one core, as a worker does among its like.
+    It measures about ``num_tokens`` tokens from the documents of ``listing.sample``, and repeats
+    the documents when they are too few. It does so ``repeat`` times, each in a fresh store. On a
+    CPU the whole process uses one core, as a worker does beside others. Raises ``CorpusError`` when
+    no document has text.
     """
     config = job.normalised(config)
     files, _ = listing.list_files(config.corpus, config.read_options)
@@ -97,7 +102,7 @@ def measure(
 
 @contextlib.contextmanager
 def one_core(device: str) -> Iterator[None]:
-    """Keep this process to one core while the block runs, on a CPU."""
+    """When ``device`` is the CPU, restrict this process to one core while the block runs."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     if device == "cpu":
         os.sched_setaffinity(0, {min(before)})
@@ -119,9 +124,7 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
 
 
 def _once(processor: worker.Processor, prepared: job.Preparation, store: str) -> tuple[float, int]:
-    """Seconds of all shards in a fresh store, as many at a time as a worker has; and their
-    tokens.
-    """
+    """Process all shards in a fresh store, ``SLOTS`` at a time; return seconds and tokens."""
     processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
     began = time.monotonic()
     with ThreadPoolExecutor(dispatch.SLOTS) as pool:
@@ -132,7 +135,7 @@ def _once(processor: worker.Processor, prepared: job.Preparation, store: str) ->
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """The rate, what it is of, and how far to trust it."""
+    """Print what was measured, the rate with its spread, and the CPU use of other processes."""
     machine.print_facts(result, console)
     speed, rates = result["speed"], result["tokens_per_second"]
     console.print(

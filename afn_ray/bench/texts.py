@@ -1,4 +1,4 @@
-"""Models to measure with no download, and texts of planned lengths for any model."""
+"""Generate models that need no download, and texts of planned lengths for any model."""
 
 from __future__ import annotations
 
@@ -24,23 +24,30 @@ from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
 
 VOCABULARY = 30_522
-"""Of BERT-base."""
+"""Vocabulary size of BERT-base, in types."""
 SEED = 20_260
 SHORTEST = 4
+"""Length of the shortest text, in tokens, including special tokens."""
 RUNS = 16
+"""Sampling interval of the planned lengths: one run in this many is kept."""
 WINDOWS = 4
-"""Of the longest text of the mixed profile."""
+"""Largest length of a text in the mixed profile, in windows."""
 SPREAD = {"short": (40, 1.0), "mixed": (150, 1.1)}
-"""Mean and sigma of the lengths' logarithm: batches of 32 at random are then 20 % text, the rest
-padding, which is what paragraphs of documentation measured (14-25 %).
+"""Mean length in tokens, and standard deviation of the length's logarithm, by profile.
+
+Padded batches of 32 random texts are then 20 % text; for paragraphs of documentation the measured
+share is 14-25 %.
 """
 CANDIDATES = 20_000
-ZIPF = 2.7  # rank offset of Zipf's law as Mandelbrot mended it
+"""Largest number of types that are tested as words of the texts."""
+ZIPF = 2.7
+"""Rank offset of the Zipf-Mandelbrot law of word frequencies."""
 
 
 def save_bert(folder: Path, **changes: Any) -> Path:
-    """A BERT-base with random weights and a tokenizer of made-up words in ``folder``; ``changes``
-    to its config.
+    """Save a BERT-base with random weights and a tokenizer of made-up words in ``folder``.
+
+    ``changes`` override its ``BertConfig``. Returns ``folder``.
     """
     config = transformers.BertConfig(**{"vocab_size": VOCABULARY} | changes)
     words = _save_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
@@ -50,12 +57,10 @@ def save_bert(folder: Path, **changes: Any) -> Path:
         model = transformers.BertModel(config)
         with torch.no_grad():
             for name, value in model.named_parameters():
-                if name.endswith(
-                    "LayerNorm.weight"
-                ):  # fresh ones make every norm sqrt(hidden size)
-                    value.copy_(
-                        torch.randn_like(value).exp()
-                    )  # so that each token, and each layer, has its own
+                # With the initial weights every norm is sqrt(hidden size). With random ones it
+                # differs by token and by layer.
+                if name.endswith("LayerNorm.weight"):
+                    value.copy_(torch.randn_like(value).exp())
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
     return folder
@@ -97,35 +102,35 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One window of a text, as a text of its own."""
+    """One window of a text, as a separate text."""
 
     text: str
-    keep_start: int  # the window records these of its tokens, special ones included
+    keep_start: int  # tokens keep_start to keep_end are recorded, including special ones
     keep_end: int
     length: int  # in tokens
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text, and its windows cut for those who cannot."""
+    """A text, and its windows for variants that cannot cut windows."""
 
     text: str
     pieces: tuple[Piece, ...]
 
     @cached_property
     def num_tokens(self) -> int:
-        """Of the whole text; each is recorded in one of its windows."""
+        """Tokens of the whole text; each is recorded in exactly one window."""
         return sum(p.keep_end - p.keep_start for p in self.pieces)
 
 
 def plan_lengths(profile: str, num_tokens: int, window: int, run_tokens: int) -> list[int]:
-    """Lengths in tokens, special ones included, of at most ``num_tokens`` together, in random
-    order.
+    """Lengths of texts in tokens, including special tokens, in random order.
 
-    They are drawn as a long corpus would be if one sorted it by length, cut it into runs of
-    ``run_tokens`` and took one run in ``RUNS``: as many neighbours of nearly the same length as
-    there are in it, so that whoever sorts by length pads as little (1 %, where a small sample of
-    single texts has 14 %).
+    Their sum is at most ``num_tokens``, except for a single text. The lengths are a sample of a
+    corpus ``RUNS`` times as long: it is sorted by length and cut into runs of ``run_tokens``
+    tokens, and one run in ``RUNS`` is kept. A text then has as many neighbours of nearly the same
+    length as in the long corpus. Variants that sort by length therefore pad as little: 1 %, where
+    a small sample of single texts has 14 %.
     """
     if profile == "full":
         return [window] * max(1, num_tokens // window)
@@ -137,7 +142,7 @@ def plan_lengths(profile: str, num_tokens: int, window: int, run_tokens: int) ->
         min(longest, max(SHORTEST, round(float(np.exp(normal.inv_cdf((i + 0.5) / n))))))
         for i in range(n)
     ]
-    # A small sample still has several runs, or it would have few lengths.
+    # Limit the length of a run, so that a small sample has several runs and many lengths.
     runs = list(budgeted(corpus, max(1, min(run_tokens, num_tokens // 8))))
     lengths = [corpus[i] for run in runs[RUNS // 2 :: RUNS] for i in run]
     random.Random(SEED).shuffle(lengths)  # noqa: S311
@@ -147,7 +152,10 @@ def plan_lengths(profile: str, num_tokens: int, window: int, run_tokens: int) ->
 
 
 def budgeted(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Neighbours in length together, padded at most ``budget`` tokens; a longer one alone."""
+    """Indices of ``lengths`` by batch: sorted, and at most ``budget`` tokens with padding.
+
+    A text that is longer than ``budget`` is alone.
+    """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and lengths[i] * (len(group) + 1) > budget:
@@ -159,8 +167,9 @@ def budgeted(lengths: list[int], budget: int) -> Iterator[list[int]]:
 
 
 class Writer:
-    """Writes texts in the whole words of a tokenizer's vocabulary, some of them far more often than
-    others.
+    """Writes texts from the whole words of a tokenizer's vocabulary, with Zipf frequencies.
+
+    Raises ``ConfigError`` when the tokenizer has fewer than two such words.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, window: int) -> None:
@@ -172,7 +181,7 @@ class Writer:
         )
         candidates = list(readable)[:CANDIDATES]
         twice = np.diff(self._encoder.encode([f"{w} {w}" for w in candidates]).bounds)
-        # One token wherever it stands: then as many words are as many tokens.
+        # Words that are one token at every position: n words are then n tokens.
         self._words = [
             w
             for w, n in zip(candidates, twice, strict=True)
@@ -185,8 +194,9 @@ class Writer:
         self._weights = list(accumulate(1 / (rank + ZIPF) for rank in range(len(self._words))))
 
     def write(self, profile: str, num_tokens: int, run_tokens: int, *, causal: bool) -> list[Text]:
-        """Texts of ``profile``, as ``plan_lengths`` plans them. ``causal``: their windows are a
-        decoder's.
+        """Texts of ``profile`` with the lengths of ``plan_lengths``.
+
+        ``causal``: cut their windows as for a decoder.
         """
         rng = random.Random(f"{SEED} {profile}")  # noqa: S311
         special = self._encoder.template.num_special
@@ -206,7 +216,7 @@ class Writer:
             at = int(np.searchsorted(encoded.bounds, window.row, side="right")) - 1
             first = window.row + before
             last = window.row + window.length - len(self._encoder.template.suffix) - 1
-            # With the space before it, which is part of many tokens though not of their offsets.
+            # Keep the space before the window: it is part of many tokens, but not of their offsets.
             begin = encoded.end[first - 1] if first - before > encoded.bounds[at] else 0
             text = texts[at][begin : encoded.end[last]]
             pieces[at].append(Piece(text, window.keep_start, window.keep_end, window.length))
@@ -214,8 +224,9 @@ class Writer:
 
 
 def share(texts: Sequence[Text], parts: int) -> list[list[int]]:
-    """Which texts each of ``parts`` workers gets: about as many tokens each, of all lengths, in
-    their order.
+    """Indices of the texts of each of ``parts`` workers, in order.
+
+    All workers have about the same number of tokens, and texts of all lengths.
     """
     order = sorted(range(len(texts)), key=lambda i: -texts[i].num_tokens)
     given: list[list[int]] = [[] for _ in range(parts)]
@@ -228,6 +239,6 @@ def share(texts: Sequence[Text], parts: int) -> list[list[int]]:
 
 
 def sample(texts: list[Text], one_in: int) -> list[int]:
-    """One in so many texts, at every length, in their order."""
+    """Indices of one text in ``one_in``, over all lengths, in order; at least one text."""
     order = sorted(range(len(texts)), key=lambda i: texts[i].num_tokens)
     return sorted(order[one_in // 2 :: one_in] or order[:1])

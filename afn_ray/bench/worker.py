@@ -1,9 +1,9 @@
-"""A process of one variant: loads it, then runs one profile whenever its standard input says so.
+"""Run one process of a variant: load it, then answer requests from standard input.
 
     python -m afn_ray.bench.worker SPEC.json
 
-Answers are JSON lines on standard output, in turn: {"ready": true}, then one for each request.
-Whatever libraries print goes to standard error.
+Answers are JSON lines on standard output, in order: {"ready": true}, then one for each request.
+Output of libraries is redirected to standard error.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from afn_ray.bench.texts import Piece, Text
 from afn_ray.errors import AfnError
 
 GEMM_S = 0.5
+"""Duration of one GEMM measurement, in seconds."""
 GEMM_SHAPES = ((2048, 768, 3072), (2048, 2048, 2048), (2048, 4096, 1024))
+"""Shapes (m, k, n) of the matrix products that are tried on a CPU."""
 GEMM_SHAPE_CUDA = (8192, 8192, 8192)
+"""Shape (m, k, n) of the matrix product on a GPU."""
 
 
 def load_texts(file: str) -> list[Text]:
-    """As ``dump_texts`` wrote them."""
+    """Read the texts that ``dump_texts`` wrote."""
     return [
         Text(text, tuple(Piece(*p) for p in pieces))
         for text, pieces in json.loads(Path(file).read_text("utf-8"))
@@ -35,6 +38,7 @@ def load_texts(file: str) -> list[Text]:
 
 
 def dump_texts(texts: list[Text], file: Path) -> None:
+    """Write ``texts`` with their windows to ``file`` as JSON."""
     rows = [
         [t.text, [[p.text, p.keep_start, p.keep_end, p.length] for p in t.pieces]] for t in texts
     ]
@@ -42,7 +46,7 @@ def dump_texts(texts: list[Text], file: Path) -> None:
 
 
 class Gemm:
-    """The fastest matrix product that torch has here: what a perfect engine would reach."""
+    """The fastest matrix product of torch on this machine: the speed limit of an engine."""
 
     def __init__(self, spec: peers.Spec) -> None:
         import torch
@@ -87,11 +91,12 @@ class Gemm:
         return flops * n / (time.monotonic() - began)
 
     def flops_per_s(self) -> float:
+        """Rate of the fastest product, in floating-point operations per second."""
         return max(self._rate(product, GEMM_S / len(self._products)) for product in self._products)
 
 
 def _load(spec: peers.Spec) -> Any:
-    from afn_ray.bench import ours  # heavy, and no peer needs it
+    from afn_ray.bench import ours  # heavy, so not imported with the module
 
     kinds = {
         "gemm": Gemm,
@@ -106,7 +111,7 @@ def _load(spec: peers.Spec) -> Any:
 
 
 class Worker:
-    """One loaded variant and its texts."""
+    """One loaded variant and its texts, by profile."""
 
     def __init__(self, spec: peers.Spec) -> None:
         self._spec = spec
@@ -117,15 +122,16 @@ class Worker:
             self._warm_up(profile)
 
     def _warm_up(self, profile: str) -> None:
-        """Once over what is timed, so that all shapes are known."""
-        if (
-            self._spec.variant != "ray_data"
-        ):  # its actors live for one run, and warm up as they are made
+        """Run the timed texts once, so that all shapes are known.
+
+        Ray Data is left out: its actors exist for one run, and warm up when they start.
+        """
+        if self._spec.variant != "ray_data":
             self.run(profile)
             self.save(profile, None)
 
     def run(self, profile: str) -> dict[str, Any]:
-        """One pass over the profile; the strengths are kept for ``save``."""
+        """Run the profile once and return its figures; keep the strengths for ``save``."""
         began = time.monotonic()
         job = self._spec.variant == "job"
         outcome = (
@@ -147,11 +153,12 @@ class Worker:
             return 0
         import torch
 
-        return int(torch.cuda.max_memory_allocated())  # of this process: not that of Ray's actors
+        return int(torch.cuda.max_memory_allocated())  # without Ray's actors
 
     def save(self, profile: str, file: str | None) -> dict[str, Any]:
-        """Write the last run's strengths, untimed: what this variant says must be what the others
-        say.
+        """Write the last run's strengths to ``file``, so that they can be compared; not timed.
+
+        Without a file, it writes nothing; the variant ``job`` still removes the store of the run.
         """
         if self._spec.variant == "job":
             self._strengths = self._variant.read_back(profile)
@@ -168,7 +175,7 @@ class Worker:
 
 
 def serve(spec: peers.Spec, answers: Any) -> None:
-    """Load, then answer requests until standard input ends."""
+    """Load the variant, then answer requests until standard input ends."""
 
     def answer(value: dict[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -198,5 +205,5 @@ def serve(spec: peers.Spec, answers: Any) -> None:
 
 if __name__ == "__main__":
     real = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # output of libraries goes to standard error
     serve(peers.Spec(**json.loads(Path(sys.argv[1]).read_text("utf-8"))), real)

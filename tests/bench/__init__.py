@@ -1,5 +1,5 @@
-"""Simulations and generators that users never run: ``python jobs/benchmark.py WHAT`` in a checkout.
+"""Benchmarks of generated data and simulations: ``python jobs/benchmark.py WHAT`` in a checkout.
 
-The folder above is on ``sys.path`` of whoever imports this: pytest and ``jobs/benchmark.py`` see to
-it. What users measure on their own machine is ``afn_ray.bench``.
+Import this package with the folder ``tests`` on ``sys.path``, as pytest and ``jobs/benchmark.py``
+do. The benchmarks for users are in ``afn_ray.bench``.
 """

@@ -1,4 +1,4 @@
-"""A module of this package in a process of its own, so that its memory is its own."""
+"""Run a module of this package in a separate process, to measure its memory alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ TESTS = Path(__file__).parents[1]
 
 
 def call_apart(module: str, *arguments: object) -> tuple[dict[str, Any], machine.Watch]:
-    """The line of JSON that ``module`` prints, called with ``arguments``, and what was seen of it
-    and all that descend from it. Raises ``AfnError`` where it fails.
+    """Run ``module`` with ``arguments``; return the JSON that it prints, and its ``Watch``.
+
+    The watch includes the descendants of the process. Raises ``AfnError`` when the process fails.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     inherited = os.environ.get("PYTHONPATH")

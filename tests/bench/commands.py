@@ -1,6 +1,4 @@
-"""``python jobs/benchmark.py`` in a checkout: what each simulation takes on the command line,
-checked, and passed to the module that measures.
-"""
+"""``python jobs/benchmark.py`` in a checkout: define the command line and call a benchmark."""
 
 from __future__ import annotations
 
@@ -21,20 +19,21 @@ LEAST = {
     "shards": 1,
     "rows": 10_000,
 }
+"""Smallest valid value of each numeric argument, by name."""
 
 
 def command(argv: Sequence[str]) -> NoReturn:
-    """Measure what ``argv`` asks for; ends the process as ``afn`` does, with its exit codes."""
+    """Run the benchmark in ``argv``; end the process as ``afn`` does, with its exit codes."""
     cli.command(argv, parser, {"bench": call})
 
 
 def main(argv: Sequence[str]) -> NoReturn:
-    """``command``, with the exit code as ``SystemExit``."""
+    """Run the benchmark in ``argv``; raise ``SystemExit`` with the exit code."""
     cli.main(argv, parser, {"bench": call})
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of what is measured in a checkout alone."""
+    """The parser of the benchmarks that need a checkout."""
     top = grammar.Parser(
         prog="python jobs/benchmark.py",
         description="Measurements of a checkout; engine, monitor and rate are those of 'afn bench'.",
@@ -159,8 +158,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def call(args: argparse.Namespace) -> None:
-    """Measure what ``args`` ask for, print it, and write it to the file they name. Raises
-    ``ConfigError``.
+    """Run the benchmark that ``args`` select, print the result and write it to ``--json``.
+
+    Raises ``ConfigError``.
     """
     of_users.check(args, LEAST | ({"shards": 10} if args.what == "safety" else {}))
     console, on_note = of_users.consoles()

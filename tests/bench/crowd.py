@@ -1,6 +1,4 @@
-"""Workers that are fake and fail as real ones do, on a clock that is a number: a ``dispatch.Pool``
-to simulate with.
-"""
+"""A ``dispatch.Pool`` of simulated workers, which fail as real ones do, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -21,52 +19,59 @@ from afn_ray.store import layout
 from afn_ray.store.commits import COUNTS, Commit
 
 SHARD_S, SPREAD = 300.0, 0.25
-"""Of a worker for a shard, lognormal: mean, and standard deviation of the logarithm."""
+"""Lognormal time of one shard: median in seconds, and standard deviation of the logarithm."""
 SHARD_BYTES, SHARD_TOKENS = 16 << 20, 4_000_000
+"""Size of each shard: bytes of text, and tokens."""
 FILE_SHARDS = 64
-"""Shards that one file of the corpus makes."""
+"""Shards in each file of the corpus."""
 LOAD_S = 60.0
-"""From the start of a process until its model is loaded."""
+"""Time from the start of a process until its model is loaded, in seconds."""
 VERDICT_S = 5.0
-"""From a death until its reason is known."""
+"""Longest time from the death of a process until its cause is known, in seconds."""
 WORKERS_A_NODE = 8
 NODE_LOST_H = 24.0
-"""Hours that a node lives in the mean; half of the losses are announced ``NOTICE_S`` before."""
+"""Mean lifetime of a node, in hours; half of the losses are announced ``NOTICE_S`` before."""
 NOTICE_S = 120.0
+"""Time from the notice of a node's loss to the loss, in seconds."""
 NODE_BACK_S = 300.0
+"""Time from the loss of a node until its processes start again, in seconds."""
 OUTAGE_EVERY_H, OUTAGE_S = 24.0, 300.0
-"""The store answers nobody for so long, two minutes of which a call waits by itself."""
+"""Interval between two outages of the store, in hours, and their length, in seconds.
+
+A call retries for two minutes, so attempts fail only in the last three minutes of an outage.
+"""
 RATES = {
-    "crash": 1e-4,  # one in 833 hours of a worker
+    "crash": 1e-4,  # one per 833 hours of a worker
     "raise": 1e-4,
     "memory": 1e-4,
     "hang": 1e-5,
     "unavailable": 1e-4,
 }
-"""Of attempts, what passes by itself."""
+"""Share of the attempts that fail with a transient fault, by kind."""
 POISON = {"raise": 1e-5, "crash": 1e-5, "memory": 1e-5, "hang": 2e-6}
-"""Of shards, what fails at every attempt."""
+"""Share of the shards that fail at every attempt, by kind; at least one shard of each."""
 BAD_START = 0.01
-"""Of processes, those that die as they load the model."""
+"""Share of the processes that die while they load the model."""
 COMMITTED = 0.05
-"""Of attempts whose process dies, those that were committed and not yet told of."""
+"""Share of the attempts that were committed, but not reported, when their process died."""
 
 
 @dataclass(slots=True)
 class _Worker:
     node: int
-    life: int = 0  # number of its process
+    life: int = 0  # number of processes that it had before
     alive: bool = False
     hangs: bool = False
-    queue: deque[tuple[Shard, int]] = field(
-        default_factory=deque
-    )  # shard, oom_retries; the first is at work
+    # Each shard with its oom_retries; the first one is running.
+    queue: deque[tuple[Shard, int]] = field(default_factory=deque)
     progress: Progress = field(default_factory=Progress)
 
 
 class Crowd:
-    """A ``dispatch.Pool`` of workers that take their time on a fake clock, and fail at
-    ``RATES``.
+    """A ``dispatch.Pool`` of simulated workers on a simulated clock.
+
+    Attempts fail at ``RATES``; the shards in ``poison`` always fail. ``committed`` holds the shards
+    in the store, and ``happened`` counts the faults.
     """
 
     can_replace = True
@@ -82,7 +87,7 @@ class Crowd:
         self._last = -1
         self._future: list[tuple[float, int, Callable[[], PoolEvent | None]]] = []
         self._order = itertools.count()
-        self.faults: Counter[str] = Counter()  # shard -> attempts that failed by its own fault
+        self.faults: Counter[str] = Counter()  # attempts that failed by the shard's own fault
         self.poison = {
             s.id: kind
             for kind, rate in POISON.items()
@@ -93,8 +98,7 @@ class Crowd:
                 self._chance.expovariate(1 / (NODE_LOST_H * 3600)), partial(self._lose_node, node)
             )
 
-    # --- what the dispatcher asks
-    # ------------------------------------------------------------------------
+    # --- the pool
 
     def clock(self) -> float:
         return self.now
@@ -145,8 +149,7 @@ class Crowd:
     def close(self) -> None:
         pass
 
-    # --- what happens
-    # ------------------------------------------------------------------------------------
+    # --- simulated events
 
     def _later(self, seconds: float, happen: Callable[[], PoolEvent | None]) -> None:
         heapq.heappush(self._future, (self.now + seconds, next(self._order), happen))
@@ -169,7 +172,7 @@ class Crowd:
         self._later(after_s + LOAD_S, ready)
 
     def _end(self, worker: int) -> None:
-        """The process of ``worker`` is no more; what it was about to tell may be committed."""
+        """End the process of ``worker``; the shard that it was running may be committed."""
         one = self._workers[worker]
         if one.queue and one.alive and not one.hangs and self._chance.random() < COMMITTED:
             shard = one.queue[0][0].id
@@ -198,8 +201,9 @@ class Crowd:
         return Silent(worker)
 
     def _lose_node(self, node: int) -> None:
-        """Its processes die together, half of the time after a notice; those that left meanwhile
-        are elsewhere.
+        """End all processes of ``node``, in half of the cases after a notice.
+
+        A worker that was replaced after the notice is on another node, and survives.
         """
         there = [(n, w, w.life) for n, w in self._workers.items() if w.node == node and w.alive]
         notice_s = NOTICE_S if self._chance.random() < 0.5 else 0.0
@@ -221,11 +225,11 @@ class Crowd:
         return self._die(worker, Cause.NODE, NODE_BACK_S)
 
     def _begin(self, worker: int) -> None:
-        """The first shard in the queue of ``worker`` is its turn."""
+        """Start the first shard in the queue of ``worker``."""
         one = self._workers[worker]
         shard, oom_retries = one.queue[0]
         life = one.life
-        if shard.id in self.committed:  # it finds its commit
+        if shard.id in self.committed:  # the worker finds the commit
             self._later(1.0, partial(self._tell, worker, one, life, None))
             return
         seconds = self._chance.lognormvariate(0.0, SPREAD) * SHARD_S
@@ -248,7 +252,7 @@ class Crowd:
         return None
 
     def _tell(self, worker: int, one: _Worker, life: int, fate: str | None) -> PoolEvent | None:
-        """How the attempt that is at work on ``worker`` ended."""
+        """End the running attempt of ``worker``, and return its event."""
         if self._workers.get(worker) is not one or one.life != life:
             return None
         shard = one.queue[0][0]
@@ -277,7 +281,7 @@ class Crowd:
 
 
 def arrived(shard: str) -> Commit:
-    """A commit as it comes over the wire, with nothing that others share."""
+    """A commit of ``shard``; like one received over Ray, it shares no objects with others."""
     attempt = shard[:16]
     files = {
         table: {
@@ -298,7 +302,5 @@ def arrived(shard: str) -> Commit:
         "chars": SHARD_BYTES,
     }
     made_by = {"device": "cuda", "afn-ray": "0.1.0", "torch": "2.13.0", "transformers": "5.0.0"}
-    files, counts, made_by = json.loads(
-        json.dumps([files, counts, made_by])
-    )  # shares nothing, as what comes over Ray
+    files, counts, made_by = json.loads(json.dumps([files, counts, made_by]))
     return Commit(shard, attempt, files, counts, 301.25, made_by)

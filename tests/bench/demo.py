@@ -1,5 +1,6 @@
-"""The demo end to end: wall time, tokens per second, bytes per token, peak memory, and the second
-run.
+"""Measure the demo end to end: time, tokens per second, bytes per token and peak memory.
+
+It measures the same command a second time too, when the run is already finished.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from afn_ray.store import manifest
 
 
 def measure(workers: int | None, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """``repeat`` fresh demos of ``workers``, each in a temporary folder, with their figures. Raises
-    ``AfnError``.
+    """The figures of ``repeat`` fresh demos with ``workers``, each in a temporary folder.
+
+    Raises ``AfnError``, also when the packages of the demo are not installed.
     """
-    demo.corpus_file()  # now, not in another process: its packages are an extra
+    demo.corpus_file()  # raises here, not in another process, when the extra is not installed
     rows = []
     for number in range(repeat):
         rows.append(_measured(workers))
@@ -40,7 +42,7 @@ def measure(workers: int | None, repeat: int, on_note: Callable[[str], None]) ->
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """The median and the spread, lowest to highest, of each figure."""
+    """Print the median and the range of each figure."""
     print_facts(result, console)
     console.print(f"n = {result['repeat']}, median (lowest-highest)", markup=False)
     for name, values in result["figures"].items():
@@ -52,7 +54,7 @@ def render(result: dict[str, Any], console: Console) -> None:
 
 
 def _measured(workers: int | None) -> dict[str, float]:
-    """One fresh demo, one that finds it done, and one question, with their figures."""
+    """The figures of one fresh demo, of the same command again, and of one query."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         command = [sys.executable, "-m", "afn_ray", "demo", "--store", store]
@@ -87,8 +89,10 @@ def _measured(workers: int | None) -> dict[str, float]:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds that ``command`` took and the highest sum of its processes' proportional memory, in
-    bytes.
+    """Run ``command``; return its seconds and its peak memory in bytes.
+
+    The memory is the highest sum of the proportional set sizes of its processes. Raises
+    ``AfnError`` when the command fails.
     """
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,10 +1,9 @@
-"""What the reduce of many shards takes: generated summaries, reduced in different orders by both
-executors.
+"""Measure the reduce of many generated shards, in different orders and by both executors.
 
     PYTHONPATH=tests python -m bench.reduce STORE EXECUTOR SEED
 
-is one reduce of the summaries in STORE, in an order of its own and in a process of its own, so that
-its memory is its own; it prints one line of JSON.
+runs one reduce of the summaries in STORE, in the order that SEED gives, and prints one line of
+JSON. Each reduce has a separate process, to measure its memory alone.
 """
 
 from __future__ import annotations
@@ -41,27 +40,28 @@ from afn_ray.store.storage import sha256_file
 from bench.apart import call_apart
 
 NUM_TYPES = 30_522
-"""Of BERT's vocabulary."""
+"""Size of BERT's vocabulary, in types."""
 SERIES = Series("strength", 8)
 DOCUMENT_TOKENS = 200
 MEASURE_ID = "generated"
 EXECUTORS = {"inline": "all in one process", "ray": "tasks of a local Ray"}
 WRITE_AT_ONCE = 50
+"""Shards that one task writes."""
 
 
 def measure(
     num_shards: int, num_tokens: int, repeat: int, on_note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Seconds and memory of ``repeat`` reduces by each executor, every one in another order; as
-    ``--json`` has them.
+    """Seconds and memory of ``repeat`` reduces by each executor, as ``--json`` writes them.
 
-    ``num_tokens``: in a shard, in the mean; shards have half to one and a half as many.
+    Each reduce has its own order of the shards. ``num_tokens`` is the mean size of a shard, in
+    tokens; sizes are uniform between 0.5 and 1.5 times the mean.
     """
     cores = cgroup.num_cores()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         began = time.monotonic()
         index: list[dict[str, Any]] = []
-        spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
             starts = range(0, num_shards, WRITE_AT_ONCE)
             groups = [
@@ -96,8 +96,9 @@ def measure(
 
 
 def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]:
-    """Summaries of shards ``numbers``: Zipf's law over types, lognormal strengths around a mean of
-    each type.
+    """Write the summaries of the shards ``numbers``; return a row about each.
+
+    Types have Zipf frequencies, and strengths are lognormal around the mean of their type.
     """
     law = np.random.default_rng(0)
     means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
@@ -139,8 +140,9 @@ def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]
 
 
 def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
-    """One reduce in a process of its own, with the peak memory of it and all that descend from
-    it.
+    """Run one reduce in a separate process; return its figures and its peak memory.
+
+    The memory includes the descendants of the process.
     """
     answer, watch = call_apart("bench.reduce", store, executor, seed)
     return {
@@ -151,7 +153,7 @@ def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
 
 
 def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
-    """Reduce the summaries in ``store`` in the order of ``seed``."""
+    """Reduce the summaries in ``store``, in the order that ``seed`` gives."""
     from afn_ray.runs import cluster
 
     index = json.loads((Path(store) / "index.json").read_text("utf-8"))
@@ -180,7 +182,7 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
 
 
 def _commit(row: dict[str, Any]) -> Commit:
-    """The commit that a shard with this summary would have."""
+    """The commit of one shard, from its row in the index of ``_write``."""
     counts = {
         **dict.fromkeys(COUNTS, 0),
         "documents": row["documents"],
@@ -201,6 +203,7 @@ def _commit(row: dict[str, Any]) -> Commit:
 
 
 def _digest(tables: list[pa.Table]) -> str:
+    """SHA-256 of the content of ``tables``, in hexadecimal."""
     digest = sha256()
     for table in tables:
         sink = pa.BufferOutputStream()
@@ -211,7 +214,7 @@ def _digest(tables: list[pa.Table]) -> str:
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """A line for each executor."""
+    """Print a table with a column for each executor."""
     machine.print_facts(result, console)
     console.print(
         f"\n{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} "

@@ -1,6 +1,4 @@
-"""What safety costs: what a shard takes beside its tokens, and a finished run to be found
-finished.
-"""
+"""Measure the fixed cost of a shard, and the time to find that a run is finished."""
 
 from __future__ import annotations
 
@@ -23,19 +21,22 @@ from afn_ray.errors import AfnError
 from afn_ray.store import storage
 
 EXECUTORS = {"inline": 1, "ray": 2}
-"""And their workers."""
+"""Number of workers, by executor."""
 LINE_BYTES = 1100
-"""Of one document's line, most of it a column that nobody reads: just over the smallest shard."""
+"""Size of one document's line, in bytes: just over the smallest shard.
+
+Most of the line is a column that is not read.
+"""
 
 
 def measure(
     num_shards: int, store: str | None, repeat: int, on_note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Whole commands over ``num_shards`` shards of one word and over a tenth of them, in turns; as
-    ``--json`` has them.
+    """Times of whole commands over ``num_shards`` shards of one word, and over a tenth of them.
 
-    The model is all but empty: one layer of width 32. Stores are made below the URI ``store``, or
-    in a temporary folder, and left there when it was given.
+    The commands take turns, ``repeat`` times; the result is as ``--json`` writes it. The model is
+    minimal: one layer of width 32. Stores are created under the URI ``store`` and kept; without
+    one, they are in a temporary folder and removed.
     """
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as name:
         folder = Path(name)
@@ -85,7 +86,7 @@ def measure(
 
 
 def _run(corpus: Path, model: Path, store: str, executor: str) -> float:
-    """Seconds of one ``afn run``."""
+    """Seconds of one ``afn run``. Raises ``AfnError`` when it fails."""
     command = [
         sys.executable,
         "-m",
@@ -119,7 +120,7 @@ def _run(corpus: Path, model: Path, store: str, executor: str) -> float:
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """A column for each executor."""
+    """Print a table with a column for each executor."""
     machine.print_facts(result, console)
     console.print(
         f"\n{result['shards']:,} shards of one word each, store on {result['store']}; n = "

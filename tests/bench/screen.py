@@ -1,4 +1,4 @@
-"""How well screening finds junk: 1 % of the King James verses is replaced by it, kind by kind."""
+"""Measure how well screening finds junk that replaces 1 % of the King James verses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from afn_ray.runs import demo, job
 from afn_ray.store import storage
 
 SHARE = 0.01
-FOREIGN = (  # of the Universal Declaration of Human Rights, in German, Spanish, Finnish and French
+"""Share of the verses that are replaced by junk."""
+# From the Universal Declaration of Human Rights, in German, Spanish, Finnish and French.
+FOREIGN = (
     "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und "
     "Gewissen begabt "
     "und sollen einander im Geist der Brüderlichkeit begegnen. Jeder hat das Recht auf Leben, "
@@ -42,6 +44,7 @@ BOILERPLATE = (
     "service and our privacy policy. All rights reserved."
 )
 ROW = "asdfghjkl"
+"""Letters of the middle row of a keyboard."""
 
 
 def _base64(verse: str, dice: random.Random) -> str:
@@ -49,7 +52,7 @@ def _base64(verse: str, dice: random.Random) -> str:
 
 
 def _mojibake(verse: str, dice: random.Random) -> str:
-    """A foreign text in UTF-8, read as Latin-1, twice."""
+    """A foreign text, encoded as UTF-8 and decoded as Latin-1, twice."""
     text = _foreign(verse, dice)
     for _ in range(2):
         text = text.encode().decode("latin-1")
@@ -67,7 +70,7 @@ def _boilerplate(verse: str, dice: random.Random) -> str:
 
 
 def _repeated(verse: str, dice: random.Random) -> str:
-    """One phrase of the verse over and over, as long as the verse or up to a thousand times."""
+    """The first words of the verse, repeated to about its length or up to 1,000 times."""
     words = verse.split()
     phrase = " ".join(words[: dice.randint(2, 4)])
     return " ".join(
@@ -90,12 +93,16 @@ KINDS: dict[str, Callable[[str, random.Random], str]] = {
     "base64": _base64, "mojibake": _mojibake, "foreign language": _foreign, "boilerplate": _boilerplate,
     "a phrase repeated": _repeated, "keyboard mash": _mash,
 }  # fmt: skip
-"""Junk in the place of a verse, about as long as it but for the last of the repeated ones."""
+"""Function that generates the junk in place of a verse, by kind.
+
+Junk is about as long as the verse, except boilerplate and long repetitions.
+"""
 
 
 def plant(verses: list[str], seed: int) -> tuple[list[str], dict[int, str]]:
-    """``verses`` with ``SHARE`` of them replaced by junk, and the kind of each that was, by
-    number.
+    """Replace ``SHARE`` of ``verses`` by junk.
+
+    Returns all texts, and the kind of each replaced one by its index.
     """
     dice = random.Random(seed)
     planted = {}
@@ -107,7 +114,7 @@ def plant(verses: list[str], seed: int) -> tuple[list[str], dict[int, str]]:
 
 
 def measure(store: str, seed: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """Run MiniLM over the verses with junk, and hold what is found against what was planted."""
+    """Run MiniLM over the verses with junk, and compare the screening with the planted junk."""
     lines = storage.read_bytes(str(demo.corpus_file())).decode().splitlines()
     texts, planted = plant([json.loads(line)["text"] for line in lines], seed)
     corpus = storage.join(storage.absolute(store), f"junk-{seed}.jsonl")
@@ -133,10 +140,10 @@ def measure(store: str, seed: int, on_note: Callable[[str], None]) -> dict[str, 
 
 
 def evaluate(run: Run, planted: dict[int, str]) -> dict[str, Any]:
-    """Precision and recall of the first texts, as many as were planted, by the run's screening and
-    by simpler orders.
+    """Precision and recall of the run's screening, and of two simpler orders.
 
-    Of documents with one text the first counts, for that is what a screening lists.
+    Precision is that of the first k texts, where k is the number of planted texts. Documents with
+    the same text count once, as the first of them, because a screening has one of them only.
     """
     (layer,) = run.info["layers"]
     first = {
@@ -182,7 +189,7 @@ def evaluate(run: Run, planted: dict[int, str]) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """A column for each order, a row for each kind."""
+    """Print a table with a column for each order, and a row for each figure and kind."""
     machine.print_facts(result, console)
     k = result["texts"]
     console.print(

@@ -1,5 +1,6 @@
-"""What each signal costs beside strength alone, and a sweep of all layers beside one: whole shards,
-files included.
+"""Measure the cost of each signal and of a sweep of all layers, compared with strength alone.
+
+It measures whole shards, including their files.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from afn_ray.schema import STRENGTH
 from afn_ray.store import manifest
 
 PROFILE = "mixed"
+"""Profile of the texts' lengths."""
 ALONE = "strength"
 SWEEP = "strength, layers 0 to k"
 WITHIN = 0.10
-"""By which a sweep may be slower than one layer of the same depth."""
+"""Largest cost of a sweep, as a share of the time of layer k alone."""
 
 
 def measure(
@@ -47,11 +49,11 @@ def measure(
     repeat: int,
     on_note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Tokens per second of shards by what they record, as ``--json`` writes them; all take turns
-    ``repeat`` times.
+    """Tokens per second for each set of signals, as ``--json`` writes them.
 
-    On a CPU the whole process keeps to one core, as a worker does among its like: what reads,
-    tokenizes and writes beside the model takes its time.
+    The sets take turns, ``repeat`` times. On a CPU the whole process uses one core, as a worker
+    does beside others, so reading, tokenizing and writing take time from the model. A signal that
+    the model cannot give is left out.
     """
     device = model.choose_device(device)
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch, one_core(device):
@@ -118,20 +120,21 @@ def measure(
 
 
 class _Job:
-    """A loaded worker that measures one set of signals."""
+    """A loaded worker that records one set of signals."""
 
     def __init__(self, config: RunConfig, files: model.ModelFiles) -> None:
         self.config = config
         task, measure = worker.prepare(config, files, config.device, config.dtype)
-        if worker.wants_outliers(task):  # which ones costs nothing
+        if worker.wants_outliers(task):  # the choice of dimensions does not change the cost
             task, _ = with_outliers(task, measure, [range(DIMENSIONS)] * len(task.layers))
         self._task = task
         self.processor = worker.Processor(task)
         self._num_runs = 0
 
     def run(self, plan: manifest.Plan) -> tuple[float, int, dict[str, int]]:
-        """Seconds to measure and commit the shards of ``plan`` in a fresh store; tokens, and bytes
-        by table.
+        """Measure and commit the shards of ``plan`` in a fresh store, which is then removed.
+
+        Returns seconds, tokens, and bytes by table.
         """
         self._num_runs += 1
         store = f"{self.config.store}-{self._num_runs}"
@@ -156,7 +159,7 @@ def _write_corpus(path: Path, files: model.ModelFiles, job: _Job, num_tokens: in
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """One row for each set of signals."""
+    """Print a table with a row for each set of signals, and whether the sweep meets its bar."""
     machine.print_facts(result, console)
     title = (
         f"\n{result['model']}: k is layer {result['layer']} of {result['depth']}, {result['dtype']}"

@@ -1,11 +1,10 @@
-"""What the driver of a huge run takes: real plan, dispatcher, status and reduce over workers and a
-clock that are fake.
+"""Measure the driver of a huge run: real plan, dispatcher, status and reduce, simulated workers.
 
     PYTHONPATH=tests python -m bench.simulate SHARDS WORKERS SEED
 
-is one such run in a process of its own, so that its memory is its own; it prints one line of JSON.
-Every shard has to end exactly once, whatever fails: that is asserted as it goes. Not driven: Ray,
-whose part is reckoned; metrics; the merges of the reduce.
+runs one simulation and prints one line of JSON. Each simulation has a separate process, to measure
+its memory alone. It asserts that every shard ends exactly once, whatever fails. Ray, the metrics
+and the merges of the reduce do not run; the time in Ray is estimated.
 """
 
 from __future__ import annotations
@@ -41,20 +40,24 @@ from bench.apart import call_apart
 from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
 
 COMMITS_READ = 2_000
-"""Commits that are written and found again, on the local disk."""
+"""Number of commits that are written to the local disk and found again."""
 SERIES = Series("strength", 8)
 MEASURE_ID = "0" * 32
 RAY_WAIT_MS, RAY_CALL_MS = 1.5, 0.14
-"""Of the driver's CPU inside Ray, measured with one local Ray (AMD EPYC, 2.60): its two
-``ray.wait`` over 3,000 tasks under way (n = 60), and a question to an actor with its answer (n =
-1,000).
+"""CPU time of the driver in Ray, in milliseconds, measured with a local Ray 2.60 on an AMD EPYC.
+
+The first is two ``ray.wait`` over 3,000 running tasks (n = 60). The second is a call of an actor,
+with its result (n = 1,000).
 """
 
 
 def measure(
     num_shards: int, num_workers: int, repeat: int, on_note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """``simulate`` with seeds from 0 on, each in a process of its own; as ``--json`` has it."""
+    """Run ``simulate`` with the seeds from 0, each in a separate process.
+
+    The result is as ``--json`` writes it.
+    """
     rounds = []
     for seed in range(repeat):
         answer, watch = call_apart("bench.simulate", num_shards, num_workers, seed)
@@ -70,7 +73,7 @@ def measure(
 
 
 class Meter:
-    """CPU seconds by part, each without the parts within it."""
+    """Measures CPU seconds of this thread by part; a part excludes the parts inside it."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -102,8 +105,9 @@ class Meter:
 
 
 class Tree:
-    """``reduce.Tasks`` that does no work: every summary has to come once into the sum of every
-    part.
+    """``reduce.Tasks`` that does no work, but counts the summaries in each part's sum.
+
+    It asserts that all parts have the same number. ``calls`` counts the tasks by function.
     """
 
     def __init__(self) -> None:
@@ -124,7 +128,7 @@ class Tree:
         if name == "count":
             return [args[0]]
         if name == "total":
-            (num_shards,) = set(args[3:])  # every part has all shards
+            (num_shards,) = set(args[3:])  # all parts have the same shards
             row = {"n": num_shards * SHARD_TOKENS, "n_special": 0, "layer": SERIES.layer, "q3": 1.0}
             return [[row], [row], HISTOGRAM_SCHEMA.empty_table()]
         return [STATISTICS_SCHEMA.empty_table()]
@@ -134,7 +138,7 @@ class Tree:
 
 
 def plan_of(num_shards: int) -> manifest.Plan:
-    """A corpus of large files, cut into ``num_shards``."""
+    """The plan of a corpus of large files with ``num_shards`` shards in all."""
     config = RunConfig(corpus=("-",), model="-", store="-")
     slices: list[FileSlice] = []
     for file in range(-(-num_shards // FILE_SHARDS)):
@@ -162,8 +166,9 @@ def plan_of(num_shards: int) -> manifest.Plan:
 
 
 def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
-    """One run from its plan to its reduced tables, as ``--json`` has it. Asserts that every shard
-    ends once.
+    """Simulate one run from its plan to its reduced tables; return its figures.
+
+    Asserts that every shard ends exactly once.
     """
     meter = Meter()
     resident = [("at the start", machine.own_memory_bytes("VmRSS"))]
@@ -250,7 +255,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
 
 
 def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
-    """Every shard ended once: committed, or quarantined by its own fault."""
+    """Assert that each shard ended once: committed, or quarantined through its own fault."""
     assert not state.stopped, state.stopped
     planned = {s.id for s in plan.shards}
     assert len(state.commits) + len(state.failures) == len(planned) == len(plan.shards)
@@ -263,7 +268,7 @@ def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
 
 
 def _find_some(store: str, shards: Sequence[Shard]) -> float:
-    """Microseconds of the driver to find one of the commits of ``shards`` in ``store``."""
+    """Write commits of ``shards`` to ``store``; return the CPU time to find one, in us."""
     for shard in shards:
         commit = arrived(shard.id)
         body = {
@@ -281,7 +286,7 @@ def _find_some(store: str, shards: Sequence[Shard]) -> float:
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """What the driver takes, by part; its bottleneck; and what befell the run."""
+    """Print the driver's CPU and memory by part, its bottleneck, and the faults of the run."""
     machine.print_facts(result, console)
     rounds, n = result["rounds"], result["shards"]
     hours = statistics.median(r["hours"] for r in rounds)
@@ -334,14 +339,15 @@ def render(result: dict[str, Any], console: Console) -> None:
 
 
 def grown(run: dict[str, Any], name: str) -> float:
-    """Bytes a shard that the driver had more than at its start."""
+    """Growth of the driver's memory from its start to ``name``, in bytes per shard."""
     resident = run["resident_bytes"]
     return float(resident[name] - resident["at the start"]) / int(run["shards"])
 
 
 def ray_ms(run: dict[str, Any]) -> float:
-    """Milliseconds of the driver inside Ray for a shard: its hand-out, its event, its share of
-    looks and of calls.
+    """Estimated CPU time of the driver in Ray, in milliseconds per shard.
+
+    It covers assigning the shard, its event, and its share of the heartbeats and of the reduce.
     """
     looks = run["looks"] * run["workers"] / run["shards"]
     calls = sum(run["calls"].values()) / run["shards"]
@@ -349,7 +355,6 @@ def ray_ms(run: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    logging.getLogger(logs.ROOT).addHandler(
-        logging.NullHandler()
-    )  # thousands of losses, which are the point
+    # Without this handler, thousands of simulated losses are printed.
+    logging.getLogger(logs.ROOT).addHandler(logging.NullHandler())
     print(json.dumps(simulate(*map(int, sys.argv[1:4]))))

@@ -1,11 +1,10 @@
-"""What questions to a large run take: a generated store of as many rows as asked for, reduced,
-screened and asked.
+"""Measure queries of a large generated run, and its reduce and screening.
 
     PYTHONPATH=tests python -m bench.sql reduce STORE FIRST SHARDS
     PYTHONPATH=tests python -m bench.sql ask RUN BASELINE QUESTION REPEAT
 
-are one reduce and one question, asked REPEAT times, each in a process of its own, so that its
-memory is its own; both print a line of JSON.
+The first command reduces and screens one run. The second runs one query REPEAT times. Both print
+one line of JSON. Each has a separate process, to measure its memory alone.
 """
 
 from __future__ import annotations
@@ -45,17 +44,21 @@ from afn_ray.store.records import ShardFiles, make_table
 from bench.apart import call_apart
 
 NUM_TYPES = 30_522
-"""Of BERT's vocabulary."""
+"""Size of BERT's vocabulary, in types."""
 LAYER = 8
 SERIES = Series("strength", LAYER)
 MEASURE = {"model": "generated"}
 SHARD_TOKENS = 2_000_000
+"""Largest size of a shard, in tokens."""
 DOCUMENT_TOKENS = 200
 CHUNK_TOKENS = 400_000
+"""Tokens that are generated and written at once."""
 CLS, SEP = 101, 102
+"""Ids of the special tokens of BERT."""
 CONTINUES_EVERY = 5
-"""One type in so many continues a word, as in English text under BERT's vocabulary."""
+"""Interval of the types that continue a word; their share is as in English text with BERT."""
 CAPITAL_SHARE = 0.1
+"""Share of the one-token words that are capitalized."""
 QUESTIONS = {
     "types that are HIGH most often": "FROM vocabulary WHERE n >= 100 ORDER BY share_high DESC "
     "LIMIT 20",
@@ -69,12 +72,12 @@ QUESTIONS = {
     "one document's text": "SELECT document_text(500)",
     "every word of the run": "SELECT count(*), sum(length(text)), avg(max_strength_8) FROM words",
 }
-"""What is measured; the first five from reduced tables alone."""
+"""SQL of each query, by name; the first five read the reduced tables only."""
 SYLLABLES = [c + v for c in "bdfghjklmnprst" for v in "aeiou"]
 
 
 def pieces() -> tuple[list[str], list[str]]:
-    """Every type by id: as a tokenizer would write it, and as a reader does."""
+    """All types by id: as in a tokenizer's vocabulary, and as readable text."""
     readable = [_spell(i) for i in range(NUM_TYPES)]
     written = [f"##{t}" if _continues(i) else t for i, t in enumerate(readable)]
     for at, name in ((CLS, "[CLS]"), (SEP, "[SEP]")):
@@ -92,11 +95,10 @@ def _continues(ids: Any) -> Any:
 
 
 WORDS = {"word": 110, "rare": 20_000}
-"""Types that are looked for: about one token in a thousand, and one in 150,000."""
+"""Types that queries search for, by parameter: about 1 token in 1,000, and 1 in 150,000."""
 
 
 # --- the store
-# -------------------------------------------------------------------------------------------
 
 
 def _config(store: str) -> RunConfig:
@@ -120,8 +122,9 @@ def _shard(store: str, number: int) -> Shard:
 
 
 def write_shard(store: str, number: int, num_documents: int) -> None:
-    """Commit shard ``number``: Zipf's law over types, lognormal strengths around a mean of each
-    type.
+    """Generate and commit the shard ``number``.
+
+    Types have Zipf frequencies, and strengths are lognormal around the mean of their type.
     """
     law = np.random.default_rng(0)
     means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
@@ -218,8 +221,10 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
 
 
 def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
-    """Plan, reduce and screen the run of the shards from ``first`` on; what the reduce and the
-    screening took.
+    """Plan, reduce and screen the run of ``num_shards`` shards from ``first``.
+
+    Returns its URI, and the time and the peak memory of the reduce and of the screening. The peak
+    memory of the screening is that of the process, so it includes the reduce.
     """
     config = _config(store)
     shards = [_shard(store, number) for number in range(first, first + num_shards)]
@@ -273,20 +278,19 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
 
 
 # --- the figures
-# -----------------------------------------------------------------------------------------
 
 
 def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
-    """Reduces of a fifth of the shards and of all, and every question ``repeat`` times; as
-    ``--json`` has them.
+    """Measure three reduces, and each query ``repeat`` times; the result is as ``--json`` has it.
 
-    A shard more is made than a run has: the run lacks the first one, and its baseline the last.
+    The first reduce is of a fifth of the shards. The two others are the baseline and the run. The
+    store has one shard more than each: the baseline lacks the last one, and the run the first.
     """
     num_documents = max(2, min(SHARD_TOKENS, num_rows // 5) // DOCUMENT_TOKENS)
     num_shards = max(1, num_rows // (num_documents * DOCUMENT_TOKENS))
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         began = time.monotonic()
-        spawn = multiprocessing.get_context("spawn")  # a fork would take the threads' locks along
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         with ProcessPoolExecutor(cgroup.num_cores(), mp_context=spawn) as pool:
             for _ in pool.map(
                 partial(write_shard, store, num_documents=num_documents), range(num_shards + 1)
@@ -323,14 +327,15 @@ def measure(num_rows: int, repeat: int, on_note: Callable[[str], None]) -> dict[
 
 
 def _apart(*arguments: str) -> dict[str, Any]:
-    """What this module prints, called with ``arguments`` in a process of its own."""
+    """Run this module with ``arguments`` in a separate process; return the JSON that it prints."""
     answer, watch = call_apart("bench.sql", *arguments)
     return {**answer, "foreign": round(watch.foreign, 3)}
 
 
 def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, Any]:
-    """Seconds of opening a run, with a baseline where the question needs one, and of each
-    answer.
+    """Open the run and execute the query ``question`` ``repeat`` times; return the times.
+
+    The run has a baseline only when the query needs one.
     """
     sql = QUESTIONS[question]
     words = {name: _spell(number) for name, number in WORDS.items() if f"${name}" in sql}
@@ -355,7 +360,7 @@ def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, An
 
 
 def render(result: dict[str, Any], console: Console) -> None:
-    """A line for each reduce, and for each question."""
+    """Print a row for each reduce and screening, and for each query."""
     machine.print_facts(result, console)
     console.print(
         f"\n{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n "

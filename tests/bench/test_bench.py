@@ -1,6 +1,4 @@
-"""The benchmark measures the same thing in every variant, on texts as planned, and says what it
-left out.
-"""
+"""Tests of ``afn bench``: equal results of all variants, planned texts, and skipped variants."""
 
 from __future__ import annotations
 
@@ -27,16 +25,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def tiny_result(tiny_bert: Path) -> dict[str, Any]:
-    """One repetition over the tiny BERT, one process a variant."""
+    """The result of one repetition over the tiny BERT, with one process per variant."""
     notes: list[str] = []
     options = contest.Options(str(tiny_bert), workers=1, tokens=2000, repeat=1)
     result = contest.measure(
         options, ["short", "mixed"], ["loop", "tuned", "engine", "job"], notes.append
     )
-    assert [n.split(":")[0] for n in notes[1:3]] == [
-        "short 1/1 loop",
-        "short 1/1 tuned",
-    ]  # in turns
+    # The variants take turns.
+    assert [n.split(":")[0] for n in notes[1:3]] == ["short 1/1 loop", "short 1/1 tuned"]
     return result
 
 
@@ -61,18 +57,14 @@ def test_the_figures_have_their_keys_and_hang_together(
             assert f["tokens_per_s"] == pytest.approx(f["tokens"] / f["seconds"][0])
             assert f["low"] <= f["tokens_per_s"] <= f["high"]
             assert f["mfu"] > 0 and 0 <= f["padding"] < 1 and f["peak_bytes"] > 10 << 20
-            for of_thread in (
-                ("read_s",),
-                ("tokenize_s",),
-                ("wait_s", "model_s"),
-                ("write_s",),
-            ):  # which work at once
+            # The stages of each thread; the threads run at the same time.
+            for of_thread in (("read_s",), ("tokenize_s",), ("wait_s", "model_s"), ("write_s",)):
                 assert (
                     0
                     <= sum(f["stages"].get(name, 0) for name in of_thread)
                     <= f["seconds"][0] + 0.1
                 )
-        for name in ("loop", "tuned"):  # which have one thread
+        for name in ("loop", "tuned"):  # all stages are in one thread
             assert sum(variants[name]["stages"].values()) <= variants[name]["seconds"][0] + 0.1
         assert {"read_s", "tokenize_s", "wait_s", "model_s", "write_s"} == set(
             variants["job"]["stages"]
@@ -82,7 +74,7 @@ def test_the_figures_have_their_keys_and_hang_together(
 
 def test_every_variant_gives_the_same_strengths(tiny_result: dict[str, Any]) -> None:
     for variants in tiny_result["profiles"].values():
-        assert variants["job"]["difference"] == 0  # the same batches, so the same bits
+        assert variants["job"]["difference"] == 0  # equal batches give equal bits
         assert all(
             f["difference"] <= contest.TOLERANCE[tiny_result["dtype"]] for f in variants.values()
         )
@@ -99,15 +91,13 @@ def test_the_table_fits_and_names_what_it_shows(tiny_result: dict[str, Any]) -> 
         bench.VARIANTS["loop"].split(":")[0],
     ):
         assert expected in text
-    assert "bars" not in text  # they are those of BERT-base
+    assert "bars" not in text  # only the built-in model has bars
 
 
 def in_this_process(
     folder: Path, own: Path, variants: dict[str, Any], causal: bool = False
 ) -> dict[str, Any]:
-    """Outcomes of ``variants`` on mixed texts, in float32, as their processes would have them; and
-    the differences.
-    """
+    """Run ``variants`` on mixed texts in float32; return their outcomes and differences."""
     files = find_model(folder)
     written = texts.Writer(model.load_tokenizer(files), files.context_tokens).write(
         "mixed", 800, 400, causal=causal
@@ -247,9 +237,8 @@ def test_lengths_are_as_planned(profile: str, mean: int, workers: int) -> None:
     assert 0.95 * total <= sum(lengths) <= total
     assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.15)
     assert min(lengths) >= texts.SHORTEST and (max(lengths) > 512) == (profile == "mixed")
-    assert len({round(np.log2(n)) for n in lengths}) >= (
-        1 if profile == "full" else 5
-    )  # of all sizes
+    # The lengths vary, except for full windows.
+    assert len({round(np.log2(n)) for n in lengths}) >= (1 if profile == "full" else 5)
     written = [texts.Text("", (texts.Piece("", 0, n, n),)) for n in lengths]
     parts = texts.share(written, workers)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
@@ -260,7 +249,7 @@ def test_lengths_are_as_planned(profile: str, mean: int, workers: int) -> None:
         len(group) * max(lengths[i] for i in group) for group in texts.budgeted(lengths, 2048)
     ]
     if profile == "short":
-        assert sum(padded) < 1.15 * sum(lengths)  # as little as in a long corpus that is sorted
+        assert sum(padded) < 1.15 * sum(lengths)  # as in a long sorted corpus
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt"])
@@ -271,9 +260,7 @@ def test_texts_have_the_tokens_that_were_planned(name: str, request: pytest.Fixt
     for profile in bench.PROFILES:
         written = writer.write(profile, 1500, 500, causal=name == "tiny_gpt")
         assert [t.num_tokens for t in written] == texts.plan_lengths(profile, 1500, window, 500)
-        assert written == writer.write(
-            profile, 1500, 500, causal=name == "tiny_gpt"
-        )  # always the same
+        assert written == writer.write(profile, 1500, 500, causal=name == "tiny_gpt")
         assert all(p.length <= window and p.text in t.text for t in written for p in t.pieces)
     assert any(len(t.pieces) > 1 for t in writer.write("mixed", 1500, 500, causal=False))
 
@@ -355,7 +342,7 @@ def test_the_watch_tells_whose_work_it_is() -> None:
     assert watch.peak_bytes > 1 << 20
     with subprocess.Popen([sys.executable, "-c", burn]) as other, machine.Watch([]) as stranger:
         other.wait()
-    # Others may be at work on this machine too, so only the least is known.
+    # Other processes may run on this machine, so this is a lower bound.
     assert stranger.peak_bytes == 0 and stranger.foreign > 0.5 / len(stranger._cores)
 
 

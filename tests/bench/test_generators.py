@@ -1,6 +1,4 @@
-"""What is measured in a checkout alone: figures of generated stores and of whole commands, and how
-they are asked for.
-"""
+"""Tests of the benchmarks that need a checkout: their command line and their figures."""
 
 from __future__ import annotations
 
@@ -91,9 +89,7 @@ def test_what_signals_cost_is_measured_on_the_same_shards(
 
 
 def test_a_demo_is_measured_with_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the minutes of one: a command's time and its processes' memory, and the table of
-    several.
-    """
+    """Measures a short command instead of a demo, and renders the rows of three demos."""
     work = "import time; x = bytes([1]) * (200 << 20); time.sleep(1.5)"
     seconds, peak = demo.timed([sys.executable, "-c", work])
     assert seconds > 1.5 and 200 << 20 < peak < 400 << 20
@@ -114,7 +110,6 @@ def test_a_demo_is_measured_with_its_family(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # --- the reduce
-# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -134,9 +129,7 @@ def test_the_reduce_is_measured_on_the_same_summaries_in_different_orders(tmp_pa
 
 
 def test_generated_summaries_are_those_of_their_number_alone(tmp_path: Path) -> None:
-    """So that a store of 10,000 holds the one of 1,000, and processes may share the work as they
-    like.
-    """
+    """The summaries do not depend on the number of shards, or on how processes share the work."""
     rows = reduce._write(str(tmp_path / "a"), range(4), 100)
     assert reduce._write(str(tmp_path / "b"), range(2, 4), 100) == rows[2:]
     assert len({row["sha256"] for row in rows}) == 4
@@ -150,8 +143,7 @@ def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
         reduce._watched(str(tmp_path), "inline", 0)
 
 
-# --- questions
-# -------------------------------------------------------------------------------------------
+# --- queries
 
 
 def test_questions_are_asked_of_a_true_run() -> None:
