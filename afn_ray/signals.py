@@ -1,8 +1,45 @@
-"""Public interface for packages with signals of their own.
+"""What a package that brings its own signals imports; the entry-point group has the same name."""
 
-Their entry-point group has the same name, ``afn_ray.signals``.
-"""
+from afn_ray.model.signals import (
+    BUILT_IN,
+    DIMENSIONS,
+    NEEDS,
+    TAKEN,
+    Attention,
+    Centred,
+    Neurons,
+    Received,
+    Shift,
+    Signal,
+    Site,
+    States,
+    Strength,
+    Trimmed,
+    find_signals,
+    known,
+    measured,
+    norm,
+    series,
+)
 
-from afn_ray.model.signals import Attention, Signal, Site, Strength, find_signals, known, norm
-
-__all__ = ["Attention", "Signal", "Site", "Strength", "find_signals", "known", "norm"]
+__all__ = [
+    "BUILT_IN",
+    "DIMENSIONS",
+    "NEEDS",
+    "TAKEN",
+    "Attention",
+    "Centred",
+    "Neurons",
+    "Received",
+    "Shift",
+    "Signal",
+    "Site",
+    "States",
+    "Strength",
+    "Trimmed",
+    "find_signals",
+    "known",
+    "measured",
+    "norm",
+    "series",
+]

@@ -1,1 +1,5 @@
-"""The `afn` command: arguments in, one call, an exit code out. Contains no product logic."""
+"""The `afn` command: arguments in, one call, an exit code out. Holds no rule of the product."""
+
+from afn_ray.cli.commands import command, main
+
+__all__ = ["command", "main"]

@@ -416,8 +416,11 @@ def parser() -> argparse.ArgumentParser:
 
 def nearest_flag(command: argparse.ArgumentParser, flag: str) -> str:
     """A hint, in brackets, at the flag of ``command`` nearest to ``flag``; empty without one."""
-    flags = sorted(set(re.findall(r"--?[a-z][a-z-]*", command.format_help())))
-    return nearest([flag.partition("=")[0]], flags)
+    flags: set[str] = set()
+    for line in command.format_help().splitlines():
+        if line.startswith("  -"):  # the help of an option begins two spaces or a line further on
+            flags.update(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line.strip().partition("  ")[0]))
+    return nearest([flag.partition("=")[0]], sorted(flags))
 
 
 def _add_run(commands: Any) -> None:
@@ -505,9 +508,13 @@ def _count(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def _memory(text: str) -> str:

@@ -265,7 +265,7 @@ class Processor:
             f"reads {shard.slices[0].uri}",
             **known,
             bytes=shard.num_bytes,
-            oom_retries=oom_retries,
+            halvings=oom_retries,  # the field's name in logs
         )
         began = time.monotonic()
         try:

@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.local import LocalFileSystem, make_path_posix
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
@@ -116,9 +116,8 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def path_in(uri: str) -> str:
     """Path of ``uri`` in its filesystem."""
-    if "://" in uri:
-        return str(fsspec.core.strip_protocol(uri))
-    return make_path_posix(uri).rstrip("/") or "/"
+    # "data:" is a protocol without slashes to fsspec; here it begins the name of a local file.
+    return str(fsspec.core.strip_protocol(f"./{uri}" if uri.startswith("data:") else uri))
 
 
 def join(uri: str, *parts: str) -> str:

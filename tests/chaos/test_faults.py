@@ -446,7 +446,8 @@ def test_a_clock_that_jumps_back_and_forth(ground: Ground, monkeypatch: pytest.M
         def now(cls, tz: tzinfo | None = None) -> Self:
             return super().now(tz) + cls.jump
 
-    monkeypatch.setattr(manifest, "datetime", Clock)
+    for module in (manifest, shard_files):
+        monkeypatch.setattr(module, "datetime", Clock)
     monkeypatch.setattr(time, "time", lambda: now() + Clock.jump.total_seconds())
     monkeypatch.setattr(time, "time_ns", lambda: int((now() + Clock.jump.total_seconds()) * 1e9))
     names = []

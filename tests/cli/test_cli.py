@@ -486,3 +486,30 @@ def test_what_reads_a_run_loads_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["gc", "x", "--jsn"], "did you mean --json?"),
+        (["gc", "x", "--store"], ""),  # the help mentions the flag, and gc does not have it
+        (["claims", "x", "--signals"], ""),
+        (["audit", "x", "--policy", "y", "--config"], ""),
+        (["demo", "--demo"], ""),
+    ],
+)
+def test_only_flags_of_the_command_are_suggested(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    said = capsys.readouterr().err
+    suggested = re.findall(r"did you mean (-[\w-]*)", said)
+    assert hint in said
+    assert words[-1] not in suggested
+
+
+def test_an_installed_script_finds_its_entry_point() -> None:
+    from afn_ray.cli import command, main
+
+    assert (command, main) == (cli.command, cli.main)

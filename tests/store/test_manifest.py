@@ -813,7 +813,7 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
         Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5)
     )
     config = RunConfig(corpus=("/c",), model="-", store=str(tmp_path))
-    monkeypatch.setattr(checksums, "AHEAD", 4)
+    monkeypatch.setattr(manifest, "AHEAD", 4)
     run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS).run
     table = pq.read_table(f"{run.uri}/plan.parquet")
     header = json.loads(table.schema.metadata[b"afn"])

@@ -644,3 +644,24 @@ def test_any_part_of_a_file_is_checked_by_its_blocks(tmp_path: Path, num_bytes: 
             blocks.Blocks.of(num_bytes, no_sums)
     with pytest.raises(ValueError, match="bytes is"):
         blocks.Blocks.of(-1, checksums)
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("file:/mnt/x", "/mnt/x"),
+        ("local:/mnt/x", "/mnt/x"),
+        ("file:///mnt/x", "/mnt/x"),
+        ("/mnt/data:x", "/mnt/data:x"),
+        ("/mnt/x/", "/mnt/x"),
+    ],
+)
+def test_a_local_path_is_the_same_however_it_is_written(uri: str, path: str) -> None:
+    assert storage.path_in(uri) == path
+
+
+def test_a_local_name_that_looks_like_a_data_url_is_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Path(storage.path_in("data:x")) == tmp_path / "data:x"
