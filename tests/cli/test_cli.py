@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from afn_ray.cli import progress, terminal
+from afn_ray.cli import commands, progress, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 from afn_ray.runs import precheck
 from afn_ray.runs.progress import Progress
@@ -502,7 +503,7 @@ def test_only_flags_of_the_command_are_suggested(
     words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        cli.main(words)
+        commands.main(words)
     said = capsys.readouterr().err
     suggested = re.findall(r"did you mean (-[\w-]*)", said)
     assert hint in said
@@ -512,4 +513,4 @@ def test_only_flags_of_the_command_are_suggested(
 def test_an_installed_script_finds_its_entry_point() -> None:
     from afn_ray.cli import command, main
 
-    assert (command, main) == (cli.command, cli.main)
+    assert (command, main) == (commands.command, commands.main)
