@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError, QueryError
+from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import compare, losses
 from afn_ray.schema import FEATURES
@@ -90,8 +90,11 @@ def render(
     Reads the tokens once, and more often ``with_claims``. Raises ``StoreError`` for a damaged run.
     """
     jinja2, vl_convert = check_packages()
-    with checksums.named_damage(run.uri):
-        return _render(jinja2, vl_convert, run, comparison, with_claims)
+    try:
+        with checksums.named_damage(run.uri):
+            return _render(jinja2, vl_convert, run, comparison, with_claims)
+    except jinja2.UndefinedError as error:  # the template reads run.json too
+        raise StoreError(f"{run.uri} is damaged: {error}{checksums.ASK_VERIFY}") from error
 
 
 def _render(

@@ -443,9 +443,9 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
                 raise StoreError(
                     f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}"
                 )
-    except (KeyError, TypeError, ValueError) as error:
+        suffix = _suffix(fingerprint(header["measure"]), shards, config, header.get("frozen"))
+    except DAMAGES as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
-    suffix = _suffix(fingerprint(header["measure"]), shards, config, header.get("frozen"))
     if not run.id.endswith(f"-{suffix}"):
         raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
     return shards, header
@@ -487,7 +487,7 @@ _INFO_IS: dict[str, Callable[[Any], bool]] = {
         isinstance(x.get("model", ""), str) and all(isinstance(c, str) for c in x.get("corpus", []))
     ),
     "model": lambda x: isinstance(x.get("name", ""), str),
-    "measure": lambda x: isinstance(x.get("id", ""), str),
+    "measure": lambda x: isinstance(x.get("id", ""), str) and isinstance(x.get("model", {}), dict),
     "created_at": _is_time,
     "finished_at": _is_time,
     "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,

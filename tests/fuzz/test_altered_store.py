@@ -23,7 +23,7 @@ from rich.console import Console
 import afn_ray
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError
+from afn_ray.errors import AfnError, StoreError
 from afn_ray.query.database import open_run
 from afn_ray.reduce import compare
 from afn_ray.runs import status
@@ -298,3 +298,31 @@ def test_what_was_altered_and_sealed_again_is_a_finding_a_refusal_or_an_answer(
     assert not crashes, "\n".join(crashes)
     assert ends["verify answers"] > 0 and ends["show answers"] > 0
     assert not verify.verify_store(str(made)).findings
+
+
+@pytest.mark.parametrize("header", ["x", 1.5, True, [], None], ids=repr)
+def test_a_plan_whose_header_is_no_object_is_a_finding(
+    made: Path, tmp_path: Path, header: Any
+) -> None:
+    """The long run found it: four stores of a thousand."""
+    store = shutil.copytree(made, tmp_path / "store")
+    run = max((store / "runs").iterdir())
+    table = pq.read_table(run / "plan.parquet")
+    data = parquet_of(table.replace_schema_metadata({"afn": json.dumps(header)}))
+    rewrite(str(run / "plan.parquet"), data)
+    edit_sealed(
+        str(run / "run.json"), lambda i: i["tables"].update(plan=listed("plan.parquet", data))
+    )
+    assert any(
+        "plan.parquet" in finding.uri for finding in verify.verify_store(str(store)).findings
+    )
+    with pytest.raises(StoreError, match=r"plan\.parquet is damaged"):
+        garbage.collect_garbage(str(store), keep=1, min_age_h=0)
+
+
+def test_a_measure_whose_model_is_no_object_is_refused_by_name(made: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(made, tmp_path / "store")
+    run = max((store / "runs").iterdir())
+    edit_sealed(str(run / "run.json"), lambda body: body["measure"].update(model="x"))
+    with pytest.raises(StoreError, match=r"run\.json is damaged: measure"):
+        manifest.find_run(str(store))
