@@ -296,7 +296,7 @@ def _audit(args: argparse.Namespace) -> int:
     from afn_ray.show import report
     from afn_ray.store import manifest, storage
 
-    connection.lost_exit_code = AUDIT_FAILED
+    connection.exit_when_lost_with(AUDIT_FAILED)
     policy = audit.read_policy(args.policy)
     out = storage.absolute(args.out)  # fails now, not after the run
     url = (

@@ -25,8 +25,6 @@ from afn_ray.text import count
 
 PROBE_S = 60.0
 """Longest wait for a cluster to run the one-CPU task of ``probe``, in seconds."""
-lost_exit_code = Interrupted.exit_code
-"""Exit code of a process whose Ray has lost its head; a command with other codes sets its own."""
 GCS_LOST_S = 20.0
 """Time without an answer after which Ray's head counts as lost, in seconds.
 
@@ -136,7 +134,16 @@ def _watch_gcs(over: threading.Event) -> None:
                     error,
                 )
                 sys.stderr.flush()
-                os._exit(lost_exit_code)
+                os._exit(_lost_exit_code)
+
+
+_lost_exit_code = Interrupted.exit_code
+
+
+def exit_when_lost_with(code: int) -> None:
+    """Set the exit code of this process for a Ray that has lost its head; by default 75."""
+    global _lost_exit_code
+    _lost_exit_code = code
 
 
 def _local_cpus(config: RunConfig) -> int:
