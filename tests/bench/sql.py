@@ -47,7 +47,7 @@ NUM_TYPES = 30_522
 """Size of BERT's vocabulary, in types."""
 LAYER = 8
 SERIES = Series("strength", LAYER)
-MEASURE = {"model": "generated"}
+MEASURE = {"model": {"name": "generated"}}
 SHARD_TOKENS = 2_000_000
 """Largest size of a shard, in tokens."""
 DOCUMENT_TOKENS = 200
