@@ -1,4 +1,4 @@
-"""What a package that brings its own signals imports; the entry-point group has the same name."""
+"""Public names for packages with signals of their own; the entry-point group has this name."""
 
 from afn_ray.model.signals import (
     BUILT_IN,

@@ -209,7 +209,7 @@ def _notes(
 ) -> Iterator[str]:
     """Facts that a reader of the verdict needs."""
     if (labels_of := run.info["config"].get("thresholds")) is not None:
-        yield f"HIGH goes by the thresholds of {labels_of}."
+        yield f"HIGH is decided by the thresholds of {labels_of}."
     if comparison is None:
         if next(_comparable(run), None) is None:
             yield (

@@ -59,7 +59,7 @@ class _Call(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What ran in one block during the search for places."""
+    """Record of one block's calls during the search for places."""
 
     calls: list[_Call]
     norm: str  # LayerNorm that makes the block's output; empty if none does
@@ -160,7 +160,7 @@ def _choose_attention(model: Model, probes: Sequence[Probe]) -> None:
             and not model.windowed
         ):
             raise attention.UnsupportedAttention(
-                "its attention is not told of the sliding window in its config"
+                "its attention does not get the sliding window of its config"
             )
         return
     except (*REFUSALS, ModelError) as error:

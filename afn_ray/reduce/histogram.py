@@ -224,7 +224,7 @@ class TypeTags:
         return cls(pa.table({"token_id": table["token_id"], "tag": table["tag"], "n": n}))
 
     def to_table(self) -> pa.Table:
-        """As rows of ``TAGGED_SUMMARY_SCHEMA``; the inverse of ``from_table``.
+        """Rows of ``TAGGED_SUMMARY_SCHEMA`` for this summary; the inverse of ``from_table``.
 
         Beside the type and the tag, only ``counts`` has a meaning; the other numbers are 0.
         """
@@ -312,7 +312,7 @@ class SeriesSummary:
         )
 
     def to_table(self, series: Series) -> pa.Table:
-        """As rows of ``SUMMARY_SCHEMA``; the inverse of ``from_table``.
+        """Rows of ``SUMMARY_SCHEMA`` for this summary; the inverse of ``from_table``.
 
         There is one row for each type; special types come last.
         """

@@ -119,7 +119,7 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What every shard of a run recorded."""
+    """Series, neurons and tags that every shard of a run recorded."""
 
     series: Sequence[Series]  # in the order of the summaries, strength first
     neuron_layers: Sequence[int] = ()  # layers with recorded neurons

@@ -315,7 +315,7 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """What a run accepts before it stops."""
+    """Limits of failure that a run accepts before it stops."""
 
     wait_s: float  # longest wait without any ready worker, in seconds
     deadline_s: float | None = None  # of each shard, in seconds; None: from the speed so far

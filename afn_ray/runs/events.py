@@ -62,7 +62,7 @@ class Working:
     """The dispatcher has polled its workers."""
 
     name: ClassVar[str] = "progress"
-    message: ClassVar[str] = ""  # whoever shows ``state`` chooses the words
+    message: ClassVar[str] = ""  # the caller that shows ``state`` chooses the words
     state: State
 
 
@@ -114,6 +114,6 @@ Event = (
     | Warned
     | Complete
 )
-"""What a run reports to its caller."""
+"""Any event that a run reports to its caller."""
 OnEvent = Callable[[Event], None]
 """Callback for the events of a run."""

@@ -1,4 +1,4 @@
-"""What a worker must know to process the shards of a run."""
+"""Task of a worker: all that it needs to process the shards of a run."""
 
 from __future__ import annotations
 

@@ -253,7 +253,10 @@ def _ray(address: str | None) -> Check:
             is_open = exposed and access.is_open(address)
         except ConfigError as error:
             return Check(
-                "Ray", False, str(error), "ask whoever runs the cluster how its nodes are started"
+                "Ray",
+                False,
+                str(error),
+                "ask the administrator of the cluster how its nodes are started",
             )
         if is_open:
             return Check(

@@ -413,7 +413,7 @@ def render_thresholds(summary: Summary, console: Console) -> None:
             for r in [f.labels["tokens"]]
         )
         console.print(
-            "HIGH goes by the frozen thresholds, of "
+            "HIGH is decided by the frozen thresholds, of "
             f"{printable(str(summary.info['config']['thresholds']))}; "
             f"tokens that are HIGH by them: {shares}",
             markup=False,

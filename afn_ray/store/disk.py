@@ -98,7 +98,7 @@ def _check_content(target: Path) -> None:
     if not wait_for_content(target, CLAIM_S):
         raise UnfinishedClaim(
             errno.EEXIST,
-            f"it is empty, and nobody has filled it for {CLAIM_S:g} s: its writer ended as it "
+            f"it is empty, and its content has not appeared for {CLAIM_S:g} s: its writer ended as it "
             "began; delete that file "
             "and run the same command again",
             str(target),
