@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -144,8 +145,8 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_bounds_come_from_the_package_s_own_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    bounds = {r.name: str(r.specifier) for r in doctor._requirements()}
-    assert bounds["torch"].startswith(">=") and bounds["duckdb"].startswith(">=")
+    bounds = {r.name: {s.operator for s in r.specifier} for r in doctor._requirements()}
+    assert bounds["torch"] == {">=", "<"} and ">=" in bounds["duckdb"]
     assert "pytest" not in bounds and "gguf" not in bounds  # extras
     monkeypatch.setattr(doctor, "PACKAGE", "no-such-package")
     assert doctor._requirements() == [] and doctor._python().ok is None
@@ -163,7 +164,7 @@ def test_a_broken_installation_is_a_row_and_no_traceback(
     monkeypatch.setitem(sys.modules, "torch", None)
     torch = by_name(check(None, None, None))["torch"]
     assert torch.ok is False and "import of torch halted" in torch.found
-    assert "pip install --force-reinstall 'torch>=" in torch.advice
+    assert re.search("pip install --force-reinstall 'torch[^']*>=", torch.advice)
 
 
 @pytest.mark.parametrize(("free", "ok"), [(1 << 20, False), (1 << 30, None), (1 << 40, True)])
