@@ -19,7 +19,8 @@ from afn_ray.errors import (
 )
 
 if TYPE_CHECKING:
-    from afn_ray.analysis.audit import Audit, Policy, read_policy, run_audit
+    from afn_ray.analysis.audit import Audit, run_audit
+    from afn_ray.analysis.policy import Policy, read_policy
     from afn_ray.analysis.verify import Finding, Verification, verify_store
     from afn_ray.query.database import Run, open_run, write_catalog
     from afn_ray.reduce.compare import Comparison
@@ -72,7 +73,7 @@ _LAZY = {
     "Estimate": "runs.estimate",
     "Finding": "analysis.verify",
     "Garbage": "store.garbage",
-    "Policy": "analysis.audit",
+    "Policy": "analysis.policy",
     "Run": "query.database",
     "Verification": "analysis.verify",
     "collect_garbage": "store.garbage",
@@ -80,7 +81,7 @@ _LAZY = {
     "config_from": "store.settings",
     "dry_run": "runs.estimate",
     "open_run": "query.database",
-    "read_policy": "analysis.audit",
+    "read_policy": "analysis.policy",
     "run": "runs.job",
     "run_audit": "analysis.audit",
     "verify_store": "analysis.verify",

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afn_ray.analysis.audit import read_policy
+from afn_ray.analysis.policy import read_policy
 from afn_ray.config import CHOICES, HINTS, MOST_QUARANTINED, RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
 from afn_ray.store.settings import MOST_BYTES, config_from

@@ -28,6 +28,7 @@ import pytest
 import yaml
 
 from afn_ray.analysis import audit
+from afn_ray.analysis.policy import read_policy
 from afn_ray.cli import grammar
 from afn_ray.config import RunConfig
 from afn_ray.runs.cluster import connection
@@ -633,7 +634,7 @@ def test_what_is_run_exists_and_takes_its_arguments(
 
 
 def test_the_policy_can_be_read() -> None:
-    audit.read_policy(KUBERNETES / "values" / "policy.toml")
+    read_policy(KUBERNETES / "values" / "policy.toml")
 
 
 def test_values_are_in_one_place(
@@ -1084,9 +1085,7 @@ def test_a_run_needs_the_rights_that_the_template_gives(
 
     monkeypatch.setattr(S3FileSystem, "_call_s3", recorded)
     config = make_config(corpus=(corpus,), store=store, executor="inline")
-    night = audit.run_audit(
-        config, audit.read_policy(KUBERNETES / "values" / "policy.toml"), frozen=True
-    )
+    night = audit.run_audit(config, read_policy(KUBERNETES / "values" / "policy.toml"), frozen=True)
     assert audit.write_json(night, f"{object_store}/audits") == f"{object_store}/audits/audit.json"
     bucket = object_store.removeprefix("s3://")
     policy = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]

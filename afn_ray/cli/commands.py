@@ -291,19 +291,20 @@ def _audit(args: argparse.Namespace) -> int:
     if args.frozen:
         precheck.check_frozen(config)
     precheck.check_run(config)
-    from afn_ray.analysis import audit
+    from afn_ray.analysis import audit, notify
+    from afn_ray.analysis.policy import read_policy
     from afn_ray.runs.cluster import connection
     from afn_ray.show import report
     from afn_ray.store import manifest, storage
 
     connection.exit_when_lost_with(AUDIT_FAILED)
-    policy = audit.read_policy(args.policy)
+    policy = read_policy(args.policy)
     out = storage.absolute(args.out)  # fails now, not after the run
     url = (
         args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
     )  # a Secret made from a file ends with its newline
-    webhook = audit.check_webhook(url, args.allow_http) if url else None
-    command = audit.parse_command(args.on_broken) if args.on_broken is not None else None
+    webhook = notify.check_webhook(url, args.allow_http) if url else None
+    command = notify.parse_command(args.on_broken) if args.on_broken is not None else None
     if not args.no_report:
         report.check_packages()  # fails now, not after the run
     errors = Console(stderr=True, highlight=False)
@@ -320,8 +321,8 @@ def _audit(args: argparse.Namespace) -> int:
     failures = []
     if not found.passed:
         failures = [
-            audit.post(webhook, audit.to_bytes(found)) if webhook else None,
-            audit.call_command(command, written) if command else None,
+            notify.post(webhook, audit.to_bytes(found)) if webhook else None,
+            notify.call_command(command, written) if command else None,
         ]
     if not args.no_report:
         try:

@@ -25,8 +25,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import afn_ray
-from afn_ray.analysis import audit, verify
-from afn_ray.analysis.audit import Policy, Rule
+from afn_ray.analysis import audit, baselines, notify, verdict, verify
+from afn_ray.analysis.policy import (
+    DRIFT_LIMITS,
+    OPTIONS,
+    RUN_LIMITS,
+    SOURCE_LIMITS,
+    Policy,
+    read_policy,
+)
+from afn_ray.analysis.verdict import Rule
 from afn_ray.cli import commands
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.reduce import compare
@@ -53,7 +61,7 @@ def names(folder: Path) -> list[str]:
 
 def policy_of(folder: Path, text: str) -> Policy:
     (folder / "policy.toml").write_text(text)
-    return audit.read_policy(folder / "policy.toml")
+    return read_policy(folder / "policy.toml")
 
 
 def test_limits_are_numbers_and_shares_may_be_given_in_percent(tmp_path: Path) -> None:
@@ -73,7 +81,7 @@ def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean
     with pytest.raises(ConfigError) as caught:
         policy_of(tmp_path, "psi = 0.1\nspi = 0.1\n")
     assert "no such key: spi; there are:" in str(caught.value)
-    for key, meaning in {**audit.RUN_LIMITS, **audit.DRIFT_LIMITS, **audit.OPTIONS}.items():
+    for key, meaning in {**RUN_LIMITS, **DRIFT_LIMITS, **OPTIONS}.items():
         assert f"\n  {key}: {meaning}" in str(caught.value)
     with pytest.raises(
         ConfigError, match=r"no such \[source\] key: max_new_types; there are:\n  psi: "
@@ -114,7 +122,7 @@ def test_what_is_no_policy_is_refused(text: str, message: str, tmp_path: Path) -
 
 def test_a_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        audit.read_policy(tmp_path / "none.toml")
+        read_policy(tmp_path / "none.toml")
 
 
 # --- judging
@@ -267,15 +275,15 @@ def one_rule(
     policy = Policy(
         {} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000
     )
-    (rule,) = audit.judge(policy, run or run_of(), comparison, lost, SOURCES)
+    (rule,) = verdict.judge(policy, run or run_of(), comparison, lost, SOURCES)
     return rule
 
 
 def test_every_key_is_judged() -> None:
     known = {
-        *audit.RUN_LIMITS,
-        *audit.DRIFT_LIMITS,
-        *(f"source.{key}" for key in audit.SOURCE_LIMITS),
+        *RUN_LIMITS,
+        *DRIFT_LIMITS,
+        *(f"source.{key}" for key in SOURCE_LIMITS),
     }
     assert set(VALUES) == known
 
@@ -288,28 +296,26 @@ def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
     assert rule.value == pytest.approx(value)
     beyond = value + 0.001 if "min_" in key else value - 0.001
     assert one_rule(key, beyond).passed is False
-    known = (
-        audit.SOURCE_LIMITS if key.startswith("source.") else audit.RUN_LIMITS | audit.DRIFT_LIMITS
-    )
+    known = SOURCE_LIMITS if key.startswith("source.") else RUN_LIMITS | DRIFT_LIMITS
     assert rule.meaning == known[key.removeprefix("source.")]
 
 
 @pytest.mark.parametrize("key", VALUES)
 def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
     rule = one_rule(key, 0, None)
-    if key in audit.RUN_LIMITS:
+    if key in RUN_LIMITS:
         assert rule.passed is False
     else:
         assert rule.passed is None and rule.value is None
 
 
 def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
-    (rule,) = audit.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED, LOST, SOURCES)
+    (rule,) = verdict.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED, LOST, SOURCES)
     assert rule.value == 0.9 and rule.passed is False
     with pytest.raises(
         ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"
     ):
-        list(audit.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None, LOST, SOURCES))
+        list(verdict.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None, LOST, SOURCES))
 
 
 def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -> None:
@@ -333,29 +339,27 @@ def test_the_share_of_replaced_characters_is_at_most_all_of_them() -> None:
     assert one_rule("replaced_share", 0.5, lost=replace(LOST, replaced=10**9)).value == 1.0
 
 
-def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those() -> (
+    None
+):
     policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
-    gone, ratio = audit.judge(policy, run_of(), COMPARED, LOST, SOURCES)
+    gone, ratio = verdict.judge(policy, run_of(), COMPARED, LOST, SOURCES)
     assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
     for there in (
         "gone too",
         "gone too/or a file of the folder",
     ):  # the run read it, and found nothing
-        _, ratio = audit.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
+        _, ratio = verdict.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
         assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
-    monkeypatch.setattr(audit, "_sources_of", lambda run: frozenset(SOURCES))
-    (note,) = (
-        n for n in audit._notes(policy, run_of(), COMPARED, "week") if "of the baseline" in n
-    )
+    notes = verdict.unjudged_sources(policy, run_of(), COMPARED, SOURCES)
+    (note,) = (n for n in notes if "of the baseline" in n)
     assert (
         "judged nothing of 2 sources of the baseline without a token in this run: gone (1 token), "
         "gone too (" in note
     )
     assert "max_vanished_sources limits them" in note
     small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
-    (ratio,) = audit.judge(small, run_of(), COMPARED, LOST, SOURCES)
+    (ratio,) = verdict.judge(small, run_of(), COMPARED, LOST, SOURCES)
     assert ratio.passed is None
 
 
@@ -411,23 +415,25 @@ def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week
 ) -> None:
     tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
     run = complete(tmp_path, tonight)
-    assert audit.BASELINES["previous"](run) is audit.BASELINES["week"](run) is None
+    assert baselines.BASELINES["previous"](run) is baselines.BASELINES["week"](run) is None
     complete(tmp_path, tonight + timedelta(hours=1))
     complete(tmp_path, tonight - timedelta(days=1), "other")
     complete(tmp_path, tonight - timedelta(days=2), done=False)
     three = complete(tmp_path, tonight - timedelta(days=3))
-    assert audit.BASELINES["previous"](run) == three and audit.BASELINES["week"](run) is None
+    assert (
+        baselines.BASELINES["previous"](run) == three and baselines.BASELINES["week"](run) is None
+    )
     complete(tmp_path, tonight - timedelta(days=6, hours=11))
     week = complete(tmp_path, tonight - timedelta(days=6, hours=12))
     complete(tmp_path, tonight - timedelta(days=9))
-    assert audit.BASELINES["week"](run) == week
+    assert baselines.BASELINES["week"](run) == week
     manifest.mark_audited(
         week
     )  # that of the newer ones was killed: nobody has heard of their steps
-    assert audit.BASELINES["previous"](run) == week
+    assert baselines.BASELINES["previous"](run) == week
     manifest.mark_audited(three)
     manifest.mark_audited(three)
-    assert audit.BASELINES["previous"](run) == three
+    assert baselines.BASELINES["previous"](run) == three
 
 
 # --- whole nights
@@ -755,7 +761,7 @@ def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path:
     for hours in (0, 1):
         manifest.mark_audited(complete(tmp_path, tonight + timedelta(hours=hours), ask="2" * 12))
     run = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
-    assert audit.BASELINES["previous"](run) == old
+    assert baselines.BASELINES["previous"](run) == old
 
 
 def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: Path) -> None:
@@ -767,7 +773,7 @@ def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: P
     manifest.mark_audited(complete(tmp_path, tonight, ask="2" * 12))
     complete(tmp_path, tonight + timedelta(hours=1), corpus=["elsewhere"], ask="3" * 12)
     again = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
-    assert audit.BASELINES["previous"](again) == old
+    assert baselines.BASELINES["previous"](again) == old
     for hours, of in (
         (5, "these"),
         (6, "others"),
@@ -775,7 +781,7 @@ def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: P
     ):  # the last two differ in what they were asked for
         run = complete(tmp_path, tonight + timedelta(hours=hours), ask=f"{hours}" * 12, shards=of)
         manifest.mark_audited(run)
-    assert audit.BASELINES["previous"](run) == complete_before(run, 2)
+    assert baselines.BASELINES["previous"](run) == complete_before(run, 2)
 
 
 def complete_before(run: RunFolder, n: int) -> RunFolder:
@@ -808,7 +814,7 @@ def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights) -
 def test_another_corpus_in_the_store_is_no_baseline(tmp_path: Path) -> None:
     tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
     complete(tmp_path, tonight - timedelta(days=1), corpus=["elsewhere"], ask="1" * 12)
-    assert audit.BASELINES["previous"](complete(tmp_path, tonight)) is None
+    assert baselines.BASELINES["previous"](complete(tmp_path, tonight)) is None
 
 
 def test_a_report_that_fails_costs_no_verdict(
@@ -840,11 +846,11 @@ STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "a shard": lambda patch: stop_after(patch, 1),
     "reducing": lambda patch: patch.setattr(job, "reduce_run", interrupted),
     "the run's end": lambda patch: patch.setattr(manifest, "finish_run", interrupted),
-    "the baseline": lambda patch: patch.setitem(audit.BASELINES, "previous", interrupted),
+    "the baseline": lambda patch: patch.setitem(baselines.BASELINES, "previous", interrupted),
     "comparing": lambda patch: patch.setattr(compare, "compare", interrupted),
-    "judging": lambda patch: patch.setattr(audit, "judge", interrupted),
+    "judging": lambda patch: patch.setattr(verdict, "judge", interrupted),
     "writing": lambda patch: patch.setattr(Path, "replace", interrupted),
-    "telling": lambda patch: patch.setattr(audit, "call_command", interrupted),
+    "telling": lambda patch: patch.setattr(notify, "call_command", interrupted),
     "the mark": lambda patch: patch.setattr(manifest, "mark_audited", interrupted),
     "the report": lambda patch: patch.setattr(report, "render", interrupted),
 }
@@ -1066,13 +1072,13 @@ def test_a_webhook_is_tried_again_where_that_may_help(
     hook: Hook, statuses: list[int], tries: int, said: str | None
 ) -> None:
     hook.statuses = list(statuses)
-    why = audit.post(audit.check_webhook(hook.url, False), b"{}", pause_s=0.001)
+    why = notify.post(notify.check_webhook(hook.url, False), b"{}", pause_s=0.001)
     assert hook.got == [b"{}"] * tries
     assert why is None if said is None else why is not None and said in why and "secret" not in why
 
 
 def test_a_webhook_that_nobody_answers_is_told_of() -> None:
-    why = audit.post("http://127.0.0.1:1/secret", b"{}", pause_s=0.001)
+    why = notify.post("http://127.0.0.1:1/secret", b"{}", pause_s=0.001)
     assert why is not None and "127.0.0.1 did not take the verdict" in why and "secret" not in why
 
 
@@ -1080,8 +1086,8 @@ def test_a_webhook_that_nobody_answers_is_told_of() -> None:
     "url", ["http://localhost:9/x", "http://[::1]/x", "http://127.1.2.3/x", "https://example.org/x"]
 )
 def test_webhooks_that_may_be_called(url: str) -> None:
-    assert audit.check_webhook(url, False) == url
-    assert audit.check_webhook("http://example.org/x", True)
+    assert notify.check_webhook(url, False) == url
+    assert notify.check_webhook("http://example.org/x", True)
 
 
 @pytest.mark.parametrize(
@@ -1089,7 +1095,7 @@ def test_webhooks_that_may_be_called(url: str) -> None:
 )
 def test_webhooks_that_are_no_addresses(url: str) -> None:
     with pytest.raises(ConfigError, match="webhook"):
-        audit.check_webhook(url, True)
+        notify.check_webhook(url, True)
 
 
 def test_a_broken_policy_is_told_and_stays_broken_where_nobody_listens(

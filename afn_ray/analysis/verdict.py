@@ -1,0 +1,231 @@
+"""Judge one run and its comparison with a baseline by a policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.analysis.policy import (
+    DISTANCE_LIMITS,
+    DRIFT_LIMITS,
+    RUN_LIMITS,
+    SOURCE_LIMITS,
+    Policy,
+)
+from afn_ray.errors import ConfigError
+from afn_ray.reduce import compare, losses
+from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.losses import Losses
+from afn_ray.store.manifest import RunFolder
+from afn_ray.text import count
+
+SHOWN_SOURCES = 5
+"""Largest number of sources that a note names."""
+OF_SOURCES = ("max_new_sources", "max_vanished_sources")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One limit and the value compared with it."""
+
+    key: str  # name in the policy; source.psi for psi in [source]
+    limit: float
+    value: float | None  # None: infinite, or unknown because nothing could be compared
+    passed: bool | None  # None: not judged
+    where: str | None  # source, class, files or layer that the value belongs to
+    meaning: str
+
+
+def judge(
+    policy: Policy,
+    run: RunFolder,
+    comparison: Comparison | None,
+    lost: Losses,
+    sources: Collection[str],
+) -> Iterator[Rule]:
+    """Compare ``run`` and ``comparison`` with each limit of ``policy``, in the policy's order.
+
+    ``lost`` is what the run lost. ``sources`` are the sources that it read, with tokens or
+    without. Rules that need a comparison are not judged without one, nor rules on sources where the
+    baseline has no table of sources. Raises ``ConfigError`` for limits that this run's layers or
+    tables can never be compared with.
+    """
+    layer = _judged_layer(policy, run, comparison)
+    if (
+        policy.source_limits or policy.limits.keys() & set(OF_SOURCES)
+    ) and "sources" not in run.info["tables"]:
+        raise ConfigError(
+            f"the policy limits sources, but run {run.uri} has no table of them: run it with its "
+            "screening (--screen)"
+        )
+    alone = dict(_of_run(run, lost))
+    moved = {} if comparison is None else dict(_of_comparison(comparison, layer))
+    for key, limit in policy.limits.items():
+        value, where = alone[key] if key in alone else moved.get(key, (None, None))
+        yield _rule(key, limit, value, where, (RUN_LIMITS | DRIFT_LIMITS)[key])
+    for key, limit in policy.source_limits.items():
+        value, where = None, None
+        if comparison is not None and key == "min_tokens_ratio":
+            rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
+            value, where = min(
+                ((row["n_b"] / row["n_a"], row["source"]) for row in rows), default=(None, None)
+            )
+        elif comparison is not None:
+            rows = _judged_sources(comparison, layer, policy.min_tokens)
+            value, where = max(
+                ((_distance(row, key), row["source"]) for row in rows), default=(None, None)
+            )
+        yield _rule(f"source.{key}", limit, value, where, SOURCE_LIMITS[key])
+
+
+def unjudged_sources(
+    policy: Policy, run: RunFolder, comparison: Comparison, sources: Collection[str]
+) -> Iterator[str]:
+    """Notes on the sources that no limit in ``[source]`` was compared with; ``sources`` as above."""
+    layer = _judged_layer(policy, run, comparison)
+    rows = _judged_sources(comparison, layer, policy.min_tokens)
+    if "min_tokens_ratio" in policy.source_limits:
+        rows += _shrinkable(comparison, layer, policy.min_tokens, sources)
+    judged = {row["source"] for row in rows} | {None}
+    unjudged = [r for r in _at(comparison.drift, layer).to_pylist() if r["source"] not in judged]
+    in_run = [row for row in unjudged if row["n_b"]]
+    new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in in_run if not r["n_a"]]
+    gone = [f"{r['source']} ({count(r['n_a'], 'token')})" for r in unjudged if not r["n_b"]]
+    if new:
+        yield (
+            f"[source] judged nothing of {count(len(new), 'new source')}, which have nothing to be "
+            f"held against: {_first(new)}; max_new_sources limits them."
+        )
+    if gone:
+        yield (
+            f"[source] judged nothing of {count(len(gone), 'source')} of the baseline without a "
+            f"token in this run: {_first(gone)}; max_vanished_sources limits them."
+        )
+    if small := len(in_run) - len(new):
+        yield (
+            f"[source] judged nothing of {count(small, 'source')} under min_tokens, "
+            f"{policy.min_tokens:,}."
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_SOURCES:,} more" if len(names) > SHOWN_SOURCES else ""
+    return f"{', '.join(names[:SHOWN_SOURCES])}{more}"
+
+
+def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
+    layers = (
+        run.info["layers"] if comparison is None else comparison.drift["layer"].unique().to_pylist()
+    )
+    if policy.layer is not None and policy.layer not in layers:
+        raise ConfigError(
+            f"the policy judges layer {policy.layer}, which was not recorded; there are {layers}"
+        )
+    return max(layers) if policy.layer is None else policy.layer
+
+
+def _rule(key: str, limit: float, value: float | None, where: str | None, meaning: str) -> Rule:
+    if value is None:
+        return Rule(key, limit, None, None, where, meaning)
+    passed = value >= limit if is_minimum(key) else value <= limit
+    return Rule(key, limit, value if math.isfinite(value) else None, passed, where, meaning)
+
+
+def is_minimum(key: str) -> bool:
+    return key.removeprefix("source.").startswith("min_")
+
+
+Measured = tuple[str, tuple[float | None, str | None]]
+
+
+def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
+    """Values of ``RUN_LIMITS``; losses come with the worst files."""
+    counts = run.info["counts"]
+    missing = len(run.info["quarantined"])
+    yield "quarantined_documents", (counts["quarantined"] / max(1, counts["documents"]), None)
+    yield "quarantined_shards", (missing / max(1, counts["shards"] + missing), None)
+    yield "empty_documents", (counts["empty"] / max(1, counts["documents"]), None)
+    files, replaced = losses.worst_files(lost) or None, losses.replaced_files(lost) or None
+    yield "lost_bytes", (lost.lost_bytes, files)
+    yield "lost_share", (lost.share, files)
+    unknown = None if files is None else f"{losses.said_documents(lost)}: {files}"
+    yield "lost_documents", (math.inf if lost.lost_unknown else lost.lost_documents, unknown)
+    yield "replaced_characters", (lost.replaced, replaced)
+    yield "replaced_share", (min(1.0, lost.replaced / max(1, counts["chars"])), replaced)
+
+
+def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
+    """Values of ``DRIFT_LIMITS`` at ``layer``; of sources only where both runs have their table."""
+    drift = _at(comparison.drift, layer).to_pylist()
+    whole = next(row for row in drift if row["source"] is None)
+    for key in DISTANCE_LIMITS if whole["n_a"] and whole["n_b"] else ():
+        yield key, (_distance(whole, key), None)
+    yield from (
+        ("min_tokens_ratio", (ratio := _ratio(whole["n_b"], whole["n_a"]), None)),
+        ("max_tokens_ratio", (ratio, None)),
+    )
+    classes = _at(comparison.classes, layer).to_pylist()
+    shares = [(abs(c["share_b"] - c["share_a"]), c["class"]) for c in classes]
+    highs = [
+        (abs(c["share_high_b"] - c["share_high_a"]), c["class"])
+        for c in classes
+        if c["n_a"] and c["n_b"]
+    ]
+    yield "class_share_shift", max(shares, default=(0.0, None))
+    yield "class_high_shift", max(highs, default=(0.0, None))
+    movers = _at(comparison.movers, layer)
+    yield "max_moved_types", (compare.num_moved(movers), None)
+    for status in ("new", "vanished"):
+        yield (
+            f"max_{status}_types",
+            (int(pc.sum(pc.equal(movers["status"], status)).as_py() or 0), None),
+        )
+    if sources := [row for row in drift if row["source"] is not None]:
+        yield "max_new_sources", (sum(not row["n_a"] for row in sources), None)
+        yield "max_vanished_sources", (sum(not row["n_b"] for row in sources), None)
+
+
+def _at(table: pa.Table, layer: int) -> pa.Table:
+    return table.filter(pc.equal(table["layer"], layer))
+
+
+def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list[dict[str, Any]]:
+    rows = _at(comparison.drift, layer).to_pylist()
+    return [
+        r for r in rows if r["source"] is not None and min(r["n_a"], r["n_b"]) >= max(1, min_tokens)
+    ]
+
+
+def _shrinkable(
+    comparison: Comparison, layer: int, min_tokens: int, sources: Collection[str]
+) -> list[dict[str, Any]]:
+    """Sources with ``min_tokens`` in the baseline that this run read, even without a token."""
+    there = [f"{name}/" for name in sources]
+    return [
+        row
+        for row in _at(comparison.drift, layer).to_pylist()
+        if row["source"] is not None
+        and row["n_a"] >= max(1, min_tokens)
+        and (row["n_b"] or any(name.startswith(f"{row['source']}/") for name in there))
+    ]
+
+
+def _distance(row: dict[str, Any], key: str) -> float:
+    """Value of a ``DISTANCE_LIMITS`` key in a ``DRIFT_SCHEMA`` row with tokens in both runs."""
+    if key == "share_high_shift":
+        return float(abs(row["share_high_b"] - row["share_high_a"]))
+    if key in row:
+        return float(row[key])
+    quartile = key.removesuffix("_shift")
+    return abs(_ratio(row[f"{quartile}_b"], row[f"{quartile}_a"]) - 1)
+
+
+def _ratio(a: float, b: float) -> float:
+    if b:
+        return a / b
+    return math.inf if a else 1.0
