@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit, run_audit
     from afn_ray.analysis.policy import Policy, read_policy
     from afn_ray.analysis.verify import Finding, Verification, verify_store
-    from afn_ray.query.database import Run, open_run, write_catalog
+    from afn_ray.query.catalog import write_catalog
+    from afn_ray.query.database import Run, open_run
     from afn_ray.reduce.compare import Comparison
     from afn_ray.reduce.compare import compare as compare_runs
     from afn_ray.runs.estimate import Estimate, dry_run
@@ -85,7 +86,7 @@ _LAZY = {
     "run": "runs.job",
     "run_audit": "analysis.audit",
     "verify_store": "analysis.verify",
-    "write_catalog": "query.database",
+    "write_catalog": "query.catalog",
     "write_report": "show.report",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afn_ray.query.views import is_high
+from afn_ray.query.expressions import is_high
 
 
 def thresholds_sql(layer: int) -> str:

@@ -342,7 +342,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _sql(args: argparse.Namespace) -> None:
-    from afn_ray.query import database, joined
+    from afn_ray.query import catalog, database, joined
     from afn_ray.show import shell
 
     if args.catalog:
@@ -350,7 +350,7 @@ def _sql(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--open writes {args.catalog} and asks nothing; leave out --open or the query"
             )
-        database.write_catalog(args.run, args.catalog, baseline=args.baseline)
+        catalog.write_catalog(args.run, args.catalog, baseline=args.baseline)
         name = printable(str(args.catalog))
         print(f"{name} is written; any DuckDB client opens it, as in: duckdb {_shell(name)}")
         return

@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from afn_ray import cgroup
-from afn_ray.config import SIGNAL
-from afn_ray.errors import ConfigError, QueryError, StoreError
+from afn_ray.errors import QueryError
 from afn_ray.query import sandbox, session
+from afn_ray.query.contents import AFN, shard_files, small_tables, view_statements
 from afn_ray.query.files import ReadOnlyFiles
+from afn_ray.query.protocol import Answer, Made, Setup, Steps
 from afn_ray.query.sandbox import Allowance
-from afn_ray.query.session import Answer, Made, Setup, Steps
-from afn_ray.query.views import DERIVED, VIEWS, File, NeuronFiles, statements
-from afn_ray.reduce.compare import compare
-from afn_ray.schema import (
-    CLASS_DRIFT_SCHEMA,
-    DRIFT_SCHEMA,
-    FILES_SCHEMA,
-    HISTOGRAM_SCHEMA,
-    MOVERS_SCHEMA,
-    NEURON_TYPES_SCHEMA,
-    NEURONS_SCHEMA,
-    SCREENED_SCHEMA,
-    SHARDS_SCHEMA,
-    SIGNAL_VOCABULARY_SCHEMA,
-    SIGNALS_SCHEMA,
-    SOURCES_SCHEMA,
-    THRESHOLDS_SCHEMA,
-    VOCABULARY_SCHEMA,
-    Series,
-)
-from afn_ray.store import checksums, disk, manifest, storage
+from afn_ray.query.views import VIEWS
+from afn_ray.store import checksums, manifest
 from afn_ray.text import printable
-
-FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
-RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
-"""Safe names of files below a store: the names come from the store and are inserted into SQL."""
 
 MAX_TIMEOUT_S = 1_000_000
 """Largest time limit of a query, in seconds."""
@@ -85,55 +58,6 @@ def open_run(
         threads=threads,
         timeout_s=timeout_s,
     )
-
-
-def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
-    """Write the views and macros of ``open_run`` into a DuckDB file for any DuckDB client.
-
-    The file ``path`` holds the run's small tables. It reads tokens and documents from the store at
-    its current place. After the store has moved, set ``SET VARIABLE afn_store =
-    '/its/new/place'``. A store that is not local needs DuckDB's httpfs extension. The file appears
-    complete or not at all. Raises ``ConfigError`` if ``path`` exists or cannot be written, and what
-    ``open_run`` raises.
-    """
-    if os.path.lexists(path):
-        raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
-    folder = manifest.find_run(uri)
-    with checksums.named_damage(folder.uri):
-        tables = _tables(folder, None if baseline is None else manifest.find_run(baseline))
-        files = _files(folder, tables["shards"])
-        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-        read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
-        made = _statements(folder, tables, files, "store() || ", read)
-    place = folder.store.rstrip("/").replace("'", "''")
-    try:
-        with disk.unfinished(path) as unfinished:
-            _write_catalog(unfinished, place, tables, made)
-            os.link(unfinished, path)  # appears complete, and replaces no file
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists and stays as it is; name another file, or remove it"
-        ) from error
-    except (duckdb.Error, OSError) as error:
-        raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
-
-
-def _write_catalog(
-    path: Path, place: str, tables: Mapping[str, pa.Table], made: Sequence[str]
-) -> None:
-    """Write the database to ``path``; ``place`` is the store, quoted for SQL."""
-    try:
-        # The file format of DuckDB 1.0: only the newest clients open the default format.
-        with duckdb.connect(path, config={"storage_compatibility_version": "v1.0.0"}) as connection:
-            connection.execute(
-                f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
-            )
-            session.fill(connection, tables, made)
-            for view in DERIVED:
-                hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
-                connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
-    finally:
-        path.with_name(f"{path.name}.wal").unlink(missing_ok=True)
 
 
 KEYS = itertools.count()
@@ -189,7 +113,7 @@ class Result:
         The time limit applies to the computation of each batch, not to the time between reads.
         """
         schema, batches = self._batches(batch_size)
-        if _is_lossless(schema):  # convert DuckDB's own types to the nearest Arrow types
+        if _has_duckdb_types(schema):  # convert DuckDB's own types to the nearest Arrow types
             schema = self._run._local(schema.empty_table()).to_arrow_table().schema
             batches = (
                 b
@@ -203,7 +127,9 @@ class Result:
     def to_arrow_table(self, batch_size: int = BATCH_ROWS) -> pa.Table:
         """All rows as one Arrow table."""
         table = self._all_rows(batch_size)
-        return self._run._local(table).to_arrow_table() if _is_lossless(table.schema) else table
+        return (
+            self._run._local(table).to_arrow_table() if _has_duckdb_types(table.schema) else table
+        )
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
         return self.to_arrow_reader().__arrow_c_stream__(requested_schema)
@@ -324,7 +250,7 @@ OF_ROWS = frozenset({
 """Methods of a relation that return rows; the others return a relation or a value."""
 
 
-def _is_lossless(schema: pa.Schema) -> bool:
+def _has_duckdb_types(schema: pa.Schema) -> bool:
     """Whether ``schema`` has a type of DuckDB's own, which Arrow has as an extension type."""
     return "extension<" in str(schema.types)
 
@@ -380,13 +306,13 @@ class Run:
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
         self._here: duckdb.DuckDBPyConnection | None = None
         with checksums.named_damage(folder.uri):
-            tables = _tables(folder, baseline)
-            files = _files(folder, tables["shards"])
+            tables = small_tables(folder, baseline)
+            files = shard_files(folder, tables["shards"])
             named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
             self._files = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
-            made = _statements(folder, tables, files, AFN, self._files)
+            made = view_statements(folder, tables, files, AFN, self._files)
         setup = Setup(
-            _settings(self._limits),
+            duckdb_settings(self._limits),
             tables,
             made,
             {name: size for name, (_, size) in named.items()},
@@ -572,200 +498,8 @@ def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _settings(limits: sandbox.Limits) -> dict[str, Any]:
+def duckdb_settings(limits: sandbox.Limits) -> dict[str, Any]:
     return session.CLOSED | {"memory_limit": f"{limits.memory_bytes}B", "threads": limits.threads}
 
 
 # --- a run's tables and files ---
-
-SMALL = {
-    "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
-    "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
-    "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
-}  # fmt: skip
-"""Schemas of a run's small tables, by the names of their views."""
-MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons")
-"""Tables that a run may not have, because it is older or did not record them; they are empty."""
-
-
-def _tables(folder: manifest.RunFolder, baseline: manifest.RunFolder | None) -> dict[str, pa.Table]:
-    """All small tables, by the names of their views."""
-    tables = {
-        name: schema.empty_table()
-        if name in MAY_LACK and name not in folder.info["tables"]
-        else _small_table(folder, name, schema)
-        for name, schema in SMALL.items()
-    }
-    # Histograms of many sources are too large for DuckDB.
-    tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])
-    tables["labels"] = _small_table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
-    tables["run"] = _run_row(folder)
-    found = None if baseline is None else compare(baseline, folder)
-    tables["movers"] = MOVERS_SCHEMA.empty_table() if found is None else found.movers
-    tables["drift"] = DRIFT_SCHEMA.empty_table() if found is None else found.drift
-    tables["class_drift"] = CLASS_DRIFT_SCHEMA.empty_table() if found is None else found.classes
-    tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
-    return tables
-
-
-def _statements(
-    folder: manifest.RunFolder,
-    tables: Mapping[str, pa.Table],
-    files: Mapping[str, Sequence[_File]],
-    before: str,
-    read: ReadOnlyFiles,
-) -> list[str]:
-    """SQL of the run's views and macros over its ``tables``.
-
-    ``before`` is the SQL that precedes a file's name. ``read`` opens files to find their columns.
-    Raises ``StoreError`` for a damaged run.
-    """
-    quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
-    layers = folder.info["layers"]
-    if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
-        raise StoreError(
-            f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of "
-            f"{list(quartiles)}"
-        )
-    others = [Series(r["signal"], r["layer"]) for r in tables["signals"].to_pylist()]
-    if wrong := [s.name for s in others if not SIGNAL.fullmatch(s.signal)]:
-        raise StoreError(f"{folder.uri}/signals.parquet is damaged: {wrong[0]!r} is no signal")
-    paths = {table: _paths(of_table, before) for table, of_table in files.items()}
-    columns = _columns(read, files["tokens"][0].name)
-    neurons = None
-    if "neurons" in paths:
-        found = [
-            re.fullmatch(r"neurons_(\d+)", c) for c in _columns(read, files["neurons"][0].name)
-        ]
-        neurons = NeuronFiles(
-            [int(m[1]) for m in found if m], paths["neurons"], paths["neuron_types"][0].path
-        )
-    return statements(
-        paths["tokens"],
-        paths["documents"],
-        layers,
-        quartiles,
-        others,
-        neurons,
-        "start" in columns,
-        "tag" in columns,
-    )
-
-
-def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
-    """Column names of a Parquet file. Raises ``StoreError`` if it is damaged."""
-    try:
-        names: list[str] = pq.read_schema(files.open(name)).names
-    except PermissionError as error:
-        raise QueryError(str(error)) from error
-    except (OSError, pa.ArrowException) as error:
-        failed, files.failed = files.failed, None
-        if failed is not None:
-            raise failed from error
-        raise StoreError(f"{name} of the store is damaged: {error}") from error
-    return names
-
-
-def _small_table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
-    """The run's table ``name`` as ``schema``. Raises ``StoreError`` if it is damaged."""
-    try:
-        return manifest.read_table(folder, name).select(schema.names).cast(schema)
-    except checksums.DAMAGES as error:
-        raise StoreError(f"{folder.uri}/{name}.parquet is damaged: {error}") from error
-
-
-class _File(NamedTuple):
-    """A file of a shard's table, or a file of the run."""
-
-    name: str  # path below the store
-    uri: str
-    size: int  # bytes
-    shard: Mapping[str, Any]  # row of ``shards``
-
-
-AFN = "'afn://' || "
-"""SQL before a file's name that reads it through ``files.ReadOnlyFiles``."""
-
-
-def _files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File]]:
-    """The files that the views read, by table, in the order of the run's shards.
-
-    Raises ``StoreError`` for names that are missing or not safe.
-    """
-    files: dict[str, list[_File]] = {"tokens": [], "documents": [], "neurons": []}
-    for shard in shards.to_pylist():
-        for table, of_table in files.items():
-            name = shard[f"{table}_file"]
-            if name is None and table == "neurons":
-                continue
-            if not FILE_NAME.fullmatch(name or ""):
-                raise StoreError(
-                    f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a "
-                    "shard's file"
-                )
-            of_table.append(
-                _File(name, storage.join(folder.store, name), shard[SIZES[table]], shard)
-            )
-    if not files["tokens"] or len(files["neurons"]) not in (0, len(files["tokens"])):
-        raise StoreError(
-            f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files"
-        )
-    if not files["neurons"]:
-        return {name: of_table for name, of_table in files.items() if of_table}
-    entry = folder.info["tables"].get("neuron_types", {})
-    path = f"runs/{folder.id}/{entry.get('name')}"
-    if not RUN_FILE_NAME.fullmatch(path):
-        raise StoreError(
-            f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table"
-        )
-    return files | {
-        "neuron_types": [_File(path, storage.join(folder.store, path), entry["bytes"], NO_SHARD)]
-    }
-
-
-SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}
-"""Column of ``shards`` with the size of each table's file, in bytes."""
-NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
-"""Row of ``shards`` for a file that belongs to no shard."""
-
-
-def _paths(files: Sequence[_File], before: str) -> list[File]:
-    """``files`` as the views read them; ``before`` is the SQL that precedes a name.
-
-    Names have neither quotes nor spaces (``FILE_NAME``, ``RUN_FILE_NAME``).
-    """
-    return [
-        File(
-            f"{before}'{f.name}'",
-            f.shard["doc_offset"],
-            f.shard["n_documents"],
-            f.shard["n_tokens"],
-            None if before == AFN else f.name.split("/")[-2],
-        )
-        for f in files
-    ]
-
-
-def _run_row(folder: manifest.RunFolder) -> pa.Table:
-    """run.json as one row: the important values as columns, the rest as JSON."""
-    info = folder.info
-    config, measure = info.get("config", {}), info.get("measure", {})
-    row = {
-        "id": folder.id,
-        "uri": folder.uri,
-        "model": info.get("model", {}).get("name"),
-        "layers": info["layers"],
-        "corpus": list(config.get("corpus", ())),
-        "created_at": _utc(info.get("created_at")),
-        "finished_at": _utc(info.get("finished_at")),
-        "seconds": info.get("seconds"),
-        **{f"n_{name}": n for name, n in info.get("counts", {}).items()},
-        "measure": measure.get("id"),
-        "config": json.dumps(config),
-        "info": json.dumps(info),
-    }
-    return pa.Table.from_pylist([row])
-
-
-def _utc(iso: str | None) -> datetime | None:
-    return None if iso is None else datetime.fromisoformat(iso).astimezone(UTC).replace(tzinfo=None)

@@ -26,21 +26,13 @@ import pyarrow as pa
 from afn_ray import cgroup
 from afn_ray.errors import QueryError
 from afn_ray.query.files import ReadOnlyFiles
-from afn_ray.query.session import (
-    FRAME,
-    LENGTH,
-    OUT_OF_MEMORY,
-    READ,
-    Answer,
-    Request,
-    Setup,
-    receive,
-)
+from afn_ray.query.protocol import FRAME, LENGTH, READ, Answer, Request, Setup, receive
+from afn_ray.query.session import OUT_OF_MEMORY
 
 CODE = """
 import json, sys
 sys.path += json.loads(sys.argv[1])
-from afn_ray.query.session import main
+from afn_ray.query.child import main
 main(*map(int, sys.argv[2:]))
 """
 

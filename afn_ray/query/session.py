@@ -1,42 +1,21 @@
-"""The process that runs SQL: a sandboxed DuckDB session over a run's files.
-
-``sandbox`` starts it. It answers one request at a time and has only sockets: it reads files through
-its parent process, opens no file itself, and cannot write. Requests arrive as pickled objects, from
-a parent that has full rights anyway. Answers return as JSON and Arrow, which cannot execute code.
-"""
+"""A sandboxed DuckDB session over a run's files, as the query process runs it."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
-import os
 import re
-import resource
-import signal
-import socket
-import struct
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
 from afn_ray.query.files import ServedFiles
-
-ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
-"""Allowed types of statements.
-
-SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT without an IN list.
-"""
-
-READ_ONLY = "BEGIN TRANSACTION READ ONLY"
-"""SQL that begins the transaction of every query."""
+from afn_ray.query.intervals import check_intervals
+from afn_ray.query.protocol import Answer, Made, Request, Setup, Steps
 
 CLOSED: dict[str, Any] = {
     "temp_directory": "",
@@ -49,131 +28,28 @@ CLOSED: dict[str, Any] = {
 }
 """DuckDB settings that prevent spilling to disk and the loading of extensions."""
 
-FRAME = struct.Struct("<IQ")
-"""Header of an answer: bytes of its JSON, and bytes of its Arrow stream.
-
-The answer to a read has the same header: bytes of the error, and bytes of the data.
-"""
-LENGTH = struct.Struct("<Q")
-"""Message of the parent to stop a request: the request's number."""
-READ = struct.Struct("<IQQ")
-"""Header of a read request: bytes of the file's name, start and end of the range."""
-
-MAX_RELATIONS = 32
-"""Number of relations that stay bound; older ones are bound again on demand."""
-MAX_READERS = 256
-"""Largest number of results that are read in batches at the same time."""
-MAX_OPEN_FILES = 256
-"""Largest number of open file descriptors of the process."""
-STACK_BYTES = 8 << 20
-"""Stack of the main thread in bytes: a too deeply nested expression ends only the process."""
-CPU_SPARE_S = 10
-"""CPU time in seconds beyond the time limit, after which the kernel ends the process.
-
-It matters for a process that hangs and whose parent is gone.
-"""
 
 OUT_OF_MEMORY = re.compile(
     r"^(Out of Memory Error|.*bad[_ ]alloc|.*[Ff]ailed to allocate|MemoryError$)"
 )
 """Pattern of the out-of-memory errors of DuckDB, Arrow, C++ and Python."""
 
-Steps = tuple[tuple[Any, ...], ...]
-"""Steps that make a relation.
 
-The first is (query, parameters, tables). Each other step is a method call: (name, arguments,
-options).
+ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.StatementType.MULTI)
+"""Allowed types of statements.
+
+SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT without an IN list.
 """
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Content and limits of a session."""
-
-    settings: Mapping[str, Any]
-    """DuckDB settings."""
-    tables: Mapping[str, pa.Table]
-    """Small tables of the run, by name."""
-    statements: Sequence[str]
-    """SQL that makes the views and macros, executed in order after the tables exist."""
-    sizes: Mapping[str, int]
-    """Sizes in bytes of the files that may be read, by name."""
-    memory_bytes: int
-    """Memory in bytes that the process may allocate beyond what it has before DuckDB starts."""
-    timeout_s: float
-    """Time limit of a query, in seconds."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of a ``Session`` method."""
-
-    number: int
-    do: str  # name of a method of Session
-    arguments: tuple[Any, ...] = ()
-    forget: tuple[int, ...] = ()
-    """Numbers of readers to release first."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A relation that is an argument of another relation's method."""
-
-    steps: Steps
-
-
-@dataclass
-class Answer:
-    """The answer to a request: JSON fields, and an Arrow stream or nothing."""
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    arrow: bytes | pa.Buffer = b""
+READ_ONLY = "BEGIN TRANSACTION READ ONLY"
+"""SQL that begins the transaction of every query."""
+MAX_RELATIONS = 32
+"""Number of relations that stay bound; older ones are bound again on demand."""
+MAX_READERS = 256
+"""Largest number of results that are read in batches at the same time."""
 
 
 class Unknown(Exception):
     """The relation is not bound here; the parent must send its steps."""
-
-
-# --- sockets ---
-
-
-def receive(connection: socket.socket, num_bytes: int) -> bytearray:
-    """Receive the next ``num_bytes``. Raises ``EOFError`` if the other side is gone."""
-    data = bytearray(num_bytes)
-    view = memoryview(data)
-    while view:
-        if (got := connection.recv_into(view)) == 0:
-            raise EOFError
-        view = view[got:]
-    return data
-
-
-class _Reads:
-    """Reads files through the parent process, over one connection for each reading thread."""
-
-    def __init__(self, connections: socket.socket) -> None:
-        """``connections`` is the socket that sends the other end of each connection."""
-        self._connections, self._lock, self._local = (
-            connections,
-            threading.Lock(),
-            threading.local(),
-        )
-
-    def __call__(self, name: str, start: int, end: int) -> bytes:
-        if not hasattr(self._local, "connection"):
-            here, there = socket.socketpair()
-            with self._lock, there:
-                socket.send_fds(self._connections, [b"."], [there.fileno()])
-            self._local.connection = here
-        connection, encoded = self._local.connection, name.encode()
-        connection.sendall(READ.pack(len(encoded), start, end) + encoded)
-        text_bytes, num_bytes = FRAME.unpack(receive(connection, FRAME.size))
-        if text_bytes:
-            raise OSError(receive(connection, text_bytes).decode())
-        return bytes(receive(connection, num_bytes))
-
-
-# --- the session ---
 
 
 class Session:
@@ -257,7 +133,7 @@ class Session:
         """The first batch of a relation; the request's number names the reader for ``next``."""
         cursor, relation = self._relation(key)
         with self._at_work(cursor):
-            reader = _within_arrow(relation).to_arrow_reader(batch_rows)
+            reader = check_intervals(relation).to_arrow_reader(batch_rows)
             batch = next(reader, None)
             # A batch that is not full is nearly always the last one. Reading ahead finds out
             # without another request.
@@ -365,58 +241,6 @@ def fill(
         connection.execute(statement)
 
 
-FARTHEST_INTERVAL_H = 2_562_047
-"""Smallest number of hours in an INTERVAL, beside months and days, that Arrow cannot hold.
-
-Arrow has 64 bits for nanoseconds.
-"""
-
-
-def _within_arrow(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """``relation`` with a check that raises an error for an INTERVAL that Arrow cannot hold.
-
-    Without the check DuckDB would return a wrong value.
-    """
-    checks = [_beyond_arrow(f"#{at}", kind) for at, kind in enumerate(relation.types, 1)]
-    if not any(checks):
-        return relation
-    columns = []
-    for at, (name, check) in enumerate(zip(relation.columns, checks, strict=True), 1):
-        quoted = name.replace('"', '""')
-        value = (
-            f"CASE WHEN {check} THEN error('{BEYOND_ARROW}') ELSE #{at} END" if check else f"#{at}"
-        )
-        columns.append(f'{value} AS "{quoted}"')
-    return relation.project(", ".join(columns))
-
-
-BEYOND_ARROW = (
-    "an INTERVAL of 292 years or more, counted in hours, is beyond what Arrow can hold; cast it "
-    "::VARCHAR"
-)
-
-
-def _beyond_arrow(value: str, kind: Any, depth: int = 0) -> str:
-    """SQL that is true if ``value`` of type ``kind`` holds an INTERVAL beyond Arrow's range.
-
-    It is empty if the type cannot hold an INTERVAL.
-    """
-    if kind.id == "interval":
-        return f"abs(datepart('hour', {value})) >= {FARTHEST_INTERVAL_H}"
-    found: list[str] = []
-    if kind.id in ("list", "array", "map"):
-        lists = {"key": f"map_keys({value})", "value": f"map_values({value})", "child": value}
-        for name, inner in kind.children:
-            if name in lists and (check := _beyond_arrow(f"x{depth}", inner, depth + 1)):
-                found.append(f"len(list_filter({lists[name]}, lambda x{depth}: {check})) > 0")
-    elif kind.id in ("struct", "tuple", "union"):
-        function = "union_extract" if kind.id == "union" else "struct_extract"
-        for at, (name, inner) in enumerate(kind.children, 1):
-            key = str(at) if kind.id == "tuple" else "'" + name.replace("'", "''") + "'"
-            found.append(_beyond_arrow(f"{function}({value}, {key})", inner, depth))
-    return " OR ".join(f"coalesce({check}, false)" for check in found if check)
-
-
 def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     yield first
     yield from rest
@@ -447,82 +271,3 @@ def _placed(
                 re.sub(line, lambda m: f"LINE {int(m[1]) - 1:>{len(m[1])}}", str(placed))
             )
     return error
-
-
-# --- the process ---
-
-
-def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
-    """Answer requests until the parent process is gone."""
-    requests, stops, files = (socket.socket(fileno=fd) for fd in (requests_fd, stops_fd, files_fd))
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
-    _limit(resource.RLIMIT_STACK, STACK_BYTES)
-    try:
-        receiver = Connection(os.dup(requests_fd), writable=False)
-        setup: Setup = receiver.recv()
-        _limit(resource.RLIMIT_DATA, _data_bytes() + setup.memory_bytes)
-        try:
-            session = Session(setup, _Reads(files))
-        except Exception as error:  # noqa: BLE001 - told by the other process
-            return _send(requests, Answer({"error": str(error), "kind": type(error).__name__}))
-        threading.Thread(target=_listen, args=(stops, session), daemon=True).start()
-        _send(requests, Answer({"ready": True}))
-        while True:
-            request: Request = receiver.recv()
-            _limit_cpu(setup.timeout_s)
-            _send(requests, session.answer(request))
-    except (EOFError, OSError):
-        return None
-
-
-def _listen(stops: socket.socket, session: Session) -> None:
-    """Interrupt requests on the parent's demand; exit when the parent is gone."""
-    try:
-        while True:
-            session.interrupt(*LENGTH.unpack(receive(stops, LENGTH.size)))
-    except (EOFError, OSError):
-        os._exit(0)
-
-
-def _send(connection: socket.socket, answer: Answer) -> None:
-    text = json.dumps(answer.fields, default=str).encode()
-    connection.sendall(FRAME.pack(len(text), len(answer.arrow)) + text)
-    connection.sendall(answer.arrow)
-
-
-def _limit(what: int, value: int) -> None:
-    """Lower a resource limit of this process for good, if the system supports it."""
-    with contextlib.suppress(OSError, ValueError):
-        _, most = resource.getrlimit(what)
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(what, (value, value))
-
-
-def _limit_cpu(timeout_s: float) -> None:
-    """Limit the CPU time of the next request.
-
-    So the kernel ends a process that hangs and whose parent is gone, even if no Python thread runs.
-    """
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = used.ru_utime + used.ru_stime + timeout_s * (os.cpu_count() or 1) + CPU_SPARE_S
-    with contextlib.suppress(OSError, ValueError):
-        _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (int(seconds) if most == -1 else min(int(seconds), most), most)
-        )
-
-
-def _data_bytes() -> int:
-    """Private writable memory of this process in bytes, as RLIMIT_DATA counts it.
-
-    It is 0 if the system does not report it.
-    """
-    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # noqa: PTH123 - without pathlib
-        return int(statm.read().split()[5]) * resource.getpagesize()
-    return 0
-
-
-if sys.platform != "win32":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray.query.database import Run
-from afn_ray.query.views import is_high
+from afn_ray.query.expressions import is_high
 from afn_ray.reduce import compare, lexicon, losses
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.query import database, sandbox, session, views
+from afn_ray.query import database, expressions, sandbox, session, views
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import (
@@ -292,7 +292,7 @@ def test_thresholds_are_compared_as_the_floats_they_are() -> None:
     rng = np.random.default_rng(0)
     values = np.exp(rng.uniform(-60, 60, 3000)).astype(np.float32)
     with duckdb.connect() as connection:
-        texts = ", ".join(views._exact(float(v), "FLOAT") for v in values)
+        texts = ", ".join(expressions.exact(float(v), "FLOAT") for v in values)
         got = connection.sql(f"SELECT unnest([{texts}]) AS v").fetchnumpy()["v"]
     assert got.dtype == np.float32
     assert np.array_equal(got, values)

@@ -24,7 +24,9 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError
 from afn_ray.query import views
-from afn_ray.query.database import Run, open_run, write_catalog
+from afn_ray.query.catalog import write_catalog
+from afn_ray.query.database import Run, open_run
+from afn_ray.query.words import PIECES, SLICE_TOKENS
 from afn_ray.reduce.compare import compare
 from afn_ray.schema import (
     SPECIAL,
@@ -151,8 +153,10 @@ def worded(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(params=[1, 4])
 def run(request: pytest.FixtureRequest, worded: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The run, read in one part and in several."""
-    monkeypatch.setattr(views, "SLICE_TOKENS", views.SLICE_TOKENS if request.param == 1 else 50)
-    monkeypatch.setattr(views, "SLICES", request.param)
+    monkeypatch.setattr(
+        "afn_ray.query.words.SLICE_TOKENS", SLICE_TOKENS if request.param == 1 else 50
+    )
+    monkeypatch.setattr("afn_ray.query.words.SLICES", request.param)
     with open_run(worded, threads=4) as run:
         yield run
 
@@ -183,7 +187,7 @@ def test_words_are_those_that_were_written(run: Run) -> None:
         "mean_strength_8 AS mean FROM words ORDER BY doc, word"
     ).to_dicts()
     assert got == expected
-    assert max(w["n_tokens"] for w in got) > 2 * views.PIECES - 2
+    assert max(w["n_tokens"] for w in got) > 2 * PIECES - 2
 
 
 def test_words_stream(run: Run) -> None:

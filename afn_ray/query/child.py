@@ -1,0 +1,128 @@
+"""The main program of the query process.
+
+``sandbox`` starts it. It answers one request at a time and has only sockets: it reads files through
+its parent process, opens no file itself, and cannot write. Requests arrive as pickled objects, from
+a parent that has full rights anyway. Answers return as JSON and Arrow, which cannot execute code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import threading
+from multiprocessing.connection import Connection
+
+from afn_ray.query.protocol import FRAME, LENGTH, READ, Answer, Request, Setup, receive
+from afn_ray.query.session import Session
+
+MAX_OPEN_FILES = 256
+"""Largest number of open file descriptors of the process."""
+STACK_BYTES = 8 << 20
+"""Stack of the main thread in bytes: a too deeply nested expression ends only the process."""
+CPU_SPARE_S = 10
+"""CPU time in seconds beyond the time limit, after which the kernel ends the process.
+
+It matters for a process that hangs and whose parent is gone.
+"""
+
+
+class _Reads:
+    """Reads files through the parent process, over one connection for each reading thread."""
+
+    def __init__(self, connections: socket.socket) -> None:
+        """``connections`` is the socket that sends the other end of each connection."""
+        self._connections, self._lock, self._local = (
+            connections,
+            threading.Lock(),
+            threading.local(),
+        )
+
+    def __call__(self, name: str, start: int, end: int) -> bytes:
+        if not hasattr(self._local, "connection"):
+            here, there = socket.socketpair()
+            with self._lock, there:
+                socket.send_fds(self._connections, [b"."], [there.fileno()])
+            self._local.connection = here
+        connection, encoded = self._local.connection, name.encode()
+        connection.sendall(READ.pack(len(encoded), start, end) + encoded)
+        text_bytes, num_bytes = FRAME.unpack(receive(connection, FRAME.size))
+        if text_bytes:
+            raise OSError(receive(connection, text_bytes).decode())
+        return bytes(receive(connection, num_bytes))
+
+
+def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
+    """Answer requests until the parent process is gone."""
+    requests, stops, files = (socket.socket(fileno=fd) for fd in (requests_fd, stops_fd, files_fd))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write over RLIMIT_FSIZE is an OSError
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
+    _limit(resource.RLIMIT_STACK, STACK_BYTES)
+    try:
+        receiver = Connection(os.dup(requests_fd), writable=False)
+        setup: Setup = receiver.recv()
+        _limit(resource.RLIMIT_DATA, _data_bytes() + setup.memory_bytes)
+        try:
+            session = Session(setup, _Reads(files))
+        except Exception as error:  # noqa: BLE001 - told by the other process
+            return _send(requests, Answer({"error": str(error), "kind": type(error).__name__}))
+        threading.Thread(target=_listen, args=(stops, session), daemon=True).start()
+        _send(requests, Answer({"ready": True}))
+        while True:
+            request: Request = receiver.recv()
+            _limit_cpu(setup.timeout_s)
+            _send(requests, session.answer(request))
+    except (EOFError, OSError):
+        return None
+
+
+def _listen(stops: socket.socket, session: Session) -> None:
+    """Interrupt requests on the parent's demand; exit when the parent is gone."""
+    try:
+        while True:
+            session.interrupt(*LENGTH.unpack(receive(stops, LENGTH.size)))
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _send(connection: socket.socket, answer: Answer) -> None:
+    text = json.dumps(answer.fields, default=str).encode()
+    connection.sendall(FRAME.pack(len(text), len(answer.arrow)) + text)
+    connection.sendall(answer.arrow)
+
+
+def _limit(what: int, value: int) -> None:
+    """Lower a resource limit of this process for good, if the system supports it."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(what)
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(what, (value, value))
+
+
+def _limit_cpu(timeout_s: float) -> None:
+    """Limit the CPU time of the next request.
+
+    So the kernel ends a process that hangs and whose parent is gone, even if no Python thread runs.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = used.ru_utime + used.ru_stime + timeout_s * (os.cpu_count() or 1) + CPU_SPARE_S
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (int(seconds) if most == -1 else min(int(seconds), most), most)
+        )
+
+
+def _data_bytes() -> int:
+    """Private writable memory of this process in bytes, as RLIMIT_DATA counts it.
+
+    It is 0 if the system does not report it.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # noqa: PTH123 - without pathlib
+        return int(statm.read().split()[5]) * resource.getpagesize()
+    return 0

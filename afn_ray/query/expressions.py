@@ -1,0 +1,59 @@
+"""SQL that several views share: the rows of files, exact numbers, and what is HIGH."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class File(NamedTuple):
+    """One shard's file of a table."""
+
+    path: str  # SQL of its path
+    doc_offset: int  # run-wide number of its first document
+    n_documents: int
+    n_tokens: int
+    folder: str | None
+    """Unique folder of its shard, for catalogs: DuckDB before 1.3 does not number files.
+
+    None for queries in the package's own process.
+    """
+
+
+def rows_of(files: Sequence[File]) -> str:
+    """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``."""
+    paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
+    numbered = (
+        f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], "  # noqa: S608
+        f"{PLAIN})"
+    )
+    if files[0].folder is not None:
+        folders = ", ".join(f"'{f.folder}'" for f in files)
+        numbered = (
+            "SELECT * EXCLUDE (filename, file_row_number), file_row_number AS row, "  # noqa: S608
+            f"list_position([{folders}], string_split(filename, '/')[-2]) - 1 AS file "
+            f"FROM read_parquet([{paths}], {PLAIN}, filename = true, file_row_number = true)"
+        )
+    return (
+        f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM "  # noqa: S608
+        f"({numbered}))"
+    )
+
+
+PLAIN = "hive_partitioning = false"
+"""Options of ``read_parquet``: folder names are no columns."""
+
+
+def is_high(strength: str, q3: str) -> str:
+    """SQL of whether ``strength`` is HIGH: at or above ``q3``, the Q3 of the thresholds that label.
+
+    It is NULL if ``q3`` is NULL, because a run without normal tokens has no HIGH ones.
+    """
+    return f"{strength} >= {q3}"
+
+
+def exact(value: float | None, kind: str) -> str:
+    """SQL of ``value`` as ``kind``, without loss."""
+    # DuckDB reads text as the nearest FLOAT, which is the value itself. It would read a bare
+    # number as DECIMAL first.
+    return f"NULL::{kind}" if value is None else f"'{value!r}'::{kind}"

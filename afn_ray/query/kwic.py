@@ -1,0 +1,226 @@
+"""SQL of the macros that read text: a keyword in context, and a whole document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from afn_ray.query.expressions import File, exact, is_high, rows_of
+from afn_ray.schema import SPECIAL, WORD_START
+
+FAR_TOKENS = 1 << 18
+"""Largest number of tokens on each side of a word that ``kwic`` reads."""
+CONTEXT_CHARS = 10_000
+"""Largest number of characters on each side that ``kwic`` returns, for up to 100 words."""
+CONTINUES = SPECIAL | WORD_START
+"""Mask of the flags that a token which continues a word does not have."""
+
+
+def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
+    """SQL of the words of ``rows``, a few tokens with their texts.
+
+    The rows are whole documents or contiguous ranges of them; ``key`` identifies a range. Words are
+    numbered from 1 in each range; 0 is the rest of a word that began before the range. The column
+    ``gap`` is the space before a word, if there is one. ``also`` is SQL of more columns.
+    """
+    # In most BPE tokenizers the offsets of a token include the space before the word.
+    holds_space = 'is_spaced AND "end" - start > length(ltrim(text))'
+    gap = (
+        f"CASE WHEN start > lag(\"end\") OVER w OR ({holds_space}) THEN ' ' ELSE '' END"
+        if offsets
+        else f"CASE WHEN flags & {WORD_START} <> 0 THEN ' ' ELSE '' END"
+    )
+    return f"""
+        SELECT {key}, number, min(row) AS row, max(row) AS last_row, any_value(gap ORDER BY position) AS gap,
+            coalesce(max(surface), ltrim(string_agg(text, '' ORDER BY position))) AS text{also}
+        FROM (
+            SELECT *, count(*) FILTER (flags & {WORD_START} <> 0) OVER w AS number, {gap} AS gap
+            FROM ({rows}) WHERE flags & {SPECIAL} = 0 WINDOW w AS (PARTITION BY {key} ORDER BY position)
+        ) GROUP BY {key}, number"""  # noqa: S608
+
+
+def document_text_macro(rows: str, offsets: bool) -> str:
+    """SQL of the text of the document numbered ``document``."""
+    of_document = (
+        f"SELECT t.*, s.text, s.is_spaced FROM {rows} t JOIN internal.types s USING (token_id) "  # noqa: S608
+        "WHERE t.doc = document"
+    )
+    words = _spelled(of_document, "doc", offsets)
+    return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
+
+
+def kwic_macro(
+    files: Sequence[File],
+    layers: Sequence[int],
+    quartiles: Mapping[int, Mapping[str, Any]],
+    offsets: bool,
+) -> str:
+    """SQL of the occurrences of ``word`` with ``n`` words on both sides.
+
+    With ``most`` it returns at most that many early occurrences. The query never sorts the run: it
+    finds token ids in the vocabulary, first tokens of the word (heads) by a scan, and the context
+    by row numbers. The first ``20 * most + 1000`` heads are nearly always enough for ``most``. Only
+    if too many of them begin other words, all heads are read.
+    """
+    rows, portable = rows_of(files), files[0].folder is not None
+    some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
+    every = _occurrences(
+        rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", ""
+    )
+    words = "greatest(n, 0)::BIGINT"
+    # Most tokens of the word: a byte tokenizer may need four for one character.
+    most_tokens = "4 * length(word)"
+    places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
+    strengths = "".join(
+        f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
+        f", arg_min(strength_{k}, position) AS first_strength_{k}"
+        f", {is_high(f'max(strength_{k})', exact(quartiles[k]['q3'], 'FLOAT'))} AS high_{k}"
+        for k in layers
+    )
+    names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
+    names += [
+        f"{x}_{k}"
+        for k in layers
+        for x in ("max_strength", "mean_strength", "first_strength", "high")
+    ]
+    also = f", min(position) AS position, count(*) AS n_tokens{places}{strengths}"
+    place = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
+
+    def near(heads: str, beside: str, ends: str = "") -> str:
+        """SQL of the tokens up to ``beside`` before and after the words at ``heads``."""
+        around = (
+            f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + "  # noqa: S608
+            "1)) AS near "
+            f"FROM {heads}"
+        )
+        return f"""
+            SELECT f.head, t.*, s.text, s.is_spaced{ends}
+            FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
+            JOIN internal.types s USING (token_id)"""  # noqa: S608
+
+    def numbered(heads: str, beside: str) -> str:
+        """SQL of the words in the ``beside`` tokens on both sides of ``heads``.
+
+        ``place`` is the number of a word relative to the head's word, which has 0.
+        """
+        of_ends = {
+            "first_row": "min(t.row)",
+            "first_position": "min(t.position)",
+            "end_row": "max(t.row)",
+        }
+        window = "OVER (PARTITION BY t.file, f.head, t.doc)"
+        tokens = near(
+            heads, beside, "".join(f", {sql} {window} AS {name}" for name, sql in of_ends.items())
+        )
+        spelled = _spelled(
+            tokens,
+            "file, head, doc",
+            offsets,
+            also + "".join(f", any_value({name}) AS {name}" for name in of_ends),
+        )
+        return f"""
+            SELECT *, first_row = head - {beside} AND first_position > 0 AS begins_before,
+                end_row = head + {most_tokens} + {beside} AS ends_behind,
+                begins_before AND number = 0 AS is_cut_before, ends_behind AND last_row = end_row AS is_cut_behind
+            FROM (SELECT *, {place} FROM ({spelled})) WHERE place IS NOT NULL"""  # noqa: S608
+
+    def side(which: str, cut: str) -> str:
+        """SQL of the context on one side, shortened by ``cut`` if it is too long."""
+        text = (
+            f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), "
+            "'')"
+        )
+        return f"CASE WHEN length({text}) > {chars} THEN {cut.format(f'({text})')} ELSE {text} END"
+
+    chars = f"greatest({CONTEXT_CHARS}, 100 * {words})"
+    found = f"""
+            SELECT doc, any_value(COLUMNS([{", ".join(repr(c.strip(chr(34))) for c in ("position", "text", *names))}]))
+                    FILTER (place = 0),
+                {side("<", f"'…' || right({{}}, {chars})")} AS left_context,
+                {side(">", f"left({{}}, {chars}) || '…'")} AS right_context
+            FROM chosen WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
+    far = f"least(256 * {words} + 1024, {FAR_TOKENS})"
+    whole = (
+        "CASE WHEN is_cut_before THEN '…' ELSE '' END || text "
+        "|| CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
+    )
+    # Read few tokens first, and more only for occurrences that lack words. A catalog reads once:
+    # before DuckDB 1.4 the plan of two steps takes half a minute.
+    beside = f"least(64 * {words} + 256, {FAR_TOKENS})"
+    chosen = f"""
+        chosen AS (
+            SELECT *, {place} FROM ({_spelled(near("found", beside), "file, head, doc", offsets, also)})
+            WHERE number > 0 AND last_row < head + {most_tokens} + {beside}
+        )"""  # noqa: S608
+    if not portable:
+        chosen = f"""
+        close AS MATERIALIZED ({numbered("found", f"least(4 * {words} + 16, {FAR_TOKENS})")}),
+        lacking AS MATERIALIZED (
+            SELECT file, head AS row FROM close GROUP BY file, head
+            HAVING count(*) FILTER (place < 0 AND NOT is_cut_before) < n AND bool_or(begins_before)
+                OR count(*) FILTER (place > 0 AND NOT is_cut_behind) < n AND bool_or(ends_behind)
+        ),
+        chosen AS (
+            SELECT c.* FROM close c ANTI JOIN lacking l ON c.file = l.file AND c.head = l.row
+            UNION ALL SELECT * REPLACE ({whole}) FROM ({numbered("lacking", far)})
+        )"""  # noqa: S608
+    return f"""
+        WITH {some}, {every},
+        found AS MATERIALIZED (
+            SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT most
+        ),
+        {chosen}
+        SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)}
+        FROM (SELECT doc, doc_id, source FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
+
+
+def _few(rows: str) -> str:
+    """``rows`` in a form that DuckDB estimates as one row.
+
+    So a join with the tokens builds its hash table from ``rows``. DuckDB cannot estimate how many
+    rows a scan finds. If it expects more rows than there are tokens, it builds the hash table from
+    all tokens, which takes 5 GB for 100 M tokens, even if nothing is found.
+    """
+    return f"(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM ({rows}) of_these))"  # noqa: S608
+
+
+def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
+    """SQL of the steps from the vocabulary to ``<name>_found``: file and row of the word's heads.
+
+    A head is a token that starts the word. Its surface is the word; or it has no surface, and its
+    text with the texts of the tokens that continue it is the word. If ``wanted`` is false, nothing
+    is scanned, because a join with no rows ends at once.
+    """
+    pieces = (
+        "SELECT file, row AS head, row + unnest(range(0, 4 * length(word) + 1)) AS near "  # noqa: S608
+        f"FROM {name}_longer WHERE NOT is_whole"
+    )
+    return f"""
+        {name}_types AS MATERIALIZED (
+            SELECT token_id, lower(text) = lower(word) AS is_whole FROM internal.types
+            WHERE text <> '' AND starts_with(lower(word), lower(text)) AND {wanted}
+        ),
+        {name}_written AS MATERIALIZED (
+            SELECT file, row FROM {rows}, (SELECT 1 WHERE {wanted}) WHERE lower(surface) = lower(word) {limit}
+        ),
+        {name}_heads AS MATERIALIZED (
+            SELECT file, row, is_whole FROM {rows} JOIN {name}_types USING (token_id)
+            WHERE flags & {CONTINUES} = {WORD_START} AND surface IS NULL {limit}
+        ),
+        {name}_longer AS MATERIALIZED (
+            SELECT file, h.row, is_whole
+            FROM {rows} t JOIN {_few(f"SELECT *, row + 1 AS next FROM {name}_heads")} h USING (file)
+            WHERE t.row = h.next AND flags & {CONTINUES} = 0
+        ),
+        {name}_found AS MATERIALIZED (
+            FROM {name}_written
+            UNION ALL SELECT file, row FROM {name}_heads h ANTI JOIN {name}_longer USING (file, row) WHERE h.is_whole
+            UNION ALL SELECT file, head AS row FROM (
+                SELECT h.file, head, t.row, s.text,
+                    min(t.row) FILTER (t.row > head AND flags & {CONTINUES} <> 0) OVER (PARTITION BY h.file, head)
+                        AS stop
+                FROM {rows} t JOIN {_few(pieces)} h ON t.file = h.file AND t.row = h.near
+                JOIN internal.types s USING (token_id)
+            ) WHERE row < stop OR stop IS NULL
+            GROUP BY ALL HAVING lower(string_agg(text, '' ORDER BY row)) = lower(word)
+        )"""  # noqa: S608

@@ -1,0 +1,82 @@
+"""Messages between the query process and its parent process."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+FRAME = struct.Struct("<IQ")
+"""Header of an answer: bytes of its JSON, and bytes of its Arrow stream.
+
+The answer to a read has the same header: bytes of the error, and bytes of the data.
+"""
+LENGTH = struct.Struct("<Q")
+"""Message of the parent to stop a request: the request's number."""
+READ = struct.Struct("<IQQ")
+"""Header of a read request: bytes of the file's name, start and end of the range."""
+Steps = tuple[tuple[Any, ...], ...]
+"""Steps that make a relation.
+
+The first is (query, parameters, tables). Each other step is a method call: (name, arguments,
+options).
+"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Content and limits of a session."""
+
+    settings: Mapping[str, Any]
+    """DuckDB settings."""
+    tables: Mapping[str, pa.Table]
+    """Small tables of the run, by name."""
+    statements: Sequence[str]
+    """SQL that makes the views and macros, executed in order after the tables exist."""
+    sizes: Mapping[str, int]
+    """Sizes in bytes of the files that may be read, by name."""
+    memory_bytes: int
+    """Memory in bytes that the process may allocate beyond what it has before DuckDB starts."""
+    timeout_s: float
+    """Time limit of a query, in seconds."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of a ``Session`` method."""
+
+    number: int
+    do: str  # name of a method of Session
+    arguments: tuple[Any, ...] = ()
+    forget: tuple[int, ...] = ()
+    """Numbers of readers to release first."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A relation that is an argument of another relation's method."""
+
+    steps: Steps
+
+
+@dataclass
+class Answer:
+    """The answer to a request: JSON fields, and an Arrow stream or nothing."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    arrow: bytes | pa.Buffer = b""
+
+
+def receive(connection: socket.socket, num_bytes: int) -> bytearray:
+    """Receive the next ``num_bytes``. Raises ``EOFError`` if the other side is gone."""
+    data = bytearray(num_bytes)
+    view = memoryview(data)
+    while view:
+        if (got := connection.recv_into(view)) == 0:
+            raise EOFError
+        view = view[got:]
+    return data
