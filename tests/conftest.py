@@ -41,7 +41,7 @@ from afn_ray.bench import PIPED_COLUMNS
 from afn_ray.config import RunConfig
 from afn_ray.runs import demo
 from afn_ray.schema import Shard
-from afn_ray.store import blocks, checksums, storage
+from afn_ray.store import blocks, checksums, storage, uris
 from afn_ray.store.commits import Commit
 
 if TYPE_CHECKING:
@@ -479,7 +479,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def object_store(s3_server: str) -> str:
     """A fresh bucket."""
     bucket = uuid.uuid4().hex
-    storage.open_filesystem(f"s3://{bucket}")[0].mkdir(bucket)
+    uris.open_filesystem(f"s3://{bucket}")[0].mkdir(bucket)
     return f"s3://{bucket}"
 
 

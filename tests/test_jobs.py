@@ -30,7 +30,7 @@ from ray.dashboard.modules.job.cli import job_cli_group
 import afn_ray
 from afn_ray.cli import grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
-from afn_ray.store import manifest, settings, storage
+from afn_ray.store import manifest, settings, storage, uris
 from conftest import command_parsers, fenced, write_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +187,7 @@ def bucket(
 ) -> str:
     """A bucket with two corpora, a config for each, and a policy that the second one breaks."""
     uri = f"s3://{secrets.token_hex(8)}"
-    storage.open_filesystem(uri)[0].mkdir(uri)
+    uris.open_filesystem(uri)[0].mkdir(uri)
     files = {"policy.toml": "empty_documents = 0\n"}
     for name, texts in {"run": verses[:5000], "few": [*verses[:100], ""]}.items():
         corpus = write_jsonl(

@@ -16,7 +16,7 @@ from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job
 from afn_ray.runs.events import OnEvent
-from afn_ray.store import checksums, manifest, storage
+from afn_ray.store import checksums, manifest, storage, uris
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
@@ -152,9 +152,9 @@ def write_json(found: Audit, folder: str) -> str:
     Replaces an older one atomically and deletes that one's page. Raises ``StoreError`` or
     ``Unavailable``.
     """
-    target = storage.join(folder, "audit.json")
+    target = uris.join(folder, "audit.json")
     storage.write_over(target, to_bytes(found), retry_for_s=None)
-    storage.remove(storage.join(folder, PAGE))
+    storage.remove(uris.join(folder, PAGE))
     return target
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.runs import job, precheck
-from afn_ray.store import manifest, storage
+from afn_ray.store import manifest, storage, uris
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
 
@@ -28,7 +28,7 @@ def named(uri: str) -> RunFolder:
             "store/runs/..."
         )
     run = manifest.find_run(uri)
-    if run.uri != storage.absolute(uri).rstrip("/"):
+    if run.uri != uris.absolute(uri).rstrip("/"):
         raise ConfigError(
             f"baseline {uri} is a store, whose latest run is another one every night; name one of "
             f"its runs, {run.uri} "

@@ -34,6 +34,7 @@ from afn_ray.store import (
     records,
     shard_files,
     storage,
+    uris,
 )
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.commits import Commit
@@ -128,7 +129,7 @@ def verify_store(
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     began = time.monotonic()
-    uri = storage.absolute(uri).rstrip("/")
+    uri = uris.absolute(uri).rstrip("/")
     store, name = manifest.split_uri(uri)
     if name and not {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
         store = uri
@@ -144,7 +145,7 @@ def verify_store(
         for name in sorted(there.runs):
             if _is_condemned(store, name):
                 left = there.runs.pop(name)
-                dead += [storage.join(store, "runs", name)] if len(left) > 1 else []
+                dead += [uris.join(store, "runs", name)] if len(left) > 1 else []
         manifest.set_copies_apart(store, there)
         runs = [_Run(store, name) for name in sorted(there.runs)]
     else:
@@ -155,7 +156,7 @@ def verify_store(
         there = layout.sort_files(store, storage.list_below(uri))
         if planned:
             shards = layout.sort_files(
-                store, storage.list_below(storage.join(store, "shards", run.measure_id))
+                store, storage.list_below(uris.join(store, "shards", run.measure_id))
             ).shards
             there.shards = {place: files for place, files in shards.items() if place in planned}
         epoch = _newest_epoch(store, findings)
@@ -166,7 +167,7 @@ def verify_store(
     for run in runs:
         for shard in run.shards if run.complete else ():
             lists.setdefault((run.measure_id, shard.id), []).append(
-                storage.join(run.folder.uri, "run.json")
+                uris.join(run.folder.uri, "run.json")
             )
 
     generations = epoch.generations()
@@ -266,7 +267,7 @@ def _redo_shard(folder: str, runs: Sequence[str]) -> str:
 
 
 def _check_pilot(store: str, name: str) -> Iterator[Finding]:
-    uri = storage.join(store, "pilots", name)
+    uri = uris.join(store, "pilots", name)
     try:
         manifest.read_pilot(store, name.removesuffix(".json"))
     except StoreError as error:
@@ -341,7 +342,7 @@ def _check_shard(
             except (
                 StoreError
             ) as error:  # without the names in the commit, no file can be called an orphan
-                uri = storage.join(folder, name)
+                uri = uris.join(folder, name)
                 checked.findings.append(Finding("damaged", uri, f"{_without(error, uri)}; {redo}"))
                 return checked
             if committed is not None:
@@ -350,7 +351,7 @@ def _check_shard(
         for number, one in found.items():
             checked.commits[number] = one[0]
             named |= {str(file["name"]) for file in one[0].files.values()}
-            uri = storage.join(folder, layout.commit_name(number))
+            uri = uris.join(folder, layout.commit_name(number))
             _check_commit(checked, uri, one, (place[0], measure), redo)
         checked.unnamed = [file for name, file in names.items() if name not in named]
     except checksums.DAMAGES as error:
@@ -383,7 +384,7 @@ def _check_commit(
         findings.append(Finding("misplaced", uri, message))
     tables: dict[str, pq.ParquetFile] = {}
     for table, entry in commit.files.items():
-        file_uri = storage.join(folder, str(entry["name"]))
+        file_uri = uris.join(folder, str(entry["name"]))
         origin = {
             "measure": of[0],
             "shard": commit.shard,
@@ -418,7 +419,7 @@ def _check_commit(
         rows.check_rows(tables, commit, read, of[1])
     except rows.Wrong as wrong:
         table, message = wrong.args
-        file_uri = storage.join(folder, str(commit.files[table]["name"])) if table else uri
+        file_uri = uris.join(folder, str(commit.files[table]["name"])) if table else uri
         checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
         checked.findings.append(
@@ -433,7 +434,7 @@ class _Run:
     """One run: its plan, and the check of its tables against its shards."""
 
     def __init__(self, store: str, name: str) -> None:
-        self.folder = manifest.RunFolder(storage.join(store, "runs", name), store, name, {})
+        self.folder = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
         self.findings: list[Finding] = []
         self.shards: list[Shard] = []
         self.measure: dict[str, Any] = {}
@@ -443,9 +444,7 @@ class _Run:
         uri = self.folder.uri
         self._redo = f"delete {uri}/run.json and give its 'afn run' command again: it reduces anew"
         self._begin_again = f"delete {uri} and give 'afn run' again"
-        self._run_json, self._plan = (
-            storage.join(uri, file) for file in ("run.json", "plan.parquet")
-        )
+        self._run_json, self._plan = (uris.join(uri, file) for file in ("run.json", "plan.parquet"))
         self.complete = storage.exists(self._run_json)
         if not storage.exists(self._plan):
             if self.complete:
@@ -459,7 +458,7 @@ class _Run:
         try:
             manifest.is_audited(self.folder)
         except StoreError as error:
-            mark = storage.join(uri, "audited.json")
+            mark = uris.join(uri, "audited.json")
             self._find(
                 "damaged",
                 mark,
@@ -586,7 +585,7 @@ class _Run:
                 ]
                 commits.append(theirs[0] if theirs else one.commits[max(one.commits)])
             elif one is None or not one.findings:
-                uri = storage.join(
+                uri = uris.join(
                     shard_files.shard_uri(self.folder.store, self.measure_id, shard.id),
                     "commit.json",
                 )
@@ -620,7 +619,7 @@ class _Run:
             return set()
 
     def _table_uri(self, name: str) -> str:
-        return storage.join(self.folder.uri, str(self.folder.info["tables"][name]["name"]))
+        return uris.join(self.folder.uri, str(self.folder.info["tables"][name]["name"]))
 
     def _compare(self, expected: Mapping[str, pa.Table], stored: Mapping[str, pa.Table]) -> None:
         for name, table in expected.items():

@@ -295,11 +295,11 @@ def _audit(args: argparse.Namespace) -> int:
     from afn_ray.analysis.policy import read_policy
     from afn_ray.runs.cluster import connection
     from afn_ray.show import report
-    from afn_ray.store import manifest, storage
+    from afn_ray.store import manifest, storage, uris
 
     connection.exit_when_lost_with(AUDIT_FAILED)
     policy = read_policy(args.policy)
-    out = storage.absolute(args.out)  # fails now, not after the run
+    out = uris.absolute(args.out)  # fails now, not after the run
     url = (
         args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
     )  # a Secret made from a file ends with its newline
@@ -327,7 +327,7 @@ def _audit(args: argparse.Namespace) -> int:
     if not args.no_report:
         try:
             page = report.render(found.run, found.comparison, with_claims=False)
-            storage.write_over(storage.join(out, audit.PAGE), page.encode(), retry_for_s=None)
+            storage.write_over(uris.join(out, audit.PAGE), page.encode(), retry_for_s=None)
         except Exception as error:  # noqa: BLE001 - a page is worth no verdict
             failures.append(f"report.html could not be written: {error or type(error).__name__}")
     for failure in filter(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from afn_ray.errors import CorpusError, StoreError
 from afn_ray.store import storage
+from afn_ray.store.uris import absolute, join
 
 THREADS = 16
 """Most folders checked at the same time."""
@@ -80,7 +81,7 @@ def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
     for folder in local:
         folders.update(_above(folder))
     for pattern in patterns:
-        root = storage.absolute(GLOB.split(pattern)[0]).rstrip("/")
+        root = absolute(GLOB.split(pattern)[0]).rstrip("/")
         if "://" in root and not root.startswith(HTTP) and not ROOT.fullmatch(root):
             folders.update(_above(root.rpartition("/")[0]))
     ordered = sorted(folders)
@@ -112,7 +113,7 @@ def _above(folder: str) -> list[str]:
 def _kind(folder: str) -> _Kind | None:
     for kind in KINDS:
         try:
-            place = storage.join(folder, kind.mark)
+            place = join(folder, kind.mark)
             if not storage.exists(place):
                 continue
             if kind is not ICEBERG or any(

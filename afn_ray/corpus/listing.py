@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
 from afn_ray.errors import CorpusError
 from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
-from afn_ray.store import storage
+from afn_ray.store import storage, uris
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import nearest
 
@@ -41,9 +41,9 @@ def list_files(
     is left, if a pattern is in ``store``, and for tables of Delta Lake and similar formats, of
     which not all files are valid.
     """
-    in_store = storage.below(store) if store is not None else lambda folder: False
+    in_store = uris.below(store) if store is not None else lambda folder: False
     for pattern in patterns:
-        if in_store(storage.absolute(pattern)):
+        if in_store(uris.absolute(pattern)):
             raise CorpusError(
                 f"corpus {pattern} is in the store {store}; give a --store that is not above the "
                 "corpus"

@@ -34,7 +34,7 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.store import checksums, manifest, storage
+from afn_ray.store import checksums, manifest, uris
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
@@ -166,9 +166,7 @@ def shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[
                     f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a "
                     "shard's file"
                 )
-            of_table.append(
-                _File(name, storage.join(folder.store, name), shard[SIZES[table]], shard)
-            )
+            of_table.append(_File(name, uris.join(folder.store, name), shard[SIZES[table]], shard))
     if not files["tokens"] or len(files["neurons"]) not in (0, len(files["tokens"])):
         raise StoreError(
             f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files"
@@ -182,7 +180,7 @@ def shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[
             f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table"
         )
     return files | {
-        "neuron_types": [_File(path, storage.join(folder.store, path), entry["bytes"], NO_SHARD)]
+        "neuron_types": [_File(path, uris.join(folder.store, path), entry["bytes"], NO_SHARD)]
     }
 
 

@@ -24,7 +24,7 @@ from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import Document, Shard, fingerprint
-from afn_ray.store import epochs, manifest, shard_files, storage
+from afn_ray.store import epochs, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.text import count
 
@@ -470,11 +470,11 @@ def normalised(config: RunConfig) -> RunConfig:
     """``config`` with absolute paths and URIs, which workers on other machines see too."""
     return replace(
         config,
-        store=storage.absolute(config.store).rstrip("/"),
-        corpus=tuple(map(storage.absolute, config.corpus)),
-        model=storage.absolute(config.model) if Path(config.model).exists() else config.model,
-        scratch=None if config.scratch is None else storage.absolute(config.scratch),
-        thresholds=None if config.thresholds is None else storage.absolute(config.thresholds),
+        store=uris.absolute(config.store).rstrip("/"),
+        corpus=tuple(map(uris.absolute, config.corpus)),
+        model=uris.absolute(config.model) if Path(config.model).exists() else config.model,
+        scratch=None if config.scratch is None else uris.absolute(config.scratch),
+        thresholds=None if config.thresholds is None else uris.absolute(config.thresholds),
     )
 
 

@@ -15,7 +15,7 @@ from afn_ray.schema import (
     FileSlice,
     Shard,
 )
-from afn_ray.store import storage
+from afn_ray.store import uris
 from afn_ray.store.checksums import IO_THREADS
 from afn_ray.store.manifest import Plan, cuts_id, proved_rows, read_plan, run_names
 
@@ -119,9 +119,7 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
             continue
         table, begun = plan
         of_plan: dict[FileInfo, list[FileSlice]] = {}
-        for row in proved_rows(
-            storage.join(config.store, "runs", name, "plan.parquet"), table, begun
-        ):
+        for row in proved_rows(uris.join(config.store, "runs", name, "plan.parquet"), table, begun):
             piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
             if is_trusted(piece.version, begun["begun_ns"]):
                 of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)

@@ -13,7 +13,7 @@ from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import address
-from afn_ray.store import manifest, storage
+from afn_ray.store import manifest, storage, uris
 from afn_ray.text import nearest
 
 MOST_CONFIG_BYTES = 16 << 20
@@ -44,14 +44,14 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
     depth = check_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
     if depth is not None:
         resolve_layers(config.layers, depth)
-    if not storage.is_process_memory(config.store) and storage.is_local(config.store):
-        storage.try_writable(storage.absolute(config.store))
-    places = [place for place in config.corpus if storage.is_local(place)]
+    if not uris.is_process_memory(config.store) and uris.is_local(config.store):
+        storage.try_writable(uris.absolute(config.store))
+    places = [place for place in config.corpus if uris.is_local(place)]
     if places:
         options = config.read_options
-        files, _ = listing.list_files([storage.absolute(place) for place in places], options)
+        files, _ = listing.list_files([uris.absolute(place) for place in places], options)
         listing.check_columns(files, options)
-    if config.thresholds is not None and storage.is_local(config.thresholds):
+    if config.thresholds is not None and uris.is_local(config.thresholds):
         manifest.find_run(config.thresholds)
 
 

@@ -24,7 +24,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError
 from afn_ray.reduce import losses
 from afn_ray.schema import Shard
-from afn_ray.store import checksums, manifest, storage
+from afn_ray.store import checksums, manifest, storage, uris
 from afn_ray.store.commits import Commits, total_counts
 from afn_ray.store.layout import PLANNING, STATUS
 from afn_ray.store.manifest import RunFolder
@@ -85,7 +85,7 @@ class Reporter:
 
     def __init__(self, config: RunConfig, *, planning: bool = True) -> None:
         """``planning``: whether to write a status before the run has a name."""
-        self._planning = storage.join(config.store, PLANNING)
+        self._planning = uris.join(config.store, PLANNING)
         self._uri = self._planning if planning else ""
         self._bystander = logs.Bystander(_log, f"a status in {config.store}")
         self._body: dict[str, Any] = {
@@ -109,7 +109,7 @@ class Reporter:
         self._reused = {
             k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")
         }
-        self._uri = storage.join(run.uri, STATUS)
+        self._uri = uris.join(run.uri, STATUS)
         self._set(
             run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {})
         )
@@ -316,13 +316,13 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     A run that has no name yet comes first. Raises ``StoreError`` where ``uri`` is neither, and
     ``Interrupted`` when the store does not answer.
     """
-    uri = storage.absolute(uri).rstrip("/")
+    uri = uris.absolute(uri).rstrip("/")
     store, _, name = uri.rpartition("/runs/")
     if name and "/" not in name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
         found = _Look(store).run(name)
         return (found,) if found is not None else ()
     names = manifest.run_names(uri)[: -last - 1 : -1]
-    planning = storage.join(uri, PLANNING)
+    planning = uris.join(uri, PLANNING)
     body = _read(planning)
     if not names and body is None:
         raise StoreError(
@@ -397,12 +397,12 @@ class _Look:
         if folder.condemned:
             return None
         if folder.info:
-            with checksums.named_damage(storage.join(folder.uri, "run.json")):
+            with checksums.named_damage(uris.join(folder.uri, "run.json")):
                 return Status(folder.uri, "complete", None, _body_of(folder.info))
-        uri = storage.join(folder.uri, STATUS)
+        uri = uris.join(folder.uri, STATUS)
         if (body := _read(uri)) is not None:
             return self.judge(folder.uri, uri, body)
-        if storage.modified_s(plan := storage.join(folder.uri, "plan.parquet")) is None:
+        if storage.modified_s(plan := uris.join(folder.uri, "plan.parquet")) is None:
             return None
         found = self.judge(folder.uri, plan, {**NOTHING, "phase": "starting"})
         return (

@@ -359,22 +359,22 @@ def _model(name: str | None) -> Check:
 
 
 def _store(uri: str | None) -> Check:
-    from afn_ray.store import storage
+    from afn_ray.store import storage, uris
 
     if uri is None:
         return Check("store", None, "not tried", "name one with --store")
-    if storage.is_process_memory(uri):
+    if uris.is_process_memory(uri):
         return Check(
             "store", None, f"{uri} lives in one process", "it works with --executor inline only"
         )
     there = storage.exists(uri)
     storage.check_writable(uri)
     found = f"{uri} is writable" + ("" if there else " (it is new)")
-    if not storage.is_local(uri):
+    if not uris.is_local(uri):
         return Check("store", True, found)
     if lacks := storage.find_lacks(uri):
         found += f"; its filesystem lacks {' and '.join(lacks)}"
-    space = _space("store", Path(storage.absolute(uri)), "use another --store")
+    space = _space("store", Path(uris.absolute(uri)), "use another --store")
     return Check("store", space.ok, f"{found}; {space.found}", space.advice)
 
 

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import SCHEMA_VERSION, Shard
-from afn_ray.store import parquet, storage
+from afn_ray.store import parquet, storage, uris
 from afn_ray.store.layout import EPOCH_FILE, EPOCHS, Place
 
 TRIES = 20
@@ -100,7 +100,7 @@ def newest(store: str) -> Epoch:
         names = _names(store)
         if not names:
             return Epoch()
-        uri = storage.join(store, EPOCHS, names[-1])
+        uri = uris.join(store, EPOCHS, names[-1])
         data = storage.read_if_there(uri)
         if data is not None:  # else another process has published a newer one and deleted this one
             return _parse(data, uri)
@@ -117,21 +117,19 @@ def publish(store: str, epoch: Epoch) -> bool:
     """
     name = _name(epoch.number)
     try:
-        storage.write_once(storage.join(store, EPOCHS, name), _bytes(epoch))
+        storage.write_once(uris.join(store, EPOCHS, name), _bytes(epoch))
     except storage.AlreadyWritten:  # maybe our own, its answer lost; the next epoch repeats it
         return False
     names = _names(store)
     if names[-1:] != [name]:  # a newer epoch exists; its writer had deleted this name
         return False
-    storage.delete([storage.join(store, EPOCHS, old) for old in names[:-1]])
+    storage.delete([uris.join(store, EPOCHS, old) for old in names[:-1]])
     return True
 
 
 def _names(store: str) -> list[str]:
     return [
-        name
-        for name in storage.list_names(storage.join(store, EPOCHS))
-        if EPOCH_FILE.fullmatch(name)
+        name for name in storage.list_names(uris.join(store, EPOCHS)) if EPOCH_FILE.fullmatch(name)
     ]
 
 

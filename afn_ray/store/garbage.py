@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import checksums, epochs, layout, manifest, shard_files, storage
+from afn_ray.store import checksums, epochs, layout, manifest, shard_files, storage, uris
 from afn_ray.store.layout import Place
 from afn_ray.text import count
 
@@ -107,7 +107,7 @@ def collect_garbage(
         raise ConfigError(f"keep is {keep}; expected at least 1 run")
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
-    store = storage.absolute(store).rstrip("/")
+    store = uris.absolute(store).rstrip("/")
     for _ in range(TRIES):
         look = _look(store, Rules(keep, tuple(keep_runs), min_age_h), delete=delete)
         if not delete:
@@ -275,7 +275,7 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
     spared, covered = _claimed(look) if look.found else ((), set())
     for name in (*look.doomed_runs, *look.dead_runs):
         if name not in spared:
-            folder = storage.join(store, "runs", name)
+            folder = uris.join(store, "runs", name)
             on_progress(f"deleting run {folder}")
             stays = () if name in look.dead_runs else ("run.json",)
             _remove(
@@ -294,7 +294,7 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
             )
             on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
     for measure_id in {measure_id for measure_id, _ in doomed}:
-        storage.remove_if_empty(storage.join(store, "shards", measure_id))
+        storage.remove_if_empty(uris.join(store, "shards", measure_id))
     return _report(look, deleted=True, spared=tuple(spared), covered=covered)
 
 
@@ -303,7 +303,7 @@ def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
 
     All other doomed runs are condemned here: they can never be complete (again).
     """
-    now = layout.sort_files(look.store, storage.list_below(storage.join(look.store, "runs"))).runs
+    now = layout.sort_files(look.store, storage.list_below(uris.join(look.store, "runs"))).runs
     spared = []
     for name in look.doomed_runs:
         known = {file.uri for file in look.there.runs[name]}
@@ -313,7 +313,7 @@ def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
             if layout.LEASE.fullmatch(file.uri.rpartition("/")[2])
         }
         complete = any(uri.endswith("/run.json") for uri in known)
-        run = manifest.RunFolder(storage.join(look.store, "runs", name), look.store, name, {})
+        run = manifest.RunFolder(uris.join(look.store, "runs", name), look.store, name, {})
         if leases - known or not manifest.condemn_run(
             run, look.next_epoch.number, complete=complete
         ):
@@ -331,7 +331,7 @@ def _report(
 ) -> Garbage:
     names = [*look.doomed_runs, *(name for name in look.dead_runs if look.files_of(name))]
     runs = [
-        _folder(storage.join(look.store, "runs", name), look.files_of(name))
+        _folder(uris.join(look.store, "runs", name), look.files_of(name))
         for name in names
         if name not in spared
     ]
@@ -409,7 +409,7 @@ def _named(store: str, run: str, names: Sequence[str]) -> str:
     """The name of ``run``, which is a name or a URI."""
     place, name = store, run
     if "/" in run:
-        place, name = manifest.split_uri(storage.absolute(run).rstrip("/"))
+        place, name = manifest.split_uri(uris.absolute(run).rstrip("/"))
     if name not in names or place != store:
         raise StoreError(
             f"{store} has no run {run} to keep; 'afn gc' without --keep-run lists those that it has"
@@ -423,11 +423,11 @@ def _planned(store: str, name: str) -> set[Place]:
     It has none if it crashed before it wrote one, or if a gc deleted it. Raises ``StoreError`` if
     the plan is damaged or missing from a complete run.
     """
-    run = manifest.RunFolder(storage.join(store, "runs", name), store, name, {})
+    run = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
     try:
         shards, header = manifest.read_shards(run)
     except StoreError as error:
-        plan, end = (storage.join(run.uri, file) for file in ("plan.parquet", "run.json"))
+        plan, end = (uris.join(run.uri, file) for file in ("plan.parquet", "run.json"))
         if not storage.exists(plan) and (
             not storage.exists(end) or manifest.open_folder(store, name).condemned
         ):
@@ -475,7 +475,7 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
         yield f"shard  ... and {count(len(g.shards) - MAX_LINES, 'more shard')}; --json lists all"
     for name in g.spared:
         yield (
-            f"spared {storage.join(g.store, 'runs', name)}: a process has taken it up or completed "
+            f"spared {uris.join(g.store, 'runs', name)}: a process has taken it up or completed "
             "it meanwhile"
         )
     if g.num_spared:

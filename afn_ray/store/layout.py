@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from afn_ray.store import storage
+from afn_ray.store import storage, uris
 
 EPOCHS = "gc"
 """Folder of the epochs that garbage collections publish."""
@@ -94,7 +94,7 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
 
     Each file is in exactly one group. Only complete epoch files are in none.
     """
-    root, there = f"{storage.absolute(store)}/", StoreFiles()
+    root, there = f"{uris.absolute(store)}/", StoreFiles()
     for file in files:
         match file.uri.removeprefix(root).split("/"):
             case ["shards", measure, shard, name] if (

@@ -46,7 +46,7 @@ from afn_ray.schema import (
     fingerprint,
     fingerprint_of_rows,
 )
-from afn_ray.store import epochs, parquet, storage
+from afn_ray.store import epochs, parquet, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     AHEAD,
@@ -85,14 +85,14 @@ def keep_from_jobs(store: str) -> None:
 
     A store soon exceeds the 512 MiB that Ray uploads, and no job needs it.
     """
-    if storage.is_local(store):
+    if uris.is_local(store):
         with contextlib.suppress(storage.AlreadyWritten):
-            storage.write_once(storage.join(store, RAY_IGNORE), b"*\n")
+            storage.write_once(uris.join(store, RAY_IGNORE), b"*\n")
 
 
 def run_names(store: str) -> list[str]:
     """Names of the runs in ``store``, oldest first, including copies under such names."""
-    return [name for name in storage.list_names(storage.join(store, "runs")) if is_run_name(name)]
+    return [name for name in storage.list_names(uris.join(store, "runs")) if is_run_name(name)]
 
 
 def is_copy(run: RunFolder) -> bool:
@@ -178,7 +178,7 @@ def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
 
     Raises ``StoreError`` if the plan is damaged. The checksum is not verified; see ``proved_rows``.
     """
-    uri = storage.join(store, "runs", run, "plan.parquet")
+    uri = uris.join(store, "runs", run, "plan.parquet")
     data = storage.read_if_there(uri)
     if data is None:
         return None
@@ -230,7 +230,7 @@ def find_begun(
     measure_id = fingerprint(measure)
     held = [
         name
-        for name in storage.list_names(storage.join(config.store, "shards"))
+        for name in storage.list_names(uris.join(config.store, "shards"))
         if HEX.fullmatch(name)
     ]
     names = run_names(config.store)
@@ -244,7 +244,7 @@ def find_begun(
         # A complete run with quarantined shards is not reused: a new run tries them again.
         if not same.condemned and not same.info.get("quarantined"):
             if not same.info and (begun_plan := read_plan(config.store, newest)) is not None:
-                proved_rows(storage.join(same.uri, "plan.parquet"), *begun_plan)
+                proved_rows(uris.join(same.uri, "plan.parquet"), *begun_plan)
             return same, newest
     if frozen and newest.endswith(_suffix(measure_id, plan.shards, config, ())):
         same = open_folder(config.store, newest)
@@ -270,7 +270,7 @@ def begin_run(
     run, newest = find_begun(config, measure, plan, frozen)
     lease = None
     if run is not None:
-        lease = storage.join(run.uri, f"lease-{uuid.uuid4().hex}.json")
+        lease = uris.join(run.uri, f"lease-{uuid.uuid4().hex}.json")
         # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
         with contextlib.suppress(storage.AlreadyWritten):
             storage.write_once(lease, sealed({"schema_version": SCHEMA_VERSION, "run": run.id}))
@@ -312,16 +312,16 @@ def _new_run(
     }
     table, header["sha256"] = _plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})
-    uri = storage.join(config.store, "runs", name)
+    uri = uris.join(config.store, "runs", name)
     # The same name means the same request in the same millisecond, and so the same plan.
     with contextlib.suppress(storage.AlreadyWritten):
-        storage.write_once(storage.join(uri, "plan.parquet"), parquet.encode(table))
+        storage.write_once(uris.join(uri, "plan.parquet"), parquet.encode(table))
     return RunFolder(uri, config.store, name, {})
 
 
 def _is_begun(store: str, name: str) -> bool:
     """Whether the folder ``name`` is a run with a plan, and not a copy."""
-    return storage.exists(storage.join(store, "runs", name, "plan.parquet")) and not is_copied(
+    return storage.exists(uris.join(store, "runs", name, "plan.parquet")) and not is_copied(
         store, name
     )
 
@@ -423,7 +423,7 @@ def read_shards(run: RunFolder) -> tuple[list[Shard], dict[str, Any]]:
 
     Raises ``StoreError`` for a plan that is missing, damaged, edited or another run's.
     """
-    uri = storage.join(run.uri, "plan.parquet")
+    uri = uris.join(run.uri, "plan.parquet")
     table = read_table(run, "plan")
     try:
         header = json.loads(table.schema.metadata[b"afn"])
@@ -510,8 +510,8 @@ def open_folder(store: str, name: str) -> RunFolder:
 
     Raises ``StoreError`` if run.json is damaged.
     """
-    uri = storage.join(store, "runs", name)
-    info = read_json(storage.join(uri, "run.json"))
+    uri = uris.join(store, "runs", name)
+    info = read_json(uris.join(uri, "run.json"))
     if info is None:
         return RunFolder(uri, store, name, {})
     if "condemned" in info:
@@ -536,9 +536,9 @@ def find_run(uri: str) -> RunFolder:
 
     Raises ``StoreError`` if there is none, or if the named run is not complete.
     """
-    uri = storage.absolute(uri).rstrip("/")
+    uri = uris.absolute(uri).rstrip("/")
     store, name = split_uri(uri)
-    if name and storage.exists(storage.join(uri, "plan.parquet")):
+    if name and storage.exists(uris.join(uri, "plan.parquet")):
         run = open_folder(store, name)
         if run.condemned:
             raise StoreError(
@@ -559,7 +559,7 @@ def find_run(uri: str) -> RunFolder:
         raise StoreError(
             f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun"
         )
-    if storage.exists(storage.join(uri, PLANNING)):
+    if storage.exists(uris.join(uri, PLANNING)):
         raise StoreError(
             f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn "
             "status "
@@ -572,12 +572,12 @@ def find_run(uri: str) -> RunFolder:
 
 def read_pilot(store: str, key: str) -> dict[str, Any] | None:
     """The calibration that an earlier run stored under ``key``; None if there is none."""
-    return read_json(storage.join(store, "pilots", f"{key}.json"))
+    return read_json(uris.join(store, "pilots", f"{key}.json"))
 
 
 def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
     """Store the calibration ``value`` under ``key``; return the stored one, ours or a rival's."""
-    uri = storage.join(store, "pilots", f"{key}.json")
+    uri = uris.join(store, "pilots", f"{key}.json")
     with contextlib.suppress(storage.AlreadyWritten):
         storage.write_once(uri, sealed({"schema_version": SCHEMA_VERSION, **value}))
     return parse_json(storage.read_bytes(uri), uri)
@@ -589,11 +589,11 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     ``info["tables"]`` holds the entries returned by ``write_table``. If another process has
     completed the run, its run.json is returned. Raises ``Interrupted`` if a gc condemned the run.
     """
-    plan = storage.read_bytes(storage.join(run.uri, "plan.parquet"))
+    plan = storage.read_bytes(uris.join(run.uri, "plan.parquet"))
     tables = {"plan": entry_of("plan.parquet", plan), **info["tables"]}
     body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
     try:
-        storage.write_once(storage.join(run.uri, "run.json"), sealed(body))
+        storage.write_once(uris.join(run.uri, "run.json"), sealed(body))
     except storage.AlreadyWritten:
         # Another process finished the same run with the same tables, or a gc condemned it.
         theirs = open_folder(run.store, run.id)
@@ -614,7 +614,7 @@ def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
     it; run.json is then replaced.
     """
     uri, body = (
-        storage.join(run.uri, "run.json"),
+        uris.join(run.uri, "run.json"),
         {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch},
     )
     if complete:
@@ -635,12 +635,12 @@ def mark_audited(run: RunFolder) -> None:
             "run": run.id,
             "audited_at": datetime.now(UTC).isoformat(),
         }
-        storage.write_once(storage.join(run.uri, "audited.json"), sealed(body))
+        storage.write_once(uris.join(run.uri, "audited.json"), sealed(body))
 
 
 def is_audited(run: RunFolder) -> bool:
     """Whether ``mark_audited`` was called for ``run``. A damaged mark raises ``StoreError``."""
-    uri = storage.join(run.uri, "audited.json")
+    uri = uris.join(run.uri, "audited.json")
     body = read_json(uri)
     return body is not None and body.get("run") == run.id
 
@@ -666,12 +666,12 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
     data = parquet.encode(table)
     file = f"{name}.parquet"
     try:
-        storage.write_once(storage.join(run.uri, file), data)
+        storage.write_once(uris.join(run.uri, file), data)
     except storage.AlreadyWritten:
-        if storage.read_bytes(storage.join(run.uri, file)) != data:
+        if storage.read_bytes(uris.join(run.uri, file)) != data:
             file = f"{name}-{sha256(data).hexdigest()[:16]}.parquet"
             with contextlib.suppress(storage.AlreadyWritten):  # the name is the hash of the content
-                storage.write_once(storage.join(run.uri, file), data)
+                storage.write_once(uris.join(run.uri, file), data)
     return entry_of(file, data)
 
 
@@ -681,13 +681,13 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
     Raises ``StoreError`` if it is missing or does not match run.json.
     """
     if not run.info:
-        uri = storage.join(run.uri, f"{name}.parquet")
+        uri = uris.join(run.uri, f"{name}.parquet")
         return parse_table(storage.read_bytes(uri), uri)
     entry = run.info["tables"].get(name)
     file = entry.get("name") if isinstance(entry, dict) else None
     if not isinstance(file, str) or "/" in file:
         raise StoreError(f"{run.uri}/run.json is damaged: its table {name} is {short(entry)}")
-    uri = storage.join(run.uri, file)
+    uri = uris.join(run.uri, file)
     data = storage.read_bytes(uri)
     if entry_of(file, data) != entry:
         raise StoreError(
@@ -707,7 +707,7 @@ def find_blocks(run: RunFolder, name: str) -> Blocks:
     It is a file of the complete ``run`` or of one of its shards. Raises ``StoreError`` if no commit
     and no run.json lists it.
     """
-    uri, (*folders, file) = storage.join(run.store, name), name.split("/")
+    uri, (*folders, file) = uris.join(run.store, name), name.split("/")
     try:
         if folders[0] == "shards":
             return blocks_by_name(run.store, folders[1], folders[2], file)
@@ -722,7 +722,7 @@ def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFo
 
     One listing of all folders finds the suspects; a listing of each suspect's folder confirms it.
     """
-    there = set(storage.list_names(storage.join(store, "shards", measure_id)))
+    there = set(storage.list_names(uris.join(store, "shards", measure_id)))
     missing = {q["shard"] for q in run.info.get("quarantined", [])}
     return [
         s.id

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from afn_ray.errors import StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import epochs, layout, manifest, shard_files, storage
+from afn_ray.store import epochs, layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
 
@@ -67,8 +67,8 @@ class Plans:
     def add_new(self, store: str) -> None:
         """Read the plans of the runs in ``store`` that were not read yet."""
         for name in manifest.run_names(store):
-            uri = storage.join(store, "runs", name)
-            if name in self.runs or not storage.exists(storage.join(uri, "plan.parquet")):
+            uri = uris.join(store, "runs", name)
+            if name in self.runs or not storage.exists(uris.join(uri, "plan.parquet")):
                 continue
             try:
                 run = manifest.open_folder(store, name)
@@ -114,7 +114,7 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
         named: set[str] = set()
         if name := manifest.split_uri(folder)[1]:
             named = names_of(manifest.open_folder(store, name))
-        elif folder != storage.absolute(store):
+        elif folder != uris.absolute(store):
             measure_id, shard = folder.split("/")[-2:]
             generation = generations.get((measure_id, shard), epoch.number)
             commits = commits_of(store, (measure_id, shard))

@@ -19,7 +19,7 @@ from afn_ray.schema import (
     ReadOptions,
     Shard,
 )
-from afn_ray.store import blocks, storage
+from afn_ray.store import blocks, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     AHEAD,
@@ -41,7 +41,7 @@ from afn_ray.store.layout import (
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
     """The folder of a shard's files in ``store``."""
-    return storage.join(store, "shards", measure_id, shard)
+    return uris.join(store, "shards", measure_id, shard)
 
 
 _IS: dict[str, Callable[[Any], bool]] = {
@@ -64,7 +64,7 @@ def read_committed(
     store: str, measure_id: str, shard: str, generation: int = 0
 ) -> tuple[Commit, Shard] | None:
     """Like ``read_commit``, with the shard that was read: its slices and read options."""
-    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
+    uri = uris.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = read_json(uri)
     if value is None:
         return None
@@ -97,7 +97,7 @@ def committed_blocks(
 
     Raises ``StoreError`` if the commit is gone or damaged.
     """
-    uri = storage.join(shard_uri(store, measure_id, shard), commit_name(generation))
+    uri = uris.join(shard_uri(store, measure_id, shard), commit_name(generation))
     value = read_json(uri)
     if value is None:
         raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
@@ -141,7 +141,7 @@ def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) ->
     commit.
     """
     folder = shard_uri(store, measure_id, shard)
-    data = storage.read_bytes(storage.join(folder, entry["name"]))
+    data = storage.read_bytes(uris.join(folder, entry["name"]))
     if sha256(data).hexdigest() != entry["sha256"]:
         raise StoreError(
             f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; "
@@ -159,7 +159,7 @@ def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) ->
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
     """The commits of those ``shards``, in their generations, that the store has, by shard id."""
-    there = set(storage.list_names(storage.join(store, "shards", measure_id)))
+    there = set(storage.list_names(uris.join(store, "shards", measure_id)))
     held = [shard for shard in shards if shard.id in there]
     commits = Commits()
 
@@ -198,12 +198,12 @@ def publish(
         digest, crc32[table] = blocks.file_checksums(path)
         name = f"{attempt}-{table}.parquet"
         files[table] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
-    uris = [storage.join(folder, str(file["name"])) for file in files.values()]
+    uploaded = [uris.join(folder, str(file["name"])) for file in files.values()]
     try:
-        for uri, (path, _) in zip(uris, tables.values(), strict=True):
+        for uri, (path, _) in zip(uploaded, tables.values(), strict=True):
             storage.upload(path, uri)
     except BaseException:  # no commit names the files yet, and a full disk needs the space
-        storage.delete(uris)
+        storage.delete(uploaded)
         raise
     commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
     body = {
@@ -216,7 +216,7 @@ def publish(
         "committed_at": datetime.now(UTC).isoformat(),
     }
     try:
-        storage.write_once(storage.join(folder, commit_name(shard.generation)), sealed(body))
+        storage.write_once(uris.join(folder, commit_name(shard.generation)), sealed(body))
         return commit
     except storage.AlreadyWritten:  # by a rival, or by our own request whose answer was lost
         winner = read_commit(store, measure_id, shard.id, shard.generation)
@@ -226,7 +226,7 @@ def publish(
         winner = read_commit(store, measure_id, shard.id, shard.generation)
         if winner is None:
             if isinstance(error, Interrupted):  # a full disk needs the space
-                storage.delete(uris)
+                storage.delete(uploaded)
             raise
     if winner is None:
         name = commit_name(shard.generation)
@@ -234,7 +234,7 @@ def publish(
             f"{folder}/{name} exists but cannot be read back; is something deleting from the store?"
         )
     if winner.attempt != attempt:
-        storage.delete(uris)
+        storage.delete(uploaded)
         # The forward tokens include padding, which depends on the batches.
         if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:
             raise StoreError(

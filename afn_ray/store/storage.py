@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from stat import S_ISREG
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from fsspec.utils import glob_translate
 
 from afn_ray.errors import AfnError, ConfigError, CorpusError, Interrupted, StoreError, Unavailable
 from afn_ray.schema import FileInfo
-from afn_ray.store import disk
+from afn_ray.store import disk, uris
 from afn_ray.store.retry import http_status, with_retries
 
 T = TypeVar("T")
@@ -41,26 +41,6 @@ DELETE_FOR_S = 10.0
 It is short, because a file that stays is only garbage, and the caller is about to end.
 """
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-"""URL protocol -> extra of the package that supports it."""
-# Timeouts in seconds, so that a dead peer is noticed. botocore retries one request (a page of a
-# listing, a part of a file); `with_retries` retries the whole call.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "config_kwargs": {
-            "connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 3, "mode": "standard"},
-            "max_pool_connections": 32,
-        },
-    },
-    "gs": {"requests_timeout": 120},  # for a whole request
-    "az": {"connection_timeout": 5, "read_timeout": 30},
-}  # fmt: skip
-# Azure names a container `container@account`, and an ARN has colons; neither is a secret.
-URL_SECRET = re.compile(
-    r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
-    r"|[?&][^=&/]*(?:secret|token|passw|signature|credential|key|sig)[^=&/]*=",
-    re.IGNORECASE,
-)
 # Class names of errors of botocore, google.auth and azure.core. The packages are optional.
 FOREIGN_ERRORS = frozenset(
     {"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"}
@@ -81,90 +61,8 @@ class AlreadyWritten(AfnError):
     """The object exists: another writer, or an earlier try, has created it."""
 
 
-def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of ``uri``, without a listings cache, and the path in it.
-
-    Raises ``ConfigError`` for a URL that cannot be opened or that holds credentials. Credentials
-    come from the environment.
-    """
-    if "://" not in uri:  # a local path may contain anything, including fsspec's `::`
-        local = LocalFileSystem()
-        return local, path_in(uri)
-    protocol = uri.partition("://")[0]
-    if URL_SECRET.search(uri):
-        raise ConfigError(
-            f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; "
-            "take them out and "
-            "give them in the environment"
-        )
-    if "::" in uri:
-        raise ConfigError(
-            f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)"
-        )
-    extra = EXTRAS.get(protocol, "")
-    try:
-        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **OPTIONS.get(extra, {}))
-    except ImportError as error:
-        how = f'pip install "afn-ray[{extra}]"' if extra else str(error)
-        raise ConfigError(f"{uri!r} cannot be opened, for a package is missing: {how}") from error
-    except ValueError as error:
-        raise ConfigError(f"{uri!r} cannot be opened: {error}") from error
-    if extra == "s3":
-        fs.retries = 1  # retries of s3fs would multiply with those of botocore
-    return fs, path
-
-
-def path_in(uri: str) -> str:
-    """Path of ``uri`` in its filesystem."""
-    # "data:" is a protocol without slashes to fsspec; here it begins the name of a local file.
-    return str(fsspec.core.strip_protocol(f"./{uri}" if uri.startswith("data:") else uri))
-
-
-def join(uri: str, *parts: str) -> str:
-    """``uri`` with ``parts`` appended."""
-    return "/".join([uri.rstrip("/"), *parts])
-
-
-def is_local(uri: str) -> bool:
-    """Whether ``uri`` is on a local or mounted disk."""
-    return isinstance(open_filesystem(uri)[0], LocalFileSystem)
-
-
-def is_process_memory(uri: str) -> bool:
-    """Whether ``uri`` is in the memory of this process, which other processes cannot read."""
-    return bool(open_filesystem(uri)[0].protocol == "memory")
-
-
-def absolute(uri: str) -> str:
-    """Canonical form of ``uri``: absolute, with its protocol unless local."""
-    fs, path = open_filesystem(uri)
-    return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
-
-
-def below(folder: str) -> Callable[[str], bool]:
-    """A predicate on absolute URIs, as listings give them: is the URI ``folder`` or below it?
-
-    On a local disk it also follows links.
-    """
-    fs, path = open_filesystem(folder)
-    root = absolute(folder).rstrip("/")
-    real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else None
-
-    @cache
-    def is_below(uri: str) -> bool:
-        if f"{uri}/".startswith(f"{root}/"):
-            return True
-        return (
-            real is not None
-            and "://" not in uri
-            and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
-        )
-
-    return is_below
-
-
 @contextlib.contextmanager
-def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
+def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
     """Raise filesystem errors as an ``AfnError`` that says what happened, where, and what to do."""
     try:
         yield
@@ -205,7 +103,7 @@ def _named(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
         raise
 
 
-def _ask(
+def call_with_retries(
     fs: fsspec.AbstractFileSystem,
     action: str,
     uri: str,
@@ -216,7 +114,7 @@ def _ask(
 
     Raises ``Unavailable`` when the retries are used up, and ``kind`` for other errors.
     """
-    with _named(action, uri, kind):
+    with named_errors(action, uri, kind):
         return with_retries(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
 
 
@@ -248,8 +146,10 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
 
 def stat(uri: str) -> FileInfo:
     """Current size and version of one file. Raises ``CorpusError`` if it is gone or unreadable."""
-    fs, path = open_filesystem(uri)
-    return _ask(fs, "looking at", uri, CorpusError, lambda: _file_info(fs, fs.info(path)))
+    fs, path = uris.open_filesystem(uri)
+    return call_with_retries(
+        fs, "looking at", uri, CorpusError, lambda: _file_info(fs, fs.info(path))
+    )
 
 
 def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
@@ -259,9 +159,11 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
     Links are followed. Raises ``CorpusError`` if no file matches, or if something cannot be listed.
     ``left_out`` collects the other files and folders of a remote listing.
     """
-    fs, path = open_filesystem(pattern)
+    fs, path = uris.open_filesystem(pattern)
     others: list[str] = []
-    found = _ask(fs, "listing", pattern, CorpusError, lambda: _match(fs, path, pattern, others))
+    found = call_with_retries(
+        fs, "listing", pattern, CorpusError, lambda: _match(fs, path, pattern, others)
+    )
     if left_out is not None:
         left_out.update(str(fs.unstrip_protocol(name)).rstrip("/") for name in others)
     if not found:
@@ -385,7 +287,7 @@ def _walk(folder: str) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for path in (posixpath.join(base, name) for name in names if not _is_hidden(name)):
-            with _named("looking at", path, CorpusError):
+            with named_errors("looking at", path, CorpusError):
                 if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader forever
                     yield path
 
@@ -395,13 +297,16 @@ def open_read(uri: str) -> IO[bytes]:
 
     On a remote filesystem it reads ahead and keeps no connection open.
     """
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        return cast(IO[bytes], _ask(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb")))
+        return cast(
+            IO[bytes],
+            call_with_retries(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb")),
+        )
     size = stat(uri).size
 
     def read(start: int, end: int) -> bytes:
-        return _ask(
+        return call_with_retries(
             fs, "reading", uri, CorpusError, lambda: bytes(fs.cat_file(path, start=start, end=end))
         )
 
@@ -415,9 +320,9 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
 
     Raises ``StoreError`` if the file does not exist.
     """
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     try:
-        return _ask(
+        return call_with_retries(
             fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end))
         )
     except StoreError as error:
@@ -434,7 +339,11 @@ def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
     end = None if most_bytes is None else most_bytes + 1
     try:
         data = read_bytes(uri, 0, end)
-        if not data and is_local(uri) and disk.wait_for_content(Path(absolute(uri)), disk.READER_S):
+        if (
+            not data
+            and uris.is_local(uri)
+            and disk.wait_for_content(Path(uris.absolute(uri)), disk.READER_S)
+        ):
             data = read_bytes(uri, 0, end)
         if most_bytes is not None and len(data) > most_bytes:
             raise StoreError(
@@ -449,13 +358,13 @@ def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
 
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at ``uri`` now."""
-    fs, path = open_filesystem(uri)
-    return _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path)) is not None
+    fs, path = uris.open_filesystem(uri)
+    return call_with_retries(fs, "looking at", uri, StoreError, lambda: _info(fs, path)) is not None
 
 
 def list_names(uri: str) -> list[str]:
     """Names directly below the folder ``uri``, sorted; empty if there is no such folder."""
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
 
     def names() -> list[str]:
         try:
@@ -465,7 +374,7 @@ def list_names(uri: str) -> list[str]:
                 raise
             return []
 
-    return _ask(fs, "listing", uri, StoreError, names)
+    return call_with_retries(fs, "listing", uri, StoreError, names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,7 +394,7 @@ def list_below(uri: str) -> list[StoredFile]:
     Files that appear or vanish during the listing may be missing or included. Links are left out: a
     store has none.
     """
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
 
     def files() -> list[StoredFile]:
         try:
@@ -500,7 +409,7 @@ def list_below(uri: str) -> list[StoredFile]:
 
     local = isinstance(fs, LocalFileSystem)
     ask = (lambda: list(_local_files(path))) if local else files
-    return sorted(_ask(fs, "listing", uri, StoreError, ask), key=lambda f: f.uri)
+    return sorted(call_with_retries(fs, "listing", uri, StoreError, ask), key=lambda f: f.uri)
 
 
 def _local_files(folder: str) -> Iterator[StoredFile]:
@@ -542,7 +451,7 @@ def write_once(uri: str, data: bytes) -> None:
     On a remote filesystem, that file may be our own: an earlier try may have written it although
     its answer was lost. After ``Unavailable`` it is unknown whether the file exists or will exist.
     """
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
 
     def create() -> None:
@@ -562,7 +471,7 @@ def write_once(uri: str, data: bytes) -> None:
                 raise AlreadyWritten(uri) from None
             raise
 
-    _ask(fs, "writing", uri, StoreError, create)
+    call_with_retries(fs, "writing", uri, StoreError, create)
 
 
 def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
@@ -572,12 +481,12 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
     those of other calls. Raises ``StoreError`` or ``Unavailable``; then it is unknown whether the
     old or the new content is there.
     """
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
     write = (
         (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
     )
-    with _named("writing", uri, StoreError):
+    with named_errors("writing", uri, StoreError):
         with_retries(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
 
@@ -586,16 +495,16 @@ def upload(local: Path, uri: str) -> None:
 
     Nothing reads that name before its commit.
     """
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        _ask(fs, "writing", uri, StoreError, lambda: disk.copy(local, Path(path)))
+        call_with_retries(fs, "writing", uri, StoreError, lambda: disk.copy(local, Path(path)))
     else:
-        _ask(fs, "writing", uri, StoreError, lambda: fs.put_file(str(local), path))
+        call_with_retries(fs, "writing", uri, StoreError, lambda: fs.put_file(str(local), path))
 
 
-def delete(uris: list[str]) -> None:
+def delete(files: list[str]) -> None:
     """Remove files that nothing refers to; one that cannot be removed stays, without an error."""
-    for uri in uris:
+    for uri in files:
         try:
             remove(uri, DELETE_FOR_S)
         except StoreError:
@@ -610,8 +519,8 @@ def remove(uri: str, retry_for_s: float | None = None) -> None:
     Raises ``StoreError`` if the file must not be removed, ``Unavailable`` if the store does not
     answer for ``retry_for_s``.
     """
-    fs, path = open_filesystem(uri)
-    with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
+    fs, path = uris.open_filesystem(uri)
+    with named_errors("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
         with_retries(
             partial(fs.rm_file, path),
             f"deleting {uri}",
@@ -622,9 +531,9 @@ def remove(uri: str, retry_for_s: float | None = None) -> None:
 
 def remove_if_empty(uri: str) -> None:
     """Remove the folder ``uri`` if it is empty. Object stores have no folders."""
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        with _named("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
+        with named_errors("deleting", uri, StoreError), contextlib.suppress(FileNotFoundError):
             try:
                 Path(path).rmdir()
             except OSError as error:
@@ -634,8 +543,8 @@ def remove_if_empty(uri: str) -> None:
 
 def modified_s(uri: str) -> float | None:
     """Unix time when ``uri`` was written, by its filesystem's clock; None if there is no file."""
-    fs, path = open_filesystem(uri)
-    info = _ask(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
+    fs, path = uris.open_filesystem(uri)
+    info = call_with_retries(fs, "looking at", uri, StoreError, lambda: _info(fs, path))
     return None if info is None else _modified_s(info)
 
 
@@ -644,12 +553,14 @@ def clock_s(uri: str) -> float:
 
     It writes a probe file to find out, and deletes it.
     """
-    probe = join(uri, f"probe-{uuid.uuid4().hex}")
+    probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
     try:
         with contextlib.suppress(AlreadyWritten):
             write_once(probe, b"afn-ray asks what time it is here; this file can be deleted\n")
-        fs, path = open_filesystem(probe)
-        return _ask(fs, "looking at", probe, StoreError, lambda: _modified_s(fs.info(path)))
+        fs, path = uris.open_filesystem(probe)
+        return call_with_retries(
+            fs, "looking at", probe, StoreError, lambda: _modified_s(fs.info(path))
+        )
     finally:
         delete([probe])
 
@@ -681,7 +592,7 @@ def _is_missing(path: Path) -> bool:
 
 
 def _probe(uri: str) -> None:
-    probe = join(uri, f"probe-{uuid.uuid4().hex}")
+    probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
     text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
     try:
         # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
@@ -700,10 +611,10 @@ def _probe(uri: str) -> None:
 
 def find_lacks(uri: str) -> list[str]:
     """What the filesystem of the writable folder ``uri`` lacks, and what is done instead."""
-    fs, path = open_filesystem(uri)
+    fs, path = uris.open_filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
         return []
-    return _ask(fs, "looking at", uri, StoreError, lambda: disk.find_lacks(Path(path)))
+    return call_with_retries(fs, "looking at", uri, StoreError, lambda: disk.find_lacks(Path(path)))
 
 
 @contextlib.contextmanager

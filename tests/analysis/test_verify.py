@@ -27,7 +27,7 @@ from afn_ray.analysis.verify import Finding, Verification, lines
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.store import layout, manifest, shard_files, storage
+from afn_ray.store import layout, manifest, shard_files, storage, uris
 from afn_ray.store.layout import RAY_IGNORE
 from conftest import afn, edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
 
@@ -89,7 +89,7 @@ class Copy:
     @property
     def run(self) -> str:
         (name,) = storage.list_names(f"{self.uri}/runs")
-        return storage.absolute(f"{self.uri}/runs/{name}")
+        return uris.absolute(f"{self.uri}/runs/{name}")
 
     def file(self, table: str) -> str:
         """URI of a file of the largest shard."""
@@ -317,7 +317,7 @@ def test_no_byte_of_a_store_changes_unseen(made: Path, tmp_path: Path) -> None:
 
 
 def remove(folder: str) -> None:
-    fs, path = storage.open_filesystem(folder)
+    fs, path = uris.open_filesystem(folder)
     fs.rm(path, recursive=True)
 
 
@@ -661,7 +661,7 @@ def test_two_measures_and_runs_in_one_store_are_told_apart(
 def test_a_damaged_pilot_is_named(store: Copy) -> None:
     manifest.write_pilot(store.uri, "abc", {"dtype": "float32"})
     assert not store.verify().findings
-    uri = storage.absolute(f"{store.uri}/pilots/abc.json")
+    uri = uris.absolute(f"{store.uri}/pilots/abc.json")
     flip(uri, 0.7)
     assert kinds(store.verify()) == [("damaged", uri)]
 
@@ -726,10 +726,10 @@ def test_what_a_dead_reduce_left_is_an_orphan_and_what_is_not_ours_is_left_alone
     before = store.files
     left, probe = (
         f"{store.run}/histogram-{'e' * 16}.parquet",
-        f"{storage.absolute(store.uri)}/probe-{'e' * 32}",
+        f"{uris.absolute(store.uri)}/probe-{'e' * 32}",
     )
     names = ("notes.txt", "runs/x.txt", "shards/zz/1/commit.json")
-    foreign = [f"{storage.absolute(store.uri)}/{name}" for name in names]
+    foreign = [f"{uris.absolute(store.uri)}/{name}" for name in names]
     for uri in (left, probe, *foreign):
         storage.write_once(uri, b"x")
     v = store.verify(clean=True)
@@ -778,7 +778,7 @@ def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:
         storage.write_once(f"{quiet_place}/{name}", name.encode())
     found = storage.list_below(quiet_place)
     assert [f.uri for f in found] == sorted(
-        storage.absolute(f"{quiet_place}/{name}") for name in names
+        uris.absolute(f"{quiet_place}/{name}") for name in names
     )
     assert all(
         f.size == len(storage.read_bytes(f.uri)) and abs(f.modified_s - time.time()) < 600

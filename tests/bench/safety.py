@@ -18,7 +18,7 @@ from rich.table import Table
 
 from afn_ray.bench import machine, texts
 from afn_ray.errors import AfnError
-from afn_ray.store import storage
+from afn_ray.store import uris
 
 EXECUTORS = {"inline": 1, "ray": 2}
 """Number of workers, by executor."""
@@ -40,8 +40,8 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as name:
         folder = Path(name)
-        stores = storage.join(
-            storage.absolute(store) if store else name, f"safety-{uuid.uuid4().hex[:8]}"
+        stores = uris.join(
+            uris.absolute(store) if store else name, f"safety-{uuid.uuid4().hex[:8]}"
         )
         shape = {
             "hidden_size": 32,
@@ -75,7 +75,7 @@ def measure(
                     f"{few:.1f} s for "
                     f"{sizes['few']:,}, {again:.1f} s again"
                 )
-    place = "local disk" if storage.is_local(stores) else stores.partition("://")[0]
+    place = "local disk" if uris.is_local(stores) else stores.partition("://")[0]
     return {
         **machine.facts("cpu"),
         "shards": num_shards,

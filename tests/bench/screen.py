@@ -16,7 +16,7 @@ from afn_ray.bench import machine
 from afn_ray.config import RunConfig
 from afn_ray.query.database import Run
 from afn_ray.runs import demo, job
-from afn_ray.store import storage
+from afn_ray.store import storage, uris
 
 SHARE = 0.01
 """Share of the verses that are replaced by junk."""
@@ -117,14 +117,14 @@ def measure(store: str, seed: int, on_note: Callable[[str], None]) -> dict[str, 
     """Run MiniLM over the verses with junk, and compare the screening with the planted junk."""
     lines = storage.read_bytes(str(demo.corpus_file())).decode().splitlines()
     texts, planted = plant([json.loads(line)["text"] for line in lines], seed)
-    corpus = storage.join(storage.absolute(store), f"junk-{seed}.jsonl")
+    corpus = uris.join(uris.absolute(store), f"junk-{seed}.jsonl")
     data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     if not storage.exists(corpus):
         storage.write_once(corpus, data)
     config = RunConfig(
         corpus=(corpus,),
         model=str(demo.model_folder()),
-        store=storage.join(storage.absolute(store), "store"),
+        store=uris.join(uris.absolute(store), "store"),
         layers="2/3",
         dtype="float32",
         shard_bytes=512 << 10,

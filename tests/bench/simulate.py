@@ -34,7 +34,7 @@ from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
-from afn_ray.store import checksums, layout, manifest, shard_files, storage
+from afn_ray.store import checksums, layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commits
 from bench.apart import call_apart
 from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
@@ -212,7 +212,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
                 setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
             with meter.part("loop"):
                 state = dispatcher.run()
-        told = json.loads(storage.read_bytes(storage.join(folder.uri, layout.STATUS)))
+        told = json.loads(storage.read_bytes(uris.join(folder.uri, layout.STATUS)))
     remember("with all commits")
     _check(plan, crowd, state)
     shards = told["shards"]
@@ -279,7 +279,7 @@ def _find_some(store: str, shards: Sequence[Shard]) -> float:
             "options": asdict(shard.options),
         }
         folder = shard_files.shard_uri(store, MEASURE_ID, shard.id)
-        storage.write_once(storage.join(folder, "commit.json"), checksums.sealed(body))
+        storage.write_once(uris.join(folder, "commit.json"), checksums.sealed(body))
     began = time.process_time()
     assert len(shard_files.find_commits(store, MEASURE_ID, shards)) == len(shards)
     return (time.process_time() - began) / len(shards) * 1e6

@@ -34,7 +34,7 @@ from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.runs.cluster import connection
 from afn_ray.runs.events import Event, Planned, Starting
 from afn_ray.schema import Shard
-from afn_ray.store import layout, manifest, shard_files, storage
+from afn_ray.store import layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 from conftest import recorded
 from drivers import Drivers
@@ -114,8 +114,8 @@ def test_a_corpus_that_changes_between_plan_and_read_fails_its_shards_with_that_
     ground: Ground, local_ray: None
 ) -> None:
     corpus = f"{ground.corpus}-{uuid.uuid4().hex[:8]}"
-    fs, path = storage.open_filesystem(corpus)
-    fs.copy(storage.open_filesystem(ground.corpus)[1], path, recursive=True)
+    fs, path = uris.open_filesystem(corpus)
+    fs.copy(uris.open_filesystem(ground.corpus)[1], path, recursive=True)
     store = ground.store()
     config = ground.config(store, corpus=(corpus,), executor="ray", workers=2)
 
@@ -335,7 +335,7 @@ def patch_bucket(
     monkeypatch: pytest.MonkeyPatch, methods: tuple[str, ...], wrong: Callable[..., Any]
 ) -> None:
     """Calls of ``methods`` of S3's filesystem go to ``wrong(call, path, *args, **options)``."""
-    open_filesystem = storage.open_filesystem
+    open_filesystem = uris.open_filesystem
 
     def open_patched(uri: str) -> tuple[Any, str]:
         fs, path = open_filesystem(uri)
@@ -347,7 +347,7 @@ def patch_bucket(
         )
         return patched, path
 
-    monkeypatch.setattr(storage, "open_filesystem", open_patched)
+    monkeypatch.setattr(uris, "open_filesystem", open_patched)
 
 
 @pytest.mark.only("s3", "a local disk gives no unknown answers")

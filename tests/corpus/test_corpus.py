@@ -36,7 +36,7 @@ from afn_ray.cli import commands
 from afn_ray.corpus import footer, listing, reading, row_groups, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions, Shard
-from afn_ray.store import storage
+from afn_ray.store import storage, uris
 
 OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
 IDS = dataclasses.replace(OPTIONS, id_column="id")
@@ -210,7 +210,7 @@ def test_a_table_is_refused_however_it_is_given(tmp_path: Path, name: str, remot
             CorpusError, match=f"events is an? .*{mark.split('/')[0]}|what a Spark stream"
         ) as error:
             listing.list_files([pattern], OPTIONS)
-        assert export.format(storage.absolute(table)) in str(error.value)
+        assert export.format(uris.absolute(table)) in str(error.value)
     files, _ = listing.list_files([f"{place}/lake/plain"], OPTIONS)
     assert [f.uri.rpartition("/")[2] for f in files] == ["a.parquet"]
 
@@ -1609,11 +1609,11 @@ def rewrite(quiet_place: str) -> Write:
     seconds = iter(range(1, 100))
 
     def rewrite(name: str, data: bytes) -> FileInfo:
-        uri = storage.join(quiet_place, name)
-        fs, path = storage.open_filesystem(uri)
+        uri = uris.join(quiet_place, name)
+        fs, path = uris.open_filesystem(uri)
         fs.makedirs(quiet_place, exist_ok=True)
         fs.pipe_file(path, data)
-        if storage.is_local(uri):
+        if uris.is_local(uri):
             os.utime(uri, (0, next(seconds)))
         return storage.stat(uri)
 

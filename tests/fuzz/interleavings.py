@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from afn_ray.errors import StoreError
-from afn_ray.store import manifest, shard_files, storage
+from afn_ray.store import manifest, shard_files, storage, uris
 
 STORE = "/model"
 MOST_CALLS = 80
@@ -283,7 +283,7 @@ class World:
             "remove",
         ):
             patch.setattr(storage, name, getattr(self, name))
-        patch.setattr(storage, "absolute", lambda uri: uri)
+        patch.setattr(uris, "absolute", lambda uri: uri)
         patch.setattr(storage, "remove_if_empty", lambda uri: None)
         patch.setattr(storage, "clock_s", lambda uri: NOW_S)
         for module in (manifest, shard_files):

@@ -46,7 +46,7 @@ from afn_ray.schema import (
     strengths,
     tokens_schema,
 )
-from afn_ray.store import blocks, checksums, manifest, storage
+from afn_ray.store import blocks, checksums, manifest, storage, uris
 from afn_ray.store.manifest import RunFolder
 from conftest import RUN_INFO, edit_sealed, edit_table
 
@@ -86,7 +86,7 @@ def write_run(
         }
         for kind, table in (("tokens", tokens), ("documents", documents)):
             row[f"{kind}_file"] = f"shards/m/s{i}/a-{kind}.parquet"
-            uri = storage.join(store, row[f"{kind}_file"])
+            uri = uris.join(store, row[f"{kind}_file"])
             size = (
                 write_parquet(uri, table, **options)
                 if not storage.exists(uri)
@@ -95,9 +95,7 @@ def write_run(
             row[f"{kind[:-1]}_bytes"] = size
             commit["files"][kind] = {"name": f"a-{kind}.parquet", "bytes": size}
             commit["crc32"][kind] = blocks.checksums(storage.read_bytes(uri))
-        storage.write_over(
-            storage.join(store, f"shards/m/s{i}/commit.json"), checksums.sealed(commit)
-        )
+        storage.write_over(uris.join(store, f"shards/m/s{i}/commit.json"), checksums.sealed(commit))
         rows.append(row)
         offset += len(documents)
     tokens = pa.concat_tables([t for t, _ in shards]).unify_dictionaries()
@@ -132,7 +130,7 @@ def write_run(
         for layer in layers
         for i, (piece, text) in enumerate(zip(PIECES, TEXTS, strict=True))
     ]
-    folder = storage.join(store, "runs", name)
+    folder = uris.join(store, "runs", name)
     run = RunFolder(folder, store, name, {})
     tables = {}
     for table, schema, values in (
@@ -155,7 +153,7 @@ def write_run(
         "finished_at": "2026-01-02T04:04:05+01:00",
         "tables": tables,
     }
-    storage.write_once(storage.join(folder, "plan.parquet"), b"")
+    storage.write_once(uris.join(folder, "plan.parquet"), b"")
     manifest.finish_run(run, info)
     return folder
 

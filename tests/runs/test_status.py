@@ -36,7 +36,7 @@ from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
-from afn_ray.store import garbage, layout, manifest, storage
+from afn_ray.store import garbage, layout, manifest, storage, uris
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
 from conftest import MakeConfig, fenced, stop_after, write_jsonl
@@ -293,7 +293,7 @@ def test_a_word_before_a_run_is_no_news_once_a_run_has_said_more(
     make_config: MakeConfig, corpus: str
 ) -> None:
     config = make_config(corpus=(corpus,))
-    planning = storage.join(config.store, PLANNING)
+    planning = uris.join(config.store, PLANNING)
     failed = {**status.NOTHING, "phase": "failed", "exit_code": 2, "reason": "a misspelt flag"}
 
     def plant(written_at: str, **values: Any) -> None:

@@ -24,7 +24,7 @@ from afn_ray import collect_garbage, verify_store
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
-from afn_ray.store import epochs, manifest, storage
+from afn_ray.store import epochs, manifest, storage, uris
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.garbage import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
@@ -68,7 +68,7 @@ class Made:
         for file in self.store.rglob("*"):
             if file.is_file():
                 storage.upload(file, f"{target}/{file.relative_to(self.store)}")
-        return storage.absolute(target)
+        return uris.absolute(target)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from afn_ray.runs.plan import (
     make_plan,
 )
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.store import checksums, layout, manifest, retry, shard_files, storage
+from afn_ray.store import checksums, layout, manifest, retry, shard_files, storage, uris
 from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.store.manifest import Plan, RunFolder, begin_run, find_run, finish_run
 from afn_ray.store.shard_files import find_commits
@@ -209,7 +209,7 @@ def test_every_file_of_a_store_is_sorted_by_its_name_and_no_other_is_taken_for_o
         "pilots/abc.txt",
         "probe-of-mine",
     ]
-    root = storage.absolute(store)
+    root = uris.absolute(store)
     files = [
         storage.StoredFile(f"{root}/{name}", 1, 0.0)
         for name in (*itertools.chain(*ours.values()), *foreign)
@@ -275,7 +275,7 @@ def test_files_of_the_last_run_are_not_read_again(
 
 
 def find_names(config: RunConfig) -> list[str]:
-    return storage.list_names(storage.join(config.store, "runs"))
+    return storage.list_names(uris.join(config.store, "runs"))
 
 
 def test_a_touched_file_is_read_again_and_gives_the_same_shards(
@@ -394,7 +394,7 @@ def test_a_run_without_a_plan_is_passed_over(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        patch.setattr(storage.open_filesystem(config.store)[0], "pipe_file", full)
+        patch.setattr(uris.open_filesystem(config.store)[0], "pipe_file", full)
         with pytest.raises(Interrupted):
             _begin(config)
     run = _begin(config)

@@ -36,7 +36,7 @@ from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import FileInfo, ReadOptions
-from afn_ray.store import blocks, manifest, retry, storage
+from afn_ray.store import blocks, manifest, retry, storage, uris
 from afn_ray.store.storage import RangeFile
 from conftest import S3_SECRET, MakeConfig, stop_after, write_jsonl
 
@@ -65,7 +65,7 @@ def make_corpus(folder: Path, verses: list[str]) -> Path:
 def copy(folder: Path, uri: str) -> str:
     """The files below ``folder`` at ``uri``."""
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        storage.upload(file, storage.join(uri, file.relative_to(folder).as_posix()))
+        storage.upload(file, uris.join(uri, file.relative_to(folder).as_posix()))
     return uri
 
 
@@ -193,10 +193,10 @@ def test_a_run_through_faults_has_the_rows_of_an_undisturbed_one(
             with afn_ray.run(config) as run:  # from what is in the store, old listings and all
                 assert recorded(run) == expected
         seen += schedule.injected
-        names = storage.list_names(storage.join(config.store, "shards"))
+        names = storage.list_names(uris.join(config.store, "shards"))
         assert len(names) == 1
-        for shard in storage.list_names(storage.join(config.store, "shards", names[0])):
-            files = storage.list_names(storage.join(config.store, "shards", names[0], shard))
+        for shard in storage.list_names(uris.join(config.store, "shards", names[0])):
+            files = storage.list_names(uris.join(config.store, "shards", names[0], shard))
             assert len(files) == 4 and "commit.json" in files  # nothing half done, nothing twice
     for kind, method in itertools.product(
         ("fail", "slow", "lie"), ("info", "ls", "cat_file", "pipe_file", "put_file")
@@ -225,10 +225,10 @@ def test_old_listings_do_not_make_a_complete_run_incomplete(
 def test_a_remote_reader_reads_as_a_local_file_does(place: str, tmp_path: Path) -> None:
     body = np.random.default_rng(0).bytes(9 << 20)
     (tmp_path / "x").write_bytes(body)
-    storage.upload(tmp_path / "x", storage.join(place, "x"))
+    storage.upload(tmp_path / "x", uris.join(place, "x"))
     dice = np.random.default_rng(1)
     with (
-        storage.open_read(storage.join(place, "x")) as remote,
+        storage.open_read(uris.join(place, "x")) as remote,
         (tmp_path / "x").open("rb") as local,
     ):
         for _ in range(200):
@@ -392,8 +392,8 @@ def gate(s3_server: str, object_store: str, monkeypatch: pytest.MonkeyPatch) -> 
     """A gate between this process and the bucket ``object_store``."""
     gate = Gate(s3_server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", gate.url)
-    settings = storage.OPTIONS["s3"]["config_kwargs"] | {"retries": {"total_max_attempts": 1}}
-    monkeypatch.setitem(storage.OPTIONS, "s3", {"config_kwargs": settings})
+    settings = uris.OPTIONS["s3"]["config_kwargs"] | {"retries": {"total_max_attempts": 1}}
+    monkeypatch.setitem(uris.OPTIONS, "s3", {"config_kwargs": settings})
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.2)
     yield gate
     gate.close()
@@ -410,7 +410,7 @@ def test_a_bucket_that_comes_back_is_waited_for(
     storage.write_once(f"{object_store}/before", b"1")
     (tmp_path / "x").write_bytes(b"3")
     if mode == "deaf":
-        monkeypatch.setitem(storage.OPTIONS["s3"]["config_kwargs"], "read_timeout", 0.3)
+        monkeypatch.setitem(uris.OPTIONS["s3"]["config_kwargs"], "read_timeout", 0.3)
     gate.shut(mode, for_connections=4)
     with (
         pytest.raises(storage.AlreadyWritten) if mode == "mute" else contextlib.nullcontext()
@@ -525,7 +525,7 @@ SECRET = "wJalrXUtnFEMIbPxRfiCY"  # as AWS's manuals have it
 )
 def test_a_url_with_credentials_is_refused_without_echo(uri: str) -> None:
     with pytest.raises(ConfigError, match="URL holds credentials") as caught:
-        storage.open_filesystem(uri)
+        uris.open_filesystem(uri)
     assert SECRET not in str(caught.value) and "environment" in str(caught.value)
 
 
@@ -535,7 +535,7 @@ def test_a_url_with_credentials_is_refused_without_echo(uri: str) -> None:
      "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/name/a@b", "memory://a/x?a=b"],
 )  # fmt: skip
 def test_other_urls_are_not_taken_for_one(s3_server: str, uri: str) -> None:
-    storage.open_filesystem(uri)
+    uris.open_filesystem(uri)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_a_missing_package_is_named(uri: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(fsspec_registry, protocol, raising=False)
     extra = {"abfs": "az", "gs": "gs", "s3": "s3"}[uri.partition(":")[0]]
     with pytest.raises(ConfigError, match=rf'pip install "afn-ray\[{extra}\]"'):
-        storage.open_filesystem(uri)
+        uris.open_filesystem(uri)
 
 
 def test_no_credentials_and_wrong_ones_say_what_to_do(

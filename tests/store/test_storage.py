@@ -22,6 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import faults
 from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
 from afn_ray.store import blocks, disk, storage
+from afn_ray.store.uris import absolute, is_local, is_process_memory, join, open_filesystem, path_in
 from conftest import write_new
 
 BODY_BYTES = 3 << 20  # more than one block, so that a torn write would show
@@ -37,7 +38,7 @@ def folder(place: str) -> str:
 
 def _left(folder: str) -> list[str]:
     """Everything below ``folder``, hidden or not, by relative path."""
-    fs, path = storage.open_filesystem(faults.unwrap(folder))
+    fs, path = open_filesystem(faults.unwrap(folder))
     return sorted(name.removeprefix(path).strip("/") for name in fs.find(path))
 
 
@@ -76,7 +77,7 @@ def test_one_of_eight_threads_wins_and_its_content_is_whole(folder: str) -> None
 
     for trial in range(3):
         uri, start, wins = (
-            storage.join(folder, "deep", f"{trial}"),
+            join(folder, "deep", f"{trial}"),
             threading.Barrier(8),
             queue.Queue[int | None](),
         )
@@ -94,7 +95,7 @@ def test_one_of_four_processes_wins_and_its_content_is_whole(tmp_path: Path) -> 
 
 
 def test_a_second_write_is_refused_and_changes_nothing(folder: str) -> None:
-    uri = storage.join(folder, "a")
+    uri = join(folder, "a")
     write_new(uri, b"first")
     with pytest.raises(storage.AlreadyWritten):
         storage.write_once(uri, b"second")
@@ -285,8 +286,8 @@ def test_upload_copies_the_file_and_makes_its_folder(
 ) -> None:
     local = tmp_path_factory.mktemp("scratch") / "x"
     local.write_bytes(_body(7))
-    storage.upload(local, storage.join(folder, "shards", "one", "x"))
-    assert storage.read_bytes(storage.join(folder, "shards", "one", "x")) == _body(7)
+    storage.upload(local, join(folder, "shards", "one", "x"))
+    assert storage.read_bytes(join(folder, "shards", "one", "x")) == _body(7)
     assert local.exists()
 
 
@@ -406,13 +407,13 @@ def test_a_url_that_cannot_be_opened_is_a_wrong_request(uri: str) -> None:
 
 
 def test_reading_gives_bytes_ranges_and_none(folder: str) -> None:
-    uri = storage.join(folder, "x")
+    uri = join(folder, "x")
     write_new(uri, b"0123456789")
     assert storage.read_bytes(uri) == storage.read_if_there(uri) == b"0123456789"
     assert storage.read_bytes(uri, 3, 6) == b"345"
     with storage.open_read(uri) as source:
         assert source.seek(4) == 4 and source.read(2) == b"45"
-    absent = storage.join(folder, "y")
+    absent = join(folder, "y")
     assert storage.read_if_there(absent) is None
     assert storage.exists(uri) and not storage.exists(absent)
     with pytest.raises(StoreError, match="no such file"):
@@ -422,7 +423,7 @@ def test_reading_gives_bytes_ranges_and_none(folder: str) -> None:
 
 
 def test_what_is_removed_is_gone_with_its_folder(folder: str) -> None:
-    here = storage.join(folder, "a")
+    here = join(folder, "a")
     uris = [f"{here}/x", f"{here}/y"]
     for uri in uris:
         write_new(uri, b"")
@@ -467,11 +468,11 @@ def test_read_if_there_does_not_take_an_error_for_absence(monkeypatch: pytest.Mo
 
 
 def test_list_names_gives_names_right_below_sorted(folder: str) -> None:
-    assert storage.list_names(storage.join(folder, "runs")) == []
+    assert storage.list_names(join(folder, "runs")) == []
     for name in ("b/x", "a/x/y", "c"):
-        write_new(storage.join(folder, "runs", name), b"")
-    assert storage.list_names(storage.join(folder, "runs")) == ["a", "b", "c"]
-    assert storage.list_names(storage.join(folder, "runs") + "/") == ["a", "b", "c"]
+        write_new(join(folder, "runs", name), b"")
+    assert storage.list_names(join(folder, "runs")) == ["a", "b", "c"]
+    assert storage.list_names(join(folder, "runs") + "/") == ["a", "b", "c"]
 
 
 def test_check_writable_leaves_nothing(folder: str) -> None:
@@ -482,17 +483,15 @@ def test_check_writable_leaves_nothing(folder: str) -> None:
 def test_absolute_is_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = str(tmp_path / "a" / "*.txt")
-    assert {storage.absolute(u) for u in ("a/*.txt", "./a/*.txt", whole, f"file://{whole}")} == {
-        whole
-    }
-    assert storage.absolute("memory://x/y") == storage.absolute("memory:///x/y")
-    assert storage.absolute(storage.absolute("memory://x/y")) == storage.absolute("memory://x/y")
-    assert storage.is_local(whole) and not storage.is_process_memory(whole)
-    assert storage.is_process_memory("memory://x") and not storage.is_local("memory://x")
+    assert {absolute(u) for u in ("a/*.txt", "./a/*.txt", whole, f"file://{whole}")} == {whole}
+    assert absolute("memory://x/y") == absolute("memory:///x/y")
+    assert absolute(absolute("memory://x/y")) == absolute("memory://x/y")
+    assert is_local(whole) and not is_process_memory(whole)
+    assert is_process_memory("memory://x") and not is_local("memory://x")
 
 
 def test_join_has_one_slash_between() -> None:
-    assert storage.join("s3://b/", "x", "y") == storage.join("s3://b", "x/y") == "s3://b/x/y"
+    assert join("s3://b/", "x", "y") == join("s3://b", "x/y") == "s3://b/x/y"
 
 
 # --- find_files
@@ -504,15 +503,15 @@ HIDDEN = (".hidden.txt", "_SUCCESS", ".git/x.txt", "sub/_tmp/y.txt")
 
 def _fill(folder: str, names: tuple[str, ...] = NAMES + HIDDEN) -> None:
     for name in names:
-        write_new(storage.join(folder, name), name.encode())
+        write_new(join(folder, name), name.encode())
 
 
 def _names(folder: str, pattern: str) -> list[str]:
-    found = storage.find_files(storage.join(folder, pattern) if pattern else folder)
+    found = storage.find_files(join(folder, pattern) if pattern else folder)
     assert [f.uri for f in found] == sorted({f.uri for f in found})
-    base = storage.absolute(folder)
+    base = absolute(folder)
     for file in found:
-        if storage.is_local(folder):  # memory's listing and its info write times differently
+        if is_local(folder):  # memory's listing and its info write times differently
             assert file == storage.stat(file.uri)
         assert file.size == len(storage.read_bytes(file.uri))
     return [f.uri.removeprefix(base + "/") for f in found]
@@ -657,11 +656,11 @@ def test_any_part_of_a_file_is_checked_by_its_blocks(tmp_path: Path, num_bytes: 
     ],
 )
 def test_a_local_path_is_the_same_however_it_is_written(uri: str, path: str) -> None:
-    assert storage.path_in(uri) == path
+    assert path_in(uri) == path
 
 
 def test_a_local_name_that_looks_like_a_data_url_is_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Path(storage.path_in("data:x")) == tmp_path / "data:x"
+    assert Path(path_in("data:x")) == tmp_path / "data:x"

@@ -20,7 +20,7 @@ from afn_ray.runs.inline import InlinePool
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import sweep_scratch
 from afn_ray.schema import Shard
-from afn_ray.store import storage
+from afn_ray.store import uris
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
     """Whether ``shards`` run in this process: as configured, or too little work for Ray."""
     if config.executor != "auto":
         return config.executor == "inline"
-    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+    if any(map(uris.is_process_memory, (config.store, *config.corpus))):
         return True
     wants_ray = (
         address(config) is not None or config.workers is not None or config.tokenizer_workers > 0

@@ -20,7 +20,7 @@ from afn_ray.errors import ConfigError, Interrupted, ModelError
 from afn_ray.runs import dispatch
 from afn_ray.runs.address import of_cluster
 from afn_ray.runs.cluster import access
-from afn_ray.store import storage
+from afn_ray.store import uris
 from afn_ray.text import count
 
 PROBE_S = 60.0
@@ -60,7 +60,7 @@ def check_own(config: RunConfig) -> None:
 
 def _check_reachable(config: RunConfig) -> None:
     """Raise ``ConfigError`` for a ``memory://`` store or corpus, which workers cannot reach."""
-    if any(map(storage.is_process_memory, (config.store, *config.corpus))):
+    if any(map(uris.is_process_memory, (config.store, *config.corpus))):
         raise ConfigError(
             "memory:// lives in one process; use --executor inline, or a store that workers can "
             "reach"

@@ -1,0 +1,117 @@
+"""URIs: the filesystem behind one, its canonical form, and URIs below it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from afn_ray.errors import ConfigError
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+"""URL protocol -> extra of the package that supports it."""
+# Timeouts in seconds, so that a dead peer is noticed. botocore retries one request (a page of a
+# listing, a part of a file); `with_retries` retries the whole call.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {
+            "connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 3, "mode": "standard"},
+            "max_pool_connections": 32,
+        },
+    },
+    "gs": {"requests_timeout": 120},  # for a whole request
+    "az": {"connection_timeout": 5, "read_timeout": 30},
+}  # fmt: skip
+# Azure names a container `container@account`, and an ARN has colons; neither is a secret.
+URL_SECRET = re.compile(
+    r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
+    r"|[?&][^=&/]*(?:secret|token|passw|signature|credential|key|sig)[^=&/]*=",
+    re.IGNORECASE,
+)
+
+
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of ``uri``, without a listings cache, and the path in it.
+
+    Raises ``ConfigError`` for a URL that cannot be opened or that holds credentials. Credentials
+    come from the environment.
+    """
+    if "://" not in uri:  # a local path may contain anything, including fsspec's `::`
+        local = LocalFileSystem()
+        return local, path_in(uri)
+    protocol = uri.partition("://")[0]
+    if URL_SECRET.search(uri):
+        raise ConfigError(
+            f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; "
+            "take them out and "
+            "give them in the environment"
+        )
+    if "::" in uri:
+        raise ConfigError(
+            f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)"
+        )
+    extra = EXTRAS.get(protocol, "")
+    try:
+        fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **OPTIONS.get(extra, {}))
+    except ImportError as error:
+        how = f'pip install "afn-ray[{extra}]"' if extra else str(error)
+        raise ConfigError(f"{uri!r} cannot be opened, for a package is missing: {how}") from error
+    except ValueError as error:
+        raise ConfigError(f"{uri!r} cannot be opened: {error}") from error
+    if extra == "s3":
+        fs.retries = 1  # retries of s3fs would multiply with those of botocore
+    return fs, path
+
+
+def path_in(uri: str) -> str:
+    """Path of ``uri`` in its filesystem."""
+    # "data:" is a protocol without slashes to fsspec; here it begins the name of a local file.
+    return str(fsspec.core.strip_protocol(f"./{uri}" if uri.startswith("data:") else uri))
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with ``parts`` appended."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def is_local(uri: str) -> bool:
+    """Whether ``uri`` is on a local or mounted disk."""
+    return isinstance(open_filesystem(uri)[0], LocalFileSystem)
+
+
+def is_process_memory(uri: str) -> bool:
+    """Whether ``uri`` is in the memory of this process, which other processes cannot read."""
+    return bool(open_filesystem(uri)[0].protocol == "memory")
+
+
+def absolute(uri: str) -> str:
+    """Canonical form of ``uri``: absolute, with its protocol unless local."""
+    fs, path = open_filesystem(uri)
+    return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def below(folder: str) -> Callable[[str], bool]:
+    """A predicate on absolute URIs, as listings give them: is the URI ``folder`` or below it?
+
+    On a local disk it also follows links.
+    """
+    fs, path = open_filesystem(folder)
+    root = absolute(folder).rstrip("/")
+    real = os.path.realpath(path) if isinstance(fs, LocalFileSystem) else None
+
+    @cache
+    def is_below(uri: str) -> bool:
+        if f"{uri}/".startswith(f"{root}/"):
+            return True
+        return (
+            real is not None
+            and "://" not in uri
+            and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
+        )
+
+    return is_below
