@@ -31,6 +31,7 @@ from afn_ray.store import (
     manifest,
     orphans,
     parquet,
+    probes,
     records,
     shard_files,
     storage,
@@ -161,7 +162,7 @@ def verify_store(
             there.shards = {place: files for place, files in shards.items() if place in planned}
         epoch = _newest_epoch(store, findings)
     files = there.shards
-    age = Age(storage.clock_s(store) if clean else time.time(), min_age_h)
+    age = Age(probes.clock_s(store) if clean else time.time(), min_age_h)
     measures = {run.measure_id: run.measure for run in runs if run.measure}
     lists: dict[Place, list[str]] = {}  # run.json URIs of complete runs, by shard
     for run in runs:

@@ -403,9 +403,9 @@ def _format_of(asked: str | None, out: Path | None) -> str:
 
 
 def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
-    from afn_ray.store import storage
+    from afn_ray.store import disk
 
-    return storage.write_local(path)
+    return disk.write_local(path)
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
 from afn_ray.errors import CorpusError
 from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
-from afn_ray.store import storage, uris
+from afn_ray.store import corpus_files, uris
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import nearest
 
@@ -49,7 +49,9 @@ def list_files(
                 "corpus"
             )
     others: set[str] = set()
-    found = {file.uri: file for pattern in patterns for file in storage.find_files(pattern, others)}
+    found = {
+        file.uri: file for pattern in patterns for file in corpus_files.find_files(pattern, others)
+    }
     files: list[FileInfo] = []
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):

@@ -27,7 +27,7 @@ from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
 from afn_ray.corpus.txt import whole_document
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
 from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
-from afn_ray.store import parquet, storage
+from afn_ray.store import corpus_files, parquet
 
 PEEK_DOCUMENTS = 20
 """Most documents read to find the columns."""
@@ -87,7 +87,7 @@ def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
             yield share.bound(rest)
         source.drain()
         if source.sha256.hexdigest() != slice.sha256:
-            raise _changed(slice, storage.stat(slice.uri), source.sha256.hexdigest())
+            raise _changed(slice, corpus_files.stat(slice.uri), source.sha256.hexdigest())
 
 
 class _Share:
@@ -114,7 +114,7 @@ def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInf
     The bytes are not read if the file has its planned size and version and the version begins with
     ``trusted``.
     """
-    now = storage.stat(slice.uri)
+    now = corpus_files.stat(slice.uri)
     if (now.size, now.version) == (slice.size, slice.version) and now.version.startswith(trusted):
         return now
     if now.size != slice.size and not _is_part(slice, options):

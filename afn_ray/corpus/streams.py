@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from afn_ray.errors import CorpusError
 from afn_ray.schema import ReadOptions
-from afn_ray.store import storage
+from afn_ray.store import readers
 
 BLOCK_BYTES = 1 << 20
 """Bytes read from a file at a time."""
@@ -86,7 +86,7 @@ class Source:
     """
 
     def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
-        self._file = storage.open_read(uri)
+        self._file = readers.open_read(uri)
         self._uri, self._budget = uri, budget
         self.start, self.size = start, end - start
         self._at = 0

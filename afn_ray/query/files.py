@@ -14,8 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, StoreError
 from afn_ray.store.blocks import Blocks
+from afn_ray.store.readers import RangeFile
 from afn_ray.store.retry import with_retries
-from afn_ray.store.storage import RangeFile
 from afn_ray.store.uris import open_filesystem, path_in
 
 

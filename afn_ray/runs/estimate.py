@@ -20,7 +20,7 @@ from afn_ray.runs.events import OnEvent
 from afn_ray.runs.job import normalised, prepare, take_stock
 from afn_ray.runs.task import Task
 from afn_ray.schema import FileInfo, fingerprint
-from afn_ray.store import settings, storage
+from afn_ray.store import probes, readers, settings
 from afn_ray.store.commits import Commits
 from afn_ray.text import nearest
 from afn_ray.tokens import counting
@@ -42,7 +42,7 @@ It is between the measured speeds of 10,000 small shards and of 50 large ones.
 """
 SCREEN_TOKENS_PER_S = 3.5e6
 """Speed of the screening of all layers on one core, in tokens per second."""
-READ_BYTES = storage.READ_AHEAD_BYTES
+READ_BYTES = readers.READ_AHEAD_BYTES
 """Size of one read of the corpus, in bytes.
 
 A new file is read twice: once to plan and once to measure.
@@ -175,7 +175,7 @@ def dry_run(
     known = None if rate is None else read_rate(rate)
     config = normalised(config)
     lexicon.function_words(config.language)
-    storage.try_writable(config.store)
+    probes.try_writable(config.store)
     asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
     task, plan, measure, device = asked.task, asked.plan, asked.measure, asked.device
     if known is not None and rate is not None:

@@ -24,7 +24,7 @@ from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import Document, Shard, fingerprint
-from afn_ray.store import epochs, manifest, shard_files, storage, uris
+from afn_ray.store import epochs, manifest, probes, shard_files, storage, uris
 from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.text import count
 
@@ -159,7 +159,7 @@ def run(
     """
     config = normalised(config)
     lexicon.function_words(config.language)
-    storage.check_writable(config.store)
+    probes.check_writable(config.store)
     manifest.keep_from_jobs(config.store)
     # With ``reduce_only`` the run may turn out to be impossible: no status before it has a name.
     with status.reported(config, planning=not reduce_only) as reporter:

@@ -13,7 +13,7 @@ from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import address
-from afn_ray.store import manifest, storage, uris
+from afn_ray.store import manifest, probes, uris
 from afn_ray.text import nearest
 
 MOST_CONFIG_BYTES = 16 << 20
@@ -45,7 +45,7 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
     if depth is not None:
         resolve_layers(config.layers, depth)
     if not uris.is_process_memory(config.store) and uris.is_local(config.store):
-        storage.try_writable(uris.absolute(config.store))
+        probes.try_writable(uris.absolute(config.store))
     places = [place for place in config.corpus if uris.is_local(place)]
     if places:
         options = config.read_options

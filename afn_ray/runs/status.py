@@ -24,7 +24,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError
 from afn_ray.reduce import losses
 from afn_ray.schema import Shard
-from afn_ray.store import checksums, manifest, storage, uris
+from afn_ray.store import checksums, manifest, probes, storage, uris
 from afn_ray.store.commits import Commits, total_counts
 from afn_ray.store.layout import PLANNING, STATUS
 from afn_ray.store.manifest import RunFolder
@@ -424,7 +424,7 @@ class _Look:
         with self._asks:
             if not self._now_s:
                 try:
-                    self._now_s = storage.clock_s(self._store)
+                    self._now_s = probes.clock_s(self._store)
                 except StoreError:  # a reader without write access uses this machine's clock
                     self._now_s = time.time()
             return self._now_s

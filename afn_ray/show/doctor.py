@@ -359,7 +359,7 @@ def _model(name: str | None) -> Check:
 
 
 def _store(uri: str | None) -> Check:
-    from afn_ray.store import storage, uris
+    from afn_ray.store import probes, storage, uris
 
     if uri is None:
         return Check("store", None, "not tried", "name one with --store")
@@ -368,11 +368,11 @@ def _store(uri: str | None) -> Check:
             "store", None, f"{uri} lives in one process", "it works with --executor inline only"
         )
     there = storage.exists(uri)
-    storage.check_writable(uri)
+    probes.check_writable(uri)
     found = f"{uri} is writable" + ("" if there else " (it is new)")
     if not uris.is_local(uri):
         return Check("store", True, found)
-    if lacks := storage.find_lacks(uri):
+    if lacks := probes.find_lacks(uri):
         found += f"; its filesystem lacks {' and '.join(lacks)}"
     space = _space("store", Path(uris.absolute(uri)), "use another --store")
     return Check("store", space.ok, f"{found}; {space.found}", space.advice)

@@ -23,7 +23,7 @@ from afn_ray.reduce import compare, losses
 from afn_ray.schema import FEATURES
 from afn_ray.show import charts, overview
 from afn_ray.show.charts import MAX_ROWS, Chart, Table, cut, number, percent
-from afn_ray.store import checksums, manifest, storage
+from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
 MAX_CHARS = 10_000
@@ -74,7 +74,7 @@ def write_report(
         None if baseline is None else compare.compare(baseline, folder, ranks_only=ranks_only)
     )
     page = render(folder, comparison, with_claims=with_claims)
-    with storage.write_local(path) as file:
+    with disk.write_local(path) as file:
         file.write(page.encode())
     return path
 

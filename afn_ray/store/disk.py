@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from afn_ray.errors import ConfigError
+
 COPY_BYTES = 1 << 20
 """Bytes copied at a time."""
 
@@ -261,3 +263,25 @@ def find_lacks(folder: Path) -> list[str]:
         for path in (link, probe):
             path.unlink(missing_ok=True)
     return lacks
+
+
+@contextlib.contextmanager
+def write_local(path: Path) -> Iterator[IO[bytes]]:
+    """A local file, open for writing, that appears whole on success or not at all.
+
+    Raises ``ConfigError`` if it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+        with path.open("wb") as file:
+            yield file
+        return
+    try:
+        with unfinished(path) as hidden:
+            with hidden.open("wb") as file:
+                yield file
+                file.flush()
+                # After a power cut, the file has its old content or all of the new, never none.
+                os.fsync(file.fileno())
+            hidden.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error

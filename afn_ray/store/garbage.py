@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import checksums, epochs, layout, manifest, shard_files, storage, uris
+from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_files, storage, uris
 from afn_ray.store.layout import Place
 from afn_ray.text import count
 
@@ -181,7 +181,7 @@ def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
     there = layout.sort_files(store, storage.list_below(store))
     if not there.runs and not there.shards:
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
-    now_s = storage.clock_s(store) if delete else time.time()
+    now_s = probes.clock_s(store) if delete else time.time()
     old_s = now_s - 3600 * rules.min_age_h
     dead = [
         n

@@ -764,11 +764,11 @@ def test_age_is_that_of_the_file(made: Path, tmp_path: Path) -> None:
 def test_every_filesystem_tells_the_age_of_a_file_its_own_way(
     info: dict[str, Any], modified_s: float
 ) -> None:
-    assert storage._modified_s(info) == modified_s
+    assert storage.entry_modified_s(info) == modified_s
 
 
 def test_a_file_without_an_age_is_young() -> None:
-    assert abs(storage._modified_s({}) - time.time()) < 60
+    assert abs(storage.entry_modified_s({}) - time.time()) < 60
 
 
 def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:

@@ -33,10 +33,9 @@ from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
-from afn_ray.store import layout, shard_files
+from afn_ray.store import blocks, layout, shard_files
 from afn_ray.store.commits import COUNTS, Commit
 from afn_ray.store.records import TableFile
-from afn_ray.store.storage import sha256_file
 from bench.apart import call_apart
 
 NUM_TYPES = 30_522
@@ -133,7 +132,7 @@ def _write(store: str, numbers: range, mean_tokens: int) -> list[dict[str, Any]]
                 "documents": -(-n // DOCUMENT_TOKENS),
                 "rows": file.num_rows,
                 "bytes": path.stat().st_size,
-                "sha256": sha256_file(path),
+                "sha256": blocks.file_checksums(path)[0],
             }
         )
     return rows

@@ -34,7 +34,7 @@ from afn_ray.corpus import listing as corpus
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES, load_weights
 from afn_ray.schema import ReadOptions
-from afn_ray.store import checksums, manifest, shard_files, storage
+from afn_ray.store import checksums, corpus_files, manifest, shard_files
 from conftest import MakeConfig, fenced, find_model, write_jsonl
 
 PIECE = 64 << 20
@@ -186,7 +186,7 @@ def test_pickles_beside_a_model_and_in_parquet_are_never_opened(
     schema = pa.schema([field], {b"pandas": b"{}", b"afn": evil})
     pq.write_table(pa.table({"text": ["hello"]}, schema=schema), tmp_path / "a.parquet")
     options = replace(OPTIONS, id_column=None)
-    (slice,) = corpus.cut(storage.stat(str(tmp_path / "a.parquet")), options, 1 << 20)
+    (slice,) = corpus.cut(corpus_files.stat(str(tmp_path / "a.parquet")), options, 1 << 20)
     assert [d.text for d in reading.read(slice, options)] == ["hello"]
     assert not mark.exists()
 

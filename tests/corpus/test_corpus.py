@@ -36,7 +36,7 @@ from afn_ray.cli import commands
 from afn_ray.corpus import footer, listing, reading, row_groups, streams
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.schema import Document, FileInfo, ReadOptions, Shard
-from afn_ray.store import storage, uris
+from afn_ray.store import corpus_files, readers, storage, uris
 
 OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
 IDS = dataclasses.replace(OPTIONS, id_column="id")
@@ -68,14 +68,14 @@ SKIPPABLE = bytes.fromhex("502a4d18") + (300).to_bytes(4, "little") + b"x" * 300
 
 def write(folder: Path, name: str, data: bytes) -> FileInfo:
     (folder / name).write_bytes(data)
-    return storage.stat(str(folder / name))
+    return corpus_files.stat(str(folder / name))
 
 
 def remember(data: bytes, ending: str) -> FileInfo:
     """A file in memory, for what hypothesis tries."""
     uri = f"memory://corpus/{uuid.uuid4().hex}.{ending}"
     storage.write_once(uri, data)
-    return storage.stat(uri)
+    return corpus_files.stat(uri)
 
 
 def read_all(
@@ -116,7 +116,7 @@ def jsonl(*rows: object) -> bytes:
 
 def parquet(path: Path, columns: dict[str, Any], **how: Any) -> FileInfo:
     pq.write_table(pa.table(columns), path, **how)
-    return storage.stat(str(path))
+    return corpus_files.stat(str(path))
 
 
 # --- listing
@@ -494,7 +494,7 @@ def test_a_long_line_is_skipped_in_bounded_memory(
             sink.write(b"x" * (1 << 20))
         sink.write(b"\n" + b" " * (6 << 20) + b"\n" + jsonl({"text": "after"}))
     tracemalloc.start()
-    documents = read_all(storage.stat(str(tmp_path / "a.jsonl")), options)
+    documents = read_all(corpus_files.stat(str(tmp_path / "a.jsonl")), options)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
@@ -511,7 +511,7 @@ def test_a_bomb_is_read_in_bounded_memory(
         sink.write(b"text\n")
         for _ in range(200):
             sink.write(bytes(1 << 20))
-    file = storage.stat(str(tmp_path / f"bomb.{ending}"))
+    file = corpus_files.stat(str(tmp_path / f"bomb.{ending}"))
     options = dataclasses.replace(WHOLE, max_document_bytes=1000)
     tracemalloc.start()
     documents = read_all(file, options)
@@ -1615,7 +1615,7 @@ def rewrite(quiet_place: str) -> Write:
         fs.pipe_file(path, data)
         if uris.is_local(uri):
             os.utime(uri, (0, next(seconds)))
-        return storage.stat(uri)
+        return corpus_files.stat(uri)
 
     return rewrite
 
@@ -1693,7 +1693,7 @@ def test_another_content_of_the_same_size_and_time_is_found_by_its_hash(
     (slice,) = listing.cut(file, OPTIONS, 1000)
     write(tmp_path, name, content(name, "b"))
     os.utime(file.uri, ns=(0, int(file.version.removeprefix("time:"))))
-    assert storage.stat(file.uri) == file
+    assert corpus_files.stat(file.uri) == file
     documents = reading.read(slice, OPTIONS)
     next(documents)
     with pytest.raises(
@@ -1724,7 +1724,7 @@ def test_what_is_one_slice_is_another_file_when_it_grows(
     data = content(name, "a")
     (slice,) = listing.cut(rewrite(name, data), WHOLE, 1000)
     rewrite(name, data + data)
-    monkeypatch.setattr(storage, "open_read", lambda uri: pytest.fail("its size says enough"))
+    monkeypatch.setattr(readers, "open_read", lambda uri: pytest.fail("its size says enough"))
     with pytest.raises(CorpusChanged, match=f"size {2 * len(data)}, planned {len(data)}"):
         next(reading.read(slice, WHOLE))
 
@@ -1779,12 +1779,12 @@ def test_a_filesystem_that_does_not_answer_is_not_a_fault_of_the_file(
         seek = fail if where == "seek" else io.BytesIO.seek
 
     answer = {
-        "stat": storage.stat,
+        "stat": corpus_files.stat,
         "open_read": lambda uri: Failing(content(name, "a")),
         where: fail,
     }
-    monkeypatch.setattr(storage, "stat", answer["stat"])
-    monkeypatch.setattr(storage, "open_read", answer["open_read"])
+    monkeypatch.setattr(corpus_files, "stat", answer["stat"])
+    monkeypatch.setattr(readers, "open_read", answer["open_read"])
     with pytest.raises(Unavailable, match="does not answer"):
         list(reading.read(slice, OPTIONS))
     if where != "stat":
@@ -1808,7 +1808,7 @@ def test_a_failing_disk_is_no_bad_content(
         def read(self, size: int | None = -1, /) -> bytes:
             raise OSError("the network is down")
 
-    monkeypatch.setattr(storage, "open_read", lambda uri: Failing(b""))
+    monkeypatch.setattr(readers, "open_read", lambda uri: Failing(b""))
     with pytest.raises(ShardError, match="the network is down"):
         list(reading.read(slice, OPTIONS))
     with pytest.raises(CorpusError, match="the network is down"):

@@ -22,7 +22,7 @@ import pytest
 from afn_ray.corpus import listing, reading
 from afn_ray.errors import AfnError
 from afn_ray.schema import Document, ReadOptions
-from afn_ray.store import storage
+from afn_ray.store import corpus_files
 
 NUM_FILES = {"short": 200, "long": 2000}
 FORMATS = ("jsonl", "txt", "csv", "parquet")
@@ -148,7 +148,7 @@ DAMAGES = (flip, truncate, delete, zero, insert, repeat, append)
 
 
 def read(path: Path, options: ReadOptions, shard_bytes: int) -> list[Document]:
-    file = storage.stat(str(path))
+    file = corpus_files.stat(str(path))
     slices = listing.cut(file, options, shard_bytes)
     return [document for piece in slices for document in reading.read(piece, options)]
 

@@ -46,7 +46,7 @@ from afn_ray.schema import (
     strengths,
     tokens_schema,
 )
-from afn_ray.store import blocks, checksums, manifest, storage, uris
+from afn_ray.store import blocks, checksums, corpus_files, manifest, storage, uris
 from afn_ray.store.manifest import RunFolder
 from conftest import RUN_INFO, edit_sealed, edit_table
 
@@ -90,7 +90,7 @@ def write_run(
             size = (
                 write_parquet(uri, table, **options)
                 if not storage.exists(uri)
-                else storage.stat(uri).size
+                else corpus_files.stat(uri).size
             )
             row[f"{kind[:-1]}_bytes"] = size
             commit["files"][kind] = {"name": f"a-{kind}.parquet", "bytes": size}

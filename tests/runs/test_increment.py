@@ -24,7 +24,7 @@ from afn_ray.corpus import listing as corpus
 from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import FileInfo
-from afn_ray.store import manifest, storage
+from afn_ray.store import corpus_files, manifest, storage
 from conftest import recorded, write_jsonl
 
 B = 1024
@@ -443,7 +443,7 @@ def test_where_a_bucket_has_no_etag_the_time_does(
     """
     write_jsonl(tmp_path / "b.jsonl", lines_of(verses[:10]))
     storage.upload(tmp_path / "b.jsonl", f"{object_store}/corpus/b.jsonl")
-    find = storage.find_files
+    find = corpus_files.find_files
 
     def without_etag(pattern: str, left_out: set[str]) -> list[FileInfo]:
         return [
@@ -451,7 +451,7 @@ def test_where_a_bucket_has_no_etag_the_time_does(
             for file in find(pattern, left_out)
         ]
 
-    monkeypatch.setattr(storage, "find_files", without_etag)
+    monkeypatch.setattr(corpus_files, "find_files", without_etag)
     config = config_of(f"{object_store}/corpus", tiny_bert, f"{object_store}/store")
     plan = make_plan(config)
     manifest.begin_run(config, {"dtype": "float32"}, plan, 0)

@@ -36,7 +36,7 @@ from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
-from afn_ray.store import garbage, layout, manifest, storage, uris
+from afn_ray.store import garbage, layout, manifest, probes, storage, uris
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
 from conftest import MakeConfig, fenced, stop_after, write_jsonl
@@ -256,7 +256,7 @@ def test_a_status_is_replaced_whole_on_every_filesystem(place: str) -> None:
         assert storage.read_bytes(uri) == text
     assert storage.list_names(f"{place}/runs/x") == ["status.json"]
     modified_s = storage.modified_s(uri)
-    assert modified_s is not None and modified_s <= storage.clock_s(place)
+    assert modified_s is not None and modified_s <= probes.clock_s(place)
     assert storage.modified_s(f"{place}/nothing") is None
 
 

@@ -36,8 +36,8 @@ from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import FileInfo, ReadOptions
-from afn_ray.store import blocks, manifest, retry, storage, uris
-from afn_ray.store.storage import RangeFile
+from afn_ray.store import blocks, corpus_files, manifest, probes, readers, retry, storage, uris
+from afn_ray.store.readers import RangeFile
 from conftest import S3_SECRET, MakeConfig, stop_after, write_jsonl
 
 # --- a run
@@ -228,7 +228,7 @@ def test_a_remote_reader_reads_as_a_local_file_does(place: str, tmp_path: Path) 
     storage.upload(tmp_path / "x", uris.join(place, "x"))
     dice = np.random.default_rng(1)
     with (
-        storage.open_read(uris.join(place, "x")) as remote,
+        readers.open_read(uris.join(place, "x")) as remote,
         (tmp_path / "x").open("rb") as local,
     ):
         for _ in range(200):
@@ -251,17 +251,17 @@ def test_reading_on_asks_for_few_large_ranges(memory: str, monkeypatch: pytest.M
         return cat_file(self, path, start, end)
 
     monkeypatch.setattr(faults.FaultyFileSystem, "cat_file", counted)
-    with storage.open_read(uri) as reader:
+    with readers.open_read(uri) as reader:
         while reader.read(10_000):
             pass
-    size = storage.READ_AHEAD_BYTES
+    size = readers.READ_AHEAD_BYTES
     assert asked == [(0, size), (size, 2 * size), (2 * size, 10 << 20)]
 
 
 def test_a_file_may_be_read_by_another_thread_than_opened_it(object_store: str) -> None:
     uri = f"{object_store}/x"
     storage.write_once(uri, bytes(range(200)))
-    with storage.open_read(uri) as reader:
+    with readers.open_read(uri) as reader:
         reader.seek(100)
         got: list[bytes] = []
         thread = threading.Thread(target=lambda: got.append(reader.read(3)))
@@ -283,7 +283,7 @@ def test_a_corpus_that_does_not_answer_is_unavailable_and_not_bad_content(
         body = (tmp_path / "x").read_bytes()
     storage.write_once(uri, gzip.compress(body) if ending == "jsonl.gz" else body)
     options = ReadOptions("auto", "text", None, "file", 100)
-    (slice,) = corpus.cut(storage.stat(uri), options, 1 << 20)
+    (slice,) = corpus.cut(corpus_files.stat(uri), options, 1 << 20)
     assert len(list(reading.read(slice, options))) == 9
     monkeypatch.setattr(retry, "RETRY_FOR_S", 0.01)
     with faults.injected(
@@ -302,12 +302,12 @@ def test_a_listing_that_fails_is_no_empty_one(memory: str, monkeypatch: pytest.M
     for seed, pattern in itertools.product(range(20), ("", "/*/*.txt", "/a/*", "/**/?.txt")):
         with faults.injected(seed, rate=0.7, kinds=("fail",)):
             try:
-                found = storage.find_files(faults.wrap(memory) + pattern)
+                found = corpus_files.find_files(faults.wrap(memory) + pattern)
             except Unavailable:
                 continue
             assert len(found) == (2 if pattern == "/a/*" else 3)
     with faults.injected(0, rate=1, kinds=("fail",)):
-        for ask in (storage.exists, storage.list_names, storage.read_if_there, storage.stat):
+        for ask in (storage.exists, storage.list_names, storage.read_if_there, corpus_files.stat):
             with pytest.raises(Unavailable):
                 ask(faults.wrap(memory))
 
@@ -419,7 +419,7 @@ def test_a_bucket_that_comes_back_is_waited_for(
     assert gate.left < 0
     for call in (
         lambda: storage.upload(tmp_path / "x", f"{object_store}/y"),
-        lambda: storage.stat(f"{object_store}/y"),
+        lambda: corpus_files.stat(f"{object_store}/y"),
         lambda: storage.read_bytes(f"{object_store}/y"),
     ):
         gate.shut(mode, for_connections=2)
@@ -495,7 +495,7 @@ def test_an_object_of_many_parts_is_written_once(
     (tmp_path / "y").write_bytes(body)
     storage.upload(tmp_path / "y", f"{object_store}/y")
     client, bucket = boto3.client("s3"), object_store.removeprefix("s3://")
-    assert storage.stat(f"{object_store}/y").size == len(body)
+    assert corpus_files.stat(f"{object_store}/y").size == len(body)
     for key in "xy":
         assert client.head_object(Bucket=bucket, Key=key)["ETag"].endswith('-3"')  # of three parts
     assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")  # and none left behind
@@ -565,18 +565,18 @@ def test_no_credentials_and_wrong_ones_say_what_to_do(
         with pytest.raises(
             CorpusError, match="Unable to locate credentials; give credentials in the environment"
         ):
-            storage.find_files(object_store)
+            corpus_files.find_files(object_store)
     finally:
         S3FileSystem.clear_instance_cache()
 
 
 def test_a_bucket_that_is_not_there_is_named(s3_server: str) -> None:
     with pytest.raises(CorpusError, match="s3://no-such-bucket/x: no such file or folder"):
-        storage.find_files("s3://no-such-bucket/x")
+        corpus_files.find_files("s3://no-such-bucket/x")
     with pytest.raises(StoreError, match=r"s3://no-such-bucket/x/probe-.*: no such bucket"):
-        storage.check_writable("s3://no-such-bucket/x")
+        probes.check_writable("s3://no-such-bucket/x")
     with pytest.raises(CorpusError, match="Invalid bucket name"):
-        storage.find_files("s3://No!Bucket/x")
+        corpus_files.find_files("s3://No!Bucket/x")
 
 
 # --- SQL

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import faults
 from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
-from afn_ray.store import blocks, disk, storage
+from afn_ray.store import blocks, corpus_files, disk, probes, readers, storage
 from afn_ray.store.uris import absolute, is_local, is_process_memory, join, open_filesystem, path_in
 from conftest import write_new
 
@@ -192,15 +192,15 @@ def test_without_hard_links_one_writer_wins_and_its_content_is_whole(
             uri, [threading.Thread(target=_try, args=(uri, w, start, wins)) for w in range(8)], wins
         )
     assert _left(str(tmp_path)) == ["0", "1", "2"]
-    storage.check_writable(str(tmp_path / "store"))
+    probes.check_writable(str(tmp_path / "store"))
     assert _left(str(tmp_path / "store")) == []
-    lacks = storage.find_lacks(str(tmp_path / "store"))
+    lacks = probes.find_lacks(str(tmp_path / "store"))
     assert [what.partition(" (")[0] for what in lacks] == ["hard links", "fsync of folders"]
     assert _left(str(tmp_path / "store")) == []
 
 
 def test_a_usual_disk_lacks_nothing(tmp_path: Path) -> None:
-    assert storage.find_lacks(str(tmp_path)) == [] == _left(str(tmp_path))
+    assert probes.find_lacks(str(tmp_path)) == [] == _left(str(tmp_path))
 
 
 def test_readers_of_a_claimed_name_wait_for_its_content(poor_disk: None, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_filesystem_that_lets_two_claim_one_name_is_refused(
         os, "open", lambda path, flags, *mode: opened(path, flags & ~os.O_EXCL, *mode)
     )
     with pytest.raises(StoreError, match="lets a second writer replace a file"):
-        storage.check_writable(str(tmp_path))
+        probes.check_writable(str(tmp_path))
 
 
 def test_what_a_filesystem_cannot_do_is_no_want_of_permission(
@@ -266,13 +266,13 @@ def test_what_a_filesystem_cannot_do_is_no_want_of_permission(
 
     monkeypatch.setattr(Path, "mkdir", unable)
     with pytest.raises(StoreError, match="its filesystem does not support that") as caught:
-        storage.check_writable(str(tmp_path))
+        probes.check_writable(str(tmp_path))
     assert "permission" not in str(caught.value)
 
 
 def test_a_result_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
     path = tmp_path / ("x" * 251 + ".csv")
-    with storage.write_local(path) as file:
+    with disk.write_local(path) as file:
         file.write(b"a")
     assert path.read_bytes() == b"a" and len(_left(str(tmp_path))) == 1
 
@@ -350,17 +350,17 @@ def test_a_store_that_may_not_be_written_says_so(
 ) -> None:
     monkeypatch.setattr(Path, "mkdir", _denied)
     with pytest.raises(StoreError, match="permission denied; check owner, mode or credentials"):
-        storage.check_writable(str(tmp_path))
+        probes.check_writable(str(tmp_path))
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", _denied)
     with pytest.raises(StoreError, match="permission denied"):
-        storage.check_writable("memory://denied")
+        probes.check_writable("memory://denied")
 
 
 def test_a_store_under_proc_or_below_a_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for store in ("/proc/self/store", str(tmp_path / "file")):
         with pytest.raises(StoreError, match=store):
-            storage.check_writable(store)
+            probes.check_writable(store)
     assert not storage.exists(str(tmp_path / "file" / "store"))
 
 
@@ -372,11 +372,11 @@ def test_a_corpus_that_may_not_be_read_says_so(
         patch.setattr(builtins, "open", _denied)
         patch.setattr(LocalFileSystem, "_open", _denied)
         with pytest.raises(CorpusError, match=r"opening .*a\.txt: permission denied"):
-            storage.open_read(str(tmp_path / "a.txt"))
+            readers.open_read(str(tmp_path / "a.txt"))
     with pytest.raises(CorpusError, match="no such file or folder"):
-        storage.open_read(str(tmp_path / "b.txt"))
+        readers.open_read(str(tmp_path / "b.txt"))
     with pytest.raises(CorpusError, match="no such file or folder"):
-        storage.stat(str(tmp_path / "b.txt"))
+        corpus_files.stat(str(tmp_path / "b.txt"))
 
 
 def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(
@@ -393,13 +393,13 @@ def test_a_folder_that_may_not_be_listed_is_not_left_out_in_silence(
 
     monkeypatch.setattr(os, "scandir", guarded)
     with pytest.raises(CorpusError, match=r"private: Permission denied"):
-        storage.find_files(str(tmp_path))
+        corpus_files.find_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("uri", ["zip://a.txt::/tmp/x.zip", "nosuch://a/b"])
 def test_a_url_that_cannot_be_opened_is_a_wrong_request(uri: str) -> None:
     with pytest.raises(ConfigError):
-        storage.find_files(uri)
+        corpus_files.find_files(uri)
 
 
 # --- reading and listing
@@ -411,7 +411,7 @@ def test_reading_gives_bytes_ranges_and_none(folder: str) -> None:
     write_new(uri, b"0123456789")
     assert storage.read_bytes(uri) == storage.read_if_there(uri) == b"0123456789"
     assert storage.read_bytes(uri, 3, 6) == b"345"
-    with storage.open_read(uri) as source:
+    with readers.open_read(uri) as source:
         assert source.seek(4) == 4 and source.read(2) == b"45"
     absent = join(folder, "y")
     assert storage.read_if_there(absent) is None
@@ -476,7 +476,7 @@ def test_list_names_gives_names_right_below_sorted(folder: str) -> None:
 
 
 def test_check_writable_leaves_nothing(folder: str) -> None:
-    storage.check_writable(folder)
+    probes.check_writable(folder)
     assert _left(folder) == []
 
 
@@ -507,12 +507,12 @@ def _fill(folder: str, names: tuple[str, ...] = NAMES + HIDDEN) -> None:
 
 
 def _names(folder: str, pattern: str) -> list[str]:
-    found = storage.find_files(join(folder, pattern) if pattern else folder)
+    found = corpus_files.find_files(join(folder, pattern) if pattern else folder)
     assert [f.uri for f in found] == sorted({f.uri for f in found})
     base = absolute(folder)
     for file in found:
         if is_local(folder):  # memory's listing and its info write times differently
-            assert file == storage.stat(file.uri)
+            assert file == corpus_files.stat(file.uri)
         assert file.size == len(storage.read_bytes(file.uri))
     return [f.uri.removeprefix(base + "/") for f in found]
 
@@ -547,7 +547,7 @@ def test_nothing_that_matches_is_an_error_with_the_pattern(tmp_path: Path, patte
     _fill(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError) as caught:
-        storage.find_files(str(tmp_path / pattern))
+        corpus_files.find_files(str(tmp_path / pattern))
     assert str(tmp_path / pattern) in str(caught.value)
 
 
@@ -567,14 +567,14 @@ def test_links_are_followed_and_pipes_are_not_read(tmp_path: Path) -> None:
 def test_a_broken_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(CorpusError, match=r"gone\.txt: no such file"):
-        storage.find_files(str(tmp_path))
+        corpus_files.find_files(str(tmp_path))
 
 
 def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb"):  # noqa: PTH123
         pass
     with pytest.raises(CorpusError, match=r"udcff\.txt' is not UTF-8"):
-        storage.find_files(str(tmp_path))
+        corpus_files.find_files(str(tmp_path))
 
 
 def test_listings_are_not_remembered(object_store: str) -> None:
@@ -593,9 +593,9 @@ def test_a_version_changes_with_the_file(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"a")
     os.utime(file, ns=(0, 1_700_000_000_123_456_789))
-    assert storage.stat(str(file)).version == "time:1700000000123456789"
+    assert corpus_files.stat(str(file)).version == "time:1700000000123456789"
     os.utime(file, ns=(0, 1_700_000_000_123_456_790))
-    assert storage.stat(str(file)).version == "time:1700000000123456790"
+    assert corpus_files.stat(str(file)).version == "time:1700000000123456790"
 
 
 @pytest.mark.parametrize(
@@ -609,12 +609,7 @@ def test_a_version_changes_with_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_an_etag_counts_before_a_time(info: dict[str, Any], version: str) -> None:
-    assert storage._version(info) == version
-
-
-def test_sha256_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    assert storage.sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert corpus_files._version(info) == version
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 65_536, 65_537, 65_536 * blocks.MOST_BLOCKS + 1])

@@ -1,0 +1,97 @@
+"""Calls to a filesystem: transient errors are retried, all errors are raised as ``AfnError``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from afn_ray.errors import AfnError, ConfigError, Interrupted
+from afn_ray.store import disk
+from afn_ray.store.retry import with_retries
+
+T = TypeVar("T")
+# Class names of errors of botocore, google.auth and azure.core. The packages are optional.
+FOREIGN_ERRORS = frozenset(
+    {"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"}
+)
+NO_CREDENTIALS = frozenset({
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "SSOError",
+    "ProfileNotFound", "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError",
+})  # fmt: skip
+UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
+"""Errors of filesystems that do not support a call."""
+NO_BUCKET = "bucket does not exist"
+"""Text in the error of a missing bucket."""
+
+
+@contextlib.contextmanager
+def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
+    """Raise filesystem errors as an ``AfnError`` that says what happened, where, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in disk.FULL:
+            raise Interrupted(
+                f"no space left while {action} {uri}; make room and run the same command again: it "
+                "resumes"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            what = "bucket" if NO_BUCKET in str(error) else "file or folder"
+            raise kind(f"{action} {uri}: no such {what}") from error
+        if isinstance(error, PermissionError):
+            why = f" ({error})" if error.errno is None and str(error) else ""
+            raise kind(
+                f"{action} {uri}: permission denied; check owner, mode or credentials{why}"
+            ) from error
+        if error.errno in UNSUPPORTED:
+            raise kind(
+                f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a "
+                "folder elsewhere"
+            ) from error
+        raise kind(f"{action} {uri}: {error.strerror or error}") from error
+    except Exception as error:
+        names = {c.__name__ for c in type(error).__mro__}
+        if not names.isdisjoint(NO_CREDENTIALS):
+            raise kind(
+                f"{action} {uri}: {error}; give credentials in the environment, as for the store's "
+                "own tools"
+            ) from error
+        # botocore raises ValueError for a malformed endpoint in the environment.
+        if isinstance(error, ValueError) and "endpoint" in str(error):
+            raise ConfigError(
+                f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port"
+            ) from error
+        if not names.isdisjoint(FOREIGN_ERRORS):
+            raise kind(f"{action} {uri}: {error}") from error
+        raise
+
+
+def call_with_retries(
+    fs: fsspec.AbstractFileSystem,
+    action: str,
+    uri: str,
+    kind: type[AfnError],
+    call: Callable[[], T],
+) -> T:
+    """Call ``call()`` on ``fs`` and retry transient errors; raise errors as ``AfnError``.
+
+    Raises ``Unavailable`` when the retries are used up, and ``kind`` for other errors.
+    """
+    with named_errors(action, uri, kind):
+        return with_retries(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
+
+
+def find_entry(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+    """The entry of ``path`` in ``fs``; None if there is none.
+
+    fsspec's ``exists()`` is not used: it reports any failure as absence.
+    """
+    try:
+        return cast(dict[str, Any], fs.info(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None

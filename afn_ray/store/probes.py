@@ -1,0 +1,86 @@
+"""Probes of a filesystem: whether it can hold a store, what it lacks, and what its clock says."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import uuid
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
+
+from afn_ray.errors import StoreError
+from afn_ray.store import disk, storage, uris
+from afn_ray.store.fs_calls import call_with_retries
+
+
+def clock_s(uri: str) -> float:
+    """Current Unix time by the clock of the filesystem at ``uri``, which dates its files.
+
+    It writes a probe file to find out, and deletes it.
+    """
+    probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
+    try:
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(
+                probe, b"afn-ray asks what time it is here; this file can be deleted\n"
+            )
+        fs, path = uris.open_filesystem(probe)
+        return call_with_retries(
+            fs, "looking at", probe, StoreError, lambda: storage.entry_modified_s(fs.info(path))
+        )
+    finally:
+        storage.delete([probe])
+
+
+def check_writable(uri: str) -> None:
+    """Check that files can be created and deleted below ``uri``. Raises ``StoreError`` if not.
+
+    Also raises it if the filesystem lets a second writer replace a file.
+    """
+    _probe(uri)
+
+
+def try_writable(uri: str) -> None:
+    """Like ``check_writable``, but remove the folders that it creates on a local disk."""
+    local = None if "://" in uri else Path(uri)
+    missing = (
+        [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
+    )
+    try:
+        _probe(uri)
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # now used by another process, or never created
+                folder.rmdir()
+
+
+def _is_missing(path: Path) -> bool:
+    return not os.path.exists(path)  # noqa: PTH110 - which pathlib's does not say of a name that is too long
+
+
+def _probe(uri: str) -> None:
+    probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
+    text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
+    try:
+        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(probe, text)
+        storage.write_once(probe, text)
+    except storage.AlreadyWritten:
+        return
+    finally:
+        storage.delete([probe])
+    raise StoreError(
+        f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be "
+        "safe"
+    )
+
+
+def find_lacks(uri: str) -> list[str]:
+    """What the filesystem of the writable folder ``uri`` lacks, and what is done instead."""
+    fs, path = uris.open_filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return []
+    return call_with_retries(fs, "looking at", uri, StoreError, lambda: disk.find_lacks(Path(path)))

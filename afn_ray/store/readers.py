@@ -1,0 +1,78 @@
+"""Seekable readers of files: a remote one is read by byte ranges."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import IO, Any, cast
+
+from fsspec.implementations.local import LocalFileSystem
+
+from afn_ray.errors import CorpusError
+from afn_ray.store import corpus_files, uris
+from afn_ray.store.fs_calls import call_with_retries
+
+READ_AHEAD_BYTES = 4 << 20
+"""Largest read-ahead of a remote file, in bytes."""
+
+
+def open_read(uri: str) -> IO[bytes]:
+    """A seekable binary reader of ``uri``.
+
+    On a remote filesystem it reads ahead and keeps no connection open.
+    """
+    fs, path = uris.open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return cast(
+            IO[bytes],
+            call_with_retries(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb")),
+        )
+    size = corpus_files.stat(uri).size
+
+    def read(start: int, end: int) -> bytes:
+        return call_with_retries(
+            fs, "reading", uri, CorpusError, lambda: bytes(fs.cat_file(path, start=start, end=end))
+        )
+
+    return io.BufferedReader(
+        RangeFile(read, size, SimpleNamespace()), max(1, min(READ_AHEAD_BYTES, size))
+    )
+
+
+class RangeFile(io.RawIOBase):
+    """A read-only file that is read by byte ranges.
+
+    Nothing stays open between two reads, so thousands of such files need no descriptors.
+    ``position`` holds the read position: a ``threading.local`` gives each thread its own.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int, position: Any) -> None:
+        self._read, self._size, self._position = read, size, position
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
+        self._position.at = base + offset
+        return base + offset
+
+    def tell(self) -> int:
+        return int(getattr(self._position, "at", 0))
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        start = self.tell()
+        end = self._size if num_bytes < 0 else min(start + num_bytes, self._size)
+        data = self._read(start, end) if start < end else b""
+        self._position.at = start + len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
