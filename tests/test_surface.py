@@ -6,6 +6,7 @@ difference.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -76,7 +77,7 @@ def test_command_line() -> None:
         name: [
             {
                 "flags": a.option_strings or a.metavar,
-                "help": a.help,
+                "default": None if a.default in (None, argparse.SUPPRESS) else str(a.default),
                 "choices": list(a.choices) if a.choices else None,
             }
             for a in parser._actions
