@@ -179,7 +179,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         (["verify", "{store}", "--min-age-h", "-1"], "min_age_h is -1.0; expected 0 or more hours"),
         (
             ["verify", "{store}", "--memory-limit", "lots"],
-            "--memory-limit: 'lots' is no size; give one such as 2GB",
+            "--memory-limit: 'lots' is not a size; expected a size such as 2GB",
         ),
         (["show", "nowhere"], "nowhere is neither a store nor a run"),
         (["compare", "{store}", "nowhere"], "nowhere is neither a store nor a run"),
