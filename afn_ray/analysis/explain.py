@@ -21,7 +21,7 @@ from afn_ray.reduce.stats import spearman
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.task import Task, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
-from afn_ray.store import manifest
+from afn_ray.store import label_thresholds, manifest
 from afn_ray.store.settings import config_from
 
 TOP = 10
@@ -200,7 +200,7 @@ def explain(
     encoded, by_series = measured.encoded, dict(zip(plan.series, measured.values, strict=True))
     special = (encoded.flags & SPECIAL) > 0
     tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
-    tables["labels"] = manifest.labels(run)
+    tables["labels"] = label_thresholds.labels(run)
     if "signals" in run.info["tables"]:
         tables["signals"] = manifest.read_table(run, "signals")
     thresholds, columns = [], []

@@ -25,6 +25,7 @@ from afn_ray.reduce.tables import Texts, shards_table
 from afn_ray.schema import Shard, fingerprint
 from afn_ray.store import (
     blocks,
+    calibrations,
     checksums,
     epochs,
     layout,
@@ -41,6 +42,7 @@ from afn_ray.store.blocks import Blocks
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
 from afn_ray.store.orphans import Age, Orphan, Plans
+from afn_ray.store.plans import read_shards
 from afn_ray.text import count
 
 SHARDS_AT_ONCE = 4
@@ -270,7 +272,7 @@ def _redo_shard(folder: str, runs: Sequence[str]) -> str:
 def _check_pilot(store: str, name: str) -> Iterator[Finding]:
     uri = uris.join(store, "pilots", name)
     try:
-        manifest.read_pilot(store, name.removesuffix(".json"))
+        calibrations.read_pilot(store, name.removesuffix(".json"))
     except StoreError as error:
         yield Finding(
             "damaged", uri, f"{_without(error, uri)}; delete it, and the next run decides anew"
@@ -485,7 +487,7 @@ class _Run:
                 if name == "plan":
                     return
         try:
-            self.shards, header = manifest.read_shards(self.folder)
+            self.shards, header = read_shards(self.folder)
         except StoreError as error:
             self._find("damaged", self._plan, _without(error, self._plan), self._begin_again)
             return

@@ -20,7 +20,7 @@ from afn_ray.config import RunConfig
 from afn_ray.runs import plan, worker
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import Document, strength_column
-from afn_ray.store import manifest, shard_files
+from afn_ray.store import plans, shard_files
 
 STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
 
@@ -76,7 +76,7 @@ class Job(_Ours):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self._plans: dict[str, manifest.Plan] = {}
+        self._plans: dict[str, plans.Plan] = {}
         self._num_runs = 0
         for profile, file in spec.texts.items():
             corpus = Path(spec.folder) / "corpus" / profile

@@ -34,7 +34,7 @@ from afn_ray.schema import (
     VOCABULARY_SCHEMA,
     Series,
 )
-from afn_ray.store import checksums, manifest, uris
+from afn_ray.store import checksums, label_thresholds, manifest, uris
 
 FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
@@ -61,7 +61,7 @@ def small_tables(
     }
     # Histograms of many sources are too large for DuckDB.
     tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])
-    tables["labels"] = _small_table(folder, manifest.labels_name(folder), THRESHOLDS_SCHEMA)
+    tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     found = None if baseline is None else compare(baseline, folder)
     tables["movers"] = MOVERS_SCHEMA.empty_table() if found is None else found.movers

@@ -25,7 +25,7 @@ from afn_ray.reduce import losses
 from afn_ray.reduce.histogram import Histogram, starts, to_bins, to_values
 from afn_ray.reduce.stats import wilson
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PARTS_OF_WORDS, in_order
-from afn_ray.store import checksums, manifest
+from afn_ray.store import checksums, label_thresholds, manifest
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
@@ -473,7 +473,7 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
     q3_a, q3_b = (
         {
             r["layer"]: r["q3"]
-            for r in manifest.labels(run).to_pylist()
+            for r in label_thresholds.labels(run).to_pylist()
             if r["population"] == "tokens" and r["layer"] in layers
         }
         for run in (a, b)

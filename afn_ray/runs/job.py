@@ -24,7 +24,18 @@ from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import Document, Shard, fingerprint
-from afn_ray.store import epochs, manifest, probes, shard_files, storage, uris
+from afn_ray.store import (
+    calibrations,
+    claims,
+    epochs,
+    label_thresholds,
+    manifest,
+    plans,
+    probes,
+    shard_files,
+    storage,
+    uris,
+)
 from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.text import count
 
@@ -54,7 +65,7 @@ class Preparation:
     config: RunConfig
     device: str  # device of the workers
     files: model.ModelFiles
-    plan: manifest.Plan
+    plan: plans.Plan
     begun_ns: int  # time before the first file was listed, in nanoseconds
     decided: precision.Precision
     task: Task
@@ -81,7 +92,7 @@ def prepare(
     task, measure = _find_outliers(
         task, measure, plan, on_event, keep=keep, reduce_only=reduce_only
     )
-    frozen = manifest.find_frozen(config, measure)
+    frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
         task, measure = with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
     return Preparation(config, device, files, plan, begun_ns, decided, task, measure, frozen)
@@ -101,7 +112,7 @@ def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = Fal
     Raises the errors that ``run`` raises before its work begins.
     """
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
-    same, _ = manifest.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
+    same, _ = claims.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
     if not reduce_only:
         shards = epochs.newest(asked.config.store).marked(asked.task.measure_id, asked.plan.shards)
         commits = shard_files.find_commits(asked.config.store, asked.task.measure_id, shards)
@@ -174,7 +185,7 @@ def _run(
     plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
     if reduce_only:
         _commits_to_reduce(asked)  # before anything is written
-    claim = manifest.begin_run(config, measure, plan, asked.begun_ns, frozen)
+    claim = claims.begin_run(config, measure, plan, asked.begun_ns, frozen)
     plan, folder = replace(plan, shards=claim.shards), claim.run
     if folder.info:
         _say_nothing_to_do(asked, folder, on_event)
@@ -262,7 +273,7 @@ def _run(
             "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
         },
         "quarantined": quarantined,
-        "created_at": manifest.created_at(folder),
+        "created_at": plans.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began, 1),
         "made_by": ordered[0].made_by,
@@ -304,7 +315,7 @@ def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[
     return listed + [{"shard": s.id, "uri": "", "reason": ""} for s in shards[MOST_REASONS:]]
 
 
-def _opened(claim: manifest.Claim) -> Run:
+def _opened(claim: claims.Claim) -> Run:
     """The complete run of ``claim``, whose lease is deleted."""
     run = open_run(claim.run.uri)
     if claim.lease is not None:
@@ -329,7 +340,7 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
 def _decide_precision(
     task: Task,
     measure: dict[str, Any],
-    plan: manifest.Plan,
+    plan: plans.Plan,
     on_event: OnEvent,
     *,
     keep: bool,
@@ -343,7 +354,7 @@ def _decide_precision(
     if config.dtype == "float32":
         return precision.decide(task, ())
     key = fingerprint([measure, config.dtype])
-    stored = manifest.read_pilot(config.store, key)
+    stored = calibrations.read_pilot(config.store, key)
     if stored is None and reduce_only:
         raise StoreError(_no_pilot(config.store))
     if stored is None:
@@ -351,7 +362,7 @@ def _decide_precision(
         sample = listing.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
         decided = cluster.pilot(precision.decide, task, _in_turns(sample), _warning(on_event))
         if keep:
-            stored = manifest.write_pilot(config.store, key, decided.to_json())
+            stored = calibrations.write_pilot(config.store, key, decided.to_json())
         on_event(events.PrecisionDecided(precision.describe(decided)))
     else:
         decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
@@ -377,7 +388,7 @@ def _decide_precision(
 def _find_outliers(
     task: Task,
     measure: dict[str, Any],
-    plan: manifest.Plan,
+    plan: plans.Plan,
     on_event: OnEvent,
     *,
     keep: bool,
@@ -390,7 +401,7 @@ def _find_outliers(
     if not worker.wants_outliers(task):
         return task, measure
     key = fingerprint([measure, "outliers"])
-    stored = manifest.read_pilot(task.config.store, key)
+    stored = calibrations.read_pilot(task.config.store, key)
     if stored is None and reduce_only:
         raise StoreError(_no_pilot(task.config.store))
     if stored is None:
@@ -402,7 +413,7 @@ def _find_outliers(
             )
         }
         if keep:
-            stored = manifest.write_pilot(task.config.store, key, stored)
+            stored = calibrations.write_pilot(task.config.store, key, stored)
     return with_outliers(task, measure, stored["outliers"])
 
 
@@ -488,7 +499,7 @@ def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
     return lambda done, total: on_event(events.Hashing(done, total))
 
 
-def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
+def _failed(state: dispatch.State, plan: plans.Plan) -> str:
     """Message for a run with too many quarantined shards."""
     where = {s.id: s.slices[0].uri for s in plan.shards}
     lines = [
@@ -512,7 +523,7 @@ def _failed(state: dispatch.State, plan: manifest.Plan) -> str:
     )
 
 
-def _lacking(config: RunConfig, measure_id: str, plan: manifest.Plan, num_there: int) -> str:
+def _lacking(config: RunConfig, measure_id: str, plan: plans.Plan, num_there: int) -> str:
     """Message for a reduce alone with too few commits."""
     num_shards = len(plan.shards)
     none = (

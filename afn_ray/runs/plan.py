@@ -17,7 +17,8 @@ from afn_ray.schema import (
 )
 from afn_ray.store import uris
 from afn_ray.store.checksums import IO_THREADS
-from afn_ray.store.manifest import Plan, cuts_id, proved_rows, read_plan, run_names
+from afn_ray.store.manifest import run_names
+from afn_ray.store.plans import Plan, cuts_id, proved_rows, read_plan
 
 MOST_SLICES = 10_000
 """Largest number of slices in one shard.

@@ -23,7 +23,7 @@ from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
 from afn_ray.runs import precision
 from afn_ray.schema import in_order
-from afn_ray.store import checksums, manifest
+from afn_ray.store import checksums, label_thresholds, manifest
 from afn_ray.store.commits import num_measured
 from afn_ray.text import count, printable
 
@@ -89,7 +89,7 @@ def summarise(run: manifest.RunFolder) -> Summary:
 def _summarise(run: manifest.RunFolder) -> Summary:
     thresholds, labels = (
         manifest.read_table(run, "thresholds").to_pylist(),
-        manifest.labels(run).to_pylist(),
+        label_thresholds.labels(run).to_pylist(),
     )
     vocabulary = manifest.read_table(run, "vocabulary")
     histogram = manifest.read_table(run, "histogram")

@@ -12,9 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray.errors import StoreError
-from afn_ray.schema import (
-    SCHEMA_VERSION,
-)
+from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import blocks, parquet, storage
 
 IO_THREADS = 16

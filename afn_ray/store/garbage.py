@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_files, storage, uris
+from afn_ray.store import (
+    checksums,
+    epochs,
+    layout,
+    manifest,
+    plans,
+    probes,
+    shard_files,
+    storage,
+    uris,
+)
 from afn_ray.store.layout import Place
 from afn_ray.text import count
 
@@ -425,7 +435,7 @@ def _planned(store: str, name: str) -> set[Place]:
     """
     run = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
     try:
-        shards, header = manifest.read_shards(run)
+        shards, header = plans.read_shards(run)
     except StoreError as error:
         plan, end = (uris.join(run.uri, file) for file in ("plan.parquet", "run.json"))
         if not storage.exists(plan) and (

@@ -1,4 +1,25 @@
-"""Names of the files in a store, and which files below a folder belong to a store."""
+"""Names of the files in a store, and which files below a folder belong to a store.
+
+Layout of a store::
+
+    shards/<measure>/<shard>/commit.json        the commit; its existence is the truth
+    shards/<measure>/<shard>/commit-<n>.json    the same, after a gc condemned the last (``epochs``)
+    shards/<measure>/<shard>/<attempt>-<table>.parquet
+    runs/<run>/plan.parquet                     written first; also remembers the hashes of files
+    runs/<run>/run.json                         written once, last; its existence means complete
+    runs/<run>/audited.json                     an audit has given its verdict on the run
+    runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
+    runs/<run>/lease-<id>.json                  a process has resumed the run; deleted on completion
+    runs/<run>/status.json                      progress, for people; replaced during the run
+    planning.json                               progress of a run that has no name yet
+    pilots/<key>.json                           decision of a calibration, for later runs
+    .rayignore                                  keeps a store on a disk out of Ray jobs
+    gc/<epoch>.parquet                          what garbage collections condemned (``epochs``)
+
+Nothing depends on the two progress files. Each other file can be verified: a JSON file carries a
+checksum of all its other bytes (``sealed``), and the size and checksum of a Parquet file are listed
+in the commit.json or run.json that names it.
+"""
 
 from __future__ import annotations
 

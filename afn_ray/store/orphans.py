@@ -11,6 +11,7 @@ from afn_ray.schema import fingerprint
 from afn_ray.store import epochs, layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
+from afn_ray.store.plans import read_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Plans:
                 continue
             try:
                 run = manifest.open_folder(store, name)
-                shards, header = manifest.read_shards(run)
+                shards, header = read_shards(run)
             except StoreError:
                 self.unreadable = True
                 continue

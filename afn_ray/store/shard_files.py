@@ -13,12 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray.errors import Interrupted, StoreError, Unavailable
-from afn_ray.schema import (
-    SCHEMA_VERSION,
-    FileSlice,
-    ReadOptions,
-    Shard,
-)
+from afn_ray.schema import SCHEMA_VERSION, FileSlice, ReadOptions, Shard
 from afn_ray.store import blocks, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
@@ -31,12 +26,7 @@ from afn_ray.store.checksums import (
     short,
 )
 from afn_ray.store.commits import Commit, Commits
-from afn_ray.store.layout import (
-    NEURON_TABLES,
-    TABLES,
-    commit_name,
-    generation_of,
-)
+from afn_ray.store.layout import NEURON_TABLES, TABLES, commit_name, generation_of
 
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:

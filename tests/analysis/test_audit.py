@@ -43,7 +43,7 @@ from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
 from afn_ray.show import report
-from afn_ray.store import manifest, storage
+from afn_ray.store import label_thresholds, manifest, storage
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from conftest import RUN_INFO, fenced, interrupted, stop_after, write_jsonl
@@ -752,7 +752,7 @@ def test_the_first_frozen_night_given_again_is_the_same_night(nights: Nights) ->
     assert (nights.folder / "out" / "audit.json").read_bytes() == first
     nights.add(1, 600, 640)
     assert nights.audit("--frozen") == 0
-    assert manifest.labels_name(manifest.find_run(nights.store)) == "frozen"
+    assert label_thresholds.labels_name(manifest.find_run(nights.store)) == "frozen"
 
 
 def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path: Path) -> None:
@@ -946,7 +946,7 @@ def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
     nights: Nights, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def q3(run: RunFolder) -> list[float]:
-        return [r["q3"] for r in manifest.labels(run).to_pylist()]
+        return [r["q3"] for r in label_thresholds.labels(run).to_pylist()]
 
     assert nights.audit("--frozen") == 0
     first = manifest.find_run(nights.store)

@@ -34,7 +34,7 @@ from afn_ray.runs import job, worker
 from afn_ray.schema import SPECIAL
 from afn_ray.show import explanation as explained
 from afn_ray.show.explanation import render_html, render_terminal
-from afn_ray.store import manifest
+from afn_ray.store import label_thresholds, manifest
 from conftest import find_model, write_jsonl
 
 HOSTILE = (
@@ -163,7 +163,7 @@ def test_a_strength_that_equals_a_threshold_lies_above_it(corpus: Corpus) -> Non
     tables = {
         name: manifest.read_table(corpus.folder, name) for name in ("histogram", "vocabulary")
     }
-    tables["labels"] = manifest.labels(corpus.folder)
+    tables["labels"] = label_thresholds.labels(corpus.folder)
     limits, readings = module._read_layer(tables, 4, zeros, zeros > 0, strengths)
     assert [r.quartile for r in readings] == [2, 3, 4, 1, 2, 3, 1, 4, 4, 1]
     assert [r.high for r in readings] == [r.quartile == 4 for r in readings]

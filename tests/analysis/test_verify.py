@@ -27,7 +27,7 @@ from afn_ray.analysis.verify import Finding, Verification, lines
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.store import layout, manifest, shard_files, storage, uris
+from afn_ray.store import calibrations, layout, manifest, plans, shard_files, storage, uris
 from afn_ray.store.layout import RAY_IGNORE
 from conftest import afn, edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
 
@@ -155,7 +155,7 @@ def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str
     its new plan.
     """
     before = manifest.find_run(store.run)
-    shards, header = manifest.read_shards(before)
+    shards, header = plans.read_shards(before)
     table = manifest.read_table(before, "plan")
     rows = edit(table.to_pylist())
     header["sha256"] = fingerprint([header, rows])
@@ -659,7 +659,7 @@ def test_two_measures_and_runs_in_one_store_are_told_apart(
 
 
 def test_a_damaged_pilot_is_named(store: Copy) -> None:
-    manifest.write_pilot(store.uri, "abc", {"dtype": "float32"})
+    calibrations.write_pilot(store.uri, "abc", {"dtype": "float32"})
     assert not store.verify().findings
     uri = uris.absolute(f"{store.uri}/pilots/abc.json")
     flip(uri, 0.7)

@@ -31,7 +31,7 @@ from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import with_outliers
 from afn_ray.schema import STRENGTH
-from afn_ray.store import manifest
+from afn_ray.store import plans
 
 PROFILE = "mixed"
 """Profile of the texts' lengths."""
@@ -131,7 +131,7 @@ class _Job:
         self.processor = worker.Processor(task)
         self._num_runs = 0
 
-    def run(self, plan: manifest.Plan) -> tuple[float, int, dict[str, int]]:
+    def run(self, plan: plans.Plan) -> tuple[float, int, dict[str, int]]:
         """Measure and commit the shards of ``plan`` in a fresh store, which is then removed.
 
         Returns seconds, tokens, and bytes by table.

@@ -34,7 +34,7 @@ from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
-from afn_ray.store import checksums, layout, manifest, shard_files, storage, uris
+from afn_ray.store import checksums, claims, layout, plans, shard_files, storage, uris
 from afn_ray.store.commits import Commits
 from bench.apart import call_apart
 from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
@@ -137,7 +137,7 @@ class Tree:
         return handle
 
 
-def plan_of(num_shards: int) -> manifest.Plan:
+def plan_of(num_shards: int) -> plans.Plan:
     """The plan of a corpus of large files with ``num_shards`` shards in all."""
     config = RunConfig(corpus=("-",), model="-", store="-")
     slices: list[FileSlice] = []
@@ -162,7 +162,7 @@ def plan_of(num_shards: int) -> manifest.Plan:
     groups = group_slices(slices, SHARD_BYTES)
     shards = tuple(Shard.of(group, config.read_options) for group in groups)
     assert len(shards) == num_shards
-    return manifest.Plan(shards, (), (), 0)
+    return plans.Plan(shards, (), (), 0)
 
 
 def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         config = RunConfig(corpus=("-",), model="-", store=store)
         with meter.part("begin the run"):
-            folder = manifest.begin_run(config, {"simulated": True}, plan, time.time_ns()).run
+            folder = claims.begin_run(config, {"simulated": True}, plan, time.time_ns()).run
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
         with status.reported(config) as reporter:
@@ -254,7 +254,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _check(plan: manifest.Plan, crowd: Crowd, state: dispatch.State) -> None:
+def _check(plan: plans.Plan, crowd: Crowd, state: dispatch.State) -> None:
     """Assert that each shard ended once: committed, or quarantined through its own fault."""
     assert not state.stopped, state.stopped
     planned = {s.id for s in plan.shards}

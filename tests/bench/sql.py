@@ -38,7 +38,7 @@ from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, fingerprint
-from afn_ray.store import manifest, shard_files
+from afn_ray.store import claims, manifest, plans, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import ShardFiles, make_table
 from bench.apart import call_apart
@@ -231,8 +231,8 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     measure_id = fingerprint(MEASURE)
     commits = shard_files.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]
-    folder = manifest.begin_run(
-        config, MEASURE, manifest.Plan(tuple(shards), (), (), 0), time.time_ns()
+    folder = claims.begin_run(
+        config, MEASURE, plans.Plan(tuple(shards), (), (), 0), time.time_ns()
     ).run
     texts = Texts(*pieces())
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
@@ -261,8 +261,8 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
             "documents": sum(c.counts["documents"] for c in ordered),
             "tokens": tokens,
         },
-        "created_at": manifest.created_at(folder),
-        "finished_at": manifest.created_at(folder),
+        "created_at": plans.created_at(folder),
+        "finished_at": plans.created_at(folder),
     }
     run = manifest.finish_run(folder, info)
     return {

@@ -23,6 +23,7 @@ from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import FileSlice, Shard, fingerprint
 from afn_ray.store import (
     checksums,
+    claims,
     epochs,
     garbage,
     layout,
@@ -34,6 +35,7 @@ from afn_ray.store import (
 )
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
+from afn_ray.store.plans import Plan
 from interleavings import NOW_S, STORE, Inline, Process, World, explore, explore_switches, sample
 
 CONFIG = RunConfig(corpus=("/c",), model="m", store=STORE, allow_another_measure=True)
@@ -64,16 +66,16 @@ def shard(name: str) -> Shard:
     return Shard.of([piece], CONFIG.read_options)
 
 
-def plan_of(*names: str) -> manifest.Plan:
-    return manifest.Plan(tuple(map(shard, names)), (), (), 0)
+def plan_of(*names: str) -> Plan:
+    return Plan(tuple(map(shard, names)), (), (), 0)
 
 
 # --- the processes, of the product's own code
 # --------------------------------------------------------------
 
 
-def begin(*names: str) -> manifest.Claim:
-    return manifest.begin_run(CONFIG, MEASURE, plan_of(*names), 0)
+def begin(*names: str) -> claims.Claim:
+    return claims.begin_run(CONFIG, MEASURE, plan_of(*names), 0)
 
 
 def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Shard) -> Commit:
@@ -93,7 +95,7 @@ class Driver:
         """The name of the run, which is complete."""
         return self.go_on(begin(*names))
 
-    def go_on(self, claim: manifest.Claim) -> str:
+    def go_on(self, claim: claims.Claim) -> str:
         if not claim.run.info:
             commits = shard_files.find_commits(STORE, ID, claim.shards)
             for one in claim.shards:
@@ -238,13 +240,13 @@ def overtaken(driver: Driver, world: World) -> list[Process]:
     """A process has found the run of a the newest, and stood still; meanwhile that of b came, and a
     gc begins.
     """
-    same, newest = manifest.find_begun(CONFIG, MEASURE, plan_of("a"))
+    same, newest = claims.find_begun(CONFIG, MEASURE, plan_of("a"))
     assert same is not None
     driver.run("b")
 
     def run() -> str:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(manifest, "find_begun", lambda *args: (same, newest))
+            patch.setattr(claims, "find_begun", lambda *args: (same, newest))
             claim = begin("a")
         return driver.go_on(claim)
 
@@ -433,14 +435,14 @@ def reused_name(patch: pytest.MonkeyPatch) -> None:
 
 def epoch_first(patch: pytest.MonkeyPatch) -> None:
     """A run reads the epoch ahead of its claim."""
-    begun, newest = manifest.find_begun, epochs.newest
+    begun, newest = claims.find_begun, epochs.newest
     read: dict[int, epochs.Epoch] = {}
 
     def find(*args: Any) -> Any:
         read[threading.get_ident()] = newest(STORE)
         return begun(*args)
 
-    patch.setattr(manifest, "find_begun", find)
+    patch.setattr(claims, "find_begun", find)
     patch.setattr(
         epochs,
         "newest",

@@ -22,7 +22,7 @@ from afn_ray.runs import job, status, worker
 from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import overview
-from afn_ray.store import checksums, manifest, shard_files
+from afn_ray.store import checksums, manifest, plans, shard_files
 from conftest import MakeConfig, write_jsonl
 
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
@@ -134,7 +134,7 @@ def test_the_sums_are_the_same_for_any_grouping(
 ) -> None:
     store = lossy[0].store
     run = manifest.find_run(store)
-    shards, _ = manifest.read_shards(run)
+    shards, _ = plans.read_shards(run)
     measure_id = run.info["measure"]["id"]
     found = shard_files.find_commits(store, measure_id, shards)
     stored = manifest.read_table(run, "files")

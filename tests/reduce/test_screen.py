@@ -26,7 +26,7 @@ from afn_ray.reduce.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, sour
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import worker
 from afn_ray.schema import FEATURES
-from afn_ray.store import manifest, shard_files
+from afn_ray.store import manifest, plans, shard_files
 from bench import screen as bench
 from conftest import write_jsonl
 
@@ -239,7 +239,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
     made: RunConfig, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = manifest.find_run(made.store)
-    shards, header = manifest.read_shards(run)
+    shards, header = plans.read_shards(run)
     measure_id = run.info["measure"]["id"]
     found = shard_files.find_commits(made.store, measure_id, shards)
     monkeypatch.setattr(screen, "FAN_IN", 2)

@@ -20,7 +20,7 @@ from afn_ray.config import RunConfig
 from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.worker import Processor
-from afn_ray.store import manifest
+from afn_ray.store import plans
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import feed
 from conftest import MakeConfig, write_jsonl
@@ -208,7 +208,7 @@ def test_any_packing_gives_what_a_document_alone_gives(
 # --------------------------------------------------------------------------
 
 
-def shards(config: RunConfig, tmp_path: Path, verses: list[str]) -> tuple[manifest.Plan, RunConfig]:
+def shards(config: RunConfig, tmp_path: Path, verses: list[str]) -> tuple[plans.Plan, RunConfig]:
     Path(config.corpus[0]).mkdir(exist_ok=True)
     texts = [v for verse in zip(verses[:120], verses[500:620], strict=True) for v in verse]
     write_jsonl(Path(config.corpus[0]) / "c.jsonl", [{"text": t} for t in [*texts, "", "light"]])

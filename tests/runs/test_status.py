@@ -36,7 +36,7 @@ from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
-from afn_ray.store import garbage, layout, manifest, probes, storage, uris
+from afn_ray.store import claims, garbage, layout, manifest, probes, storage, uris
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
 from conftest import MakeConfig, fenced, stop_after, write_jsonl
@@ -161,13 +161,13 @@ def test_a_run_that_fails_says_why_and_with_what_code(
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"and it was so, {i} " * 9)
     config = make_config(corpus=(f"{tmp_path}/*.txt",), shard_bytes=1024)
-    begin = manifest.begin_run
+    begin = claims.begin_run
 
     def change_one(*args: Any) -> Any:
         (tmp_path / "1.txt").write_text("something else")
         return begin(*args)
 
-    monkeypatch.setattr(manifest, "begin_run", change_one)
+    monkeypatch.setattr(claims, "begin_run", change_one)
     with pytest.raises(IncompleteRun):
         afn_ray.run(config)
     found = read(config)
@@ -451,7 +451,7 @@ def test_an_unexpected_error_is_one_line_of_json_too(
     def fail(*args: Any) -> None:
         raise RuntimeError("on two\nlines \x1b[31m")
 
-    monkeypatch.setattr(manifest, "begin_run", fail)
+    monkeypatch.setattr(claims, "begin_run", fail)
     config = tmp_path / "run.toml"
     config.write_text(
         f'model = "{tiny_bert}"\nstore = "{tmp_path}/s"\ndtype = "float32"\nlog_format = "json"\n'

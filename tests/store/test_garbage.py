@@ -24,7 +24,7 @@ from afn_ray import collect_garbage, verify_store
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
-from afn_ray.store import epochs, manifest, storage, uris
+from afn_ray.store import calibrations, epochs, manifest, storage, uris
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.garbage import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
@@ -246,7 +246,7 @@ def test_young_shards_stay(made: Made, store: str) -> None:
 
 
 def test_pilots_and_what_is_not_ours_stay(made: Made, store: str) -> None:
-    manifest.write_pilot(store, "abc", {"dtype": "float32"})
+    calibrations.write_pilot(store, "abc", {"dtype": "float32"})
     garbage = collect(store)
     foreign = [
         f"{garbage.runs[0].uri}/report.html",

@@ -36,9 +36,23 @@ from afn_ray.runs.plan import (
     make_plan,
 )
 from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
-from afn_ray.store import checksums, layout, manifest, probes, retry, shard_files, storage, uris
+from afn_ray.store import (
+    calibrations,
+    checksums,
+    claims,
+    layout,
+    manifest,
+    plans,
+    probes,
+    retry,
+    shard_files,
+    storage,
+    uris,
+)
+from afn_ray.store.claims import begin_run
 from afn_ray.store.commits import Commit, Commits, total_counts
-from afn_ray.store.manifest import Plan, RunFolder, begin_run, find_run, finish_run
+from afn_ray.store.manifest import RunFolder, find_run, finish_run
+from afn_ray.store.plans import Plan
 from afn_ray.store.shard_files import find_commits
 from conftest import RUN_INFO, edit_sealed, rewrite, write_new
 
@@ -399,7 +413,7 @@ def test_a_run_without_a_plan_is_passed_over(
         with pytest.raises(Interrupted):
             _begin(config)
     run = _begin(config)
-    assert manifest.created_at(run).endswith("+00:00")
+    assert plans.created_at(run).endswith("+00:00")
     assert _begin(config) == run and make_plan(config).num_hashed == 0
 
 
@@ -413,7 +427,7 @@ def test_the_plan_is_written_as_rows_in_order(config: RunConfig) -> None:
 
 def test_a_plan_proves_itself(config: RunConfig) -> None:
     run, plan = _begin(config), make_plan(config)
-    shards, header = manifest.read_shards(run)
+    shards, header = plans.read_shards(run)
     assert shards == list(plan.shards) and header["measure"] == MEASURE
     uri = run.uri + "/plan.parquet"
     table = manifest.read_table(run, "plan")
@@ -444,9 +458,9 @@ def test_a_plan_proves_itself(config: RunConfig) -> None:
     ):
         rewrite(uri, bad)
         with pytest.raises(StoreError, match=rf"plan\.parquet is .*{says}"):
-            manifest.read_shards(run)
+            plans.read_shards(run)
     rewrite(uri, edited(resealed(rows)))
-    assert manifest.read_shards(run)[0] == shards
+    assert plans.read_shards(run)[0] == shards
 
 
 def test_another_measure_is_refused_and_the_difference_is_named(
@@ -528,7 +542,7 @@ def test_a_damaged_table_is_named(config: RunConfig) -> None:
         manifest.read_table(run, "thresholds")
     storage.delete([run.uri + "/plan.parquet"])
     with pytest.raises(StoreError, match=r"has lost its plan\.parquet"):
-        manifest.created_at(run)
+        plans.created_at(run)
     write_new(run.uri + "/plan.parquet", b"")
     with pytest.raises(StoreError, match=r"plan\.parquet is damaged"):
         make_plan(config)
@@ -690,7 +704,7 @@ def test_what_was_written_with_its_answer_lost_is_known_for_ours(
 ) -> None:
     probes.check_writable(liar)
     run = _begin(RunConfig(corpus=(str(folder),), model="m", store=liar, shard_bytes=1024))
-    assert manifest.created_at(run)
+    assert plans.created_at(run)
     commit = _publish(liar, SHARD, "a" * 16, tmp_path)
     assert commit.attempt == "a" * 16 and len(_names(liar)) == 4
     table = pa.table({"x": [1, 2]})
@@ -698,8 +712,8 @@ def test_what_was_written_with_its_answer_lost_is_known_for_ours(
     other = manifest.write_table(run, "thresholds", pa.table({"x": [3]}))
     assert other["name"].startswith("thresholds-")
     assert manifest.read_table(run, "thresholds") == table
-    assert manifest.write_pilot(liar, "key", {"dtype": "float32"})["dtype"] == "float32"
-    assert manifest.write_pilot(liar, "key", {"dtype": "float16"})["dtype"] == "float32"
+    assert calibrations.write_pilot(liar, "key", {"dtype": "float32"})["dtype"] == "float32"
+    assert calibrations.write_pilot(liar, "key", {"dtype": "float16"})["dtype"] == "float32"
     done = finish_run(run, RUN_INFO)
     assert done == find_run(liar) and done.info["layers"] == RUN_INFO["layers"]
 
@@ -813,7 +827,7 @@ def test_a_plan_that_is_written_in_groups_has_the_fingerprint_of_its_whole(
         Shard.of([_slice(f"/c/{i}", 9), _slice(f"/d/{i}", 7)], options) for i in range(5)
     )
     config = RunConfig(corpus=("/c",), model="-", store=str(tmp_path))
-    monkeypatch.setattr(manifest, "AHEAD", 4)
+    monkeypatch.setattr(plans, "AHEAD", 4)
     run = begin_run(config, MEASURE, Plan(shards, (), (), 0), OLD_NS).run
     table = pq.read_table(f"{run.uri}/plan.parquet")
     header = json.loads(table.schema.metadata[b"afn"])
@@ -898,7 +912,7 @@ def test_nothing_is_written_that_no_reader_takes(
 ) -> None:
     monkeypatch.setattr(checksums, "JSON_BYTES", 1000)
     with pytest.raises(StoreError, match=r"of 1,\d\d\d bytes was not written: .* its entry long"):
-        manifest.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
+        calibrations.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
     with pytest.raises(
         ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"
     ):
@@ -924,7 +938,7 @@ def test_a_clock_that_was_in_the_year_9999_does_not_end_later_runs(
     for at in range(5):
         with monkeypatch.context() as patch:
             if at in (1, 2):
-                patch.setattr(manifest, "datetime", Clock)
+                patch.setattr(claims, "datetime", Clock)
             names.append(finish_run(_begin(replace(config, sink_factor=2.0 + at)), RUN_INFO).id)
         assert find_run(config.store).id == names[-1]
     assert names == sorted(names) and len(set(names)) == 5

@@ -1,0 +1,154 @@
+"""Begin a run or resume one: its plan or lease is a claim that keeps a gc from removing it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from afn_ray.config import RunConfig
+from afn_ray.errors import StoreError
+from afn_ray.schema import SCHEMA_VERSION, Shard, fingerprint
+from afn_ray.store import epochs, manifest, parquet, plans, storage, uris
+from afn_ray.store.checksums import sealed
+from afn_ray.store.label_thresholds import frozen_rows, measure_differences
+from afn_ray.store.layout import HEX, LATEST, STAMP
+from afn_ray.store.plans import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run that no gc removes while its process is at work, and the shards that it may use."""
+
+    run: manifest.RunFolder
+    shards: tuple[Shard, ...]
+    """The shards of the plan, in their valid generations."""
+    lease: str | None
+    """URI of the lease; None for a new run, whose plan is its claim."""
+
+
+def find_begun(
+    config: RunConfig, measure: dict[str, Any], plan: Plan, frozen: Sequence[dict[str, Any]] = ()
+) -> tuple[manifest.RunFolder | None, str]:
+    """The store's newest run if it has this ``plan``, else None; and the newest run's name or "".
+
+    The run may be complete or not. A condemned run, or a complete run with quarantined shards, is
+    not returned. Writes nothing. Raises ``StoreError`` if the store holds another measure and the
+    config does not allow a second one, or if the plan of an incomplete run is damaged.
+    """
+    measure_id = fingerprint(measure)
+    held = [
+        name
+        for name in storage.list_names(uris.join(config.store, "shards"))
+        if HEX.fullmatch(name)
+    ]
+    names = manifest.run_names(config.store)
+    if held and measure_id not in held and not config.allow_another_measure:
+        raise StoreError(_other_measure(config.store, names, measure))
+    suffix = plans.request_id(measure_id, plan.shards, config, frozen)
+    begun = (n for n in reversed(names) if _is_begun(config.store, n))
+    newest = next(begun, "")
+    if newest.endswith(suffix):
+        same = manifest.open_folder(config.store, newest)
+        # A complete run with quarantined shards is not reused: a new run tries them again.
+        if not same.condemned and not same.info.get("quarantined"):
+            if not same.info and (begun_plan := plans.read_plan(config.store, newest)) is not None:
+                plans.proved_rows(uris.join(same.uri, "plan.parquet"), *begun_plan)
+            return same, newest
+    if frozen and newest.endswith(plans.request_id(measure_id, plan.shards, config, ())):
+        same = manifest.open_folder(config.store, newest)
+        if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
+            return same, newest  # its own thresholds are the frozen ones
+    return None, newest
+
+
+def begin_run(
+    config: RunConfig,
+    measure: dict[str, Any],
+    plan: Plan,
+    begun_ns: int,
+    frozen: Sequence[dict[str, Any]] = (),
+) -> Claim:
+    """Resume the store's newest run if it has this ``plan``, complete or not, or begin a new one.
+
+    ``begun_ns`` is the Unix time in ns before the first file was examined. ``frozen`` are the rows
+    returned by ``find_frozen``. The claim is written before the newest epoch is read; ``epochs``
+    explains why. If a gc condemned the run in between, a new run is begun. Raises ``StoreError`` as
+    ``find_begun`` does.
+    """
+    run, newest = find_begun(config, measure, plan, frozen)
+    lease = None
+    if run is not None:
+        lease = uris.join(run.uri, f"lease-{uuid.uuid4().hex}.json")
+        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(lease, sealed({"schema_version": SCHEMA_VERSION, "run": run.id}))
+    else:
+        run = _new_run(config, measure, plan, begun_ns, frozen, newest)
+    while run.id in (epoch := epochs.newest(config.store)).condemned:
+        run, lease = (
+            _new_run(config, measure, plan, begun_ns, frozen, max(newest, *epoch.condemned)),
+            None,
+        )
+    return Claim(run, epoch.marked(fingerprint(measure), plan.shards), lease)
+
+
+def _new_run(
+    config: RunConfig,
+    measure: dict[str, Any],
+    plan: Plan,
+    begun_ns: int,
+    frozen: Sequence[dict[str, Any]],
+    newest: str,
+) -> manifest.RunFolder:
+    """Write the plan of a new run, whose name sorts after ``newest``."""
+    suffix = plans.request_id(fingerprint(measure), plan.shards, config, frozen)
+    created = min(datetime.now(UTC), LATEST)
+    name = f"{_stamp(created)}-{suffix}"
+    if name <= newest:  # the clock went back; the newest run must have the last name
+        created = datetime.strptime(newest.partition("-")[0], STAMP).replace(
+            tzinfo=UTC
+        ) + timedelta(milliseconds=1)
+        name = f"{_stamp(created)}-{suffix}"
+    header = {
+        "cuts": plans.cuts_id(config, plan.shard_bytes),
+        "shard_bytes": plan.shard_bytes,
+        "begun_ns": begun_ns,
+        "created_at": created.isoformat(timespec="seconds"),
+        "config": asdict(config),
+        "measure": measure,
+        "frozen": list(frozen),
+    }
+    table, header["sha256"] = plans.plan_table(plan.shards, header)
+    table = table.replace_schema_metadata({"afn": json.dumps(header)})
+    uri = uris.join(config.store, "runs", name)
+    # The same name means the same request in the same millisecond, and so the same plan.
+    with contextlib.suppress(storage.AlreadyWritten):
+        storage.write_once(uris.join(uri, "plan.parquet"), parquet.encode(table))
+    return manifest.RunFolder(uri, config.store, name, {})
+
+
+def _is_begun(store: str, name: str) -> bool:
+    """Whether the folder ``name`` is a run with a plan, and not a copy."""
+    return storage.exists(
+        uris.join(store, "runs", name, "plan.parquet")
+    ) and not manifest.is_copied(store, name)
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
+    message = f"store {store} holds another measure; results of two measures cannot be compared. "
+    for name in reversed(runs):
+        plan = plans.read_plan(store, name)
+        if plan is not None:
+            theirs = plan[1].get("measure", {})
+            message += measure_differences(theirs, measure) + ". "
+            break
+    return message + "Use another --store, or --allow-another-measure to keep both in this one"

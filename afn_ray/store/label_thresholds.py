@@ -1,0 +1,71 @@
+"""Thresholds that a run labels by: its own, or frozen ones of an earlier run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError
+from afn_ray.store import manifest
+from afn_ray.store.checksums import short
+
+BESIDE_STRENGTH = frozenset({
+    "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above",
+    "labels",
+})  # fmt: skip
+"""Keys of a measure that change no strength, so that thresholds stay comparable."""
+FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
+"""Columns that a run takes from the thresholds of another run."""
+
+
+def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, Any]]:
+    """The thresholds that ``config`` names for labels, as rows of ``FROZEN``.
+
+    The list is empty if the run labels by its own thresholds. They are the thresholds that the
+    named run itself labels by, so that each nightly run can name the previous one. Raises
+    ``StoreError`` if there is no such run, ``ConfigError`` if it has another measure.
+    """
+    if config.thresholds is None:
+        return []
+    run = manifest.find_run(config.thresholds)
+    theirs, ours = (
+        {k: v for k, v in m.items() if k not in BESIDE_STRENGTH}
+        for m in (run.info["measure"], measure)
+    )
+    if theirs != ours:
+        raise ConfigError(
+            f"thresholds of {run.uri} are of another measure, and mean nothing here: "
+            f"{measure_differences(theirs, ours, 'it')}"
+        )
+    return frozen_rows(run)
+
+
+def frozen_rows(run: manifest.RunFolder) -> list[dict[str, Any]]:
+    """The thresholds that the complete ``run`` labels by, as rows of ``FROZEN``."""
+    return [{name: row[name] for name in FROZEN} for row in labels(run).to_pylist()]
+
+
+def labels_name(run: manifest.RunFolder) -> str:
+    """Name of the table with the thresholds that the complete ``run`` labels by."""
+    return "frozen" if "frozen" in run.info["tables"] else "thresholds"
+
+
+def labels(run: manifest.RunFolder) -> pa.Table:
+    """The thresholds that the complete ``run`` labels by, as in ``THRESHOLDS_SCHEMA``.
+
+    They are frozen ones or the run's own.
+    """
+    return manifest.read_table(run, labels_name(run))
+
+
+def measure_differences(
+    theirs: dict[str, Any], ours: dict[str, Any], who: str = "the store"
+) -> str:
+    """The differences of two measures as text; ``who`` is the owner of ``theirs``."""
+    return "; ".join(
+        f"{k}: {who} has {short(theirs.get(k))}, this run asks for {short(ours.get(k))}"
+        for k in sorted({*theirs, *ours} - {"id"})
+        if theirs.get(k) != ours.get(k)
+    )

@@ -1,0 +1,177 @@
+"""Plans of runs: which shards a run has, and the request that it answers; written first, verified on reading."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pyarrow as pa
+
+from afn_ray.config import RunConfig
+from afn_ray.errors import StoreError
+from afn_ray.schema import (
+    PLAN_SCHEMA,
+    SCHEMA_VERSION,
+    FileInfo,
+    FileSlice,
+    Shard,
+    fingerprint,
+    fingerprint_of_rows,
+)
+from afn_ray.store import manifest, storage, uris
+from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shards of a run, in order, and the files that they come from."""
+
+    shards: tuple[Shard, ...]
+    files: tuple[FileInfo, ...]
+    skipped: tuple[FileInfo, ...]
+    """Files with an unknown ending, or of a store."""
+    num_hashed: int
+    """Number of files read for the plan; the hashes of the others were remembered."""
+    shard_bytes: int = 0
+    """Target size of a shard, in bytes, at which the files were cut."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(s.num_bytes for s in self.shards)
+
+    @property
+    def labels(self) -> str | None:
+        """The source of the documents' tags; None if they have none."""
+        found = (
+            shard.options.labels_in(piece.format) for shard in self.shards for piece in shard.slices
+        )
+        return next(filter(None, found), None)
+
+
+def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the plan at ``uri``, verified against the checksum in ``header``.
+
+    Raises ``StoreError`` if the rows or the header are damaged.
+    """
+    asked = {key: value for key, value in header.items() if key != "sha256"}
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+        digest = fingerprint_of_rows(asked, [rows] if rows else [])
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise StoreError(f"{uri} is damaged: {error!r}{ASK_VERIFY}") from error
+    if header.get("sha256") != digest:
+        raise StoreError(
+            f"{uri} is damaged: its rows and header do not have the checksum that it "
+            f"carries{ASK_VERIFY}"
+        )
+    return rows
+
+
+def cuts_id(config: RunConfig, shard_bytes: int) -> str:
+    """Fingerprint of everything that decides where files are cut."""
+    return fingerprint([SCHEMA_VERSION, asdict(config.read_options), shard_bytes])
+
+
+def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
+    """The plan of the run named ``run`` and its header; None if the run crashed before writing it.
+
+    Raises ``StoreError`` if the plan is damaged. The checksum is not verified; see ``proved_rows``.
+    """
+    uri = uris.join(store, "runs", run, "plan.parquet")
+    data = storage.read_if_there(uri)
+    if data is None:
+        return None
+    table = parse_table(data, uri)
+    try:
+        header = json.loads((table.schema.metadata or {})[b"afn"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StoreError(f"{uri} is damaged: its header is none: {error!r}{ASK_VERIFY}") from error
+    if not isinstance(header, dict):
+        raise StoreError(f"{uri} is damaged: its header is {short(header)}{ASK_VERIFY}")
+    return table, header
+
+
+def plan_table(shards: Sequence[Shard], header: dict[str, Any]) -> tuple[pa.Table, str]:
+    """The rows of a plan, and the ``fingerprint`` of ``[header, rows]``."""
+    pieces = ((i, shard.id, piece) for i, shard in enumerate(shards) for piece in shard.slices)
+    names = [f.name for f in fields(FileSlice)]
+
+    def groups() -> Iterator[list[dict[str, Any]]]:
+        while rows := [
+            {"ordinal": i, "shard": shard, **{name: getattr(piece, name) for name in names}}
+            for i, shard, piece in itertools.islice(pieces, AHEAD)
+        ]:
+            tables.append(pa.Table.from_pylist(rows, PLAN_SCHEMA))
+            yield rows
+
+    tables = [PLAN_SCHEMA.empty_table()]
+    digest = fingerprint_of_rows(header, groups())
+    return pa.concat_tables(tables).combine_chunks(), digest
+
+
+def request_id(
+    measure_id: str,
+    shards: Iterable[Shard],
+    config: RunConfig,
+    frozen: Sequence[dict[str, Any]] | None,
+) -> str:
+    """Last part of a run's name: a fingerprint of the request.
+
+    ``frozen`` is None for a plan that was written before frozen thresholds existed.
+    """
+    ask: dict[str, Any] = {
+        "measure": measure_id,
+        "shards": [s.id for s in shards],
+        "language": config.language,
+        "sink_factor": config.sink_factor,
+    }
+    if frozen is not None:
+        ask |= {"screen": config.screen, "frozen": list(frozen)}
+    return fingerprint(ask)[:12]
+
+
+def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
+    """The shards that ``run`` planned, in order, and the header of its plan, both verified.
+
+    Raises ``StoreError`` for a plan that is missing, damaged, edited or another run's.
+    """
+    uri = uris.join(run.uri, "plan.parquet")
+    table = manifest.read_table(run, "plan")
+    try:
+        header = json.loads(table.schema.metadata[b"afn"])
+        rows = table.to_pylist()
+        digest = header.pop("sha256")
+        if digest != fingerprint([header, rows]):
+            raise StoreError(
+                f"{uri} is damaged: its rows and header do not have the checksum that it carries"
+            )
+        config = RunConfig(**header["config"] | {"corpus": tuple(header["config"]["corpus"])})
+        shards = []
+        for (_, name), group in itertools.groupby(
+            rows, lambda row: (row.pop("ordinal"), row.pop("shard"))
+        ):
+            shards.append(Shard.of([FileSlice(**row) for row in group], config.read_options))
+            if name != shards[-1].id:
+                raise StoreError(
+                    f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}"
+                )
+        suffix = request_id(fingerprint(header["measure"]), shards, config, header.get("frozen"))
+    except DAMAGES as error:
+        raise StoreError(f"{uri} is damaged: {error!r}") from error
+    if not run.id.endswith(f"-{suffix}"):
+        raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
+    return shards, header
+
+
+def created_at(run: manifest.RunFolder) -> str:
+    """When the run began, in ISO 8601, UTC. Raises ``StoreError`` if its plan is gone."""
+    plan = read_plan(run.store, run.id)
+    if plan is None:
+        raise StoreError(
+            f"{run.uri} has lost its plan.parquet; give the 'afn run' command again to begin a new "
+            "run"
+        )
+    return str(plan[1].get("created_at", ""))
