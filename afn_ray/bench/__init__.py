@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from afn_ray.errors import ConfigError
+from afn_ray.store import disk
 
 PROFILES = {
     "short": "lognormal, mean 40 tokens",
@@ -240,12 +239,5 @@ def chosen(what: str, text: str, known: dict[str, str]) -> list[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON to ``path``, atomically. Raises ``ConfigError``."""
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    with disk.write_local(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())

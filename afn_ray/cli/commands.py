@@ -209,7 +209,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
     if args.json:
-        with _output(args.json) as file:
+        with disk.write_local(args.json) as file:
             file.write(
                 (json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode()
             )
@@ -368,7 +368,7 @@ def _sql(args: argparse.Namespace) -> None:
             return
         relation = run.sql(args.query, **tables)
         with contextlib.ExitStack() as stack:
-            out = stack.enter_context(_output(args.out)) if args.out else None
+            out = stack.enter_context(disk.write_local(args.out)) if args.out else None
             num_rows = shell.print_result(
                 relation, form, out, max_rows=None if args.out else args.max_rows or None
             )
@@ -402,12 +402,6 @@ def _format_of(asked: str | None, out: Path | None) -> str:
     return form
 
 
-def _output(path: Path) -> contextlib.AbstractContextManager[Any]:
-    from afn_ray.store import disk
-
-    return disk.write_local(path)
-
-
 def _explain(args: argparse.Namespace) -> None:
     text = terminal.read_input() if args.text == "-" else args.text
     from afn_ray.runs import precheck
@@ -430,7 +424,7 @@ def _explain(args: argparse.Namespace) -> None:
         layer=args.layer,
     )
     if args.html:
-        with _output(args.html) as file:
+        with disk.write_local(args.html) as file:
             file.write(explanation.render_html(result).encode())
         print(f"{args.html} is written; open it in a browser")
     elif args.json:
