@@ -206,7 +206,7 @@ def call(args: argparse.Namespace) -> None:
     else:
         profiles = chosen("profiles", args.profiles, PROFILES)
         variants = chosen("variants", args.variants, VARIANTS)
-        from afn_ray.bench import contest
+        from afn_ray.bench import contest, results
 
         options = contest.Options(
             args.model,
@@ -220,7 +220,7 @@ def call(args: argparse.Namespace) -> None:
             args.repeat,
         )
         result = contest.measure(options, profiles, variants, on_note)
-        contest.render(result, console)
+        results.render(result, console)
     if args.json is not None:
         write_json(args.json, result)
 

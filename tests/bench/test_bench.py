@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from afn_ray import bench, model
-from afn_ray.bench import contest, machine, monitor, ours, peers, texts
+from afn_ray.bench import contest, machine, monitor, ours, peers, results, texts
+from afn_ray.bench.figures import TOLERANCE, compare
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import Received
@@ -75,13 +76,11 @@ def test_the_figures_have_their_keys_and_hang_together(
 def test_every_variant_gives_the_same_strengths(tiny_result: dict[str, Any]) -> None:
     for variants in tiny_result["profiles"].values():
         assert variants["job"]["difference"] == 0  # equal batches give equal bits
-        assert all(
-            f["difference"] <= contest.TOLERANCE[tiny_result["dtype"]] for f in variants.values()
-        )
+        assert all(f["difference"] <= TOLERANCE[tiny_result["dtype"]] for f in variants.values())
 
 
 def test_the_table_fits_and_names_what_it_shows(tiny_result: dict[str, Any]) -> None:
-    text = printed(contest.render, tiny_result)
+    text = printed(results.render, tiny_result)
     for expected in (
         "layer 2 of 3",
         "GEMM peak",
@@ -123,7 +122,7 @@ def in_this_process(
     assert all(
         sum(map(len, o.strengths)) == sum(t.num_tokens for t in written) for o in found.values()
     )
-    return {"outcomes": found, "differences": contest.compare(strengths, "float32")}
+    return {"outcomes": found, "differences": compare(strengths, "float32")}
 
 
 def test_a_decoder_is_measured_too(tiny_gpt: Path, tmp_path: Path) -> None:
@@ -151,24 +150,20 @@ def test_variants_that_disagree_give_no_figures() -> None:
     whole = {0: (np.ones(200, np.float32), None), 1: (np.full(9, 2, np.float32), None)}
     off = {0: (np.full(200, 1.2, np.float32), None)}
     short = {0: (np.ones(199, np.float32), None)}
-    assert contest.compare({"loop": {0: whole[0]}, "engine": whole}, "float32") == {
+    assert compare({"loop": {0: whole[0]}, "engine": whole}, "float32") == {
         "loop": 0,
         "engine": 0,
     }
     for wrong in (off, short):
         with pytest.raises(ModelError, match=r"tuned .*no figures"):
-            contest.compare({"tuned": wrong, "engine": whole}, "bfloat16")
+            compare({"tuned": wrong, "engine": whole}, "bfloat16")
     last = {0: (np.ones(4, np.float32), np.full(4, 3, np.float32))}
     deep = {0: (np.full(4, 3, np.float32), None)}
     assert (
-        contest.compare({"loop": last, "sentence_transformers": deep}, "float32")[
-            "sentence_transformers"
-        ]
+        compare({"loop": last, "sentence_transformers": deep}, "float32")["sentence_transformers"]
         == 0
     )
-    assert "sentence_transformers" not in contest.compare(
-        {"sentence_transformers": deep}, "float32"
-    )
+    assert "sentence_transformers" not in compare({"sentence_transformers": deep}, "float32")
 
 
 @pytest.mark.parametrize(
