@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
 from afn_ray.reduce.stats import spearman
 from afn_ray.runs import cluster, worker
+from afn_ray.runs.measurer import Measured, Measurer, find_model
 from afn_ray.runs.task import Task, with_labels, with_neurons_above, with_outliers
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
 from afn_ray.store import label_thresholds, manifest
@@ -258,7 +258,7 @@ def explain(
             )
         model.free_memory()
         at, values = plan.layers[chosen], by_series[Series(STRENGTH, plan.layers[chosen])]
-        files = worker.find_model(config)
+        files = find_model(config)
         decided = model.decide(files, encoded.token_ids.tolist(), at, values, plan.dtype, device)
         decision = _decision(decided, at, values, special)
     return Explanation(
@@ -276,12 +276,11 @@ def explain(
     )
 
 
-def _measure(plan: Task, text: str, replaced: bool) -> tuple[worker.Measured, list[str]]:
+def _measure(plan: Task, text: str, replaced: bool) -> tuple[Measured, list[str]]:
     """``plan``'s series for every token of ``text``, and the tokenizer's vocabulary."""
     model.free_memory()  # free the previous model
-    with contextlib.closing(worker.Processor(plan)) as processor:
-        measured = processor.measure([text], [replaced])
-        pieces = processor.preparer.pieces
+    loaded = Measurer(plan)
+    measured, pieces = loaded.measure([text], [replaced]), loaded.preparer.pieces
     if problem := measured.encoded.problems.get(0):
         raise ModelError(
             f"{plan.config.model} cannot measure this text; a run would quarantine it: {problem}"
@@ -381,7 +380,7 @@ def recorded_task(
             )
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
-    task, measure = worker.prepare(config, worker.find_model(config), device, config.dtype)
+    task, measure = worker.prepare(config, find_model(config), device, config.dtype)
     task, measure = with_labels(task, measure, recorded.get("labels"))
     if "outliers" in recorded:
         task, measure = with_outliers(task, measure, recorded["outliers"])

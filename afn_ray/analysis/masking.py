@@ -8,7 +8,6 @@ block, before a final norm.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run
 from afn_ray.runs import worker
+from afn_ray.runs.measurer import Measurer
 from afn_ray.schema import strengths, upos_classes
 from afn_ray.store import manifest
 from afn_ray.text import count
@@ -96,17 +96,17 @@ def check(
     )
     changes = np.full((num_documents, len(KINDS), len(CHANGES)), np.nan)
     replaced = np.zeros((num_documents, len(KINDS)))
-    with contextlib.closing(worker.Processor(task)) as processor:
-        name, stand_in = _stand_in(processor)
-        for at, text in enumerate(
-            _texts(run, layer, num_documents, run.info["measure"]["window_tokens"], processor)
-        ):
-            chosen = choose(text)
-            for kind, change in _changes(processor, text, chosen, stand_in).items():
-                changes[at, KINDS.index(kind)], replaced[at, KINDS.index(kind)] = (
-                    change,
-                    len(chosen[kind]),
-                )
+    measurer = Measurer(task)
+    name, stand_in = _stand_in(measurer)
+    for at, text in enumerate(
+        _texts(run, layer, num_documents, run.info["measure"]["window_tokens"], measurer)
+    ):
+        chosen = choose(text)
+        for kind, change in _changes(measurer, text, chosen, stand_in).items():
+            changes[at, KINDS.index(kind)], replaced[at, KINDS.index(kind)] = (
+                change,
+                len(chosen[kind]),
+            )
     there = ~np.isnan(changes[:, 0, 0])
     changes, replaced = changes[there], replaced[there]
     if not len(changes):
@@ -163,26 +163,26 @@ def _figure(
     )
 
 
-def _stand_in(processor: worker.Processor) -> tuple[str, int]:
-    pieces = processor.preparer.pieces
+def _stand_in(measurer: Measurer) -> tuple[str, int]:
+    pieces = measurer.preparer.pieces
     for name in STAND_INS:
         if name in pieces:
             return name, pieces.index(name)
     raise ConfigError(
-        f"the vocabulary of {processor.task.config.model} has nothing to put for a token that is "
+        f"the vocabulary of {measurer.task.config.model} has nothing to put for a token that is "
         "masked: "
         f"none of {', '.join(STAND_INS)}"
     )
 
 
 def _texts(
-    run: Run, layer: int, num_documents: int, window: int, processor: worker.Processor
+    run: Run, layer: int, num_documents: int, window: int, measurer: Measurer
 ) -> Iterator[Text]:
     """Documents in the order of their hash.
 
     A document longer than a window is cut to its beginning, and the template's suffix is restored.
     """
-    suffix = list(processor.preparer.encoder.template.suffix)
+    suffix = list(measurer.preparer.encoder.template.suffix)
     content = content_tags(run)
     is_content = "coalesce(class, '') = 'content'"
     parameters: dict[str, Any] = {"n": num_documents, "window": window}
@@ -245,7 +245,7 @@ def choose(text: Text) -> dict[str, Ints]:
 
 
 def _changes(
-    processor: worker.Processor, text: Text, chosen: dict[str, Ints], stand_in: int
+    measurer: Measurer, text: Text, chosen: dict[str, Ints], stand_in: int
 ) -> dict[str, tuple[float, float]]:
     """Both ``CHANGES`` for each kind that leaves a token; text and variants form one batch."""
     if not chosen:
@@ -254,10 +254,10 @@ def _changes(
     for row, at in zip(variants[1:], chosen.values(), strict=True):
         row[at] = stand_in
     lengths = [len(text.ids)] * len(variants)
-    states = processor.model.measure(variants.ravel(), lengths, (States(),))[0]
+    states = measurer.model.measure(variants.ravel(), lengths, (States(),))[0]
     if not np.isfinite(states).all():
         raise ModelError(
-            f"{processor.task.config.model} gave states that are not finite for document {text.doc}"
+            f"{measurer.task.config.model} gave states that are not finite for document {text.doc}"
         )
     before, *after = states.astype(np.float64).reshape(*variants.shape, -1)
     found = {}

@@ -27,7 +27,7 @@ from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
 from afn_ray.bench.worker import dump_texts
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
-from afn_ray.runs import worker
+from afn_ray.runs import measurer
 
 LONGEST_WINDOW = 512
 """Longest window of the benchmark, in tokens."""
@@ -180,7 +180,7 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
         files.depth,
         device,
         dtype,
-        options.batch_tokens or worker.BATCH_TOKENS[device],
+        options.batch_tokens or measurer.BATCH_TOKENS[device],
         int(str(default)) if options.tokenizer_workers is None else options.tokenizer_workers,
         min(files.context_tokens, LONGEST_WINDOW),
         workers,

@@ -31,6 +31,7 @@ from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model import attention
 from afn_ray.model.signals import Attention, Received, Shift, Signal, Site, Strength
 from afn_ray.runs import worker
+from afn_ray.runs.measurer import Measurer
 
 LENGTHS = (16, 64, 256, 512)
 """Lengths of the texts, in tokens."""
@@ -97,7 +98,7 @@ class _Candidate:
             window_tokens=self.window,
             executor="inline",
         )
-        self._processor = worker.Processor(worker.prepare(config, files, device, self.dtype)[0])
+        self._measurer = Measurer(worker.prepare(config, files, device, self.dtype)[0])
         self._device = device
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
         plain, both = self._load(), [Strength(), Shift()]
@@ -133,9 +134,7 @@ class _Candidate:
         Their shape is [heads, size, size]: see ``attention.value_norms``.
         """
         config = replace(config, signals="attention", dtype="float32")
-        processor = worker.Processor(worker.prepare(config, self.files, self._device, "float32")[0])
-        processor.close()
-        engine = processor.model
+        engine = Measurer(worker.prepare(config, self.files, self._device, "float32")[0]).model
         gram = engine.places[engine.blocks[self.layer - 1]].gram
         assert gram is not None
         return gram
@@ -211,7 +210,7 @@ class _Candidate:
         return run
 
     def _ours(self, text: str) -> Any:
-        return self._processor.measure([text], [False]).strengths
+        return self._measurer.measure([text], [False]).strengths
 
     def texts(self, length: int, n: int) -> list[str]:
         """``n`` texts of ``length`` tokens."""
@@ -232,9 +231,6 @@ class _Candidate:
             self.ways[way](text)
             found[way] = 1e3 * (time.perf_counter() - began)
         return found
-
-    def close(self) -> None:
-        self._processor.close()
 
 
 def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[str, Any]:
@@ -284,8 +280,6 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
                 for label, candidate in candidates.items()
             },
         }
-        for candidate in candidates.values():
-            candidate.close()
     if len(named) == 2:
         result["distilled_speedup"] = {
             str(n): {way: _paired(times[way], taken[SHAPES[1]][n][way]) for way in times}

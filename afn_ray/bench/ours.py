@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
-from afn_ray.runs import plan, worker
+from afn_ray.runs import measurer, plan, worker
 from afn_ray.runs.progress import Progress
 from afn_ray.schema import Document, strength_column
 from afn_ray.store import plans, shard_files
@@ -41,7 +41,7 @@ class _Ours:
             executor="inline",
             scratch=spec.folder,
         )
-        files = worker.find_model(self._config)
+        files = measurer.find_model(self._config)
         self._task, _ = worker.prepare(self._config, files, spec.device, spec.dtype)
         self._processor = worker.Processor(self._task)
 
@@ -63,7 +63,7 @@ class Engine(_Ours):
         strengths: list[Norms] = []
         with self._processor.feed.chunks(documents) as chunks:  # as for a shard
             for chunk in chunks:
-                values = self._processor.values(chunk.prepared)
+                values = self._processor.measurer.values(chunk.prepared)
                 strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
         return self._outcome(before, strengths)
 

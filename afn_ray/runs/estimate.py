@@ -15,9 +15,10 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.reduce import lexicon
-from afn_ray.runs import cluster, worker
+from afn_ray.runs import cluster
 from afn_ray.runs.events import OnEvent
 from afn_ray.runs.job import normalised, prepare, take_stock
+from afn_ray.runs.measurer import Measurer, text_encoder
 from afn_ray.runs.task import Task
 from afn_ray.schema import FileInfo, fingerprint
 from afn_ray.store import probes, readers, settings
@@ -186,7 +187,7 @@ def dry_run(
     lacking = counting.NOTHING
     if todo:
         slices = [piece for s in todo for piece in s.slices]
-        lacking = counting.count(slices, config.read_options, worker.text_encoder(asked.files))
+        lacking = counting.count(slices, config.read_options, text_encoder(asked.files))
     tokens = there.tokens + lacking.tokens
     if lacking.exact and not tokens:
         raise CorpusError(
@@ -358,28 +359,27 @@ def _pilot(task: Task, texts: Sequence[str]) -> _Pilot:
     if not texts:
         return _Pilot(0.0)
     began = time.monotonic()
-    processor = worker.Processor(replace(task, device=cluster.local_device(task.device)))
+    measurer = Measurer(replace(task, device=cluster.local_device(task.device)))
     pilot = _Pilot(time.monotonic() - began)
-    alone, *others = processor.signals
+    alone, *others = measurer.signals
     taken: dict[str, float] = dict.fromkeys((s.name for s in (alone, *others)), 0.0)
     num_read = 0
     while num_read < len(texts) and pilot.seconds <= PILOT_S:
         some = list(texts[num_read : num_read + 32])
         num_read += len(some)
         began = time.monotonic()
-        measured = processor.measure(some, [False] * len(some))
+        measured = measurer.measure(some, [False] * len(some))
         pilot.seconds += time.monotonic() - began
         pilot.num_tokens += len(measured.encoded.token_ids)
         if others:
-            prepared = processor.preparer.prepare(
+            prepared = measurer.preparer.prepare(
                 some, [False] * len(some), refused=measured.encoded.problems
             )
             sets = [[alone], *([alone, other] for other in others)]
-            turns = [[processor.seconds(prepared, signals) for signals in sets] for _ in range(2)]
+            turns = [[measurer.seconds(prepared, signals) for signals in sets] for _ in range(2)]
             # The faster of two turns counts: the other one was disturbed.
             for name, seconds in zip(taken, map(min, *turns), strict=True):
                 taken[name] += seconds
-    processor.close()
     # A signal cannot save time: a negative cost is noise and counts as 0.
     pilot.signal_costs = {
         s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]

@@ -19,7 +19,7 @@ from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.reduce.tree import Recorded, Rules, reduce_run
-from afn_ray.runs import cluster, dispatch, events, outliers, precision, status, worker
+from afn_ray.runs import cluster, dispatch, events, measurer, outliers, precision, status, worker
 from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
@@ -82,7 +82,7 @@ def prepare(
     pilot runs.
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
-    files = worker.find_model(config)
+    files = measurer.find_model(config)
     task, measure = worker.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
@@ -225,7 +225,7 @@ def _run(
     if not sum(c.counts["tokens"] for c in ordered):
         raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
     on_event(events.Reducing())
-    encoder = worker.text_encoder(asked.files)
+    encoder = measurer.text_encoder(asked.files)
     texts = Texts(*encoder.texts())
     shards = CommittedShards(
         config.store, task.measure_id, ordered, [shard.num_bytes for shard in done]

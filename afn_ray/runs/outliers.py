@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from afn_ray.model.signals import DIMENSIONS
-from afn_ray.runs import worker
+from afn_ray.runs.measurer import Measurer
 from afn_ray.runs.task import Task
+from afn_ray.runs.worker import with_signals
 
 PILOT_CHARS = 16_384
 """Text that the pilot measures, in characters: outlier dimensions are the same in any text."""
@@ -27,8 +27,6 @@ def find_outliers(task: Task, texts: Sequence[str]) -> list[list[int]]:
         size += len(sample[-1])
         if size >= PILOT_CHARS:
             break
-    with contextlib.closing(
-        worker.Processor(replace(worker.with_signals(task), dtype="float32"))
-    ) as processor:
-        squares = processor.mean_squares(sample)
+    measurer = Measurer(replace(with_signals(task), dtype="float32"))
+    squares = measurer.mean_squares(sample)
     return [np.argsort(-row, kind="stable")[:DIMENSIONS].tolist() for row in squares]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -111,25 +110,26 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
     that the config names is taken in any case, with the same figures.
     """
     from afn_ray import model
-    from afn_ray.runs import worker
+    from afn_ray.runs.measurer import Measurer
+    from afn_ray.runs.worker import with_signals
 
-    task = worker.with_signals(task)
+    task = with_signals(task)
     asked = task.config.dtype
     names = candidates(asked, task.device)
     if not names:
         why = "asked for" if asked == "float32" else "half-precision products are no faster"
         return Precision("float32", asked, task.device, why, 0)
     chunks, expected, n = [], [], 0
-    with contextlib.closing(worker.Processor(replace(task, dtype="float32"))) as processor:
-        for chunk in _groups(texts):
-            measured = processor.measure(chunk, [False] * len(chunk))
-            counted = (measured.encoded.flags & SPECIAL) == 0
-            chunks.append(chunk)
-            expected.append(measured.strengths[:, counted])
-            n += int(counted.sum())
-            if n >= PILOT_TOKENS or processor.progress.model_s > PILOT_S:
-                break
-    del processor
+    measurer = Measurer(replace(task, dtype="float32"))
+    for chunk in _groups(texts):
+        measured = measurer.measure(chunk, [False] * len(chunk))
+        counted = (measured.encoded.flags & SPECIAL) == 0
+        chunks.append(chunk)
+        expected.append(measured.strengths[:, counted])
+        n += int(counted.sum())
+        if n >= PILOT_TOKENS or measurer.progress.model_s > PILOT_S:
+            break
+    del measurer
     model.free_memory()
     if n < LEAST_TOKENS:
         why = f"the pilot has {n:,} tokens, too few to tell"
@@ -173,16 +173,14 @@ def _groups(texts: Sequence[str]) -> list[list[str]]:
 def _try(task: Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
     """Measure ``chunks`` in the task's dtype and compare the strengths with ``reference``."""
     from afn_ray import model
-    from afn_ray.runs import worker
+    from afn_ray.runs.measurer import Measurer
 
     found = []
     try:
-        with (
-            contextlib.closing(worker.Processor(task)) as processor,
-            processor.model.watched() as peak,
-        ):
+        measurer = Measurer(task)
+        with measurer.model.watched() as peak:
             for chunk in chunks:
-                measured = processor.measure(chunk, [False] * len(chunk))
+                measured = measurer.measure(chunk, [False] * len(chunk))
                 found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
     # RuntimeError: too little memory on the device, or an operator without this dtype
     except (ModelError, RuntimeError) as error:

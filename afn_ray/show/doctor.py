@@ -333,6 +333,7 @@ def _model(name: str | None) -> Check:
     from afn_ray.config import RunConfig
     from afn_ray.model import choose_device
     from afn_ray.runs import demo, worker
+    from afn_ray.runs.measurer import Measurer, find_model
 
     if name is None:
         try:
@@ -341,11 +342,9 @@ def _model(name: str | None) -> Check:
             return Check("model", None, "not tried", f"name one with --model, or: {error}")
     began = time.monotonic()
     config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
-    files = worker.find_model(config)
+    files = find_model(config)
     task, measure = worker.prepare(config, files, choose_device("auto"), "float32")
-    processor = worker.Processor(task)
-    processor.close()
-    why = processor.progress.why_padded
+    why = Measurer(task).progress.why_padded
     packing = f"padded ({why})" if why else "packed without padding"
     return Check(
         "model",

@@ -27,7 +27,7 @@ from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError
 from afn_ray.model.signals import DIMENSIONS, known
-from afn_ray.runs import worker
+from afn_ray.runs import measurer, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.task import with_outliers
 from afn_ray.schema import STRENGTH
@@ -153,8 +153,8 @@ class _Job:
 def _write_corpus(path: Path, files: model.ModelFiles, job: _Job, num_tokens: int) -> None:
     window = min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
     writer = Writer(model.load_tokenizer(files), window)
-    batch = worker.BATCH_TOKENS[job.config.device]
-    texts = writer.write(PROFILE, num_tokens, batch, causal=job.processor.model.causal)
+    batch = measurer.BATCH_TOKENS[job.config.device]
+    texts = writer.write(PROFILE, num_tokens, batch, causal=job.processor.measurer.model.causal)
     path.write_text("".join(json.dumps({"text": t.text}) + "\n" for t in texts), "utf-8")
 
 

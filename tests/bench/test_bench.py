@@ -19,6 +19,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import Received
 from afn_ray.runs import worker
+from afn_ray.runs.measurer import Measurer
 from conftest import find_model, printed
 
 ROOT = Path(__file__).parents[2]
@@ -307,11 +308,11 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
         dtype="float32",
         signals="shift" if candidate.without else "shift,attention",
     )
-    processor = worker.Processor(worker.prepare(config, candidate.files, "cpu", "float32")[0])
+    measurer = Measurer(worker.prepare(config, candidate.files, "cpu", "float32")[0])
     expected = dict(
         zip(
-            (s.signal for s in processor.task.series),
-            processor.measure([text], [False]).values,
+            (s.signal for s in measurer.task.series),
+            measurer.measure([text], [False]).values,
             strict=True,
         )
     )
@@ -326,8 +327,6 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
                 candidate.ways[way](text), [expected[c] for c in columns], rtol=1e-4, atol=1e-6
             )
     assert ("gives no attention weights" in candidate.without) == (name == "tiny_mpnet")
-    processor.close()
-    candidate.close()
 
 
 def test_the_watch_tells_whose_work_it_is() -> None:

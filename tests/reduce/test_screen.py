@@ -24,7 +24,7 @@ from afn_ray.reduce import screen
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, source_depth, source_of
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.runs import worker
+from afn_ray.runs import measurer
 from afn_ray.schema import FEATURES
 from afn_ray.store import manifest, plans, shard_files
 from bench import screen as bench
@@ -252,7 +252,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
         committed,
         header["measure"]["layers"],
         {t: manifest.read_table(run, t) for t in ("thresholds", "files", "vocabulary")},
-        worker.text_encoder(worker.find_model(made)).texts()[1],
+        measurer.text_encoder(measurer.find_model(made)).texts()[1],
         1000,
         Shuffled(seed),
     )

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from afn_ray.config import RunConfig
-from afn_ray.runs import worker
+from afn_ray.runs import measurer, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.worker import Processor
 from afn_ray.store import plans
@@ -29,7 +29,7 @@ BUDGETS = (64, 100, 256, 1000, 2048, 4096, 16384)
 
 
 def make_processor(config: RunConfig, dtype: str = "float32") -> Processor:
-    task, _ = worker.prepare(config, worker.find_model(config), "cpu", dtype)
+    task, _ = worker.prepare(config, measurer.find_model(config), "cpu", dtype)
     return Processor(task)
 
 
@@ -60,7 +60,7 @@ def processors(request: pytest.FixtureRequest) -> Iterator[Callable[..., Process
 def unrounded() -> Iterator[None]:
     """Every bit that the model gives: rounding would hide most differences."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "round_strengths", lambda values: values)
+        patch.setattr(measurer, "round_strengths", lambda values: values)
         yield
 
 
@@ -70,7 +70,7 @@ ALONE: WeakKeyDictionary[Processor, list[np.ndarray]] = WeakKeyDictionary()
 
 def measure(processor: Processor, texts: list[str]) -> list[np.ndarray]:
     """Strengths [n_layers, n_tokens] of each of ``texts``, measured together."""
-    measured = processor.measure(texts, [False] * len(texts))
+    measured = processor.measurer.measure(texts, [False] * len(texts))
     assert np.isfinite(measured.strengths).all()
     return np.split(measured.strengths, measured.encoded.bounds[1:-1], axis=1)
 
@@ -109,14 +109,16 @@ def test_the_bits_of_a_document_do_not_depend_on_its_neighbours(
     verses: list[str],
 ) -> None:
     processor = processors(kind, budget, dtype)
-    assert processor.model.packed
+    assert processor.measurer.model.packed
     texts = pool(verses)
     if processor not in ALONE:  # a document is alone with what fills its batch
         ALONE[processor] = measure(processor, texts)
     chosen = data.draw(
         st.lists(st.integers(0, len(texts) - 1), min_size=8, max_size=25, unique=True)
     )
-    prepared = processor.preparer.prepare([texts[i] for i in chosen], [False] * len(chosen))
+    prepared = processor.measurer.preparer.prepare(
+        [texts[i] for i in chosen], [False] * len(chosen)
+    )
     assume(len(prepared.batches) > 1)
     assert all(len(b.ids) == max(budget, max(b.lengths)) for b in prepared.batches)
     for i, got in zip(chosen, measure(processor, [texts[i] for i in chosen]), strict=True):
@@ -134,7 +136,7 @@ def test_nor_do_they_in_the_rest_of_a_large_budget(
     expected, sizes = measure(processor, texts), set()
     for n in (175, 225, 275, 325):
         chosen = texts[:n][::-1]
-        batches = processor.preparer.prepare(chosen, [False] * n).batches
+        batches = processor.measurer.preparer.prepare(chosen, [False] * n).batches
         assert len(batches) > 1
         sizes |= {len(batch.ids) for batch in batches}
         for got, one in zip(measure(processor, chosen), expected[:n][::-1], strict=True):
@@ -162,8 +164,8 @@ def test_every_budget_gives_the_same_strengths(
 ) -> None:
     texts = [*pool(verses), ""]
     first = processors(kind, BUDGETS[0])
-    special = first.preparer.encoder.template.num_special
-    context = first.model.files.context_tokens
+    special = first.measurer.preparer.encoder.template.num_special
+    context = first.measurer.model.files.context_tokens
     exact = " ".join("a" * (context - special))
     texts += ["a", exact, exact + " a", "a", exact, ""]
     expected = measure(first, texts)
@@ -172,7 +174,7 @@ def test_every_budget_gives_the_same_strengths(
         lengths[-6:] == [1 + special, context, context + 1, 1 + special, context, 0]
         and max(lengths) > 3 * context
     )
-    assert first.model.packed == (kind != "tiny_mpnet")
+    assert first.measurer.model.packed == (kind != "tiny_mpnet")
     for budget in BUDGETS[1:]:
         for got, one in zip(measure(processors(kind, budget), texts), expected, strict=True):
             np.testing.assert_allclose(got, one, rtol=2e-5)

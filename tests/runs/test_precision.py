@@ -15,7 +15,7 @@ import afn_ray
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
-from afn_ray.runs import job, precision, worker
+from afn_ray.runs import job, measurer, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
@@ -37,7 +37,7 @@ def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def task_of(config: RunConfig) -> Task:
-    return worker.prepare(config, worker.find_model(config), "cpu", "float32")[0]
+    return worker.prepare(config, measurer.find_model(config), "cpu", "float32")[0]
 
 
 def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
@@ -61,9 +61,7 @@ def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
 
 
 def strengths(task: Task, dtype: str, texts: list[str]) -> np.ndarray:
-    processor = worker.Processor(replace(task, dtype=dtype))
-    measured = processor.measure(texts, [False] * len(texts))
-    processor.close()
+    measured = measurer.Measurer(replace(task, dtype=dtype)).measure(texts, [False] * len(texts))
     found: np.ndarray = measured.strengths[0, (measured.encoded.flags & 1) == 0]
     return found
 
@@ -88,13 +86,13 @@ def test_what_is_not_safe_is_refused_and_says_why(
     small_pilot: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = worker.Processor._values
+    right = measurer.Measurer._values
 
     def damaged(self: Any, prepared: Any) -> Any:
         exact = right(self, prepared)
         return exact if self.task.dtype == "float32" else damage(exact)
 
-    monkeypatch.setattr(worker.Processor, "_values", damaged)
+    monkeypatch.setattr(measurer.Measurer, "_values", damaged)
     task = task_of(make_config(dtype="auto"))
     decided = precision.decide(task, verses[:200])
     assert decided.dtype == "float32"

@@ -48,7 +48,7 @@ from afn_ray.errors import (
 )
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
-from afn_ray.runs import cluster, demo, dispatch, estimate, job, precision, status, worker
+from afn_ray.runs import cluster, demo, dispatch, estimate, job, measurer, precision, status, worker
 from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -349,14 +349,14 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}]
     )
-    right = worker.Processor._values
+    right = measurer.Measurer._values
 
     def overflow(self: Any, prepared: Any) -> Any:
         strengths = right(self, prepared)
         strengths[:, prepared.encoded.bounds[1] + 1] = np.inf
         return strengths
 
-    monkeypatch.setattr(worker.Processor, "_values", overflow)
+    monkeypatch.setattr(measurer.Measurer, "_values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
             "ok",
@@ -527,7 +527,7 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in verses[:200]])
-    values = worker.Processor._values
+    values = measurer.Measurer._values
     broken: list[bool] = []
 
     def fail(self: Any, prepared: Any) -> Any:
@@ -536,7 +536,7 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
             monkeypatch.setattr(model.Model, "submit", lambda *args: 1 / 0)
         return values(self, prepared)
 
-    monkeypatch.setattr(worker.Processor, "_values", fail)
+    monkeypatch.setattr(measurer.Measurer, "_values", fail)
     config = make_config(corpus=(str(corpus),))
     with pytest.raises(IncompleteRun, match="ZeroDivisionError: division by zero") as e:
         afn_ray.run(config)
@@ -609,7 +609,7 @@ def test_a_measure_is_of_what_changes_a_value(
 ) -> None:
     def measure_id(folder: Path) -> str:
         config = make_config(model=str(folder))
-        return worker.prepare(config, worker.find_model(config), "cpu", "float32")[0].measure_id
+        return worker.prepare(config, measurer.find_model(config), "cpu", "float32")[0].measure_id
 
     before = measure_id(tiny_bert)
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")
@@ -635,7 +635,7 @@ def test_the_second_run_does_nothing_and_says_so(
         first = run.uri
     before = {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()}
     monkeypatch.setattr(
-        worker.Processor, "__init__", lambda self, task: pytest.fail("a model was loaded")
+        measurer.Measurer, "__init__", lambda self, task: pytest.fail("a model was loaded")
     )
     events: list[Event] = []
     with afn_ray.run(config, events.append) as run:
@@ -1129,7 +1129,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*args: Any, **named: Any) -> Any:
             raise AssertionError("the reduce alone needs no model, no device and no workers")
 
-        monkeypatch.setattr(worker.Processor, "__init__", fail)
+        monkeypatch.setattr(measurer.Measurer, "__init__", fail)
         for name in ("find_device", "pilot", "process_shards"):
             monkeypatch.setattr(cluster, name, fail)
 

@@ -32,7 +32,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpora
 from afn_ray.errors import AfnError, ConfigError, StoreError
 from afn_ray.reduce import tree
-from afn_ray.runs import cluster, estimate, job, worker
+from afn_ray.runs import cluster, estimate, job, measurer
 from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
 from afn_ray.runs.plan import make_plan
 from afn_ray.store import storage
@@ -218,7 +218,7 @@ def test_what_a_signal_costs_is_the_lesser_of_two_turns_and_never_less_than_noth
     }
     taken = {names: itertools.cycle(seconds) for names, seconds in turns.items()}
     monkeypatch.setattr(
-        worker.Processor,
+        measurer.Measurer,
         "seconds",
         lambda self, prepared, signals: next(taken[tuple(s.name for s in signals)]),
     )

@@ -123,7 +123,7 @@ def test_a_model_that_fails_its_self_check(
             "self-check failed: one padded batch against single texts differs by 3.00e-01"
         )
 
-    monkeypatch.setattr("afn_ray.runs.worker.Processor", failing)
+    monkeypatch.setattr("afn_ray.runs.measurer.Measurer", failing)
     found = by_name(check(str(tiny_bert), None, None))["model"]
     assert found.ok is False and "self-check failed" in found.found
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
-from afn_ray.runs import dispatch
+from afn_ray.runs import dispatch, scratch
 from afn_ray.runs.cluster.calls import RayTasks, call_on_place
 from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
 from afn_ray.runs.cluster.metrics import Published
@@ -18,7 +18,6 @@ from afn_ray.runs.cluster.pool import RayPool
 from afn_ray.runs.dispatch import Dispatcher, OnState, State, Tolerance
 from afn_ray.runs.inline import InlinePool
 from afn_ray.runs.task import Task
-from afn_ray.runs.worker import sweep_scratch
 from afn_ray.schema import Shard
 from afn_ray.store import uris
 
@@ -54,7 +53,7 @@ def process_shards(
             finally:
                 published.close()
     finally:
-        sweep_scratch(config)  # workers are killed and cannot clean up
+        scratch.sweep(config)  # workers are killed and cannot clean up
 
 
 def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) -> None:

@@ -1,0 +1,318 @@
+"""Measure texts with a loaded model: encode, pack into batches, forward passes, rounded values."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from afn_ray import model
+from afn_ray.config import RunConfig
+from afn_ray.errors import Interrupted, ModelError, OutOfMemory
+from afn_ray.model.signals import Signal, States, find_signals
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.runs.progress import Progress
+from afn_ray.runs.task import Task
+from afn_ray.schema import SPECIAL
+from afn_ray.tokens import culprits, encode, windows
+from afn_ray.tokens.feed import Chunk, Prepared, Preparer, Recipe
+
+Values = npt.NDArray[np.float32]
+Result = TypeVar("Result")
+
+PROBES = (
+    "A",
+    "The quick brown fox jumps over the lazy dog.",
+    "Strength is a norm; a norm is not a meaning, yet.",
+)
+"""Texts of the self-check at load."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
+"""Default size of one forward pass by device, in tokens.
+
+Larger batches on a CPU gain 4 % and need memory. A GPU needs enough work for all of its units.
+"""
+LONG_PROBE_TOKENS = 640
+"""Length of the longest text in the self-check, in tokens.
+
+It exceeds most attention windows and is still measured quickly.
+"""
+SUBMITTED = 4
+"""Largest number of batches queued on a GPU after the one whose result is awaited."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Tokens of some texts with their measured values, rounded: float32 [n_series, n_tokens]."""
+
+    encoded: encode.Encoded
+    values: Values
+    n_layers: int
+
+    @property
+    def strengths(self) -> Values:
+        """The values of strength, [n_layers, n_tokens]; strength is the first signal."""
+        return self.values[: self.n_layers]
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Texts that are measured together."""
+
+    texts: Sequence[str]
+    replaced: Sequence[bool]  # texts in which U+FFFD stands for invalid UTF-8
+    oom_retries: int = 0  # how often the token budget is halved
+
+    def some(self, which: Sequence[int]) -> _Texts:
+        """The texts numbered ``which``."""
+        texts = [self.texts[i] for i in which]
+        return _Texts(texts, [self.replaced[i] for i in which], self.oom_retries)
+
+
+def window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
+    """Tokens in a window: the config's value, else the model's context up to the default."""
+    return config.window_tokens or min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
+
+
+def find_model(config: RunConfig) -> model.ModelFiles:
+    """Files of the config's model on this machine."""
+    return model.find_model(
+        config.model,
+        config.revision,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        allow_untested=config.allow_untested,
+    )
+
+
+def text_encoder(files: model.ModelFiles) -> encode.TextEncoder:
+    """Encoder of texts into the tokens of ``files``."""
+    return encode.TextEncoder(model.load_tokenizer(files))
+
+
+class Measurer:
+    """A loaded model and tokenizer that measure texts. One thread at a time may measure."""
+
+    def __init__(self, task: Task) -> None:
+        """Load the model of ``task``. Raises ``ModelError`` for another one than was planned."""
+        self.task = task
+        self.progress = Progress()
+        config = task.config
+        files = find_model(config)
+        tokenizer = model.load_tokenizer(files)
+        _check_identity(task, model.identity(files, tokenizer))
+        window = window_tokens(config, files)
+        batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
+        self.model = model.Model(
+            files, task.layers, task.dtype, task.device, batch_tokens, task.outliers
+        )
+        encoder = encode.TextEncoder(tokenizer, self.model.num_embeddings)
+        self.signals, _ = find_signals(config.signals, config.top_neurons)
+        needs = frozenset(need for signal in self.signals for need in signal.needs)
+        probes = _probes(encoder, window)
+        self._probe = min(probes, key=len)
+        model.prepare(self.model, probes, needs)
+        self.progress.why_padded = self.model.why_padded or ""
+        recipe = Recipe(
+            tokenizer.to_str(),
+            window,
+            config.overlap_tokens,
+            batch_tokens,
+            self.model.causal,
+            self.model.packed,
+            self.model.num_embeddings,
+        )
+        # rows of the measured values: the series, then numbers and values of neurons
+        self._num_rows = len(task.series) + 2 * config.top_neurons * len(task.neuron_layers)
+        self.preparer = Preparer(recipe, encoder)
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the measurement in process soon, with ``Interrupted``."""
+        self._stopped.set()
+
+    def check_stopped(self) -> None:
+        """Raise ``Interrupted`` after ``stop``."""
+        if self._stopped.is_set():
+            raise Interrupted("stopped; the same command resumes")
+
+    def measure(self, texts: list[str], replaced: list[bool]) -> Measured:
+        """Measure all series of every token of ``texts``, which are encoded and batched together.
+
+        A text that fails has no tokens; ``encoded.problems`` holds the reason. ``replaced`` marks
+        texts in which U+FFFD stands for invalid UTF-8.
+        """
+        given = _Texts(texts, replaced)
+        prepared, values = self._without_culprits(given, self._prepare(given), self.values)
+        return Measured(prepared.encoded, values, len(self.task.layers))
+
+    def measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
+        """``chunk`` and its ``values``, without the documents that the model cannot process."""
+        texts = [d.text for d in chunk.documents]
+        replaced = [d.num_replaced > 0 for d in chunk.documents]
+        given = _Texts(texts, replaced, oom_retries)
+        prepared, values = self._without_culprits(given, chunk.prepared, self.values)
+        return replace(chunk, prepared=prepared), values
+
+    def mean_squares(self, texts: list[str]) -> npt.NDArray[np.float64]:
+        """Mean square of each hidden dimension over tokens: float64 [n_layers, hidden_size].
+
+        The tokens are those of ``texts``, special ones apart.
+        """
+
+        def squares(prepared: Prepared) -> npt.NDArray[np.float64]:
+            total = np.zeros((len(self.task.layers), self.model.files.hidden_size))
+            n = 0
+            for batch in prepared.batches:
+                states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
+                states = states[:, prepared.encoded.flags[batch.rows] & SPECIAL == 0]
+                total += (states.astype(np.float64) ** 2).sum(axis=1)
+                n += states.shape[1]
+            return total / max(1, n)
+
+        given = _Texts(texts, [False] * len(texts))
+        _, found = self._without_culprits(given, self._prepare(given), squares)
+        return found
+
+    def values(self, prepared: Prepared) -> Values:
+        """Measured values, rounded: float32 [n_measured, n_tokens].
+
+        The rows are the series, then for each neuron layer the neurons' numbers and their values.
+        Raises ``OutOfMemory`` where a batch does not fit.
+        """
+        try:
+            return self._values(prepared)
+        except Exception as error:
+            if model.is_out_of_memory(error):
+                raise OutOfMemory(
+                    f"a batch did not fit into the memory of {self.task.device}: {error}"
+                ) from error
+            raise
+
+    def _values(self, prepared: Prepared) -> Values:
+        began = time.monotonic()
+        self.progress.tokenize_s += prepared.seconds
+        result = np.full((self._num_rows, len(prepared.encoded.token_ids)), np.nan, np.float32)
+        submitted: deque[tuple[windows.TokenBatch, model.Pending]] = deque()
+        num_texts, num_tokens = len(prepared.n_windows), len(prepared.encoded.token_ids)
+        if not num_tokens:
+            self.progress.measured += num_texts
+
+        def collect() -> None:
+            batch, pending = submitted.popleft()
+            result[:, batch.rows] = pending.result()[:, batch.kept]
+            self.progress.tokens += len(batch.rows)
+            self.progress.measured += num_texts * len(batch.rows) / num_tokens
+
+        for batch in prepared.batches:
+            self.check_stopped()
+            submitted.append((batch, self.model.submit(batch.ids, batch.lengths, self.signals)))
+            self.progress.forward_tokens += batch.forward_tokens
+            if self.task.device == "cpu" or len(submitted) > SUBMITTED:
+                collect()
+        while submitted:
+            collect()
+        self.progress.model_s += time.monotonic() - began
+        for row in result:  # one row at a time: rounding needs several times a row's memory
+            row[:] = round_strengths(row)
+        return result
+
+    def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
+        """Seconds that the forward passes of ``prepared`` take with ``signals``."""
+        began = time.monotonic()
+        for batch in prepared.batches:
+            self.model.measure(batch.ids, batch.lengths, signals)
+        return time.monotonic() - began
+
+    def _prepare(self, given: _Texts, refused: Mapping[int, str] | None = None) -> Prepared:
+        """``given`` encoded and packed; those in ``refused`` as empty texts, with the reason."""
+        return self.preparer.prepare(given.texts, given.replaced, given.oom_retries, refused)
+
+    def _without_culprits(
+        self, given: _Texts, prepared: Prepared, run: Callable[[Prepared], Result]
+    ) -> tuple[Prepared, Result]:
+        """Return ``prepared`` and ``run(prepared)``, with failing texts packed as empty ones.
+
+        A text is at fault where it fails alone while the model still measures a probe. An error
+        that occurs for every text, or only for several together, is raised unchanged.
+        """
+        measured = self.progress.measured
+
+        def attempt(which: list[int]) -> None:
+            self.progress.measured = measured  # these texts are measured again later
+            run(self._prepare(given.some(which)))
+
+        try:
+            return prepared, run(prepared)
+        except Exception as error:
+            if not _may_blame(error) or not self._takes_probe():
+                raise
+            n_tokens = np.diff(prepared.encoded.bounds).tolist()
+            suspects = [i for i, n in enumerate(n_tokens) if n]
+            found = culprits.find_culprits(attempt, suspects, _may_blame)
+            if not found or not self._takes_probe():
+                raise
+        self.progress.measured = measured
+        refused = dict(prepared.encoded.problems)
+        for i, reason in found.items():
+            refused[i] = f"the model cannot take it: {culprits.first_line(reason)}"
+        prepared = self._prepare(given, refused)
+        return prepared, run(prepared)
+
+    def _takes_probe(self) -> bool:
+        """Whether the model still measures a probe of the self-check."""
+        ids = np.asarray(self._probe, np.int64)
+        try:
+            values = self.model.measure(ids, [len(ids)], self.signals)
+        except Exception as error:
+            if not _may_blame(error):
+                raise
+            return False
+        return bool(np.isfinite(values).all())
+
+
+def _check_identity(task: Task, found: dict[str, str]) -> None:
+    """Raise ``ModelError`` unless ``found`` is the identity of the model of ``task``."""
+    planned = task.identity
+    if found == planned:
+        return
+    differing = sorted(k for k in {*found, *planned} if found.get(k) != planned.get(k))
+    raise ModelError(
+        f"model {task.config.model} differs on this worker from the one planned: "
+        f"{', '.join(differing)}"
+    )
+
+
+def _may_blame(error: BaseException) -> bool:
+    """Whether a text may have caused ``error`` in a forward pass."""
+    return (
+        culprits.is_of_input(error)
+        and not model.is_out_of_memory(error)
+        and not model.is_device_fault(error)
+    )
+
+
+def _probes(encoder: encode.TextEncoder, window: int) -> list[list[int]]:
+    """Token sequences of the self-check, each with its template.
+
+    The last one is as long as a window, or nearly.
+    """
+    width = min(window, LONG_PROBE_TOKENS)
+    problems = encoder.encode(PROBES).problems
+    able = [text for i, text in enumerate(PROBES) if i not in problems]
+    encoded = encoder.encode([*able, " ".join(able * (1 + width // 16))])
+    suffix = list(encoder.template.suffix)
+    probes: list[list[int]] = []
+    for begin, end in itertools.pairwise(encoded.bounds):
+        ids = encoded.token_ids[begin:end].tolist()
+        if len(ids) > width:
+            ids = ids[: width - len(suffix)] + suffix
+        if len(ids) > 2:
+            probes.append(ids)
+    return probes

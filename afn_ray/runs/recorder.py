@@ -1,0 +1,271 @@
+"""Record one shard: write the rows of measured documents, and add them to the summaries."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from afn_ray.reduce import neurons
+from afn_ray.reduce.histogram import Summary
+from afn_ray.runs.task import Task
+from afn_ray.schema import (
+    SPECIAL,
+    STRENGTH,
+    Document,
+    Series,
+    neurons_column,
+    token_neurons_schema,
+)
+from afn_ray.store import records
+from afn_ray.store.commits import COUNTS
+from afn_ray.tokens import encode
+from afn_ray.tokens.feed import Chunk
+
+Values = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Tokens of a chunk with their values."""
+
+    encoded: encode.Encoded
+    docs: npt.NDArray[np.int32]  # [n_tokens], ordinals in the shard
+    tags: pa.Array  # [n_tokens]
+    by_series: Mapping[Series, Values]  # [n_tokens] each
+    tops: Values  # [2 x top_neurons x n_neuron_layers, n_tokens], from ``Measurer.values``
+    keep: npt.NDArray[np.bool_]  # [n_tokens], tokens of documents that were measured
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcomes:
+    """What became of the documents of a chunk."""
+
+    n_tokens: npt.NDArray[np.int64]  # recorded tokens
+    status: Sequence[str]
+    losses: Sequence[tuple[int, int | None]]  # from ``_loss``
+
+
+class Recorder:
+    """The record of one shard: rows in its files, summaries and counts."""
+
+    def __init__(self, task: Task, files: records.ShardFiles) -> None:
+        self._task, self._files = task, files
+        self._summary = Summary(task.series, task.tagged)
+        self._pairs = neurons.PairSummary(task.neuron_layers)
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.num_refused = 0  # documents that were read and could not be measured
+        self.first_refusal = ""  # reason of the first of them
+
+    def add(self, chunk: Chunk, values: Values) -> None:
+        """Record the next documents of the shard, with values from ``Measurer.values``."""
+        encoded = chunk.prepared.encoded
+        values, tops = np.split(values, [len(self._task.series)])
+        bad = _bad_documents(encoded, values, tops, len(chunk.documents))
+        problems = dict(encoded.problems)
+        for i in np.flatnonzero(bad).tolist():
+            problems[i] = self._why_bad(values[:, encoded.docs == i])
+        tokens = _Tokens(
+            encoded,
+            docs=encoded.docs + np.int32(self.counts["documents"]),
+            tags=self._tags(chunk),
+            by_series=dict(zip(self._task.series, values, strict=True)),
+            tops=tops,
+            keep=~bad[encoded.docs],
+        )
+        outcomes = _outcomes(chunk.documents, np.diff(encoded.bounds), bad, problems)
+        self._add_tokens(chunk, tokens)
+        if self._files.neurons is not None:
+            self._add_neurons(tokens, self._files.neurons)
+        self._add_documents(chunk, tokens, outcomes)
+        self._count(chunk, tokens, outcomes)
+        self.num_refused += len(problems)
+        self.first_refusal = self.first_refusal or next(iter(problems.values()), "")
+
+    def finish(self) -> None:
+        """Write the summaries."""
+        self._files.summary.write_each(self._summary.tables())
+        if self._files.pairs is not None:
+            self._files.pairs.write_each(self._pairs.tables())
+
+    def _tags(self, chunk: Chunk) -> pa.Array:
+        """Tags of the tokens; nulls for a corpus without tags."""
+        encoded, documents = chunk.prepared.encoded, chunk.documents
+        if not self._task.tagged:
+            return pa.nulls(len(encoded.flags), pa.string())
+        texts, tags = [d.text for d in documents], [d.tags for d in documents]
+        return pa.array(encode.find_tags(encoded, texts, tags), pa.string())
+
+    def _add_tokens(self, chunk: Chunk, tokens: _Tokens) -> None:
+        """Write the rows of the tokens and add them to the summary."""
+        encoded, keep = tokens.encoded, tokens.keep
+        columns = {
+            "doc": tokens.docs,
+            "position": encoded.positions,
+            "token_id": encoded.token_ids,
+            "flags": encoded.flags,
+            "surface": chunk.prepared.surfaces,
+            "tag": tokens.tags,
+            "start": encoded.start,
+            "end": encoded.end,
+            **{s.name: values for s, values in tokens.by_series.items()},
+        }
+        table = records.make_table(columns, self._files.tokens.schema)
+        if not keep.all():
+            table = table.filter(pa.array(keep))
+        self._files.tokens.write(table)
+        self._summary.add(
+            tokens.docs[keep],
+            encoded.token_ids[keep],
+            encoded.flags[keep],
+            {s: values[keep] for s, values in tokens.by_series.items()},
+            tokens.tags.filter(pa.array(keep)),
+        )
+
+    def _add_neurons(self, tokens: _Tokens, file: records.TableFile) -> None:
+        """Write the tokens' neurons and add them to their summary.
+
+        With ``neurons_above``, only tokens that are HIGH at a layer have neurons.
+        """
+        encoded, layers, above = tokens.encoded, self._task.neuron_layers, self._task.neurons_above
+        which = tokens.keep
+        high: list[npt.NDArray[np.bool_]] = []
+        if above:
+            for k, q3 in zip(layers, above, strict=True):
+                high.append(tokens.by_series[Series(STRENGTH, k)] >= q3)
+            which = which & (encoded.flags & SPECIAL == 0) & np.any(high, axis=0)
+        rows = np.flatnonzero(which)
+        lists: dict[str, pa.Array] = {}
+        for at, (k, tops) in enumerate(
+            zip(layers, np.split(tokens.tops, len(layers)), strict=True)
+        ):
+            recorded = high[at][rows] if above else None
+            lists[neurons_column(k)] = neurons.lists_of(tops[:, rows], recorded)
+        columns = {"doc": tokens.docs[rows], "position": encoded.positions[rows], **lists}
+        table = records.make_table(columns, token_neurons_schema(layers))
+        file.write(table)
+        self._pairs.add(encoded.token_ids[rows], encoded.flags[rows], table)
+
+    def _add_documents(self, chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> None:
+        """Write the rows of the documents."""
+        documents, first = chunk.documents, self.counts["documents"]
+        means = {
+            f"mean_{s.name}": _document_means(tokens.encoded, values, outcomes.n_tokens)
+            for s, values in tokens.by_series.items()
+        }
+        columns = {
+            "doc": np.arange(first, first + len(documents)),
+            "doc_id": [d.doc_id for d in documents],
+            "source": [d.source for d in documents],
+            "offset": [d.offset for d in documents],
+            "n_tokens": outcomes.n_tokens,
+            "n_windows": chunk.prepared.n_windows,
+            "n_chars": [len(d.text) for d in documents],
+            "n_replaced": [d.num_replaced for d in documents],
+            "lost_bytes": [num_bytes for num_bytes, _ in outcomes.losses],
+            "lost_documents": [num_documents for _, num_documents in outcomes.losses],
+            "text_sha256": [_digest(d) for d in documents],
+            "status": outcomes.status,
+            **means,
+        }
+        self._files.documents.write(records.make_table(columns, self._files.documents.schema))
+
+    def _count(self, chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> None:
+        """Add the chunk to the counts."""
+        status, losses = outcomes.status, outcomes.losses
+        added = {
+            "documents": len(chunk.documents),
+            "empty": status.count("empty"),
+            "tokens": int(tokens.keep.sum()),
+            "quarantined": sum(s.startswith("quarantined") for s in status),
+            "special": int((tokens.encoded.flags[tokens.keep] & SPECIAL).sum()),
+            "windows": int(chunk.prepared.n_windows.sum()),
+            "forward_tokens": sum(b.forward_tokens for b in chunk.prepared.batches),
+            "chars": sum(len(d.text) for d in chunk.documents),
+            "replaced": sum(d.num_replaced for d in chunk.documents),
+            "lost_bytes": sum(num_bytes for num_bytes, _ in losses),
+            "lost_documents": sum(num_documents or 0 for _, num_documents in losses),
+            "lost_unknown": sum(num_documents is None for _, num_documents in losses),
+        }
+        for name, value in added.items():
+            self.counts[name] += value
+
+    def _why_bad(self, values: Values) -> str:
+        """Reason why the values of a document, [n_series, n_tokens], are refused."""
+        wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
+        if not len(wrong):
+            return (
+                f"the model gave a neuron of {neurons.LIMIT:,.0f} or more, or one that is not "
+                "finite"
+            )
+        at = wrong[0]
+        what = "negative" if (values[at] < 0).any() else f"not finite in {self._task.dtype}"
+        return f"the model gave a {self._task.series[at].signal} that is {what}"
+
+
+def _bad_documents(
+    encoded: encode.Encoded, values: Values, tops: Values, num_documents: int
+) -> npt.NDArray[np.bool_]:
+    """Whether a document has a value that is negative, not finite or too large, [n_documents]."""
+    bad = np.zeros(num_documents, bool)
+    bad[encoded.docs[~(values >= 0).all(axis=0) | np.isinf(values).any(axis=0)]] = True
+    bad[encoded.docs[~(np.abs(tops) < neurons.LIMIT).all(axis=0)]] = True
+    return bad
+
+
+def _outcomes(
+    documents: Sequence[Document],
+    n_tokens: npt.NDArray[np.int64],
+    bad: npt.NDArray[np.bool_],
+    problems: Mapping[int, str],
+) -> _Outcomes:
+    """What became of ``documents``, of which those in ``problems`` could not be measured."""
+    status: list[str] = []
+    losses: list[tuple[int, int | None]] = []
+    for i, document in enumerate(documents):
+        problem = problems.get(i) if document.problem is None else document.problem
+        if problem is not None:
+            status.append(f"quarantined: {problem}")
+        else:
+            status.append("ok" if n_tokens[i] else "empty")
+        losses.append(_loss(document, rejected=i in problems))
+    return _Outcomes(np.where(bad, 0, n_tokens), status, losses)
+
+
+def _loss(document: Document, *, rejected: bool) -> tuple[int, int | None]:
+    """Bytes and documents of the file that are lost with ``document``.
+
+    ``rejected``: the text was read but not measured. None documents: their number is unknown.
+    """
+    if rejected:
+        return max(1, len(document.text.encode())), 1
+    if document.problem is None and not document.lost_bytes:
+        return 0, 0
+    return document.lost_bytes, document.lost_documents
+
+
+def _digest(document: Document) -> bytes | None:
+    """SHA-256 of the text; None for a document that could not be read."""
+    if document.problem is not None:
+        return None
+    return hashlib.sha256(document.text.encode()).digest()
+
+
+def _document_means(
+    encoded: encode.Encoded,
+    values: npt.NDArray[np.float32],
+    n_tokens: npt.NDArray[np.int64],
+) -> pa.Array:
+    """Mean value of each document's tokens, special tokens apart; null where there are none."""
+    counted = (encoded.flags & SPECIAL) == 0
+    weights = counted.astype(np.float64)
+    n = np.bincount(encoded.docs, weights, len(n_tokens))
+    total = np.bincount(
+        encoded.docs, np.where(counted, values, 0).astype(np.float64), len(n_tokens)
+    )
+    none = (n == 0) | (n_tokens == 0)
+    return pa.array((total / np.where(none, 1, n)).astype(np.float32), mask=none)
