@@ -515,7 +515,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _gc(args: argparse.Namespace) -> None:
-    from afn_ray.store import garbage
+    from afn_ray.store import garbage, gc_report
 
     found = garbage.collect_garbage(
         args.store,
@@ -533,7 +533,7 @@ def _gc(args: argparse.Namespace) -> None:
         *(f"--keep-run={run}" for run in args.keep_run),
         f"--min-age-h={args.min_age_h:g}",
     ]
-    _print_lines(garbage.lines(found, flags))
+    _print_lines(gc_report.lines(found, flags))
 
 
 def _bench(args: argparse.Namespace) -> None:

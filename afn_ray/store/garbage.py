@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import shlex
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
-from afn_ray.schema import fingerprint
 from afn_ray.store import (
     checksums,
     epochs,
     layout,
     manifest,
-    plans,
     probes,
     shard_files,
     storage,
     uris,
 )
 from afn_ray.store.layout import Place
-from afn_ray.text import count
+from afn_ray.store.retention import Rules, is_old, kept_runs, planned_shards
 
 KEEP = 30
 """Default number of newest complete runs that are kept."""
@@ -35,8 +30,6 @@ GRAVE_DAYS = 30.0
 
 A process of that run that was suspended for longer does not learn that the run was condemned.
 """
-MAX_LINES = 20
-"""Most shards listed one by one in the output for people."""
 
 OnProgress = Callable[[str], None]
 
@@ -119,21 +112,12 @@ def collect_garbage(
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     store = uris.absolute(store).rstrip("/")
     for _ in range(TRIES):
-        look = _look(store, Rules(keep, tuple(keep_runs), min_age_h), delete=delete)
+        snapshot = _take_snapshot(store, Rules(keep, tuple(keep_runs), min_age_h), delete=delete)
         if not delete:
-            return _report(look, deleted=False)
-        if not look.found or epochs.publish(store, look.next_epoch):
-            return _delete(look, on_progress)
+            return _result(snapshot, deleted=False)
+        if not snapshot.found or epochs.publish(store, snapshot.next_epoch):
+            return _delete(snapshot, on_progress)
     raise Interrupted(f"{store}: other collections are at work; try again later")
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What is kept, as in ``collect_garbage``."""
-
-    keep: int
-    keep_runs: tuple[str, ...]
-    min_age_h: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +132,7 @@ class Leftover:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _Snapshot:
     """The state of a store at one time, and what of it is deleted."""
 
     store: str
@@ -180,12 +164,12 @@ class _Look:
         Its run.json, which marks it as condemned, stays for ``GRAVE_DAYS``.
         """
         files = self.there.runs[run]
-        if run in self.dead_runs and not _is_old(files, self.now_s - 86400 * GRAVE_DAYS):
+        if run in self.dead_runs and not is_old(files, self.now_s - 86400 * GRAVE_DAYS):
             return [file for file in files if not file.uri.endswith("/run.json")]
         return files
 
 
-def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
+def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
     # Read the epoch first: a run that the listing below misses reads this epoch or a newer one.
     before = epochs.newest(store)
     there = layout.sort_files(store, storage.list_below(store))
@@ -199,14 +183,14 @@ def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
         if manifest.open_folder(store, n).condemned
     ]
     names = sorted(there.runs.keys() - {*dead})
-    kept = _kept(store, there, names, rules, old_s)
-    planned = {name: _planned(store, name) for name in kept}
+    kept = kept_runs(store, there, names, rules, old_s)
+    planned = {name: planned_shards(store, name) for name in kept}
     needed = {place for places in planned.values() for place in places}
     known = before.generations()
     generations = {place: known.get(place, before.number) for place in needed}
     doomed, num_young = [], 0
     for place in sorted(there.shards.keys() - needed):
-        if _is_old(there.shards[place], old_s):
+        if is_old(there.shards[place], old_s):
             doomed.append(place)
             continue
         num_young += 1
@@ -217,7 +201,7 @@ def _look(store: str, rules: Rules, *, delete: bool) -> _Look:
             generations[place] = generation
     doomed_runs = tuple(name for name in names if name not in kept)
     condemned = frozenset({*doomed_runs, *(before.condemned & there.runs.keys())})
-    return _Look(
+    return _Snapshot(
         store,
         there,
         now_s,
@@ -279,22 +263,23 @@ def _leftovers(
             yield Leftover(place, tuple(by_name[name] for name in mine if name in by_name))
 
 
-def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
-    """Delete what ``look`` found, except what a run claims by now. Its epoch is published."""
-    store = look.store
-    spared, covered = _claimed(look) if look.found else ((), set())
-    for name in (*look.doomed_runs, *look.dead_runs):
+def _delete(snapshot: _Snapshot, on_progress: OnProgress) -> Garbage:
+    """Delete what ``snapshot`` holds as garbage, except what a run claims by now. Its epoch is published."""
+    store = snapshot.store
+    spared, covered = _claimed(snapshot) if snapshot.found else ((), set())
+    for name in (*snapshot.doomed_runs, *snapshot.dead_runs):
         if name not in spared:
             folder = uris.join(store, "runs", name)
             on_progress(f"deleting run {folder}")
-            stays = () if name in look.dead_runs else ("run.json",)
+            stays = () if name in snapshot.dead_runs else ("run.json",)
             _remove(
-                folder, [f for f in look.files_of(name) if f.uri.rpartition("/")[2] not in stays]
+                folder,
+                [f for f in snapshot.files_of(name) if f.uri.rpartition("/")[2] not in stays],
             )
-    doomed = [place for place in look.doomed if place not in covered]
+    doomed = [place for place in snapshot.doomed if place not in covered]
     folders = [
-        *((place, look.there.shards[place]) for place in doomed),
-        *((o.place, list(o.files)) for o in look.leftovers if o.place not in covered),
+        *((place, snapshot.there.shards[place]) for place in doomed),
+        *((o.place, list(o.files)) for o in snapshot.leftovers if o.place not in covered),
     ]
     with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
         for begin in range(0, len(folders), checksums.IO_THREADS):
@@ -305,154 +290,79 @@ def _delete(look: _Look, on_progress: OnProgress) -> Garbage:
             on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
     for measure_id in {measure_id for measure_id, _ in doomed}:
         storage.remove_if_empty(uris.join(store, "shards", measure_id))
-    return _report(look, deleted=True, spared=tuple(spared), covered=covered)
+    return _result(snapshot, deleted=True, spared=tuple(spared), covered=covered)
 
 
-def _claimed(look: _Look) -> tuple[list[str], set[Place]]:
+def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
     """The doomed runs that are spared, and the shards that spared or new runs list.
 
     All other doomed runs are condemned here: they can never be complete (again).
     """
-    now = layout.sort_files(look.store, storage.list_below(uris.join(look.store, "runs"))).runs
+    now = layout.sort_files(
+        snapshot.store, storage.list_below(uris.join(snapshot.store, "runs"))
+    ).runs
     spared = []
-    for name in look.doomed_runs:
-        known = {file.uri for file in look.there.runs[name]}
+    for name in snapshot.doomed_runs:
+        known = {file.uri for file in snapshot.there.runs[name]}
         leases = {
             file.uri
             for file in now.get(name, ())
             if layout.LEASE.fullmatch(file.uri.rpartition("/")[2])
         }
         complete = any(uri.endswith("/run.json") for uri in known)
-        run = manifest.RunFolder(uris.join(look.store, "runs", name), look.store, name, {})
+        run = manifest.RunFolder(uris.join(snapshot.store, "runs", name), snapshot.store, name, {})
         if leases - known or not manifest.condemn_run(
-            run, look.next_epoch.number, complete=complete
+            run, snapshot.next_epoch.number, complete=complete
         ):
             spared.append(name)
-    gone = {*look.doomed_runs, *look.dead_runs} - {*spared}
+    gone = {*snapshot.doomed_runs, *snapshot.dead_runs} - {*spared}
     covered: set[Place] = set()
     for name in now.keys() - gone:
-        if not look.planned.get(name):  # it is new, was spared, or has written its plan since
-            covered |= _planned(look.store, name)
+        if not snapshot.planned.get(name):  # it is new, was spared, or has written its plan since
+            covered |= planned_shards(snapshot.store, name)
     return spared, covered
 
 
-def _report(
-    look: _Look, *, deleted: bool, spared: Sequence[str] = (), covered: Container[Place] = ()
+def _result(
+    snapshot: _Snapshot,
+    *,
+    deleted: bool,
+    spared: Sequence[str] = (),
+    covered: Container[Place] = (),
 ) -> Garbage:
-    names = [*look.doomed_runs, *(name for name in look.dead_runs if look.files_of(name))]
+    names = [
+        *snapshot.doomed_runs,
+        *(name for name in snapshot.dead_runs if snapshot.files_of(name)),
+    ]
     runs = [
-        _folder(uris.join(look.store, "runs", name), look.files_of(name))
+        _folder(uris.join(snapshot.store, "runs", name), snapshot.files_of(name))
         for name in names
         if name not in spared
     ]
     shards = [
         *(
-            _folder(shard_files.shard_uri(look.store, *place), look.there.shards[place])
-            for place in look.doomed
+            _folder(shard_files.shard_uri(snapshot.store, *place), snapshot.there.shards[place])
+            for place in snapshot.doomed
             if place not in covered
         ),
         *(
-            _folder(shard_files.shard_uri(look.store, *o.place), o.files)
-            for o in look.leftovers
+            _folder(shard_files.shard_uri(snapshot.store, *o.place), o.files)
+            for o in snapshot.leftovers
             if o.place not in covered
         ),
     ]
-    num_spared = sum(place in covered for place in look.doomed)
-    kept = tuple(sorted({*look.planned, *spared}))
+    num_spared = sum(place in covered for place in snapshot.doomed)
+    kept = tuple(sorted({*snapshot.planned, *spared}))
     return Garbage(
-        look.store,
+        snapshot.store,
         kept,
         tuple(runs),
         tuple(shards),
-        look.num_young,
+        snapshot.num_young,
         deleted,
         tuple(spared),
         num_spared,
     )
-
-
-def _kept(
-    store: str, there: layout.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
-) -> list[str]:
-    """Names of the runs that are kept, sorted."""
-    complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
-    copies = [n for n in complete if manifest.is_copied(store, n)]
-    complete = [n for n in complete if n not in copies]
-    kept = (
-        {_named(store, run, names) for run in rules.keep_runs}
-        | set(complete[-rules.keep :])
-        | set(copies)
-    )
-    kept |= _last_audited(
-        store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])]
-    )
-    for name in names:
-        if name in kept:
-            continue
-        if name in complete:
-            leases = (
-                f for f in there.runs[name] if layout.LEASE.fullmatch(f.uri.rpartition("/")[2])
-            )
-            if not _is_old(leases, old_s):
-                kept.add(name)
-            continue
-        shards = (there.shards.get(place, []) for place in _planned(store, name))
-        files = itertools.chain(there.runs[name], *shards)
-        if name > max(complete, default="") or not _is_old(files, old_s):
-            kept.add(name)
-    return sorted(kept)
-
-
-def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
-    """The newest of the ``audited`` runs of each measure and corpus.
-
-    The next audit is compared with it.
-    """
-    newest = {}
-    for name in audited:
-        info = manifest.open_folder(store, name).info
-        newest[json.dumps([info["measure"]["id"], info["config"]["corpus"]])] = name
-    return set(newest.values())
-
-
-def _named(store: str, run: str, names: Sequence[str]) -> str:
-    """The name of ``run``, which is a name or a URI."""
-    place, name = store, run
-    if "/" in run:
-        place, name = manifest.split_uri(uris.absolute(run).rstrip("/"))
-    if name not in names or place != store:
-        raise StoreError(
-            f"{store} has no run {run} to keep; 'afn gc' without --keep-run lists those that it has"
-        )
-    return name
-
-
-def _planned(store: str, name: str) -> set[Place]:
-    """The shards that the run ``name`` lists; empty if it has no plan.
-
-    It has none if it crashed before it wrote one, or if a gc deleted it. Raises ``StoreError`` if
-    the plan is damaged or missing from a complete run.
-    """
-    run = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
-    try:
-        shards, header = plans.read_shards(run)
-    except StoreError as error:
-        plan, end = (uris.join(run.uri, file) for file in ("plan.parquet", "run.json"))
-        if not storage.exists(plan) and (
-            not storage.exists(end) or manifest.open_folder(store, name).condemned
-        ):
-            return set()
-        raise StoreError(
-            f"{error}; which shards the run refers to is not known, so no shard can be deleted. "
-            "Restore its plan, or "
-            f"delete {run.uri} to give the run up, then give this command again"
-        ) from error
-    measure_id = fingerprint(header["measure"])
-    return {(measure_id, shard.id) for shard in shards}
-
-
-def _is_old(files: Iterable[storage.StoredFile], old_s: float) -> bool:
-    return max((file.modified_s for file in files), default=0.0) <= old_s
 
 
 def _folder(uri: str, files: Sequence[storage.StoredFile]) -> Folder:
@@ -466,51 +376,3 @@ def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
     ):
         storage.remove(file.uri)
     storage.remove_if_empty(folder)
-
-
-def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
-    """Yield one line per run and shard, at most ``MAX_LINES`` shards, and lines with the sums.
-
-    ``flags`` are the flags that the command was called with; they are repeated in the command that
-    deletes.
-    """
-    for run in g.runs:
-        yield f"run    {run.uri}: {count(run.num_files, 'file')}, {count(run.num_bytes, 'byte')}"
-    for shard in g.shards[:MAX_LINES]:
-        yield (
-            f"shard  {shard.uri}: {count(shard.num_files, 'file')}, "
-            f"{count(shard.num_bytes, 'byte')}"
-        )
-    if len(g.shards) > MAX_LINES:
-        yield f"shard  ... and {count(len(g.shards) - MAX_LINES, 'more shard')}; --json lists all"
-    for name in g.spared:
-        yield (
-            f"spared {uris.join(g.store, 'runs', name)}: a process has taken it up or completed "
-            "it meanwhile"
-        )
-    if g.num_spared:
-        yield (
-            f"{count(g.num_spared, 'shard')} stay: a run lists them that began or was spared "
-            "meanwhile"
-        )
-    if g.num_young:
-        yield (
-            f"{count(g.num_young, 'shard')} that no kept run lists stay: they are younger than "
-            "--min-age-h"
-        )
-    sums = (
-        f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, "
-        f"{count(g.num_files, 'file')}, "
-        f"{count(g.num_bytes, 'byte')}"
-    )
-    kept = f"{count(len(g.kept), 'run')} kept"
-    if len(g.kept) > 1:
-        kept += f", from {g.kept[0]} to {g.kept[-1]}"
-    if g.deleted:
-        yield f"deleted: {sums}; {kept}"
-    elif g.runs or g.shards:
-        command = shlex.join(["afn", "gc", g.store, *flags, "--delete"])
-        yield f"to delete: {sums}; {kept}"
-        yield f"nothing was deleted; this does it: {command}"
-    else:
-        yield f"nothing to delete; {kept}"

@@ -28,7 +28,7 @@ from afn_ray.query.database import open_run
 from afn_ray.reduce import compare
 from afn_ray.runs import status
 from afn_ray.show import overview, report
-from afn_ray.store import garbage, manifest
+from afn_ray.store import garbage, gc_report, manifest
 from conftest import edit_sealed, listed, recommit, rewrite, write_jsonl
 
 NUM_STORES = {"short": 4, "long": 1000}
@@ -259,7 +259,7 @@ ASKS: dict[str, Callable[[str], object]] = {
     "show": ask_show,
     "status": ask_status,
     "gc": lambda store: list(
-        garbage.lines(garbage.collect_garbage(store, keep=1, min_age_h=0), [])
+        gc_report.lines(garbage.collect_garbage(store, keep=1, min_age_h=0), [])
     ),
     "compare": ask_compare,
     "report": ask_report,

@@ -26,7 +26,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.store import calibrations, epochs, manifest, storage, uris
 from afn_ray.store.garbage import Garbage
-from afn_ray.store.garbage import lines as garbage_lines
+from afn_ray.store.gc_report import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
 from conftest import afn, rewrite, write_jsonl
 
