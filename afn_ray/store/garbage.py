@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
-from afn_ray.store import (
-    checksums,
-    epochs,
-    layout,
-    manifest,
-    probes,
-    shard_files,
-    storage,
-    uris,
-)
+from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_files, storage, uris
 from afn_ray.store.layout import Place
-from afn_ray.store.retention import Rules, is_old, kept_runs, planned_shards
+from afn_ray.store.leftovers import Leftover, find_leftovers
+from afn_ray.store.retention import Rules, has_file, is_old, kept_runs, planned_shards
 
 KEEP = 30
 """Default number of newest complete runs that are kept."""
@@ -44,6 +36,11 @@ class Folder:
     uri: str
     num_files: int
     num_bytes: int
+
+    @classmethod
+    def of(cls, uri: str, files: Sequence[storage.StoredFile]) -> Folder:
+        """The folder ``uri`` of which ``files`` are deleted."""
+        return cls(uri, len(files), sum(file.size for file in files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +118,6 @@ def collect_garbage(
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
-    """An outdated commit of a shard, and its files.
-
-    Its generation is too old for any run to refer to it, although a kept run lists the shard.
-    """
-
-    place: Place
-    files: tuple[storage.StoredFile, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Snapshot:
     """The state of a store at one time, and what of it is deleted."""
 
@@ -165,11 +151,28 @@ class _Snapshot:
         """
         files = self.there.runs[run]
         if run in self.dead_runs and not is_old(files, self.now_s - 86400 * GRAVE_DAYS):
-            return [file for file in files if not file.uri.endswith("/run.json")]
+            return [file for file in files if file.name != "run.json"]
         return files
+
+    def shard_folders(
+        self, claimed: Collection[Place]
+    ) -> list[tuple[str, Sequence[storage.StoredFile]]]:
+        """The folder of each shard that has garbage, and the files that are deleted.
+
+        ``claimed`` are the shards that a run may use; nothing of them is deleted.
+        """
+        found: list[tuple[Place, Sequence[storage.StoredFile]]] = []
+        found += [(place, self.there.shards[place]) for place in self.doomed]
+        found += [(leftover.place, leftover.files) for leftover in self.leftovers]
+        return [
+            (shard_files.shard_uri(self.store, *place), files)
+            for place, files in found
+            if place not in claimed
+        ]
 
 
 def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
+    """The state of ``store``, and what of it is deleted by ``rules``."""
     # Read the epoch first: a run that the listing below misses reads this epoch or a newer one.
     before = epochs.newest(store)
     there = layout.sort_files(store, storage.list_below(store))
@@ -177,11 +180,8 @@ def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
         raise StoreError(f"{store} is no store; give what was given to 'afn run --store'")
     now_s = probes.clock_s(store) if delete else time.time()
     old_s = now_s - 3600 * rules.min_age_h
-    dead = [
-        n
-        for n in sorted(before.condemned & there.runs.keys())
-        if manifest.open_folder(store, n).condemned
-    ]
+    condemned = frozenset(name for name in there.runs if name in before.condemned)
+    dead = [name for name in sorted(condemned) if manifest.open_folder(store, name).condemned]
     names = sorted(there.runs.keys() - {*dead})
     kept = kept_runs(store, there, names, rules, old_s)
     planned = {name: planned_shards(store, name) for name in kept}
@@ -190,107 +190,54 @@ def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
     generations = {place: known.get(place, before.number) for place in needed}
     doomed, num_young = [], 0
     for place in sorted(there.shards.keys() - needed):
-        if is_old(there.shards[place], old_s):
+        files = there.shards[place]
+        if is_old(files, old_s):
             doomed.append(place)
             continue
         num_young += 1
         generation = known.get(place, before.number)
-        if any(
-            file.uri.endswith(f"/{layout.commit_name(generation)}") for file in there.shards[place]
-        ):
+        if has_file(files, layout.commit_name(generation)):
             generations[place] = generation
-    doomed_runs = tuple(name for name in names if name not in kept)
-    condemned = frozenset({*doomed_runs, *(before.condemned & there.runs.keys())})
+    doomed_runs = [name for name in names if name not in kept]
     return _Snapshot(
-        store,
-        there,
-        now_s,
-        before.after(generations, condemned),
-        planned,
-        doomed_runs,
-        tuple(dead),
-        tuple(doomed),
-        tuple(_leftovers(store, there, planned, generations)),
-        num_young,
+        store=store,
+        there=there,
+        now_s=now_s,
+        next_epoch=before.after(generations, condemned.union(doomed_runs)),
+        planned=planned,
+        doomed_runs=tuple(doomed_runs),
+        dead_runs=tuple(dead),
+        doomed=tuple(doomed),
+        leftovers=tuple(find_leftovers(store, there, planned, generations)),
+        num_young=num_young,
     )
 
 
-def _leftovers(
-    store: str,
-    there: layout.StoreFiles,
-    planned: Mapping[str, set[Place]],
-    generations: Mapping[Place, int],
-) -> Iterator[Leftover]:
-    """Outdated commits of shards that stay, unless a kept run names them.
-
-    A kept run names an outdated commit only if it read the commit just before a gc condemned it.
-    """
-    old: dict[Place, list[int]] = {}
-    for place in there.shards.keys() & generations.keys():
-        names = (file.uri.rpartition("/")[2] for file in there.shards[place])
-        found = [n for name in names if (n := layout.generation_of(name)) is not None]
-        below = [generation for generation in found if generation < generations[place]]
-        if below:
-            old[place] = below
-    if not old:
-        return
-    named: set[str] = set()
-    for name, places in planned.items():
-        if theirs := places & old.keys():
-            run = manifest.open_folder(store, name)
-            if run.info:
-                named |= set(manifest.read_table(run, "shards")["tokens_file"].to_pylist())
-            else:  # an incomplete run may be about to name them
-                for place in theirs:
-                    del old[place]
-    for place, numbers in old.items():
-        folder = shard_files.shard_uri(store, *place)
-        by_name = {file.uri.rpartition("/")[2]: file for file in there.shards[place]}
-        for number in numbers:
-            try:
-                commit = shard_files.read_commit(store, *place, number)
-            except StoreError:  # 'afn verify' reports it
-                continue
-            if (
-                commit is None
-                or f"{folder}/{commit.files['tokens']['name']}".removeprefix(f"{store}/") in named
-            ):
-                continue
-            mine = (
-                layout.commit_name(number),
-                *(str(file["name"]) for file in commit.files.values()),
-            )
-            yield Leftover(place, tuple(by_name[name] for name in mine if name in by_name))
-
-
 def _delete(snapshot: _Snapshot, on_progress: OnProgress) -> Garbage:
-    """Delete what ``snapshot`` holds as garbage, except what a run claims by now. Its epoch is published."""
+    """Delete the garbage in ``snapshot``, except what a run claims by now.
+
+    The snapshot's epoch has been published.
+    """
     store = snapshot.store
-    spared, covered = _claimed(snapshot) if snapshot.found else ((), set())
+    spared, claimed = _claimed(snapshot) if snapshot.found else ([], set())
     for name in (*snapshot.doomed_runs, *snapshot.dead_runs):
-        if name not in spared:
-            folder = uris.join(store, "runs", name)
-            on_progress(f"deleting run {folder}")
-            stays = () if name in snapshot.dead_runs else ("run.json",)
-            _remove(
-                folder,
-                [f for f in snapshot.files_of(name) if f.uri.rpartition("/")[2] not in stays],
-            )
-    doomed = [place for place in snapshot.doomed if place not in covered]
-    folders = [
-        *((place, snapshot.there.shards[place]) for place in doomed),
-        *((o.place, list(o.files)) for o in snapshot.leftovers if o.place not in covered),
-    ]
+        if name in spared:
+            continue
+        folder = uris.join(store, "runs", name)
+        on_progress(f"deleting run {folder}")
+        files = snapshot.files_of(name)
+        if name not in snapshot.dead_runs:  # it was condemned just now, and its run.json says so
+            files = [file for file in files if file.name != "run.json"]
+        _remove(folder, files)
+    folders = snapshot.shard_folders(claimed)
     with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
         for begin in range(0, len(folders), checksums.IO_THREADS):
             few = folders[begin : begin + checksums.IO_THREADS]
-            list(
-                pool.map(lambda each: _remove(shard_files.shard_uri(store, *each[0]), each[1]), few)
-            )
+            list(pool.map(lambda folder: _remove(*folder), few))
             on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
-    for measure_id in {measure_id for measure_id, _ in doomed}:
+    for measure_id in {place[0] for place in snapshot.doomed if place not in claimed}:
         storage.remove_if_empty(uris.join(store, "shards", measure_id))
-    return _result(snapshot, deleted=True, spared=tuple(spared), covered=covered)
+    return _result(snapshot, deleted=True, spared=spared, claimed=claimed)
 
 
 def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
@@ -298,81 +245,50 @@ def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
 
     All other doomed runs are condemned here: they can never be complete (again).
     """
-    now = layout.sort_files(
-        snapshot.store, storage.list_below(uris.join(snapshot.store, "runs"))
-    ).runs
+    folder = uris.join(snapshot.store, "runs")
+    now = layout.sort_files(snapshot.store, storage.list_below(folder)).runs
     spared = []
     for name in snapshot.doomed_runs:
-        known = {file.uri for file in snapshot.there.runs[name]}
-        leases = {
-            file.uri
-            for file in now.get(name, ())
-            if layout.LEASE.fullmatch(file.uri.rpartition("/")[2])
-        }
-        complete = any(uri.endswith("/run.json") for uri in known)
-        run = manifest.RunFolder(uris.join(snapshot.store, "runs", name), snapshot.store, name, {})
-        if leases - known or not manifest.condemn_run(
-            run, snapshot.next_epoch.number, complete=complete
+        known = snapshot.there.runs[name]
+        leases = {file.uri for file in now.get(name, ()) if layout.LEASE.fullmatch(file.name)}
+        new_leases = leases - {file.uri for file in known}
+        run = manifest.RunFolder(uris.join(folder, name), snapshot.store, name, {})
+        if new_leases or not manifest.condemn_run(
+            run, snapshot.next_epoch.number, complete=has_file(known, "run.json")
         ):
             spared.append(name)
     gone = {*snapshot.doomed_runs, *snapshot.dead_runs} - {*spared}
-    covered: set[Place] = set()
+    shards: set[Place] = set()
     for name in now.keys() - gone:
         if not snapshot.planned.get(name):  # it is new, was spared, or has written its plan since
-            covered |= planned_shards(snapshot.store, name)
-    return spared, covered
+            shards |= planned_shards(snapshot.store, name)
+    return spared, shards
 
 
 def _result(
     snapshot: _Snapshot,
     *,
     deleted: bool,
-    spared: Sequence[str] = (),
-    covered: Container[Place] = (),
+    spared: Collection[str] = (),
+    claimed: Collection[Place] = (),
 ) -> Garbage:
-    names = [
-        *snapshot.doomed_runs,
-        *(name for name in snapshot.dead_runs if snapshot.files_of(name)),
-    ]
-    runs = [
-        _folder(uris.join(snapshot.store, "runs", name), snapshot.files_of(name))
-        for name in names
-        if name not in spared
-    ]
-    shards = [
-        *(
-            _folder(shard_files.shard_uri(snapshot.store, *place), snapshot.there.shards[place])
-            for place in snapshot.doomed
-            if place not in covered
-        ),
-        *(
-            _folder(shard_files.shard_uri(snapshot.store, *o.place), o.files)
-            for o in snapshot.leftovers
-            if o.place not in covered
-        ),
-    ]
-    num_spared = sum(place in covered for place in snapshot.doomed)
-    kept = tuple(sorted({*snapshot.planned, *spared}))
+    dead_runs = [name for name in snapshot.dead_runs if snapshot.files_of(name)]
+    runs = [name for name in (*snapshot.doomed_runs, *dead_runs) if name not in spared]
+    folder = uris.join(snapshot.store, "runs")
     return Garbage(
-        snapshot.store,
-        kept,
-        tuple(runs),
-        tuple(shards),
-        snapshot.num_young,
-        deleted,
-        tuple(spared),
-        num_spared,
+        store=snapshot.store,
+        kept=tuple(sorted({*snapshot.planned, *spared})),
+        runs=tuple(Folder.of(uris.join(folder, run), snapshot.files_of(run)) for run in runs),
+        shards=tuple(Folder.of(*each) for each in snapshot.shard_folders(claimed)),
+        num_young=snapshot.num_young,
+        deleted=deleted,
+        spared=tuple(spared),
+        num_spared=sum(place in claimed for place in snapshot.doomed),
     )
-
-
-def _folder(uri: str, files: Sequence[storage.StoredFile]) -> Folder:
-    return Folder(uri, len(files), sum(file.size for file in files))
 
 
 def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
     """Remove ``files`` of ``folder``, commits before the files that they name."""
-    for file in sorted(
-        files, key=lambda f: (layout.generation_of(f.uri.rpartition("/")[2]) is None, f.uri)
-    ):
+    for file in sorted(files, key=lambda f: (layout.generation_of(f.name) is None, f.uri)):
         storage.remove(file.uri)
     storage.remove_if_empty(folder)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from afn_ray.store import (
-    uris,
-)
+from afn_ray.store import uris
 from afn_ray.store.garbage import Garbage
 from afn_ray.text import count
 

@@ -9,13 +9,7 @@ from dataclasses import dataclass
 
 from afn_ray.errors import StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import (
-    layout,
-    manifest,
-    plans,
-    storage,
-    uris,
-)
+from afn_ray.store import layout, manifest, plans, storage, uris
 from afn_ray.store.layout import Place
 
 
@@ -31,31 +25,28 @@ class Rules:
 def kept_runs(
     store: str, there: layout.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
 ) -> list[str]:
-    """Names of the runs that are kept, sorted."""
-    complete = [n for n in names if any(f.uri.endswith("/run.json") for f in there.runs[n])]
-    copies = [n for n in complete if manifest.is_copied(store, n)]
-    complete = [n for n in complete if n not in copies]
-    kept = (
-        {_name_of(store, run, names) for run in rules.keep_runs}
-        | set(complete[-rules.keep :])
-        | set(copies)
-    )
-    kept |= _last_audited(
-        store, [n for n in complete if any(f.uri.endswith("/audited.json") for f in there.runs[n])]
-    )
+    """Names of the runs that are kept, sorted: those of ``names`` that ``rules`` keep.
+
+    ``old_s`` is the Unix time before which a file counts as old.
+    """
+    finished = [name for name in names if has_file(there.runs[name], "run.json")]
+    copies = [name for name in finished if manifest.is_copied(store, name)]
+    complete = [name for name in finished if name not in copies]
+    audited = [name for name in complete if has_file(there.runs[name], "audited.json")]
+    kept = {_name_of(store, run, names) for run in rules.keep_runs}
+    kept |= {*complete[-rules.keep :], *copies, *_last_audited(store, audited)}
+    newest = max(complete, default="")
     for name in names:
         if name in kept:
             continue
+        files = there.runs[name]
         if name in complete:
-            leases = (
-                f for f in there.runs[name] if layout.LEASE.fullmatch(f.uri.rpartition("/")[2])
-            )
-            if not is_old(leases, old_s):
-                kept.add(name)
-            continue
-        shards = (there.shards.get(place, []) for place in planned_shards(store, name))
-        files = itertools.chain(there.runs[name], *shards)
-        if name > max(complete, default="") or not is_old(files, old_s):
+            leases = [file for file in files if layout.LEASE.fullmatch(file.name)]
+            in_use = not is_old(leases, old_s)
+        else:
+            shards = [there.shards.get(place, []) for place in planned_shards(store, name)]
+            in_use = name > newest or not is_old(itertools.chain(files, *shards), old_s)
+        if in_use:
             kept.add(name)
     return sorted(kept)
 
@@ -109,4 +100,10 @@ def planned_shards(store: str, name: str) -> set[Place]:
 
 
 def is_old(files: Iterable[storage.StoredFile], old_s: float) -> bool:
+    """Whether the last change of every one of ``files`` is at or before ``old_s``, a Unix time."""
     return max((file.modified_s for file in files), default=0.0) <= old_s
+
+
+def has_file(files: Iterable[storage.StoredFile], name: str) -> bool:
+    """Whether one of ``files`` is called ``name``."""
+    return any(file.name == name for file in files)

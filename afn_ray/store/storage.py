@@ -111,6 +111,11 @@ class StoredFile:
     modified_s: float
     """Unix time of the last change; the current time if the filesystem does not report one."""
 
+    @property
+    def name(self) -> str:
+        """Name of the file in its folder."""
+        return self.uri.rpartition("/")[2]
+
 
 def list_below(uri: str) -> list[StoredFile]:
     """Every file below the folder ``uri``, hidden ones too, sorted by URI; empty if there is none.
