@@ -212,17 +212,14 @@ class Processor:
                 recorder = Recorder(task, files)
                 seconds = self._measure_and_record(documents, oom_retries, recorder)
                 recorder.finish()
-            made_by = {"device": task.device, **model.VERSIONS}
-            return shard_files.publish(
-                config.store,
-                task.measure_id,
-                shard,
+            finished = shard_files.Attempt(
                 attempt,
                 files.tables(),
                 recorder.counts,
                 round(seconds, 3),
-                made_by,
+                made_by={"device": task.device, **model.VERSIONS},
             )
+            return shard_files.publish(config.store, task.measure_id, shard, finished)
 
     def _measure_and_record(
         self, documents: Iterator[Document], oom_retries: int, recorder: Recorder

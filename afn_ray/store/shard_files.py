@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -164,17 +164,23 @@ def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commit
     return commits
 
 
-def publish(
-    store: str,
-    measure_id: str,
-    shard: Shard,
-    attempt: str,
-    tables: dict[str, tuple[Path, int]],
-    counts: dict[str, int],
-    seconds: float,
-    made_by: dict[str, str],
-) -> Commit:
-    """Upload ``tables`` (name -> local file, rows) and commit them.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A finished attempt at a shard: its files on scratch, which are not uploaded yet."""
+
+    id: str
+    tables: Mapping[str, tuple[Path, int]]
+    """The local file and the number of rows of each table, by the table's name."""
+    counts: dict[str, int]
+    """Number of documents, tokens and so on, as in ``commits.COUNTS``."""
+    seconds: float
+    """Time of the measurement."""
+    made_by: dict[str, str]
+    """Device and versions."""
+
+
+def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Commit:
+    """Upload the files of ``attempt`` and commit them.
 
     The first commit of a shard wins. Returns the winner's commit, ours or not. Raises
     ``StoreError`` if a rival's counts differ from ours: the same shard under the same measure must
@@ -184,18 +190,40 @@ def publish(
     folder = shard_uri(store, measure_id, shard.id)
     files: dict[str, dict[str, Any]] = {}
     crc32: dict[str, str] = {}
-    for table, (path, rows) in tables.items():
+    for table, (path, rows) in attempt.tables.items():
         digest, crc32[table] = blocks.file_checksums(path)
-        name = f"{attempt}-{table}.parquet"
+        name = f"{attempt.id}-{table}.parquet"
         files[table] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
     uploaded = [uris.join(folder, str(file["name"])) for file in files.values()]
     try:
-        for uri, (path, _) in zip(uploaded, tables.values(), strict=True):
+        for uri, (path, _) in zip(uploaded, attempt.tables.values(), strict=True):
             storage.upload(path, uri)
     except BaseException:  # no commit names the files yet, and a full disk needs the space
         storage.delete(uploaded)
         raise
-    commit = Commit(shard.id, attempt, files, counts, seconds, made_by)
+    commit = Commit(shard.id, attempt.id, files, attempt.counts, attempt.seconds, attempt.made_by)
+    winner = _commit_once(store, measure_id, shard, commit, crc32)
+    if winner.attempt != attempt.id:
+        storage.delete(uploaded)
+        # The forward tokens include padding, which depends on the batches.
+        if {**winner.counts, "forward_tokens": 0} != {**attempt.counts, "forward_tokens": 0}:
+            raise StoreError(
+                f"two attempts at shard {shard.id} disagree: {winner.counts} against "
+                f"{attempt.counts}; is one worker's model or library different?"
+            )
+    return winner
+
+
+def _commit_once(
+    store: str, measure_id: str, shard: Shard, commit: Commit, crc32: dict[str, str]
+) -> Commit:
+    """Write ``commit``, unless the shard has one; return the commit that the shard has then.
+
+    ``crc32`` are the checksums of the blocks of each table's file. The files stay after an error,
+    because the commit may exist nevertheless; only a full disk without a commit loses them.
+    """
+    folder = shard_uri(store, measure_id, shard.id)
+    name = commit_name(shard.generation)
     body = {
         "schema_version": SCHEMA_VERSION,
         "measure": measure_id,
@@ -206,7 +234,7 @@ def publish(
         "committed_at": datetime.now(UTC).isoformat(),
     }
     try:
-        storage.write_once(uris.join(folder, commit_name(shard.generation)), sealed(body))
+        storage.write_once(uris.join(folder, name), sealed(body))
         return commit
     except storage.AlreadyWritten:  # by a rival, or by our own request whose answer was lost
         winner = read_commit(store, measure_id, shard.id, shard.generation)
@@ -216,19 +244,10 @@ def publish(
         winner = read_commit(store, measure_id, shard.id, shard.generation)
         if winner is None:
             if isinstance(error, Interrupted):  # a full disk needs the space
-                storage.delete(uploaded)
+                storage.delete([uris.join(folder, str(f["name"])) for f in commit.files.values()])
             raise
     if winner is None:
-        name = commit_name(shard.generation)
         raise StoreError(
             f"{folder}/{name} exists but cannot be read back; is something deleting from the store?"
         )
-    if winner.attempt != attempt:
-        storage.delete(uploaded)
-        # The forward tokens include padding, which depends on the batches.
-        if {**winner.counts, "forward_tokens": 0} != {**counts, "forward_tokens": 0}:
-            raise StoreError(
-                f"two attempts at shard {shard.id} disagree: {winner.counts} against {counts}; "
-                "is one worker's model or library different?"
-            )
     return winner

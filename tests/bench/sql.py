@@ -208,16 +208,10 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
             "forward_tokens": tokens,
             "chars": 6 * tokens,
         }
-        shard_files.publish(
-            store,
-            fingerprint(MEASURE),
-            shard,
-            "0",
-            files.tables(),
-            counts,
-            time.monotonic() - began,
-            {"device": "-"},
+        attempt = shard_files.Attempt(
+            "0", files.tables(), counts, time.monotonic() - began, {"device": "-"}
         )
+        shard_files.publish(store, fingerprint(MEASURE), shard, attempt)
 
 
 def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:

@@ -261,9 +261,9 @@ def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path
     options = ground.config(store).read_options
 
     def publish(shard: Shard) -> tuple[str, Commit]:
-        attempt = uuid.uuid4().hex[:16]
+        attempt = shard_files.Attempt(uuid.uuid4().hex[:16], paths, counts, 1.0, {})
         barrier.wait()
-        return attempt, shard_files.publish(store, "m", shard, attempt, paths, counts, 1.0, {})
+        return attempt.id, shard_files.publish(store, "m", shard, attempt)
 
     for i in range(100):
         shard = Shard(f"{i:032x}", (), options)

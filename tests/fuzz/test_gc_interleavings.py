@@ -81,7 +81,10 @@ def begin(*names: str) -> claims.Claim:
 def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Shard) -> Commit:
     """As a worker does."""
     found = shard_files.read_commit(STORE, ID, one.id, one.generation)
-    return found or shard_files.publish(STORE, ID, one, next(attempt), tables, COUNTS, 1.0, {})
+    if found is not None:
+        return found
+    finished = shard_files.Attempt(next(attempt), tables, COUNTS, 1.0, {})
+    return shard_files.publish(STORE, ID, one, finished)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,8 @@ def _commit(store: str, scratch: Path, number: int, tokens: Tokens) -> Commit:
     }
     piece = FileSlice(f"/c/{number}", 1, "", "txt", "", 0, 1, 1, 1, f"{tokens.num_docs}")
     shard = Shard.of([piece], ReadOptions("auto", "text", None, "file", 1))
-    return shard_files.publish(
-        store, MEASURE_ID, shard, f"{number:016}", files.tables(), counts, 1.0, {}
-    )
+    attempt = shard_files.Attempt(f"{number:016}", files.tables(), counts, 1.0, {})
+    return shard_files.publish(store, MEASURE_ID, shard, attempt)
 
 
 def _reduced(

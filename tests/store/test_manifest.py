@@ -602,9 +602,8 @@ def _publish(
         path = scratch / f"{attempt}-{name}"
         path.write_bytes(f"{attempt} {name}".encode())
         tables[name] = (path, rows)
-    return shard_files.publish(
-        store, MEASURE_ID, shard, attempt, tables, counts, 1.5, {"device": "cpu"}
-    )
+    finished = shard_files.Attempt(attempt, tables, counts, 1.5, {"device": "cpu"})
+    return shard_files.publish(store, MEASURE_ID, shard, finished)
 
 
 def _names(store: str) -> list[str]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from afn_ray.runs.worker import Processor
     from afn_ray.schema import Shard
     from afn_ray.store.commits import Commit
+    from afn_ray.store.shard_files import Attempt
 
 POINTS = (
     "process",  # the attempt begins
@@ -133,11 +134,9 @@ def _patch(worker: ModuleType) -> None:
         _reach("committed", shard.id, shard.slices[0].uri, attempt=commit.attempt)
         return commit
 
-    def publish_measured(
-        store: str, measure_id: str, shard: Shard, attempt: str, *args: object, **options: object
-    ) -> Commit:
-        _reach("measured", shard.id, shard.slices[0].uri, attempt=attempt)
-        commit: Commit = publish(store, measure_id, shard, attempt, *args, **options)
+    def publish_measured(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Commit:
+        _reach("measured", shard.id, shard.slices[0].uri, attempt=attempt.id)
+        commit: Commit = publish(store, measure_id, shard, attempt)
         return commit
 
     def write_uploaded(uri: str, data: bytes, *args: object, **options: object) -> None:
