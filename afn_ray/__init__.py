@@ -20,8 +20,9 @@ from afn_ray.errors import (
 
 if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit, run_audit
+    from afn_ray.analysis.findings import Finding
     from afn_ray.analysis.policy import Policy, read_policy
-    from afn_ray.analysis.verify import Finding, Verification, verify_store
+    from afn_ray.analysis.verify import Verification, verify_store
     from afn_ray.query.catalog import write_catalog
     from afn_ray.query.database import Run, open_run
     from afn_ray.reduce.compare import Comparison
@@ -72,7 +73,7 @@ _LAZY = {
     "Audit": "analysis.audit",
     "Comparison": "reduce.compare",
     "Estimate": "runs.estimate",
-    "Finding": "analysis.verify",
+    "Finding": "analysis.findings",
     "Garbage": "store.garbage",
     "Policy": "analysis.policy",
     "Run": "query.database",

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from afn_ray.analysis import explain
-from afn_ray.analysis.claims import SEED, Drawn, Draws, Figure
+from afn_ray.analysis.bootstrap import SEED, Drawn, Draws, Figure
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run

@@ -217,7 +217,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _claims(args: argparse.Namespace) -> None:
-    from afn_ray.analysis import claims
+    from afn_ray.analysis import claims, claims_text
     from afn_ray.query import database
 
     if args.sample is not None and not args.masking:
@@ -242,9 +242,9 @@ def _claims(args: argparse.Namespace) -> None:
         found = claims.claims(run, max_tokens=args.max_tokens)
         found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
     if args.json:
-        print(json.dumps(claims.to_json(found), indent=1))
+        print(json.dumps(claims_text.to_json(found), indent=1))
     else:
-        claims.render(found, Console(highlight=False))
+        claims_text.render(found, Console(highlight=False))
 
 
 def _neurons(args: argparse.Namespace) -> None:

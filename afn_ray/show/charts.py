@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.analysis import claims
+from afn_ray.analysis import bootstrap, claims, claims_text
 from afn_ray.reduce import compare
 from afn_ray.reduce.stats import midranks
 from afn_ray.schema import CLASSES, in_order
@@ -428,7 +428,7 @@ def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, str, list
     return [
         (
             question,
-            claims.against_controls(mine),
+            claims_text.against_controls(mine),
             [
                 _claim_chart(claim, what, [f for f in mine if f.what == what], layer)
                 for what in dict.fromkeys(f.what for f in mine)
@@ -439,7 +439,7 @@ def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, str, list
     ]
 
 
-def _claim_chart(claim: str, what: str, figures: Sequence[claims.Figure], layer: int) -> Chart:
+def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], layer: int) -> Chart:
     drawn = [f for f in figures if claim == "layers" or f.layer in (None, 0, layer)]
     values = [
         {
@@ -489,8 +489,10 @@ def _claim_chart(claim: str, what: str, figures: Sequence[claims.Figure], layer:
             f.of,
             "" if f.layer is None else str(f.layer),
             "control" if f.is_control else "",
-            claims.shown(f.value),
-            "" if math.isnan(f.low) else f"{claims.shown(f.low)} to {claims.shown(f.high)}",
+            claims_text.shown(f.value),
+            ""
+            if math.isnan(f.low)
+            else f"{claims_text.shown(f.low)} to {claims_text.shown(f.high)}",
             f"{f.n:,}",
             f"{f.n_docs:,}",
         )

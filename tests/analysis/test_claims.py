@@ -18,14 +18,14 @@ from rich.console import Console
 from scipy import stats
 
 import afn_ray
-from afn_ray.analysis import claims, masking
+from afn_ray.analysis import bootstrap, claims, claims_text, masking, token_pass
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.show import charts
 from conftest import write_jsonl
 
-By = dict[tuple[str, str, int | None], claims.Figure]
+By = dict[tuple[str, str, int | None], bootstrap.Figure]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def rows(store: str) -> dict[str, Any]:
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
 
 
-def by_name(figures: Sequence[claims.Figure]) -> By:
+def by_name(figures: Sequence[bootstrap.Figure]) -> By:
     found = {(f.what, f.of, f.layer): f for f in figures}
     assert len(found) == len(figures)
     return found
@@ -101,12 +101,12 @@ def test_classes(name: str, figures: By, rows: dict[str, Any]) -> None:
     expected = auc(values, rows)
     got = figures[claims.AUC, name, layer]
     assert got.value == pytest.approx(expected, rel=1e-12) and got.low < expected < got.high
-    assert got.n == np.isin(rows["class"], claims.KINDS).sum() and got.n_docs == len(
+    assert got.n == np.isin(rows["class"], token_pass.KINDS).sum() and got.n_docs == len(
         set(rows["doc"].tolist())
     )
     assert got.is_control == (name != "strength")
     high = values >= np.quantile(values, 0.75, method="inverted_cdf")
-    for kind in claims.KINDS:
+    for kind in token_pass.KINDS:
         share = figures[f"share of {kind} that is HIGH", name, layer]
         of_kind = rows["class"] == kind
         assert share.value == pytest.approx(high[of_kind].mean(), rel=1e-12)
@@ -173,7 +173,7 @@ def test_which_layer_separates_best(
 
 
 def test_types_ranks_dimensions_and_sinks(figures: By, rows: dict[str, Any]) -> None:
-    ours = np.isin(rows["class"], claims.KINDS)
+    ours = np.isin(rows["class"], token_pass.KINDS)
     content = (rows["class"] == "content")[ours]
     for k in (0, 1, 3):
         strength = rows[f"strength_{k}"].astype(np.float64)
@@ -253,7 +253,7 @@ def test_the_same_run_has_the_same_figures(store: str, found: claims.Claims) -> 
 def test_a_large_run_is_read_by_a_sample(
     store: str, rows: dict[str, Any], figures: By, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "GROUPS", 20)
+    monkeypatch.setattr(bootstrap, "GROUPS", 20)
     with afn_ray.open_run(store) as run:
         few = claims.claims(run, max_tokens=len(rows["doc"]) // 3)
         ((docs,),) = run.sql("SELECT list(doc) FROM documents WHERE hash(doc) % 4 = 0").fetchall()
@@ -390,8 +390,8 @@ def test_a_run_of_strength_alone_has_the_claims_that_need_no_more(
 
 def _figure(
     of: str, layer: int | None, value: float, half: float = math.nan, control: bool = False
-) -> claims.Figure:
-    return claims.Figure(
+) -> bootstrap.Figure:
+    return bootstrap.Figure(
         "classes", claims.AUC, of, layer, value, value - half, value + half, 99, 9, control
     )
 
@@ -404,21 +404,21 @@ def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_fig
         _figure("attention received", 4, 0.5, 0.01, True),
         _figure("attention received", 2, 0.99, 0.001, True),
     ]
-    assert claims.against_controls([*main, *controls]) == (
+    assert claims_text.against_controls([*main, *controls]) == (
         "AUC of content against function words and punctuation: strength, layer 4, 0.800. "
         "Beaten by: strength, layer 0, 0.900. Equalled by: rarity (idf), 0.810."
     )
-    assert claims.against_controls([*main, *controls[2:]]).endswith(
+    assert claims_text.against_controls([*main, *controls[2:]]).endswith(
         "0.800. No control reaches it; the nearest: attention received, layer 4, 0.500."
     )
-    assert claims.against_controls(main) == claims.against_controls(controls) == ""
+    assert claims_text.against_controls(main) == claims_text.against_controls(controls) == ""
     nan = _figure("strength", 4, math.nan)
-    assert claims.against_controls([nan, *controls]) == claims.against_controls([]) == ""
+    assert claims_text.against_controls([nan, *controls]) == claims_text.against_controls([]) == ""
 
 
 def test_a_tag_is_held_against_itself_at_layer_0() -> None:
     figures = [
-        claims.Figure(
+        bootstrap.Figure(
             "tags", "share that is HIGH", name, layer, value, value, value, 9, 9, layer == 0
         )
         for name, layer, value in (
@@ -429,19 +429,19 @@ def test_a_tag_is_held_against_itself_at_layer_0() -> None:
         )
     ]
     assert (
-        claims.against_controls(figures)
+        claims_text.against_controls(figures)
         == "Share that is HIGH: NOUN, layer 4, 0.500. Beaten by: NOUN, layer 0, 0.600."
     )
 
 
 def test_claims_fit_80_columns(found: claims.Claims) -> None:
     out = io.StringIO()
-    claims.render(found, Console(file=out, width=80, highlight=False))
+    claims_text.render(found, Console(file=out, width=80, highlight=False))
     said = out.getvalue()
     assert max(map(len, said.splitlines())) <= 80 and "…" not in said
     for figure in found.figures:  # no figure is split over two lines
         if not math.isnan(figure.low):
-            assert f"{claims.shown(figure.low)} to {claims.shown(figure.high)}" in said
+            assert f"{claims_text.shown(figure.low)} to {claims_text.shown(figure.high)}" in said
 
 
 # --- masking

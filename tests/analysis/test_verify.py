@@ -23,7 +23,8 @@ import pytest
 
 import afn_ray
 from afn_ray import verify_store
-from afn_ray.analysis.verify import Finding, Verification, lines
+from afn_ray.analysis.findings import Finding
+from afn_ray.analysis.verify import Verification, lines
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from afn_ray.analysis import verify
+from afn_ray.analysis import shard_check, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import FileSlice, Shard, fingerprint
@@ -141,7 +141,7 @@ def clean() -> None:
         unnamed = [
             f for n, f in names.items() if n not in named and layout.generation_of(n) is None
         ]
-        checked[place] = verify._Checked(commits, [], unnamed)
+        checked[place] = shard_check.CheckedShard(commits, [], unnamed)
     plans, age = orphans.Plans(), orphans.Age(NOW_S, 0.0)
     loose = list(verify._of_shards(STORE, checked, epoch, plans, age))
     orphans.cleaned(STORE, loose, plans, age)

@@ -1,0 +1,123 @@
+"""Claims as text and as JSON: each question, its figures, and a sentence on their controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from afn_ray.analysis.bootstrap import Figure
+from afn_ray.analysis.claims import AUC, CLAIMS, Claims
+from afn_ray.text import count, printable
+
+
+def to_json(found: Claims) -> dict[str, Any]:
+    """The claims as plain values; missing interval bounds are null."""
+    value = asdict(found)
+    for figure in value["figures"]:
+        figure |= {
+            k: None for k, v in figure.items() if isinstance(v, float) and not math.isfinite(v)
+        }
+    return value | {"claims": CLAIMS}
+
+
+def render(found: Claims, console: Console) -> None:
+    """Print for each claim its question, a sentence on its controls, and its figures."""
+    for claim, question in CLAIMS.items():
+        if not (mine := [f for f in found.figures if f.claim == claim]):
+            continue
+        console.print(Text(f"\n{question}", style="bold"))
+        if sentence := against_controls(mine):
+            console.print(Text(printable(sentence)))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table.add_column("", overflow="fold", ratio=1)
+        table.add_column("layer", no_wrap=True)
+        for heading in ("value", "95 % interval"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for what in dict.fromkeys(f.what for f in mine):
+            of_this = [f for f in mine if f.what == what]
+            table.add_row(
+                Text(
+                    f"{what}, of {_amount([f.n for f in of_this], 'token')} in "
+                    f"{_amount([f.n_docs for f in of_this], 'document')}:"
+                )
+            )
+            for f in of_this:
+                name = f"  {f.of}{' (control)' if f.is_control else ''}"
+                interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
+                table.add_row(
+                    Text(printable(name)),
+                    "" if f.layer is None else str(f.layer),
+                    shown(f.value),
+                    interval,
+                )
+        console.print(table)
+    console.print()
+    for note in found.notes:
+        console.print(note, markup=False)
+
+
+def against_controls(figures: Sequence[Figure]) -> str:
+    """Name the controls that equal or beat the main figure, in one sentence with numbers.
+
+    ``figures`` belong to one claim. The main figure is the first one of the deepest layer. A
+    control beats it when its interval is above, and equals it when the two overlap. Empty where
+    there is no control.
+    """
+    known = [f for f in figures if math.isfinite(f.value)]
+    deepest = max(
+        (f.layer for f in known if f.layer is not None and not f.is_control), default=None
+    )
+    whats = sorted(
+        dict.fromkeys(f.what for f in known), key=lambda what: what != AUC
+    )  # stable sort: equal keys keep their order
+    for what in whats:
+        of_this = [f for f in known if f.what == what and f.layer in (None, 0, deepest)]
+        mine = [f for f in of_this if not f.is_control and f.layer == deepest]
+        if not mine:
+            continue
+        main = max(mine, key=lambda f: f.value) if mine[0].claim == "tags" else mine[0]
+        # Controls are the same variable at layer 0, and controls that are no measure of a layer. A
+        # different quantity at layer 0 is not a control of this figure.
+        controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
+        if controls:
+            break
+    else:
+        return ""
+    low, high = _interval(main)
+    beat = [f for f in controls if _interval(f)[0] > high]
+    equal = [f for f in controls if f not in beat and _interval(f)[1] >= low]
+    parts = [f"{what[0].upper()}{what[1:]}: {_named([main])}."]
+    parts += [f"Beaten by: {_named(beat)}."] if beat else []
+    parts += [f"Equalled by: {_named(equal)}."] if equal else []
+    if not beat and not equal:
+        nearest = max(controls, key=lambda f: f.value)
+        parts += [f"No control reaches it; the nearest: {_named([nearest])}."]
+    return " ".join(parts)
+
+
+def _interval(figure: Figure) -> tuple[float, float]:
+    return (figure.value, figure.value) if math.isnan(figure.low) else (figure.low, figure.high)
+
+
+def _named(figures: Sequence[Figure]) -> str:
+    places = ["" if f.layer is None else f", layer {f.layer}" for f in figures]
+    return "; ".join(
+        f"{f.of}{place}, {shown(f.value)}" for f, place in zip(figures, places, strict=True)
+    )
+
+
+def _amount(numbers: Sequence[int], noun: str) -> str:
+    least, most = min(numbers), max(numbers)
+    return count(most, noun) if least == most else f"{least:,} to {count(most, noun)}"
+
+
+def shown(value: float) -> str:
+    """Format with three decimals, or with two significant digits where these would show 0."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

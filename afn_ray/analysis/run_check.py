@@ -1,0 +1,366 @@
+"""Check one run: its plan, its files, and its tables against its shards."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from afn_ray.analysis import recount, rows
+from afn_ray.analysis.findings import Finding, read_listed, without_uri
+from afn_ray.analysis.shard_check import CheckedShard
+from afn_ray.errors import StoreError
+from afn_ray.query import database
+from afn_ray.reduce import losses, screen, tree
+from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.tables import Texts, shards_table
+from afn_ray.schema import Shard, fingerprint
+from afn_ray.store import (
+    blocks,
+    checksums,
+    layout,
+    manifest,
+    orphans,
+    shard_files,
+    storage,
+    uris,
+)
+from afn_ray.store.commits import Commit
+from afn_ray.store.layout import Place
+from afn_ray.store.orphans import Age, Orphan
+
+RELATIVE = 1e-9
+"""Relative tolerance between two computations of a mean, as the order of a sum may differ.
+
+Everything else must be equal.
+"""
+
+
+class RunCheck:
+    """One run: its plan, and the check of its tables against its shards."""
+
+    def __init__(self, store: str, name: str) -> None:
+        self.folder = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
+        self.findings: list[Finding] = []
+        self.shards: list[Shard] = []
+        self.measure: dict[str, Any] = {}
+        self.measure_id = ""
+        self.num_files = self.num_bytes = 0
+        self.proved = False
+        uri = self.folder.uri
+        self._redo = f"delete {uri}/run.json and give its 'afn run' command again: it reduces anew"
+        self._begin_again = f"delete {uri} and give 'afn run' again"
+        self._run_json, self._plan = (uris.join(uri, file) for file in ("run.json", "plan.parquet"))
+        self.complete = storage.exists(self._run_json)
+        if not storage.exists(self._plan):
+            if self.complete:
+                self._find("missing", self._plan, "there is no such file", self._begin_again)
+            return  # without either file, the run crashed before it began
+        if self.complete:
+            try:
+                self.folder = manifest.find_run(uri)
+            except StoreError as error:
+                self._find("damaged", self._run_json, without_uri(error, self._run_json))
+        try:
+            manifest.is_audited(self.folder)
+        except StoreError as error:
+            mark = uris.join(uri, "audited.json")
+            self._find(
+                "damaged",
+                mark,
+                without_uri(error, mark),
+                "delete it: the next audit judges the run's step again",
+            )
+        for name, entry in self.folder.info.get("tables", {}).items():
+            if (
+                not isinstance(entry, dict)
+                or not isinstance(entry.get("name"), str)
+                or "/" in entry["name"]
+            ):
+                self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
+                continue
+            advice = self._begin_again if name == "plan" else self._redo
+            data, finding = read_listed(self._table_uri(name), entry, advice)
+            if finding is None and blocks.checksums(data) != entry.get("crc32"):
+                message = f"its blocks do not have the CRC-32 that {self._run_json} lists; {advice}"
+                finding = Finding("damaged", self._table_uri(name), message)
+            self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + len(data)
+            if finding is not None:
+                self.findings.append(finding)
+                if name == "plan":
+                    return
+        try:
+            self.shards, header = manifest.read_shards(self.folder)
+        except StoreError as error:
+            self._find("damaged", self._plan, without_uri(error, self._plan), self._begin_again)
+            return
+        self.measure, self.measure_id = header["measure"], fingerprint(header["measure"])
+        self._config, self._frozen = header["config"], header.get("frozen", [])
+        self._check_plan()
+
+    def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
+        self.findings.append(Finding(kind, uri, f"{message}; {advice or self._redo}"))
+
+    def _check_plan(self) -> None:
+        for shard, times in Counter(s.id for s in self.shards).items():
+            if times > 1:
+                self._find(
+                    "plan", self._plan, f"it lists shard {shard} {times} times", self._begin_again
+                )
+        if self.findings:
+            return
+        slices = sorted((p for s in self.shards for p in s.slices), key=lambda p: (p.uri, p.start))
+        for uri, pieces in itertools.groupby(slices, key=lambda p: p.uri):
+            end = 0
+            for piece in pieces:
+                if piece.start != end:
+                    what = "twice" if piece.start < end else "never"
+                    message = (
+                        f"it reads part of {uri} {what}: a slice starts at {piece.start}, expected "
+                        f"{end}"
+                    )
+                    self._find("plan", self._plan, message, self._begin_again)
+                end = piece.end
+            if piece.format != "parquet" and end != piece.size:
+                message = (
+                    f"it reads part of {uri} never: its last slice ends at {end}, the file at "
+                    f"{piece.size}"
+                )
+                self._find("plan", self._plan, message, self._begin_again)
+
+    def orphans(self, files: Iterable[storage.StoredFile], age: Age) -> Iterator[Orphan]:
+        """The files of ``files``, the run's folder, that the run does not name.
+
+        Yields nothing for an incomplete run.
+        """
+        if not self.folder.info:
+            return
+        named = orphans.names_of(self.folder)
+        for file in files:
+            name = file.uri.rpartition("/")[2]
+            if name not in named and not layout.LEASE.fullmatch(name):
+                yield age.orphan(file, True)
+
+    def check(self, checked: Mapping[Place, CheckedShard], memory_limit: str) -> None:
+        """Compare the complete run with its shards.
+
+        Damage of a shard is reported with the shard, and leaves the run unproved.
+        """
+        try:
+            self._check(checked, memory_limit)
+        except (StoreError, *checksums.DAMAGES) as error:
+            told = (
+                str(error)
+                if isinstance(error, StoreError)
+                else f"it is not what afn-ray writes: {error!r}"
+            )
+            self._find("tables", self.folder.uri, told)
+            self.proved = False
+
+    def _check(self, checked: Mapping[Place, CheckedShard], memory_limit: str) -> None:
+        info = self.folder.info
+        if not info or not self.shards:
+            return
+        given_up = {entry["shard"] for entry in info.get("quarantined", [])}
+        if info["id"] != self.folder.id:
+            self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}")
+        measure = {k: v for k, v in info["measure"].items() if k != "id"}
+        if given_up - {s.id for s in self.shards}:
+            self._find(
+                "tables", self._run_json, "it names quarantined shards that its plan does not have"
+            )
+        if measure != self.measure or info["measure"].get("id") != self.measure_id:
+            self._find(
+                "misplaced", self._run_json, f"its measure is not {self.measure_id} of its plan"
+            )
+        if info["layers"] != self.measure["layers"]:
+            self._find(
+                "tables", self._run_json, f"layers are {info['layers']}, not those of its measure"
+            )
+        kept = [s for s in self.shards if s.id not in given_up]
+        found = [checked.get((self.measure_id, s.id)) for s in kept]
+        commits = []
+        named = self._named_files()
+        for shard, one in zip(kept, found, strict=True):
+            if one is not None and one.commits:
+                folder = f"shards/{self.measure_id}/{shard.id}"
+                theirs = [
+                    c
+                    for c in one.commits.values()
+                    if f"{folder}/{c.files['tokens']['name']}" in named
+                ]
+                commits.append(theirs[0] if theirs else one.commits[max(one.commits)])
+            elif one is None or not one.findings:
+                uri = uris.join(
+                    shard_files.shard_uri(self.folder.store, self.measure_id, shard.id),
+                    "commit.json",
+                )
+                self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
+        if self.findings or any(one is None or one.findings for one in found):
+            return
+        if totals := _wrong_totals(
+            info["counts"], commits, [s for s in self.shards if s.id in given_up]
+        ):
+            self._find("tables", self._run_json, totals)
+        num_bytes = [s.num_bytes for s in kept]
+        try:
+            stored = {name: manifest.read_table(self.folder, name) for name in info["tables"]}
+            shards = shards_table(self.measure_id, commits, num_bytes)
+            self._compare({"shards": shards}, stored)
+            if not self.findings:
+                self._ask_duckdb(memory_limit, sum(c.counts["tokens"] for c in commits))
+            if not self.findings:
+                self._compare(
+                    self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"]), stored
+                )
+        except StoreError as error:
+            self._find("tables", self.folder.uri, str(error))
+        self.proved = not self.findings
+
+    def _named_files(self) -> set[str]:
+        """Token files that the run names; empty where its table is damaged."""
+        try:
+            return set(manifest.read_table(self.folder, "shards")["tokens_file"].to_pylist())
+        except (StoreError, *checksums.DAMAGES):
+            return set()
+
+    def _table_uri(self, name: str) -> str:
+        return uris.join(self.folder.uri, str(self.folder.info["tables"][name]["name"]))
+
+    def _compare(self, expected: Mapping[str, pa.Table], stored: Mapping[str, pa.Table]) -> None:
+        for name, table in expected.items():
+            if name not in stored:
+                self._find("missing", self._run_json, f"it lists no table {name}")
+            elif differs := _difference(stored[name], table):
+                self._find("tables", self._table_uri(name), differs)
+
+    def _reduced(
+        self,
+        commits: Sequence[Commit],
+        num_bytes: Sequence[int],
+        vocabulary: pa.Table,
+        files: pa.Table,
+    ) -> dict[str, pa.Table]:
+        """Recompute the run's tables: reduce the summaries, which match the rows, and screen.
+
+        The tokenizer and word lists that name and classify types may be missing here, or newer. So
+        ``token``, ``text`` and ``class`` come from the stored ``vocabulary``, and only its checksum
+        vouches for them; classes that are tags are recomputed. The list of files left out of the
+        corpus comes from the stored ``files``.
+        """
+        ids = vocabulary["token_id"].to_pylist()
+        pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
+        for at, token, text in zip(
+            ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True
+        ):
+            pieces[at], readable[at] = token, text
+        shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
+        recorded = tree.Recorded(
+            rows.series_of(self.measure),
+            self.measure.get("neuron_layers", []),
+            "neurons_above" in self.measure,
+            tagged := "labels" in self.measure,
+        )
+        rules = tree.Rules(self._config["language"], self._config["sink_factor"], self._frozen)
+        tables = tree.reduce_run(shards, recorded, Texts(pieces, readable), rules)
+        at = tables["vocabulary"].column_names.index("class")
+        if not tagged:
+            tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
+        if (others := tables.get("signal_vocabulary")) is not None and not tagged:
+            ids, classes = (vocabulary[name].to_pylist() for name in ("token_id", "class"))
+            known = {(i, c == "special"): c for i, c in zip(ids, classes, strict=True)}
+            ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))
+            column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
+            at = others.column_names.index("class")
+            tables["signal_vocabulary"] = others.set_column(
+                at, "class", pa.array(column, pa.string())
+            )
+        tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
+        if worst := self._config.get("screen"):
+            tables |= screen.scan_run(shards, self.measure["layers"], tables, readable, worst)
+        return tables
+
+    def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
+        """Recompute thresholds and counts from the rows, in SQL independent of ``reduce``."""
+        with database.open_run(
+            self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
+        ) as run:
+            ((got,),) = run.sql("SELECT count(*) FROM tokens").fetchall()
+            if got != n_tokens:
+                self._find(
+                    "tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}"
+                )
+                return
+            for layer in self.measure["layers"]:
+                recomputed = run.sql(
+                    recount.thresholds_sql(layer), [float(self._config["sink_factor"])]
+                ).to_arrow_table()
+                names = ", ".join(recomputed.column_names)
+                stored = run.sql(
+                    f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population"  # noqa: S608
+                )
+                if differs := _difference(stored.to_arrow_table(), recomputed):
+                    self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
+                elif wrong := run.sql(recount.vocabulary_sql(layer)).fetchall():
+                    self._find(
+                        "tables",
+                        self._table_uri("vocabulary"),
+                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the "
+                        "tokens, not in both; "
+                        f"the first is of token_id {wrong[0][0]}",
+                    )
+            for layer in self.measure.get("neuron_layers", []):
+                high_only = "neurons_above" in self.measure
+                if wrong := run.sql(recount.neurons_sql(layer, high_only)).fetchall():
+                    self._find(
+                        "tables",
+                        self._table_uri("neurons"),
+                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the "
+                        "neurons, not in both; "
+                        f"the first is of neuron {wrong[0][0]}",
+                    )
+
+
+def _wrong_totals(
+    stored: Mapping[str, Any], commits: Sequence[Commit], given_up: Sequence[Shard]
+) -> str:
+    """Difference between a run.json's counts and the sums over its commits and given-up shards.
+
+    Empty where there is none.
+    """
+    totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
+    expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
+    wrong = {k: stored.get(k) for k, n in expected.items() if stored.get(k) != n}
+    return (
+        f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
+        if wrong
+        else ""
+    )
+
+
+def _difference(stored: pa.Table, expected: pa.Table) -> str:
+    """The first difference between two tables, beyond rounding of floats; empty without one."""
+    if stored.column_names != expected.column_names:
+        return f"its columns are {stored.column_names}, expected {expected.column_names}"
+    if len(stored) != len(expected):
+        return f"it has {len(stored)} rows, expected {len(expected)}"
+    for name in expected.column_names:
+        ours, theirs = expected[name], stored[name]
+        if pa.types.is_floating(ours.type) and ours.null_count == theirs.null_count:
+            wrong = ~np.isclose(
+                theirs.to_numpy(), ours.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True
+            )
+        elif theirs.equals(ours):
+            continue
+        else:
+            wrong = np.array(
+                [a != b for a, b in zip(theirs.to_pylist(), ours.to_pylist(), strict=True)]
+            )
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            return f"row {row}: {name} is {theirs[row]}, but its shards give {ours[row]}"
+    return ""
