@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
-from afn_ray.reduce.tree import FAN_IN, Inline, Tasks
+from afn_ray.reduce.tasks import Inline, Tasks, batches, merged
 from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
 from afn_ray.store import manifest, parquet
 from afn_ray.store.layout import is_store_file
@@ -81,15 +81,9 @@ def files_table(
         done.add(commit.shard)
         if any(commit.counts[name] for name in COUNTED):
             files.append(committed.file(commit, "documents"))
-    handles = [
-        tasks.submit(_losses, files[begin : begin + FAN_IN])[0]
-        for begin in range(0, len(files), FAN_IN)
-    ]
-    while len(handles) > 1:
-        handles = [
-            tasks.submit(_add, *handles[begin : begin + FAN_IN])[0]
-            for begin in range(0, len(handles), FAN_IN)
-        ]
+    handles = [tasks.submit(_losses, some)[0] for some in batches(files)]
+    if handles:
+        handles = [merged(tasks, _add, handles)]
     found = pa.concat_tables([_planned(planned, done), *map(tasks.result, handles)])
     read = add_files(found)
     read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))

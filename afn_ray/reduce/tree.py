@@ -21,11 +21,11 @@ only handles, and the small tables at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +52,7 @@ from afn_ray.reduce.tables import (
     type_statistics,
     vocabulary_table,
 )
+from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
 from afn_ray.schema import (
     SIGNAL_VOCABULARY_SCHEMA,
     SIGNALS_SCHEMA,
@@ -63,8 +64,6 @@ from afn_ray.store import parquet
 
 READ_AHEAD = 8
 """Number of files that one call reads at the same time."""
-FAN_IN = 64
-"""Largest number of sums that one call merges, and of shards that one call reads."""
 READ_BYTES = 16 << 20
 """Bytes of one series' summaries that one call reads, as stored.
 
@@ -83,38 +82,6 @@ MAX_PARTS = 16
 More parts would distribute the last merges better, but parts under 100 kB would pass through the
 driver.
 """
-
-
-class Tasks(Protocol):
-    """Runs pure functions in this process or in others, perhaps again if a process died."""
-
-    def submit(
-        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
-    ) -> list[Any]:
-        """Start ``function(*args)``; return one handle for each of its ``num_results`` values.
-
-        The function receives the values of handles among ``args``.
-        """
-
-    def result(self, handle: Any) -> Any:
-        """Wait for the value of ``handle``.
-
-        Raises the error of its function, or of a function that it depends on.
-        """
-
-
-class Inline:
-    """Runs each function at once in this process; a handle is the value itself."""
-
-    def submit(
-        self, function: Callable[..., Sequence[Any]], *args: Any, num_results: int = 1
-    ) -> list[Any]:
-        values = list(function(*args))
-        assert len(values) == num_results
-        return values
-
-    def result(self, handle: Any) -> Any:
-        return handle
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +189,7 @@ def _neurons(
             tasks.submit(_read_pairs, group, layer, num_parts, num_results=num_parts)
             for group in _groups(shards.files("pairs"), len(layers))
         )
-        parts = _tree(tasks, leaves, _merge_pairs, layer)
+        parts = merge_parts(tasks, leaves, _merge_pairs, layer)
         submitted.append(
             [tasks.submit(_neuron_tables, part, layer, types, num_results=2) for part in parts]
         )
@@ -254,43 +221,10 @@ def _submit_series(
         tasks.submit(_read, group, at, one, num_parts, num_results=num_parts)
         for group in _groups(shards.files("summary"), len(series))
     )
-    parts = _tree(tasks, leaves, _merge, one)
+    parts = merge_parts(tasks, leaves, _merge, one)
     counts = [tasks.submit(_count, part)[0] for part in parts]
     total = tasks.submit(_total, one.layer, rules.sink_factor, frozen, *counts, num_results=3)
     return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
-
-
-def _tree(
-    tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequence[Any]], subject: Any
-) -> list[Any]:
-    """Handles of the parts of the sum of ``leaves``.
-
-    Each leaf is a list of handles, one for each part. ``merge(subject, *values)`` adds the values
-    of one part.
-    """
-    # At height h: sums of FAN_IN^h leaves, each as a list of handles of its parts.
-    levels: list[list[list[Any]]] = [[]]
-
-    def merge_level(height: int) -> None:
-        """Replace the sums at ``height`` by one sum at the next height."""
-        if height + 1 == len(levels):
-            levels.append([])
-        if len(levels[height]) > 1:
-            of_part = zip(*levels[height], strict=True)
-            levels[height] = [[tasks.submit(merge, subject, *handles)[0] for handles in of_part]]
-        levels[height + 1] += levels[height]
-        levels[height] = []
-
-    for leaf in leaves:
-        levels[0].append(leaf)
-        height = 0
-        while len(levels[height]) == FAN_IN:
-            merge_level(height)
-            height += 1
-    for height in range(len(levels)):
-        merge_level(height)
-    (parts,) = levels[-1]
-    return parts
 
 
 def _submit_tags(tasks: Tasks, shards: CommittedShards, num_series: int) -> Any:
@@ -299,7 +233,7 @@ def _submit_tags(tasks: Tasks, shards: CommittedShards, num_series: int) -> Any:
         tasks.submit(_tags, group, num_series)
         for group in _groups(shards.files("summary"), num_series)
     )
-    return tasks.submit(_most_frequent, *_tree(tasks, leaves, _add_tags, None))[0]
+    return tasks.submit(_most_frequent, *merge_parts(tasks, leaves, _add_tags, None))[0]
 
 
 def _num_parts(files: Iterable[CommittedFile], num_series: int) -> int:
@@ -308,16 +242,8 @@ def _num_parts(files: Iterable[CommittedFile], num_series: int) -> int:
 
 
 def _groups(files: Iterable[CommittedFile], num_series: int) -> Iterator[tuple[CommittedFile, ...]]:
-    """``files`` in order, in groups of at most ``FAN_IN`` and about ``READ_BYTES`` per series."""
-    group: list[CommittedFile] = []
-    size = 0
-    for file in files:
-        if group and (len(group) == FAN_IN or size + file.num_bytes > num_series * READ_BYTES):
-            yield tuple(group)
-            group, size = [], 0
-        group.append(file)
-        size += file.num_bytes
-    yield tuple(group)
+    """``files`` in order, in groups of about ``READ_BYTES`` per series."""
+    return in_groups(files, lambda file: file.num_bytes, num_series * READ_BYTES)
 
 
 def _read(files: Sequence[CommittedFile], at: int, series: Series, num_parts: int) -> list[bytes]:
@@ -424,12 +350,6 @@ def _add_tags(_: None, *parts: TypeTags) -> list[TypeTags]:
 
 def _most_frequent(tags: TypeTags) -> list[dict[int, str]]:
     return [tags.most_frequent()]
-
-
-def call(function: Callable[..., Sequence[Any]], num_results: int, *args: Any) -> Any:
-    """Run ``function`` for a ``Tasks`` in other processes; return a single result unwrapped."""
-    values = function(*args)
-    return values if num_results > 1 else values[0]
 
 
 def _encode(table: pa.Table) -> bytes:

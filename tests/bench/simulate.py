@@ -27,6 +27,7 @@ from rich.table import Table
 from afn_ray import logs
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
+from afn_ray.reduce import tasks
 from afn_ray.reduce import tree as reduce
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import STATISTICS_SCHEMA, Texts
@@ -121,7 +122,7 @@ class Tree:
         self.calls[name] += 1
         self.most_args = max(self.most_args, len(args))
         if name == "read":
-            assert len(args[0]) <= reduce.FAN_IN
+            assert len(args[0]) <= tasks.FAN_IN
             return [len(args[0])] * num_results
         if name == "merge":
             return [sum(args[1:])]

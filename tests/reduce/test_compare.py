@@ -24,7 +24,7 @@ from rich.console import Console
 import afn_ray
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
-from afn_ray.reduce import compare
+from afn_ray.reduce import compare, distances, drift
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.histogram import Histogram, to_bins
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOURCES_SCHEMA
@@ -143,24 +143,24 @@ def test_types_that_are_rare_in_one_run_do_not_move_by_chance() -> None:
     n_a, n_b = (dice.poisson(total * rate / rate.sum()) for total in (1_000_000, 10_000))
     both = (n_a > 0) & (n_b > 0)
     n_a, n_b, share = n_a[both], n_b[both], share[both]
-    z, p = compare.two_proportions(dice.binomial(n_a, share), n_a, dice.binomial(n_b, share), n_b)
-    assert (compare.benjamini_hochberg(p) < 0.05).sum() <= 1 and np.abs(z).max() < 6
+    z, p = distances.two_proportions(dice.binomial(n_a, share), n_a, dice.binomial(n_b, share), n_b)
+    assert (distances.benjamini_hochberg(p) < 0.05).sum() <= 1 and np.abs(z).max() < 6
     one = [np.array([v]) for v in (0, 100, 1, 1)]
-    assert abs(compare.two_proportions(*one)[0][0]) < 3  # that of pooled proportions is 10
+    assert abs(distances.two_proportions(*one)[0][0]) < 3  # that of pooled proportions is 10
 
 
 def test_files_of_one_night_are_held_against_the_folders_of_another() -> None:
-    def side(*names: str) -> compare.Sources:
+    def side(*names: str) -> drift.Sources:
         return {name: (Histogram.of(np.array([len(name)])), 1) for name in names}
 
     few, many = (
         side("/c/a/1.txt", "/c/a/2.txt", "/c/b/3.txt", "/d/4.txt"),
         side("/c/a", "/c/b", "/e"),
     )
-    a, b = compare._alike(few, many)
+    a, b = drift.matched_sources(few, many)
     assert a.keys() == {"/c/a", "/c/b", "/d/4.txt"} and b.keys() == many.keys()
     assert a["/c/a"][0].n == a["/c/a"][1] == 2
-    assert [side.keys() for side in compare._alike(many, few)] == [b.keys(), a.keys()]
+    assert [side.keys() for side in drift.matched_sources(many, few)] == [b.keys(), a.keys()]
 
 
 def rows_of(table: pa.Table, **having: Any) -> list[dict[str, Any]]:
@@ -272,7 +272,7 @@ def test_types_move_as_scipy_says(
             if not counts.sum(0).all():
                 assert m["z"] == 0 and m["p"] == 1
                 continue
-            if scipy.stats.contingency.expected_freq(counts).min() < compare.LEAST_EXPECTED:
+            if scipy.stats.contingency.expected_freq(counts).min() < distances.LEAST_EXPECTED:
                 continue  # the next test
             chi2 = scipy.stats.chi2_contingency(counts, correction=False)
             assert m["z"] ** 2 == pytest.approx(chi2.statistic, rel=1e-9, abs=1e-12)
@@ -325,23 +325,23 @@ histograms = st.dictionaries(st.integers(1, 40), st.integers(1, 9), min_size=1, 
 def test_distances_of_any_histograms(a: Histogram, b: Histogram) -> None:
     expected = expected_distances(*(np.repeat(h.keys, h.counts) for h in (a, b)))
     found = {
-        "psi": compare.psi(a, b),
-        "ks": compare.kolmogorov_smirnov(a, b),
-        "js": compare.jensen_shannon(a, b),
+        "psi": distances.psi(a, b),
+        "ks": distances.kolmogorov_smirnov(a, b),
+        "js": distances.jensen_shannon(a, b),
     }
     assert found == pytest.approx(
         expected, rel=1e-9, abs=1e-7
     )  # scipy's root of a sum near 0 is 1e-8 off
     assert (
-        compare.kolmogorov_smirnov(b, a) == found["ks"] <= 1
-        and compare.jensen_shannon(b, a) == found["js"] <= 1
+        distances.kolmogorov_smirnov(b, a) == found["ks"] <= 1
+        and distances.jensen_shannon(b, a) == found["js"] <= 1
     )
     assert found["psi"] >= 0
     doubled = Histogram(a.keys, 2 * a.counts)  # every document twice
     assert (
-        compare.psi(a, doubled)
-        == compare.kolmogorov_smirnov(a, doubled)
-        == compare.jensen_shannon(a, doubled)
+        distances.psi(a, doubled)
+        == distances.kolmogorov_smirnov(a, doubled)
+        == distances.jensen_shannon(a, doubled)
         == 0
     )
 
@@ -352,17 +352,17 @@ def test_jensen_shannon_is_between_0_and_1_and_1_for_what_has_nothing_in_common(
     a: Histogram, b: Histogram, c: Histogram
 ) -> None:
     far = Histogram(a.keys + 100, a.counts)
-    assert compare.kolmogorov_smirnov(b, far) == 1
+    assert distances.kolmogorov_smirnov(b, far) == 1
     # half the mixture lies on either side of the fifth decile, which ends a bin
-    assert compare.jensen_shannon(b, far) == pytest.approx(1)
-    assert compare.psi(b, far) > compare.psi(b, b) == 0
-    assert 0 <= compare.jensen_shannon(a, c) <= 1
+    assert distances.jensen_shannon(b, far) == pytest.approx(1)
+    assert distances.psi(b, far) > distances.psi(b, b) == 0
+    assert 0 <= distances.jensen_shannon(a, c) <= 1
 
 
 def test_counts_beyond_what_64_bits_multiply_are_exact() -> None:
     large = Histogram(np.array([1, 2, 3]), np.array([4 * 10**9, 4 * 10**9, 2 * 10**9]))
     small = Histogram(np.array([1, 2, 3]), np.array([2, 2, 1]))
-    assert compare.jensen_shannon(large, small) == compare.psi(large, small) == 0.0
+    assert distances.jensen_shannon(large, small) == distances.psi(large, small) == 0.0
 
 
 @settings(deadline=None)
@@ -370,7 +370,7 @@ def test_counts_beyond_what_64_bits_multiply_are_exact() -> None:
 def test_z_p_and_q_of_any_counts(rows: list[tuple[int, int, int, int]]) -> None:
     high_a, low_a, high_b, low_b = np.array(rows).T
     n_a, n_b = high_a + low_a + 1, high_b + low_b + 1
-    z, p = compare.two_proportions(high_a, n_a, high_b, n_b)
+    z, p = distances.two_proportions(high_a, n_a, high_b, n_b)
     for i in range(len(rows)):
         pooled = (high_a[i] + high_b[i]) / (n_a[i] + n_b[i])
         if pooled == 0:
@@ -379,7 +379,7 @@ def test_z_p_and_q_of_any_counts(rows: list[tuple[int, int, int, int]]) -> None:
         expected = (high_b[i] / n_b[i] - high_a[i] / n_a[i]) / math.sqrt(
             pooled * (1 - pooled) * (1 / n_a[i] + 1 / n_b[i])
         )
-        if min(pooled, 1 - pooled) * min(n_a[i], n_b[i]) < compare.LEAST_EXPECTED:
+        if min(pooled, 1 - pooled) * min(n_a[i], n_b[i]) < distances.LEAST_EXPECTED:
             cells = [
                 (high + pooled, n - high + 1 - pooled)
                 for high, n in ((high_a[i], n_a[i]), (high_b[i], n_b[i]))
@@ -390,8 +390,8 @@ def test_z_p_and_q_of_any_counts(rows: list[tuple[int, int, int, int]]) -> None:
             )
         assert z[i] == pytest.approx(expected)
         assert p[i] == pytest.approx(2 * scipy.stats.norm.sf(abs(expected)))
-    assert compare.benjamini_hochberg(p) == pytest.approx(scipy.stats.false_discovery_control(p))
-    backwards, p_backwards = compare.two_proportions(high_b, n_b, high_a, n_a)
+    assert distances.benjamini_hochberg(p) == pytest.approx(scipy.stats.false_discovery_control(p))
+    backwards, p_backwards = distances.two_proportions(high_b, n_b, high_a, n_a)
     assert (backwards == -z).all() and (p_backwards == p).all()
 
 

@@ -31,7 +31,8 @@ from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.stats import wilson
 from afn_ray.reduce.tables import Texts
-from afn_ray.reduce.tree import Inline, Recorded, Rules, Tasks, call, reduce_run
+from afn_ray.reduce.tasks import FAN_IN, Inline, Tasks, call
+from afn_ray.reduce.tree import Recorded, Rules, reduce_run
 from afn_ray.runs import cluster
 from afn_ray.runs.cluster import calls
 from afn_ray.schema import (
@@ -478,13 +479,13 @@ def test_any_tree_over_any_cut_in_any_order_gives_the_same_bits(
     tasks = Twice() if elsewhere else Inline()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "FAN_IN": fan_in,
             "MAX_PARTS": parts,
             "READ_BYTES": read_bytes,
             "PART_BYTES": 1,
             "SLICE_PAIRS": slice_pairs,
         }.items():
             patch.setattr(tree, name, value)
+        patch.setattr("afn_ray.reduce.tasks.FAN_IN", fan_in)
         tables = _reduce(str(folder / "store"), _made(folder / "scratch"), shards, tasks)
     for name in ("thresholds", "histogram", "vocabulary"):
         assert tables[name].combine_chunks().equals(expected[name].combine_chunks()), (
@@ -528,7 +529,7 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
         def result(self, handle: Any) -> Any:
             raise AssertionError("no value is asked for while the tree grows")
 
-    monkeypatch.setattr(tree, "FAN_IN", 4)
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 4)
     files = {"summary": {"name": "", "bytes": 1, "sha256": ""}}
     commits = [Commit(str(i), "", files, {}, 0.0, {}) for i in range(4**6)]
     shards = CommittedShards("/store", MEASURE_ID, commits, [1] * len(commits))
@@ -572,13 +573,13 @@ def test_ray_gives_the_bits_of_this_process(local_ray: None, store: str, scratch
         assert isinstance(tasks, calls.RayTasks)
         patch.setattr(calls, "MAX_PENDING", 4)
         patch.setattr(tree, "PART_BYTES", 1 << 12)
-        patch.setattr(tree, "FAN_IN", 8)
+        patch.setattr("afn_ray.reduce.tasks.FAN_IN", 8)
         on_ray = _reduced(store, commits[::-1], tasks)
         assert len(tasks._pending) <= 4
     assert inline["shards"].num_rows == 150
     for name in ("thresholds", "histogram", "vocabulary"):
         assert on_ray[name].combine_chunks().equals(inline[name].combine_chunks()), name
-    with _on_ray(tree.FAN_IN) as tasks:
+    with _on_ray(FAN_IN) as tasks:
         assert isinstance(
             tasks, Inline
         )  # one call would read them all: no second process is worth it
@@ -642,8 +643,8 @@ def test_a_run_on_ray_reduces_there_and_has_the_tables_of_one_in_this_process(
     verses: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (cluster, tree):
-        monkeypatch.setattr(module, "FAN_IN", 2)
+    monkeypatch.setattr(cluster, "FAN_IN", 2)
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     submitted: list[str] = []
     submit = calls.RayTasks.submit
 

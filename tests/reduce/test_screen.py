@@ -22,9 +22,11 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import StoreError
 from afn_ray.reduce import screen
 from afn_ray.reduce.histogram import round_strengths
-from afn_ray.reduce.screen import LEAST_DOCS, MAD_TO_SD, MAX_SOURCES, RARE, source_depth, source_of
+from afn_ray.reduce.screen import RARE
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.runs import measurer
+from afn_ray.reduce.sources import MAX_SOURCES, source_depth, source_of
+from afn_ray.reduce.strangest import LEAST_DOCS, MAD_TO_SD
+from afn_ray.runs import worker
 from afn_ray.schema import FEATURES
 from afn_ray.store import manifest, plans, shard_files
 from bench import screen as bench
@@ -242,7 +244,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
     shards, header = plans.read_shards(run)
     measure_id = run.info["measure"]["id"]
     found = shard_files.find_commits(made.store, measure_id, shards)
-    monkeypatch.setattr(screen, "FAN_IN", 2)
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     monkeypatch.setattr(screen, "READ_BYTES", 1 + 20_000 * seed)
     monkeypatch.setattr(screen, "PART_DOCS", 40)
     committed = CommittedShards(

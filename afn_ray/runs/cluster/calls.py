@@ -8,7 +8,7 @@ from typing import Any
 
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted
-from afn_ray.reduce.tree import call
+from afn_ray.reduce.tasks import call
 from afn_ray.runs import dispatch
 from afn_ray.runs.cluster.connection import cause_of, lack, needs
 from afn_ray.runs.dispatch import Patience
