@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.stats import is_high
 from afn_ray.schema import (
     PAIRS_SCHEMA,
     SPECIAL,
@@ -254,7 +255,7 @@ def _check_neurons(
     ):
         flags = batch["flags"].to_numpy()
         high = {
-            k: ((flags & SPECIAL) == 0) & (batch[f"strength_{k}"].to_numpy() >= q3)
+            k: ((flags & SPECIAL) == 0) & is_high(batch[f"strength_{k}"].to_numpy(), q3)
             for k, q3 in above.items()
         }
         which = (

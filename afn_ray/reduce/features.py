@@ -20,7 +20,7 @@ from afn_ray.reduce.histogram import (
 )
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Floats, Ints
+from afn_ray.reduce.stats import Floats, Ints, is_high
 from afn_ray.schema import (
     FEATURES,
     SPECIAL,
@@ -153,7 +153,7 @@ def _features(
     logs = np.log(np.maximum(n, 2))
     features = [
         np.bincount(docs, wide, num_docs) / least,
-        share(strengths >= np.float32(limits.q3)),
+        share(is_high(strengths, limits.q3)),
         share(limits.rare[types]),
         share(wide > limits.sink),
         share(flags & WORD_START == 0),

@@ -78,3 +78,12 @@ def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
     if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
         return None
     return float(np.corrcoef(midranks(a), midranks(b))[0, 1])
+
+
+def is_high(strengths: npt.NDArray[Any], q3: float | None) -> npt.NDArray[np.bool_]:
+    """Whether each strength is HIGH: at or above ``q3``, the Q3 of the thresholds that label.
+
+    Without a Q3, as in a run without tokens, none is. ``query.expressions.is_high`` is the same
+    rule in SQL.
+    """
+    return np.asarray(strengths >= np.float32(np.inf if q3 is None else q3))

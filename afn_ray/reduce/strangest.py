@@ -17,7 +17,7 @@ from afn_ray.reduce.histogram import (
     to_values,
 )
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Floats, Ints, mean_and_variance, quantile_index
+from afn_ray.reduce.stats import Floats, Ints, is_high, mean_and_variance, quantile_index
 from afn_ray.schema import (
     FEATURES,
     SCREENED_SCHEMA,
@@ -80,7 +80,7 @@ def describe(
     rows = []
     for layer, histogram in zip(layers, strengths, strict=True):
         for at, h in enumerate(_by_source(histogram, len(names))):
-            high = to_values(h.keys) >= np.float32(np.inf if q3[layer] is None else q3[layer])
+            high = is_high(to_values(h.keys), q3[layer])
             rows.append(
                 {
                     **read[names[at]],

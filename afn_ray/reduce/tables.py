@@ -19,7 +19,7 @@ from afn_ray.reduce.histogram import (
     starts,
     to_values,
 )
-from afn_ray.reduce.stats import mean_and_variance, quantile_rank, wilson
+from afn_ray.reduce.stats import is_high, mean_and_variance, quantile_rank, wilson
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     SHARDS_SCHEMA,
@@ -167,7 +167,7 @@ def frozen_rows(
             ~is_sink if row["population"] == "tokens_without_sinks" else np.full(len(values), True)
         )
         part = Histogram(histogram.keys[which], histogram.counts[which])
-        high = values[which] >= (np.inf if theirs["q3"] is None else theirs["q3"])
+        high = is_high(values[which], theirs["q3"])
         rows.append(
             row
             | _moments(part)
@@ -202,7 +202,7 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     quartile = {
         i: values[np.searchsorted(cumulative, before + quantile_rank(n, i, 4))] for i in (1, 2, 3)
     }
-    high = values >= np.float32(np.inf if q3 is None else q3)
+    high = is_high(values, q3)
     columns: dict[str, Any] = {
         "special": types[first] >= SPECIAL_KEY >> BIN_BITS,
         "token_id": types[first] % (SPECIAL_KEY >> BIN_BITS),
