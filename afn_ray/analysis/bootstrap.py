@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantity:
+    """What a figure measures; the fields are those of ``Figure``."""
+
+    claim: str
+    what: str
+    of: str
+    layer: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
     """A figure over all documents, and over those of each replicate [REPLICATES]."""
 
@@ -57,6 +67,31 @@ class Drawn:
             return math.nan, math.nan
         low, high = np.quantile(there, [0.025, 0.975])
         return float(low), float(high)
+
+    def figure(
+        self, quantity: Quantity, n: float, n_docs: int, *, is_control: bool = False
+    ) -> Figure:
+        """The figure of ``quantity`` with this value, from ``n`` tokens of ``n_docs`` documents."""
+        low, high = self.interval()
+        return Figure(
+            quantity.claim,
+            quantity.what,
+            quantity.of,
+            quantity.layer,
+            self.value,
+            low,
+            high,
+            int(n),
+            n_docs,
+            is_control,
+        )
+
+
+def combined(statistic: Callable[..., Floats], *drawn: Drawn) -> Drawn:
+    """``statistic`` of figures that use the same documents in each replicate."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(statistic(*(np.float64(one.value) for one in drawn)))
+        return Drawn(value, statistic(*(one.replicates for one in drawn)))
 
 
 def fixed(value: float) -> Drawn:
@@ -94,10 +129,11 @@ class Sample:
         ((of_docs, of_tokens),) = run.sql(
             "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM documents WHERE n_tokens > 0"
         ).fetchall()
-        one_in = max(1, min(-(-of_tokens // max_tokens), of_docs // GROUPS))
-        self.tokens = "tokens WHERE NOT is_special" + (
-            f" AND hash(doc) % {one_in} = 0" if one_in > 1 else ""
-        )
+        wanted = -(-of_tokens // max_tokens)
+        one_in = max(1, min(wanted, of_docs // GROUPS))
+        self.tokens = "tokens WHERE NOT is_special"
+        if one_in > 1:
+            self.tokens += f" AND hash(doc) % {one_in} = 0"
         docs, sizes = self.ask(f"SELECT doc, count(*) FROM {self.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
         if not len(docs):
             raise QueryError(
@@ -107,31 +143,27 @@ class Sample:
         self.n, self.n_docs = int(sizes.sum()), len(docs)
         self.num_groups = min(self.n_docs, GROUPS)
         dealt = np.random.default_rng(SEED).permutation(self.n_docs) % self.num_groups
-        self.group_of, self.length_of = (
-            by_number(docs, dealt),
-            by_number(docs, ranks(sizes, sizes)),
-        )
+        self.group_of = by_number(docs, dealt)
+        self.length_of = by_number(docs, ranks(sizes, sizes))
         self.draw = Draws(self.num_groups).draw
+        self.notes = tuple(self._notes(of_docs, one_in, is_larger=wanted > one_in))
+
+    def _notes(self, of_docs: int, one_in: int, *, is_larger: bool) -> Iterator[str]:
+        """Sentences on the sample: one in ``one_in`` of ``of_docs`` documents.
+
+        ``is_larger``: it has more tokens than were asked for.
+        """
         of = f", one in {one_in} of {of_docs:,}, chosen by their hash" if one_in > 1 else ""
         groups = f" in {self.num_groups:,} groups" if self.num_groups < self.n_docs else ""
-        self.notes: tuple[str, ...] = (
+        yield (
             f"{count(self.n, 'token')} of {count(self.n_docs, 'document')}{of}; intervals by "
-            f"{REPLICATES:,} bootstrap "
-            f"samples of documents{groups}",
+            f"{REPLICATES:,} bootstrap samples of documents{groups}"
         )
-        if -(-of_tokens // max_tokens) > one_in:
-            self.notes += (
-                f"Intervals want {GROUPS} documents, so no fewer are read, whatever their tokens.",
-            )
+        if is_larger:
+            yield f"Intervals want {GROUPS} documents, so no fewer are read, whatever their tokens."
         if self.num_groups < FEW:
-            self.notes += (
-                "So few documents say little of how far documents differ: "
-                + (
-                    "there are no intervals."
-                    if self.num_groups < 2
-                    else "intervals are too narrow."
-                ),
-            )
+            so = "there are no intervals" if self.num_groups < 2 else "intervals are too narrow"
+            yield f"So few documents say little of how far documents differ: {so}."
 
     def ask(self, query: str) -> list[npt.NDArray[Any]]:
         """Run ``query`` and return the columns of its result."""
@@ -146,20 +178,11 @@ class Sample:
             )
 
     def figure(
-        self,
-        claim: str,
-        what: str,
-        of: str,
-        layer: int | None,
-        drawn: Drawn,
-        n: float | None = None,
-        *,
-        is_control: bool = False,
+        self, quantity: Quantity, drawn: Drawn, n: float | None = None, *, is_control: bool = False
     ) -> Figure:
-        tokens = self.n if n is None else int(n)
-        return Figure(
-            claim, what, of, layer, drawn.value, *drawn.interval(), tokens, self.n_docs, is_control
-        )
+        """The figure of ``quantity`` from ``n`` tokens; None means all tokens of the sample."""
+        num_tokens = self.n if n is None else n
+        return drawn.figure(quantity, num_tokens, self.n_docs, is_control=is_control)
 
 
 def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:

@@ -16,12 +16,12 @@ more than ``MAX_TOKENS`` is sampled by document, and the output says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from afn_ray.analysis.bootstrap import Drawn, Figure, Sample, fixed
+from afn_ray.analysis.bootstrap import Drawn, Figure, Quantity, Sample, combined, fixed
 from afn_ray.analysis.token_pass import KINDS, Sums, TagCounts, Variable, read_sums
 from afn_ray.query.database import Run
 from afn_ray.reduce.stats import Floats, auc
@@ -83,115 +83,120 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
     variables, sums, num_types = read_sums(sample, layers, recorded, tags)
     figures: list[Figure] = []
     for before, k in zip([None, *layers], layers, strict=False):
-        figures += _of_layer(sample, k, before, sums[k], num_types)
+        figures += _of_layer(_Layer(sample, k, sums[k]), before, num_types)
         figures += [] if tags is None else tags.figures(sample, k)
     figures += _separation(sample, variables)
     ordered = sorted(figures, key=lambda f: list(CLAIMS).index(f.claim))
     return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(ordered))
 
 
-# --- the bootstrap
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Sums of one layer over the tokens of a sample, and the figures made of them."""
+
+    sample: Sample
+    layer: int
+    sums: Sums
+
+    def has(self, name: str) -> bool:
+        return name in self.sums
+
+    def total(self, name: str) -> float:
+        return float(self.sums[name].sum())
+
+    def draw(self, statistic: Callable[..., Floats], *names: str) -> Drawn:
+        """``statistic`` of the sums ``names``."""
+        return self.sample.draw(statistic, *(self.sums[name] for name in names))
+
+    def share(self, part: str, whole: str) -> Drawn:
+        return self.draw(np.divide, part, whole)
+
+    def figure(
+        self,
+        claim: str,
+        what: str,
+        of: str,
+        drawn: Drawn,
+        n: float | None = None,
+        *,
+        is_control: bool = False,
+    ) -> Figure:
+        quantity = Quantity(claim, what, of, self.layer)
+        return self.sample.figure(quantity, drawn, n, is_control=is_control)
 
 
-# --- one pass over the tokens
-
-
-# --- figures
-
-
-def _of_layer(
-    sample: Sample, k: int, before: int | None, g: Sums, num_types: int
-) -> Iterator[Figure]:
-    """Figures of strength at layer ``k`` from its sums ``g``.
-
-    ``before`` is the recorded layer before ``k``.
-    """
-    run, draw, figure = sample.run, sample.draw, sample.figure
-    total = {name: float(x.sum()) for name, x in g.items()}
-    for c in KINDS:
-        if total[c]:
-            drawn = draw(np.divide, g[f"high_{c}"], g[c])
-            yield figure(
-                "classes",
-                f"share of {c} that is HIGH",
-                "strength",
-                k,
-                drawn,
-                total[c],
-                is_control=k == 0,
-            )
-    if "shift" in g:
-        of_shift, of_tokens = (
-            draw(np.divide, g["high_shift"], g["shift"]),
-            draw(np.divide, g["high"], g["n"]),
-        )
-        what = "share that HIGH tokens hold"
-        yield figure("shift", what, "of the shift", k, of_shift)
-        yield figure("shift", what, "of the tokens", k, of_tokens, is_control=True)
-        yield figure("shift", what, "the difference", k, of_shift.less(of_tokens))
+def _of_layer(here: _Layer, before: int | None, num_types: int) -> Iterator[Figure]:
+    """Figures of strength at one layer; ``before`` is the recorded layer before it."""
+    yield from _class_shares(here)
+    if here.has("shift"):
+        yield from _shares_of_shift(here)
     if before is not None:
-        what = "HIGH tokens in common (Jaccard)"
-        yield figure(
-            "layers", what, f"with layer {before}", k, draw(np.divide, g["both"], g["any"])
-        )
-        here = total["high"] / total["n"]
-        there = (total["both"] + total["any"]) / total["n"] - here
-        chance = fixed(here * there / (here + there - here * there))
-        yield figure("layers", what, f"with layer {before}, by chance", k, chance, is_control=True)
+        yield from _overlap(here, before)
+    yield from _variance_between_types(here, num_types)
+    yield from _rank_correlations(here)
+    if here.has("cut"):
+        yield from _dimensions(here)
+    yield from _sinks(here)
+
+
+def _class_shares(here: _Layer) -> Iterator[Figure]:
+    for kind in KINDS:
+        if total := here.total(kind):
+            what, share = f"share of {kind} that is HIGH", here.share(f"high_{kind}", kind)
+            is_control = here.layer == 0
+            yield here.figure("classes", what, "strength", share, total, is_control=is_control)
+
+
+def _shares_of_shift(here: _Layer) -> Iterator[Figure]:
+    what = "share that HIGH tokens hold"
+    of_shift, of_tokens = here.share("high_shift", "shift"), here.share("high", "n")
+    yield here.figure("shift", what, "of the shift", of_shift)
+    yield here.figure("shift", what, "of the tokens", of_tokens, is_control=True)
+    yield here.figure("shift", what, "the difference", of_shift.less(of_tokens))
+
+
+def _overlap(here: _Layer, before: int) -> Iterator[Figure]:
+    """HIGH tokens that the layer has in common with the layer ``before``."""
+    what, of = "HIGH tokens in common (Jaccard)", f"with layer {before}"
+    yield here.figure("layers", what, of, here.share("both", "any"))
+    n = here.total("n")
+    share = here.total("high") / n
+    share_before = (here.total("both") + here.total("any")) / n - share
+    in_both = share * share_before
+    chance = fixed(in_both / (share + share_before - in_both))
+    yield here.figure("layers", what, f"{of}, by chance", chance, is_control=True)
+
+
+def _variance_between_types(here: _Layer, num_types: int) -> Iterator[Figure]:
+    def eta_squared(n: Floats, off: Floats, squares: Floats, within: Floats) -> Floats:
+        return np.asarray(1 - within / (squares - off**2 / n))
 
     what = "share of the variance that is between groups (eta squared)"
-    parts = [g[name] for name in ("n", "off", "off_2", "within")]
-    eta = draw(lambda n, off, squares, within: 1 - within / (squares - off**2 / n), *parts)
-    yield figure("types", what, "a group for each type", k, eta)
-    chance = fixed((num_types - 1) / max(1, sample.n - 1))
-    yield figure("types", what, "as many groups by chance", k, chance, is_control=True)
+    eta = here.draw(eta_squared, "n", "off", "off_2", "within")
+    yield here.figure("types", what, "a group for each type", eta)
+    chance = fixed((num_types - 1) / max(1, here.sample.n - 1))
+    yield here.figure("types", what, "as many groups by chance", chance, is_control=True)
 
+
+def _rank_correlations(here: _Layer) -> Iterator[Figure]:
     for key, name in (
         ("frequency", "log frequency"),
         ("place", "position"),
         ("length", "document length"),
     ):
-        rho = draw(
-            _correlation, *(g[part] for part in ("n", "x", key, "xx", f"{key}_2", f"{key}_x"))
-        )
-        yield figure("frequency", "Spearman's rho with strength", name, k, rho)
-    if total["k_c"] and total["k_n"] > total["k_c"]:
-        parts = [g[f"k_{name}"] for name in ("n", "c", "x", "xx", "f", "ff", "fx", "cx", "cf")]
-        what = "rank correlation of strength with being content, not function or punctuation"
-        alone = draw(_correlation, *(g[f"k_{name}"] for name in ("n", "x", "c", "xx", "c", "cx")))
-        yield figure("frequency", what, "as it is", k, alone, total["k_n"])
-        at_one = draw(_partial, *parts)
-        yield figure(
-            "frequency",
-            what,
-            "at one frequency (partial)",
-            k,
-            at_one,
-            total["k_n"],
-            is_control=True,
-        )
-
-    if "cut" in g:
-        dims = len(run.info["measure"]["outliers"][list(run.info["layers"]).index(k)])
-        what = f"share of the squared norm in {count(dims, 'dimension')}"
-        yield figure("dimensions", what, "the largest", k, draw(np.divide, g["cut"], g["squares"]))
-        alike = fixed(dims / run.info["model"]["hidden_size"])
-        yield figure("dimensions", what, "were all alike", k, alike, is_control=True)
-        common = draw(np.divide, g["trimmed_both"], g["trimmed_any"])
-        yield figure(
-            "dimensions", "HIGH tokens in common (Jaccard)", "with and without these", k, common
-        )
-
-    yield figure("sinks", "share of the tokens", "sinks", k, draw(np.divide, g["sinks"], g["n"]))
-    what = "strength with sinks over strength without"
-    parts = [g[name] for name in ("sum", "n", "sum_without", "sinks")]
-    yield figure(
-        "sinks", what, "mean", k, draw(lambda a, n, b, sinks: a / n / (b / (n - sinks)), *parts)
-    )
-    medians = dict(run.sql(f"SELECT population, q2 FROM thresholds WHERE layer = {k}").fetchall())  # noqa: S608
-    if medians["tokens_without_sinks"]:
-        ratio = fixed(medians["tokens"] / medians["tokens_without_sinks"])
-        yield figure("sinks", what, "median, of the whole run", k, ratio, is_control=True)
+        rho = here.draw(_correlation, "n", "x", key, "xx", f"{key}_2", f"{key}_x")
+        yield here.figure("frequency", "Spearman's rho with strength", name, rho)
+    n = here.total("k_n")
+    if not n > here.total("k_c") > 0:
+        return
+    what = "rank correlation of strength with being content, not function or punctuation"
+    of_content = here.draw(_correlation, "k_n", "k_x", "k_c", "k_xx", "k_c", "k_cx")
+    yield here.figure("frequency", what, "as it is", of_content, n)
+    of_frequency = here.draw(_correlation, "k_n", "k_x", "k_f", "k_xx", "k_ff", "k_fx")
+    of_both = here.draw(_correlation, "k_n", "k_f", "k_c", "k_ff", "k_c", "k_cf")
+    at_one = combined(_partial, of_content, of_frequency, of_both)
+    of = "at one frequency (partial)"
+    yield here.figure("frequency", what, of, at_one, n, is_control=True)
 
 
 def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
@@ -199,78 +204,97 @@ def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Fl
     return np.asarray((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)))
 
 
-def _partial(
-    n: Floats,
-    c: Floats,
-    x: Floats,
-    xx: Floats,
-    f: Floats,
-    ff: Floats,
-    fx: Floats,
-    cx: Floats,
-    cf: Floats,
-) -> Floats:
-    """Partial correlation of ``x`` and ``c`` (0 or 1) with ``f`` held constant."""
-    xc, xf, fc = (
-        _correlation(n, x, c, xx, c, cx),
-        _correlation(n, x, f, xx, ff, fx),
-        _correlation(n, f, c, ff, c, cf),
-    )
-    return np.asarray((xc - xf * fc) / np.sqrt((1 - xf * xf) * (1 - fc * fc)))
+def _partial(xy: Floats, xz: Floats, yz: Floats) -> Floats:
+    """Partial correlation of x and y with z held constant, from their three correlations."""
+    return np.asarray((xy - xz * yz) / np.sqrt((1 - xz * xz) * (1 - yz * yz)))
+
+
+def _dimensions(here: _Layer) -> Iterator[Figure]:
+    info = here.sample.run.info
+    dims = len(info["measure"]["outliers"][list(info["layers"]).index(here.layer)])
+    what = f"share of the squared norm in {count(dims, 'dimension')}"
+    yield here.figure("dimensions", what, "the largest", here.share("cut", "squares"))
+    alike = fixed(dims / info["model"]["hidden_size"])
+    yield here.figure("dimensions", what, "were all alike", alike, is_control=True)
+    what, of = "HIGH tokens in common (Jaccard)", "with and without these"
+    yield here.figure("dimensions", what, of, here.share("trimmed_both", "trimmed_any"))
+
+
+def _sinks(here: _Layer) -> Iterator[Figure]:
+    def ratio_of_means(total: Floats, n: Floats, without: Floats, sinks: Floats) -> Floats:
+        return np.asarray(total / n / (without / (n - sinks)))
+
+    yield here.figure("sinks", "share of the tokens", "sinks", here.share("sinks", "n"))
+    what = "strength with sinks over strength without"
+    ratio = here.draw(ratio_of_means, "sum", "n", "sum_without", "sinks")
+    yield here.figure("sinks", what, "mean", ratio)
+    query = f"SELECT population, q2 FROM thresholds WHERE layer = {here.layer}"  # noqa: S608
+    medians = dict(here.sample.run.sql(query).fetchall())
+    if medians["tokens_without_sinks"]:
+        of_medians = fixed(medians["tokens"] / medians["tokens_without_sinks"])
+        yield here.figure("sinks", what, "median, of the whole run", of_medians, is_control=True)
 
 
 def _separation(sample: Sample, variables: Sequence[Variable]) -> list[Figure]:
     """AUC of strength at every layer and of its rivals, and which layer separates best.
 
-    Also the HIGH shares of the rivals, by class.
+    Also the HIGH shares of the rivals, by class. Empty if the tokens compared are all of one side.
     """
     found: list[Figure] = []
     by_layer: dict[int, Drawn] = {}
     n = 0
     for v in variables:
         content, others = v.by_value[0], v.by_value[1] + v.by_value[2]
-        n = int(content.sum() + others.sum())
         if not content.any() or not others.any():
             return []
-        exact = float(auc(content[None], others[None])[0])
-        drawn = sample.draw(auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
-        drawn = Drawn(
-            exact, drawn.replicates + exact - drawn.value
-        )  # binning shifts the AUC slightly, and equally in all replicates
+        n = int(content.sum() + others.sum())
+        drawn = _auc(sample, v)
         is_control = v.name != "strength" or v.layer == 0
-        found.append(
-            sample.figure("classes", AUC, v.name, v.layer, drawn, n, is_control=is_control)
-        )
+        quantity = Quantity("classes", AUC, v.name, v.layer)
+        found.append(sample.figure(quantity, drawn, n, is_control=is_control))
         if v.name == "strength":
             assert v.layer is not None
             by_layer[v.layer] = drawn
-            continue
-        for at, kind in enumerate(KINDS):
-            if total := v.by_bin[:, at].sum():
-                share = sample.draw(np.divide, v.high[:, at], v.by_bin[:, at].sum(axis=1))
-                what = f"share of {kind} that is HIGH"
-                found.append(
-                    sample.figure("classes", what, v.name, v.layer, share, total, is_control=True)
-                )
-    if len(by_layer) < 2:
-        return found
-    best_first = sorted(by_layer, key=lambda k: -by_layer[k].value)
-    for k in best_first if 0 in by_layer else []:
-        if k != 0:
-            what, less = f"{AUC}, less that of layer 0", by_layer[k].less(by_layer[0])
-            found.append(sample.figure("layers", what, "strength", k, less, n))
-    drawn_all = np.array([by_layer[k].replicates for k in best_first])
-    there = drawn_all[:, np.isfinite(drawn_all).all(axis=0)]
-    if not there.size:
-        return found
-    best = np.argmax(there, axis=0)
-    for at, k in enumerate(best_first):
-        what, share = (
-            "share of bootstrap samples in which its AUC is the largest",
-            fixed(float((best == at).mean())),
-        )
-        found.append(sample.figure("layers", what, "strength", k, share, n, is_control=k == 0))
+        else:
+            found += _shares_of_rival(sample, v)
+    if len(by_layer) > 1:
+        found += _best_layer(sample, by_layer, n)
     return found
 
 
-# --- output
+def _auc(sample: Sample, v: Variable) -> Drawn:
+    """AUC of ``v``: exact, with an interval from binned ranks.
+
+    Binning shifts the AUC slightly, and equally in all replicates.
+    """
+    content, others = v.by_value[0], v.by_value[1] + v.by_value[2]
+    exact = float(auc(content[None], others[None])[0])
+    binned = sample.draw(auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
+    return Drawn(exact, binned.replicates + exact - binned.value)
+
+
+def _shares_of_rival(sample: Sample, v: Variable) -> Iterator[Figure]:
+    for at, kind in enumerate(KINDS):
+        if total := v.by_bin[:, at].sum():
+            share = sample.draw(np.divide, v.high[:, at], v.by_bin[:, at].sum(axis=1))
+            quantity = Quantity("classes", f"share of {kind} that is HIGH", v.name, v.layer)
+            yield sample.figure(quantity, share, total, is_control=True)
+
+
+def _best_layer(sample: Sample, by_layer: Mapping[int, Drawn], n: int) -> Iterator[Figure]:
+    """Figures on the layer whose AUC is the largest; ``by_layer`` are the layers' AUCs."""
+    best_first = sorted(by_layer, key=lambda k: -by_layer[k].value)
+    if 0 in by_layer:
+        for k in best_first:
+            if k != 0:
+                quantity = Quantity("layers", f"{AUC}, less that of layer 0", "strength", k)
+                yield sample.figure(quantity, by_layer[k].less(by_layer[0]), n)
+    replicates = np.array([by_layer[k].replicates for k in best_first])
+    replicates = replicates[:, np.isfinite(replicates).all(axis=0)]
+    if not replicates.size:
+        return
+    best = np.argmax(replicates, axis=0)
+    what = "share of bootstrap samples in which its AUC is the largest"
+    for at, k in enumerate(best_first):
+        share = fixed(float((best == at).mean()))
+        yield sample.figure(Quantity("layers", what, "strength", k), share, n, is_control=k == 0)

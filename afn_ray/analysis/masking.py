@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from afn_ray.analysis import explain
-from afn_ray.analysis.bootstrap import SEED, Drawn, Draws, Figure
+from afn_ray.analysis.bootstrap import SEED, Drawn, Draws, Figure, Quantity
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run
@@ -52,7 +52,7 @@ CHANGES = (
 )
 
 Ints = npt.NDArray[np.int64]
-States32 = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,32 +114,11 @@ def check(
             f"none of the documents drawn from {run.uri} has both HIGH and LOW tokens that may be "
             "masked"
         )
-    draws = Draws(len(changes))
-    figures = []
-    for of, what in enumerate(CHANGES):
-        means: dict[str, Drawn] = {}
-        for at, kind in enumerate(KINDS):
-            if n_docs := int((is_there := replaced[:, at] > 0).sum()):
-                values = np.where(is_there, changes[:, at, of], 0)
-                means[kind] = draws.draw(np.divide, values, is_there.astype(np.float64))
-                figures.append(
-                    _figure(
-                        what,
-                        f"{kind} tokens masked",
-                        layer,
-                        means[kind],
-                        replaced[:, at].sum(),
-                        n_docs,
-                        is_control=not kind.startswith("HIGH"),
-                    )
-                )
-        for a, b in DIFFERENCES:
-            if a in means:
-                n_docs = int((replaced[:, KINDS.index(a)] > 0).sum())
-                difference, n = means[a].less(means[b]), replaced[:, KINDS.index(a)].sum()
-                figures.append(
-                    _figure(what, f"{a} less {b}", layer, difference, n, n_docs, is_control=False)
-                )
+    figures = [
+        figure
+        for of, what in enumerate(CHANGES)
+        for figure in _figures(what, layer, changes[:, :, of], replaced)
+    ]
     note = (
         f"Masking: {count(len(changes), 'document')} of the run, drawn by their hash, each in one "
         "window. As many "
@@ -155,12 +134,30 @@ def check(
     return figures, note
 
 
-def _figure(
-    what: str, of: str, layer: int, drawn: Drawn, n: float, n_docs: int, *, is_control: bool
-) -> Figure:
-    return Figure(
-        "masking", what, of, layer, drawn.value, *drawn.interval(), int(n), n_docs, is_control
-    )
+def _figures(what: str, layer: int, changes: Floats, replaced: Floats) -> Iterator[Figure]:
+    """Mean changes by kind, and their differences.
+
+    ``changes`` and the numbers of ``replaced`` tokens are [n_docs, n_kinds].
+    """
+    draw = Draws(len(changes)).draw
+    means: dict[str, Drawn] = {}
+    num_replaced = dict(zip(KINDS, replaced.sum(axis=0).tolist(), strict=True))
+    num_docs = dict(zip(KINDS, (replaced > 0).sum(axis=0).tolist(), strict=True))
+    for at, kind in enumerate(KINDS):
+        if not num_docs[kind]:
+            continue
+        has_kind = replaced[:, at] > 0
+        values = np.where(has_kind, changes[:, at], 0)
+        means[kind] = draw(np.divide, values, has_kind.astype(np.float64))
+        quantity = Quantity("masking", what, f"{kind} tokens masked", layer)
+        is_control = not kind.startswith("HIGH")
+        yield means[kind].figure(
+            quantity, num_replaced[kind], num_docs[kind], is_control=is_control
+        )
+    for a, b in DIFFERENCES:
+        if a in means:
+            quantity = Quantity("masking", what, f"{a} less {b}", layer)
+            yield means[a].less(means[b]).figure(quantity, num_replaced[a], num_docs[a])
 
 
 def _stand_in(measurer: Measurer) -> tuple[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.analysis.bootstrap import Figure, Sample, by_number, ranks
-from afn_ray.reduce.stats import Floats, Ints, quantile_index
+from afn_ray.analysis.bootstrap import Figure, Quantity, Sample, by_number, ranks
+from afn_ray.reduce.stats import Floats, Ints, is_high, quantile_index
 from afn_ray.schema import UNTAGGED, in_order, upos_classes
 from afn_ray.text import count
 
@@ -95,9 +96,32 @@ class TagCounts:
         for at, name in enumerate(self._names):
             n = self._n[layer][:, at]
             share = sample.draw(np.divide, self._high[layer][:, at], n)
-            yield sample.figure(
-                "tags", "share that is HIGH", name, layer, share, n.sum(), is_control=layer == 0
-            )
+            quantity = Quantity("tags", "share that is HIGH", name, layer)
+            yield sample.figure(quantity, share, n.sum(), is_control=layer == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Types:
+    """Facts of each type, by token id, and of each position."""
+
+    ids: Ints  # of the types in the sample
+    n_of: Ints  # tokens in the sample, in the order of ``ids``
+    kind: Ints  # index in ``KINDS``, or their number for other types
+    idf: Floats
+    frequency: Floats  # rank of the type's frequency in the run
+    place: Floats  # rank of each position
+    mean: Mapping[int, Floats]  # mean strength in the sample, by layer
+    centre: Mapping[int, float]  # mean strength of all tokens in the sample, by layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some tokens; all arrays are [n_tokens]."""
+
+    columns: dict[str, npt.NDArray[Any]]
+    group: Ints
+    kind: Ints
+    ranks: Mapping[str, Floats]  # by column
 
 
 def read_sums(
@@ -108,126 +132,171 @@ def read_sums(
     Strength comes first among the variables, layer by layer. A token's class, one of ``KINDS``, is
     that of its type, or with ``tags`` that of its own tag.
     """
-    run, groups = sample.run, sample.num_groups
-    mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
-    types, n_of, *means = sample.ask(
-        f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1"  # noqa: S608
-    )
-    mean_of = {k: by_number(types, mean) for k, mean in zip(layers, means, strict=True)}
-    centre = {k: float(mean @ n_of) / sample.n for k, mean in zip(layers, means, strict=True)}
-    known = sample.ask(
-        f"SELECT token_id, coalesce(list_position({list(KINDS)}, class) - 1, {len(KINDS)}), n, idf "  # noqa: S608
-        f"FROM vocabulary WHERE layer = {layers[-1]} AND class <> 'special'"
-    )
-    kind_of, run_n_of, idf_of = (by_number(known[0], column) for column in known[1:])
-    frequency_of = by_number(types, ranks(run_n_of[types], n_of))
-    places, num_there = sample.ask(f"SELECT position, count(*) FROM {sample.tokens} GROUP BY 1")  # noqa: S608
-    place_of = by_number(places, ranks(places, num_there))
-
-    def variable(name: str, layer: int | None, column: str) -> Variable:
-        if column == "idf":
-            values, level = np.unique(idf_of[types], return_inverse=True)
-            counts = np.bincount(level, n_of)
-        else:
-            values, counts = sample.ask(
-                f"SELECT {column}, count(*) FROM {sample.tokens} GROUP BY 1 ORDER BY 1"  # noqa: S608
-            )
-        return Variable(name, layer, column, values, counts, groups)
-
-    variables = [variable("strength", k, f"strength_{k}") for k in layers]
-    rarity = variable("rarity (idf)", None, "idf")
-    variables += [rarity] if rarity.separates else []
-    for signal, name in (
-        ("attention", "attention received"),
-        ("attention_norm", "norm-weighted attention"),
-    ):
-        variables += [
-            variable(name, k, f"{signal}_{k}") for k in layers if f"{signal}_{k}" in recorded
-        ]
+    run = sample.run
+    types = _read_types(sample, layers)
+    variables = _read_variables(sample, layers, recorded, types)
     trimmed_q3 = dict(
         run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'").fetchall()
     )
     q3 = dict(run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'").fetchall())
-    columns = ["doc", "position", "token_id", *(v.column for v in variables if v.column != "idf")]
-    columns += [
-        f"{name}_{k}"
-        for name in ("sink", "shift", "strength_trimmed")
-        for k in layers
-        if f"{name}_{k}" in recorded
-    ]
-    columns += ["tag"] if tags is not None else []
+    names = _columns(layers, recorded, variables)
+    selected = ", ".join(names if tags is None else [*names, "tag"])
     sums: dict[int, Sums] = {k: {} for k in layers}
     sample.check_time()
-    for batch in run.sql(f"SELECT {', '.join(columns)} FROM {sample.tokens}").to_arrow_reader():  # noqa: S608
+    for read in run.sql(f"SELECT {selected} FROM {sample.tokens}").to_arrow_reader():  # noqa: S608
         sample.check_time()
-        row = {
-            name: batch.column(name).to_numpy(zero_copy_only=False)
-            for name in columns
-            if name != "tag"
-        }
-        row["idf"] = idf_of[row["token_id"]]
-        row |= {f"high_{k}": row[f"strength_{k}"] >= np.float32(q3[k]) for k in layers}
-        g, kind = sample.group_of[row["doc"]], kind_of[row["token_id"]]
+        columns = {name: read.column(name).to_numpy(zero_copy_only=False) for name in names}
+        columns["idf"] = types.idf[columns["token_id"]]
+        for k in layers:
+            columns[f"high_{k}"] = is_high(columns[f"strength_{k}"], q3[k])
+        for k in trimmed_q3:
+            trimmed = columns[f"strength_trimmed_{k}"]
+            columns[f"high_trimmed_{k}"] = is_high(trimmed, trimmed_q3[k])
+        group, kind = sample.group_of[columns["doc"]], types.kind[columns["token_id"]]
         if tags is not None:
-            tag, kind = tags.read(batch.column("tag"))
+            tag, kind = tags.read(read.column("tag"))
             for k in layers:
-                tags.add(k, g, tag, row[f"high_{k}"])
-        rank = {v.column: v.add(row[v.column], g, kind) for v in variables}
+                tags.add(k, group, tag, columns[f"high_{k}"])
+        ranked = {v.column: v.add(columns[v.column], group, kind) for v in variables}
+        batch = _Batch(columns, group, kind, ranked)
         for before, k in zip([None, *layers], layers, strict=False):
-            s, x, high = (
-                row[f"strength_{k}"].astype(np.float64),
-                rank[f"strength_{k}"],
-                row[f"high_{k}"],
-            )
-            off = s - centre[k]
-            adding = {
-                "high": high,
-                "sinks": row[f"sink_{k}"],
-                "sum": s,
-                "sum_without": s * ~row[f"sink_{k}"],
-                "within": (s - mean_of[k][row["token_id"]]) ** 2,
-                "off": off,
-                "off_2": off**2,
-                "x": x,
-                "xx": x * x,
-                "n": np.ones(len(x)),
-            }
-            frequency = frequency_of[row["token_id"]]
-            for name, y in (
-                ("frequency", frequency),
-                ("place", place_of[row["position"]]),
-                ("length", sample.length_of[row["doc"]]),
-            ):
-                adding |= {name: y, f"{name}_2": y * y, f"{name}_x": x * y}
-            adding |= {f"high_{name}": high & (kind == at) for at, name in enumerate(KINDS)}
-            adding |= {name: kind == at for at, name in enumerate(KINDS)}
-            ours, content = kind < len(KINDS), kind == KINDS.index("content")
-            adding |= {
-                "k_n": ours,
-                "k_c": content,
-                "k_x": x * ours,
-                "k_xx": x * x * ours,
-                "k_cx": x * content,
-                "k_f": frequency * ours,
-                "k_ff": frequency**2 * ours,
-                "k_fx": x * frequency * ours,
-                "k_cf": frequency * content,
-            }
-            if before is not None:
-                adding |= {
-                    "both": row[f"high_{before}"] & high,
-                    "any": row[f"high_{before}"] | high,
-                }
-            if (shift := row.get(f"shift_{k}")) is not None:
-                adding |= {"shift": shift, "high_shift": shift * high}
-            if (trimmed := row.get(f"strength_trimmed_{k}")) is not None:
-                still = trimmed >= trimmed_q3[k]
-                adding |= {
-                    "squares": s**2,
-                    "cut": s**2 - trimmed.astype(np.float64) ** 2,
-                    "trimmed_both": still & high,
-                    "trimmed_any": still | high,
-                }
-            for name, values in adding.items():
-                sums[k].setdefault(name, np.zeros(groups))[:] += np.bincount(g, values, groups)
-    return variables, sums, len(types)
+            terms = _strength_terms(batch, k, types)
+            terms |= _rank_terms(batch, k, types, sample.length_of)
+            terms |= _high_terms(batch, k, before)
+            terms |= _signal_terms(batch, k)
+            for name, values in terms.items():
+                total = sums[k].setdefault(name, np.zeros(sample.num_groups))
+                total += np.bincount(group, values, sample.num_groups)
+    return variables, sums, len(types.ids)
+
+
+def _read_types(sample: Sample, layers: Sequence[int]) -> _Types:
+    mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
+    ids, n_of, *means = sample.ask(
+        f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1"  # noqa: S608
+    )
+    known = sample.ask(
+        f"SELECT token_id, coalesce(list_position({list(KINDS)}, class) - 1, {len(KINDS)}), n, idf "  # noqa: S608
+        f"FROM vocabulary WHERE layer = {layers[-1]} AND class <> 'special'"
+    )
+    kind, n_in_run, idf = (by_number(known[0], column) for column in known[1:])
+    places, num_there = sample.ask(f"SELECT position, count(*) FROM {sample.tokens} GROUP BY 1")  # noqa: S608
+    return _Types(
+        ids,
+        n_of,
+        kind,
+        idf,
+        by_number(ids, ranks(n_in_run[ids], n_of)),
+        by_number(places, ranks(places, num_there)),
+        {k: by_number(ids, mean) for k, mean in zip(layers, means, strict=True)},
+        {k: float(mean @ n_of) / sample.n for k, mean in zip(layers, means, strict=True)},
+    )
+
+
+def _read_variables(
+    sample: Sample, layers: Sequence[int], recorded: set[str], types: _Types
+) -> list[Variable]:
+    """Strength at every layer, then its rivals."""
+
+    def variable(name: str, layer: int, column: str) -> Variable:
+        values, counts = sample.ask(
+            f"SELECT {column}, count(*) FROM {sample.tokens} GROUP BY 1 ORDER BY 1"  # noqa: S608
+        )
+        return Variable(name, layer, column, values, counts, sample.num_groups)
+
+    variables = [variable("strength", k, f"strength_{k}") for k in layers]
+    values, level = np.unique(types.idf[types.ids], return_inverse=True)
+    counts = np.bincount(level, types.n_of)
+    rarity = Variable("rarity (idf)", None, "idf", values, counts, sample.num_groups)
+    if rarity.separates:
+        variables.append(rarity)
+    for signal, name in (
+        ("attention", "attention received"),
+        ("attention_norm", "norm-weighted attention"),
+    ):
+        for k in layers:
+            if f"{signal}_{k}" in recorded:
+                variables.append(variable(name, k, f"{signal}_{k}"))
+    return variables
+
+
+def _columns(layers: Sequence[int], recorded: set[str], variables: Sequence[Variable]) -> list[str]:
+    """Columns of the tokens that the sums need."""
+    columns = ["doc", "position", "token_id"]
+    columns += [v.column for v in variables if v.column != "idf"]
+    for name in ("sink", "shift", "strength_trimmed"):
+        columns += [f"{name}_{k}" for k in layers if f"{name}_{k}" in recorded]
+    return columns
+
+
+Terms = dict[str, npt.NDArray[Any]]
+"""Values to sum, [n_tokens] each; booleans count as 0 and 1."""
+
+
+def _strength_terms(batch: _Batch, k: int, types: _Types) -> Terms:
+    strength = batch.columns[f"strength_{k}"].astype(np.float64)
+    is_sink = batch.columns[f"sink_{k}"]
+    off = strength - types.centre[k]
+    return {
+        "n": np.ones(len(strength)),
+        "sinks": is_sink,
+        "sum": strength,
+        "sum_without": strength * ~is_sink,
+        "within": (strength - types.mean[k][batch.columns["token_id"]]) ** 2,
+        "off": off,
+        "off_2": off**2,
+    }
+
+
+def _rank_terms(batch: _Batch, k: int, types: _Types, length_of: Floats) -> Terms:
+    """Products of ranks: x of strength, c 1 for content, f of frequency; k_ for ``KINDS`` only."""
+    x, frequency = batch.ranks[f"strength_{k}"], types.frequency[batch.columns["token_id"]]
+    terms = {"x": x, "xx": x * x}
+    for name, y in (
+        ("frequency", frequency),
+        ("place", types.place[batch.columns["position"]]),
+        ("length", length_of[batch.columns["doc"]]),
+    ):
+        terms |= {name: y, f"{name}_2": y * y, f"{name}_x": x * y}
+    is_compared, is_content = batch.kind < len(KINDS), batch.kind == KINDS.index("content")
+    return terms | {
+        "k_n": is_compared,
+        "k_c": is_content,
+        "k_x": x * is_compared,
+        "k_xx": x * x * is_compared,
+        "k_cx": x * is_content,
+        "k_f": frequency * is_compared,
+        "k_ff": frequency**2 * is_compared,
+        "k_fx": x * frequency * is_compared,
+        "k_cf": frequency * is_content,
+    }
+
+
+def _high_terms(batch: _Batch, k: int, before: int | None) -> Terms:
+    high = batch.columns[f"high_{k}"]
+    terms = {"high": high}
+    for at, kind in enumerate(KINDS):
+        is_kind = batch.kind == at
+        terms |= {kind: is_kind, f"high_{kind}": high & is_kind}
+    if before is not None:
+        high_before = batch.columns[f"high_{before}"]
+        terms |= {"both": high_before & high, "any": high_before | high}
+    return terms
+
+
+def _signal_terms(batch: _Batch, k: int) -> Terms:
+    """Terms of the signals that the layer has: shift and trimmed strength."""
+    high = batch.columns[f"high_{k}"]
+    terms: Terms = {}
+    if (shift := batch.columns.get(f"shift_{k}")) is not None:
+        terms |= {"shift": shift, "high_shift": shift * high}
+    if (trimmed := batch.columns.get(f"strength_trimmed_{k}")) is not None:
+        high_trimmed = batch.columns[f"high_trimmed_{k}"]
+        squares = batch.columns[f"strength_{k}"].astype(np.float64) ** 2
+        terms |= {
+            "squares": squares,
+            "cut": squares - trimmed.astype(np.float64) ** 2,
+            "trimmed_both": high_trimmed & high,
+            "trimmed_any": high_trimmed | high,
+        }
+    return terms
