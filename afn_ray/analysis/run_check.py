@@ -32,6 +32,7 @@ from afn_ray.store import (
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
 from afn_ray.store.orphans import Age, Orphan
+from afn_ray.store.plans import read_shards
 
 RELATIVE = 1e-9
 """Relative tolerance between two computations of a mean, as the order of a sum may differ.
@@ -94,7 +95,7 @@ class RunCheck:
                 if name == "plan":
                     return
         try:
-            self.shards, header = manifest.read_shards(self.folder)
+            self.shards, header = read_shards(self.folder)
         except StoreError as error:
             self._find("damaged", self._plan, without_uri(error, self._plan), self._begin_again)
             return

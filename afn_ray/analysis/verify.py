@@ -12,17 +12,18 @@ from afn_ray.analysis.run_check import RunCheck
 from afn_ray.analysis.shard_check import CheckedShard, check_shard
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.store import (
+    calibrations,
     epochs,
     layout,
     manifest,
     orphans,
+    probes,
     shard_files,
     storage,
     uris,
 )
 from afn_ray.store.layout import Place
 from afn_ray.store.orphans import Age, Orphan, Plans
-from afn_ray.store.plans import read_shards
 from afn_ray.text import count
 
 SHARDS_AT_ONCE = 4

@@ -29,7 +29,7 @@ from afn_ray.reduce.drift import (
 )
 from afn_ray.reduce.histogram import Histogram
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
-from afn_ray.store import checksums, manifest
+from afn_ray.store import checksums, label_thresholds, manifest
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 

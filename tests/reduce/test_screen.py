@@ -26,7 +26,7 @@ from afn_ray.reduce.screen import RARE
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.sources import MAX_SOURCES, source_depth, source_of
 from afn_ray.reduce.strangest import LEAST_DOCS, MAD_TO_SD
-from afn_ray.runs import worker
+from afn_ray.runs import measurer
 from afn_ray.schema import FEATURES
 from afn_ray.store import manifest, plans, shard_files
 from bench import screen as bench

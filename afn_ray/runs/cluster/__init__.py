@@ -10,7 +10,7 @@ from typing import TypeVar
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.reduce.tasks import FAN_IN, Inline, Tasks
-from afn_ray.runs import dispatch
+from afn_ray.runs import dispatch, scratch
 from afn_ray.runs.cluster.calls import RayTasks, call_on_place
 from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
 from afn_ray.runs.cluster.metrics import Published
