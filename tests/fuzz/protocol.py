@@ -164,8 +164,7 @@ def _newest_begun(shards: tuple[str, ...]) -> Body:
     left = folders(names)
     del names
     while left:
-        *left, name = left
-        left = tuple(left)
+        name, left = left[-1], left[:-1]
         plan = yield "read", f"runs/{name}/plan"
         if plan is None:
             continue
@@ -286,17 +285,16 @@ def _look(protocol: Protocol) -> Body:
     del needed
     kept = dict(plans)
     doomed_runs = tuple(name for name in folders(runs) if name not in kept and name not in dead)
-    files = [name for run in doomed_runs for name in below(runs, f"runs/{run}")]
-    files += [name for run in dead for name in below(runs, f"runs/{run}")]
-    files = [name for name in files if not name.endswith("/run")]
-    for shard in doomed:
-        there = below(shards, f"shards/{shard}")
-        files += sorted(there, key=lambda name: ("/commit-" not in name, name))
-    found = (*files, *doomed_runs)
+    of_runs = [name for run in (*doomed_runs, *dead) for name in below(runs, f"runs/{run}")]
+    of_shards = [name for shard in doomed for name in below(shards, f"shards/{shard}")]
+    commits_first = sorted(
+        of_shards, key=lambda name: (*name.split("/")[:2], "/commit-" not in name)
+    )
+    files = (*(name for name in of_runs if not name.endswith("/run")), *commits_first)
+    del of_runs, of_shards, commits_first
     generation_rows = frozenset(generations.items())
-    files = tuple(files)
     leftovers = yield from _leftovers(shards, plans, tuple(sorted(generations.items())))
-    if not found and not leftovers:
+    if not files and not doomed_runs and not leftovers:
         return None
     condemned = frozenset({*doomed_runs, *(before[2] & set(folders(runs)))})
     epoch = (before[0] + 1, generation_rows, condemned)

@@ -10,12 +10,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import protocol
 import test_gc_interleavings as real
-from afn_ray.store import epochs, layout, manifest, shard_files
+from afn_ray.store import epochs, layout, manifest, plans, shard_files
 from interleavings import STORE, World, sample
 from protocol import Body, Files, GivenUp, Live, Protocol, Wrong, alone, explore
 
@@ -76,7 +77,7 @@ def whole(files: Files) -> None:
 
 
 @functools.cache
-def tomorrow(files: frozenset[tuple[str, object]]) -> None:
+def tomorrow(files: frozenset[tuple[str, Any]]) -> None:
     """The same run again, then a run of another shard, each with a gc and a ``verify --clean``.
 
     Both runs are complete, and nothing is left of the first.
@@ -148,7 +149,7 @@ LONG = (
 """Scenarios that only the long run has: each takes from 20 to 60 seconds."""
 
 
-def explored(scenario: Scenario) -> tuple[int, set[frozenset[tuple[str, object]]]]:
+def explored(scenario: Scenario) -> tuple[int, set[frozenset[tuple[str, Any]]]]:
     bodies = tuple(functools.partial(make, scenario.protocol) for make in scenario.processes)
     return explore(scenario.files, bodies, functools.partial(check, scenario), echo=scenario.echo)
 
@@ -162,7 +163,7 @@ def test_no_order_of_calls_loses_a_file(name: str, fuzz_length: str) -> None:
     assert ends
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "gc looks once": ("gc, verify and run", {"look_again": False}),
     "a run looks before its claim": ("gc, verify and run", {"claim_first": False}),
     "a name is used again": (
@@ -182,13 +183,13 @@ def test_a_protocol_that_lacks_a_step_is_found_out(name: str) -> None:
         explored(replace(found, protocol=replace(found.protocol, **without)))
 
 
-def model_of(files: dict[str, bytes]) -> frozenset[tuple[str, object]]:
+def model_of(files: dict[str, bytes]) -> frozenset[tuple[str, Any]]:
     """What a store in memory holds, in the names of the model."""
     names = {real.shard(name).id: name for name in "abc"}
     attempts = {f"{1:016x}": "old", real.LEFT: "left"}
     folders = sorted({name.split("/")[-2] for name in files if "/runs/" in name})
     runs = dict(zip(folders, ("1", "2", "5"), strict=False))
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
 
     def in_shard(uri: str) -> str:
         *_, shard, file = uri.split("/")
@@ -200,7 +201,7 @@ def model_of(files: dict[str, bytes]) -> frozenset[tuple[str, object]]:
         *_, run, file = uri.split("/")
         number = runs[run]
         if file == "plan.parquet":
-            shards = manifest.read_shards(manifest.RunFolder(uri[: -len(file) - 1], "", run, {}))[0]
+            shards = plans.read_shards(manifest.RunFolder(uri[: -len(file) - 1], "", run, {}))[0]
             found[f"runs/{number}/plan"] = tuple(names[shard.id] for shard in shards)
         elif file == "run.json":
             info = manifest.open_folder(STORE, run)
