@@ -83,9 +83,7 @@ class Part(dict[str, Any]):
         self.uri = uri
 
     def __missing__(self, key: str) -> Any:
-        raise StoreError(
-            f"{self.uri} is damaged: it has no {key!r} where afn-ray writes one{ASK_VERIFY}"
-        )
+        raise StoreError(f"{self.uri} is damaged: its entry {key!r} is missing{ASK_VERIFY}")
 
 
 def parse_json(data: bytes, uri: str) -> dict[str, Any]:
@@ -101,8 +99,7 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
         got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
         raise StoreError(
             f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that "
-            "wrote it, or measure the "
-            "corpus anew in another --store"
+            "wrote it, or measure the corpus anew in another --store"
         )
     value.pop("sha256", None)
     if data != sealed(value):
@@ -122,9 +119,8 @@ def sealed(body: dict[str, Any]) -> bytes:
     if len(data) > JSON_BYTES:
         longest = max(body, key=lambda key: len(json_bytes({key: body[key]})))
         raise StoreError(
-            f"a JSON file of {len(data):,} bytes was not written: at most {JSON_BYTES:,} are read, "
-            "and most of it is "
-            f"its entry {longest}"
+            f"a JSON file of {len(data):,} bytes was not written: readers accept at most "
+            f"{JSON_BYTES:,}; its longest entry is {longest}"
         )
     return data
 

@@ -50,8 +50,7 @@ def find_begun(
     if held and measure_id not in held and not config.allow_another_measure:
         raise StoreError(_other_measure(config.store, names, measure))
     suffix = plans.request_id(measure_id, plan.shards, config, frozen)
-    begun = (n for n in reversed(names) if _is_begun(config.store, n))
-    newest = next(begun, "")
+    newest = next((name for name in reversed(names) if _is_begun(config.store, name)), "")
     if newest.endswith(suffix):
         same = manifest.open_folder(config.store, newest)
         # A complete run with quarantined shards is not reused: a new run tries them again.
@@ -89,11 +88,11 @@ def begin_run(
             storage.write_once(lease, sealed({"schema_version": SCHEMA_VERSION, "run": run.id}))
     else:
         run = _new_run(config, measure, plan, begun_ns, frozen, newest)
-    while run.id in (epoch := epochs.newest(config.store)).condemned:
-        run, lease = (
-            _new_run(config, measure, plan, begun_ns, frozen, max(newest, *epoch.condemned)),
-            None,
-        )
+    epoch = epochs.newest(config.store)
+    while run.id in epoch.condemned:
+        newest = max(newest, *epoch.condemned)
+        run, lease = _new_run(config, measure, plan, begun_ns, frozen, newest), None
+        epoch = epochs.newest(config.store)
     return Claim(run, epoch.marked(fingerprint(measure), plan.shards), lease)
 
 
@@ -110,9 +109,9 @@ def _new_run(
     created = min(datetime.now(UTC), LATEST)
     name = f"{_stamp(created)}-{suffix}"
     if name <= newest:  # the clock went back; the newest run must have the last name
-        created = datetime.strptime(newest.partition("-")[0], STAMP).replace(
-            tzinfo=UTC
-        ) + timedelta(milliseconds=1)
+        stamp = newest.partition("-")[0]
+        begun = datetime.strptime(stamp, STAMP).replace(tzinfo=UTC)
+        created = begun + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
     header = {
         "cuts": plans.cuts_id(config, plan.shard_bytes),
@@ -134,9 +133,9 @@ def _new_run(
 
 def _is_begun(store: str, name: str) -> bool:
     """Whether the folder ``name`` is a run with a plan, and not a copy."""
-    return storage.exists(
-        uris.join(store, "runs", name, "plan.parquet")
-    ) and not manifest.is_copied(store, name)
+    if not storage.exists(uris.join(store, "runs", name, "plan.parquet")):
+        return False
+    return not manifest.is_copied(store, name)
 
 
 def _stamp(moment: datetime) -> str:
@@ -144,6 +143,7 @@ def _stamp(moment: datetime) -> str:
 
 
 def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
+    """The error of a store without results of ``measure``: what differs, and what to do."""
     message = f"store {store} holds another measure; results of two measures cannot be compared. "
     for name in reversed(runs):
         plan = plans.read_plan(store, name)

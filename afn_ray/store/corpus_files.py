@@ -20,6 +20,9 @@ from afn_ray.schema import FileInfo
 from afn_ray.store import uris
 from afn_ray.store.fs_calls import call_with_retries, find_entry, named_errors
 
+WILDCARDS = "*?["
+"""Characters that make a pattern a glob."""
+
 
 def _version(info: dict[str, Any]) -> str:
     for key in ("ETag", "etag", "md5Hash", "content_md5"):
@@ -38,8 +41,8 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
         return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
     if info.get("size") is None:
         raise CorpusError(
-            f"{name}: its size is unknown, so it cannot be read in parts; copy it to a store that "
-            "tells"
+            f"{name}: its size is unknown, so it cannot be read in parts; copy it to a filesystem "
+            "that reports sizes"
         )
     return FileInfo(str(fs.unstrip_protocol(name)), int(info["size"]), _version(info))
 
@@ -48,7 +51,7 @@ def stat(uri: str) -> FileInfo:
     """Current size and version of one file. Raises ``CorpusError`` if it is gone or unreadable."""
     fs, path = uris.open_filesystem(uri)
     return call_with_retries(
-        fs, "looking at", uri, CorpusError, lambda: _file_info(fs, fs.info(path))
+        fs, "examining", uri, CorpusError, lambda: _file_info(fs, fs.info(path))
     )
 
 
@@ -69,34 +72,46 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
     if not found:
         raise CorpusError(f"{pattern}: no files match")
     for file in found:
-        if not file.uri.isascii() and any("\ud800" <= c <= "\udfff" for c in file.uri):
+        if not _is_utf8(file.uri):
             raise CorpusError(
                 f"listing {pattern}: the name of {file.uri!r} is not UTF-8; rename or move the file"
             )
     return sorted(found, key=lambda f: f.uri)
 
 
+def _is_utf8(name: str) -> bool:
+    """Whether all bytes of ``name`` were UTF-8; Python decodes others as lone surrogates."""
+    return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def _match(
     fs: fsspec.AbstractFileSystem, path: str, pattern: str, left_out: list[str]
 ) -> list[FileInfo]:
-    local = isinstance(fs, LocalFileSystem)
-    info = find_entry(fs, path)
+    """The files that ``path``, the path of ``pattern``, matches, in any order."""
+    entry = find_entry(fs, path)
     # A pattern that is the exact name of a file or folder is no glob, even if it contains * or [.
-    if info is not None and info["type"] == "file":
-        return [_file_info(fs, info)]
-    if info is not None and info["type"] == "directory":
-        if local:
-            return [_file_info(fs, {"name": name}) for name in _walk(path)]
-
-        def is_plain(name: str) -> bool:
-            return not any(_is_hidden(part) for part in posixpath.relpath(name, path).split("/"))
-
-        return [_file_info(fs, info) for info in _sifted(_below(fs, path), is_plain, left_out)]
-    if not any(c in path for c in "*?["):
+    if entry is not None and entry["type"] == "file":
+        return [_file_info(fs, entry)]
+    if entry is not None and entry["type"] == "directory":
+        entries = _files_in_folder(fs, path, left_out)
+    elif any(c in path for c in WILDCARDS):
+        entries = _glob(fs, path, left_out)
+    else:
         raise FileNotFoundError(pattern)
-    if local:
-        return [_file_info(fs, {"name": name}) for name in fs.glob(path) if Path(name).is_file()]
-    return [_file_info(fs, info) for info in _glob(fs, path, left_out)]
+    return [_file_info(fs, entry) for entry in entries]
+
+
+def _files_in_folder(
+    fs: fsspec.AbstractFileSystem, folder: str, left_out: list[str]
+) -> Iterator[dict[str, Any]]:
+    """The files below ``folder`` that are not hidden; hidden remote ones go to ``left_out``."""
+    if isinstance(fs, LocalFileSystem):
+        return ({"name": name} for name in _walk(folder))
+
+    def is_visible(name: str) -> bool:
+        return not any(map(_is_hidden, posixpath.relpath(name, folder).split("/")))
+
+    return _sifted(_below(fs, folder), is_visible, left_out)
 
 
 def _sifted(
@@ -116,36 +131,45 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any
     fsspec's generic ``find()`` skips folders that it cannot list; the ``find()`` of object stores
     does not.
     """
-    own = getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find) or (
-        not isinstance(fs, AsyncFileSystem) and type(fs).find is not fsspec.AbstractFileSystem.find
-    )
-    found = fs.find(folder, detail=True, **({} if own else {"on_error": "raise"}))
-    return (
-        info for name, info in found.items() if info["type"] == "file" and not name.endswith("/")
-    )
+    options = {} if _has_own_find(fs) else {"on_error": "raise"}
+    for name, info in fs.find(folder, detail=True, **options).items():
+        if info["type"] == "file" and not name.endswith("/"):
+            yield info
+
+
+def _has_own_find(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether the class of ``fs`` replaces fsspec's generic ``find()``."""
+    if getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find):
+        return True
+    if isinstance(fs, AsyncFileSystem):
+        return False
+    return type(fs).find is not fsspec.AbstractFileSystem.find
 
 
 def _glob(
     fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Files that match ``pattern``, found level by level.
+    """Files that match ``pattern``; other remote files and folders go to ``left_out``.
 
-    fsspec's ``glob()`` is not used: like its ``find()``, it skips folders that it cannot list.
+    On a remote filesystem they are found level by level. fsspec's ``glob()`` is not used there:
+    like its ``find()``, it skips folders that it cannot list.
     """
+    if isinstance(fs, LocalFileSystem):
+        yield from ({"name": name} for name in fs.glob(pattern) if Path(name).is_file())
+        return
     parts = pattern.split("/")
-    fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-    folders = ["/".join(parts[:fixed])]
-    for depth, part in enumerate(parts[fixed:], fixed + 1):
-        matches = re.compile(
-            glob_translate("/".join(parts[:depth] if "**" not in part else parts))
-        ).match
-        if "**" in part:
+    first = next(i for i, part in enumerate(parts) if any(c in part for c in WILDCARDS))
+    folders = ["/".join(parts[:first])]
+    for depth, part in enumerate(parts[first:], first + 1):
+        recursive = "**" in part
+        matches = re.compile(glob_translate("/".join(parts if recursive else parts[:depth]))).match
+        if recursive:
             for folder in folders:
                 yield from _sifted(_below(fs, folder), matches, left_out)
             return
-        entries = [
-            i for folder in folders for i in _sifted(fs.ls(folder, detail=True), matches, left_out)
-        ]
+        entries: list[dict[str, Any]] = []
+        for folder in folders:
+            entries += _sifted(fs.ls(folder, detail=True), matches, left_out)
         folders = [info["name"] for info in entries if info["type"] == "directory"]
         if depth == len(parts):
             yield from (info for info in entries if info["type"] == "file")
@@ -176,6 +200,6 @@ def _walk(folder: str) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for path in (posixpath.join(base, name) for name in names if not _is_hidden(name)):
-            with named_errors("looking at", path, CorpusError):
+            with named_errors("examining", path, CorpusError):
                 if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader forever
                     yield path

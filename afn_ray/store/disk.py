@@ -100,9 +100,8 @@ def _check_content(target: Path) -> None:
     if not wait_for_content(target, CLAIM_S):
         raise UnfinishedClaim(
             errno.EEXIST,
-            f"it is empty, and its content has not appeared for {CLAIM_S:g} s: its writer ended as it "
-            "began; delete that file "
-            "and run the same command again",
+            f"it is empty, and its content has not appeared for {CLAIM_S:g} s: its writer ended "
+            "before it wrote the content; delete that file and run the same command again",
             str(target),
         )
 

@@ -40,22 +40,9 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
                 f"no space left while {action} {uri}; make room and run the same command again: it "
                 "resumes"
             ) from error
-        if isinstance(error, FileNotFoundError):
-            what = "bucket" if NO_BUCKET in str(error) else "file or folder"
-            raise kind(f"{action} {uri}: no such {what}") from error
-        if isinstance(error, PermissionError):
-            why = f" ({error})" if error.errno is None and str(error) else ""
-            raise kind(
-                f"{action} {uri}: permission denied; check owner, mode or credentials{why}"
-            ) from error
-        if error.errno in UNSUPPORTED:
-            raise kind(
-                f"{action} {uri}: its filesystem does not support that ({error.strerror}); use a "
-                "folder elsewhere"
-            ) from error
-        raise kind(f"{action} {uri}: {error.strerror or error}") from error
+        raise kind(f"{action} {uri}: {_reason(error)}") from error
     except Exception as error:
-        names = {c.__name__ for c in type(error).__mro__}
+        names = {cls.__name__ for cls in type(error).__mro__}
         if not names.isdisjoint(NO_CREDENTIALS):
             raise kind(
                 f"{action} {uri}: {error}; give credentials in the environment, as for the store's "
@@ -64,11 +51,26 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
         # botocore raises ValueError for a malformed endpoint in the environment.
         if isinstance(error, ValueError) and "endpoint" in str(error):
             raise ConfigError(
-                f"{action} {uri}: {error}; AWS_ENDPOINT_URL wants the form http://host:port"
+                f"{action} {uri}: {error}; AWS_ENDPOINT_URL must have the form http://host:port"
             ) from error
         if not names.isdisjoint(FOREIGN_ERRORS):
             raise kind(f"{action} {uri}: {error}") from error
         raise
+
+
+def _reason(error: OSError) -> str:
+    """What happened, and what to do where that is known."""
+    if isinstance(error, FileNotFoundError):
+        return "no such bucket" if NO_BUCKET in str(error) else "no such file or folder"
+    if isinstance(error, PermissionError):
+        detail = f" ({error})" if error.errno is None and str(error) else ""
+        return f"permission denied; check owner, mode or credentials{detail}"
+    if error.errno in UNSUPPORTED:
+        return (
+            f"its filesystem does not support this call ({error.strerror}); use a folder on "
+            "another filesystem"
+        )
+    return str(error.strerror or error)
 
 
 def call_with_retries(

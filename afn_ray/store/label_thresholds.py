@@ -30,16 +30,18 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
     if config.thresholds is None:
         return []
     run = manifest.find_run(config.thresholds)
-    theirs, ours = (
-        {k: v for k, v in m.items() if k not in BESIDE_STRENGTH}
-        for m in (run.info["measure"], measure)
-    )
+    theirs, ours = _strength_keys(run.info["measure"]), _strength_keys(measure)
     if theirs != ours:
         raise ConfigError(
-            f"thresholds of {run.uri} are of another measure, and mean nothing here: "
+            f"thresholds of {run.uri} are of another measure and cannot be used here: "
             f"{measure_differences(theirs, ours, 'it')}"
         )
     return frozen_rows(run)
+
+
+def _strength_keys(measure: dict[str, Any]) -> dict[str, Any]:
+    """The part of ``measure`` that changes strengths."""
+    return {key: value for key, value in measure.items() if key not in BESIDE_STRENGTH}
 
 
 def frozen_rows(run: manifest.RunFolder) -> list[dict[str, Any]]:
@@ -64,8 +66,9 @@ def measure_differences(
     theirs: dict[str, Any], ours: dict[str, Any], who: str = "the store"
 ) -> str:
     """The differences of two measures as text; ``who`` is the owner of ``theirs``."""
-    return "; ".join(
-        f"{k}: {who} has {short(theirs.get(k))}, this run asks for {short(ours.get(k))}"
-        for k in sorted({*theirs, *ours} - {"id"})
-        if theirs.get(k) != ours.get(k)
-    )
+    differences = []
+    for key in sorted({*theirs, *ours} - {"id"}):
+        if theirs.get(key) != ours.get(key):
+            their_value, our_value = short(theirs.get(key)), short(ours.get(key))
+            differences.append(f"{key}: {who} has {their_value}, this run asks for {our_value}")
+    return "; ".join(differences)

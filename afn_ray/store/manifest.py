@@ -166,8 +166,8 @@ def find_run(uri: str) -> RunFolder:
         run = open_folder(store, name)
         if run.condemned:
             raise StoreError(
-                f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists those that are "
-                "there"
+                f"run {uri} was removed by 'afn gc'; 'afn status {store}' lists the runs that the "
+                "store has"
             )
         if not run.info:
             raise StoreError(
@@ -181,16 +181,16 @@ def find_run(uri: str) -> RunFolder:
             return run
     if names:
         raise StoreError(
-            f"{uri} holds no complete run; give the 'afn run' command again to finish the one begun"
+            f"{uri} holds no complete run; give the 'afn run' command again to finish the run that "
+            "was begun"
         )
     if storage.exists(uris.join(uri, PLANNING)):
         raise StoreError(
-            f"{uri} has no run yet: its last call ended, or is at work, before there was one; 'afn "
-            "status "
-            f"{uri}' tells more"
+            f"{uri} has no run yet: 'afn run' ended, or still works, before it planned one; "
+            f"'afn status {uri}' says more"
         )
     raise StoreError(
-        f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
+        f"{uri} is neither a store nor a run; give the store of an 'afn run --store' command"
     )
 
 
@@ -210,8 +210,8 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
         theirs = open_folder(run.store, run.id)
         if theirs.condemned:
             raise Interrupted(
-                f"'afn gc' has given up run {run.uri}, which had stood still; the same command "
-                "begins a new one"
+                f"'afn gc' has given up run {run.uri}, because its process made no progress; the "
+                "same command begins a new one"
             ) from None
         return theirs
     return RunFolder(run.uri, run.store, run.id, body)
@@ -224,10 +224,8 @@ def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
     the two can be written. ``complete`` is true if the run was complete and no process is resuming
     it; run.json is then replaced.
     """
-    uri, body = (
-        uris.join(run.uri, "run.json"),
-        {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch},
-    )
+    uri = uris.join(run.uri, "run.json")
+    body = {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch}
     if complete:
         storage.write_over(uri, sealed(body), retry_for_s=None)
         return True
@@ -322,12 +320,12 @@ def lost_shards(store: str, measure_id: str, shards: Iterable[Shard], run: RunFo
 
     One listing of all folders finds the suspects; a listing of each suspect's folder confirms it.
     """
-    there = set(storage.list_names(uris.join(store, "shards", measure_id)))
-    missing = {q["shard"] for q in run.info.get("quarantined", [])}
-    return [
-        s.id
-        for s in shards
-        if s.id not in there
-        and s.id not in missing
-        and not storage.list_names(shard_uri(store, measure_id, s.id))
-    ]
+    listed = set(storage.list_names(uris.join(store, "shards", measure_id)))
+    quarantined = {q["shard"] for q in run.info.get("quarantined", [])}
+    lost = []
+    for shard in shards:
+        if shard.id in listed or shard.id in quarantined:
+            continue
+        if not storage.list_names(shard_uri(store, measure_id, shard.id)):
+            lost.append(shard.id)
+    return lost

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from afn_ray.schema import (
     SCHEMA_VERSION,
     FileInfo,
     FileSlice,
+    ReadOptions,
     Shard,
     fingerprint,
     fingerprint_of_rows,
@@ -88,7 +90,9 @@ def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
     try:
         header = json.loads((table.schema.metadata or {})[b"afn"])
     except (KeyError, ValueError, RecursionError) as error:
-        raise StoreError(f"{uri} is damaged: its header is none: {error!r}{ASK_VERIFY}") from error
+        raise StoreError(
+            f"{uri} is damaged: its header cannot be read: {error!r}{ASK_VERIFY}"
+        ) from error
     if not isinstance(header, dict):
         raise StoreError(f"{uri} is damaged: its header is {short(header)}{ASK_VERIFY}")
     return table, header
@@ -100,10 +104,11 @@ def plan_table(shards: Sequence[Shard], header: dict[str, Any]) -> tuple[pa.Tabl
     names = [f.name for f in fields(FileSlice)]
 
     def groups() -> Iterator[list[dict[str, Any]]]:
-        while rows := [
-            {"ordinal": i, "shard": shard, **{name: getattr(piece, name) for name in names}}
-            for i, shard, piece in itertools.islice(pieces, AHEAD)
-        ]:
+        while group := list(itertools.islice(pieces, AHEAD)):
+            rows = []
+            for ordinal, shard, piece in group:
+                values = {name: getattr(piece, name) for name in names}
+                rows.append({"ordinal": ordinal, "shard": shard, **values})
             tables.append(pa.Table.from_pylist(rows, PLAN_SCHEMA))
             yield rows
 
@@ -149,21 +154,35 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
                 f"{uri} is damaged: its rows and header do not have the checksum that it carries"
             )
         config = RunConfig(**header["config"] | {"corpus": tuple(header["config"]["corpus"])})
-        shards = []
-        for (_, name), group in itertools.groupby(
-            rows, lambda row: (row.pop("ordinal"), row.pop("shard"))
-        ):
-            shards.append(Shard.of([FileSlice(**row) for row in group], config.read_options))
-            if name != shards[-1].id:
-                raise StoreError(
-                    f"{uri} is damaged: it calls {name} what by its slices is shard {shards[-1].id}"
-                )
+        shards = _shards_of(rows, config.read_options, uri)
         suffix = request_id(fingerprint(header["measure"]), shards, config, header.get("frozen"))
     except DAMAGES as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
     if not run.id.endswith(f"-{suffix}"):
-        raise StoreError(f"{uri} is of another run: what it asks for has the name ...-{suffix}")
+        raise StoreError(
+            f"{uri} is the plan of another run: the name of its run ends with -{suffix}"
+        )
     return shards, header
+
+
+def _shards_of(rows: Iterable[dict[str, Any]], options: ReadOptions, uri: str) -> list[Shard]:
+    """The shards in the ``rows`` of the plan at ``uri``, whose files are read with ``options``.
+
+    Raises ``StoreError`` if the id of a shard is not that of its slices.
+    """
+    shards = []
+    for (_, name), group in itertools.groupby(rows, itemgetter("ordinal", "shard")):
+        slices = []
+        for row in group:
+            piece = {key: value for key, value in row.items() if key not in ("ordinal", "shard")}
+            slices.append(FileSlice(**piece))
+        shard = Shard.of(slices, options)
+        if name != shard.id:
+            raise StoreError(
+                f"{uri} is damaged: the slices of its shard {name} are those of shard {shard.id}"
+            )
+        shards.append(shard)
+    return shards
 
 
 def created_at(run: manifest.RunFolder) -> str:

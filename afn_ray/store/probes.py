@@ -14,6 +14,9 @@ from afn_ray.errors import StoreError
 from afn_ray.store import disk, storage, uris
 from afn_ray.store.fs_calls import call_with_retries
 
+TEXT = b"afn-ray tests this filesystem; this file can be deleted\n"
+"""Content of a probe file."""
+
 
 def clock_s(uri: str) -> float:
     """Current Unix time by the clock of the filesystem at ``uri``, which dates its files.
@@ -23,12 +26,10 @@ def clock_s(uri: str) -> float:
     probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
     try:
         with contextlib.suppress(storage.AlreadyWritten):
-            storage.write_once(
-                probe, b"afn-ray asks what time it is here; this file can be deleted\n"
-            )
+            storage.write_once(probe, TEXT)
         fs, path = uris.open_filesystem(probe)
         return call_with_retries(
-            fs, "looking at", probe, StoreError, lambda: storage.entry_modified_s(fs.info(path))
+            fs, "examining", probe, StoreError, lambda: storage.entry_modified_s(fs.info(path))
         )
     finally:
         storage.delete([probe])
@@ -39,17 +40,30 @@ def check_writable(uri: str) -> None:
 
     Also raises it if the filesystem lets a second writer replace a file.
     """
-    _probe(uri)
+    probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
+    try:
+        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(probe, TEXT)
+        storage.write_once(probe, TEXT)
+    except storage.AlreadyWritten:
+        return
+    finally:
+        storage.delete([probe])
+    raise StoreError(
+        f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be "
+        "safe; use a store on another filesystem"
+    )
 
 
 def try_writable(uri: str) -> None:
     """Like ``check_writable``, but remove the folders that it creates on a local disk."""
-    local = None if "://" in uri else Path(uri)
-    missing = (
-        [] if local is None else list(itertools.takewhile(_is_missing, (local, *local.parents)))
-    )
+    missing: list[Path] = []
+    if "://" not in uri:
+        folders = (Path(uri), *Path(uri).parents)
+        missing = list(itertools.takewhile(_is_missing, folders))
     try:
-        _probe(uri)
+        check_writable(uri)
     finally:
         for folder in missing:
             with contextlib.suppress(OSError):  # now used by another process, or never created
@@ -60,27 +74,9 @@ def _is_missing(path: Path) -> bool:
     return not os.path.exists(path)  # noqa: PTH110 - which pathlib's does not say of a name that is too long
 
 
-def _probe(uri: str) -> None:
-    probe = uris.join(uri, f"probe-{uuid.uuid4().hex}")
-    text = b"afn-ray asks whether this store can be written; this file can be deleted\n"
-    try:
-        # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
-        with contextlib.suppress(storage.AlreadyWritten):
-            storage.write_once(probe, text)
-        storage.write_once(probe, text)
-    except storage.AlreadyWritten:
-        return
-    finally:
-        storage.delete([probe])
-    raise StoreError(
-        f"{uri}: its filesystem lets a second writer replace a file, so commits there would not be "
-        "safe"
-    )
-
-
 def find_lacks(uri: str) -> list[str]:
     """What the filesystem of the writable folder ``uri`` lacks, and what is done instead."""
     fs, path = uris.open_filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
         return []
-    return call_with_retries(fs, "looking at", uri, StoreError, lambda: disk.find_lacks(Path(path)))
+    return call_with_retries(fs, "examining", uri, StoreError, lambda: disk.find_lacks(Path(path)))

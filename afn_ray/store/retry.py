@@ -23,9 +23,9 @@ A throttled bucket or a restarted gateway needs less.
 """
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 8.0
 """Upper bounds of the first and of the longest wait between two tries, in seconds."""
-SAY_AFTER_S = 5.0
+WARN_AFTER_S = 5.0
 """Time of failures after which a warning is logged, in seconds."""
-SAY_EVERY_S = 30.0
+WARN_EVERY_S = 30.0
 """Shortest pause between two such warnings in one process, in seconds."""
 
 _log = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ TRANSIENT_NAMES = frozenset({
     "Timeout", "ChunkedEncodingError", "TransportError", "ServiceRequestError", "ServiceResponseError",
 })  # fmt: skip
 
+TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
+"""HTTP statuses below 500 of requests that may succeed a moment later."""
 # Transient S3 error codes whose HTTP status says otherwise. A retry restarts a multipart upload
 # that is gone, and corrects the clock after a skewed request.
 TRANSIENT_CODES = frozenset({
@@ -78,7 +80,7 @@ def with_retries(
     ``RETRY_FOR_S``) after the first failure. Raises any other error unchanged. A call that fails
     may still have taken effect.
     """
-    began, said = 0.0, False
+    began, warned = 0.0, False
     for attempt in itertools.count():
         try:
             return call()
@@ -88,10 +90,10 @@ def with_retries(
             now = time.monotonic()
             began = began or now
             left = began + (RETRY_FOR_S if retry_for_s is None else retry_for_s) - now
-            if left > 0 and not said and now - began >= SAY_AFTER_S and _may_say(now):
-                said = True
+            if left > 0 and not warned and now - began >= WARN_AFTER_S and _may_warn(now):
+                warned = True
                 _log.warning(
-                    "%s: no answer for %.0f s, at last %s: %s; asking again for up to %.0f s",
+                    "%s: no answer for %.0f s, last error %s: %s; retrying for up to %.0f s more",
                     what,
                     now - began,
                     type(error).__name__,
@@ -100,28 +102,27 @@ def with_retries(
                 )
             if left <= 0:
                 raise Unavailable(
-                    f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, at last "
+                    f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, last error "
                     f"{type(error).__name__}: {error}; check the store and the network, then run "
-                    "the same command "
-                    "again"
+                    "the same command again"
                 ) from error
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
             time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311
     raise AssertionError
 
 
-_next_word = 0.0
+_next_warning_s = 0.0
 
 
-def _may_say(now: float) -> bool:
+def _may_warn(now: float) -> bool:
     """Whether a further warning is due.
 
     The calls of many threads fail together, and one warning is enough.
     """
-    global _next_word
-    if now < _next_word:
+    global _next_warning_s
+    if now < _next_warning_s:
         return False
-    _next_word = now + SAY_EVERY_S
+    _next_warning_s = now + WARN_EVERY_S
     return True
 
 
@@ -136,24 +137,24 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
     chain = list(_causes(error))
     if any(_s3_code(e) in TRANSIENT_CODES for e in chain):
         return True
-    if isinstance(error, DEFINITE) or any(
-        isinstance(e, ssl.SSLCertVerificationError) for e in chain
-    ):
+    if isinstance(error, DEFINITE):
+        return False
+    if any(isinstance(e, ssl.SSLCertVerificationError) for e in chain):
         return False
     for e in chain:  # the newest error decides: a garbled answer outweighs an older status 400
         if status := _status(e):
-            return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))
-        names = {c.__name__ for c in type(e).__mro__}
-        if isinstance(e, ConnectionError | TimeoutError | socket.gaierror) or not names.isdisjoint(
-            TRANSIENT_NAMES
-        ):
+            return status in TRANSIENT_STATUSES or (status >= 500 and status not in (501, 505))
+        if isinstance(e, ConnectionError | TimeoutError | socket.gaierror):
+            return True
+        names = {cls.__name__ for cls in type(e).__mro__}
+        if not names.isdisjoint(TRANSIENT_NAMES):
             return True
     return any(isinstance(e, OSError) and e.errno in REMOTE_ERRNOS for e in chain)
 
 
 def http_status(error: BaseException) -> int:
     """The HTTP status in ``error`` or its causes; 0 if there is none."""
-    return next((status for e in _causes(error) if (status := _status(e))), 0)
+    return next(filter(None, map(_status, _causes(error))), 0)
 
 
 def _status(error: BaseException) -> int:
@@ -161,9 +162,8 @@ def _status(error: BaseException) -> int:
     if isinstance(answer, dict):
         found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        found = next(
-            (v for k in ("status", "status_code", "code") if (v := getattr(error, k, None))), None
-        )
+        values = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+        found = next(filter(None, values), None)
     return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
 
 
@@ -179,6 +179,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or (
-            None if current.__suppress_context__ else current.__context__
-        )
+        if current.__cause__ is not None or current.__suppress_context__:
+            current = current.__cause__
+        else:
+            current = current.__context__

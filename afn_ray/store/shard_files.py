@@ -135,8 +135,7 @@ def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) ->
     if sha256(data).hexdigest() != entry["sha256"]:
         raise StoreError(
             f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; "
-            f"delete {folder} and "
-            "give 'afn run' again"
+            f"delete {folder} and give 'afn run' again"
         )
     return data
 

@@ -60,15 +60,12 @@ def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
     end = None if most_bytes is None else most_bytes + 1
     try:
         data = read_bytes(uri, 0, end)
-        if (
-            not data
-            and uris.is_local(uri)
-            and disk.wait_for_content(Path(uris.absolute(uri)), disk.READER_S)
-        ):
+        is_claim = not data and uris.is_local(uri)  # a writer has claimed the name
+        if is_claim and disk.wait_for_content(Path(uris.absolute(uri)), disk.READER_S):
             data = read_bytes(uri, 0, end)
         if most_bytes is not None and len(data) > most_bytes:
             raise StoreError(
-                f"{uri} has more than {most_bytes:,} bytes: it is none that afn-ray wrote"
+                f"{uri} has more than {most_bytes:,} bytes, so afn-ray did not write it"
             )
         return data
     except StoreError as error:
@@ -81,7 +78,7 @@ def exists(uri: str) -> bool:
     """Whether there is a file or folder at ``uri`` now."""
     fs, path = uris.open_filesystem(uri)
     return (
-        call_with_retries(fs, "looking at", uri, StoreError, lambda: find_entry(fs, path))
+        call_with_retries(fs, "examining", uri, StoreError, lambda: find_entry(fs, path))
         is not None
     )
 
@@ -92,11 +89,12 @@ def list_names(uri: str) -> list[str]:
 
     def names() -> list[str]:
         try:
-            return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(path, detail=False))
+            found = fs.ls(path, detail=False)
         except FileNotFoundError as error:
             if NO_BUCKET in str(error):
                 raise
             return []
+        return sorted(posixpath.basename(str(name).rstrip("/")) for name in found)
 
     return call_with_retries(fs, "listing", uri, StoreError, names)
 
@@ -136,9 +134,11 @@ def list_below(uri: str) -> list[StoredFile]:
             if info["type"] == "file"
         ]
 
-    local = isinstance(fs, LocalFileSystem)
-    ask = (lambda: list(_local_files(path))) if local else files
-    return sorted(call_with_retries(fs, "listing", uri, StoreError, ask), key=lambda f: f.uri)
+    def local_files() -> list[StoredFile]:
+        return list(_local_files(path))
+
+    call = local_files if isinstance(fs, LocalFileSystem) else files
+    return sorted(call_with_retries(fs, "listing", uri, StoreError, call), key=lambda f: f.uri)
 
 
 def _local_files(folder: str) -> Iterator[StoredFile]:
@@ -212,9 +212,13 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
     """
     fs, path = uris.open_filesystem(uri)
     local = isinstance(fs, LocalFileSystem)
-    write = (
-        (lambda: disk.replace(Path(path), data)) if local else (lambda: fs.pipe_file(path, data))
-    )
+
+    def write() -> None:
+        if local:
+            disk.replace(Path(path), data)
+        else:
+            fs.pipe_file(path, data)
+
     with named_errors("writing", uri, StoreError):
         with_retries(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
@@ -273,5 +277,5 @@ def remove_if_empty(uri: str) -> None:
 def modified_s(uri: str) -> float | None:
     """Unix time when ``uri`` was written, by its filesystem's clock; None if there is no file."""
     fs, path = uris.open_filesystem(uri)
-    info = call_with_retries(fs, "looking at", uri, StoreError, lambda: find_entry(fs, path))
+    info = call_with_retries(fs, "examining", uri, StoreError, lambda: find_entry(fs, path))
     return None if info is None else entry_modified_s(info)

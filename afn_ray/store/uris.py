@@ -48,19 +48,18 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if URL_SECRET.search(uri):
         raise ConfigError(
             f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; "
-            "take them out and "
-            "give them in the environment"
+            "remove them from the URL and give them in the environment"
         )
     if "::" in uri:
         raise ConfigError(
-            f"chained URL {uri!r}; give a plain one (compression goes by the file's ending)"
+            f"chained URL {uri!r}; give a plain one (a file's ending says how it is compressed)"
         )
     extra = EXTRAS.get(protocol, "")
     try:
         fs, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **OPTIONS.get(extra, {}))
     except ImportError as error:
         how = f'pip install "afn-ray[{extra}]"' if extra else str(error)
-        raise ConfigError(f"{uri!r} cannot be opened, for a package is missing: {how}") from error
+        raise ConfigError(f"{uri!r} cannot be opened: a package is missing: {how}") from error
     except ValueError as error:
         raise ConfigError(f"{uri!r} cannot be opened: {error}") from error
     if extra == "s3":
@@ -108,10 +107,8 @@ def below(folder: str) -> Callable[[str], bool]:
     def is_below(uri: str) -> bool:
         if f"{uri}/".startswith(f"{root}/"):
             return True
-        return (
-            real is not None
-            and "://" not in uri
-            and f"{os.path.realpath(uri)}/".startswith(f"{real}/")
-        )
+        if real is None or "://" in uri:
+            return False
+        return f"{os.path.realpath(uri)}/".startswith(f"{real}/")
 
     return is_below

@@ -451,7 +451,7 @@ def test_a_plan_proves_itself(config: RunConfig) -> None:
         (edited(table.replace_schema_metadata(None)), "damaged: TypeError"),
         (
             edited(resealed([{**rows[0], "sha256": "0" * 64}, *rows[1:]])),
-            "what by its slices is shard",
+            "the slices of its shard",
         ),
         (edited(resealed([row for row in rows if row["ordinal"]])), "of another run"),
         (edited(resealed(rows, measure={"dtype": "bfloat16"})), "of another run"),

@@ -454,7 +454,7 @@ def test_an_endpoint_that_cannot_be_is_said_at_once(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1:1")
     fsspec.filesystem("s3").clear_instance_cache()
-    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL wants the form http://host:port"):
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL must have the form http://host:port"):
         storage.read_bytes(f"{object_store}/x")
     fsspec.filesystem("s3").clear_instance_cache()
 

@@ -265,7 +265,7 @@ def test_what_a_filesystem_cannot_do_is_no_want_of_permission(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(Path, "mkdir", unable)
-    with pytest.raises(StoreError, match="its filesystem does not support that") as caught:
+    with pytest.raises(StoreError, match="its filesystem does not support this call") as caught:
         probes.check_writable(str(tmp_path))
     assert "permission" not in str(caught.value)
 
