@@ -100,7 +100,7 @@ class Rules:
 
     language: str  # of the function words
     sink_factor: float  # a sink is stronger than this many medians
-    # Rows of ``manifest.FROZEN`` that label tokens; empty: the run's own thresholds do.
+    # Rows of ``label_thresholds.FROZEN`` that label tokens; empty: the run's own thresholds do.
     frozen: Sequence[dict[str, Any]] = ()
 
 

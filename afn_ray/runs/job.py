@@ -70,7 +70,7 @@ class Preparation:
     decided: precision.Precision
     task: Task
     measure: dict[str, Any]
-    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``manifest.find_frozen``
+    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``label_thresholds.find_frozen``
 
 
 def prepare(
