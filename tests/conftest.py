@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from hosts import Chaos
 
 SLOW = (
+    "test_machines",
     "test_jobs",
     "test_ray",
     "test_readme",
@@ -93,6 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     numbers: dict[str, int] = {}
     for item in items:
         kind = item.callspec.params.get("ground") if hasattr(item, "callspec") else None
+        if item.get_closest_marker("chaos") is not None:
+            item.add_marker(pytest.mark.xdist_group(f"{chaos_group(item)}-{kind}"))
         if kind is None or not isinstance(item, pytest.Function):
             continue
         if (only := item.get_closest_marker("only")) is not None:
@@ -102,6 +105,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elif kind != kinds[numbers.setdefault(item.originalname, len(numbers)) % 2]:
             item.add_marker("again")
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+def chaos_group(item: pytest.Item) -> str:
+    """The chaos tests that share what one process starts, for ``--dist loadgroup``: its nodes, its
+    own Ray, or the server of its drivers.
+    """
+    if item.path.stem == "test_faults":
+        return "workers" if "local_ray" in getattr(item, "fixturenames", ()) else "drivers"
+    return item.path.stem
 
 
 def pytest_configure() -> None:

@@ -27,8 +27,8 @@ from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 LAST = f"{NUM_SHARDS - 1}.jsonl"
-ROOM_KIB = 2 << 20
-"""More than a worker with its model takes, less than one that eats."""
+ROOM_KIB = 4 << 20
+"""More than a worker with its model and what runs beside it take, less than one that eats."""
 
 
 @pytest.fixture(scope="module")
