@@ -275,6 +275,19 @@ def corpus(tmp_path: Path, verses: list[str]) -> str:
     return str(write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]]))
 
 
+def config_of(model: Path, corpus: Path | str, store: Path | str, /, **changes: Any) -> RunConfig:
+    """The config of a run in this process with small batches; ``changes`` replace any field."""
+    values: dict[str, Any] = {
+        "corpus": (str(corpus),),
+        "model": str(model),
+        "store": str(store),
+        "executor": "inline",
+        "batch_tokens": 256,
+        "dtype": "float32",
+    }
+    return RunConfig(**(values | changes))
+
+
 MakeConfig = Callable[..., RunConfig]
 
 
@@ -285,17 +298,8 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> MakeConfig:
     """
 
     def make(**changes: Any) -> RunConfig:
-        values: dict[str, Any] = {
-            "corpus": (str(tmp_path / "corpus"),),
-            "model": str(tiny_bert),
-            "store": str(tmp_path / "store"),
-            "executor": "inline",
-            "shard_bytes": 4096,
-            "batch_tokens": 256,
-            "dtype": "float32",
-            "layers": "2/3",
-        }
-        return RunConfig(**(values | changes))
+        values = {"shard_bytes": 4096, "layers": "2/3"} | changes
+        return config_of(tiny_bert, tmp_path / "corpus", tmp_path / "store", **values)
 
     return make
 

@@ -17,7 +17,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.show import overview
 from afn_ray.store import manifest
-from conftest import write_jsonl
+from conftest import config_of, write_jsonl
 
 POPULATIONS = ("tokens", "tokens_without_sinks")
 
@@ -31,16 +31,8 @@ def nights(
     """
     folder = tmp_path_factory.mktemp("frozen")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:40]])
-    config = RunConfig(
-        corpus=(str(corpus),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
-        layers="1,2",
-        shard_bytes=4096,
-        batch_tokens=256,
-        dtype="float32",
-        sink_factor=1.2,
+    config = config_of(
+        tiny_bert, corpus, folder / "store", layers="1,2", shard_bytes=4096, sink_factor=1.2
     )
     with afn_ray.run(config) as first:
         pass

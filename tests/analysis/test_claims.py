@@ -23,7 +23,7 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.show import charts
-from conftest import write_jsonl
+from conftest import config_of, write_jsonl
 
 By = dict[tuple[str, str, int | None], bootstrap.Figure]
 
@@ -32,15 +32,12 @@ By = dict[tuple[str, str, int | None], bootstrap.Figure]
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]) -> str:
     folder = tmp_path_factory.mktemp("claims")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:120]])
-    config = RunConfig(
-        corpus=(str(corpus),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
+    config = config_of(
+        tiny_bert,
+        corpus,
+        folder / "store",
         layers="0,1,3",
         signals="attention,shift,trimmed",
-        dtype="float32",
-        batch_tokens=256,
         sink_factor=1.04,
     )
     afn_ray.run(config).close()
@@ -303,16 +300,8 @@ def test_frozen_labels_change_no_claim(
 ) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "of the and in of the"}\n')
-    config = RunConfig(
-        corpus=(str(other),),
-        model=str(tiny_bert),
-        store=str(tmp_path / "other"),
-        executor="inline",
-        layers="0,1,3",
-        dtype="float32",
-        batch_tokens=256,
-        sink_factor=1.04,
-        screen=0,
+    config = config_of(
+        tiny_bert, other, tmp_path / "other", layers="0,1,3", sink_factor=1.04, screen=0
     )
     base = afn_ray.run(config).uri
     corpus = (str(Path(store).parent / "c.jsonl"),)

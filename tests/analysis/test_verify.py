@@ -25,26 +25,22 @@ import afn_ray
 from afn_ray import verify_store
 from afn_ray.analysis.findings import Finding
 from afn_ray.analysis.verify import Verification, lines
-from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import calibrations, layout, manifest, plans, shard_files, storage, uris
 from afn_ray.store.layout import RAY_IGNORE
-from conftest import afn, edit_sealed, edit_table, recommit, rewrite, stop_after, write_jsonl
+from conftest import (
+    afn,
+    config_of,
+    edit_sealed,
+    edit_table,
+    recommit,
+    rewrite,
+    stop_after,
+    write_jsonl,
+)
 
-
-def config_of(folder: Path, tiny_bert: Path, **changes: Any) -> RunConfig:
-    options: dict[str, Any] = {
-        "corpus": (str(folder / "corpus"),),
-        "model": str(tiny_bert),
-        "store": str(folder / "store"),
-        "executor": "inline",
-        "shard_bytes": 3000,
-        "batch_tokens": 256,
-        "dtype": "float32",
-        "layers": "0,2",
-    }
-    return RunConfig(**options | changes)
+MEASURE: dict[str, Any] = {"shard_bytes": 3000, "layers": "0,2"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     write_jsonl(folder / "corpus/a.jsonl", [*({"text": t} for t in texts), "no JSON"])
     (folder / "corpus/b.txt").write_text(" ".join(verses[90:100]))
     (folder / "corpus/c.txt").write_text("")
-    afn_ray.run(config_of(folder, tiny_bert)).close()
+    afn_ray.run(config_of(tiny_bert, folder / "corpus", folder / "store", **MEASURE)).close()
     return folder / "store"
 
 
@@ -69,8 +65,8 @@ def other(made: Path, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path)
     """
     folder = tmp_path_factory.mktemp("other")
     shutil.copytree(made.parent / "corpus", folder / "corpus")
-    config = config_of(made.parent, tiny_bert, store=str(folder / "store"), window_tokens=32)
-    afn_ray.run(config).close()
+    changed = MEASURE | {"window_tokens": 32}
+    afn_ray.run(config_of(tiny_bert, made.parent / "corpus", folder / "store", **changed)).close()
     return folder / "store"
 
 
@@ -220,7 +216,7 @@ def test_shards_of_no_run_are_checked_too(store: Copy) -> None:
 def test_an_unfinished_run_is_no_damage(
     tmp_path: Path, made: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(made.parent, tiny_bert, store=str(tmp_path / "store"))
+    config = config_of(tiny_bert, made.parent / "corpus", tmp_path / "store", **MEASURE)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
@@ -348,7 +344,7 @@ def test_doing_what_a_finding_says_mends_the_store(
             remove(store.shards[0])
     assert (name == "plan.parquet") is (not storage.list_names(f"{store.uri}/runs"))
     rows = afn_ray.verify_store(str(made)).num_rows
-    afn_ray.run(config_of(made.parent, tiny_bert, store=store.uri)).close()
+    afn_ray.run(config_of(tiny_bert, made.parent / "corpus", store.uri, **MEASURE)).close()
     v = store.verify()
     assert not v.findings and v.num_runs == 1 and v.num_rows == rows
 

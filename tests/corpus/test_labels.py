@@ -35,7 +35,7 @@ from afn_ray.schema import CLASSES, Shard, Span, in_order, upos_classes
 from afn_ray.show import overview
 from afn_ray.store import manifest
 from afn_ray.tokens import encode
-from conftest import recommit, write_jsonl
+from conftest import config_of, recommit, write_jsonl
 from test_corpus import COMPRESS, OPTIONS, jsonl, one, parquet, read_all, remember
 
 TAGS = dataclasses.replace(OPTIONS, labels="tags")
@@ -473,16 +473,13 @@ def labelled(
     tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
 ) -> tuple[RunConfig, str]:
     folder = tmp_path_factory.mktemp("labels")
-    config = RunConfig(
-        corpus=(str(treebank([" ".join(v.split()) for v in verses[:60]], folder / "corpus")),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
+    config = config_of(
+        tiny_bert,
+        treebank([" ".join(v.split()) for v in verses[:60]], folder / "corpus"),
+        folder / "store",
         layers="0,2",
         signals="shift",
         shard_bytes=2048,
-        batch_tokens=256,
-        dtype="float32",
     )
     with afn_ray.run(config) as run:
         return config, run.uri

@@ -22,14 +22,13 @@ from rich.console import Console
 
 import afn_ray
 from afn_ray.analysis import verify
-from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, StoreError
 from afn_ray.query.database import open_run
 from afn_ray.reduce import compare
 from afn_ray.runs import status
 from afn_ray.show import overview, report
 from afn_ray.store import garbage, gc_report, manifest
-from conftest import edit_sealed, listed, recommit, rewrite, write_jsonl
+from conftest import config_of, edit_sealed, listed, recommit, rewrite, write_jsonl
 
 NUM_STORES = {"short": 4, "long": 1000}
 
@@ -45,14 +44,11 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     folder = tmp_path_factory.mktemp("altered")
     (folder / "corpus").mkdir()
     write_jsonl(folder / "corpus" / "a.jsonl", [*({"text": t} for t in verses[:25]), "no JSON"])
-    config = RunConfig(
-        corpus=(str(folder / "corpus"),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
+    config = config_of(
+        tiny_bert,
+        folder / "corpus",
+        folder / "store",
         shard_bytes=2048,
-        batch_tokens=256,
-        dtype="float32",
         layers="0,1,2",
         signals="strength,shift,neurons",
     )

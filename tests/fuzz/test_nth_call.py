@@ -97,7 +97,7 @@ def memory_corpus(verses: list[str]) -> Iterator[str]:
 def test_a_run_whose_nth_call_fails_loses_nothing_without_a_word(
     memory_corpus: str, make_config: Callable[..., RunConfig], fuzz_length: str
 ) -> None:
-    def config_of(store: str) -> RunConfig:
+    def config_at(store: str) -> RunConfig:
         return make_config(
             corpus=(faults.wrap(f"{memory_corpus}/*.jsonl"), faults.wrap(f"{memory_corpus}/*.csv")),
             store=faults.wrap(store),
@@ -108,14 +108,14 @@ def test_a_run_whose_nth_call_fails_loses_nothing_without_a_word(
         )
 
     root = memory_corpus.removesuffix("/corpus")
-    with scheduled(NthCall()) as undisturbed, afn_ray.run(config_of(f"{root}/clean")) as run:
+    with scheduled(NthCall()) as undisturbed, afn_ray.run(config_at(f"{root}/clean")) as run:
         expected = recorded(run)
     assert undisturbed.calls > 40
     dice = random.Random(7)
     ended: dict[str, int] = {"complete": 0, "error": 0}
     for number in range(NUM_FAULTS[fuzz_length]):
         store = f"{root}/store-{number}"
-        config = config_of(store)
+        config = config_at(store)
         fault = NthCall(
             dice.randint(1, undisturbed.calls),
             dice.choice(list(ERRORS)),

@@ -36,7 +36,7 @@ from afn_ray.model.signals import (
 from afn_ray.runs import outliers
 from afn_ray.runs.worker import NONE_MEASURED
 from afn_ray.store import manifest, storage
-from conftest import edit_table, fenced, find_model, write_jsonl
+from conftest import config_of, edit_table, fenced, find_model, write_jsonl
 from test_families import CONTEXT, LAYERS, PACKED, PADDED, documents, family  # noqa: F401
 
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
@@ -244,16 +244,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     """A run of every signal over some shards, with windows that overlap."""
     folder = tmp_path_factory.mktemp("signals")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:80]])
-    config = RunConfig(
-        corpus=(str(corpus),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
+    config = config_of(
+        tiny_bert,
+        corpus,
+        folder / "store",
         layers="0,1,3",
         signals=ALL,
         shard_bytes=2048,
-        batch_tokens=256,
-        dtype="float32",
         window_tokens=24,
     )
     afn_ray.run(config).close()

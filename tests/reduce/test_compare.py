@@ -31,7 +31,7 @@ from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOUR
 from afn_ray.show import overview
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
-from conftest import edit_sealed, write_jsonl
+from conftest import config_of, edit_sealed, write_jsonl
 
 LAYERS = (0, 2)
 DISTANCES = ("psi", "ks", "js")
@@ -102,16 +102,7 @@ def config(
         for file, (begin, end) in files.items():
             rows = [{"text": t} for t in verses[begin:end]]
             write_jsonl(folder / str(night) / f"{file}.jsonl", rows)
-    return RunConfig(
-        corpus=(str(folder / "0"),),
-        model=str(tiny_bert),
-        store=str(folder / "store-0"),
-        layers="0,2",
-        dtype="float32",
-        executor="inline",
-        shard_bytes=4096,
-        batch_tokens=256,
-    )
+    return config_of(tiny_bert, folder / "0", folder / "store-0", layers="0,2", shard_bytes=4096)
 
 
 def by_file(source: str) -> str:

@@ -23,7 +23,7 @@ from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import overview
 from afn_ray.store import checksums, manifest, plans, shard_files
-from conftest import MakeConfig, write_jsonl
+from conftest import MakeConfig, config_of, write_jsonl
 
 COLUMNS = ("lost_bytes", "n_quarantined", "lost_documents", "lost_unknown", "n_replaced")
 
@@ -49,16 +49,7 @@ def lossy(
     """A run over such a corpus, and what its end says."""
     folder = tmp_path_factory.mktemp("losses")
     corpus = corpus_of_losses(folder / "corpus", verses)
-    config = RunConfig(
-        corpus=(str(corpus),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
-        layers="2",
-        shard_bytes=3000,
-        batch_tokens=256,
-        dtype="float32",
-    )
+    config = config_of(tiny_bert, corpus, folder / "store", layers="2", shard_bytes=3000)
     return config, said_by_a_run(config)
 
 

@@ -30,7 +30,7 @@ from afn_ray.runs import measurer
 from afn_ray.schema import FEATURES
 from afn_ray.store import manifest, plans, shard_files
 from bench import screen as bench
-from conftest import write_jsonl
+from conftest import config_of, write_jsonl
 
 JUNK = "qvx zzkw jjpq xxvb qqzz kkwv jpqx vbzz"
 
@@ -48,15 +48,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     texts[2][1] = ""
     for name, part in zip("abc", texts, strict=True):
         write_jsonl(folder / "corpus" / f"{name}.jsonl", [{"text": t} for t in part])
-    config = RunConfig(
-        corpus=(str(folder / "corpus"),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
+    config = config_of(
+        tiny_bert,
+        folder / "corpus",
+        folder / "store",
         layers="1,2",
         shard_bytes=3000,
-        batch_tokens=256,
-        dtype="float32",
         sink_factor=1.05,
     )
     afn_ray.run(config).close()

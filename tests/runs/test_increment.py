@@ -25,7 +25,7 @@ from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import FileInfo
 from afn_ray.store import claims, corpus_files, manifest, storage
-from conftest import recorded, write_jsonl
+from conftest import config_of, recorded, write_jsonl
 
 B = 1024
 """Bytes of a shard."""
@@ -160,7 +160,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_gpt: Path, verses: lis
     fill(folder / "pristine", verses)
     sizes(folder / "pristine")
     shutil.copytree(folder / "pristine", folder / "corpus")
-    config = config_of(folder / "corpus", tiny_gpt, folder / "store")
+    config = config_of(tiny_gpt, folder / "corpus", folder / "store", **SMALL)
     plan = make_plan(config)
     slices: dict[str, list[tuple[int, int]]] = {}
     for piece in (piece for shard in plan.shards for piece in shard.slices):
@@ -170,19 +170,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_gpt: Path, verses: lis
     return Ground(folder / "pristine", folder / "corpus", folder / "store", slices)
 
 
-def config_of(folder: Path | str, model: Path, store: Path | str) -> RunConfig:
-    return RunConfig(
-        corpus=(str(folder),),
-        model=str(model),
-        store=str(store),
-        executor="inline",
-        shard_bytes=B,
-        batch_tokens=512,
-        dtype="float32",
-        layers="0,2",
-    )
-
-
+SMALL: dict[str, Any] = {"shard_bytes": B, "batch_tokens": 512, "layers": "0,2"}
 Change = Callable[[Path, Ground, list[str]], object]
 
 
@@ -284,19 +272,19 @@ def test_a_change_costs_what_changed_and_gives_what_a_new_store_would(
     hashed, measured, act = CHANGES[change]
     act(today, ground, verses)
     before = {f.uri for f in storage.list_below(str(tmp_path / "store"))}
-    mine, done = run_over(config_of(today, tiny_gpt, tmp_path / "store"), work)
+    mine, done = run_over(config_of(tiny_gpt, today, tmp_path / "store", **SMALL), work)
     assert (done.hashed, done.measured) == (hashed, measured)
     assert before < {
         f.uri for f in storage.list_below(str(tmp_path / "store"))
     }  # what left the run is in the store
-    theirs, _ = run_over(config_of(today, tiny_gpt, tmp_path / "new"), work)
+    theirs, _ = run_over(config_of(tiny_gpt, today, tmp_path / "new", **SMALL), work)
     check_same(mine, theirs)
 
 
 def test_what_is_as_it_was_costs_nothing_and_what_was_touched_a_hash(
     today: Path, tmp_path: Path, tiny_gpt: Path, work: Work
 ) -> None:
-    config = config_of(today, tiny_gpt, tmp_path / "store")
+    config = config_of(tiny_gpt, today, tmp_path / "store", **SMALL)
     run, done = run_over(config, work)
     assert (done.hashed, done.measured) == (0, 0)
     os.utime(today / "b.jsonl", ns=(OLD_NS, OLD_NS + 1))
@@ -309,11 +297,11 @@ def test_what_is_as_it_was_costs_nothing_and_what_was_touched_a_hash(
 def test_two_corpora_in_one_store_each_remember_their_files(
     today: Path, tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work
 ) -> None:
-    one = config_of(today, tiny_gpt, tmp_path / "store")
+    one = config_of(tiny_gpt, today, tmp_path / "store", **SMALL)
     (tmp_path / "other").mkdir()
     add(tmp_path / "other", "x.jsonl", verses[:3])
     os.utime(tmp_path / "other" / "x.jsonl", ns=(OLD_NS, OLD_NS))
-    other = config_of(tmp_path / "other", tiny_gpt, tmp_path / "store")
+    other = config_of(tiny_gpt, tmp_path / "other", tmp_path / "store", **SMALL)
     hashed = []
     for config in (other, one, other, one):
         run, done = run_over(config, work)
@@ -372,7 +360,7 @@ def test_ten_nights_of_any_changes(
             folder / f"{i}00000.jsonl", lines_of(dice.choices(verses, k=dice.randint(1, 12)))
         )
         os.utime(folder / f"{i}00000.jsonl", ns=(0, OLD_NS))
-    config = replace(config_of(folder, tiny_gpt, tmp_path / "store"), shard_bytes=2 * B)
+    config = replace(config_of(tiny_gpt, folder, tmp_path / "store", **SMALL), shard_bytes=2 * B)
     run_over(config, work)[0].close()
     num_measured = num_shards = 0
     for night in range(1, 11):
@@ -411,7 +399,7 @@ def test_in_a_bucket_the_etag_tells(
     place = f"{object_store}/corpus"
     for key in keys:
         storage.upload(tmp_path / "corpus" / key, f"{place}/{key}")
-    config = config_of(place, tiny_bert, f"{object_store}/store")
+    config = config_of(tiny_bert, place, f"{object_store}/store", **SMALL)
     run, done = run_over(config, work)
     run.close()
     assert done.hashed == 4 and done.measured == 9
@@ -426,7 +414,7 @@ def test_in_a_bucket_the_etag_tells(
     storage.delete([f"{place}/a1.txt"])
     mine, done = run_over(config, work)
     assert (done.hashed, done.measured) == (1, 2)
-    theirs, _ = run_over(config_of(place, tiny_bert, f"{object_store}/new"), work)
+    theirs, _ = run_over(config_of(tiny_bert, place, f"{object_store}/new", **SMALL), work)
     check_same(mine, theirs)
 
 
@@ -452,7 +440,7 @@ def test_where_a_bucket_has_no_etag_the_time_does(
         ]
 
     monkeypatch.setattr(corpus_files, "find_files", without_etag)
-    config = config_of(f"{object_store}/corpus", tiny_bert, f"{object_store}/store")
+    config = config_of(tiny_bert, f"{object_store}/corpus", f"{object_store}/store", **SMALL)
     plan = make_plan(config)
     claims.begin_run(config, {"dtype": "float32"}, plan, 0)
     work.hashed = 0

@@ -40,7 +40,7 @@ from afn_ray.tokens import counting, encode
 from bench import commands as bench_commands
 from bench import crowd, simulate
 from bench.reduce import NUM_TYPES
-from conftest import MakeConfig, printed, write_jsonl
+from conftest import MakeConfig, config_of, printed, write_jsonl
 
 NUM_SEEDS = 30
 PRICES = """
@@ -572,15 +572,7 @@ def measured(
     """A store with a complete run of a small corpus."""
     folder = tmp_path_factory.mktemp("measured")
     corpus = write_jsonl(folder / "c.jsonl", [{"text": t} for t in verses[:60]])
-    config = RunConfig(
-        corpus=(str(corpus),),
-        model=str(tiny_bert),
-        store=str(folder / "store"),
-        executor="inline",
-        shard_bytes=2048,
-        batch_tokens=256,
-        dtype="float32",
-    )
+    config = config_of(tiny_bert, corpus, folder / "store", shard_bytes=2048)
     afn_ray.run(config).close()
     return config
 

@@ -28,7 +28,7 @@ from afn_ray.store import calibrations, epochs, manifest, storage, uris
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.gc_report import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
-from conftest import afn, rewrite, write_jsonl
+from conftest import afn, config_of, rewrite, write_jsonl
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
 """Of a corpus of two files, each in one of two states; the last night has nothing that no earlier
@@ -43,17 +43,7 @@ def set_corpus(folder: Path, night: str, verses: list[str]) -> Path:
     return folder
 
 
-def config_of(folder: Path, model: Path, store: str) -> RunConfig:
-    return RunConfig(
-        corpus=(str(folder),),
-        model=str(model),
-        store=store,
-        executor="inline",
-        shard_bytes=1024,
-        batch_tokens=256,
-        dtype="float32",
-        layers="2",
-    )
+SMALL: dict[str, Any] = {"shard_bytes": 1024, "layers": "2"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
     names = []
     for night in NIGHTS:
         set_corpus(folder / "corpus", night, verses)
-        with afn_ray.run(config_of(folder / "corpus", tiny_bert, str(folder / "store"))) as run:
+        with afn_ray.run(
+            config_of(tiny_bert, folder / "corpus", str(folder / "store"), **SMALL)
+        ) as run:
             names.append(run.uri.rpartition("/")[2])
             assert run.info["counts"]["shards"] == 6
     assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"]
@@ -185,7 +177,7 @@ def test_a_removed_document_leaves_the_run_and_garbage_the_store(
 ) -> None:
     set_corpus(made.corpus, NIGHTS[-1], verses)
     (made.corpus / "2.jsonl").unlink()
-    with afn_ray.run(config_of(made.corpus, tiny_bert, store)) as run:
+    with afn_ray.run(config_of(tiny_bert, made.corpus, store, **SMALL)) as run:
         sources = {row[0] for row in run.sql("SELECT DISTINCT source FROM documents").fetchall()}
     assert sources == {str(made.corpus / "1.jsonl")}
     shards = {uri.split("/")[-2] for uri in files_of(store) if "/shards/" in uri}
@@ -400,7 +392,7 @@ def test_a_run_begun_meanwhile_keeps_its_shards(
 
     def on_progress(message: str) -> None:
         if not begun:
-            with afn_ray.run(config_of(made.corpus, tiny_bert, store)) as run:
+            with afn_ray.run(config_of(tiny_bert, made.corpus, store, **SMALL)) as run:
                 begun.append(run.uri.rpartition("/")[2])
                 assert run.info["counts"]["shards_reused"] < run.info["counts"]["shards"]
 
@@ -455,7 +447,7 @@ class Night:
 def night(made: Made, store: str, tiny_bert: Path, verses: list[str]) -> Night:
     set_corpus(made.corpus, NIGHTS[1], verses)
     tokens = manifest.open_folder(store, made.runs[1]).info["counts"]["tokens"]
-    return Night(store, config_of(made.corpus, tiny_bert, store), [], tokens)
+    return Night(store, config_of(tiny_bert, made.corpus, store, **SMALL), [], tokens)
 
 
 def test_a_run_beside_a_collection_that_waits_in_a_delete_loses_nothing(
