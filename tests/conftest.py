@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,8 +39,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from afn_ray.bench import PIPED_COLUMNS
 from afn_ray.config import RunConfig
+from afn_ray.measure import Measure
 from afn_ray.runs import demo
-from afn_ray.schema import Shard
+from afn_ray.schema import Shard, strengths
 from afn_ray.store import blocks, checksums, storage, uris
 from afn_ray.store.commits import Commit
 
@@ -321,6 +322,21 @@ RUN_INFO: dict[str, Any] = {
     "finished_at": "",
 }  # fmt: skip
 """The keys that every run.json has."""
+
+
+def make_measure(layers: Sequence[int] = (8,)) -> Measure:
+    """A measure of strength at ``layers``, of a model that is nowhere."""
+    return Measure(
+        model={"config.json": "abc"},
+        model_type="bert",
+        layers=tuple(layers),
+        signals=("strength",),
+        series=strengths(layers),
+        window_tokens=512,
+        overlap_tokens=128,
+        offsets=True,
+        dtype="float32",
+    )
 
 
 def rewrite(uri: str, data: bytes) -> None:

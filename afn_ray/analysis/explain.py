@@ -19,7 +19,7 @@ from afn_ray.model.signals import find_signals
 from afn_ray.reduce.stats import spearman
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.measurer import Measured, Measurer, find_model
-from afn_ray.runs.task import Task, with_labels, with_neurons_above, with_outliers
+from afn_ray.runs.task import Task
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
 from afn_ray.store import label_thresholds, manifest
 from afn_ray.store.settings import config_from
@@ -183,49 +183,49 @@ def explain(
         run, model_name=model_name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
     config, device = plan.config, plan.device
-    chosen = index_of(plan.layers, layer)
+    chosen = index_of(plan.measure.layers, layer)
     if apart := [s.name for s in find_signals(signals)[0] if not s.is_series]:
         raise ConfigError(
             f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show "
             "neurons"
         )
     plan = worker.with_signals(plan, signals)
-    if worker.wants_outliers(plan) and not plan.outliers:
+    measure = plan.measure
+    if worker.wants_outliers(plan) and not measure.outliers:
         raise ConfigError(
             f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
             "looked for none; leave them out, or explain against a run that recorded them"
         )
     cleaned = SURROGATES.sub("\ufffd", text)  # no surrogates, as in the corpus
     measured, pieces = _measure(plan, cleaned, cleaned != text)
-    encoded, by_series = measured.encoded, dict(zip(plan.series, measured.values, strict=True))
+    encoded, by_series = measured.encoded, dict(zip(measure.series, measured.values, strict=True))
     special = (encoded.flags & SPECIAL) > 0
     tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
     tables["labels"] = label_thresholds.labels(run)
     if "signals" in run.info["tables"]:
         tables["signals"] = manifest.read_table(run, "signals")
     thresholds, columns = [], []
-    for at in plan.layers:
+    for at in measure.layers:
         limits, readings = _read_layer(
             tables, at, encoded.token_ids, special, by_series[Series(STRENGTH, at)]
         )
         thresholds.append(limits)
         others = [
-            _read_signal(tables, s, special, by_series[s]) for s in plan.series if s.layer == at
+            _read_signal(tables, s, special, by_series[s]) for s in measure.series if s.layer == at
         ][1:]
         columns.append(
             [replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)]
         )
     sweep = () if layers is None else resolve_layers(layers, run.info["model"]["depth"])
-    if elsewhere := tuple(k for k in sweep if k not in plan.layers):
-        other = replace(plan, layers=elsewhere, outliers=())
-        other = worker.with_signals(
-            other
-        )  # in a pass of its own, so that the first one is exactly the run's
+    if elsewhere := tuple(k for k in sweep if k not in measure.layers):
+        # in a pass of its own, so that the first one is exactly the run's
+        other = replace(plan, measure=replace(measure, layers=elsewhere, outliers=()))
+        other = worker.with_signals(other)
         by_series |= zip(
-            other.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True
+            other.measure.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True
         )
     quartiles = {
-        k: [r.quartile for r in column] for k, column in zip(plan.layers, columns, strict=True)
+        k: [r.quartile for r in column] for k, column in zip(measure.layers, columns, strict=True)
     }
     cells = [
         _within_text(k, by_series[Series(STRENGTH, k)], special, quartiles.get(k)) for k in sweep
@@ -257,20 +257,20 @@ def explain(
                 f"has {window:,}; shorten it"
             )
         model.free_memory()
-        at, values = plan.layers[chosen], by_series[Series(STRENGTH, plan.layers[chosen])]
+        at, values = measure.layers[chosen], by_series[Series(STRENGTH, measure.layers[chosen])]
         files = find_model(config)
-        decided = model.decide(files, encoded.token_ids.tolist(), at, values, plan.dtype, device)
+        decided = model.decide(files, encoded.token_ids.tolist(), at, values, measure.dtype, device)
         decision = _decision(decided, at, values, special)
     return Explanation(
         run.uri,
         config.model,
-        plan.dtype,
+        measure.dtype,
         device,
         cleaned,
-        plan.layers,
+        measure.layers,
         tuple(thresholds),
         tokens,
-        _notes(run.info["made_by"], device, plan.dtype),
+        _notes(run.info["made_by"], device, measure.dtype),
         sweep,
         decision,
     )
@@ -289,7 +289,7 @@ def _measure(plan: Task, text: str, replaced: bool) -> tuple[Measured, list[str]
         raise ConfigError("the text has no tokens; give one with at least a word")
     if bad := [
         s.name
-        for s, v in zip(plan.series, measured.values, strict=True)
+        for s, v in zip(plan.measure.series, measured.values, strict=True)
         if not np.isfinite(v).all()
     ]:
         raise ModelError(
@@ -380,15 +380,16 @@ def recorded_task(
             )
     config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
-    task, measure = worker.prepare(config, find_model(config), device, config.dtype)
-    task, measure = with_labels(task, measure, recorded.get("labels"))
-    if "outliers" in recorded:
-        task, measure = with_outliers(task, measure, recorded["outliers"])
-    if "neurons_above" in recorded:
-        task, measure = with_neurons_above(task, measure, recorded["neurons_above"])
-    if task.measure_id != recorded["id"]:
-        raise ModelError(_not_the_same(config.model, run.uri, recorded, measure))
-    return task
+    task = worker.prepare(config, find_model(config), device, config.dtype)
+    measure = replace(
+        task.measure,
+        labels=recorded.get("labels"),
+        outliers=tuple(tuple(dims) for dims in recorded.get("outliers", ())),
+        neurons_above=tuple(recorded.get("neurons_above", ())),
+    )
+    if measure.id != recorded["id"]:
+        raise ModelError(_not_the_same(config.model, run.uri, recorded, measure.as_dict()))
+    return replace(task, measure=measure)
 
 
 def _read_layer(

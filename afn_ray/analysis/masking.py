@@ -91,9 +91,11 @@ def check(
         allow_pickle=allow_pickle,
     )
     last, layer = (run.info["model"]["depth"],), run.info["layers"][-1]
-    task = replace(
-        worker.with_signals(task), layers=last, series=strengths(last), dtype="float32", outliers=()
+    task = worker.with_signals(task)
+    measure = replace(
+        task.measure, layers=last, series=strengths(last), dtype="float32", outliers=()
     )
+    task = replace(task, measure=measure)
     changes = np.full((num_documents, len(KINDS), len(CHANGES)), np.nan)
     replaced = np.zeros((num_documents, len(KINDS)))
     measurer = Measurer(task)

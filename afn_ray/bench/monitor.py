@@ -98,7 +98,7 @@ class _Candidate:
             window_tokens=self.window,
             executor="inline",
         )
-        self._measurer = Measurer(worker.prepare(config, files, device, self.dtype)[0])
+        self._measurer = Measurer(worker.prepare(config, files, device, self.dtype))
         self._device = device
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
         plain, both = self._load(), [Strength(), Shift()]
@@ -134,7 +134,7 @@ class _Candidate:
         Their shape is [heads, size, size]: see ``attention.value_norms``.
         """
         config = replace(config, signals="attention", dtype="float32")
-        engine = Measurer(worker.prepare(config, self.files, self._device, "float32")[0]).model
+        engine = Measurer(worker.prepare(config, self.files, self._device, "float32")).model
         gram = engine.places[engine.blocks[self.layer - 1]].gram
         assert gram is not None
         return gram

@@ -42,7 +42,7 @@ class _Ours:
             scratch=spec.folder,
         )
         files = measurer.find_model(self._config)
-        self._task, _ = worker.prepare(self._config, files, spec.device, spec.dtype)
+        self._task = worker.prepare(self._config, files, spec.device, spec.dtype)
         self._processor = worker.Processor(self._task)
 
     def _outcome(self, before: Progress, strengths: list[Norms]) -> Outcome:
@@ -105,9 +105,9 @@ class Job(_Ours):
         store = str(Path(self._config.store) / str(self._num_runs))
         strengths: list[Norms] = []
         for shard in self._plans[profile].shards:
-            commit = shard_files.read_commit(store, self._task.measure_id, shard.id)
+            commit = shard_files.read_commit(store, self._task.measure.id, shard.id)
             assert commit is not None
-            folder = Path(shard_files.shard_uri(store, self._task.measure_id, shard.id))
+            folder = Path(shard_files.shard_uri(store, self._task.measure.id, shard.id))
             column = strength_column(self._layer)
             table = pq.read_table(folder / commit.files["tokens"]["name"], columns=["doc", column])
             bounds = np.flatnonzero(np.diff(table["doc"].to_numpy())) + 1

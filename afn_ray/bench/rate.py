@@ -96,7 +96,7 @@ def measure(
         "foreign": round(watch.foreign, 3),
         "load_s": load_s,
         "tokens_per_second": rates,
-        "speed": estimate.speed_of(prepared.task, prepared.measure),
+        "speed": estimate.speed_of(prepared.task),
     }
 
 

@@ -178,9 +178,10 @@ def dry_run(
     lexicon.function_words(config.language)
     probes.try_writable(config.store)
     asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
-    task, plan, measure, device = asked.task, asked.plan, asked.measure, asked.device
+    task, plan, device = asked.task, asked.plan, asked.device
+    measure = task.measure
     if known is not None and rate is not None:
-        known.check(speed_of(task, measure), rate)
+        known.check(speed_of(task), rate)
     stock = take_stock(asked, on_event, reduce_only=reduce_only)
     todo = [] if reduce_only else [s for s in plan.shards if s.id not in stock.commits]
     there = _what_is_there(stock.commits)
@@ -209,16 +210,16 @@ def dry_run(
     reduce_s = (
         0.0
         if stock.complete
-        else reduce_core_s(tokens, len(task.series), screened=config.screen > 0) / workers
+        else reduce_core_s(tokens, len(measure.series), screened=config.screen > 0) / workers
     )
     store_bytes = there.num_bytes + lacking.tokens * bytes_per_token(
-        config, len(task.series), len(task.neuron_layers)
+        config, len(measure.series), len(measure.neuron_layers)
     )
     load_s = (known.load_s if known else None) if todo else 0.0
     seconds = None if load_s is None else load_s + reduce_s
     if known and seconds is not None and known.tokens_per_second:
         seconds += lacking.tokens / known.tokens_per_second / workers
-    puts = len(todo) * (PUTS_A_SHARD + (2 if task.neuron_layers else 0))
+    puts = len(todo) * (PUTS_A_SHARD + (2 if measure.neuron_layers else 0))
     gets = sum(GETS_A_SHARD + gets_of_corpus(s.num_bytes) for s in todo)
     hours = None if seconds is None else seconds / 3600
     worker_hours = None if hours is None else workers * hours
@@ -248,13 +249,13 @@ def dry_run(
         tokens_per_second=known.tokens_per_second if known else None,
         rate=where,
         model=config.model,
-        layers=task.layers,
+        layers=measure.layers,
         depth=asked.files.depth,
-        dtype=task.dtype,
+        dtype=measure.dtype,
         device=device,
-        window_tokens=measure["window_tokens"],
-        overlap_tokens=measure["overlap_tokens"],
-        measure=task.measure_id,
+        window_tokens=measure.window_tokens,
+        overlap_tokens=measure.overlap_tokens,
+        measure=measure.id,
         signal_costs=pilot.signal_costs if here == device else {},
         prices=money,
         costs=costs,
@@ -390,17 +391,18 @@ def _pilot(task: Task, texts: Sequence[str]) -> _Pilot:
 # --- files of rates and prices
 
 
-def speed_of(task: Task, measure: dict[str, Any]) -> dict[str, Any]:
+def speed_of(task: Task) -> dict[str, Any]:
     """The inputs of a worker's tokens per second, except the machine and the texts."""
+    measure = task.measure
     return {
-        "model": fingerprint(measure["model"]),
-        "layers": list(task.layers),
-        "signals": measure["signals"],
-        "top_neurons": task.config.top_neurons if task.neuron_layers else 0,
-        "dtype": task.dtype,
+        "model": fingerprint(measure.model),
+        "layers": list(measure.layers),
+        "signals": list(measure.signals),
+        "top_neurons": measure.top_neurons,
+        "dtype": measure.dtype,
         "device": task.device,
-        "window_tokens": measure["window_tokens"],
-        "overlap_tokens": measure["overlap_tokens"],
+        "window_tokens": measure.window_tokens,
+        "overlap_tokens": measure.overlap_tokens,
         "batch_tokens": task.config.batch_tokens,
         "tokenizer_workers": task.config.tokenizer_workers,
     }

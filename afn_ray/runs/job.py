@@ -22,7 +22,7 @@ from afn_ray.reduce.tree import Recorded, Rules, reduce_run
 from afn_ray.runs import cluster, dispatch, events, measurer, outliers, precision, status, worker
 from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
-from afn_ray.runs.task import Task, in_dtype, with_labels, with_neurons_above, with_outliers
+from afn_ray.runs.task import Task
 from afn_ray.schema import Document, Shard, fingerprint
 from afn_ray.store import (
     calibrations,
@@ -69,7 +69,6 @@ class Preparation:
     begun_ns: int  # time before the first file was listed, in nanoseconds
     decided: precision.Precision
     task: Task
-    measure: dict[str, Any]
     frozen: list[dict[str, Any]]  # thresholds for the labels, from ``label_thresholds.find_frozen``
 
 
@@ -83,19 +82,23 @@ def prepare(
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = measurer.find_model(config)
-    task, measure = worker.prepare(config, files, device, "float32")
+    task = worker.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
-    task, measure = with_labels(task, measure, plan.labels)
-    decided = _decide_precision(task, measure, plan, on_event, keep=keep, reduce_only=reduce_only)
-    task, measure = in_dtype(task, measure, decided.dtype)
-    task, measure = _find_outliers(
-        task, measure, plan, on_event, keep=keep, reduce_only=reduce_only
+    measure = replace(task.measure, labels=plan.labels)
+    decided = _decide_precision(
+        replace(task, measure=measure), plan, on_event, keep=keep, reduce_only=reduce_only
     )
+    measure = replace(measure, dtype=decided.dtype)
+    outliers = _find_outliers(
+        replace(task, measure=measure), plan, on_event, keep=keep, reduce_only=reduce_only
+    )
+    measure = replace(measure, outliers=outliers)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
-        task, measure = with_neurons_above(task, measure, _high_from(frozen, task.neuron_layers))
-    return Preparation(config, device, files, plan, begun_ns, decided, task, measure, frozen)
+        measure = replace(measure, neurons_above=_high_from(frozen, measure.neuron_layers))
+    task = replace(task, measure=measure)
+    return Preparation(config, device, files, plan, begun_ns, decided, task, frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +115,10 @@ def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = Fal
     Raises the errors that ``run`` raises before its work begins.
     """
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
-    same, _ = claims.find_begun(asked.config, asked.measure, asked.plan, asked.frozen)
+    same, _ = claims.find_begun(asked.config, asked.task.measure, asked.plan, asked.frozen)
     if not reduce_only:
-        shards = epochs.newest(asked.config.store).marked(asked.task.measure_id, asked.plan.shards)
-        commits = shard_files.find_commits(asked.config.store, asked.task.measure_id, shards)
+        shards = epochs.newest(asked.config.store).marked(asked.task.measure.id, asked.plan.shards)
+        commits = shard_files.find_commits(asked.config.store, asked.task.measure.id, shards)
     if same is not None and same.info:
         _say_nothing_to_do(asked, same, on_event)
         return Stock(commits, True)
@@ -129,7 +132,7 @@ def _commits_to_reduce(asked: Preparation) -> Commits:
 
     Raises ``IncompleteRun`` where more than ``allow_quarantined`` are missing.
     """
-    config, plan, measure_id = asked.config, asked.plan, asked.task.measure_id
+    config, plan, measure_id = asked.config, asked.plan, asked.task.measure.id
     shards = epochs.newest(config.store).marked(measure_id, plan.shards)
     commits = shard_files.find_commits(config.store, measure_id, shards)
     if len(plan.shards) - len(commits) > config.allow_quarantined:
@@ -143,7 +146,7 @@ def _say_nothing_to_do(asked: Preparation, complete: manifest.RunFolder, on_even
     Raises ``StoreError`` where the store has lost shards of that run.
     """
     if gone := manifest.lost_shards(
-        asked.config.store, asked.task.measure_id, asked.plan.shards, complete
+        asked.config.store, asked.task.measure.id, asked.plan.shards, complete
     ):
         raise StoreError(
             f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the "
@@ -182,7 +185,7 @@ def _run(
 ) -> Run:
     began = time.monotonic()
     asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
-    plan, task, measure, frozen = asked.plan, asked.task, asked.measure, asked.frozen
+    plan, task, measure, frozen = asked.plan, asked.task, asked.task.measure, asked.frozen
     if reduce_only:
         _commits_to_reduce(asked)  # before anything is written
     claim = claims.begin_run(config, measure, plan, asked.begun_ns, frozen)
@@ -192,7 +195,7 @@ def _run(
         _report_losses(folder, on_event)
         return _opened(claim)
     # after the claim, from which on gc keeps these commits
-    commits = shard_files.find_commits(config.store, task.measure_id, plan.shards)
+    commits = shard_files.find_commits(config.store, measure.id, plan.shards)
     todo = [s for s in plan.shards if s.id not in commits]
     reporter.begin(folder, plan.shards, commits)
     task = replace(task, run=folder.id)
@@ -223,14 +226,14 @@ def _run(
             f"{', '.join(lost[:9])}"
         )
     if not sum(c.counts["tokens"] for c in ordered):
-        raise CorpusError(_no_tokens(config.store, task.measure_id, ordered))
+        raise CorpusError(_no_tokens(config.store, measure.id, ordered))
     on_event(events.Reducing())
     encoder = measurer.text_encoder(asked.files)
     texts = Texts(*encoder.texts())
-    shards = CommittedShards(
-        config.store, task.measure_id, ordered, [shard.num_bytes for shard in done]
+    shards = CommittedShards(config.store, measure.id, ordered, [shard.num_bytes for shard in done])
+    recorded = Recorded(
+        measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
     )
-    recorded = Recorded(task.series, task.neuron_layers, bool(task.neurons_above), task.tagged)
     rules = Rules(config.language, config.sink_factor, frozen)
     with cluster.tasks(config, done, _warning(on_event)) as tasks:
         tables = reduce_run(shards, recorded, texts, rules, tasks)
@@ -238,20 +241,20 @@ def _run(
         if config.screen:
             on_event(events.Screening())
             tables |= screen.scan_run(
-                shards, task.layers, tables, texts.readable, config.screen, tasks
+                shards, measure.layers, tables, texts.readable, config.screen, tasks
             )
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     totals = total_counts(ordered)
     num_reused = len(plan.shards) - len(todo)
     info = {
-        "measure": {"id": task.measure_id, **measure},
+        "measure": {"id": measure.id, **measure.as_dict()},
         "model": {
             "name": config.model,
             "type": asked.files.model_type,
             "depth": asked.files.depth,
             "hidden_size": asked.files.hidden_size,
         },
-        "layers": list(task.layers),
+        "layers": list(measure.layers),
         "tables": names,
         "config": asdict(config),
         "function_words": lexicon.SOURCE,
@@ -339,7 +342,6 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
 
 def _decide_precision(
     task: Task,
-    measure: dict[str, Any],
     plan: plans.Plan,
     on_event: OnEvent,
     *,
@@ -353,7 +355,7 @@ def _decide_precision(
     config = task.config
     if config.dtype == "float32":
         return precision.decide(task, ())
-    key = fingerprint([measure, config.dtype])
+    key = fingerprint([task.measure.as_dict(), config.dtype])
     stored = calibrations.read_pilot(config.store, key)
     if stored is None and reduce_only:
         raise StoreError(_no_pilot(config.store))
@@ -387,20 +389,19 @@ def _decide_precision(
 
 def _find_outliers(
     task: Task,
-    measure: dict[str, Any],
     plan: plans.Plan,
     on_event: OnEvent,
     *,
     keep: bool,
     reduce_only: bool,
-) -> tuple[Task, dict[str, Any]]:
-    """``task`` and ``measure`` with the outlier dimensions, where a signal needs them.
+) -> tuple[tuple[int, ...], ...]:
+    """Outlier dimensions of each layer; empty if no signal leaves them out.
 
     The store's first run finds them with a pilot; later runs use the same dimensions.
     """
     if not worker.wants_outliers(task):
-        return task, measure
-    key = fingerprint([measure, "outliers"])
+        return ()
+    key = fingerprint([task.measure.as_dict(), "outliers"])
     stored = calibrations.read_pilot(task.config.store, key)
     if stored is None and reduce_only:
         raise StoreError(_no_pilot(task.config.store))
@@ -414,13 +415,13 @@ def _find_outliers(
         }
         if keep:
             stored = calibrations.write_pilot(task.config.store, key, stored)
-    return with_outliers(task, measure, stored["outliers"])
+    return tuple(tuple(dims) for dims in stored["outliers"])
 
 
-def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> list[float]:
+def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:
     """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
     q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
-    return [NEVER if q3[k] is None else q3[k] for k in layers]
+    return tuple(NEVER if q3[k] is None else q3[k] for k in layers)
 
 
 def _in_turns(documents: Sequence[Document]) -> list[str]:

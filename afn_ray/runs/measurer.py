@@ -103,14 +103,14 @@ class Measurer:
         """Load the model of ``task``. Raises ``ModelError`` for another one than was planned."""
         self.task = task
         self.progress = Progress()
-        config = task.config
+        config, measure = task.config, task.measure
         files = find_model(config)
         tokenizer = model.load_tokenizer(files)
         _check_identity(task, model.identity(files, tokenizer))
         window = window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(
-            files, task.layers, task.dtype, task.device, batch_tokens, task.outliers
+            files, measure.layers, measure.dtype, task.device, batch_tokens, measure.outliers
         )
         encoder = encode.TextEncoder(tokenizer, self.model.num_embeddings)
         self.signals, _ = find_signals(config.signals, config.top_neurons)
@@ -129,7 +129,7 @@ class Measurer:
             self.model.num_embeddings,
         )
         # rows of the measured values: the series, then numbers and values of neurons
-        self._num_rows = len(task.series) + 2 * config.top_neurons * len(task.neuron_layers)
+        self._num_rows = len(measure.series) + 2 * measure.top_neurons * len(measure.neuron_layers)
         self.preparer = Preparer(recipe, encoder)
         self._stopped = threading.Event()
 
@@ -150,7 +150,7 @@ class Measurer:
         """
         given = _Texts(texts, replaced)
         prepared, values = self._without_culprits(given, self._prepare(given), self.values)
-        return Measured(prepared.encoded, values, len(self.task.layers))
+        return Measured(prepared.encoded, values, len(self.task.measure.layers))
 
     def measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
         """``chunk`` and its ``values``, without the documents that the model cannot process."""
@@ -167,7 +167,7 @@ class Measurer:
         """
 
         def squares(prepared: Prepared) -> npt.NDArray[np.float64]:
-            total = np.zeros((len(self.task.layers), self.model.files.hidden_size))
+            total = np.zeros((len(self.task.measure.layers), self.model.files.hidden_size))
             n = 0
             for batch in prepared.batches:
                 states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
@@ -279,7 +279,7 @@ class Measurer:
 
 def _check_identity(task: Task, found: dict[str, str]) -> None:
     """Raise ``ModelError`` unless ``found`` is the identity of the model of ``task``."""
-    planned = task.identity
+    planned = task.measure.model
     if found == planned:
         return
     differing = sorted(k for k in {*found, *planned} if found.get(k) != planned.get(k))

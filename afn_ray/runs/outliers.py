@@ -27,6 +27,7 @@ def find_outliers(task: Task, texts: Sequence[str]) -> list[list[int]]:
         size += len(sample[-1])
         if size >= PILOT_CHARS:
             break
-    measurer = Measurer(replace(with_signals(task), dtype="float32"))
+    task = with_signals(task)
+    measurer = Measurer(replace(task, measure=replace(task.measure, dtype="float32")))
     squares = measurer.mean_squares(sample)
     return [np.argsort(-row, kind="stable")[:DIMENSIONS].tolist() for row in squares]

@@ -120,7 +120,7 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
         why = "asked for" if asked == "float32" else "half-precision products are no faster"
         return Precision("float32", asked, task.device, why, 0)
     chunks, expected, n = [], [], 0
-    measurer = Measurer(replace(task, dtype="float32"))
+    measurer = Measurer(_in_dtype(task, "float32"))
     for chunk in _groups(texts):
         measured = measurer.measure(chunk, [False] * len(chunk))
         counted = (measured.encoded.flags & SPECIAL) == 0
@@ -137,7 +137,7 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
     reference = np.concatenate(expected, axis=1)
     trials: list[Trial] = []
     for name in names:
-        trials.append(_try(replace(task, dtype=name), chunks, reference))
+        trials.append(_try(_in_dtype(task, name), chunks, reference))
         if trials[-1].safe:
             break
     if asked != "auto":
@@ -151,6 +151,10 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
         )
     why = "; ".join(f"{t.dtype} is not safe: {t.why}" for t in trials)
     return Precision("float32", asked, task.device, why, n, tuple(trials))
+
+
+def _in_dtype(task: Task, dtype: str) -> Task:
+    return replace(task, measure=replace(task.measure, dtype=dtype))
 
 
 def _groups(texts: Sequence[str]) -> list[list[str]]:
@@ -184,25 +188,29 @@ def _try(task: Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Tria
                 found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
     # RuntimeError: too little memory on the device, or an operator without this dtype
     except (ModelError, RuntimeError) as error:
-        return Trial(task.dtype, False, str(error).strip().splitlines()[0])
+        return Trial(task.measure.dtype, False, str(error).strip().splitlines()[0])
     finally:
         model.free_memory()
     got, largest = np.concatenate(found, axis=1), peak()
     if got.shape != reference.shape:
-        return Trial(task.dtype, False, "it cannot take a text that float32 takes", peak=largest)
+        return Trial(
+            task.measure.dtype, False, "it cannot take a text that float32 takes", peak=largest
+        )
     if not np.isfinite(got).all():
-        return Trial(task.dtype, False, "it gives strengths that are not finite", peak=largest)
+        return Trial(
+            task.measure.dtype, False, "it gives strengths that are not finite", peak=largest
+        )
     flips, errors = {}, {}
-    for layer, a, b in zip(task.layers, reference, got, strict=True):
+    for layer, a, b in zip(task.measure.layers, reference, got, strict=True):
         highs = [v >= np.quantile(v, 0.75, method="inverted_cdf") for v in (a, b)]
         flips[str(layer)] = float(np.mean(highs[0] != highs[1]))
         errors[str(layer)] = float(np.median(np.abs(b - a) / np.maximum(np.abs(a), 1e-30)))
     worst, median = max(flips.values()), max(errors.values())
     against = []
-    if task.dtype == "float16" and not largest <= FLOAT16_RANGE:
+    if task.measure.dtype == "float16" and not largest <= FLOAT16_RANGE:
         against.append(f"a product reaches {largest:,.0f}, too near its range of 65,504")
     if not worst < MAX_FLIPS:
         against.append(f"{worst:.2%} of the labels change, {MAX_FLIPS:.1%} may")
     if not median < MAX_MEDIAN_ERROR:
         against.append(f"the median relative error is {median:.1e}, {MAX_MEDIAN_ERROR:.0e} may be")
-    return Trial(task.dtype, not against, ", ".join(against), flips, errors, largest)
+    return Trial(task.measure.dtype, not against, ", ".join(against), flips, errors, largest)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary
-from afn_ray.runs.task import Task
 from afn_ray.schema import (
     SPECIAL,
     STRENGTH,
@@ -53,10 +53,10 @@ class _Outcomes:
 class Recorder:
     """The record of one shard: rows in its files, summaries and counts."""
 
-    def __init__(self, task: Task, files: records.ShardFiles) -> None:
-        self._task, self._files = task, files
-        self._summary = Summary(task.series, task.tagged)
-        self._pairs = neurons.PairSummary(task.neuron_layers)
+    def __init__(self, measure: Measure, files: records.ShardFiles) -> None:
+        self._measure, self._files = measure, files
+        self._summary = Summary(measure.series, measure.tagged)
+        self._pairs = neurons.PairSummary(measure.neuron_layers)
         self.counts = dict.fromkeys(COUNTS, 0)
         self.num_refused = 0  # documents that were read and could not be measured
         self.first_refusal = ""  # reason of the first of them
@@ -64,7 +64,7 @@ class Recorder:
     def add(self, chunk: Chunk, values: Values) -> None:
         """Record the next documents of the shard, with values from ``Measurer.values``."""
         encoded = chunk.prepared.encoded
-        values, tops = np.split(values, [len(self._task.series)])
+        values, tops = np.split(values, [len(self._measure.series)])
         bad = _bad_documents(encoded, values, tops, len(chunk.documents))
         problems = dict(encoded.problems)
         for i in np.flatnonzero(bad).tolist():
@@ -73,7 +73,7 @@ class Recorder:
             encoded,
             docs=encoded.docs + np.int32(self.counts["documents"]),
             tags=self._tags(chunk),
-            by_series=dict(zip(self._task.series, values, strict=True)),
+            by_series=dict(zip(self._measure.series, values, strict=True)),
             tops=tops,
             keep=~bad[encoded.docs],
         )
@@ -95,7 +95,7 @@ class Recorder:
     def _tags(self, chunk: Chunk) -> pa.Array:
         """Tags of the tokens; nulls for a corpus without tags."""
         encoded, documents = chunk.prepared.encoded, chunk.documents
-        if not self._task.tagged:
+        if not self._measure.tagged:
             return pa.nulls(len(encoded.flags), pa.string())
         texts, tags = [d.text for d in documents], [d.tags for d in documents]
         return pa.array(encode.find_tags(encoded, texts, tags), pa.string())
@@ -131,7 +131,11 @@ class Recorder:
 
         With ``neurons_above``, only tokens that are HIGH at a layer have neurons.
         """
-        encoded, layers, above = tokens.encoded, self._task.neuron_layers, self._task.neurons_above
+        encoded, layers, above = (
+            tokens.encoded,
+            self._measure.neuron_layers,
+            self._measure.neurons_above,
+        )
         which = tokens.keep
         high: list[npt.NDArray[np.bool_]] = []
         if above:
@@ -203,8 +207,8 @@ class Recorder:
                 "finite"
             )
         at = wrong[0]
-        what = "negative" if (values[at] < 0).any() else f"not finite in {self._task.dtype}"
-        return f"the model gave a {self._task.series[at].signal} that is {what}"
+        what = "negative" if (values[at] < 0).any() else f"not finite in {self._measure.dtype}"
+        return f"the model gave a {self._measure.series[at].signal} that is {what}"
 
 
 def _bad_documents(

@@ -33,12 +33,13 @@ from afn_ray import logs, model
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, ModelError, ShardError
+from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
 from afn_ray.runs import scratch
 from afn_ray.runs.measurer import Measurer, Values, window_tokens
 from afn_ray.runs.recorder import Recorder
-from afn_ray.runs.task import Task, in_dtype
-from afn_ray.schema import SCHEMA_VERSION, STRENGTH, Document, Shard
+from afn_ray.runs.task import Task
+from afn_ray.schema import STRENGTH, Document, Shard
 from afn_ray.store import records, shard_files
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import encode, windows
@@ -60,10 +61,8 @@ A fault in all of them is probably not the fault of a document.
 _log = logging.getLogger(__name__)
 
 
-def prepare(
-    config: RunConfig, files: model.ModelFiles, device: str, dtype: str
-) -> tuple[Task, dict[str, Any]]:
-    """Return the task of ``config`` and its measure: everything that changes a recorded value.
+def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str) -> Task:
+    """Return the task of ``config``, for a corpus without labels.
 
     ``device`` is "cpu" or "cuda", the workers' device. ``dtype`` is the dtype of the matrix
     products, already decided. Raises ``ModelError`` or ``ConfigError``.
@@ -92,24 +91,20 @@ def prepare(
             f"signals and layers ask for {num_rows} numbers of each token, expected at most "
             f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)"
         )
-    measure = {
-        "schema_version": SCHEMA_VERSION,
-        "model": identity,
-        "model_type": files.model_type,
-        "layers": list(layers),
-        "signals": names,
-        "series": [list(s) for s in recorded],
-        "window_tokens": window,
-        "overlap_tokens": overlap,
-        "offsets": config.offsets,
-        **(
-            {"neuron_layers": list(neuron_layers), "top_neurons": config.top_neurons}
-            if neuron_layers
-            else {}
-        ),
-    }
-    task = Task(config, layers, recorded, "", device, "", identity, neuron_layers=neuron_layers)
-    return in_dtype(task, measure, dtype)
+    measure = Measure(
+        model=identity,
+        model_type=files.model_type,
+        layers=layers,
+        signals=tuple(names),
+        series=recorded,
+        window_tokens=window,
+        overlap_tokens=overlap,
+        offsets=config.offsets,
+        dtype=dtype,
+        neuron_layers=neuron_layers,
+        top_neurons=config.top_neurons if neuron_layers else 0,
+    )
+    return Task(config, measure, device)
 
 
 def wants_outliers(task: Task) -> bool:
@@ -119,9 +114,17 @@ def wants_outliers(task: Task) -> bool:
 
 def with_signals(task: Task, signals: str = STRENGTH) -> Task:
     """``task`` that measures ``signals``, names of columns, and nothing else."""
-    recorded = tuple(series(task.layers, find_signals(signals)[0]))
+    found, names = find_signals(signals)
+    measure = replace(
+        task.measure,
+        signals=tuple(names),
+        series=tuple(series(task.measure.layers, found)),
+        neuron_layers=(),
+        top_neurons=0,
+        neurons_above=(),
+    )
     config = replace(task.config, signals=signals, neurons_of="all", top_neurons=TOP_NEURONS)
-    return replace(task, config=config, series=recorded, neuron_layers=(), neurons_above=())
+    return replace(task, config=config, measure=measure)
 
 
 class Processor:
@@ -199,17 +202,22 @@ class Processor:
 
     def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
         """Return the shard's commit, which the store has or this attempt makes."""
-        task, config = self.task, self.task.config
-        commit = shard_files.read_commit(config.store, task.measure_id, shard.id, shard.generation)
+        config, measure = self.task.config, self.task.measure
+        commit = shard_files.read_commit(config.store, measure.id, shard.id, shard.generation)
         if commit is not None:
             return commit  # by another run, or by an attempt whose answer was lost
         documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
-        origin = {"measure": task.measure_id, "shard": shard.id, "attempt": attempt}
+        origin = {"measure": measure.id, "shard": shard.id, "attempt": attempt}
         with scratch.attempt_folder(config) as folder:
             with records.ShardFiles(
-                folder, task.series, task.neuron_layers, config.offsets, origin, task.tagged
+                folder,
+                measure.series,
+                measure.neuron_layers,
+                measure.offsets,
+                origin,
+                measure.tagged,
             ) as files:
-                recorder = Recorder(task, files)
+                recorder = Recorder(measure, files)
                 seconds = self._measure_and_record(documents, oom_retries, recorder)
                 recorder.finish()
             finished = shard_files.Attempt(
@@ -217,9 +225,9 @@ class Processor:
                 files.tables(),
                 recorder.counts,
                 round(seconds, 3),
-                made_by={"device": task.device, **model.VERSIONS},
+                made_by={"device": self.task.device, **model.VERSIONS},
             )
-            return shard_files.publish(config.store, task.measure_id, shard, finished)
+            return shard_files.publish(config.store, measure.id, shard, finished)
 
     def _measure_and_record(
         self, documents: Iterator[Document], oom_retries: int, recorder: Recorder

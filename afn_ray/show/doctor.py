@@ -343,15 +343,16 @@ def _model(name: str | None) -> Check:
     began = time.monotonic()
     config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
     files = find_model(config)
-    task, measure = worker.prepare(config, files, choose_device("auto"), "float32")
+    task = worker.prepare(config, files, choose_device("auto"), "float32")
     why = Measurer(task).progress.why_padded
     packing = f"padded ({why})" if why else "packed without padding"
     return Check(
         "model",
         True,
         f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, "
-        f"{measure['window_tokens']} tokens; "
-        f"passed its self-check at layer {task.layers[-1]} on {task.device} in {task.dtype}, "
+        f"{task.measure.window_tokens} tokens; "
+        f"passed its self-check at layer {task.measure.layers[-1]} on {task.device} in "
+        f"{task.measure.dtype}, "
         f"{packing}, "
         f"{time.monotonic() - began:.1f} s",
     )

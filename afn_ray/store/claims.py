@@ -12,7 +12,8 @@ from typing import Any
 
 from afn_ray.config import RunConfig
 from afn_ray.errors import StoreError
-from afn_ray.schema import SCHEMA_VERSION, Shard, fingerprint
+from afn_ray.measure import Measure
+from afn_ray.schema import SCHEMA_VERSION, Shard
 from afn_ray.store import epochs, manifest, parquet, plans, storage, uris
 from afn_ray.store.checksums import sealed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences
@@ -32,7 +33,7 @@ class Claim:
 
 
 def find_begun(
-    config: RunConfig, measure: dict[str, Any], plan: Plan, frozen: Sequence[dict[str, Any]] = ()
+    config: RunConfig, measure: Measure, plan: Plan, frozen: Sequence[dict[str, Any]] = ()
 ) -> tuple[manifest.RunFolder | None, str]:
     """The store's newest run if it has this ``plan``, else None; and the newest run's name or "".
 
@@ -40,7 +41,7 @@ def find_begun(
     not returned. Writes nothing. Raises ``StoreError`` if the store holds another measure and the
     config does not allow a second one, or if the plan of an incomplete run is damaged.
     """
-    measure_id = fingerprint(measure)
+    measure_id = measure.id
     held = [
         name
         for name in storage.list_names(uris.join(config.store, "shards"))
@@ -67,7 +68,7 @@ def find_begun(
 
 def begin_run(
     config: RunConfig,
-    measure: dict[str, Any],
+    measure: Measure,
     plan: Plan,
     begun_ns: int,
     frozen: Sequence[dict[str, Any]] = (),
@@ -93,19 +94,19 @@ def begin_run(
         newest = max(newest, *epoch.condemned)
         run, lease = _new_run(config, measure, plan, begun_ns, frozen, newest), None
         epoch = epochs.newest(config.store)
-    return Claim(run, epoch.marked(fingerprint(measure), plan.shards), lease)
+    return Claim(run, epoch.marked(measure.id, plan.shards), lease)
 
 
 def _new_run(
     config: RunConfig,
-    measure: dict[str, Any],
+    measure: Measure,
     plan: Plan,
     begun_ns: int,
     frozen: Sequence[dict[str, Any]],
     newest: str,
 ) -> manifest.RunFolder:
     """Write the plan of a new run, whose name sorts after ``newest``."""
-    suffix = plans.request_id(fingerprint(measure), plan.shards, config, frozen)
+    suffix = plans.request_id(measure.id, plan.shards, config, frozen)
     created = min(datetime.now(UTC), LATEST)
     name = f"{_stamp(created)}-{suffix}"
     if name <= newest:  # the clock went back; the newest run must have the last name
@@ -119,7 +120,7 @@ def _new_run(
         "begun_ns": begun_ns,
         "created_at": created.isoformat(timespec="seconds"),
         "config": asdict(config),
-        "measure": measure,
+        "measure": measure.as_dict(),
         "frozen": list(frozen),
     }
     table, header["sha256"] = plans.plan_table(plan.shards, header)
@@ -142,13 +143,13 @@ def _stamp(moment: datetime) -> str:
     return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
-def _other_measure(store: str, runs: Sequence[str], measure: dict[str, Any]) -> str:
+def _other_measure(store: str, runs: Sequence[str], measure: Measure) -> str:
     """The error of a store without results of ``measure``: what differs, and what to do."""
     message = f"store {store} holds another measure; results of two measures cannot be compared. "
     for name in reversed(runs):
         plan = plans.read_plan(store, name)
         if plan is not None:
             theirs = plan[1].get("measure", {})
-            message += measure_differences(theirs, measure) + ". "
+            message += measure_differences(theirs, measure.as_dict()) + ". "
             break
     return message + "Use another --store, or --allow-another-measure to keep both in this one"

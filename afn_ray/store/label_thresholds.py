@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
+from afn_ray.measure import Measure
 from afn_ray.store import manifest
 from afn_ray.store.checksums import short
 
@@ -20,7 +21,7 @@ FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
 """Columns that a run takes from the thresholds of another run."""
 
 
-def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, Any]]:
+def find_frozen(config: RunConfig, measure: Measure) -> list[dict[str, Any]]:
     """The thresholds that ``config`` names for labels, as rows of ``FROZEN``.
 
     The list is empty if the run labels by its own thresholds. They are the thresholds that the
@@ -30,7 +31,7 @@ def find_frozen(config: RunConfig, measure: dict[str, Any]) -> list[dict[str, An
     if config.thresholds is None:
         return []
     run = manifest.find_run(config.thresholds)
-    theirs, ours = _strength_keys(run.info["measure"]), _strength_keys(measure)
+    theirs, ours = _strength_keys(run.info["measure"]), _strength_keys(measure.as_dict())
     if theirs != ours:
         raise ConfigError(
             f"thresholds of {run.uri} are of another measure and cannot be used here: "

@@ -29,7 +29,6 @@ from afn_ray.errors import ModelError
 from afn_ray.model.signals import DIMENSIONS, known
 from afn_ray.runs import measurer, worker
 from afn_ray.runs.plan import make_plan
-from afn_ray.runs.task import with_outliers
 from afn_ray.schema import STRENGTH
 from afn_ray.store import plans
 
@@ -124,9 +123,10 @@ class _Job:
 
     def __init__(self, config: RunConfig, files: model.ModelFiles) -> None:
         self.config = config
-        task, measure = worker.prepare(config, files, config.device, config.dtype)
+        task = worker.prepare(config, files, config.device, config.dtype)
         if worker.wants_outliers(task):  # the choice of dimensions does not change the cost
-            task, _ = with_outliers(task, measure, [range(DIMENSIONS)] * len(task.layers))
+            outliers = (tuple(range(DIMENSIONS)),) * len(task.measure.layers)
+            task = replace(task, measure=replace(task.measure, outliers=outliers))
         self._task = task
         self.processor = worker.Processor(task)
         self._num_runs = 0

@@ -27,6 +27,7 @@ from rich.table import Table
 from afn_ray import logs
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
+from afn_ray.measure import Measure
 from afn_ray.reduce import tasks
 from afn_ray.reduce import tree as reduce
 from afn_ray.reduce.shards import CommittedShards
@@ -43,6 +44,7 @@ from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, 
 COMMITS_READ = 2_000
 """Number of commits that are written to the local disk and found again."""
 SERIES = Series("strength", 8)
+MEASURE = Measure({}, "simulated", (8,), ("strength",), (SERIES,), 512, 128, True, "float32")
 MEASURE_ID = "0" * 32
 RAY_WAIT_MS, RAY_CALL_MS = 1.5, 0.14
 """CPU time of the driver in Ray, in milliseconds, measured with a local Ray 2.60 on an AMD EPYC.
@@ -187,7 +189,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         config = RunConfig(corpus=("-",), model="-", store=store)
         with meter.part("begin the run"):
-            folder = claims.begin_run(config, {"simulated": True}, plan, time.time_ns()).run
+            folder = claims.begin_run(config, MEASURE, plan, time.time_ns()).run
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
         with status.reported(config) as reporter:

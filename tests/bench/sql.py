@@ -32,12 +32,13 @@ from afn_ray import cgroup
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
+from afn_ray.measure import Measure
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
-from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard, fingerprint
+from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard
 from afn_ray.store import claims, manifest, plans, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import ShardFiles, make_table
@@ -47,7 +48,17 @@ NUM_TYPES = 30_522
 """Size of BERT's vocabulary, in types."""
 LAYER = 8
 SERIES = Series("strength", LAYER)
-MEASURE = {"model": {"name": "generated"}}
+MEASURE = Measure(
+    model={"name": "generated"},
+    model_type="bert",
+    layers=(LAYER,),
+    signals=("strength",),
+    series=(SERIES,),
+    window_tokens=512,
+    overlap_tokens=128,
+    offsets=True,
+    dtype="float32",
+)
 SHARD_TOKENS = 2_000_000
 """Largest size of a shard, in tokens."""
 DOCUMENT_TOKENS = 200
@@ -133,7 +144,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
     capitalized = pa.array([text.capitalize() for text in readable])
     random = np.random.default_rng([1, number])
     shard = _shard(store, number)
-    origin = {"measure": fingerprint(MEASURE), "shard": shard.id, "attempt": "0"}
+    origin = {"measure": MEASURE.id, "shard": shard.id, "attempt": "0"}
     summary = Summary((SERIES,))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
@@ -211,7 +222,7 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
         attempt = shard_files.Attempt(
             "0", files.tables(), counts, time.monotonic() - began, {"device": "-"}
         )
-        shard_files.publish(store, fingerprint(MEASURE), shard, attempt)
+        shard_files.publish(store, MEASURE.id, shard, attempt)
 
 
 def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
@@ -222,7 +233,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     """
     config = _config(store)
     shards = [_shard(store, number) for number in range(first, first + num_shards)]
-    measure_id = fingerprint(MEASURE)
+    measure_id = MEASURE.id
     commits = shard_files.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]
     folder = claims.begin_run(
@@ -239,7 +250,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     screening_s = time.monotonic() - began
     tokens = sum(c.counts["tokens"] for c in ordered)
     info = {
-        "measure": {"id": measure_id, **MEASURE},
+        "measure": {"id": measure_id, **MEASURE.as_dict()},
         "model": {"name": "generated"},
         "layers": [LAYER],
         "tables": {

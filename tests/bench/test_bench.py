@@ -308,10 +308,10 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
         dtype="float32",
         signals="shift" if candidate.without else "shift,attention",
     )
-    measurer = Measurer(worker.prepare(config, candidate.files, "cpu", "float32")[0])
+    measurer = Measurer(worker.prepare(config, candidate.files, "cpu", "float32"))
     expected = dict(
         zip(
-            (s.signal for s in measurer.task.series),
+            (s.signal for s in measurer.task.measure.series),
             measurer.measure([text], [False]).values,
             strict=True,
         )

@@ -20,7 +20,7 @@ import pytest
 from afn_ray.analysis import shard_check, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, StoreError
-from afn_ray.schema import FileSlice, Shard, fingerprint
+from afn_ray.schema import FileSlice, Shard
 from afn_ray.store import (
     checksums,
     claims,
@@ -36,11 +36,12 @@ from afn_ray.store import (
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import Place
 from afn_ray.store.plans import Plan
+from conftest import make_measure
 from interleavings import NOW_S, STORE, Inline, Process, World, explore, explore_switches, sample
 
 CONFIG = RunConfig(corpus=("/c",), model="m", store=STORE, allow_another_measure=True)
-MEASURE = {"layers": [1]}
-ID = fingerprint(MEASURE)
+MEASURE = make_measure([1])
+ID = MEASURE.id
 COUNTS = {"documents": 1, "tokens": 1, "forward_tokens": 1}
 SHORT = 20
 """Random orders of a scenario in the short run."""
@@ -121,7 +122,7 @@ class Driver:
         parts: dict[str, dict[str, object]] = {
             key: {} for key in ("model", "config", "corpus", "counts", "precision")
         }
-        info = {**parts, **texts, "measure": MEASURE, "layers": [1], "tables": tables}
+        info = {**parts, **texts, "measure": MEASURE.as_dict(), "layers": [1], "tables": tables}
         manifest.finish_run(run, info)
 
 

@@ -81,13 +81,13 @@ WORKER = """
 import json, os, re, sys, time
 from pathlib import Path
 import pyarrow, torch
-from afn_ray.runs import plan, worker
+from afn_ray.runs import measurer, plan, worker
 from afn_ray.config import RunConfig
 corpus, model, store, shard_bytes, cores = sys.argv[1:]
 os.sched_setaffinity(0, list(map(int, cores.split(","))))
 config = RunConfig(corpus=(corpus,), model=model, store=store, executor="inline", layers="2",
                    shard_bytes=int(shard_bytes), batch_tokens=1024)
-task, _ = worker.prepare(config, worker.find_model(config), "cpu", "float32")
+task = worker.prepare(config, measurer.find_model(config), "cpu", "float32")
 processor, shards = worker.Processor(task), plan.make_plan(config).shards
 resident = []
 print("ready", flush=True)

@@ -37,7 +37,7 @@ def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def task_of(config: RunConfig) -> Task:
-    return worker.prepare(config, measurer.find_model(config), "cpu", "float32")[0]
+    return worker.prepare(config, measurer.find_model(config), "cpu", "float32")
 
 
 def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
@@ -61,7 +61,8 @@ def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
 
 
 def strengths(task: Task, dtype: str, texts: list[str]) -> np.ndarray:
-    measured = measurer.Measurer(replace(task, dtype=dtype)).measure(texts, [False] * len(texts))
+    task = replace(task, measure=replace(task.measure, dtype=dtype))
+    measured = measurer.Measurer(task).measure(texts, [False] * len(texts))
     found: np.ndarray = measured.strengths[0, (measured.encoded.flags & 1) == 0]
     return found
 
@@ -90,7 +91,7 @@ def test_what_is_not_safe_is_refused_and_says_why(
 
     def damaged(self: Any, prepared: Any) -> Any:
         exact = right(self, prepared)
-        return exact if self.task.dtype == "float32" else damage(exact)
+        return exact if self.task.measure.dtype == "float32" else damage(exact)
 
     monkeypatch.setattr(measurer.Measurer, "_values", damaged)
     task = task_of(make_config(dtype="auto"))

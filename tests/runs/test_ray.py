@@ -159,7 +159,7 @@ class ElsewhereModel(pool._Worker):
     """A worker that finds other weights than the driver planned with."""
 
     def __init__(self, task: Any) -> None:
-        task.identity["model.safetensors"] = "0" * 64
+        task.measure.model["model.safetensors"] = "0" * 64
         super().__init__(task)
 
 

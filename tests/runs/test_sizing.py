@@ -195,7 +195,7 @@ def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_her
 
     asked = job.prepare(job.normalised(config), lambda event: None, keep=False)
     rate = {
-        "speed": estimate.speed_of(asked.task, asked.measure),
+        "speed": estimate.speed_of(asked.task),
         "tokens_per_second": [50.0],
         "load_s": 1.0,
         "machine": "H",

@@ -27,6 +27,7 @@ import faults
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
+from afn_ray.measure import Measure
 from afn_ray.runs.plan import (
     MOST_NAMES_BYTES,
     MOST_SLICES,
@@ -54,10 +55,10 @@ from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.store.manifest import RunFolder, find_run, finish_run
 from afn_ray.store.plans import Plan
 from afn_ray.store.shard_files import find_commits
-from conftest import RUN_INFO, edit_sealed, rewrite, write_new
+from conftest import RUN_INFO, edit_sealed, make_measure, rewrite, write_new
 
-MEASURE = {"dtype": "float32", "layers": [8], "model": {"config.json": "abc"}}
-MEASURE_ID = fingerprint(MEASURE)
+MEASURE = make_measure([8])
+MEASURE_ID = MEASURE.id
 OLD_NS = 1_700_000_000_000_000_000
 
 
@@ -103,9 +104,7 @@ def _ids(plan: Plan) -> list[str]:
     return [s.id for s in plan.shards]
 
 
-def _begin(
-    config: RunConfig, measure: dict[str, Any] = MEASURE, begun_ns: int | None = None
-) -> RunFolder:
+def _begin(config: RunConfig, measure: Measure = MEASURE, begun_ns: int | None = None) -> RunFolder:
     time.sleep(0.002)  # names of runs tell milliseconds
     return begin_run(
         config, measure, make_plan(config), time.time_ns() if begun_ns is None else begun_ns
@@ -428,7 +427,7 @@ def test_the_plan_is_written_as_rows_in_order(config: RunConfig) -> None:
 def test_a_plan_proves_itself(config: RunConfig) -> None:
     run, plan = _begin(config), make_plan(config)
     shards, header = plans.read_shards(run)
-    assert shards == list(plan.shards) and header["measure"] == MEASURE
+    assert shards == list(plan.shards) and header["measure"] == MEASURE.as_dict()
     uri = run.uri + "/plan.parquet"
     table = manifest.read_table(run, "plan")
 
@@ -468,7 +467,7 @@ def test_another_measure_is_refused_and_the_difference_is_named(
 ) -> None:
     _begin(config)
     _publish(config.store, make_plan(config).shards[0], "a" * 16, tmp_path)
-    other = {**MEASURE, "dtype": "bfloat16", "layers": list(range(200))}
+    other = replace(MEASURE, dtype="bfloat16", layers=tuple(range(200)))
     with pytest.raises(StoreError) as caught:
         _begin(config, other)
     message = str(caught.value)

@@ -1,0 +1,74 @@
+"""The measure: everything that changes a recorded value. Its fingerprint names shards' folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from afn_ray.schema import SCHEMA_VERSION, Series, fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What a run records of each token, and everything that the recorded values depend on."""
+
+    model: dict[str, str]
+    """Identity of the model, from ``model.identity``: checksums of files, versions of libraries."""
+    model_type: str
+    layers: tuple[int, ...]
+    signals: tuple[str, ...]
+    """Identities of the signals, from ``model.signals.find_signals``."""
+    series: tuple[Series, ...]
+    """Recorded series in the order of the tables: strength first, by layer."""
+    window_tokens: int
+    overlap_tokens: int
+    offsets: bool
+    """Whether character offsets are recorded."""
+    dtype: str
+    """Dtype of the matrix products."""
+    neuron_layers: tuple[int, ...] = ()
+    """Layers whose neurons are recorded."""
+    top_neurons: int = 0
+    """Recorded neurons of a token at each of ``neuron_layers``; 0 if there are no such layers."""
+    labels: str | None = None
+    """Source of the documents' tags; None if they have none."""
+    outliers: tuple[tuple[int, ...], ...] = ()
+    """Per layer, the dimensions that a signal leaves out; empty if no signal does."""
+    neurons_above: tuple[float, ...] = ()
+    """Per neuron layer, the least strength of tokens with recorded neurons; empty: all tokens."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def id(self) -> str:
+        """Fingerprint of ``as_dict``."""
+        return fingerprint(self.as_dict())
+
+    @property
+    def tagged(self) -> bool:
+        """Whether the corpus is labelled."""
+        return self.labels is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The measure as plans and run.json store it; what is not recorded has no key."""
+        value: dict[str, Any] = {
+            "schema_version": self.schema_version,
+            "model": self.model,
+            "model_type": self.model_type,
+            "layers": list(self.layers),
+            "signals": list(self.signals),
+            "series": [list(s) for s in self.series],
+            "window_tokens": self.window_tokens,
+            "overlap_tokens": self.overlap_tokens,
+            "offsets": self.offsets,
+        }
+        if self.neuron_layers:
+            value["neuron_layers"] = list(self.neuron_layers)
+            value["top_neurons"] = self.top_neurons
+        value["dtype"] = self.dtype
+        if self.labels is not None:
+            value["labels"] = self.labels
+        if self.outliers:
+            value["outliers"] = [list(dims) for dims in self.outliers]
+        if self.neurons_above:
+            value["neurons_above"] = list(self.neurons_above)
+        return value

@@ -1,0 +1,64 @@
+"""What a run measures, and the fingerprint of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from afn_ray.schema import fingerprint
+from conftest import make_measure
+
+STORE = Path(__file__).parent / "data" / "store"
+EVERY_KEY = (
+    "schema_version", "model", "model_type", "layers", "signals", "series", "window_tokens", "overlap_tokens",
+    "offsets", "neuron_layers", "top_neurons", "dtype", "labels", "outliers", "neurons_above",
+)  # fmt: skip
+"""Keys of a measure, in the order in which plans and run.json hold them."""
+
+
+def kept() -> dict[str, Any]:
+    """The measure that the kept store's run recorded, with its id."""
+    (run,) = (STORE / "runs").iterdir()
+    info: dict[str, Any] = json.loads((run / "run.json").read_text())["measure"]
+    return info
+
+
+def test_what_is_not_recorded_has_no_key() -> None:
+    measure = make_measure([0, 8])
+    plain = [key for key in EVERY_KEY[:12] if key not in ("neuron_layers", "top_neurons")]
+    assert list(measure.as_dict()) == plain
+    full = replace(
+        measure,
+        neuron_layers=(8,),
+        top_neurons=2,
+        labels="upos",
+        outliers=((1, 2), (3, 4)),
+        neurons_above=(1.5,),
+    )
+    assert tuple(full.as_dict()) == EVERY_KEY
+    assert full.as_dict() == json.loads(json.dumps(full.as_dict()))  # JSON keeps every value
+    assert full.tagged and not measure.tagged
+
+
+def test_each_field_changes_the_id() -> None:
+    measure = replace(make_measure([0, 8]), neuron_layers=(8,), top_neurons=2)
+    others = [
+        replace(measure, dtype="bfloat16"),
+        replace(measure, labels="upos"),
+        replace(measure, outliers=((1,), (2,))),
+        replace(measure, neurons_above=(1.5,)),
+        replace(measure, top_neurons=3),
+        replace(measure, model={"config.json": "abd"}),
+    ]
+    assert len({m.id for m in (measure, *others)}) == 1 + len(others)
+    assert measure.id == fingerprint(measure.as_dict()) == replace(measure).id
+
+
+def test_the_measure_loads_neither_torch_nor_ray() -> None:
+    code = "import sys, afn_ray.runs.task; print({'torch', 'ray', 'transformers'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr
