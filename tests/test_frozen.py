@@ -15,7 +15,7 @@ import afn_ray
 from afn_ray.analysis import explain, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
-from afn_ray.show import overview
+from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
 from conftest import config_of, write_jsonl
 
@@ -113,7 +113,7 @@ def test_verify_show_and_explain_know_them(
     config, first, second = nights
     found = verify.verify_store(config.store)
     assert not found.findings and not found.unproved and found.num_runs >= 2
-    summary = overview.summarise(manifest.find_run(second))
+    summary = summarise(manifest.find_run(second))
     assert all(f.labels != f.thresholds for f in summary.layers)
     assert [t.q3 for t in explain.explain(second, "In the beginning").thresholds] == [
         t.q3 for t in explain.explain(first, "In the beginning").thresholds

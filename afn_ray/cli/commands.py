@@ -194,18 +194,19 @@ def _status(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> None:
     from afn_ray.show import overview
+    from afn_ray.show.summary import summarise, to_json
     from afn_ray.store import manifest
 
-    summary = overview.summarise(manifest.find_run(args.run))
+    summary = summarise(manifest.find_run(args.run))
     if args.json:
-        print(json.dumps(overview.to_json(summary), indent=1))
+        print(json.dumps(to_json(summary), indent=1))
     else:
         overview.render(summary, Console(highlight=False))
 
 
 def _compare(args: argparse.Namespace) -> None:
     from afn_ray.reduce import compare
-    from afn_ray.show import overview
+    from afn_ray.show import comparison_tables
 
     found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
     if args.json:
@@ -213,7 +214,7 @@ def _compare(args: argparse.Namespace) -> None:
             file.write(
                 (json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode()
             )
-    overview.render_comparison(found, Console(highlight=False))
+    comparison_tables.render_comparison(found, Console(highlight=False))
 
 
 def _claims(args: argparse.Namespace) -> None:
@@ -343,7 +344,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _sql(args: argparse.Namespace) -> None:
     from afn_ray.query import catalog, database, joined
-    from afn_ray.show import shell
+    from afn_ray.show import query_output, shell
 
     if args.catalog:
         if args.query is not None:
@@ -369,10 +370,10 @@ def _sql(args: argparse.Namespace) -> None:
         relation = run.sql(args.query, **tables)
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(disk.write_local(args.out)) if args.out else None
-            num_rows = shell.print_result(
+            num_rows = query_output.print_result(
                 relation, form, out, max_rows=None if args.out else args.max_rows or None
             )
-        shell.say_why_empty(run, args.query, num_rows)
+        query_output.say_why_empty(run, args.query, num_rows)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -410,7 +411,7 @@ def _explain(args: argparse.Namespace) -> None:
         args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer
     )
     from afn_ray.analysis import explain
-    from afn_ray.show import explanation
+    from afn_ray.show import explanation_page, explanation_terminal
 
     result = explain.explain(
         args.run,
@@ -425,12 +426,14 @@ def _explain(args: argparse.Namespace) -> None:
     )
     if args.html:
         with disk.write_local(args.html) as file:
-            file.write(explanation.render_html(result).encode())
+            file.write(explanation_page.render_html(result).encode())
         print(f"{args.html} is written; open it in a browser")
     elif args.json:
         print(json.dumps(explain.to_json(result), indent=1))
     else:
-        explanation.render_terminal(result, args.layer, Console(highlight=False), show_all=args.all)
+        explanation_terminal.render_terminal(
+            result, args.layer, Console(highlight=False), show_all=args.all
+        )
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -457,7 +460,8 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from afn_ray.runs import demo
-    from afn_ray.show import overview
+    from afn_ray.show import overview, salient
+    from afn_ray.show.summary import summarise
     from afn_ray.store import manifest
 
     began = time.monotonic()
@@ -468,7 +472,7 @@ def _demo(args: argparse.Namespace) -> None:
     with shown_progress(console, quiet=False) as on_event:
         run = job.run(config, on_event)
     seconds = time.monotonic() - began
-    summary = overview.summarise(manifest.find_run(run.uri))
+    summary = summarise(manifest.find_run(run.uri))
     layer = summary.layers[-1].layer
     out = Console(highlight=False)
     tokens = summary.info["counts"]["tokens"]
@@ -479,7 +483,7 @@ def _demo(args: argparse.Namespace) -> None:
     overview.render_thresholds(summary, out)
     overview.render_classes(summary, out)
     with run:
-        overview.render_salient(run, layer, out)
+        salient.render_salient(run, layer, out)
     overview.render_caution(summary, out)
     store = _shell(args.store)
     query = (

@@ -22,7 +22,7 @@ from afn_ray.analysis import bootstrap, claims, claims_text, masking, token_pass
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
-from afn_ray.show import charts
+from afn_ray.show import claim_charts
 from conftest import config_of, write_jsonl
 
 By = dict[tuple[str, str, int | None], bootstrap.Figure]
@@ -317,7 +317,7 @@ def test_frozen_labels_change_no_claim(
 def test_a_page_draws_every_figure_of_the_layer_and_lists_those_of_all(
     found: claims.Claims,
 ) -> None:
-    drawn = charts.claims_charts(found, 3)
+    drawn = claim_charts.claims_charts(found, 3)
     assert [question for question, *_ in drawn] == [
         said for claim, said in claims.CLAIMS.items() if claim not in ("masking", "tags")
     ]

@@ -32,8 +32,11 @@ from afn_ray.errors import ConfigError, ModelError, StoreError
 from afn_ray.model import VERSIONS
 from afn_ray.runs import job, worker
 from afn_ray.schema import SPECIAL
-from afn_ray.show import explanation as explained
-from afn_ray.show.explanation import render_html, render_terminal
+from afn_ray.show import explanation_terminal
+from afn_ray.show.colours import DARK, DARK_HEAT, LIGHT, LIGHT_HEAT
+from afn_ray.show.explanation import QUARTILES, decision_rows, running_text
+from afn_ray.show.explanation_page import render_html
+from afn_ray.show.explanation_terminal import render_terminal
 from afn_ray.store import label_thresholds, manifest
 from conftest import find_model, write_jsonl
 
@@ -204,11 +207,9 @@ def test_byte_level_tokens_show_every_character_once(
     assert len({(t.start, t.end) for t in explanation.tokens}) < len(
         explanation.tokens
     )  # one emoji, many tokens
-    assert "".join(part for part, _ in explained._running(explanation)) == text
+    assert "".join(part for part, _ in running_text(explanation)) == text
     assert not any(
-        part[0].isspace() and part.strip()
-        for part, token in explained._running(explanation)
-        if token
+        part[0].isspace() and part.strip() for part, token in running_text(explanation) if token
     )
 
 
@@ -291,9 +292,7 @@ def test_high_tokens_are_marked_without_colour(hostile: Explanation) -> None:
     output = printed(hostile, force_terminal=True, no_color=True).split("quartile")[0]
     assert not re.search(r"\x1b\[[0-9;]*[34]8;", output)
     marked = re.findall(r"\x1b\[1;4m(.+?)\x1b\[0m", output)
-    assert marked == [
-        t for t, token in explained._running(hostile) if token and token.readings[-1].high
-    ]
+    assert marked == [t for t, token in running_text(hostile) if token and token.readings[-1].high]
     assert marked
 
 
@@ -304,8 +303,8 @@ def test_the_quartiles_look_different_and_can_be_read(hostile: Explanation) -> N
         for quartile in (2, 3, 4)
     }
     assert all(len(s) == 1 for s in styles.values()) and len(set.union(*styles.values())) == 3
-    pairs = [*explained.LIGHT.values(), *explained.DARK.values()]
-    for style in explained.TERMINAL.values():
+    pairs = [*LIGHT.values(), *DARK.values()]
+    for style in explanation_terminal.TERMINAL.values():
         if colours := re.findall("#[0-9a-f]{6}", style):
             pairs.append((colours[0], colours[1]))
     assert all(contrast(*pair) >= 4.5 for pair in pairs)  # WCAG 2.2, AA
@@ -325,7 +324,9 @@ def test_a_long_text_s_table_says_what_it_leaves_out(classified: Corpus) -> None
     explanation = explain(classified.folder.uri, " ".join(["word"] * 98))
     assert len(explanation.tokens) == 100
     rows = [line for line in printed(explanation, 0).splitlines() if line.startswith("  word  ")]
-    assert len(rows) == explained.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(
+    assert len(
+        rows
+    ) == explanation_terminal.TABLE_ROWS - 1 and "60 more tokens are not listed" in printed(
         explanation, 0
     )
     everything = printed(explanation, 0, show_all=True)
@@ -340,7 +341,7 @@ def test_the_table_holds_the_figures(hostile: Explanation) -> None:
     rows = {line[0]: line[1:] for line in lines if line}
     shown = [
         f"{reading.strength:.4f}",
-        *explained.QUARTILES[reading.quartile or 0].split(),
+        *QUARTILES[reading.quartile or 0].split(),
         f"{reading.rank:.1%}",
         f"{reading.usual.median:.4f}",
         f"{reading.usual.share_high:.0%}",
@@ -670,7 +671,7 @@ def test_the_two_rankings_and_their_correlation(whole: Explanation) -> None:
         if not t.special
     ]
     assert decision.spearman == pytest.approx(spearmanr(*zip(*plain_ones, strict=True)).statistic)
-    rows = explained._decision_rows(whole, decision)
+    rows = decision_rows(whole, decision)
     assert len(rows) == module.TOP < len(plain_ones)
     assert [r[2] for r in rows] == [
         f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[: module.TOP]
@@ -826,7 +827,7 @@ def test_the_page_shows_them_and_can_be_read(whole: Explanation) -> None:
     deciles = [int(name[1:]) for name in cells if re.fullmatch(r"h\d", name)]
     assert deciles == [c.decile for t in whole.tokens if not t.special for c in t.cells]
     assert all(f".h{d} {{ color: var(--ink-{d})" in page.style for d in range(10))
-    ramps = [*explained.LIGHT_HEAT, *explained.DARK_HEAT]
+    ramps = [*LIGHT_HEAT, *DARK_HEAT]
     assert len(set(ramps)) == 20 and all(contrast(*pair) >= 4.5 for pair in ramps)
     assert to_json(whole)["decision"]["labels"][0]["name"] == "old"
 

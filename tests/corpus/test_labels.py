@@ -32,7 +32,7 @@ from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.reduce import compare
 from afn_ray.reduce.stats import wilson
 from afn_ray.schema import CLASSES, Shard, Span, in_order, upos_classes
-from afn_ray.show import overview
+from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
 from afn_ray.tokens import encode
 from conftest import config_of, recommit, write_jsonl
@@ -561,7 +561,7 @@ def test_classes_are_the_files_own_tags_in_every_table(
         (k, t) for k in (0, 2) for t in set(tag.tolist())
     }
     check_classes(table, rows, tag)
-    summary = overview.summarise(manifest.find_run(labelled[1]))
+    summary = summarise(manifest.find_run(labelled[1]))
     assert [(c.name, c.n) for c in summary.layers[0].classes] == [
         (c, by_type[c]) for c in in_order(by_type)
     ]

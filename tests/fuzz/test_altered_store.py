@@ -26,7 +26,7 @@ from afn_ray.errors import AfnError, StoreError
 from afn_ray.query.database import open_run
 from afn_ray.reduce import compare
 from afn_ray.runs import status
-from afn_ray.show import overview, report
+from afn_ray.show import overview, report, run_facts, summary
 from afn_ray.store import garbage, gc_report, manifest
 from conftest import config_of, edit_sealed, listed, recommit, rewrite, write_jsonl
 
@@ -228,8 +228,8 @@ def ask_sql(store: str) -> None:
 
 def ask_show(store: str) -> None:
     run = manifest.find_run(store)
-    list(overview.facts(overview.summarise(run)))
-    overview.render(overview.summarise(run), Console(file=io.StringIO(), width=100))
+    list(run_facts.facts(summary.summarise(run)))
+    overview.render(summary.summarise(run), Console(file=io.StringIO(), width=100))
 
 
 def ask_status(store: str) -> None:

@@ -28,7 +28,7 @@ from afn_ray.reduce import compare, distances, drift
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.histogram import Histogram, to_bins
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOURCES_SCHEMA
-from afn_ray.show import overview
+from afn_ray.show import comparison_tables
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 from conftest import config_of, edit_sealed, write_jsonl
@@ -584,7 +584,7 @@ def test_json_is_plain_versioned_and_bounded(
 
 def shown(found: Comparison, width: int) -> str:
     file = io.StringIO()
-    overview.render_comparison(found, Console(file=file, width=width, highlight=False))
+    comparison_tables.render_comparison(found, Console(file=file, width=width, highlight=False))
     return file.getvalue()
 
 

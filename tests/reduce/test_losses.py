@@ -21,7 +21,7 @@ from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import job, status, worker
 from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
-from afn_ray.show import overview
+from afn_ray.show import run_facts, summary
 from afn_ray.store import checksums, manifest, plans, shard_files
 from conftest import MakeConfig, config_of, write_jsonl
 
@@ -164,7 +164,7 @@ def test_text_that_the_tokenizer_does_not_know_is_a_warning_each_time_and_in_sho
         assert unknown.startswith("warning: unknown: 270 of ") and " are [UNK], which" in unknown
     run = manifest.find_run(config.store)
     assert run.info["unknown"] == {"token": "[UNK]", "tokens": 270}
-    assert dict(overview.facts(overview.summarise(run)))["unknown"] == unknown.removeprefix(
+    assert dict(run_facts.facts(summary.summarise(run)))["unknown"] == unknown.removeprefix(
         "warning: unknown: "
     )
     for altered in (

@@ -52,7 +52,7 @@ from afn_ray.runs import cluster, demo, dispatch, estimate, job, measurer, preci
 from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
-from afn_ray.show import doctor, overview
+from afn_ray.show import doctor, salient
 from afn_ray.store import claims, disk, garbage, manifest, records
 from conftest import MakeConfig, interrupted, stop_after, write_jsonl
 
@@ -1055,7 +1055,7 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:300]])
     with afn_ray.run(make_config(corpus=(str(corpus),), model=str(minilm), layers="0")) as run:
-        most, least = overview.salient_words(run, 0)
+        most, least = salient.salient_words(run, 0)
         ((q3,),) = run.sql("SELECT q3 FROM thresholds WHERE population = 'tokens'").fetchall()
         words: dict[str, list[float]] = {}
         text = ""
@@ -1071,9 +1071,9 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
     shares = {
         w: np.mean(np.array(v) >= q3)
         for w, v in words.items()
-        if len(v) >= overview.SALIENT_MIN_N and w.isalpha() and len(w) > 1 and w not in functions
+        if len(v) >= salient.SALIENT_MIN_N and w.isalpha() and len(w) > 1 and w not in functions
     }
-    assert len(most) == len(least) == overview.SALIENT_WORDS <= len(shares)
+    assert len(most) == len(least) == salient.SALIENT_WORDS <= len(shares)
     for word in (*most, *least):
         assert (word.n, word.n_high / word.n) == (len(words[word.text]), shares[word.text])
         assert word.median == np.quantile(words[word.text], 0.5, method="inverted_cdf")

@@ -29,7 +29,9 @@ from afn_ray.cli import grammar
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.schema import FEATURES, FILES_SCHEMA, SCREENED_SCHEMA, SOURCES_SCHEMA
-from afn_ray.show import charts, overview, report
+from afn_ray.show import charts, figures, report, run_facts, vocabulary_charts
+from afn_ray.show.screened import MAX_SCREENED_CHARS, bounded, pieces_by_offset, pieces_by_word
+from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
 from afn_ray.store.settings import config_from
 from conftest import edit_sealed, write_jsonl
@@ -140,7 +142,7 @@ def page(runs: list[manifest.RunFolder], tmp_path_factory: pytest.TempPathFactor
 
 
 def _words(run: manifest.RunFolder, layer: int) -> pa.Table:
-    return report._by_layer(manifest.read_table(run, "vocabulary"), run.info["layers"])[layer]
+    return report.by_layer(manifest.read_table(run, "vocabulary"), run.info["layers"])[layer]
 
 
 def test_rarity_alone_gives_each_type_the_share_of_its_bin(runs: list[manifest.RunFolder]) -> None:
@@ -198,9 +200,9 @@ def test_a_layer_of_one_strength_is_drawn() -> None:
 def test_points_are_the_most_frequent_types_with_their_counts_at_every_layer(
     runs: list[manifest.RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(charts, "MAX_POINTS", 50)
+    monkeypatch.setattr(vocabulary_charts, "MAX_POINTS", 50)
     words = {k: _words(runs[0], k) for k in runs[0].info["layers"]}
-    points = charts.points(words)
+    points = vocabulary_charts.points(words)
     expected = sorted(words[3].to_pylist(), key=lambda r: (-r["n"], r["token_id"]))[:50]
     assert points["n"] == [r["n"] for r in expected] and points["text"] == [
         r["text"] for r in expected
@@ -218,8 +220,8 @@ def test_points_are_the_most_frequent_types_with_their_counts_at_every_layer(
 def test_of_many_layers_some_are_offered_the_first_and_the_last_among_them(
     runs: list[manifest.RunFolder],
 ) -> None:
-    points = charts.points(dict.fromkeys(range(40), _words(runs[0], 3)))
-    assert len(points["layers"]) == charts.MAX_SCATTER_LAYERS
+    points = vocabulary_charts.points(dict.fromkeys(range(40), _words(runs[0], 3)))
+    assert len(points["layers"]) == vocabulary_charts.MAX_SCATTER_LAYERS
     assert (points["layers"][0], points["layers"][-1], points["layer"]) == (0, 39, 39)
 
 
@@ -227,13 +229,13 @@ def test_the_figures_of_the_page_are_those_of_the_run(
     runs: list[manifest.RunFolder], page: Path
 ) -> None:
     text = _Page.of(page.read_text("utf-8")).text
-    summary = overview.summarise(runs[1])
+    summary = summarise(runs[1])
     for facts in summary.layers:
         for share in facts.classes:
             assert f"{share.share:.3f}" in text
-        assert overview.figure(facts.thresholds["tokens"]["q3"]) in text
+        assert figures.figure(facts.thresholds["tokens"]["q3"]) in text
     assert f"{summary.info['counts']['tokens'] - summary.info['counts']['special']:,}" in text
-    for line in overview.cautions(summary):
+    for line in run_facts.cautions(summary):
         assert line.strip() in text
 
 
@@ -295,7 +297,7 @@ def test_words_that_take_too_long_are_left_out_and_the_page_says_why(
     def late(*args: object, **options: object) -> None:
         raise QueryError("stopped after 300 s")
 
-    monkeypatch.setattr(overview, "salient_words", late)
+    monkeypatch.setattr(report, "salient_words", late)
     monkeypatch.setattr(claims, "claims", late)
     text = _Page.of(report.render(runs[0])).text
     assert "Not known: stopped after 300 s" in text and "Left out: stopped after 300 s." in text
@@ -307,8 +309,7 @@ def test_labels_go_by_frozen_thresholds_where_there_are_any(runs: list[manifest.
         page = _Page.of(report.render(manifest.find_run(run.uri), with_claims=False))
     assert f"Labels go by frozen thresholds, those of {runs[0].uri}" in page.text
     (theirs,) = (
-        overview.figure(f.thresholds["tokens"]["q3"])
-        for f in overview.summarise(runs[0]).layers[-1:]
+        figures.figure(f.thresholds["tokens"]["q3"]) for f in summarise(runs[0]).layers[-1:]
     )
     drawn = page.data["charts"]["histogram-3"]["layer"][-2]["data"]["values"][0]
     assert (drawn["name"], drawn["exact"]) == ("Q3", theirs)
@@ -437,14 +438,14 @@ def test_every_text_is_bounded_and_so_is_the_page(
             "class": ["content"] * n,
         }
     )
-    points = charts.points(dict.fromkeys(range(100), types))
+    points = vocabulary_charts.points(dict.fromkeys(range(100), types))
     assert len(json.dumps(points)) < MAX_PAGE_BYTES / 2  # the charts' library takes 0.9 MB
 
 
 def test_a_document_of_one_endless_token_is_cut() -> None:
-    cut = report._bounded({"n_tokens": 2}, [("a" * 10**6, 4), ("b", 1)])
-    assert [len(text) for text, _ in cut.pieces] == [report.MAX_SCREENED_CHARS] and cut.is_cut
-    assert not report._bounded({"n_tokens": 2}, [("a", 4), (" ", 0), ("b", 1)]).is_cut
+    cut = bounded({"n_tokens": 2}, [("a" * 10**6, 4), ("b", 1)])
+    assert [len(text) for text, _ in cut.pieces] == [MAX_SCREENED_CHARS] and cut.is_cut
+    assert not bounded({"n_tokens": 2}, [("a", 4), (" ", 0), ("b", 1)]).is_cut
 
 
 def test_a_documents_tokens_are_shown_as_they_are_written() -> None:
@@ -460,7 +461,7 @@ def test_a_documents_tokens_are_shown_as_they_are_written() -> None:
         ("x", "Xy", True, 21, 23, 3),
         ("y", None, False, 23, 24, 1),
     ]
-    assert list(report._placed(tokens)) == [
+    assert list(pieces_by_offset(tokens)) == [
         ("In", 1),
         (" ", 0),
         ("the", 2),
@@ -474,7 +475,7 @@ def test_a_documents_tokens_are_shown_as_they_are_written() -> None:
         ("X", 3),
         ("y", 1),
     ]
-    assert "".join(text for text, _ in report._unplaced(tokens)) == "in the egyptians ! [UNK] ab xy"
+    assert "".join(text for text, _ in pieces_by_word(tokens)) == "in the egyptians ! [UNK] ab xy"
 
 
 # --- contrast
@@ -711,9 +712,9 @@ def test_a_list_of_words_has_whole_words_alone(runs: list[manifest.RunFolder], p
     words = _words(runs[1], 3)
     parts = {r["text"] for r in words.to_pylist() if r["class"] in ("piece", "fragment")}
     whole = {r["text"] for r in words.to_pylist() if r["class"] not in ("piece", "fragment")}
-    frequent = charts.vocabulary_chart(words).table
+    frequent = vocabulary_charts.vocabulary_chart(words).table
     assert parts and frequent.heads[0] == "word"
-    assert {row[0] for row in frequent.rows} <= {charts.cut(text) for text in whole}
+    assert {row[0] for row in frequent.rows} <= {figures.cut(text) for text in whole}
     assert not [row for row in frequent.rows if row[1] in ("piece", "fragment")]
 
 

@@ -24,7 +24,7 @@ from prompt_toolkit.output import DummyOutput
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.query import joined
 from afn_ray.query.database import Run, open_run
-from afn_ray.show import shell
+from afn_ray.show import query_output, shell
 from afn_ray.text import UNSAFE
 from test_query import ENDLESS, LAYERS, SHARDS, write_run
 
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 def printed(run: Run, sql: str, format: str, **options: Any) -> bytes:
     out = io.BytesIO()
-    shell.print_result(run.sql(sql), format, out, **options)
+    query_output.print_result(run.sql(sql), format, out, **options)
     return out.getvalue()
 
 
@@ -120,17 +120,17 @@ def test_parquet_on_a_terminal_is_refused(run: Run) -> None:
 
     out = Terminal()
     with pytest.raises(QueryError, match="binary"):
-        shell.print_result(run.sql("SELECT 1"), "parquet", out)
+        query_output.print_result(run.sql("SELECT 1"), "parquet", out)
     assert out.getvalue() == b""
     with pytest.raises(QueryError, match="table, csv, json, parquet"):
-        shell.print_result(run.sql("SELECT 1"), "xml", out)
+        query_output.print_result(run.sql("SELECT 1"), "xml", out)
 
 
 def test_standard_output_is_the_default(
     run: Run, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    for format in shell.FORMATS:
-        shell.print_result(run.sql("SELECT 7 AS seven"), format)
+    for format in query_output.FORMATS:
+        query_output.print_result(run.sql("SELECT 7 AS seven"), format)
         got = capfdbinary.readouterr().out
         assert b"seven" in got
         assert not sys.stdout.closed
@@ -176,7 +176,7 @@ def test_a_table_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TERM", "xterm")
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
-    shell.print_result(run.sql("FROM tokens LIMIT 3"))
+    query_output.print_result(run.sql("FROM tokens LIMIT 3"))
     lines = screen.getvalue().splitlines()
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines[:-1]) <= 60
     assert " of 19 columns shown" in " ".join(lines[-2:])
@@ -200,13 +200,13 @@ HOSTILE = [
 def test_text_of_the_corpus_cannot_act_on_the_terminal(run: Run, text: str) -> None:
     for sql in ("SELECT $t AS x", "SELECT [$t] AS x", "SELECT {'k': $t} AS x"):
         out = io.BytesIO()
-        shell.print_result(run.sql(sql, {"t": text}), "table", out)
+        query_output.print_result(run.sql(sql, {"t": text}), "table", out)
         shown = out.getvalue().decode()
         assert not UNSAFE.search(shown.replace("\n", ""))
         assert "[red]x[/red] :smile:" in shown or "[red]" not in text
         assert "\\" in shown or "[red]" in text
     out = io.BytesIO()
-    shell.print_result(
+    query_output.print_result(
         run.sql(f"PIVOT (SELECT '{text.replace(chr(0), '')}' AS k) ON k USING count(*)"),
         "table",
         out,
@@ -221,13 +221,13 @@ def test_other_formats_are_escaped_on_a_terminal_and_exact_elsewhere(run: Run, f
             return True
 
     text, out = "é\x1b[2J\x9b\u202e", Terminal()
-    shell.print_result(run.sql("SELECT $t AS x", {"t": text}), format, out)
+    query_output.print_result(run.sql("SELECT $t AS x", {"t": text}), format, out)
     assert (
         not UNSAFE.search(out.getvalue().decode().replace("\n", ""))
         and "é" in out.getvalue().decode()
     )
     exact = io.BytesIO()
-    shell.print_result(run.sql("SELECT $t AS x", {"t": text}), format, exact)
+    query_output.print_result(run.sql("SELECT $t AS x", {"t": text}), format, exact)
     assert "\u202e" in exact.getvalue().decode()
 
 

@@ -25,7 +25,8 @@ from afn_ray.schema import (
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
 )
-from afn_ray.show import overview
+from afn_ray.show import overview, run_facts
+from afn_ray.show.summary import _idf_auc, summarise, to_json
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 from conftest import RUN_INFO
@@ -173,7 +174,7 @@ def _run(
 
 def _shown(run: RunFolder, width: int) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
-    overview.render(overview.summarise(run), console)
+    overview.render(summarise(run), console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -206,7 +207,7 @@ def test_what_was_lost_replaced_and_skipped_is_named_with_its_size(tmp_path: Pat
 
 def test_shares_and_spreads_are_those_of_the_tables(tmp_path: Path) -> None:
     run = _run(tmp_path)
-    summary = overview.summarise(run)
+    summary = summarise(run)
     assert [f.layer for f in summary.layers] == [0, 8]
     for facts in summary.layers:
         assert (facts.cv, facts.q3_over_q2) == (0.125, 1.0625)
@@ -228,10 +229,7 @@ def test_shares_and_spreads_are_those_of_the_tables(tmp_path: Path) -> None:
         "all": 7.0002,
     }
     assert summary.padding_share == pytest.approx(0.2)
-    assert (
-        json.loads(json.dumps(overview.to_json(summary)))["layers"][1]["classes"][0]["name"]
-        == "content"
-    )
+    assert json.loads(json.dumps(to_json(summary)))["layers"][1]["classes"][0]["name"] == "content"
 
 
 TYPES = st.lists(
@@ -250,7 +248,7 @@ def test_idf_auc_is_that_of_all_pairs_of_tokens(types: list[tuple[int, int, floa
     ]
     high = [r["idf"] for r in rows if r["class"] != "special" for _ in range(r["n_high"])]
     low = [r["idf"] for r in rows if r["class"] != "special" for _ in range(r["n"] - r["n_high"])]
-    got = overview._idf_auc(pa.Table.from_pylist(rows, VOCABULARY_SCHEMA))
+    got = _idf_auc(pa.Table.from_pylist(rows, VOCABULARY_SCHEMA))
     if high and low:
         wins = sum((a > b) + (a == b) / 2 for a, b in itertools.product(high, low))
         assert got == pytest.approx(wins / len(high) / len(low))
@@ -260,7 +258,7 @@ def test_idf_auc_is_that_of_all_pairs_of_tokens(types: list[tuple[int, int, floa
 
 def test_a_layer_of_zeros_has_facts_and_can_be_shown(tmp_path: Path) -> None:
     run = _run(tmp_path, (0,), scale=0.0)
-    (facts,) = overview.summarise(run).layers
+    (facts,) = summarise(run).layers
     assert (facts.cv, facts.q3_over_q2) == (0.0, 0.0)
     assert "0.0000" in _shown(run, 100)
 
@@ -324,7 +322,7 @@ def test_class_shares_stand_beside_their_control(
     )  # the deepest, and the control if there is one
     assert len(shown) >= min(len(layers), 2 if width == 80 else 4)
     assert text.count("control") == (0 in layers)
-    facts = {f.layer: f for f in overview.summarise(run).layers}
+    facts = {f.layer: f for f in summarise(run).layers}
     for at, name in enumerate(CLASSES):
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         shares = [
@@ -360,7 +358,7 @@ def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     types = [_type(8, i, t, "content", 50, 10 * i, 1.0) for i, t in enumerate(texts)]
     run = _run(tmp_path, (8,), types)
     text = _shown(run, 100)
-    summary = overview.summarise(run)
+    summary = summarise(run)
     facts = replace(
         summary.layers[0], labels={"tokens": summary.layers[0].thresholds["tokens"] | {"q3": 9.0}}
     )
@@ -389,4 +387,4 @@ def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_a_model_is_named_without_where_it_is_on_a_disk(name: str, title: str) -> None:
-    assert overview.model_title(name) == title
+    assert run_facts.model_title(name) == title

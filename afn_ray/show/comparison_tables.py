@@ -1,0 +1,168 @@
+"""The comparison of two runs as tables on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.text import Text
+
+from afn_ray.reduce import compare
+from afn_ray.show.figures import figure
+from afn_ray.show.terminal_tables import print_whole, titled_table
+from afn_ray.text import count, printable
+
+MOVERS = 15
+MOVED_SOURCES = 8
+"""Number of types and of sources of a comparison that a terminal shows."""
+
+
+def render_comparison(found: compare.Comparison, console: Console) -> None:
+    """Print both runs, the distances at every layer, and the changes at the deepest layer."""
+    table = titled_table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
+    for at in (0, 3, 4):
+        table.columns[at].justify = "left"
+    for name, run in (("A", found.a), ("B", found.b)):
+        about = compare.describe(run)
+        corpus = ", ".join(about["corpus"])
+        table.add_row(
+            name,
+            f"{about['tokens']:,}",
+            f"{about['documents']:,}",
+            *(Text(printable(t)) for t in (corpus, run.uri)),
+        )
+    print_whole(table, console)
+    whole = pc.is_null(found.drift["source"])
+    _render_drift(
+        "Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console
+    )
+    layer = max(found.drift["layer"].to_pylist())
+    _render_class_drift(layer, found.classes, console)
+    _render_movers(layer, found.movers, console)
+    at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
+    if sources := found.drift.filter(at_layer).to_pylist():
+        apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
+        title = (
+            f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in "
+            "all)"
+        )
+        _render_drift(title, "source", apart[:MOVED_SOURCES], console)
+    console.print(
+        Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True
+    )
+
+
+def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
+    """Print ``DRIFT_SCHEMA`` rows: quartiles of B, their shift from A, HIGH shares, distances."""
+    table = titled_table(
+        title,
+        first,
+        "tokens A",
+        "tokens B",
+        "Q1 B",
+        "shift",
+        "Q2 B",
+        "shift",
+        "Q3 B",
+        "shift",
+        "HIGH A",
+        "HIGH B",
+        "PSI",
+        "KS",
+        "JS",
+    )
+    for row in rows:
+        quartiles = []
+        for q in ("q1", "q2", "q3"):
+            a, b = row[f"{q}_a"], row[f"{q}_b"]
+            quartiles += [
+                "" if b is None else figure(b),
+                f"{b / a - 1:+.2%}" if a and b is not None else "",
+            ]
+        shares = [
+            "" if row[s] is None else f"{row[s]:.1%}" for s in ("share_high_a", "share_high_b")
+        ]
+        distances = ["" if row[d] is None else f"{row[d]:.4f}" for d in ("psi", "ks", "js")]
+        name = Text(printable(str(row[first])))
+        table.add_row(name, f"{row['n_a']:,}", f"{row['n_b']:,}", *quartiles, *shares, *distances)
+    print_whole(table, console)
+
+
+def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
+    """Print each class's share of the tokens and its HIGH share, in both runs."""
+    table = titled_table(
+        f"Classes at layer {layer} (HIGH: share, 95 % interval)",
+        "class",
+        "tokens A",
+        "tokens B",
+        "HIGH A",
+        "HIGH B",
+    )
+    for row in classes.filter(pc.equal(classes["layer"], layer)).to_pylist():
+        highs = (
+            f"{row[f'share_high_{r}']:.3f} "
+            f"({row[f'share_high_low_{r}']:.3f}-{row[f'share_high_high_{r}']:.3f})"
+            for r in "ab"
+        )
+        table.add_row(
+            Text(printable(row["class"])), f"{row['share_a']:.1%}", f"{row['share_b']:.1%}", *highs
+        )
+    print_whole(table, console)
+
+
+def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
+    """Print the most significantly moved types, and the most frequent new and vanished ones."""
+    here = movers.filter(pc.equal(movers["layer"], layer))
+    of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
+    both, moved = of_status["both"], compare.moved(here)
+    words = compare.whole_words(moved)
+    title = (
+        f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < "
+        f"{compare.SIGNIFICANT})"
+    )
+    table = titled_table(
+        title,
+        "word",
+        "class",
+        "n A",
+        "n B",
+        "HIGH A",
+        "HIGH B",
+        "z",
+        "q",
+        "median A",
+        "median B",
+        left=2,
+    )
+    if parts := len(moved) - len(words):
+        table.caption, table.caption_justify = (
+            f"and {count(parts, 'part')} of words: afn compare --json",
+            "left",
+        )
+    for row in words.slice(0, MOVERS).to_pylist():
+        medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
+        table.add_row(
+            Text(printable(row["text"])),
+            Text(printable(row["class"])),
+            f"{row['n_a']:,}",
+            f"{row['n_b']:,}",
+            f"{row['share_high_a']:.1%}",
+            f"{row['share_high_b']:.1%}",
+            f"{row['z']:+.1f}",
+            f"{row['q']:.1e}",
+            *medians,
+        )
+    if len(moved):
+        print_whole(table, console)
+    else:
+        console.print(Text(title, style="bold"))
+    for status, verb, n in (("new", "are new", "n_b"), ("vanished", "have vanished", "n_a")):
+        types = of_status[status]
+        words = compare.whole_words(types).slice(0, MOVERS).to_pylist()
+        most = ", ".join(f"{r['text']} ({r[n]:,})" for r in words)
+        console.print(
+            Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))),
+            soft_wrap=True,
+        )

@@ -1,0 +1,282 @@
+"""Tables of the report page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.reduce import compare, losses
+from afn_ray.show.figures import cut, number, percent
+from afn_ray.show.summary import Summary
+from afn_ray.store import manifest
+
+MAX_ROWS = 20
+"""Largest number of rows of a table with one row for each type or source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table with ``heads``; its first ``left`` columns are text, the others figures."""
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: int = 1
+
+
+def glance(summary: Summary, comparison: compare.Comparison | None) -> list[tuple[str, str, str]]:
+    """Cards at the top of the page: a figure, its name, and the value to compare it with."""
+    counts, main, first = summary.info["counts"], summary.layers[-1], summary.layers[0]
+    cards = [
+        (
+            f"{counts['tokens'] - counts['special']:,}",
+            "tokens",
+            f"and {counts['special']:,} special ones, apart",
+        ),
+        (
+            f"{counts['documents']:,}",
+            "documents",
+            f"{counts['quarantined']:,} quarantined, {counts['empty']:,} empty",
+        ),
+    ]
+    if (lost := summary.losses).any:
+        against = f"{losses.rounded_up(lost.share)} of the corpus: {losses.said_documents(lost)}"
+        cards.append((losses.said_bytes(lost.lost_bytes), "lost", against))
+    for share, control in list(zip(main.classes, first.classes, strict=True))[
+        :1
+    ]:  # content, where there are content words
+        against = (
+            f"at layer 0, the control: {percent(control.share)}"
+            if first.layer == 0
+            else "layer 0 not recorded"
+        )
+        cards.append(
+            (
+                percent(share.share),
+                f"of {share.name} tokens are HIGH at layer {main.layer}",
+                against,
+            )
+        )
+    if main.idf_auc is not None:
+        cards.append(
+            (
+                number(main.idf_auc, 2),
+                "AUC of rarity alone for HIGH",
+                "0.5 tells nothing, 1 tells all",
+            )
+        )
+    for row in [] if comparison is None else drift_of_all_tokens(comparison):
+        if row["layer"] == main.layer:
+            cards.append(
+                (
+                    number(row["psi"], 4),
+                    f"PSI since the baseline, layer {main.layer}",
+                    _reading(row["psi"]),
+                )
+            )
+    return cards
+
+
+def _reading(psi: float | None) -> str:
+    """Conventional reading of a population stability index."""
+    if psi is None:
+        return "not known: ranks only"
+    return (
+        "exactly the same"
+        if psi == 0
+        else "little"
+        if psi < 0.1
+        else "some"
+        if psi < 0.25
+        else "much"
+    )
+
+
+def thresholds_table(summary: Summary) -> Table:
+    rows = []
+    for facts in summary.layers:
+        own, frozen = facts.thresholds, facts.labels["tokens"]
+        of = {"all": own["tokens"]}
+        if own["tokens"]["n_sinks"]:
+            of["without sinks"] = own["tokens_without_sinks"]
+        if frozen != own["tokens"]:
+            of["all, frozen"] = frozen
+        for name, row in of.items():
+            ratios = (
+                row[a] / row[b] if row[b] else None for a, b in (("sd", "mean"), ("q3", "q2"))
+            )
+            rows.append(
+                (
+                    str(facts.layer),
+                    name,
+                    f"{row['n']:,}",
+                    *(number(row[q]) for q in ("q1", "q2", "q3", "max")),
+                    *(number(ratio, 3) for ratio in ratios),
+                    percent(row["n_high"] / row["n"] if row["n"] else None),
+                    "" if name == "without sinks" else f"{row['n_sinks']:,}",
+                )
+            )
+    heads = ("layer", "of", "tokens", "Q1", "Q2", "Q3", "max", "CV", "Q3/Q2", "HIGH", "sinks")
+    return Table(
+        "Quartiles of the strengths; a token at or above Q3 is HIGH", heads, tuple(rows), left=2
+    )
+
+
+def sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
+    """The largest sources; None for a run without a table of sources."""
+    if "sources" not in run.info["tables"]:
+        return None
+    table = manifest.read_table(run, "sources")
+    rows = (
+        table.filter(pc.equal(table["layer"], layer))
+        .drop_columns(["bins", "counts"])
+        .sort_by([("n", "descending")])
+    )
+    caption = f"Sources at layer {layer}" + (
+        f", the largest {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
+    )
+    cells = (
+        (
+            r["source"],
+            f"{r['n_docs']:,}",
+            f"{r['n']:,}",
+            percent(r["n_high"] / r["n"] if r["n"] else None),
+        )
+        for r in rows.slice(0, MAX_ROWS).to_pylist()
+    )
+    return Table(caption, ("source", "documents", "tokens", "HIGH"), tuple(cells))
+
+
+def files_table(run: manifest.RunFolder) -> Table | None:
+    """The files with most bytes lost or characters replaced; None without any."""
+    table = manifest.read_table(run, "files")
+    lossy = pc.or_(losses.lost_something(table), pc.greater(table["n_replaced"], 0))
+    order = [("lost_bytes", "descending"), ("n_replaced", "descending"), ("source", "ascending")]
+    rows = table.filter(lossy).sort_by(order)
+    if not len(rows):
+        return None
+    caption = "Files that were not read as a whole" + (
+        f", the worst {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
+    )
+    cells = (
+        (
+            row["source"],
+            losses.said_bytes(row["num_bytes"]),
+            losses.said_bytes(row["lost_bytes"]),
+            losses.rounded_down(row["share_read"]),
+            _said_lost_documents(row),
+            f"{row['n_replaced']:,}",
+        )
+        for row in rows.slice(0, MAX_ROWS).to_pylist()
+    )
+    heads = ("file", "size", "lost", "read", "documents lost", "characters replaced")
+    return Table(caption, heads, tuple(cells))
+
+
+def _said_lost_documents(row: Mapping[str, Any]) -> str:
+    known = f"{row['lost_documents']:,}"
+    if not row["lost_unknown"]:
+        return known
+    return f"{known} or more" if row["lost_documents"] else "unknown"
+
+
+def drift_of_all_tokens(comparison: compare.Comparison) -> list[dict[str, Any]]:
+    """The rows of all tokens, one for each layer."""
+    return [r for r in comparison.drift.to_pylist() if r["source"] is None]
+
+
+def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
+    """The tables of changes; those with many rows for each layer are of ``layer`` only."""
+    heads = (
+        "tokens before",
+        "now",
+        "Q1 before",
+        "now",
+        "Q2 before",
+        "now",
+        "Q3 before",
+        "now",
+        "HIGH before",
+        "now",
+        "PSI",
+        "KS",
+        "JS",
+    )
+
+    def cells(r: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            f"{r['n_a']:,}",
+            f"{r['n_b']:,}",
+            *(number(r[f"{q}_{ab}"]) for q in ("q1", "q2", "q3") for ab in "ab"),
+            percent(r["share_high_a"]),
+            percent(r["share_high_b"]),
+            *(number(r[d], 4) for d in ("psi", "ks", "js")),
+        )
+
+    rows = comparison.drift.to_pylist()
+    layers = tuple((str(r["layer"]), *cells(r)) for r in rows if r["source"] is None)
+    of_sources = [r for r in rows if r["source"] is not None and r["layer"] == layer]
+    new_or_gone = 2.0  # above any KS, so that new and vanished sources come first
+    of_sources.sort(
+        key=lambda r: (-(new_or_gone if r["ks"] is None else r["ks"]), -r["n_a"] - r["n_b"])
+    )
+    sources = tuple((r["source"], *cells(r)) for r in of_sources[:MAX_ROWS])
+    table = comparison.movers
+    movers = table.filter(pc.equal(table["layer"], layer))
+    of_status = {
+        s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")
+    }
+    moved = compare.moved(movers)
+    high = "{share_high_%s:.3f} ({share_high_low_%s:.3f}–{share_high_high_%s:.3f})"
+    classes = tuple(
+        (
+            r["class"],
+            f"{r['n_a']:,}",
+            f"{r['n_b']:,}",
+            percent(r["share_a"]),
+            percent(r["share_b"]),
+            *((high % (run, run, run)).format(**r) for run in "ab"),
+        )
+        for r in comparison.classes.to_pylist()
+        if r["layer"] == layer
+    )
+    return {
+        "layers": Table("Strengths, all tokens", ("layer", *heads), layers),
+        "sources": Table(
+            f"Sources at layer {layer}, the furthest by KS first", ("source", *heads), sources
+        ),
+        "num_sources": len(of_sources),
+        "classes": Table(
+            f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is "
+            "HIGH (95 % interval)",
+            ("class", "tokens before", "now", "part before", "now", "HIGH before", "now"),
+            classes,
+        ),
+        "num_both": len(of_status["both"]),
+        "num_moved": len(moved),
+        **{
+            s: _types_table(of_status[s], n, caption)
+            for s, n, caption in (
+                ("new", "n_b", "New types"),
+                ("vanished", "n_a", "Vanished types"),
+            )
+        },
+    }
+
+
+def _types_table(types: pa.Table, n: str, caption: str) -> Table:
+    words = compare.whole_words(types).sort_by([(n, "descending"), ("token_id", "ascending")])
+    rows, ab = words.slice(0, MAX_ROWS).to_pylist(), n[-1]
+    some = (
+        f"{caption}, the most frequent {len(rows)} words of {len(types):,} types"
+        if len(types) > len(rows)
+        else caption
+    )
+    cells = (
+        (cut(r["text"]), r["class"], f"{r[n]:,}", percent(r[f"share_high_{ab}"])) for r in rows
+    )
+    return Table(some, ("word", "class", "n", "HIGH"), tuple(cells), left=2)

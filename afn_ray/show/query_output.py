@@ -1,0 +1,332 @@
+"""Print the result of a query as a table, CSV, JSON or Parquet."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
+from datetime import time as time_of_day
+from decimal import Decimal
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.csv
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from afn_ray.errors import QueryError
+from afn_ray.query.database import Result, Run
+from afn_ray.store import parquet
+from afn_ray.text import printable
+
+FORMATS = ("table", "csv", "json", "parquet")
+MAX_CELL = 300
+"""Largest length of a table cell, in characters; the number left out is shown."""
+TEXT_WIDTH = 24
+"""Least width of text columns, in characters, before columns are left out of a table."""
+BATCH_ROWS = 1 << 14
+
+
+def print_result(
+    result: Result, format: str = "table", out: IO[bytes] | None = None, max_rows: int | None = None
+) -> int:
+    """Print ``result`` to ``out`` (None: standard output) and return its number of rows.
+
+    ``format`` is table, csv, json (an array of objects) or parquet. A table fits the terminal,
+    shows at most ``max_rows`` rows (None: all) and says what it leaves out; its number of rows is
+    that of rows shown. The other formats are complete and are written while they are computed.
+
+    In CSV, null is an empty field and empty text is ``""``. In JSON, null, NaN and infinities are
+    null. In both, bytes are hex and dates ISO 8601.
+
+    Raises ``QueryError`` for a query over its limits, and for Parquet on a terminal.
+    """
+    if format == "table":
+        return _print_table(result, out, max_rows)
+    if format not in FORMATS:
+        raise QueryError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+    sys.stdout.flush()
+    sink = sys.stdout.buffer if out is None else out
+    if format == "parquet" and sink.isatty():
+        raise QueryError(
+            "Parquet is binary, and this is a terminal; name a file (--out) or pipe it into a "
+            "program"
+        )
+    batches = result.to_arrow_reader(BATCH_ROWS)
+    num_rows = 0
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal num_rows
+        for batch in batches:
+            num_rows += batch.num_rows
+            yield batch
+
+    reader = pa.RecordBatchReader.from_batches(batches.schema, counted())
+    write = {"csv": _write_csv, "json": _write_json, "parquet": _write_parquet}[format]
+    target: Any = _Terminal(sink) if sink.isatty() else sink
+    write(reader, target)
+    sink.flush()
+    return num_rows
+
+
+def say_why_empty(run: Run, query: str, num_rows: int) -> None:
+    """Print on standard error why a query may have no rows."""
+    for note in run.why_empty(query) if num_rows == 0 else ():
+        print(f"note: {printable(note)}", file=sys.stderr)
+
+
+class _Terminal(io.RawIOBase):
+    """Binary stream to a terminal; writes control characters as escapes."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out, self._decoder = out, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._out.write(printable(self._decoder.decode(bytes(data)), keep="\n\t").encode())
+        return len(data)
+
+
+def _write_csv(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
+    schema = pa.schema(
+        [pa.field(f.name, f.type if _is_flat(f.type) else pa.string()) for f in reader.schema]
+    )
+    with pa.csv.CSVWriter(out, schema) as writer:
+        for batch in reader:
+            columns = [
+                column
+                if _is_flat(column.type)
+                else pa.array(map(_as_text, _values(column)), pa.string())
+                for column in batch.columns
+            ]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _write_json(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
+    names = _unique(reader.schema.names)
+    before = "["
+    for batch in reader:
+        for row in zip(*map(_values, batch.columns), strict=True):
+            text = json.dumps(
+                dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False
+            )
+            out.write(f"{before}\n{text}".encode())
+            before = ","
+    out.write(b"[]\n" if before == "[" else b"\n]\n")
+
+
+def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
+    schema = pa.schema(
+        [f.with_name(n) for f, n in zip(reader.schema, _unique(reader.schema.names), strict=True)]
+    )
+    with parquet.writer(out, schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch.rename_columns(schema.names))
+
+
+def _is_flat(kind: pa.DataType) -> bool:
+    """Whether Arrow's own CSV form of the type is used."""
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    )
+
+
+def _unique(names: Iterable[str]) -> list[str]:
+    """``names``, repeated ones numbered _1, _2, ...: JSON and Parquet need distinct names."""
+    taken: list[str] = []
+    for name in names:
+        free = (
+            n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken
+        )
+        taken.append(next(free))
+    return taken
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """The column's values as JSON values.
+
+    A FLOAT becomes the shortest number that reads back as the same FLOAT.
+    """
+    if pa.types.is_float32(column.type):
+        return [
+            None if text is None else _plain(float(text))
+            for text in column.cast(pa.string()).to_pylist()
+        ]
+    values = _listed(column)
+    return (
+        values
+        if _is_flat(column.type) and not pa.types.is_floating(column.type)
+        else [_plain(v) for v in values]
+    )
+
+
+def _listed(column: pa.Array) -> list[Any]:
+    """The column's values; dates outside Python's range, such as the year 20000, become text."""
+    try:
+        values: list[Any] = column.to_pylist()
+        return values
+    except (ArithmeticError, ValueError):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ArithmeticError, ValueError):
+        pass
+    kind = scalar.type
+    if pa.types.is_struct(kind):
+        return {name: _value(part) for name, part in scalar.items()}
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_value(part) for part in scalar.values]
+    most = 2**31 - 1 if pa.types.is_date32(kind) else 2**63 - 1
+    if getattr(scalar, "value", None) in (most, -most):
+        return "infinity" if scalar.value > 0 else "-infinity"
+    try:
+        return scalar.cast(pa.string()).as_py()
+    except (pa.ArrowException, ArithmeticError, ValueError):
+        return str(scalar.value) if hasattr(scalar, "value") else repr(scalar)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, date | time_of_day):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _as_text(value: Any) -> str | None:
+    return (
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    )
+
+
+def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
+    target = sys.stdout if out is None else io.StringIO()
+    console = Console(file=target, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(
+            file=target, highlight=False, markup=False, emoji=False, width=1 << 20
+        )  # no terminal to fit
+    reader = result.to_arrow_reader(BATCH_ROWS)
+    rows, more = _first_rows(reader, max_rows)
+    if reader.schema.names == ["explain_key", "explain_value"]:
+        for _, plan in rows:
+            console.print(printable(plan, keep="\n"), soft_wrap=True)
+    else:
+        _draw(console, reader.schema, rows, more)
+    if out is not None and isinstance(target, io.StringIO):
+        out.write(target.getvalue().encode())
+    return len(rows)
+
+
+def _first_rows(
+    reader: pa.RecordBatchReader, max_rows: int | None
+) -> tuple[list[tuple[Any, ...]], bool]:
+    """The first ``max_rows`` rows, and whether there are more; the rest is not computed."""
+    rows: list[tuple[Any, ...]] = []
+    for batch in reader:
+        rows += zip(*map(_listed, batch.columns), strict=True)
+        if max_rows is not None and len(rows) > max_rows:
+            return rows[:max_rows], True
+    return rows, False
+
+
+def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more: bool) -> None:
+    names = [printable(name) for name in schema.names]
+    is_number = [_is_number(kind) for kind in schema.types]
+    columns = [[_cell(row[i]) for row in rows] for i in range(len(names))]
+    widths = [
+        max([len(name), *(cell.cell_len for cell in cells)])
+        for name, cells in zip(names, columns, strict=True)
+    ]
+    least = [
+        w if number else min(w, TEXT_WIDTH) for w, number in zip(widths, is_number, strict=True)
+    ]
+    shown = _fitting(least, console.width)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    cut = len(shown) < len(names)
+    for at in shown:
+        if cut and at == shown[(len(shown) + 1) // 2]:
+            table.add_column("…")
+        table.add_column(
+            Text(names[at]),
+            justify="right" if is_number[at] else "left",
+            no_wrap=is_number[at],
+            overflow="fold",
+        )
+    for r in range(len(rows)):
+        line = [columns[at][r] for at in shown]
+        if cut:
+            line.insert((len(shown) + 1) // 2, Text("…"))
+        table.add_row(*line)
+    console.print(table)
+    notes = [
+        f"first {len(rows):,} rows shown, there are more" if more else _count(len(rows), "row")
+    ]
+    if cut:
+        notes.append(
+            f"{len(shown)} of {len(names)} columns shown: name those you want, or use format csv"
+        )
+    console.print(f"({'; '.join(notes)})")
+
+
+def _fitting(widths: list[int], room: int) -> list[int]:
+    """Indices of the columns that fit into ``room`` with three spaces between them.
+
+    Columns in the middle are left out first.
+    """
+    shown = list(range(len(widths)))
+    gap = 3
+    while (
+        len(shown) > 2
+        and sum(widths[at] + gap for at in shown) + (1 + gap) * (len(shown) < len(widths)) > room
+    ):
+        del shown[len(shown) // 2]
+    return shown
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    )
+
+
+def _cell(value: Any) -> Text:
+    if value is None:
+        return Text("NULL", style="dim italic")
+    if isinstance(value, float):
+        return Text(f"{value:.6g}")
+    if isinstance(value, bool):
+        return Text("true" if value else "false")
+    text = printable(_as_text(_plain(value)) or "")
+    return Text(
+        text
+        if len(text) <= MAX_CELL
+        else f"{text[:MAX_CELL]}… (+{len(text) - MAX_CELL:,} characters)"
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,0 +1,142 @@
+"""What a run is and what its figures do not say, in words."""
+
+from __future__ import annotations
+
+import re
+
+from afn_ray.reduce import losses
+from afn_ray.runs import precision
+from afn_ray.show.figures import figure
+from afn_ray.show.summary import Summary
+from afn_ray.store import checksums
+from afn_ray.store.commits import num_measured
+
+GENERIC = re.compile(
+    r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
+)
+"""Names of folders that do not identify a model."""
+
+
+def model_title(name: str) -> str:
+    """Short name of the model ``name`` (a hub name, a folder or a GGUF file), without its path."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
+    if not parts or (len(parts) == 2 and not name.startswith(("/", ".", "~"))):
+        return name  # a hub name, or a folder relative to the run's working directory
+    for part in parts:
+        if part.startswith("models--"):  # the hub's cache
+            return part.removeprefix("models--").replace("--", "/")
+    at = next(
+        (at for at in reversed(range(len(parts))) if not GENERIC.fullmatch(parts[at])),
+        len(parts) - 1,
+    )
+    return "/".join(parts[at:])
+
+
+def facts(summary: Summary) -> list[tuple[str, str]]:
+    """Facts about the run, names and values for people.
+
+    Raises ``StoreError`` for a damaged run.json.
+    """
+    with checksums.named_damage(summary.uri):
+        return _facts(summary)
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
+    info = summary.info
+    counts, model, size = info["counts"], info["model"], summary.bytes_per_token
+    rows = [
+        ("where", summary.uri),
+        ("corpus", ", ".join(info["config"]["corpus"])),
+        (
+            "documents",
+            f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} "
+            "empty "
+            f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
+        ),
+        ("lost", losses.describe(summary.losses) or "nothing"),
+        *(
+            [("replaced", replaced)]
+            if (replaced := losses.describe_replaced(summary.losses))
+            else []
+        ),
+        *([("unknown", unknown)] if (unknown := losses.describe_unknown(info)) else []),
+        (
+            "tokens",
+            f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the "
+            "thresholds)",
+        ),
+        (
+            "model",
+            f"{model_title(model['name'])} "
+            f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})",
+        ),
+        ("precision", precision.describe(precision.from_json(info["precision"]))),
+        ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
+        *(
+            [("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
+            if "labels" in info["measure"]
+            else []
+        ),
+        (
+            "size",
+            f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all",
+        ),
+        *(
+            [("signals", ", ".join(info["measure"]["signals"]))]
+            if len(info["measure"]["signals"]) > 1
+            else []
+        ),
+        (
+            "padding",
+            f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap",
+        ),
+        (
+            "finished",
+            f"{info['finished_at']}, {info['seconds']:,.0f} s, "
+            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new",
+        ),
+    ]
+    if missing := info.get("quarantined"):
+        uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        rows.append(
+            ("missing", f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}")
+        )
+    if summary.skipped:
+        rows.append(("skipped", summary.skipped))
+    return rows
+
+
+def cautions(summary: Summary) -> list[str]:
+    """Limits of what the figures say; an indented line belongs to the line before it."""
+    lines = []
+    if summary.losses.any:
+        lines.append(f"Lost, and in no figure: {losses.describe(summary.losses)}.")
+    for layer in summary.layers:
+        main = layer.thresholds["tokens"]
+        line = (
+            f"Layer {layer.layer}: Q3 lies {layer.q3_over_q2 - 1:.1%} above the median (CV "
+            f"{layer.cv:.2f})"
+        )
+        if layer.idf_auc is not None:
+            line += (
+                f"; rarity alone tells HIGH from LOW with AUC {layer.idf_auc:.2f} (0.5 = not at "
+                "all, 1 = always)"
+            )
+        if layer.special_mean is not None:
+            line += (
+                f"; special tokens have mean {figure(layer.special_mean)}, the others "
+                f"{figure(main['mean'])}"
+            )
+        lines.append(line + ".")
+        if main["n_sinks"]:
+            sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
+            lines.append(f"  {sinks}: compare medians, not means.")
+    if all(layer.layer != 0 for layer in summary.layers):
+        with_control = ",".join(map(str, (0, *(layer.layer for layer in summary.layers))))
+        lines.append(
+            "Layer 0 was not recorded: to see what the embeddings alone explain, give the same "
+            "'afn run' "
+            f"command with --layers {with_control} and another --store."
+        )
+    lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
+    return lines

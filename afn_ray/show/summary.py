@@ -1,0 +1,171 @@
+"""The summary of a run as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from afn_ray.reduce import losses
+from afn_ray.reduce.losses import Losses
+from afn_ray.reduce.stats import auc, wilson
+from afn_ray.schema import in_order
+from afn_ray.store import checksums, label_thresholds, manifest
+
+MAX_CLASSES = 24
+"""Number of classes that a table or chart shows, the most frequent; a corpus may have more tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassShare:
+    """Share of one class's tokens that is HIGH at one layer, with Wilson's 95 % interval."""
+
+    layer: int
+    name: str
+    n: int
+    n_high: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """The thresholds of one layer, and figures to judge them by."""
+
+    layer: int
+    thresholds: dict[str, dict[str, Any]]  # population -> row of the thresholds table
+    labels: dict[
+        str, dict[str, Any]
+    ]  # the thresholds that decide HIGH: frozen ones, or the run's own
+    cv: float  # sd / mean of all tokens except special ones
+    q3_over_q2: float
+    special_mean: float | None  # mean strength of the special tokens
+    idf_auc: float | None  # AUC of rarity alone for HIGH; 0.5 is chance
+    classes: tuple[ClassShare, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run's summary."""
+
+    uri: str
+    info: dict[str, Any]
+    bytes_per_token: dict[str, float]  # keys: tokens, documents, summary, neurons, pairs, all
+    padding_share: float
+    losses: Losses
+    skipped: str  # files left out of the corpus, in words
+    layers: tuple[LayerFacts, ...]
+
+
+def summarise(run: manifest.RunFolder) -> Summary:
+    """The summary of a complete run; reads only its small tables."""
+    with checksums.named_damage(run.uri):
+        return _summarise(run)
+
+
+def _summarise(run: manifest.RunFolder) -> Summary:
+    thresholds, labels = (
+        manifest.read_table(run, "thresholds").to_pylist(),
+        label_thresholds.labels(run).to_pylist(),
+    )
+    vocabulary = manifest.read_table(run, "vocabulary")
+    histogram = manifest.read_table(run, "histogram")
+    shards = manifest.read_table(run, "shards")
+    files = manifest.read_table(run, "files")
+    n = max(1, sum(shards["n_tokens"].to_pylist()))
+    size = {
+        t: sum(shards[f"{c}_bytes"].to_pylist()) / n
+        for t, c in (
+            ("tokens", "token"),
+            ("documents", "document"),
+            ("summary", "summary"),
+            ("neurons", "neurons"),
+            ("pairs", "pairs"),
+        )
+    }
+    counts = run.info["counts"]
+    layers = []
+    for layer in run.info["layers"]:
+        rows = {r["population"]: r for r in thresholds if r["layer"] == layer}
+        main = rows["tokens"]
+        words = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
+        strengths = histogram.filter(pc.equal(histogram["layer"], layer))
+        special = strengths.filter(strengths["special"])
+        layers.append(
+            LayerFacts(
+                layer=layer,
+                thresholds=rows,
+                labels={r["population"]: r for r in labels if r["layer"] == layer},
+                cv=ratio(main["sd"], main["mean"]),
+                q3_over_q2=ratio(main["q3"], main["q2"]),
+                special_mean=_mean(special),
+                idf_auc=_idf_auc(words),
+                classes=_class_shares(layer, words),
+            )
+        )
+    padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
+    return Summary(
+        run.uri,
+        run.info,
+        {**size, "all": sum(size.values())},
+        max(0.0, padding),
+        losses.total(files),
+        losses.describe_skipped(losses.skipped_files(files)),
+        tuple(layers),
+    )
+
+
+def ratio(a: float, b: float) -> float:
+    return a / b if b else 0.0
+
+
+def _mean(rows: Any) -> float | None:
+    n = rows["n"].to_numpy()
+    return float(rows["strength"].to_numpy().astype(np.float64) @ n / n.sum()) if len(n) else None
+
+
+def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
+    classes = np.array(vocabulary["class"].to_pylist())
+    n, n_high = vocabulary["n"].to_numpy(), vocabulary["n_high"].to_numpy()
+    shares = []
+    for name in in_order(classes.tolist()):
+        here = classes == name
+        total, high = int(n[here].sum()), int(n_high[here].sum())
+        if total and name != "special":
+            low, upper = wilson(high, total)
+            shares.append(
+                ClassShare(layer, name, total, high, high / total, float(low), float(upper))
+            )
+    return tuple(shares)
+
+
+def frequent_classes(facts: LayerFacts) -> list[int]:
+    """Indices of the ``MAX_CLASSES`` most frequent of ``facts.classes``, ascending.
+
+    They are valid at every layer.
+    """
+    by_n = sorted(range(len(facts.classes)), key=lambda at: -facts.classes[at].n)
+    return sorted(by_n[:MAX_CLASSES])
+
+
+def _idf_auc(vocabulary: Any) -> float | None:
+    """Probability that a HIGH token's type is rarer than a LOW token's; ties count half.
+
+    Exact, from the counts.
+    """
+    normal = np.array(vocabulary["class"].to_pylist()) != "special"
+    idf = vocabulary["idf"].to_numpy()[normal]
+    high = vocabulary["n_high"].to_numpy()[normal].astype(np.float64)
+    low = vocabulary["n"].to_numpy()[normal] - high
+    if not high.sum() or not low.sum():
+        return None
+    _, at = np.unique(idf, return_inverse=True)
+    return float(auc(np.bincount(at, high), np.bincount(at, low)))
+
+
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The summary as plain values; class shares include their interval."""
+    return asdict(summary)
