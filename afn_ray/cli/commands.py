@@ -7,20 +7,19 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 
 from afn_ray import logs
-from afn_ray.cli import grammar, terminal
+from afn_ray.cli import grammar, questions, terminal
 from afn_ray.cli.estimates import print_estimate
 from afn_ray.cli.progress import ToStderr, json_lines, log_as, now_and_then, shown_progress
 from afn_ray.config import RunConfig
@@ -29,8 +28,6 @@ from afn_ray.store import disk
 from afn_ray.text import count, printable
 
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
-SAMPLE = 200
-"""Default number of documents that a check by masking uses."""
 Calls = Mapping[str, Callable[[argparse.Namespace], int | None]]
 """The function of each command, whose result is its exit code; ``None`` is 0."""
 
@@ -178,7 +175,9 @@ def _run(args: argparse.Namespace) -> None:
     elif args.quiet:
         print(uri)
     else:
-        print(f"\nNext: afn show {_shell(config.store)}\n      afn sql {_shell(config.store)}")
+        print(
+            f"\nNext: afn show {shlex.quote(config.store)}\n      afn sql {shlex.quote(config.store)}"
+        )
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -190,96 +189,6 @@ def _status(args: argparse.Namespace) -> int:
     else:
         _print_lines(status.lines(found[0]) if len(found) == 1 else status.table(found))
     return found[0].exit_code
-
-
-def _show(args: argparse.Namespace) -> None:
-    from afn_ray.show import overview
-    from afn_ray.show.summary import summarise, to_json
-    from afn_ray.store import manifest
-
-    summary = summarise(manifest.find_run(args.run))
-    if args.json:
-        print(json.dumps(to_json(summary), indent=1))
-    else:
-        overview.render(summary, Console(highlight=False))
-
-
-def _compare(args: argparse.Namespace) -> None:
-    from afn_ray.reduce import compare
-    from afn_ray.show import comparison_tables
-
-    found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
-    if args.json:
-        with disk.write_local(args.json) as file:
-            file.write(
-                (json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode()
-            )
-    comparison_tables.render_comparison(found, Console(highlight=False))
-
-
-def _claims(args: argparse.Namespace) -> None:
-    from afn_ray.analysis import claims, claims_text
-    from afn_ray.query import database
-
-    if args.sample is not None and not args.masking:
-        raise ConfigError("--sample is of documents to mask: give --masking too, or leave it out")
-    if args.masking:
-        from afn_ray.runs import precheck
-
-        precheck.check_question(args.run, args.model)
-    with database.open_run(args.run, timeout_s=args.timeout) as run:
-        masked: tuple[list[Any], tuple[str, ...]] = ([], ())
-        if args.masking:  # first, because the model may be missing here
-            from afn_ray.analysis import masking
-
-            figures, note = masking.check(
-                run,
-                num_documents=args.sample or SAMPLE,
-                model_name=args.model,
-                trust_remote_code=args.trust_remote_code,
-                allow_pickle=args.allow_pickle,
-            )
-            masked = figures, (note,)
-        found = claims.claims(run, max_tokens=args.max_tokens)
-        found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
-    if args.json:
-        print(json.dumps(claims_text.to_json(found), indent=1))
-    else:
-        claims_text.render(found, Console(highlight=False))
-
-
-def _neurons(args: argparse.Namespace) -> None:
-    from afn_ray.analysis import concepts
-    from afn_ray.query import database
-
-    console = Console(highlight=False)
-    found: Any
-    with database.open_run(args.run, timeout_s=args.timeout) as run:
-        layer = concepts.layer_of(run, args.layer)
-        if args.word is not None:
-            found, occurrences = concepts.neurons_of_word(run, args.word, layer, args.top)
-            value = {
-                "word": args.word,
-                "layer": layer,
-                "occurrences": occurrences,
-                "neurons": [{**asdict(c), "lift": c.lift} for c in found],
-            }
-            render = partial(concepts.render_word, args.word, found, occurrences)
-        elif args.neuron is not None:
-            neuron = concepts.find_neuron(run, layer, args.neuron)
-            found = concepts.contexts(run, layer, args.neuron)
-            value = {**asdict(neuron), "contexts": [asdict(c) for c in found]}
-            render = partial(concepts.render_neuron, neuron, found)
-        else:
-            found = concepts.selective_neurons(run, layer, args.top)
-            value = {"layer": layer, "neurons": [asdict(n) for n in found]}
-            render = partial(concepts.render_selective, found)
-        head = concepts.said_layer(run, layer)
-    if args.json:
-        print(json.dumps(value, indent=1))
-    else:
-        console.print(head, markup=False)
-        render(console)
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -342,40 +251,6 @@ def _audit(args: argparse.Namespace) -> int:
     return 0 if found.passed else POLICY_BROKEN
 
 
-def _sql(args: argparse.Namespace) -> None:
-    from afn_ray.query import catalog, database, joined
-    from afn_ray.show import query_output, shell
-
-    if args.catalog:
-        if args.query is not None:
-            raise ConfigError(
-                f"--open writes {args.catalog} and asks nothing; leave out --open or the query"
-            )
-        catalog.write_catalog(args.run, args.catalog, baseline=args.baseline)
-        name = printable(str(args.catalog))
-        print(f"{name} is written; any DuckDB client opens it, as in: duckdb {_shell(name)}")
-        return
-    form = _format_of(args.format, args.out)
-    tables = joined.read_tables(args.joined)
-    with database.open_run(
-        args.run,
-        baseline=args.baseline,
-        memory_limit=args.memory_limit,
-        threads=args.threads,
-        timeout_s=args.timeout,
-    ) as run:
-        if args.query is None:
-            shell.interactive(run, tables)
-            return
-        relation = run.sql(args.query, **tables)
-        with contextlib.ExitStack() as stack:
-            out = stack.enter_context(disk.write_local(args.out)) if args.out else None
-            num_rows = query_output.print_result(
-                relation, form, out, max_rows=None if args.out else args.max_rows or None
-            )
-        query_output.say_why_empty(run, args.query, num_rows)
-
-
 def _print_lines(lines: Iterable[str]) -> None:
     """Print ``lines``; ignore a reader that ends early, as the exit code has the verdict."""
     try:
@@ -384,69 +259,6 @@ def _print_lines(lines: Iterable[str]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         terminal.drop(sys.stdout)
-
-
-ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}
-"""Output formats of ``afn sql`` by file ending."""
-
-
-def _format_of(asked: str | None, out: Path | None) -> str:
-    """The requested format, otherwise that of the file's ending."""
-    if (
-        asked is not None or out is None or (out.exists() and not out.is_file())
-    ):  # a pipe or /dev/stdout
-        return asked or "table"
-    if (form := ENDINGS.get(out.suffix.lower())) is None:
-        raise ConfigError(
-            f"{out}: the ending says no format; end it in {', '.join(ENDINGS)}, or give --format"
-        )
-    return form
-
-
-def _explain(args: argparse.Namespace) -> None:
-    text = terminal.read_input() if args.text == "-" else args.text
-    from afn_ray.runs import precheck
-
-    precheck.check_question(
-        args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer
-    )
-    from afn_ray.analysis import explain
-    from afn_ray.show import explanation_page, explanation_terminal
-
-    result = explain.explain(
-        args.run,
-        text,
-        model_name=args.model,
-        trust_remote_code=args.trust_remote_code,
-        allow_pickle=args.allow_pickle,
-        signals=args.signals,
-        layers=args.layers,
-        task=args.task,
-        layer=args.layer,
-    )
-    if args.html:
-        with disk.write_local(args.html) as file:
-            file.write(explanation_page.render_html(result).encode())
-        print(f"{args.html} is written; open it in a browser")
-    elif args.json:
-        print(json.dumps(explain.to_json(result), indent=1))
-    else:
-        explanation_terminal.render_terminal(
-            result, args.layer, Console(highlight=False), show_all=args.all
-        )
-
-
-def _report(args: argparse.Namespace) -> None:
-    from afn_ray.show import report
-
-    path = report.write_report(
-        args.run,
-        args.out,
-        baseline=args.baseline,
-        ranks_only=args.ranks_only,
-        with_claims=not args.no_claims,
-    )
-    print(f"{path} is written; open it in a browser")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -485,7 +297,7 @@ def _demo(args: argparse.Namespace) -> None:
     with run:
         salient.render_salient(run, layer, out)
     overview.render_caution(summary, out)
-    store = _shell(args.store)
+    store = shlex.quote(args.store)
     query = (
         f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND class = 'content' "
         "AND n > 99 "
@@ -546,17 +358,24 @@ def _bench(args: argparse.Namespace) -> None:
     bench.call(args)
 
 
-def _shell(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
 # --- dispatch table
 
 
 COMMANDS: Calls = {
-    "run": _run, "status": _status, "show": _show, "compare": _compare, "claims": _claims, "neurons": _neurons,
-    "audit": _audit, "sql": _sql, "explain": _explain, "report": _report, "verify": _verify, "gc": _gc,
-    "doctor": _doctor, "demo": _demo, "bench": _bench,
-}  # fmt: skip
+    "run": _run,
+    "status": _status,
+    "show": questions.call_show,
+    "compare": questions.call_compare,
+    "claims": questions.call_claims,
+    "neurons": questions.call_neurons,
+    "audit": _audit,
+    "sql": questions.call_sql,
+    "explain": questions.call_explain,
+    "report": questions.call_report,
+    "verify": _verify,
+    "gc": _gc,
+    "doctor": _doctor,
+    "demo": _demo,
+    "bench": _bench,
+}
+"""The function of each command, by its name."""

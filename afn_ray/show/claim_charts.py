@@ -93,7 +93,9 @@ def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], lay
             "" if f.layer is None else str(f.layer),
             "control" if f.is_control else "",
             claims_text.shown(f.value),
-            "" if math.isnan(f.low) else f"{claims_text.shown(f.low)} to {claims_text.shown(f.high)}",
+            ""
+            if math.isnan(f.low)
+            else f"{claims_text.shown(f.low)} to {claims_text.shown(f.high)}",
             f"{f.n:,}",
             f"{f.n_docs:,}",
         )
