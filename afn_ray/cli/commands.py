@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
@@ -26,6 +26,10 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Damaged, Interrupted
 from afn_ray.store import disk
 from afn_ray.text import count, printable
+
+if TYPE_CHECKING:
+    from afn_ray.analysis.audit import Audit
+    from afn_ray.query.database import Run
 
 POLICY_BROKEN, AUDIT_FAILED = 1, 2
 Calls = Mapping[str, Callable[[argparse.Namespace], int | None]]
@@ -46,9 +50,12 @@ def command(
     try:
         main(argv, make_parser, calls)
     except SystemExit as end:
-        os._exit(
-            terminal.finish(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
-        )
+        code = 1  # ``end.code`` may be a message
+        if end.code is None:
+            code = 0
+        elif isinstance(end.code, int):
+            code = end.code
+        os._exit(terminal.finish(code))
 
 
 def main(
@@ -61,58 +68,73 @@ def main(
     A program with other commands has a parser of its own, which sets ``command`` and ``parser`` as
     ``grammar.parser`` does, and ``calls``: a function for each ``command``.
     """
-    parser = make_parser()
+    args = _parse(argv, make_parser())
+    log = logging.getLogger(logs.ROOT)
+    if not log.handlers:
+        log.addHandler(ToStderr())
+    sys.exit(_call(args, calls or COMMANDS))
+
+
+def _parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments in ``argv``. Raises ``SystemExit`` with 2 for a wrong command."""
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)
         sys.exit(ConfigError.exit_code)
     args, rest = parser.parse_known_args(argv)
     if rest and args.command == "sql" and args.query is None and not rest[0].startswith("-"):
-        args.query = rest.pop(
-            0
-        )  # argparse before Python 3.12 expects an optional argument directly after the first one
+        # argparse before Python 3.12 expects an optional argument directly after the first one
+        args.query = rest.pop(0)
     if rest:
-        args.parser.error(
-            f"unrecognized arguments: {' '.join(rest)}{grammar.nearest_flag(args.parser, rest[0])}"
-        )
-    log = logging.getLogger(logs.ROOT)
-    if not log.handlers:
-        log.addHandler(ToStderr())
-    audits, failed = args.command == "audit", True
+        hint = grammar.nearest_flag(args.parser, rest[0])
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return args
+
+
+def _call(args: argparse.Namespace, calls: Calls) -> int:
+    """Call the command, report how it ended, and return its exit code."""
+    audits = args.command == "audit"
+
+    def failure(code: int) -> int:
+        # Every failed audit has the same exit code, because 1 means a broken policy.
+        return AUDIT_FAILED if audits else code
+
     try:
         with _terminable():
-            code = (calls or COMMANDS)[args.command](args) or 0
+            code = calls[args.command](args) or 0
         sys.stdout.flush()
-        failed = False
     except KeyboardInterrupt:
         resumable = audits or args.command in ("run", "demo", "gc")
-        code = Interrupted.exit_code if resumable else 130
-        _say_end("stopped", "stopped" + ("; the same command resumes" if resumable else ""), code)
+        code = failure(Interrupted.exit_code if resumable else 130)
+        hint = "; the same command resumes" if resumable else ""
+        _report_end("stopped", f"stopped{hint}", code)
     except BrokenPipeError:  # the reader, such as `head`, has read enough
         terminal.drop(sys.stdout)
-        code = 0
+        code = failure(0)
     except UnicodeError as error:
-        code = AUDIT_FAILED if audits else ConfigError.exit_code
-        _say_end("failed", f"text that is not {getattr(error, 'encoding', 'UTF-8')}: {error}", code)
+        code = failure(ConfigError.exit_code)
+        encoding = getattr(error, "encoding", "UTF-8")
+        _report_end("failed", f"text that is not {encoding}: {error}", code)
     except AfnError as error:
-        code = AUDIT_FAILED if audits else error.exit_code
-        _say_end("stopped" if isinstance(error, Interrupted) else "failed", str(error), code)
+        code = failure(error.exit_code)
+        event = "stopped" if isinstance(error, Interrupted) else "failed"
+        _report_end(event, str(error), code)
     except Exception as error:
-        code = AUDIT_FAILED if audits else 1
         if isinstance(error, OSError) and error.errno in disk.FULL:
-            code = AUDIT_FAILED if audits else Interrupted.exit_code
-            _say_end(
-                "stopped", f"no space left: {error}; make room and run the same command again", code
-            )
+            code = failure(Interrupted.exit_code)
+            hint = "make room and run the same command again"
+            _report_end("stopped", f"no space left: {error}; {hint}", code)
         elif json_lines() is not None:
-            _say_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
+            code = failure(1)
+            _report_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
         elif audits:
-            traceback.print_exc()  # Python would exit with 1, which means a broken policy
+            traceback.print_exc()  # Python would exit with 1
+            code = AUDIT_FAILED
         else:
             raise
-    sys.exit(AUDIT_FAILED if audits and failed else code)
+    return code
 
 
-def _say_end(event: str, message: str, code: int, traceback: bool = False) -> None:
+def _report_end(event: str, message: str, code: int, traceback: bool = False) -> None:
     """Print on stderr, or log as JSON, why the command ends."""
     if json_lines() is None:
         errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -143,18 +165,13 @@ def _terminable() -> Iterator[None]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    names = {f.name for f in fields(RunConfig)}
-    given = {k: tuple(v) if k == "corpus" else v for k, v in vars(args).items() if k in names}
-    if not given.get("corpus"):
-        given.pop("corpus", None)  # none on the command line: use the config file's
-    log_as(
-        vars(args).get("log_format", "text"), args.quiet
-    )  # errors in the config use the same format
+    # Errors in the config use the same format.
+    log_as(vars(args).get("log_format", "text"), args.quiet)
     if not args.dry_run and (args.rate or args.prices):
-        raise ConfigError("--rate and --prices are of --dry-run: give that too, or leave them out")
+        raise ConfigError("--rate and --prices need --dry-run: add it, or leave them out")
     from afn_ray.store import settings
 
-    config = settings.config_from(given, args.config)
+    config = settings.config_from(_config_flags(args), args.config)
     log_as(config.log_format, args.quiet)
     from afn_ray.runs import precheck
 
@@ -162,22 +179,33 @@ def _run(args: argparse.Namespace) -> None:
     from afn_ray.runs import estimate, job
 
     console = Console(stderr=True, highlight=False)
-    with shown_progress(console, args.quiet) as on_event:
-        if args.dry_run:
+    if args.dry_run:
+        with shown_progress(console, args.quiet) as on_event:
             found = estimate.dry_run(
                 config, on_event, rate=args.rate, prices=args.prices, reduce_only=args.reduce_only
             )
-        else:
-            with job.run(config, on_event, reduce_only=args.reduce_only) as run:
-                uri = run.uri
-    if args.dry_run:
         print_estimate(found, Console(highlight=False))
-    elif args.quiet:
+        return
+    with (
+        shown_progress(console, args.quiet) as on_event,
+        job.run(config, on_event, reduce_only=args.reduce_only) as run,
+    ):
+        uri = run.uri
+    if args.quiet:
         print(uri)
     else:
-        print(
-            f"\nNext: afn show {shlex.quote(config.store)}\n      afn sql {shlex.quote(config.store)}"
-        )
+        store = shlex.quote(config.store)
+        print(f"\nNext: afn show {store}\n      afn sql {store}")
+
+
+def _config_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The config keys that are on the command line."""
+    names = {f.name for f in fields(RunConfig)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    # Without a corpus on the command line, the config file has it.
+    if corpus := given.pop("corpus", None):
+        given["corpus"] = tuple(corpus)
+    return given
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -205,14 +233,13 @@ def _audit(args: argparse.Namespace) -> int:
     from afn_ray.analysis.policy import read_policy
     from afn_ray.runs.cluster import connection
     from afn_ray.show import report
-    from afn_ray.store import manifest, storage, uris
+    from afn_ray.store import manifest, uris
 
     connection.exit_when_lost_with(AUDIT_FAILED)
     policy = read_policy(args.policy)
     out = uris.absolute(args.out)  # fails now, not after the run
-    url = (
-        args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
-    )  # a Secret made from a file ends with its newline
+    # A Secret made from a file ends with its newline.
+    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
     webhook = notify.check_webhook(url, args.allow_http) if url else None
     command = notify.parse_command(args.on_broken) if args.on_broken is not None else None
     if not args.no_report:
@@ -228,27 +255,35 @@ def _audit(args: argparse.Namespace) -> int:
             on_event=on_event,
         )
     written = audit.write_json(found, out)
-    failures = []
-    if not found.passed:
-        failures = [
-            notify.post(webhook, audit.to_bytes(found)) if webhook else None,
-            notify.call_command(command, written) if command else None,
-        ]
+    failures: list[str | None] = []
+    if webhook and not found.passed:
+        failures.append(notify.post(webhook, audit.to_bytes(found)))
+    if command and not found.passed:
+        failures.append(notify.call_command(command, written))
     if not args.no_report:
-        try:
-            page = report.render(found.run, found.comparison, with_claims=False)
-            storage.write_over(uris.join(out, audit.PAGE), page.encode(), retry_for_s=None)
-        except Exception as error:  # noqa: BLE001 - a page is worth no verdict
-            failures.append(f"report.html could not be written: {error or type(error).__name__}")
-    for failure in filter(
-        None, failures
-    ):  # the exit code is the verdict even if a notification fails
-        logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
+        failures.append(_write_page(found, out))
+    # The exit code is the verdict even if a notification fails.
+    for failure in failures:
+        if failure is not None:
+            logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
     _print_lines(audit.lines(found))
-    manifest.mark_audited(
-        found.run
-    )  # last: without this mark, the next audit reports this run's drift again
+    # Last: without this mark, the next audit reports this run's drift again.
+    manifest.mark_audited(found.run)
     return 0 if found.passed else POLICY_BROKEN
+
+
+def _write_page(found: Audit, out: str) -> str | None:
+    """Write report.html into ``out``; return what failed, if something did."""
+    from afn_ray.analysis import audit
+    from afn_ray.show import report
+    from afn_ray.store import storage, uris
+
+    try:
+        page = report.render(found.run, found.comparison, with_claims=False)
+        storage.write_over(uris.join(out, audit.PAGE), page.encode(), retry_for_s=None)
+    except Exception as error:  # noqa: BLE001 - the verdict does not depend on the page
+        return f"report.html could not be written: {error or type(error).__name__}"
+    return None
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -272,9 +307,6 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     from afn_ray.runs import demo
-    from afn_ray.show import overview, salient
-    from afn_ray.show.summary import summarise
-    from afn_ray.store import manifest
 
     began = time.monotonic()
     config = demo.demo_config(args.store, args.workers)
@@ -283,27 +315,31 @@ def _demo(args: argparse.Namespace) -> None:
     console = Console(stderr=True, highlight=False)
     with shown_progress(console, quiet=False) as on_event:
         run = job.run(config, on_event)
-    seconds = time.monotonic() - began
+    with run:
+        _print_demo(run, args.store, time.monotonic() - began)
+
+
+def _print_demo(run: Run, store: str, seconds: float) -> None:
+    """Print the results of the demo, and commands to try next."""
+    from afn_ray.show import overview, salient
+    from afn_ray.show.summary import summarise
+    from afn_ray.store import manifest
+
     summary = summarise(manifest.find_run(run.uri))
     layer = summary.layers[-1].layer
     out = Console(highlight=False)
-    tokens = summary.info["counts"]["tokens"]
-    out.print(
-        f"\n{tokens:,} tokens of the King James verses, all-MiniLM-L6-v2; this took {seconds:.0f} "
-        "s\n"
-    )
+    tokens = f"{summary.info['counts']['tokens']:,} tokens of the King James verses"
+    out.print(f"\n{tokens}, all-MiniLM-L6-v2; this took {seconds:.0f} s\n")
     overview.render_thresholds(summary, out)
     overview.render_classes(summary, out)
-    with run:
-        salient.render_salient(run, layer, out)
+    salient.render_salient(run, layer, out)
     overview.render_caution(summary, out)
-    store = shlex.quote(args.store)
     query = (
-        f"FROM vocabulary SELECT text, n, share_high WHERE layer = {layer} AND class = 'content' "
-        "AND n > 99 "
-        "ORDER BY share_high DESC LIMIT 9"
+        "FROM vocabulary SELECT text, n, share_high "
+        f"WHERE layer = {layer} AND class = 'content' AND n > 99 ORDER BY share_high DESC LIMIT 9"
     )
     out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)
+    store = shlex.quote(store)
     for command in (
         f"show {store}",
         f"explain {store} 'In the beginning was the Word'",
