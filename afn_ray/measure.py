@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,32 @@ class Measure:
     neurons_above: tuple[float, ...] = ()
     """Per neuron layer, the least strength of tokens with recorded neurons; empty: all tokens."""
     schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def of_dict(cls, stored: Mapping[str, Any]) -> Measure:
+        """The measure that ``as_dict`` gave as ``stored``.
+
+        Keys of other versions, and the id in run.json, are left out: the id of a stored measure is
+        the fingerprint of ``stored`` itself. Raises ``KeyError`` for a missing key, ``TypeError``
+        or ``ValueError`` for a value of another form.
+        """
+        return cls(
+            model=dict(stored["model"]),
+            model_type=stored["model_type"],
+            layers=tuple(stored["layers"]),
+            signals=tuple(stored["signals"]),
+            series=tuple(Series(signal, layer) for signal, layer in stored["series"]),
+            window_tokens=stored["window_tokens"],
+            overlap_tokens=stored["overlap_tokens"],
+            offsets=stored["offsets"],
+            dtype=stored["dtype"],
+            neuron_layers=tuple(stored.get("neuron_layers", ())),
+            top_neurons=stored.get("top_neurons", 0),
+            labels=stored.get("labels"),
+            outliers=tuple(tuple(dims) for dims in stored.get("outliers", ())),
+            neurons_above=tuple(stored.get("neurons_above", ())),
+            schema_version=stored["schema_version"],
+        )
 
     @property
     def id(self) -> str:

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.stats import is_high
 from afn_ray.schema import (
+    MOST_NEURONS,
     PAIRS_SCHEMA,
     SPECIAL,
     SUMMARY_SCHEMA,
@@ -42,8 +44,12 @@ def check_rows(
     read: Shard,
     measure: Mapping[str, Any] | None,
 ) -> None:
-    """Check the rows of a shard; raise ``Wrong`` at the first error."""
-    series, tagged = _check_schemas(tables, commit, measure)
+    """Check the rows of a shard; raise ``Wrong`` at the first error.
+
+    ``measure`` is the stored measure; None where no run has it.
+    """
+    known = None if measure is None else Measure.of_dict(measure)
+    series, tagged = _check_schemas(tables, commit, known)
     columns = [
         "doc",
         "n_tokens",
@@ -75,7 +81,7 @@ def check_rows(
             f"it has {tables['summary'].num_row_groups} row groups, expected {len(groups)}",
         )
     if "neurons" in tables:
-        pairs = _check_neurons(tables["tokens"], tables["neurons"], measure or {})
+        pairs = _check_neurons(tables["tokens"], tables["neurons"], known)
         if (
             not tables["pairs"]
             .read()
@@ -85,7 +91,7 @@ def check_rows(
 
 
 def _check_schemas(
-    tables: Mapping[str, pq.ParquetFile], commit: Commit, measure: Mapping[str, Any] | None
+    tables: Mapping[str, pq.ParquetFile], commit: Commit, measure: Measure | None
 ) -> tuple[tuple[Series, ...], bool]:
     """Check the schemas; return the recorded series, and whether there are tags.
 
@@ -98,12 +104,8 @@ def _check_schemas(
     offsets, tagged = "start" in names, "tag" in names
     layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     if measure is not None:
-        series, offsets, layers = (
-            series_of(measure),
-            measure["offsets"],
-            measure.get("neuron_layers", []),
-        )
-        tagged = "labels" in measure
+        series, tagged = measure.series, measure.tagged
+        offsets, layers = measure.offsets, list(measure.neuron_layers)
     schemas = {
         "tokens": tokens_schema(series, offsets, tagged),
         "documents": documents_schema(series),
@@ -128,10 +130,6 @@ def _check_schemas(
 def _neuron_layers(file: pq.ParquetFile) -> list[int]:
     parts = [name.rpartition("_") for name in file.schema_arrow.names]
     return [int(layer) for _, _, layer in parts if layer.isdecimal()]
-
-
-def series_of(measure: Mapping[str, Any]) -> tuple[Series, ...]:
-    return tuple(Series(signal, layer) for signal, layer in measure["series"])
 
 
 def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
@@ -243,11 +241,14 @@ def _check_tokens(
 
 
 def _check_neurons(
-    tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Mapping[str, Any]
+    tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Measure | None
 ) -> neurons.PairSummary:
     """Check that ``lists`` has rows for the right tokens, in order; return its pair sums."""
     layers = _neuron_layers(lists)
-    above = dict(zip(layers, measure.get("neurons_above", []), strict=False))
+    above, most = {}, MOST_NEURONS
+    if measure is not None:
+        above = dict(zip(layers, measure.neurons_above, strict=False))
+        most = measure.top_neurons
     pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
     for batch in tokens.iter_batches(
         records.BATCH_ROWS,
@@ -286,9 +287,7 @@ def _check_neurons(
             rises = np.diff(values, prepend=np.inf) > 0
             rises[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
             wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
-            if wrong.any() or lengths.max(initial=0) > measure.get(
-                "top_neurons", lengths.max(initial=0)
-            ):
+            if wrong.any() or lengths.max(initial=0) > most:
                 raise Wrong(
                     "neurons", f"rows from {at} on: values at layer {k} that are never recorded"
                 )

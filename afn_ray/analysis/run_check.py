@@ -14,6 +14,7 @@ from afn_ray.analysis import recount, rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
 from afn_ray.errors import StoreError
+from afn_ray.measure import Measure
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.shards import CommittedShards
@@ -260,11 +261,10 @@ class RunCheck:
         ):
             pieces[at], readable[at] = token, text
         shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
+        measure = Measure.of_dict(self.measure)
+        tagged = measure.tagged
         recorded = tree.Recorded(
-            rows.series_of(self.measure),
-            self.measure.get("neuron_layers", []),
-            "neurons_above" in self.measure,
-            tagged := "labels" in self.measure,
+            measure.series, measure.neuron_layers, bool(measure.neurons_above), tagged
         )
         rules = tree.Rules(self._config["language"], self._config["sink_factor"], self._frozen)
         tables = tree.reduce_run(shards, recorded, Texts(pieces, readable), rules)
@@ -282,11 +282,12 @@ class RunCheck:
             )
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
         if worst := self._config.get("screen"):
-            tables |= screen.scan_run(shards, self.measure["layers"], tables, readable, worst)
+            tables |= screen.scan_run(shards, measure.layers, tables, readable, worst)
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
         """Recompute thresholds and counts from the rows, in SQL independent of ``reduce``."""
+        measure = Measure.of_dict(self.measure)
         with database.open_run(
             self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
         ) as run:
@@ -296,7 +297,7 @@ class RunCheck:
                     "tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}"
                 )
                 return
-            for layer in self.measure["layers"]:
+            for layer in measure.layers:
                 recomputed = run.sql(
                     recount.thresholds_sql(layer), [float(self._config["sink_factor"])]
                 ).to_arrow_table()
@@ -314,8 +315,8 @@ class RunCheck:
                         "tokens, not in both; "
                         f"the first is of token_id {wrong[0][0]}",
                     )
-            for layer in self.measure.get("neuron_layers", []):
-                high_only = "neurons_above" in self.measure
+            for layer in measure.neuron_layers:
+                high_only = bool(measure.neurons_above)
                 if wrong := run.sql(recount.neurons_sql(layer, high_only)).fetchall():
                     self._find(
                         "tables",
