@@ -18,7 +18,7 @@ from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
 from afn_ray.runs import measurer, plan, worker
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters
 from afn_ray.schema import Document, strength_column
 from afn_ray.store import plans, shard_files
 
@@ -45,8 +45,8 @@ class _Ours:
         self._task = worker.prepare(self._config, files, spec.device, spec.dtype)
         self._processor = worker.Processor(self._task)
 
-    def _outcome(self, before: Progress, strengths: list[Norms]) -> Outcome:
-        now, then = asdict(self._processor.progress), asdict(before)
+    def _outcome(self, before: Counters, strengths: list[Norms]) -> Outcome:
+        now, then = asdict(self._processor.counters), asdict(before)
         stages = {name: now[name] - then[name] for name in STAGES}
         return Outcome(strengths, now["forward_tokens"] - then["forward_tokens"], stages)
 
@@ -58,7 +58,7 @@ class Engine(_Ours):
     """The engine on texts in memory: tokenizing, windows, packing and the model, but no files."""
 
     def run(self, texts: Sequence[Text]) -> Outcome:
-        before = replace(self._processor.progress)
+        before = replace(self._processor.counters)
         documents = (Document("bench", i, text.text) for i, text in enumerate(texts))
         strengths: list[Norms] = []
         with self._processor.feed.chunks(documents) as chunks:  # as for a shard
@@ -92,7 +92,7 @@ class Job(_Ours):
 
         The outcome has no strengths: ``read_back`` reads them from the store.
         """
-        before = replace(self._processor.progress)
+        before = replace(self._processor.counters)
         self._num_runs += 1
         store = str(Path(self._config.store) / str(self._num_runs))
         self._processor.task = replace(self._task, config=replace(self._config, store=store))

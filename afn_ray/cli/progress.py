@@ -7,17 +7,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from afn_ray import logs
 from afn_ray.runs import events
 from afn_ray.runs.events import Event, OnEvent
+from afn_ray.runs.progress import Progress
 from afn_ray.text import count, printable
-
-if TYPE_CHECKING:
-    from afn_ray.runs.dispatch import State
 
 LOG_EVERY_S = 30.0
 
@@ -86,10 +83,10 @@ def shown_progress(console: Console, quiet: bool) -> Iterator[OnEvent]:
 
 @contextlib.contextmanager
 def _live(console: Console) -> Iterator[OnEvent]:
+    from rich import progress as rich_progress
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         SpinnerColumn,
         TextColumn,
         TimeElapsedColumn,
@@ -103,26 +100,24 @@ def _live(console: Console) -> Iterator[OnEvent]:
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("planning", total=None, note="")
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("planning", total=None, note="")
 
         def on_event(event: Event) -> None:
             match event:
                 case events.Hashing(done, total):
-                    progress.update(
+                    bar.update(
                         task, description=event.message, completed=done, total=total, note="files"
                     )
-                case events.Working(state):
-                    what, done, total = bar_counts(state)
-                    progress.update(
-                        task, description=what, completed=done, total=total, note=_note(state)
+                case events.Working(progress):
+                    what, done, total = bar_counts(progress)
+                    bar.update(
+                        task, description=what, completed=done, total=total, note=_note(progress)
                     )
                 case events.Piloting() | events.Starting() | events.Reducing() | events.Screening():
-                    progress.update(
-                        task, description=event.message, completed=0, total=None, note=""
-                    )
+                    bar.update(task, description=event.message, completed=0, total=None, note="")
                 case _:
-                    progress.console.print(printable(event.message), markup=False, soft_wrap=True)
+                    bar.console.print(printable(event.message), markup=False, soft_wrap=True)
 
         yield on_event
 
@@ -147,9 +142,9 @@ def _log(console: Console) -> OnEvent:
         match event:
             case events.Hashing(done, total):
                 console.print(f"{event.message}: {done:,} of {total:,} files", markup=False)
-            case events.Working(state):
-                what, done, total = bar_counts(state)
-                text = f"{what} {done:,}/{total:,}  {_note(state)}"
+            case events.Working(progress):
+                what, done, total = bar_counts(progress)
+                text = f"{what} {done:,}/{total:,}  {_note(progress)}"
                 console.print(text, markup=False, soft_wrap=True)
             case _:
                 console.print(printable(event.message), markup=False, soft_wrap=True)
@@ -173,14 +168,14 @@ def log_json(lines: logs.Lines) -> OnEvent:
             case events.Hashing(done, total):
                 files = {"files_done": done, "files": total}
                 logs.tell(log, event.name, event.message, counts=files)
-            case events.Working(state):
+            case events.Working(progress):
                 logs.tell(
                     log,
                     event.name,
-                    _note(state),
-                    counts=_counts(state),
-                    tokens_per_s=round(state.tokens_per_s, 1),
-                    left_s=state.left_s and round(state.left_s),
+                    _note(progress),
+                    counts=_counts(progress),
+                    tokens_per_s=round(progress.tokens_per_s, 1),
+                    left_s=progress.left_s and round(progress.left_s),
                 )
             case events.Warned(notice):
                 logs.tell(log, event.name, notice, level=logging.WARNING)
@@ -190,53 +185,52 @@ def log_json(lines: logs.Lines) -> OnEvent:
     return on_event
 
 
-def _counts(state: State) -> dict[str, int | None]:
+def _counts(progress: Progress) -> dict[str, int | None]:
     """Counts of a run in progress, for the JSON log."""
     return {
-        "shards": state.num_shards,
-        "done": len(state.commits),
-        "quarantined": len(state.failures),
-        "running": state.num_running,
-        "retries": state.retries,
-        "workers": state.num_workers,
-        "workers_ready": state.num_ready,
-        "documents": state.live.documents,
-        "tokens": state.live.tokens,
-        "lost_bytes": state.counts["lost_bytes"],
-        "documents_measured": state.num_measured,
-        "documents_planned": state.num_documents,
+        "shards": progress.num_shards,
+        "done": progress.num_committed,
+        "quarantined": len(progress.failures),
+        "running": progress.num_running,
+        "retries": progress.retries,
+        "workers": progress.num_workers,
+        "workers_ready": progress.num_ready,
+        "documents": progress.work.documents,
+        "tokens": progress.work.tokens,
+        "lost_bytes": progress.counts["lost_bytes"],
+        "documents_measured": progress.num_measured,
+        "documents_planned": progress.num_documents,
     }
 
 
-def bar_counts(state: State) -> tuple[str, int, int]:
+def bar_counts(progress: Progress) -> tuple[str, int, int]:
     """The bar's unit, done and total: documents where their number is planned, else shards."""
-    if state.num_documents:
-        return "documents", state.num_measured, state.num_documents
-    return "shards", state.num_done, state.num_shards
+    if progress.num_documents:
+        return "documents", progress.num_measured, progress.num_documents
+    return "shards", progress.num_done, progress.num_shards
 
 
-def _note(state: State) -> str:
+def _note(progress: Progress) -> str:
     """Documents, tokens per second, padding, time left and failures of a run in progress."""
-    live = state.live
-    if not state.num_ready and not state.commits:
-        return f"waiting for workers: 0 of {state.num_workers} have loaded the model"
+    if missing := progress.missing:
+        return f"waiting for {missing}"
     from afn_ray.reduce import losses
-    from afn_ray.runs import status
 
-    counted = f"{state.num_measured:,} documents"
-    if state.num_documents:  # the bar already shows documents
-        counted = f"{state.num_done:,} of {count(state.num_shards, 'shard')}"
-    parts = [counted, f"{state.tokens_per_s:,.0f} tokens/s"]
-    if live.tokens:
-        parts.append(f"{max(0.0, 1 - live.tokens / live.forward_tokens):.1%} padding")
-    if (left_s := state.left_s) is not None:
+    if progress.num_documents:  # the bar already shows documents
+        counted = f"{progress.num_done:,} of {count(progress.num_shards, 'shard')}"
+    else:
+        counted = f"{progress.num_measured:,} documents"
+    parts = [counted, f"{progress.tokens_per_s:,.0f} tokens/s"]
+    if (share := progress.share_padded) is not None:
+        parts.append(f"{share:.1%} padding")
+    if (left_s := progress.left_s) is not None:
         parts.append(f"{left_s:,.0f} s left" if left_s < 600 else f"{left_s / 60:,.0f} min left")
-    if waits := status.waits(live):
-        parts.append(waits)
-    if lost := state.counts["lost_bytes"]:
+    if bottleneck := progress.work.bottleneck:
+        parts.append(bottleneck)
+    if lost := progress.counts["lost_bytes"]:
         parts.append(f"{losses.said_bytes(lost)} lost")
-    if state.retries:
-        parts.append(f"{state.retries} retried")
-    if state.failures:
-        parts.append(f"{len(state.failures)} FAILED")
+    if progress.retries:
+        parts.append(f"{progress.retries} retried")
+    if progress.failures:
+        parts.append(f"{len(progress.failures)} FAILED")
     return ", ".join(parts)

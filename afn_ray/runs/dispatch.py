@@ -27,7 +27,7 @@ from afn_ray.errors import (
     ShardError,
     Unavailable,
 )
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters, Progress
 from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.text import count
@@ -80,9 +80,6 @@ The time that a small shard takes says little about large shards.
 """
 LONGEST_PAUSE_S = 60.0
 """Longest pause between two worker starts while starts fail, in seconds."""
-
-PACE_S, PACE_SHARE = 5.0, 0.02
-"""Least time in seconds and least share of documents measured for an estimate of the time left."""
 
 _log = logging.getLogger(__name__)
 
@@ -173,8 +170,8 @@ class Pool(Protocol):
     def release(self, worker: int) -> None:
         """End ``worker`` for good: no work is left for it."""
 
-    def progress(self) -> Progress:
-        """Progress of all workers, shards in flight included."""
+    def counters(self) -> Counters:
+        """Counters of all workers, shards in flight included."""
 
     def num_tokens(self, worker: int) -> int:
         """Tokens that ``worker`` has measured, as last polled; while they grow nothing hangs."""
@@ -191,63 +188,22 @@ class Pool(Protocol):
 
 @dataclass(slots=True)
 class State:
-    """State of a run in this call; it does not count what the store had before."""
+    """What a call has done so far with its shards; it does not count what the store had before."""
 
     num_shards: int
     num_workers: int = 0
-    num_ready: int = 0  # workers that have loaded their model
     commits: Commits = field(default_factory=Commits)
     failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
     stopped: str = ""  # why the run stopped with shards undone; empty: it did not
     retries: int = 0
     num_lost: int = 0  # worker processes that died or were killed early
-    num_running: int = 0  # shards on workers
     # sums of the commits' counts, of shards, and of bytes read and written
     counts: Counter[str] = field(default_factory=Counter)
-    # seconds that each shard done since the last report held its model
-    fresh_s: list[float] = field(default_factory=list)
-    live: Progress = field(default_factory=Progress)
-    seconds: float = 0.0  # since the first worker was ready
     notices: list[str] = field(default_factory=list)  # messages for people
-    waits_for: str = ""  # the notice of missing workers, while no worker is ready
-    num_documents: int | None = None  # planned documents; None: unknown before the files are read
-
-    @property
-    def num_done(self) -> int:
-        """Shards of this call that need no more work: committed or quarantined."""
-        return len(self.commits) + len(self.failures)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens per second of all workers, since the first one was ready."""
-        return self.live.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def num_measured(self) -> int:
-        """Documents that a model has processed, also in shards in flight and failed attempts."""
-        measured = max(self.counts["documents"], round(self.live.measured))
-        return measured if self.num_documents is None else min(measured, self.num_documents)
-
-    @property
-    def left_s(self) -> float | None:
-        """Estimated seconds until the last shard is done; None while there is too little data.
-
-        There is enough data when each worker has finished about one shard, or when documents have
-        taken ``PACE_S`` seconds and reached the share ``PACE_SHARE``.
-        """
-        if self.num_done < max(1, min(self.num_ready, self.num_shards // 2)):
-            if (
-                not self.num_documents
-                or self.seconds < PACE_S
-                or self.num_measured < PACE_SHARE * self.num_documents
-            ):
-                return None
-            return self.seconds / self.num_measured * (self.num_documents - self.num_measured)
-        return self.seconds / self.num_done * (self.num_shards - self.num_done)
 
 
-OnState = Callable[[State], None]
-"""Callback for the state after each poll."""
+OnProgress = Callable[[Progress], None]
+"""Callback for the progress after each poll."""
 
 
 @dataclass(slots=True)
@@ -342,11 +298,11 @@ class Dispatcher:
         self,
         pool: Pool,
         shards: Sequence[Shard],
-        on_state: OnState,
+        on_progress: OnProgress,
         tolerance: Tolerance,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool, self._on_state, self._clock = pool, on_state, clock
+        self._pool, self._on_progress, self._clock = pool, on_progress, clock
         self._todo = deque(shards)
         self._suspects: deque[Shard] = deque()
         self._records: dict[str, _Record] = {}
@@ -365,7 +321,10 @@ class Dispatcher:
         self._max_quarantines = max(QUARANTINES_IN_ROW, tolerance.allow_quarantined + 1)
         self._patience = Patience(tolerance.wait_s, pool.lack, clock, pool.num_loading)
         self._began: float | None = None  # when the first worker was ready
-        self.state = State(len(shards), num_documents=_num_documents(shards))
+        self._num_documents = _num_documents(shards)
+        self._missing_workers = ""  # the notice of missing workers, while no worker is ready
+        self._shard_s: list[float] = []  # model seconds of the shards committed since the report
+        self.state = State(len(shards))
 
     def run(self) -> State:
         """Run until all shards are done or quarantined; ``state.stopped`` explains a stop."""
@@ -499,7 +458,7 @@ class Dispatcher:
         """Add ``commit`` to the state."""
         state = self.state
         state.commits[shard.id] = commit
-        state.fresh_s.append(commit.seconds)
+        self._shard_s.append(commit.seconds)
         state.counts.update(commit.counts)
         num_written = sum(file["bytes"] for file in commit.files.values())
         state.counts.update(shards=1, bytes_read=shard.num_bytes, bytes_written=num_written)
@@ -652,21 +611,34 @@ class Dispatcher:
         self._end_hung()
         if len(self._running) > len(self._silent):
             self._patience.reset()
-            self.state.waits_for = ""
+            self._missing_workers = ""
         elif (notice := self._patience.check()) is not None:
             self.state.notices.append(notice)
-            self.state.waits_for = notice
+            self._missing_workers = notice
         self._report()
 
     def _report(self) -> None:
-        """Update ``state`` and pass it to ``on_state``."""
+        """Pass a snapshot of the run to ``on_progress``."""
         state = self.state
-        state.num_ready = len(self._running)
-        state.num_running = sum(map(len, self._running.values()))
-        state.live = self._pool.progress()
-        state.seconds = self._clock() - self._began if self._began is not None else 0.0
-        self._on_state(state)
-        state.fresh_s.clear()
+        progress = Progress(
+            num_shards=state.num_shards,
+            num_workers=state.num_workers,
+            num_ready=len(self._running),
+            num_lost=state.num_lost,
+            num_running=sum(map(len, self._running.values())),
+            num_committed=len(state.commits),
+            failures=tuple(state.failures.items()),
+            retries=state.retries,
+            counts=state.counts.copy(),
+            shard_s=tuple(self._shard_s),
+            work=self._pool.counters(),
+            seconds=0.0 if self._began is None else self._clock() - self._began,
+            notices=tuple(state.notices),
+            missing_workers=self._missing_workers,
+            num_documents=self._num_documents,
+        )
+        self._shard_s.clear()
+        self._on_progress(progress)
 
     def _end_hung(self) -> None:
         """Replace workers that have a late shard.

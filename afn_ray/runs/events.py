@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from afn_ray.runs.dispatch import State
+from afn_ray.runs.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,8 @@ class Working:
     """The dispatcher has polled its workers."""
 
     name: ClassVar[str] = "progress"
-    message: ClassVar[str] = ""  # the caller that shows ``state`` chooses the words
-    state: State
+    message: ClassVar[str] = ""  # the caller that shows ``progress`` chooses the words
+    progress: Progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import threading
 import time
 
 from afn_ray.runs.dispatch import Done, Failed, PoolEvent, Ready
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
 from afn_ray.schema import Shard
@@ -63,11 +63,11 @@ class InlinePool:
     def release(self, worker: int) -> None:
         """Do nothing: the worker ends with the run."""
 
-    def progress(self) -> Progress:
-        return self._processor.progress
+    def counters(self) -> Counters:
+        return self._processor.counters
 
     def num_tokens(self, worker: int) -> int:
-        return self._processor.progress.tokens
+        return self._processor.counters.tokens
 
     def lack(self) -> str:
         return "this process is its only worker"

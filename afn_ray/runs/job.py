@@ -22,6 +22,7 @@ from afn_ray.reduce.tree import Recorded, Rules, reduce_run
 from afn_ray.runs import cluster, dispatch, events, measurer, outliers, precision, status, worker
 from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
+from afn_ray.runs.progress import Progress
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document, Shard, fingerprint
 from afn_ray.store import (
@@ -441,8 +442,8 @@ def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
 
     def both(event: Event) -> None:
         match event:
-            case events.Working(state):
-                reporter.working(state)
+            case events.Working(progress):
+                reporter.working(progress)
             case events.Warned(notice):
                 reporter.notice(notice)
             case events.Hashing(num_read, num_files):
@@ -454,28 +455,24 @@ def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
     return both
 
 
-def _working(on_event: OnEvent) -> dispatch.OnState:
-    """Callback that passes states on as events.
+def _working(on_event: OnEvent) -> dispatch.OnProgress:
+    """Callback that passes progress on as events.
 
     It reports each notice once, and warns once if the model needs padding.
     """
-    warned, num_said = False, 0
+    warned, num_reported = False, 0
 
-    def on_state(state: dispatch.State) -> None:
-        nonlocal warned, num_said
-        if state.live.why_padded and not warned:
+    def on_progress(progress: Progress) -> None:
+        nonlocal warned, num_reported
+        if (reason := progress.work.why_padded) and not warned:
             warned = True
-            on_event(
-                events.Warned(
-                    f"sequences are padded, not packed, which is slower: {state.live.why_padded}"
-                )
-            )
-        for notice in state.notices[num_said:]:
+            on_event(events.Warned(f"sequences are padded, not packed, which is slower: {reason}"))
+        for notice in progress.notices[num_reported:]:
             on_event(events.Warned(notice))
-        num_said = len(state.notices)
-        on_event(events.Working(state))
+        num_reported = len(progress.notices)
+        on_event(events.Working(progress))
 
-    return on_state
+    return on_progress
 
 
 def normalised(config: RunConfig) -> RunConfig:

@@ -18,7 +18,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, ModelError, OutOfMemory
 from afn_ray.model.signals import Signal, States, find_signals
 from afn_ray.reduce.histogram import round_strengths
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.schema import SPECIAL
 from afn_ray.tokens import culprits, encode, windows
@@ -102,7 +102,7 @@ class Measurer:
     def __init__(self, task: Task) -> None:
         """Load the model of ``task``. Raises ``ModelError`` for another one than was planned."""
         self.task = task
-        self.progress = Progress()
+        self.counters = Counters()
         config, measure = task.config, task.measure
         files = find_model(config)
         tokenizer = model.load_tokenizer(files)
@@ -118,7 +118,7 @@ class Measurer:
         probes = _probes(encoder, window)
         self._probe = min(probes, key=len)
         model.prepare(self.model, probes, needs)
-        self.progress.why_padded = self.model.why_padded or ""
+        self.counters.why_padded = self.model.why_padded or ""
         recipe = Recipe(
             tokenizer.to_str(),
             window,
@@ -197,28 +197,28 @@ class Measurer:
 
     def _values(self, prepared: Prepared) -> Values:
         began = time.monotonic()
-        self.progress.tokenize_s += prepared.seconds
+        self.counters.tokenize_s += prepared.seconds
         result = np.full((self._num_rows, len(prepared.encoded.token_ids)), np.nan, np.float32)
         submitted: deque[tuple[windows.TokenBatch, model.Pending]] = deque()
         num_texts, num_tokens = len(prepared.n_windows), len(prepared.encoded.token_ids)
         if not num_tokens:
-            self.progress.measured += num_texts
+            self.counters.measured += num_texts
 
         def collect() -> None:
             batch, pending = submitted.popleft()
             result[:, batch.rows] = pending.result()[:, batch.kept]
-            self.progress.tokens += len(batch.rows)
-            self.progress.measured += num_texts * len(batch.rows) / num_tokens
+            self.counters.tokens += len(batch.rows)
+            self.counters.measured += num_texts * len(batch.rows) / num_tokens
 
         for batch in prepared.batches:
             self.check_stopped()
             submitted.append((batch, self.model.submit(batch.ids, batch.lengths, self.signals)))
-            self.progress.forward_tokens += batch.forward_tokens
+            self.counters.forward_tokens += batch.forward_tokens
             if self.task.device == "cpu" or len(submitted) > SUBMITTED:
                 collect()
         while submitted:
             collect()
-        self.progress.model_s += time.monotonic() - began
+        self.counters.model_s += time.monotonic() - began
         for row in result:  # one row at a time: rounding needs several times a row's memory
             row[:] = round_strengths(row)
         return result
@@ -242,10 +242,10 @@ class Measurer:
         A text is at fault where it fails alone while the model still measures a probe. An error
         that occurs for every text, or only for several together, is raised unchanged.
         """
-        measured = self.progress.measured
+        measured = self.counters.measured
 
         def attempt(which: list[int]) -> None:
-            self.progress.measured = measured  # these texts are measured again later
+            self.counters.measured = measured  # these texts are measured again later
             run(self._prepare(given.some(which)))
 
         try:
@@ -258,7 +258,7 @@ class Measurer:
             found = culprits.find_culprits(attempt, suspects, _may_blame)
             if not found or not self._takes_probe():
                 raise
-        self.progress.measured = measured
+        self.counters.measured = measured
         refused = dict(prepared.encoded.problems)
         for i, reason in found.items():
             refused[i] = f"the model cannot take it: {culprits.first_line(reason)}"

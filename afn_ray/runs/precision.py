@@ -127,7 +127,7 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
         chunks.append(chunk)
         expected.append(measured.strengths[:, counted])
         n += int(counted.sum())
-        if n >= PILOT_TOKENS or measurer.progress.model_s > PILOT_S:
+        if n >= PILOT_TOKENS or measurer.counters.model_s > PILOT_S:
             break
     del measurer
     model.free_memory()

@@ -17,22 +17,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from afn_ray import logs
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, Interrupted, StoreError
 from afn_ray.reduce import losses
+from afn_ray.runs.progress import Progress
 from afn_ray.schema import Shard
 from afn_ray.store import checksums, manifest, probes, storage, uris
 from afn_ray.store.commits import Commits, total_counts
 from afn_ray.store.layout import PLANNING, STATUS
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
-
-if TYPE_CHECKING:  # their import loads torch, which a reader of a status does not need
-    from afn_ray.runs.dispatch import State
-    from afn_ray.runs.progress import Progress
 
 EVERY_S = 10.0
 """Pause between two writes, in seconds.
@@ -45,7 +42,7 @@ END_S = 2.0
 """Longest wait for the last write, in seconds: a stopped job is killed soon after."""
 SILENT_S = 60.0
 """Age of the status from which on its driver counts as dead, in seconds."""
-MOST_TOLD = 20
+MOST_LISTED = 20
 """Largest number of failures, of newest notices and of corpus places in the file."""
 MOST_CHARS = 2000
 """Longest reason or notice in the file, in characters."""
@@ -69,7 +66,7 @@ SHARDS, WORKERS = (
 )
 """Keys of ``shards`` and of ``workers`` in a status."""
 MOST_BYTES = 1 << 20
-"""Largest status that is read, in bytes; it lists ``MOST_TOLD`` failures."""
+"""Largest status that is read, in bytes; it lists ``MOST_LISTED`` failures."""
 
 _log = logging.getLogger(__name__)
 
@@ -87,13 +84,13 @@ class Reporter:
         """``planning``: whether to write a status before the run has a name."""
         self._planning = uris.join(config.store, PLANNING)
         self._uri = self._planning if planning else ""
-        self._bystander = logs.Bystander(_log, f"a status in {config.store}")
+        self._best_effort = logs.Bystander(_log, f"a status in {config.store}")
         self._body: dict[str, Any] = {
             **NOTHING,
             "began_at": _now(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "corpus": list(config.corpus[:MOST_TOLD]),
+            "corpus": list(config.corpus[:MOST_LISTED]),
             "model": config.model,
         }
         self._shards: Sequence[Shard] = ()
@@ -110,8 +107,11 @@ class Reporter:
             k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")
         }
         self._uri = uris.join(run.uri, STATUS)
+        num_todo = len(shards) - len(commits)
         self._set(
-            run=run.id, shards=_shards_of(len(shards), len(commits)), **_counts_of(self._reused, {})
+            run=run.id,
+            shards=self._shard_counts(Progress(num_todo)),
+            **_counts_of(self._reused, {}),
         )
 
     def phase(self, name: str, doing: str = "") -> None:
@@ -123,46 +123,62 @@ class Reporter:
                 self._changed.set()
 
     def notice(self, text: str) -> None:
-        """Record a message for people; the newest ``MOST_TOLD`` are kept."""
-        self._set(notices=[*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"][-MOST_TOLD:])
+        """Record a message for people; the newest ``MOST_LISTED`` are kept."""
+        self._set(notices=[*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"][-MOST_LISTED:])
 
-    def working(self, state: State) -> None:
-        """Record the state of the dispatcher."""
-        self._bystander.call(self._working, state)
+    def working(self, progress: Progress) -> None:
+        """Record the progress of the dispatcher."""
+        self._best_effort.call(self._working, progress)
 
-    def _working(self, state: State) -> None:
+    def _working(self, progress: Progress) -> None:
         before, num_before = self._body, self._body["shards"].get("done", 0)
-        shards = _shards_of(len(self._shards), len(self._shards) - state.num_shards, state)
+        shards = self._shard_counts(progress)
+        is_newer = shards["done"] > num_before
         self._set(
-            phase="working" if state.num_ready or state.num_done else "starting",
+            phase="working" if progress.has_begun else "starting",
             doing="",
             shards=shards,
-            workers={"wanted": state.num_workers, "ready": state.num_ready, "lost": state.num_lost},
-            retries=state.retries,
-            tokens_per_s=round(state.tokens_per_s, 1),
-            left_s=state.left_s,
-            last_commit_at=_now() if shards["done"] > num_before else before["last_commit_at"],
-            waits_for=state.waits_for or _lack(state) or waits(state.live),
-            num_failures=len(state.failures),
-            documents_measured=state.num_measured,
-            documents_planned=state.num_documents,
-            failures=self._failures(state),
-            **_counts_of(self._reused, state.counts),
+            workers={
+                "wanted": progress.num_workers,
+                "ready": progress.num_ready,
+                "lost": progress.num_lost,
+            },
+            retries=progress.retries,
+            tokens_per_s=round(progress.tokens_per_s, 1),
+            left_s=progress.left_s,
+            last_commit_at=_now() if is_newer else before["last_commit_at"],
+            waits_for=progress.missing_workers or progress.missing or progress.work.bottleneck,
+            num_failures=len(progress.failures),
+            documents_measured=progress.num_measured,
+            documents_planned=progress.num_documents,
+            failures=self._failures(progress),
+            **_counts_of(self._reused, progress.counts),
         )
         if self._body["phase"] != before["phase"]:
             self._changed.set()
 
-    def _failures(self, state: State) -> list[dict[str, str]]:
-        """The first ``MOST_TOLD`` failures with their files."""
-        told: list[dict[str, str]] = self._body["failures"]
-        if len(told) == min(len(state.failures), MOST_TOLD):
-            return told
-        first = list(state.failures.items())[:MOST_TOLD]
+    def _shard_counts(self, progress: Progress) -> dict[str, int]:
+        """Numbers of shards; those that the store had before are ``reused`` and done."""
+        num_reused = len(self._shards) - progress.num_shards
+        return {
+            "planned": len(self._shards),
+            "reused": num_reused,
+            "done": num_reused + progress.num_committed,
+            "running": progress.num_running,
+            "quarantined": len(progress.failures),
+        }
+
+    def _failures(self, progress: Progress) -> list[dict[str, str]]:
+        """The first ``MOST_LISTED`` failures with their files."""
+        listed: list[dict[str, str]] = self._body["failures"]
+        if len(listed) == min(len(progress.failures), MOST_LISTED):
+            return listed
+        first = progress.failures[:MOST_LISTED]
         wanted = {shard for shard, _ in first}
-        where = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
+        files = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
         return [
-            {"shard": shard, "uri": where[shard], "reason": why[:MOST_CHARS]}
-            for shard, why in first
+            {"shard": shard, "uri": files[shard], "reason": reason[:MOST_CHARS]}
+            for shard, reason in first
         ]
 
     def end(self, phase: str, exit_code: int, reason: str) -> None:
@@ -196,10 +212,10 @@ class Reporter:
             self._changed.clear()
             over = self._over.is_set()
             if uri := self._uri:
-                self._bystander.call(self._write, uri)
+                self._best_effort.call(self._write, uri)
             if uri != self._planning and (uri or self._body["phase"] == "complete"):
                 # The status without a run's name, of this call or an earlier one, is outdated.
-                self._bystander.call(storage.delete, [self._planning])
+                self._best_effort.call(storage.delete, [self._planning])
             if not over:
                 self._changed.wait(EVERY_S - LEAST_S)
 
@@ -236,19 +252,6 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _shards_of(num_planned: int, num_reused: int, state: State | None = None) -> dict[str, int]:
-    done, running, quarantined = (
-        (len(state.commits), state.num_running, len(state.failures)) if state else (0, 0, 0)
-    )
-    return {
-        "planned": num_planned,
-        "reused": num_reused,
-        "done": num_reused + done,
-        "running": running,
-        "quarantined": quarantined,
-    }
-
-
 def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
     """Counts of committed shards, those of earlier calls (``reused``) included.
 
@@ -260,25 +263,6 @@ def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str
         total.pop("lost_bytes"),
     )
     return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}
-
-
-def _lack(state: State) -> str:
-    """Cause of the wait before any worker has loaded the model; "" afterwards."""
-    if state.num_ready or state.num_done:
-        return ""
-    return f"workers: 0 of {state.num_workers} have loaded the model"
-
-
-def waits(live: Progress) -> str:
-    """Cause of the models' wait, if they wait for a fifth of their time; else ""."""
-    if live.model_s + live.wait_s < 5 or live.wait_s < 0.2 * (live.model_s + live.wait_s):
-        return ""
-    share = f"{live.wait_s / (live.model_s + live.wait_s):.0%} of the time waiting for "
-    return share + (
-        "the tokenizer: try more --tokenizer-workers"
-        if live.tokenize_s > live.read_s
-        else "the corpus"
-    )
 
 
 # --- reading
@@ -438,7 +422,7 @@ def _body_of(info: dict[str, Any]) -> dict[str, Any]:
         "phase": "complete",
         "began_at": info["created_at"],
         "written_at": info["finished_at"],
-        "corpus": list(info["config"].get("corpus", []))[:MOST_TOLD],
+        "corpus": list(info["config"].get("corpus", []))[:MOST_LISTED],
         "model": info["config"].get("model", ""),
         "shards": {
             "planned": counts.get("shards", 0) + len(quarantined),
@@ -451,7 +435,7 @@ def _body_of(info: dict[str, Any]) -> dict[str, Any]:
         "documents": counts.get("documents", 0),
         "documents_quarantined": counts.get("quarantined", 0),
         "bytes_lost": counts.get("lost_bytes", 0),
-        "failures": quarantined[:MOST_TOLD],
+        "failures": quarantined[:MOST_LISTED],
         "num_failures": len(quarantined),
         "exit_code": 0,
     }

@@ -140,7 +140,7 @@ class Processor:
         self.task = task
         scratch.sweep(task.config)
         self.measurer = Measurer(task)
-        self.progress = self.measurer.progress
+        self.counters = self.measurer.counters
         self.feed = Feed(self.measurer.preparer, task.config.tokenizer_workers)
         self._device = threading.Lock()  # held by the shard that uses the model
         self._counting = threading.Lock()
@@ -245,8 +245,8 @@ class Processor:
             with self._turn():
                 began = waiting = time.monotonic()
                 for chunk in chunks:
-                    self.progress.wait_s += time.monotonic() - waiting
-                    self.progress.read_s += chunk.read_s
+                    self.counters.wait_s += time.monotonic() - waiting
+                    self.counters.read_s += chunk.read_s
                     chunk, values = self.measurer.measure_chunk(chunk, oom_retries)
                     unwritten.append(writer.submit(self._record, recorder, chunk, values))
                     if len(unwritten) > WRITTEN_BEHIND:
@@ -267,8 +267,8 @@ class Processor:
         began = time.monotonic()
         recorder.add(chunk, values)
         with self._counting:  # the next shard may write at the same time
-            self.progress.documents += len(chunk.documents)
-            self.progress.write_s += time.monotonic() - began
+            self.counters.documents += len(chunk.documents)
+            self.counters.write_s += time.monotonic() - began
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -344,7 +344,7 @@ def _model(name: str | None) -> Check:
     config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
     files = find_model(config)
     task = worker.prepare(config, files, choose_device("auto"), "float32")
-    why = Measurer(task).progress.why_padded
+    why = Measurer(task).counters.why_padded
     packing = f"padded ({why})" if why else "packed without padding"
     return Check(
         "model",

@@ -13,7 +13,7 @@ from functools import partial
 
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
 from afn_ray.runs.dispatch import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
-from afn_ray.runs.progress import Progress, total
+from afn_ray.runs.progress import Counters, total
 from afn_ray.schema import Shard
 from afn_ray.store import layout
 from afn_ray.store.commits import COUNTS, Commit
@@ -64,7 +64,7 @@ class _Worker:
     hangs: bool = False
     # Each shard with its oom_retries; the first one is running.
     queue: deque[tuple[Shard, int]] = field(default_factory=deque)
-    progress: Progress = field(default_factory=Progress)
+    counters: Counters = field(default_factory=Counters)
 
 
 class Crowd:
@@ -133,8 +133,8 @@ class Crowd:
     def release(self, worker: int) -> None:
         assert not self._workers.pop(worker).queue
 
-    def progress(self) -> Progress:
-        return total(w.progress for w in self._workers.values())
+    def counters(self) -> Counters:
+        return total(w.counters for w in self._workers.values())
 
     def num_tokens(self, worker: int) -> int:
         one = self._workers[worker]
@@ -274,9 +274,9 @@ class Crowd:
             return Failed(worker, shard.id, errors[fate]("simulated"))
         if shard.id not in self.committed:
             self.committed.add(shard.id)
-            one.progress.documents += SHARD_TOKENS // 200
-            one.progress.tokens += SHARD_TOKENS
-            one.progress.forward_tokens += SHARD_TOKENS
+            one.counters.documents += SHARD_TOKENS // 200
+            one.counters.tokens += SHARD_TOKENS
+            one.counters.forward_tokens += SHARD_TOKENS
         return Done(worker, shard.id, arrived(shard.id))
 
 

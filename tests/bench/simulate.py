@@ -35,6 +35,7 @@ from afn_ray.reduce.tables import STATISTICS_SCHEMA, Texts
 from afn_ray.runs import dispatch, status
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
+from afn_ray.runs.progress import Progress
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
 from afn_ray.store import checksums, claims, layout, plans, shard_files, storage, uris
 from afn_ray.store.commits import Commits
@@ -193,17 +194,17 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
         with status.reported(config) as reporter:
-            tell = meter.wrap("status", reporter.working)
+            report = meter.wrap("status", reporter.working)
             meter.wrap("status", reporter.begin)(folder, plan.shards, Commits())
 
-            def on_state(state: dispatch.State) -> None:
+            def on_progress(progress: Progress) -> None:
                 looks["looks"] += 1
-                tell(state)
+                report(progress)
 
             dispatcher = dispatch.Dispatcher(
                 crowd,
                 plan.shards,
-                on_state,
+                on_progress,
                 dispatch.Tolerance(wait_s=1e9, allow_quarantined=num_shards),
                 clock=crowd.clock,
             )

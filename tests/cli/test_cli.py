@@ -17,7 +17,7 @@ import pytest
 from afn_ray.cli import commands, progress, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 from afn_ray.runs import precheck
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters, Progress
 from conftest import afn, command_parsers, write_jsonl
 
 
@@ -430,21 +430,18 @@ def test_the_parser_has_no_option_without_help() -> None:
 @pytest.mark.parametrize(
     ("seconds", "says"),
     [
-        (Progress(model_s=9.0, wait_s=1.0, tokenize_s=5.0), ""),
-        (Progress(model_s=1.0, wait_s=3.0, tokenize_s=5.0), ""),  # too early to tell
-        (Progress(model_s=6.0, wait_s=4.0, tokenize_s=5.0, read_s=1.0),
+        (Counters(model_s=9.0, wait_s=1.0, tokenize_s=5.0), ""),
+        (Counters(model_s=1.0, wait_s=3.0, tokenize_s=5.0), ""),  # too early to tell
+        (Counters(model_s=6.0, wait_s=4.0, tokenize_s=5.0, read_s=1.0),
          "40% of the time waiting for the tokenizer: try more --tokenizer-workers"),
-        (Progress(model_s=6.0, wait_s=4.0, tokenize_s=1.0, read_s=5.0), "40% of the time waiting for the corpus"),
+        (Counters(model_s=6.0, wait_s=4.0, tokenize_s=1.0, read_s=5.0), "40% of the time waiting for the corpus"),
     ],
 )  # fmt: skip
-def test_the_progress_line_says_what_the_models_wait_for(seconds: Progress, says: str) -> None:
-    from afn_ray.runs import status
-    from afn_ray.runs.dispatch import State
-
-    live = replace(seconds, documents=1, tokens=100, forward_tokens=110)
-    assert status.waits(live) == says
-    state = State(4, 1, 1, live=live, seconds=10.0)
-    assert (says or "10 tokens/s") in progress._note(state)
+def test_the_progress_line_says_what_the_models_wait_for(seconds: Counters, says: str) -> None:
+    work = replace(seconds, documents=1, tokens=100, forward_tokens=110)
+    assert work.bottleneck == says
+    snapshot = Progress(4, 1, 1, work=work, seconds=10.0)
+    assert (says or "10 tokens/s") in progress._note(snapshot)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from afn_ray.runs.dispatch import (
     State,
     Tolerance,
 )
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters, Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store.commits import Commit
 
@@ -162,8 +162,8 @@ class FakePool:
         assert not self.alive.pop(worker)
         self.log.append(f"release {worker}")
 
-    def progress(self) -> Progress:
-        return Progress()
+    def counters(self) -> Counters:
+        return Counters()
 
     def num_tokens(self, worker: int) -> int:
         return self.tokens.get(worker, 0)
@@ -190,13 +190,13 @@ def run(
     wait_s: float = 100.0,
     deadline_s: float | None = None,
     allow_quarantined: int = 0,
-    on_state: Callable[[State], None] = lambda state: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> State:
     shards = SHARDS if shards is None else shards
     state = Dispatcher(
         pool,
         shards,
-        on_state,
+        on_progress,
         Tolerance(wait_s, deadline_s, allow_quarantined),
         clock=pool.clock,
     ).run()
@@ -535,13 +535,13 @@ def test_without_capacity_it_says_so_within_thirty_seconds_and_gives_up_in_time(
     pool = FakePool(num_places=0)
     seen: list[tuple[float, str]] = []
 
-    def on_state(state: State) -> None:
-        seen.extend((pool.now, notice) for notice in state.notices[len(seen) :])
+    def on_progress(progress: Progress) -> None:
+        seen.extend((pool.now, notice) for notice in progress.notices[len(seen) :])
 
     with pytest.raises(
         Interrupted, match=r"no worker for .* \(--wait 300\).*asked for.*has 0 GPU.*same command"
     ) as e:
-        run(pool, wait_s=300.0, on_state=on_state)
+        run(pool, wait_s=300.0, on_progress=on_progress)
     assert e.value.exit_code == 75
     assert len(seen) == 1 and SAY_AFTER_S <= seen[0][0] <= 30 and "0 GPU" in seen[0][1]
     assert 300 <= pool.now <= 300 + 2 * POLL_S
@@ -552,7 +552,9 @@ def test_workers_that_load_their_model_are_no_lack_of_workers() -> None:
     notices: list[str] = []
     with pytest.raises(Interrupted, match=r"^2 workers loading the model for 300 s \(--wait 300\)"):
         run(
-            pool, wait_s=300.0, on_state=lambda state: notices.extend(state.notices[len(notices) :])
+            pool,
+            wait_s=300.0,
+            on_progress=lambda progress: notices.extend(progress.notices[len(notices) :]),
         )
     assert len(notices) == 1 and notices[0].startswith("2 workers loading the model for 20 s: ")
     assert "no worker" not in notices[0]

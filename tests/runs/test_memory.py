@@ -100,7 +100,7 @@ wall, cpu = time.monotonic() - wall, time.process_time() - cpu
 processor.close()
 print(json.dumps({
     "resident": resident, "torch": torch.get_num_threads(), "arrow": pyarrow.cpu_count(), "cores": cpu / wall,
-    "tokens": processor.progress.tokens,
+    "tokens": processor.counters.tokens,
 }))
 """
 

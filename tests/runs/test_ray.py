@@ -27,7 +27,7 @@ from afn_ray.runs import demo
 from afn_ray.runs.cluster import pool, session
 from afn_ray.runs.dispatch import Ready
 from afn_ray.runs.events import Event, Working
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters
 from conftest import MakeConfig, recorded, stop_after, write_jsonl
 
 pytestmark = pytest.mark.ray
@@ -113,7 +113,7 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_shard_done_again(
             (6,)
         ]
     assert (folder / "1.txt.tried").exists() and (folder / "4.txt.tried").exists()
-    assert max(e.state.retries for e in events if isinstance(e, Working)) >= 1
+    assert max(e.progress.retries for e in events if isinstance(e, Working)) >= 1
 
 
 def test_a_shard_that_always_kills_its_worker_is_given_up_and_the_others_are_kept(
@@ -135,24 +135,24 @@ def test_a_worker_with_a_new_process_is_seen_to_move(monkeypatch: pytest.MonkeyP
     """Its count begins at nothing again: held at the lost process's, it would seem to hang until it
     had passed that.
     """
-    answers: list[tuple[Progress, str, str]] = []
+    answers: list[tuple[Counters, str, str]] = []
     mine = object.__new__(pool.RayPool)
     mine._ray = SimpleNamespace(get=lambda ref: answers[ref], exceptions=ray.exceptions, nodes=list)
-    mine._actors, mine._in_flight, mine._released = {0: pool._Actor(handle=None)}, {}, Progress()
+    mine._actors, mine._in_flight, mine._released = {0: pool._Actor(handle=None)}, {}, Counters()
     monkeypatch.setattr(pool, "_restarts", lambda handle: 0)
     monkeypatch.setattr(pool.RayPool, "_ask", lambda self, actor: None)
 
     def look(tokens: int, process: str) -> list[Any]:
-        answers.append((Progress(tokens=tokens), "node", process))
+        answers.append((Counters(tokens=tokens), "node", process))
         mine._actors[0].look, mine._actors[0].look_again = len(answers) - 1, float("inf")
         return list(mine._looked(0, len(answers) - 1))
 
     assert look(0, "a") == [Ready(0)] and look(5000, "a") == []
-    assert mine.num_tokens(0) == mine.progress().tokens == 5000
+    assert mine.num_tokens(0) == mine.counters().tokens == 5000
     mine._died(0, ray.exceptions.RayActorError())
     (_, ready) = look(0, "b")
     assert ready == Ready(0) and mine.num_tokens(0) == 0
-    assert look(70, "b") == [] and mine.num_tokens(0) == 70 and mine.progress().tokens == 5070
+    assert look(70, "b") == [] and mine.num_tokens(0) == 70 and mine.counters().tokens == 5070
 
 
 class ElsewhereModel(pool._Worker):

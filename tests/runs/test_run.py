@@ -484,7 +484,7 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
 
     def look(event: Event) -> None:
         if isinstance(event, Working):
-            measured.append(event.state.live.measured)
+            measured.append(event.progress.work.measured)
 
     for name in ("whole", "stopped"):
         config = replace(config, store=str(tmp_path / name))

@@ -34,7 +34,7 @@ from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters, Progress
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import claims, garbage, layout, manifest, probes, storage, uris
 from afn_ray.store.commits import Commit, Commits
@@ -113,8 +113,8 @@ def test_a_run_of_one_shard_moves(
 
     def look(event: Event) -> None:
         if isinstance(event, Working):
-            bars.append(bar_counts(event.state))
-            if not event.state.num_done:
+            bars.append(bar_counts(event.progress))
+            if not event.progress.num_done:
                 on_the_way.append(bars[-1][1])
 
     with afn_ray.run(make_config(corpus=(corpus,), shard_bytes=1 << 20), look) as run:
@@ -127,12 +127,14 @@ def test_a_run_of_one_shard_moves(
 
 
 def test_documents_tell_the_time_left_before_a_shard_is_done() -> None:
-    state = State(1, num_ready=1, num_documents=1000, seconds=20.0, live=Progress(measured=250.0))
+    state = Progress(
+        1, num_ready=1, num_documents=1000, seconds=20.0, work=Counters(measured=250.0)
+    )
     assert state.left_s == 60.0
     assert replace(state, seconds=1.0).left_s is None  # too early
     assert replace(state, num_documents=None).left_s is None
     assert bar_counts(replace(state, num_documents=None)) == ("shards", 0, 1)
-    again = replace(state, live=Progress(measured=1700.0))  # attempts that failed count too
+    again = replace(state, work=Counters(measured=1700.0))  # attempts that failed count too
     assert (again.num_measured, again.left_s) == (1000, 0.0)
 
 
@@ -377,7 +379,7 @@ def test_what_watches_a_run_never_ends_it(
     ] == ["TypeError: no number"]
     told = metrics.Published.__new__(metrics.Published)
     told._bystander = logs.Bystander(logging.getLogger("afn_ray"), "metrics")
-    told.publish(State(1))  # it has no gauges at all
+    told.publish(Progress(1))  # it has no gauges at all
 
 
 def test_what_is_no_store_has_no_status(tmp_path: Path) -> None:
@@ -405,7 +407,7 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
     found = Commits()
     found.update(dict.fromkeys(map(str, range(100)), before))
     reporter.begin(manifest.RunFolder(f"{memory}/runs/x", memory, "x", {}), [shard] * 190, found)
-    state = State(
+    progress = Progress(
         90,
         num_workers=8,
         num_ready=7,
@@ -414,7 +416,7 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
         retries=3,
         seconds=100.0,
         counts=Counter(tokens=70_012, documents=1000, quarantined=5, lost_bytes=5000),
-        live=Progress(
+        work=Counters(
             tokens=50_000,
             forward_tokens=60_000,
             model_s=60.0,
@@ -423,12 +425,12 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
             measured=1900.5,
         ),
         num_documents=9000,
-        failures={"bad": "HelperDied: it died"},
-        notices=["a worker was replaced"],
+        num_committed=9,
+        failures=(("bad", "HelperDied: it died"),),
+        notices=("a worker was replaced",),
     )
-    state.commits.update(dict.fromkeys("abcdefghi", before))
     monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:31:02+00:00")
-    reporter.working(state)
+    reporter.working(progress)
     reporter.notice("a worker was replaced")
     seen = status.Status(
         "s3://tas/store/runs/20261122T062545.265Z-f39961c98fe2", "working", 4.0, reporter._body
@@ -496,10 +498,12 @@ def test_a_quiet_run_still_warns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def notice(config: Any, task: Any, shards: Any, on_state: Any) -> State:
-        state = State(len(shards), failures={shards[0].id: "it failed"}, notices=["be careful"])
-        on_state(state)
-        return state
+    def notice(config: Any, task: Any, shards: Any, on_progress: Any) -> State:
+        failures = {shards[0].id: "it failed"}
+        on_progress(
+            Progress(len(shards), failures=tuple(failures.items()), notices=("be careful",))
+        )
+        return State(len(shards), failures=failures)
 
     monkeypatch.setattr(cluster, "process_shards", notice)
     with pytest.raises(SystemExit) as end:
@@ -538,14 +542,14 @@ def test_a_quiet_run_still_warns(
 
 def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> None:
     lines = logs.Lines("json")
-    state = State(
+    state = Progress(
         10,
         num_workers=2,
         num_ready=1,
         num_running=3,
         seconds=10.0,
         num_documents=900,
-        live=Progress(7, 100, 120, measured=9.4),
+        work=Counters(7, 100, 120, measured=9.4),
     )
     with caplog.at_level("INFO", logs.ROOT):
         on_event = log_json(lines)

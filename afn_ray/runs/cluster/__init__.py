@@ -15,8 +15,9 @@ from afn_ray.runs.cluster.calls import RayTasks, call_on_place
 from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
 from afn_ray.runs.cluster.metrics import Published
 from afn_ray.runs.cluster.pool import RayPool
-from afn_ray.runs.dispatch import Dispatcher, OnState, State, Tolerance
+from afn_ray.runs.dispatch import Dispatcher, OnProgress, State, Tolerance
 from afn_ray.runs.inline import InlinePool
+from afn_ray.runs.progress import Progress
 from afn_ray.runs.task import Task
 from afn_ray.schema import Shard
 from afn_ray.store import uris
@@ -31,7 +32,7 @@ A local Ray takes 5 seconds and 0.5 GB to start.
 
 
 def process_shards(
-    config: RunConfig, task: Task, shards: Sequence[Shard], on_state: OnState
+    config: RunConfig, task: Task, shards: Sequence[Shard], on_progress: OnProgress
 ) -> State:
     """Process ``shards`` by the rules of ``Dispatcher``; return the final state.
 
@@ -40,16 +41,16 @@ def process_shards(
     """
     try:
         if runs_inline(config, shards):
-            return _dispatch(InlinePool(task), config, shards, on_state)
+            return _dispatch(InlinePool(task), config, shards, on_progress)
         with joined(config):
             published = Published(task.run)
 
-            def seen(state: State) -> None:
-                published.publish(state)
-                on_state(state)
+            def publish(progress: Progress) -> None:
+                published.publish(progress)
+                on_progress(progress)
 
             try:
-                return _dispatch(RayPool(task, config), config, shards, seen)
+                return _dispatch(RayPool(task, config), config, shards, publish)
             finally:
                 published.close()
     finally:
@@ -73,11 +74,11 @@ def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) ->
 
 
 def _dispatch(
-    pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_state: OnState
+    pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_progress: OnProgress
 ) -> State:
     """Run a ``Dispatcher`` of ``shards`` on ``pool``."""
     tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)
-    return Dispatcher(pool, shards, on_state, tolerance).run()
+    return Dispatcher(pool, shards, on_progress, tolerance).run()
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:

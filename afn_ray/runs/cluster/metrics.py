@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from afn_ray import logs
-from afn_ray.runs.dispatch import State
+from afn_ray.runs.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -73,16 +73,16 @@ class Published:
         self._last_commit = time.time()
         self._bystander = logs.Bystander(_log, "metrics")
 
-    def publish(self, state: State) -> None:
-        """Publish the changes in ``state``; a failure is logged once and ignored."""
-        self._bystander.call(self._publish, state)
+    def publish(self, progress: Progress) -> None:
+        """Publish the changes in ``progress``; a failure is logged once and ignored."""
+        self._bystander.call(self._publish, progress)
 
-    def _publish(self, state: State) -> None:
-        if state.fresh_s:
+    def _publish(self, progress: Progress) -> None:
+        if progress.shard_s:
             self._last_commit = time.time()
-        for seconds in state.fresh_s:
+        for seconds in progress.shard_s:
             self._seconds.observe(seconds)
-        counts, live = state.counts, state.live
+        counts, work = progress.counts, progress.work
         sums = {
             "afn_tokens_total": counts["tokens"],
             "afn_documents_total": counts["documents"],
@@ -90,23 +90,23 @@ class Published:
             "afn_shards_total": counts["shards"],
             "afn_bytes_read_total": counts["bytes_read"],
             "afn_bytes_written_total": counts["bytes_written"],
-            "afn_measured_tokens_total": live.tokens,
-            "afn_forward_tokens_total": live.forward_tokens,
-            "afn_model_seconds_total": live.model_s,
-            "afn_wait_seconds_total": live.wait_s,
-            "afn_retries_total": state.retries,
-            "afn_workers_lost_total": state.num_lost,
+            "afn_measured_tokens_total": work.tokens,
+            "afn_forward_tokens_total": work.forward_tokens,
+            "afn_model_seconds_total": work.model_s,
+            "afn_wait_seconds_total": work.wait_s,
+            "afn_retries_total": progress.retries,
+            "afn_workers_lost_total": progress.num_lost,
         }
         for name, value in sums.items():
             if value > self._sums[name]:  # Ray takes no 0: a series begins with its first event
                 self._counters[name].inc(value - self._sums[name])
                 self._sums[name] = value
         values = {
-            "afn_shards_queued": state.num_shards - state.num_done - state.num_running,
-            "afn_shards_running": state.num_running,
-            "afn_shards_quarantined": len(state.failures),
-            "afn_workers_wanted": state.num_workers,
-            "afn_workers_ready": state.num_ready,
+            "afn_shards_queued": progress.num_queued,
+            "afn_shards_running": progress.num_running,
+            "afn_shards_quarantined": len(progress.failures),
+            "afn_workers_wanted": progress.num_workers,
+            "afn_workers_ready": progress.num_ready,
             "afn_last_commit_timestamp_seconds": self._last_commit,
         }
         for name, value in values.items():

@@ -21,7 +21,7 @@ from afn_ray.runs.cluster.connection import (
     units_for_workers,
 )
 from afn_ray.runs.dispatch import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
-from afn_ray.runs.progress import Progress, total
+from afn_ray.runs.progress import Counters, total
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
 from afn_ray.schema import Shard
@@ -48,23 +48,23 @@ class _Worker:
         except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
             self._error = error
 
-    def process(self, shard: Shard, oom_retries: int) -> tuple[Commit, Progress]:
-        """Commit of ``shard``, and the worker's progress."""
+    def process(self, shard: Shard, oom_retries: int) -> tuple[Commit, Counters]:
+        """Commit of ``shard``, and the worker's counters."""
         try:
-            return self._processor.process(shard, oom_retries), self._processor.progress
+            return self._processor.process(shard, oom_retries), self._processor.counters
         except AfnError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is
             raise dispatch.Told(dispatch.reason(error)) from None
 
-    def look(self) -> tuple[Progress, str, str]:
-        """Progress and the ids of this node and process. Raises the error of a failed start."""
+    def look(self) -> tuple[Counters, str, str]:
+        """Counters and the ids of this node and process. Raises the error of a failed start."""
         import ray
 
         if self._error is not None:
             raise self._error
         context = ray.get_runtime_context()
-        return self._processor.progress, context.get_node_id(), context.get_worker_id()
+        return self._processor.counters, context.get_node_id(), context.get_worker_id()
 
     def close(self) -> None:
         self._processor.close()
@@ -81,7 +81,7 @@ class _Actor:
     node: str = ""
     process: str = ""  # id of its process; while it is not ready, of the previous one
     restarts: int = 0  # restarts that have been handled
-    progress: Progress = field(default_factory=Progress)
+    counters: Counters = field(default_factory=Counters)
     nodes: frozenset[str] = frozenset()  # nodes alive at its last poll, while it is not ready
     dead_since: float | None = None  # time of its death, while the cause is unknown
 
@@ -111,7 +111,7 @@ class RayPool:
         self._actors: dict[int, _Actor] = {}
         self._last = -1
         self._in_flight: dict[Any, tuple[int, str]] = {}  # task -> worker, shard
-        self._released = Progress()  # total of ended workers and processes
+        self._released = Counters()  # total of ended workers and processes
         self._num_wanted = 0
         self._next_count = self._next_notices = 0.0
 
@@ -186,8 +186,8 @@ class RayPool:
         """Events of a task that has ended."""
         worker, shard = self._in_flight.pop(ref)
         try:
-            commit, progress = self._ray.get(ref)
-            self._moved_to(worker, progress)
+            commit, counters = self._ray.get(ref)
+            self._update(worker, counters)
             yield Done(worker, shard, commit)
         except self._ray.exceptions.RayActorError as error:
             self._died(worker, error)
@@ -206,7 +206,7 @@ class RayPool:
             return
         actor.look = None
         try:
-            progress, node, process = self._ray.get(ref)
+            counters, node, process = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
             if actor.ready:
                 return  # a failed poll loses no work; the task in flight reports what happened
@@ -222,7 +222,7 @@ class RayPool:
                     )
             return
         if actor.ready:
-            self._moved_to(worker, progress)
+            self._update(worker, counters)
             return
         # The old process still lives: the poll was sent before its end, or its network was cut.
         if process == actor.process:
@@ -233,18 +233,18 @@ class RayPool:
             return
         if actor.dead_since is not None:
             yield self._verdict(worker, Cause.CRASH if actor.node in self._alive() else Cause.NODE)
-        actor.ready, actor.node, actor.process, actor.progress = True, node, process, progress
+        actor.ready, actor.node, actor.process, actor.counters = True, node, process, counters
         actor.restarts = _restarts(actor.handle)
         yield Ready(worker)
 
-    def _moved_to(self, worker: int, progress: Progress) -> None:
-        """Store the progress of a worker's process, unless a newer one is known.
+    def _update(self, worker: int, counters: Counters) -> None:
+        """Store the counters of a worker's process, unless a newer one is known.
 
         Answers may arrive out of order.
         """
         actor = self._actors[worker]
-        if progress.tokens >= actor.progress.tokens:
-            actor.progress = progress
+        if counters.tokens >= actor.counters.tokens:
+            actor.counters = counters
 
     def _returns(self, error: Any) -> bool:
         """Whether Ray will restart the process.
@@ -257,14 +257,14 @@ class RayPool:
         )
 
     def _died(self, worker: int, error: Any) -> None:
-        """Handle a dead process: drop its tasks, keep its progress, poll its successor."""
+        """Handle a dead process: drop its tasks, keep its counters, poll its successor."""
         for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
             del self._in_flight[ref]
         actor = self._actors[worker]
         actor.ready, actor.dead_since = False, time.monotonic()
         actor.restarts += 1
-        self._released = total([self._released, actor.progress])
-        actor.progress = Progress()  # the next process counts from 0
+        self._released = total([self._released, actor.counters])
+        actor.counters = Counters()  # the next process counts from 0
         if error.preempted:
             actor.node = ""  # counts as a dead node
         self._ask(actor)
@@ -310,19 +310,19 @@ class RayPool:
 
     def release(self, worker: int) -> None:
         actor = self._actors.pop(worker)
-        self._released = total([self._released, actor.progress])
+        self._released = total([self._released, actor.counters])
         self._close([actor])
 
-    def progress(self) -> Progress:
-        """Progress as of the last polls; sends new ones, at most one in flight per worker."""
+    def counters(self) -> Counters:
+        """Counters as of the last polls; sends new ones, at most one in flight per worker."""
         now = time.monotonic()
         for actor in self._actors.values():
             if actor.look is None and now >= actor.look_again:
                 self._ask(actor)
-        return total([self._released, *(a.progress for a in self._actors.values())])
+        return total([self._released, *(a.counters for a in self._actors.values())])
 
     def num_tokens(self, worker: int) -> int:
-        return self._actors[worker].progress.tokens
+        return self._actors[worker].counters.tokens
 
     def lack(self) -> str:
         num_waiting = sum(not a.ready for a in self._actors.values())
