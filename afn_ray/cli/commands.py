@@ -209,13 +209,13 @@ def _config_flags(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from afn_ray.runs import status
+    from afn_ray.runs import status, status_text
 
     found = status.read_status(args.run, args.last)
     if args.json:
         print(json.dumps([status.to_json(one) for one in found], indent=1))
     else:
-        _print_lines(status.lines(found[0]) if len(found) == 1 else status.table(found))
+        _print_lines(status_text.lines(found[0]) if len(found) == 1 else status_text.table(found))
     return found[0].exit_code
 
 

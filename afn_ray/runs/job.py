@@ -19,10 +19,11 @@ from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.reduce.tree import Recorded, Rules, reduce_run
-from afn_ray.runs import cluster, dispatch, events, measurer, outliers, precision, status, worker
+from afn_ray.runs import cluster, dispatch, events, measurer, outliers, precision, worker
 from afn_ray.runs.events import Event, OnEvent
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.progress import Progress
+from afn_ray.runs.reporter import Reporter, reported
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document, Shard, fingerprint
 from afn_ray.store import (
@@ -177,13 +178,11 @@ def run(
     probes.check_writable(config.store)
     manifest.keep_from_jobs(config.store)
     # With ``reduce_only`` the run may turn out to be impossible: no status before it has a name.
-    with status.reported(config, planning=not reduce_only) as reporter:
+    with reported(config, planning=not reduce_only) as reporter:
         return _run(config, _reporting(reporter, on_event), reporter, reduce_only=reduce_only)
 
 
-def _run(
-    config: RunConfig, on_event: OnEvent, reporter: status.Reporter, *, reduce_only: bool
-) -> Run:
+def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_only: bool) -> Run:
     began = time.monotonic()
     asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
     plan, task, measure, frozen = asked.plan, asked.task, asked.task.measure, asked.frozen
@@ -437,7 +436,7 @@ def _in_turns(documents: Sequence[Document]) -> list[str]:
     return [text for row in rows for text in row if text is not None]
 
 
-def _reporting(reporter: status.Reporter, on_event: OnEvent) -> OnEvent:
+def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
     """``on_event`` that also updates the run's status."""
 
     def both(event: Event) -> None:

@@ -32,10 +32,11 @@ from afn_ray.reduce import tasks
 from afn_ray.reduce import tree as reduce
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import STATISTICS_SCHEMA, Texts
-from afn_ray.runs import dispatch, status
+from afn_ray.runs import dispatch
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
 from afn_ray.runs.progress import Progress
+from afn_ray.runs.reporter import reported
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
 from afn_ray.store import checksums, claims, layout, plans, shard_files, storage, uris
 from afn_ray.store.commits import Commits
@@ -193,7 +194,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
             folder = claims.begin_run(config, MEASURE, plan, time.time_ns()).run
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
-        with status.reported(config) as reporter:
+        with reported(config) as reporter:
             report = meter.wrap("status", reporter.working)
             meter.wrap("status", reporter.begin)(folder, plan.shards, Commits())
 

@@ -25,7 +25,7 @@ from afn_ray.analysis import verify
 from afn_ray.errors import AfnError, StoreError
 from afn_ray.query.database import open_run
 from afn_ray.reduce import compare
-from afn_ray.runs import status
+from afn_ray.runs import status, status_text
 from afn_ray.show import overview, report, run_facts, summary
 from afn_ray.store import garbage, gc_report, manifest
 from conftest import config_of, edit_sealed, listed, recommit, rewrite, write_jsonl
@@ -234,9 +234,9 @@ def ask_show(store: str) -> None:
 
 def ask_status(store: str) -> None:
     found = status.read_status(store)
-    list(status.table(found))
+    list(status_text.table(found))
     for one in found:
-        list(status.lines(one))
+        list(status_text.lines(one))
         json.dumps(status.to_json(one))
 
 

@@ -29,12 +29,13 @@ from afn_ray.cli import commands as cli
 from afn_ray.cli.progress import bar_counts, log_as, log_json
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, IncompleteRun, StoreError, Unavailable
-from afn_ray.runs import cluster, dispatch, status
+from afn_ray.runs import cluster, dispatch, status, status_text
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
 from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Counters, Progress
+from afn_ray.runs.reporter import Reporter
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import claims, garbage, layout, manifest, probes, storage, uris
 from afn_ray.store.commits import Commit, Commits
@@ -63,8 +64,8 @@ def read(config: RunConfig) -> status.Status:
 def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
     make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status, "LEAST_S", 0.02)
-    monkeypatch.setattr(status, "EVERY_S", 0.04)
+    monkeypatch.setattr("afn_ray.runs.reporter.LEAST_S", 0.02)
+    monkeypatch.setattr("afn_ray.runs.reporter.EVERY_S", 0.04)
     config, told = make_config(corpus=(corpus,)), {}
 
     def look(event: Event) -> None:
@@ -149,7 +150,7 @@ def test_a_run_that_is_stopped_and_resumed_counts_what_was_there_before(
     stopped = read(config)
     assert (stopped.state, stopped.exit_code, stopped.body["exit_code"]) == ("stopped", 75, 75)
     assert stopped.body["shards"]["done"] == len(list(Path(config.store).rglob("commit.json"))) > 0
-    assert "the same command resumes" in "\n".join(status.lines(stopped))
+    assert "the same command resumes" in "\n".join(status_text.lines(stopped))
     with afn_ray.run(config) as run:
         counts = run.info["counts"]
     end = json.loads(Path(run.uri, "status.json").read_text())
@@ -179,7 +180,7 @@ def test_a_run_that_fails_says_why_and_with_what_code(
         "/0.txt"
     )  # a shard is named by its first file
     assert failure["reason"].startswith("CorpusChanged: ") and found.body["num_failures"] == 1
-    text = "\n".join(status.lines(found))
+    text = "\n".join(status_text.lines(found))
     assert failure["reason"] in text and "exit code 1" in text
 
 
@@ -193,7 +194,7 @@ def test_what_fails_before_a_run_has_a_name_is_told_by_its_store(
         afn_ray.run(make_config(corpus=(corpus,), layers="9"))
     failed, before = status.read_status(config.store)
     assert (failed.state, failed.exit_code, before.state) == ("failed", 1, "complete")
-    assert "layer 9 does not exist" in "\n".join(status.lines(failed))
+    assert "layer 9 does not exist" in "\n".join(status_text.lines(failed))
     assert failed.uri == f"{config.store}/planning.json"
     assert not verify.verify_store(config.store).foreign
     with afn_ray.run(config):  # nothing to do, and the last failure is history
@@ -218,7 +219,9 @@ def test_a_driver_without_a_word_is_thought_dead_by_the_clock_of_the_store(
     os.utime(file, (now - 200, now - 200))
     found = read(config)
     assert (found.state, found.exit_code) == ("silent", status.STOPPED)
-    assert "silent: no word for 3 min, while working: killed?" in "\n".join(status.lines(found))
+    assert "silent: no word for 3 min, while working: killed?" in "\n".join(
+        status_text.lines(found)
+    )
     file.unlink()
     plan = Path(uri, "plan.parquet")
     os.utime(plan, (now - 200, now - 200))
@@ -231,8 +234,8 @@ def test_a_store_that_refuses_the_status_is_told_of_once_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(status, "LEAST_S", 0.02)
-    monkeypatch.setattr(status, "EVERY_S", 0.04)
+    monkeypatch.setattr("afn_ray.runs.reporter.LEAST_S", 0.02)
+    monkeypatch.setattr("afn_ray.runs.reporter.EVERY_S", 0.04)
     tries = []
 
     def refuse(uri: str, data: bytes) -> None:
@@ -273,7 +276,7 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
     found = status.read_status(config.store)
     assert [s.body["documents"] for s in found] == [20, 10]
     assert [s.body["documents"] for s in status.read_status(config.store, last=1)] == [20]
-    head, first, *_ = status.table(found)
+    head, first, *_ = status_text.table(found)
     assert head.split() == ["STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS"]
     assert (
         first.startswith("complete ")
@@ -328,13 +331,13 @@ def test_a_run_that_has_just_begun_is_under_way_and_not_killed(
         seen.extend(status.read_status(config.store))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(status.Reporter, "begin", look)
+    monkeypatch.setattr(Reporter, "begin", look)
     with pytest.raises(KeyboardInterrupt):
         afn_ray.run(config)
     assert [(s.state, s.exit_code) for s in seen if s.body.get("run")] == [
         ("starting", status.UNDER_WAY)
     ]
-    assert "begun a moment ago" in "\n".join(status.lines(seen[-1]))
+    assert "begun a moment ago" in "\n".join(status_text.lines(seen[-1]))
 
 
 @pytest.mark.parametrize(
@@ -354,8 +357,8 @@ def test_a_strangers_status_is_none(make_config: MakeConfig, corpus: str, text: 
     (found,) = status.read_status(config.store)
     assert (
         found.state in ("starting", "begun")
-        and list(status.lines(found))
-        and list(status.table([found]))
+        and list(status_text.lines(found))
+        and list(status_text.table([found]))
     )
 
 
@@ -368,8 +371,8 @@ def test_what_watches_a_run_never_ends_it(
     def broken(*args: Any) -> None:
         raise TypeError("no number")
 
-    monkeypatch.setattr(status, "_counts_of", broken)
-    monkeypatch.setattr(status.Reporter, "begin", lambda *args: None)
+    monkeypatch.setattr("afn_ray.runs.reporter._counts_of", broken)
+    monkeypatch.setattr(Reporter, "begin", lambda *args: None)
     with afn_ray.run(make_config(corpus=(corpus,))) as run:
         assert run.info["counts"]["documents"] == 60
     assert [
@@ -392,8 +395,8 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "head-0")
     monkeypatch.setattr(os, "getpid", lambda: 4711)
-    monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:25:45+00:00")
-    reporter = status.Reporter(make_config(store=memory, corpus=("s3://corpus/2026-11-22",)))
+    monkeypatch.setattr("afn_ray.runs.reporter._now", lambda: "2026-11-22T06:25:45+00:00")
+    reporter = Reporter(make_config(store=memory, corpus=("s3://corpus/2026-11-22",)))
     piece = FileSlice("s3://corpus/2026-11-22/7.jsonl", 9, "", "jsonl", "", 0, 9, 9, 1, "")
     shard = Shard("bad", (piece,), ReadOptions("jsonl", "text", None, "file", 1 << 20))
     before = Commit(
@@ -429,13 +432,13 @@ def test_the_picture_in_the_guide_is_what_a_run_at_work_looks_like(
         failures=(("bad", "HelperDied: it died"),),
         notices=("a worker was replaced",),
     )
-    monkeypatch.setattr(status, "_now", lambda: "2026-11-22T06:31:02+00:00")
+    monkeypatch.setattr("afn_ray.runs.reporter._now", lambda: "2026-11-22T06:31:02+00:00")
     reporter.working(progress)
     reporter.notice("a worker was replaced")
     seen = status.Status(
         "s3://tas/store/runs/20261122T062545.265Z-f39961c98fe2", "working", 4.0, reporter._body
     )
-    assert "\n".join(["```", *status.lines(seen), "```"]) in GUIDE.read_text()
+    assert "\n".join(["```", *status_text.lines(seen), "```"]) in GUIDE.read_text()
     reporter.end("stopped", 75, "")
 
 
