@@ -62,9 +62,8 @@ class Reporter:
         """Record the run's name and its plan, ``shards``; the store has ``commits`` of it."""
         self._shards = shards
         totals = total_counts(commits.values())
-        self._reused = {
-            k: totals.get(k, 0) for k in ("tokens", "documents", "quarantined", "lost_bytes")
-        }
+        names = ("tokens", "documents", "quarantined", "lost_bytes")
+        self._reused = {name: totals.get(name, 0) for name in names}
         self._uri = uris.join(run.uri, STATUS)
         num_todo = len(shards) - len(commits)
         self._set(
@@ -75,15 +74,17 @@ class Reporter:
 
     def phase(self, name: str, doing: str = "") -> None:
         """Record the phase: "planning", "pilot", "starting", "reducing" or "screening"."""
-        if (name, doing) != (self._body["phase"], self._body["doing"]):
-            now = name != self._body["phase"]
-            self._set(phase=name, doing=doing, waits_for="", left_s=None)
-            if now:
-                self._changed.set()
+        before = self._body
+        if (name, doing) == (before["phase"], before["doing"]):
+            return
+        self._set(phase=name, doing=doing, waits_for="", left_s=None)
+        if name != before["phase"]:
+            self._changed.set()
 
     def notice(self, text: str) -> None:
         """Record a message for people; the newest ``MOST_LISTED`` are kept."""
-        self._set(notices=[*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"][-MOST_LISTED:])
+        notices = [*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"]
+        self._set(notices=notices[-MOST_LISTED:])
 
     def working(self, progress: Progress) -> None:
         """Record the progress of the dispatcher."""
@@ -194,13 +195,9 @@ def reported(config: RunConfig, *, planning: bool = True) -> Iterator[Reporter]:
         yield reporter
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | Interrupted)
-        code = (
-            error.exit_code
-            if isinstance(error, AfnError)
-            else Interrupted.exit_code
-            if stopped
-            else 1
-        )
+        code = Interrupted.exit_code if stopped else 1
+        if isinstance(error, AfnError):
+            code = error.exit_code
         reason = "" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
         reporter.end("stopped" if stopped else "failed", code, reason)
         raise
@@ -217,8 +214,6 @@ def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str
     Bytes read and written are those of this call alone.
     """
     total = {k: n + counts.get(k, 0) for k, n in reused.items()}
-    total["documents_quarantined"], total["bytes_lost"] = (
-        total.pop("quarantined"),
-        total.pop("lost_bytes"),
-    )
+    total["documents_quarantined"] = total.pop("quarantined")
+    total["bytes_lost"] = total.pop("lost_bytes")
     return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}

@@ -66,7 +66,7 @@ class Status:
     body: dict[str, Any]  # as the driver wrote it; for a complete run, from its run.json
 
     @property
-    def last_word(self) -> str:
+    def last_write(self) -> str:
         """Time of the driver's last write, ISO 8601, UTC; empty where it never wrote."""
         return str(self.body.get("written_at", ""))
 
@@ -83,9 +83,9 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     ``Interrupted`` when the store does not answer.
     """
     uri = uris.absolute(uri).rstrip("/")
-    store, _, name = uri.rpartition("/runs/")
-    if name and "/" not in name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
-        found = _Look(store).run(name)
+    store, name = manifest.split_uri(uri)
+    if name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
+        found = _Reader(store).status_of_run(name)
         return (found,) if found is not None else ()
     names = manifest.run_names(uri)[: -last - 1 : -1]
     planning = uris.join(uri, PLANNING)
@@ -94,20 +94,22 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
         raise StoreError(
             f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
         )
-    look = _Look(uri)
+    reader = _Reader(uri)
     with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
-        looks = zip(names, pool.map(look.run, names), strict=True)
-    runs = [
-        s for name, s in looks if s is not None and s.body.get("run", name) == name
-    ]  # a status with another run's name was copied there
+        found_of_runs = list(pool.map(reader.status_of_run, names))
+    runs: list[Status] = []
+    for name, status in zip(names, found_of_runs, strict=True):
+        # a status with another run's name was copied there
+        if status is not None and status.body.get("run", name) == name:
+            runs.append(status)
     if body is not None:
-        ahead = look.judge(planning, planning, body)
+        unnamed = reader.status(planning, planning, body)
+        has_ended = unnamed.state in ("silent", *EXIT_CODES)
+        is_newest = all(r.last_write <= unnamed.last_write for r in runs)
         # A driver that died before its run had a name is not reported once a run has a newer
         # status.
-        if ahead.state not in ("silent", *EXIT_CODES) or all(
-            r.last_word <= ahead.last_word for r in runs
-        ):
-            runs.insert(0, ahead)
+        if is_newest or not has_ended:
+            runs.insert(0, unnamed)
     return tuple(runs)
 
 
@@ -123,41 +125,50 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 def _is_status(body: Any) -> bool:
     """Whether ``body`` has the keys and types of a status: anyone may write to a store."""
-
-    def numbers(value: dict[str, Any], names: Sequence[str]) -> bool:
-        return not value or all(type(value.get(name)) is int for name in names)
-
-    def fits(value: Any, like: Any) -> bool:
-        if like is None:
-            return value is None or isinstance(value, int | float | str)
-        return (
-            isinstance(value, int | float)
-            if isinstance(like, int | float)
-            else isinstance(value, type(like))
-        )
-
+    if not isinstance(body, dict):
+        return False
+    for name, like in NOTHING.items():
+        if name not in body or not _is_like(body[name], like):
+            return False
+    left_s, num_planned = body["left_s"], body["documents_planned"]
+    texts = [*body["corpus"], *body["notices"]]
     return (
-        isinstance(body, dict)
-        and all(name in body and fits(body[name], like) for name, like in NOTHING.items())
-        and body["schema_version"] == NOTHING["schema_version"]
-        and numbers(body["shards"], SHARDS)
-        and numbers(body["workers"], WORKERS)
-        and (body["left_s"] is None or isinstance(body["left_s"], int | float))
-        and (body["documents_planned"] is None or type(body["documents_planned"]) is int)
-        and all(isinstance(text, str) for text in [*body["corpus"], *body["notices"]])
-        and all(
-            isinstance(f, dict) and {"shard", "uri", "reason"} <= f.keys() for f in body["failures"]
-        )
+        body["schema_version"] == NOTHING["schema_version"]
+        and _are_counts(body["shards"], SHARDS)
+        and _are_counts(body["workers"], WORKERS)
+        and (left_s is None or isinstance(left_s, int | float))
+        and (num_planned is None or type(num_planned) is int)
+        and all(isinstance(text, str) for text in texts)
+        and all(map(_is_failure, body["failures"]))
     )
 
 
-class _Look:
-    """Reads the runs of a store and asks for the store's time at most once."""
+def _is_like(value: Any, like: Any) -> bool:
+    """Whether ``value`` has the type of ``like``, a value of ``NOTHING``."""
+    if like is None:
+        return value is None or isinstance(value, int | float | str)
+    if isinstance(like, int | float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(like))
+
+
+def _are_counts(value: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether ``value`` is empty or has an integer for each of ``names``."""
+    return not value or all(type(value.get(name)) is int for name in names)
+
+
+def _is_failure(value: Any) -> bool:
+    """Whether ``value`` describes a quarantined shard."""
+    return isinstance(value, dict) and {"shard", "uri", "reason"} <= value.keys()
+
+
+class _Reader:
+    """Reads the statuses of a store and asks for the store's time at most once."""
 
     def __init__(self, store: str) -> None:
-        self._store, self._now_s, self._asks = store, 0.0, threading.Lock()
+        self._store, self._now_s, self._lock = store, 0.0, threading.Lock()
 
-    def run(self, name: str) -> Status | None:
+    def status_of_run(self, name: str) -> Status | None:
         """Status of the run ``name``; None: there is no such run, or a gc has removed it."""
         folder = manifest.open_folder(self._store, name)
         if folder.condemned:
@@ -167,17 +178,16 @@ class _Look:
                 return Status(folder.uri, "complete", None, _body_of(folder.info))
         uri = uris.join(folder.uri, STATUS)
         if (body := _read(uri)) is not None:
-            return self.judge(folder.uri, uri, body)
-        if storage.modified_s(plan := uris.join(folder.uri, "plan.parquet")) is None:
+            return self.status(folder.uri, uri, body)
+        plan = uris.join(folder.uri, "plan.parquet")
+        if storage.modified_s(plan) is None:
             return None
-        found = self.judge(folder.uri, plan, {**NOTHING, "phase": "starting"})
-        return (
-            Status(folder.uri, "begun", None, {"run": name})
-            if found.state == "silent"
-            else replace(found, body={"run": name})
-        )
+        found = self.status(folder.uri, plan, {**NOTHING, "phase": "starting"})
+        if found.state == "silent":
+            return Status(folder.uri, "begun", None, {"run": name})
+        return replace(found, body={"run": name})
 
-    def judge(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
+    def status(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
         """Status by the ``body`` in ``uri``, with its age."""
         if body["phase"] in EXIT_CODES:
             return Status(run_uri, body["phase"], None, body)
@@ -187,7 +197,7 @@ class _Look:
         return Status(run_uri, "silent" if age_s > SILENT_S else body["phase"], age_s, body)
 
     def _now(self) -> float:
-        with self._asks:
+        with self._lock:
             if not self._now_s:
                 try:
                     self._now_s = probes.clock_s(self._store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from afn_ray.reduce import losses
 from afn_ray.runs.status import EXIT_CODES, Status
@@ -11,28 +12,17 @@ from afn_ray.text import count
 
 def lines(s: Status) -> Iterator[str]:
     """Lines that describe one run, one fact a line."""
-    body = s.body
+    body, live = s.body, s.state not in EXIT_CODES
     yield f"run      {s.uri}"
-    yield f"state    {_said_state(s)}"
+    yield f"state    {_state_text(s)}"
     if "phase" not in body:
         return
     by = f", by {body['host']} (pid {body['pid']})" if "host" in body else ""
     yield f"begun    {body['began_at']}{by}"
     yield f"corpus   {', '.join(body['corpus'])}"
-    live = s.state not in EXIT_CODES
-    if planned := body["shards"].get("planned"):
-        shards = body["shards"]
-        parts = [f"{shards['done']:,} of {planned:,} done ({shards['done'] / planned:.1%})"]
-        parts += [f"{shards['reused']:,} of them before"] if shards["reused"] else []
-        parts += [f"{shards['running']:,} on workers"] if live and shards["running"] else []
-        parts += [f"{shards['quarantined']:,} quarantined"] if shards["quarantined"] else []
-        parts += [f"{body['retries']:,} tried again"] if body.get("retries") else []
-        yield f"shards   {', '.join(parts)}"
-        bad = body["documents_quarantined"]
-        yield (
-            f"tokens   {body['tokens']:,}, from {count(body['documents'], 'document')}"
-            + (f", {bad:,} of them quarantined" if bad else "")
-        )
+    if body["shards"].get("planned"):
+        yield f"shards   {_shards_text(body, live=live)}"
+        yield f"tokens   {_tokens_text(body)}"
     if lost := body["bytes_lost"]:
         yield (
             f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run "
@@ -42,24 +32,51 @@ def lines(s: Status) -> Iterator[str]:
         planned = count(body["documents_planned"], "document")
         yield f"measured {body['documents_measured']:,} of {planned} of this call"
     if body.get("tokens_per_s"):
-        left = f", {said_time(body['left_s'])} left" if live and body["left_s"] is not None else ""
+        left = f", {time_text(body['left_s'])} left" if live and body["left_s"] is not None else ""
         yield f"rate     {body['tokens_per_s']:,.0f} tokens/s{left}"
-    if live and body["workers"]:
-        lost = f", {body['workers']['lost']:,} lost so far" if body["workers"]["lost"] else ""
-        yield f"workers  {body['workers']['ready']:,} of {body['workers']['wanted']:,} ready{lost}"
+    if live and (workers := body["workers"]):
+        lost = f", {workers['lost']:,} lost so far" if workers["lost"] else ""
+        yield f"workers  {workers['ready']:,} of {workers['wanted']:,} ready{lost}"
     if live and body["waits_for"]:
         yield f"waits    {body['waits_for']}"
     if body.get("last_commit_at"):
         yield f"commit   the last at {body['last_commit_at']}"
-    for failure in body.get("failures", []):
-        yield f"failed   shard {failure['shard']} ({failure['uri']}): {failure['reason']}"
-    if (more := body.get("num_failures", 0) - len(body.get("failures", []))) > 0:
-        yield f"failed   and {count(more, 'more shard')}"
+    yield from _failure_lines(body)
     for notice in body.get("notices", [])[-3:]:
         yield f"notice   {notice}"
 
 
-def _said_state(s: Status) -> str:
+def _shards_text(body: dict[str, Any], *, live: bool) -> str:
+    """Numbers of shards; ``live``: the run has not ended."""
+    shards, planned = body["shards"], body["shards"]["planned"]
+    parts = [f"{shards['done']:,} of {planned:,} done ({shards['done'] / planned:.1%})"]
+    if shards["reused"]:
+        parts.append(f"{shards['reused']:,} of them before")
+    if live and shards["running"]:
+        parts.append(f"{shards['running']:,} on workers")
+    if shards["quarantined"]:
+        parts.append(f"{shards['quarantined']:,} quarantined")
+    if body.get("retries"):
+        parts.append(f"{body['retries']:,} tried again")
+    return ", ".join(parts)
+
+
+def _tokens_text(body: dict[str, Any]) -> str:
+    text = f"{body['tokens']:,}, from {count(body['documents'], 'document')}"
+    if bad := body["documents_quarantined"]:
+        text += f", {bad:,} of them quarantined"
+    return text
+
+
+def _failure_lines(body: dict[str, Any]) -> Iterator[str]:
+    failures = body.get("failures", [])
+    for failure in failures:
+        yield f"failed   shard {failure['shard']} ({failure['uri']}): {failure['reason']}"
+    if (more := body.get("num_failures", 0) - len(failures)) > 0:
+        yield f"failed   and {count(more, 'more shard')}"
+
+
+def _state_text(s: Status) -> str:
     """The state of a run in words."""
     body = s.body
     if s.state == "starting" and "phase" not in body:
@@ -79,15 +96,15 @@ def _said_state(s: Status) -> str:
     doing = f" ({body['doing']})" if body["doing"] else ""
     assert s.age_s is not None
     if s.state == "silent":
-        since = said_time(s.age_s)
+        since = time_text(s.age_s)
         return (
             f"silent: no word for {since}, while {body['phase']}{doing}: killed? "
             "The same command resumes"
         )
-    return f"{body['phase']}{doing}, told {said_time(s.age_s)} ago"
+    return f"{body['phase']}{doing}, told {time_text(s.age_s)} ago"
 
 
-def said_time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """``seconds`` for people: 90 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:,.0f} s"
@@ -111,8 +128,8 @@ def table(runs: Sequence[Status]) -> Iterator[str]:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [
-            c.rjust(w) if i in (2, 3) else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells: list[str] = []
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            is_number = column in (2, 3)
+            cells.append(cell.rjust(width) if is_number else cell.ljust(width))
         yield "  ".join(cells).rstrip()
