@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
-from typing import Protocol
 
 from afn_ray import logs
 from afn_ray.errors import (
-    AfnError,
     ConfigError,
     CorpusChanged,
     HelperDied,
@@ -27,10 +22,12 @@ from afn_ray.errors import (
     ShardError,
     Unavailable,
 )
-from afn_ray.runs.progress import Counters, Progress
+from afn_ray.runs.pool import Cause, Done, Gone, Leaving, Pool, PoolEvent, Ready, Silent
+from afn_ray.runs.progress import Progress
+from afn_ray.runs.reasons import reason
+from afn_ray.runs.waiting import Patience
 from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit, Commits
-from afn_ray.text import count
 
 SLOTS = 3
 """Shards in flight on one worker: one is read, one uses the model, one is written and uploaded."""
@@ -59,8 +56,6 @@ DRAIN_S = 1.0
 
 ``ray job stop`` kills the process after three seconds.
 """
-SAY_AFTER_S = 20.0
-"""Time without any ready worker after which the run reports what it waits for, in seconds."""
 DEADLINE_S = 600.0
 """Shortest deadline of a shard, in seconds."""
 DEADLINE_BYTES_PER_S = 10_000.0
@@ -82,108 +77,6 @@ LONGEST_PAUSE_S = 60.0
 """Longest pause between two worker starts while starts fail, in seconds."""
 
 _log = logging.getLogger(__name__)
-
-
-class Cause(Enum):
-    """Why a worker lost its process, as far as its pool knows."""
-
-    CRASH = "its worker's process died"
-    MEMORY = "its worker's node ran out of memory"
-    NODE = "its worker's node is gone"  # or was preempted: no shard caused it
-    START = "a worker could not start"
-    LOADING = "a worker's process died as it loaded the model"
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """A worker has loaded its model, for the first time or after a restart."""
-
-    worker: int
-
-
-@dataclass(frozen=True, slots=True)
-class Silent:
-    """A worker has lost its process; a ``Gone`` with the cause follows."""
-
-    worker: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """A worker has lost its process and all its shards in flight; a ``Ready`` may follow."""
-
-    worker: int
-    cause: Cause
-    error: BaseException | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Leaving:
-    """A worker's node will stop soon: the worker may finish its shards and gets no more."""
-
-    worker: int
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A worker has committed a shard."""
-
-    worker: int
-    shard: str
-    commit: Commit
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """An attempt at a shard raised ``error``; its worker continues."""
-
-    worker: int
-    shard: str
-    error: BaseException
-
-
-PoolEvent = Ready | Silent | Gone | Leaving | Done | Failed
-"""Event that a pool reports to the dispatcher."""
-
-
-class Pool(Protocol):
-    """Workers in any place, identified by numbers."""
-
-    can_replace: bool
-    """Whether a worker has a process of its own, which can be killed and restarted."""
-
-    def grow(self, num_useful: int) -> int:
-        """Start workers up to the number wanted, at most ``num_useful``; return their number.
-
-        Workers that wait for resources count.
-        """
-
-    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
-        """Assign a shard to ``worker``, with its token budget halved ``oom_retries`` times."""
-
-    def wait(self, timeout_s: float) -> list[PoolEvent]:
-        """Return the events so far; wait for the first one for at most ``timeout_s``."""
-
-    def replace(self, worker: int) -> None:
-        """Restart the process of ``worker`` and forget its shards in flight; ``Ready`` follows."""
-
-    def release(self, worker: int) -> None:
-        """End ``worker`` for good: no work is left for it."""
-
-    def counters(self) -> Counters:
-        """Counters of all workers, shards in flight included."""
-
-    def num_tokens(self, worker: int) -> int:
-        """Tokens that ``worker`` has measured, as last polled; while they grow nothing hangs."""
-
-    def lack(self) -> str:
-        """Resources that waiting workers asked for, and those that exist, for people."""
-
-    def num_loading(self) -> int:
-        """Number of workers that have resources and are loading the model."""
-
-    def close(self) -> None:
-        """End all workers."""
 
 
 @dataclass(slots=True)
@@ -226,47 +119,6 @@ class _Record:
 
     charges: int = 0  # its exceptions, and crashes while it was alone on its worker
     oom_retries: int = 0
-
-
-class Patience:
-    """Report a wait after ``SAY_AFTER_S``, and raise ``Interrupted`` after ``wait_s``.
-
-    ``lack`` says what is missing, for the messages.
-    """
-
-    def __init__(
-        self,
-        wait_s: float,
-        lack: Callable[[], str],
-        clock: Callable[[], float] = time.monotonic,
-        num_loading: Callable[[], int] = lambda: 0,
-    ) -> None:
-        self._wait_s, self._lack, self._clock, self._num_loading = wait_s, lack, clock, num_loading
-        self.reset()
-
-    def reset(self) -> None:
-        """Start a new wait."""
-        self._since, self._said = self._clock(), False
-
-    def check(self) -> str | None:
-        """Return a notice, once per wait. Raises ``Interrupted`` after ``wait_s``."""
-        waited = self._clock() - self._since
-        if waited >= self._wait_s:
-            raise Interrupted(
-                f"{self._who()} for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the "
-                "same command resumes"
-            )
-        if self._said or waited < SAY_AFTER_S:
-            return None
-        self._said = True
-        return (
-            f"{self._who()} for {waited:,.0f} s: {self._lack()}; waiting for up to "
-            f"{self._wait_s:,.0f} s (--wait)"
-        )
-
-    def _who(self) -> str:
-        loading = self._num_loading()
-        return f"{count(loading, 'worker')} loading the model" if loading else "no worker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -711,20 +563,3 @@ def _num_documents(shards: Iterable[Shard]) -> int | None:
                 return None
             total += piece.num_documents
     return total
-
-
-class Told(Exception):
-    """A third-party exception as text by ``reason``: its class may not unpickle in the driver."""
-
-
-def reason(error: BaseException) -> str:
-    """One line on ``error``: its type and the last line of its message.
-
-    For an error that is not an ``AfnError``, the file and line that raised it follow.
-    """
-    if isinstance(error, Told):
-        return str(error)
-    text = str(error).strip().splitlines()
-    frames = [] if isinstance(error, AfnError) else traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {text[-1] if text else 'no message'}{where}"

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 
-from afn_ray.runs.dispatch import Done, Failed, PoolEvent, Ready
+from afn_ray.runs.pool import Done, Failed, PoolEvent, Ready
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor

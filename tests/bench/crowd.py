@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
-from afn_ray.runs.dispatch import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
+from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, total
 from afn_ray.schema import Shard
 from afn_ray.store import layout

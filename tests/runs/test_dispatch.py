@@ -27,21 +27,14 @@ from afn_ray.runs.dispatch import (
     HALVINGS,
     POLL_S,
     QUARANTINES_IN_ROW,
-    SAY_AFTER_S,
     SLOTS,
-    Cause,
     Dispatcher,
-    Done,
-    Failed,
-    Gone,
-    Leaving,
-    PoolEvent,
-    Ready,
-    Silent,
     State,
     Tolerance,
 )
+from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, Progress
+from afn_ray.runs.waiting import SAY_AFTER_S
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store.commits import Commit
 

@@ -25,8 +25,8 @@ from afn_ray import model
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 from afn_ray.runs import demo
 from afn_ray.runs.cluster import pool, session
-from afn_ray.runs.dispatch import Ready
 from afn_ray.runs.events import Event, Working
+from afn_ray.runs.pool import Ready
 from afn_ray.runs.progress import Counters
 from conftest import MakeConfig, recorded, stop_after, write_jsonl
 

@@ -10,13 +10,14 @@ from typing import TypeVar
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.reduce.tasks import FAN_IN, Inline, Tasks
-from afn_ray.runs import dispatch, scratch
+from afn_ray.runs import scratch
 from afn_ray.runs.cluster.calls import RayTasks, call_on_place
 from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
 from afn_ray.runs.cluster.metrics import Published
 from afn_ray.runs.cluster.pool import RayPool
 from afn_ray.runs.dispatch import Dispatcher, OnProgress, State, Tolerance
 from afn_ray.runs.inline import InlinePool
+from afn_ray.runs.pool import Pool
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.task import Task
 from afn_ray.schema import Shard
@@ -74,7 +75,7 @@ def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) ->
 
 
 def _dispatch(
-    pool: dispatch.Pool, config: RunConfig, shards: Sequence[Shard], on_progress: OnProgress
+    pool: Pool, config: RunConfig, shards: Sequence[Shard], on_progress: OnProgress
 ) -> State:
     """Run a ``Dispatcher`` of ``shards`` on ``pool``."""
     tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)

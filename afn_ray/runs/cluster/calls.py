@@ -9,9 +9,9 @@ from typing import Any
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted
 from afn_ray.reduce.tasks import call
-from afn_ray.runs import dispatch
+from afn_ray.runs import reasons
 from afn_ray.runs.cluster.connection import cause_of, lack, needs
-from afn_ray.runs.dispatch import Patience
+from afn_ray.runs.waiting import Patience
 
 POLL_S = 0.5
 """Longest wait for results between two checks for missing resources, in seconds."""
@@ -51,7 +51,7 @@ def call_on_place(
         cause = cause_of(error)
         if isinstance(cause, ray.exceptions.RayError):
             raise Interrupted(
-                f"a call on Ray lost its process, again when repeated: {dispatch.reason(cause)}; "
+                f"a call on Ray lost its process, again when repeated: {reasons.reason(cause)}; "
                 "the same command "
                 "resumes"
             ) from error
@@ -124,7 +124,7 @@ class RayTasks:
             if isinstance(cause, self._ray.exceptions.RayError):
                 raise Interrupted(
                     "the reduce lost a process or a result on Ray, again when repeated: "
-                    f"{dispatch.reason(cause)}; "
+                    f"{reasons.reason(cause)}; "
                     "the shards are committed, and the same command goes on from there"
                 ) from error
             raise cause from None

@@ -17,7 +17,7 @@ from typing import Any
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, ModelError
-from afn_ray.runs import dispatch
+from afn_ray.runs import reasons
 from afn_ray.runs.address import of_cluster
 from afn_ray.runs.cluster import access
 from afn_ray.store import uris
@@ -98,7 +98,7 @@ def joined(config: RunConfig) -> Iterator[None]:
             raise ConfigError(access.NOT_OURS.format(where)) from error
         which = f"the cluster at {where}" if where else "a local Ray"
         raise ConfigError(
-            f"{which} cannot be reached: {dispatch.reason(error)}; 'afn doctor' tells more"
+            f"{which} cannot be reached: {reasons.reason(error)}; 'afn doctor' tells more"
         ) from error
     over = threading.Event()
     threading.Thread(target=_watch_gcs, args=(over,), name="afn-gcs", daemon=True).start()
@@ -234,7 +234,7 @@ def probe(address: str | None) -> str:
         try:
             python = ray.get(ray.remote(num_cpus=1)(_python_version).remote(), timeout=PROBE_S)
         except ray.exceptions.RayError as error:
-            why = dispatch.reason(error)
+            why = reasons.reason(error)
             raise ConfigError(
                 f"Ray answers, but a task failed within {PROBE_S:g} s: {why}"
             ) from error

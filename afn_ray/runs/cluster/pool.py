@@ -10,7 +10,7 @@ from typing import Any
 from afn_ray import logs
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
-from afn_ray.runs import dispatch
+from afn_ray.runs import dispatch, reasons
 from afn_ray.runs.cluster.connection import (
     address,
     cause_of,
@@ -20,7 +20,7 @@ from afn_ray.runs.cluster.connection import (
     start_error,
     units_for_workers,
 )
-from afn_ray.runs.dispatch import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
+from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, total
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
@@ -55,7 +55,7 @@ class _Worker:
         except AfnError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is
-            raise dispatch.Told(dispatch.reason(error)) from None
+            raise reasons.Told(reasons.reason(error)) from None
 
     def look(self) -> tuple[Counters, str, str]:
         """Counters and the ids of this node and process. Raises the error of a failed start."""
@@ -196,7 +196,7 @@ class RayPool:
             yield Failed(worker, shard, cause_of(error))
         except self._ray.exceptions.RayError as error:
             raise Interrupted(
-                f"Ray failed: {dispatch.reason(error)}; the same command resumes"
+                f"Ray failed: {reasons.reason(error)}; the same command resumes"
             ) from error
 
     def _looked(self, worker: int, ref: Any) -> Iterator[PoolEvent]:
@@ -352,7 +352,7 @@ def _died_loading(config: RunConfig, error: Any) -> str:
     return (
         f"a worker died while it loaded {config.model}: is there too little memory for so many? "
         "Give fewer --workers "
-        f"({dispatch.reason(error)})"
+        f"({reasons.reason(error)})"
     )
 
 
