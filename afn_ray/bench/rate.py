@@ -26,7 +26,8 @@ from afn_ray.bench import TOKENS_PER_WORKER, machine
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
-from afn_ray.runs import dispatch, estimate, job, worker
+from afn_ray.runs import estimate, job, worker
+from afn_ray.runs.deadlines import SLOTS
 
 SAMPLE_DOCUMENTS = 2000
 """Largest number of documents that are measured."""
@@ -127,7 +128,7 @@ def _once(processor: worker.Processor, prepared: job.Preparation, store: str) ->
     """Process all shards in a fresh store, ``SLOTS`` at a time; return seconds and tokens."""
     processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
     began = time.monotonic()
-    with ThreadPoolExecutor(dispatch.SLOTS) as pool:
+    with ThreadPoolExecutor(SLOTS) as pool:
         commits = list(pool.map(processor.process, prepared.plan.shards))
     seconds = time.monotonic() - began
     shutil.rmtree(store)

@@ -22,21 +22,20 @@ from afn_ray.errors import (
     ShardError,
     Unavailable,
 )
-from afn_ray.runs.pool import Cause, Done, Gone, Leaving, Pool, PoolEvent, Ready, Silent
+from afn_ray.runs.deadlines import SLOTS, Deadlines, Flight
+from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, Pool, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reasons import reason
-from afn_ray.runs.waiting import Patience
+from afn_ray.runs.waiting import WaitLimit
 from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit, Commits
 
-SLOTS = 3
-"""Shards in flight on one worker: one is read, one uses the model, one is written and uploaded."""
 ATTEMPTS = 2
 """Charged attempts after which a shard is quarantined.
 
 A charged attempt raised an exception, or crashed its worker with no other shard in flight.
 """
-HALVINGS = 2
+OOM_RETRIES = 2
 """Memory failures of a shard that only halve its token budget; later ones charge the shard."""
 FAILED_STARTS = 3
 """Failed worker starts that end the run while no worker has ever loaded the model."""
@@ -46,7 +45,7 @@ UNANSWERED_IN_ROW = 3
 """Consecutive unanswered attempts per ready worker that end the run: the store is down."""
 POLL_S = 0.5
 """Longest wait for events, and shortest pause between two polls of all workers, in seconds."""
-LOOK_S = 0.005
+POLL_PER_WORKER_S = 0.005
 """Additional pause between two polls for each worker, in seconds.
 
 A poll sends a call to each worker, so many workers are polled less often.
@@ -55,23 +54,6 @@ DRAIN_S = 1.0
 """Longest wait for nearly finished shards when the run is stopped, in seconds.
 
 ``ray job stop`` kills the process after three seconds.
-"""
-DEADLINE_S = 600.0
-"""Shortest deadline of a shard, in seconds."""
-DEADLINE_BYTES_PER_S = 10_000.0
-"""Assumed speed while no shard is done, in bytes per second.
-
-A shard of n bytes then has a deadline of ``DEADLINE_S + n / DEADLINE_BYTES_PER_S`` seconds.
-"""
-DEADLINE_FACTOR = 10.0
-"""Ratio of a shard's deadline to its time at the slowest speed so far.
-
-It applies once a shard is done; the deadline is at least ``DEADLINE_S``.
-"""
-DEADLINE_BYTES = 1 << 20
-"""Smallest size assumed for a finished shard when its speed is computed, in bytes.
-
-The time that a small shard takes says little about large shards.
 """
 LONGEST_PAUSE_S = 60.0
 """Longest pause between two worker starts while starts fail, in seconds."""
@@ -97,20 +79,6 @@ class State:
 
 OnProgress = Callable[[Progress], None]
 """Callback for the progress after each poll."""
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A shard in flight on a worker.
-
-    Shards of one worker wait for each other. ``since`` restarts the deadline whenever another shard
-    of the worker ends. A shard that hangs before or after the model does not stop the others, so
-    its deadline in all, from ``began``, is ``SLOTS`` deadlines.
-    """
-
-    shard: Shard
-    since: float
-    began: float  # when it was assigned
 
 
 @dataclass(slots=True)
@@ -159,19 +127,16 @@ class Dispatcher:
         self._suspects: deque[Shard] = deque()
         self._records: dict[str, _Record] = {}
         self._tries: Counter[str] = Counter()  # attempts at shards that are not done
-        self._running: dict[int, dict[str, _Flight]] = {}  # ready worker -> shard -> flight
+        self._running: dict[int, dict[str, Flight]] = {}  # ready worker -> shard -> flight
         self._leaving: set[int] = set()
         self._silent: set[int] = set()
         self._room: dict[int, None] = {}  # workers with a free slot, the longest free first
-        self._deadline_s = tolerance.deadline_s
-        self._slowest = 0.0  # seconds per byte
-        # worker -> its tokens, and when their number last grew
-        self._moved: dict[int, tuple[int, float]] = {}
+        self.deadlines = Deadlines(tolerance.deadline_s)
         self._next_check = 0.0
         self._next_start = 0.0
         self._failed_starts = self._quarantines = self._unanswered = 0
         self._max_quarantines = max(QUARANTINES_IN_ROW, tolerance.allow_quarantined + 1)
-        self._patience = Patience(tolerance.wait_s, pool.lack, clock, pool.num_loading)
+        self._wait_limit = WaitLimit(tolerance.wait_s, pool.lack, clock, pool.num_loading)
         self._began: float | None = None  # when the first worker was ready
         self._num_documents = _num_documents(shards)
         self._missing_workers = ""  # the notice of missing workers, while no worker is ready
@@ -181,16 +146,16 @@ class Dispatcher:
     def run(self) -> State:
         """Run until all shards are done or quarantined; ``state.stopped`` explains a stop."""
         try:
-            while (
-                self._todo or self._suspects or any(self._running.values())
-            ) and not self.state.stopped:
-                self._hand_out()
+            while self._has_work() and not self.state.stopped:
+                self._assign_shards()
                 for event in self._pool.wait(POLL_S):
                     if not self.state.stopped:
-                        self._take(event)
+                        self._handle(event)
                 if self._clock() >= self._next_check:  # a check visits every shard in flight
-                    self._next_check = self._clock() + POLL_S + LOOK_S * len(self._running)
-                    self._look_around()
+                    self._next_check = (
+                        self._clock() + POLL_S + POLL_PER_WORKER_S * len(self._running)
+                    )
+                    self._check_workers()
             self._report()
         except KeyboardInterrupt:
             self._drain()
@@ -199,18 +164,22 @@ class Dispatcher:
             self._pool.close()
         return self.state
 
+    def _has_work(self) -> bool:
+        """Whether a shard is queued or in flight."""
+        return bool(self._todo or self._suspects) or any(self._running.values())
+
     # --- assignment
 
-    def _hand_out(self) -> None:
+    def _assign_shards(self) -> None:
         """Assign shards to workers with free slots, release idle workers, and grow the pool."""
         for worker in list(self._room):
             flights = self._running[worker]
             if not flights and self._suspects:
-                self._hand(worker, self._suspects.popleft())
+                self._assign(worker, self._suspects.popleft())
                 del self._room[worker]  # a suspect runs alone
                 continue
             while self._todo and len(flights) < SLOTS:
-                self._hand(worker, self._todo.popleft())
+                self._assign(worker, self._todo.popleft())
             if len(flights) == SLOTS:
                 del self._room[worker]
             elif not flights:  # no shard is left for it: free its resources
@@ -222,9 +191,9 @@ class Dispatcher:
                 len(self._todo) + len(self._suspects) + len(self._running)
             )
 
-    def _hand(self, worker: int, shard: Shard) -> None:
+    def _assign(self, worker: int, shard: Shard) -> None:
         """Assign ``shard`` to ``worker``."""
-        self._running[worker][shard.id] = _Flight(shard, self._clock(), self._clock())
+        self._running[worker][shard.id] = Flight(shard, self._clock(), self._clock())
         self._tries[shard.id] += 1
         logs.tell(
             _log,
@@ -237,7 +206,7 @@ class Dispatcher:
             bytes=shard.num_bytes,
         )
         record = self._records.get(shard.id)
-        self._pool.hand(worker, shard, record.oom_retries if record else 0)
+        self._pool.assign(worker, shard, record.oom_retries if record else 0)
 
     def _forget(self, worker: int) -> list[Shard]:
         """Drop the state of ``worker``, which has no process now; return its shards in flight."""
@@ -256,54 +225,64 @@ class Dispatcher:
 
     # --- events
 
-    def _take(self, event: PoolEvent) -> None:
+    def _handle(self, event: PoolEvent) -> None:
         """Handle ``event``."""
-        if isinstance(event, Ready):
-            self._running[event.worker] = {}
-            self._room[event.worker] = None
-            self._failed_starts = 0
-            logs.tell(
-                _log,
-                "worker_ready",
-                f"worker {event.worker} has loaded the model",
-                worker=event.worker,
-            )
-            self._began = self._began if self._began is not None else self._clock()
-        elif isinstance(event, Silent):
-            if event.worker in self._running:  # else its process has been replaced already
-                self._room.pop(event.worker, None)
-                self._silent.add(event.worker)
-        elif isinstance(event, Gone):
-            self._gone(event)
-        elif isinstance(event, Leaving):
-            if event.worker in self._running and event.worker not in self._leaving | self._silent:
-                self._leaving.add(event.worker)
-                self._room.pop(event.worker, None)
-                self._leave_if_idle(event.worker)
-        elif (flight := self._running.get(event.worker, {}).pop(event.shard, None)) is not None:
-            # Results from before a replacement are ignored: the shard is queued again and finds
-            # its commit.
-            for other in self._running[event.worker].values():
-                other.since = self._clock()
-            if isinstance(event, Done):
-                self._done(event.worker, flight, event.commit)
-            else:
-                self._failed(event.worker, flight.shard, event.error)
-            if event.worker in self._leaving:
-                self._leave_if_idle(event.worker)
-            elif event.worker in self._running:
-                self._room[event.worker] = None
+        match event:
+            case Ready(worker):
+                self._handle_ready(worker)
+            case Silent(worker):
+                if worker in self._running:  # else its process has been replaced already
+                    self._room.pop(worker, None)
+                    self._silent.add(worker)
+            case Gone():
+                self._handle_gone(event)
+            case Leaving(worker):
+                if worker in self._running and worker not in self._leaving | self._silent:
+                    self._leaving.add(worker)
+                    self._room.pop(worker, None)
+                    self._leave_if_idle(worker)
+            case Done() | Failed():
+                self._handle_end(event)
+
+    def _handle_ready(self, worker: int) -> None:
+        """Add a worker that has loaded the model."""
+        self._running[worker] = {}
+        self._room[worker] = None
+        self._failed_starts = 0
+        logs.tell(_log, "worker_ready", f"worker {worker} has loaded the model", worker=worker)
+        if self._began is None:
+            self._began = self._clock()
+
+    def _handle_end(self, event: Done | Failed) -> None:
+        """Handle the end of an attempt.
+
+        Results from before a replacement are ignored: the shard is queued again and finds its
+        commit.
+        """
+        worker = event.worker
+        flight = self._running.get(worker, {}).pop(event.shard, None)
+        if flight is None:
+            return
+        for other in self._running[worker].values():
+            other.since = self._clock()
+        if isinstance(event, Done):
+            self._handle_done(worker, flight, event.commit)
+        else:
+            self._handle_failure(worker, flight.shard, event.error)
+        if worker in self._leaving:
+            self._leave_if_idle(worker)
+        elif worker in self._running:
+            self._room[worker] = None
 
     def _leave_if_idle(self, worker: int) -> None:
         """Replace ``worker`` if it has no shard in flight."""
         if not self._running[worker]:
             self._replace(worker)  # on another node, before this one stops
 
-    def _done(self, worker: int, flight: _Flight, commit: Commit) -> None:
+    def _handle_done(self, worker: int, flight: Flight, commit: Commit) -> None:
         """Count the commit of a shard, and update the slowest speed."""
         self._count(worker, flight.shard, commit)
-        took_s = self._clock() - flight.since
-        self._slowest = max(self._slowest, took_s / max(DEADLINE_BYTES, flight.shard.num_bytes))
+        self.deadlines.add_done(flight.shard, self._clock() - flight.since)
         self._quarantines = self._unanswered = 0
 
     def _count(self, worker: int, shard: Shard, commit: Commit) -> None:
@@ -327,13 +306,13 @@ class Dispatcher:
             bytes=num_written,
         )
 
-    def _failed(self, worker: int, shard: Shard, error: BaseException) -> None:
+    def _handle_failure(self, worker: int, shard: Shard, error: BaseException) -> None:
         """Retry or quarantine ``shard`` after ``error``; raise errors that concern all shards."""
         if isinstance(error, Unavailable):
             self._unanswered += 1
             if self._unanswered >= UNANSWERED_IN_ROW * max(1, len(self._running)):
                 raise error
-            self._again(shard, self._todo, reason(error))
+            self._retry(shard, self._todo, reason(error))
             if self._pool.can_replace:  # the fault may be this worker's network alone
                 self._todo.extend(self._replace(worker))
             return
@@ -343,7 +322,7 @@ class Dispatcher:
             self._quarantine(shard, reason(error))  # a changed file is no sign of a systemic fault
             return
         if isinstance(error, OutOfMemory) and self._halve(shard):
-            self._again(shard, self._todo, reason(error))
+            self._retry(shard, self._todo, reason(error))
             return
         if isinstance(error, HelperDied):
             others = self._replace(worker) if self._pool.can_replace else []
@@ -356,7 +335,7 @@ class Dispatcher:
             self._todo.extendleft(reversed(self._replace(worker)))
         self._charge(shard, reason(error), self._todo)
 
-    def _gone(self, event: Gone) -> None:
+    def _handle_gone(self, event: Gone) -> None:
         """Decide on the shards of a worker that lost its process, by the cause."""
         shards = self._forget(event.worker)
         self.state.num_lost += 1
@@ -384,7 +363,7 @@ class Dispatcher:
                 raise event.error or ModelError(event.cause.value)
         elif event.cause is Cause.NODE:
             for shard in reversed(shards):
-                self._again(shard, self._todo, event.cause.value, soon=True)
+                self._retry(shard, self._todo, event.cause.value, soon=True)
         else:
             self._blame(shards, event.cause.value, memory=event.cause is Cause.MEMORY)
 
@@ -400,7 +379,7 @@ class Dispatcher:
         alone = len(shards) == 1 if alone is None else alone
         for shard in shards:
             if (memory and self._halve(shard)) or not alone:
-                self._again(shard, self._suspects, why)
+                self._retry(shard, self._suspects, why)
             else:
                 self._halve(shard)  # the kernel may have killed it for memory, without a message
                 self._charge(shard, f"{why}, with this shard alone on it", self._suspects)
@@ -409,9 +388,9 @@ class Dispatcher:
         """Halve the token budget of ``shard``; return whether that is still allowed."""
         record = self._records.setdefault(shard.id, _Record())
         record.oom_retries += 1
-        return record.oom_retries <= HALVINGS
+        return record.oom_retries <= OOM_RETRIES
 
-    def _again(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
+    def _retry(self, shard: Shard, queue: deque[Shard], why: str, *, soon: bool = False) -> None:
         """Queue ``shard`` for a retry; ``soon``: before the others."""
         self.state.retries += 1
         (queue.appendleft if soon else queue.append)(shard)
@@ -447,7 +426,7 @@ class Dispatcher:
         record.charges += 1
         if record.charges < ATTEMPTS:
             # An early retry reveals a systemic fault before all shards have been tried.
-            self._again(shard, queue, why, soon=True)
+            self._retry(shard, queue, why, soon=True)
             return
         self._quarantine(shard, why)
         self._quarantines += 1
@@ -458,13 +437,13 @@ class Dispatcher:
 
     # --- time
 
-    def _look_around(self) -> None:
+    def _check_workers(self) -> None:
         """Replace hung workers, check the wait for workers, and report progress."""
-        self._end_hung()
+        self._replace_hung()
         if len(self._running) > len(self._silent):
-            self._patience.reset()
+            self._wait_limit.reset()
             self._missing_workers = ""
-        elif (notice := self._patience.check()) is not None:
+        elif (notice := self._wait_limit.check()) is not None:
             self.state.notices.append(notice)
             self._missing_workers = notice
         self._report()
@@ -492,54 +471,26 @@ class Dispatcher:
         self._shard_s.clear()
         self._on_progress(progress)
 
-    def _end_hung(self) -> None:
-        """Replace workers that have a late shard.
-
-        A shard is late when its deadline has passed and its worker has measured no token for
-        ``DEADLINE_S``, or when ``SLOTS`` deadlines have passed since its assignment. With a
-        configured deadline, tokens do not matter.
-        """
+    def _replace_hung(self) -> None:
+        """Replace workers that have a late shard."""
         now = self._clock()
         for worker, flights in list(self._running.items()):
             tokens = self._pool.num_tokens(worker)
-            if self._moved.get(worker, (-1, 0.0))[0] != tokens:
-                self._moved[worker] = tokens, now
-            moves = self._deadline_s is None and now - self._moved[worker][1] < DEADLINE_S
-            late = [
-                f
-                for f in flights.values()
-                if not moves and now - f.since > self.deadline_s(f.shard)
-            ]
-            if self._deadline_s is not None or self._slowest:  # else no speed is known yet
-                late += [
-                    f for f in flights.values() if now - f.began > SLOTS * self.deadline_s(f.shard)
-                ]
-            if not late or worker in self._silent:
+            late = self.deadlines.find_late(worker, flights.values(), tokens, now)
+            if late is None or worker in self._silent:
                 continue
-            shard, seconds = late[0].shard, now - late[0].began
+            shard, seconds = late.shard, now - late.began
             if not self._pool.can_replace:
                 raise Interrupted(
                     f"shard {shard.id} ({shard.slices[0].uri}) is not done after {seconds:,.0f} s "
-                    "(--shard-deadline), "
-                    "and this process cannot be replaced; with --executor ray a hung worker is"
+                    "(--shard-deadline), and this process cannot be replaced; with --executor ray "
+                    "a hung worker is"
                 )
             self.state.notices.append(
                 f"a worker was replaced: shard {shard.id} is not done after {seconds:,.0f} s, its "
-                "deadline is "
-                f"{self.deadline_s(shard):g} s (--shard-deadline)"
+                f"deadline is {self.deadlines.of(shard):g} s (--shard-deadline)"
             )
             self._blame(self._replace(worker), f"it hung: not done after {seconds:,.0f} s")
-
-    def deadline_s(self, shard: Shard) -> float:
-        """Deadline of ``shard`` in seconds.
-
-        It is configured, or depends on the shard's size and the slowest shard so far.
-        """
-        if self._deadline_s is not None:
-            return self._deadline_s
-        if not self._slowest:
-            return DEADLINE_S + shard.num_bytes / DEADLINE_BYTES_PER_S
-        return max(DEADLINE_S, DEADLINE_FACTOR * self._slowest * shard.num_bytes)
 
     def _drain(self) -> None:
         """Count commits that arrive within ``DRAIN_S``; assign nothing new."""

@@ -34,7 +34,7 @@ class InlinePool:
     def grow(self, num_useful: int) -> int:
         return 1
 
-    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
+    def assign(self, worker: int, shard: Shard, oom_retries: int) -> None:
         thread = threading.Thread(
             target=self._process, args=(shard, oom_retries), name="afn-shard", daemon=True
         )

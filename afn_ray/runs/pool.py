@@ -85,7 +85,7 @@ class Pool(Protocol):
         Workers that wait for resources count.
         """
 
-    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
+    def assign(self, worker: int, shard: Shard, oom_retries: int) -> None:
         """Assign a shard to ``worker``, with its token budget halved ``oom_retries`` times."""
 
     def wait(self, timeout_s: float) -> list[PoolEvent]:

@@ -10,7 +10,7 @@ from afn_ray.errors import (
 )
 
 
-class Told(Exception):
+class ReportedError(Exception):
     """A third-party exception as text by ``reason``: its class may not unpickle in the driver."""
 
 
@@ -19,7 +19,7 @@ def reason(error: BaseException) -> str:
 
     For an error that is not an ``AfnError``, the file and line that raised it follow.
     """
-    if isinstance(error, Told):
+    if isinstance(error, ReportedError):
         return str(error)
     text = str(error).strip().splitlines()
     frames = [] if isinstance(error, AfnError) else traceback.extract_tb(error.__traceback__)

@@ -10,12 +10,12 @@ from afn_ray.errors import (
 )
 from afn_ray.text import count
 
-SAY_AFTER_S = 20.0
+NOTICE_AFTER_S = 20.0
 """Time without any ready worker after which the run reports what it waits for, in seconds."""
 
 
-class Patience:
-    """Report a wait after ``SAY_AFTER_S``, and raise ``Interrupted`` after ``wait_s``.
+class WaitLimit:
+    """Report a wait after ``NOTICE_AFTER_S``, and raise ``Interrupted`` after ``wait_s``.
 
     ``lack`` says what is missing, for the messages.
     """
@@ -32,7 +32,7 @@ class Patience:
 
     def reset(self) -> None:
         """Start a new wait."""
-        self._since, self._said = self._clock(), False
+        self._since, self._noticed = self._clock(), False
 
     def check(self) -> str | None:
         """Return a notice, once per wait. Raises ``Interrupted`` after ``wait_s``."""
@@ -42,9 +42,9 @@ class Patience:
                 f"{self._who()} for {waited:,.0f} s (--wait {self._wait_s:g}): {self._lack()}; the "
                 "same command resumes"
             )
-        if self._said or waited < SAY_AFTER_S:
+        if self._noticed or waited < NOTICE_AFTER_S:
             return None
-        self._said = True
+        self._noticed = True
         return (
             f"{self._who()} for {waited:,.0f} s: {self._lack()}; waiting for up to "
             f"{self._wait_s:,.0f} s (--wait)"

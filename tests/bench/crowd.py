@@ -110,7 +110,7 @@ class Crowd:
             self._start(self._last)
         return len(self._workers)
 
-    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
+    def assign(self, worker: int, shard: Shard, oom_retries: int) -> None:
         one = self._workers[worker]
         one.queue.append((shard, oom_retries))
         self.num_attempts += 1

@@ -185,7 +185,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
         plan = plan_of(num_shards)
     remember("with the plan")
     crowd = Crowd(plan.shards, num_workers, seed)
-    for name in ("grow", "hand", "wait", "replace", "release"):
+    for name in ("grow", "assign", "wait", "replace", "release"):
         setattr(crowd, name, meter.wrap("(the crowd)", getattr(crowd, name)))
     looks = Counter[str]()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
@@ -210,9 +210,9 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
                 clock=crowd.clock,
             )
             for method, name in (
-                ("_hand_out", "hand out"),
-                ("_take", "events"),
-                ("_look_around", "look around"),
+                ("_assign_shards", "assign"),
+                ("_handle", "events"),
+                ("_check_workers", "check workers"),
             ):
                 setattr(dispatcher, method, meter.wrap(name, getattr(dispatcher, method)))
             with meter.part("loop"):

@@ -19,22 +19,22 @@ from afn_ray.errors import (
     ShardError,
     Unavailable,
 )
-from afn_ray.runs import dispatch
+from afn_ray.runs import deadlines
+from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.dispatch import (
     ATTEMPTS,
     DRAIN_S,
     FAILED_STARTS,
-    HALVINGS,
+    OOM_RETRIES,
     POLL_S,
     QUARANTINES_IN_ROW,
-    SLOTS,
     Dispatcher,
     State,
     Tolerance,
 )
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, Progress
-from afn_ray.runs.waiting import SAY_AFTER_S
+from afn_ray.runs.waiting import NOTICE_AFTER_S
 from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store.commits import Commit
 
@@ -107,7 +107,7 @@ class FakePool:
             assert isinstance(fate, BaseException)
             self.later(START_S, Gone(worker, Cause.START, fate))
 
-    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
+    def assign(self, worker: int, shard: Shard, oom_retries: int) -> None:
         flights = self.alive[worker]
         self.attempts[shard.id] += 1
         self.order.append((worker, shard.id, len(flights)))
@@ -342,7 +342,7 @@ def test_want_of_memory_halves_the_budget_before_it_charges() -> None:
     pool = FakePool(fate=starved)
     state = run(pool)
     assert state.failures.keys() == {"s2"} and "memory" in state.failures["s2"]
-    assert max(seen) >= HALVINGS
+    assert max(seen) >= OOM_RETRIES
 
 
 def test_a_changed_file_is_skipped_at_once_and_is_no_sign_of_a_fault_of_all() -> None:
@@ -479,12 +479,17 @@ def test_the_deadline_follows_the_size_and_the_slowest_shard() -> None:
     pool = FakePool()
     dispatcher = Dispatcher(pool, SHARDS, lambda state: None, Tolerance(10.0), clock=pool.clock)
     big, small = make_shard("big", 10**9), make_shard("small", 10)
-    assert dispatcher.deadline_s(small) >= dispatch.DEADLINE_S
-    assert dispatcher.deadline_s(big) == dispatch.DEADLINE_S + 10**9 / dispatch.DEADLINE_BYTES_PER_S
+    assert dispatcher.deadlines.of(small) >= deadlines.DEADLINE_S
+    assert (
+        dispatcher.deadlines.of(big)
+        == deadlines.DEADLINE_S + 10**9 / deadlines.DEADLINE_BYTES_PER_S
+    )
     dispatcher.run()  # of shards that are small: what they took says little of large ones
-    assert dispatcher.deadline_s(small) == dispatch.DEADLINE_S
-    slowest = WORK_S / dispatch.DEADLINE_BYTES
-    assert dispatcher.deadline_s(big) == pytest.approx(dispatch.DEADLINE_FACTOR * slowest * 10**9)
+    assert dispatcher.deadlines.of(small) == deadlines.DEADLINE_S
+    slowest = WORK_S / deadlines.DEADLINE_BYTES
+    assert dispatcher.deadlines.of(big) == pytest.approx(
+        deadlines.DEADLINE_FACTOR * slowest * 10**9
+    )
 
 
 def test_a_shard_of_a_worker_that_moves_is_not_hung_unless_its_deadline_was_given() -> None:
@@ -536,7 +541,7 @@ def test_without_capacity_it_says_so_within_thirty_seconds_and_gives_up_in_time(
     ) as e:
         run(pool, wait_s=300.0, on_progress=on_progress)
     assert e.value.exit_code == 75
-    assert len(seen) == 1 and SAY_AFTER_S <= seen[0][0] <= 30 and "0 GPU" in seen[0][1]
+    assert len(seen) == 1 and NOTICE_AFTER_S <= seen[0][0] <= 30 and "0 GPU" in seen[0][1]
     assert 300 <= pool.now <= 300 + 2 * POLL_S
 
 

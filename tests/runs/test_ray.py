@@ -140,16 +140,16 @@ def test_a_worker_with_a_new_process_is_seen_to_move(monkeypatch: pytest.MonkeyP
     mine._ray = SimpleNamespace(get=lambda ref: answers[ref], exceptions=ray.exceptions, nodes=list)
     mine._actors, mine._in_flight, mine._released = {0: pool._Actor(handle=None)}, {}, Counters()
     monkeypatch.setattr(pool, "_restarts", lambda handle: 0)
-    monkeypatch.setattr(pool.RayPool, "_ask", lambda self, actor: None)
+    monkeypatch.setattr(pool.RayPool, "_send_poll", lambda self, actor: None)
 
     def look(tokens: int, process: str) -> list[Any]:
         answers.append((Counters(tokens=tokens), "node", process))
-        mine._actors[0].look, mine._actors[0].look_again = len(answers) - 1, float("inf")
-        return list(mine._looked(0, len(answers) - 1))
+        mine._actors[0].poll, mine._actors[0].next_poll = len(answers) - 1, float("inf")
+        return list(mine._handle_poll(0, len(answers) - 1))
 
     assert look(0, "a") == [Ready(0)] and look(5000, "a") == []
     assert mine.num_tokens(0) == mine.counters().tokens == 5000
-    mine._died(0, ray.exceptions.RayActorError())
+    mine._handle_death(0, ray.exceptions.RayActorError())
     (_, ready) = look(0, "b")
     assert ready == Ready(0) and mine.num_tokens(0) == 0
     assert look(70, "b") == [] and mine.num_tokens(0) == 70 and mine.counters().tokens == 5070

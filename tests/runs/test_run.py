@@ -48,7 +48,7 @@ from afn_ray.errors import (
 )
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
-from afn_ray.runs import cluster, demo, dispatch, estimate, job, measurer, precision, status, worker
+from afn_ray.runs import cluster, demo, estimate, job, measurer, precision, status, worker
 from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -780,7 +780,7 @@ def test_a_document_that_hangs_in_this_process_ends_the_run_resumable(
         released.wait(60)
         return read(*asked)
 
-    monkeypatch.setattr(dispatch, "DEADLINE_S", 0.2)
+    monkeypatch.setattr("afn_ray.runs.deadlines.DEADLINE_S", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(reading, "read", hang)
         with pytest.raises(

@@ -393,7 +393,7 @@ def test_a_crowd_that_fails_all_the_time_ends_every_shard_once(
     )
     for expected in (
         "1,500 shards",
-        "look around",
+        "check workers",
         "bytes a shard more than at the start",
         "quarantined",
     ):

@@ -108,7 +108,7 @@ def test_a_run_of_one_shard_moves(
     rows = [*({"text": t} for t in verses[:400]), {"text": ""}, "no JSON"]
     corpus = str(write_jsonl(tmp_path / "one.jsonl", rows))
     monkeypatch.setattr(dispatch, "POLL_S", 0.002)
-    monkeypatch.setattr(dispatch, "LOOK_S", 0.0)
+    monkeypatch.setattr(dispatch, "POLL_PER_WORKER_S", 0.0)
     bars: list[tuple[str, int, int]] = []
     on_the_way: list[float | None] = []
 

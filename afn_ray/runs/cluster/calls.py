@@ -11,7 +11,7 @@ from afn_ray.errors import Interrupted
 from afn_ray.reduce.tasks import call
 from afn_ray.runs import reasons
 from afn_ray.runs.cluster.connection import cause_of, lack, needs
-from afn_ray.runs.waiting import Patience
+from afn_ray.runs.waiting import WaitLimit
 
 POLL_S = 0.5
 """Longest wait for results between two checks for missing resources, in seconds."""
@@ -40,9 +40,9 @@ def call_on_place(
         _announced
     )
     under_way = answers.remote(function, *args)
-    patience = Patience(config.wait_s, lambda: lack(1, config, device))
+    wait_limit = WaitLimit(config.wait_s, lambda: lack(1, config, device))
     while not ray.wait([under_way], timeout=POLL_S)[0]:
-        if (notice := patience.check()) is not None:
+        if (notice := wait_limit.check()) is not None:
             on_notice(notice)
     try:
         ray.get(next(under_way))
@@ -73,7 +73,7 @@ class RayTasks:
     def __init__(self, config: RunConfig, on_notice: Callable[[str], None]) -> None:
         import ray
 
-        self._patience = Patience(config.wait_s, lambda: lack(1, config, "cpu"))
+        self._wait_limit = WaitLimit(config.wait_s, lambda: lack(1, config, "cpu"))
         self._on_notice = on_notice
 
         # A call's error is raised with its result, not printed by each call that depends on it.
@@ -101,7 +101,7 @@ class RayTasks:
 
         Raises ``Interrupted`` when there are no resources for too long.
         """
-        self._patience.reset()
+        self._wait_limit.reset()
         num_before = 0
         while True:
             done, left = self._ray.wait(
@@ -111,8 +111,8 @@ class RayTasks:
                 return list(left)
             if len(done) > num_before:  # calls are short: while none ends, none has resources
                 num_before = len(done)
-                self._patience.reset()
-            elif (notice := self._patience.check()) is not None:
+                self._wait_limit.reset()
+            elif (notice := self._wait_limit.check()) is not None:
                 self._on_notice(notice)
 
     def result(self, handle: Any) -> Any:

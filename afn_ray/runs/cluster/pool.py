@@ -10,7 +10,7 @@ from typing import Any
 from afn_ray import logs
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
-from afn_ray.runs import dispatch, reasons
+from afn_ray.runs import reasons
 from afn_ray.runs.cluster.connection import (
     address,
     cause_of,
@@ -20,6 +20,7 @@ from afn_ray.runs.cluster.connection import (
     start_error,
     units_for_workers,
 )
+from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, total
 from afn_ray.runs.task import Task
@@ -55,9 +56,9 @@ class _Worker:
         except AfnError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is
-            raise reasons.Told(reasons.reason(error)) from None
+            raise reasons.ReportedError(reasons.reason(error)) from None
 
-    def look(self) -> tuple[Counters, str, str]:
+    def poll(self) -> tuple[Counters, str, str]:
         """Counters and the ids of this node and process. Raises the error of a failed start."""
         import ray
 
@@ -76,8 +77,8 @@ class _Actor:
 
     handle: Any
     ready: bool = False
-    look: Any = None  # reference of the poll in flight
-    look_again: float = 0.0  # time of the next poll, while none is in flight
+    poll: Any = None  # reference of the poll in flight
+    next_poll: float = 0.0  # time of the next poll, while none is in flight
     node: str = ""
     process: str = ""  # id of its process; while it is not ready, of the previous one
     restarts: int = 0  # restarts that have been handled
@@ -104,8 +105,8 @@ class RayPool:
         self._class = ray.remote(
             max_restarts=-1,
             max_task_retries=0,
-            max_concurrency=dispatch.SLOTS,
-            concurrency_groups={"look": 1},
+            max_concurrency=SLOTS,
+            concurrency_groups={"poll": 1},
             **needs(config, task.device),
         )(_Worker)
         self._actors: dict[int, _Actor] = {}
@@ -120,13 +121,12 @@ class RayPool:
         if address(self._config) is not None:
             return
         if not num_units(self._task.device):
-            name, has = (
-                "GPU" if self._task.device == "cuda" else "CPU",
-                self._ray.cluster_resources(),
-            )
+            name = "GPU" if self._task.device == "cuda" else "CPU"
+            has = self._ray.cluster_resources()
             raise ConfigError(f"a worker needs one {name}, and this Ray has none; it has {has}")
         needs = 1 + self._config.tokenizer_workers
-        if not any(n["Resources"].get("CPU", 0) >= needs for n in self._ray.nodes() if n["Alive"]):
+        cpus = [n["Resources"].get("CPU", 0) for n in self._ray.nodes() if n["Alive"]]
+        if max(cpus, default=0) < needs:
             raise ConfigError(
                 f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of "
                 "this Ray has so many"
@@ -143,28 +143,26 @@ class RayPool:
             self._actors[self._last] = actor = _Actor(
                 self._class.remote(replace(self._task, worker=self._last))
             )
-            self._ask(actor)
+            self._send_poll(actor)
         return len(self._actors)
 
-    def _ask(self, actor: _Actor) -> None:
+    def _send_poll(self, actor: _Actor) -> None:
         """Poll ``actor``."""
-        actor.look = actor.handle.look.options(concurrency_group="look").remote()
+        actor.poll = actor.handle.poll.options(concurrency_group="poll").remote()
         if not actor.ready:
             actor.nodes = self._alive()
 
-    def hand(self, worker: int, shard: Shard, oom_retries: int) -> None:
-        self._in_flight[self._actors[worker].handle.process.remote(shard, oom_retries)] = (
-            worker,
-            shard.id,
-        )
+    def assign(self, worker: int, shard: Shard, oom_retries: int) -> None:
+        ref = self._actors[worker].handle.process.remote(shard, oom_retries)
+        self._in_flight[ref] = worker, shard.id
 
     def wait(self, timeout_s: float) -> list[PoolEvent]:
         end = time.monotonic() + timeout_s
         while True:
-            events = [*self._verdicts(), *self._leaving()]
-            looks = {a.look: n for n, a in self._actors.items() if a.look is not None}
+            events = [*self._verdicts(), *self._find_leaving()]
+            polls = {a.poll: n for n, a in self._actors.items() if a.poll is not None}
             # A ready worker's answer to a poll is no event, and must not end the wait.
-            waited = [*self._in_flight, *(r for r, n in looks.items() if not self._actors[n].ready)]
+            waited = [*self._in_flight, *(r for r, n in polls.items() if not self._actors[n].ready)]
             left = 0.0 if events else max(0.0, min(end - time.monotonic(), POLL_S))
             if waited:
                 self._ray.wait(waited, num_returns=1, timeout=left)
@@ -172,17 +170,17 @@ class RayPool:
                 time.sleep(left)
             # Ask for all finished refs: ray.wait returns one of them in no order, and frequent ones
             # would starve the others.
-            refs = [*self._in_flight, *looks]
+            refs = [*self._in_flight, *polls]
             done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
             for ref in done:
-                if ref in looks:
-                    events += self._looked(looks[ref], ref)
+                if ref in polls:
+                    events += self._handle_poll(polls[ref], ref)
                 elif ref in self._in_flight:  # else an earlier ref has shown its worker's death
-                    events += self._finished(ref)
+                    events += self._handle_result(ref)
             if events or time.monotonic() >= end:
                 return events
 
-    def _finished(self, ref: Any) -> Iterator[PoolEvent]:
+    def _handle_result(self, ref: Any) -> Iterator[PoolEvent]:
         """Events of a task that has ended."""
         worker, shard = self._in_flight.pop(ref)
         try:
@@ -190,7 +188,7 @@ class RayPool:
             self._update(worker, counters)
             yield Done(worker, shard, commit)
         except self._ray.exceptions.RayActorError as error:
-            self._died(worker, error)
+            self._handle_death(worker, error)
             yield Silent(worker)
         except self._ray.exceptions.RayTaskError as error:
             yield Failed(worker, shard, cause_of(error))
@@ -199,34 +197,24 @@ class RayPool:
                 f"Ray failed: {reasons.reason(error)}; the same command resumes"
             ) from error
 
-    def _looked(self, worker: int, ref: Any) -> Iterator[PoolEvent]:
+    def _handle_poll(self, worker: int, ref: Any) -> Iterator[PoolEvent]:
         """Events of a poll that has been answered."""
         actor = self._actors.get(worker)
-        if actor is None or actor.look is not ref:  # released or replaced since
+        if actor is None or actor.poll is not ref:  # released or replaced since
             return
-        actor.look = None
+        actor.poll = None
         try:
             counters, node, process = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
-            if actor.ready:
-                return  # a failed poll loses no work; the task in flight reports what happened
-            actor.look_again = time.monotonic() + POLL_S
-            if not self._returns(error):
-                self._ray.kill(self._actors.pop(worker).handle)
-                yield Gone(worker, Cause.START, start_error(error))
-            elif (restarts := _restarts(actor.handle)) > actor.restarts:
-                actor.restarts = restarts
-                if actor.nodes <= self._alive():  # else its node may be gone
-                    yield Gone(
-                        worker, Cause.LOADING, ModelError(_died_loading(self._config, error))
-                    )
+            if not actor.ready:  # else the task in flight reports what happened
+                yield from self._handle_failed_start(worker, error)
             return
         if actor.ready:
             self._update(worker, counters)
             return
         # The old process still lives: the poll was sent before its end, or its network was cut.
         if process == actor.process:
-            actor.look_again = time.monotonic() + POLL_S
+            actor.next_poll = time.monotonic() + POLL_S
             if actor.dead_since is not None:
                 yield self._verdict(worker, Cause.NODE)
             self._ray.kill(actor.handle, no_restart=False)
@@ -237,6 +225,19 @@ class RayPool:
         actor.restarts = _restarts(actor.handle)
         yield Ready(worker)
 
+    def _handle_failed_start(self, worker: int, error: Any) -> Iterator[PoolEvent]:
+        """Events of a poll that failed before the worker was ready."""
+        actor = self._actors[worker]
+        actor.next_poll = time.monotonic() + POLL_S
+        if not self._will_restart(error):
+            self._ray.kill(self._actors.pop(worker).handle)
+            yield Gone(worker, Cause.START, start_error(error))
+        elif (restarts := _restarts(actor.handle)) > actor.restarts:
+            actor.restarts = restarts
+            if actor.nodes <= self._alive():  # else its node may be gone
+                message = _died_while_loading(self._config, error)
+                yield Gone(worker, Cause.LOADING, ModelError(message))
+
     def _update(self, worker: int, counters: Counters) -> None:
         """Store the counters of a worker's process, unless a newer one is known.
 
@@ -246,7 +247,7 @@ class RayPool:
         if counters.tokens >= actor.counters.tokens:
             actor.counters = counters
 
-    def _returns(self, error: Any) -> bool:
+    def _will_restart(self, error: Any) -> bool:
         """Whether Ray will restart the process.
 
         Ray calls a preempted actor dead until its restart.
@@ -256,7 +257,7 @@ class RayPool:
             isinstance(error, exceptions.RayActorError) and error.preempted
         )
 
-    def _died(self, worker: int, error: Any) -> None:
+    def _handle_death(self, worker: int, error: Any) -> None:
         """Handle a dead process: drop its tasks, keep its counters, poll its successor."""
         for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
             del self._in_flight[ref]
@@ -267,7 +268,7 @@ class RayPool:
         actor.counters = Counters()  # the next process counts from 0
         if error.preempted:
             actor.node = ""  # counts as a dead node
-        self._ask(actor)
+        self._send_poll(actor)
 
     def _verdicts(self) -> Iterator[PoolEvent]:
         """Events for dead processes whose cause is known by now.
@@ -293,7 +294,7 @@ class RayPool:
         """Ids of the nodes that are alive."""
         return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
 
-    def _leaving(self) -> Iterator[PoolEvent]:
+    def _find_leaving(self) -> Iterator[PoolEvent]:
         """Events for workers on nodes that will stop soon."""
         if time.monotonic() < self._next_notices:
             return
@@ -305,7 +306,7 @@ class RayPool:
 
     def replace(self, worker: int) -> None:
         self._ray.kill(self._actors[worker].handle, no_restart=False)
-        self._died(worker, self._ray.exceptions.RayActorError())
+        self._handle_death(worker, self._ray.exceptions.RayActorError())
         self._actors[worker].dead_since = None  # the cause is known
 
     def release(self, worker: int) -> None:
@@ -317,8 +318,8 @@ class RayPool:
         """Counters as of the last polls; sends new ones, at most one in flight per worker."""
         now = time.monotonic()
         for actor in self._actors.values():
-            if actor.look is None and now >= actor.look_again:
-                self._ask(actor)
+            if actor.poll is None and now >= actor.next_poll:
+                self._send_poll(actor)
         return total([self._released, *(a.counters for a in self._actors.values())])
 
     def num_tokens(self, worker: int) -> int:
@@ -336,19 +337,23 @@ class RayPool:
         self._actors.clear()
 
     def _close(self, actors: Sequence[_Actor]) -> None:
-        # Tokenizers of a killed worker end too, but leak their semaphores.
-        """End ``actors``."""
+        """End ``actors``.
+
+        Tokenizers of a killed worker end too, but leak their semaphores: they are ended first.
+        """
         if self._config.tokenizer_workers:
-            refs = [
-                a.handle.close.options(concurrency_group="look").remote() for a in actors if a.ready
-            ]
+            refs: list[Any] = []
+            for actor in actors:
+                if actor.ready:
+                    close = actor.handle.close.options(concurrency_group="poll")
+                    refs.append(close.remote())
             if refs:
                 self._ray.wait(refs, num_returns=len(refs), timeout=CLOSE_S)
         for actor in actors:
             self._ray.kill(actor.handle)
 
 
-def _died_loading(config: RunConfig, error: Any) -> str:
+def _died_while_loading(config: RunConfig, error: Any) -> str:
     return (
         f"a worker died while it loaded {config.model}: is there too little memory for so many? "
         "Give fewer --workers "
