@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,25 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: lis
     assert "1 files" in done.stderr and "is complete" in done.stderr
     assert done.stdout.startswith("\nNext: afn show ")
     return folder / "store"
+
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Runs ``afn`` in this process, which has loaded torch: exit code, and what is on each
+    stream.
+    """
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            commands.main([*map(str, args)])
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return run
 
 
 def test_show_prints_the_honest_summary_and_json(store: Path) -> None:
@@ -99,8 +119,8 @@ def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_w
     assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path) -> None:
-    assert "beginning" in afn("explain", store, "In the beginning").stdout
+def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path, typed: Typed) -> None:
+    assert "beginning" in typed("explain", store, "In the beginning")[1]
     flags = ("--signals", "shift", "--layers", "all")
     found = json.loads(
         afn("explain", store, "-", "--json", *flags, stdin="In the beginning\n").stdout
@@ -108,13 +128,13 @@ def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path) -> Non
     assert [t["piece"] for t in found["tokens"]] == ["[CLS]", "in", "the", "beginning", "[SEP]"]
     assert found["sweep"] == [0, 1, 2, 3] and len(found["tokens"][1]["cells"]) == 4
     assert [v["signal"] for v in found["tokens"][1]["readings"][1]["signals"]] == ["shift"]
-    done = afn("explain", store, "In the beginning", "--html", tmp_path / "page.html")
-    assert done.returncode == 0 and "<html" in (tmp_path / "page.html").read_text()
+    code, *_ = typed("explain", store, "In the beginning", "--html", tmp_path / "page.html")
+    assert code == 0 and "<html" in (tmp_path / "page.html").read_text()
 
 
-def test_a_dry_run_prints_the_plan(store: Path, tiny_bert: Path) -> None:
+def test_a_dry_run_prints_the_plan(store: Path, tiny_bert: Path, typed: Typed) -> None:
     corpus = store.parent / "verses.jsonl"
-    done = afn(
+    code, out, err = typed(
         "run",
         corpus,
         "--model",
@@ -125,19 +145,19 @@ def test_a_dry_run_prints_the_plan(store: Path, tiny_bert: Path) -> None:
         "inline",
         "--dry-run",
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, err
     for expected in (
         "100 documents",
         "1, of them 0 in the store and 1 to do",
         "tokens/s",
         "nothing was done",
     ):
-        assert expected in done.stdout
+        assert expected in out
     assert not (store / "new").exists()
 
 
-def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
-    done = afn(
+def test_a_run_says_that_there_is_nothing_to_do(store: Path, typed: Typed) -> None:
+    code, _, err = typed(
         "run",
         "--config",
         store.parent / "run.toml",
@@ -148,7 +168,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
         "--id-column",
         "id",
     )  # with Ray as its executor, which it then need not start
-    assert done.returncode == 0 and "nothing to do" in done.stderr
+    assert code == 0 and "nothing to do" in err
 
 
 @pytest.mark.parametrize(
@@ -198,7 +218,13 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path) -> None:
     ],
 )
 def test_what_is_typed_wrong_leaves_with_2_and_a_line_that_helps(
-    args: list[str], message: str, tmp_path: Path, store: Path, tiny_bert: Path
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    store: Path,
+    tiny_bert: Path,
+    typed: Typed,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     (tmp_path / "c.exe").write_text("x")
@@ -206,12 +232,13 @@ def test_what_is_typed_wrong_leaves_with_2_and_a_line_that_helps(
     (tmp_path / "typo.toml").write_text('modle = "x"')
     if "run" in args[:1] and "{model}" in args:
         args = [*args, "--executor", "inline"]
-    done = afn(
-        *(a.format(model=tiny_bert, store=store) if "{" in a else a for a in args), cwd=tmp_path
+    monkeypatch.chdir(tmp_path)
+    code, out, err = typed(
+        *(a.format(model=tiny_bert, store=store) if "{" in a else a for a in args)
     )
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert code == 2, (out, err)
+    assert message in out + err
+    assert "Traceback" not in err
     assert not (tmp_path / "x.csv").exists()
 
 
