@@ -63,6 +63,12 @@ SLOW = (
     "test_object_store",
     "test_cli",
     "test_report",
+    "test_memory",
+    "test_status",
+    "test_screen",
+    "test_doctor",
+    "test_reduce",
+    "test_garbage",
 )
 """Files that begin first: processes take whole files, and the last one should not be long."""
 

@@ -60,31 +60,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
         ("run.toml", "signal.toml", "policy.toml"), fenced(TEXT, "toml"), strict=True
     ):
         (folder / name).write_text(text)
-    config = demo.demo_config("afn-demo")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "afn_ray",
-            "run",
-            "corpus",
-            "--store",
-            "afn-demo",
-            "--layers",
-            config.layers,
-            "--model",
-            str(minilm),
-            "--id-column",
-            "citation",
-            "--executor",
-            "inline",
-        ],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    measure(folder, "corpus", "afn-demo", minilm)
     return folder
+
+
+def measure(folder: Path, corpus: str, store: str, model: Path) -> None:
+    """What ``afn run`` in ``folder`` does to measure ``corpus`` as the demo is measured."""
+    flags = {"store": store, "model": model, "id-column": "citation", "executor": "inline"}
+    layers = demo.demo_config(store).layers
+    words = ["run", corpus, f"--layers={layers}", *(f"--{k}={v}" for k, v in flags.items())]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.chdir(folder)
+        cli.main(words)
+    assert end.value.code == 0
 
 
 def test_the_first_two_blocks_are_the_two_commands_of_a_newcomer() -> None:
@@ -272,29 +260,7 @@ def baseline(workplace: Path, minilm: Path) -> str:
     lines = (workplace / "corpus" / "verses.jsonl").read_text("utf-8").splitlines(keepends=True)
     (workplace / "before").mkdir()
     (workplace / "before" / "verses.jsonl").write_text("".join(lines[:200]), "utf-8")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "afn_ray",
-            "run",
-            "before",
-            "--store",
-            "afn-before",
-            "--model",
-            str(minilm),
-            "--layers",
-            demo.demo_config("afn-demo").layers,
-            "--id-column",
-            "citation",
-            "--executor",
-            "inline",
-        ],
-        cwd=workplace,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    measure(workplace, "before", "afn-before", minilm)
     return str(workplace / "afn-before")
 
 

@@ -28,7 +28,7 @@ from afn_ray.runs.cluster import pool, session
 from afn_ray.runs.events import Event, Working
 from afn_ray.runs.pool import Ready
 from afn_ray.runs.progress import Counters
-from conftest import MakeConfig, recorded, stop_after, write_jsonl
+from conftest import MakeConfig, config_of, recorded, stop_after, write_jsonl
 
 pytestmark = pytest.mark.ray
 
@@ -179,29 +179,11 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     tmp_path: Path, tiny_bert: Path, verses: list[str]
 ) -> None:
     store, expected = tmp_path / "store", tmp_path / "expected"
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:8000]])
-    shared = [
-        str(corpus),
-        "--model",
-        str(tiny_bert),
-        "--layers",
-        "2",
-        "--shard-bytes",
-        "50000",
-        "--dtype",
-        "float32",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "afn_ray",
-        "run",
-        *shared,
-        "--store",
-        str(store),
-        "--workers",
-        "2",
-    ]
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:3000]])
+    flags = {"shard-bytes": "19000", "layers": "2", "dtype": "float32", "workers": "2"}
+    paths = [str(corpus), "--model", str(tiny_bert), "--store", str(store)]
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, "-m", "afn_ray", "run", *paths, *given]
     driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while len(list(store.rglob("commit.json"))) < 3:
@@ -220,17 +202,10 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     assert (
         len(before) < len(after) and before.items() <= after.items()
     )  # only unfinished shards were done
-    straight = [
-        *command[:3],
-        "run",
-        *shared,
-        "--store",
-        str(expected),
-        "--executor",
-        "inline",
-        "--quiet",
-    ]
-    assert subprocess.run(straight, timeout=300).returncode == 0
+    straight = config_of(
+        tiny_bert, corpus, expected, shard_bytes=19000, layers="2", batch_tokens=None
+    )
+    afn_ray.run(straight).close()
     with afn_ray.open_run(str(store)) as a, afn_ray.open_run(str(expected)) as b:
         assert a.info["counts"]["shards_reused"] == len(before)
         for mine, theirs in zip(recorded(a), recorded(b), strict=True):
