@@ -5,14 +5,14 @@ Their log lists which files are valid, and afn-ray does not read it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from afn_ray.errors import CorpusError, StoreError
-from afn_ray.store import storage
-from afn_ray.store.uris import absolute, join
+from afn_ray.store import storage, uris
 
 THREADS = 16
 """Most folders checked at the same time."""
@@ -64,16 +64,16 @@ ICEBERG = _Kind(
 KINDS = (DELTA, HUDI, SINK, ICEBERG)
 
 
-def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
+def refuse_tables(patterns: Iterable[str], listed: Iterable[str]) -> None:
     """Raise ``CorpusError`` if ``patterns`` name a table, are in one, or have one below them.
 
-    ``uris`` are all files and folders that the listing returned; on remote filesystems also hidden
+    ``listed`` are all files and folders that the listing returned; on remote filesystems also hidden
     ones. A check of every remote folder would take long, so there the listing selects the folders
     to check. Folders above a pattern were not listed and are always checked.
     """
     local: set[str] = set()
     folders: set[str] = set()
-    for uri in uris:
+    for uri in listed:
         if "://" not in uri:
             local.add(uri.rpartition("/")[0])
         elif not uri.startswith(HTTP):
@@ -81,7 +81,7 @@ def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
     for folder in local:
         folders.update(_above(folder))
     for pattern in patterns:
-        root = absolute(GLOB.split(pattern)[0]).rstrip("/")
+        root = uris.absolute(GLOB.split(pattern)[0]).rstrip("/")
         if "://" in root and not root.startswith(HTTP) and not ROOT.fullmatch(root):
             folders.update(_above(root.rpartition("/")[0]))
     ordered = sorted(folders)
@@ -90,10 +90,9 @@ def refuse_tables(patterns: Iterable[str], uris: Iterable[str]) -> None:
             if kind is not None:
                 raise CorpusError(
                     f"{folder} is {kind.name} (it has {kind.mark}): its log alone says which of "
-                    "its files count, and "
-                    "files of deleted and replaced rows stay beside them. Export its current "
-                    "version and name that, "
-                    f"as with: {kind.export.format(folder)}"
+                    "its files count, and files of deleted and replaced rows stay beside them. "
+                    "Export its current version and name that, as with: "
+                    f"{kind.export.format(folder)}"
                 )
 
 
@@ -111,15 +110,19 @@ def _above(folder: str) -> list[str]:
 
 
 def _kind(folder: str) -> _Kind | None:
+    """The kind of table that ``folder`` is; None if it is none or cannot be read."""
     for kind in KINDS:
-        try:
-            place = join(folder, kind.mark)
-            if not storage.exists(place):
-                continue
-            if kind is not ICEBERG or any(
-                map(ICEBERG_METADATA.fullmatch, storage.list_names(place))
-            ):
+        # A user may have no permission, for example above the prefix that the user may read.
+        with contextlib.suppress(StoreError):
+            if _is_table(folder, kind):
                 return kind
-        except StoreError:  # no permission, for example above the prefix that the user may read
-            continue
     return None
+
+
+def _is_table(folder: str, kind: _Kind) -> bool:
+    mark = uris.join(folder, kind.mark)
+    if not storage.exists(mark):
+        return False
+    if kind is not ICEBERG:
+        return True
+    return any(ICEBERG_METADATA.fullmatch(name) for name in storage.list_names(mark))

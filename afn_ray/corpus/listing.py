@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 
@@ -48,33 +49,40 @@ def list_files(
                 f"corpus {pattern} is in the store {store}; give a --store that is not above the "
                 "corpus"
             )
+
+    def is_left_out(uri: str) -> bool:
+        if is_store_file(uri) or in_store(uri.rpartition("/")[0]):
+            return True
+        format, _ = _kind(uri, options)
+        return not format
+
     others: set[str] = set()
-    found = {
-        file.uri: file for pattern in patterns for file in corpus_files.find_files(pattern, others)
-    }
+    found: dict[str, FileInfo] = {}
+    for pattern in patterns:
+        found.update((file.uri, file) for file in corpus_files.find_files(pattern, others))
     files: list[FileInfo] = []
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):
-        left_out = (
-            is_store_file(uri) or in_store(uri.rpartition("/")[0]) or not _kind(uri, options)[0]
-        )
-        (skipped if left_out else files).append(file)
-    if not files and all(is_store_file(file.uri) for file in skipped):
-        raise CorpusError(
-            f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a "
-            "store is no corpus: "
-            "name the folder with the texts"
-        )
+        (skipped if is_left_out(uri) else files).append(file)
     if not files:
-        found_uris = documents.listing([file.uri for file in skipped], 200)
-        raise CorpusError(
-            f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be "
-            "followed by "
-            f".{', .'.join(COMPRESSIONS)}. Found: {found_uris}. If they all have one format, name "
-            "it with --format"
-        )
+        raise CorpusError(_why_empty(skipped))
     lakehouse.refuse_tables(patterns, found.keys() | others)
     return files, skipped
+
+
+def _why_empty(skipped: Sequence[FileInfo]) -> str:
+    """Why no file is left of the ``skipped`` ones, and what to do."""
+    if all(is_store_file(file.uri) for file in skipped):
+        return (
+            f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a "
+            "store is no corpus: name the folder with the texts"
+        )
+    names = documents.listing([file.uri for file in skipped], 200)
+    return (
+        f"no file has a known ending: .{', .'.join(FORMATS)}; each but .parquet may be followed by "
+        f".{', .'.join(COMPRESSIONS)}. Found: {names}. If they all have one format, name it with "
+        "--format"
+    )
 
 
 def choose_shard_bytes(files: Sequence[FileInfo]) -> int:
@@ -118,15 +126,14 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
     format, compression = _kind(file.uri, options)
     if format == "parquet":
         return _cut_parquet(file, options, shard_bytes)
-    if (
-        reading.is_lines(format, options)
-        and not compression
-        and (slices := _cut_lines(file, format, shard_bytes))
-    ):
-        return slices
+    is_lines = reading.is_lines(format, options)
+    if is_lines and not compression:
+        slices = _cut_lines(file, format, shard_bytes)
+        if slices:
+            return slices
     if format == "csv":
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
-    if format == "txt" and not reading.is_lines(format, options):
+    if format == "txt" and not is_lines:
         num_documents = -1 if compression else 1
     else:
         num_documents = -1 if file.size or compression else 0
@@ -162,12 +169,14 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
 
 
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
-    if names is not None and (missing := documents.missing_column(names, options)) is not None:
-        why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
-        raise CorpusError(
-            f"no column {missing!r} in {file.uri}; it has: "
-            f"{documents.columns(names)}{why and '; '}{why}"
-        )
+    """Raise ``CorpusError`` if ``names``, the columns of ``file``, lack one; None passes."""
+    missing = None if names is None else documents.missing_column(names, options)
+    if names is None or missing is None:
+        return
+    why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
+    raise CorpusError(
+        f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}"
+    )
 
 
 def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
@@ -181,51 +190,54 @@ def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
 # --- cutting
 
 
-def _slice(
-    file: FileInfo,
-    format: str,
-    compression: str,
-    start: int = 0,
-    end: int | None = None,
-    num_bytes: int | None = None,
-    num_documents: int = -1,
-    sha256: str = "",
-) -> FileSlice:
-    end = file.size if end is None else end
-    num_bytes = end - start if num_bytes is None else num_bytes
-    return FileSlice(
-        file.uri,
-        file.size,
-        file.version,
-        format,
-        compression,
-        start,
-        end,
-        num_bytes,
-        num_documents,
-        sha256,
-    )
-
-
 def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
     """All of ``file`` as a slice without hash, for samples and checks."""
-    return _slice(file, *_kind(file.uri, options))
+    return _unhashed(file, *_kind(file.uri, options))
+
+
+def _unhashed(file: FileInfo, format: str, compression: str) -> FileSlice:
+    """All of ``file`` as a slice, whose hash and number of documents are not known yet."""
+    return FileSlice(
+        uri=file.uri,
+        size=file.size,
+        version=file.version,
+        format=format,
+        compression=compression,
+        start=0,
+        end=file.size,
+        num_bytes=file.size,
+        num_documents=-1,
+        sha256="",
+    )
 
 
 def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
     with streams.Source(file.uri, 0, file.size) as source:
         source.drain()
-        return _slice(
-            file, format, compression, num_documents=num_documents, sha256=source.sha256.hexdigest()
-        )
+        sha256 = source.sha256.hexdigest()
+    return replace(_unhashed(file, format, compression), num_documents=num_documents, sha256=sha256)
 
 
 def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]:
     """Slices of lines; none for UTF-16 and UTF-32, where a newline is more than one byte."""
+    whole = _unhashed(file, format, "")
     slices: list[FileSlice] = []
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
-    has_ink = False  # the current line is not blank
+    is_started = False  # the current line has a character that is not white space
+
+    def append_slice(num_documents: int) -> None:
+        slices.append(
+            replace(
+                whole,
+                start=start,
+                end=end,
+                num_bytes=end - start,
+                num_documents=num_documents,
+                sha256=sha256.hexdigest(),
+            )
+        )
+
     with streams.Source(file.uri, 0, file.size) as source:
         while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
             if end == 0 and streams.encoding_of(block):
@@ -236,23 +248,18 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
                 newline = block.find(b"\n", max(at, start + shard_bytes - block_start))
                 piece = block[at : newline + 1] if newline >= 0 else block[at:]
                 sha256.update(piece)
-                *ended, last = (piece.removeprefix(streams.BOM) if end == 0 else piece).split(b"\n")
+                text = piece.removeprefix(streams.BOM) if end == 0 else piece
+                *ended, last = text.split(b"\n")
                 for line in ended:
-                    num_documents += has_ink or bool(line.strip())
-                    has_ink = False
-                has_ink = has_ink or bool(last.strip())
+                    num_documents += is_started or bool(line.strip())
+                    is_started = False
+                is_started = is_started or bool(last.strip())
                 end += len(piece)
                 if newline >= 0:
-                    slices.append(
-                        _slice(
-                            file, format, "", start, end, None, num_documents, sha256.hexdigest()
-                        )
-                    )
+                    append_slice(num_documents)
                     start, num_documents, sha256 = end, 0, hashlib.sha256()
     if start < end or not slices:
-        slices.append(
-            _slice(file, format, "", start, end, None, num_documents + has_ink, sha256.hexdigest())
-        )
+        append_slice(num_documents + is_started)
     return slices
 
 
@@ -267,18 +274,27 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             return [_cut_whole(file, "parquet", "", -1)]
         _require_columns(file, names, options)
         row_groups.check_id_type(opened, file.uri, options)
+        whole = _unhashed(file, "parquet", "")
         slices: list[FileSlice] = []
         start = num_bytes = num_documents = 0
         sizes = [sum(size for _, size in chunks) for chunks in groups]
         for end, size in enumerate(sizes, 1):
             num_bytes += size
             num_documents += metadata.row_group(end - 1).num_rows
-            if end == len(sizes) or num_bytes + sizes[end] > shard_bytes:
-                sha256 = row_groups.hash_chunks(source, columns, groups[start:end])
-                slices.append(
-                    _slice(file, "parquet", "", start, end, num_bytes, num_documents, sha256)
+            if end < len(sizes) and num_bytes + sizes[end] <= shard_bytes:
+                continue
+            slices.append(
+                replace(
+                    whole,
+                    start=start,
+                    end=end,
+                    num_bytes=num_bytes,
+                    num_documents=num_documents,
+                    sha256=row_groups.hash_chunks(source, columns, groups[start:end]),
                 )
-                start, num_bytes, num_documents = end, 0, 0
-        return slices or [
-            _slice(file, "parquet", "", 0, 0, 0, 0, row_groups.hash_chunks(source, columns, []))
-        ]
+            )
+            start, num_bytes, num_documents = end, 0, 0
+        if slices:
+            return slices
+        empty = row_groups.hash_chunks(source, columns, [])
+        return [replace(whole, end=0, num_bytes=0, num_documents=0, sha256=empty)]

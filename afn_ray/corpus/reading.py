@@ -151,21 +151,18 @@ def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
 
 def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged:
     part = f"{'row groups' if _is_row_groups(slice) else 'bytes'} {slice.start} to {slice.end}"
-    differing = [
-        f"{what} {got}, planned {expected}"
-        for what, got, expected in (
-            ("size", now.size, slice.size),
-            ("version", now.version, slice.version),
-            (f"sha256 of {part}", sha256[:12] or None, slice.sha256[:12]),
-        )
-        if got not in (None, expected)
+    values: list[tuple[str, object, object]] = [
+        ("size", now.size, slice.size),
+        ("version", now.version, slice.version),
     ]
+    if sha256:
+        values.append((f"sha256 of {part}", sha256[:12], slice.sha256[:12]))
+    differing = [f"{what} {got}, planned {plan}" for what, got, plan in values if got != plan]
     # A plan identifies files by size and version.
     touch = "touch it and " if (now.size, now.version) == (slice.size, slice.version) else ""
     return CorpusChanged(
         f"{slice.uri} is not the file that was planned: {'; '.join(differing)}; {touch}run the "
-        "same command again "
-        "to plan it anew"
+        "same command again to plan it anew"
     )
 
 
@@ -186,16 +183,25 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
                 header = next(read_rows(stream, options), None)
                 names.update(dict.fromkeys(header.fields if header else []))
             elif slice.format == "jsonl":
-                seen = 0
-                for line in streams.lines(stream, streams.line_limit(options)):
-                    value = parse(decode(line.data)) if line.data and not line.blank else None
-                    names.update(dict.fromkeys(value if isinstance(value, dict) else []))
-                    seen += not line.blank
-                    if seen == PEEK_DOCUMENTS or (
-                        names and line.offset + line.length > SAMPLE_BYTES
-                    ):
-                        break
+                _add_json_columns(names, stream, options)
         return list(names) or None
+
+
+def _add_json_columns(names: dict[str, None], stream: Stream, options: ReadOptions) -> None:
+    """Add the columns of the first documents of ``stream`` to ``names``, also if it is damaged."""
+    num_documents = 0
+    for line in streams.lines(stream, streams.line_limit(options)):
+        if line.blank:
+            value = None
+        else:
+            num_documents += 1
+            value = parse(decode(line.data)) if line.data else None
+        if isinstance(value, dict):
+            names.update(dict.fromkeys(value))
+        if num_documents == PEEK_DOCUMENTS:
+            return
+        if names and line.offset + line.length > SAMPLE_BYTES:
+            return
 
 
 def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[Document]:
@@ -215,8 +221,10 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
             found = parquet_documents(source, slice, options)
         else:
             found = _documents(Stream(source, slice.compression), slice, options)
+        if max_documents <= 0:
+            return documents
         num_bytes = 0
-        for each in found if max_documents > 0 else ():
+        for each in found:
             if each.problem is None:
                 documents.append(each)
             num_bytes += len(each.text)
@@ -249,9 +257,9 @@ def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterat
         return csv_documents(stream, slice, options)
     if slice.format == "conllu":
         return conllu_documents(stream, slice, options)
-    return (_line_documents if is_lines(slice.format, options) else whole_document)(
-        stream, slice, options
-    )
+    if is_lines(slice.format, options):
+        return _line_documents(stream, slice, options)
+    return whole_document(stream, slice, options)
 
 
 def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
