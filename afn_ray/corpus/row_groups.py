@@ -40,6 +40,8 @@ SHARED_BYTES = 256 << 20
 """Most bytes of a batch whose rows may share values but cannot be read as dictionaries."""
 UNREADABLE = (OSError, ValueError, IndexError, pa.ArrowException)
 """Errors raised for a file that is damaged or not Parquet."""
+UNREADABLE_FILE = "not a readable Parquet file"
+"""Beginning of the reason for the quarantine of such a file, or of its row groups."""
 
 MARKED_HEX = re.compile(r"\\x([0-9a-f]{2})*")
 """An id of bytes that are not text: hex after ``\\x``."""
@@ -90,11 +92,9 @@ def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
     kind = schema.field(schema.names.index(options.id_column)).type
     if not _is_id(kind):
         raise CorpusError(
-            f"id column {options.id_column!r} of {uri} is {kind}, of which no id can be made; "
-            "expected strings, whole "
-            "numbers, decimals, dates, times, booleans, UUIDs or bytes. Cast it to one of them, "
-            "name another column, "
-            "or leave id_column out: then ids are content hashes"
+            f"id column {options.id_column!r} of {uri} is {kind}, which cannot be an id; expected "
+            "strings, whole numbers, decimals, dates, times, booleans, UUIDs or bytes. Cast it to "
+            "one of them, name another column, or leave id_column out: then ids are content hashes"
         )
 
 
@@ -112,22 +112,17 @@ class _File:
         self.metadata = pq.read_metadata(source)
         self._chunks = footer.read_chunks(source)
         leaves = [self.metadata.schema.column(i) for i in range(self.metadata.num_columns)]
-        self._indices = [
-            i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns_of(options))
-        ]
-        self._strings = [
-            i for i in self._indices if _is_plain_string(leaves[i], columns_of(options))
-        ]
+        columns = columns_of(options)
+        self._indices = [i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns)]
+        self._strings = [i for i in self._indices if _is_plain_string(leaves[i], columns)]
         self._open: dict[tuple[str, ...], Any] = {}
         self.schema = self._with(()).schema_arrow
-        if any(
-            [chunk.path for chunk in chunks] != [leaf.path for leaf in leaves]
-            for chunks in self._chunks
-        ):
-            raise ValueError("its row groups have not the columns of the file")
-        self.num_rows = [
-            self.metadata.row_group(group).num_rows for group in range(self.metadata.num_row_groups)
-        ]
+        paths = [leaf.path for leaf in leaves]
+        for chunks in self._chunks:
+            if [chunk.path for chunk in chunks] != paths:
+                raise ValueError("the columns of its row groups are not those of the file")
+        groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
+        self.num_rows = [group.num_rows for group in groups]
         self._is_uuid = {leaf.path for leaf in leaves if _is_uuid(leaf)}
 
     def type_of(self, column: str) -> Any:
@@ -158,10 +153,10 @@ class _File:
         # Arrow cannot do that with delta encodings.
         dense = [i for i in self._strings if chunks[i].has_deltas]
         shared = tuple(chunks[i].path for i in self._strings if i not in dense)
-        num_bytes = self.stored(group)[1]
-        num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * self.num_rows[group] // max(num_bytes, 1)))
+        num_bytes = max(self.stored(group)[1], 1)
+        num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * self.num_rows[group] // num_bytes))
         if dense:
-            num_rows = min(num_rows, max(1, SHARED_BYTES // max(num_bytes, 1)))
+            num_rows = min(num_rows, max(1, SHARED_BYTES // num_bytes))
         batches = self._with(shared).iter_batches(
             num_rows, row_groups=[group], columns=columns_of(options), use_threads=False
         )
@@ -204,58 +199,58 @@ def _is_uuid(leaf: Any) -> bool:
 
 def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of the row groups of ``slice``, whose file is ``source``."""
-    unreadable = "not a readable Parquet file"
     num_documents = slice.num_documents if slice.num_documents >= 0 else None
     whole = Origin(slice.uri, 0, max(slice.num_bytes, 1), num_documents)
     try:
         file = _File(source, options)
     except UNREADABLE as error:
-        yield problem(whole, f"{unreadable}: {error}")
+        yield problem(whole, f"{UNREADABLE_FILE}: {error}")
         return
     names = file.schema.names
     if (missing := missing_column(names, options)) is not None:
         yield problem(whole, f"no column {missing!r}; it has: {columns(names)}")
         return
-    kind = file.type_of(options.text_column)
-    is_text = _is_text(kind) or (options.labels is not None and _is_list(kind))
     row = sum(file.num_rows[: slice.start])
     for group in range(slice.start, min(slice.end, len(file.num_rows))):
-        end = row + file.num_rows[group]
-        taken, given = file.stored(group)
-        share = taken / max(file.num_rows[group], 1)  # bytes of a row, on average
+        yield from _group_documents(file, group, slice.uri, row)
+        row += file.num_rows[group]
 
-        def lost(num_rows: float, row: int, share: float = share) -> Origin:
-            return Origin(slice.uri, row, max(1, round(num_rows * share)))
 
-        if not is_text:
-            for offset in range(row, end):
-                yield problem(
-                    lost(1, offset), f"{options.text_column} is {kind}, expected a string"
-                )
-            row = end
-            continue
-        try:
-            file.check_expansion(group)
-            for texts, ids, labels in file.batches(group):
-                for text, doc_id, of_text in zip(texts, ids, labels, strict=True):
-                    origin = lost(1, row)
-                    if isinstance(text, str) and given:
-                        origin = origin._replace(
-                            lost_bytes=max(1, round(len(text) * taken / given))
-                        )
-                    if text is None:
-                        yield problem(origin, f"{options.text_column} is null", doc_id)
-                    elif options.labels is not None:
-                        yield labelled_document(origin, text, of_text, doc_id, options)
-                    else:
-                        yield document(origin, text, doc_id, options)
-                    row += 1
-            if row != end:
-                raise ValueError(f"{end - row} rows are missing")
-        except UNREADABLE as error:
-            rest = lost(end - row, row)._replace(lost_documents=end - row)
-            yield problem(rest, f"{unreadable}: row group {group}: {error}")
-        row = end
+def _group_documents(file: _File, group: int, uri: str, first_row: int) -> Iterator[Document]:
+    """Yield the documents of a row group of the file at ``uri``; its first row is ``first_row``."""
+    options = file.options
+    row, end = first_row, first_row + file.num_rows[group]
+    taken, given = file.stored(group)
+    row_bytes = taken / max(file.num_rows[group], 1)  # on average
+
+    def origin_of(row: int, num_rows: int = 1) -> Origin:
+        return Origin(uri, row, max(1, round(num_rows * row_bytes)))
+
+    kind = file.type_of(options.text_column)
+    is_text = _is_text(kind) or (options.labels is not None and _is_list(kind))
+    if not is_text:
+        for row in range(first_row, end):
+            yield problem(origin_of(row), f"{options.text_column} is {kind}, expected a string")
+        return
+    try:
+        file.check_expansion(group)
+        for batch in file.batches(group):
+            for text, doc_id, labels in zip(*batch, strict=True):
+                origin = origin_of(row)
+                if isinstance(text, str) and given:
+                    origin = origin._replace(lost_bytes=max(1, round(len(text) * taken / given)))
+                if text is None:
+                    yield problem(origin, f"{options.text_column} is null", doc_id)
+                elif options.labels is not None:
+                    yield labelled_document(origin, text, labels, doc_id, options)
+                else:
+                    yield document(origin, text, doc_id, options)
+                row += 1
+        if row != end:
+            raise ValueError(f"{end - row} rows are missing")
+    except UNREADABLE as error:
+        rest = origin_of(row, end - row)._replace(lost_documents=end - row)
+        yield problem(rest, f"{UNREADABLE_FILE}: row group {group}: {error}")
 
 
 # --- types
@@ -331,6 +326,11 @@ def _of_values(column: Any, convert: Callable[[Any], list[Any]]) -> list[Any]:
     return [values.get(index) for index in column.indices.to_pylist()]
 
 
+def _convert_each(convert: Callable[[Any], str], values: Iterable[Any | None]) -> list[str | None]:
+    """Each of ``values`` converted; None stays None."""
+    return [None if value is None else convert(value) for value in values]
+
+
 def _bytes(column: Any) -> list[bytes | None]:
     """Values of an Arrow array of strings or bytes, as bytes.
 
@@ -344,7 +344,7 @@ def _strings(column: Any) -> list[str | None]:
     """Values of an Arrow array of text as strings, which may contain lone surrogates."""
 
     def convert(values: Any) -> list[str | None]:
-        return [None if value is None else decode(value) for value in _bytes(values)]
+        return _convert_each(decode, _bytes(values))
 
     return _of_values(_plain(column), convert)
 
@@ -355,17 +355,13 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
     column = _plain(column)
 
     def convert(values: Any) -> list[str | None]:
+        kind = values.type
         if is_uuid:
-            return [
-                None if value is None else str(uuid.UUID(bytes=value)) for value in _bytes(values)
-            ]
-        if _is_string(values.type) or _is_binary(values.type):
-            return [
-                None if value is None else _id_of_bytes(value, values.type)
-                for value in _bytes(values)
-            ]
-        if _is_any(values.type, "decimal"):
-            return [None if value is None else f"{value:f}" for value in values.to_pylist()]
+            return _convert_each(lambda value: str(uuid.UUID(bytes=value)), _bytes(values))
+        if _is_string(kind) or _is_binary(kind):
+            return _convert_each(lambda value: _id_of_bytes(value, kind), _bytes(values))
+        if _is_any(kind, "decimal"):
+            return _convert_each(lambda value: f"{value:f}", values.to_pylist())
         texts: list[str | None] = values.cast(pa.string()).to_pylist()
         return texts
 

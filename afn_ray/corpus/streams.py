@@ -167,9 +167,8 @@ class _Pieces:
     def read(self, size: int = -1, /) -> bytes:
         if self._i == len(self._block):
             self._block, self._i = self._source.read(BLOCK_BYTES), 0
-        piece = self._block[
-            self._i : self._i + (PIECE_BYTES if size < 0 else min(size, PIECE_BYTES))
-        ]
+        num_bytes = PIECE_BYTES if size < 0 else min(size, PIECE_BYTES)
+        piece = self._block[self._i : self._i + num_bytes]
         if piece:
             self.before = self.at
             self._i += len(piece)
@@ -245,7 +244,9 @@ class _Gzip:
 def _decoder(compression: str) -> _Decoder:
     if compression == "gz":
         return _Gzip()
-    return bz2.BZ2Decompressor() if compression == "bz2" else lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    if compression == "bz2":
+        return bz2.BZ2Decompressor()
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
 
 
 def _streams(pieces: _Pieces, compression: str) -> Iterator[bytes]:
@@ -416,26 +417,23 @@ class Stream:
         # Some decompressors accept an empty file.
         if self._compression and self._source.size == 0:
             raise DamagedStream(
-                f"the file has 0 bytes, and what {self._compression} makes of nothing has more"
+                f"the file has 0 bytes; even an empty {self._compression} file has more"
             )
         if not self._compression:
             while block := self._source.read(BLOCK_BYTES):
                 yield block
             return
         given = 0
-        for block in (
-            _Zst(self._pieces)
-            if self._compression == "zst"
-            else _streams(self._pieces, self._compression)
-        ):
+        is_zst = self._compression == "zst"
+        blocks = _Zst(self._pieces) if is_zst else _streams(self._pieces, self._compression)
+        for block in blocks:
             if self._pieces.start > self._start[0]:
                 self._start = self._pieces.start, self.num_bytes
             given += len(block)
             if given > max(EXPANSION_FROM_BYTES, EXPANSION * self._pieces.at):
                 raise Bomb(
                     f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; "
-                    "decompress the file "
-                    "if it is meant"
+                    "decompress the file if that is intended"
                 )
             yield block
 
@@ -459,7 +457,12 @@ def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
     At most ``limit`` bytes are held in memory.
     """
     offset, number, length, blank = start, 0, 0, True
-    pieces: list[bytes] = []
+    pieces: list[bytes] = []  # of the current line; empty once it is over the limit
+
+    def line() -> Line:
+        data = b"".join(pieces) if length <= limit else None
+        return Line(offset, number, length, data, blank)
+
     for i, block in enumerate(stream):
         if i == 0 and start == 0 and block.startswith(BOM):
             block, offset = block[len(BOM) :], len(BOM)
@@ -473,11 +476,9 @@ def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
                 pieces.clear()
             if j + 1 < len(parts):
                 stream.done = offset + length + 1 - start
-                yield Line(
-                    offset, number, length, b"".join(pieces) if length <= limit else None, blank
-                )
+                yield line()
                 offset, number, length, blank = offset + length + 1, number + 1, 0, True
                 pieces.clear()
     if length:
         stream.done = offset + length - start
-        yield Line(offset, number, length, b"".join(pieces) if length <= limit else None, blank)
+        yield line()

@@ -1247,7 +1247,7 @@ def test_parquet_ids_that_are_none_are_refused_before_anything_is_read(
     with pytest.raises(CorpusError) as error:
         listing.cut(file, IDS, 100)
     assert (
-        f"id column 'id' of {file.uri} is {kind}, of which no id can be made; expected strings"
+        f"id column 'id' of {file.uri} is {kind}, which cannot be an id; expected strings"
         in str(error.value)
     )
 
