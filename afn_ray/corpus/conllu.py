@@ -29,13 +29,8 @@ def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> 
     document: list[list[Line]] = []
     size, num_lines, together = 0, 0, False
     for sentence in _sentences(streams.lines(stream, limit), limit):
-        comments = [
-            decode(line.data)
-            for line in sentence
-            if line.data is not None and line.data.startswith(b"#")
-        ]
-        begins = any(map(tags.begins_document, comments))
-        if len(comments) == len(sentence) and not begins:
+        begins = any(map(_begins_document, sentence))
+        if not begins and all(line.data and line.data.startswith(b"#") for line in sentence):
             continue
         if document and (begins or not together):
             stream.done = sentence[0].offset  # the new sentence is read, but not yet yielded
@@ -70,15 +65,15 @@ def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
         sentence.append(line)
         size += line.length + 1
         if size > limit or len(sentence) > CONLLU_LINES:
-            kept = [
-                line
-                for line in sentence
-                if line.data is not None and tags.begins_document(decode(line.data))
-            ][:1]
+            kept = [line for line in sentence if _begins_document(line)][:1]
             rest = size - sum(line.length + 1 for line in kept)
             sentence = [*kept, sentence[0]._replace(data=None, length=rest - 1)]
     if sentence:
         yield sentence
+
+
+def _begins_document(line: Line) -> bool:
+    return line.data is not None and tags.begins_document(decode(line.data))
 
 
 def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadOptions) -> Document:

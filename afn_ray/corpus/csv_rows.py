@@ -73,9 +73,9 @@ def csv_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Ite
         elif len(row.fields) != len(names):
             yield problem(origin, f"row has {len(row.fields)} fields, the header has {len(names)}")
         else:
-            yield _document(
-                origin, dict(zip(reversed(names), reversed(row.fields), strict=True)), options
-            )
+            # Of two columns with one name, the first counts.
+            values = dict(zip(reversed(names), reversed(row.fields), strict=True))
+            yield _document(origin, values, options)
 
 
 def _document(origin: Origin, row: dict[str, str], options: ReadOptions) -> Document:
@@ -86,9 +86,8 @@ def _document(origin: Origin, row: dict[str, str], options: ReadOptions) -> Docu
         except ValueError as error:
             return problem(origin, str(error))
     if text == NULL:
-        return problem(
-            origin, f"{options.text_column} is {NULL}, what MySQL and Hive write for null", doc_id
-        )
+        reason = f"{options.text_column} is {NULL}, which MySQL and Hive write for null"
+        return problem(origin, reason, doc_id)
     return document(origin, text, doc_id, options)
 
 
@@ -132,8 +131,7 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             if ended:
                 why = (
                     "quoted field is not closed before the end of the file, and took all of it "
-                    "from line "
-                    f"{first_line:,} on"
+                    f"from line {first_line:,} on"
                 )
             yield Row([], why, start, stream.done, max(num_lines, 1))
             continue
@@ -144,17 +142,15 @@ def read_rows(stream: Stream, options: ReadOptions) -> Iterator[Row]:
             finally:
                 why = (
                     f"row is over the limit of {limit} bytes (is a quote not closed?); the file is "
-                    "left out from "
-                    f"line {first_line:,} on"
+                    f"left out from line {first_line:,} on"
                 )
                 yield Row([], why, start, stream.done, max(num_lines, 1))
             return
         if fields is None:
             return
         if fields:
-            yield Row(
-                fields, _other_reading(fields, raw, options), start, stream.done, max(num_lines, 1)
-            )
+            why = _other_reading(fields, raw, options)
+            yield Row(fields, why, start, stream.done, max(num_lines, 1))
 
 
 def _doubled(line: str, quoted: bool) -> tuple[str, bool]:
@@ -217,8 +213,7 @@ def _other_reading(fields: list[str], raw: list[str], options: ReadOptions) -> s
         if [field.lstrip(" ") for field in row] != with_spaces:
             return (
                 "a field has a space before its opening quote, so that some programs take its "
-                "quotes for text; "
-                "remove such spaces"
+                "quotes for text; remove such spaces"
             )
     if options.csv_escape == "auto" and any('\\"' in line for line in raw):
         try:

@@ -139,18 +139,13 @@ def garbled(text: str, num_replaced: int) -> str:
     num_bad = num_replaced + num_controls
     if num_bad < GARBLED_FROM or num_bad <= GARBLED_SHARE * len(text):
         return ""
-    parts = [
-        part
-        for number, part in (
-            (num_replaced, f"{num_replaced} are invalid UTF-8"),
-            (num_controls, f"{count(num_controls, 'control character')}"),
-        )
-        if number
-    ]
-    return (
-        f"of {count(len(text), 'character')} {' and '.join(parts)}: "
-        f"{_likely_cause(text, num_replaced)}"
-    )
+    parts = []
+    if num_replaced:
+        parts.append(f"{num_replaced} are invalid UTF-8")
+    if num_controls:
+        parts.append(count(num_controls, "control character"))
+    cause = _likely_cause(text, num_replaced)
+    return f"of {count(len(text), 'character')} {' and '.join(parts)}: {cause}"
 
 
 def _likely_cause(text: str, num_replaced: int) -> str:
@@ -195,17 +190,15 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
     if any(name.startswith("sep=") for name in names):
         return "its first line, sep=, is for Excel: remove it"
     for separator, name in SEPARATORS.items():
-        parts = [
-            part.strip(' "')
-            for field in names
-            if separator in field
-            for part in field.split(separator)
-        ]
+        parts: list[str] = []
+        for field in names:
+            if separator in field:
+                parts += [part.strip(' "') for part in field.split(separator)]
         # A header of one field with other separators is typical of European Excel.
         if options.text_column in parts or (parts and len(names) == 1):
             return (
-                f'its fields are separated by {name}, expected commas: write it anew, as with duckdb -c "COPY (FROM '
-                "read_csv('FILE')) TO 'corpus.parquet'\""
+                f"its fields are separated by {name}, expected commas: write it anew, as with "
+                "duckdb -c \"COPY (FROM read_csv('FILE')) TO 'corpus.parquet'\""
             )
     if any(name.strip(" \ufeff") == options.text_column for name in names):
         return (
@@ -232,9 +225,8 @@ def columns(names: Iterable[str]) -> str:
     shown = [name for name in names if COLUMN.fullmatch(name)]
     parts = [listing(shown)] if shown else []
     if num_hidden := len(names) - len(shown):
-        parts.append(
-            f"{num_hidden} not shown, which {'is' if num_hidden == 1 else 'are'} no single word"
-        )
+        verb = "is" if num_hidden == 1 else "are"
+        parts.append(f"{num_hidden} not shown, which {verb} no single word")
     return ", and ".join(parts) or "none"
 
 

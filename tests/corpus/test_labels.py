@@ -78,7 +78,7 @@ BAD: list[tuple[object, object, str]] = [
     (
         "a b",
         ["X", "special"],
-        "tags: tag 1 is 'special', which is what tokens without a tag are called",
+        "tags: tag 1 is 'special', the name for tokens without a tag",
     ),
     ("a b", ["X", "untagged"], "tags: tag 1 is 'untagged'"),
     (
