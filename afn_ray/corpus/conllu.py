@@ -30,7 +30,7 @@ def conllu_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> 
     size, num_lines, together = 0, 0, False
     for sentence in _sentences(streams.lines(stream, limit), limit):
         begins = any(map(_begins_document, sentence))
-        if not begins and all(line.data and line.data.startswith(b"#") for line in sentence):
+        if not begins and all(map(_is_comment, sentence)):
             continue
         if document and (begins or not together):
             stream.done = sentence[0].offset  # the new sentence is read, but not yet yielded
@@ -72,8 +72,12 @@ def _sentences(lines: Iterator[Line], limit: int) -> Iterator[list[Line]]:
         yield sentence
 
 
+def _is_comment(line: Line) -> bool:
+    return line.data is not None and line.data.startswith(b"#")
+
+
 def _begins_document(line: Line) -> bool:
-    return line.data is not None and tags.begins_document(decode(line.data))
+    return _is_comment(line) and tags.begins_document(decode(line.data or b""))
 
 
 def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadOptions) -> Document:
