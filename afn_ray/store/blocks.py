@@ -85,11 +85,9 @@ class Blocks:
         found = "".join(_crc32(view[at : at + size]) for at in range(0, len(data), size))
         if found != self.checksums[first * CRC_CHARS : last * CRC_CHARS]:
             return None
-        return (
-            data
-            if len(data) == end - start
-            else bytes(view[start - first * size : end - first * size])
-        )
+        if len(data) == end - start:
+            return data
+        return bytes(view[start - first * size : end - first * size])
 
 
 def _crc32(block: bytes | memoryview) -> str:

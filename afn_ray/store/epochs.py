@@ -59,11 +59,9 @@ class Epoch:
 
     def generations(self) -> dict[Place, int]:
         """Generation of every shard in ``rows``; all other shards have generation ``number``."""
-        columns = (self.rows[name].to_pylist() for name in SCHEMA.names)
-        return {
-            (measure, shard): generation
-            for measure, shard, generation in zip(*columns, strict=True)
-        }
+        measures, shards, generations = (self.rows[name].to_pylist() for name in SCHEMA.names)
+        places = zip(measures, shards, strict=True)
+        return dict(zip(places, generations, strict=True))
 
     def marked(self, measure_id: str, shards: Sequence[Shard]) -> tuple[Shard, ...]:
         """``shards``, each with its valid generation."""
@@ -105,7 +103,8 @@ def newest(store: str) -> Epoch:
         if data is not None:  # else another process has published a newer one and deleted this one
             return _parse(data, uri)
     raise Interrupted(
-        f"{store}: collections follow each other too fast to read one's result; try again later"
+        f"{store}: other 'afn gc' calls replace the newest epoch faster than it can be read; try "
+        "again later"
     )
 
 
@@ -162,8 +161,7 @@ def _bytes(epoch: Epoch) -> bytes:
 def _parse(data: bytes, uri: str) -> Epoch:
     advice = (
         "restore it from a backup; or, when no gc has run for a day, delete its folder: runs stay "
-        "as they are, and "
-        "what was deleted is measured again"
+        "as they are, and what was deleted is measured again"
     )
     try:
         table = parquet.read(data)

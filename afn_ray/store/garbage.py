@@ -114,7 +114,7 @@ def collect_garbage(
             return _result(snapshot, deleted=False)
         if not snapshot.found or epochs.publish(store, snapshot.next_epoch):
             return _delete(snapshot, on_progress)
-    raise Interrupted(f"{store}: other collections are at work; try again later")
+    raise Interrupted(f"{store}: other 'afn gc' calls change it; try again later")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +252,12 @@ def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
         known = snapshot.there.runs[name]
         leases = {file.uri for file in now.get(name, ()) if layout.LEASE.fullmatch(file.name)}
         new_leases = leases - {file.uri for file in known}
+        if new_leases:
+            spared.append(name)
+            continue
         run = manifest.RunFolder(uris.join(folder, name), snapshot.store, name, {})
-        if new_leases or not manifest.condemn_run(
-            run, snapshot.next_epoch.number, complete=has_file(known, "run.json")
-        ):
+        complete = has_file(known, "run.json")
+        if not manifest.condemn_run(run, snapshot.next_epoch.number, complete=complete):
             spared.append(name)
     gone = {*snapshot.doomed_runs, *snapshot.dead_runs} - {*spared}
     shards: set[Place] = set()

@@ -118,11 +118,7 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
     root, there = f"{uris.absolute(store)}/", StoreFiles()
     for file in files:
         match file.uri.removeprefix(root).split("/"):
-            case ["shards", measure, shard, name] if (
-                HEX.fullmatch(measure)
-                and HEX.fullmatch(shard)
-                and SHARD_FILE.fullmatch(_final(name))
-            ):
+            case ["shards", measure, shard, name] if _is_shard_file(measure, shard, name):
                 there.shards.setdefault((measure, shard), []).append(file)
             case ["runs", run, name] if is_run_name(run) and RUN_FILE.fullmatch(_final(name)):
                 there.runs.setdefault(run, []).append(file)
@@ -140,6 +136,11 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
             case _:
                 there.foreign.append(file.uri)
     return there
+
+
+def _is_shard_file(measure: str, shard: str, name: str) -> bool:
+    is_folder = HEX.fullmatch(measure) is not None and HEX.fullmatch(shard) is not None
+    return is_folder and SHARD_FILE.fullmatch(_final(name)) is not None
 
 
 def _final(name: str) -> str:

@@ -77,10 +77,7 @@ def set_copies_apart(store: str, there: StoreFiles) -> None:
             del there.runs[name]
 
 
-# --- plan
-
-
-# --- runs
+# --- run.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +100,27 @@ def _is_time(value: Any) -> bool:
     return value == "" or bool(datetime.fromisoformat(value))
 
 
+def _is_config(value: Any) -> bool:
+    if not isinstance(value.get("model", ""), str):
+        return False
+    return all(isinstance(pattern, str) for pattern in value.get("corpus", []))
+
+
+def _is_quarantined(value: Any) -> bool:
+    return all(isinstance(value[key], str) for key in ("shard", "uri", "reason"))
+
+
 _INFO_IS: dict[str, Callable[[Any], bool]] = {
     "layers": lambda x: all(type(layer) is int for layer in x),
     "counts": lambda x: all(map(_is_count, x.values())),
     "corpus": lambda x: all(map(_is_count, x.values())),
-    "config": lambda x: (
-        isinstance(x.get("model", ""), str) and all(isinstance(c, str) for c in x.get("corpus", []))
-    ),
+    "config": _is_config,
     "model": lambda x: isinstance(x.get("name", ""), str),
     "measure": lambda x: isinstance(x.get("id", ""), str) and isinstance(x.get("model", {}), dict),
     "created_at": _is_time,
     "finished_at": _is_time,
     "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
-    "quarantined": lambda x: all(
-        isinstance(q[k], str) for q in x for k in ("shard", "uri", "reason")
-    ),
+    "quarantined": lambda x: all(map(_is_quarantined, x)),
 }
 """Checks of the values in run.json that are shown or added up; the file may have been edited."""
 
@@ -290,8 +293,7 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
     if entry_of(file, data) != entry:
         raise StoreError(
             f"{uri} is damaged: {short(entry_of(file, data))}, expected {short(entry)}; delete "
-            f"{run.uri}/run.json and "
-            "give the 'afn run' command again"
+            f"{run.uri}/run.json and give the 'afn run' command again"
         )
     return parse_table(data, uri)
 

@@ -117,24 +117,26 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
             named = names_of(manifest.open_folder(store, name))
         elif folder != uris.absolute(store):
             measure_id, shard = folder.split("/")[-2:]
-            generation = generations.get((measure_id, shard), epoch.number)
-            commits = commits_of(store, (measure_id, shard))
-            named = {str(f["name"]) for commit in commits.values() for f in commit.files.values()}
-            may = may_remove(
-                (measure_id, shard), generation, committed=generation in commits, plans=plans
-            )
-            mine = [
-                replace(o, removable=o.age_s >= 3600 * age.min_age_h if may is None else may)
-                if o.removable
-                else o
-                for o in mine
-            ]
-        storage.delete(
-            [o.uri for o in mine if o.removable and o.uri.rpartition("/")[2] not in named]
-        )
+            place = (measure_id, shard)
+            generation = generations.get(place, epoch.number)
+            commits = commits_of(store, place)
+            for commit in commits.values():
+                named.update(str(file["name"]) for file in commit.files.values())
+            may = may_remove(place, generation, committed=generation in commits, plans=plans)
+            mine = [_checked_again(orphan, may, age) for orphan in mine]
+        removable = [orphan.uri for orphan in mine if orphan.removable]
+        storage.delete([uri for uri in removable if uri.rpartition("/")[2] not in named])
         left = {file.uri for file in storage.list_below(folder)}
-        done += [replace(o, removed=o.uri not in left) for o in mine]
+        done += [replace(orphan, removed=orphan.uri not in left) for orphan in mine]
     return done
+
+
+def _checked_again(orphan: Orphan, may: bool | None, age: Age) -> Orphan:
+    """``orphan``, removable only if it was before and ``may_remove`` now gives ``may``."""
+    if not orphan.removable:
+        return orphan
+    is_old = orphan.age_s >= 3600 * age.min_age_h
+    return replace(orphan, removable=is_old if may is None else may)
 
 
 def commits_of(store: str, place: Place) -> Mapping[int, Commit]:

@@ -47,10 +47,11 @@ class Plan:
     @property
     def labels(self) -> str | None:
         """The source of the documents' tags; None if they have none."""
-        found = (
-            shard.options.labels_in(piece.format) for shard in self.shards for piece in shard.slices
-        )
-        return next(filter(None, found), None)
+        for shard in self.shards:
+            for piece in shard.slices:
+                if labels := shard.options.labels_in(piece.format):
+                    return labels
+        return None
 
 
 def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:

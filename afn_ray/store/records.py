@@ -216,7 +216,6 @@ def _scratch(path: Path) -> Iterator[None]:
         if error.errno in disk.FULL:
             raise Interrupted(
                 f"no space left on scratch while writing {path}; make room or give another "
-                "--scratch, "
-                "and run the same command again: it resumes"
+                "--scratch, and run the same command again: it resumes"
             ) from error
         raise

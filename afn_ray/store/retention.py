@@ -85,15 +85,13 @@ def planned_shards(store: str, name: str) -> set[Place]:
     try:
         shards, header = plans.read_shards(run)
     except StoreError as error:
-        plan, end = (uris.join(run.uri, file) for file in ("plan.parquet", "run.json"))
-        if not storage.exists(plan) and (
-            not storage.exists(end) or manifest.open_folder(store, name).condemned
-        ):
-            return set()
+        if not storage.exists(uris.join(run.uri, "plan.parquet")):
+            is_finished = storage.exists(uris.join(run.uri, "run.json"))
+            if not is_finished or manifest.open_folder(store, name).condemned:
+                return set()
         raise StoreError(
             f"{error}; which shards the run refers to is not known, so no shard can be deleted. "
-            "Restore its plan, or "
-            f"delete {run.uri} to give the run up, then give this command again"
+            f"Restore its plan, or delete {run.uri} to give the run up, then give this command again"
         ) from error
     measure_id = fingerprint(header["measure"])
     return {(measure_id, shard.id) for shard in shards}

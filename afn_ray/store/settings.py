@@ -105,6 +105,5 @@ def _check_absolute(name: str, value: str | tuple[str, ...], file: str) -> None:
         if "://" not in place and not Path(place).is_absolute():
             raise ConfigError(
                 f"{name} in {file} is {place!r}, which is another place on every machine that "
-                "reads this file; give a "
-                "URL or an absolute path there"
+                "reads this file; give a URL or an absolute path there"
             )
