@@ -1063,7 +1063,7 @@ def test_csv_that_other_programs_read_otherwise_is_not_guessed_at() -> None:
     for at, why in (
         (2, "not CSV: ',' expected after"),
         (3, "space before its opening quote"),
-        (5, "text is \\N, what MySQL"),
+        (5, "text is \\N, which MySQL"),
         (6, "it can be read in two ways"),
     ):
         assert why in (documents[at].problem or "")

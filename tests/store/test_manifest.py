@@ -909,7 +909,9 @@ def test_nothing_is_written_that_no_reader_takes(
     monkeypatch: pytest.MonkeyPatch, config: RunConfig
 ) -> None:
     monkeypatch.setattr(checksums, "JSON_BYTES", 1000)
-    with pytest.raises(StoreError, match=r"of 1,\d\d\d bytes was not written: .* its entry long"):
+    with pytest.raises(
+        StoreError, match=r"of 1,\d\d\d bytes was not written: .* its longest entry is long"
+    ):
         calibrations.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
     with pytest.raises(
         ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"
