@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import duckdb
-import pyarrow as pa
 
 from afn_ray.errors import ConfigError
 from afn_ray.query import sandbox, session
-from afn_ray.query.contents import shard_files, small_tables, view_statements
-from afn_ray.query.files import ReadOnlyFiles
+from afn_ray.query.contents import Contents, read_contents
 from afn_ray.query.views import DERIVED, VIEWS
-from afn_ray.store import checksums, disk, manifest
+from afn_ray.store import disk, manifest
 
 
 def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
@@ -27,31 +23,24 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     complete or not at all. Raises ``ConfigError`` if ``path`` exists or cannot be written, and what
     ``open_run`` raises.
     """
+    exists = f"{path} exists and stays as it is; name another file, or remove it"
     if os.path.lexists(path):
-        raise ConfigError(f"{path} exists and stays as it is; name another file, or remove it")
+        raise ConfigError(exists)
     folder = manifest.find_run(uri)
-    with checksums.named_damage(folder.uri):
-        tables = small_tables(folder, None if baseline is None else manifest.find_run(baseline))
-        files = shard_files(folder, tables["shards"])
-        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
-        read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
-        made = view_statements(folder, tables, files, "store() || ", read)
+    against = None if baseline is None else manifest.find_run(baseline)
+    contents = read_contents(folder, against, "store() || ")
     place = folder.store.rstrip("/").replace("'", "''")
     try:
         with disk.unfinished(path) as unfinished:
-            _write_catalog(unfinished, place, tables, made)
+            _write_catalog(unfinished, place, contents)
             os.link(unfinished, path)  # appears complete, and replaces no file
     except FileExistsError as error:
-        raise ConfigError(
-            f"{path} exists and stays as it is; name another file, or remove it"
-        ) from error
+        raise ConfigError(exists) from error
     except (duckdb.Error, OSError) as error:
         raise ConfigError(f"{path} cannot be written: {sandbox.readable(str(error))}") from error
 
 
-def _write_catalog(
-    path: Path, place: str, tables: Mapping[str, pa.Table], made: Sequence[str]
-) -> None:
+def _write_catalog(path: Path, place: str, contents: Contents) -> None:
     """Write the database to ``path``; ``place`` is the store, quoted for SQL."""
     try:
         # The file format of DuckDB 1.0: only the newest clients open the default format.
@@ -59,7 +48,7 @@ def _write_catalog(
             connection.execute(
                 f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
             )
-            session.fill(connection, tables, made)
+            session.fill(connection, contents.tables, contents.statements)
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 
 from afn_ray.config import SIGNAL
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.query.expressions import File
+from afn_ray.query.expressions import File, Recorded
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.views import NeuronFiles, statements
 from afn_ray.reduce.compare import compare
@@ -49,29 +51,66 @@ MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", 
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
-def small_tables(
+@dataclass(frozen=True)
+class Contents:
+    """The contents of a run for DuckDB."""
+
+    tables: Mapping[str, pa.Table]
+    """Small tables, by the names of their views."""
+    files: ReadOnlyFiles
+    """The files that the views read."""
+    sizes: Mapping[str, int]
+    """Sizes of these files in bytes, by their path below the store."""
+    statements: Sequence[str]
+    """SQL that creates the views and macros over the tables and files."""
+
+
+def read_contents(
+    folder: manifest.RunFolder, baseline: manifest.RunFolder | None, before: str
+) -> Contents:
+    """The contents of a run; ``before`` is the SQL that precedes a file's name.
+
+    ``baseline`` fills ``movers``, ``drift`` and ``class_drift``. Raises ``StoreError`` for a
+    damaged run, and ``ConfigError`` for a baseline of another measure.
+    """
+    with checksums.named_damage(folder.uri):
+        tables = _small_tables(folder, baseline)
+        files = _shard_files(folder, tables["shards"])
+        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
+        read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
+        made = _statements(folder, tables, files, before, read)
+    sizes = {name: num_bytes for name, (_, num_bytes) in named.items()}
+    return Contents(tables, read, sizes, made)
+
+
+def _small_tables(
     folder: manifest.RunFolder, baseline: manifest.RunFolder | None
 ) -> dict[str, pa.Table]:
     """All small tables, by the names of their views."""
-    tables = {
-        name: schema.empty_table()
-        if name in MAY_LACK and name not in folder.info["tables"]
-        else _small_table(folder, name, schema)
-        for name, schema in SMALL.items()
-    }
+    tables = {}
+    for name, schema in SMALL.items():
+        if name in MAY_LACK and name not in folder.info["tables"]:
+            tables[name] = schema.empty_table()
+        else:
+            tables[name] = _small_table(folder, name, schema)
     # Histograms of many sources are too large for DuckDB.
     tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])
     tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
-    found = None if baseline is None else compare(baseline, folder)
-    tables["movers"] = MOVERS_SCHEMA.empty_table() if found is None else found.movers
-    tables["drift"] = DRIFT_SCHEMA.empty_table() if found is None else found.drift
-    tables["class_drift"] = CLASS_DRIFT_SCHEMA.empty_table() if found is None else found.classes
+    if baseline is None:
+        tables["movers"] = MOVERS_SCHEMA.empty_table()
+        tables["drift"] = DRIFT_SCHEMA.empty_table()
+        tables["class_drift"] = CLASS_DRIFT_SCHEMA.empty_table()
+    else:
+        found = compare(baseline, folder)
+        tables["movers"] = found.movers
+        tables["drift"] = found.drift
+        tables["class_drift"] = found.classes
     tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
     return tables
 
 
-def view_statements(
+def _statements(
     folder: manifest.RunFolder,
     tables: Mapping[str, pa.Table],
     files: Mapping[str, Sequence[_File]],
@@ -83,36 +122,35 @@ def view_statements(
     ``before`` is the SQL that precedes a file's name. ``read`` opens files to find their columns.
     Raises ``StoreError`` for a damaged run.
     """
-    quartiles = {r["layer"]: r for r in tables["labels"].to_pylist() if r["population"] == "tokens"}
+    thresholds = {
+        row["layer"]: row for row in tables["labels"].to_pylist() if row["population"] == "tokens"
+    }
     layers = folder.info["layers"]
-    if not all(isinstance(layer, int) and layer in quartiles for layer in layers):
+    if not all(isinstance(layer, int) and layer in thresholds for layer in layers):
         raise StoreError(
             f"{folder.uri}/run.json is damaged: layers is {layers}, thresholds are of "
-            f"{list(quartiles)}"
+            f"{list(thresholds)}"
         )
-    others = [Series(r["signal"], r["layer"]) for r in tables["signals"].to_pylist()]
-    if wrong := [s.name for s in others if not SIGNAL.fullmatch(s.signal)]:
-        raise StoreError(f"{folder.uri}/signals.parquet is damaged: {wrong[0]!r} is no signal")
+    others = [Series(row["signal"], row["layer"]) for row in tables["signals"].to_pylist()]
+    for series in others:
+        if not SIGNAL.fullmatch(series.signal):
+            raise StoreError(
+                f"{folder.uri}/signals.parquet is damaged: {series.name!r} is no signal"
+            )
     paths = {table: _paths(of_table, before) for table, of_table in files.items()}
     columns = _columns(read, files["tokens"][0].name)
+    recorded = Recorded(layers, thresholds, others, "start" in columns, "tag" in columns)
     neurons = None
     if "neurons" in paths:
-        found = [
-            re.fullmatch(r"neurons_(\d+)", c) for c in _columns(read, files["neurons"][0].name)
-        ]
-        neurons = NeuronFiles(
-            [int(m[1]) for m in found if m], paths["neurons"], paths["neuron_types"][0].path
-        )
-    return statements(
-        paths["tokens"],
-        paths["documents"],
-        layers,
-        quartiles,
-        others,
-        neurons,
-        "start" in columns,
-        "tag" in columns,
-    )
+        neuron_layers = _neuron_layers(_columns(read, files["neurons"][0].name))
+        neurons = NeuronFiles(neuron_layers, paths["neurons"], paths["neuron_types"][0].path)
+    return statements(paths["tokens"], paths["documents"], neurons, recorded)
+
+
+def _neuron_layers(columns: Sequence[str]) -> list[int]:
+    """Layers whose neurons the table with ``columns`` has."""
+    found = [re.fullmatch(r"neurons_(\d+)", column) for column in columns]
+    return [int(match[1]) for match in found if match]
 
 
 def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
@@ -150,7 +188,7 @@ AFN = "'afn://' || "
 """SQL before a file's name that reads it through ``files.ReadOnlyFiles``."""
 
 
-def shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File]]:
+def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File]]:
     """The files that the views read, by table, in the order of the run's shards.
 
     Raises ``StoreError`` for names that are missing or not safe.

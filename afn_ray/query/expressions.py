@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from afn_ray.schema import Series
 
 
 class File(NamedTuple):
@@ -18,6 +21,25 @@ class File(NamedTuple):
 
     None for queries in the package's own process.
     """
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run recorded, as far as its views depend on it."""
+
+    layers: Sequence[int]
+    thresholds: Mapping[int, Mapping[str, Any]]
+    """The thresholds that label tokens, for the population of all tokens, by layer."""
+    others: Sequence[Series]
+    """Series beside strength."""
+    offsets: bool
+    """Whether tokens have ``start`` and ``end``."""
+    tagged: bool
+    """Whether tokens have ``tag``."""
+
+    def quartile(self, name: str, layer: int) -> str:
+        """SQL of the threshold ``name`` (q1, q2 or q3) of ``layer``."""
+        return exact(self.thresholds[layer][name], "FLOAT")
 
 
 def rows_of(files: Sequence[File]) -> str:

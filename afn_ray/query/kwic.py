@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from afn_ray.query.expressions import File, exact, is_high, rows_of
+from afn_ray.query.expressions import File, Recorded, is_high, rows_of
 from afn_ray.schema import SPECIAL, WORD_START
 
 FAR_TOKENS = 1 << 18
@@ -49,12 +48,7 @@ def document_text_macro(rows: str, offsets: bool) -> str:
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
 
 
-def kwic_macro(
-    files: Sequence[File],
-    layers: Sequence[int],
-    quartiles: Mapping[int, Mapping[str, Any]],
-    offsets: bool,
-) -> str:
+def kwic_macro(files: Sequence[File], recorded: Recorded) -> str:
     """SQL of the occurrences of ``word`` with ``n`` words on both sides.
 
     With ``most`` it returns at most that many early occurrences. The query never sorts the run: it
@@ -62,6 +56,7 @@ def kwic_macro(
     by row numbers. The first ``20 * most + 1000`` heads are nearly always enough for ``most``. Only
     if too many of them begin other words, all heads are read.
     """
+    offsets = recorded.offsets
     rows, portable = rows_of(files), files[0].folder is not None
     some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
     every = _occurrences(
@@ -74,13 +69,13 @@ def kwic_macro(
     strengths = "".join(
         f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
         f", arg_min(strength_{k}, position) AS first_strength_{k}"
-        f", {is_high(f'max(strength_{k})', exact(quartiles[k]['q3'], 'FLOAT'))} AS high_{k}"
-        for k in layers
+        f", {is_high(f'max(strength_{k})', recorded.quartile('q3', k))} AS high_{k}"
+        for k in recorded.layers
     )
     names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
     names += [
         f"{x}_{k}"
-        for k in layers
+        for k in recorded.layers
         for x in ("max_strength", "mean_strength", "first_strength", "high")
     ]
     also = f", min(position) AS position, count(*) AS n_tokens{places}{strengths}"

@@ -5,10 +5,10 @@ It contains only text and numbers of this package, never text from a corpus.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from afn_ray.query.expressions import File, exact, is_high, rows_of
+from afn_ray.query.expressions import File, Recorded, exact, is_high, rows_of
 from afn_ray.query.kwic import document_text_macro, kwic_macro
 from afn_ray.query.words import words_view
 from afn_ray.reduce.stats import Z_95
@@ -69,19 +69,13 @@ class NeuronFiles(NamedTuple):
 def statements(
     tokens: Sequence[File],
     documents: Sequence[File],
-    layers: Sequence[int],
-    quartiles: Mapping[int, Mapping[str, Any]],
-    others: Sequence[Series],
     neurons: NeuronFiles | None,
-    offsets: bool,
-    tagged: bool,
+    recorded: Recorded,
 ) -> list[str]:
     """SQL statements that create the views and macros.
 
-    The run's small tables must exist under the names of their views. ``quartiles`` has, by layer,
-    the thresholds that label tokens, for the population of all tokens. ``others`` are the recorded
-    series beside strength; ``neurons`` are the files of recorded neurons, or None. ``offsets``:
-    tokens have ``start`` and ``end``. ``tagged``: tokens have ``tag``.
+    The run's small tables must exist under the names of their views. ``neurons`` are the files of
+    recorded neurons, or None.
     """
     # A token that occurs both as text and as a special token has two vocabulary rows with the same
     # text.
@@ -91,14 +85,13 @@ def statements(
         "any_value(text) AS text, "
         f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP "
         "BY token_id",
-        "CREATE VIEW tokens AS "
-        f"{tokens_view(rows_of(tokens), layers, quartiles, others, offsets, tagged)}",
-        f"CREATE VIEW documents AS {documents_view(rows_of(documents), layers, others)}",
-        f"CREATE VIEW words AS {words_view(tokens, layers, quartiles, offsets, tagged)}",
-        f"CREATE VIEW classes AS {classes_view(layers, tagged)}",
-        "CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE "
-        f"{kwic_macro(tokens, layers, quartiles, offsets)}",
-        f"CREATE MACRO document_text(document) AS ({document_text_macro(rows_of(tokens), offsets)})",
+        f"CREATE VIEW tokens AS {tokens_view(rows_of(tokens), recorded)}",
+        f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
+        f"CREATE VIEW words AS {words_view(tokens, recorded)}",
+        f"CREATE VIEW classes AS {classes_view(recorded)}",
+        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, recorded)}",
+        "CREATE MACRO document_text(document) AS "
+        f"({document_text_macro(rows_of(tokens), recorded.offsets)})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
     ]
@@ -112,49 +105,46 @@ def statements(
 # --- tokens and documents ---
 
 
-def tokens_view(
-    source: str,
-    layers: Sequence[int],
-    quartiles: Mapping[int, Mapping[str, Any]],
-    others: Sequence[Series],
-    offsets: bool,
-    tagged: bool,
-) -> str:
+def tokens_view(source: str, recorded: Recorded) -> str:
     """SQL of the ``tokens`` view over ``source``."""
-    columns = [
-        "doc",
-        "position",
-        "token_id",
-        "token",
-        "text",
-        "surface",
-        *(["tag"] if tagged else []),
+    columns = ["doc", "position", "token_id", "token", "text", "surface"]
+    if recorded.tagged:
+        columns.append("tag")
+    columns += [
         f"flags & {SPECIAL} <> 0 AS is_special",
         f"flags & {WORD_START} <> 0 AS is_word_start",
         f"flags & {REPLACED} <> 0 AS is_replaced",
-        *(("start", '"end"') if offsets else ()),
     ]
-    for k in layers:
-        row = quartiles[k]
-        strength = f"strength_{k}"
-        q1, q2, q3 = (exact(row[q], "FLOAT") for q in ("q1", "q2", "q3"))
-        sink = None if row["q2"] is None else row["sink_factor"] * row["q2"]
-        columns += [
-            strength,
-            f"CASE WHEN is_special OR {q3} IS NULL THEN NULL WHEN {strength} < {q1} THEN 1 "
-            f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS "
-            f"quartile_{k}",
-            f"CASE WHEN NOT is_special THEN {is_high(strength, q3)} END AS high_{k}",
-            f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {exact(sink, 'DOUBLE')} END AS "
-            f"sink_{k}",
-        ]
-    columns += [s.name for s in others]
+    if recorded.offsets:
+        columns += ["start", '"end"']
+    for layer in recorded.layers:
+        columns += _layer_columns(layer, recorded)
+    columns += [s.name for s in recorded.others]
     return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
 
 
-def documents_view(source: str, layers: Sequence[int], others: Sequence[Series]) -> str:
+def _layer_columns(layer: int, recorded: Recorded) -> list[str]:
+    """SQL of the columns of one layer in ``tokens``: strength, quartile, high and sink."""
+    strength = f"strength_{layer}"
+    q1, q2, q3 = (recorded.quartile(name, layer) for name in ("q1", "q2", "q3"))
+    row = recorded.thresholds[layer]
+    sink = None if row["q2"] is None else row["sink_factor"] * row["q2"]
+    return [
+        strength,
+        f"CASE WHEN is_special OR {q3} IS NULL THEN NULL WHEN {strength} < {q1} THEN 1 "
+        f"WHEN {strength} < {q2} THEN 2 WHEN {strength} < {q3} THEN 3 ELSE 4 END::TINYINT AS "
+        f"quartile_{layer}",
+        f"CASE WHEN NOT is_special THEN {is_high(strength, q3)} END AS high_{layer}",
+        f"CASE WHEN NOT is_special THEN {strength}::DOUBLE > {exact(sink, 'DOUBLE')} END AS "
+        f"sink_{layer}",
+    ]
+
+
+def documents_view(source: str, recorded: Recorded) -> str:
     """SQL of the ``documents`` view over ``source``."""
-    means = "".join(f", mean_{s.name}" for s in [*(Series(STRENGTH, k) for k in layers), *others])
+    series = [Series(STRENGTH, layer) for layer in recorded.layers]
+    series += recorded.others
+    means = "".join(f", mean_{s.name}" for s in series)
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
@@ -182,13 +172,13 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
 # --- classes ---
 
 
-def classes_view(layers: Sequence[int], tagged: bool) -> str:
+def classes_view(recorded: Recorded) -> str:
     """SQL of the ``classes`` view.
 
     It first counts equal values, so memory does not grow with the number of tokens.
     """
     source, name = "tokens", f"coalesce(tag, '{UNTAGGED}')"
-    if not tagged:
+    if not recorded.tagged:
         guessed = "SELECT DISTINCT token_id, class FROM vocabulary WHERE class <> 'special'"
         source, name = f"tokens JOIN ({guessed}) USING (token_id)", "class"
     z2 = f"{Z_95**2!r}::DOUBLE"
@@ -206,7 +196,7 @@ def classes_view(layers: Sequence[int], tagged: bool) -> str:
                 FROM {source} WHERE NOT is_special GROUP BY ALL
             )
         ) GROUP BY class"""  # noqa: S608
-        for k in layers
+        for k in recorded.layers
     )
     return f"""
         SELECT layer, class, n, n_high, n_high / n AS share_high,

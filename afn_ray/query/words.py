@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from afn_ray.query.expressions import File, exact, is_high, rows_of
+from afn_ray.query.expressions import File, Recorded, is_high, rows_of
 from afn_ray.schema import SPECIAL, WORD_START
 
 PIECES = 4
@@ -19,13 +18,7 @@ SLICE_TOKENS = 1 << 21
 """Smallest number of tokens in a part of ``words``: planning a part costs time too."""
 
 
-def words_view(
-    files: Sequence[File],
-    layers: Sequence[int],
-    quartiles: Mapping[int, Mapping[str, Any]],
-    offsets: bool,
-    tagged: bool,
-) -> str:
+def words_view(files: Sequence[File], recorded: Recorded) -> str:
     """SQL of the ``words`` view: one pass over the rows in their order.
 
     Memory does not grow with the rows: window functions without partition or order stream, if
@@ -35,7 +28,7 @@ def words_view(
     parts = []
     for part in _parts(files):
         last = part[-1].doc_offset + part[-1].n_documents
-        words = _words(part, layers, quartiles, offsets, tagged)
+        words = _words(part, recorded)
         parts.append(f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}")
     return " UNION ALL ".join(parts)
 
@@ -57,21 +50,15 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
     return parts if parts[0] else [[files[0]]]
 
 
-def _words(
-    files: Sequence[File],
-    layers: Sequence[int],
-    quartiles: Mapping[int, Mapping[str, Any]],
-    offsets: bool,
-    tagged: bool,
-) -> str:
+def _words(files: Sequence[File], recorded: Recorded) -> str:
     """SQL of the words of ``files``.
 
     Window functions join words of up to ``PIECES`` tokens; longer words are grouped. A word has the
     tag of its first token, and the class of that token's type.
     """
     rows, portable = rows_of(files), files[0].folder is not None
-    strengths = [f"strength_{k}" for k in layers]
-    columns = ["token_id", *strengths, *(['"end"'] if offsets else [])]
+    strengths = [f"strength_{k}" for k in recorded.layers]
+    columns = ["token_id", *strengths, *(['"end"'] if recorded.offsets else [])]
     every = range(1, PIECES + 1)
     # A token belongs to a long word if no other word begins before the word has more than PIECES
     # tokens.
@@ -140,16 +127,16 @@ def _words(
         "count(*) AS n_tokens",
         "min(position) AS position",
     ]
-    if tagged:
+    if recorded.tagged:
         short += ["tag"]
         long += ["any_value(tag) FILTER (place = 0) AS tag"]
-    if offsets:
+    if recorded.offsets:
         last = by_length(lambda places: _piece('"end"', places[-1]))
         short += ["start", f'{last} AS "end"']
         long += ["min(start) AS start", 'max("end") AS "end"']
-    for k, s in zip(layers, strengths, strict=True):
-        q3 = exact(quartiles[k]["q3"], "FLOAT")
-        high = f"{is_high(f'max_strength_{k}', q3)} AS high_{k}"
+    for k, s in zip(recorded.layers, strengths, strict=True):
+        is_word_high = is_high(f"max_strength_{k}", recorded.quartile("q3", k))
+        high = f"{is_word_high} AS high_{k}"
         short += [f"{largest(s)} AS max_strength_{k}"]
         short += [
             f"({joined(' + ', s, '::DOUBLE')}) / pieces AS mean_strength_{k}",

@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray.errors import QueryError
-from afn_ray.query.database import Result, Run
+from afn_ray.query.database import Run
+from afn_ray.query.result import Result
 from afn_ray.store import parquet
 from afn_ray.text import printable
 

@@ -96,4 +96,4 @@ def test_no_statement_passes_its_limits(
                 took.append(seconds_of(run, text))
             assert took[-1] <= TIMEOUT_S + SLACK_S, (name, took)
         assert run.sql("SELECT 42").fetchall() == [(42,)]
-        assert max(resident) < 200 * 2**20 + run._limits.process_bytes
+        assert max(resident) < 200 * 2**20 + run._backend.limits.process_bytes

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.query import database, expressions, sandbox, session, views
+from afn_ray.query import expressions, result, sandbox, session, views
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import (
@@ -401,7 +401,7 @@ def test_a_store_in_memory_gives_the_same_rows(run: Run) -> None:
 
 def test_a_result_is_lazy_and_has_the_methods_of_a_relation(run: Run) -> None:
     high = run.tokens().filter("high_8").aggregate("count(*) AS n")
-    assert isinstance(high, database.Result)
+    assert isinstance(high, result.Result)
     assert (high.columns, high.types) == (["n"], ["BIGINT"])
     [(n,)] = high.fetchall()
     assert n == sum(bool(r["high_8"]) for r in run.tokens().to_dicts())
@@ -749,11 +749,11 @@ def session_of(run: Run) -> session.Session:
     """What the run's process consists of, in this process."""
 
     def read(name: str, start: int, end: int) -> bytes:
-        with run._files.open(name) as file:
+        with run._contents.files.open(name) as file:
             file.seek(start)
             return bytes(file.read(end - start))
 
-    return session.Session(run._process._setup, read)
+    return session.Session(run._backend.process._setup, read)
 
 
 def test_the_engine_itself_cannot_write_or_read_elsewhere(store: Path, tmp_path: Path) -> None:
@@ -778,7 +778,7 @@ def test_the_engine_itself_cannot_write_or_read_elsewhere(store: Path, tmp_path:
 
 
 def test_the_relation_of_a_result_cannot_write_either(run: Run, tmp_path: Path) -> None:
-    writes: tuple[Callable[[database.Result], object], ...] = (
+    writes: tuple[Callable[[result.Result], object], ...] = (
         lambda r: r.to_csv(str(tmp_path / "x.csv")),
         lambda r: r.to_parquet(str(tmp_path / "x.parquet")),
         lambda r: r.create("vocabulary2"),
@@ -870,7 +870,7 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(
         file.write_bytes(damaged)
         with (
             pytest.raises(StoreError, match=wrong),
-            run._files.open(f"shards/m/s1/a-{table}.parquet") as part,
+            run._contents.files.open(f"shards/m/s1/a-{table}.parquet") as part,
         ):
             part.seek(at)
             part.read(1)

@@ -1,0 +1,77 @@
+"""What computes a run's rows: the query process, and DuckDB in this process for rows it sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import duckdb
+import pyarrow as pa
+
+from afn_ray.errors import QueryError
+from afn_ray.query import sandbox, session
+from afn_ray.query.contents import Contents
+from afn_ray.query.protocol import Setup
+from afn_ray.query.sandbox import Allowance
+
+
+class Backend:
+    """The query process of one run, and the limits of each query."""
+
+    def __init__(self, contents: Contents, limits: sandbox.Limits) -> None:
+        settings = session.CLOSED | {
+            "memory_limit": f"{limits.memory_bytes}B",
+            "threads": limits.threads,
+        }
+        setup = Setup(
+            settings,
+            contents.tables,
+            contents.statements,
+            contents.sizes,
+            limits.process_bytes,
+            limits.timeout_s,
+        )
+        self.limits = limits
+        self.process = sandbox.Process(contents.files, setup, limits)
+        self._here: duckdb.DuckDBPyConnection | None = None
+
+    def allowance(self) -> Allowance:
+        """The time of a new query."""
+        return Allowance(self.limits.timeout_s)
+
+    def relation_here(self, table: pa.Table, types: Sequence[str] = ()) -> duckdb.DuckDBPyRelation:
+        """Computed rows as a relation of this process, which has no access to anything else.
+
+        With ``types``, columns are cast to these SQL types.
+        """
+        if self._here is None:
+            here = duckdb.connect(":memory:", config=session.CLOSED | {"threads": 1})
+            here.execute("SET enable_external_access = false")
+            here.execute("SET lock_configuration = true")
+            self._here = here
+        relation = self._here.cursor().from_arrow(table)
+        if list(types) == [str(kind) for kind in relation.types] or not types:
+            return relation
+        columns = []
+        for name, kind, wanted in zip(relation.columns, relation.types, types, strict=True):
+            column = _identifier(name)
+            is_cast = str(kind) != wanted
+            columns.append(f"{column}::{wanted} AS {column}" if is_cast else column)
+        return relation.project(", ".join(columns))
+
+    @contextmanager
+    def plain_errors(self) -> Iterator[None]:
+        """Raise errors of DuckDB and Arrow in this process as ``QueryError``."""
+        try:
+            yield
+        except (duckdb.Error, OSError, pa.ArrowException) as error:
+            raise QueryError(sandbox.readable(str(error), self.limits)) from error
+        except ArithmeticError as error:  # an interval of a million years
+            raise QueryError(
+                f"a value is beyond what Python can hold ({error}); cast it, as with ::VARCHAR"
+            ) from error
+
+
+def _identifier(name: str) -> str:
+    """``name`` as a quoted SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,68 @@
+"""Possible reasons why a query has no rows, found from its text."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from afn_ray.query.views import VIEWS
+
+if TYPE_CHECKING:
+    from afn_ray.query.database import Run
+
+EMPTY_BY_DESIGN = (
+    "signals", "signal_vocabulary", "token_neurons", "neurons", "neuron_types", "sources", "screened", "movers",
+    "drift", "class_drift",
+)  # fmt: skip
+"""Views that may be empty; their descriptions say when."""
+
+
+def why_no_rows(run: Run, query: str) -> list[str]:
+    """Possible reasons why ``query`` has no rows of ``run``."""
+    notes = []
+    for view in EMPTY_BY_DESIGN:
+        if re.search(rf"\b{view}\b", query) and not _has_rows(run, view):
+            notes.append(f"{view}: {VIEWS[view]}")
+    layers = run.info["layers"]
+    asked_layers = {int(k) for k in re.findall(r"\blayer\s*=\s*(\d{1,9})\b", query)}
+    missing_layers = sorted(asked_layers - set(layers))
+    if missing_layers:
+        recorded = ", ".join(map(str, layers))
+        notes.append(f"layer {missing_layers[0]} was not recorded; the run has {recorded}")
+    asked_classes = re.findall(r"\bclass\s*=\s*'([^']*)'", query)
+    if asked_classes and "classes" not in query:
+        classes = _classes(run)
+        unknown = [name for name in asked_classes if name not in classes]
+        if unknown:
+            notes.append(f"no type is of class {unknown[0]!r}; the run has {', '.join(classes)}")
+    if (note := _about_kwic(query)) is not None:
+        notes.append(note)
+    return notes
+
+
+def _about_kwic(query: str) -> str | None:
+    """Why ``kwic`` found nothing, if ``query`` calls it."""
+    if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*\S\s+\S(?:[^']|'')*)'", query):
+        return (
+            f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its "
+            "context"
+        )
+    if re.search(r"\bkwic\([^)]*,\s*(?:n\s*:=\s*)?-\s*\d", query):
+        return "kwic takes the number of words on each side, 0 or more"
+    if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
+        return (
+            f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves "
+            "no row"
+        )
+    return None
+
+
+def _classes(run: Run) -> list[str]:
+    """The classes of the run's types, then those that only a baseline has."""
+    here = run.sql("SELECT DISTINCT class FROM vocabulary ORDER BY class").fetchall()
+    either = run.sql("SELECT DISTINCT class FROM class_drift").fetchall()
+    return list(dict.fromkeys(name for (name,) in [*here, *either]))
+
+
+def _has_rows(run: Run, view: str) -> bool:
+    return bool(run.sql(f"SELECT 1 FROM {view} LIMIT 1").fetchall())  # noqa: S608 - a name of ours
