@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
 from afn_ray.bench import BUILT_IN, TOKENS_PER_WORKER, machine
-from afn_ray.bench.figures import FOREIGN, Counted, compare, figures, num_tokens, ratios
+from afn_ray.bench.figures import FOREIGN, Counted, Measured, compare, figures, ratios
 from afn_ray.bench.peers import Spec, find_blocks
-from afn_ray.bench.team import ONE_PROCESS, Missing, Take, Team
+from afn_ray.bench.team import ONE_PROCESS, Missing, Team
 from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
 from afn_ray.bench.worker import dump_texts
 from afn_ray.config import RunConfig, resolve_layers
@@ -68,11 +68,7 @@ def measure(
         folder = Path(name)
         base, counted, causal = _plan(options, folder)
         texts = _texts(options, base, profiles, causal)
-        skipped = {
-            v: _missing_note(v)
-            for v in variants
-            if v in NEEDS and not importlib.util.find_spec(NEEDS[v])
-        }
+        skipped = _without_package(variants)
         for reason in skipped.values():
             note(reason)
         present = [v for v in variants if v not in skipped]
@@ -93,62 +89,77 @@ def measure(
                 skipped[variant] = f"{_missing_note(variant)} ({error})"
                 note(skipped[variant])
                 del teams[variant]
-        takes: dict[str, dict[str, list[Take]]] = {p: {v: [] for v in teams} for p in profiles}
-        differences: dict[str, dict[str, float]] = {}
-        # FLOP/s, and the share of the cores' time that other processes used.
-        peaks: list[tuple[float, float]] = []
+        peaks: list[Peak] = []
+        measured = []
         for profile in profiles:
-            for repetition in range(1, options.repeat + 1):
-                peaks.append(gemm.multiply())
-                strengths = {}
-                for variant, team in teams.items():
-                    take = team.run(profile)
-                    takes[profile][variant].append(take)
-                    strengths[variant] = team.strengths(
-                        profile, folder if repetition == 1 else None
-                    )
-                    rate = num_tokens(texts[profile], team.parts[profile]) / take.seconds
-                    busy = (
-                        f", others took {take.foreign:.0%} of the cores"
-                        if take.foreign > FOREIGN
-                        else ""
-                    )
-                    note(
-                        f"{profile} {repetition}/{options.repeat} {variant}: {rate:,.0f} "
-                        f"tokens/s{busy}"
-                    )
-                if repetition == 1:
-                    differences[profile] = compare(strengths, base.dtype)
-        peak = statistics.median(
-            [p for p, foreign in peaks if foreign <= FOREIGN] or [p for p, _ in peaks]
-        )
-        return {
-            **_facts(options, base),
-            "gemm_peak_tflops": peak / 1e12,
-            "gemm_peaks_tflops": [p / 1e12 for p, _ in peaks],
-            "skipped": skipped,
-            "profiles": {
-                profile: {
-                    variant: figures(
-                        variant,
-                        taken,
-                        takes[profile],
-                        teams,
-                        texts[profile],
-                        profile,
-                        counted,
-                        peak,
-                        differences[profile].get(variant),
-                    )
-                    for variant, taken in takes[profile].items()
-                }
-                for profile in profiles
-            },
-            "ratios": {
-                profile: ratios(takes[profile], texts[profile], teams, profile)
-                for profile in profiles
-            },
-        }
+            one = Measured(profile, texts[profile], teams, {v: [] for v in teams}, {})
+            for repetition in range(options.repeat):
+                peaks.append(Peak(*gemm.multiply()))
+                strengths = _measure_once(one, folder, repetition, options.repeat, note)
+                if repetition == 0:
+                    one.differences = compare(strengths, base.dtype)
+            measured.append(one)
+    return _result(_facts(options, base) | _peak_facts(peaks), skipped, measured, counted)
+
+
+class Peak(NamedTuple):
+    """One measurement of the machine's GEMM peak."""
+
+    flops_per_s: float
+    foreign: float
+    """Share of the cores' time that other processes used."""
+
+
+def _measure_once(
+    measured: Measured, folder: Path, repetition: int, repeat: int, note: Notes
+) -> dict[str, dict[int, tuple[Any, Any]]]:
+    """Run every variant once; return their strengths in the first repetition."""
+    strengths = {}
+    for variant, team in measured.teams.items():
+        take = team.run(measured.profile)
+        measured.takes[variant].append(take)
+        strengths[variant] = team.strengths(measured.profile, folder if repetition == 0 else None)
+        rate = measured.num_tokens(variant) / take.seconds
+        busy = f", others took {take.foreign:.0%} of the cores" if take.foreign > FOREIGN else ""
+        turn = f"{measured.profile} {repetition + 1}/{repeat} {variant}"
+        note(f"{turn}: {rate:,.0f} tokens/s{busy}")
+    return strengths
+
+
+def _peak_facts(peaks: Sequence[Peak]) -> dict[str, Any]:
+    """Median and values of the GEMM peak; the median is that of clean measurements, if any."""
+    every = [peak.flops_per_s for peak in peaks]
+    clean = [peak.flops_per_s for peak in peaks if peak.foreign <= FOREIGN]
+    return {
+        "gemm_peak_tflops": statistics.median(clean or every) / 1e12,
+        "gemm_peaks_tflops": [flops_per_s / 1e12 for flops_per_s in every],
+    }
+
+
+def _result(
+    facts: dict[str, Any], skipped: dict[str, str], measured: Sequence[Measured], counted: Counted
+) -> dict[str, Any]:
+    """All figures, as ``--json`` writes them."""
+    peak = facts["gemm_peak_tflops"] * 1e12
+    profiles = {}
+    for one in measured:
+        profiles[one.profile] = {v: figures(one, v, counted, peak) for v in one.teams}
+    return {
+        **facts,
+        "skipped": skipped,
+        "profiles": profiles,
+        "ratios": {one.profile: ratios(one) for one in measured},
+    }
+
+
+def _without_package(variants: Sequence[str]) -> dict[str, str]:
+    """Why a variant is skipped, for those whose optional package is not installed."""
+    skipped = {}
+    for variant in variants:
+        package = NEEDS.get(variant)
+        if package is not None and not importlib.util.find_spec(package):
+            skipped[variant] = _missing_note(variant)
+    return skipped
 
 
 # --- planning

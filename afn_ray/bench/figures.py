@@ -71,10 +71,8 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
                     f"{len(expected[i])}: "
                     "the variants do not measure the same; no figures"
                 )
-        got, want = (
-            np.concatenate([v[i] for i in common])
-            for v in ({i: by_text[i][0] for i in common}, expected)
-        )
+        got = np.concatenate([by_text[i][0] for i in common])
+        want = np.concatenate([expected[i] for i in common])
         difference = float(np.quantile(np.abs(got - want) / np.abs(want), 0.99))
         if not difference <= TOLERANCE[dtype]:
             raise ModelError(
@@ -86,83 +84,88 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
     return found
 
 
-def num_tokens(texts: Sequence[Text], parts: Sequence[Sequence[int]]) -> int:
-    return sum(texts[i].num_tokens for part in parts for i in part)
+@dataclass(slots=True)
+class Measured:
+    """What was measured on one profile."""
+
+    profile: str
+    texts: Sequence[Text]
+    teams: dict[str, Team]
+    takes: dict[str, list[Take]]  # variant -> repetitions
+    differences: dict[str, float]  # variant -> what ``compare`` returns
+
+    def texts_of(self, variant: str) -> list[Text]:
+        """The texts that the variant measures."""
+        parts = self.teams[variant].parts[self.profile]
+        return [self.texts[i] for part in parts for i in part]
+
+    def num_tokens(self, variant: str) -> int:
+        """Number of tokens that the variant measures."""
+        return sum(text.num_tokens for text in self.texts_of(variant))
+
+    def clean(self, variant: str) -> list[int]:
+        """Indices of the variant's clean repetitions; of all repetitions when none is clean."""
+        takes = self.takes[variant]
+        clean = [i for i, take in enumerate(takes) if take.foreign <= FOREIGN]
+        return clean or list(range(len(takes)))
+
+    def ratio(self, of: str, to: str) -> float | None:
+        """Median over repetitions of the speed of ``of`` divided by that of ``to``.
+
+        Both speeds come from the same repetition. The result is None when a variant was not
+        measured.
+        """
+        if of not in self.takes or to not in self.takes:
+            return None
+        tokens = self.num_tokens(of) / self.num_tokens(to)
+        clean = set(self.clean(of)) & set(self.clean(to))
+        repetitions = clean or set(range(len(self.takes[of])))
+        takes, reference = self.takes[of], self.takes[to]
+        return statistics.median(
+            tokens * reference[i].seconds / takes[i].seconds for i in repetitions
+        )
 
 
-def _clean(takes: Sequence[Take]) -> list[int]:
-    """Indices of the clean repetitions; of all repetitions when none is clean."""
-    return [i for i, take in enumerate(takes) if take.foreign <= FOREIGN] or list(range(len(takes)))
-
-
-def _ratio(
-    of: str,
-    to: str,
-    takes: dict[str, list[Take]],
-    texts: Sequence[Text],
-    teams: dict[str, Team],
-    profile: str,
-) -> float | None:
-    """Median over repetitions of the speed of ``of`` divided by that of ``to``.
-
-    Both speeds come from the same repetition. The result is None when a variant was not measured.
-    """
-    if of not in takes or to not in takes:
-        return None
-    tokens = num_tokens(texts, teams[of].parts[profile]) / num_tokens(
-        texts, teams[to].parts[profile]
-    )
-    both = set(_clean(takes[of])) & set(_clean(takes[to])) or set(range(len(takes[of])))
-    return statistics.median(tokens * takes[to][i].seconds / takes[of][i].seconds for i in both)
-
-
-def ratios(
-    takes: dict[str, list[Take]], texts: Sequence[Text], teams: dict[str, Team], profile: str
-) -> dict[str, float]:
-    pairs = [name.split("/") for name in BARS if "/" in name]
-    found = {f"{of}/{to}": _ratio(of, to, takes, texts, teams, profile) for of, to in pairs}
-    return {name: value for name, value in found.items() if value is not None}
+def ratios(measured: Measured) -> dict[str, float]:
+    """The ratios that have a bar in ``BARS``, where both variants were measured."""
+    found = {}
+    for name in BARS:
+        of, slash, to = name.partition("/")
+        if slash and (ratio := measured.ratio(of, to)) is not None:
+            found[name] = ratio
+    return found
 
 
 def figures(
-    variant: str,
-    taken: Sequence[Take],
-    takes: dict[str, list[Take]],
-    teams: dict[str, Team],
-    texts: Sequence[Text],
-    profile: str,
-    counted: Counted,
-    peak: float,
-    difference: float | None,
+    measured: Measured, variant: str, counted: Counted, peak_flops_per_s: float
 ) -> dict[str, Any]:
-    parts = teams[variant].parts[profile]
-    own = [texts[i] for part in parts for i in part]
-    tokens, in_windows = (
-        sum(t.num_tokens for t in own),
-        sum(p.length for t in own for p in t.pieces),
-    )
-    clean = [taken[i] for i in _clean(taken)]
+    """The figures of one variant, as ``--json`` writes them."""
+    takes, texts = measured.takes[variant], measured.texts_of(variant)
+    tokens = measured.num_tokens(variant)
+    tokens_in_windows = sum(p.length for t in texts for p in t.pieces)
+    clean = [takes[i] for i in measured.clean(variant)]
     rates = [tokens / take.seconds for take in clean]
     rate = statistics.median(rates)
-    forward = clean[0].forward_tokens
-    total = {name: sum(t.stages.get(name, 0.0) for t in clean) for name in clean[0].stages}
+    processes = measured.teams[variant].at_work
+    stages = {}
+    for name in clean[0].stages:
+        total = sum(take.stages.get(name, 0.0) for take in clean)
+        stages[name] = total / len(clean) / processes
     return {
         "tokens_per_s": rate,
         "low": min(rates),
         "high": max(rates),
-        "seconds": [t.seconds for t in taken],
-        "foreign": [round(t.foreign, 3) for t in taken],
-        "n_clean": sum(t.foreign <= FOREIGN for t in taken),
-        "ratio_loop": _ratio(variant, "loop", takes, texts, teams, profile),
-        "ratio_tuned": _ratio(variant, "tuned", takes, texts, teams, profile),
-        "mfu": counted.flops(own) / tokens * rate / peak,
-        "padding": max(0.0, 1 - in_windows / forward),
+        "seconds": [take.seconds for take in takes],
+        "foreign": [round(take.foreign, 3) for take in takes],
+        "n_clean": sum(take.foreign <= FOREIGN for take in takes),
+        "ratio_loop": measured.ratio(variant, "loop"),
+        "ratio_tuned": measured.ratio(variant, "tuned"),
+        "mfu": counted.flops(texts) / tokens * rate / peak_flops_per_s,
+        "padding": max(0.0, 1 - tokens_in_windows / clean[0].forward_tokens),
         "tokens": tokens,
-        "texts": len(own),
-        "stages": {
-            name: value / len(clean) / teams[variant].at_work for name, value in total.items()
-        },
-        "peak_bytes": max(t.peak_bytes for t in taken),
-        "device_bytes": max(t.device_bytes for t in taken),
-        "difference": difference,
+        "texts": len(texts),
+        "stages": stages,
+        "peak_bytes": max(take.peak_bytes for take in takes),
+        "device_bytes": max(take.device_bytes for take in takes),
+        "difference": measured.differences.get(variant),
     }
