@@ -13,16 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import model
+from afn_ray.analysis.remeasure import LocalModel, measure_text, notes_on, recorded_task
 from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
 from afn_ray.reduce.stats import spearman
-from afn_ray.runs import cluster, worker
-from afn_ray.runs.measurer import Measured, Measurer, find_model
+from afn_ray.runs import worker
+from afn_ray.runs.measurer import find_model
 from afn_ray.runs.task import Task
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
 from afn_ray.store import label_thresholds, manifest
-from afn_ray.store.settings import config_from
+from afn_ray.tokens.encode import Encoded
 
 TOP = 10
 """Number of tokens and neurons that a decision lists, and of labels that it shows."""
@@ -150,28 +151,23 @@ class Explanation:
     decision: Decision | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to explain of a text, beside its strengths at the recorded layers."""
+
+    signals: str = STRENGTH  # also measured, recorded or not
+    layers: str | None = None  # layers of a heat map, recorded or not; same syntax as in a config
+    task: bool = False  # run the model's own sequence classifier, and attribute its output
+    layer: int | None = None  # of the attributions; None: the deepest recorded layer
+
+
 def explain(
     run_uri: str,
     text: str,
-    *,
-    model_name: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    signals: str = STRENGTH,
-    layers: str | None = None,
-    task: bool = False,
-    layer: int | None = None,
+    question: Question = Question(),
+    local: LocalModel = LocalModel(),  # noqa: B008 - frozen
 ) -> Explanation:
     """Measure ``text`` as the run at ``run_uri`` measured its corpus, in this process, and compare.
-
-    - ``signals``: signals to measure beside strength, recorded or not.
-    - ``layers``: layers of a heat map of the text, recorded or not; same syntax as in a config.
-    - ``task``: also run the model's own sequence classifier and attribute its output at ``layer``
-      (None: the deepest recorded layer).
-    - ``model_name``: path of the run's model on this machine, if it differs from the run's.
-
-    A store may come from a third party, so code and pickles that its run names are used only where
-    the caller allows them too (``trust_remote_code``, ``allow_pickle``).
 
     Raises ``StoreError`` where there is no such run, and ``ConfigError`` for a text without tokens,
     a layer that was not recorded or an unknown signal. Raises ``ModelError`` when the model here
@@ -179,140 +175,142 @@ def explain(
     classifier.
     """
     run = manifest.find_run(run_uri)
-    plan = recorded_task(
-        run, model_name=model_name, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
-    config, device = plan.config, plan.device
-    chosen = index_of(plan.measure.layers, layer)
-    if apart := [s.name for s in find_signals(signals)[0] if not s.is_series]:
-        raise ConfigError(
-            f"signals has {apart[0]}, which is no number a token; 'afn neurons' and --task show "
-            "neurons"
-        )
-    plan = worker.with_signals(plan, signals)
-    measure = plan.measure
-    if worker.wants_outliers(plan) and not measure.outliers:
-        raise ConfigError(
-            f"signals {signals} leave out dimensions that a run finds on its corpus, and {run.uri} "
-            "looked for none; leave them out, or explain against a run that recorded them"
-        )
+    plan = recorded_task(run, local)
+    layer = plan.measure.layers[index_of(plan.measure.layers, question.layer)]
+    plan = _with_signals(plan, question.signals, run.uri)
     cleaned = SURROGATES.sub("\ufffd", text)  # no surrogates, as in the corpus
-    measured, pieces = _measure(plan, cleaned, cleaned != text)
-    encoded, by_series = measured.encoded, dict(zip(measure.series, measured.values, strict=True))
-    special = (encoded.flags & SPECIAL) > 0
-    tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
-    tables["labels"] = label_thresholds.labels(run)
-    if "signals" in run.info["tables"]:
-        tables["signals"] = manifest.read_table(run, "signals")
-    thresholds, columns = [], []
-    for at in measure.layers:
-        limits, readings = _read_layer(
-            tables, at, encoded.token_ids, special, by_series[Series(STRENGTH, at)]
-        )
-        thresholds.append(limits)
-        others = [
-            _read_signal(tables, s, special, by_series[s]) for s in measure.series if s.layer == at
-        ][1:]
-        columns.append(
-            [replace(r, signals=tuple(o[i] for o in others)) for i, r in enumerate(readings)]
-        )
-    sweep = () if layers is None else resolve_layers(layers, run.info["model"]["depth"])
-    if elsewhere := tuple(k for k in sweep if k not in measure.layers):
-        # in a pass of its own, so that the first one is exactly the run's
-        other = replace(plan, measure=replace(measure, layers=elsewhere, outliers=()))
-        other = worker.with_signals(other)
-        by_series |= zip(
-            other.measure.series, _measure(other, cleaned, cleaned != text)[0].values, strict=True
-        )
-    quartiles = {
-        k: [r.quartile for r in column] for k, column in zip(measure.layers, columns, strict=True)
-    }
-    cells = [
-        _within_text(k, by_series[Series(STRENGTH, k)], special, quartiles.get(k)) for k in sweep
-    ]
-    spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
-    tokens = tuple(
-        Token(
-            "" if special[i] else cleaned[start:end],
-            pieces[token_id],
-            token_id,
-            start,
-            end,
-            bool(special[i]),
-            bool(encoded.flags[i] & WORD_START),
-            tuple(r[i] for r in columns),
-            tuple(c[i] for c in cells),
-        )
-        for i, ((start, end), token_id) in enumerate(
-            zip(spans, encoded.token_ids.tolist(), strict=True)
-        )
+    measured, pieces = measure_text(plan, cleaned, cleaned != text)
+    encoded, by_series = (
+        measured.encoded,
+        dict(zip(plan.measure.series, measured.values, strict=True)),
     )
+    is_special = (encoded.flags & SPECIAL) > 0
+    tables = _tables(run)
+    thresholds, readings = {}, {}
+    for k in plan.measure.layers:
+        strengths = by_series[Series(STRENGTH, k)]
+        thresholds[k], plain = _read_layer(tables, k, encoded.token_ids, is_special, strengths)
+        others = [s for s in plan.measure.series if s.layer == k and s.signal != STRENGTH]
+        values = [_read_signal(tables, s, is_special, by_series[s]) for s in others]
+        readings[k] = [
+            replace(reading, signals=tuple(of_signal[at] for of_signal in values))
+            for at, reading in enumerate(plain)
+        ]
+    sweep: tuple[int, ...] = ()
+    if question.layers is not None:
+        sweep = resolve_layers(question.layers, run.info["model"]["depth"])
+    if elsewhere := tuple(k for k in sweep if k not in plan.measure.layers):
+        # In a pass of its own, so that the first one is exactly the run's.
+        other = worker.with_signals(
+            replace(plan, measure=replace(plan.measure, layers=elsewhere, outliers=()))
+        )
+        swept, _ = measure_text(other, cleaned, cleaned != text)
+        by_series |= zip(other.measure.series, swept.values, strict=True)
+    cells = []
+    for k in sweep:
+        quartiles = [r.quartile for r in readings[k]] if k in readings else None
+        cells.append(_within_text(k, by_series[Series(STRENGTH, k)], is_special, quartiles))
+    tokens = _tokens(cleaned, encoded, pieces, list(readings.values()), cells)
     decision = None
-    if task:
-        window = run.info["measure"]["window_tokens"]
-        if len(tokens) > window:
-            raise ConfigError(
-                f"the text has {len(tokens):,} tokens, and a classifier decides about one window, "
-                "which "
-                f"has {window:,}; shorten it"
-            )
-        model.free_memory()
-        at, values = measure.layers[chosen], by_series[Series(STRENGTH, measure.layers[chosen])]
-        files = find_model(config)
-        decided = model.decide(files, encoded.token_ids.tolist(), at, values, measure.dtype, device)
-        decision = _decision(decided, at, values, special)
+    if question.task:
+        _check_window(len(tokens), run.info["measure"]["window_tokens"])
+        strengths = by_series[Series(STRENGTH, layer)]
+        decision = _decide(plan, layer, encoded.token_ids, strengths, is_special)
     return Explanation(
         run.uri,
-        config.model,
-        measure.dtype,
-        device,
+        plan.config.model,
+        plan.measure.dtype,
+        plan.device,
         cleaned,
-        measure.layers,
-        tuple(thresholds),
+        plan.measure.layers,
+        tuple(thresholds.values()),
         tokens,
-        _notes(run.info["made_by"], device, measure.dtype),
+        notes_on(run.info["made_by"], plan.device, plan.measure.dtype),
         sweep,
         decision,
     )
 
 
-def _measure(plan: Task, text: str, replaced: bool) -> tuple[Measured, list[str]]:
-    """``plan``'s series for every token of ``text``, and the tokenizer's vocabulary."""
-    model.free_memory()  # free the previous model
-    loaded = Measurer(plan)
-    measured, pieces = loaded.measure([text], [replaced]), loaded.preparer.pieces
-    if problem := measured.encoded.problems.get(0):
-        raise ModelError(
-            f"{plan.config.model} cannot measure this text; a run would quarantine it: {problem}"
+def _with_signals(task: Task, signals: str, run_uri: str) -> Task:
+    """``task`` that also measures ``signals``."""
+    if not_series := [s.name for s in find_signals(signals)[0] if not s.is_series]:
+        raise ConfigError(
+            f"signals has {not_series[0]}, which is no number a token; 'afn neurons' and --task "
+            "show neurons"
         )
-    if not len(measured.encoded.token_ids):
-        raise ConfigError("the text has no tokens; give one with at least a word")
-    if bad := [
-        s.name
-        for s, v in zip(plan.measure.series, measured.values, strict=True)
-        if not np.isfinite(v).all()
-    ]:
-        raise ModelError(
-            f"{plan.config.model} gave a {bad[0]} that is not finite for this text; a run would "
-            "quarantine it"
+    task = worker.with_signals(task, signals)
+    if worker.wants_outliers(task) and not task.measure.outliers:
+        raise ConfigError(
+            f"signals {signals} leave out dimensions that a run finds on its corpus, and {run_uri} "
+            "looked for none; leave them out, or explain against a run that recorded them"
         )
-    return measured, pieces
+    return task
+
+
+def _tables(run: manifest.RunFolder) -> dict[str, pa.Table]:
+    """Tables of ``run`` that a text is compared with; ``labels`` are the thresholds that label."""
+    tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
+    tables["labels"] = label_thresholds.labels(run)
+    if "signals" in run.info["tables"]:
+        tables["signals"] = manifest.read_table(run, "signals")
+    return tables
+
+
+def _tokens(
+    text: str,
+    encoded: Encoded,
+    pieces: Sequence[str],
+    readings: Sequence[Sequence[Reading]],
+    cells: Sequence[Sequence[Cell]],
+) -> tuple[Token, ...]:
+    """Tokens of ``text``; ``readings`` and ``cells`` are lists by token for each layer."""
+    ids, flags = encoded.token_ids.tolist(), encoded.flags.tolist()
+    spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
+    tokens = []
+    for at, (start, end) in enumerate(spans):
+        is_special = bool(flags[at] & SPECIAL)
+        tokens.append(
+            Token(
+                "" if is_special else text[start:end],
+                pieces[ids[at]],
+                ids[at],
+                start,
+                end,
+                is_special,
+                bool(flags[at] & WORD_START),
+                tuple(of_layer[at] for of_layer in readings),
+                tuple(of_layer[at] for of_layer in cells),
+            )
+        )
+    return tuple(tokens)
+
+
+def _check_window(num_tokens: int, window: int) -> None:
+    if num_tokens > window:
+        raise ConfigError(
+            f"the text has {num_tokens:,} tokens, and a classifier decides about one window, which "
+            f"has {window:,}; shorten it"
+        )
+
+
+def _decide(task: Task, layer: int, token_ids: Any, strengths: Any, special: Any) -> Decision:
+    """The classifier's decision, attributed at ``layer``; the arrays are [n_tokens]."""
+    model.free_memory()
+    files = find_model(task.config)
+    ids = token_ids.tolist()
+    decided = model.decide(files, ids, layer, strengths, task.measure.dtype, task.device)
+    return _decision(decided, layer, strengths, special)
 
 
 def _read_signal(
     tables: Mapping[str, pa.Table], series: Series, special: Any, values: Any
 ) -> list[Value]:
     """Values of ``series`` by token, with quartiles where recorded; arrays are [n_tokens]."""
-    rows = []
+    quartiles = [None] * len(values)
     if "signals" in tables:
         here = (pc.field("signal") == series.signal) & (pc.field("layer") == series.layer)
-        rows = tables["signals"].filter(here).to_pylist()
-    limits = np.array([rows[0][q] for q in ("q1", "q2", "q3")]) if rows else None
-    quartiles = (
-        [None] * len(values)
-        if limits is None
-        else (1 + np.searchsorted(limits, values, side="right")).tolist()
-    )
+        for row in tables["signals"].filter(here).to_pylist():
+            quartiles = _quartiles(row, values)
     return [
         Value(series.signal, value, None if is_special else quartile)
         for value, quartile, is_special in zip(
@@ -321,22 +319,29 @@ def _read_signal(
     ]
 
 
+def _quartiles(thresholds: Mapping[str, Any], values: Any) -> list[Any]:
+    """Quartile of each value, 1 to 4; a value at a threshold belongs to the upper quartile."""
+    limits = np.array([thresholds[name] for name in ("q1", "q2", "q3")])
+    found: list[Any] = (1 + np.searchsorted(limits, values, side="right")).tolist()
+    return found
+
+
 def _within_text(
     layer: int, values: Any, special: Any, quartiles: Sequence[int | None] | None
 ) -> list[Cell]:
     """Each token's rank among the tokens of the text at ``layer``; the arrays are [n_tokens]."""
     others = np.sort(values[~special])
     at_or_below, n = np.searchsorted(others, values, side="right").tolist(), len(others)
-    return [
-        Cell(layer, value, None, None, None)
-        if is_special
-        else Cell(
-            layer, value, k / n, (10 * k - 1) // n, None if quartiles is None else quartiles[i]
-        )
-        for i, (value, k, is_special) in enumerate(
-            zip(values.tolist(), at_or_below, special.tolist(), strict=True)
-        )
-    ]
+    cells = []
+    for at, (value, k, is_special) in enumerate(
+        zip(values.tolist(), at_or_below, special.tolist(), strict=True)
+    ):
+        if is_special:
+            cells.append(Cell(layer, value, None, None, None))
+        else:
+            quartile = None if quartiles is None else quartiles[at]
+            cells.append(Cell(layer, value, k / n, (10 * k - 1) // n, quartile))
+    return cells
 
 
 def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> Decision:
@@ -360,38 +365,6 @@ def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> 
     )
 
 
-def recorded_task(
-    run: manifest.RunFolder, *, model_name: str | None, trust_remote_code: bool, allow_pickle: bool
-) -> Task:
-    """The task that measures texts on this machine as ``run`` measured its corpus.
-
-    Raises ``ModelError`` as ``explain`` does.
-    """
-    recorded = run.info["measure"]
-    config = config_from(run.info["config"])
-    for flag, asked, given in (
-        ("trust_remote_code", config.trust_remote_code, trust_remote_code),
-        ("allow_pickle", config.allow_pickle, allow_pickle),
-    ):
-        if asked and not given:
-            raise ModelError(
-                f"run {run.uri} was made with {flag}, which lets its model run code here; "
-                f"if you trust {model_name or config.model}, give --{flag.replace('_', '-')}"
-            )
-    config = replace(config, dtype=recorded["dtype"], model=model_name or config.model)
-    device = cluster.local_device(run.info["made_by"]["device"])
-    task = worker.prepare(config, find_model(config), device, config.dtype)
-    measure = replace(
-        task.measure,
-        labels=recorded.get("labels"),
-        outliers=tuple(tuple(dims) for dims in recorded.get("outliers", ())),
-        neurons_above=tuple(recorded.get("neurons_above", ())),
-    )
-    if measure.id != recorded["id"]:
-        raise ModelError(_not_the_same(config.model, run.uri, recorded, measure.as_dict()))
-    return replace(task, measure=measure)
-
-
 def _read_layer(
     tables: Mapping[str, pa.Table], layer: int, token_ids: Any, special: Any, strengths: Any
 ) -> tuple[Thresholds, list[Reading]]:
@@ -401,76 +374,29 @@ def _read_layer(
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
     histogram = tables["histogram"].filter(here & ~pc.field("special"))
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))
-    ranks = (
-        at_or_below[np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")]
-        / limits.n
-    )
-    quartiles = 1 + np.searchsorted(
-        np.array([limits.q1, limits.q2, limits.q3]), strengths, side="right"
-    )
+    below = np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")
+    ranks = at_or_below[below] / limits.n
+    quartiles = _quartiles(row, strengths)
     ours = pc.field("token_id").isin(np.unique(token_ids).tolist())
     usual = {
         (r["token_id"], r["class"] == "special"): Usual(r["n"], r["q2"], r["share_high"])
         for r in tables["vocabulary"].filter(here & ours).to_pylist()
     }
-    return limits, [
-        Reading(layer, strength, None, None, None, usual.get((i, s)))
-        if s
-        else Reading(layer, strength, quartile, quartile == 4, rank, usual.get((i, s)))
-        for i, s, strength, quartile, rank in zip(
-            token_ids.tolist(),
-            special.tolist(),
-            strengths.tolist(),
-            quartiles.tolist(),
-            ranks.tolist(),
-            strict=True,
-        )
-    ]
-
-
-def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    differs = []
-    for key in sorted({*theirs, *ours} - {"id"}):
-        if key == "model" and theirs.get(key) != ours[key]:
-            a, b = theirs.get(key) or {}, ours[key]
-            parts = sorted(p for p in {*a, *b} if a.get(p) != b.get(p))
-            told = [
-                f"{p} ({a.get(p)} in the run, {b[p]} here)" if p in model.MAKERS else p
-                for p in parts
-            ]
-            differs.append(f"these parts of it differ: {', '.join(told)}")
-        elif theirs.get(key) != ours.get(key):
-            differs.append(
-                f"{key} is {json.dumps(theirs.get(key))} in the run, {json.dumps(ours.get(key))} "
-                "here"
-            )
-    return (
-        f"the model at {name} is not the one of run {run}: "
-        f"{'; '.join(differs) or 'its run.json was edited'}. "
-        "Strengths of two measures cannot be compared; give the run's model"
-    )
-
-
-def _notes(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...]:
-    notes = []
-    if made_by["device"] != device:
-        digits = "fifth or a later" if dtype == "float32" else "third or fourth"
-        notes.append(
-            f"The run was measured on {made_by['device']}, this text on {device} (both {dtype}): "
-            "strengths differ in "
-            f"their {digits} digit, and a token close to a threshold can lie on its other side."
-        )
-    changed = [
-        f"{k} {made_by.get(k)} then, {v} here"
-        for k, v in model.VERSIONS.items()
-        if made_by.get(k) != v
-    ]
-    if changed:
-        notes.append(
-            f"Libraries differ from the run's ({'; '.join(changed)}): last digits of strengths "
-            "may, too."
-        )
-    return tuple(notes)
+    readings = []
+    for token_id, is_special, strength, quartile, rank in zip(
+        token_ids.tolist(),
+        special.tolist(),
+        strengths.tolist(),
+        quartiles,
+        ranks.tolist(),
+        strict=True,
+    ):
+        of_type = usual.get((token_id, is_special))
+        if is_special:
+            readings.append(Reading(layer, strength, None, None, None, of_type))
+        else:
+            readings.append(Reading(layer, strength, quartile, quartile == 4, rank, of_type))
+    return limits, readings
 
 
 def index_of(layers: tuple[int, ...], layer: int | None) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from afn_ray.analysis import explain
 from afn_ray.analysis.bootstrap import SEED, Drawn, Draws, Figure, Quantity
+from afn_ray.analysis.remeasure import LocalModel, recorded_task
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run
@@ -68,11 +68,8 @@ class Text:
 
 def check(
     run: Run,
-    *,
     num_documents: int,
-    model_name: str | None = None,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
+    local: LocalModel = LocalModel(),  # noqa: B008 - frozen
 ) -> tuple[list[Figure], str]:
     """The figures of the claim ``masking`` for at most ``num_documents``, and a note on them.
 
@@ -80,16 +77,10 @@ def check(
     random tokens is replaced, and the same again among content words. Special tokens and sinks are
     neither replaced nor compared. Means are over documents.
 
-    The other arguments are those of ``explain.explain``. Raises ``ModelError`` where the model here
-    is not the run's. Raises ``ConfigError`` where its vocabulary has none of ``STAND_INS``, or
-    where no document has both HIGH and LOW tokens.
+    Raises ``ModelError`` where the model here is not the run's. Raises ``ConfigError`` where its
+    vocabulary has none of ``STAND_INS``, or where no document has both HIGH and LOW tokens.
     """
-    task = explain.recorded_task(
-        manifest.find_run(run.uri),
-        model_name=model_name,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+    task = recorded_task(manifest.find_run(run.uri), local)
     last, layer = (run.info["model"]["depth"],), run.info["layers"][-1]
     task = worker.with_signals(task)
     measure = replace(
@@ -100,15 +91,14 @@ def check(
     replaced = np.zeros((num_documents, len(KINDS)))
     measurer = Measurer(task)
     name, stand_in = _stand_in(measurer)
-    for at, text in enumerate(
-        _texts(run, layer, num_documents, run.info["measure"]["window_tokens"], measurer)
-    ):
+    window = run.info["measure"]["window_tokens"]
+    texts = _texts(run, layer, num_documents, window, measurer)
+    for at, text in enumerate(texts):
         chosen = choose(text)
         for kind, change in _changes(measurer, text, chosen, stand_in).items():
-            changes[at, KINDS.index(kind)], replaced[at, KINDS.index(kind)] = (
-                change,
-                len(chosen[kind]),
-            )
+            of_kind = KINDS.index(kind)
+            changes[at, of_kind] = change
+            replaced[at, of_kind] = len(chosen[kind])
     there = ~np.isnan(changes[:, 0, 0])
     changes, replaced = changes[there], replaced[there]
     if not len(changes):

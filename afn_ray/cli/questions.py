@@ -9,7 +9,7 @@ import shlex
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,6 +18,9 @@ from afn_ray.cli.arguments import EPILOG, Commands, count, local_file, positive
 from afn_ray.errors import ConfigError
 from afn_ray.store import disk
 from afn_ray.text import printable
+
+if TYPE_CHECKING:
+    from afn_ray.analysis.remeasure import LocalModel
 
 
 def add_show(commands: Commands) -> None:
@@ -301,13 +304,7 @@ def call_claims(args: argparse.Namespace) -> None:
         if args.masking:  # first, because the model may be missing here
             from afn_ray.analysis import masking
 
-            figures, note = masking.check(
-                run,
-                num_documents=args.sample or SAMPLE,
-                model_name=args.model,
-                trust_remote_code=args.trust_remote_code,
-                allow_pickle=args.allow_pickle,
-            )
+            figures, note = masking.check(run, args.sample or SAMPLE, _local_model(args))
             masked = figures, (note,)
         found = claims.claims(run, max_tokens=args.max_tokens)
         found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
@@ -402,6 +399,12 @@ def _format_of(asked: str | None, out: Path | None) -> str:
     return form
 
 
+def _local_model(args: argparse.Namespace) -> LocalModel:
+    from afn_ray.analysis.remeasure import LocalModel
+
+    return LocalModel(args.model, args.trust_remote_code, args.allow_pickle)
+
+
 def call_explain(args: argparse.Namespace) -> None:
     text = terminal.read_input() if args.text == "-" else args.text
     from afn_ray.runs import precheck
@@ -412,17 +415,8 @@ def call_explain(args: argparse.Namespace) -> None:
     from afn_ray.analysis import explain
     from afn_ray.show import explanation_page, explanation_terminal
 
-    result = explain.explain(
-        args.run,
-        text,
-        model_name=args.model,
-        trust_remote_code=args.trust_remote_code,
-        allow_pickle=args.allow_pickle,
-        signals=args.signals,
-        layers=args.layers,
-        task=args.task,
-        layer=args.layer,
-    )
+    question = explain.Question(args.signals, args.layers, args.task, args.layer)
+    result = explain.explain(args.run, text, question, _local_model(args))
     if args.html:
         with disk.write_local(args.html) as file:
             file.write(explanation_page.render_html(result).encode())

@@ -25,7 +25,8 @@ from rich.console import Console
 
 from afn_ray import model
 from afn_ray.analysis import explain as module
-from afn_ray.analysis.explain import Explanation, explain, to_json
+from afn_ray.analysis.explain import Explanation, Question, explain, to_json
+from afn_ray.analysis.remeasure import LocalModel, notes_on
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
@@ -228,7 +229,7 @@ def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
 ) -> None:
     for file in minilm.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    moved = explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path))
+    moved = explain(corpus.folder.uri, "In the beginning", local=LocalModel(str(tmp_path)))
     assert moved.model == str(tmp_path)
     assert moved.tokens == explain(corpus.folder.uri, "In the beginning").tokens
     config = json.loads((minilm / "config.json").read_text())
@@ -237,9 +238,9 @@ def test_another_model_is_refused_and_the_same_one_elsewhere_is_not(
     with pytest.raises(
         ModelError, match=r"is not the one of run .*these parts of it differ: config\.json"
     ):
-        explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path))
+        explain(corpus.folder.uri, "In the beginning", local=LocalModel(str(tmp_path)))
     with pytest.raises(ModelError, match="no model at"):
-        explain(corpus.folder.uri, "In the beginning", model_name=str(tmp_path / "gone"))
+        explain(corpus.folder.uri, "In the beginning", local=LocalModel(str(tmp_path / "gone")))
 
 
 def test_a_run_of_another_version_of_transformers_is_not_compared(
@@ -267,8 +268,8 @@ def test_a_run_cannot_make_its_reader_run_code(
 
 
 def test_notes_say_what_may_move_the_last_digits() -> None:
-    assert module._notes({"device": "cpu", **VERSIONS}, "cpu", "float32") == ()
-    device, libraries = module._notes(
+    assert notes_on({"device": "cpu", **VERSIONS}, "cpu", "float32") == ()
+    device, libraries = notes_on(
         {"device": "cuda", **VERSIONS, "torch": "2.0.0"}, "cpu", "bfloat16"
     )
     assert "measured on cuda, this text on cpu" in device and "bfloat16" in device
@@ -549,7 +550,9 @@ def classified(
 @pytest.fixture(scope="module")
 def whole(classified: Corpus) -> Explanation:
     """All that explain can say of a text."""
-    return explain(classified.folder.uri, TEXT, signals="shift,attention", layers="all", task=True)
+    return explain(
+        classified.folder.uri, TEXT, Question(signals="shift,attention", layers="all", task=True)
+    )
 
 
 def plain(corpus: Corpus, explanation: Explanation) -> tuple[Any, Any]:
@@ -624,7 +627,9 @@ def test_a_decision_s_attributions_are_plain_autograd_s(
 
     explanation = whole
     if layer == 0:
-        explanation = explain(classified.folder.uri, TEXT, layers="1/3,2", task=True, layer=0)
+        explanation = explain(
+            classified.folder.uri, TEXT, Question(layers="1/3,2", task=True, layer=0)
+        )
         assert explanation.sweep == (1, 2)
     decision = explanation.decision
     assert decision is not None and decision.layer == layer and decision.kind == "one"
@@ -746,24 +751,24 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(
     with pytest.raises(
         ConfigError, match="122 tokens, and a classifier decides about one window, which has 64"
     ):
-        explain(classified.folder.uri, " ".join(["word"] * 120), task=True)
+        explain(classified.folder.uri, " ".join(["word"] * 120), Question(task=True))
     with pytest.raises(ConfigError, match="layer 1 was not recorded; the run has 0, 2"):
-        explain(classified.folder.uri, "word", task=True, layer=1)
+        explain(classified.folder.uri, "word", Question(task=True, layer=1))
     with pytest.raises(
         ConfigError, match=r"layer 4 does not exist; the model has layers 0 \(embeddings\) to 3"
     ):
-        explain(classified.folder.uri, "word", layers="4")
+        explain(classified.folder.uri, "word", Question(layers="4"))
     with pytest.raises(ConfigError, match="there is no signal 'strenght'"):
-        explain(classified.folder.uri, "word", signals="strenght")
+        explain(classified.folder.uri, "word", Question(signals="strenght"))
     with pytest.raises(
         ConfigError, match=r"signals trimmed leave out dimensions .* looked for none"
     ):
-        explain(classified.folder.uri, "word", signals="trimmed")
+        explain(classified.folder.uri, "word", Question(signals="trimmed"))
     padded = measure(tmp_path, verses[:5], model=str(tiny_mpnet), dtype="float32")
     with pytest.raises(
         ModelError, match="gives no attention weights to read: its batches are padded"
     ):
-        explain(padded.folder.uri, "word", signals="attention")
+        explain(padded.folder.uri, "word", Question(signals="attention"))
 
 
 def test_the_command_asks_for_them(classified: Corpus, capsys: pytest.CaptureFixture[str]) -> None:

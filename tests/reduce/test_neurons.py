@@ -538,10 +538,11 @@ def test_a_text_is_explained_against_a_run_with_neurons(made: RunConfig, tmp_pat
     ) as base:
         high = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "high"))
         afn_ray.run(high).close()
-        plain = explain.explain(base.uri, "In the beginning", signals="shift")
+        plain = explain.explain(base.uri, "In the beginning", explain.Question(signals="shift"))
         for store in (made.store, high.store):
             assert (
-                explain.explain(store, "In the beginning", signals="shift").tokens == plain.tokens
+                explain.explain(store, "In the beginning", explain.Question(signals="shift")).tokens
+                == plain.tokens
             )
     with pytest.raises(ConfigError, match="neurons, which is no number a token"):
-        explain.explain(made.store, "In the beginning", signals="neurons")
+        explain.explain(made.store, "In the beginning", explain.Question(signals="neurons"))
