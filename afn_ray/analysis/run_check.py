@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,34 +67,42 @@ class RunCheck:
                 self.folder = manifest.find_run(uri)
             except StoreError as error:
                 self._find("damaged", self._run_json, without_uri(error, self._run_json))
+        self._check_mark()
+        if self._check_files():
+            self._read_plan()
+
+    def _check_mark(self) -> None:
+        """Check the mark that the run was audited."""
         try:
             manifest.is_audited(self.folder)
         except StoreError as error:
-            mark = uris.join(uri, "audited.json")
-            self._find(
-                "damaged",
-                mark,
-                without_uri(error, mark),
-                "delete it: the next audit judges the run's step again",
-            )
+            mark = uris.join(self.folder.uri, "audited.json")
+            advice = "delete it: the next audit judges the run's step again"
+            self._find("damaged", mark, without_uri(error, mark), advice)
+
+    def _check_files(self) -> bool:
+        """Check the files that run.json lists; False if the plan is damaged."""
         for name, entry in self.folder.info.get("tables", {}).items():
-            if (
-                not isinstance(entry, dict)
-                or not isinstance(entry.get("name"), str)
-                or "/" in entry["name"]
-            ):
+            file = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(file, str) or "/" in file:
                 self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
                 continue
-            advice = self._begin_again if name == "plan" else self._redo
-            data, finding = read_listed(self._table_uri(name), entry, advice)
+            uri, advice = self._table_uri(name), self._redo
+            if name == "plan":
+                advice = self._begin_again
+            data, finding = read_listed(uri, entry, advice)
             if finding is None and blocks.checksums(data) != entry.get("crc32"):
                 message = f"its blocks do not have the CRC-32 that {self._run_json} lists; {advice}"
-                finding = Finding("damaged", self._table_uri(name), message)
-            self.num_files, self.num_bytes = self.num_files + 1, self.num_bytes + len(data)
+                finding = Finding("damaged", uri, message)
+            self.num_files += 1
+            self.num_bytes += len(data)
             if finding is not None:
                 self.findings.append(finding)
                 if name == "plan":
-                    return
+                    return False
+        return True
+
+    def _read_plan(self) -> None:
         try:
             self.shards, header = read_shards(self.folder)
         except StoreError as error:
@@ -155,60 +163,27 @@ class RunCheck:
         try:
             self._check(checked, memory_limit)
         except (StoreError, *checksums.DAMAGES) as error:
-            told = (
-                str(error)
-                if isinstance(error, StoreError)
-                else f"it is not what afn-ray writes: {error!r}"
-            )
-            self._find("tables", self.folder.uri, told)
+            message = str(error)
+            if not isinstance(error, StoreError):
+                message = f"it is not what afn-ray writes: {error!r}"
+            self._find("tables", self.folder.uri, message)
             self.proved = False
 
     def _check(self, checked: Mapping[Place, CheckedShard], memory_limit: str) -> None:
         info = self.folder.info
         if not info or not self.shards:
             return
-        given_up = {entry["shard"] for entry in info.get("quarantined", [])}
-        if info["id"] != self.folder.id:
-            self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}")
-        measure = {k: v for k, v in info["measure"].items() if k != "id"}
-        if given_up - {s.id for s in self.shards}:
-            self._find(
-                "tables", self._run_json, "it names quarantined shards that its plan does not have"
-            )
-        if measure != self.measure or info["measure"].get("id") != self.measure_id:
-            self._find(
-                "misplaced", self._run_json, f"its measure is not {self.measure_id} of its plan"
-            )
-        if info["layers"] != self.measure["layers"]:
-            self._find(
-                "tables", self._run_json, f"layers are {info['layers']}, not those of its measure"
-            )
-        kept = [s for s in self.shards if s.id not in given_up]
-        found = [checked.get((self.measure_id, s.id)) for s in kept]
-        commits = []
-        named = self._named_files()
-        for shard, one in zip(kept, found, strict=True):
-            if one is not None and one.commits:
-                folder = f"shards/{self.measure_id}/{shard.id}"
-                theirs = [
-                    c
-                    for c in one.commits.values()
-                    if f"{folder}/{c.files['tokens']['name']}" in named
-                ]
-                commits.append(theirs[0] if theirs else one.commits[max(one.commits)])
-            elif one is None or not one.findings:
-                uri = uris.join(
-                    shard_files.shard_uri(self.folder.store, self.measure_id, shard.id),
-                    "commit.json",
-                )
-                self._find("missing", uri, f"run {self.folder.uri} has a shard without a commit")
+        self._check_run_json()
+        given_up_ids = {entry["shard"] for entry in info.get("quarantined", [])}
+        kept = [shard for shard in self.shards if shard.id not in given_up_ids]
+        given_up = [shard for shard in self.shards if shard.id in given_up_ids]
+        found = [checked.get((self.measure_id, shard.id)) for shard in kept]
+        commits = self._commits_of(kept, found)
         if self.findings or any(one is None or one.findings for one in found):
             return
-        if totals := _wrong_totals(
-            info["counts"], commits, [s for s in self.shards if s.id in given_up]
-        ):
+        if totals := _wrong_totals(info["counts"], commits, given_up):
             self._find("tables", self._run_json, totals)
-        num_bytes = [s.num_bytes for s in kept]
+        num_bytes = [shard.num_bytes for shard in kept]
         try:
             stored = {name: manifest.read_table(self.folder, name) for name in info["tables"]}
             shards = shards_table(self.measure_id, commits, num_bytes)
@@ -216,12 +191,50 @@ class RunCheck:
             if not self.findings:
                 self._ask_duckdb(memory_limit, sum(c.counts["tokens"] for c in commits))
             if not self.findings:
-                self._compare(
-                    self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"]), stored
-                )
+                vocabulary, files = stored["vocabulary"], stored["files"]
+                self._compare(self._reduced(commits, num_bytes, vocabulary, files), stored)
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
+
+    def _check_run_json(self) -> None:
+        """Check what run.json repeats of its plan."""
+        info = self.folder.info
+        given_up = {entry["shard"] for entry in info.get("quarantined", [])}
+        measure = {key: value for key, value in info["measure"].items() if key != "id"}
+        if info["id"] != self.folder.id:
+            self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}")
+        if given_up - {shard.id for shard in self.shards}:
+            message = "it names quarantined shards that its plan does not have"
+            self._find("tables", self._run_json, message)
+        if measure != self.measure or info["measure"].get("id") != self.measure_id:
+            message = f"its measure is not {self.measure_id} of its plan"
+            self._find("misplaced", self._run_json, message)
+        if info["layers"] != self.measure["layers"]:
+            message = f"layers are {info['layers']}, not those of its measure"
+            self._find("tables", self._run_json, message)
+
+    def _commits_of(
+        self, shards: Sequence[Shard], found: Sequence[CheckedShard | None]
+    ) -> list[Commit]:
+        """The commit of each shard that has one: the one that the run names, else the newest."""
+        commits = []
+        named = self._named_files()
+        for shard, one in zip(shards, found, strict=True):
+            if one is not None and one.commits:
+                commits.append(self._commit_of(shard, one, named))
+            elif one is None or not one.findings:
+                folder = shard_files.shard_uri(self.folder.store, self.measure_id, shard.id)
+                message = f"run {self.folder.uri} has a shard without a commit"
+                self._find("missing", uris.join(folder, "commit.json"), message)
+        return commits
+
+    def _commit_of(self, shard: Shard, checked: CheckedShard, named: Collection[str]) -> Commit:
+        folder = f"shards/{self.measure_id}/{shard.id}"
+        for commit in checked.commits.values():
+            if f"{folder}/{commit.files['tokens']['name']}" in named:
+                return commit
+        return checked.commits[max(checked.commits)]
 
     def _named_files(self) -> set[str]:
         """Token files that the run names; empty where its table is damaged."""
@@ -254,77 +267,84 @@ class RunCheck:
         vouches for them; classes that are tags are recomputed. The list of files left out of the
         corpus comes from the stored ``files``.
         """
-        ids = vocabulary["token_id"].to_pylist()
-        pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
-        for at, token, text in zip(
-            ids, vocabulary["token"].to_pylist(), vocabulary["text"].to_pylist(), strict=True
-        ):
-            pieces[at], readable[at] = token, text
+        texts = _texts_of(vocabulary)
         shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
         measure = Measure.of_dict(self.measure)
-        tagged = measure.tagged
         recorded = tree.Recorded(
-            measure.series, measure.neuron_layers, bool(measure.neurons_above), tagged
+            measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
         )
         rules = tree.Rules(self._config["language"], self._config["sink_factor"], self._frozen)
-        tables = tree.reduce_run(shards, recorded, Texts(pieces, readable), rules)
-        at = tables["vocabulary"].column_names.index("class")
-        if not tagged:
-            tables["vocabulary"] = tables["vocabulary"].set_column(at, "class", vocabulary["class"])
-        if (others := tables.get("signal_vocabulary")) is not None and not tagged:
-            ids, classes = (vocabulary[name].to_pylist() for name in ("token_id", "class"))
-            known = {(i, c == "special"): c for i, c in zip(ids, classes, strict=True)}
-            ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))
-            column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
-            at = others.column_names.index("class")
-            tables["signal_vocabulary"] = others.set_column(
-                at, "class", pa.array(column, pa.string())
-            )
+        tables = tree.reduce_run(shards, recorded, texts, rules)
+        if not measure.tagged:
+            tables |= _with_classes(tables, vocabulary)
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
         if worst := self._config.get("screen"):
-            tables |= screen.scan_run(shards, measure.layers, tables, readable, worst)
+            tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, worst)
         return tables
 
     def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
         """Recompute thresholds and counts from the rows, in SQL independent of ``reduce``."""
-        measure = Measure.of_dict(self.measure)
         with database.open_run(
             self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
         ) as run:
             ((got,),) = run.sql("SELECT count(*) FROM tokens").fetchall()
             if got != n_tokens:
-                self._find(
-                    "tables", self._table_uri("shards"), f"DuckDB reads {got} tokens of {n_tokens}"
-                )
+                message = f"DuckDB reads {got} tokens of {n_tokens}"
+                self._find("tables", self._table_uri("shards"), message)
                 return
+            measure = Measure.of_dict(self.measure)
             for layer in measure.layers:
-                recomputed = run.sql(
-                    recount.thresholds_sql(layer), [float(self._config["sink_factor"])]
-                ).to_arrow_table()
-                names = ", ".join(recomputed.column_names)
-                stored = run.sql(
-                    f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population"  # noqa: S608
-                )
-                if differs := _difference(stored.to_arrow_table(), recomputed):
-                    self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
-                elif wrong := run.sql(recount.vocabulary_sql(layer)).fetchall():
-                    self._find(
-                        "tables",
-                        self._table_uri("vocabulary"),
-                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the "
-                        "tokens, not in both; "
-                        f"the first is of token_id {wrong[0][0]}",
-                    )
+                self._recount_layer(run, layer)
             for layer in measure.neuron_layers:
-                high_only = bool(measure.neurons_above)
-                if wrong := run.sql(recount.neurons_sql(layer, high_only)).fetchall():
-                    self._find(
-                        "tables",
-                        self._table_uri("neurons"),
-                        f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the "
-                        "neurons, not in both; "
-                        f"the first is of neuron {wrong[0][0]}",
-                    )
+                wrong = run.sql(recount.neurons_sql(layer, bool(measure.neurons_above)))
+                self._find_wrong_rows("neurons", "neuron", layer, wrong.fetchall())
+
+    def _recount_layer(self, run: database.Run, layer: int) -> None:
+        sink_factor = float(self._config["sink_factor"])
+        recomputed = run.sql(recount.thresholds_sql(layer), [sink_factor]).to_arrow_table()
+        names = ", ".join(recomputed.column_names)
+        stored = run.sql(
+            f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population"  # noqa: S608
+        )
+        if differs := _difference(stored.to_arrow_table(), recomputed):
+            self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
+            return
+        wrong = run.sql(recount.vocabulary_sql(layer))
+        self._find_wrong_rows("vocabulary", "token_id", layer, wrong.fetchall())
+
+    def _find_wrong_rows(
+        self, table: str, key: str, layer: int, wrong: Sequence[Sequence[object]]
+    ) -> None:
+        if wrong:
+            counted = {"vocabulary": "tokens", "neurons": "neurons"}[table]
+            message = (
+                f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the {counted}, "
+                f"not in both; the first is of {key} {wrong[0][0]}"
+            )
+            self._find("tables", self._table_uri(table), message)
+
+
+def _texts_of(vocabulary: pa.Table) -> Texts:
+    """Texts by token id, as the stored ``vocabulary`` has them."""
+    ids, tokens, texts = (vocabulary[n].to_pylist() for n in ("token_id", "token", "text"))
+    pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
+    for at, token, text in zip(ids, tokens, texts, strict=True):
+        pieces[at], readable[at] = token, text
+    return Texts(pieces, readable)
+
+
+def _with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[str, pa.Table]:
+    """The tables of types in ``tables``, with the classes of the stored ``vocabulary``."""
+    at = tables["vocabulary"].column_names.index("class")
+    found = {"vocabulary": tables["vocabulary"].set_column(at, "class", vocabulary["class"])}
+    if (others := tables.get("signal_vocabulary")) is not None:
+        ids, classes = (vocabulary[name].to_pylist() for name in ("token_id", "class"))
+        known = {(i, c == "special"): c for i, c in zip(ids, classes, strict=True)}
+        ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))
+        column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
+        at = others.column_names.index("class")
+        found["signal_vocabulary"] = others.set_column(at, "class", pa.array(column, pa.string()))
+    return found
 
 
 def _wrong_totals(
@@ -337,11 +357,9 @@ def _wrong_totals(
     totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
     expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
     wrong = {k: stored.get(k) for k, n in expected.items() if stored.get(k) != n}
-    return (
-        f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
-        if wrong
-        else ""
-    )
+    if not wrong:
+        return ""
+    return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
 
 
 def _difference(stored: pa.Table, expected: pa.Table) -> str:

@@ -40,6 +40,16 @@ class CheckedShard:
     num_rows: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Committed:
+    """A commit of a shard, with what it says of the shard and its files."""
+
+    uri: str  # of the commit
+    commit: Commit
+    read: Shard  # with the hashes of the bytes read
+    blocks: Mapping[str, Blocks]  # by file name
+
+
 def check_shard(
     store: str,
     place: Place,
@@ -57,33 +67,24 @@ def check_shard(
     folder = shard_files.shard_uri(store, *place)
     try:
         names = {file.uri.rpartition("/")[2]: file for file in files}
-        generations = {n for name in names if (n := layout.generation_of(name)) is not None}
-        found = {}
-        for number in sorted(
-            {*generations, max(0, generation)}
-        ):  # the valid one may be newer than the listing
-            name = layout.commit_name(number)
+        listed = {n for name in names if (n := layout.generation_of(name)) is not None}
+        found: dict[int, _Committed] = {}
+        for number in sorted({*listed, max(0, generation)}):
+            uri = uris.join(folder, layout.commit_name(number))
             try:
-                committed = shard_files.read_committed(store, *place, number)
-                blocks_of = (
-                    {} if committed is None else shard_files.committed_blocks(store, *place, number)
-                )
-            except (
-                StoreError
-            ) as error:  # without the names in the commit, no file can be called an orphan
-                uri = uris.join(folder, name)
-                checked.findings.append(
-                    Finding("damaged", uri, f"{without_uri(error, uri)}; {redo}")
-                )
+                committed = _read_commit(store, place, number, uri)
+            except StoreError as error:
+                # Without the names in the commit, no file can be called an orphan.
+                message = f"{without_uri(error, uri)}; {redo}"
+                checked.findings.append(Finding("damaged", uri, message))
                 return checked
             if committed is not None:
-                found[number] = (*committed, blocks_of)
-        named = {layout.commit_name(number) for number in generations}
-        for number, one in found.items():
-            checked.commits[number] = one[0]
-            named |= {str(file["name"]) for file in one[0].files.values()}
-            uri = uris.join(folder, layout.commit_name(number))
-            _check_commit(checked, uri, one, (place[0], measure), redo)
+                found[number] = committed
+        named = {layout.commit_name(number) for number in listed}
+        for number, committed in found.items():
+            checked.commits[number] = committed.commit
+            named |= {str(file["name"]) for file in committed.commit.files.values()}
+            _check_commit(checked, committed, (place[0], measure), redo)
         checked.unnamed = [file for name, file in names.items() if name not in named]
     except checksums.DAMAGES as error:
         checked.findings.append(
@@ -92,18 +93,25 @@ def check_shard(
     return checked
 
 
+def _read_commit(store: str, place: Place, number: int, uri: str) -> _Committed | None:
+    """The commit of generation ``number``; None if there is none."""
+    committed = shard_files.read_committed(store, *place, number)
+    if committed is None:
+        return None
+    return _Committed(uri, *committed, shard_files.committed_blocks(store, *place, number))
+
+
 def _check_commit(
     checked: CheckedShard,
-    uri: str,
-    committed: tuple[Commit, Shard, Mapping[str, Blocks]],
+    committed: _Committed,
     of: tuple[str, Mapping[str, Any] | None],
     redo: str,
 ) -> None:
-    """Check the commit at ``uri`` and its files; add findings to ``checked``.
+    """Check one commit and its files; add findings to ``checked``.
 
     ``of`` is the measure's id and the measure, None where no run has it.
     """
-    commit, read, listed = committed
+    uri, commit, read = committed.uri, committed.commit, committed.read
     folder = uri.rpartition("/")[0]
     findings: list[Finding] = []
     identity = Shard.of(read.slices, read.options).id
@@ -114,34 +122,14 @@ def _check_commit(
         )
         findings.append(Finding("misplaced", uri, message))
     tables: dict[str, pq.ParquetFile] = {}
-    for table, entry in commit.files.items():
-        file_uri = uris.join(folder, str(entry["name"]))
-        origin = {
-            "measure": of[0],
-            "shard": commit.shard,
-            "attempt": commit.attempt,
-            "table": table,
-        }
-        data, finding = read_listed(file_uri, entry, redo)
-        if finding is None and listed.get(str(entry["name"])) != Blocks(
-            len(data), blocks.checksums(data)
-        ):
-            finding = Finding(
-                "damaged", file_uri, f"its blocks do not have the CRC-32 that {uri} lists; {redo}"
-            )
-        checked.num_files, checked.num_bytes = checked.num_files + 1, checked.num_bytes + len(data)
-        if finding is None:
-            try:
-                tables[table] = parquet.open_file(data)
-            except (pa.ArrowException, OSError) as error:
-                finding = Finding("damaged", file_uri, f"it is no Parquet file: {error}; {redo}")
-            else:
-                got = records.read_origin(tables[table])
-                if got != origin:
-                    message = f"it was written as {got}, expected {origin}; {redo}"
-                    finding = Finding("misplaced", file_uri, message)
-        if finding is not None:
-            findings.append(finding)
+    for table in commit.files:
+        data, found = _check_file(committed, table, of[0], redo)
+        checked.num_files += 1
+        checked.num_bytes += len(data)
+        if isinstance(found, Finding):
+            findings.append(found)
+        else:
+            tables[table] = found
     checked.findings += findings
     if findings:
         return  # damaged files: their rows are not checked
@@ -153,6 +141,34 @@ def _check_commit(
         file_uri = uris.join(folder, str(commit.files[table]["name"])) if table else uri
         checked.findings.append(Finding("rows", file_uri, f"{message}; {redo}"))
     except (pa.ArrowException, OSError) as error:
-        checked.findings.append(
-            Finding("damaged", folder, f"its files cannot be decoded: {error}; {redo}")
-        )
+        message = f"its files cannot be decoded: {error}; {redo}"
+        checked.findings.append(Finding("damaged", folder, message))
+
+
+def _check_file(
+    committed: _Committed, table: str, measure_id: str, redo: str
+) -> tuple[bytes, pq.ParquetFile | Finding]:
+    """The bytes of the file of ``table``, and the file opened or what is wrong with it."""
+    commit, entry = committed.commit, committed.commit.files[table]
+    name = str(entry["name"])
+    uri = uris.join(committed.uri.rpartition("/")[0], name)
+    data, finding = read_listed(uri, entry, redo)
+    if finding is not None:
+        return data, finding
+    if committed.blocks.get(name) != Blocks(len(data), blocks.checksums(data)):
+        message = f"its blocks do not have the CRC-32 that {committed.uri} lists; {redo}"
+        return data, Finding("damaged", uri, message)
+    try:
+        file = parquet.open_file(data)
+    except (pa.ArrowException, OSError) as error:
+        return data, Finding("damaged", uri, f"it is no Parquet file: {error}; {redo}")
+    expected = {
+        "measure": measure_id,
+        "shard": commit.shard,
+        "attempt": commit.attempt,
+        "table": table,
+    }
+    if (origin := records.read_origin(file)) != expected:
+        message = f"it was written as {origin}, expected {expected}; {redo}"
+        return data, Finding("misplaced", uri, message)
+    return data, file

@@ -84,92 +84,122 @@ def verify_store(
         raise StoreError(
             f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
         )
-    findings: list[Finding] = []
-    dead: list[str] = []
-    if store == uri:
-        there = layout.sort_files(store, storage.list_below(store))
-        epoch = _newest_epoch(store, findings)
-        for name in sorted(there.runs):
-            if _is_condemned(store, name):
-                left = there.runs.pop(name)
-                dead += [uris.join(store, "runs", name)] if len(left) > 1 else []
-        manifest.set_copies_apart(store, there)
-        runs = [RunCheck(store, name) for name in sorted(there.runs)]
-    else:
-        if _is_condemned(store, name):
-            manifest.find_run(uri)  # raises the error that says so
-        runs = [run := RunCheck(store, name)]
-        planned = {(run.measure_id, shard.id) for shard in run.shards}
-        there = layout.sort_files(store, storage.list_below(uri))
-        if planned:
-            shards = layout.sort_files(
-                store, storage.list_below(uris.join(store, "shards", run.measure_id))
-            ).shards
-            there.shards = {place: files for place, files in shards.items() if place in planned}
-        epoch = _newest_epoch(store, findings)
-    files = there.shards
+    contents = _read_store(store) if store == uri else _read_run(store, name)
     age = Age(probes.clock_s(store) if clean else time.time(), min_age_h)
-    measures = {run.measure_id: run.measure for run in runs if run.measure}
-    lists: dict[Place, list[str]] = {}  # run.json URIs of complete runs, by shard
-    for run in runs:
-        for shard in run.shards if run.complete else ():
-            lists.setdefault((run.measure_id, shard.id), []).append(
-                uris.join(run.folder.uri, "run.json")
-            )
+    checked = _check_shards(contents, on_progress)
+    findings = contents.findings
+    for one in checked.values():
+        findings += one.findings
+    for pilot in contents.files.pilots:
+        findings += _check_pilot(store, pilot)
+    for run in contents.runs:
+        on_progress(f"recomputing {run.folder.uri}")
+        run.check(checked, memory_limit)
+        findings += run.findings
+    found = _find_orphans(contents, checked, age, clean=clean)
+    committed = [one for one in checked.values() if one.commits]
+    runs = contents.runs
+    return Verification(
+        uri,
+        tuple(sorted(findings, key=lambda f: f.uri)),
+        tuple(found),
+        tuple(contents.files.foreign),
+        tuple(run.folder.uri for run in runs if not run.complete),
+        tuple(sorted(contents.condemned)),
+        tuple(run.folder.uri for run in runs if run.complete and not run.proved),
+        len(committed),
+        sum(one.num_files for one in committed) + sum(run.num_files for run in runs),
+        sum(one.num_bytes for one in committed) + sum(run.num_bytes for run in runs),
+        sum(one.num_rows for one in committed),
+        sum(run.proved for run in runs),
+        time.monotonic() - began,
+    )
 
+
+@dataclass(slots=True)
+class _Contents:
+    """The part of a store that is verified: the whole store, or one run and its shards."""
+
+    store: str
+    files: layout.StoreFiles
+    epoch: epochs.Epoch
+    runs: list[RunCheck]
+    condemned: list[str]  # URIs of runs that a gc condemned but has not removed
+    findings: list[Finding]
+
+
+def _read_store(store: str) -> _Contents:
+    findings: list[Finding] = []
+    condemned: list[str] = []
+    files = layout.sort_files(store, storage.list_below(store))
+    epoch = _newest_epoch(store, findings)
+    for name in sorted(files.runs):
+        if _is_condemned(store, name):
+            left = files.runs.pop(name)
+            if len(left) > 1:
+                condemned.append(uris.join(store, "runs", name))
+    manifest.set_copies_apart(store, files)
+    runs = [RunCheck(store, name) for name in sorted(files.runs)]
+    return _Contents(store, files, epoch, runs, condemned, findings)
+
+
+def _read_run(store: str, name: str) -> _Contents:
+    uri = uris.join(store, "runs", name)
+    if _is_condemned(store, name):
+        manifest.find_run(uri)  # raises the error that says so
+    findings: list[Finding] = []
+    run = RunCheck(store, name)
+    planned = {(run.measure_id, shard.id) for shard in run.shards}
+    files = layout.sort_files(store, storage.list_below(uri))
+    if planned:
+        of_measure = storage.list_below(uris.join(store, "shards", run.measure_id))
+        shards = layout.sort_files(store, of_measure).shards
+        files.shards = {place: shards[place] for place in shards if place in planned}
+    epoch = _newest_epoch(store, findings)
+    return _Contents(store, files, epoch, [run], [], findings)
+
+
+def _check_shards(contents: _Contents, on_progress: OnProgress) -> dict[Place, CheckedShard]:
+    """Check all shards, a few at a time."""
+    store, files, epoch = contents.store, contents.files.shards, contents.epoch
+    measures = {run.measure_id: run.measure for run in contents.runs if run.measure}
+    listed_in: dict[Place, list[str]] = {}  # run.json URIs of complete runs, by shard
+    for run in contents.runs:
+        for shard in run.shards if run.complete else ():
+            run_json = uris.join(run.folder.uri, "run.json")
+            listed_in.setdefault((run.measure_id, shard.id), []).append(run_json)
     generations = epoch.generations()
 
     def check(place: Place) -> CheckedShard:
-        redo = _redo_shard(shard_files.shard_uri(store, *place), lists.get(place, []))
-        return check_shard(
-            store,
-            place,
-            files[place],
-            measures.get(place[0]),
-            generations.get(place, epoch.number),
-            redo,
-        )
+        redo = _redo_shard(shard_files.shard_uri(store, *place), listed_in.get(place, []))
+        generation = generations.get(place, epoch.number)
+        return check_shard(store, place, files[place], measures.get(place[0]), generation, redo)
 
     checked: dict[Place, CheckedShard] = {}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for place, one in zip(files, pool.map(check, files), strict=True):
             checked[place] = one
             on_progress(f"{len(checked):,} of {len(files):,} shards checked")
-    findings += [f for one in checked.values() for f in one.findings]
-    for pilot in there.pilots:
-        findings += _check_pilot(store, pilot)
-    for run in runs:
-        on_progress(f"recomputing {run.folder.uri}")
-        run.check(checked, memory_limit)
-        findings += run.findings
+    return checked
+
+
+def _find_orphans(
+    contents: _Contents, checked: Mapping[Place, CheckedShard], age: Age, *, clean: bool
+) -> list[Orphan]:
+    """Files that nothing names; ``clean`` removes those that nothing can need."""
+    store, epoch = contents.store, contents.epoch
     plans = Plans()
-    for run in runs:
+    for run in contents.runs:
         if run.shards:
-            plans.add(
-                run.folder.id, {(run.measure_id, s.id) for s in run.shards}, complete=run.complete
-            )
-    loose = [age.orphan(file) for file in there.probes]
-    loose += _of_shards(store, checked, epoch, plans, age)
-    for run in runs:
-        loose += run.orphans(there.runs.get(run.folder.id, []), age)
+            planned = {(run.measure_id, shard.id) for shard in run.shards}
+            plans.add(run.folder.id, planned, complete=run.complete)
+    found = [age.orphan(file) for file in contents.files.probes]
+    found += _of_shards(store, checked, epoch, plans, age)
+    for run in contents.runs:
+        found += run.orphans(contents.files.runs.get(run.folder.id, []), age)
     if clean and epoch.number >= 0:
-        loose = orphans.cleaned(store, loose, plans, age)
-    done = [one for one in checked.values() if one.commits]
-    return Verification(
-        uri,
-        tuple(sorted(findings, key=lambda f: f.uri)),
-        tuple(loose),
-        tuple(there.foreign),
-        tuple(r.folder.uri for r in runs if not r.complete),
-        tuple(sorted(dead)),
-        tuple(r.folder.uri for r in runs if r.complete and not r.proved),
-        len(done),
-        sum(one.num_files for one in done) + sum(r.num_files for r in runs),
-        sum(one.num_bytes for one in done) + sum(r.num_bytes for r in runs),
-        sum(one.num_rows for one in done),
-        sum(r.proved for r in runs),
-        time.monotonic() - began,
-    )
+        found = orphans.cleaned(store, found, plans, age)
+    return found
 
 
 def _is_condemned(store: str, name: str) -> bool:
@@ -223,12 +253,6 @@ def _check_pilot(store: str, name: str) -> Iterator[Finding]:
         )
 
 
-# --- shards
-
-
-# --- runs
-
-
 # --- output
 
 
@@ -237,16 +261,9 @@ def lines(v: Verification) -> Iterator[str]:
     for finding in v.findings:
         yield f"{finding.kind:<10}  {finding.uri}: {finding.message}"
     for orphan in v.orphans:
-        state = (
-            "removed"
-            if orphan.removed
-            else "nothing names it; --clean removes it"
-            if orphan.removable
-            else "somebody may be at work on it"
-        )
         yield (
             f"orphan      {orphan.uri}: {orphan.num_bytes:,} bytes, {orphan.age_s / 3600:.1f} h "
-            f"old; {state}"
+            f"old; {_state_of(orphan)}"
         )
     for uri in v.foreign:
         yield f"foreign     {uri}: afn-ray does not write such a file; it is left alone"
@@ -258,9 +275,17 @@ def lines(v: Verification) -> Iterator[str]:
         )
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"
+    result = count(len(v.findings), "finding") if v.findings else "all is as it was committed"
     yield (
         f"checked {count(v.num_shards, 'shard')}, {count(v.num_files, 'file')}, "
-        f"{count(v.num_bytes, 'byte')}, "
-        f"{count(v.num_rows, 'token')}; recomputed {count(v.num_runs, 'run')}; {v.seconds:.1f} s: "
-        + (count(len(v.findings), "finding") if v.findings else "all is as it was committed")
+        f"{count(v.num_bytes, 'byte')}, {count(v.num_rows, 'token')}; "
+        f"recomputed {count(v.num_runs, 'run')}; {v.seconds:.1f} s: {result}"
     )
+
+
+def _state_of(orphan: Orphan) -> str:
+    if orphan.removed:
+        return "removed"
+    if orphan.removable:
+        return "nothing names it; --clean removes it"
+    return "somebody may be at work on it"
