@@ -51,9 +51,10 @@ def begin_nights(config: RunConfig) -> None:
     because the verdicts on their runs were never reported.
     """
     run = next(_asked_alike(config), None)
-    if run is not None and not any(
-        map(manifest.is_audited, itertools.chain([run], comparable_runs(run)))
-    ):
+    if run is None:
+        return
+    candidates = itertools.chain([run], comparable_runs(run))
+    if not any(manifest.is_audited(candidate) for candidate in candidates):
         manifest.mark_audited(run)
 
 
@@ -61,9 +62,8 @@ def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
     """Complete runs of this corpus and, by the config's keys, of its measure; newest first."""
     asked = asdict(job.normalised(config))
     for run in _complete_runs(asked["store"]):
-        if _corpus(run) == list(asked["corpus"]) and all(
-            run.info["config"].get(k) == asked[k] for k in OF_MEASURE
-        ):
+        same_measure = all(run.info["config"].get(key) == asked[key] for key in OF_MEASURE)
+        if same_measure and _corpus(run) == list(asked["corpus"]):
             yield run
 
 
@@ -107,21 +107,25 @@ def comparable_runs(run: RunFolder) -> Iterator[RunFolder]:
     and are left out. They are retries for missing shards, or repeats after another corpus of the
     store had a run in between.
     """
-    asked, shards = (
-        run.id.rpartition("-")[2],
-        run.info["tables"].get("shards", {}).get("sha256", ""),
+    request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
+
+    def is_same_night(earlier: RunFolder) -> bool:
+        same_request = earlier.id.endswith(f"-{request}")
+        return same_request or (shards is not None and _shards_sha256(earlier) == shards)
+
+    same_measure_and_corpus = (
+        earlier
+        for earlier in _complete_runs(run.store, run.id)
+        if earlier.info["measure"]["id"] == run.info["measure"]["id"]
+        and _corpus(earlier) == _corpus(run)
     )
-    same = (
-        r
-        for r in _complete_runs(run.store, run.id)
-        if r.info["measure"]["id"] == run.info["measure"]["id"] and _corpus(r) == _corpus(run)
-    )
-    return itertools.dropwhile(
-        lambda r: (
-            r.id.endswith(f"-{asked}") or r.info["tables"].get("shards", {}).get("sha256") == shards
-        ),
-        same,
-    )
+    return itertools.dropwhile(is_same_night, same_measure_and_corpus)
+
+
+def _shards_sha256(run: RunFolder) -> str | None:
+    """SHA-256 of the run's table of shards; None for a run without one."""
+    digest: str | None = run.info["tables"].get("shards", {}).get("sha256")
+    return digest
 
 
 def _corpus(run: RunFolder) -> list[str]:

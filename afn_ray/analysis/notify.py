@@ -81,10 +81,10 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
     Tries up to ``WEBHOOK_TRIES`` times: again after no answer, 429 or 5xx.
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310 - checked before
-    local = urlsplit(url).scheme == "http" and _is_this_machine(urlsplit(url).hostname or "")
-    proxies = (
-        [urllib.request.ProxyHandler({})] if local else []
-    )  # requests to this machine bypass every proxy
+    parts = urlsplit(url)
+    local = parts.scheme == "http" and _is_this_machine(parts.hostname or "")
+    # Requests to this machine bypass every proxy.
+    proxies = [urllib.request.ProxyHandler({})] if local else []
     opener = urllib.request.build_opener(_NoRedirects, *proxies)
     why = ""
     for attempt in range(WEBHOOK_TRIES):
@@ -100,7 +100,7 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
                 break
         except (OSError, HTTPException) as error:
             why = str(getattr(error, "reason", error))
-    return f"the webhook at {urlsplit(url).hostname} did not take the verdict: {why}"
+    return f"the webhook at {parts.hostname} did not take the verdict: {why}"
 
 
 def call_command(command: list[str], audit_json: str) -> str | None:

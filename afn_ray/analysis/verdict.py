@@ -56,9 +56,8 @@ def judge(
     tables can never be compared with.
     """
     layer = _judged_layer(policy, run, comparison)
-    if (
-        policy.source_limits or policy.limits.keys() & set(OF_SOURCES)
-    ) and "sources" not in run.info["tables"]:
+    limits_sources = policy.source_limits or policy.limits.keys() & set(OF_SOURCES)
+    if limits_sources and "sources" not in run.info["tables"]:
         raise ConfigError(
             f"the policy limits sources, but run {run.uri} has no table of them: run it with its "
             "screening (--screen)"
@@ -72,14 +71,12 @@ def judge(
         value, where = None, None
         if comparison is not None and key == "min_tokens_ratio":
             rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
-            value, where = min(
-                ((row["n_b"] / row["n_a"], row["source"]) for row in rows), default=(None, None)
-            )
+            ratios = [(row["n_b"] / row["n_a"], row["source"]) for row in rows]
+            value, where = min(ratios, default=(None, None))
         elif comparison is not None:
             rows = _judged_sources(comparison, layer, policy.min_tokens)
-            value, where = max(
-                ((_distance(row, key), row["source"]) for row in rows), default=(None, None)
-            )
+            distances = [(_distance(row, key), row["source"]) for row in rows]
+            value, where = max(distances, default=(None, None))
         yield _rule(f"source.{key}", limit, value, where, SOURCE_LIMITS[key])
 
 
@@ -91,8 +88,8 @@ def unjudged_sources(
     rows = _judged_sources(comparison, layer, policy.min_tokens)
     if "min_tokens_ratio" in policy.source_limits:
         rows += _shrinkable(comparison, layer, policy.min_tokens, sources)
-    judged = {row["source"] for row in rows} | {None}
-    unjudged = [r for r in _at(comparison.drift, layer).to_pylist() if r["source"] not in judged]
+    judged = {row["source"] for row in rows}
+    unjudged = [row for row in _sources_at(comparison, layer) if row["source"] not in judged]
     in_run = [row for row in unjudged if row["n_b"]]
     new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in in_run if not r["n_a"]]
     gone = [f"{r['source']} ({count(r['n_a'], 'token')})" for r in unjudged if not r["n_b"]]
@@ -119,9 +116,9 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
-    layers = (
-        run.info["layers"] if comparison is None else comparison.drift["layer"].unique().to_pylist()
-    )
+    layers = run.info["layers"]
+    if comparison is not None:
+        layers = comparison.drift["layer"].unique().to_pylist()
     if policy.layer is not None and policy.layer not in layers:
         raise ConfigError(
             f"the policy judges layer {policy.layer}, which was not recorded; there are {layers}"
@@ -165,10 +162,9 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
     whole = next(row for row in drift if row["source"] is None)
     for key in DISTANCE_LIMITS if whole["n_a"] and whole["n_b"] else ():
         yield key, (_distance(whole, key), None)
-    yield from (
-        ("min_tokens_ratio", (ratio := _ratio(whole["n_b"], whole["n_a"]), None)),
-        ("max_tokens_ratio", (ratio, None)),
-    )
+    ratio = _ratio(whole["n_b"], whole["n_a"])
+    yield "min_tokens_ratio", (ratio, None)
+    yield "max_tokens_ratio", (ratio, None)
     classes = _at(comparison.classes, layer).to_pylist()
     shares = [(abs(c["share_b"] - c["share_a"]), c["class"]) for c in classes]
     highs = [
@@ -181,11 +177,9 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
     movers = _at(comparison.movers, layer)
     yield "max_moved_types", (compare.num_moved(movers), None)
     for status in ("new", "vanished"):
-        yield (
-            f"max_{status}_types",
-            (int(pc.sum(pc.equal(movers["status"], status)).as_py() or 0), None),
-        )
-    if sources := [row for row in drift if row["source"] is not None]:
+        num_types = pc.sum(pc.equal(movers["status"], status)).as_py()
+        yield f"max_{status}_types", (num_types or 0, None)
+    if sources := _sources_at(comparison, layer):
         yield "max_new_sources", (sum(not row["n_a"] for row in sources), None)
         yield "max_vanished_sources", (sum(not row["n_b"] for row in sources), None)
 
@@ -194,25 +188,30 @@ def _at(table: pa.Table, layer: int) -> pa.Table:
     return table.filter(pc.equal(table["layer"], layer))
 
 
-def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list[dict[str, Any]]:
+def _sources_at(comparison: Comparison, layer: int) -> list[dict[str, Any]]:
+    """Rows of ``DRIFT_SCHEMA`` of all sources at ``layer``."""
     rows = _at(comparison.drift, layer).to_pylist()
-    return [
-        r for r in rows if r["source"] is not None and min(r["n_a"], r["n_b"]) >= max(1, min_tokens)
-    ]
+    return [row for row in rows if row["source"] is not None]
+
+
+def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list[dict[str, Any]]:
+    """Sources with ``min_tokens`` in both runs."""
+    least = max(1, min_tokens)
+    return [row for row in _sources_at(comparison, layer) if min(row["n_a"], row["n_b"]) >= least]
 
 
 def _shrinkable(
     comparison: Comparison, layer: int, min_tokens: int, sources: Collection[str]
 ) -> list[dict[str, Any]]:
     """Sources with ``min_tokens`` in the baseline that this run read, even without a token."""
-    there = [f"{name}/" for name in sources]
-    return [
-        row
-        for row in _at(comparison.drift, layer).to_pylist()
-        if row["source"] is not None
-        and row["n_a"] >= max(1, min_tokens)
-        and (row["n_b"] or any(name.startswith(f"{row['source']}/") for name in there))
-    ]
+    read = [f"{name}/" for name in sources]
+    found = []
+    for row in _sources_at(comparison, layer):
+        prefix = f"{row['source']}/"
+        was_read = row["n_b"] or any(name.startswith(prefix) for name in read)
+        if was_read and row["n_a"] >= max(1, min_tokens):
+            found.append(row)
+    return found
 
 
 def _distance(row: dict[str, Any], key: str) -> float:
