@@ -121,16 +121,9 @@ def _compared(
                 *(histograms_by_source(by_layer[layer]) for by_layer in sources)
             )
             nothing = (Histogram.of(np.empty(0, np.int64)), 0)
-            drift += [
-                drift_row(
-                    layer,
-                    name,
-                    of_a.get(name, nothing),
-                    of_b.get(name, nothing),
-                    ranks_only=ranks_only,
-                )
-                for name in sorted({*of_a, *of_b})
-            ]
+            for name in sorted({*of_a, *of_b}):
+                in_a, in_b = of_a.get(name, nothing), of_b.get(name, nothing)
+                drift.append(drift_row(layer, name, in_a, in_b, ranks_only=ranks_only))
         classes += class_rows(layer, *types)
         movers.append(movers_table(layer, *types, by_id=same_measure, ranks_only=ranks_only))
     return Comparison(
@@ -176,7 +169,6 @@ def _listed(layers: list[int]) -> str:
 
 def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> Iterator[str]:
     """Sentences that a reader of the comparison must know."""
-    runs = (("A", a), ("B", b))
     if a.uri == b.uri:
         yield "A and B are one run."
     if ranks_only:
@@ -186,24 +178,14 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
                 "The measures differ, and types are matched by their piece: "
                 f"{'; '.join(differing)}."
             )
-    q3_a, q3_b = (
-        {
-            r["layer"]: r["q3"]
-            for r in label_thresholds.labels(run).to_pylist()
-            if r["population"] == "tokens" and r["layer"] in layers
-        }
-        for run in (a, b)
-    )
-    if q3_a == q3_b:
+    if _labels_by_layer(a, layers) == _labels_by_layer(b, layers):
         yield "HIGH means the same in A and B: both label by the same Q3."
     else:
         yield (
             "HIGH is a rank within each run: A and B label by different Q3, so a HIGH share says "
-            "nothing of raw "
-            "strengths."
+            "nothing of raw strengths."
         )
-    for name, run in runs:
-        other = b if run is a else a
+    for name, run, other in (("A", a, b), ("B", b, a)):
         if left_out := [k for k in run.info["layers"] if k not in layers]:
             yield f"Of {name} {_listed(left_out)} were not compared: {other.uri} has them not."
         if lost := losses.describe(losses.of_run(run)):
@@ -212,25 +194,39 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
-    if (language := a.info["config"].get("language")) != (
-        theirs := b.info["config"].get("language")
-    ):
+    yield from _notes_on_classes(a, b)
+
+
+def _notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
+    """Reasons why the classes of types differ between the runs."""
+    language_a, language_b = (run.info["config"].get("language") for run in (a, b))
+    if language_a != language_b:
         yield (
-            f"Function words are those of {language!r} in A and of {theirs!r} in B, so classes "
-            "differ by that too."
+            f"Function words are those of {language_a!r} in A and of {language_b!r} in B, so "
+            "classes differ by that too."
         )
-    labels = [info["measure"].get("labels") for info in (a.info, b.info)]
-    if labels[0] != labels[1]:
+    tags_a, tags_b = (run.info["measure"].get("labels") for run in (a, b))
+    if tags_a != tags_b:
         of_a, of_b = (
-            "guessed" if column is None else f"the tags in {column!r}" for column in labels
+            "guessed" if tags is None else f"the tags in {tags!r}" for tags in (tags_a, tags_b)
         )
         yield f"Classes are {of_a} in A and {of_b} in B, so they differ by that too."
-    words = [info.get("function_words") for info in (a.info, b.info)]
-    if words[0] != words[1]:
+    words_a, words_b = (run.info.get("function_words") for run in (a, b))
+    if words_a != words_b:
         yield (
-            f"Function words are from {words[0]} in A and from {words[1]} in B, so classes may "
+            f"Function words are from {words_a} in A and from {words_b} in B, so classes may "
             "differ by that too."
         )
+
+
+def _labels_by_layer(run: RunFolder, layers: list[int]) -> dict[int, float | None]:
+    """Q3 of the thresholds that label tokens of ``run``, at each of ``layers``."""
+    rows = label_thresholds.labels(run).to_pylist()
+    return {
+        row["layer"]: row["q3"]
+        for row in rows
+        if row["population"] == "tokens" and row["layer"] in layers
+    }
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

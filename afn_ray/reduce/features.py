@@ -33,6 +33,10 @@ BIN_MASK = (1 << BIN_BITS) - 1
 """Mask of the bin in a key of a source and a bin."""
 
 
+Sums = tuple[Histogram, ...]
+"""Histograms that are added one by one."""
+
+
 class Place(NamedTuple):
     """Files of a shard's tokens and documents."""
 
@@ -66,67 +70,70 @@ def scan(
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin.
     """
-    sums: list[tuple[Histogram, ...]] = []
-    tables, hashes = [], []
-    for place in places:
-        documents = read_columns(place.documents, ["source", "n_tokens", "text_sha256"])
-        uris = documents["source"].combine_chunks()
-        source = sources.index_of(uris)
-        n = np.zeros(len(source), np.int64)
-        features = [np.zeros(len(source), np.float32) for _ in FEATURES]
-        pieces: list[tuple[Histogram, ...]] = [
-            tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)
-        ]
-        file = parquet.open_file(place.tokens.read())
-        ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
-        for _, tokens in records.whole_documents(
-            file, ends, ["token_id", "flags", *map(strength_column, layers)]
-        ):
-            flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()
-            normal = flags & SPECIAL == 0
-            docs = rows[normal]
-            by_layer = [tokens[strength_column(k)].to_numpy()[normal] for k in layers]
-            piece = slice(int(rows[0]), int(rows[-1]) + 1)
-            n[piece], some = _features(
-                docs - rows[0],
-                tokens["token_id"].to_numpy()[normal],
-                flags[normal],
-                by_layer[-1],
-                piece.stop - piece.start,
-                limits,
-            )
-            for feature, values in zip(features, some, strict=True):
-                feature[piece] = values
-            at = source[docs] << BIN_BITS
-            pieces.append(tuple(Histogram.of(at + to_bins(values)) for values in by_layer))
-            if sum(len(h.keys) for h in itertools.chain(*pieces[1:])) > COMPACT_KEYS:
-                pieces = add(*pieces)
-        here = np.flatnonzero(n)  # documents with tokens
-        of_docs = [Histogram.of((source[here] << BIN_BITS) + to_bins(x[here])) for x in features]
-        sums.append((*add(*pieces)[0], *of_docs, Histogram.of(source)))
-        keys = _hashes(documents["text_sha256"])[here]
-        hashes.append(keys)
-        tables.append(
-            pa.table(
-                {
-                    "doc": here + place.doc_offset,
-                    "in_shard": here.astype(np.int32),
-                    "shard": pa.DictionaryArray.from_arrays(
-                        np.zeros(len(here), np.int32), [place.shard]
-                    ),
-                    "source": uris.take(here),
-                    "n_tokens": n[here].astype(np.int32),
-                    "hash": keys,
-                    **{name: x[here] for name, x in zip(FEATURES, features, strict=True)},
-                }
-            )
-        )
-    keys = np.concatenate(hashes)
+    scanned = [_scan_shard(place, sources, layers, limits) for place in places]
+    table = pa.concat_tables([table for _, table in scanned]).unify_dictionaries()
+    keys = table["hash"].to_numpy()
     return [
-        add(*sums)[0],
-        pa.concat_tables(tables).unify_dictionaries(),
+        add(*(sums for sums, _ in scanned))[0],
+        table,
         *((Histogram.of(keys[keys % num_parts == part]),) for part in range(num_parts)),
     ]
+
+
+def _scan_shard(
+    place: Place, sources: Sources, layers: Sequence[int], limits: Limits
+) -> tuple[Sums, pa.Table]:
+    """Sums by source, and the features of the shard's documents with tokens."""
+    documents = read_columns(place.documents, ["source", "n_tokens", "text_sha256"])
+    uris = documents["source"].combine_chunks()
+    source = sources.index_of(uris)
+    n = np.zeros(len(source), np.int64)
+    features = [np.zeros(len(source), np.float32) for _ in FEATURES]
+    pieces: list[Sums] = [tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)]
+    file = parquet.open_file(place.tokens.read())
+    ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
+    columns = ["token_id", "flags", *map(strength_column, layers)]
+    for _, tokens in records.whole_documents(file, ends, columns):
+        flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()
+        normal = flags & SPECIAL == 0
+        docs = rows[normal]
+        by_layer = [tokens[strength_column(k)].to_numpy()[normal] for k in layers]
+        piece = slice(int(rows[0]), int(rows[-1]) + 1)
+        n[piece], some = _features(
+            docs - rows[0],
+            tokens["token_id"].to_numpy()[normal],
+            flags[normal],
+            by_layer[-1],
+            piece.stop - piece.start,
+            limits,
+        )
+        for feature, values in zip(features, some, strict=True):
+            feature[piece] = values
+        prefix = source[docs] << BIN_BITS
+        pieces.append(tuple(Histogram.of(prefix + to_bins(values)) for values in by_layer))
+        if _num_keys(pieces[1:]) > COMPACT_KEYS:
+            pieces = add(*pieces)
+    has_tokens = np.flatnonzero(n)
+    prefix = source[has_tokens] << BIN_BITS
+    of_features = [Histogram.of(prefix + to_bins(values[has_tokens])) for values in features]
+    sums = (*add(*pieces)[0], *of_features, Histogram.of(source))
+    in_one_shard = np.zeros(len(has_tokens), np.int32)
+    table = pa.table(
+        {
+            "doc": has_tokens + place.doc_offset,
+            "in_shard": has_tokens.astype(np.int32),
+            "shard": pa.DictionaryArray.from_arrays(in_one_shard, [place.shard]),
+            "source": uris.take(has_tokens),
+            "n_tokens": n[has_tokens].astype(np.int32),
+            "hash": _hashes(documents["text_sha256"])[has_tokens],
+            **{name: x[has_tokens] for name, x in zip(FEATURES, features, strict=True)},
+        }
+    )
+    return sums, table
+
+
+def _num_keys(sums: Sequence[Sums]) -> int:
+    return sum(len(histogram.keys) for histogram in itertools.chain(*sums))
 
 
 def _features(
@@ -171,5 +178,5 @@ def _hashes(column: pa.ChunkedArray) -> Ints:
     return (np.ascontiguousarray(raw[:, :8]).view(">u8").ravel() >> np.uint64(1)).astype(np.int64)
 
 
-def add(*sums: tuple[Histogram, ...]) -> list[tuple[Histogram, ...]]:
+def add(*sums: Sums) -> list[Sums]:
     return [tuple(Histogram.merge(part) for part in zip(*sums, strict=True))]

@@ -118,7 +118,6 @@ def reduce_run(
     commits count.
     """
     tasks = tasks or Inline()
-    n_docs, n_tokens = shards.n_docs, shards.n_tokens
     series = recorded.series
     submitted = [_submit_series(tasks, shards, at, series, rules) for at in range(len(series))]
     tags = tasks.result(_submit_tags(tasks, shards, len(series))) if recorded.tagged else None
@@ -128,30 +127,21 @@ def reduce_run(
     signals: list[dict[str, Any]] = []
     signal_vocabularies = []
     for one, (total, types) in zip(series, submitted, strict=True):
-        rows, goes_by, histogram = map(tasks.result, total)
-        if (n := rows[0]["n"] + rows[0]["n_special"]) != n_tokens:
-            raise StoreError(
-                f"the summaries of {one.name} hold {n:,} tokens, expected {n_tokens:,} as the "
-                f"{len(shards.commits):,} commits of measure {shards.measure_id} count; "
-                f"'afn verify {shards.store}' says where"
-            )
+        rows, label_rows, histogram = map(tasks.result, total)
+        _check_total(shards, one, rows[0]["n"] + rows[0]["n_special"])
         statistics = pa.concat_tables([tasks.result(part) for part in types])
-        vocabulary = vocabulary_table(one.layer, statistics, n_docs, texts, rules.language, tags)
-        if one.signal != STRENGTH:
-            signals.append(
-                {f.name: ({"signal": one.signal} | rows[0])[f.name] for f in SIGNALS_SCHEMA}
-            )
-            named = vocabulary.append_column(
-                "signal", pa.array([one.signal] * len(vocabulary), pa.string())
-            )
-            signal_vocabularies.append(
-                named.select(SIGNAL_VOCABULARY_SCHEMA.names).cast(SIGNAL_VOCABULARY_SCHEMA)
-            )
-            continue
-        thresholds += rows
-        labels += goes_by
-        histograms.append(histogram)
-        vocabularies.append(vocabulary)
+        vocabulary = vocabulary_table(
+            one.layer, statistics, shards.n_docs, texts, rules.language, tags
+        )
+        if one.signal == STRENGTH:
+            thresholds += rows
+            labels += label_rows
+            histograms.append(histogram)
+            vocabularies.append(vocabulary)
+        else:
+            row = {"signal": one.signal} | rows[0]
+            signals.append({name: row[name] for name in SIGNALS_SCHEMA.names})
+            signal_vocabularies.append(_signal_vocabulary(one.signal, vocabulary))
     tables = {
         "shards": shards_table(shards.measure_id, shards.commits, shards.num_bytes),
         "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
@@ -166,6 +156,22 @@ def reduce_run(
     if recorded.neuron_layers:
         tables |= _neurons(tasks, shards, recorded, tables["vocabulary"], texts.readable)
     return tables
+
+
+def _check_total(shards: CommittedShards, series: Series, n: int) -> None:
+    """Raise ``StoreError`` if the summaries do not hold the tokens that the commits count."""
+    if n != shards.n_tokens:
+        raise StoreError(
+            f"the summaries of {series.name} hold {n:,} tokens, expected {shards.n_tokens:,} as "
+            f"the {len(shards.commits):,} commits of measure {shards.measure_id} count; "
+            f"'afn verify {shards.store}' says where"
+        )
+
+
+def _signal_vocabulary(signal: str, vocabulary: pa.Table) -> pa.Table:
+    names = pa.array([signal] * len(vocabulary), pa.string())
+    named = vocabulary.append_column("signal", names)
+    return named.select(SIGNAL_VOCABULARY_SCHEMA.names).cast(SIGNAL_VOCABULARY_SCHEMA)
 
 
 def _neurons(
