@@ -201,43 +201,67 @@ def _check_tokens(
     for first, part in records.whole_documents(file, ends, columns):
         rows = np.arange(first, first + len(part))
         docs = np.searchsorted(ends, rows, side="right")
-        for column, expected in (("doc", docs), ("position", rows - (ends - n_tokens)[docs])):
-            got = part[column].to_numpy()
-            if (wrong := got != expected).any():
-                row = int(np.argmax(wrong))
-                raise Wrong(
-                    "tokens",
-                    f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token "
-                    "is lost, "
-                    "doubled or out of place",
-                )
+        _check_places(part, first, docs, rows - (ends - n_tokens)[docs])
         flags = part["flags"].to_numpy()
-        normal = (flags & SPECIAL) == 0
-        num_special += int((~normal).sum())
-        docs_here, last = docs[normal] - docs[0], int(docs[-1]) + 1
+        is_special = (flags & SPECIAL) > 0
+        num_special += int(is_special.sum())
         by_series = {s: part[s.name].to_numpy() for s in series}
         for one, values in by_series.items():
-            unchanged = round_strengths(values).view(np.uint32) == values.view(np.uint32)
-            if (wrong := ~(np.isfinite(values) & (values >= 0) & unchanged)).any():
-                row = int(np.argmax(wrong))
-                raise Wrong(
-                    "tokens",
-                    f"row {first + row}: {one.name} is {values[row]}, which is never recorded",
-                )
-            sums = np.bincount(docs_here, values[normal].astype(np.float64), last - docs[0])
-            with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
-                expected = sums / np.bincount(docs_here, minlength=last - docs[0])
-            means = documents[f"mean_{one.name}"][int(docs[0]) : last].to_numpy()
-            if (wrong := ~np.isclose(means, expected, rtol=1e-6, atol=0, equal_nan=True)).any():
-                doc = int(np.argmax(wrong))
-                raise Wrong(
-                    "documents",
-                    f"doc {docs[0] + doc}: mean_{one.name} is {means[doc]}, its tokens give "
-                    f"{expected[doc]}",
-                )
+            _check_values(one, values, first)
+            _check_means(one, values[~is_special], docs, ~is_special, documents)
         tags = part["tag"].cast(pa.string()) if tagged else None
         summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series, tags)
     return num_special, summary
+
+
+def _check_places(part: pa.Table, first: int, docs: Ints, positions: Ints) -> None:
+    """Check that the rows from ``first`` on are the tokens at ``positions`` of ``docs``."""
+    for column, expected in (("doc", docs), ("position", positions)):
+        got = part[column].to_numpy()
+        if (wrong := got != expected).any():
+            row = int(np.argmax(wrong))
+            raise Wrong(
+                "tokens",
+                f"row {first + row}: {column} is {got[row]}, expected {expected[row]}; a token is "
+                "lost, doubled or out of place",
+            )
+
+
+def _check_values(series: Series, values: npt.NDArray[np.float32], first: int) -> None:
+    """Check that the values of the rows from ``first`` on are finite, positive and rounded."""
+    is_rounded = round_strengths(values).view(np.uint32) == values.view(np.uint32)
+    wrong = ~(np.isfinite(values) & (values >= 0) & is_rounded)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        message = f"row {first + row}: {series.name} is {values[row]}, which is never recorded"
+        raise Wrong("tokens", message)
+
+
+def _check_means(
+    series: Series,
+    values: npt.NDArray[np.float32],
+    docs: Ints,
+    is_normal: npt.NDArray[np.bool_],
+    documents: pa.Table,
+) -> None:
+    """Check the means of ``documents`` against the ``values`` of their normal tokens.
+
+    ``docs`` and ``is_normal`` are of all tokens.
+    """
+    begin, end = int(docs[0]), int(docs[-1]) + 1
+    docs_here, num_docs = docs[is_normal] - begin, end - begin
+    sums = np.bincount(docs_here, values.astype(np.float64), num_docs)
+    with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
+        expected = sums / np.bincount(docs_here, minlength=num_docs)
+    means = documents[f"mean_{series.name}"][begin:end].to_numpy()
+    wrong = ~np.isclose(means, expected, rtol=1e-6, atol=0, equal_nan=True)
+    if wrong.any():
+        doc = int(np.argmax(wrong))
+        raise Wrong(
+            "documents",
+            f"doc {begin + doc}: mean_{series.name} is {means[doc]}, its tokens give "
+            f"{expected[doc]}",
+        )
 
 
 def _check_neurons(
@@ -250,52 +274,52 @@ def _check_neurons(
         above = dict(zip(layers, measure.neurons_above, strict=False))
         most = measure.top_neurons
     pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
-    for batch in tokens.iter_batches(
-        records.BATCH_ROWS,
-        columns=["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)],
-    ):
+    columns = ["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
+    for batch in tokens.iter_batches(records.BATCH_ROWS, columns=columns):
         flags = batch["flags"].to_numpy()
+        is_normal = (flags & SPECIAL) == 0
         high = {
-            k: ((flags & SPECIAL) == 0) & is_high(batch[f"strength_{k}"].to_numpy(), q3)
-            for k, q3 in above.items()
+            k: is_normal & is_high(batch[f"strength_{k}"].to_numpy(), q3) for k, q3 in above.items()
         }
-        which = (
-            np.flatnonzero(np.any(list(high.values()), axis=0)) if above else np.arange(len(batch))
-        )
+        which = np.arange(len(batch))
+        if above:
+            which = np.flatnonzero(np.any(list(high.values()), axis=0))
         part = rows.take(len(which))
         for column in ("doc", "position"):
             expected = batch[column].to_numpy()[which]
             if len(part) < len(which) or (part[column].to_numpy() != expected).any():
-                raise Wrong(
-                    "neurons",
-                    f"its rows from {at} on are not of the tokens that should have neurons",
-                )
+                message = f"its rows from {at} on are not of the tokens that should have neurons"
+                raise Wrong("neurons", message)
         for k in layers:
-            column = part[neurons_column(k)].combine_chunks()
-            items, lengths = (
-                column.flatten(),
-                pc.fill_null(pc.list_value_length(column), 0).to_numpy(),
-            )
-            if k in above and not np.array_equal(
-                column.is_valid().to_numpy(zero_copy_only=False), high[k][which]
-            ):
-                raise Wrong(
-                    "neurons",
-                    f"rows from {at} on: not the tokens HIGH at layer {k} have its neurons",
-                )
-            values = np.abs(items.field("value").to_numpy())
-            rises = np.diff(values, prepend=np.inf) > 0
-            rises[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
-            wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
-            if wrong.any() or lengths.max(initial=0) > most:
-                raise Wrong(
-                    "neurons", f"rows from {at} on: values at layer {k} that are never recorded"
-                )
+            lists_here = part[neurons_column(k)].combine_chunks()
+            if k in above:
+                has_neurons = lists_here.is_valid().to_numpy(zero_copy_only=False)
+                if not np.array_equal(has_neurons, high[k][which]):
+                    message = (
+                        f"rows from {at} on: not the tokens HIGH at layer {k} have its neurons"
+                    )
+                    raise Wrong("neurons", message)
+            if not _are_recordable(lists_here, most):
+                message = f"rows from {at} on: values at layer {k} that are never recorded"
+                raise Wrong("neurons", message)
         pairs.add(batch["token_id"].to_numpy()[which], flags[which], part)
         at += len(which)
     if len(rows.take(1)):
         raise Wrong("neurons", f"it has more than the {at} rows that its tokens should have")
     return pairs
+
+
+def _are_recordable(lists: pa.ListArray, most: int) -> bool:
+    """Whether each list has at most ``most`` values, finite, not 0, in descending order."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    if lengths.max(initial=0) > most:
+        return False
+    values = np.abs(lists.flatten().field("value").to_numpy())
+    rises = np.diff(values, prepend=np.inf) > 0
+    begins = np.cumsum(lengths) - lengths
+    rises[begins[lengths > 0]] = False
+    wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
+    return not wrong.any()
 
 
 class _Rows:
