@@ -30,7 +30,7 @@ MAD_TO_SD = 1.4826
 """Ratio of the standard deviation to the MAD in a normal distribution."""
 LEAST_SCALE = 1e-9
 """Smallest divisor of a z, for a source whose documents are all equal."""
-TOLD = 3.0
+REASON_Z = 3.0
 """Absolute z from which a feature is named among the reasons."""
 
 
@@ -141,45 +141,58 @@ def rank(
     n = documents["n_tokens"].to_numpy().astype(np.float64)
     values = np.array([documents[name].to_numpy() for name in FEATURES], np.float64)
     median = spread.median[:, against]
-    noise = np.array(
-        [_noise(name, median[at], spread.variance[against], n) for at, name in enumerate(FEATURES)]
-    )
-    scale = np.sqrt((MAD_TO_SD * spread.mad[:, against]) ** 2 + noise)
-    z = (values - median) / np.maximum(scale, LEAST_SCALE)
+    z = _z(values, median, spread, against, n)
     hashes = documents["hash"].to_numpy()
+    copies = _copies(hashes, repeated)
+    shared = np.log2(copies) * np.log2(n) / 2
+    score = np.maximum(np.abs(z).max(axis=0), shared) if len(n) else np.empty(0)
+    chosen = _first_of_each_text(score, documents["doc"].to_numpy(), hashes)[:worst]
+    reasons = []
+    for at in chosen.tolist():
+        of = "the corpus" if against[at] == corpus else "its source"
+        found = _reasons_by_feature(z[:, at], values[:, at], median[:, at], of)
+        if copies[at] > 1:
+            found.append((shared[at], f"{copies[at]:,} documents have this text"))
+        reasons.append(_strongest(found))
+    columns = {
+        "layer": pa.array(np.full(len(chosen), layer, np.int16)),
+        "n_copies": pa.array(copies[chosen]),
+        "score": pa.array(score[chosen]),
+        "reason": pa.array(reasons, pa.string()),
+    }
+    table = documents.take(chosen)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return [table.select(RANKED.names).cast(RANKED)]
+
+
+def _z(values: Floats, median: Floats, spread: Spread, against: Ints, n: Floats) -> Floats:
+    """Distance of each feature from its ``median``, in robust standard deviations.
+
+    ``values`` and ``median`` are [n_features, n_docs], ``against`` (the source compared with) and
+    ``n`` (tokens) [n_docs].
+    """
+    variance = spread.variance[against]
+    noise = np.array([_noise(name, median[at], variance, n) for at, name in enumerate(FEATURES)])
+    scale = np.sqrt((MAD_TO_SD * spread.mad[:, against]) ** 2 + noise)
+    return np.asarray((values - median) / np.maximum(scale, LEAST_SCALE))
+
+
+def _copies(hashes: Ints, repeated: Sequence[Histogram]) -> Ints:
+    """Number of documents with each text; ``repeated`` counts the hashes that occur twice."""
     copies = np.ones(len(hashes), np.int64)
     for part in repeated:
         if len(part.keys):
             at = np.minimum(np.searchsorted(part.keys, hashes), len(part.keys) - 1)
             copies = np.where(part.keys[at] == hashes, part.counts[at], copies)
-    shared = np.log2(copies) * np.log2(n) / 2
-    score = np.maximum(np.abs(z).max(axis=0), shared) if len(n) else np.empty(0)
-    first = np.lexsort((documents["doc"].to_numpy(), -score))
-    # Of documents with the same text, keep the first.
+    return copies
+
+
+def _first_of_each_text(score: Floats, docs: Ints, hashes: Ints) -> Ints:
+    """Rows by descending ``score``; of documents with the same text, only the first."""
+    first = np.lexsort((docs, -score))
     _, distinct = np.unique(hashes[first], return_index=True)
-    chosen = first[np.sort(distinct)[:worst]]
-    table = documents.take(chosen).append_column(
-        "layer", pa.array(np.full(len(chosen), layer, np.int16))
-    )
-    reasons = [
-        _reason(
-            z[:, at],
-            values[:, at],
-            median[:, at],
-            int(copies[at]),
-            shared[at],
-            against[at] == corpus,
-        )
-        for at in chosen.tolist()
-    ]
-    table = table.append_column("n_copies", pa.array(copies[chosen])).append_column(
-        "score", pa.array(score[chosen])
-    )
-    return [
-        table.append_column("reason", pa.array(reasons, pa.string()))
-        .select(RANKED.names)
-        .cast(RANKED)
-    ]
+    return np.asarray(first[np.sort(distinct)])
 
 
 def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
@@ -193,28 +206,26 @@ def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
     return np.asarray(p * (1 - p) / n)
 
 
-def _reason(
-    z: Floats, values: Floats, medians: Floats, copies: int, shared: float, of_all: bool
-) -> str:
+def _reasons_by_feature(
+    z: Floats, values: Floats, medians: Floats, of: str
+) -> list[tuple[float, str]]:
+    """The distance of each feature of a document, and a sentence on it."""
+    reasons = []
+    for at, name in enumerate(FEATURES):
+        text = f"{name} {values[at]:.4g}, median of {of} {medians[at]:.4g} (z {z[at]:+.1f})"
+        reasons.append((float(abs(z[at])), text))
+    return reasons
+
+
+def _strongest(reasons: list[tuple[float, str]]) -> str:
     """Up to three reasons why a document is strange, the strongest first; at least one."""
-    told = [
-        (
-            abs(z[at]),
-            f"{name} {values[at]:.4g}, median of {'the corpus' if of_all else 'its source'} "
-            f"{medians[at]:.4g} "
-            f"(z {z[at]:+.1f})",
-        )
-        for at, name in enumerate(FEATURES)
-    ]
-    if copies > 1:
-        told.append((shared, f"{copies:,} documents have this text"))
-    told.sort(key=lambda t: -t[0])
-    return "; ".join([text for at, (size, text) in enumerate(told) if not at or size >= TOLD][:3])
+    first, *others = sorted(reasons, key=lambda reason: -reason[0])
+    others = [reason for reason in others if reason[0] >= REASON_Z]
+    return "; ".join(text for _, text in (first, *others[:2]))
 
 
 def strangest_of(worst: int, *tables: pa.Table) -> list[pa.Table]:
     """The ``worst`` strangest documents of ``tables``."""
     table = pa.concat_tables(tables)
-    first = np.lexsort((table["doc"].to_numpy(), -table["score"].to_numpy()))
-    _, distinct = np.unique(table["hash"].to_numpy()[first], return_index=True)
-    return [table.take(first[np.sort(distinct)[:worst]])]
+    score, docs, hashes = (table[name].to_numpy() for name in ("score", "doc", "hash"))
+    return [table.take(_first_of_each_text(score, docs, hashes)[:worst])]
