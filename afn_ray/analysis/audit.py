@@ -161,12 +161,12 @@ def write_json(found: Audit, folder: str) -> str:
 def lines(found: Audit) -> Iterator[str]:
     """The verdict as lines of text: rules, broken ones first; then notes; then the answer."""
     for rule in sorted(found.rules, key=lambda r: (r.passed is not False, r.passed is not None)):
-        said = {True: "holds", False: "BROKEN", None: "not judged"}[rule.passed]
-        value = "" if rule.passed is None else _said_value(rule)
+        state = {True: "holds", False: "BROKEN", None: "not judged"}[rule.passed]
+        value = "" if rule.passed is None else _value_in_words(rule)
         where = f" ({rule.where})" if rule.where is not None else ""
         sign = ">=" if verdict.is_minimum(rule.key) else "<="
         limit = f"{rule.limit:,}" if rule.key in WHOLE else f"{rule.limit:g}"
-        yield f"{said:<11}{rule.key:<24}{value:>12} {sign} {limit}{where}"
+        yield f"{state:<11}{rule.key:<24}{value:>12} {sign} {limit}{where}"
     yield from found.notes
     broken = sum(rule.passed is False for rule in found.rules)
     against = "" if found.baseline is None else f", against {found.baseline.uri}"
@@ -179,7 +179,7 @@ def lines(found: Audit) -> Iterator[str]:
     yield f"{answer}; run {found.run.uri}{against}"
 
 
-def _said_value(rule: Rule) -> str:
+def _value_in_words(rule: Rule) -> str:
     if rule.value is None:
         return "unknown" if rule.key == "lost_documents" else "infinite"
     return f"{rule.value:,}" if rule.key in WHOLE else f"{rule.value:.5g}"

@@ -31,8 +31,7 @@ def named(uri: str) -> RunFolder:
     if run.uri != uris.absolute(uri).rstrip("/"):
         raise ConfigError(
             f"baseline {uri} is a store, whose latest run is another one every night; name one of "
-            f"its runs, {run.uri} "
-            f"say, or give {' or '.join(BASELINES)}"
+            f"its runs, {run.uri} say, or give {' or '.join(BASELINES)}"
         )
     return run
 

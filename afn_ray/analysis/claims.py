@@ -56,14 +56,11 @@ CLAIMS = {
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
     "HIGH is at or above the run's own Q3, for rivals of strength at or above theirs, also where "
-    "the run's labels go "
-    "by thresholds of another one. AUC: how often a content word lies above a function word or "
-    "punctuation mark (0.5: "
-    "no more than by chance). Spearman's rho goes by ranks, so that of log frequency is that of "
-    "frequency. A control "
-    "is what the other figures are to be held against. Attention is a mean over the tokens of a "
-    "window, so it is less "
-    "in longer texts.",
+    "the run's labels go by thresholds of another one. AUC: how often a content word lies above a"
+    " function word or punctuation mark (0.5: no more than by chance). Spearman's rho goes by "
+    "ranks, so that of log frequency is that of frequency. A control is what the other figures "
+    "are to be held against. Attention is a mean over the tokens of a window, so it is less in "
+    "longer texts.",
 )
 
 

@@ -21,9 +21,9 @@ def to_json(found: Claims) -> dict[str, Any]:
     """The claims as plain values; missing interval bounds are null."""
     value = asdict(found)
     for figure in value["figures"]:
-        figure |= {
-            k: None for k, v in figure.items() if isinstance(v, float) and not math.isfinite(v)
-        }
+        for name, number in figure.items():
+            if isinstance(number, float) and not math.isfinite(number):
+                figure[name] = None
     return value | {"claims": CLAIMS}
 
 
@@ -71,14 +71,31 @@ def against_controls(figures: Sequence[Figure]) -> str:
     there is no control.
     """
     known = [f for f in figures if math.isfinite(f.value)]
-    deepest = max(
-        (f.layer for f in known if f.layer is not None and not f.is_control), default=None
-    )
-    whats = sorted(
-        dict.fromkeys(f.what for f in known), key=lambda what: what != AUC
-    )  # stable sort: equal keys keep their order
+    main, controls = _main_and_controls(known)
+    if main is None:
+        return ""
+    low, high = _interval(main)
+    beat = [f for f in controls if _interval(f)[0] > high]
+    equal = [f for f in controls if f not in beat and _interval(f)[1] >= low]
+    parts = [f"{main.what[0].upper()}{main.what[1:]}: {_named([main])}."]
+    if beat:
+        parts.append(f"Beaten by: {_named(beat)}.")
+    if equal:
+        parts.append(f"Equalled by: {_named(equal)}.")
+    if not beat and not equal:
+        nearest = max(controls, key=lambda f: f.value)
+        parts.append(f"No control reaches it; the nearest: {_named([nearest])}.")
+    return " ".join(parts)
+
+
+def _main_and_controls(figures: Sequence[Figure]) -> tuple[Figure | None, list[Figure]]:
+    """The main figure that has controls, and these; AUC before other quantities."""
+    layers = [f.layer for f in figures if f.layer is not None and not f.is_control]
+    deepest = max(layers, default=None)
+    whats = list(dict.fromkeys(f.what for f in figures))
+    whats.sort(key=lambda what: what != AUC)
     for what in whats:
-        of_this = [f for f in known if f.what == what and f.layer in (None, 0, deepest)]
+        of_this = [f for f in figures if f.what == what and f.layer in (None, 0, deepest)]
         mine = [f for f in of_this if not f.is_control and f.layer == deepest]
         if not mine:
             continue
@@ -87,19 +104,8 @@ def against_controls(figures: Sequence[Figure]) -> str:
         # different quantity at layer 0 is not a control of this figure.
         controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
         if controls:
-            break
-    else:
-        return ""
-    low, high = _interval(main)
-    beat = [f for f in controls if _interval(f)[0] > high]
-    equal = [f for f in controls if f not in beat and _interval(f)[1] >= low]
-    parts = [f"{what[0].upper()}{what[1:]}: {_named([main])}."]
-    parts += [f"Beaten by: {_named(beat)}."] if beat else []
-    parts += [f"Equalled by: {_named(equal)}."] if equal else []
-    if not beat and not equal:
-        nearest = max(controls, key=lambda f: f.value)
-        parts += [f"No control reaches it; the nearest: {_named([nearest])}."]
-    return " ".join(parts)
+            return main, controls
+    return None, []
 
 
 def _interval(figure: Figure) -> tuple[float, float]:
@@ -107,10 +113,11 @@ def _interval(figure: Figure) -> tuple[float, float]:
 
 
 def _named(figures: Sequence[Figure]) -> str:
-    places = ["" if f.layer is None else f", layer {f.layer}" for f in figures]
-    return "; ".join(
-        f"{f.of}{place}, {shown(f.value)}" for f, place in zip(figures, places, strict=True)
-    )
+    names = []
+    for f in figures:
+        place = "" if f.layer is None else f", layer {f.layer}"
+        names.append(f"{f.of}{place}, {shown(f.value)}")
+    return "; ".join(names)
 
 
 def _amount(numbers: Sequence[int], noun: str) -> str:

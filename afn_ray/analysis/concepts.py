@@ -204,8 +204,8 @@ def contexts(run: Run, layer: int, number: int, most: int = CONTEXTS) -> list[Co
 def _context(run: Run, doc: int, position: int, value: float) -> Context:
     tokens = run.sql(
         "SELECT position, coalesce(surface, text) AS text, is_word_start, surface IS NOT NULL AS "
-        "is_whole FROM tokens "
-        "WHERE doc = ? AND position BETWEEN ? AND ? AND NOT is_special ORDER BY position",
+        "is_whole FROM tokens WHERE doc = ? AND position BETWEEN ? AND ? AND NOT is_special ORDER "
+        "BY position",
         [doc, position - TOKENS_BESIDE, position + TOKENS_BESIDE],
     ).fetchall()
     words: list[
@@ -254,10 +254,8 @@ def render_selective(found: Sequence[Neuron], console: Console) -> None:
     _legend(
         console,
         "n: tokens that have the neuron among their neurons. bits: how far its tokens' types are "
-        "from all "
-        "tokens' types, which is more by chance where n is small. answers to: types that make most "
-        "of "
-        f"these bits. Neurons met less than {LEAST_N} times are left out.",
+        "from all tokens' types, which is more by chance where n is small. answers to: types that "
+        f"make most of these bits. Neurons met less than {LEAST_N} times are left out.",
     )
 
 
@@ -286,9 +284,8 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
     console.print(table)
     _legend(
         console,
-        "in the word: share of its tokens that have the neuron among their neurons. lift: times as "
-        "often "
-        "as in all other tokens. mean: its value in the word.",
+        "in the word: share of its tokens that have the neuron among their neurons. lift: times "
+        "as often as in all other tokens. mean: its value in the word.",
     )
 
 
@@ -297,9 +294,8 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
     console.print(Text(f"Layer {neuron.layer}, neuron {neuron.neuron}", "bold"))
     console.print(
         f"among the neurons of {neuron.n:,} tokens ({neuron.share:.2%}) of {neuron.n_types:,} "
-        "types; mean "
-        f"{neuron.mean:.2f}, largest {neuron.largest:.2f}, selectivity {neuron.selectivity:.1f} "
-        "bits"
+        f"types; mean {neuron.mean:.2f}, largest {neuron.largest:.2f}, selectivity "
+        f"{neuron.selectivity:.1f} bits"
     )
     table = _headed_table("type", "n", "lift")
     for text, n, lift in neuron.types:
@@ -308,10 +304,8 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
     _legend(
         console,
         "largest: with its sign, as the mean. selectivity: how far its tokens' types are from all "
-        "tokens' "
-        "types. Types come by their part in that, n of their tokens with the neuron, and lift: "
-        "times as "
-        "often as by chance. Below, tokens in which it is furthest from 0.",
+        "tokens' types. Types come by their part in that, n of their tokens with the neuron, and "
+        "lift: times as often as by chance. Below, tokens in which it is furthest from 0.",
     )
     lines = Table(box=None, show_header=False, pad_edge=False)
     sides: tuple[JustifyMethod, ...] = ("right", "right", "left")

@@ -113,10 +113,9 @@ def check(
     ]
     note = (
         f"Masking: {count(len(changes), 'document')} of the run, drawn by their hash, each in one "
-        "window. As many "
-        f"tokens of every kind, at most {SHARE:.0%} of a document's, became {name}. Only tokens "
-        "that stayed are looked "
-        f"at, at the output of block {last[0]}, in float32."
+        f"window. As many tokens of every kind, at most {SHARE:.0%} of a document's, became "
+        f"{name}. Only tokens that stayed are looked at, at the output of block {last[0]}, in "
+        "float32."
     )
     if content_tags(run) == []:
         note += (
@@ -159,8 +158,7 @@ def _stand_in(measurer: Measurer) -> tuple[str, int]:
             return name, pieces.index(name)
     raise ConfigError(
         f"the vocabulary of {measurer.task.config.model} has nothing to put for a token that is "
-        "masked: "
-        f"none of {', '.join(STAND_INS)}"
+        f"masked: none of {', '.join(STAND_INS)}"
     )
 
 
@@ -182,11 +180,11 @@ def _texts(
         )
     rows = run.sql(
         f"SELECT doc, token_id, NOT is_special AND NOT coalesce(sink_{layer}, false), "  # noqa: S608
-        f"coalesce(high_{layer}, false), "
-        f"{is_content} FROM tokens LEFT JOIN (SELECT token_id, class FROM vocabulary "
+        f"coalesce(high_{layer}, false), {is_content} FROM tokens "
+        "LEFT JOIN (SELECT token_id, class FROM vocabulary "
         f"WHERE layer = {layer} AND class <> 'special') USING (token_id) "
-        "WHERE doc IN (SELECT doc FROM documents WHERE n_tokens > 0 ORDER BY hash(doc), doc LIMIT "
-        "$n) "
+        "WHERE doc IN (SELECT doc FROM documents WHERE n_tokens > 0 "
+        "ORDER BY hash(doc), doc LIMIT $n) "
         "AND position <= $window ORDER BY doc, position",
         parameters,
     ).to_arrow_table()

@@ -19,8 +19,7 @@ Distances between fewer tokens are mostly chance: chance alone gives a PSI of 9/
 """
 RUN_LIMITS = {
     "quarantined_documents": "share of the rows of documents that may be quarantined; the rest of "
-                             "a damaged file is "
-                             "one row, so limit what is lost too",
+                             "a damaged file is one row, so limit what is lost too",
     "quarantined_shards": "share of the shards that may be missing (of those that "
                           "allow_quarantined lets pass)",
     "empty_documents": "share of the documents read that may be empty",
@@ -65,8 +64,7 @@ WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
 OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
 SOURCE_OPTIONS = {
     "min_tokens": "tokens that a source needs in both runs (for min_tokens_ratio: in the "
-                  "baseline) to be judged; "
-                  f"default: {LEAST_TOKENS}"
+                  f"baseline) to be judged; default: {LEAST_TOKENS}"
 }  # fmt: skip
 IN_SOURCE = "\n  [source]: limits for the worst source"
 SHARES = (

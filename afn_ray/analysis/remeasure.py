@@ -64,8 +64,8 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
     ):
         if asked and not given:
             raise ModelError(
-                f"run {run.uri} was made with {flag}, which lets its model run code here; "
-                f"if you trust {local.name or config.model}, give --{flag.replace('_', '-')}"
+                f"run {run.uri} was made with {flag}, which lets its model run code here; if you "
+                f"trust {local.name or config.model}, give --{flag.replace('_', '-')}"
             )
     config = replace(config, dtype=recorded["dtype"], model=local.name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
@@ -94,8 +94,8 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
             differences.append(f"{key} is {json.dumps(there)} in the run, {json.dumps(here)} here")
     return (
         f"the model at {name} is not the one of run {run}: "
-        f"{'; '.join(differences) or 'its run.json was edited'}. "
-        "Strengths of two measures cannot be compared; give the run's model"
+        f"{'; '.join(differences) or 'its run.json was edited'}. Strengths of two measures cannot "
+        "be compared; give the run's model"
     )
 
 
@@ -117,8 +117,8 @@ def notes_on(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...
         digits = "fifth or a later" if dtype == "float32" else "third or fourth"
         notes.append(
             f"The run was measured on {made_by['device']}, this text on {device} (both {dtype}): "
-            "strengths differ in "
-            f"their {digits} digit, and a token close to a threshold can lie on its other side."
+            f"strengths differ in their {digits} digit, and a token close to a threshold can lie "
+            "on its other side."
         )
     changed = [
         f"{k} {made_by.get(k)} then, {v} here"

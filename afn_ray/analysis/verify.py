@@ -278,8 +278,8 @@ def lines(v: Verification) -> Iterator[str]:
     result = count(len(v.findings), "finding") if v.findings else "all is as it was committed"
     yield (
         f"checked {count(v.num_shards, 'shard')}, {count(v.num_files, 'file')}, "
-        f"{count(v.num_bytes, 'byte')}, {count(v.num_rows, 'token')}; "
-        f"recomputed {count(v.num_runs, 'run')}; {v.seconds:.1f} s: {result}"
+        f"{count(v.num_bytes, 'byte')}, {count(v.num_rows, 'token')}; recomputed "
+        f"{count(v.num_runs, 'run')}; {v.seconds:.1f} s: {result}"
     )
 
 

@@ -83,17 +83,14 @@ def compare(
     if not same_measure and not ranks_only:
         raise ConfigError(
             f"runs {a.uri} and {b.uri} are of different measures, so their strengths cannot be "
-            "compared: "
-            f"{'; '.join(_differences(a.info['measure'], b.info['measure']))}. 'afn compare A B "
-            "--ranks-only' compares "
-            "shares alone"
+            f"compared: {'; '.join(_differences(a.info['measure'], b.info['measure']))}. 'afn "
+            "compare A B --ranks-only' compares shares alone"
         )
     layers = [k for k in a.info["layers"] if k in b.info["layers"]]
     if not layers:
         raise ConfigError(
             f"runs {a.uri} and {b.uri} have no layer in common: {_listed(a.info['layers'])} "
-            "against "
-            f"{_listed(b.info['layers'])}"
+            f"against {_listed(b.info['layers'])}"
         )
     with checksums.named_damage(f"{a.uri} or {b.uri}"):
         return _compared(a, b, layers, ranks_only=ranks_only, same_measure=same_measure)

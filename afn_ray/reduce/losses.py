@@ -257,10 +257,9 @@ def describe_unknown(info: Mapping[str, Any]) -> str:
         return ""
     return (
         f"{num:,} of {count(num_tokens, 'token')} of text ({rounded_up(num / num_tokens)}) are "
-        f"{found.get('token')}, "
-        "which stands for whatever the tokenizer does not know: their strengths say nothing of "
-        "words. Is the model one "
-        "of the corpus's language, and the tokenizer the model's own?"
+        f"{found.get('token')}, which stands for whatever the tokenizer does not know: their "
+        "strengths say nothing of words. Is the model one of the corpus's language, and the "
+        "tokenizer the model's own?"
     )
 
 
@@ -273,8 +272,8 @@ def describe(found: Losses) -> str:
         return ""
     return (
         f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} "
-        f"({rounded_up(found.share)}) in "
-        f"{count(found.num_files, 'file')}: {worst_files(found)}; {said_documents(found)}"
+        f"({rounded_up(found.share)}) in {count(found.num_files, 'file')}: {worst_files(found)}; "
+        f"{said_documents(found)}"
     )
 
 

@@ -163,8 +163,8 @@ def _check_total(shards: CommittedShards, series: Series, n: int) -> None:
     if n != shards.n_tokens:
         raise StoreError(
             f"the summaries of {series.name} hold {n:,} tokens, expected {shards.n_tokens:,} as "
-            f"the {len(shards.commits):,} commits of measure {shards.measure_id} count; "
-            f"'afn verify {shards.store}' says where"
+            f"the {len(shards.commits):,} commits of measure {shards.measure_id} count; 'afn "
+            f"verify {shards.store}' says where"
         )
 
 
