@@ -48,10 +48,12 @@ def test_ray_has_its_sockets_where_they_are_looked_for(local_ray: None) -> None:
 def test_rows_are_identical_for_one_two_and_four_workers_and_without_ray(
     local_ray: None, tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
 ) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:240]])
-    base = {"corpus": (str(corpus),), "model": str(minilm), "layers": "0,4", "batch_tokens": 2048}
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:120]])
+    base: dict[str, Any] = {"corpus": (str(corpus),), "model": str(minilm), "layers": "0,4"}
+    base |= {"shard_bytes": 2048, "batch_tokens": 1024}
     with afn_ray.run(make_config(**base)) as run:
         expected = plain(recorded(run))
+        assert run.info["counts"]["shards"] > 4
     for workers in (1, 2, 4):
         config = make_config(
             **base, executor="ray", workers=workers, store=str(tmp_path / f"store-{workers}")
