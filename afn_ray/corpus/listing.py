@@ -173,7 +173,8 @@ def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadO
     missing = None if names is None else documents.missing_column(names, options)
     if names is None or missing is None:
         return
-    why = documents.why_missing(names, options) or nearest([missing], names).strip(" ()")
+    hint = nearest([missing], names).strip(" ()")
+    why = documents.why_missing(names, options) or documents.printable(hint)
     raise CorpusError(
         f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}"
     )

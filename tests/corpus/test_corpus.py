@@ -1553,6 +1553,12 @@ def test_cut_and_check_refuse_a_column_that_is_not_there(tmp_path: Path, column:
                 listing.cut(file, options, 100)
 
 
+def test_a_hint_of_a_column_can_be_printed() -> None:
+    file = remember(b'{"te\xfft": "a"}\n', "jsonl")
+    with pytest.raises(CorpusError, match="did you mean te\ufffdt"):
+        listing.check_columns([file], OPTIONS)
+
+
 def test_check_columns_lets_pass(tmp_path: Path) -> None:
     late = [{"b": 1}] * 19
     files = [
