@@ -116,3 +116,8 @@ Event = (
 """Any event that a run reports to its caller."""
 OnEvent = Callable[[Event], None]
 """Callback for the events of a run."""
+
+
+def on_warning(on_event: OnEvent) -> Callable[[str], None]:
+    """Callback that reports a notice as a warning."""
+    return lambda notice: on_event(Warned(notice))

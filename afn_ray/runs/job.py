@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,24 +9,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from afn_ray import model
 from afn_ray.config import RunConfig
-from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.reduce.tree import Recorded, Rules, reduce_run
-from afn_ray.runs import cluster, dispatch, events, measurer, outliers, precision, worker
-from afn_ray.runs.events import Event, OnEvent
+from afn_ray.runs import cluster, dispatch, events, measurer, precision, worker
+from afn_ray.runs.events import Event, OnEvent, on_warning
+from afn_ray.runs.pilots import Pilots
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import Reporter, reported
 from afn_ray.runs.task import Task
-from afn_ray.schema import Document, Shard, fingerprint
+from afn_ray.schema import Shard
 from afn_ray.store import (
-    calibrations,
     claims,
     epochs,
     label_thresholds,
@@ -43,8 +43,6 @@ from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
 """Reason of a missing shard in a run that was only reduced."""
-PILOT_DOCUMENTS = 2000
-"""Largest number of documents in a pilot's sample."""
 MOST_REASONS_SAID = 5
 """Quarantined documents that the error lists for a corpus without tokens."""
 MOST_REASONS = 1000
@@ -88,13 +86,10 @@ def prepare(
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
     measure = replace(task.measure, labels=plan.labels)
-    decided = _decide_precision(
-        replace(task, measure=measure), plan, on_event, keep=keep, reduce_only=reduce_only
-    )
+    pilots = Pilots(plan, on_event, keep=keep, reduce_only=reduce_only)
+    decided = pilots.decide_precision(replace(task, measure=measure))
     measure = replace(measure, dtype=decided.dtype)
-    outliers = _find_outliers(
-        replace(task, measure=measure), plan, on_event, keep=keep, reduce_only=reduce_only
-    )
+    outliers = pilots.find_outliers(replace(task, measure=measure))
     measure = replace(measure, outliers=outliers)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
@@ -185,7 +180,7 @@ def run(
 def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_only: bool) -> Run:
     began = time.monotonic()
     asked = prepare(config, on_event, keep=True, reduce_only=reduce_only)
-    plan, task, measure, frozen = asked.plan, asked.task, asked.task.measure, asked.frozen
+    plan, measure, frozen = asked.plan, asked.task.measure, asked.frozen
     if reduce_only:
         _commits_to_reduce(asked)  # before anything is written
     claim = claims.begin_run(config, measure, plan, asked.begun_ns, frozen)
@@ -198,44 +193,116 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     commits = shard_files.find_commits(config.store, measure.id, plan.shards)
     todo = [s for s in plan.shards if s.id not in commits]
     reporter.begin(folder, plan.shards, commits)
-    task = replace(task, run=folder.id)
-    on_event(
-        events.Planned(
-            f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
-            f"{count(len(plan.shards), 'shard')}: {len(plan.shards) - len(todo):,} in the store, "
-            f"{len(todo):,} to do",
-            run=folder.id,
-        )
-    )
-    state = dispatch.State(0)
+    _report_plan(plan, len(todo), folder, on_event)
     if reduce_only:
-        state.failures = dict.fromkeys((s.id for s in todo), LACKING)
-    elif todo:
-        where = "in this process" if cluster.runs_inline(config, todo) else "on Ray"
-        on_event(events.Starting(f"starting workers on {asked.device}, {where}"))
-        state = cluster.process_shards(config, task, todo, _working(on_event))
+        state = dispatch.State(0, failures=dict.fromkeys((s.id for s in todo), LACKING))
+    else:
+        state = _process(asked, todo, folder, on_event)
     if state.stopped or len(state.failures) > config.allow_quarantined:
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
+    results = _collect(plan, commits, state.failures)
+    if not results.counts.get("tokens"):
+        raise CorpusError(_no_tokens(config.store, measure.id, results.commits))
+    on_event(events.Reducing())
+    encoder = measurer.text_encoder(asked.files)
+    texts = Texts(*encoder.texts())
+    tables = _reduce(asked, results, texts, on_event)
+    names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
+    unknown = {
+        "token": None if encoder.unknown is None else texts.pieces[encoder.unknown],
+        "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
+    }
+    facts = _facts(asked, results, names, len(plan.shards) - len(todo))
+    times = {
+        "created_at": plans.created_at(folder),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    info = {
+        **facts,
+        "unknown": unknown,
+        "quarantined": given_up(results.given_up, results.failures),
+        **times,
+        "made_by": results.commits[0].made_by,
+    }
+    folder = manifest.finish_run(folder, info)
+    if len(theirs := folder.info["quarantined"]) > config.allow_quarantined:
+        raise IncompleteRun(
+            f"another process has completed run {folder.uri} without {len(theirs)} shards, more "
+            f"than --allow-quarantined {config.allow_quarantined} permits here; the same command "
+            "tries them again"
+        )
+    _report_complete(folder, results, on_event)
+    _report_losses(folder, on_event)
+    return _opened(claim)
+
+
+def _report_plan(
+    plan: plans.Plan, num_todo: int, folder: manifest.RunFolder, on_event: OnEvent
+) -> None:
+    """Report the run's name and its work."""
+    num_shards = len(plan.shards)
+    on_event(
+        events.Planned(
+            f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
+            f"{count(num_shards, 'shard')}: {num_shards - num_todo:,} in the store, "
+            f"{num_todo:,} to do",
+            run=folder.id,
+        )
+    )
+
+
+def _process(
+    asked: Preparation, todo: Sequence[Shard], folder: manifest.RunFolder, on_event: OnEvent
+) -> dispatch.State:
+    """Process ``todo``, the shards that the store lacks."""
+    if not todo:
+        return dispatch.State(0)
+    where = "in this process" if cluster.runs_inline(asked.config, todo) else "on Ray"
+    on_event(events.Starting(f"starting workers on {asked.device}, {where}"))
+    task = replace(asked.task, run=folder.id)
+    return cluster.process_shards(asked.config, task, todo, _working(on_event))
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """Shards of a run before its reduce: each is committed or given up."""
+
+    plan: plans.Plan
+    done: Sequence[Shard]
+    commits: Sequence[Commit]  # of ``done``
+    given_up: Sequence[Shard]
+    failures: Mapping[str, str]  # shard id -> why it is given up
+    counts: Mapping[str, int]  # sums of the commits' counts
+
+
+def _collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> _Results:
+    """Results of ``plan``. Raises ``IncompleteRun`` for a shard without commit and reason."""
     done = [s for s in plan.shards if s.id in commits]
-    ordered = commits.in_order(s.id for s in done)
-    quarantined = given_up([s for s in plan.shards if s.id in state.failures], state.failures)
-    if lost := [s.id for s in plan.shards if s.id not in commits and s.id not in state.failures]:
+    given_up = [s for s in plan.shards if s.id in failures]
+    lost = [s.id for s in plan.shards if s.id not in commits and s.id not in failures]
+    if lost:
         raise IncompleteRun(
             f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: "
             f"{', '.join(lost[:9])}"
         )
-    if not sum(c.counts["tokens"] for c in ordered):
-        raise CorpusError(_no_tokens(config.store, measure.id, ordered))
-    on_event(events.Reducing())
-    encoder = measurer.text_encoder(asked.files)
-    texts = Texts(*encoder.texts())
-    shards = CommittedShards(config.store, measure.id, ordered, [shard.num_bytes for shard in done])
+    ordered = commits.in_order(s.id for s in done)
+    return _Results(plan, done, ordered, given_up, failures, total_counts(ordered))
+
+
+def _reduce(
+    asked: Preparation, results: _Results, texts: Texts, on_event: OnEvent
+) -> dict[str, pa.Table]:
+    """Tables of the run."""
+    config, measure, plan = asked.config, asked.task.measure, results.plan
+    sizes = [shard.num_bytes for shard in results.done]
+    shards = CommittedShards(config.store, measure.id, results.commits, sizes)
     recorded = Recorded(
         measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
     )
-    rules = Rules(config.language, config.sink_factor, frozen)
-    with cluster.tasks(config, done, _warning(on_event)) as tasks:
+    rules = Rules(config.language, config.sink_factor, asked.frozen)
+    with cluster.tasks(config, results.done, on_warning(on_event)) as tasks:
         tables = reduce_run(shards, recorded, texts, rules, tasks)
         tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)
         if config.screen:
@@ -243,19 +310,24 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
             tables |= screen.scan_run(
                 shards, measure.layers, tables, texts.readable, config.screen, tasks
             )
-    names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
-    totals = total_counts(ordered)
-    num_reused = len(plan.shards) - len(todo)
-    info = {
+    return tables
+
+
+def _facts(
+    asked: Preparation, results: _Results, tables: Mapping[str, Any], num_reused: int
+) -> dict[str, Any]:
+    """What run.json says of the inputs and the shards of a run."""
+    config, measure, files, plan = asked.config, asked.task.measure, asked.files, results.plan
+    return {
         "measure": {"id": measure.id, **measure.as_dict()},
         "model": {
             "name": config.model,
-            "type": asked.files.model_type,
-            "depth": asked.files.depth,
-            "hidden_size": asked.files.hidden_size,
+            "type": files.model_type,
+            "depth": files.depth,
+            "hidden_size": files.hidden_size,
         },
         "layers": list(measure.layers),
-        "tables": names,
+        "tables": tables,
         "config": asdict(config),
         "function_words": lexicon.SOURCE,
         "corpus": {
@@ -266,29 +338,17 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         },
         "precision": asked.decided.to_json(),
         "counts": {
-            "shards": len(ordered),
+            "shards": len(results.commits),
             "shards_reused": num_reused,
-            "shards_quarantined": len(quarantined),
-            **losses.with_given_up(totals, [s for s in plan.shards if s.id in state.failures]),
+            "shards_quarantined": len(results.given_up),
+            **losses.with_given_up(results.counts, results.given_up),
         },
-        "unknown": {
-            "token": None if encoder.unknown is None else texts.pieces[encoder.unknown],
-            "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
-        },
-        "quarantined": quarantined,
-        "created_at": plans.created_at(folder),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - began, 1),
-        "made_by": ordered[0].made_by,
     }
-    folder = manifest.finish_run(folder, info)
-    if len(theirs := folder.info["quarantined"]) > config.allow_quarantined:
-        raise IncompleteRun(
-            f"another process has completed run {folder.uri} without {len(theirs)} shards, more "
-            "than "
-            f"--allow-quarantined {config.allow_quarantined} permits here; the same command tries "
-            "them again"
-        )
+
+
+def _report_complete(folder: manifest.RunFolder, results: _Results, on_event: OnEvent) -> None:
+    """Report that a run is complete, and its missing shards."""
+    totals = results.counts
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
     on_event(
@@ -298,12 +358,10 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
             f"{totals['quarantined']:,} quarantined{why}"
         )
     )
-    for shard in quarantined[:MOST_SHARDS]:
+    for shard in given_up(results.given_up[:MOST_SHARDS], results.failures):
         on_event(
             events.Warned(f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}")
         )
-    _report_losses(folder, on_event)
-    return _opened(claim)
 
 
 def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
@@ -340,100 +398,10 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
         on_event(events.Warned(f"lost: {lost}"))
 
 
-def _decide_precision(
-    task: Task,
-    plan: plans.Plan,
-    on_event: OnEvent,
-    *,
-    keep: bool,
-    reduce_only: bool,
-) -> precision.Precision:
-    """The precision that the store's first run decided, so that later runs measure the same.
-
-    Where there is no decision yet, a pilot decides.
-    """
-    config = task.config
-    if config.dtype == "float32":
-        return precision.decide(task, ())
-    key = fingerprint([task.measure.as_dict(), config.dtype])
-    stored = calibrations.read_pilot(config.store, key)
-    if stored is None and reduce_only:
-        raise StoreError(_no_pilot(config.store))
-    if stored is None:
-        on_event(events.Piloting("a pilot compares half precision with float32"))
-        sample = listing.sample(plan.files, config.read_options, PILOT_DOCUMENTS)
-        decided = cluster.pilot(precision.decide, task, _in_turns(sample), _warning(on_event))
-        if keep:
-            stored = calibrations.write_pilot(config.store, key, decided.to_json())
-        on_event(events.PrecisionDecided(precision.describe(decided)))
-    else:
-        decided = precision.from_json({k: v for k, v in stored.items() if k != "schema_version"})
-        on_event(
-            events.PrecisionDecided(
-                f"{precision.describe(decided)}; this store's first run decided it, and another "
-                "--dtype "
-                "wants another store"
-            )
-        )
-    if decided.against:
-        on_event(events.Warned(f"{decided.dtype} is not safe here: {decided.against}"))
-    if decided.device != task.device and not reduce_only:
-        on_event(
-            events.Warned(
-                f"{decided.dtype} was chosen on {decided.device}, this is {task.device}; "
-                "it may be slow here"
-            )
-        )
-    return decided
-
-
-def _find_outliers(
-    task: Task,
-    plan: plans.Plan,
-    on_event: OnEvent,
-    *,
-    keep: bool,
-    reduce_only: bool,
-) -> tuple[tuple[int, ...], ...]:
-    """Outlier dimensions of each layer; empty if no signal leaves them out.
-
-    The store's first run finds them with a pilot; later runs use the same dimensions.
-    """
-    if not worker.wants_outliers(task):
-        return ()
-    key = fingerprint([task.measure.as_dict(), "outliers"])
-    stored = calibrations.read_pilot(task.config.store, key)
-    if stored is None and reduce_only:
-        raise StoreError(_no_pilot(task.config.store))
-    if stored is None:
-        on_event(events.Piloting("a pilot looks for outlier dimensions"))
-        sample = listing.sample(plan.files, task.config.read_options, PILOT_DOCUMENTS)
-        stored = {
-            "outliers": cluster.pilot(
-                outliers.find_outliers, task, _in_turns(sample), _warning(on_event)
-            )
-        }
-        if keep:
-            stored = calibrations.write_pilot(task.config.store, key, stored)
-    return tuple(tuple(dims) for dims in stored["outliers"])
-
-
 def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:
     """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
     q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
     return tuple(NEVER if q3[k] is None else q3[k] for k in layers)
-
-
-def _in_turns(documents: Sequence[Document]) -> list[str]:
-    """Texts of ``documents``, one of each source in turn.
-
-    A pilot that ends early has then seen all sources.
-    """
-    by_source: dict[str, list[str]] = {}
-    for document in documents:
-        by_source.setdefault(document.source, []).append(document.text)
-    rows = itertools.zip_longest(*by_source.values())
-    return [text for row in rows for text in row if text is not None]
 
 
 def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
@@ -486,11 +454,6 @@ def normalised(config: RunConfig) -> RunConfig:
     )
 
 
-def _warning(on_event: OnEvent) -> Callable[[str], None]:
-    """Callback that reports a notice as a warning."""
-    return lambda notice: on_event(events.Warned(notice))
-
-
 def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
     """Callback that reports the number of files hashed."""
     return lambda done, total: on_event(events.Hashing(done, total))
@@ -534,15 +497,6 @@ def _lacking(config: RunConfig, measure_id: str, plan: plans.Plan, num_there: in
         f"none{none}; the same command without it does them (--allow-quarantined N: a run that "
         "lacks up to N counts as "
         "complete)"
-    )
-
-
-def _no_pilot(store: str) -> str:
-    """Message for a reduce alone without the results of a pilot."""
-    return (
-        f"no run in {store} has decided the precision or the outlier dimensions of what this "
-        "config asks for, and "
-        "--reduce-only decides nothing: give the config that measured, or leave --reduce-only out"
     )
 
 

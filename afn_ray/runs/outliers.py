@@ -16,7 +16,7 @@ PILOT_CHARS = 16_384
 """Text that the pilot measures, in characters: outlier dimensions are the same in any text."""
 
 
-def find_outliers(task: Task, texts: Sequence[str]) -> list[list[int]]:
+def find_dimensions(task: Task, texts: Sequence[str]) -> list[list[int]]:
     """The ``DIMENSIONS`` largest dimensions of each of the task's layers, the largest first.
 
     The size of a dimension is its mean square over the tokens of ``texts``, special tokens apart.

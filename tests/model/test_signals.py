@@ -392,7 +392,7 @@ def test_outlier_dimensions_are_found_once_and_kept(
     def fail(*args: Any) -> None:
         raise AssertionError("a second pilot")
 
-    monkeypatch.setattr(outliers, "find_outliers", fail)
+    monkeypatch.setattr(outliers, "find_dimensions", fail)
     Path(made.corpus[0]).write_text(Path(made.corpus[0]).read_text() + '{"text": "one more"}\n')
     with afn_ray.run(made) as run:
         assert run.info["measure"]["outliers"] == kept

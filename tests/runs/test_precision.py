@@ -15,7 +15,7 @@ import afn_ray
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
-from afn_ray.runs import job, measurer, precision, worker
+from afn_ray.runs import measurer, pilots, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
@@ -209,7 +209,7 @@ def test_a_damaged_record_is_named(damage: dict[str, Any]) -> None:
 def test_a_pilot_sees_the_beginning_of_every_file() -> None:
     documents = [Document("s", i, f"{file}{i}") for file in "ab" for i in range(3)]
     documents = [replace(d, source=d.text[0]) for d in documents]
-    assert job._in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
+    assert pilots.in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
     assert [len(t) for g in precision._groups(["x" * 10**6, "y"]) for t in g] == [
         precision.PILOT_TOKENS,
         1,

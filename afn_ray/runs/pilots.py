@@ -1,0 +1,105 @@
+"""Pilots: measure a sample to decide the precision and the outlier dimensions, once a store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from afn_ray.corpus import listing
+from afn_ray.errors import StoreError
+from afn_ray.runs import cluster, events, outliers, precision, worker
+from afn_ray.runs.events import OnEvent, on_warning
+from afn_ray.runs.task import Task
+from afn_ray.schema import Document, fingerprint
+from afn_ray.store import calibrations, plans
+
+T = TypeVar("T")
+
+PILOT_DOCUMENTS = 2000
+"""Largest number of documents in a pilot's sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pilots:
+    """Pilots of one corpus. The store's first run measures; later runs read what it decided."""
+
+    plan: plans.Plan
+    on_event: OnEvent
+    keep: bool  # write the results into the store, for later runs
+    reduce_only: bool  # measure nothing
+
+    def decide_precision(self, task: Task) -> precision.Precision:
+        """The precision of ``task``, with warnings where it is not safe or not fast."""
+        config = task.config
+        if config.dtype == "float32":
+            return precision.decide(task, ())
+        key = fingerprint([task.measure.as_dict(), config.dtype])
+        stored = self._read(task, key)
+        if stored is None:
+            self.on_event(events.Piloting("a pilot compares half precision with float32"))
+            decided = self._measure(task, precision.decide)
+            if self.keep:
+                calibrations.write_pilot(config.store, key, decided.to_json())
+            said = precision.describe(decided)
+        else:
+            stored.pop("schema_version", None)
+            decided = precision.from_json(stored)
+            said = (
+                f"{precision.describe(decided)}; this store's first run decided it, and another "
+                "--dtype wants another store"
+            )
+        self.on_event(events.PrecisionDecided(said))
+        if decided.against:
+            self.on_event(events.Warned(f"{decided.dtype} is not safe here: {decided.against}"))
+        if decided.device != task.device and not self.reduce_only:
+            self.on_event(
+                events.Warned(
+                    f"{decided.dtype} was chosen on {decided.device}, this is {task.device}; "
+                    "it may be slow here"
+                )
+            )
+        return decided
+
+    def find_outliers(self, task: Task) -> tuple[tuple[int, ...], ...]:
+        """Outlier dimensions of each layer; empty if no signal leaves them out."""
+        if not worker.wants_outliers(task):
+            return ()
+        store = task.config.store
+        key = fingerprint([task.measure.as_dict(), "outliers"])
+        stored = self._read(task, key)
+        if stored is None:
+            self.on_event(events.Piloting("a pilot looks for outlier dimensions"))
+            stored = {"outliers": self._measure(task, outliers.find_dimensions)}
+            if self.keep:
+                stored = calibrations.write_pilot(store, key, stored)
+        return tuple(tuple(dims) for dims in stored["outliers"])
+
+    def _read(self, task: Task, key: str) -> dict[str, Any] | None:
+        """The stored result of the pilot ``key``; None: it has to be measured."""
+        stored = calibrations.read_pilot(task.config.store, key)
+        if stored is None and self.reduce_only:
+            raise StoreError(
+                f"no run in {task.config.store} has decided the precision or the outlier "
+                "dimensions of what this config asks for, and --reduce-only decides nothing: give "
+                "the config that measured, or leave --reduce-only out"
+            )
+        return stored
+
+    def _measure(self, task: Task, pilot: Callable[[Task, Sequence[str]], T]) -> T:
+        """Result of ``pilot`` on a sample of the corpus."""
+        sample = listing.sample(self.plan.files, task.config.read_options, PILOT_DOCUMENTS)
+        return cluster.pilot(pilot, task, in_turns(sample), on_warning(self.on_event))
+
+
+def in_turns(documents: Sequence[Document]) -> list[str]:
+    """Texts of ``documents``, one of each source in turn.
+
+    A pilot that ends early has then seen all sources.
+    """
+    by_source: dict[str, list[str]] = {}
+    for document in documents:
+        by_source.setdefault(document.source, []).append(document.text)
+    rows = itertools.zip_longest(*by_source.values())
+    return [text for row in rows for text in row if text is not None]
