@@ -26,7 +26,7 @@ from afn_ray.bench import TOKENS_PER_WORKER, machine
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
-from afn_ray.runs import estimate, job, worker
+from afn_ray.runs import estimate, job, results, worker
 from afn_ray.runs.deadlines import SLOTS
 
 SAMPLE_DOCUMENTS = 2000
@@ -124,7 +124,9 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
     return size
 
 
-def _once(processor: worker.Processor, prepared: job.Preparation, store: str) -> tuple[float, int]:
+def _once(
+    processor: worker.Processor, prepared: results.Preparation, store: str
+) -> tuple[float, int]:
     """Process all shards in a fresh store, ``SLOTS`` at a time; return seconds and tokens."""
     processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
     began = time.monotonic()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
@@ -19,13 +18,13 @@ from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.reduce.tree import Recorded, Rules, reduce_run
-from afn_ray.runs import cluster, dispatch, events, measurer, precision, worker
+from afn_ray.runs import cluster, dispatch, events, measurer, worker
 from afn_ray.runs.events import Event, OnEvent, on_warning
 from afn_ray.runs.pilots import Pilots
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import Reporter, reported
-from afn_ray.runs.task import Task
+from afn_ray.runs.results import Preparation, Results, collect, facts_of, given_up
 from afn_ray.schema import Shard
 from afn_ray.store import (
     claims,
@@ -38,38 +37,17 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.commits import Commit, Commits, total_counts
+from afn_ray.store.commits import Commit, Commits
 from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
 """Reason of a missing shard in a run that was only reduced."""
 MOST_REASONS_SAID = 5
 """Quarantined documents that the error lists for a corpus without tokens."""
-MOST_REASONS = 1000
-"""Quarantined shards whose file and reason run.json keeps; further ones have only their id.
-
-The limit keeps run.json small enough to read.
-"""
 MOST_SHARDS = 20
 """Shards that the end of a run lists one by one."""
-MOST_CHARS = 1000
-"""Longest reason of a missing shard in run.json, in characters."""
 NEVER = 3.4e38
 """A strength above that of any token."""
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """The work of a run, before the store's shards are known."""
-
-    config: RunConfig
-    device: str  # device of the workers
-    files: model.ModelFiles
-    plan: plans.Plan
-    begun_ns: int  # time before the first file was listed, in nanoseconds
-    decided: precision.Precision
-    task: Task
-    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``label_thresholds.find_frozen``
 
 
 def prepare(
@@ -201,7 +179,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     if state.stopped or len(state.failures) > config.allow_quarantined:
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
-    results = _collect(plan, commits, state.failures)
+    results = collect(plan, commits, state.failures)
     if not results.counts.get("tokens"):
         raise CorpusError(_no_tokens(config.store, measure.id, results.commits))
     on_event(events.Reducing())
@@ -213,7 +191,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         "token": None if encoder.unknown is None else texts.pieces[encoder.unknown],
         "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
     }
-    facts = _facts(asked, results, names, len(plan.shards) - len(todo))
+    facts = facts_of(asked, results, names, len(plan.shards) - len(todo))
     times = {
         "created_at": plans.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -265,34 +243,8 @@ def _process(
     return cluster.process_shards(asked.config, task, todo, _working(on_event))
 
 
-@dataclass(frozen=True, slots=True)
-class _Results:
-    """Shards of a run before its reduce: each is committed or given up."""
-
-    plan: plans.Plan
-    done: Sequence[Shard]
-    commits: Sequence[Commit]  # of ``done``
-    given_up: Sequence[Shard]
-    failures: Mapping[str, str]  # shard id -> why it is given up
-    counts: Mapping[str, int]  # sums of the commits' counts
-
-
-def _collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> _Results:
-    """Results of ``plan``. Raises ``IncompleteRun`` for a shard without commit and reason."""
-    done = [s for s in plan.shards if s.id in commits]
-    given_up = [s for s in plan.shards if s.id in failures]
-    lost = [s.id for s in plan.shards if s.id not in commits and s.id not in failures]
-    if lost:
-        raise IncompleteRun(
-            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: "
-            f"{', '.join(lost[:9])}"
-        )
-    ordered = commits.in_order(s.id for s in done)
-    return _Results(plan, done, ordered, given_up, failures, total_counts(ordered))
-
-
 def _reduce(
-    asked: Preparation, results: _Results, texts: Texts, on_event: OnEvent
+    asked: Preparation, results: Results, texts: Texts, on_event: OnEvent
 ) -> dict[str, pa.Table]:
     """Tables of the run."""
     config, measure, plan = asked.config, asked.task.measure, results.plan
@@ -313,40 +265,7 @@ def _reduce(
     return tables
 
 
-def _facts(
-    asked: Preparation, results: _Results, tables: Mapping[str, Any], num_reused: int
-) -> dict[str, Any]:
-    """What run.json says of the inputs and the shards of a run."""
-    config, measure, files, plan = asked.config, asked.task.measure, asked.files, results.plan
-    return {
-        "measure": {"id": measure.id, **measure.as_dict()},
-        "model": {
-            "name": config.model,
-            "type": files.model_type,
-            "depth": files.depth,
-            "hidden_size": files.hidden_size,
-        },
-        "layers": list(measure.layers),
-        "tables": tables,
-        "config": asdict(config),
-        "function_words": lexicon.SOURCE,
-        "corpus": {
-            "files": len(plan.files),
-            "bytes": plan.num_bytes,
-            "skipped": len(plan.skipped),
-            "skipped_bytes": sum(file.size for file in plan.skipped),
-        },
-        "precision": asked.decided.to_json(),
-        "counts": {
-            "shards": len(results.commits),
-            "shards_reused": num_reused,
-            "shards_quarantined": len(results.given_up),
-            **losses.with_given_up(results.counts, results.given_up),
-        },
-    }
-
-
-def _report_complete(folder: manifest.RunFolder, results: _Results, on_event: OnEvent) -> None:
+def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnEvent) -> None:
     """Report that a run is complete, and its missing shards."""
     totals = results.counts
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
@@ -362,18 +281,6 @@ def _report_complete(folder: manifest.RunFolder, results: _Results, on_event: On
         on_event(
             events.Warned(f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}")
         )
-
-
-def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
-    """``shards`` that were quarantined, as run.json lists them.
-
-    The first ``MOST_REASONS`` have file and reason, the others only their id.
-    """
-    listed = [
-        {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
-        for s in shards[:MOST_REASONS]
-    ]
-    return listed + [{"shard": s.id, "uri": "", "reason": ""} for s in shards[MOST_REASONS:]]
 
 
 def _opened(claim: claims.Claim) -> Run:

@@ -18,7 +18,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ShardError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.runs import job, status, worker
+from afn_ray.runs import results, status, worker
 from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.show import run_facts, summary
@@ -217,9 +217,9 @@ def test_a_run_json_holds_whatever_number_of_shards_was_given_up() -> None:
     piece = FileSlice("/c/" + "x" * 200, 1, "time:1", "jsonl", "", 0, 1, 1, 1, "0" * 64)
     options = ReadOptions("jsonl", "text", None, "file", 1000)
     shards = [Shard(f"{i:032x}", (piece,), options) for i in range(100_000)]
-    found = job.given_up(shards, {s.id: "\U0001f600" * 5000 for s in shards})
+    found = results.given_up(shards, {s.id: "\U0001f600" * 5000 for s in shards})
     assert [f["shard"] for f in found] == [s.id for s in shards]
-    assert all(f["uri"] == piece.uri and f["reason"] for f in found[: job.MOST_REASONS])
+    assert all(f["uri"] == piece.uri and f["reason"] for f in found[: results.MOST_REASONS])
     assert len(checksums.sealed({"quarantined": found})) < checksums.JSON_BYTES // 2
 
 

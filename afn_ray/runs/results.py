@@ -1,0 +1,112 @@
+"""Inputs and results of a run before its reduce, and what run.json says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from afn_ray import model
+from afn_ray.config import RunConfig
+from afn_ray.errors import IncompleteRun
+from afn_ray.reduce import lexicon, losses
+from afn_ray.runs import precision
+from afn_ray.runs.task import Task
+from afn_ray.schema import Shard
+from afn_ray.store import (
+    plans,
+)
+from afn_ray.store.commits import Commit, Commits, total_counts
+
+MOST_REASONS = 1000
+"""Quarantined shards whose file and reason run.json keeps; further ones have only their id.
+
+The limit keeps run.json small enough to read.
+"""
+MOST_CHARS = 1000
+"""Longest reason of a missing shard in run.json, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """The work of a run, before the store's shards are known."""
+
+    config: RunConfig
+    device: str  # device of the workers
+    files: model.ModelFiles
+    plan: plans.Plan
+    begun_ns: int  # time before the first file was listed, in nanoseconds
+    decided: precision.Precision
+    task: Task
+    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``label_thresholds.find_frozen``
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Shards of a run before its reduce: each is committed or given up."""
+
+    plan: plans.Plan
+    done: Sequence[Shard]
+    commits: Sequence[Commit]  # of ``done``
+    given_up: Sequence[Shard]
+    failures: Mapping[str, str]  # shard id -> why it is given up
+    counts: Mapping[str, int]  # sums of the commits' counts
+
+
+def collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> Results:
+    """Results of ``plan``. Raises ``IncompleteRun`` for a shard without commit and reason."""
+    done = [s for s in plan.shards if s.id in commits]
+    quarantined = [s for s in plan.shards if s.id in failures]
+    lost = [s.id for s in plan.shards if s.id not in commits and s.id not in failures]
+    if lost:
+        raise IncompleteRun(
+            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: "
+            f"{', '.join(lost[:9])}"
+        )
+    ordered = commits.in_order(s.id for s in done)
+    return Results(plan, done, ordered, quarantined, failures, total_counts(ordered))
+
+
+def facts_of(
+    asked: Preparation, results: Results, tables: Mapping[str, Any], num_reused: int
+) -> dict[str, Any]:
+    """What run.json says of the inputs and the shards of a run."""
+    config, measure, files, plan = asked.config, asked.task.measure, asked.files, results.plan
+    return {
+        "measure": {"id": measure.id, **measure.as_dict()},
+        "model": {
+            "name": config.model,
+            "type": files.model_type,
+            "depth": files.depth,
+            "hidden_size": files.hidden_size,
+        },
+        "layers": list(measure.layers),
+        "tables": tables,
+        "config": asdict(config),
+        "function_words": lexicon.SOURCE,
+        "corpus": {
+            "files": len(plan.files),
+            "bytes": plan.num_bytes,
+            "skipped": len(plan.skipped),
+            "skipped_bytes": sum(file.size for file in plan.skipped),
+        },
+        "precision": asked.decided.to_json(),
+        "counts": {
+            "shards": len(results.commits),
+            "shards_reused": num_reused,
+            "shards_quarantined": len(results.given_up),
+            **losses.with_given_up(results.counts, results.given_up),
+        },
+    }
+
+
+def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
+    """``shards`` that were quarantined, as run.json lists them.
+
+    The first ``MOST_REASONS`` have file and reason, the others only their id.
+    """
+    listed = [
+        {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
+        for s in shards[:MOST_REASONS]
+    ]
+    return listed + [{"shard": s.id, "uri": "", "reason": ""} for s in shards[MOST_REASONS:]]
