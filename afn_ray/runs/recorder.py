@@ -13,6 +13,7 @@ import pyarrow as pa
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary
+from afn_ray.reduce.stats import is_high
 from afn_ray.schema import (
     SPECIAL,
     STRENGTH,
@@ -140,7 +141,7 @@ class Recorder:
         high: list[npt.NDArray[np.bool_]] = []
         if above:
             for k, q3 in zip(layers, above, strict=True):
-                high.append(tokens.by_series[Series(STRENGTH, k)] >= q3)
+                high.append(is_high(tokens.by_series[Series(STRENGTH, k)], q3))
             which = which & (encoded.flags & SPECIAL == 0) & np.any(high, axis=0)
         rows = np.flatnonzero(which)
         lists: dict[str, pa.Array] = {}
