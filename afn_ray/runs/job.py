@@ -27,12 +27,12 @@ from afn_ray.runs.reporter import Reporter, reported
 from afn_ray.runs.results import Preparation, Results, collect, facts_of, given_up
 from afn_ray.schema import Shard
 from afn_ray.store import (
-    claims,
     epochs,
     label_thresholds,
     manifest,
     plans,
     probes,
+    run_claims,
     shard_files,
     storage,
     uris,
@@ -90,7 +90,7 @@ def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = Fal
     Raises the errors that ``run`` raises before its work begins.
     """
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
-    same, _ = claims.find_begun(asked.config, asked.task.measure, asked.plan, asked.frozen)
+    same, _ = run_claims.find_begun(asked.config, asked.task.measure, asked.plan, asked.frozen)
     if not reduce_only:
         shards = epochs.newest(asked.config.store).marked(asked.task.measure.id, asked.plan.shards)
         commits = shard_files.find_commits(asked.config.store, asked.task.measure.id, shards)
@@ -161,7 +161,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     plan, measure, frozen = asked.plan, asked.task.measure, asked.frozen
     if reduce_only:
         _commits_to_reduce(asked)  # before anything is written
-    claim = claims.begin_run(config, measure, plan, asked.begun_ns, frozen)
+    claim = run_claims.begin_run(config, measure, plan, asked.begun_ns, frozen)
     plan, folder = replace(plan, shards=claim.shards), claim.run
     if folder.info:
         _say_nothing_to_do(asked, folder, on_event)
@@ -283,7 +283,7 @@ def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnE
         )
 
 
-def _opened(claim: claims.Claim) -> Run:
+def _opened(claim: run_claims.Claim) -> Run:
     """The complete run of ``claim``, whose lease is deleted."""
     run = open_run(claim.run.uri)
     if claim.lease is not None:

@@ -38,7 +38,7 @@ from afn_ray.runs.plan import group_slices
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import reported
 from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
-from afn_ray.store import checksums, claims, layout, plans, shard_files, storage, uris
+from afn_ray.store import checksums, layout, plans, run_claims, shard_files, storage, uris
 from afn_ray.store.commits import Commits
 from bench.apart import call_apart
 from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, arrived
@@ -191,7 +191,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as store:
         config = RunConfig(corpus=("-",), model="-", store=store)
         with meter.part("begin the run"):
-            folder = claims.begin_run(config, MEASURE, plan, time.time_ns()).run
+            folder = run_claims.begin_run(config, MEASURE, plan, time.time_ns()).run
         remember("with the run begun")
         commit_us = _find_some(store, plan.shards[:COMMITS_READ])
         with reported(config) as reporter:

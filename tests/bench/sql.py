@@ -39,7 +39,7 @@ from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard
-from afn_ray.store import claims, manifest, plans, shard_files
+from afn_ray.store import manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import ShardFiles, make_table
 from bench.apart import call_apart
@@ -236,7 +236,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     measure_id = MEASURE.id
     commits = shard_files.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]
-    folder = claims.begin_run(
+    folder = run_claims.begin_run(
         config, MEASURE, plans.Plan(tuple(shards), (), (), 0), time.time_ns()
     ).run
     texts = Texts(*pieces())

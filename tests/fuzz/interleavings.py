@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from afn_ray.errors import StoreError
-from afn_ray.store import claims, manifest, probes, shard_files, storage, uris
+from afn_ray.store import manifest, probes, run_claims, shard_files, storage, uris
 
 STORE = "/model"
 MOST_CALLS = 80
@@ -286,7 +286,7 @@ class World:
         patch.setattr(uris, "absolute", lambda uri: uri)
         patch.setattr(storage, "remove_if_empty", lambda uri: None)
         patch.setattr(probes, "clock_s", lambda uri: NOW_S)
-        for module in (claims, manifest, shard_files):
+        for module in (run_claims, manifest, shard_files):
             patch.setattr(module, "datetime", Still)
         patch.setattr(uuid, "uuid4", self.unlike)
 

@@ -23,13 +23,13 @@ from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import FileSlice, Shard
 from afn_ray.store import (
     checksums,
-    claims,
     epochs,
     garbage,
     layout,
     manifest,
     orphans,
     parquet,
+    run_claims,
     shard_files,
     storage,
 )
@@ -75,8 +75,8 @@ def plan_of(*names: str) -> Plan:
 # --------------------------------------------------------------
 
 
-def begin(*names: str) -> claims.Claim:
-    return claims.begin_run(CONFIG, MEASURE, plan_of(*names), 0)
+def begin(*names: str) -> run_claims.Claim:
+    return run_claims.begin_run(CONFIG, MEASURE, plan_of(*names), 0)
 
 
 def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Shard) -> Commit:
@@ -99,7 +99,7 @@ class Driver:
         """The name of the run, which is complete."""
         return self.go_on(begin(*names))
 
-    def go_on(self, claim: claims.Claim) -> str:
+    def go_on(self, claim: run_claims.Claim) -> str:
         if not claim.run.info:
             commits = shard_files.find_commits(STORE, ID, claim.shards)
             for one in claim.shards:
@@ -244,13 +244,13 @@ def overtaken(driver: Driver, world: World) -> list[Process]:
     """A process has found the run of a the newest, and stood still; meanwhile that of b came, and a
     gc begins.
     """
-    same, newest = claims.find_begun(CONFIG, MEASURE, plan_of("a"))
+    same, newest = run_claims.find_begun(CONFIG, MEASURE, plan_of("a"))
     assert same is not None
     driver.run("b")
 
     def run() -> str:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(claims, "find_begun", lambda *args: (same, newest))
+            patch.setattr(run_claims, "find_begun", lambda *args: (same, newest))
             claim = begin("a")
         return driver.go_on(claim)
 
@@ -439,14 +439,14 @@ def reused_name(patch: pytest.MonkeyPatch) -> None:
 
 def epoch_first(patch: pytest.MonkeyPatch) -> None:
     """A run reads the epoch ahead of its claim."""
-    begun, newest = claims.find_begun, epochs.newest
+    begun, newest = run_claims.find_begun, epochs.newest
     read: dict[int, epochs.Epoch] = {}
 
     def find(*args: Any) -> Any:
         read[threading.get_ident()] = newest(STORE)
         return begun(*args)
 
-    patch.setattr(claims, "find_begun", find)
+    patch.setattr(run_claims, "find_begun", find)
     patch.setattr(
         epochs,
         "newest",

@@ -24,7 +24,7 @@ from afn_ray.corpus import listing as corpus
 from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import FileInfo
-from afn_ray.store import claims, corpus_files, manifest, storage
+from afn_ray.store import corpus_files, manifest, run_claims, storage
 from conftest import config_of, make_measure, recorded, write_jsonl
 
 B = 1024
@@ -442,6 +442,6 @@ def test_where_a_bucket_has_no_etag_the_time_does(
     monkeypatch.setattr(corpus_files, "find_files", without_etag)
     config = config_of(tiny_bert, f"{object_store}/corpus", f"{object_store}/store", **SMALL)
     plan = make_plan(config)
-    claims.begin_run(config, make_measure(), plan, 0)
+    run_claims.begin_run(config, make_measure(), plan, 0)
     work.hashed = 0
     assert make_plan(config).shards == plan.shards and work.hashed == 1

@@ -53,7 +53,7 @@ from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 from afn_ray.show import doctor, salient
-from afn_ray.store import claims, disk, garbage, manifest, records
+from afn_ray.store import disk, garbage, manifest, records, run_claims
 from conftest import MakeConfig, interrupted, stop_after, write_jsonl
 
 
@@ -873,7 +873,7 @@ def test_a_file_that_changes_under_the_run_costs_its_shard_and_the_next_run_plan
         os.utime(file, ns=(0, 10**18))
     shard_bytes = max(f.stat().st_size for f in files)  # a shard each
     config = make_config(shard_bytes=shard_bytes)
-    begin = claims.begin_run
+    begin = run_claims.begin_run
 
     def change(*args: Any) -> Any:
         text = files[1].read_text("utf-8")
@@ -888,7 +888,7 @@ def test_a_file_that_changes_under_the_run_costs_its_shard_and_the_next_run_plan
         return begin(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "begin_run", change)
+        patch.setattr(run_claims, "begin_run", change)
         with pytest.raises(
             IncompleteRun, match=r"(?s)^1 of 3 shards .*\(.*1\.jsonl\): CorpusChanged: "
         ) as error:

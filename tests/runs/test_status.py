@@ -37,7 +37,7 @@ from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Work
 from afn_ray.runs.progress import Counters, Progress
 from afn_ray.runs.reporter import Reporter
 from afn_ray.schema import FileSlice, ReadOptions, Shard
-from afn_ray.store import claims, garbage, layout, manifest, probes, storage, uris
+from afn_ray.store import garbage, layout, manifest, probes, run_claims, storage, uris
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING
 from conftest import MakeConfig, fenced, stop_after, write_jsonl
@@ -164,13 +164,13 @@ def test_a_run_that_fails_says_why_and_with_what_code(
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"and it was so, {i} " * 9)
     config = make_config(corpus=(f"{tmp_path}/*.txt",), shard_bytes=1024)
-    begin = claims.begin_run
+    begin = run_claims.begin_run
 
     def change_one(*args: Any) -> Any:
         (tmp_path / "1.txt").write_text("something else")
         return begin(*args)
 
-    monkeypatch.setattr(claims, "begin_run", change_one)
+    monkeypatch.setattr(run_claims, "begin_run", change_one)
     with pytest.raises(IncompleteRun):
         afn_ray.run(config)
     found = read(config)
@@ -456,7 +456,7 @@ def test_an_unexpected_error_is_one_line_of_json_too(
     def fail(*args: Any) -> None:
         raise RuntimeError("on two\nlines \x1b[31m")
 
-    monkeypatch.setattr(claims, "begin_run", fail)
+    monkeypatch.setattr(run_claims, "begin_run", fail)
     config = tmp_path / "run.toml"
     config.write_text(
         f'model = "{tiny_bert}"\nstore = "{tmp_path}/s"\ndtype = "float32"\nlog_format = "json"\n'

@@ -40,20 +40,20 @@ from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Sha
 from afn_ray.store import (
     calibrations,
     checksums,
-    claims,
     layout,
     manifest,
     plans,
     probes,
     retry,
+    run_claims,
     shard_files,
     storage,
     uris,
 )
-from afn_ray.store.claims import begin_run
 from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.store.manifest import RunFolder, find_run, finish_run
 from afn_ray.store.plans import Plan
+from afn_ray.store.run_claims import begin_run
 from afn_ray.store.shard_files import find_commits
 from conftest import RUN_INFO, edit_sealed, make_measure, rewrite, write_new
 
@@ -938,7 +938,7 @@ def test_a_clock_that_was_in_the_year_9999_does_not_end_later_runs(
     for at in range(5):
         with monkeypatch.context() as patch:
             if at in (1, 2):
-                patch.setattr(claims, "datetime", Clock)
+                patch.setattr(run_claims, "datetime", Clock)
             names.append(finish_run(_begin(replace(config, sink_factor=2.0 + at)), RUN_INFO).id)
         assert find_run(config.store).id == names[-1]
     assert names == sorted(names) and len(set(names)) == 5
