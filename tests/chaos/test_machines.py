@@ -27,7 +27,7 @@ from hosts import Afn, Chaos, Event, Hosts, Nodes, NotPermitted, wait_until
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 LAST = f"{NUM_SHARDS - 1}.jsonl"
-ROOM_KIB = 4 << 20
+ROOM_KIB = 3 << 20
 """More than a worker with its model and what runs beside it take, less than one that eats."""
 
 
