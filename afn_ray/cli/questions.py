@@ -294,20 +294,21 @@ def call_claims(args: argparse.Namespace) -> None:
     from afn_ray.query import database
 
     if args.sample is not None and not args.masking:
-        raise ConfigError("--sample is of documents to mask: give --masking too, or leave it out")
+        raise ConfigError("--sample needs --masking: add it, or leave out --sample")
     if args.masking:
         from afn_ray.runs import precheck
 
         precheck.check_question(args.run, args.model)
     with database.open_run(args.run, timeout_s=args.timeout) as run:
-        masked: tuple[list[Any], tuple[str, ...]] = ([], ())
+        notes: list[str] = []
+        figures: list[Any] = []
         if args.masking:  # first, because the model may be missing here
             from afn_ray.analysis import masking
 
             figures, note = masking.check(run, args.sample or SAMPLE, _local_model(args))
-            masked = figures, (note,)
+            notes = [note]
         found = claims.claims(run, max_tokens=args.max_tokens)
-        found = claims.Claims(found.run, (*found.notes, *masked[1]), (*found.figures, *masked[0]))
+    found = claims.Claims(found.run, (*found.notes, *notes), (*found.figures, *figures))
     if args.json:
         print(json.dumps(claims_text.to_json(found), indent=1))
     else:

@@ -54,21 +54,16 @@ def token_name(token: Token) -> str:
 
 def reading_cells(token: Token, reading: Reading) -> list[str]:
     """Cells of a token's table row after the token: strength to n, as in ``HEADS``."""
-    usual = reading.usual
-    return [
+    cells = [
         f"{reading.strength:.4f}",
         "special" if reading.quartile is None else QUARTILES[reading.quartile],
         "" if reading.rank is None else f"{reading.rank:.1%}",
-        *(
-            ("not in run", "", "0")
-            if usual is None
-            else (
-                f"{usual.median:.4f}",
-                "" if token.special else f"{usual.share_high:.0%}",
-                f"{usual.n:,}",
-            )
-        ),
     ]
+    usual = reading.usual
+    if usual is None:
+        return [*cells, "not in run", "", "0"]
+    share_high = "" if token.special else f"{usual.share_high:.0%}"
+    return [*cells, f"{usual.median:.4f}", share_high, f"{usual.n:,}"]
 
 
 HEADS = ("token", "strength", "quartile", "rank", "median", "HIGH", "n")
@@ -124,11 +119,9 @@ def signal_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list
 
 def heat_cell(cell: Cell) -> str:
     """A token's cell in the heat map."""
-    return (
-        "·"
-        if cell.decile is None
-        else f"{cell.decile}" + (f"/{cell.quartile}" if cell.quartile else "")
-    )
+    if cell.decile is None:
+        return "·"
+    return f"{cell.decile}/{cell.quartile}" if cell.quartile else f"{cell.decile}"
 
 
 def answer(decision: Decision) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from afn_ray.analysis.explain import (
@@ -183,14 +183,13 @@ def _html_signals(explanation: Explanation, at: int) -> str:
 
 
 def _html_table(
-    kind: str, caption: str, heads: Iterable[str], rows: Iterable[Iterable[str]]
+    kind: str, caption: str, heads: Sequence[str], rows: Iterable[Iterable[str]]
 ) -> str:
     """A table of ``rows`` whose cells are HTML already."""
     head = "".join(f'<th scope="col"{_aligned(name)}>{_html(name)}</th>' for name in heads)
-    names = list(heads)
     body = "\n".join(
         "<tr>"
-        + "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in zip(names, row, strict=True))
+        + "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in zip(heads, row, strict=True))
         + "</tr>"
         for row in rows
     )

@@ -69,7 +69,8 @@ def glance(summary: Summary, comparison: compare.Comparison | None) -> list[tupl
                 "0.5 tells nothing, 1 tells all",
             )
         )
-    for row in [] if comparison is None else drift_of_all_tokens(comparison):
+    drift = [] if comparison is None else drift_of_all_tokens(comparison)
+    for row in drift:
         if row["layer"] == main.layer:
             cards.append(
                 (
@@ -85,15 +86,11 @@ def _reading(psi: float | None) -> str:
     """Conventional reading of a population stability index."""
     if psi is None:
         return "not known: ranks only"
-    return (
-        "exactly the same"
-        if psi == 0
-        else "little"
-        if psi < 0.1
-        else "some"
-        if psi < 0.25
-        else "much"
-    )
+    if psi == 0:
+        return "exactly the same"
+    if psi < 0.1:
+        return "little"
+    return "some" if psi < 0.25 else "much"
 
 
 def thresholds_table(summary: Summary) -> Table:

@@ -24,7 +24,7 @@ from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
 from afn_ray.query.result import Result
 from afn_ray.store import parquet
-from afn_ray.text import printable
+from afn_ray.text import count, printable
 
 FORMATS = ("table", "csv", "json", "parquet")
 MAX_CELL = 300
@@ -148,10 +148,11 @@ def _unique(names: Iterable[str]) -> list[str]:
     """``names``, repeated ones numbered _1, _2, ...: JSON and Parquet need distinct names."""
     taken: list[str] = []
     for name in names:
-        free = (
-            n for n in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if n not in taken
-        )
-        taken.append(next(free))
+        free, number = name, 0
+        while free in taken:
+            number += 1
+            free = f"{name}_{number}"
+        taken.append(free)
     return taken
 
 
@@ -166,11 +167,9 @@ def _values(column: pa.Array) -> list[Any]:
             for text in column.cast(pa.string()).to_pylist()
         ]
     values = _listed(column)
-    return (
-        values
-        if _is_flat(column.type) and not pa.types.is_floating(column.type)
-        else [_plain(v) for v in values]
-    )
+    if _is_flat(column.type) and not pa.types.is_floating(column.type):
+        return values
+    return [_plain(value) for value in values]
 
 
 def _listed(column: pa.Array) -> list[Any]:
@@ -218,9 +217,9 @@ def _plain(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str | None:
-    return (
-        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    )
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
@@ -283,9 +282,7 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
             line.insert((len(shown) + 1) // 2, Text("…"))
         table.add_row(*line)
     console.print(table)
-    notes = [
-        f"first {len(rows):,} rows shown, there are more" if more else _count(len(rows), "row")
-    ]
+    notes = [f"first {len(rows):,} rows shown, there are more" if more else count(len(rows), "row")]
     if cut:
         notes.append(
             f"{len(shown)} of {len(names)} columns shown: name those you want, or use format csv"
@@ -327,7 +324,3 @@ def _cell(value: Any) -> Text:
         if len(text) <= MAX_CELL
         else f"{text[:MAX_CELL]}… (+{len(text) - MAX_CELL:,} characters)"
     )
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

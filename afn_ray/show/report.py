@@ -104,18 +104,16 @@ def _render(
     info, summary = run.info, summarise(run)
     main = summary.layers[-1]
     words = by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
+    movers: list[Chart] = []
+    if comparison is not None:
+        chart = vocabulary_charts.movers_chart(comparison.movers, main.layer)
+        movers = [] if chart is None else [chart]
     drawn = {
         "histograms": _histograms(run, summary, comparison),
         "classes": [charts.classes_chart(summary, words[main.layer])],
         "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
         "vocabulary": [vocabulary_charts.vocabulary_chart(words[main.layer])],
-        "movers": []
-        if comparison is None
-        else [
-            c
-            for c in [vocabulary_charts.movers_chart(comparison.movers, main.layer)]
-            if c is not None
-        ],
+        "movers": movers,
     }
     points = vocabulary_charts.points(words)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
@@ -247,11 +245,12 @@ def command_line(config: Mapping[str, Any]) -> str:
         if field.name == "corpus" or (field.default is not MISSING and value == field.default):
             continue
         flag = "--" + field.name.replace("_", "-")
-        words += (
-            [flag if value else flag.replace("--", "--no-", 1)]
-            if isinstance(value, bool)
-            else [flag, str(value)]
-        )
+        if not isinstance(value, bool):
+            words += [flag, str(value)]
+        elif value:
+            words.append(flag)
+        else:
+            words.append(flag.replace("--", "--no-", 1))
     return shlex.join(words)
 
 
