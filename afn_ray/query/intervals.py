@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from typing import Any
 
 import duckdb
-
-if sys.platform != "win32":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 FARTHEST_INTERVAL_H = 2_562_047
 """Smallest number of hours in an INTERVAL, beside months and days, that Arrow cannot hold.

@@ -9,6 +9,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -454,6 +456,16 @@ def test_a_crash_a_hang_and_memory_leave_the_run_usable(store: Path) -> None:
                 time.monotonic() - began < 20
             )  # a start, the limit and its grace, on a busy machine
             assert run.sql("SELECT 1").fetchall() == [(1,)]
+
+
+def test_a_run_may_be_opened_first_in_a_thread() -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from importlib import import_module\n"
+        "ThreadPoolExecutor(1).submit(import_module, 'afn_ray.query.database').result()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_results_of_one_run_are_independent(run: Run) -> None:
