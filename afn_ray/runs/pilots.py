@@ -39,18 +39,16 @@ class Pilots:
         stored = self._read(task, key)
         if stored is None:
             self.on_event(events.Piloting("a pilot compares half precision with float32"))
-            decided = self._measure(task, precision.decide)
-            if self.keep:
-                calibrations.write_pilot(config.store, key, decided.to_json())
-            said = precision.describe(decided)
+            stored = self._measure(task, precision.decide).to_json()
+            if self.keep:  # what another first run has decided in the meantime counts
+                stored = calibrations.write_pilot(config.store, key, stored)
+            origin = ""
         else:
-            stored.pop("schema_version", None)
-            decided = precision.from_json(stored)
-            said = (
-                f"{precision.describe(decided)}; this store's first run decided it, and another "
-                "--dtype wants another store"
-            )
-        self.on_event(events.PrecisionDecided(said))
+            origin = "; this store's first run decided it, and another --dtype wants another store"
+        decided = precision.from_json(
+            {name: value for name, value in stored.items() if name != "schema_version"}
+        )
+        self.on_event(events.PrecisionDecided(f"{precision.describe(decided)}{origin}"))
         if decided.against:
             self.on_event(events.Warned(f"{decided.dtype} is not safe here: {decided.against}"))
         if decided.device != task.device and not self.reduce_only:

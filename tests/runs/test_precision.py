@@ -19,7 +19,7 @@ from afn_ray.runs import measurer, pilots, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
-from afn_ray.store import manifest
+from afn_ray.store import calibrations, manifest
 from conftest import MakeConfig, write_jsonl
 
 
@@ -204,6 +204,32 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
 def test_a_damaged_record_is_named(damage: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="record of its precision is damaged"):
         precision.from_json(damage)
+
+
+def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pilot that ends second may have decided otherwise."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:10]])
+    config = make_config(corpus=(str(corpus),), dtype="auto")
+    ours = precision.Precision("bfloat16", "auto", "cpu", "safe on the pilot", 9999, ())
+    rivals = replace(ours, dtype="float32", why="bfloat16 is not safe")
+    write = calibrations.write_pilot
+
+    def second(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
+        assert value["dtype"] == "bfloat16"
+        write(store, key, rivals.to_json())
+        return write(store, key, value)
+
+    monkeypatch.setattr(precision, "decide", lambda task, texts: ours)
+    monkeypatch.setattr(calibrations, "write_pilot", second)
+    with afn_ray.run(config) as run:
+        info = manifest.find_run(run.uri).info
+    assert info["measure"]["dtype"] == info["precision"]["dtype"] == "float32"
 
 
 def test_a_pilot_sees_the_beginning_of_every_file() -> None:
