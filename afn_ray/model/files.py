@@ -48,7 +48,7 @@ TESTED = frozenset({
     "gemma3_text", "gpt2", "gpt_neox", "llama", "minicpm", "minicpm3", "mistral", "modernbert", "mpnet", "nomic_bert",
     "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
 })  # fmt: skip
-"""Model types that a test compares with the plain model (``tests/test_families.py``)."""
+"""Model types that a test compares with the plain model (``tests/model/test_families.py``)."""
 
 ACCELERATORS = ("CUDA", "cuDNN", "CUDNN", "CUBLAS", "HIP", "NVRTC", "NVML", "device-side assert")
 """Substrings that mark error messages of GPU libraries."""

@@ -37,7 +37,8 @@ from afn_ray.runs import outliers
 from afn_ray.runs.worker import NONE_MEASURED
 from afn_ray.store import manifest, storage
 from conftest import config_of, edit_table, fenced, find_model, write_jsonl
-from test_families import CONTEXT, LAYERS, PACKED, PADDED, documents, family  # noqa: F401
+from families import CONTEXT, PACKED, PADDED
+from test_families import LAYERS, documents, family  # noqa: F401
 
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
 SIGNALS: list[Signal] = [Strength(), Shift(), Received()]

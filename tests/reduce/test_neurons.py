@@ -30,7 +30,8 @@ from afn_ray.reduce import neurons
 from afn_ray.schema import neurons_column
 from afn_ray.store import manifest
 from conftest import edit_sealed, edit_table, recommit, save_model, write_jsonl
-from test_families import PACKED, PADDED, SMALL, documents, family  # noqa: F401
+from families import PACKED, PADDED, SMALL
+from test_families import documents, family  # noqa: F401
 from test_signals import load
 
 TOP = 5
