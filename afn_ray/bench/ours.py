@@ -64,7 +64,7 @@ class Engine(_Ours):
         with self._processor.feed.chunks(documents) as chunks:  # as for a shard
             for chunk in chunks:
                 values = self._processor.measurer.values(chunk.prepared)
-                strengths += np.split(values[0], chunk.prepared.encoded.bounds[1:-1])
+                strengths += np.split(values.series[0], chunk.prepared.encoded.bounds[1:-1])
         return self._outcome(before, strengths)
 
 

@@ -16,11 +16,16 @@ from afn_ray.errors import ModelError
 from afn_ray.model import attention
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Cast, Product
-from afn_ray.model.signals import Attention, Signal, Site, Strength, measured
+from afn_ray.model.signals import Attention, Signal, Site, Strength, measured, numbered
 from afn_ray.schema import Series
 
 Norms = npt.NDArray[np.float32]
 """Norms of tokens, float32."""
+
+Numbers = npt.NDArray[np.int32]
+"""Numbers of neurons, int32."""
+ToTokens = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+"""From an array as a batch gives it, [n, rows of the batch ...], to [n, n_tokens]."""
 
 STRENGTH = Strength()
 
@@ -61,25 +66,46 @@ class _Enough(Exception):
     """Raised in a hook after the last requested layer, so that later blocks do not run."""
 
 
-class Pending:
-    """The values of one batch, perhaps still in transfer from the device."""
+class Read(NamedTuple):
+    """What a model read from the tokens of one batch."""
 
-    def __init__(self, values: torch.Tensor, layout: Callable[[Norms], Norms]) -> None:
+    values: Norms  # float32 [n_measured, n_tokens], in the order of ``signals.measured``
+    numbers: Numbers  # int32 [n_numbered, n_tokens], in the order of ``signals.numbered``
+
+
+class Pending:
+    """The values of one batch, perhaps still in transfer from the device.
+
+    ``values`` is float32 [n_measured, ...] and ``numbers`` int32 [n_numbered, ...], None for none.
+    """
+
+    def __init__(
+        self, values: torch.Tensor, numbers: torch.Tensor | None, layout: ToTokens
+    ) -> None:
         self._layout = layout
         self._event: torch.cuda.Event | None = None
-        if values.device.type == "cuda":  # copy after the computation, without waiting here
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values = host.copy_(values, non_blocking=True)
+        self._values = _begin_copy(values)
+        self._numbers = None if numbers is None else _begin_copy(numbers)
+        if values.device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._values = values
 
-    def result(self) -> Norms:
-        """Wait for the device; return float32 [n_measured, n_tokens]."""
+    def result(self) -> Read:
+        """Wait for the device; return what it read."""
         if self._event is not None:
             self._event.synchronize()
-        return self._layout(self._values.numpy())
+        values = self._layout(self._values.numpy())
+        if self._numbers is None:
+            return Read(values, np.empty((0, values.shape[1]), np.int32))
+        return Read(values, self._layout(self._numbers.numpy()))
+
+
+def _begin_copy(values: torch.Tensor) -> torch.Tensor:
+    """``values`` in memory of the host. From a GPU, they arrive there after its computation."""
+    if values.device.type != "cuda":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
 
 
 class Model:
@@ -188,7 +214,7 @@ class Model:
         layers: Sequence[int] | None = None,
     ) -> Norms:
         """Like ``submit``, but wait for the values: float32 [n_measured, n_tokens]."""
-        return self.submit(ids, lengths, signals, layers).result()
+        return self.submit(ids, lengths, signals, layers).result().values
 
     def submit(
         self,
@@ -200,9 +226,8 @@ class Model:
         """Measure ``signals`` at ``layers`` (the chosen ones by default) for sequences in ``ids``.
 
         ``ids`` is int64 [n_tokens]: sequences of the given ``lengths`` one after another, then
-        filler. The result is float32 [n_measured, n_tokens] in the order of ``signals.measured``;
-        the values at filler have no meaning. On a GPU this method returns before the device is
-        done.
+        filler. The values at filler have no meaning. On a GPU this method returns before the
+        device is done.
         """
         layers = self.layers if layers is None else layers
         needs = frozenset(need for signal in signals for need in signal.needs)
@@ -212,15 +237,15 @@ class Model:
             with torch.inference_mode(), one_thread(self.device):
                 layout = run(ids, lengths)
                 values = torch.stack([this.read[s] for s in measured(layers, signals)])
+                found = [this.read[s] for s in numbered(layers, signals)]
+                numbers = torch.stack(found) if found else None
         finally:
             this.forget()
             if self.cast is not None:
                 self.cast.clear()
-        return Pending(values, layout)
+        return Pending(values, numbers, layout)
 
-    def _run_packed(
-        self, ids: npt.NDArray[np.int64], lengths: Sequence[int]
-    ) -> Callable[[Norms], Norms]:
+    def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> ToTokens:
         this = self._pass
         this.length = len(ids)
         this.layout = layout = attention.Layout(lengths, len(ids), self.device)
@@ -242,9 +267,7 @@ class Model:
             )
         return lambda values: values[:, 0]
 
-    def _run_padded(
-        self, ids: npt.NDArray[np.int64], lengths: Sequence[int]
-    ) -> Callable[[Norms], Norms]:
+    def _run_padded(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> ToTokens:
         longest, n = max(lengths), len(lengths)
         self._pass.length = longest
         mask = np.arange(longest) < np.asarray(lengths)[:, None]
@@ -347,7 +370,8 @@ class Model:
         site.outliers = self._outliers.get(site.layer)
         for signal in this.signals:
             if site.layer >= signal.first_layer:
-                for column, values in zip(signal.columns, signal.measure(site), strict=True):
+                columns = (*signal.columns, *signal.number_columns)
+                for column, values in zip(columns, signal.measure(site), strict=True):
                     this.read[Series(column, site.layer)] = values
         if not this.to_end and site.layer == this.layers[-1]:
             raise _Enough

@@ -74,6 +74,8 @@ class Signal(ABC):
     """First layer that has the signal: 0, or 1 if the embeddings do not have it."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Members of ``NEEDS`` that the signal reads; they are computed only on demand."""
+    number_columns: ClassVar[tuple[str, ...]] = ()
+    """Names of whole numbers below 2^31 measured beside ``columns``; only ``neurons`` has any."""
     is_series: ClassVar[bool] = True
     """Whether each of ``columns`` is a column of the tokens table; false if they have their own."""
 
@@ -81,7 +83,8 @@ class Signal(ABC):
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
         """One float32 tensor [..., rows] for each of ``columns``, on the same device.
 
-        All numbers are finite and not negative.
+        All numbers are finite and not negative. An int32 tensor [..., rows] for each of
+        ``number_columns`` follows.
         """
 
 
@@ -101,7 +104,7 @@ def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
 
 
 def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
-    """Everything that a model measures: ``series``, then values for separate tables by layer."""
+    """Every float32 value of a token: ``series``, then values for separate tables by layer."""
     others = [
         Series(c, k)
         for s in signals
@@ -111,6 +114,17 @@ def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
         for c in s.columns
     ]
     return [*series(layers, signals), *others]
+
+
+def numbered(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
+    """Every int32 number of a token, by signal, then by layer, then by column."""
+    return [
+        Series(c, k)
+        for s in signals
+        for k in layers
+        if k >= s.first_layer
+        for c in s.number_columns
+    ]
 
 
 class Strength(Signal):
@@ -195,15 +209,17 @@ class Neurons(Signal):
     """The MLP's neurons with the largest absolute values.
 
     Values are read after the non-linearity; in a gated MLP, after the product with the gate. The
-    columns are ``top`` neuron numbers, then their values in the same order, the largest absolute
-    value first. A value of 0 means no neuron. They go into the table ``token_neurons``.
+    columns are the ``top`` values, the largest absolute value first; the number columns are the
+    neurons' numbers in the same order. A value of 0 means no neuron. They go into the table
+    ``token_neurons``.
     """
 
     name, unit = "neurons", "of the input of the MLP's last product"
     first_layer, needs, is_series = 1, frozenset({"neurons"}), False
 
     def __init__(self, top: int = TOP_NEURONS) -> None:
-        self.columns = tuple(f"{what}_{i}" for what in ("neuron", "value") for i in range(top))  # type: ignore[misc]
+        self.columns = tuple(f"value_{i}" for i in range(top))  # type: ignore[misc]
+        self.number_columns = tuple(f"neuron_{i}" for i in range(top))  # type: ignore[misc]
         self._top = top
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
@@ -211,7 +227,7 @@ class Neurons(Signal):
         neurons = site.neurons.float()
         which = neurons.abs().topk(min(self._top, neurons.shape[-1])).indices
         missing = (0, self._top - which.shape[-1])  # an MLP may have fewer neurons than ``top``
-        found = (which.float(), neurons.gather(-1, which))
+        found = (neurons.gather(-1, which), which.int())
         return [column for x in found for column in functional.pad(x, missing).unbind(-1)]
 
 
@@ -262,7 +278,7 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
                 f"there is no signal {name!r}{nearest([name], known())}; there are "
                 f"{', '.join(known())}"
             )
-    columns = [c for s in found for c in s.columns]
+    columns = [c for s in found for c in (*s.columns, *s.number_columns)]
     if twice := sorted({c for c in columns if columns.count(c) > 1}):
         raise ConfigError(f"two signals measure {', '.join(twice)}; leave one of them out")
     return tuple(found), identities
@@ -286,6 +302,7 @@ def _load(point: EntryPoint) -> Signal:
                     f"names of small letters and _, none of {', '.join(sorted(TAKEN))}",
                     names_are_right,
                 ),
+                ("number_columns", "()", signal.number_columns == ()),
                 ("is_series", "True", signal.is_series is True),
                 ("first_layer", "0 or 1", signal.first_layer in (0, 1)),
                 ("needs", f"some of {', '.join(sorted(NEEDS))}", frozenset(signal.needs) <= NEEDS),

@@ -138,13 +138,16 @@ class PairSummary:
             yield Pairs.merge(parts).to_table(layer)
 
 
-def lists_of(measured: Floats, kept: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+def lists_of(
+    which: npt.NDArray[np.int32], values: Floats, kept: npt.NDArray[np.bool_] | None = None
+) -> pa.Array:
     """The neurons that a model measured at one layer, as a column of ``token_neurons_schema``.
 
-    ``measured`` [2 top, n_tokens] has neuron numbers, then their values, the largest absolute value
-    first. Values of 0 are left out. Tokens that are not ``kept`` [n_tokens] have null.
+    ``which`` [top, n_tokens] has the numbers of neurons, and ``values`` [top, n_tokens] their
+    values, the largest absolute value first. Values of 0 are left out. Tokens that are not ``kept``
+    [n_tokens] have null.
     """
-    which, values = np.split(measured.T, 2, axis=1)
+    which, values = which.T, values.T
     there = values != 0
     if kept is not None:
         there &= kept[:, None]

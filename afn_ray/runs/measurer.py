@@ -20,11 +20,11 @@ from afn_ray.model.signals import Signal, States, find_signals
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
+from afn_ray.runs.values import Floats, Values
 from afn_ray.schema import SPECIAL
 from afn_ray.tokens import culprits, encode, windows
 from afn_ray.tokens.feed import Chunk, Prepared, Preparer, Recipe
 
-Values = npt.NDArray[np.float32]
 Result = TypeVar("Result")
 
 PROBES = (
@@ -52,11 +52,11 @@ class Measured:
     """Tokens of some texts with their measured values, rounded: float32 [n_series, n_tokens]."""
 
     encoded: encode.Encoded
-    values: Values
+    values: Floats
     n_layers: int
 
     @property
-    def strengths(self) -> Values:
+    def strengths(self) -> Floats:
         """The values of strength, [n_layers, n_tokens]; strength is the first signal."""
         return self.values[: self.n_layers]
 
@@ -128,8 +128,7 @@ class Measurer:
             self.model.packed,
             self.model.num_embeddings,
         )
-        # rows of the measured values: the series, then numbers and values of neurons
-        self._num_rows = len(measure.series) + 2 * measure.top_neurons * len(measure.neuron_layers)
+        self._num_neurons = measure.top_neurons * len(measure.neuron_layers)  # of each token
         self.preparer = Preparer(recipe, encoder)
         self._stopped = threading.Event()
 
@@ -150,7 +149,7 @@ class Measurer:
         """
         given = _Texts(texts, replaced)
         prepared, values = self._without_culprits(given, self._prepare(given), self.values)
-        return Measured(prepared.encoded, values, len(self.task.measure.layers))
+        return Measured(prepared.encoded, values.series, len(self.task.measure.layers))
 
     def measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
         """``chunk`` and its ``values``, without the documents that the model cannot process."""
@@ -181,11 +180,7 @@ class Measurer:
         return found
 
     def values(self, prepared: Prepared) -> Values:
-        """Measured values, rounded: float32 [n_measured, n_tokens].
-
-        The rows are the series, then for each neuron layer the neurons' numbers and their values.
-        Raises ``OutOfMemory`` where a batch does not fit.
-        """
+        """Measured values of all tokens. Raises ``OutOfMemory`` where a batch does not fit."""
         try:
             return self._values(prepared)
         except Exception as error:
@@ -198,15 +193,19 @@ class Measurer:
     def _values(self, prepared: Prepared) -> Values:
         began = time.monotonic()
         self.counters.tokenize_s += prepared.seconds
-        result = np.full((self._num_rows, len(prepared.encoded.token_ids)), np.nan, np.float32)
-        submitted: deque[tuple[windows.TokenBatch, model.Pending]] = deque()
         num_texts, num_tokens = len(prepared.n_windows), len(prepared.encoded.token_ids)
+        num_series = len(self.task.measure.series)
+        values = np.full((num_series + self._num_neurons, num_tokens), np.nan, np.float32)
+        neurons = np.zeros((self._num_neurons, num_tokens), np.int32)
+        submitted: deque[tuple[windows.TokenBatch, model.Pending]] = deque()
         if not num_tokens:
             self.counters.measured += num_texts
 
         def collect() -> None:
             batch, pending = submitted.popleft()
-            result[:, batch.rows] = pending.result()[:, batch.kept]
+            read = pending.result()
+            values[:, batch.rows] = read.values[:, batch.kept]
+            neurons[:, batch.rows] = read.numbers[:, batch.kept]
             self.counters.tokens += len(batch.rows)
             self.counters.measured += num_texts * len(batch.rows) / num_tokens
 
@@ -219,9 +218,9 @@ class Measurer:
         while submitted:
             collect()
         self.counters.model_s += time.monotonic() - began
-        for row in result:  # one row at a time: rounding needs several times a row's memory
+        for row in values:  # one row at a time: rounding needs several times a row's memory
             row[:] = round_strengths(row)
-        return result
+        return Values(values[:num_series], neurons, values[num_series:])
 
     def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
         """Seconds that the forward passes of ``prepared`` take with ``signals``."""

@@ -14,6 +14,7 @@ from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary
 from afn_ray.reduce.stats import is_high
+from afn_ray.runs.values import Floats, Numbers, Values
 from afn_ray.schema import (
     SPECIAL,
     STRENGTH,
@@ -27,8 +28,6 @@ from afn_ray.store.commits import COUNTS
 from afn_ray.tokens import encode
 from afn_ray.tokens.feed import Chunk
 
-Values = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
@@ -37,8 +36,9 @@ class _Tokens:
     encoded: encode.Encoded
     docs: npt.NDArray[np.int32]  # [n_tokens], ordinals in the shard
     tags: pa.Array  # [n_tokens]
-    by_series: Mapping[Series, Values]  # [n_tokens] each
-    tops: Values  # [2 x top_neurons x n_neuron_layers, n_tokens], from ``Measurer.values``
+    by_series: Mapping[Series, Floats]  # [n_tokens] each
+    neurons: Numbers  # [n_neuron_layers * top_neurons, n_tokens]
+    neuron_values: Floats  # same shape
     keep: npt.NDArray[np.bool_]  # [n_tokens], tokens of documents that were measured
 
 
@@ -63,19 +63,19 @@ class Recorder:
         self.first_refusal = ""  # reason of the first of them
 
     def add(self, chunk: Chunk, values: Values) -> None:
-        """Record the next documents of the shard, with values from ``Measurer.values``."""
+        """Record the next documents of the shard, with their values."""
         encoded = chunk.prepared.encoded
-        values, tops = np.split(values, [len(self._measure.series)])
-        bad = _bad_documents(encoded, values, tops, len(chunk.documents))
+        bad = _bad_documents(encoded, values, len(chunk.documents))
         problems = dict(encoded.problems)
         for i in np.flatnonzero(bad).tolist():
-            problems[i] = self._why_bad(values[:, encoded.docs == i])
+            problems[i] = self._why_bad(values.series[:, encoded.docs == i])
         tokens = _Tokens(
             encoded,
             docs=encoded.docs + np.int32(self.counts["documents"]),
             tags=self._tags(chunk),
-            by_series=dict(zip(self._measure.series, values, strict=True)),
-            tops=tops,
+            by_series=dict(zip(self._measure.series, values.series, strict=True)),
+            neurons=values.neurons,
+            neuron_values=values.neuron_values,
             keep=~bad[encoded.docs],
         )
         outcomes = _outcomes(chunk.documents, np.diff(encoded.bounds), bad, problems)
@@ -145,11 +145,13 @@ class Recorder:
             which = which & (encoded.flags & SPECIAL == 0) & np.any(high, axis=0)
         rows = np.flatnonzero(which)
         lists: dict[str, pa.Array] = {}
-        for at, (k, tops) in enumerate(
-            zip(layers, np.split(tokens.tops, len(layers)), strict=True)
-        ):
+        which_neurons = np.split(tokens.neurons, len(layers))
+        their_values = np.split(tokens.neuron_values, len(layers))
+        for at, k in enumerate(layers):
             recorded = high[at][rows] if above else None
-            lists[neurons_column(k)] = neurons.lists_of(tops[:, rows], recorded)
+            lists[neurons_column(k)] = neurons.lists_of(
+                which_neurons[at][:, rows], their_values[at][:, rows], recorded
+            )
         columns = {"doc": tokens.docs[rows], "position": encoded.positions[rows], **lists}
         table = records.make_table(columns, token_neurons_schema(layers))
         file.write(table)
@@ -199,7 +201,7 @@ class Recorder:
         for name, value in added.items():
             self.counts[name] += value
 
-    def _why_bad(self, values: Values) -> str:
+    def _why_bad(self, values: Floats) -> str:
         """Reason why the values of a document, [n_series, n_tokens], are refused."""
         wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
         if not len(wrong):
@@ -213,12 +215,13 @@ class Recorder:
 
 
 def _bad_documents(
-    encoded: encode.Encoded, values: Values, tops: Values, num_documents: int
+    encoded: encode.Encoded, values: Values, num_documents: int
 ) -> npt.NDArray[np.bool_]:
     """Whether a document has a value that is negative, not finite or too large, [n_documents]."""
     bad = np.zeros(num_documents, bool)
-    bad[encoded.docs[~(values >= 0).all(axis=0) | np.isinf(values).any(axis=0)]] = True
-    bad[encoded.docs[~(np.abs(tops) < neurons.LIMIT).all(axis=0)]] = True
+    series = values.series
+    bad[encoded.docs[~(series >= 0).all(axis=0) | np.isinf(series).any(axis=0)]] = True
+    bad[encoded.docs[~(np.abs(values.neuron_values) < neurons.LIMIT).all(axis=0)]] = True
     return bad
 
 

@@ -36,9 +36,10 @@ from afn_ray.errors import ConfigError, ModelError, ShardError
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
 from afn_ray.runs import scratch
-from afn_ray.runs.measurer import Measurer, Values, window_tokens
+from afn_ray.runs.measurer import Measurer, window_tokens
 from afn_ray.runs.recorder import Recorder
 from afn_ray.runs.task import Task
+from afn_ray.runs.values import Values
 from afn_ray.schema import STRENGTH, Document, Shard
 from afn_ray.store import records, shard_files
 from afn_ray.store.commits import Commit

@@ -64,16 +64,19 @@ def test_neurons_are_those_of_the_plain_model(name: str, family: Any) -> None:  
     loaded = load(folder, frozenset({"neurons"}), [1, 3])
     texts = documents(5, [9, 30, 1])
     ids, lengths = np.concatenate([np.array(t) for t in texts]), [len(t) for t in texts]
-    values = loaded.measure(ids, lengths, (Strength(), Neurons(TOP)))
-    assert len(values) == 2 + 2 * 2 * TOP
-    for text, part in zip(texts, np.split(values, np.cumsum(lengths)[:-1], axis=1), strict=True):
+    values, numbers = loaded.submit(ids, lengths, (Strength(), Neurons(TOP))).result()
+    assert len(values) == 2 + 2 * TOP and numbers.dtype == np.int32
+    of_neurons = values[2:].reshape(2, TOP, -1), numbers.reshape(2, TOP, -1)
+    bounds = np.cumsum(lengths)[:-1]
+    parts = zip(*(np.split(x, bounds, axis=2) for x in of_neurons), strict=True)
+    for text, part in zip(texts, parts, strict=True):
         expected = plain_neurons(folder, text)
         assert len(expected) == 4
-        for layer, (which, got) in zip((1, 3), part[2:].reshape(2, 2, TOP, -1), strict=True):
+        for layer, got, which in zip((1, 3), *part, strict=True):
             states = expected[layer - 1]
             furthest = -np.sort(-np.abs(states), axis=1)[:, :TOP]
             np.testing.assert_allclose(np.abs(got.T), furthest, rtol=2e-5, atol=1e-8)
-            there = np.take_along_axis(states, which.T.astype(int), axis=1)
+            there = np.take_along_axis(states, which.T, axis=1)
             np.testing.assert_allclose(got.T, there, rtol=2e-5, atol=1e-8)
 
 
@@ -81,10 +84,9 @@ def test_neurons_are_those_of_the_plain_model(name: str, family: Any) -> None:  
 def test_half_precision_neurons_stay_near(name: str, family: Any) -> None:  # noqa: F811
     ids = np.array(documents(5, [30])[0])
     loaded = load(family(name)[0], frozenset({"neurons"}), [3], "bfloat16")
-    which, got = np.split(loaded.measure(ids, [30], (Strength(), Neurons(TOP)))[1:], 2)
-    there = np.take_along_axis(
-        plain_neurons(family(name)[0], ids.tolist())[2], which.T.astype(int), axis=1
-    )
+    values, which = loaded.submit(ids, [30], (Strength(), Neurons(TOP))).result()
+    got = values[1:]
+    there = np.take_along_axis(plain_neurons(family(name)[0], ids.tolist())[2], which.T, axis=1)
     assert np.quantile(np.abs(got.T - there) / np.abs(there), 0.9) < 0.05
 
 
@@ -104,13 +106,13 @@ def test_experts_are_refused(family: Any) -> None:  # noqa: F811
 
 def test_an_mlp_with_fewer_neurons_gives_all_it_has(family: Any) -> None:  # noqa: F811
     loaded = load(family("bert")[0], frozenset({"neurons"}), [2])
-    which, values = np.split(
-        loaded.measure(np.array([7, 8, 9]), [3], (Strength(), Neurons(60)))[1:], 2
-    )
+    ids = np.array([7, 8, 9])
+    found, which = loaded.submit(ids, [3], (Strength(), Neurons(60))).result()
+    values = found[1:]
     assert (
         sorted(which[:48, 0]) == list(range(48)) and not values[48:].any() and not which[48:].any()
     )
-    (lists,) = [neurons.lists_of(np.concatenate([which, values])).to_pylist()]
+    lists = neurons.lists_of(which, values).to_pylist()
     assert [len(items) for items in lists] == [48, 48, 48]
 
 
@@ -383,7 +385,7 @@ def test_a_neuron_without_bounds_quarantines_its_document(
 
     def endless(self: Neurons, site: Any) -> Any:
         found = plain(self, site)
-        for values in found[TOP:]:
+        for values in found[:TOP]:
             (values if everywhere else values[..., :1]).mul_(
                 1e12
             )  # of all tokens, or of the first of a batch

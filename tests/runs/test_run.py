@@ -352,9 +352,9 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     right = measurer.Measurer._values
 
     def overflow(self: Any, prepared: Any) -> Any:
-        strengths = right(self, prepared)
-        strengths[:, prepared.encoded.bounds[1] + 1] = np.inf
-        return strengths
+        values = right(self, prepared)
+        values.series[:, prepared.encoded.bounds[1] + 1] = np.inf
+        return values
 
     monkeypatch.setattr(measurer.Measurer, "_values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
