@@ -2,6 +2,7 @@
 
     python jobs/benchmark.py engine --json figures.json
     python jobs/benchmark.py monitor
+    python jobs/benchmark.py feed
     python jobs/benchmark.py rate s3://bucket/run.toml --json rate.json
 
 is ``afn bench``. A checkout has more, which live in tests/bench and are not shipped with a job:

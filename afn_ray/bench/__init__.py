@@ -48,6 +48,8 @@ LEAST = {
 """Smallest valid value of each numeric argument, by name."""
 PIPED_COLUMNS = 100
 """Width of a result whose output is not a terminal, in columns."""
+BUILT_IN_TOKENIZER = "WordPiece of made-up words"
+"""Name, in results, of the tokenizer that ``feed`` measures without ``--model``."""
 BUILT_IN = "BERT-base shape, random weights"
 """Name, in results, of the model that is measured without ``--model``."""
 
@@ -58,7 +60,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="WHAT",
         dest="what",
-        help="engine, monitor or rate",
+        help="engine, feed, monitor or rate",
     )
     engine = commands.add_parser(
         "engine",
@@ -108,6 +110,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
     )
+    _add_feed(commands)
     monitor = commands.add_parser(
         "monitor",
         allow_abbrev=False,
@@ -142,6 +145,44 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         add_model_flags(command)
     for command in (engine, monitor, rate):
         add_json_flag(command)
+
+
+def _add_feed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command ``feed`` to ``commands``."""
+    feed = commands.add_parser(
+        "feed",
+        allow_abbrev=False,
+        help="tokens per second of a worker whose model answers at once",
+        description="Whole shards from JSONL to committed Parquet, by a worker with 0, 1, 2 ... tokenizer "
+        "processes, and the CPU time per token of each stage around the model. No GPU is used.",
+    )
+    feed.add_argument("--model", help=f"whose tokenizer is used (default: {BUILT_IN_TOKENIZER})")
+    feed.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="URI",
+        help="files, folders or globs of texts in the column text (default: texts are made up)",
+    )
+    feed.add_argument(
+        "--processes",
+        type=_counts,
+        default="0,1,2",
+        metavar="LIST",
+        help="numbers of tokenizer processes to measure (default: 0,1,2)",
+    )
+    tokens = TOKENS_PER_WORKER["cuda"]
+    feed.add_argument("--tokens", type=int, metavar="N", help=f"about (default: {tokens:,})")
+    feed.add_argument("--repeat", type=int, default=3, metavar="N", help="turns (default: 3)")
+    add_json_flag(feed)
+
+
+def _counts(text: str) -> list[int]:
+    """The whole numbers in the comma-separated ``text``. Raises ``ArgumentTypeError``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers like 0,1,2")
+    return sorted({int(part) for part in parts})
 
 
 def add_model_flags(command: argparse.ArgumentParser) -> None:
@@ -193,6 +234,13 @@ def call(args: argparse.Namespace) -> None:
 
         result = monitor.measure(args.model, args.layer, args.texts, args.device)
         monitor.render(result, console)
+    elif args.what == "feed":
+        from afn_ray.bench import feed
+
+        result = feed.measure(
+            args.model, args.corpus, args.processes, args.tokens, args.repeat, on_note
+        )
+        feed.render(result, console)
     elif args.what == "rate":
         from afn_ray.runs import precheck
         from afn_ray.store import settings

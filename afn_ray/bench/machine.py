@@ -92,6 +92,11 @@ def own_memory_bytes(name: str) -> int:
     return int(kilobytes) * 1024
 
 
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU time of ``pids`` and all their descendants that still run, in seconds."""
+    return sum(_cpu_s(pid) for pid in family(pids))
+
+
 def _cpu_s(pid: int) -> float:
     fields = _stat(pid)
     return (int(fields[11]) + int(fields[12])) * _TICK_S if fields else 0.0

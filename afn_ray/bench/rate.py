@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,9 @@ from afn_ray.bench import TOKENS_PER_WORKER, machine
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
-from afn_ray.runs import estimate, job, results, worker
+from afn_ray.runs import estimate, job, worker
 from afn_ray.runs.deadlines import SLOTS
+from afn_ray.schema import Shard
 
 SAMPLE_DOCUMENTS = 2000
 """Largest number of documents that are measured."""
@@ -70,7 +71,7 @@ def measure(
         )
         device = model.choose_device(config.device)
         num_tokens = num_tokens or TOKENS_PER_WORKER[device] * NUM_SHARDS
-        num_bytes = _write(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
+        num_bytes = write_corpus(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
         asked = replace(asked, shard_bytes=max(1024, num_bytes // NUM_SHARDS))
         with one_core(device):
             prepared = job.prepare(
@@ -82,7 +83,9 @@ def measure(
             rates, counted = [], 0
             with machine.Watch([os.getpid()]) as watch:
                 for turn in range(-1, repeat):  # the first warms up
-                    seconds, counted = _once(processor, prepared, f"{asked.store}-{turn}")
+                    seconds, counted = process_all(
+                        processor, prepared.plan.shards, f"{asked.store}-{turn}"
+                    )
                     if turn >= 0:
                         rates.append(counted / seconds)
                     on_note(
@@ -115,7 +118,8 @@ def one_core(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _write(path: Path, texts: list[str], least_bytes: int) -> int:
+def write_corpus(path: Path, texts: Sequence[str], least_bytes: int) -> int:
+    """Write ``texts``, repeated, as JSONL to ``path``; return the size, ``least_bytes`` or more."""
     size, at = 0, 0
     with path.open("w", encoding="utf-8") as file:
         while size < least_bytes:
@@ -124,14 +128,15 @@ def _write(path: Path, texts: list[str], least_bytes: int) -> int:
     return size
 
 
-def _once(
-    processor: worker.Processor, prepared: results.Preparation, store: str
+def process_all(
+    processor: worker.Processor, shards: Sequence[Shard], store: str
 ) -> tuple[float, int]:
-    """Process all shards in a fresh store, ``SLOTS`` at a time; return seconds and tokens."""
-    processor.task = replace(prepared.task, config=replace(prepared.config, store=store))
+    """Process ``shards`` in a fresh store, ``SLOTS`` at a time; return seconds and tokens."""
+    task = processor.task
+    processor.task = replace(task, config=replace(task.config, store=store))
     began = time.monotonic()
     with ThreadPoolExecutor(SLOTS) as pool:
-        commits = list(pool.map(processor.process, prepared.plan.shards))
+        commits = list(pool.map(processor.process, shards))
     seconds = time.monotonic() - began
     shutil.rmtree(store)
     return seconds, sum(c.counts["tokens"] for c in commits)

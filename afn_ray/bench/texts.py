@@ -50,8 +50,21 @@ def save_bert(folder: Path, **changes: Any) -> Path:
     ``changes`` override its ``BertConfig``. Returns ``folder``.
     """
     config = transformers.BertConfig(**{"vocab_size": VOCABULARY} | changes)
-    words = _save_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
-    assert words == config.vocab_size
+    _save_tokenizer(folder, config.vocab_size, config.max_position_embeddings)
+    return _save_weights(folder, config)
+
+
+def save_bert_with(tokenizer: tokenizers.Tokenizer, folder: Path, **changes: Any) -> Path:
+    """Like ``save_bert``, with ``tokenizer``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    of_class = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(of_class))
+    return _save_weights(folder, transformers.BertConfig(**changes))
+
+
+def _save_weights(folder: Path, config: transformers.BertConfig) -> Path:
+    """Save a model of ``config`` with random weights in ``folder``; return ``folder``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = transformers.BertModel(config)
@@ -66,7 +79,8 @@ def save_bert(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def _save_tokenizer(folder: Path, size: int, context: int) -> int:
+def _save_tokenizer(folder: Path, size: int, context: int) -> None:
+    """Save a tokenizer of ``size`` types in ``folder``; ``context`` is its longest input."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     rng = random.Random(SEED)  # noqa: S311 - nothing here is a secret
@@ -85,6 +99,7 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> int:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    assert len(vocabulary) == size
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": 0, "unk_token": 1, "cls_token": 2, "sep_token": 3, "mask_token": 4}
@@ -97,7 +112,6 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> int:
             }
         )
     )
-    return len(vocabulary)
 
 
 @dataclass(frozen=True, slots=True)

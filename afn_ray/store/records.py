@@ -149,9 +149,13 @@ class ShardFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None:
+            self.close()
+
+    def close(self) -> None:
+        """Write the remaining rows and the footers."""
         for file in self._files:
-            if kind is None:
-                file.close()
+            file.close()
 
     def tables(self) -> dict[str, tuple[Path, int]]:
         """Path and number of rows of each file, by table name."""

@@ -365,7 +365,7 @@ class Chunks:
         """Read chunks, submit them and queue them, until the end, an error or ``close``."""
         try:
             began = time.monotonic()
-            for chunk in _chunks(documents):
+            for chunk in in_chunks(documents):
                 seconds = time.monotonic() - began
                 if self._stopped.is_set():
                     return
@@ -406,7 +406,7 @@ def _ending(code: int) -> str:
     )
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def in_chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """``documents`` in lists of about ``CHUNK_BYTES`` of text."""
     chunk: list[Document] = []
     size = 0

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from afn_ray import bench, model
-from afn_ray.bench import contest, machine, monitor, ours, peers, results, texts
+from afn_ray.bench import contest, feed, machine, monitor, ours, peers, results, texts
 from afn_ray.bench.figures import TOLERANCE, compare
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import Received
 from afn_ray.runs import worker
 from afn_ray.runs.measurer import Measurer
-from conftest import find_model, printed
+from conftest import find_model, printed, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -327,6 +327,34 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
                 candidate.ways[way](text), [expected[c] for c in columns], rtol=1e-4, atol=1e-6
             )
     assert ("gives no attention weights" in candidate.without) == (name == "tiny_mpnet")
+
+
+def test_the_feed_is_measured_stage_by_stage_and_whole(tiny_bert: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "the lord is my shepherd"}] * 40)
+    notes: list[str] = []
+    result = feed.measure(str(tiny_bert), [str(corpus)], [0, 1], 2000, 1, notes.append)
+    assert list(result["stages"]) == list(feed.STAGES)
+    assert all(len(values) == 1 and values[0] > 0 for values in result["stages"].values())
+    assert result["stages"]["rust"] < result["stages"]["prepare"]
+    assert list(result["workers"]) == ["0", "1"] and result["tokens"] > 1000
+    for found in result["workers"].values():
+        assert found["tokens_per_s"][0] > 0 and found["own_us"][0] > 0
+    assert "stages 1/1" in notes[0] and len(notes) == 1 + 2 * 2  # with a warm-up of each worker
+    text = printed(feed.render, result)
+    assert all(stage in text for stage in feed.STAGES) and "tokenizer processes" in text
+
+
+def test_the_feed_of_made_up_texts_has_about_the_tokens_that_were_asked_for() -> None:
+    result = feed.measure(None, [], [0], 5000, 1, lambda note: None)
+    assert 2500 < result["tokens"] < 10_000 and result["model"] == bench.BUILT_IN_TOKENIZER
+
+
+def test_numbers_of_processes_are_whole() -> None:
+    import argparse
+
+    assert bench._counts("2,0, 1,2") == [0, 1, 2]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected whole numbers"):
+        bench._counts("1,-2")
 
 
 def test_the_watch_tells_whose_work_it_is() -> None:
