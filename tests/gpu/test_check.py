@@ -1,0 +1,156 @@
+"""The GPU check runs without a GPU, Ray or DuckDB at toy size, and loses one part's figures at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECK = ROOT / "infra" / "gpu" / "check.py"
+ABSENT = {"ray", "duckdb", "stopwords", "prompt_toolkit", "conftest"}
+"""Modules that a machine with torch's image may lack."""
+BLOCK = f"""
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+MOST_CPU_S = 60.0
+"""Longest toy run, in CPU seconds of all its processes."""
+FIGURES = {
+    "device": {"cores", "torch"},
+    "parity": {"of_tolerance", "packed", "attention", "syncs", "repeatable", "q90", "worst"},
+    "flips": {"flips", "median", "worst", "tokens"},
+    "ceilings": set(),
+    "speed": {"tokens_per_s", "tflops", "mfu", "batch_ms", "host_ms"},
+    "pipeline": {"engine_tokens_per_s", "tuned_tokens_per_s", "ratio", "difference"},
+    "fused": {"eager_ms", "fused_ms", "speedup", "compile_s", "difference"},
+    "feed": {"tokens_per_s", "of_engine", "model_share", "wait_share", "cpu_us_per_token"},
+    "drills": {"found"},
+}
+"""Figures of each row, by part; the tables of the guide name them."""
+
+
+def cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run(
+    folder: Path, *arguments: str, program: str | None = None
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The check at toy size where ``ABSENT`` cannot be imported, and what it wrote."""
+    (folder / "sitecustomize.py").write_text(BLOCK)
+    out = folder / "check.json"
+    start = [str(CHECK)] if program is None else ["-c", textwrap.dedent(program)]
+    done = subprocess.run(
+        [sys.executable, *start, "--dry", "--out", str(out), *arguments],
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    return done, json.loads(out.read_text()) if out.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Any:
+    """All parts, their output and the CPU time that they took."""
+    before = cpu_s()
+    done, content = run(tmp_path_factory.mktemp("check"), "--model", str(minilm))
+    return done, content, cpu_s() - before
+
+
+def test_all_parts_run_without_a_gpu_ray_or_duckdb(whole: Any) -> None:
+    done, content, used_s = whole
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(content) == ["format", "about", "seconds", "parts"]
+    assert list(content["parts"]) == list(FIGURES)
+    for name, part in content["parts"].items():
+        assert part["seconds"] > 0 and part["rows"]
+        for row in part["rows"].values():
+            assert row.keys() >= FIGURES[name] | {"seconds"} and "error" not in row
+    assert used_s < MOST_CPU_S
+
+
+def test_the_figures_are_of_what_they_name(whole: Any) -> None:
+    parts = {name: part["rows"] for name, part in whole[1]["parts"].items()}
+    from families import FAMILIES
+
+    dtypes = ("float32", "bfloat16")
+    assert list(parts["parity"]) == [f"{name} {dtype}" for name in FAMILIES for dtype in dtypes]
+    assert all(row["repeatable"] for row in parts["parity"].values())
+    half = [row["q90"] for name, row in parts["parity"].items() if name.endswith("bfloat16")]
+    assert min(half) > 0  # so bfloat16 was measured and not float32 twice
+    assert parts["flips"]["float32"]["worst"] < 1e-4 < parts["flips"]["bfloat16"]["worst"]
+    assert all(
+        row.get("tflops", 1) > 0 and row.get("tb_per_s", 1) > 0
+        for row in parts["ceilings"].values()
+    )
+    for row in parts["speed"].values():
+        assert row["mfu"] > 0 and row["tokens_per_s"] > 0 and row["host_ms"] > 0
+    assert all(row["tokens_per_s"] > 0 and row["shards"] > 0 for row in parts["feed"].values())
+    assert list(parts["feed"]) == ["0 tokenizer processes", "1 tokenizer processes"]
+
+
+def test_the_summary_fits_a_terminal(whole: Any) -> None:
+    output = whole[0].stdout
+    summary = output[output.rindex("\ndevice, machine") :].splitlines()
+    assert max(map(len, summary)) <= 80
+    assert "0 failures" in summary[-2] + summary[-1]
+    for heading in ("tokens/s", "MFU", "TFLOP/s", "flips", "of engine"):
+        assert any(heading in line for line in summary)
+
+
+def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(tmp_path: Path) -> None:
+    program = f"""
+        import os, sys, time
+        sys.path.insert(0, {str(CHECK.parent)!r})
+        import check
+
+        def hang(run):
+            run.row("before", lambda: {{"done": 1}})
+            time.sleep(600)
+
+        def die(run):
+            os._exit(7)
+
+        def fail(run):
+            run.row("row", lambda: 1 / 0)
+            raise ValueError("no figures")
+
+        parts = {{"hang": check.Part(hang, 1), "die": check.Part(die, 60), "fail": check.Part(fail, 60)}}
+        check.PARTS = parts | {{"device": check.PARTS["device"]}}
+        sys.exit(check.main([*sys.argv[1:], "--parts", ",".join(check.PARTS)]))
+    """
+    done, content = run(tmp_path, program=program)
+    parts = content["parts"]
+    assert done.returncode == 1, done.stderr
+    assert parts["hang"]["rows"]["before"]["done"] == 1
+    assert parts["hang"]["error"] == "stopped after 5 s, its time limit"
+    assert parts["die"]["error"] == "its process ended with exit code 7"
+    assert parts["fail"]["error"] == "ValueError: no figures"
+    assert parts["fail"]["rows"]["row"]["error"] == "ZeroDivisionError: division by zero"
+    assert parts["device"]["rows"]["machine"]["torch"]
+    assert "FAILED fail, row: ZeroDivisionError" in done.stdout and "4 failures" in done.stdout
+
+
+def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    done, content = run(tmp_path, "--parts", "flips")
+    assert done.returncode == 0, done.stderr
+    assert "no folder with real weights" in content["parts"]["flips"]["rows"]["labels"]["skipped"]
+    assert "flips, labels: skipped no folder with real weights" in done.stdout
+    done, content = run(tmp_path, "--parts", "speeds")
+    assert done.returncode == 2 and "no part 'speeds'" in done.stderr
